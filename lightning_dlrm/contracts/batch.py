@@ -1,0 +1,90 @@
+"""What flows from the stream to the model.
+
+Shape suffixes: B samples, F tables, I dense features, N indices of all bags together.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class SparseIds:
+    """Row ids of every table for every sample, one-hot and multi-hot alike.
+
+    One-hot: ``values`` is [B, F] and ``offsets`` is None. Multi-hot: ``values`` is [N], bag after
+    bag, sample by sample and within a sample table by table: bag ``b * F + f`` spans
+    ``offsets[b * F + f] : offsets[b * F + f + 1]`` and may be empty.
+    """
+
+    values: Tensor
+    """int32 [B, F] or [N], each in [0, rows of its table)."""
+    tables: int
+    """F."""
+    offsets: Tensor | None = None
+    """int64 [B * F + 1], ascending from 0 to N."""
+    weights: Tensor | None = None
+    """float32, shaped as ``values``: a factor for each index's vector; None means 1."""
+
+    def __len__(self) -> int:
+        """B, the number of samples."""
+        if self.offsets is None:
+            return self.values.shape[0]
+        return (self.offsets.shape[0] - 1) // self.tables if self.tables else 0
+
+    def to(self, device: Any, non_blocking: bool = False) -> "SparseIds":
+        move = _mover(device, non_blocking)
+        return SparseIds(
+            values=move(self.values), tables=self.tables, offsets=move(self.offsets), weights=move(self.weights)
+        )
+
+    def pin_memory(self) -> "SparseIds":
+        return SparseIds(
+            values=_pin(self.values), tables=self.tables, offsets=_pin(self.offsets), weights=_pin(self.weights)
+        )
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One rank's slice of a global batch."""
+
+    label: Tensor | None
+    """int8 [B], 0 or 1; None where the rows have no labels."""
+    dense: Tensor
+    """float32 [B, I]; NaN where the protocol keeps missing values apart."""
+    ids: SparseIds
+    global_size: int
+    """Samples of the global batch, over all ranks: what a mean over the batch divides by."""
+    rows: Tensor | None = None
+    """int64 [B]: position of each sample in its split, where the stream was asked for it."""
+
+    def __len__(self) -> int:
+        return self.dense.shape[0]
+
+    def to(self, device: Any, non_blocking: bool = False) -> "Batch":
+        move = _mover(device, non_blocking)
+        return Batch(
+            label=move(self.label),
+            dense=move(self.dense),
+            ids=self.ids.to(device, non_blocking),
+            global_size=self.global_size,
+            rows=move(self.rows),
+        )
+
+    def pin_memory(self) -> "Batch":
+        return Batch(
+            label=_pin(self.label),
+            dense=_pin(self.dense),
+            ids=self.ids.pin_memory(),
+            global_size=self.global_size,
+            rows=_pin(self.rows),
+        )
+
+
+def _mover(device: Any, non_blocking: bool) -> Any:
+    return lambda tensor: None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+
+def _pin(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.pin_memory()

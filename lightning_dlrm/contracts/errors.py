@@ -1,0 +1,9 @@
+"""The one exception for what a user can get wrong."""
+
+
+class UserError(ValueError):
+    """A mistake in a path, a file, an option or a combination of them.
+
+    Its message is shown to the user as it is, on one line and without a traceback; it says what
+    was found, what was expected and what to do. The command line exits with code 2.
+    """

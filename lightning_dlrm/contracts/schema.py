@@ -1,0 +1,287 @@
+"""What a dataset folder holds: its columns, splits, files and fingerprints.
+
+Standard library only, so that preprocessing and planning start without torch.
+
+A dataset folder looks like this::
+
+    dataset.json                      the DatasetSchema
+    vocabulary/C1.parquet ...         one per categorical column that has a vocabulary
+    train/part-00000.parquet ...      Parquet parts: one column per feature
+    validation/  test/                likewise; a split may be missing
+
+Part files store the label as int8, dense columns as float32, categorical columns as int32 row ids
+of their table, and multi-hot columns as list<int32>.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning_dlrm.contracts.errors import UserError
+
+FORMAT_VERSION = 1
+SCHEMA_FILE = "dataset.json"
+
+Role = Literal["label", "dense", "categorical", "multi_hot"]
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+
+# The columns of the Criteo click logs, in the order of their raw files.
+CRITEO_LABEL = "label"
+CRITEO_DENSE = tuple(f"I{i}" for i in range(1, 14))
+CRITEO_CATEGORICAL = tuple(f"C{i}" for i in range(1, 27))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One feature (or the label) of a dataset."""
+
+    name: str
+    role: Role
+    cardinality: int = 0
+    """Rows of the column's table, reserved ids included; 0 for the label and dense columns."""
+    transform: str = ""
+    """What preprocessing did to the raw values, in words a reader can check."""
+    reserved: Mapping[str, int] = field(default_factory=dict)
+    """Ids with a meaning of their own: ``missing``, ``rare``, ``unknown``; empty where none is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFile:
+    """One file of a dataset folder."""
+
+    path: str
+    """Relative to the dataset folder, with forward slashes."""
+    sha256: str
+    bytes: int
+    row_groups: tuple[int, ...] = ()
+    """Rows of each Parquet row group, in order."""
+
+    @property
+    def rows(self) -> int:
+        return sum(self.row_groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The rows of one split, in order, and the files that hold them."""
+
+    rows: int
+    positives: int | None = None
+    """Rows whose label is 1; None where the rows have no labels or are not counted yet."""
+    files: tuple[DataFile, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimum:
+    """The best scores any model can reach on a split in expectation: those of the true
+    probabilities. Known for planted data only."""
+
+    auc: float
+    log_loss: float
+    """In nats per sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """The part of a schema that shapes a model: how many dense inputs and which tables."""
+
+    dense: int
+    tables: Mapping[str, int]
+    """Table name -> rows, in the order of the ids of a batch."""
+
+    @property
+    def table_rows(self) -> tuple[int, ...]:
+        return tuple(self.tables.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSchema:
+    """Everything about a dataset but its rows. ``save`` and ``load`` keep it as ``dataset.json``."""
+
+    dataset: str
+    """``kaggle``, ``terabyte``, ``demo`` or a name of the user's."""
+    protocol: str
+    """How raw values became features; scores of different protocols cannot be compared."""
+    columns: tuple[Column, ...]
+    splits: Mapping[str, Split]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The options that shape the encoding (JSON values), such as ``max_rows``."""
+    vocabulary: Mapping[str, DataFile] = field(default_factory=dict)
+    """Column name -> its vocabulary file."""
+    optimum: Mapping[str, Optimum] = field(default_factory=dict)
+    """Split name -> the best reachable scores; empty for real data."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """What preprocessing counted (JSON values); for people, read by no code."""
+
+    def __post_init__(self) -> None:
+        names = [column.name for column in self.columns]
+        if len(set(names)) != len(names):
+            raise UserError(f"column names must differ; got {names}")
+        for column in self.columns:
+            if column.role not in get_args(Role):
+                raise UserError(f"column {column.name}: role {column.role!r} is none of {get_args(Role)}")
+            has_table = column.role in ("categorical", "multi_hot")
+            if has_table != (column.cardinality > 0):
+                raise UserError(
+                    f"column {column.name} ({column.role}): cardinality {column.cardinality}; "
+                    "categorical and multi-hot columns need at least 1, others 0"
+                )
+        for name, split in self.splits.items():
+            if name not in SPLITS:
+                raise UserError(f"split {name!r} is none of {SPLITS}")
+            if split.files and sum(file.rows for file in split.files) != split.rows:
+                raise UserError(
+                    f"split {name}: its files hold {sum(f.rows for f in split.files)} rows, "
+                    f"the schema says {split.rows}"
+                )
+
+    def by_role(self, *roles: Role) -> tuple[Column, ...]:
+        """The columns of these roles, in schema order."""
+        return tuple(column for column in self.columns if column.role in roles)
+
+    @cached_property
+    def features(self) -> Features:
+        """Dense inputs and tables, as a model needs them."""
+        tables = self.by_role("categorical", "multi_hot")
+        return Features(dense=len(self.by_role("dense")), tables={c.name: c.cardinality for c in tables})
+
+    @cached_property
+    def encoding_fingerprint(self) -> str:
+        """Binds a model to the meaning of its inputs: columns, transforms, settings, vocabulary.
+
+        A model may score any rows encoded the same way, so rows and files do not count.
+        """
+        return _fingerprint(
+            {
+                "protocol": self.protocol,
+                "columns": [dataclasses.asdict(column) for column in self.columns],
+                "settings": dict(self.settings),
+                "vocabulary": {name: file.sha256 for name, file in self.vocabulary.items()},
+            }
+        )
+
+    @cached_property
+    def data_fingerprint(self) -> str:
+        """Tells these rows, in this order, from any others; guards resume and comparison."""
+        return _fingerprint(
+            {
+                "encoding": self.encoding_fingerprint,
+                "splits": {
+                    name: {"rows": split.rows, "files": [[f.sha256, list(f.row_groups)] for f in split.files]}
+                    for name, split in self.splits.items()
+                },
+            }
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes ``folder/dataset.json``: the last file of a finished dataset, written whole or not at all."""
+        document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        document["fingerprints"] = {"encoding": self.encoding_fingerprint, "data": self.data_fingerprint}
+        partial = folder / f".{SCHEMA_FILE}.partial"
+        partial.write_text(json.dumps(document, indent=1) + "\n")
+        partial.replace(folder / SCHEMA_FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> "DatasetSchema":
+        """Reads ``folder/dataset.json``.
+
+        Raises:
+            UserError: there is no such folder or file, it is not a schema of this version, or it
+                was altered after it was written.
+        """
+        folder = Path(folder)
+        path = folder / SCHEMA_FILE
+        if not folder.is_dir():
+            raise UserError(
+                f"no dataset folder at {folder}: expected a folder with {SCHEMA_FILE}; make one with "
+                f"'python -m lightning_dlrm preprocess', or use --data.path demo"
+            )
+        if not path.is_file():
+            raise UserError(
+                f"{folder} is not a dataset folder: it has no {SCHEMA_FILE} (an interrupted preprocessing leaves "
+                f"none); make it with 'python -m lightning_dlrm preprocess --output {folder}'"
+            )
+        try:
+            document = json.loads(path.read_text())
+            version = document.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise UserError(
+                    f"{path} has format version {version}; this release reads {FORMAT_VERSION}: "
+                    "preprocess the data again, or use the release that wrote it"
+                )
+            fingerprints = document.pop("fingerprints")
+            schema = cls._from_document(document)
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is not a dataset schema ({type(error).__name__}: {error}); "
+                "restore it or preprocess the data again"
+            ) from error
+        if fingerprints != {"encoding": schema.encoding_fingerprint, "data": schema.data_fingerprint}:
+            raise UserError(
+                f"{path} was altered after it was written (fingerprints differ); restore it or preprocess again"
+            )
+        return schema
+
+    @classmethod
+    def _from_document(cls, document: dict[str, Any]) -> "DatasetSchema":
+        def data_file(entry: dict[str, Any]) -> DataFile:
+            return DataFile(**{**entry, "row_groups": tuple(entry["row_groups"])})
+
+        def split(entry: dict[str, Any]) -> Split:
+            return Split(**{**entry, "files": tuple(data_file(file) for file in entry["files"])})
+
+        return cls(
+            **{
+                **document,
+                "columns": tuple(Column(**column) for column in document["columns"]),
+                "splits": {name: split(entry) for name, entry in document["splits"].items()},
+                "vocabulary": {name: data_file(entry) for name, entry in document["vocabulary"].items()},
+                "optimum": {name: Optimum(**entry) for name, entry in document["optimum"].items()},
+            }
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file's bytes, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def criteo_columns(
+    cardinalities: Mapping[str, int] | tuple[int, ...],
+    transform: str,
+    reserved: Mapping[str, Mapping[str, int]] | None = None,
+) -> tuple[Column, ...]:
+    """The 40 columns of Criteo's click logs: ``label``, ``I1..I13``, ``C1..C26``.
+
+    Args:
+        cardinalities: rows of each categorical column's table, by name or in order.
+        transform: what was done to the dense columns, in words.
+        reserved: ids with a meaning of their own, by categorical column.
+    """
+    if not isinstance(cardinalities, Mapping):
+        cardinalities = dict(zip(CRITEO_CATEGORICAL, cardinalities, strict=True))
+    reserved = reserved or {}
+    return (
+        Column(name=CRITEO_LABEL, role="label"),
+        *(Column(name=name, role="dense", transform=transform) for name in CRITEO_DENSE),
+        *(
+            Column(
+                name=name, role="categorical", cardinality=cardinalities[name], reserved=dict(reserved.get(name, {}))
+            )
+            for name in CRITEO_CATEGORICAL
+        ),
+    )
+
+
+def _fingerprint(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
