@@ -251,7 +251,7 @@ class DatasetSchema:
 
 def file_sha256(path: Path) -> str:
     """Checksum of a file's bytes, as hexadecimal digits."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
