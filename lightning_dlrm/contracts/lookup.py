@@ -1,0 +1,130 @@
+"""What models, optimisers and sharding say to each other about embedding tables.
+
+Shape suffixes: B samples, F tables, D table width, R rows held here, N looked-up indices,
+U distinct rows among them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_dlrm.contracts.batch import SparseIds
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """The gradient of a parameter [R, D] of which few rows were touched.
+
+    What holds for every RowGradient, so that no reader has to check it:
+
+    - It is the gradient of the mean loss over the *global* batch.
+    - De-duplication happens once, where the gradient is made and before any exchange: ``rows`` are
+      distinct and ascending.
+    - Micro-batches add up as gradients do: ``RowGradient.sum`` de-duplicates again.
+    - In the global norm a row counts once, with its summed gradient.
+    - L2 and weight decay touch the rows of the gradient and no others.
+    """
+
+    rows: Tensor
+    """int32 or int64 [U], distinct, ascending."""
+    values: Tensor
+    """[U, D], the summed gradient of each row; float32 at least."""
+
+    @staticmethod
+    def from_lookups(
+        rows_N: Tensor, grad_BD: Tensor, bag_N: Tensor | None = None, weights_N: Tensor | None = None
+    ) -> "RowGradient":
+        """Sums the gradients of looked-up vectors by row: a sort and a segment sum.
+
+        Args:
+            rows_N: the row of each index.
+            grad_BD: gradient of each output vector.
+            bag_N: the output vector each index went into; None when index i went into vector i.
+            weights_N: the factor each index's vector had in its sum; None means 1.
+        """
+        sorted_rows_N, order_N = torch.sort(rows_N, stable=True)
+        rows_U, counts_U = torch.unique_consecutive(sorted_rows_N, return_counts=True)
+        if grad_BD.dtype in (torch.bfloat16, torch.float16):
+            grad_BD = grad_BD.float()
+        values_UD = functional.embedding_bag(
+            order_N if bag_N is None else bag_N[order_N],
+            grad_BD,
+            torch.cumsum(counts_U, 0) - counts_U,
+            mode="sum",
+            per_sample_weights=None if weights_N is None else weights_N[order_N].to(grad_BD.dtype),
+        )
+        return RowGradient(rows_U, values_UD)
+
+    @staticmethod
+    def sum(parts: "Sequence[RowGradient]") -> "RowGradient":
+        """The sum of one or more gradients of one parameter."""
+        if len(parts) == 1:
+            return parts[0]
+        return RowGradient.from_lookups(torch.cat([p.rows for p in parts]), torch.cat([p.values for p in parts]))
+
+    def squared_norm(self) -> Tensor:
+        """Sum of squares, a 0-dim tensor."""
+        return self.values.square().sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablePiece:
+    """A range of a table's rows and where they lie in the parameter that holds them."""
+
+    name: str
+    """The table's name, such as ``C3``."""
+    table_rows: int
+    """Rows of the whole table."""
+    start: int
+    """First row of the table that is held here."""
+    stop: int
+    """Row of the table after the last one held here."""
+    offset: int
+    """Where ``start`` lies in the parameter."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The piece's part of a tensor whose first dimension is the parameter's rows; a view."""
+        return tensor[self.offset : self.offset + self.stop - self.start]
+
+
+class EmbeddingLookup(nn.Module):
+    """Turns ids into vectors, and gradients of vectors into a RowGradient.
+
+    A local lookup holds whole tables, a sharded one holds pieces; a model cannot tell them apart.
+    ``weight`` never gets a ``.grad``: its gradient is the RowGradient, read by the optimiser.
+    """
+
+    weight: nn.Parameter
+    """[R, D]: all rows held here, of tables of one width, table after table."""
+    pieces: tuple[TablePiece, ...]
+    """What the rows of ``weight`` are, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._gradients: list[RowGradient] = []
+
+    def forward(self, ids: SparseIds) -> Tensor:
+        """[B, F, D]: for every sample and table the (weighted) sum of the looked-up rows; zeros for
+        an empty bag."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def add_gradient(self, gradient: RowGradient) -> None:
+        """Called by the backward pass: once per micro-batch."""
+        self._gradients.append(gradient)
+
+    def gradient(self) -> RowGradient | None:
+        """The sum over the micro-batches since ``clear_gradient``; None where there was none."""
+        if not self._gradients:
+            return None
+        self._gradients = [RowGradient.sum(self._gradients)]
+        return self._gradients[0]
+
+    def replace_gradient(self, gradient: RowGradient) -> None:
+        """Puts another gradient in place of ``gradient()``; for clipping."""
+        self._gradients = [gradient]
+
+    def clear_gradient(self) -> None:
+        self._gradients = []

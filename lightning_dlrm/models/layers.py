@@ -1,0 +1,110 @@
+"""The dense layers that every model is made of, and how they start.
+
+Shape suffixes: B samples, d features, V vectors, D their width, P pairs.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dlrm.contracts.errors import UserError
+
+
+class MLP(nn.Sequential):
+    """Linear layers with a ReLU after each; after the last one too unless ``linear_output``.
+
+    Args:
+        widths: of the input and of every layer's output; at least two.
+        linear_output: leave the last layer without a ReLU.
+    """
+
+    def __init__(self, widths: Sequence[int], linear_output: bool = False) -> None:
+        if len(widths) < 2 or min(widths) < 1:
+            raise UserError(f"MLP widths {list(widths)}: expected an input and at least one layer, each 1 or wider")
+        self.widths = tuple(widths)
+        layers: list[nn.Module] = []
+        for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+        super().__init__(*(layers[:-1] if linear_output else layers))
+
+    def linears(self) -> list[nn.Linear]:
+        return [layer for layer in self if isinstance(layer, nn.Linear)]
+
+    def multiply_adds(self) -> int:
+        """Per sample."""
+        return sum(a * b for a, b in zip(self.widths[:-1], self.widths[1:], strict=True))
+
+
+class DotInteraction(nn.Module):
+    """Dot products of all pairs of vectors (Naumov et al. 2019, section 2.1.3).
+
+    The pairs (i, j), j < i, come row by row; with ``self_interaction`` j <= i.
+    """
+
+    pairs: Tensor
+
+    def __init__(self, vectors: int, width: int, self_interaction: bool = False) -> None:
+        super().__init__()
+        self.width = width
+        i, j = torch.tril_indices(vectors, vectors, 0 if self_interaction else -1, device="cpu")
+        self.register_buffer("pairs", i * vectors + j, persistent=False)
+
+    def forward(self, vectors_BVD: Tensor) -> Tensor:
+        """[B, V, D] -> [B, P]."""
+        products_BVV = torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2))
+        return products_BVV.flatten(1).index_select(1, self.pairs)
+
+    def multiply_adds(self) -> int:
+        """Per sample; only the pairs that are kept count."""
+        return self.pairs.numel() * self.width
+
+
+class CrossNetwork(nn.Module):
+    """Cross layers of DCN v1 (Wang et al. 2017, equation 3): x_{l+1} = x_0 (x_l . w_l) + b_l + x_l.
+
+    Starts from Xavier-normal weights and zero biases.
+    """
+
+    def __init__(self, features: int, layers: int) -> None:
+        super().__init__()
+        if layers < 1:
+            raise UserError(f"cross_layers is {layers}; expected at least 1")
+        self.weight = nn.Parameter(torch.empty(layers, features))
+        self.bias = nn.Parameter(torch.zeros(layers, features))
+
+    def forward(self, x0_Bd: Tensor) -> Tensor:
+        """[B, d] -> [B, d]."""
+        x_Bd = x0_Bd
+        for weight_d, bias_d in zip(self.weight, self.bias, strict=True):
+            x_Bd = torch.addcmul(x_Bd + bias_d, x0_Bd, (x_Bd @ weight_d)[:, None])
+        return x_Bd
+
+    def multiply_adds(self) -> int:
+        """Per sample: d for the product with w, d for scaling x_0, in each layer."""
+        return 2 * self.weight.numel()
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int) -> None:
+    """Draws every dense weight of a model: a function of the seed and the layer's name alone.
+
+    Linear: weights N(0, 2 / (in + out)), biases N(0, 1 / out), variances, as in the code published
+    with Naumov et al. 2019. CrossNetwork: weights N(0, 2 / (d + 1)) (Xavier normal of a [d, 1]
+    matrix), zero biases. Tables are left as they are.
+    """
+
+    def fill(parameter: Tensor, variance: float, name: str) -> None:
+        digest = hashlib.sha256(f"{seed}/dense/{name}".encode()).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
+        values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        parameter.copy_(values.normal_(0.0, variance**0.5, generator=generator))
+
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.is_meta:
+            fill(layer.weight, 2 / (layer.in_features + layer.out_features), f"{name}.weight")
+            fill(layer.bias, 1 / layer.out_features, f"{name}.bias")
+        elif isinstance(layer, CrossNetwork) and not layer.weight.is_meta:
+            fill(layer.weight, 2 / (layer.weight.shape[1] + 1), f"{name}.weight")
+            layer.bias.zero_()
