@@ -1,0 +1,367 @@
+"""The files of a dataset folder: how they are written, opened and checked.
+
+``lightning_dlrm.contracts.schema`` says what a dataset folder holds; this module knows Parquet. It
+starts without torch.
+"""
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import (
+    SPLITS,
+    Column,
+    DataFile,
+    DatasetSchema,
+    Split,
+    file_sha256,
+)
+
+# A row group is what a lane of the stream decodes at once and shuffles as its window, so 48 lanes
+# hold 48 of them: 123 MB at 157 bytes a row. Groups of 8,192 rows decode at 80% of the best speed
+# (per-chunk overhead), these at 96%; groups of 65,536 decode no faster, would hold 0.5 GB and would
+# need 0.8 s of decoding before a shuffled stream can serve its first batch.
+ROW_GROUP_ROWS = 16_384
+# 64 row groups: a footer takes 2 ms to parse, and Kaggle makes 44 files, Terabyte 4,171.
+ROWS_PER_FILE = 64 * ROW_GROUP_ROWS
+
+_TYPES: Mapping[str, pa.DataType] = {
+    "label": pa.int8(),
+    "dense": pa.float32(),
+    "categorical": pa.int32(),
+    "multi_hot": pa.list_(pa.int32()),
+}
+
+Values: TypeAlias = Any  # np.ndarray | pa.ListArray | tuple[np.ndarray, np.ndarray]
+
+
+class DatasetWriter:
+    """Writes a dataset folder whole or not at all.
+
+    Rows go to a hidden working folder beside the target, which takes the target's name only when
+    ``finish`` has written and flushed everything. Leaving the context without ``finish``, by an
+    error or otherwise, removes it. Equal input gives equal bytes (with one pyarrow version).
+
+        with DatasetWriter(Path("data/mine"), columns) as writer:
+            writer.write("train", {"label": labels, "I1": floats, "C1": ids})
+            schema = writer.finish(dataset="mine", protocol="own")
+
+    Args:
+        folder: the dataset folder to make; must not exist, or be empty.
+        columns: every column of every row, in the order in which they are stored. Without a label
+            column the dataset has no labels.
+
+    Raises:
+        UserError: ``folder`` is something else than a new or empty folder.
+    """
+
+    def __init__(self, folder: Path, columns: Sequence[Column]) -> None:
+        self.folder = Path(folder).absolute()
+        self.columns = tuple(columns)
+        self._splits: dict[str, _SplitWriter] = {}
+        self._vocabulary: dict[str, DataFile] = {}
+        self._check_target()
+        # The process is part of the name: two processes that make the same dataset do not meet.
+        self._prefix = f".{self.folder.name}.partial-{socket.gethostname()}-"
+        self._partial = self.folder.with_name(f"{self._prefix}{os.getpid()}")
+
+    def __enter__(self) -> "DatasetWriter":
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
+        self._partial.mkdir()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for split in self._splits.values():
+            split.abandon()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def write(self, split: str, arrays: Mapping[str, Values]) -> None:
+        """Appends rows to a split, in order; the arrays may be reused afterwards.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+            arrays: for every column B values: label int8; dense float32, NaN being stored as null;
+                categorical int32; multi-hot a list<int32> array or a pair of int32 values [N] and
+                offsets [B + 1].
+        """
+        assert split in SPLITS, f"split {split!r} is none of {SPLITS}"
+        names = [column.name for column in self.columns]
+        assert set(arrays) == set(names), f"columns {sorted(arrays)} given, {sorted(names)} expected"
+        table = pa.table({column.name: _to_arrow(column, arrays[column.name]) for column in self.columns})
+        if split not in self._splits:
+            self._splits[split] = _SplitWriter(self._partial, split, table.schema, self.columns)
+        self._splits[split].append(table)
+
+    def write_vocabulary(self, name: str, table: pa.Table) -> None:
+        """Writes ``vocabulary/<name>.parquet``, the raw values of a categorical column's ids."""
+        (self._partial / "vocabulary").mkdir(exist_ok=True)
+        path = f"vocabulary/{name}.parquet"
+        pq.write_table(table, self._partial / path, compression="zstd", store_schema=False)
+        self._vocabulary[name] = _data_file(self._partial, path)
+
+    def finish(self, **schema_fields: Any) -> DatasetSchema:
+        """Completes the dataset and gives it its name.
+
+        Args:
+            schema_fields: ``dataset``, ``protocol`` and, where there are any, ``settings``,
+                ``optimum`` and ``report`` of the DatasetSchema.
+
+        Raises:
+            UserError: the target came into being meanwhile.
+        """
+        schema = DatasetSchema(
+            columns=self.columns,
+            splits={name: self._splits[name].close() for name in SPLITS if name in self._splits},
+            vocabulary={
+                column.name: self._vocabulary[column.name] for column in self.columns if column.name in self._vocabulary
+            },
+            **schema_fields,
+        )
+        schema.save(self._partial)
+        for path in (*self._partial.rglob("*"), self._partial):
+            _flush(path)
+        self._check_target()
+        self._partial.rename(self.folder)
+        _flush(self.folder.parent)
+        return schema
+
+    def _check_target(self) -> None:
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            return
+        if self.folder.exists():
+            raise UserError(
+                f"{self.folder} exists and is not an empty folder; name a new folder, or remove it if it is not needed"
+            )
+
+    def _remove_leftovers(self) -> None:
+        """Removes working folders of processes that were killed on this machine."""
+        for leftover in self.folder.parent.glob(f"{self._prefix}*"):
+            process = leftover.name.removeprefix(self._prefix)
+            if process.isdigit() and (int(process) == os.getpid() or not _is_running(int(process))):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+class _SplitWriter:
+    """Cuts appended rows into row groups and files of the fixed sizes."""
+
+    def __init__(self, root: Path, split: str, arrow: pa.Schema, columns: Sequence[Column]) -> None:
+        self.root, self.split, self.arrow = root, split, arrow
+        self.label = next((column.name for column in columns if column.role == "label"), None)
+        # Readers compare the largest id with the table; statistics of other columns only grow the footer.
+        self.with_statistics = [_leaf(column) for column in columns if column.cardinality]
+        self.pending: list[pa.Table] = []
+        self.pending_rows = 0
+        self.positives = 0
+        self.files: list[DataFile] = []
+        self.groups: list[int] = []
+        self.writer: pq.ParquetWriter | None = None
+        (root / split).mkdir()
+
+    def append(self, table: pa.Table) -> None:
+        self.pending.append(table)
+        self.pending_rows += table.num_rows
+        if self.pending_rows < ROW_GROUP_ROWS:
+            return
+        rows = pa.concat_tables(self.pending)
+        whole = self.pending_rows - self.pending_rows % ROW_GROUP_ROWS
+        for start in range(0, whole, ROW_GROUP_ROWS):
+            self._write_group(rows.slice(start, ROW_GROUP_ROWS))
+        self.pending, self.pending_rows = [rows.slice(whole)], self.pending_rows - whole
+
+    def close(self) -> Split:
+        if self.pending_rows:
+            self._write_group(pa.concat_tables(self.pending))
+        self._close_file()
+        return Split(
+            rows=sum(file.rows for file in self.files),
+            positives=None if self.label is None else self.positives,
+            files=tuple(self.files),
+        )
+
+    def abandon(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+    def _write_group(self, rows: pa.Table) -> None:
+        if self.writer is None:
+            self.writer = pq.ParquetWriter(
+                self.root / self._path(),
+                self.arrow,
+                compression="zstd",
+                use_dictionary=True,
+                write_statistics=self.with_statistics,
+                store_schema=False,
+            )
+        self.writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
+        self.groups.append(rows.num_rows)
+        if self.label is not None:
+            self.positives += int(np.count_nonzero(rows.column(self.label)))
+        if sum(self.groups) == ROWS_PER_FILE:
+            self._close_file()
+
+    def _close_file(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+            self.files.append(_data_file(self.root, self._path(), tuple(self.groups)))
+            self.groups = []
+
+    def _path(self) -> str:
+        return f"{self.split}/part-{len(self.files):05d}.parquet"
+
+
+def part_files(schema: DatasetSchema, splits: Sequence[str] = SPLITS) -> Iterator[DataFile]:
+    """The part files of some splits, in order; a split that the dataset lacks has none."""
+    for name in splits:
+        if name in schema.splits:
+            yield from schema.splits[name].files
+
+
+def check_sizes(folder: Path, files: Sequence[DataFile]) -> None:
+    """Sees that files are there and have their size, without opening them.
+
+    Raises:
+        UserError: one is missing, shorter or longer than when it was written.
+    """
+    for file in files:
+        path = Path(folder) / file.path
+        if not path.is_file():
+            raise UserError(f"{path} is missing; restore the file, or make the dataset again")
+        found = path.stat().st_size
+        if found != file.bytes:
+            what = "truncated" if found < file.bytes else "altered"
+            raise UserError(
+                f"{path} is {what}: it has {found} bytes, its dataset.json says {file.bytes}; "
+                "restore the file, or make the dataset again"
+            )
+
+
+def verify(folder: Path, schema: DatasetSchema) -> None:
+    """Reads every byte of a dataset and compares the checksums; takes a second per GB or so.
+
+    Raises:
+        UserError: a file is missing, truncated or altered.
+    """
+    files = (*schema.vocabulary.values(), *part_files(schema))
+    check_sizes(folder, files)
+    for file in files:
+        found = file_sha256(Path(folder) / file.path)
+        if found != file.sha256:
+            raise UserError(
+                f"{Path(folder) / file.path} is altered: its sha256 is {found[:12]}..., its dataset.json says "
+                f"{file.sha256[:12]}...; restore the file, or make the dataset again"
+            )
+
+
+def open_part(folder: Path, schema: DatasetSchema, file: DataFile) -> pq.ParquetFile:
+    """Opens a part file and compares its footer with the schema.
+
+    Raises:
+        UserError: the file is missing or not Parquet, or its columns, its rows per row group or its
+            ids do not fit the schema.
+    """
+    check_sizes(folder, [file])
+    path = Path(folder) / file.path
+    remedy = "restore the file, or make the dataset again"
+    try:
+        # The whole-file read-ahead of pyarrow would hold far more than the row group at hand.
+        part = pq.ParquetFile(path, pre_buffer=False)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is altered: it is no readable Parquet file ({_one_line(error)}); {remedy}") from error
+    arrow = part.schema_arrow
+    for column in schema.columns:
+        found = arrow.field(column.name).type if column.name in arrow.names else None
+        if found is None or not _fits(found, column):
+            has = "no such column" if found is None else f"type {found}"
+            raise UserError(f"{path}: column {column.name} has {has}, expected {_TYPES[column.role]}; {remedy}")
+    metadata = part.metadata
+    groups = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
+    if groups != file.row_groups:
+        raise UserError(
+            f"{path} is altered: it has {sum(groups)} rows in {len(groups)} row groups, its dataset.json says "
+            f"{file.rows} in {len(file.row_groups)} (or splits them differently); {remedy}"
+        )
+    _check_ids(path, schema, metadata)
+    return part
+
+
+def _check_ids(path: Path, schema: DatasetSchema, metadata: pq.FileMetaData) -> None:
+    positions = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}
+    for column in schema.by_role("categorical", "multi_hot"):
+        position = positions[_leaf(column)]
+        for group in range(metadata.num_row_groups):
+            statistics = metadata.row_group(group).column(position).statistics
+            if statistics is None or not statistics.has_min_max:
+                continue
+            if column.role == "categorical" and statistics.null_count:
+                raise UserError(f"{path}: row group {group} of column {column.name} has nulls; make the dataset again")
+            if statistics.min < 0 or statistics.max >= column.cardinality:
+                raise UserError(
+                    f"{path}: row group {group} of column {column.name} has ids from {statistics.min} to "
+                    f"{statistics.max}, its table has rows 0 to {column.cardinality - 1}; make the dataset again"
+                )
+
+
+def _to_arrow(column: Column, values: Values) -> pa.Array:
+    kind = _TYPES[column.role]
+    if column.role == "multi_hot":
+        if not isinstance(values, tuple):
+            assert values.type.equals(kind), f"column {column.name}: {values.type} given, {kind} expected"
+            return values
+        ids, offsets = (np.array(part, dtype=np.int32) for part in values)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids), type=kind)
+    assert isinstance(values, np.ndarray) and values.dtype == kind.to_pandas_dtype(), (
+        f"column {column.name}: {getattr(values, 'dtype', type(values))} given, {kind} expected"
+    )
+    values = values.copy()
+    return pa.array(values, mask=np.isnan(values)) if column.role == "dense" else pa.array(values)
+
+
+def _leaf(column: Column) -> str:
+    """Name of the Parquet leaf that holds a column's values."""
+    return f"{column.name}.list.element" if column.role == "multi_hot" else column.name
+
+
+def _fits(found: pa.DataType, column: Column) -> bool:
+    if column.role == "multi_hot":
+        return pa.types.is_list(found) and found.value_type.equals(pa.int32())
+    return found.equals(_TYPES[column.role])
+
+
+def _data_file(root: Path, path: str, groups: tuple[int, ...] = ()) -> DataFile:
+    return DataFile(path=path, sha256=file_sha256(root / path), bytes=(root / path).stat().st_size, row_groups=groups)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
