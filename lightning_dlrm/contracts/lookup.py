@@ -29,7 +29,7 @@ class RowGradient:
     """
 
     rows: Tensor
-    """int32 or int64 [U], distinct, ascending."""
+    """int64 [U], distinct, ascending."""
     values: Tensor
     """[U, D], the summed gradient of each row; float32 at least."""
 
@@ -56,7 +56,7 @@ class RowGradient:
             mode="sum",
             per_sample_weights=None if weights_N is None else weights_N[order_N].to(grad_BD.dtype),
         )
-        return RowGradient(rows_U, values_UD)
+        return RowGradient(rows_U.long(), values_UD)
 
     @staticmethod
     def sum(parts: "Sequence[RowGradient]") -> "RowGradient":

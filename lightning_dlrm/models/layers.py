@@ -4,6 +4,7 @@ Shape suffixes: B samples, d features, V vectors, D their width, P pairs.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,7 @@ class MLP(nn.Sequential):
             raise UserError(f"MLP widths {list(widths)}: expected an input and at least one layer, each 1 or wider")
         self.widths = tuple(widths)
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+        for width_in, width_out in itertools.pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.ReLU()]
         super().__init__(*(layers[:-1] if linear_output else layers))
 
@@ -34,7 +35,7 @@ class MLP(nn.Sequential):
 
     def multiply_adds(self) -> int:
         """Per sample."""
-        return sum(a * b for a, b in zip(self.widths[:-1], self.widths[1:], strict=True))
+        return sum(a * b for a, b in itertools.pairwise(self.widths))
 
 
 class DotInteraction(nn.Module):

@@ -1,0 +1,132 @@
+"""The one optimiser of a model: a rule for the dense layers, a rule for the tables."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient
+from lightning_dlrm.optim.rules import UpdateRule
+
+
+class CTROptimizer(torch.optim.Optimizer):
+    """Updates dense layers from their ``.grad`` and tables from their RowGradient.
+
+    A ``torch.optim.Optimizer`` with two groups, ``dense`` and ``tables``, so that schedulers and
+    Lightning's automatic optimisation treat it as one. Learning rates are 0-dim tensors.
+
+    The state of the tables is as large as the tables themselves can be. It is kept apart, in
+    ``table_state``, and is not part of ``state_dict``: checkpoints write it piece by piece.
+    """
+
+    def __init__(
+        self,
+        dense: Sequence[nn.Parameter],
+        lookups: Sequence[EmbeddingLookup],
+        dense_rule: UpdateRule,
+        table_rule: UpdateRule,
+    ) -> None:
+        self.lookups = tuple(lookups)
+        self.rules = {"dense": dense_rule, "tables": table_rule}
+        super().__init__(
+            [
+                {"name": "dense", "params": list(dense), "lr": _learning_rate(dense_rule)},
+                {"name": "tables", "params": [lookup.weight for lookup in lookups], "lr": _learning_rate(table_rule)},
+            ],
+            {},
+        )
+        for parameter in dense:
+            self.state[parameter] = dense_rule.state(parameter.detach())
+        self.table_state = [table_rule.state(lookup.weight.detach()) for lookup in lookups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every dense weight with a gradient and of every touched table row."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        dense, tables = self.param_groups
+        for parameter in dense["params"]:
+            if parameter.grad is not None:
+                self.rules["dense"].update(parameter, parameter.grad, self.state[parameter], dense["lr"])
+        for lookup, state in zip(self.lookups, self.table_state, strict=True):
+            gradient = lookup.gradient()
+            if gradient is not None:
+                _update_rows(lookup.weight, gradient, state, self.rules["tables"], tables["lr"])
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for lookup in self.lookups:
+            lookup.clear_gradient()
+
+    def gradient_norm(self) -> Tensor:
+        """The global 2-norm: dense gradients and each touched row's summed gradient; 0-dim."""
+        squares = [p.grad.square().sum() for p in self.param_groups[0]["params"] if p.grad is not None]
+        squares += [g.squared_norm() for lookup in self.lookups if (g := lookup.gradient()) is not None]
+        return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+    @torch.no_grad()
+    def clip_gradient_norm(self, max_norm: float) -> None:
+        """Scales all gradients so that their global norm is at most ``max_norm``."""
+        factor = (max_norm / (self.gradient_norm() + 1e-6)).clamp(max=1.0)
+        self._map_gradients(lambda gradient: gradient * factor)
+
+    @torch.no_grad()
+    def clip_gradient_values(self, max_value: float) -> None:
+        """Cuts every element of every gradient to [-max_value, max_value]."""
+        self._map_gradients(lambda gradient: gradient.clamp(-max_value, max_value))
+
+    def _map_gradients(self, change: Callable[[Tensor], Tensor]) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                parameter.grad.copy_(change(parameter.grad))
+        for lookup in self.lookups:
+            gradient = lookup.gradient()
+            if gradient is not None:
+                lookup.replace_gradient(RowGradient(gradient.rows, change(gradient.values)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Learning rates and the dense layers' state; the tables' state is ``table_state``."""
+        return super().state_dict() | {"rules": self._rule_names()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what ``state_dict`` gave; ``table_state`` is filled by whoever reads the checkpoint.
+
+        Raises:
+            UserError: the state is that of other rules.
+        """
+        state_dict = dict(state_dict)
+        rules = state_dict.pop("rules")
+        if rules != self._rule_names():
+            raise UserError(
+                f"the checkpoint was trained with {rules}, this run asks for {self._rule_names()}: "
+                "choose the same rules, or start a new run"
+            )
+        super().load_state_dict(state_dict)
+
+    def _rule_names(self) -> dict[str, str]:
+        return {group: type(rule).__name__ for group, rule in self.rules.items()}
+
+
+def _update_rows(
+    weight: Tensor, gradient: RowGradient, state: dict[str, Tensor], rule: UpdateRule, learning_rate: Tensor
+) -> None:
+    """Applies a rule to the touched rows: gather, update, put back. Rows are distinct, so none is lost."""
+    rows = gradient.rows
+    touched = weight.index_select(0, rows)
+    touched_state = {slot: values.index_select(0, rows) for slot, values in state.items()}
+    rule.update(touched, gradient.values.to(touched.dtype), touched_state, learning_rate)
+    weight.index_copy_(0, rows, touched)
+    for slot, values in touched_state.items():
+        state[slot].index_copy_(0, rows, values)
+
+
+def _learning_rate(rule: UpdateRule) -> Tensor:
+    if not math.isfinite(rule.learning_rate):
+        raise UserError(f"{type(rule).__name__}: learning_rate is {rule.learning_rate}; expected a finite number")
+    return torch.tensor(rule.learning_rate, dtype=torch.float64, device="cpu")

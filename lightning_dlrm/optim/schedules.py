@@ -1,0 +1,59 @@
+"""Learning-rate schedules: pure functions of the step."""
+
+from lightning_dlrm.contracts.errors import UserError
+
+
+class Schedule:
+    """Base of the schedules."""
+
+    def learning_rate(self, step: int, base: float) -> float:
+        """The rate of optimiser step ``step``, counted from 1; ``base`` is the rule's own."""
+        raise TypeError(f"{type(self).__name__} does not define learning_rate")
+
+
+class Constant(Schedule):
+    """The rule's own learning rate at every step."""
+
+    def learning_rate(self, step: int, base: float) -> float:
+        return base
+
+
+class WarmupQuadraticDecay(Schedule):
+    """Linear warm-up, plateau, quadratic decay: the schedule of the code published with DLRM.
+
+    As published, warm-up leads from base / warmup_steps to base (1 - 1 / warmup_steps), which is
+    kept up to decay_start_step; the decay then starts from base, and its last rate stays.
+
+    Args:
+        warmup_steps: steps of linear warm-up.
+        decay_start_step: first step of the decay; not before the warm-up's end.
+        decay_steps: length of the decay; 0 for none.
+    """
+
+    MIN_LEARNING_RATE = 1e-7
+    """The decay goes no lower, as published."""
+
+    def __init__(self, warmup_steps: int, decay_start_step: int = 0, decay_steps: int = 0) -> None:
+        if min(warmup_steps, decay_start_step, decay_steps) < 0:
+            raise UserError(
+                f"WarmupQuadraticDecay: warmup_steps {warmup_steps}, decay_start_step {decay_start_step}, "
+                f"decay_steps {decay_steps}; expected numbers of 0 or more"
+            )
+        if decay_steps and decay_start_step < warmup_steps:
+            raise UserError(
+                f"WarmupQuadraticDecay: the decay starts at step {decay_start_step}, before the warm-up of "
+                f"{warmup_steps} steps ends; set decay_start_step to {warmup_steps} or later"
+            )
+        self.warmup_steps = warmup_steps
+        self.decay_start_step = decay_start_step
+        self.decay_steps = decay_steps
+
+    def learning_rate(self, step: int, base: float) -> float:
+        if step < self.warmup_steps:
+            return base * step / self.warmup_steps
+        if self.decay_steps == 0:
+            return base
+        if step < self.decay_start_step:
+            return base * (self.warmup_steps - 1) / self.warmup_steps if self.warmup_steps > 1 else base
+        decayed = min(step - self.decay_start_step, self.decay_steps - 1)
+        return max(self.MIN_LEARNING_RATE, base * ((self.decay_steps - decayed) / self.decay_steps) ** 2)

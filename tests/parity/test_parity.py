@@ -1,0 +1,158 @@
+"""Contract: our numbers are the numbers of the published code.
+
+Every ``*.npz`` in the folder named by PARITY_DIR (by default the copies beside this file) is one
+case: a small training run of facebookresearch/dlrm (``dlrm_*``), or one layer's forward and
+backward pass (``cross_*``, ``factorization_machine*``). A new case needs no code here.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.models.layers import CrossNetwork
+from lightning_dlrm.objectives.losses import summed_log_loss
+from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
+from lightning_dlrm.optim.schedules import Constant, Schedule, WarmupQuadraticDecay
+
+FOLDER = Path(os.environ.get("PARITY_DIR") or Path(__file__).parent / "golden")
+CASES = sorted(FOLDER.glob("*.npz"))
+
+# The reference code's "rwsadagrad" treats the dense layers with ordinary Adagrad.
+RULES = {
+    "sgd": (SGD, SGD),
+    "adagrad": (Adagrad, Adagrad),
+    "rwsadagrad": (Adagrad, RowWiseAdagrad),
+}
+LATER = {
+    "weighted_pooling": "learned and fixed pooling weights come with the models' issue",
+    "qr": "quotient-remainder tables come with the models' issue",
+    "md": "mixed-dimension tables come with the models' issue",
+}
+
+
+def test_the_folder_holds_cases() -> None:
+    assert CASES, f"no *.npz in {FOLDER}"
+
+
+def load(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    with np.load(path, allow_pickle=False) as archive:
+        text = str(archive["meta"]) if "meta" in archive.files else "{}"
+        meta = json.loads(text) if text.startswith("{") else {"text": text}
+        return meta, {name: torch.from_numpy(archive[name]) for name in archive.files if name != "meta"}
+
+
+def expect_failure_if_later(meta: dict) -> None:
+    for feature, reason in LATER.items():
+        if meta.get(feature):
+            pytest.xfail(reason)
+    if meta["loss"] != "bce" or meta["loss_threshold"]:
+        pytest.xfail("weighted and clamped losses come with the models' issue")
+
+
+def build(meta: dict) -> DLRM:
+    assert meta["bottom_mlp"][0] == 13
+    return DLRM(
+        Features(dense=13, tables={f"C{i + 1}": rows for i, rows in enumerate(meta["tables"])}),
+        embedding_dim=meta["embedding_dim"],
+        bottom_mlp=meta["bottom_mlp"][1:],
+        top_mlp=meta["top_mlp"][1:-1],
+        interaction=meta["interaction"],
+        self_interaction=meta["interaction_itself"],
+    )
+
+
+def published_names(network: DLRM) -> dict[str, Tensor]:
+    """Our weights under the names of the published code."""
+    pieces = network.embeddings.pieces
+    names = {f"emb_l.{t}.weight": piece.of(network.embeddings.weight) for t, piece in enumerate(pieces)}
+    for prefix, mlp in (("bot_l", network.bottom), ("top_l", network.top)):
+        for i, linear in enumerate(mlp.linears()):
+            names |= {f"{prefix}.{2 * i}.weight": linear.weight, f"{prefix}.{2 * i}.bias": linear.bias}
+    return names
+
+
+def read_ids(arrays: dict[str, Tensor], step: int, tables: int) -> SparseIds:
+    """Index lists table by table -> bags sample by sample."""
+    lengths_TB = arrays["lengths"][step]
+    per_table = [
+        torch.split(arrays[f"indices/{step}/{t}"].to(torch.int32), lengths_TB[t].tolist()) for t in range(tables)
+    ]
+    bags = [per_table[t][b] for b in range(lengths_TB.shape[1]) for t in range(tables)]
+    lengths = torch.tensor([0, *(len(bag) for bag in bags)])
+    if set(lengths[1:].tolist()) == {1}:
+        return SparseIds(values=torch.cat(bags).view(-1, tables), tables=tables)
+    return SparseIds(values=torch.cat(bags), tables=tables, offsets=torch.cumsum(lengths, 0))
+
+
+@pytest.mark.parametrize("path", [p for p in CASES if p.stem.startswith("dlrm")], ids=lambda p: p.stem)
+def test_dlrm_training_run(path: Path) -> None:
+    meta, arrays = load(path)
+    expect_failure_if_later(meta)
+    network = build(meta)
+    ours = published_names(network)
+    theirs = {name.removeprefix("init/") for name in arrays if name.startswith("init/")}
+    assert set(ours) == theirs
+    with torch.no_grad():
+        for name, weight in ours.items():
+            weight.copy_(arrays[f"init/{name}"])
+
+    dense_rule, table_rule = RULES[meta["optimizer"]]
+    dense = [p for p in network.parameters() if p is not network.embeddings.weight]
+    optimizer = CTROptimizer(dense, [network.embeddings], dense_rule(meta["lr"]), table_rule(meta["lr"]))
+    schedule: Schedule = WarmupQuadraticDecay(*meta["lr_policy"]) if meta["lr_policy"] else Constant()
+    losses, rates = [], []
+    for step in range(meta["steps"]):
+        rate = schedule.learning_rate(step + 1, meta["lr"])
+        for group in optimizer.param_groups:
+            group["lr"].fill_(rate)
+        optimizer.zero_grad()
+        labels = arrays["labels"][step]
+        logits = network(arrays["dense"][step], read_ids(arrays, step, len(meta["tables"])))
+        if step == 0:
+            torch.testing.assert_close(
+                logits.sigmoid().flatten(), arrays["first_probability"].flatten(), rtol=0, atol=1e-6
+            )
+        loss = summed_log_loss(logits, labels.flatten()) / labels.numel()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        rates.append(rate)
+
+    np.testing.assert_allclose(rates, arrays["lrs"].numpy(), rtol=1e-6)
+    np.testing.assert_allclose(losses, arrays["losses"].numpy(), rtol=1e-5)
+    for name, weight in ours.items():
+        torch.testing.assert_close(
+            weight, arrays[f"final/{name}"], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("path", [p for p in CASES if not p.stem.startswith("dlrm")], ids=lambda p: p.stem)
+def test_layer(path: Path) -> None:
+    meta, arrays = load(path)
+    if "param/kernels" not in arrays or arrays["param/kernels"].shape[-1] != 1:
+        pytest.xfail("cross layers of DCN v2 and factorisation machines come with the models' issue")
+    kernels = arrays["param/kernels"]
+    layer = CrossNetwork(meta["features"], meta["layers"])
+    with torch.no_grad():
+        layer.weight.copy_(kernels.squeeze(-1))
+        layer.bias.copy_(arrays["param/bias"].squeeze(-1))
+    x = arrays["x"].clone().requires_grad_()
+    y = layer(x)
+    y.square().sum().backward()
+    for name, value in {
+        "y": y,
+        "grad/x": x.grad,
+        "grad/kernels": layer.weight.grad[..., None],
+        "grad/bias": layer.bias.grad[..., None],
+    }.items():
+        scale = arrays[name].abs().max().item()
+        torch.testing.assert_close(value, arrays[name], rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
