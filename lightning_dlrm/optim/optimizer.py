@@ -1,5 +1,6 @@
 """The one optimiser of a model: a rule for the dense layers, a rule for the tables."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -95,19 +96,26 @@ class CTROptimizer(torch.optim.Optimizer):
         return super().state_dict() | {"rules": self._rule_names()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what ``state_dict`` gave; ``table_state`` is filled by whoever reads the checkpoint.
+        """Takes what ``state_dict`` gave.
+
+        Where it also holds ``read_table_rows(piece, slot, out)``, that fills ``table_state``.
 
         Raises:
             UserError: the state is that of other rules.
         """
         state_dict = dict(state_dict)
         rules = state_dict.pop("rules")
+        read_table_rows = state_dict.pop("read_table_rows", None)
         if rules != self._rule_names():
             raise UserError(
                 f"the checkpoint was trained with {rules}, this run asks for {self._rule_names()}: "
                 "choose the same rules, or start a new run"
             )
         super().load_state_dict(state_dict)
+        if read_table_rows is not None:
+            for lookup, state in zip(self.lookups, self.table_state, strict=True):
+                for piece, (slot, values) in itertools.product(lookup.pieces, state.items()):
+                    read_table_rows(piece, slot, piece.of(values))
 
     def _rule_names(self) -> dict[str, str]:
         return {group: type(rule).__name__ for group, rule in self.rules.items()}

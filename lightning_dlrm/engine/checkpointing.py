@@ -1,0 +1,114 @@
+"""When checkpoints are saved, and the door through which Lightning saves and opens them."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import CheckpointIO
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.sharding.checkpoint import CheckpointReader, link_checkpoint, resolve_checkpoint, save_checkpoint
+from lightning_dlrm.tracking import names
+
+LAST, BEST = "last", "best"
+MONITOR = f"{names.VALIDATION}/auc"
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """Hands Lightning's checkpoint dictionaries to the checkpoint folder and back."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        rest = {key: value for key, value in checkpoint.items() if key not in ("tables", "header")}
+        save_checkpoint(Path(path), checkpoint["tables"], rest, checkpoint["header"])
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        reader = CheckpointReader(Path(path))
+        return reader.rest() | {"tables": reader}
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Never called: checkpoints replace each other."""
+
+
+class RunCheckpoints(Checkpoint):
+    """Keeps two checkpoints: ``last``, and ``best`` by validation AUC.
+
+    Args:
+        folder: where the two are kept.
+        every_n_steps: save ``last`` every so many optimiser steps, besides after each validation;
+            0 for after validations only.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int) -> None:
+        if every_n_steps < 0:
+            raise UserError(f"checkpoint.every_n_steps is {every_n_steps}; expected 0 or more")
+        self.folder = folder
+        self.every_n_steps = every_n_steps
+        self.best: dict[str, float] = {}
+        """Metrics of the best validation so far, with its step."""
+        self.seconds = 0.0
+        """Time spent saving."""
+        self._saved_step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": dict(self.best)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = dict(state_dict["best"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = self.every_n_steps and step % self.every_n_steps == 0 and step != self._saved_step
+        if due and not _validates_now(trainer, batch_idx):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.state.fn == "fit":
+            return
+        assert isinstance(pl_module, CTRModule)
+        score, best = pl_module.results[MONITOR], self.best.get(MONITOR)
+        # The first validation is the best so far even where its AUC is NaN.
+        improved = best is None or score > best or (best != best and score == score)
+        if improved:
+            self.best = {names.STEP: trainer.global_step, **pl_module.results}
+        self._save(trainer)
+        if improved and trainer.is_global_zero:
+            link_checkpoint(self.folder / LAST, self.folder / BEST)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        start = time.perf_counter()
+        trainer.save_checkpoint(self.folder / LAST)
+        self._saved_step = trainer.global_step
+        self.seconds += time.perf_counter() - start
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The whole checkpoint with the most steps in a run's ``checkpoints`` folder; None if there is none."""
+    found = []
+    for name in (LAST, BEST):
+        try:
+            path = resolve_checkpoint(folder / name)
+            found.append((CheckpointReader(path).header[names.STEP], path))
+        except UserError:
+            # Absent or not whole; the other one may serve.
+            continue
+    return max(found)[1] if found else None
+
+
+def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether a validation, which saves too, follows this very step."""
+    if not trainer.enable_validation or isinstance(trainer.val_check_batch, float):
+        return False
+    if trainer.should_stop:
+        return True
+    counted = trainer.fit_loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
+    return bool(trainer.val_check_batch) and (counted + 1) % trainer.val_check_batch == 0

@@ -1,0 +1,237 @@
+"""The one LightningModule: any network, any rules, any dataset."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_dlrm.contracts.batch import Batch
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import DatasetSchema, Features
+from lightning_dlrm.models.accounting import ModelSize, model_size
+from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.objectives.losses import summed_log_loss
+from lightning_dlrm.objectives.metrics import ClickMetrics
+from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.rules import UpdateRule
+from lightning_dlrm.optim.schedules import Constant, Schedule
+from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors
+from lightning_dlrm.tracking import names
+
+TABLES_KEY = "network.embeddings.weight"
+
+
+class CTRModule(pl.LightningModule):
+    """A click-through-rate model under training.
+
+    Args:
+        network: makes the network from the dataset's features and the seed, such as DLRM or DCN.
+        table_optimizer: rule for the embedding tables: SGD, Adagrad or RowWiseAdagrad.
+        dense_optimizer: rule for all other weights.
+        schedule: of both learning rates: Constant or WarmupQuadraticDecay.
+        schema: of the dataset; taken from the data.
+        seed: of the initial weights; taken from seed_everything.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Features, int], CTRNetwork],
+        table_optimizer: UpdateRule,
+        dense_optimizer: UpdateRule,
+        schedule: Schedule | None = None,
+        *,
+        schema: DatasetSchema,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.make_network = network
+        self.table_rule = table_optimizer
+        self.dense_rule = dense_optimizer
+        self.schedule = schedule or Constant()
+        self.schema = schema
+        self.seed = seed
+        self.network: CTRNetwork
+        self.metrics = nn.ModuleDict({names.VALIDATION: ClickMetrics(), names.TEST: ClickMetrics()})
+        self.results: dict[str, float] = {}
+        """The last evaluation's metrics in full precision."""
+
+    def size(self) -> ModelSize:
+        """Parameters and FLOPs, counted without allocating the tables."""
+        with torch.device("meta"):
+            return model_size(self.make_network(self.schema.features, self.seed))
+
+    def configure_model(self) -> None:
+        # Lightning calls this once for every fit, validate, test and predict.
+        if not hasattr(self, "network"):
+            self.network = self.make_network(self.schema.features, self.seed)
+
+    def configure_optimizers(self) -> Any:
+        embeddings = self.network.embeddings
+        dense = [p for p in self.network.parameters() if p is not embeddings.weight]
+        optimizer = CTROptimizer(dense, [embeddings], self.dense_rule, self.table_rule)
+        factors = [_factor(self.schedule, rule.learning_rate) for rule in (self.dense_rule, self.table_rule)]
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"},
+        }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning's own clipping sees ``.grad`` only, so it would pass over the tables.
+        if not gradient_clip_val:
+            return
+        ours: CTROptimizer = getattr(optimizer, "optimizer", optimizer)
+        if gradient_clip_algorithm == "value":
+            ours.clip_gradient_values(gradient_clip_val)
+        else:
+            ours.clip_gradient_norm(gradient_clip_val)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """One slice's forward pass.
+
+        The loss is the slice's sum times ranks / global size, so that the average over the ranks
+        is the mean over the global batch whatever the slices' sizes.
+        """
+        logits_B = self.network(batch.dense, batch.ids)
+        loss = summed_log_loss(logits_B, _labels(batch)) * (self.trainer.world_size / batch.global_size)
+        return {"loss": loss, "logits": logits_B.detach(), "step_loss": loss.detach()}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, names.VALIDATION)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, names.TEST)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """``row`` int64 [B] and ``probability`` float32 [B]."""
+        assert batch.rows is not None
+        probability_B = self.network(batch.dense, batch.ids).double().sigmoid().float()
+        return {"row": batch.rows, "probability": probability_B}
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish_evaluation(names.VALIDATION)
+
+    def on_test_epoch_end(self) -> None:
+        self._finish_evaluation(names.TEST)
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        self._metrics(stage).update(self.network(batch.dense, batch.ids), _labels(batch))
+
+    def _finish_evaluation(self, stage: str) -> None:
+        metrics = self._metrics(stage)
+        if not self.trainer.sanity_checking:
+            self.results = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+            # For callbacks such as EarlyStopping; the loggers get the full precision from the recorder.
+            self.log_dict(self.results, logger=False, rank_zero_only=True)
+        metrics.reset()
+
+    def _metrics(self, stage: str) -> ClickMetrics:
+        metrics = self.metrics[stage]
+        assert isinstance(metrics, ClickMetrics)
+        return metrics
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the tables and their optimiser state out of Lightning's dictionary: they are written
+        piece by piece, without a copy."""
+        embeddings = self.network.embeddings
+        slots: Mapping[str, Tensor] = {}
+        if checkpoint.get("optimizer_states"):
+            slots = self._optimizer().table_state[0]
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k != TABLES_KEY}
+        checkpoint["tables"] = [
+            PieceTensors(piece, {"weight": piece.of(embeddings.weight)} | {s: piece.of(t) for s, t in slots.items()})
+            for piece in embeddings.pieces
+        ]
+        checkpoint["header"] = {
+            "model": type(self.network).__name__,
+            "encoding_fingerprint": self.schema.encoding_fingerprint,
+            "data_fingerprint": self._data_schema().data_fingerprint,
+            "step": checkpoint["global_step"],
+            "epoch": checkpoint["epoch"],
+        }
+        checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint is of this model and data, and reads the tables in place.
+
+        Raises:
+            UserError: it is of another model, dataset encoding, or (to train on) other data.
+        """
+        reader: CheckpointReader = checkpoint["tables"]
+        self._check_header(reader)
+        embeddings = self.network.embeddings
+        theirs, ours = set(reader.manifest.tables), {piece.name for piece in embeddings.pieces}
+        if theirs != ours:
+            raise UserError(
+                f"checkpoint {reader.folder} has tables {_few(theirs)}, this run needs {_few(ours)}: "
+                "it is of another model or dataset"
+            )
+        dense = {k: tuple(v.shape) for k, v in self.state_dict().items() if k != TABLES_KEY}
+        saved = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items()}
+        if dense != saved:
+            key = min(k for k in dense.keys() | saved.keys() if dense.get(k) != saved.get(k))
+            raise UserError(
+                f"checkpoint {reader.folder} is of another model: {key} is {saved.get(key, 'missing')} there "
+                f"and {dense.get(key, 'missing')} here; use the configuration it was trained with"
+            )
+        with torch.no_grad():
+            for piece in embeddings.pieces:
+                reader.read_rows(piece, "weight", piece.of(embeddings.weight))
+        # Loading a parameter from itself costs nothing; leaving it out would be an incomplete state.
+        checkpoint["state_dict"][TABLES_KEY] = embeddings.weight
+        for state in checkpoint.get("optimizer_states", []):
+            state["read_table_rows"] = reader.read_rows
+        if "random_state" in checkpoint:
+            torch.set_rng_state(checkpoint["random_state"]["cpu"])
+
+    def _check_header(self, reader: CheckpointReader) -> None:
+        header = reader.header
+        if header["model"] != type(self.network).__name__:
+            raise UserError(
+                f"checkpoint {reader.folder} is of a {header['model']}, this run trains a "
+                f"{type(self.network).__name__}: use the configuration it was trained with"
+            )
+        if header["encoding_fingerprint"] != self.schema.encoding_fingerprint:
+            raise UserError(
+                f"checkpoint {reader.folder} was trained on data encoded otherwise (fingerprint "
+                f"{header['encoding_fingerprint'][:12]}, the data here have {self.schema.encoding_fingerprint[:12]}): "
+                "encode the data with the vocabulary and protocol of the training data"
+            )
+        data = self._data_schema().data_fingerprint
+        if self.trainer.training and header["data_fingerprint"] != data:
+            raise UserError(
+                f"checkpoint {reader.folder} was trained on other rows (fingerprint {header['data_fingerprint'][:12]}, "
+                f"the data here have {data[:12]}): resume on the same dataset"
+            )
+
+    def _data_schema(self) -> DatasetSchema:
+        """The schema of the data at hand: complete once they are prepared."""
+        return getattr(self.trainer.datamodule, "schema", self.schema)  # type: ignore[attr-defined]
+
+    def _optimizer(self) -> CTROptimizer:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, CTROptimizer)
+        return optimizer
+
+
+def _labels(batch: Batch) -> Tensor:
+    if batch.label is None:
+        raise UserError("these rows have no labels: train and evaluate on a split that has them; 'predict' needs none")
+    return batch.label
+
+
+def _factor(schedule: Schedule, base: float) -> Callable[[int], float]:
+    """LambdaLR counts steps from 0 and wants a factor."""
+    return lambda step: schedule.learning_rate(step + 1, base) / base
+
+
+def _few(items: set[str]) -> str:
+    listed = sorted(items)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

@@ -1,0 +1,139 @@
+"""The progress display: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar
+from tqdm import tqdm
+
+from lightning_dlrm.engine.recorder import Recorder
+from lightning_dlrm.tracking import names
+
+LINE_SECONDS = 10.0
+"""Between two lines where there is no terminal: redraws would fill a log."""
+
+
+class RunProgress(ProgressBar):
+    """Steps, time left, samples/s and loss of a fit; batches of an evaluation.
+
+    Args:
+        recorder: where the figures come from; None outside a fit.
+    """
+
+    def __init__(self, recorder: Recorder | None) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._enabled = True
+        self._fit_bar: tqdm | None = None
+        self._evaluation_bar: tqdm | None = None
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._fit_bar = self._bar("fit", _total_steps(trainer), trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._fit_bar is not None
+        recorder = self._recorder
+        if recorder is not None and names.TRAIN_LOSS in recorder.latest:
+            # No refresh here: the bar redraws on its own clock.
+            self._fit_bar.set_postfix_str(
+                f"{recorder.samples_per_second:,.0f} samples/s, loss {recorder.latest[names.TRAIN_LOSS]:.4f}", False
+            )
+        self._fit_bar.update(trainer.global_step - self._fit_bar.n)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._fit_bar is not None:
+            self._fit_bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        for bar in (self._evaluation_bar, self._fit_bar):
+            if bar is not None:
+                bar.close()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start_evaluation("validation", sum(trainer.num_val_batches))
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start_evaluation("test", sum(trainer.num_test_batches))
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start_evaluation("predict", sum(trainer.num_predict_batches))
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._advance_evaluation()
+
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._advance_evaluation()
+
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._advance_evaluation()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end_evaluation()
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end_evaluation()
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end_evaluation()
+
+    def _start_evaluation(self, name: str, batches: float) -> None:
+        self._evaluation_bar = self._bar(name, batches, 0, leave=self._fit_bar is None)
+
+    def _advance_evaluation(self) -> None:
+        assert self._evaluation_bar is not None
+        self._evaluation_bar.update()
+
+    def _end_evaluation(self) -> None:
+        if self._evaluation_bar is not None:
+            self._evaluation_bar.close()
+
+    def _bar(self, name: str, total: float, start: int, leave: bool = True) -> tqdm:
+        bar = tqdm if sys.stderr.isatty() else _Lines
+        known = total if total != float("inf") else None
+        return bar(
+            desc=name,
+            total=known,
+            initial=start,
+            unit="step" if name == "fit" else "batch",
+            leave=leave,
+            dynamic_ncols=True,
+            mininterval=0.2,
+            disable=not self._enabled or self.trainer.global_rank > 0,
+        )
+
+
+class _Lines(tqdm):
+    """Prints a line every few seconds in place of redrawing one."""
+
+    def __init__(self, **options: Any) -> None:
+        self._printed = time.monotonic()
+        super().__init__(**(options | {"leave": False, "dynamic_ncols": False, "ncols": 110}))
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        now = time.monotonic()
+        if now - self._printed >= LINE_SECONDS:
+            self._printed = now
+            print(str(self).strip(), file=sys.stderr, flush=True)
+        return True
+
+    def close(self) -> None:
+        # tqdm would erase a line that was never drawn.
+        self.disable = True
+
+
+def _total_steps(trainer: pl.Trainer) -> float:
+    if trainer.max_steps != -1:
+        return trainer.max_steps
+    if trainer.max_epochs in (None, -1):
+        return float("inf")
+    return trainer.num_training_batches * (trainer.max_epochs or 1) / trainer.accumulate_grad_batches

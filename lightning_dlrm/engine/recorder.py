@@ -1,0 +1,166 @@
+"""What a fit says of itself: training metrics, speed, summary; and that it ends with a validation."""
+
+import time
+from collections import deque
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_dlrm.contracts.batch import Batch
+from lightning_dlrm.engine.checkpointing import RunCheckpoints
+from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.objectives.metrics import exact_auc
+from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.run_folder import RunFolder
+
+AUC_WINDOW = 65_536
+"""Samples that ``train/auc`` looks back on."""
+
+
+class FinalValidation(pl.Callback):
+    """Makes the last step of a fit a validation step, wherever in an epoch it falls."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        last_step = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+        bounded = trainer.max_epochs is not None and trainer.max_epochs != -1
+        last_epoch = bounded and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+        if last_step or (last_epoch and trainer.is_last_batch):
+            # Lightning validates before it stops.
+            trainer.should_stop = True
+
+
+class Recorder(pl.Callback):
+    """Logs every ``log_every_n_steps`` steps and after each validation, and keeps ``summary.json``.
+
+    Nothing is read from the device between two logged steps.
+
+    Args:
+        folder: the run folder.
+        checkpoints: the time they take does not count as training; None where there are none.
+    """
+
+    def __init__(self, folder: RunFolder, checkpoints: RunCheckpoints | None) -> None:
+        self.folder = folder
+        self.checkpoints = checkpoints
+        self.samples = 0
+        """Samples trained on since the first step of the run, over all ranks."""
+        self.latest: dict[str, float] = {}
+        """The newest value of everything that was logged."""
+        self.samples_per_second = 0.0
+        """Since the last logged step."""
+        self._window: deque[tuple[Tensor, Tensor]] = deque()
+        self._losses: list[Tensor] = []
+        self._step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {names.SAMPLES: self.samples}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.samples = state_dict[names.SAMPLES]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+        if trainer.is_global_zero:
+            self.folder.cut_back(self._step)
+        if self._step:
+            rank_zero_info(f"resumed at step {self._step} ({self.samples:,} samples)")
+        self._evaluation_seconds = 0.0
+        self._start = self._last_log = time.perf_counter()
+        self._start_pause = self._last_pause = self._pause()
+        self._start_samples = self._last_samples = self.samples
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.samples += batch.global_size
+        assert batch.label is not None
+        self._losses.append(outputs["step_loss"])
+        self._window.append((outputs["logits"], batch.label))
+        while sum(len(labels) for _, labels in self._window) - len(self._window[0][1]) >= AUC_WINDOW:
+            self._window.popleft()
+        if trainer.global_step == self._step:
+            # A micro-batch of a step that is still being accumulated.
+            return
+        self._step = trainer.global_step
+        losses, self._losses = self._losses, []
+        if self._step % trainer.log_every_n_steps == 0 or self._step == trainer.max_steps:
+            self._log_training(trainer, losses)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._evaluation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        assert isinstance(pl_module, CTRModule)
+        self._evaluation_seconds += time.perf_counter() - self._evaluation_start
+        self._log(trainer, pl_module.results)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, CTRModule)
+        if not trainer.is_global_zero:
+            return
+        self.latest |= self._speed(trainer) | describe(trainer, pl_module)
+        final = {names.STEP: self._step, names.SAMPLES: self.samples, **self.latest}
+        best = {} if self.checkpoints is None else self.checkpoints.best
+        self.folder.write_summary(final, best)
+
+    def _log_training(self, trainer: pl.Trainer, losses: list[Tensor]) -> None:
+        now, pause = time.perf_counter(), self._pause()
+        seconds = max(now - self._last_log - (pause - self._last_pause), 1e-9)
+        self.samples_per_second = (self.samples - self._last_samples) / seconds
+        self._last_log, self._last_pause, self._last_samples = now, pause, self.samples
+        logits, labels = (torch.cat(parts) for parts in zip(*self._window, strict=True))
+        rates = {
+            f"{names.LEARNING_RATE}/{group['name']}": float(group["lr"]) for group in trainer.optimizers[0].param_groups
+        }
+        self._log(
+            trainer,
+            {
+                names.TRAIN_LOSS: torch.stack(losses).mean().item(),
+                names.TRAIN_AUC: exact_auc(logits, labels),
+                names.SAMPLES_PER_SECOND: self.samples_per_second,
+                **rates,
+            },
+        )
+
+    def _log(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+        self.latest |= metrics
+        for logger in trainer.loggers:
+            logger.log_metrics({names.SAMPLES: self.samples, **metrics}, step=self._step)
+
+    def _pause(self) -> float:
+        """Seconds since the start that were no training."""
+        return self._evaluation_seconds + (self.checkpoints.seconds if self.checkpoints else 0.0)
+
+    def _speed(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Of the whole fit."""
+        seconds = max(time.perf_counter() - self._start - (self._pause() - self._start_pause), 1e-9)
+        waited = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
+        return {
+            names.SAMPLES_PER_SECOND: (self.samples - self._start_samples) / seconds,
+            names.DATA_WAIT_SHARE: waited / seconds,
+        }
+
+
+def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
+    """What is known of a run before its first step: sizes, ranks, and the optimum of planted data."""
+    size = module.size()
+    facts: dict[str, float] = {
+        names.PARAMETERS_TABLES: size.tables,
+        names.PARAMETERS_DENSE: size.dense,
+        names.PARAMETERS_TOTAL: size.total,
+        names.FLOPS_FORWARD: size.flops_per_sample_forward,
+        names.FLOPS_TRAINING: size.flops_per_sample_training,
+        names.RANKS: trainer.world_size,
+        names.ROWS_PER_RANK: sum(module.schema.features.table_rows),
+    }
+    optimum = getattr(trainer, "datamodule", module).schema.optimum.get(names.VALIDATION)
+    if optimum is not None:
+        facts |= {names.OPTIMUM_AUC: optimum.auc, names.OPTIMUM_LOG_LOSS: optimum.log_loss}
+    return facts

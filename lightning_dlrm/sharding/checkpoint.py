@@ -1,0 +1,272 @@
+"""Checkpoints: a folder that any number of ranks can write and any other number can open.
+
+::
+
+    manifest.json                    tables, slots and pieces; fingerprints, step, samples
+    tables/C3.0.safetensors          rows 0.. of table C3: tensor ``weight`` and one per optimiser slot
+    rest.pt                          dense weights and their optimiser, loops, loader, random states
+
+A checkpoint is written aside, flushed to disk, and renamed: an interrupted save never takes the
+place of a whole one. ``rest.pt`` is opened with ``weights_only``: no code in it is ever run.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.lookup import TablePiece
+from lightning_dlrm.contracts.schema import file_sha256
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+REST = "rest.pt"
+
+
+@dataclass(frozen=True)
+class PieceTensors:
+    """A piece of a table with everything there is for each of its rows."""
+
+    piece: TablePiece
+    tensors: Mapping[str, Tensor]
+    """``weight`` [rows of the piece, D], and optimiser slots [rows of the piece, ...]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceFile:
+    """Where a range of a table's rows lies on disk."""
+
+    start: int
+    stop: int
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableEntry:
+    """A table as the manifest describes it."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Global shape of ``weight`` and of each optimiser slot."""
+    pieces: tuple[PieceFile, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint holds."""
+
+    header: Mapping[str, Any]
+    """JSON values about the run: model, fingerprints, step, samples."""
+    tables: Mapping[str, TableEntry]
+    rest: PieceFile
+
+
+def save_checkpoint(
+    folder: Path, pieces: Sequence[PieceTensors], rest: Mapping[str, Any], header: Mapping[str, Any]
+) -> None:
+    """Writes a checkpoint of one process, replacing one of the same name.
+
+    Args:
+        folder: the checkpoint's name, such as ``checkpoints/last``.
+        pieces: every table, in pieces that cover it.
+        rest: tensors and plain Python values, small.
+        header: JSON values for people and for checks before anything is loaded.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full. What was there before stays.
+    """
+    folder = Path(folder)
+    partial = _beside(folder, "partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "tables").mkdir(parents=True)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            files = list(pool.map(lambda piece: _write_piece(partial, piece), pieces))
+        torch.save(dict(rest), partial / REST)
+        tables = {
+            piece.piece.name: TableEntry(
+                shapes={slot: (piece.piece.table_rows, *t.shape[1:]) for slot, t in piece.tensors.items()},
+                pieces=tuple(f for p, f in zip(pieces, files, strict=True) if p.piece.name == piece.piece.name),
+            )
+            for piece in pieces
+        }
+        manifest = Manifest(header=header, tables=tables, rest=_describe(partial, REST, 0, 0))
+        document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
+        (partial / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
+        _publish(partial, folder)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"cannot save the checkpoint {folder}: {error}; the previous one is untouched: "
+            "free disk space or choose another --run_dir, then resume"
+        ) from error
+
+
+def link_checkpoint(source: Path, folder: Path) -> None:
+    """Gives a whole checkpoint a second name at no cost in disk: its files are never changed in place."""
+    partial = _beside(folder, "partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=_link_or_copy)
+    _publish(partial, folder)
+
+
+def resolve_checkpoint(folder: Path) -> Path:
+    """The folder that holds the checkpoint of this name.
+
+    A save that was interrupted between its two renames leaves the previous checkpoint, whole,
+    under another name.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(folder)
+    for candidate in (folder, _beside(folder, "previous")):
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    what = "is not a checkpoint folder (no manifest.json)" if folder.exists() else "does not exist"
+    raise UserError(f"checkpoint {folder} {what}; expected a folder such as runs/NAME/checkpoints/last")
+
+
+class CheckpointReader:
+    """Reads a checkpoint; every file's checksum is compared before its content is used.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        UserError: there is no such checkpoint, it is of another version, or pieces are missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = resolve_checkpoint(folder)
+        self._checked: set[str] = set()
+        try:
+            document = json.loads((self.folder / MANIFEST).read_text())
+            version = document.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise UserError(
+                    f"checkpoint {self.folder} has format version {version}; this release reads {FORMAT_VERSION}: "
+                    "use the release that wrote it"
+                )
+            self.manifest = _parse_manifest(document)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{self.folder / MANIFEST} is damaged ({error!r}); use another checkpoint") from error
+        missing = [f.file for f in self._files() if not (self.folder / f.file).is_file()]
+        if missing:
+            raise UserError(f"checkpoint {self.folder} lacks {', '.join(missing)}; use another checkpoint")
+
+    @property
+    def header(self) -> Mapping[str, Any]:
+        return self.manifest.header
+
+    def rest(self) -> dict[str, Any]:
+        """What ``save_checkpoint`` got as ``rest``."""
+        self._check(self.manifest.rest)
+        return torch.load(self.folder / REST, map_location="cpu", weights_only=True)
+
+    def read_rows(self, piece: TablePiece, slot: str, out: Tensor) -> None:
+        """Fills ``out`` with a piece's rows of one slot, whatever pieces they were written in.
+
+        Raises:
+            UserError: the checkpoint has no such table or slot, another shape, or a damaged file.
+        """
+        entry = self.manifest.tables.get(piece.name)
+        if entry is None or slot not in entry.shapes:
+            raise UserError(f"checkpoint {self.folder} has no {slot} for table {piece.name}: it is of another model")
+        expected = (piece.table_rows, *out.shape[1:])
+        if entry.shapes[slot] != expected:
+            raise UserError(
+                f"checkpoint {self.folder}: table {piece.name} has {slot} of shape {entry.shapes[slot]}, "
+                f"this run needs {expected}: it is of another model or dataset"
+            )
+        for part in entry.pieces:
+            start, stop = max(piece.start, part.start), min(piece.stop, part.stop)
+            if start < stop:
+                self._check(part)
+                with safe_open(str(self.folder / part.file), framework="pt") as file:
+                    rows = file.get_slice(slot)[start - part.start : stop - part.start]
+                out[start - piece.start : stop - piece.start].copy_(rows)
+
+    def _files(self) -> Iterable[PieceFile]:
+        yield self.manifest.rest
+        for entry in self.manifest.tables.values():
+            yield from entry.pieces
+
+    def _check(self, part: PieceFile) -> None:
+        if part.file in self._checked:
+            return
+        path = self.folder / part.file
+        if path.stat().st_size != part.bytes or file_sha256(path) != part.sha256:
+            raise UserError(f"checkpoint file {path} is damaged (its checksum differs); use another checkpoint")
+        self._checked.add(part.file)
+
+
+def _parse_manifest(document: Mapping[str, Any]) -> Manifest:
+    return Manifest(
+        header=document["header"],
+        tables={
+            name: TableEntry(
+                shapes={slot: tuple(shape) for slot, shape in entry["shapes"].items()},
+                pieces=tuple(PieceFile(**part) for part in entry["pieces"]),
+            )
+            for name, entry in document["tables"].items()
+        },
+        rest=PieceFile(**document["rest"]),
+    )
+
+
+def _write_piece(partial: Path, piece: PieceTensors) -> PieceFile:
+    name = f"tables/{piece.piece.name}.{piece.piece.start}.safetensors"
+    # Detached views of the live tensors: nothing is copied on a CPU.
+    save_file({slot: tensor.detach().contiguous() for slot, tensor in piece.tensors.items()}, str(partial / name))
+    return _describe(partial, name, piece.piece.start, piece.piece.stop)
+
+
+def _describe(partial: Path, name: str, start: int, stop: int) -> PieceFile:
+    path = partial / name
+    return PieceFile(start=start, stop=stop, file=name, bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Flushes a finished checkpoint to disk and gives it its name."""
+    for path in [*partial.rglob("*"), partial]:
+        _flush(path)
+    previous = _beside(folder, "previous")
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    partial.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f".{folder.name}.{suffix}")
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # A file system without hard links.
+        shutil.copy2(source, target)

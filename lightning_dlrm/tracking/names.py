@@ -1,0 +1,23 @@
+"""Names of everything that is logged, in one place: the run folder and W&B use the same."""
+
+TRAIN_LOSS = "train/loss"
+TRAIN_AUC = "train/auc"
+VALIDATION = "validation"
+TEST = "test"
+LEARNING_RATE = "learning_rate"
+
+PARAMETERS_TABLES = "parameters/tables"
+PARAMETERS_DENSE = "parameters/dense"
+PARAMETERS_TOTAL = "parameters/total"
+FLOPS_FORWARD = "flops_per_sample/forward"
+FLOPS_TRAINING = "flops_per_sample/training"
+OPTIMUM_AUC = "data/optimum_auc"
+OPTIMUM_LOG_LOSS = "data/optimum_log_loss"
+OPTIMUM_SHARE = "data/optimum_share"
+RANKS = "parallel/ranks"
+ROWS_PER_RANK = "parallel/rows_per_rank"
+SAMPLES_PER_SECOND = "speed/samples_per_s"
+DATA_WAIT_SHARE = "speed/data_wait_share"
+
+SAMPLES = "samples"
+STEP = "step"

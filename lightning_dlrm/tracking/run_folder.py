@@ -1,0 +1,158 @@
+"""The run folder: every result of a run, readable without any service.
+
+``config.yaml``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``, ``predictions.parquet``,
+``validate.json``, ``test.json``, and W&B's files in ``wandb/``.
+"""
+
+import datetime
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.tracking import names
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+PREDICTIONS = "predictions.parquet"
+
+
+class RunFolder:
+    """Paths of a run and the small files in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: Path | None, model: str) -> "RunFolder":
+        """Makes the folder of a new run.
+
+        Args:
+            path: as the user gave it; None for ``runs/<date>-<model>-<n>``.
+            model: for the default name.
+
+        Raises:
+            UserError: the folder exists and holds something, or cannot be made.
+        """
+        if path is None:
+            return cls._create_numbered(model)
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(
+                f"the run folder {path} exists and is not empty; continue that run with --resume auto, "
+                "or choose another --run_dir"
+            )
+        _make(path)
+        return cls(path)
+
+    @classmethod
+    def _create_numbered(cls, model: str) -> "RunFolder":
+        date = datetime.datetime.now().astimezone().strftime("%Y%m%d")
+        _make(Path("runs"))
+        for n in range(1, 100_000):
+            path = Path("runs") / f"{date}-{model}-{n}"
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return cls(path)
+        raise UserError("runs/ holds 100,000 runs of today; give --run_dir")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes a small file, whole or not at all. NaN and infinities become null: JSON has none."""
+        target = self.path / name
+        partial = target.with_name(f".{name}.partial")
+        partial.write_text(json.dumps(_finite(content), indent=1) + "\n")
+        partial.replace(target)
+
+    def write_summary(self, final: Mapping[str, Any], best: Mapping[str, Any]) -> None:
+        """``summary.json``: the figures at the end of the run, and those of its best validation."""
+        self.write_json(SUMMARY, {"final": final, "best": best})
+
+    def cut_back(self, step: int) -> None:
+        """Drops the lines of ``metrics.jsonl`` after ``step``: a resumed run writes them again."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                if json.loads(line)[names.STEP] <= step:
+                    kept.append(line)
+            except ValueError:
+                # The last line of a run that was killed while it wrote.
+                continue
+        partial = self.metrics.with_name(f".{METRICS}.partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(self.metrics)
+
+
+class JsonLinesLogger(Logger):
+    """Lightning logger that writes ``metrics.jsonl``: one line for each logged step.
+
+    Whatever is logged at one step is in one line, and each line is on its way to disk at once.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__()
+        self._folder = folder
+        self._step: int | None = None
+        self._line: dict[str, Any] = {}
+        self._line_start = 0
+
+    @property
+    def name(self) -> str:
+        return self._folder.path.name
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self._folder.path)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the configuration is in ``config.yaml``."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with self._folder.metrics.open("ab") as file:
+            if step is None or step != self._step:
+                self._step, self._line = step, {names.STEP: step}
+                self._line_start = file.seek(0, os.SEEK_END)
+            else:
+                file.truncate(self._line_start)
+                file.seek(0, os.SEEK_END)
+            self._line |= metrics
+            file.write((json.dumps(_finite(self._line)) + "\n").encode())
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {path}: {error.strerror}; choose another --run_dir") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
