@@ -1,0 +1,159 @@
+"""What a dataset folder holds, as a table for people or as JSON for machines."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema
+
+
+def summary(folder: Path, schema: DatasetSchema) -> dict[str, Any]:
+    """The facts of a dataset as JSON values.
+
+    ``columns`` gives for each, where known, ``missing`` (share of all rows) and ``most_frequent``
+    (share of the rows with the most frequent id); None where it is not known.
+
+    Raises:
+        UserError: a vocabulary is no readable Parquet file.
+    """
+    rows = sum(split.rows for split in schema.splits.values())
+    missing: Mapping[str, int] = schema.report.get("missing", {})
+    return {
+        "folder": str(folder),
+        "dataset": schema.dataset,
+        "protocol": schema.protocol,
+        "settings": dict(schema.settings),
+        "fingerprints": {"encoding": schema.encoding_fingerprint, "data": schema.data_fingerprint},
+        "rows": rows,
+        "bytes": sum(file.bytes for split in schema.splits.values() for file in split.files),
+        "table_rows": sum(schema.features.table_rows),
+        "splits": {
+            name: {
+                "rows": split.rows,
+                "label_mean": None if split.positives is None or not split.rows else split.positives / split.rows,
+                "files": len(split.files),
+            }
+            for name in SPLITS
+            if (split := schema.splits.get(name))
+        },
+        "columns": [
+            {
+                "name": column.name,
+                "role": column.role,
+                "cardinality": column.cardinality,
+                "transform": column.transform,
+                "reserved": dict(column.reserved),
+                "missing": missing[column.name] / rows if column.name in missing else None,
+                "most_frequent": _largest_share(folder, schema, column.name),
+            }
+            for column in schema.columns
+        ],
+        "optimum": {
+            name: {"auc": optimum.auc, "log_loss": optimum.log_loss} for name, optimum in schema.optimum.items()
+        },
+        "rows_per_file": schema.report.get("rows_per_file"),
+    }
+
+
+def _largest_share(folder: Path, schema: DatasetSchema, column: str) -> float | None:
+    """Share of a categorical column's rows that have its most frequent id, from its vocabulary."""
+    if column not in schema.vocabulary:
+        return None
+    path = Path(folder) / schema.vocabulary[column].path
+    try:
+        with pq.ParquetFile(path) as vocabulary:
+            if "count" not in vocabulary.schema_arrow.names:
+                return None
+            counts = vocabulary.read(["count"]).column("count").to_numpy()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"{path} is altered: no readable Parquet; restore the file, or make the dataset again"
+        ) from error
+    return float(counts.max() / counts.sum())
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """The facts of ``summary`` as text."""
+    settings = "".join(f", {name} {value}" for name, value in facts["settings"].items())
+    lines = [
+        f"{Path(facts['folder']) / SCHEMA_FILE}",
+        f"  dataset      {facts['dataset']}, protocol {facts['protocol']}{settings}",
+        f"  encoding     {facts['fingerprints']['encoding'][:16]}  (a model is bound to this fingerprint)",
+        f"  data         {facts['fingerprints']['data'][:16]}  (a run is resumed on this one only)",
+        f"  size         {facts['rows']:,} rows, {facts['bytes'] / 1e6:,.1f} MB of Parquet",
+    ]
+    if facts["rows_per_file"]:
+        lines.append("  made from    " + ", ".join(f"{name} ({rows:,} rows)" for name, rows in facts["rows_per_file"]))
+    lines += [f"  {role:<12} {words}" for role, words in _transforms(facts).items()]
+    lines += ["", *_split_table(facts), "", *_column_table(facts)]
+    for name, optimum in facts["optimum"].items():
+        lines.append(f"best reachable on {name}: AUC {optimum['auc']:.4f}, log loss {optimum['log_loss']:.4f}")
+    return "\n".join(lines)
+
+
+def _transforms(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Role -> what was done to its columns, with the columns' names where they differ."""
+    columns_of: dict[str, dict[str, list[str]]] = {}
+    for column in facts["columns"]:
+        if column["transform"]:
+            columns_of.setdefault(column["role"], {}).setdefault(column["transform"], []).append(column["name"])
+    return {
+        role: "; ".join(
+            words if len(by_words) == 1 else f"{', '.join(names)}: {words}" for words, names in by_words.items()
+        )
+        for role, by_words in columns_of.items()
+    }
+
+
+def _split_table(facts: Mapping[str, Any]) -> list[str]:
+    header = ("split", "rows", "share", "label mean", "files")
+    body = [
+        (
+            name,
+            f"{split['rows']:,}",
+            f"{split['rows'] / facts['rows']:.1%}" if facts["rows"] else "",
+            "" if split["label_mean"] is None else f"{split['label_mean']:.4f}",
+            f"{split['files']:,}",
+        )
+        for name, split in facts["splits"].items()
+    ]
+    return _aligned([header, *body])
+
+
+def _column_table(facts: Mapping[str, Any]) -> list[str]:
+    header: tuple[str, ...] = ("column", "role", "table rows", "missing", "most frequent id", "reserved ids")
+    if not any(column["reserved"] for column in facts["columns"]):
+        header = (*header[:-1], "")
+    body = [
+        (
+            column["name"],
+            column["role"],
+            f"{column['cardinality']:,}" if column["cardinality"] else "",
+            _percent(column["missing"]),
+            _percent(column["most_frequent"]),
+            ", ".join(f"{row} {name}" for name, row in column["reserved"].items()),
+        )
+        for column in facts["columns"]
+    ]
+    total = ("all tables", "", f"{facts['table_rows']:,}", "", "", "")
+    return _aligned([header, *body, total], left=(0, 1, 5))
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    """Rows of text as lines, with the columns ``left`` flush left and the others flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
