@@ -1,0 +1,450 @@
+"""Demo data: click logs shaped like Criteo Kaggle whose labels come from a known click model.
+
+The columns, table sizes and shares of missing values are those of Criteo Kaggle. Everything else is planted:
+
+- An id (and a count of a dense column) of rank ``r`` is drawn with a chance proportional to about
+  ``(1 + r / scale) ** (-1 - 1 / shape)``, the Zipf-Mandelbrot law, by inverting a smooth distribution. The
+  commonest ids have the smallest numbers; the tail of a large table is seen once or never.
+- A row has two sides, a visitor and an advertisement, and each column belongs to one of them. Every id has a
+  linear effect and a short vector of tastes; those of rare ids shrink to one shared value. With u and v the
+  sums of these vectors over either side,
+
+      log-odds of a click = bias + sum of the linear effects + <u, v>
+
+  A linear model cannot see <u, v>, as each side's mean is zero: factors have to be learned.
+
+As the true probabilities are known, so are the best reachable scores on each split.
+
+Every number follows from Philox output by integer arithmetic, +, -, *, / and square roots alone, which IEEE 754
+defines to the last bit, so the same settings give the same rows everywhere. (Only a label compares with a
+sigmoid, whose last bit may differ between machines: a label in 10^15 could.) Any block of rows can be made
+alone, and a dataset of fewer rows is the beginning of one of more.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from datamodules.parquet import DatasetWriter
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import (
+    CRITEO_CATEGORICAL,
+    CRITEO_DENSE,
+    CRITEO_LABEL,
+    SCHEMA_FILE,
+    SPLITS,
+    DatasetSchema,
+    Optimum,
+    Split,
+    SplitName,
+    criteo_columns,
+)
+
+GENERATOR_VERSION = 1
+"""Counts up whenever the same settings would give other rows."""
+
+BLOCK_ROWS = 65_536
+"""Rows that share a random stream: the smallest piece that can be made alone."""
+
+KAGGLE_CARDINALITIES = (
+    1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,
+    27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572,
+)  # fmt: skip
+
+FACTORS = 2
+"""Length of a side's taste vector: the rank of the planted interaction."""
+
+# The planted model's size: standard deviations of the linear and of the interaction part of the log-odds, and
+# the bias that then gives a base rate near 0.25.
+LINEAR_DEVIATION = 0.8
+INTERACTION_DEVIATION = 1.2
+BIAS = -1.5
+
+# An id drawn in a share c of the rows keeps c / (c + HALF_EFFECT) of its own effect. Ids rarer than RAREST_KNOWN
+# share one value: no model could learn their effects from some million rows, so the optimum would be out of reach.
+HALF_EFFECT = 1e-3
+RAREST_KNOWN = 1e-4
+
+# Visitor or advertisement: the two sides whose tastes multiply.
+VISITOR, AD = 0, 1
+
+# name: (side, share missing, scale, largest count, share of its side's taste)
+_DENSE = {
+    "I1": (VISITOR, 0.45, 1.0, 5_775, 0),
+    "I2": (AD, 0.0, 4.0, 65_535, 0),
+    "I3": (VISITOR, 0.21, 6.0, 65_535, 0),
+    "I4": (AD, 0.21, 5.0, 969, 0),
+    "I5": (VISITOR, 0.03, 900.0, 65_535, 3),
+    "I6": (AD, 0.22, 30.0, 65_535, 0),
+    "I7": (VISITOR, 0.04, 3.0, 56_311, 3),
+    "I8": (AD, 0.0, 8.0, 6_047, 2),
+    "I9": (VISITOR, 0.04, 40.0, 29_019, 2),
+    "I10": (AD, 0.45, 0.7, 11, 0),
+    "I11": (VISITOR, 0.04, 1.0, 231, 2),
+    "I12": (AD, 0.76, 1.0, 4_008, 0),
+    "I13": (VISITOR, 0.21, 5.0, 7_393, 0),
+}
+# name: (side, share missing, scale, share of its side's taste)
+_CATEGORICAL = {
+    "C1": (VISITOR, 0.0, 2.0, 2),
+    "C2": (AD, 0.0, 4.0, 2),
+    "C3": (VISITOR, 0.034, 3.0, 1),
+    "C4": (AD, 0.034, 3.0, 1),
+    "C5": (VISITOR, 0.0, 2.0, 2),
+    "C6": (AD, 0.12, 3.0, 2),
+    "C7": (VISITOR, 0.0, 6.0, 0),
+    "C8": (AD, 0.0, 2.0, 2),
+    "C9": (VISITOR, 0.0, 1.0, 2),
+    "C10": (AD, 0.0, 4.0, 0),
+    "C11": (VISITOR, 0.0, 6.0, 0),
+    "C12": (AD, 0.034, 3.0, 1),
+    "C13": (VISITOR, 0.0, 6.0, 0),
+    "C14": (AD, 0.0, 3.0, 2),
+    "C15": (VISITOR, 0.0, 6.0, 0),
+    "C16": (AD, 0.034, 3.0, 0),
+    "C17": (VISITOR, 0.0, 2.0, 2),
+    "C18": (AD, 0.0, 6.0, 0),
+    "C19": (VISITOR, 0.44, 4.0, 0),
+    "C20": (AD, 0.44, 1.0, 0),
+    "C21": (VISITOR, 0.034, 3.0, 1),
+    "C22": (AD, 0.76, 2.0, 0),
+    "C23": (VISITOR, 0.0, 2.0, 2),
+    "C24": (AD, 0.034, 4.0, 0),
+    "C25": (VISITOR, 0.44, 3.0, 0),
+    "C26": (AD, 0.44, 4.0, 0),
+}
+
+# Random streams: keys of the planted effects and of the rows.
+_PLANT, _ROWS = 0, 1
+# 32-bit uniforms that a row takes: one per feature and one for the label, drawn two by two.
+_WORDS_PER_ROW = (len(_DENSE) + len(_CATEGORICAL) + 1 + 1) // 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """What demo data to make. The defaults are what ``--data.path demo`` stands for."""
+
+    train_rows: int = 3_145_728
+    """Rows of the training split."""
+    validation_rows: int = 262_144
+    """Rows of the validation split."""
+    test_rows: int = 131_072
+    """Rows of the test split."""
+    seed: int = 0
+    """Of the planted model and of the rows, 0 to 2**64 - 1."""
+    max_table_rows: int | None = None
+    """Most rows a table may have; None for Kaggle's own sizes."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_rows", "validation_rows", "test_rows"):
+            rows = getattr(self, name)
+            if rows < 100:
+                raise UserError(f"demo data: {name} is {rows}; give at least 100, so that both labels occur")
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"demo data: seed is {self.seed}; give a number from 0 to 2**64 - 1")
+        if self.max_table_rows is not None and self.max_table_rows < 2:
+            raise UserError(
+                f"demo data: max_table_rows is {self.max_table_rows}; give at least 2, or leave it out for full tables"
+            )
+
+    @property
+    def split_rows(self) -> dict[SplitName, int]:
+        """Rows of each split."""
+        return {"train": self.train_rows, "validation": self.validation_rows, "test": self.test_rows}
+
+    @property
+    def cardinalities(self) -> tuple[int, ...]:
+        """Rows of each table, C1 to C26."""
+        return tuple(min(size, self.max_table_rows or size) for size in KAGGLE_CARDINALITIES)
+
+
+def demo_schema(settings: DemoSettings) -> DatasetSchema:
+    """What ``generate_demo`` will return, without files, positives and optimum: nothing is generated."""
+    return DatasetSchema(
+        columns=_columns(settings),
+        splits={name: Split(rows=rows) for name, rows in settings.split_rows.items()},
+        **_schema_fields(settings),
+    )
+
+
+def demo_folder(settings: DemoSettings) -> Path:
+    """Where the cache keeps this demo dataset, there or not.
+
+    The cache is ``$LIGHTNING_DLRM_CACHE``, by default ``~/.cache/lightning_dlrm``.
+    """
+    root = os.environ.get("LIGHTNING_DLRM_CACHE")
+    cache_folder = Path(root).expanduser() if root else Path.home() / ".cache" / "lightning_dlrm"
+    key = json.dumps([GENERATOR_VERSION, dataclasses.asdict(settings)], sort_keys=True)
+    return cache_folder / f"demo-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def generate_demo(settings: DemoSettings, folder: Path, progress: bool = True) -> DatasetSchema:
+    """Writes a demo dataset, whole or not at all, or finds it written already.
+
+    Args:
+        settings: what to make.
+        folder: the dataset folder to make. If it holds the dataset of these settings, also because another
+            process finished it in the meantime, that one is kept.
+        progress: show a progress bar, on a terminal.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    if (existing := _existing(settings, folder)) is not None:
+        return existing
+    model = PlantedModel.plant(settings)
+    optimum = {}
+    try:
+        with (
+            DatasetWriter(folder, _columns(settings)) as writer,
+            tqdm(
+                total=sum(settings.split_rows.values()),
+                desc="Generating demo data",
+                unit=" rows",
+                unit_scale=True,
+                # None: only on a terminal.
+                disable=None if progress else True,
+            ) as bar,
+        ):
+            for split, rows in settings.split_rows.items():
+                labels, probabilities = [], []
+                for start in range(0, rows, BLOCK_ROWS):
+                    block = model.block(split, start // BLOCK_ROWS, min(BLOCK_ROWS, rows - start))
+                    writer.write(split, block.columns)
+                    labels.append(block.columns[CRITEO_LABEL])
+                    probabilities.append(block.probability)
+                    bar.update(len(block.probability))
+                optimum[split] = best_scores(np.concatenate(labels), np.concatenate(probabilities))
+            return writer.finish(**_schema_fields(settings), optimum=optimum)
+    except (UserError, OSError):
+        # Another process may have finished the same folder first; its rows are these rows.
+        if (existing := _existing(settings, folder)) is not None:
+            return existing
+        raise
+
+
+def best_scores(label: NDArray[np.int8], probability: NDArray[np.float64]) -> Optimum:
+    """AUC and log loss of the true click probabilities: no model can expect better on these rows."""
+    positive, negative = np.sort(probability[label == 1]), np.sort(probability[label == 0])
+    # A pair of equal probabilities counts one half.
+    below = np.searchsorted(negative, positive, "left") + np.searchsorted(negative, positive, "right")
+    log_likelihood = np.log(positive).sum() + np.log1p(-negative).sum()
+    return Optimum(
+        auc=float(below.sum() / (2 * len(positive) * len(negative))), log_loss=float(-log_likelihood / len(label))
+    )
+
+
+@dataclass(frozen=True)
+class DemoBlock:
+    """Some rows in a run."""
+
+    columns: dict[str, NDArray[Any]]
+    """Label int8, dense float32 and categorical int32 values, each [rows], by column name."""
+    probability: NDArray[np.float64]
+    """The true chance of a click, [rows]."""
+
+
+@dataclass(frozen=True)
+class _Feature:
+    """How a column's values are drawn. They are ids of a table or, in a dense column, counts."""
+
+    size: int
+    """Values are 0 ... size - 1, the commonest first."""
+    side: int
+    """VISITOR or AD."""
+    missing: float
+    """Share of rows without a value: id 0 stands for those, or a count of 0."""
+    scale: float
+    """Values below it are about equally common."""
+    taste: int
+    """Weight in the side's taste; at 0 the column has a linear effect only."""
+    dense: bool
+
+    @property
+    def first(self) -> int:
+        """The commonest value that is not missing."""
+        return 1 if self.missing and not self.dense else 0
+
+    @property
+    def squarings(self) -> int:
+        """The power of the law is 2 ** squarings: counts have lighter tails than ids."""
+        return 1 if self.dense else 3
+
+    @cached_property
+    def cut(self) -> float:
+        """The law's last point: where the values end, 0 < cut < 1."""
+        root = 1.0 + (self.size - self.first) / self.scale
+        for _ in range(self.squarings):
+            root = math.sqrt(root)
+        return 1.0 / root
+
+    def draw(self, uniform: NDArray[np.float64]) -> NDArray[np.int32]:
+        """Turns uniforms in (0, 1) into values; the lowest uniforms into missing ones.
+
+        With v = (uniform - missing) / (1 - missing) in (0, 1), the value is
+        first + floor(scale * ((1 - v * (1 - cut)) ** -power - 1)).
+        """
+        slope = (1.0 - self.cut) / (1.0 - self.missing)
+        value = uniform * -slope
+        value += 1.0 + self.missing * slope
+        np.divide(1.0, value, out=value)
+        for _ in range(self.squarings):
+            value *= value
+        value *= self.scale
+        value += self.first - self.scale
+        # A missing one has v < 0, so that its value is below ``first``: it becomes 0.
+        return np.clip(value, 0, self.size - 1, out=value).astype(np.int32)
+
+    def chances(self, values: int) -> NDArray[np.float64]:
+        """Chance of each of the values 0 ... values - 1, missing ones included."""
+        root = 1.0 + np.arange(values - self.first + 1) / self.scale
+        for _ in range(self.squarings):
+            root = np.sqrt(root)
+        chances = np.diff((1.0 - 1.0 / root) / (1.0 - self.cut)) * (1.0 - self.missing)
+        if self.first:
+            return np.concatenate([[self.missing], chances])
+        chances[0] += self.missing
+        return chances
+
+
+@dataclass(frozen=True)
+class PlantedModel:
+    """The click model of a seed, and the rows drawn from it."""
+
+    seed: int
+    features: dict[str, _Feature]
+    """Dense and categorical columns, in the order of their draws."""
+    effects: dict[str, NDArray[np.float32]]
+    """For each column [known values + 1, 1 + FACTORS]: linear effect and tastes; the last row is for all the
+    values beyond."""
+
+    @classmethod
+    def plant(cls, settings: DemoSettings) -> "PlantedModel":
+        """The model of ``settings.seed`` over tables of ``settings.cardinalities``."""
+        sizes = dict(zip(CRITEO_CATEGORICAL, settings.cardinalities, strict=True))
+        features = {
+            name: _Feature(largest + 1, side, missing, scale, taste, dense=True)
+            for name, (side, missing, scale, largest, taste) in _DENSE.items()
+        } | {
+            name: _Feature(sizes[name], side, missing, scale, taste, dense=False)
+            for name, (side, missing, scale, taste) in _CATEGORICAL.items()
+        }
+        side_taste = {side: sum(f.taste for f in features.values() if f.side == side) for side in (VISITOR, AD)}
+        effects = {}
+        for number, (name, feature) in enumerate(features.items()):
+            chances, drawn = _draw_effects(settings.seed, number, feature)
+            linear = LINEAR_DEVIATION * math.sqrt(1 / len(features))
+            taste = math.sqrt(feature.taste / side_taste[feature.side])
+            deviations = (linear, *[taste] * FACTORS)
+            effects[name] = np.stack(
+                [_standardised(part, chances) * deviation for part, deviation in zip(drawn, deviations, strict=True)],
+                axis=1,
+            ).astype(np.float32)
+        return cls(settings.seed, features, effects)
+
+    def block(self, split: SplitName, number: int, rows: int = BLOCK_ROWS) -> DemoBlock:
+        """The first ``rows`` rows of a block: rows ``number * BLOCK_ROWS`` and on of a split, however long it is."""
+        raw = _stream(self.seed, _ROWS, SPLITS.index(split), number).random_raw(_WORDS_PER_ROW * BLOCK_ROWS)
+        raw = raw.reshape(_WORDS_PER_ROW, BLOCK_ROWS)[:, :rows]
+        uniforms = [
+            (half + 0.5) * 2.0**-32 for word in raw for half in (word & np.uint64(2**32 - 1), word >> np.uint64(32))
+        ]
+        values = {name: feature.draw(uniforms[i]) for i, (name, feature) in enumerate(self.features.items())}
+        probability = 1.0 / (1.0 + np.exp(-self.log_odds(values).astype(np.float64)))
+        label = uniforms[len(self.features)] < probability
+        columns: dict[str, NDArray[Any]] = {CRITEO_LABEL: label.astype(np.int8)}
+        columns |= {name: _log_counts()[values[name]] for name in CRITEO_DENSE}
+        columns |= {name: values[name] for name in CRITEO_CATEGORICAL}
+        return DemoBlock(columns, probability)
+
+    def log_odds(self, values: dict[str, NDArray[np.int32]]) -> NDArray[np.float32]:
+        """Log-odds of a click, [rows], from counts and ids by column name."""
+        rows = len(values[CRITEO_DENSE[0]])
+        log_odds = np.full(rows, BIAS, dtype=np.float32)
+        tastes = np.zeros((2, FACTORS, rows), dtype=np.float32)
+        for name, feature in self.features.items():
+            effects = self.effects[name]
+            index = np.minimum(values[name], len(effects) - 1)
+            log_odds += effects[:, 0][index]
+            if feature.taste:
+                for factor in range(FACTORS):
+                    tastes[feature.side, factor] += effects[:, 1 + factor][index]
+        for factor in range(FACTORS):
+            product = tastes[VISITOR, factor] * tastes[AD, factor]
+            log_odds += product * np.float32(INTERACTION_DEVIATION / math.sqrt(FACTORS))
+        return log_odds
+
+
+def _draw_effects(seed: int, number: int, feature: _Feature) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Chances [V] of a column's known values and of the rest together, and their raw effects [1 + FACTORS, V]."""
+    stream = _stream(seed, _PLANT, 0, number)
+    if feature.dense:
+        signs = np.where(stream.random_raw(1 + FACTORS) >> np.uint64(63), 1.0, -1.0)
+        return feature.chances(feature.size), signs[:, None] * _log_counts()[: feature.size].astype(np.float64)
+    chances = feature.chances(min(feature.size, round(1 / RAREST_KNOWN)))
+    chances = chances[chances >= RAREST_KNOWN]
+    # The sum of four uniforms is nearly normal. They have 51 bits, so that their sum is exact in any order.
+    raw = stream.random_raw((1 + FACTORS) * 4 * len(chances)) >> np.uint64(13)
+    drawn = (raw * 2.0**-51).reshape(1 + FACTORS, 4, len(chances)).sum(axis=1) - 2.0
+    drawn *= chances / (chances + HALF_EFFECT)
+    if len(chances) == feature.size:
+        return chances, drawn
+    return np.append(chances, 1.0 - math.fsum(chances)), np.pad(drawn, ((0, 0), (0, 1)))
+
+
+def _standardised(values: NDArray[np.float64], chances: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Shifts and scales to mean 0 and variance 1 under the chances. fsum rounds once: the same on every machine."""
+    centred = values - math.fsum(values * chances)
+    return centred / math.sqrt(math.fsum(centred * centred * chances))
+
+
+def _stream(seed: int, purpose: int, split: int, block: int) -> np.random.Philox:
+    """A random stream of its own. Only raw output is used, which is fixed by the definition of Philox4x64."""
+    # The counter's lowest word counts the output.
+    return np.random.Philox(key=[seed, purpose], counter=[0, 0, split, block])
+
+
+@cache
+def _log_counts() -> NDArray[np.float32]:
+    """log(count + 1) of every count that a dense column may have."""
+    largest = max(largest for _, _, _, largest, _ in _DENSE.values())
+    return np.array([math.log(count + 1) for count in range(largest + 1)], dtype=np.float32)
+
+
+def _columns(settings: DemoSettings) -> tuple[Any, ...]:
+    reserved = {name: {"missing": 0} for name, (_, missing, _, _) in _CATEGORICAL.items() if missing}
+    return criteo_columns(settings.cardinalities, "missing to 0, log(x + 1)", reserved)
+
+
+def _schema_fields(settings: DemoSettings) -> dict[str, Any]:
+    # Row counts are left out of the settings: a model may score any rows of the same planted model.
+    return {
+        "dataset": "demo",
+        "protocol": "demo",
+        "settings": {
+            "generator_version": GENERATOR_VERSION,
+            "seed": settings.seed,
+            "max_table_rows": settings.max_table_rows,
+        },
+    }
+
+
+def _existing(settings: DemoSettings, folder: Path) -> DatasetSchema | None:
+    """The schema in ``folder`` if it is that of these settings, else None."""
+    if not (Path(folder) / SCHEMA_FILE).is_file():
+        return None
+    found, wanted = DatasetSchema.load(folder), demo_schema(settings)
+    same = found.encoding_fingerprint == wanted.encoding_fingerprint and all(
+        name in found.splits and found.splits[name].rows == split.rows for name, split in wanted.splits.items()
+    )
+    return found if same else None
