@@ -72,7 +72,7 @@ class RunCheckpoints(Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.state.fn == "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         assert isinstance(pl_module, CTRModule)
         score, best = pl_module.results[MONITOR], self.best.get(MONITOR)

@@ -164,3 +164,26 @@ def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
     if optimum is not None:
         facts |= {names.OPTIMUM_AUC: optimum.auc, names.OPTIMUM_LOG_LOSS: optimum.log_loss}
     return facts
+
+
+class EvaluationWriter(pl.Callback):
+    """Keeps what ``validate`` and ``test`` found as ``validate.json`` and ``test.json``.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._write("validate.json", trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write("test.json", trainer, pl_module)
+
+    def _write(self, name: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, CTRModule)
+        if trainer.is_global_zero:
+            self.folder.write_json(name, pl_module.results)

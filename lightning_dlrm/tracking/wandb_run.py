@@ -57,38 +57,57 @@ def _has_key(host: str) -> bool:
         return False
 
 
-def make_wandb_logger(
+def start_wandb(
     folder: Path,
     *,
     mode: Literal["online", "offline"],
+    reason: str,
     project: str,
     name: str,
     group: str | None,
     tags: Sequence[str],
     config: Mapping[str, Any],
-) -> WandbLogger:
-    """Lightning's WandbLogger, with its files in the run folder.
+) -> tuple[WandbLogger, str]:
+    """Starts a run with Lightning's WandbLogger; its files lie in the run folder.
+
+    Where the server refuses the run, it goes on offline: a fit is worth more than its page.
 
     Args:
         folder: the run folder.
         mode: see ``choose_mode``.
+        reason: see ``choose_mode``.
         project: W&B project.
         name: of the run.
         group: of the run, such as an experiment of several runs.
         tags: of the run.
         config: what the run's page shows as its configuration.
+
+    Returns:
+        The logger, and the reason for being offline; empty where the run is online.
     """
-    return WandbLogger(
-        project=project,
-        name=name,
-        group=group,
-        tags=list(tags),
-        save_dir=str(folder),
-        offline=mode == "offline",
-        config=dict(config),
+
+    def start(mode: Literal["online", "offline"]) -> WandbLogger:
         # Console output would fill an offline run with every redraw of a progress bar.
-        settings=wandb.Settings(mode=mode, console="off", silent=True, init_timeout=30),
-    )
+        settings = wandb.Settings(mode=mode, console="off", silent=True, init_timeout=30)
+        logger = WandbLogger(
+            project=project,
+            name=name,
+            group=group,
+            tags=list(tags),
+            save_dir=str(folder),
+            offline=mode == "offline",
+            config=dict(config),
+            settings=settings,
+        )
+        _ = logger.experiment  # starts the run
+        return logger
+
+    if mode == "online":
+        try:
+            return start("online"), ""
+        except (wandb.Error, OSError) as error:
+            reason = " ".join(str(error).split())
+    return start("offline"), reason
 
 
 def offline_folder(logger: WandbLogger) -> Path:

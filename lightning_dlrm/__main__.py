@@ -1,0 +1,85 @@
+"""``python -m lightning_dlrm COMMAND``: one entry for every command.
+
+Commands that need no Trainer start without loading Lightning.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lightning_dlrm.cli.configs import nearest
+from lightning_dlrm.contracts.errors import UserError
+
+COMMANDS = {
+    "fit": "train a model; ends with a validation",
+    "validate": "score a checkpoint on the validation split",
+    "test": "score a checkpoint on the test split",
+    "predict": "write a checkpoint's click probabilities for a split, or for all",
+    "params": "count parameters, FLOPs and bytes of a configuration",
+    "preprocess": "turn raw Criteo TSV files into a dataset folder",
+    "inspect": "show what a dataset folder holds, and verify it",
+    "generate": "write generated data as a dataset folder",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 after a mistake of the user's."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    command, *rest = arguments
+    try:
+        return _run(command, rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command not in COMMANDS:
+        raise UserError(f"no command {command}{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+    if command in ("preprocess", "inspect", "generate"):
+        return _run_data_command(command, arguments)
+    if command == "params":
+        from lightning_dlrm.cli import params
+
+        return params.run(arguments)
+    from lightning_dlrm.cli.lightning import CTRCommand
+
+    CTRCommand([command, *arguments])
+    return 0
+
+
+def _run_data_command(command: str, arguments: list[str]) -> int:
+    from lightning_dlrm.cli import data
+
+    parser = argparse.ArgumentParser(
+        prog=f"python -m lightning_dlrm {command}",
+        description=COMMANDS[command],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    run = data.add_arguments(command, parser)
+    return run(parser.parse_args(arguments))
+
+
+def _help() -> str:
+    listed = "\n".join(f"  {name:12s}{text}" for name, text in COMMANDS.items())
+    return f"""usage: python -m lightning_dlrm COMMAND [options]
+
+Click-through-rate models on Criteo with PyTorch Lightning.
+
+commands:
+{listed}
+
+Start here, no data needed:
+  python -m lightning_dlrm fit --config dlrm.yaml
+
+Every command explains its options with --help."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

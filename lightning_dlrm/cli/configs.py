@@ -1,0 +1,54 @@
+"""Finding configurations by name, and naming what a misspelt key was meant to be."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import lightning_dlrm
+from lightning_dlrm.contracts.errors import UserError
+
+
+def shipped_configs() -> Path:
+    """The project's ``configs/``: inside the installed package, or at the top of a checkout."""
+    package = Path(lightning_dlrm.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """The configuration of this name: as given, else among the shipped ones.
+
+    Raises:
+        UserError: there is none.
+    """
+    for candidate in (Path(name), shipped_configs() / name):
+        if candidate.is_file():
+            return candidate
+    known = sorted(str(p.relative_to(shipped_configs())) for p in shipped_configs().rglob("*.yaml"))
+    raise UserError(
+        f"no configuration {name}, neither here nor among the shipped ones: {', '.join(known)}{nearest(name, known)}"
+    )
+
+
+def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
+    """Puts paths in place of the names after ``--config``."""
+    resolved = list(arguments)
+    for i, argument in enumerate(arguments):
+        if argument in ("--config", "-c") and i + 1 < len(arguments):
+            resolved[i + 1] = str(find_config(arguments[i + 1]))
+        elif argument.startswith("--config="):
+            resolved[i] = f"--config={find_config(argument.removeprefix('--config='))}"
+    return resolved
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``; did you mean X?``, or nothing where no known word is like it."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def plain_error(message: str) -> str:
+    """jsonargparse's message without its nesting: one line that ends in what went wrong."""
+    lines = [re.sub(r"\s+", " ", line).strip(" -") for line in message.splitlines()]
+    return " ".join(line for line in lines if line)

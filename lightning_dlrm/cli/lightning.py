@@ -1,0 +1,369 @@
+"""``fit``, ``validate``, ``test``, ``predict`` and ``params``: LightningCLI, shaped for this project."""
+
+import contextlib
+import importlib
+import importlib.metadata
+import inspect
+import json
+import logging
+import re
+import subprocess
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import pytorch_lightning as pl
+from jsonargparse import ActionConfigFile
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+import lightning_dlrm
+from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
+from lightning_dlrm.cli.configs import nearest, resolve_config_arguments
+from lightning_dlrm.cli.predictions import PredictionWriter
+from lightning_dlrm.cli.report import demo_note, final_report
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
+from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.engine.progress import RunProgress
+from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder
+from lightning_dlrm.models.dcn import DCN
+from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
+from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay
+from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
+from lightning_dlrm.tracking.run_folder import CONFIG, JsonLinesLogger, RunFolder
+from lightning_dlrm.tracking.wandb_run import Mode, choose_mode, offline_folder, start_wandb
+
+log = logging.getLogger("lightning_dlrm")
+
+# Importing a class makes its short name known to the command line.
+KNOWN_CLASSES = (
+    Criteo,
+    CriteoKaggle,
+    CriteoTerabyte,
+    DLRM,
+    DCN,
+    SGD,
+    Adagrad,
+    RowWiseAdagrad,
+    Constant,
+    WarmupQuadraticDecay,
+)
+EVALUATIONS = ("validate", "test", "predict")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """When ``checkpoints/last`` is saved.
+
+    Args:
+        every_n_steps: every so many optimiser steps, besides after each validation; 0 for after
+            validations only.
+    """
+
+    every_n_steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbSettings:
+    """Weights & Biases.
+
+    Args:
+        project: W&B project.
+        mode: auto goes online where there is an API key and the server answers, else offline.
+        name: of the run; by default that of the run folder.
+        group: of the run, such as an experiment of several runs.
+        tags: of the run.
+    """
+
+    project: str = "lightning_dlrm"
+    mode: Mode = "auto"
+    name: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line, and that takes no abbreviations: they hide misspelt keys."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(explain(message, self._known_keys()))
+
+    def _known_keys(self) -> list[str]:
+        return [action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")]
+
+
+class CTRCommand(LightningCLI):
+    """Adds the run folder, resuming, W&B and our checkpoints to LightningCLI."""
+
+    run_folder: RunFolder | None = None
+    recorder: Recorder | None = None
+
+    def __init__(self, arguments: Sequence[str], run: bool = True) -> None:
+        _quieten()
+        super().__init__(
+            CTRModule,
+            pl.LightningDataModule,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=1,
+            auto_configure_optimizers=False,
+            trainer_defaults={
+                # The stream gives each rank its own rows, and validation needs no rehearsal.
+                "use_distributed_sampler": False,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
+            args=resolve_config_arguments(arguments),
+            run=run,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = OneLineParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="YAML file, here or one shipped; later ones overlay earlier"
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str | None, default=None, help="default runs/<date>-<model>-<n>")
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto"] | None,
+            default=None,
+            help="auto: go on from the newest whole checkpoint in --run_dir, or start afresh where there is none",
+        )
+        parser.add_class_arguments(CheckpointSettings, "checkpoint")
+        parser.add_class_arguments(WandbSettings, "wandb")
+        parser.link_arguments("data.schema", "model.schema", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+    # --- before anything is built -------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        settings = self._settings()
+        if self.subcommand in EVALUATIONS:
+            settings.ckpt_path = str(self._evaluated_checkpoint(settings.ckpt_path, settings.run_dir))
+        elif self.subcommand == "fit":
+            self._prepare_resume(settings)
+
+    def _prepare_resume(self, settings: Any) -> None:
+        if settings.resume is None:
+            if settings.ckpt_path is not None:
+                settings.ckpt_path = str(resolve_checkpoint(Path(settings.ckpt_path)))
+            return
+        if settings.run_dir is None:
+            raise UserError("--resume auto looks for checkpoints in a run folder: give it with --run_dir")
+        if settings.ckpt_path is not None:
+            raise UserError("--resume auto and --ckpt_path both choose a checkpoint: give one of them")
+        newest = newest_checkpoint(RunFolder(Path(settings.run_dir)).checkpoints)
+        if newest is None:
+            log.info("no checkpoint in %s yet: starting afresh", settings.run_dir)
+        else:
+            settings.ckpt_path = str(newest)
+
+    def _evaluated_checkpoint(self, given: str | None, run_dir: str | None) -> Path:
+        if given is None:
+            raise UserError(
+                f"{self.subcommand} needs trained weights: give --ckpt_path, such as runs/NAME/checkpoints/best"
+            )
+        if given in ("best", "last") and run_dir is not None:
+            return resolve_checkpoint(RunFolder(Path(run_dir)).checkpoints / given)
+        return resolve_checkpoint(Path(given))
+
+    # --- building -------------------------------------------------------------------------------
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        settings = self._settings()
+        assert isinstance(self.model, CTRModule)
+        self.run_folder = self._open_run_folder(settings)
+        callbacks: list[pl.Callback]
+        trainer = dict(self._get(self.config_init, "trainer", default={}))
+        if self.subcommand == "fit":
+            checkpoints = None
+            if trainer.get("enable_checkpointing") is not False:
+                checkpoints = RunCheckpoints(self.run_folder.checkpoints, settings.checkpoint.every_n_steps)
+            self.recorder = Recorder(self.run_folder, checkpoints)
+            callbacks = [self.recorder, FinalValidation(), *([checkpoints] if checkpoints else [])]
+        else:
+            callbacks = [EvaluationWriter(self.run_folder), PredictionWriter(self.run_folder)]
+        if trainer.get("enable_progress_bar") is not False:
+            callbacks.append(RunProgress(self.recorder))
+        trainer["callbacks"] = [*(trainer.get("callbacks") or []), *callbacks]
+        trainer["logger"] = self._loggers(trainer.get("logger"), settings)
+        plugins = trainer.get("plugins") or []
+        trainer["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), FolderCheckpointIO()]
+        trainer["default_root_dir"] = trainer.get("default_root_dir") or str(self.run_folder.path)
+        return self._instantiate_trainer(trainer | kwargs, [])
+
+    def _open_run_folder(self, settings: Any) -> RunFolder:
+        path = None if settings.run_dir is None else Path(settings.run_dir)
+        if self.subcommand in EVALUATIONS:
+            owner = Path(settings.ckpt_path).resolve().parent.parent
+            if path is None and (owner / CONFIG).is_file():
+                path = owner
+            if path is not None and path.is_dir():
+                return RunFolder(path)
+        elif settings.resume is not None and path is not None and path.is_dir():
+            return RunFolder(path)
+        return RunFolder.create(path, self._model_name())
+
+    def _model_name(self) -> str:
+        assert isinstance(self.model, CTRModule)
+        factory = self.model.make_network
+        return str(getattr(getattr(factory, "func", factory), "__name__", "model")).lower()
+
+    def _loggers(self, given: Any, settings: Any) -> list[Any] | bool:
+        """W&B and the run folder; a logger of the user's takes W&B's place."""
+        assert self.run_folder is not None
+        if self.subcommand != "fit":
+            return False
+        ours = JsonLinesLogger(self.run_folder)
+        if given is False:
+            return [ours]
+        if given not in (None, True):
+            return [ours, *(given if isinstance(given, list) else [given])]
+        mode, reason = choose_mode(settings.wandb.mode)
+        if mode == "disabled":
+            return [ours]
+        logger, reason = start_wandb(
+            self.run_folder.path,
+            mode=mode,
+            reason=reason,
+            project=settings.wandb.project,
+            name=settings.wandb.name or self.run_folder.path.name,
+            group=settings.wandb.group,
+            tags=settings.wandb.tags,
+            config=self._facts(),
+        )
+        if reason:
+            log.info("W&B: offline (%s); send the run later with: wandb sync %s", reason, offline_folder(logger))
+        return [ours, logger]
+
+    def _facts(self) -> dict[str, Any]:
+        """The resolved configuration and where the code comes from."""
+        text = self._parser(self.subcommand).dump(self._settings(), format="json", skip_none=False)
+        return {**json.loads(text), "lightning_dlrm": {"version": _version(), "git_commit": _git_commit()}}
+
+    # --- running --------------------------------------------------------------------------------
+
+    def before_fit(self) -> None:
+        assert self.run_folder is not None
+        (self.run_folder.path / CONFIG).write_text(
+            self._parser(self.subcommand).dump(self._settings(), skip_none=False, skip_link_targets=False)
+        )
+        log.info("run folder: %s", self.run_folder.path)
+        schema = self._schema()
+        if schema.dataset == "demo":
+            log.info(demo_note())
+
+    def after_fit(self) -> None:
+        assert self.recorder is not None and self.run_folder is not None
+        if self.trainer.is_global_zero and not self.trainer.interrupted:
+            best = self.recorder.checkpoints.best if self.recorder.checkpoints else {}
+            print(final_report(self.run_folder, self.recorder.latest, best, self._schema()))
+
+    def after_validate(self) -> None:
+        self._print_results()
+
+    def after_test(self) -> None:
+        self._print_results()
+
+    def before_predict(self) -> None:
+        assert self.run_folder is not None
+        log.info("predictions go to %s", self.run_folder.path / "predictions.parquet")
+
+    def _print_results(self) -> None:
+        assert isinstance(self.model, CTRModule) and self.run_folder is not None
+        if self.trainer.is_global_zero:
+            print("\n".join(f"{name:32s} {value:.6f}" for name, value in self.model.results.items()))
+            print(f"kept in {self.run_folder.path}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:
+            # Lightning leaves with 1 after Ctrl-C; shells and schedulers expect 128 + SIGINT.
+            if self.trainer.interrupted:
+                raise SystemExit(130) from None
+            raise
+
+    def _settings(self) -> Any:
+        return self.config if self.subcommand is None else self.config[self.subcommand]
+
+    def _schema(self) -> DatasetSchema:
+        return self.datamodule.schema  # type: ignore[union-attr, no-any-return]
+
+
+class ParamsCommand(CTRCommand):
+    """Builds data and model of a configuration, and nothing else."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--json", action="store_true", help="print JSON")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
+
+
+def explain(message: str, known_keys: Sequence[str]) -> str:
+    """jsonargparse's message in one line, with the nearest key where one is misspelt."""
+    if match := re.search(r"Option '([\w.]+)' is not accepted", message):
+        paths = re.findall(r"class_path[ =]'([\w.]+)'", message[: match.start() + 1] + message[match.start() :])
+        where = paths[-1] if paths else ""
+        return f"unknown key {match[1]} of {where.rpartition('.')[2]}{nearest(match[1], _parameters(where))}"
+    if match := re.search(r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)", message):
+        key = match[1] or match[2]
+        return f"unknown key {key}{_nearest_key(key, known_keys)}"
+    if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
+        name = match[1] or match[2]
+        names = [known.__name__ for known in KNOWN_CLASSES]
+        return f"no class {name}; known ones: {', '.join(names)}{nearest(name, names)}"
+    return " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
+
+
+def _nearest_key(key: str, known: Sequence[str]) -> str:
+    """Also where only a section's name is misspelt: modle.network is near model.network."""
+    if suggestion := nearest(key, known):
+        return suggestion
+    parts = key.split(".")
+    return next((s for n in range(len(parts) - 1, 0, -1) if (s := nearest(".".join(parts[:n]), known))), "")
+
+
+def _parameters(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    with contextlib.suppress(ImportError, AttributeError, ValueError):
+        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    return []
+
+
+def _quieten() -> None:
+    """Lightning's general advice is for people who write their own training code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=UserWarning, module="pytorch_lightning")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("lightning-dlrm")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git_commit() -> str | None:
+    """Of the checkout this code runs from; None where it is installed from a wheel."""
+    command = ["git", "-C", str(Path(lightning_dlrm.__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

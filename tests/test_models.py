@@ -1,0 +1,139 @@
+"""Contract: DLRM and DCN are the published formulas, sizes and initial weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, Features
+from lightning_dlrm.models.accounting import model_size
+from lightning_dlrm.models.dcn import DCN
+from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.models.layers import CrossNetwork, DotInteraction
+
+KAGGLE = (
+    1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306, 10, 5652,
+    2173, 4, 7046547, 18, 15, 286181, 105, 142572,
+)  # fmt: skip
+PAPER = Features(dense=13, tables=dict(zip(CRITEO_CATEGORICAL, KAGGLE, strict=True)))
+SMALL = Features(dense=2, tables={"A": 4, "B": 30, "C": 1})
+
+
+def batch(size: int = 5) -> tuple[torch.Tensor, SparseIds]:
+    ids = torch.stack([torch.arange(size) % rows for rows in SMALL.table_rows], 1).int()
+    return torch.linspace(-1, 1, 2 * size).view(size, 2), SparseIds(values=ids, tables=3)
+
+
+@pytest.mark.parametrize(
+    ("network", "total", "dense", "flops"),
+    [(DLRM, 540_677_217, 475_985, 959_968), (DCN, 540_558_554, 357_322, 713_106)],
+)
+def test_paper_sizes_are_counted_without_allocating(network: type, total: int, dense: int, flops: int) -> None:
+    with torch.device("meta"):
+        size = model_size(network(PAPER))
+    assert (size.total, size.dense, size.tables) == (total, dense, 540_201_232)
+    assert size.flops_per_sample_forward == flops
+    assert size.flops_per_sample_training == 3 * flops
+
+
+@pytest.mark.parametrize("self_interaction", [False, True])
+def test_dot_interaction_takes_the_pairs_row_by_row(self_interaction: bool) -> None:
+    vectors = torch.randn(3, 4, 5)
+    expected = [
+        (vectors[:, i] * vectors[:, j]).sum(1) for i in range(4) for j in range(i + 1 if self_interaction else i)
+    ]
+    torch.testing.assert_close(DotInteraction(4, 5, self_interaction)(vectors), torch.stack(expected, 1))
+
+
+@pytest.mark.parametrize("interaction", ["dot", "cat"])
+def test_dlrm_is_the_published_formula(interaction: str) -> None:
+    network = DLRM(SMALL, seed=1, embedding_dim=4, bottom_mlp=[6, 4], top_mlp=[5], interaction=interaction)
+    dense, ids = batch()
+    x = dense
+    for layer in network.bottom.linears():
+        x = torch.relu(x @ layer.weight.T + layer.bias)
+    vectors = [x] + [
+        piece.of(network.embeddings.weight)[ids.values[:, f].long()]
+        for f, piece in enumerate(network.embeddings.pieces)
+    ]
+    if interaction == "dot":
+        x = torch.cat([x] + [(vectors[i] * vectors[j]).sum(1, keepdim=True) for i in range(4) for j in range(i)], 1)
+    else:
+        x = torch.cat(vectors, 1)
+    first, last = network.top.linears()
+    expected = torch.relu(x @ first.weight.T + first.bias) @ last.weight.T + last.bias
+    torch.testing.assert_close(network(dense, ids), expected.squeeze(1))
+
+
+def test_dcn_is_the_published_formula() -> None:
+    network = DCN(SMALL, seed=1, embedding_dim=4, cross_layers=3, deep=[6, 5])
+    nn.init.normal_(network.cross.bias)
+    dense, ids = batch()
+    vectors = [
+        piece.of(network.embeddings.weight)[ids.values[:, f].long()]
+        for f, piece in enumerate(network.embeddings.pieces)
+    ]
+    x0 = torch.cat([*vectors, dense], 1)
+    cross = x0
+    for w, b in zip(network.cross.weight, network.cross.bias, strict=True):
+        cross = torch.stack([x0[i] * (cross[i] @ w) + b + cross[i] for i in range(len(x0))])
+    deep = x0
+    for layer in network.deep.linears():
+        deep = torch.relu(deep @ layer.weight.T + layer.bias)
+    (logit,) = network.logit.linears()
+    expected = torch.cat([cross, deep], 1) @ logit.weight.T + logit.bias
+    torch.testing.assert_close(network(dense, ids), expected.squeeze(1))
+
+
+@pytest.mark.parametrize("network", [DLRM, DCN])
+def test_gradients_in_float64(network: type) -> None:
+    options = {"bottom_mlp": [6, 4], "top_mlp": [5]} if network is DLRM else {"cross_layers": 2, "deep": [6]}
+    model = network(SMALL, seed=1, embedding_dim=4, **options).double()
+    dense, ids = batch()
+    dense = dense.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: model(x, ids), dense)
+
+
+def test_initial_dense_weights_are_as_published() -> None:
+    layer = DLRM(Features(dense=400, tables={"A": 2}), seed=1, bottom_mlp=[600, 16]).bottom.linears()[0]
+    assert layer.weight.std().item() == pytest.approx((2 / 1000) ** 0.5, rel=0.01)
+    assert layer.bias.std().item() == pytest.approx((1 / 600) ** 0.5, rel=0.1)
+    cross = DCN(Features(dense=5000, tables={"A": 2}), seed=1, cross_layers=4, deep=[2]).cross
+    assert cross.weight.std().item() == pytest.approx((2 / 5017) ** 0.5, rel=0.05)
+    assert not cross.bias.any()
+
+
+def test_initial_weights_are_a_function_of_the_seed() -> None:
+    def weights(seed: int) -> list[torch.Tensor]:
+        torch.rand(seed + 1)  # the global random state must not matter
+        return list(DLRM(SMALL, seed, embedding_dim=4, bottom_mlp=[4]).parameters())
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(1), weights(1), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bottom_mlp": [8, 5]}, "bottom_mlp ends in 5 but embedding_dim is 16"),
+        ({"bottom_mlp": []}, "bottom_mlp ends in nothing"),
+        ({"interaction": "cat", "self_interaction": True}, "self_interaction needs interaction: dot"),
+        ({"interaction": "sum"}, "neither dot nor cat"),
+        ({"top_mlp": [0]}, "each 1 or wider"),
+    ],
+)
+def test_widths_that_do_not_fit_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DLRM(SMALL, **options)
+
+
+def test_dlrm_without_dense_features_and_dcn_without_layers_are_refused() -> None:
+    with pytest.raises(UserError, match="needs dense features"):
+        DLRM(Features(dense=0, tables={"A": 3}))
+    with pytest.raises(UserError, match="cross_layers is 0"):
+        DCN(SMALL, cross_layers=0)
+
+
+def test_cross_network_of_the_paper_counts_two_multiply_adds_a_weight() -> None:
+    assert CrossNetwork(429, 6).multiply_adds() == 6 * 2 * 429

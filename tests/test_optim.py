@@ -1,0 +1,151 @@
+"""Contract: updating touched rows equals torch's own optimiser on a dense gradient, and every
+other row stays to the last bit."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.lookup import RowGradient
+from lightning_dlrm.models.tables import EmbeddingTables
+from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad, UpdateRule
+from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay
+from tests.toy import dense_parameters, toy_batch, toy_dlrm, toy_schema
+
+
+def make(dense_rule: UpdateRule, table_rule: UpdateRule):
+    network = toy_dlrm(toy_schema().features, 3).double()
+    return network, CTROptimizer(dense_parameters(network), [network.embeddings], dense_rule, table_rule)
+
+
+def backward(network, seed: int) -> None:
+    batch = toy_batch(20, seed)
+    logits = network(batch.dense.double(), batch.ids)
+    torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.label.double()).backward()
+
+
+@pytest.mark.parametrize(
+    ("rule", "reference"),
+    [
+        (SGD(0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+        (Adagrad(0.05), lambda p: torch.optim.Adagrad(p, lr=0.05)),
+        (
+            Adagrad(0.05, epsilon=1e-3, initial_accumulator=0.5),
+            lambda p: torch.optim.Adagrad(p, lr=0.05, eps=1e-3, initial_accumulator_value=0.5),
+        ),
+    ],
+)
+def test_dense_and_tables_move_as_under_torch_optim(rule: UpdateRule, reference) -> None:
+    network, optimizer = make(rule, rule)
+    twin = copy.deepcopy(network)
+    plain = reference(list(twin.parameters()))
+    before = network.embeddings.weight.detach().clone()
+    touched = set()
+    for step in range(10):
+        optimizer.zero_grad()
+        backward(network, step)
+        optimizer.step()
+        plain.zero_grad()
+        backward(twin, step)
+        gradient = twin.embeddings.gradient()
+        twin.embeddings.weight.grad = torch.zeros_like(twin.embeddings.weight).index_copy(
+            0, gradient.rows, gradient.values
+        )
+        touched |= set(gradient.rows.tolist())
+        twin.embeddings.clear_gradient()
+        plain.step()
+    for (name, ours), theirs in zip(network.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda m, n=name: f"{n}: {m}", rtol=1e-12, atol=1e-12)
+    untouched = sorted(set(range(len(before))) - touched)
+    assert untouched
+    assert torch.equal(network.embeddings.weight[untouched], before[untouched])
+
+
+def test_row_wise_adagrad_by_loops() -> None:
+    rule = RowWiseAdagrad(0.1, epsilon=1e-4)
+    tables = EmbeddingTables({"A": 6}, 3, seed=1).double()
+    optimizer = CTROptimizer([], [tables], SGD(1.0), rule)
+    weight = tables.weight.detach().clone().tolist()
+    sums = [0.0] * 6
+    for _ in range(4):
+        gradient = RowGradient(torch.tensor([1, 2, 5]), torch.randn(3, 3, dtype=torch.float64))
+        tables.clear_gradient()
+        tables.add_gradient(gradient)
+        optimizer.step()
+        for row, values in zip(gradient.rows.tolist(), gradient.values.tolist(), strict=True):
+            sums[row] += sum(v * v for v in values) / 3
+            for d, v in enumerate(values):
+                weight[row][d] -= 0.1 * v / (math.sqrt(sums[row]) + 1e-4)
+        torch.testing.assert_close(tables.weight.detach(), torch.tensor(weight, dtype=torch.float64))
+    assert optimizer.table_state[0]["sum"].shape == (6,)
+
+
+def test_row_wise_adagrad_of_dense_layers() -> None:
+    weight = torch.randn(4, 3, dtype=torch.float64)
+    bias = torch.randn(4, dtype=torch.float64)
+    rule = RowWiseAdagrad(0.1)
+    for parameter in (weight, bias):
+        state, gradient, before = rule.state(parameter), torch.randn_like(parameter), parameter.clone()
+        rule.update(parameter, gradient, state, torch.tensor(0.1))
+        square = gradient.square().mean(1) if parameter.dim() == 2 else gradient.square()
+        torch.testing.assert_close(state["sum"], square)
+        scale = square.sqrt().view(-1, *[1] * (parameter.dim() - 1))
+        torch.testing.assert_close(parameter, before - 0.1 * gradient / scale)
+
+
+@pytest.mark.parametrize("kind", ["norm", "value"])
+def test_clipping_counts_table_rows(kind: str) -> None:
+    network, optimizer = make(SGD(0.1), SGD(0.1))
+    backward(network, 0)
+    backward(network, 1)  # a second micro-batch
+    gradient = network.embeddings.gradient()
+    everything = [p.grad.clone() for p in dense_parameters(network)] + [gradient.values.clone()]
+    norm = torch.cat([g.flatten() for g in everything]).norm()
+    torch.testing.assert_close(optimizer.gradient_norm(), norm)
+    if kind == "norm":
+        optimizer.clip_gradient_norm(norm.item() / 4)
+        expected = [g / 4 for g in everything]
+    else:
+        optimizer.clip_gradient_values(1e-3)
+        expected = [g.clamp(-1e-3, 1e-3) for g in everything]
+    clipped = [p.grad for p in dense_parameters(network)] + [network.embeddings.gradient().values]
+    for ours, theirs in zip(clipped, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
+
+
+def test_a_small_norm_is_left_alone() -> None:
+    network, optimizer = make(SGD(0.1), SGD(0.1))
+    backward(network, 0)
+    before = network.embeddings.gradient().values.clone()
+    optimizer.clip_gradient_norm(1e6)
+    assert torch.equal(network.embeddings.gradient().values, before)
+
+
+def test_state_of_other_rules_is_refused() -> None:
+    state = make(SGD(0.1), Adagrad(0.1))[1].state_dict()
+    with pytest.raises(UserError, match="choose the same rules"):
+        make(SGD(0.1), RowWiseAdagrad(0.1))[1].load_state_dict(state)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
+def test_learning_rates_that_cannot_train_are_refused(rate: float) -> None:
+    with pytest.raises(UserError, match="learning_rate"):
+        make(SGD(rate), SGD(0.1))
+
+
+def test_schedule_as_published() -> None:
+    schedule = WarmupQuadraticDecay(warmup_steps=4, decay_start_step=6, decay_steps=2)
+    rates = [schedule.learning_rate(step, 8.0) for step in range(1, 10)]
+    assert rates == [2.0, 4.0, 6.0, 6.0, 6.0, 8.0, 2.0, 2.0, 2.0]
+    assert WarmupQuadraticDecay(2).learning_rate(50, 8.0) == 8.0
+    assert Constant().learning_rate(1, 8.0) == 8.0
+
+
+def test_a_decay_before_the_warm_up_ends_is_refused() -> None:
+    with pytest.raises(UserError, match="before the warm-up of 4 steps ends"):
+        WarmupQuadraticDecay(warmup_steps=4, decay_start_step=3, decay_steps=2)
+    with pytest.raises(UserError, match="numbers of 0 or more"):
+        WarmupQuadraticDecay(warmup_steps=-1)
