@@ -64,16 +64,17 @@ class ToyLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
+        # Lightning counts the batches, so that an epoch's generator is not always run to its end.
+        self.position %= len(self.batches)
         while self.position < len(self.batches):
             self.position += 1
             yield self.batches[self.position - 1]
-        self.position = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"] % len(self.batches)
+        self.position = state["position"]
 
 
 class ToyData(pl.LightningDataModule):

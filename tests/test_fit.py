@@ -1,0 +1,253 @@
+"""Contract: a fit under Lightning is a plain training loop; it can be stopped, resumed and
+repeated to the last bit, and keeps what it did in the run folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
+from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder
+from lightning_dlrm.objectives.metrics import click_metrics
+from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
+from lightning_dlrm.optim.schedules import WarmupQuadraticDecay
+from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
+from tests.toy import ToyData, ToyLoader, dense_parameters, toy_dcn, toy_dlrm, toy_module, toy_schema
+
+
+def trainer_of(
+    folder: Path, *, every: int = 0, callbacks: list[pl.Callback] | None = None, **options: Any
+) -> pl.Trainer:
+    run = RunFolder(folder)
+    folder.mkdir(exist_ok=True)
+    checkpoints = RunCheckpoints(run.checkpoints, every)
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "default_root_dir": folder,
+    }
+    return pl.Trainer(
+        logger=JsonLinesLogger(run),
+        callbacks=[Recorder(run, checkpoints), FinalValidation(), checkpoints, *(callbacks or [])],
+        plugins=[FolderCheckpointIO()],
+        **(defaults | options),
+    )
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {line["step"]: line["train/loss"] for line in lines(folder) if "train/loss" in line}
+
+
+class StopAt(pl.Callback):
+    """Dies in mid-epoch, as a killed process would: nothing is saved on the way out."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("network", [toy_dlrm, toy_dcn])
+def test_fit_equals_a_hand_written_loop(network: Any, tmp_path: Path) -> None:
+    schedule = WarmupQuadraticDecay(5, 10, 10)
+    module = toy_module(network, RowWiseAdagrad(0.1), Adagrad(0.05), schedule)
+    trainer_of(tmp_path / "run", max_epochs=2).fit(module, ToyData())
+
+    plain = network(toy_schema().features, 3)
+    optimizer = CTROptimizer(dense_parameters(plain), [plain.embeddings], Adagrad(0.05), RowWiseAdagrad(0.1))
+    expected = []
+    for batch in [*ToyLoader("train", 50).batches, *ToyLoader("train", 50).batches]:
+        for group, base in zip(optimizer.param_groups, (0.05, 0.1), strict=True):
+            group["lr"].fill_(schedule.learning_rate(len(expected) + 1, base))
+        optimizer.zero_grad()
+        logits = plain(batch.dense, batch.ids)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.label.float())
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    ours = losses(tmp_path / "run")
+    assert list(ours) == list(range(1, 29))
+    assert list(ours.values()) == pytest.approx(expected, rel=1e-6)
+    for a, b in zip(module.network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_repeated_fit_gives_the_same_bits(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        trainer_of(tmp_path / name).fit(toy_module(), ToyData())
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+@pytest.mark.parametrize("stop", [1, 5, 9, 14, 17, 23])
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 4}], ids=["epoch", "val4"])
+def test_resumed_fit_goes_on_with_the_same_losses(stop: int, options: dict, tmp_path: Path) -> None:
+    options = {"max_epochs": 2, "every": 1, **options}
+    schedule = WarmupQuadraticDecay(5, 10, 15)
+    whole = toy_module(schedule=schedule)
+    trainer_of(tmp_path / "whole", **options).fit(whole, ToyData())
+
+    run = tmp_path / "run"
+    with pytest.raises(InterruptedError):
+        trainer_of(run, callbacks=[StopAt(stop)], **options).fit(toy_module(schedule=schedule), ToyData())
+    resumed = toy_module(schedule=schedule)
+    trainer_of(run, **options).fit(resumed, ToyData(), ckpt_path=newest_checkpoint(run / "checkpoints"))
+
+    assert losses(run) == losses(tmp_path / "whole")
+    validated = [[line["step"] for line in lines(f) if "validation/auc" in line] for f in (run, tmp_path / "whole")]
+    assert validated[0] == validated[1]
+    assert [line["samples"] for line in lines(run)] == [line["samples"] for line in lines(tmp_path / "whole")]
+    for a, b in zip(resumed.network.parameters(), whole.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_resume_from_an_older_checkpoint_cuts_the_metrics_back(tmp_path: Path) -> None:
+    options = {"every": 3, "max_steps": 12, "max_epochs": -1}
+    trainer_of(tmp_path / "whole", **options).fit(toy_module(), ToyData())
+    run = tmp_path / "run"
+    with pytest.raises(InterruptedError):
+        trainer_of(run, callbacks=[StopAt(8)], **options).fit(toy_module(), ToyData())
+    assert max(losses(run)) == 8
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "trai')  # killed while writing
+    trainer_of(run, **options).fit(toy_module(), ToyData(), ckpt_path=run / "checkpoints/last")
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_gradient_accumulation_takes_every_micro_batch(tmp_path: Path) -> None:
+    """Two micro-batches of 50 are a batch of 100: float64, SGD."""
+    options: dict[str, Any] = {"precision": "64-true", "max_epochs": 1}
+    rules = (SGD(0.1), SGD(0.1))
+    whole, halves = toy_module(toy_dlrm, *rules), toy_module(toy_dlrm, *rules)
+
+    class Halves(ToyData):
+        def train_dataloader(self) -> ToyLoader:
+            loader = ToyLoader("train", 100)
+            loader.batches = [half for batch in loader.batches for half in split_in_two(batch)]
+            return loader
+
+    trainer_of(tmp_path / "whole", **options).fit(whole, ToyData(100))
+    trainer_of(tmp_path / "halves", accumulate_grad_batches=2, **options).fit(halves, Halves(100))
+    assert list(losses(tmp_path / "halves").values()) == pytest.approx(
+        list(losses(tmp_path / "whole").values()), rel=1e-12
+    )
+    for a, b in zip(whole.network.parameters(), halves.network.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def split_in_two(batch: Any) -> list[Any]:
+    half = len(batch) // 2
+    return [
+        type(batch)(
+            label=batch.label[part],
+            dense=batch.dense[part],
+            ids=type(batch.ids)(values=batch.ids.values[part], tables=batch.ids.tables),
+            global_size=half,
+        )
+        for part in (slice(0, half), slice(half, None))
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_steps": 9, "max_epochs": -1}, {"val_check_interval": 5}], ids=str)
+def test_every_fit_ends_with_one_validation(options: dict, tmp_path: Path) -> None:
+    module = toy_module()
+    trainer_of(tmp_path / "run", **options).fit(module, ToyData())
+    last = max(losses(tmp_path / "run"))
+    validated = [line for line in lines(tmp_path / "run") if "validation/auc" in line]
+    assert validated[-1]["step"] == last
+    assert len({line["step"] for line in validated}) == len(validated)
+
+    batches = ToyLoader("validation", 50).batches
+    with torch.no_grad():
+        logits = torch.cat([module.network(b.dense, b.ids) for b in batches])
+    expected = click_metrics(logits, torch.cat([b.label for b in batches]))
+    assert {name: validated[-1][f"validation/{name}"] for name in expected} == pytest.approx(expected, abs=1e-9)
+
+
+def test_run_folder_tells_the_whole_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer_of(run, val_check_interval=5).fit(toy_module(), ToyData())
+    steps = [line["step"] for line in lines(run)]
+    assert steps == sorted(set(steps)), "one line a step"
+    assert [line["samples"] for line in lines(run)] == [50 * step for step in steps]
+    summary = json.loads((run / "summary.json").read_text())
+    final = summary["final"]
+    assert final["step"] == 14 and final["samples"] == 700
+    assert final["parameters/tables"] == 4 * 1108
+    assert final["parameters/total"] == final["parameters/tables"] + final["parameters/dense"]
+    assert final["parallel/ranks"] == 1 and final["parallel/rows_per_rank"] == 1108
+    assert final["speed/samples_per_s"] > 0
+    assert final["validation/auc"] == lines(run)[-1]["validation/auc"]
+    best = max((line for line in lines(run) if "validation/auc" in line), key=lambda line: line["validation/auc"])
+    assert summary["best"]["validation/auc"] == best["validation/auc"]
+    assert summary["best"]["step"] == best["step"]
+
+
+def test_best_checkpoint_gives_its_score_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer_of(run, val_check_interval=5).fit(toy_module(), ToyData())
+    module = toy_module(seed=99)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[EvaluationWriter(RunFolder(run))],
+        plugins=[FolderCheckpointIO()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.validate(module, ToyData(), ckpt_path=run / "checkpoints/best", verbose=False)
+    best = json.loads((run / "summary.json").read_text())["best"]
+    found = json.loads((run / "validate.json").read_text())
+    assert found == pytest.approx({k: v for k, v in best.items() if k != "step"}, rel=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_precisions_train(precision: str, tmp_path: Path) -> None:
+    module = toy_module()
+    trainer_of(tmp_path / "run", precision=precision, max_epochs=3, gradient_clip_val=1.0).fit(module, ToyData())
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    assert module.network.embeddings.weight.dtype == dtype
+    found = list(losses(tmp_path / "run").values())
+    assert sum(found[-5:]) < sum(found[:5])
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "message"),
+    [
+        (lambda: toy_module(toy_dcn), ToyData, "is of a DLRM, this run trains a DCN"),
+        (
+            lambda: toy_module(
+                lambda f, s: toy_dlrm.__globals__["DLRM"](f, s, embedding_dim=4, bottom_mlp=[9, 4], top_mlp=[8])
+            ),
+            ToyData,
+            "is of another model: network.bottom",
+        ),
+        (
+            lambda: toy_module(schema=toy_schema(protocol="other")),
+            lambda: ToyData(schema=toy_schema(protocol="other")),
+            "encoded otherwise",
+        ),
+    ],
+    ids=["network", "width", "encoding"],
+)
+def test_checkpoint_of_something_else_is_refused(module: Any, data: Any, message: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer_of(run, max_steps=2).fit(toy_module(), ToyData())
+    with pytest.raises(UserError, match=message):
+        trainer_of(tmp_path / "other").fit(module(), data(), ckpt_path=run / "checkpoints/last")
