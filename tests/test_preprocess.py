@@ -11,10 +11,12 @@ import gzip
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,8 @@ from datamodules.parquet import verify
 from datamodules.preprocess import command, stages
 from datamodules.preprocess.criteo_tsv import Block, parse
 from datamodules.preprocess.pipeline import order_warning, preprocess
-from datamodules.preprocess.progress import Progress
+from datamodules.preprocess.progress import Progress, Stage
+from datamodules.preprocess.protocols import Dataset
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, SPLITS, DatasetSchema
 
@@ -135,7 +138,7 @@ def test_single_file_equals_plain_protocol(tmp_path: Path, rows: int, max_rows: 
 
 
 @pytest.mark.parametrize("dataset", ["kaggle", "terabyte"])
-def test_several_files_equal_plain_protocol(tmp_path: Path, dataset: str) -> None:
+def test_several_files_equal_plain_protocol(tmp_path: Path, dataset: Dataset) -> None:
     files = [generated_lines(50, 1), generated_lines(1, 2), generated_lines(75, 3), generated_lines(31, 4)]
     paths = [written(tmp_path / f"day_{day}{'.gz' * (day % 2)}", lines) for day, lines in enumerate(files)]
     schema = preprocess(dataset, "dlrm", paths, tmp_path / "out", progress=QUIET)
@@ -393,17 +396,46 @@ def test_days_out_of_order_are_noticed() -> None:
     assert warning and "day_9.gz is given last" in warning and "would be day_11.gz" in warning
 
 
-def test_command_prints_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw = written(tmp_path / "train.txt", generated_lines(100))
+def run_command(*words: object) -> int:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    words = ["--dataset", "kaggle", "--protocol", "dlrm", "--input", str(raw), "--output", str(tmp_path / "out")]
-    assert command.run(parser.parse_args(words)) == 0
+    return command.run(parser.parse_args([str(word) for word in words]))
+
+
+def test_command_prints_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw, folder = written(tmp_path / "train.txt", generated_lines(100)), tmp_path / "out"
+    assert run_command("--dataset", "kaggle", "--protocol", "dlrm", "--input", raw, "--output", folder) == 0
     out, err = capsys.readouterr()
-    schema = DatasetSchema.load(tmp_path / "out")
+    schema = DatasetSchema.load(folder)
     assert f"{sum(schema.features.table_rows):,}" in out
     assert "train.txt (100 rows)" in out
-    assert [line.split()[0] for line in err.splitlines()] == ["stage", "count", "encode"], "one line a stage, no bars"
+    assert [line.split()[:2] for line in err.splitlines()] == [
+        ["stage", "100"],
+        ["count", "100"],
+        ["encode", "100"],
+    ], "one line a stage, no bars"
+
+
+@pytest.mark.parametrize("stage", ["stage", "count", "encode"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, stage: str
+) -> None:
+    class Interrupted(Progress):
+        @contextmanager
+        def stage(self, name: str, total_rows: int | None = None) -> Iterator[Stage]:
+            with super().stage(name, total_rows) as running:
+                yield running
+                if name == stage:
+                    os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(command, "Progress", Interrupted)
+    raw = written(tmp_path / "train.txt", generated_lines(100))
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as left:
+        run_command("--dataset", "kaggle", "--protocol", "dlrm", "--input", raw, "--output", tmp_path / "out")
+    assert left.type is KeyboardInterrupt if number == signal.SIGINT else left.value.args == (143,)
+    # After the last stage the dataset has its name already, and is whole.
+    assert names_in(tmp_path) == ({"train.txt", "out"} if stage == "encode" else {"train.txt"})
 
 
 def test_starts_without_torch() -> None:

@@ -6,7 +6,10 @@ Neither needs torch or Lightning, so they start at once.
 import argparse
 import json
 import resource
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from datamodules.parquet import check_sizes, part_files, verify
@@ -94,12 +97,14 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UserError: see ``pipeline.preprocess``.
+        SystemExit: with code 143, on SIGTERM.
     """
     warning = order_warning(args.dataset, args.input)
     if warning:
         print(warning, file=sys.stderr)
     progress = Progress()
-    schema = preprocess(args.dataset, args.protocol, args.input, args.output, args.max_rows, progress)
+    with _leaving_in_order():
+        schema = preprocess(args.dataset, args.protocol, args.input, args.output, args.max_rows, progress)
     print(render(summary(args.output, schema)))
     print()
     for stage in progress.stages:
@@ -143,6 +148,20 @@ def run_inspect(args: argparse.Namespace) -> int:
     if args.verify:
         print("every file has its checksum")
     return 0
+
+
+@contextmanager
+def _leaving_in_order() -> Iterator[None]:
+    """Lets SIGTERM, as a scheduler sends it, clean up as an error does."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _peak_bytes() -> int:

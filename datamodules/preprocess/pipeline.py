@@ -69,7 +69,7 @@ def preprocess(
     progress = progress or Progress()
     threads = min(os.cpu_count() or 1, MAX_THREADS)
 
-    with _working_folder(output) as work, ThreadPoolExecutor(threads) as executor:
+    with _working_folder(output) as work, _thread_pool(threads) as executor:
         staged = [work.raw(position) for position in range(len(inputs))]
         stored_bytes = sum(path.stat().st_size for path in inputs)
         with progress.stage("stage") as stage:
@@ -145,6 +145,17 @@ def _check_inputs(inputs: Sequence[Path]) -> None:
         if path.resolve() in seen:
             raise UserError(f"{path} is given twice (as {seen[path.resolve()]}); name each file once")
         seen[path.resolve()] = path
+
+
+@contextmanager
+def _thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool that gives up what is not begun when its user fails, rather than finish it first."""
+    with ThreadPoolExecutor(threads) as executor:
+        try:
+            yield executor
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 @contextmanager

@@ -55,13 +55,12 @@ class Stage:
                 fraction = self.rows / self._total_rows if self._total_rows else 0.0
             self._show(min(fraction, 1.0))
 
-    def close(self) -> StageTime:
-        result = StageTime(name=self.name, rows=round(self.rows), seconds=time.monotonic() - self._start)
+    def time_taken(self) -> StageTime:
+        return StageTime(name=self.name, rows=round(self.rows), seconds=time.monotonic() - self._start)
+
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._stream is not None:
-            print(result, file=self._stream, flush=True)
-        return result
 
     def _show(self, fraction: float) -> None:
         now = time.monotonic()
@@ -94,5 +93,7 @@ class Progress:
         try:
             yield stage
         finally:
-            time_taken = stage.close()
-        self.stages.append(time_taken)
+            stage.close()
+        self.stages.append(stage.time_taken())
+        if self._stream is not None and not self._stream.isatty():
+            print(self.stages[-1], file=self._stream, flush=True)
