@@ -1,0 +1,216 @@
+"""The loaders that Lightning iterates: a background thread over the reader, and a position to resume from."""
+
+import itertools
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from datamodules.stream.order import Order, Shuffle
+from datamodules.stream.reader import Decoder, read_batches
+from lightning_dlrm.contracts.batch import Batch
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import DatasetSchema, SplitName
+
+_BATCHES_AHEAD = 4
+
+
+class Loader:
+    """One split of a dataset folder, batch by batch; each iteration gives every row once, in file order.
+
+    Args:
+        folder: the dataset folder.
+        schema: its schema.
+        split: which split; the schema must have it.
+        batch_size: rows of a global batch, over all ranks.
+        rank, world: whose slice of every batch, of how many.
+        rows: fill ``Batch.rows``.
+        first_row: what the first row of the split counts as in ``Batch.rows``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        schema: DatasetSchema,
+        split: SplitName,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        rows: bool = False,
+        first_row: int = 0,
+    ) -> None:
+        self.folder, self.schema, self.split = Path(folder), schema, split
+        self.batch_size = batch_size
+        self._rank, self._world, self._rows, self._first_row = rank, world, rows, first_row
+        self._files = schema.splits[split].files
+
+    def __len__(self) -> int:
+        """Global batches of an epoch. (Without a length Lightning fetches ahead and loses a batch on resume.)"""
+        return -(-self.schema.splits[self.split].rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._iterate(self._order("none"), 0)
+
+    def _order(self, shuffle: Shuffle, seed: int = 0, epoch: int = 0) -> Order:
+        groups = [file.row_groups for file in self._files]
+        return Order(groups, batch_size=self.batch_size, shuffle=shuffle, seed=seed, epoch=epoch)
+
+    def _iterate(self, order: Order, first: int) -> "BackgroundIterator":
+        def batches() -> Generator[Batch, None, None]:
+            decoder = Decoder(self.folder, self.schema, self._files)
+            try:
+                for batch in read_batches(
+                    decoder, order, first=first, rank=self._rank, world=self._world, rows=self._rows
+                ):
+                    if batch.rows is not None:
+                        batch.rows += self._first_row
+                    yield batch
+            finally:
+                decoder.close()
+
+        return BackgroundIterator(batches, _BATCHES_AHEAD)
+
+
+class TrainingLoader(Loader):
+    """A loader with an order for every epoch and a position that moves on through them.
+
+    Iterating starts at the position and ends with the epoch; the next iteration goes on with the
+    next epoch. The position is what ``state_dict`` holds, so that a run resumes with the batch that
+    would have come next, on any number of ranks.
+
+    Args:
+        shuffle: ``window`` or ``none``; see ``datamodules.stream.order``.
+        seed: chooses the orders.
+        epoch_batches: batches after which an epoch counts as over, if the trainer takes fewer than there
+            are (``limit_train_batches``).
+        options: those of ``Loader``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        schema: DatasetSchema,
+        split: SplitName,
+        *,
+        shuffle: Shuffle,
+        seed: int,
+        epoch_batches: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(folder, schema, split, **options)
+        self._shuffle: Shuffle = shuffle
+        self._seed = seed
+        self._epoch_batches = len(self) if epoch_batches is None else min(epoch_batches, len(self))
+        self._epoch = self._batch = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._batch >= self._epoch_batches:
+            self._epoch, self._batch = self._epoch + 1, 0
+        order = self._order(self._shuffle, self._seed, self._epoch)
+        # Decoding starts now, not at the first batch.
+        return self._count(self._iterate(order, self._batch), self._epoch, self._batch)
+
+    def _count(self, source: Iterator[Batch], epoch: int, first: int) -> Iterator[Batch]:
+        for index, batch in enumerate(itertools.islice(source, self._epoch_batches - first), start=first):
+            self._epoch, self._batch = epoch, index + 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position (of the next batch that will be handed out) and what it is a position in."""
+        return {"epoch": self._epoch, "batch": self._batch, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Moves to a position.
+
+        Raises:
+            UserError: the position is one in another order of samples.
+        """
+        for name, mine in self._identity().items():
+            if state.get(name) != mine:
+                raise UserError(
+                    f"the checkpoint stopped amid data with {name.replace('_', ' ')} {state.get(name)}, this run has "
+                    f"{mine}: resume with the same data, seed, shuffle and batch size, or start a new run"
+                )
+        self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "data_fingerprint": self.schema.data_fingerprint,
+            "split": self.split,
+            "shuffle": self._shuffle,
+            "seed": self._seed,
+            "batch_size": self.batch_size,
+        }
+
+
+class BackgroundIterator:
+    """Runs an iterator in a thread, a bounded number of items ahead.
+
+    An error in the thread is raised where its item would have come. The thread ends when the
+    iterator is exhausted, closed or dropped, and at the latest with the interpreter.
+
+    Args:
+        source: makes the iterator; called in the thread, which must be its only user.
+        ahead: most items that wait to be handed out.
+    """
+
+    def __init__(self, source: Callable[[], Generator[Any, None, None]], ahead: int) -> None:
+        items: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._items, self._slots, self._done = items, threading.Semaphore(ahead), False
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=_produce, args=(source, items, self._slots, stop), name="batch reader", daemon=True
+        )
+        thread.start()
+        # Also runs before the interpreter ends: a thread inside pyarrow would crash then.
+        self._finalizer = weakref.finalize(self, _stop, thread, self._slots, stop)
+
+    def __iter__(self) -> "BackgroundIterator":
+        return self
+
+    def __next__(self) -> Any:
+        if self._done:
+            raise StopIteration
+        kind, item = self._items.get()
+        if kind == "item":
+            self._slots.release()
+            return item
+        self.close()
+        if kind == "error":
+            raise item
+        raise StopIteration
+
+    def close(self) -> None:
+        """Ends the thread; what it had ready is lost."""
+        self._done = True
+        self._finalizer()
+
+
+# The thread's function knows nothing of the iterator, which could not be dropped otherwise.
+def _produce(
+    source: Callable[[], Generator[Any, None, None]],
+    items: "queue.SimpleQueue[tuple[str, Any]]",
+    slots: threading.Semaphore,
+    stop: threading.Event,
+) -> None:
+    try:
+        iterator = source()
+        try:
+            while slots.acquire() and not stop.is_set():
+                items.put(("item", next(iterator)))
+        finally:
+            iterator.close()
+    except StopIteration:
+        items.put(("end", None))
+    except BaseException as error:
+        items.put(("error", error))
+
+
+def _stop(thread: threading.Thread, slots: threading.Semaphore, stop: threading.Event) -> None:
+    stop.set()
+    slots.release()
+    if thread is not threading.current_thread():
+        thread.join()
