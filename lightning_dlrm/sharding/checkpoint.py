@@ -13,6 +13,7 @@ place of a whole one. ``rest.pt`` is opened with ``weights_only``: no code in it
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -172,9 +173,19 @@ class CheckpointReader:
         return self.manifest.header
 
     def rest(self) -> dict[str, Any]:
-        """What ``save_checkpoint`` got as ``rest``."""
+        """What ``save_checkpoint`` got as ``rest``.
+
+        Raises:
+            UserError: the file is damaged, or holds more than tensors and plain values.
+        """
         self._check(self.manifest.rest)
-        return torch.load(self.folder / REST, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(self.folder / REST, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{self.folder / REST} holds more than tensors and plain values, so it is not opened; "
+                "use a checkpoint that this project wrote"
+            ) from error
 
     def read_rows(self, piece: TablePiece, slot: str, out: Tensor) -> None:
         """Fills ``out`` with a piece's rows of one slot, whatever pieces they were written in.

@@ -1,0 +1,206 @@
+"""Contract: a checkpoint is whole or not there; any ranges of rows can be read back from any pieces;
+damage is found before anything is used."""
+
+import itertools
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.lookup import TablePiece
+from lightning_dlrm.sharding import checkpoint
+from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors, link_checkpoint, save_checkpoint
+
+ROWS = 100
+
+
+def table() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(ROWS, 3, generator=generator), torch.rand(ROWS, generator=generator)
+
+
+def pieces(*bounds: int) -> list[PieceTensors]:
+    weight, slot = table()
+    return [
+        PieceTensors(
+            TablePiece(name="C1", table_rows=ROWS, start=a, stop=b, offset=0), {"weight": weight[a:b], "sum": slot[a:b]}
+        )
+        for a, b in itertools.pairwise(bounds)
+    ]
+
+
+def write(folder: Path, *bounds: int, step: int = 1) -> None:
+    save_checkpoint(folder, pieces(*(bounds or (0, ROWS))), {"dense": torch.ones(2), "loops": {"n": 3}}, {"step": step})
+
+
+@pytest.mark.parametrize("written", [(0, ROWS), (0, 1, 37, ROWS), tuple(range(0, ROWS + 1, 10))])
+@pytest.mark.parametrize("read", [(0, ROWS), (0, 40), (36, 38), (99, 100), (5, 5)])
+def test_any_range_is_read_from_any_pieces(written: tuple[int, ...], read: tuple[int, int], tmp_path: Path) -> None:
+    write(tmp_path / "last", *written)
+    reader = CheckpointReader(tmp_path / "last")
+    start, stop = read
+    piece = TablePiece(name="C1", table_rows=ROWS, start=start, stop=stop, offset=0)
+    for slot, whole in zip(("weight", "sum"), table(), strict=True):
+        out = torch.full_like(whole[start:stop], 9.0)
+        reader.read_rows(piece, slot, out)
+        assert torch.equal(out, whole[start:stop])
+    assert reader.rest()["loops"] == {"n": 3}
+    assert reader.header == {"step": 1}
+
+
+def test_manifest_names_tables_shapes_and_pieces(tmp_path: Path) -> None:
+    write(tmp_path / "last", 0, 30, ROWS)
+    manifest = json.loads((tmp_path / "last/manifest.json").read_text())
+    entry = manifest["tables"]["C1"]
+    assert entry["shapes"] == {"weight": [ROWS, 3], "sum": [ROWS]}
+    assert [(p["start"], p["stop"]) for p in entry["pieces"]] == [(0, 30), (30, ROWS)]
+    files = {str(p.relative_to(tmp_path / "last")) for p in (tmp_path / "last").rglob("*") if p.is_file()}
+    assert files == {"manifest.json", "rest.pt", *(p["file"] for p in entry["pieces"])}
+
+
+def test_a_link_outlives_what_it_was_made_from(tmp_path: Path) -> None:
+    write(tmp_path / "last", step=1)
+    link_checkpoint(tmp_path / "last", tmp_path / "best")
+    write(tmp_path / "last", step=2)
+    assert CheckpointReader(tmp_path / "best").header["step"] == 1
+    assert CheckpointReader(tmp_path / "last").header["step"] == 2
+    CheckpointReader(tmp_path / "best").rest()
+    assert {p.name for p in tmp_path.iterdir()} == {"best", "last"}
+
+
+KILLED = """
+import itertools, sys
+from pathlib import Path
+from tests.test_checkpoint import write
+folder = Path(sys.argv[1])
+for step in itertools.count(1):
+    write(folder, *range(0, 101, 5), step=step)
+    print(step, flush=True)
+"""
+
+
+def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    folder, moments = tmp_path / "last", random.Random(0)
+    write(folder, step=0)
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(folder)],
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        process.stdout.readline()  # imports are done, saves follow each other
+        time.sleep(moments.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        saved = [int(line) for line in process.stdout.read().split()]
+        process.wait()
+        process.stdout.close()
+        reader = CheckpointReader(folder)
+        assert reader.header["step"] >= (saved[-1] if saved else 0)
+        whole = torch.empty(ROWS, 3)
+        reader.read_rows(TablePiece(name="C1", table_rows=ROWS, start=0, stop=ROWS, offset=0), "weight", whole)
+        assert torch.equal(whole, table()[0])
+        reader.rest()
+
+
+def test_killed_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "last", step=1)
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == ".last.partial":
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "last", step=2)
+    monkeypatch.undo()
+    assert CheckpointReader(tmp_path / "last").header["step"] == 1
+    write(tmp_path / "last", step=3)
+    assert CheckpointReader(tmp_path / "last").header["step"] == 3
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "last", step=1)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write(tmp_path / "last", step=2)
+    assert CheckpointReader(tmp_path / "last").header["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last"]
+
+
+def whole_piece(name: str = "C1", rows: int = ROWS) -> TablePiece:
+    return TablePiece(name=name, table_rows=rows, start=0, stop=rows, offset=0)
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
+    write(tmp_path / "last")
+    for name, use in {
+        "tables/C1.0.safetensors": lambda r: r.read_rows(whole_piece(), "weight", torch.empty(ROWS, 3)),
+        "rest.pt": lambda r: r.rest(),
+    }.items():
+        path = tmp_path / "last" / name
+        good = path.read_bytes()
+        for bad in (good[:-1], good[:-5] + bytes([good[-5] ^ 1]) + good[-4:]):
+            path.write_bytes(bad)
+            with pytest.raises(UserError, match="damaged"):
+                use(CheckpointReader(tmp_path / "last"))
+        path.unlink()
+        with pytest.raises(UserError, match=f"lacks {name}"):
+            CheckpointReader(tmp_path / "last")
+        path.write_bytes(good)
+
+
+def test_other_shapes_tables_and_versions_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "last")
+    reader = CheckpointReader(tmp_path / "last")
+    with pytest.raises(UserError, match=r"shape \(100, 3\), this run needs \(100, 4\)"):
+        reader.read_rows(whole_piece(), "weight", torch.empty(ROWS, 4))
+    with pytest.raises(UserError, match="no weight for table C9"):
+        reader.read_rows(whole_piece("C9"), "weight", torch.empty(ROWS, 3))
+    manifest = tmp_path / "last/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 7'))
+    with pytest.raises(UserError, match="format version 7"):
+        CheckpointReader(tmp_path / "last")
+    manifest.write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        CheckpointReader(tmp_path / "last")
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        CheckpointReader(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is not a checkpoint folder"):
+        CheckpointReader(tmp_path)
+
+
+class Harmful:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (os.environ["HARM"],)
+
+
+def test_no_code_in_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harm = tmp_path / "harm"
+    monkeypatch.setenv("HARM", str(harm))
+    save_checkpoint(tmp_path / "last", pieces(0, ROWS), {"loops": Harmful()}, {"step": 1})
+    with pytest.raises(UserError, match="more than tensors and plain values"):
+        CheckpointReader(tmp_path / "last").rest()
+    assert not harm.exists()
+    pickle.loads(pickle.dumps(Harmful()))
+    assert harm.exists(), "the trap works"
