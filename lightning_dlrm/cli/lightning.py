@@ -300,7 +300,7 @@ class CTRCommand(LightningCLI):
         return self.config if self.subcommand is None else self.config[self.subcommand]
 
     def _schema(self) -> DatasetSchema:
-        return self.datamodule.schema  # type: ignore[union-attr, no-any-return]
+        return self.datamodule.schema
 
 
 class ParamsCommand(CTRCommand):

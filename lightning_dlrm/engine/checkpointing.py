@@ -106,9 +106,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether a validation, which saves too, follows this very step."""
-    if not trainer.enable_validation or isinstance(trainer.val_check_batch, float):
+    interval = trainer.val_check_batch
+    if not trainer.enable_validation:
         return False
     if trainer.should_stop:
         return True
     counted = trainer.fit_loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
-    return bool(trainer.val_check_batch) and (counted + 1) % trainer.val_check_batch == 0
+    return isinstance(interval, int) and interval > 0 and (counted + 1) % interval == 0

@@ -88,7 +88,7 @@ class Recorder(pl.Callback):
             return
         self._step = trainer.global_step
         losses, self._losses = self._losses, []
-        if self._step % trainer.log_every_n_steps == 0 or self._step == trainer.max_steps:
+        if self._step % trainer.log_every_n_steps == 0 or trainer.should_stop:  # type: ignore[attr-defined]
             self._log_training(trainer, losses)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
