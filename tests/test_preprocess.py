@@ -8,6 +8,7 @@ nothing behind.
 
 import argparse
 import gzip
+import io
 import math
 import os
 import random
@@ -26,8 +27,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.parquet import verify
-from datamodules.preprocess import command, stages
-from datamodules.preprocess.criteo_tsv import Block, parse
+from datamodules.preprocess import command, progress, stages
+from datamodules.preprocess.criteo_tsv import BLOCK_BYTES, Block, parse
 from datamodules.preprocess.pipeline import order_warning, preprocess
 from datamodules.preprocess.progress import Progress, Stage
 from datamodules.preprocess.protocols import Dataset
@@ -247,9 +248,9 @@ def raw_path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", BAD_LINES)
-@pytest.mark.parametrize("block_bytes", [100, 1 << 20])
-def test_bad_line_is_named(raw_path: Path, case: str, block_bytes: int) -> None:
+def test_bad_line_is_named(raw_path: Path, case: str) -> None:
     change, number, message = BAD_LINES[case]
+    block_bytes = 100 if raw_path.suffix == ".gz" else BLOCK_BYTES
     lines = generated_lines(100)
     change(lines)
     written(raw_path, lines, last_end=case != "label missing")
@@ -436,6 +437,42 @@ def test_signal_leaves_nothing_behind(
     assert left.type is KeyboardInterrupt if number == signal.SIGINT else left.value.args == (143,)
     # After the last stage the dataset has its name already, and is whole.
     assert names_in(tmp_path) == ({"train.txt", "out"} if stage == "encode" else {"train.txt"})
+
+
+class Clock:
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_progress_without_a_terminal_is_no_flood(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    with Progress().stage("encode", 7_200_000) as stage:
+        for _ in range(7200):
+            clock.now += 1
+            stage.advance(1000)
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert 3 < len(lines) < 40
+    assert lines[0].split() == ["encode", "0.1%", "10,000", "rows,", "1,000", "rows/s,", "7,190", "s", "left"]
+    assert last.split() == ["encode", "7,200,000", "rows", "7,200.0", "s", "1,000", "rows/s"]
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress().stage("stage") as stage:
+        for tenth in range(1, 11):
+            stage.advance(1234, tenth / 10)
+    last = terminal.getvalue().split("\r")[-1]
+    assert last.startswith("stage  100%|") and "| 12,340 rows, " in last and last.count("\n") == 1
 
 
 def test_starts_without_torch() -> None:

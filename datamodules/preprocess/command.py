@@ -19,9 +19,6 @@ from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import DATASETS, PROTOCOLS
 from lightning_dlrm.contracts.schema import DatasetSchema
 
-PREPROCESS_HELP = "make a dataset folder of raw Criteo files"
-INSPECT_HELP = "show what a dataset folder holds, and check its files"
-
 _PREPROCESS_DESCRIPTION = """\
 Reads raw Criteo files and makes a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in
 Parquet. A raw line has 40 fields between tabs: label, 13 integers, 26 hashes of 8 hexadecimal digits; an empty
