@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 _FIRST_LINE_AFTER_S = 10.0  # without a terminal; each further line waits twice as long, up to
 _LINE_EVERY_S = 300.0
-_BAR = "{desc:<7}{percentage:3.0f}%|{bar:25}| {postfix[0]} [{elapsed}<{remaining}]"
+_BAR = "{desc:<7}{percentage:3.0f}%|{bar:25}| [{elapsed}<{remaining}{postfix}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Stage:
         self._lock = threading.Lock()
         self._bar: tqdm | None = None
         if stream is not None and stream.isatty():
-            self._bar = tqdm(total=1.0, desc=name, bar_format=_BAR, postfix=[""], file=stream, leave=True)
+            self._bar = tqdm(total=1.0, desc=name, bar_format=_BAR, file=stream, leave=True)
 
     def advance(self, rows: float, fraction: float | None = None) -> None:
         """Counts more rows as done.
@@ -67,7 +67,7 @@ class Stage:
         seconds = max(now - self._start, 1e-9)
         counted = f"{self.rows:,.0f} rows, {self.rows / seconds:,.0f} rows/s"
         if self._bar is not None:
-            self._bar.postfix[0] = counted
+            self._bar.set_postfix_str(counted, refresh=False)
             self._bar.update(fraction - self._bar.n)
         elif self._stream is not None and now >= self._line_at:
             left = seconds * (1 - fraction) / fraction if fraction else float("nan")
