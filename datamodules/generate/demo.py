@@ -72,8 +72,8 @@ BIAS = -1.5
 
 # An id drawn in a share c of the rows keeps c / (c + HALF_EFFECT) of its own effect. Ids rarer than RAREST_KNOWN
 # share one value: no model could learn their effects from some million rows, so the optimum would be out of reach.
-HALF_EFFECT = 1e-3
-RAREST_KNOWN = 1e-4
+HALF_EFFECT = 3e-3
+RAREST_KNOWN = 3e-4
 
 # Visitor or advertisement: the two sides whose tastes multiply.
 VISITOR, AD = 0, 1
