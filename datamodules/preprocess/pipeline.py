@@ -42,7 +42,7 @@ def preprocess(
     """Makes a dataset folder of raw Criteo files.
 
     The same input gives the same bytes. Memory is bounded by the vocabularies of the columns in
-    work (a few times 12 bytes per distinct value), not by the rows; the disk beside ``output``
+    work (some 45 bytes per distinct value), not by the rows; the disk beside ``output``
     holds the staged rows meanwhile, about half the size of the uncompressed input.
 
     Args:
