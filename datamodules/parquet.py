@@ -285,8 +285,8 @@ def open_part(folder: Path, schema: DatasetSchema, file: DataFile) -> pq.Parquet
     for column in schema.columns:
         found = arrow.field(column.name).type if column.name in arrow.names else None
         if found is None or not _fits(found, column):
-            has = "no such column" if found is None else f"type {found}"
-            raise UserError(f"{path}: column {column.name} has {has}, expected {_TYPES[column.role]}; {remedy}")
+            state = "is missing" if found is None else f"has type {found}"
+            raise UserError(f"{path}: column {column.name} {state}, expected {_TYPES[column.role]}; {remedy}")
     metadata = part.metadata
     groups = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
     if groups != file.row_groups:

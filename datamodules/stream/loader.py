@@ -4,10 +4,11 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.parquet import part_files
 from datamodules.stream.order import Order, Shuffle
 from datamodules.stream.reader import Decoder, read_batches
 from lightning_dlrm.contracts.batch import Batch
@@ -18,38 +19,36 @@ _BATCHES_AHEAD = 4
 
 
 class Loader:
-    """One split of a dataset folder, batch by batch; each iteration gives every row once, in file order.
+    """Splits of a dataset folder, batch by batch; each iteration gives every row once, in file order.
 
     Args:
         folder: the dataset folder.
         schema: its schema.
-        split: which split; the schema must have it.
+        splits: one split of the schema, or several, one after the other.
         batch_size: rows of a global batch, over all ranks.
         rank, world: whose slice of every batch, of how many.
-        rows: fill ``Batch.rows``.
-        first_row: what the first row of the split counts as in ``Batch.rows``.
+        rows: fill ``Batch.rows``; rows are numbered on from split to split.
     """
 
     def __init__(
         self,
         folder: Path,
         schema: DatasetSchema,
-        split: SplitName,
+        splits: Sequence[SplitName],
         *,
         batch_size: int,
         rank: int = 0,
         world: int = 1,
         rows: bool = False,
-        first_row: int = 0,
     ) -> None:
-        self.folder, self.schema, self.split = Path(folder), schema, split
+        self.folder, self.schema, self.splits = Path(folder), schema, tuple(splits)
         self.batch_size = batch_size
-        self._rank, self._world, self._rows, self._first_row = rank, world, rows, first_row
-        self._files = schema.splits[split].files
+        self._rank, self._world, self._rows = rank, world, rows
+        self._files = tuple(part_files(schema, self.splits))
 
     def __len__(self) -> int:
         """Global batches of an epoch. (Without a length Lightning fetches ahead and loses a batch on resume.)"""
-        return -(-self.schema.splits[self.split].rows // self.batch_size)
+        return -(-sum(file.rows for file in self._files) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return self._iterate(self._order("none"), 0)
@@ -62,12 +61,9 @@ class Loader:
         def batches() -> Generator[Batch, None, None]:
             decoder = Decoder(self.folder, self.schema, self._files)
             try:
-                for batch in read_batches(
+                yield from read_batches(
                     decoder, order, first=first, rank=self._rank, world=self._world, rows=self._rows
-                ):
-                    if batch.rows is not None:
-                        batch.rows += self._first_row
-                    yield batch
+                )
             finally:
                 decoder.close()
 
@@ -84,8 +80,6 @@ class TrainingLoader(Loader):
     Args:
         shuffle: ``window`` or ``none``; see ``datamodules.stream.order``.
         seed: chooses the orders.
-        epoch_batches: batches after which an epoch counts as over, if the trainer takes fewer than there
-            are (``limit_train_batches``).
         options: those of ``Loader``.
     """
 
@@ -93,17 +87,16 @@ class TrainingLoader(Loader):
         self,
         folder: Path,
         schema: DatasetSchema,
-        split: SplitName,
+        splits: Sequence[SplitName],
         *,
         shuffle: Shuffle,
         seed: int,
-        epoch_batches: int | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(folder, schema, split, **options)
+        super().__init__(folder, schema, splits, **options)
         self._shuffle: Shuffle = shuffle
         self._seed = seed
-        self._epoch_batches = len(self) if epoch_batches is None else min(epoch_batches, len(self))
+        self._epoch_batches = len(self)
         self._epoch = self._batch = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -112,6 +105,10 @@ class TrainingLoader(Loader):
         order = self._order(self._shuffle, self._seed, self._epoch)
         # Decoding starts now, not at the first batch.
         return self._count(self._iterate(order, self._batch), self._epoch, self._batch)
+
+    def limit_epoch(self, batches: int) -> None:
+        """Ends every epoch after so many batches, as a trainer does that takes fewer than there are."""
+        self._epoch_batches = batches
 
     def _count(self, source: Iterator[Batch], epoch: int, first: int) -> Iterator[Batch]:
         for index, batch in enumerate(itertools.islice(source, self._epoch_batches - first), start=first):
@@ -139,7 +136,7 @@ class TrainingLoader(Loader):
     def _identity(self) -> dict[str, Any]:
         return {
             "data_fingerprint": self.schema.data_fingerprint,
-            "split": self.split,
+            "splits": "+".join(self.splits),
             "shuffle": self._shuffle,
             "seed": self._seed,
             "batch_size": self.batch_size,

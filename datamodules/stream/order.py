@@ -107,7 +107,7 @@ class Order:
         """int64 [rows of the group]: the order of a row group's rows; None where they keep theirs."""
         if not self._shuffled:
             return None
-        return permutation(int(self.group_rows[group]), _key(self._seed, self._epoch, 2, group))
+        return permutation(int(self.group_rows[group]), _key(self._seed, self._epoch, 2, int(group)))
 
     def batch_rows(self, batch: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """int64 [slice]: positions in the split of the rows of a rank's slice of a global batch."""

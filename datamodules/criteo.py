@@ -1,0 +1,190 @@
+"""Criteo's click logs, and demo data shaped like them, as LightningDataModules."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytorch_lightning as pl
+
+from datamodules.generate.demo import DemoSettings, demo_folder, demo_schema, generate_demo
+from datamodules.parquet import check_sizes, open_part, part_files
+from datamodules.stream.loader import Loader, TrainingLoader
+from datamodules.stream.order import LANES
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema, SplitName
+
+DEMO = "demo"
+
+# Looking into a footer takes some 10 ms. Of larger datasets the rest is seen when a file is opened.
+_FOOTERS_AT_START = 100
+
+_STAGE_SPLITS: dict[str, tuple[SplitName, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+}
+
+
+class Criteo(pl.LightningDataModule):
+    """A dataset folder made by `preprocess` or `generate`, or demo data.
+
+    Args:
+        path: A dataset folder, or `demo` for planted demo data, which are made when they are first needed.
+        batch_size: Training samples of a batch over all ranks together (the global batch).
+        evaluation_batch_size: Samples of a batch over all ranks in validate, test and predict.
+        shuffle: `window` for another order in every epoch: shuffled row groups, read in 48 lanes at once, each
+            shuffled in itself; `none` for the order of the files.
+        seed: Chooses the orders of `window`.
+        predict_split: What predict scores; `all` is train, validation and test, one after the other.
+        demo: What demo data to make; of no effect on a dataset folder.
+
+    Raises:
+        UserError: there is no dataset at `path`, or an option is out of range.
+    """
+
+    kind: ClassVar[str | None] = None
+    """The only `dataset` that a schema may name; None for any."""
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int = 2048,
+        evaluation_batch_size: int = 16_384,
+        shuffle: Literal["none", "window"] = "window",
+        seed: int = 0,
+        predict_split: Literal["train", "validation", "test", "all"] = "test",
+        demo: DemoSettings = DemoSettings(),  # noqa: B008 (immutable)
+    ) -> None:
+        super().__init__()
+        for name, size in (("batch_size", batch_size), ("evaluation_batch_size", evaluation_batch_size)):
+            if size < 1:
+                raise UserError(f"data: {name} is {size}; give at least 1")
+        self.path = path
+        self.folder = demo_folder(demo) if path == DEMO else Path(path).expanduser()
+        self.batch_size = batch_size
+        self.evaluation_batch_size = evaluation_batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.predict_split = predict_split
+        self.demo = demo
+        self._schema: DatasetSchema | None = None
+
+    @property
+    def schema(self) -> DatasetSchema:
+        """What the data are, without preparing them. Demo data that are not made yet have no files in it.
+
+        Raises:
+            UserError: there is no dataset at ``path``, or it is of another kind.
+        """
+        if self._schema is not None:
+            return self._schema
+        if self.path == DEMO and not (self.folder / SCHEMA_FILE).is_file():
+            return self._of_kind(demo_schema(self.demo))
+        self._schema = self._of_kind(DatasetSchema.load(self.folder))
+        return self._schema
+
+    def prepare_data(self) -> None:
+        """Makes the demo data unless they are there. Real data are prepared by `preprocess`."""
+        if self.path == DEMO and not (self.folder / SCHEMA_FILE).is_file():
+            generate_demo(self.demo, self.folder)
+
+    def setup(self, stage: str) -> None:
+        """Looks at the files that the stage needs: their sizes, and what their footers tell.
+
+        Raises:
+            UserError: a split has no rows; a file is missing or altered, or has ids beyond its table.
+        """
+        splits = list(_STAGE_SPLITS.get(stage, self._predict_splits))
+        if stage == "fit" and self.trainer is not None and self.trainer.limit_val_batches == 0:
+            splits.remove("validation")
+        self._require(splits)
+        files = list(part_files(self.schema, splits))
+        check_sizes(self.folder, files)
+        rank, world = self._rank_and_world
+        for file in files[rank::world][:_FOOTERS_AT_START]:
+            open_part(self.folder, self.schema, file).close()
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Batches in shuffled order, with a position that Lightning keeps in checkpoints."""
+        self._require(["train"])
+        rank, world = self._rank_and_world
+        if world > LANES and self.shuffle == "window":
+            raise UserError(f"{world} ranks, but the shuffled stream has {LANES} lanes to share out: use fewer ranks")
+        loader = TrainingLoader(
+            self.folder,
+            self.schema,
+            ["train"],
+            shuffle=self.shuffle,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            rank=rank,
+            world=world,
+        )
+        loader.limit_epoch(self._batches_taken(len(loader)))
+        return loader
+
+    def val_dataloader(self) -> Loader:
+        return self._evaluation_loader(["validation"])
+
+    def test_dataloader(self) -> Loader:
+        return self._evaluation_loader(["test"])
+
+    def predict_dataloader(self) -> Loader:
+        return self._evaluation_loader(self._predict_splits, rows=True)
+
+    @property
+    def _predict_splits(self) -> tuple[SplitName, ...]:
+        if self.predict_split == "all":
+            return tuple(name for name in SPLITS if name in self.schema.splits)
+        return (self.predict_split,)
+
+    @property
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _batches_taken(self, batches: int) -> int:
+        """How many batches of an epoch the trainer takes."""
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        return min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+
+    def _evaluation_loader(self, splits: Sequence[SplitName], **options: Any) -> Loader:
+        self._require(splits)
+        rank, world = self._rank_and_world
+        return Loader(
+            self.folder,
+            self.schema,
+            splits,
+            batch_size=self.evaluation_batch_size,
+            rank=rank,
+            world=world,
+            **options,
+        )
+
+    def _require(self, splits: Sequence[SplitName]) -> None:
+        has = {name: split.rows for name, split in self.schema.splits.items() if split.rows}
+        for name in splits:
+            if name not in has:
+                found = ", ".join(f"{name} ({rows:,} rows)" for name, rows in has.items()) or "no rows at all"
+                raise UserError(f"{self.folder} has no rows in its {name} split: it has {found}; choose another split")
+        if not splits:
+            raise UserError(f"{self.folder} has no rows at all; make the dataset again")
+
+    def _of_kind(self, schema: DatasetSchema) -> DatasetSchema:
+        if self.kind is not None and schema.dataset != self.kind:
+            raise UserError(
+                f"{self.path} holds the dataset {schema.dataset!r}, {type(self).__name__} reads {self.kind!r}: "
+                "use the datamodule Criteo, which reads any"
+            )
+        return schema
+
+
+class CriteoKaggle(Criteo):
+    """Criteo, but only for the Display Advertising Challenge of Kaggle."""
+
+    kind = "kaggle"
+
+
+class CriteoTerabyte(Criteo):
+    """Criteo, but only for the Terabyte click logs."""
+
+    kind = "terabyte"

@@ -1,0 +1,206 @@
+"""Contract: a dataset folder is written whole or not at all, byte for byte the same for equal rows,
+and whatever is missing, truncated, altered or out of range in it is named with its file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from datamodules import parquet
+from datamodules.parquet import DatasetWriter, check_sizes, open_part, part_files, verify
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import Column, DatasetSchema
+
+COLUMNS = (
+    Column(name="label", role="label"),
+    Column(name="I1", role="dense"),
+    Column(name="C1", role="categorical", cardinality=40),
+    Column(name="M1", role="multi_hot", cardinality=9),
+)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "ROW_GROUP_ROWS", 16)
+    monkeypatch.setattr(parquet, "ROWS_PER_FILE", 48)
+
+
+def make_rows(count: int, seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    dense = rng.random(count).astype(np.float32)
+    dense[rng.random(count) < 0.2] = np.nan
+    bags = [rng.integers(0, 9, size).astype(np.int32) for size in rng.integers(0, 4, count)]
+    return {
+        "label": rng.integers(0, 2, count).astype(np.int8),
+        "I1": dense,
+        "C1": rng.integers(0, 40, count).astype(np.int32),
+        "M1": bags,
+    }
+
+
+def piece(rows: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    bags = rows["M1"][start:stop]
+    offsets = np.cumsum([0, *map(len, bags)]).astype(np.int32)
+    return {
+        "label": rows["label"][start:stop],
+        "I1": rows["I1"][start:stop],
+        "C1": rows["C1"][start:stop],
+        "M1": (np.concatenate([np.empty(0, np.int32), *bags]), offsets),
+    }
+
+
+def write(folder: Path, rows: Mapping[str, Any], step: int = 1000) -> DatasetSchema:
+    with DatasetWriter(folder, COLUMNS) as writer:
+        count = len(rows["label"])
+        for start in range(0, count, step):
+            writer.write("train", piece(rows, start, min(start + step, count)))
+        writer.write("test", piece(rows, 0, 5))
+        writer.write_vocabulary("C1", pa.table({"value": np.arange(40)}))
+        return writer.finish(dataset="mine", protocol="own")
+
+
+def test_what_is_written_is_read_and_the_schema_describes_it(tmp_path: Path) -> None:
+    rows = make_rows(110)
+    schema = write(tmp_path / "data", rows)
+    assert DatasetSchema.load(tmp_path / "data") == schema
+    train = schema.splits["train"]
+    assert [file.path for file in train.files] == [f"train/part-{i:05d}.parquet" for i in range(3)]
+    assert [file.row_groups for file in train.files] == [(16, 16, 16), (16, 16, 16), (14,)]
+    assert train.rows == 110 and train.positives == rows["label"].sum()
+    assert schema.vocabulary["C1"].path == "vocabulary/C1.parquet"
+
+    table = pa.concat_tables(open_part(tmp_path / "data", schema, file).read() for file in train.files)
+    assert table.schema.types == [pa.int8(), pa.float32(), pa.int32(), pa.list_(pa.field("element", pa.int32()))]
+    np.testing.assert_array_equal(table["label"].to_numpy(), rows["label"])
+    np.testing.assert_array_equal(table["C1"].to_numpy(), rows["C1"])
+    assert table["I1"].null_count == np.isnan(rows["I1"]).sum() > 0
+    np.testing.assert_array_equal(table["I1"].to_numpy(), rows["I1"])
+    assert table["M1"].to_pylist() == [bag.tolist() for bag in rows["M1"]]
+    verify(tmp_path / "data", schema)
+
+
+@pytest.mark.parametrize("step", [1, 7, 16, 50])
+def test_the_bytes_do_not_depend_on_how_rows_arrive(tmp_path: Path, step: int) -> None:
+    rows = make_rows(110)
+    assert write(tmp_path / "a", rows) == write(tmp_path / "b", rows, step)
+
+
+def test_arrays_may_be_reused_after_writing(tmp_path: Path) -> None:
+    rows = make_rows(10)
+    with DatasetWriter(tmp_path / "data", COLUMNS) as writer:
+        given = piece(rows, 0, 10)
+        expected = given["C1"].copy()
+        writer.write("train", given)
+        given["C1"][:] = 0
+        schema = writer.finish(dataset="mine", protocol="own")
+    table = open_part(tmp_path / "data", schema, schema.splits["train"].files[0]).read()
+    np.testing.assert_array_equal(table["C1"].to_numpy(), expected)
+
+
+def test_without_labels_positives_are_unknown(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "data", COLUMNS[1:2]) as writer:
+        writer.write("test", {"I1": np.ones(3, np.float32)})
+        assert writer.finish(dataset="mine", protocol="own").splits["test"].positives is None
+
+
+@pytest.mark.parametrize("how", ["error", "no finish"])
+def test_what_is_not_finished_leaves_nothing(tmp_path: Path, how: str) -> None:
+    def interrupted() -> None:
+        with DatasetWriter(tmp_path / "data", COLUMNS) as writer:
+            writer.write("train", piece(make_rows(40), 0, 40))
+            assert not (tmp_path / "data").exists()
+            if how == "error":
+                raise RuntimeError("stopped")
+
+    if how == "error":
+        with pytest.raises(RuntimeError, match="stopped"):
+            interrupted()
+    else:
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_writers_leftovers_are_removed(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "data", COLUMNS) as writer:
+        mine = writer._partial.name
+        leftover = tmp_path / mine.replace(mine.rpartition("-")[2], str(2**22 + 1))  # above any process id
+    leftover.mkdir()
+    write(tmp_path / "data", make_rows(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_an_occupied_target_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data", make_rows(3))  # an empty folder is fine
+    with pytest.raises(UserError, match="data exists and is not an empty folder"):
+        DatasetWriter(tmp_path / "data", COLUMNS)
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match="file exists"):
+        DatasetWriter(tmp_path / "file", COLUMNS)
+    with DatasetWriter(tmp_path / "late", COLUMNS) as writer:
+        writer.write("train", piece(make_rows(3), 0, 3))
+        (tmp_path / "late").mkdir()
+        (tmp_path / "late" / "other").touch()
+        with pytest.raises(UserError, match="late exists"):
+            writer.finish(dataset="mine", protocol="own")
+    assert (tmp_path / "late" / "other").exists()
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    schema = write(folder, make_rows(110))
+    file = schema.splits["train"].files[1]
+    path = folder / file.path
+    whole = path.read_bytes()
+
+    path.write_bytes(whole[:-7])
+    with pytest.raises(UserError, match=r"train/part-00001\.parquet is truncated: it has .* restore"):
+        check_sizes(folder, list(part_files(schema)))
+    path.write_bytes(whole + b"x")
+    with pytest.raises(UserError, match=r"part-00001\.parquet is altered"):
+        check_sizes(folder, list(part_files(schema)))
+    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    check_sizes(folder, list(part_files(schema)))
+    with pytest.raises(UserError, match=r"part-00001\.parquet is altered: its sha256"):
+        verify(folder, schema)
+    path.write_bytes(b"\0" * len(whole))
+    with pytest.raises(UserError, match=r"part-00001\.parquet is altered: it is no readable Parquet"):
+        open_part(folder, schema, file)
+    path.unlink()
+    with pytest.raises(UserError, match=r"part-00001\.parquet is missing"):
+        open_part(folder, schema, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"C1": pa.array([1, 40, 3], pa.int32())}, "column C1 has ids from 1 to 40, its table has rows 0 to 39"),
+        ({"C1": pa.array([1, -1, 3], pa.int32())}, "column C1 has ids from -1 to 3"),
+        ({"C1": pa.array([1, None, 3], pa.int32())}, "column C1 has nulls"),
+        ({"M1": pa.array([[1], [], [9]], pa.list_(pa.int32()))}, "column M1 has ids from 1 to 9"),
+        ({"C1": pa.array([1, 2, 3], pa.int64())}, "column C1 has type int64, expected int32"),
+        ({"C1": None}, "column C1 is missing, expected int32"),
+        ({}, "has 3 rows in 1 row groups, its dataset.json says 5 in 1"),
+    ],
+)
+def test_parts_that_do_not_fit_the_schema_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    folder = tmp_path / "data"
+    schema = write(folder, make_rows(5))
+    columns = {
+        "label": pa.array([0, 1, 0], pa.int8()),
+        "I1": pa.array([0, 1, None], pa.float32()),
+        "C1": pa.array([0, 1, 39], pa.int32()),
+        "M1": pa.array([[1], [], [8]], pa.list_(pa.int32())),
+        **change,
+    }
+    path = folder / "train/part-00000.parquet"
+    pq.write_table(pa.table({name: values for name, values in columns.items() if values is not None}), path)
+    groups = (3,) if change else (5,)
+    file = parquet.DataFile(path="train/part-00000.parquet", sha256="", bytes=path.stat().st_size, row_groups=groups)
+    with pytest.raises(UserError, match=message) as error:
+        open_part(folder, schema, file)
+    assert "train/part-00000.parquet" in str(error.value)

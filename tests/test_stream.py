@@ -1,0 +1,435 @@
+"""Contract: the order of samples is arithmetic on (schema, seed, epoch), the same on any number of
+ranks, each row once an epoch; loaders give exactly the rows it says, from any position on, and their
+thread never outlives them."""
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datamodules import parquet
+from datamodules.parquet import DatasetWriter
+from datamodules.stream import reader
+from datamodules.stream.loader import BackgroundIterator, Loader, TrainingLoader
+from datamodules.stream.order import Order, _shares, permutation
+from lightning_dlrm.contracts.batch import Batch
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import Column, DatasetSchema
+
+WIDE = (
+    Column(name="label", role="label"),
+    Column(name="I1", role="dense"),
+    Column(name="I2", role="dense"),
+    Column(name="C1", role="categorical", cardinality=50),
+    Column(name="C2", role="categorical", cardinality=7),
+    Column(name="C3", role="categorical", cardinality=1000),
+)
+BAGS = (*WIDE[:4], Column(name="M1", role="multi_hot", cardinality=9), WIDE[4])
+GROUP_ROWS, FILE_ROWS = 16, 64
+
+
+def make_arrays(columns: tuple[Column, ...], count: int, seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    arrays: dict[str, Any] = {}
+    for column in columns:
+        if column.role == "label":
+            arrays[column.name] = rng.integers(0, 2, count).astype(np.int8)
+        elif column.role == "dense":
+            values = rng.random(count).astype(np.float32)
+            values[rng.random(count) < 0.2] = np.nan
+            arrays[column.name] = values
+        elif column.role == "categorical":
+            arrays[column.name] = rng.integers(0, column.cardinality, count).astype(np.int32)
+        else:
+            offsets = np.append(0, np.cumsum(rng.integers(0, 4, count))).astype(np.int32)
+            arrays[column.name] = (rng.integers(0, column.cardinality, offsets[-1]).astype(np.int32), offsets)
+    return arrays
+
+
+def make_dataset(folder: Path, columns: tuple[Column, ...], rows: int, seed: int = 0) -> DatasetSchema:
+    with pytest.MonkeyPatch.context() as patch, DatasetWriter(folder, columns) as writer:
+        patch.setattr(parquet, "ROW_GROUP_ROWS", GROUP_ROWS)
+        patch.setattr(parquet, "ROWS_PER_FILE", FILE_ROWS)
+        writer.write("train", make_arrays(columns, rows, seed))
+        writer.write("test", make_arrays(columns, rows // 3, seed + 1))
+        return writer.finish(dataset="mine", protocol="own")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DatasetSchema]:
+    folder = tmp_path_factory.mktemp("wide") / "data"
+    return folder, make_dataset(folder, WIDE, 2005)
+
+
+# The order
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> list[list[int]]:
+    """Rows per row group of every file, as the writer cuts them: only the last group is short."""
+    rows = draw(st.integers(1, 700))
+    size = draw(st.integers(1, 9))
+    groups = [size] * (rows // size) + ([rows % size] if rows % size else [])
+    per_file = draw(st.integers(1, 12))
+    return [groups[i : i + per_file] for i in range(0, len(groups), per_file)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(splits(), st.integers(1, 150), st.sampled_from(["none", "window"]), st.integers(0, 2**40), st.integers(1, 60))
+def test_each_row_once_and_every_world_size_serves_the_same_batches(
+    files: list[list[int]], batch_size: int, shuffle: Any, seed: int, lanes: int
+) -> None:
+    order = Order(files, batch_size=batch_size, shuffle=shuffle, seed=seed, epoch=seed % 5, lanes=lanes)
+    whole = [order.batch_rows(k) for k in range(order.batches)]
+    assert np.array_equal(np.sort(np.concatenate(whole)), np.arange(order.rows))
+    assert [len(rows) for rows in whole] == [order.global_size(k) for k in range(order.batches)]
+    assert all(len(rows) == batch_size for rows in whole[:-1])
+    if shuffle == "none":
+        assert np.array_equal(np.concatenate(whole), np.arange(order.rows))
+    for world in (2, 3, 8, 61):
+        for k in (0, order.batches // 2, order.batches - 1):
+            slices = [order.batch_rows(k, rank, world) for rank in range(world)]
+            assert np.array_equal(np.concatenate(slices), whole[k])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=50).filter(sum))
+def test_lanes_are_served_by_their_keys(sizes: list[int]) -> None:
+    """Against the plain version: sort all rows by (key, lane) and count."""
+    keys = sorted(((2 * i + 1) / n, lane) for lane, n in enumerate(sizes) for i in range(n))
+    plain = np.zeros((len(keys) + 1, len(sizes)), dtype=np.int64)
+    for position, (_, lane) in enumerate(keys):
+        plain[position + 1] = plain[position]
+        plain[position + 1, lane] += 1
+    assert np.array_equal(_shares(np.array(sizes), np.arange(len(keys) + 1)), plain)
+
+
+def test_shares_of_very_many_rows_are_exact_and_even() -> None:
+    sizes = np.full(48, 91_114_002, dtype=np.int64)
+    sizes[5] -= 16_384
+    totals = np.array([0, 1, 2**31, int(sizes.sum()) - 1, int(sizes.sum())])
+    counts = _shares(sizes, totals)
+    assert np.array_equal(counts.sum(axis=1), totals)
+    assert np.array_equal(counts[-1], sizes)
+    np.testing.assert_allclose(counts, totals[:, None] * (sizes / sizes.sum()), atol=1.5)
+
+
+def test_no_lane_strays_from_its_window() -> None:
+    """A lane finishes a row group before it starts the next, and a file before it opens the next."""
+    files = [[10] * 8] * 20
+    order = Order(files, batch_size=7, shuffle="window", seed=3)
+    for lane, groups in enumerate(order.lanes):
+        counts = order.bounds(0, order.batches, 0, 1)[:, lane]
+        assert np.array_equal(counts[1:, 0], counts[:-1, 1]) and counts[-1, 1] == 10 * len(groups)
+        visited = [int(group) // 8 for group in groups]
+        assert len(list(dict.fromkeys(visited))) == 1 + np.count_nonzero(np.diff(visited))
+    assert sorted(np.concatenate(order.lanes)) == list(range(160))
+    served = [order.batch_rows(k) // 10 for k in range(order.batches)]
+    in_lane = np.array([[group in set(groups) for group in range(160)] for groups in order.lanes])
+    for lane, groups in enumerate(order.lanes):
+        mine = [group for batch in served for group in batch if in_lane[lane, group]]
+        assert mine == np.repeat(groups, 10).tolist()
+
+
+def test_orders_differ_by_seed_and_epoch_and_are_what_they_always_were() -> None:
+    files = [[8] * 4] * 3
+    orders = {
+        (seed, epoch): tuple(Order(files, batch_size=96, shuffle="window", seed=seed, epoch=epoch).batch_rows(0))
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(set(orders.values())) == 9
+    # Literal: a run must resume in the same order with any later release.
+    assert permutation(8, 1).tolist() == [7, 1, 0, 5, 4, 6, 3, 2]
+    assert orders[0, 0][:8] == (23, 16, 19, 17, 22, 20, 21, 18)
+
+
+def test_a_permutation_puts_every_row_everywhere_equally_often() -> None:
+    counts = np.zeros((6, 6))
+    for key in range(6000):
+        counts[np.arange(6), permutation(6, key * 7919)] += 1
+    # Standard deviation of each count is 29.
+    assert abs(counts - 1000).max() < 150
+
+
+# Loaders
+
+
+def plain_batch(folder: Path, schema: DatasetSchema, split: str, rows: np.ndarray) -> dict[str, Any]:
+    """The rows by their positions, from the whole split read by pyarrow alone."""
+    table = pa.concat_tables(pq.read_table(folder / file.path) for file in schema.splits[split].files).take(rows)
+    tables = schema.by_role("categorical", "multi_hot")
+    bags = [
+        [value] if isinstance(value, int) else value
+        for row in zip(*(table[column.name].to_pylist() for column in tables), strict=True)
+        for value in row
+    ]
+    return {
+        "label": table["label"].to_numpy() if "label" in table.column_names else None,
+        "dense": np.stack([table[c.name].to_numpy() for c in schema.by_role("dense")] or [np.empty((0,))], axis=1)
+        if schema.by_role("dense")
+        else np.empty((len(rows), 0), np.float32),
+        "bags": bags,
+    }
+
+
+def check_batch(batch: Batch, plain: dict[str, Any], tables: int) -> None:
+    if plain["label"] is None:
+        assert batch.label is None
+    else:
+        assert batch.label is not None and batch.label.dtype == torch.int8
+        np.testing.assert_array_equal(batch.label, plain["label"])
+    assert batch.dense.dtype == torch.float32 and batch.dense.is_contiguous()
+    np.testing.assert_array_equal(batch.dense, plain["dense"])
+    ids = batch.ids
+    assert ids.values.dtype == torch.int32 and ids.tables == tables and len(ids) == len(batch)
+    if ids.offsets is None:
+        bags = ids.values.reshape(-1, 1).tolist()
+    else:
+        assert ids.offsets.dtype == torch.int64
+        bags = [part.tolist() for part in ids.values.tensor_split(ids.offsets[1:-1])] if len(batch) else []
+    assert bags == plain["bags"]
+
+
+COLUMN_SETS = {
+    "wide": WIDE,
+    "bags": BAGS,
+    "only bags": (BAGS[4],),
+    "no label": WIDE[1:],
+    "no dense": (WIDE[0], WIDE[3]),
+    "no tables": WIDE[:3],
+}
+
+
+@pytest.mark.parametrize("columns", COLUMN_SETS.values(), ids=COLUMN_SETS)
+@pytest.mark.parametrize("shuffle", ["none", "window"])
+@pytest.mark.parametrize(("batch_size", "world"), [(100, 1), (7, 3), (5000, 2)])
+def test_loaders_give_the_rows_of_the_order(
+    tmp_path: Path, columns: tuple[Column, ...], shuffle: Any, batch_size: int, world: int
+) -> None:
+    schema = make_dataset(tmp_path / "data", columns, 205)
+    order = Order([f.row_groups for f in schema.splits["train"].files], batch_size=batch_size, shuffle=shuffle, seed=4)
+    for rank in range(world):
+        loader = TrainingLoader(
+            tmp_path / "data",
+            schema,
+            ["train"],
+            shuffle=shuffle,
+            seed=4,
+            batch_size=batch_size,
+            rank=rank,
+            world=world,
+            rows=True,
+        )
+        batches = list(loader)
+        assert len(batches) == len(loader) == order.batches
+        for k, batch in enumerate(batches):
+            rows = order.batch_rows(k, rank, world)
+            assert batch.rows is not None and batch.global_size == order.global_size(k)
+            np.testing.assert_array_equal(batch.rows, rows)
+            check_batch(batch, plain_batch(tmp_path / "data", schema, "train", rows), len(columns_with_tables(columns)))
+
+
+def columns_with_tables(columns: tuple[Column, ...]) -> list[Column]:
+    return [column for column in columns if column.cardinality]
+
+
+def test_evaluation_numbers_rows_on_through_several_splits(wide: tuple[Path, DatasetSchema]) -> None:
+    folder, schema = wide
+    loader = Loader(folder, schema, ["train", "test"], batch_size=300, rows=True)
+    for _ in range(2):  # every iteration starts anew
+        batches = list(loader)
+        np.testing.assert_array_equal(torch.cat([b.rows for b in batches if b.rows is not None]), np.arange(2005 + 668))
+        expected = plain_batch(folder, schema, "test", np.arange(668))["label"]
+        np.testing.assert_array_equal(torch.cat([b.label for b in batches if b.label is not None])[2005:], expected)
+
+
+def training_loader(dataset: tuple[Path, DatasetSchema], **changes: Any) -> TrainingLoader:
+    options = {"shuffle": "window", "seed": 1, "batch_size": 100, "rows": True, **changes}
+    return TrainingLoader(*dataset, ["train"], **options)
+
+
+def served(batches: Iterator[Batch], count: int | None = None) -> list[list[int]]:
+    found = []
+    for batch in batches:
+        assert batch.rows is not None
+        found.append(batch.rows.tolist())
+        if len(found) == count:
+            break
+    return found
+
+
+@pytest.mark.parametrize("stop", [0, 1, 9, 20, 21, 22, 41, 42])
+def test_resume_goes_on_with_the_batch_that_would_have_come(wide: tuple[Path, DatasetSchema], stop: int) -> None:
+    undisturbed = training_loader(wide)
+    epochs = [served(iter(undisturbed)) for _ in range(4)]
+    assert len(epochs[0]) == 21 and epochs[0] != epochs[1]
+    flat = [rows for epoch in epochs for rows in epoch]
+
+    stopped = training_loader(wide)
+    for epoch in range(3):
+        if (left := stop - 21 * epoch) > 0:
+            served(iter(stopped), left)
+    resumed = training_loader(wide)
+    resumed.load_state_dict(stopped.state_dict())
+    iter(resumed)  # Lightning may ask for an iterator and drop it
+    following = served(iter(resumed)) + served(iter(resumed))
+    assert following == flat[stop : stop + len(following)] and len(following) >= 21
+
+
+def test_a_position_holds_for_another_number_of_ranks(wide: tuple[Path, DatasetSchema]) -> None:
+    one = training_loader(wide)
+    served(iter(one), 5)
+    state = one.state_dict()
+    slices = []
+    for rank in range(3):
+        loader = training_loader(wide, rank=rank, world=3)
+        loader.load_state_dict(state)
+        slices.append(served(iter(loader)))
+    assert [a + b + c for a, b, c in zip(*slices, strict=True)] == served(iter(one))
+
+
+def test_epochs_that_a_trainer_cuts_short_resume_alike(wide: tuple[Path, DatasetSchema]) -> None:
+    undisturbed = training_loader(wide)
+    undisturbed.limit_epoch(4)
+    epochs = [served(iter(undisturbed)) for _ in range(2)]
+    assert [len(epoch) for epoch in epochs] == [4, 4]
+    assert epochs[1] == served(iter(training_loader_at(wide, epoch=1)), 4)
+    stopped, resumed = training_loader(wide), training_loader(wide)
+    stopped.limit_epoch(4)
+    resumed.limit_epoch(4)
+    served(iter(stopped))
+    resumed.load_state_dict(stopped.state_dict())
+    assert served(iter(resumed)) == epochs[1]
+
+
+def training_loader_at(dataset: tuple[Path, DatasetSchema], epoch: int) -> TrainingLoader:
+    loader = training_loader(dataset)
+    loader.load_state_dict({**loader.state_dict(), "epoch": epoch})
+    return loader
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 2}, "with seed 1, this run has 2"),
+        ({"shuffle": "none"}, "with shuffle window, this run has none"),
+        ({"batch_size": 50}, "with batch size 100, this run has 50"),
+    ],
+)
+def test_a_position_in_another_order_is_refused(
+    wide: tuple[Path, DatasetSchema], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        training_loader(wide, **change).load_state_dict(training_loader(wide).state_dict())
+
+
+def test_a_position_in_other_data_is_refused(tmp_path: Path, wide: tuple[Path, DatasetSchema]) -> None:
+    other = make_dataset(tmp_path / "other", WIDE, 2005, seed=9)
+    with pytest.raises(UserError, match="data fingerprint"):
+        training_loader((tmp_path / "other", other)).load_state_dict(training_loader(wide).state_dict())
+
+
+def test_memory_is_bounded_by_two_row_groups_a_lane(
+    wide: tuple[Path, DatasetSchema], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lanes: list[Any] = []
+    most = 0
+
+    class Watched(reader._Lane):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            lanes.append(self)
+
+        def _load(self, index: int) -> Any:
+            nonlocal most
+            rows = super()._load(index)
+            most = max(most, *(len(lane.loaded) for lane in lanes))
+            return rows
+
+    monkeypatch.setattr(reader, "_Lane", Watched)
+    monkeypatch.setattr(reader, "_ROWS_TOGETHER", 100)
+    assert sum(map(len, served(iter(training_loader(wide, batch_size=20))))) == 2005
+    assert most == 2
+
+
+# Faults and threads
+
+
+def test_a_damaged_part_is_named_where_its_rows_would_come(tmp_path: Path) -> None:
+    schema = make_dataset(tmp_path / "data", WIDE, 2005)
+    path = tmp_path / "data" / schema.splits["train"].files[3].path
+    content = path.read_bytes()
+    path.write_bytes(b"PAR1" + b"\xff" * 700 + content[704:])
+    loader = Loader(tmp_path / "data", schema, ["train"], batch_size=FILE_ROWS)
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    with pytest.raises(UserError, match=r"part-00003\.parquet is altered: row group 0 cannot be decoded"):
+        next(batches)
+    with pytest.raises(StopIteration):
+        next(batches)
+    path.unlink()
+    with pytest.raises(UserError, match=r"part-00003\.parquet is missing"):
+        list(loader)
+
+
+def reader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "batch reader"]
+
+
+def test_the_thread_ends_with_its_iterator(wide: tuple[Path, DatasetSchema]) -> None:
+    gc.collect()
+    assert not reader_threads()
+    for loader in (Loader(*wide, ["train"], batch_size=10), training_loader(wide, batch_size=10)):
+        batches = iter(loader)
+        next(batches)
+        assert len(reader_threads()) == 1
+        del batches
+        gc.collect()
+        assert not reader_threads()
+        list(loader)
+        assert not reader_threads()
+
+
+def test_a_background_iterator_runs_a_bounded_number_of_items_ahead() -> None:
+    made = 0
+
+    def source() -> Generator[int, None, None]:
+        nonlocal made
+        while True:
+            made += 1
+            yield made
+
+    items = BackgroundIterator(source, 3)
+    assert next(items) == 1
+    time.sleep(0.1)
+    assert made == 4
+    items.close()
+    with pytest.raises(StopIteration):
+        next(items)
+
+
+def test_the_interpreter_ends_amid_an_iteration(wide: tuple[Path, DatasetSchema]) -> None:
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from datamodules.stream.loader import Loader\n"
+        "from lightning_dlrm.contracts.schema import DatasetSchema\n"
+        "folder = Path(sys.argv[1])\n"
+        "batches = iter(Loader(folder, DatasetSchema.load(folder), ['train'], batch_size=10))\n"
+        "next(batches); print('amid')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(wide[0])], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "amid\n", "")
