@@ -1,0 +1,212 @@
+"""Contract: the Criteo datamodules give their schema before data are prepared, check the files of a
+stage at its start, and under Lightning's fit stop and resume amid an epoch with the same batches."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
+from datamodules.generate.demo import DemoSettings, demo_folder
+from datamodules.parquet import DatasetWriter
+from datamodules.stream.loader import TrainingLoader
+from lightning_dlrm.contracts.batch import Batch
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import Column, DatasetSchema
+
+COLUMNS = (
+    Column(name="label", role="label"),
+    Column(name="I1", role="dense"),
+    Column(name="C1", role="categorical", cardinality=5000),
+)
+SIZES = {"train": 1050, "validation": 70, "test": 40}
+
+
+def make_dataset(folder: Path, sizes: dict[str, int] = SIZES, dataset: str = "kaggle", ids: int = 5000) -> Path:
+    rng = np.random.default_rng(0)
+    with DatasetWriter(folder, COLUMNS) as writer:
+        for split, rows in sizes.items():
+            arrays = {
+                "label": rng.integers(0, 2, rows).astype(np.int8),
+                "I1": np.arange(rows, dtype=np.float32),
+                "C1": rng.integers(0, ids, rows).astype(np.int32),
+            }
+            writer.write(split, arrays)
+        writer.finish(dataset=dataset, protocol="dlrm")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("criteo") / "data")
+
+
+class Recorder(pl.LightningModule):
+    """Keeps the dense column, which tells the rows apart, of every batch that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.train_rows: list[list[float]] = []
+        self.validation_rows: list[list[float]] = []
+
+    def training_step(self, batch: Batch) -> torch.Tensor:
+        self.train_rows.append(batch.dense[:, 0].tolist())
+        return self.layer(batch.dense).sum() * 0
+
+    def validation_step(self, batch: Batch) -> None:
+        self.validation_rows.append(batch.dense[:, 0].tolist())
+
+    def predict_step(self, batch: Batch) -> Any:
+        return batch.rows
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def make_trainer(**options: Any) -> pl.Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+    }
+    return pl.Trainer(**{**quiet, **options})
+
+
+@pytest.mark.parametrize("stop", [3, 7, 11, 14, 20])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"val_check_interval": 4}, {"accumulate_grad_batches": 3}, {"limit_train_batches": 7}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_a_fit_resumes_with_the_batches_that_would_have_come(
+    folder: Path, tmp_path: Path, stop: int, options: dict[str, Any]
+) -> None:
+    """``stop`` counts batches, 11 (or 7) to an epoch; the checkpoint is that of the last batch before it."""
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+            if len(module.train_rows) == stop:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    def fit(callbacks: list[pl.Callback], ckpt_path: Path | None = None) -> Recorder:
+        module = Recorder()
+        trainer = make_trainer(max_epochs=3, callbacks=callbacks, **options)
+        trainer.fit(module, datamodule=Criteo(str(folder), batch_size=100, seed=5), ckpt_path=ckpt_path)
+        return module
+
+    whole = fit([Save()])
+    batches = options.get("limit_train_batches", 11)
+    assert len(whole.train_rows) == 3 * batches
+    if batches == 11:
+        for first in (0, 11, 22):
+            assert sorted(itertools.chain(*whole.train_rows[first : first + 11])) == list(range(1050))
+    assert whole.train_rows[0] != whole.train_rows[batches]
+    assert sorted(whole.validation_rows[0]) == list(range(70))
+
+    resumed = fit([], tmp_path / "last.ckpt")
+    assert resumed.train_rows == whole.train_rows[stop:]
+
+
+def test_predict_all_numbers_rows_through_the_splits(folder: Path) -> None:
+    for split, count in (("all", 1050 + 70 + 40), ("validation", 70)):
+        data = Criteo(str(folder), evaluation_batch_size=64, predict_split=split)  # type: ignore[arg-type]
+        rows: Any = make_trainer().predict(Recorder(), datamodule=data)
+        assert torch.equal(torch.cat(rows), torch.arange(count))
+
+
+def test_evaluation_keeps_the_order_of_the_file_and_every_row(folder: Path) -> None:
+    data = Criteo(str(folder), evaluation_batch_size=32)
+    for loader, rows in ((data.val_dataloader(), 70), (data.test_dataloader(), 40)):
+        assert torch.cat([batch.dense[:, 0] for batch in loader]).tolist() == list(range(rows))
+
+
+def test_the_epoch_of_a_trainer_that_takes_a_share_of_the_batches(folder: Path) -> None:
+    data = Criteo(str(folder), batch_size=100)
+    make_trainer(limit_train_batches=0.5, max_epochs=1).fit(module := Recorder(), datamodule=data)
+    loader = data.train_dataloader()
+    assert isinstance(loader, TrainingLoader) and len(loader) == 11
+    assert len(list(loader)) == len(module.train_rows) == 5
+
+
+def test_demo_gives_its_schema_first_and_makes_its_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path))
+    demo = DemoSettings(train_rows=3000, validation_rows=500, test_rows=400, max_table_rows=100)
+    data = Criteo("demo", demo=demo)
+    before = data.schema
+    assert not demo_folder(demo).exists() and before.splits["train"].rows == 3000
+    data.prepare_data()
+    data.setup("fit")
+    written = demo_folder(demo) / "dataset.json"
+    stamp = written.stat().st_mtime_ns
+    assert data.schema.features == before.features
+    assert data.schema.encoding_fingerprint == before.encoding_fingerprint
+    assert sum(len(batch) for batch in data.train_dataloader()) == 3000
+    Criteo("demo", demo=demo).prepare_data()
+    assert written.stat().st_mtime_ns == stamp
+
+
+def test_a_wrong_path_is_an_error_and_no_fallback(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no dataset folder at .*nowhere"):
+        _ = Criteo(str(tmp_path / "nowhere")).schema
+    with pytest.raises(UserError, match="is not a dataset folder"):
+        Criteo(str(tmp_path)).setup("fit")
+
+
+def test_the_thin_names_refuse_other_datasets(tmp_path: Path, folder: Path) -> None:
+    assert CriteoKaggle(str(folder)).schema.dataset == "kaggle"
+    with pytest.raises(UserError, match=r"holds the dataset 'kaggle', CriteoTerabyte reads 'terabyte'"):
+        _ = CriteoTerabyte(str(folder)).schema
+    terabyte = make_dataset(tmp_path / "terabyte", {"train": 3}, "terabyte")
+    assert CriteoTerabyte(str(terabyte)).schema.dataset == "terabyte"
+    with pytest.raises(UserError, match="CriteoKaggle reads 'kaggle'"):
+        CriteoKaggle("demo").schema  # noqa: B018
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_a_split_without_rows_is_refused_at_the_start(tmp_path: Path, stage: str) -> None:
+    other = "test" if stage in ("fit", "validate") else "train"
+    folder = make_dataset(tmp_path / "data", {other: 30})
+    with pytest.raises(UserError, match=rf"no rows in its \w+ split: it has {other} \(30 rows\)"):
+        Criteo(str(folder)).setup(stage)
+
+
+def test_damage_is_seen_at_the_start(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "data")
+    path = folder / "validation" / "part-00000.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    Criteo(str(folder)).setup("test")
+    with pytest.raises(UserError, match=r"validation/part-00000\.parquet is truncated"):
+        Criteo(str(folder)).setup("fit")
+    path.unlink()
+    with pytest.raises(UserError, match=r"validation/part-00000\.parquet is missing"):
+        Criteo(str(folder)).setup("validate")
+
+
+def test_ids_beyond_their_table_are_seen_at_the_start(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "data", ids=6000)
+    with pytest.raises(UserError, match=r"train/part-00000\.parquet: row group 0 of column C1 has ids from"):
+        Criteo(str(folder)).setup("fit")
+
+
+@pytest.mark.parametrize("name", ["batch_size", "evaluation_batch_size"])
+def test_a_batch_size_below_one_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} is 0"):
+        Criteo(str(folder), **{name: 0})  # type: ignore[arg-type]
+
+
+def test_more_ranks_than_lanes_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Criteo(str(folder))
+    monkeypatch.setattr(Criteo, "_rank_and_world", (0, 49))
+    with pytest.raises(UserError, match="49 ranks, but the shuffled stream has 48 lanes"):
+        data.train_dataloader()
+    assert DatasetSchema.load(folder) == data.schema
