@@ -27,7 +27,7 @@ from lightning_dlrm.contracts.schema import (
 )
 
 # A row group is what a lane of the stream decodes at once and shuffles as its window, so 48 lanes
-# hold 48 of them: 123 MB at 157 bytes a row. Groups of 8,192 rows decode at 80% of the best speed
+# hold 48 of them: 130 MB at 165 bytes a row. Groups of 8,192 rows decode at 80% of the best speed
 # (per-chunk overhead), these at 96%; groups of 65,536 decode no faster, would hold 0.5 GB and would
 # need 0.8 s of decoding before a shuffled stream can serve its first batch.
 ROW_GROUP_ROWS = 16_384

@@ -223,7 +223,7 @@ def read_batches(
     """A rank's slices of the global batches of an order.
 
     Holds at most two row groups of each of the rank's lanes, beside what a batch itself spans: over
-    all ranks 96 groups of 16,384 rows, 247 MB for Criteo's columns, and half of it at most times.
+    all ranks 96 groups of 16,384 rows, 260 MB for Criteo's columns, and half of it at most times.
 
     Args:
         decoder: of the same split as ``order``.
