@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from datamodules.parquet import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
