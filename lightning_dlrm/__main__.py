@@ -4,6 +4,7 @@ Commands that need no Trainer start without loading Lightning.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,11 +32,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     try:
         return _run(command, rest)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        # The reader of a pipe, such as ``head``, has seen enough; nothing is left to flush to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        mistake = _user_error_in(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _user_error_in(error: BaseException | None) -> UserError | None:
+    """The mistake behind an error: parsing libraries wrap what a constructor raises."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _run(command: str, arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,14 +88,14 @@ def test_offline_run_is_read_back(tmp_path: Path) -> None:
 def test_a_server_that_refuses_leaves_the_run_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from lightning_dlrm.tracking import wandb_run
 
-    real = wandb_run.WandbLogger
+    real = wandb_run.wandb.init
 
-    def refusing(**options: object) -> object:
-        if not options["offline"]:
+    def refusing(**options: Any) -> Any:
+        if options["mode"] == "online":
             raise wandb_run.wandb.Error("permission\ndenied")
         return real(**options)
 
-    monkeypatch.setattr(wandb_run, "WandbLogger", refusing)
+    monkeypatch.setattr(wandb_run.wandb, "init", refusing)
     logger, reason = start_wandb(
         tmp_path, mode="online", reason="", project="p", name="n", group=None, tags=(), config={}
     )

@@ -1,8 +1,8 @@
 """The loaders that Lightning iterates: a background thread over the reader, and a position to resume from."""
 
-import itertools
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -98,6 +98,8 @@ class TrainingLoader(Loader):
         self._seed = seed
         self._epoch_batches = len(self)
         self._epoch = self._batch = 0
+        self.wait_seconds = 0.0
+        """Time that whoever iterates has waited for batches, since the loader was made."""
 
     def __iter__(self) -> Iterator[Batch]:
         if self._batch >= self._epoch_batches:
@@ -111,7 +113,10 @@ class TrainingLoader(Loader):
         self._epoch_batches = batches
 
     def _count(self, source: Iterator[Batch], epoch: int, first: int) -> Iterator[Batch]:
-        for index, batch in enumerate(itertools.islice(source, self._epoch_batches - first), start=first):
+        for index in range(first, self._epoch_batches):
+            start = time.perf_counter()
+            batch = next(source)
+            self.wait_seconds += time.perf_counter() - start
             self._epoch, self._batch = epoch, index + 1
             yield batch
 

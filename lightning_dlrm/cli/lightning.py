@@ -1,9 +1,6 @@
 """``fit``, ``validate``, ``test``, ``predict`` and ``params``: LightningCLI, shaped for this project."""
 
-import contextlib
-import importlib
 import importlib.metadata
-import inspect
 import json
 import logging
 import re
@@ -15,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, ArgumentParser
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 import lightning_dlrm
@@ -94,10 +91,7 @@ class OneLineParser(LightningArgumentParser):
         self.allow_abbrev = False
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(explain(message, self._known_keys()))
-
-    def _known_keys(self) -> list[str]:
-        return [action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")]
+        raise UserError(explain(message, known_keys(self)))
 
 
 class CTRCommand(LightningCLI):
@@ -202,7 +196,13 @@ class CTRCommand(LightningCLI):
         plugins = trainer.get("plugins") or []
         trainer["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), FolderCheckpointIO()]
         trainer["default_root_dir"] = trainer.get("default_root_dir") or str(self.run_folder.path)
-        return self._instantiate_trainer(trainer | kwargs, [])
+        built: pl.Trainer = self._instantiate_trainer(trainer | kwargs, [])
+        if built.world_size > 1:
+            raise UserError(
+                f"{built.world_size} processes are asked for; this release trains in one: "
+                "set --trainer.devices 1 and --trainer.num_nodes 1"
+            )
+        return built
 
     def _open_run_folder(self, settings: Any) -> RunFolder:
         path = None if settings.run_dir is None else Path(settings.run_dir)
@@ -214,12 +214,7 @@ class CTRCommand(LightningCLI):
                 return RunFolder(path)
         elif settings.resume is not None and path is not None and path.is_dir():
             return RunFolder(path)
-        return RunFolder.create(path, self._model_name())
-
-    def _model_name(self) -> str:
-        assert isinstance(self.model, CTRModule)
-        factory = self.model.make_network
-        return str(getattr(getattr(factory, "func", factory), "__name__", "model")).lower()
+        return RunFolder.create(path, settings.model.network.class_path.rpartition(".")[2].lower())
 
     def _loggers(self, given: Any, settings: Any) -> list[Any] | bool:
         """W&B and the run folder; a logger of the user's takes W&B's place."""
@@ -314,20 +309,34 @@ class ParamsCommand(CTRCommand):
         return None
 
 
-def explain(message: str, known_keys: Sequence[str]) -> str:
-    """jsonargparse's message in one line, with the nearest key where one is misspelt."""
-    if match := re.search(r"Option '([\w.]+)' is not accepted", message):
-        paths = re.findall(r"class_path[ =]'([\w.]+)'", message[: match.start() + 1] + message[match.start() :])
-        where = paths[-1] if paths else ""
-        return f"unknown key {match[1]} of {where.rpartition('.')[2]}{nearest(match[1], _parameters(where))}"
-    if match := re.search(r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)", message):
-        key = match[1] or match[2]
-        return f"unknown key {key}{_nearest_key(key, known_keys)}"
+def explain(message: str, known: Sequence[str]) -> str:
+    """jsonargparse's message in one line, with the nearest key or class where one is misspelt."""
+    # A nested parser has already explained itself.
+    if match := re.search(r"unknown key [\w.]+(; did you mean [\w.]+\?)?", message):
+        return match[0]
+    if match := re.search(
+        r"Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)",
+        message,
+    ):
+        key = match[1] or match[2] or match[3]
+        return f"unknown key {key}{_nearest_key(key, known)}"
     if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
         name = match[1] or match[2]
         names = [known.__name__ for known in KNOWN_CLASSES]
         return f"no class {name}; known ones: {', '.join(names)}{nearest(name, names)}"
-    return " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
+    line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
+    return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
+
+
+def known_keys(parser: ArgumentParser) -> list[str]:
+    """All keys of a parser and of its subcommands."""
+    keys = []
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            keys += [key for nested in action.choices.values() for key in known_keys(nested)]
+        else:
+            keys.append(action.dest)
+    return keys
 
 
 def _nearest_key(key: str, known: Sequence[str]) -> str:
@@ -338,19 +347,13 @@ def _nearest_key(key: str, known: Sequence[str]) -> str:
     return next((s for n in range(len(parts) - 1, 0, -1) if (s := nearest(".".join(parts[:n]), known))), "")
 
 
-def _parameters(class_path: str) -> list[str]:
-    module, _, name = class_path.rpartition(".")
-    with contextlib.suppress(ImportError, AttributeError, ValueError):
-        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-    return []
-
-
 def _quieten() -> None:
     """Lightning's general advice is for people who write their own training code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=UserWarning, module="pytorch_lightning")
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _version() -> str:

@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def count(module: CTRModule) -> dict[str, int]:
     """Parameters, FLOPs per sample, and bytes of the weights and of the optimiser's state."""
-    size = module.size()
+    size = module.size
     with torch.device("meta"):
         network = module.make_network(module.schema.features, module.seed)
     tables = network.embeddings.weight

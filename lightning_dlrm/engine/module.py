@@ -34,6 +34,9 @@ class CTRModule(pl.LightningModule):
         schedule: of both learning rates: Constant or WarmupQuadraticDecay.
         schema: of the dataset; taken from the data.
         seed: of the initial weights; taken from seed_everything.
+
+    Raises:
+        UserError: the network does not fit the data, or a setting is out of range.
     """
 
     def __init__(
@@ -55,13 +58,11 @@ class CTRModule(pl.LightningModule):
         self.seed = seed
         self.network: CTRNetwork
         self.metrics = nn.ModuleDict({names.VALIDATION: ClickMetrics(), names.TEST: ClickMetrics()})
+        with torch.device("meta"):
+            # Nothing is allocated, and a network that does not fit the data is refused before they are prepared.
+            self.size: ModelSize = model_size(network(schema.features, seed))
         self.results: dict[str, float] = {}
         """The last evaluation's metrics in full precision."""
-
-    def size(self) -> ModelSize:
-        """Parameters and FLOPs, counted without allocating the tables."""
-        with torch.device("meta"):
-            return model_size(self.make_network(self.schema.features, self.seed))
 
     def configure_model(self) -> None:
         # Lightning calls this once for every fit, validate, test and predict.

@@ -1,5 +1,6 @@
 """The progress display: a bar on a terminal, a line now and then elsewhere."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -99,7 +100,7 @@ class RunProgress(ProgressBar):
 
     def _bar(self, name: str, total: float, start: int, leave: bool = True) -> tqdm:
         bar = tqdm if sys.stderr.isatty() else _Lines
-        known = total if total != float("inf") else None
+        known = math.ceil(total) if math.isfinite(total) else None
         return bar(
             desc=name,
             total=known,
@@ -119,12 +120,11 @@ class _Lines(tqdm):
         self._printed = time.monotonic()
         super().__init__(**(options | {"leave": False, "dynamic_ncols": False, "ncols": 110}))
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
         now = time.monotonic()
         if now - self._printed >= LINE_SECONDS:
             self._printed = now
             print(str(self).strip(), file=sys.stderr, flush=True)
-        return True
 
     def close(self) -> None:
         # tqdm would erase a line that was never drawn.

@@ -150,7 +150,7 @@ class Recorder(pl.Callback):
 
 def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
     """What is known of a run before its first step: sizes, ranks, and the optimum of planted data."""
-    size = module.size()
+    size = module.size
     facts: dict[str, float] = {
         names.PARAMETERS_TABLES: size.tables,
         names.PARAMETERS_DENSE: size.dense,

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 import wandb
 from pytorch_lightning.loggers import WandbLogger
 
+from lightning_dlrm.tracking import names
+
 Mode = Literal["auto", "online", "offline", "disabled"]
 
 
@@ -87,20 +89,21 @@ def start_wandb(
     """
 
     def start(mode: Literal["online", "offline"]) -> WandbLogger:
-        # Console output would fill an offline run with every redraw of a progress bar.
-        settings = wandb.Settings(mode=mode, console="off", silent=True, init_timeout=30)
-        logger = WandbLogger(
+        run = wandb.init(
             project=project,
             name=name,
             group=group,
             tags=list(tags),
-            save_dir=str(folder),
-            offline=mode == "offline",
+            dir=folder,
+            mode=mode,
             config=dict(config),
-            settings=settings,
+            # Console output would fill an offline run with every redraw of a progress bar.
+            settings=wandb.Settings(console="off", silent=True, init_timeout=30),
         )
-        _ = logger.experiment  # starts the run
-        return logger
+        # Runs of different batch sizes are compared by the samples they have seen.
+        run.define_metric(names.SAMPLES)
+        run.define_metric("*", step_metric=names.SAMPLES)
+        return WandbLogger(experiment=run)
 
     if mode == "online":
         try:
