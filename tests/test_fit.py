@@ -94,8 +94,10 @@ def test_repeated_fit_gives_the_same_bits(tmp_path: Path) -> None:
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
-@pytest.mark.parametrize("stop", [1, 5, 9, 14, 17, 23])
-@pytest.mark.parametrize("options", [{}, {"val_check_interval": 4}], ids=["epoch", "val4"])
+@pytest.mark.parametrize("stop", [1, 9, 14, 23])
+@pytest.mark.parametrize(
+    "options", [{}, {"val_check_interval": 4, "check_val_every_n_epoch": None}], ids=["each epoch", "every 4 steps"]
+)
 def test_resumed_fit_goes_on_with_the_same_losses(stop: int, options: dict, tmp_path: Path) -> None:
     options = {"max_epochs": 2, "every": 1, **options}
     schedule = WarmupQuadraticDecay(5, 10, 15)

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import logging
 import re
+import signal
 import subprocess
 import warnings
 from collections.abc import Sequence
@@ -14,12 +15,13 @@ from typing import Any, Literal, NoReturn
 import pytorch_lightning as pl
 from jsonargparse import ActionConfigFile, ArgumentParser
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import lightning_dlrm
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
 from lightning_dlrm.cli.configs import nearest, resolve_config_arguments
 from lightning_dlrm.cli.predictions import PredictionWriter
-from lightning_dlrm.cli.report import demo_note, final_report
+from lightning_dlrm.cli.report import demo_note, final_report, size_note
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
@@ -32,7 +34,7 @@ from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
 from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
 from lightning_dlrm.tracking.run_folder import CONFIG, JsonLinesLogger, RunFolder
-from lightning_dlrm.tracking.wandb_run import Mode, choose_mode, offline_folder, start_wandb
+from lightning_dlrm.tracking.wandb_run import Mode, choose_mode, finish_wandb, offline_folder, start_wandb
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -256,8 +258,9 @@ class CTRCommand(LightningCLI):
             self._parser(self.subcommand).dump(self._settings(), skip_none=False, skip_link_targets=False)
         )
         log.info("run folder: %s", self.run_folder.path)
-        schema = self._schema()
-        if schema.dataset == "demo":
+        assert isinstance(self.model, CTRModule)
+        log.info(size_note(self.model.size))
+        if self._schema().dataset == "demo":
             log.info(demo_note())
 
     def after_fit(self) -> None:
@@ -283,13 +286,19 @@ class CTRCommand(LightningCLI):
             print(f"kept in {self.run_folder.path}")
 
     def _run_subcommand(self, subcommand: str) -> None:
+        succeeded = False
         try:
             super()._run_subcommand(subcommand)
+            succeeded = True
+        # Lightning leaves with 0 after SIGTERM and with 1 after Ctrl-C; schedulers and shells expect 128 + signal.
+        except SIGTERMException:
+            raise SystemExit(128 + signal.SIGTERM) from None
         except SystemExit:
-            # Lightning leaves with 1 after Ctrl-C; shells and schedulers expect 128 + SIGINT.
             if self.trainer.interrupted:
-                raise SystemExit(130) from None
+                raise SystemExit(128 + signal.SIGINT) from None
             raise
+        finally:
+            finish_wandb(succeeded)
 
     def _settings(self) -> Any:
         return self.config if self.subcommand is None else self.config[self.subcommand]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.models.accounting import ModelSize
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import RunFolder
 
@@ -13,6 +14,14 @@ def demo_note() -> str:
         "This is DEMO DATA: generated clicks of a planted model, whose best reachable score is known. For real data:\n"
         "  python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm --input train.txt --output criteo\n"
         "  python -m lightning_dlrm fit --config dlrm.yaml --config criteo_kaggle.yaml --data.path criteo"
+    )
+
+
+def size_note(size: ModelSize) -> str:
+    """Said at the start of every run; the same numbers as ``params`` counts."""
+    return (
+        f"parameters: {size.total:,} ({size.tables:,} in tables, {size.dense:,} dense); FLOPs per sample: "
+        f"{size.flops_per_sample_forward:,} forward, {size.flops_per_sample_training:,} in training"
     )
 
 

@@ -153,7 +153,7 @@ class CTRModule(pl.LightningModule):
         checkpoint["header"] = {
             "model": type(self.network).__name__,
             "encoding_fingerprint": self.schema.encoding_fingerprint,
-            "data_fingerprint": self._data_schema().data_fingerprint,
+            "data_fingerprint": self.data_schema().data_fingerprint,
             "step": checkpoint["global_step"],
             "epoch": checkpoint["epoch"],
         }
@@ -205,14 +205,14 @@ class CTRModule(pl.LightningModule):
                 f"{header['encoding_fingerprint'][:12]}, the data here have {self.schema.encoding_fingerprint[:12]}): "
                 "encode the data with the vocabulary and protocol of the training data"
             )
-        data = self._data_schema().data_fingerprint
+        data = self.data_schema().data_fingerprint
         if self.trainer.training and header["data_fingerprint"] != data:
             raise UserError(
                 f"checkpoint {reader.folder} was trained on other rows (fingerprint {header['data_fingerprint'][:12]}, "
                 f"the data here have {data[:12]}): resume on the same dataset"
             )
 
-    def _data_schema(self) -> DatasetSchema:
+    def data_schema(self) -> DatasetSchema:
         """The schema of the data at hand: complete once they are prepared."""
         return getattr(self.trainer.datamodule, "schema", self.schema)  # type: ignore[attr-defined]
 

@@ -1,12 +1,12 @@
 """What a fit says of itself: training metrics, speed, summary; and that it ends with a validation."""
 
+import logging
 import time
 from collections import deque
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import Batch
@@ -15,6 +15,8 @@ from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.objectives.metrics import exact_auc
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import RunFolder
+
+log = logging.getLogger("lightning_dlrm")
 
 AUC_WINDOW = 65_536
 """Samples that ``train/auc`` looks back on."""
@@ -68,7 +70,10 @@ class Recorder(pl.Callback):
         if trainer.is_global_zero:
             self.folder.cut_back(self._step)
         if self._step:
-            rank_zero_info(f"resumed at step {self._step} ({self.samples:,} samples)")
+            log.info("resumed at step %d (%s samples)", self._step, f"{self.samples:,}")
+        assert isinstance(pl_module, CTRModule)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(describe(trainer, pl_module) | fingerprints(pl_module))
         self._evaluation_seconds = 0.0
         self._start = self._last_log = time.perf_counter()
         self._start_pause = self._last_pause = self._pause()
@@ -160,10 +165,21 @@ def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
         names.RANKS: trainer.world_size,
         names.ROWS_PER_RANK: sum(module.schema.features.table_rows),
     }
-    optimum = getattr(trainer, "datamodule", module).schema.optimum.get(names.VALIDATION)
+    optimum = module.data_schema().optimum.get(names.VALIDATION)
     if optimum is not None:
         facts |= {names.OPTIMUM_AUC: optimum.auc, names.OPTIMUM_LOG_LOSS: optimum.log_loss}
     return facts
+
+
+def fingerprints(module: CTRModule) -> dict[str, str]:
+    """Which data a run is trained on."""
+    schema = module.data_schema()
+    return {
+        "dataset": schema.dataset,
+        "protocol": schema.protocol,
+        "encoding_fingerprint": schema.encoding_fingerprint,
+        "data_fingerprint": schema.data_fingerprint,
+    }
 
 
 class EvaluationWriter(pl.Callback):

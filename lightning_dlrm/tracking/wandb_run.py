@@ -116,3 +116,9 @@ def start_wandb(
 def offline_folder(logger: WandbLogger) -> Path:
     """Where an offline run's files lie, for ``wandb sync``."""
     return Path(logger.experiment.dir).parent
+
+
+def finish_wandb(succeeded: bool) -> None:
+    """Closes the run that this process has open, if any: its files are complete, its state is told."""
+    if wandb.run is not None:
+        wandb.finish(exit_code=0 if succeeded else 1)

@@ -1,0 +1,297 @@
+"""Contract: the commands a user types, as real processes where that matters: the way from raw rows to
+predictions, kills and resumes, exit codes, and one clear line for each mistake."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from lightning_dlrm.__main__ import COMMANDS, main
+from lightning_dlrm.contracts.schema import DatasetSchema
+
+REPOSITORY = Path(__file__).parents[1]
+SAMPLE = REPOSITORY.parent / "shared/criteo_terabyte_sample/day_0"
+TINY_DEMO = [
+    "--data.demo.train_rows=8192",
+    "--data.demo.validation_rows=2048",
+    "--data.demo.test_rows=1024",
+    "--data.demo.max_table_rows=1000",
+]
+FIT = ["fit", "--config", "dlrm.yaml", "--config", "small.yaml", *TINY_DEMO]
+QUICK = ["--data.batch_size=256", "--trainer.log_every_n_steps=1", "--wandb.mode=disabled"]
+
+
+@pytest.fixture(autouse=True)
+def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.chdir(tmp_path)
+    # One cache for all tests: the demo data are made once.
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "lightning_dlrm", *arguments]
+
+
+def losses(run: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def wait_for_step(process: subprocess.Popen, run: str, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if Path(run, "metrics.jsonl").exists() and len(Path(run, "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}; exit code {process.poll()}")
+
+
+def raw_rows(path: Path, rows: int) -> Path:
+    """Criteo-shaped TSV with missing values."""
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(rows):
+            integers = ["" if draw.random() < 0.2 else str(draw.randint(-1, 50)) for _ in range(13)]
+            hashes = ["" if draw.random() < 0.1 else f"{draw.randint(0, 40):08x}" for _ in range(26)]
+            file.write("\t".join([str(draw.randint(0, 1)), *integers, *hashes]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("source", ["generated", "sample"])
+def test_from_raw_rows_to_predictions(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if source == "sample" and not SAMPLE.is_file():
+        pytest.skip("the sample of real Terabyte rows lies in ../shared, which is not here")
+    raw, rows = (SAMPLE, 10_000) if source == "sample" else (raw_rows(tmp_path / "day_0", 3000), 3000)
+    assert (
+        main(["preprocess", "--dataset", "terabyte", "--protocol", "dlrm", "--input", str(raw), "--output", "data"])
+        == 0
+    )
+    assert main(["inspect", "data", "--verify"]) == 0
+    fit = ["fit", "--config", "dlrm.yaml", "--data.path", "data", "--run_dir", "run", "--data.batch_size", "500"]
+    assert main([*fit, "--trainer.log_every_n_steps", "1", "--model.table_optimizer.learning_rate", "1.0"]) == 0
+    schema = DatasetSchema.load(Path("data"))
+    assert sum(split.rows for split in schema.splits.values()) == rows
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["final"]["samples"] == schema.splits["train"].rows
+    assert len(losses("run")) == math.ceil(schema.splits["train"].rows / 500)
+
+    again = ["--config", "run/config.yaml", "--ckpt_path", "run/checkpoints/best"]
+    assert main(["validate", *again]) == 0
+    found = json.loads(Path("run/validate.json").read_text())
+    assert found["validation/auc"] == pytest.approx(summary["best"]["validation/auc"], abs=1e-12)
+
+    for split, expected in {"validation": schema.splits["validation"].rows, "all": rows}.items():
+        assert main(["predict", *again, "--data.predict_split", split]) == 0
+        table = pq.read_table("run/predictions.parquet")
+        assert table.schema.names == ["row", "probability"]
+        assert [str(t) for t in table.schema.types] == ["int64", "float"]
+        assert table["row"].to_pylist() == list(range(expected))
+        if split == "validation":
+            labels = pq.read_table("data/validation", columns=["label"])["label"].to_numpy()
+            auc = roc_auc_score(labels, table["probability"].to_numpy())
+            assert auc == pytest.approx(found["validation/auc"], abs=1e-4)
+    assert "traceback" not in capsys.readouterr().err.lower()
+
+
+def test_demo_fit_as_a_process_says_what_it_is(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(*FIT, "--run_dir", "run"), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "DEMO DATA" in done.stderr and "preprocess" in done.stderr
+    assert done.stderr.count("W&B: offline (no API key)") == 1 and "wandb sync run/wandb/offline-run-" in done.stderr
+    assert "% of the way from 0.5" in done.stdout
+    final = json.loads(Path("run/summary.json").read_text())["final"]
+    assert f"best reachable {final['data/optimum_auc']:.4f}" in done.stdout
+    assert 0 <= final["speed/data_wait_share"] < 1
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints/last/manifest.json", "checkpoints/best/manifest.json"):
+        assert Path("run", name).is_file()
+    records = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "wandb",
+            "leet",
+            "inspect",
+            "--json",
+            str(next(Path("run/wandb").glob("offline-run-*"))),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert records.returncode == 0, records.stderr
+    for needle in ("data_fingerprint", "git_commit", "parameters/total", "embedding_dim", "validation/auc", "samples"):
+        assert needle in records.stdout
+
+
+def test_repeated_with_the_same_seed_to_the_last_bit() -> None:
+    for run in ("a", "b"):
+        assert main([*FIT, *QUICK, "--run_dir", run, "--trainer.max_steps=20"]) == 0
+    assert losses("a") == losses("b")
+    assert main([*FIT, *QUICK, "--run_dir", "c", "--trainer.max_steps=20", "--seed_everything=2"]) == 0
+    assert losses("a") != losses("c")
+
+
+def test_killed_and_resumed_the_losses_are_those_of_an_undisturbed_run() -> None:
+    options = [
+        *FIT,
+        *QUICK,
+        "--trainer.max_epochs=2",
+        "--trainer.val_check_interval=20",
+        "--checkpoint.every_n_steps=7",
+    ]
+    assert main([*options, "--run_dir", "whole"]) == 0
+    resume = [*options, "--run_dir", "run", "--resume", "auto"]
+    for step in (9, 41):
+        process = subprocess.Popen(command(*resume), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        wait_for_step(process, "run", step)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(command(*resume), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step" in done.stderr
+    assert losses("run") == losses("whole")
+    finals = [json.loads(Path(run, "summary.json").read_text()) for run in ("run", "whole")]
+    assert finals[0]["best"] == finals[1]["best"]
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_exit_codes_after_signals(sent: signal.Signals, code: int) -> None:
+    options = [*FIT, *QUICK, "--trainer.max_epochs=100", "--run_dir", "run"]
+    process = subprocess.Popen(command(*options), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    wait_for_step(process, "run", 3)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err, err
+
+
+def test_params_of_the_shipped_configurations(capsys: pytest.CaptureFixture[str]) -> None:
+    expected = {"dlrm.yaml": (540_677_217, 959_968), "dcn.yaml": (540_558_554, 713_106)}
+    for name, (total, flops) in expected.items():
+        assert main(["params", "--config", name, "--json"]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert (figures["total"], figures["flops_per_sample_forward"]) == (total, flops)
+        assert figures["tables"] == 540_201_232
+        assert figures["flops_per_sample_training"] == 3 * flops
+        assert figures["bytes_weights"] == 4 * total
+    assert main(["params", "--config", "dlrm.yaml", "--model.table_optimizer", "RowWiseAdagrad", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes_optimizer_tables"] == 4 * 33_762_577
+    assert list(Path().iterdir()) == [], "params writes nothing"
+
+
+def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([*FIT, "--model.network.embedding_dim=8", "--data.batch_size", "77", "--print_config"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert "embedding_dim: 8" in text and "batch_size: 77" in text and "max_table_rows: 1000" in text
+    assert "every_n_steps: 50" in text, "from the overlay"
+    Path("mine.yaml").write_text(text.replace("embedding_dim: 8", "embedding_dim: 16"))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "mine.yaml", "--print_config"])
+    assert "batch_size: 77" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fitt"], "no command fitt; did you mean fit?"),
+        (["fit", "--config", "dlmr.yaml"], "did you mean dlrm.yaml?"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.max_step", "3"], "did you mean trainer.max_steps?"),
+        (["fit", "--config", "dlrm.yaml", "--model.network.embeding_dim", "3"], "did you mean embedding_dim?"),
+        (["fit", "--config", "dlrm.yaml", "--data.pth", "x"], "did you mean path?"),
+        (["fit", "--config", "dlrm.yaml", "--model.network", "DLMR"], "no class DLMR"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.max_steps", "many"], "trainer.max_steps: Expected a int"),
+        (["fit", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),
+        (["fit", "--config", "dlrm.yaml", "--data.path", "."], "is not a dataset folder: it has no dataset.json"),
+        (["fit", "--config", "dlrm.yaml", "--data.batch_size", "0"], "batch_size is 0"),
+        (["fit", "--config", "dlrm.yaml", "--model.network.bottom_mlp", "[3,4]"], "ends in 4 but embedding_dim is 16"),
+        (["fit", "--config", "dlrm.yaml", "--model.table_optimizer.learning_rate", "-1"], "learning_rate is -1"),
+        (["fit", "--config", "dlrm.yaml", "--resume", "auto"], "give it with --run_dir"),
+        (["fit", "--config", "dlrm.yaml", "--ckpt_path", "nowhere"], "checkpoint nowhere does not exist"),
+        (["fit", "--config", "dlrm.yaml", "--config", "criteo_kaggle.yaml"], "reads 'kaggle'"),
+        (["validate", "--config", "dlrm.yaml"], "validate needs trained weights"),
+        (["test", "--config", "dlrm.yaml"], "test needs trained weights"),
+        (["predict", "--config", "dlrm.yaml"], "predict needs trained weights"),
+        (["params", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),
+        (["inspect", "nowhere"], "no dataset folder at nowhere"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.devices", "2"], "this release trains in one"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
+)
+def test_a_mistake_gets_one_clear_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], err
+    assert err.splitlines()[-1] == errors[0]
+    assert "Traceback" not in err + out
+
+
+def test_misspelt_keys_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    for text, meant in {
+        "trainer: {max_stepz: 3}": "trainer.max_steps",
+        "modle: {seed: 3}": "model",
+        "model: {network: {class_path: DLRM, init_args: {embeding_dim: 3}}}": "embedding_dim",
+    }.items():
+        Path("bad.yaml").write_text(text)
+        assert main(["fit", "--config", "dlrm.yaml", "--config", "bad.yaml"]) == 2
+        assert f"did you mean {meant}" in capsys.readouterr().err
+
+
+def test_a_run_is_never_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*FIT, *QUICK, "--run_dir", "run", "--trainer.max_steps=2"]
+    assert main(options) == 0
+    before = Path("run/summary.json").read_bytes()
+    assert main(options) == 2
+    assert "--resume auto" in capsys.readouterr().err
+    assert Path("run/summary.json").read_bytes() == before
+
+
+def test_checkpoint_of_another_model_or_dataset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, *QUICK, "--run_dir", "run", "--trainer.max_steps=2"]) == 0
+    checkpoint = ["--ckpt_path", "run/checkpoints/last"]
+    dcn: list[Any] = ["validate", "--config", "dcn.yaml", "--config", "small.yaml", *TINY_DEMO, *checkpoint]
+    for arguments, message in [
+        (dcn, "is of a DLRM, this run trains a DCN"),
+        (["validate", *FIT[1:], "--data.demo.seed=5", *checkpoint], "encoded otherwise"),
+        ([*FIT, *QUICK, "--data.demo.train_rows=9000", "--run_dir", "other", *checkpoint], "trained on other rows"),
+    ]:
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as left:
+            main([name, "--help"])
+        assert left.value.code == 0
+        assert "usage:" in capsys.readouterr().out
+
+
+def test_data_commands_start_without_torch() -> None:
+    script = (
+        "import sys; from lightning_dlrm.__main__ import main; assert main(['inspect', 'nowhere']) == 2; "
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ.copy())
+    assert done.returncode == 0, done.stderr
