@@ -107,9 +107,16 @@ def test_from_raw_rows_to_predictions(source: str, tmp_path: Path, capsys: pytes
     assert "traceback" not in capsys.readouterr().err.lower()
 
 
-def test_demo_fit_as_a_process_says_what_it_is(tmp_path: Path) -> None:
+def test_demo_fit_as_a_process_says_what_it_is() -> None:
+    # Not the W&B service that runs of this process may have left in the environment.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     done = subprocess.run(
-        command(*FIT, "--run_dir", "run"), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120
+        command(*FIT, "--run_dir", "run"),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+        env=env,
     )
     assert done.returncode == 0, done.stderr
     assert "DEMO DATA" in done.stderr and "preprocess" in done.stderr
@@ -133,6 +140,7 @@ def test_demo_fit_as_a_process_says_what_it_is(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=60,
+        env=env,
     )
     assert records.returncode == 0, records.stderr
     for needle in ("data_fingerprint", "git_commit", "parameters/total", "embedding_dim", "validation/auc", "samples"):
