@@ -210,3 +210,15 @@ def test_more_ranks_than_lanes_are_refused(folder: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="49 ranks, but the shuffled stream has 48 lanes"):
         data.train_dataloader()
     assert DatasetSchema.load(folder) == data.schema
+
+
+def test_short_names_of_the_package() -> None:
+    import datamodules
+
+    assert (datamodules.Criteo, datamodules.CriteoKaggle, datamodules.CriteoTerabyte) == (
+        Criteo,
+        CriteoKaggle,
+        CriteoTerabyte,
+    )
+    with pytest.raises(AttributeError, match="Avazu"):
+        _ = datamodules.Avazu

@@ -118,6 +118,23 @@ def test_resumed_fit_goes_on_with_the_same_losses(stop: int, options: dict, tmp_
         assert torch.equal(a, b)
 
 
+def test_a_finished_run_resumed_keeps_its_results(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer_of(run).fit(toy_module(), ToyData())
+    kept = {name: (run / name).read_text() for name in ("summary.json", "metrics.jsonl")}
+    trainer_of(run).fit(toy_module(), ToyData(), ckpt_path=newest_checkpoint(run / "checkpoints"))
+    assert kept == {name: (run / name).read_text() for name in kept}
+    assert json.loads(kept["summary.json"])["final"]["step"] == 14
+
+
+def test_a_fit_without_validation_leaves_a_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer_of(run, limit_val_batches=0).fit(toy_module(), ToyData())
+    trainer_of(run, max_epochs=2).fit(toy_module(), ToyData(), ckpt_path=run / "checkpoints/last")
+    trainer_of(tmp_path / "whole", max_epochs=2).fit(toy_module(), ToyData())
+    assert losses(run) == losses(tmp_path / "whole")
+
+
 def test_resume_from_an_older_checkpoint_cuts_the_metrics_back(tmp_path: Path) -> None:
     options = {"every": 3, "max_steps": 12, "max_epochs": -1}
     trainer_of(tmp_path / "whole", **options).fit(toy_module(), ToyData())

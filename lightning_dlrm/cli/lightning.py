@@ -265,6 +265,11 @@ class CTRCommand(LightningCLI):
 
     def after_fit(self) -> None:
         assert self.recorder is not None and self.run_folder is not None
+        if self.recorder.samples == 0:
+            raise UserError(
+                f"nothing was trained: trainer.max_steps is {self.trainer.max_steps} and trainer.max_epochs is "
+                f"{self.trainer.max_epochs}; ask for at least one step"
+            )
         if self.trainer.is_global_zero and not self.trainer.interrupted:
             best = self.recorder.checkpoints.best if self.recorder.checkpoints else {}
             print(final_report(self.run_folder, self.recorder.latest, best, self._schema()))

@@ -84,6 +84,11 @@ class RunCheckpoints(Checkpoint):
         if improved and trainer.is_global_zero:
             link_checkpoint(self.folder / LAST, self.folder / BEST)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Where no validation ended the fit.
+        if trainer.global_step != self._saved_step:
+            self._save(trainer)
+
     def _save(self, trainer: pl.Trainer) -> None:
         start = time.perf_counter()
         trainer.save_checkpoint(self.folder / LAST)

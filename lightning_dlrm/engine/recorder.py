@@ -60,10 +60,12 @@ class Recorder(pl.Callback):
         self._step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {names.SAMPLES: self.samples}
+        return {names.SAMPLES: self.samples, "latest": dict(self.latest)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.samples = state_dict[names.SAMPLES]
+        # A finished run that is resumed has nothing to do, and keeps its figures.
+        self.latest = dict(state_dict["latest"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -109,6 +111,8 @@ class Recorder(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CTRModule)
         if not trainer.is_global_zero:
+            return
+        if self.samples == self._start_samples and self.latest:
             return
         self.latest |= self._speed(trainer) | describe(trainer, pl_module)
         final = {names.STEP: self._step, names.SAMPLES: self.samples, **self.latest}
