@@ -3,14 +3,16 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, Features
 from lightning_dlrm.models.accounting import model_size
+from lightning_dlrm.models.cross import VectorCross
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.models.layers import CrossNetwork, DotInteraction
+from lightning_dlrm.models.layers import DotInteraction
 
 KAGGLE = (
     1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306, 10, 5652,
@@ -95,6 +97,48 @@ def test_gradients_in_float64(network: type) -> None:
     assert torch.autograd.gradcheck(lambda x: model(x, ids), dense)
 
 
+CROSSES = [
+    {"cross": "vector"},
+    {"cross": "matrix"},
+    {"cross": "low_rank", "cross_rank": 3},
+    {"cross": "mixture", "cross_rank": 3, "cross_experts": 2},
+]
+
+
+@pytest.mark.parametrize("structure", ["parallel", "stacked"])
+@pytest.mark.parametrize("options", CROSSES, ids=lambda o: o["cross"])
+def test_every_kind_of_dcn_has_true_gradients_and_counts(options: dict, structure: str) -> None:
+    model = DCN(SMALL, seed=1, embedding_dim=4, cross_layers=2, deep=[6, 5], structure=structure, **options).double()
+    dense, ids = batch()
+    assert torch.autograd.gradcheck(lambda x: model(x, ids), dense.double().requires_grad_())
+    flops = FlopCounterMode(display=False)
+    with flops:
+        model(dense.double(), ids)
+    # The counter knows matrix products only; scaling x_0 and weighing experts are ours to add.
+    d, experts = 14, options.get("cross_experts", 0)
+    scaling = 2 * (d + experts * d)
+    if options["cross"] == "vector":
+        scaling += 2 * d  # and a matrix-vector product, which the counter does not know
+    assert model.multiply_adds() == flops.get_total_flops() // (2 * len(dense)) + scaling
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cross": "cubic"}, "none of vector, matrix, low_rank, mixture"),
+        ({"cross": "low_rank"}, "needs cross_rank; it is missing"),
+        ({"cross": "matrix", "cross_rank": 3}, "takes no cross_rank; it is 3"),
+        ({"cross": "mixture", "cross_rank": 3}, "needs cross_experts"),
+        ({"cross": "low_rank", "cross_rank": 50}, "expected 1 to 49"),
+        ({"cross": "mixture", "cross_rank": 3, "cross_experts": 0}, "cross_experts is 0"),
+        ({"structure": "beside"}, "neither parallel nor stacked"),
+    ],
+)
+def test_crosses_that_do_not_fit_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DCN(SMALL, **options)
+
+
 def test_initial_dense_weights_are_as_published() -> None:
     layer = DLRM(Features(dense=400, tables={"A": 2}), seed=1, bottom_mlp=[600, 16]).bottom.linears()[0]
     assert layer.weight.std().item() == pytest.approx((2 / 1000) ** 0.5, rel=0.01)
@@ -136,4 +180,4 @@ def test_dlrm_without_dense_features_and_dcn_without_layers_are_refused() -> Non
 
 
 def test_cross_network_of_the_paper_counts_two_multiply_adds_a_weight() -> None:
-    assert CrossNetwork(429, 6).multiply_adds() == 6 * 2 * 429
+    assert VectorCross(429, 6).multiply_adds() == 6 * 2 * 429

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.models.cross import CrossNetwork
 
 
 class MLP(nn.Sequential):
@@ -62,38 +63,13 @@ class DotInteraction(nn.Module):
         return self.pairs.numel() * self.width
 
 
-class CrossNetwork(nn.Module):
-    """Cross layers of DCN v1 (Wang et al. 2017, equation 3): x_{l+1} = x_0 (x_l . w_l) + b_l + x_l.
-
-    Starts from Xavier-normal weights and zero biases.
-    """
-
-    def __init__(self, features: int, layers: int) -> None:
-        super().__init__()
-        if layers < 1:
-            raise UserError(f"cross_layers is {layers}; expected at least 1")
-        self.weight = nn.Parameter(torch.empty(layers, features))
-        self.bias = nn.Parameter(torch.zeros(layers, features))
-
-    def forward(self, x0_Bd: Tensor) -> Tensor:
-        """[B, d] -> [B, d]."""
-        x_Bd = x0_Bd
-        for weight_d, bias_d in zip(self.weight, self.bias, strict=True):
-            x_Bd = torch.addcmul(x_Bd + bias_d, x0_Bd, (x_Bd @ weight_d)[:, None])
-        return x_Bd
-
-    def multiply_adds(self) -> int:
-        """Per sample: d for the product with w, d for scaling x_0, in each layer."""
-        return 2 * self.weight.numel()
-
-
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int) -> None:
     """Draws every dense weight of a model: a function of the seed and the layer's name alone.
 
     Linear: weights N(0, 2 / (in + out)), biases N(0, 1 / out), variances, as in the code published
-    with Naumov et al. 2019. CrossNetwork: weights N(0, 2 / (d + 1)) (Xavier normal of a [d, 1]
-    matrix), zero biases. Tables are left as they are.
+    with Naumov et al. 2019. Cross networks: Xavier normal weights, zero biases. Tables are left as
+    they are.
     """
 
     def fill(parameter: Tensor, variance: float, name: str) -> None:
@@ -106,6 +82,8 @@ def initialise(module: nn.Module, seed: int) -> None:
         if isinstance(layer, nn.Linear) and not layer.weight.is_meta:
             fill(layer.weight, 2 / (layer.in_features + layer.out_features), f"{name}.weight")
             fill(layer.bias, 1 / layer.out_features, f"{name}.bias")
-        elif isinstance(layer, CrossNetwork) and not layer.weight.is_meta:
-            fill(layer.weight, 2 / (layer.weight.shape[1] + 1), f"{name}.weight")
-            layer.bias.zero_()
+        elif isinstance(layer, CrossNetwork):
+            for parameter, variance in layer.initial_variances().items():
+                weight = layer.get_parameter(parameter)
+                if not weight.is_meta:
+                    fill(weight, variance, f"{name}.{parameter}")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.models.cross import CrossNetwork, LowRankCross, MatrixCross, MixtureCross, VectorCross
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.models.layers import CrossNetwork
 from lightning_dlrm.objectives.losses import summed_log_loss
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
@@ -138,21 +138,58 @@ def test_dlrm_training_run(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in CASES if not p.stem.startswith("dlrm")], ids=lambda p: p.stem)
 def test_layer(path: Path) -> None:
     meta, arrays = load(path)
-    if "param/kernels" not in arrays or arrays["param/kernels"].shape[-1] != 1:
-        pytest.xfail("cross layers of DCN v2 and factorisation machines come with the models' issue")
-    kernels = arrays["param/kernels"]
-    layer = CrossNetwork(meta["features"], meta["layers"])
+    if path.stem.startswith("factorization_machine"):
+        pytest.xfail("the factorisation machine comes with the models' issue")
+    layer, theirs = cross_layer(meta, arrays)
     with torch.no_grad():
-        layer.weight.copy_(kernels.squeeze(-1))
-        layer.bias.copy_(arrays["param/bias"].squeeze(-1))
+        for name, parts in theirs.items():
+            layer.get_parameter(name).copy_(stacked(arrays, "param", parts))
     x = arrays["x"].clone().requires_grad_()
     y = layer(x)
     y.square().sum().backward()
-    for name, value in {
-        "y": y,
-        "grad/x": x.grad,
-        "grad/kernels": layer.weight.grad[..., None],
-        "grad/bias": layer.bias.grad[..., None],
-    }.items():
-        scale = arrays[name].abs().max().item()
-        torch.testing.assert_close(value, arrays[name], rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+    compare("y", y, arrays["y"])
+    compare("grad/x", x.grad, arrays["grad/x"])
+    for name, parts in theirs.items():
+        compare(name, layer.get_parameter(name).grad, stacked(arrays, "grad", parts))
+
+
+def cross_layer(meta: dict, arrays: dict[str, Tensor]) -> tuple[CrossNetwork, dict[str, list[str]]]:
+    """Our network, and for each of its parameters the names that make it up in the published code."""
+    features, layers = meta["features"], meta["layers"]
+
+    def each(name: str, count: int = layers, suffix: str = "") -> list[str]:
+        return [f"{name}.{i}{suffix}" for i in range(count)]
+
+    if "param/kernels" in arrays:
+        kind = VectorCross if arrays["param/kernels"].shape[-1] == 1 else MatrixCross
+        return kind(features, layers), {"weight": ["kernels"], "bias": ["bias"]}
+    if "experts" in meta:
+        network: CrossNetwork = MixtureCross(features, layers, meta["rank"], meta["experts"])
+        # The published gates belong to the experts and serve all layers.
+        gates = each("gates", meta["experts"], ".weight")
+        return network, {
+            "up": each("U_kernels"),
+            "core": each("C_kernels"),
+            "down": each("V_kernels"),
+            "bias": each("bias"),
+            "gates": gates,
+        }
+    return LowRankCross(features, layers, meta["rank"]), {
+        "up": each("W_kernels"),
+        "down": each("V_kernels"),
+        "bias": each("bias"),
+    }
+
+
+def stacked(arrays: dict[str, Tensor], kind: str, parts: list[str]) -> Tensor:
+    """The parts of one parameter in our shape: a layer (or gate) each, columns of one element dropped."""
+    tensors = [arrays[f"{kind}/{part}"] for part in parts]
+    tensor = tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+    if parts[0].startswith("gates"):
+        return tensor.squeeze(1)
+    return tensor.squeeze(-1) if tensor.shape[-1] == 1 else tensor
+
+
+def compare(name: str, value: Tensor | None, expected: Tensor) -> None:
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5 * scale, msg=lambda m: f"{name}: {m}")
