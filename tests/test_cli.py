@@ -240,6 +240,9 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         (["params", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),
         (["inspect", "nowhere"], "no dataset folder at nowhere"),
         (["fit", "--config", "dlrm.yaml", "--trainer.devices", "2"], "this release trains in one"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.precision", "foo"], "trainer.precision: foo is none of"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.val_check_interval", "0.5"], "should be an integer"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.accelerator", "abacus"], "abacus"),
     ],
     ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
 )
@@ -249,6 +252,7 @@ def test_a_mistake_gets_one_clear_line(arguments: list[str], message: str, capsy
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], err
     assert err.splitlines()[-1] == errors[0]
+    assert list(Path().iterdir()) == [], "nothing is left behind"
     assert "Traceback" not in err + out
 
 
@@ -261,6 +265,11 @@ def test_misspelt_keys_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
         Path("bad.yaml").write_text(text)
         assert main(["fit", "--config", "dlrm.yaml", "--config", "bad.yaml"]) == 2
         assert f"did you mean {meant}" in capsys.readouterr().err
+
+
+def test_a_fit_of_no_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, *QUICK, "--trainer.max_steps=0"]) == 2
+    assert "nothing was trained: trainer.max_steps is 0" in capsys.readouterr().err
 
 
 def test_a_run_is_never_overwritten(capsys: pytest.CaptureFixture[str]) -> None:

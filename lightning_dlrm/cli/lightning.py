@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn
 import pytorch_lightning as pl
 from jsonargparse import ActionConfigFile, ArgumentParser
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lightning_dlrm
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
@@ -180,9 +180,10 @@ class CTRCommand(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self._settings()
         assert isinstance(self.model, CTRModule)
+        trainer = dict(self._get(self.config_init, "trainer", default={}))
+        self._rehearse(trainer)
         self.run_folder = self._open_run_folder(settings)
         callbacks: list[pl.Callback]
-        trainer = dict(self._get(self.config_init, "trainer", default={}))
         if self.subcommand == "fit":
             checkpoints = None
             if trainer.get("enable_checkpointing") is not False:
@@ -199,12 +200,23 @@ class CTRCommand(LightningCLI):
         trainer["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), FolderCheckpointIO()]
         trainer["default_root_dir"] = trainer.get("default_root_dir") or str(self.run_folder.path)
         built: pl.Trainer = self._instantiate_trainer(trainer | kwargs, [])
-        if built.world_size > 1:
+        return built
+
+    def _rehearse(self, settings: dict[str, Any]) -> None:
+        """Builds a trainer only to see that it can be built, before there is a run folder.
+
+        Raises:
+            UserError: Lightning refuses the settings, or they ask for several processes.
+        """
+        try:
+            trainer = pl.Trainer(**(settings | {"logger": False, "callbacks": None}))
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        if trainer.world_size > 1:
             raise UserError(
-                f"{built.world_size} processes are asked for; this release trains in one: "
+                f"{trainer.world_size} processes are asked for; this release trains in one: "
                 "set --trainer.devices 1 and --trainer.num_nodes 1"
             )
-        return built
 
     def _open_run_folder(self, settings: Any) -> RunFolder:
         path = None if settings.run_dir is None else Path(settings.run_dir)
@@ -338,6 +350,10 @@ def explain(message: str, known: Sequence[str]) -> str:
         name = match[1] or match[2]
         names = [known.__name__ for known in KNOWN_CLASSES]
         return f"no class {name}; known ones: {', '.join(names)}{nearest(name, names)}"
+    if "typing.Literal" in message and (given := re.search(r"Given value: (.*)", message)):
+        key = re.search(r'Parser key "([\w.]+)"', message)
+        values = re.findall(r"'([\w.-]+)'", message[: given.start()])
+        return f"{key[1] if key else 'value'}: {given[1].strip()} is none of {', '.join(values)}"
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
     return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
 

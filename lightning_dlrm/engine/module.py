@@ -70,6 +70,9 @@ class CTRModule(pl.LightningModule):
             self.network = self.make_network(self.schema.features, self.seed)
 
     def configure_optimizers(self) -> Any:
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            # A gradient scaler would unscale the dense gradients and pass over the tables' rows.
+            raise UserError("precision 16-mixed scales the loss, which table rows do not support; use bf16-mixed")
         embeddings = self.network.embeddings
         dense = [p for p in self.network.parameters() if p is not embeddings.weight]
         optimizer = CTROptimizer(dense, [embeddings], self.dense_rule, self.table_rule)
