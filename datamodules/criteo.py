@@ -83,6 +83,12 @@ class Criteo(pl.LightningDataModule):
         self._schema = self._of_kind(DatasetSchema.load(self.folder))
         return self._schema
 
+    @property
+    def training_batches(self) -> int:
+        """Batches of a training epoch, as far as the trainer takes them; known without preparing the data."""
+        split = self.schema.splits.get("train")
+        return self._batches_taken(-(-split.rows // self.batch_size)) if split else 0
+
     def prepare_data(self) -> None:
         """Makes the demo data unless they are there. Real data are prepared by `preprocess`."""
         if self.path == DEMO and not (self.folder / SCHEMA_FILE).is_file():

@@ -15,7 +15,7 @@ from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Re
 from lightning_dlrm.objectives.metrics import click_metrics
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
-from lightning_dlrm.optim.schedules import WarmupQuadraticDecay
+from lightning_dlrm.optim.schedules import WarmupQuadraticDecay, WarmupThenDecay
 from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
 from tests.toy import ToyData, ToyLoader, dense_parameters, toy_dcn, toy_dlrm, toy_module, toy_schema
 
@@ -116,6 +116,31 @@ def test_resumed_fit_goes_on_with_the_same_losses(stop: int, options: dict, tmp_
     assert [line["samples"] for line in lines(run)] == [line["samples"] for line in lines(tmp_path / "whole")]
     for a, b in zip(resumed.network.parameters(), whole.network.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"max_epochs": 2}, 28),
+        ({"max_epochs": 2, "max_steps": 5}, 5),
+        ({"max_epochs": -1, "max_steps": 30}, 30),
+        ({"max_epochs": 2, "accumulate_grad_batches": 4}, 8),
+    ],
+)
+def test_a_schedule_over_the_fit_ends_with_it(options: dict, steps: int, tmp_path: Path) -> None:
+    class Counted(ToyData):
+        training_batches = 14
+
+    trainer_of(tmp_path / "run", **options).fit(toy_module(schedule=WarmupThenDecay(0, 1.0)), Counted())
+    rates = [line["learning_rate/dense"] for line in lines(tmp_path / "run") if "train/loss" in line]
+    assert len(rates) == steps
+    # Logged after the step, so each line has the rate of the next one.
+    assert rates[:-1] == pytest.approx([0.05 * (1 - k / steps) ** 2 for k in range(1, steps)], abs=1e-12)
+
+
+def test_a_schedule_over_a_fit_of_unknown_length_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"set trainer\.max_steps"):
+        trainer_of(tmp_path / "run").fit(toy_module(schedule=WarmupThenDecay()), ToyData())
 
 
 def test_a_finished_run_resumed_keeps_its_results(tmp_path: Path) -> None:

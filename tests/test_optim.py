@@ -12,7 +12,7 @@ from lightning_dlrm.contracts.lookup import RowGradient
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad, UpdateRule
-from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay
+from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay, WarmupThenDecay
 from tests.toy import dense_parameters, toy_batch, toy_dlrm, toy_schema
 
 
@@ -142,6 +142,15 @@ def test_schedule_as_published() -> None:
     assert rates == [2.0, 4.0, 6.0, 6.0, 6.0, 8.0, 2.0, 2.0, 2.0]
     assert WarmupQuadraticDecay(2).learning_rate(50, 8.0) == 8.0
     assert Constant().learning_rate(1, 8.0) == 8.0
+
+
+def test_warm_up_then_decay_fits_any_length() -> None:
+    schedule = WarmupThenDecay(warmup_steps=2, decay_share=0.5)
+    assert [schedule.learning_rate(step, 16.0, 8) for step in range(1, 10)] == [8, 16, 16, 16, 16, 9, 4, 1, 0]
+    assert WarmupThenDecay(0, 0.0).learning_rate(8, 16.0, 8) == 16.0
+    for settings in ((-1, 0.5), (0, 1.5), (0, -0.1)):
+        with pytest.raises(UserError, match="WarmupThenDecay"):
+            WarmupThenDecay(*settings)
 
 
 def test_a_decay_before_the_warm_up_ends_is_refused() -> None:

@@ -137,7 +137,7 @@ _WORDS_PER_ROW = (len(_DENSE) + len(_CATEGORICAL) + 1 + 1) // 2
 class DemoSettings:
     """What demo data to make. The defaults are what ``--data.path demo`` stands for."""
 
-    train_rows: int = 3_145_728
+    train_rows: int = 2_097_152
     """Rows of the training split."""
     validation_rows: int = 262_144
     """Rows of the validation split."""

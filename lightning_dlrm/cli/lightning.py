@@ -31,7 +31,7 @@ from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Re
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
-from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay
+from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay, WarmupThenDecay
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
 from lightning_dlrm.tracking.run_folder import CONFIG, JsonLinesLogger, RunFolder
 from lightning_dlrm.tracking.wandb_run import Mode, choose_mode, finish_wandb, offline_folder, start_wandb
@@ -50,6 +50,7 @@ KNOWN_CLASSES = (
     RowWiseAdagrad,
     Constant,
     WarmupQuadraticDecay,
+    WarmupThenDecay,
 )
 EVALUATIONS = ("validate", "test", "predict")
 

@@ -31,7 +31,7 @@ class CTRModule(pl.LightningModule):
         network: makes the network from the dataset's features and the seed, such as DLRM or DCN.
         table_optimizer: rule for the embedding tables: SGD, Adagrad or RowWiseAdagrad.
         dense_optimizer: rule for all other weights.
-        schedule: of both learning rates: Constant or WarmupQuadraticDecay.
+        schedule: of both learning rates: Constant, WarmupThenDecay or WarmupQuadraticDecay.
         schema: of the dataset; taken from the data.
         seed: of the initial weights; taken from seed_everything.
 
@@ -76,11 +76,29 @@ class CTRModule(pl.LightningModule):
         embeddings = self.network.embeddings
         dense = [p for p in self.network.parameters() if p is not embeddings.weight]
         optimizer = CTROptimizer(dense, [embeddings], self.dense_rule, self.table_rule)
-        factors = [_factor(self.schedule, rule.learning_rate) for rule in (self.dense_rule, self.table_rule)]
+        total = self._total_steps() if self.schedule.needs_total_steps else None
+        factors = [_factor(self.schedule, rule.learning_rate, total) for rule in (self.dense_rule, self.table_rule)]
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"},
         }
+
+    def _total_steps(self) -> int:
+        """Optimiser steps of the whole fit.
+
+        Lightning's own estimate would load the data, and with them lose the position of a resumed run.
+        """
+        trainer = self.trainer
+        batches = getattr(trainer.datamodule, "training_batches", None)  # type: ignore[attr-defined]
+        bounded = trainer.max_epochs not in (None, -1)
+        if not (bounded and batches is not None) and trainer.max_steps == -1:
+            raise UserError(
+                f"the schedule {type(self.schedule).__name__} needs to know the fit's length: set trainer.max_steps"
+            )
+        if not (bounded and batches is not None):
+            return trainer.max_steps
+        steps = -(-batches // trainer.accumulate_grad_batches) * (trainer.max_epochs or 0)
+        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
     def configure_gradient_clipping(
         self,
@@ -231,9 +249,9 @@ def _labels(batch: Batch) -> Tensor:
     return batch.label
 
 
-def _factor(schedule: Schedule, base: float) -> Callable[[int], float]:
+def _factor(schedule: Schedule, base: float, total_steps: int | None) -> Callable[[int], float]:
     """LambdaLR counts steps from 0 and wants a factor."""
-    return lambda step: schedule.learning_rate(step + 1, base) / base
+    return lambda step: schedule.learning_rate(step + 1, base, total_steps) / base
 
 
 def _few(items: set[str]) -> str:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step."""
+"""Learning-rate schedules: pure functions of the step and of the fit's length."""
 
 from lightning_dlrm.contracts.errors import UserError
 
@@ -6,16 +6,52 @@ from lightning_dlrm.contracts.errors import UserError
 class Schedule:
     """Base of the schedules."""
 
-    def learning_rate(self, step: int, base: float) -> float:
-        """The rate of optimiser step ``step``, counted from 1; ``base`` is the rule's own."""
+    needs_total_steps = False
+    """Whether ``learning_rate`` reads ``total_steps``."""
+
+    def learning_rate(self, step: int, base: float, total_steps: int | None = None) -> float:
+        """The rate of one optimiser step.
+
+        Args:
+            step: counted from 1.
+            base: the rule's own rate.
+            total_steps: of the whole fit; None where nobody knows.
+        """
         raise TypeError(f"{type(self).__name__} does not define learning_rate")
 
 
 class Constant(Schedule):
     """The rule's own learning rate at every step."""
 
-    def learning_rate(self, step: int, base: float) -> float:
+    def learning_rate(self, step: int, base: float, total_steps: int | None = None) -> float:
         return base
+
+
+class WarmupThenDecay(Schedule):
+    """Linear warm-up, plateau, and quadratic decay to zero over the last part of the fit, however long it is.
+
+    Args:
+        warmup_steps: steps of linear warm-up.
+        decay_share: share of the fit's steps that the decay takes, 0 to 1.
+    """
+
+    needs_total_steps = True
+
+    def __init__(self, warmup_steps: int = 0, decay_share: float = 0.5) -> None:
+        if warmup_steps < 0 or not 0 <= decay_share <= 1:
+            raise UserError(
+                f"WarmupThenDecay: warmup_steps is {warmup_steps} and decay_share {decay_share}; "
+                "expected 0 or more, and 0 to 1"
+            )
+        self.warmup_steps = warmup_steps
+        self.decay_share = decay_share
+
+    def learning_rate(self, step: int, base: float, total_steps: int | None = None) -> float:
+        assert total_steps is not None
+        warm = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        decay_steps = self.decay_share * total_steps
+        left = max(0.0, min(1.0, (total_steps - step + 1) / decay_steps)) if decay_steps else 1.0
+        return base * warm * left**2
 
 
 class WarmupQuadraticDecay(Schedule):
@@ -48,7 +84,7 @@ class WarmupQuadraticDecay(Schedule):
         self.decay_start_step = decay_start_step
         self.decay_steps = decay_steps
 
-    def learning_rate(self, step: int, base: float) -> float:
+    def learning_rate(self, step: int, base: float, total_steps: int | None = None) -> float:
         if step < self.warmup_steps:
             return base * step / self.warmup_steps
         if self.decay_steps == 0:
