@@ -29,7 +29,7 @@ examples:
   python -m lightning_dlrm preprocess --dataset terabyte --protocol dlrm --max-rows 10000000 \\
       --input day_{0..23}.gz --output data/terabyte
 then:
-  python -m lightning_dlrm fit --config dlrm.yaml --data.path data/kaggle
+  python -m lightning_dlrm fit --config dlrm.yaml --config criteo_kaggle.yaml --data.path data/kaggle
 """
 
 _PREPROCESS_EPILOG = """\
@@ -108,7 +108,10 @@ def run(args: argparse.Namespace) -> int:
         print(stage)
     seconds = sum(stage.seconds for stage in progress.stages)
     print(f"{seconds:,.1f} s in all, {_peak_bytes() / 1e9:,.2f} GB of memory at most")
-    print(f"train on it: python -m lightning_dlrm fit --config dlrm.yaml --data.path {args.output}")
+    print(
+        f"train on it: python -m lightning_dlrm fit --config dlrm.yaml --config criteo_{args.dataset}.yaml "
+        f"--data.path {args.output}"
+    )
     return 0
 
 
