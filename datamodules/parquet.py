@@ -75,9 +75,14 @@ class DatasetWriter:
         self._partial = self.folder.with_name(f"{self._prefix}{os.getpid()}")
 
     def __enter__(self) -> "DatasetWriter":
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
-        self._partial.mkdir()
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            self._partial.mkdir()
+        except OSError as error:
+            raise UserError(
+                f"cannot write beside {self.folder}: {error.strerror}; choose a folder that you may write to"
+            ) from error
         return self
 
     def __exit__(

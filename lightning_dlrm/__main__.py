@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _user_error_in(error: BaseException | None) -> UserError | None:
     """The mistake behind an error: parsing libraries wrap what a constructor raises."""
     while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return error
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +166,17 @@ def test_damage_is_found(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"lacks {name}"):
             CheckpointReader(tmp_path / "last")
         path.write_bytes(good)
+
+
+@pytest.mark.parametrize("change", [lambda parts: parts.pop(), lambda parts: parts.append(parts[0])])
+def test_pieces_that_do_not_cover_a_table_are_refused(change: Any, tmp_path: Path) -> None:
+    write(tmp_path / "last", 0, 30, ROWS)
+    manifest = tmp_path / "last/manifest.json"
+    document = json.loads(manifest.read_text())
+    change(document["tables"]["C1"]["pieces"])
+    manifest.write_text(json.dumps(document))
+    with pytest.raises(UserError, match="do not cover its 100 rows"):
+        CheckpointReader(tmp_path / "last")
 
 
 def test_other_shapes_tables_and_versions_are_refused(tmp_path: Path) -> None:

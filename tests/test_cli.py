@@ -189,6 +189,37 @@ def test_exit_codes_after_signals(sent: signal.Signals, code: int) -> None:
     assert "Traceback" not in err, err
 
 
+def test_sigterm_ends_an_evaluation() -> None:
+    assert main([*FIT, *QUICK, "--run_dir", "run", "--trainer.max_steps=2"]) == 0
+    predict = ["predict", *FIT[1:], "--data.evaluation_batch_size=1", "--data.predict_split=train"]
+    process = subprocess.Popen(
+        command(*predict, "--ckpt_path", "run/checkpoints/last"), stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not Path("run/predictions.parquet.partial").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert not list(Path("run").glob("predictions*"))
+
+
+def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixture[str]) -> None:
+    for steps in ("2", "4"):
+        # A schedule over the fit's length would change with it.
+        options = ["--run_dir", "run", "--resume=auto", f"--trainer.max_steps={steps}", "--model.schedule=Constant"]
+        assert main([*FIT, *QUICK, *options]) == 0
+    assert main(["validate", "--config", "run/config.yaml"]) == 2
+    assert "validate needs trained weights" in capsys.readouterr().err
+    assert main(["fit", "--config", "run/config.yaml", "--run_dir", "other"]) == 0
+    assert losses("other") == losses("run")
+
+
+def test_a_failed_start_leaves_the_name_free() -> None:
+    assert main([*FIT, *QUICK, "--run_dir", "run", "--trainer.accumulate_grad_batches=3"]) == 2
+    assert not Path("run").exists()
+
+
 def test_params_of_the_shipped_configurations(capsys: pytest.CaptureFixture[str]) -> None:
     expected = {"dlrm.yaml": (540_677_217, 959_968), "dcn.yaml": (540_558_554, 713_106)}
     for name, (total, flops) in expected.items():

@@ -2,6 +2,7 @@
 repeated to the last bit, and keeps what it did in the run folder."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def trainer_of(
     }
     return pl.Trainer(
         logger=JsonLinesLogger(run),
-        callbacks=[Recorder(run, checkpoints), FinalValidation(), checkpoints, *(callbacks or [])],
+        callbacks=[FinalValidation(), Recorder(run, checkpoints), checkpoints, *(callbacks or [])],
         plugins=[FolderCheckpointIO()],
         **(defaults | options),
     )
@@ -50,6 +51,10 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["train/loss"] for line in lines(folder) if "train/loss" in line}
+
+
+def all_but_speed(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines(folder)]
 
 
 class StopAt(pl.Callback):
@@ -110,7 +115,7 @@ def test_resumed_fit_goes_on_with_the_same_losses(stop: int, options: dict, tmp_
     resumed = toy_module(schedule=schedule)
     trainer_of(run, **options).fit(resumed, ToyData(), ckpt_path=newest_checkpoint(run / "checkpoints"))
 
-    assert losses(run) == losses(tmp_path / "whole")
+    assert all_but_speed(run) == all_but_speed(tmp_path / "whole")
     validated = [[line["step"] for line in lines(f) if "validation/auc" in line] for f in (run, tmp_path / "whole")]
     assert validated[0] == validated[1]
     assert [line["samples"] for line in lines(run)] == [line["samples"] for line in lines(tmp_path / "whole")]
@@ -134,8 +139,7 @@ def test_a_schedule_over_the_fit_ends_with_it(options: dict, steps: int, tmp_pat
     trainer_of(tmp_path / "run", **options).fit(toy_module(schedule=WarmupThenDecay(0, 1.0)), Counted())
     rates = [line["learning_rate/dense"] for line in lines(tmp_path / "run") if "train/loss" in line]
     assert len(rates) == steps
-    # Logged after the step, so each line has the rate of the next one.
-    assert rates[:-1] == pytest.approx([0.05 * (1 - k / steps) ** 2 for k in range(1, steps)], abs=1e-12)
+    assert rates == pytest.approx([0.05 * (1 - k / steps) ** 2 for k in range(steps)], abs=1e-12)
 
 
 def test_a_schedule_over_a_fit_of_unknown_length_is_refused(tmp_path: Path) -> None:
@@ -194,6 +198,66 @@ def test_gradient_accumulation_takes_every_micro_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_a_short_step_at_an_epochs_end_is_a_mean_too(tmp_path: Path) -> None:
+    """14 batches, 4 a step: the last step has 2."""
+    module = toy_module(toy_dlrm, SGD(0.1), SGD(0.1))
+    trainer_of(tmp_path / "run", precision="64-true", accumulate_grad_batches=4).fit(module, ToyData())
+    plain = toy_dlrm(toy_schema().features, 3).double()
+    optimizer = CTROptimizer(dense_parameters(plain), [plain.embeddings], SGD(0.1), SGD(0.1))
+    batches = ToyLoader("train", 50).batches
+    for start in range(0, 14, 4):
+        optimizer.zero_grad()
+        for batch in batches[start : start + 4]:
+            logits = plain(batch.dense.double(), batch.ids)
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.label.double())
+            (loss / len(batches[start : start + 4])).backward()
+        optimizer.step()
+    for a, b in zip(module.network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_resume_with_accumulation(stop: int, tmp_path: Path) -> None:
+    options = {"every": 1, "max_epochs": 2, "accumulate_grad_batches": 2, "val_check_interval": 4}
+    trainer_of(tmp_path / "whole", **options).fit(toy_module(), ToyData())
+    run = tmp_path / "run"
+    with pytest.raises(InterruptedError):
+        trainer_of(run, callbacks=[StopAt(stop)], **options).fit(toy_module(), ToyData())
+    trainer_of(run, **options).fit(toy_module(), ToyData(), ckpt_path=newest_checkpoint(run / "checkpoints"))
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate_grad_batches": 2, "val_check_interval": 3},
+        {"accumulate_grad_batches": 4, "val_check_interval": 4, "check_val_every_n_epoch": None},
+    ],
+)
+def test_a_validation_between_micro_batches_is_refused(options: dict, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="validate between steps"):
+        trainer_of(tmp_path / "run", **options).fit(toy_module(), ToyData())
+
+
+def test_other_rates_on_resume_are_refused(tmp_path: Path) -> None:
+    trainer_of(tmp_path / "run", max_steps=2).fit(toy_module(), ToyData())
+    other = toy_module(table_rule=RowWiseAdagrad(0.3))
+    with pytest.raises(UserError, match=r"learning_rate 0\.1.*learning_rate 0\.3"):
+        trainer_of(tmp_path / "other").fit(other, ToyData(), ckpt_path=tmp_path / "run/checkpoints/last")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tmp_path / "run"
+    trainer_of(run, max_steps=2).fit(toy_module(), ToyData())
+    shutil.copytree(run / "checkpoints/best", run / "checkpoints/whole")  # best shares its files with last
+    shutil.rmtree(run / "checkpoints/best")
+    (run / "checkpoints/whole").rename(run / "checkpoints/best")
+    rest = run / "checkpoints/last/rest.pt"
+    rest.write_bytes(rest.read_bytes()[:-9])
+    assert newest_checkpoint(run / "checkpoints") == run / "checkpoints/best"
+    assert "not whole" in caplog.text and "rest.pt" in caplog.text
+
+
 def split_in_two(batch: Any) -> list[Any]:
     half = len(batch) // 2
     return [
@@ -207,7 +271,16 @@ def split_in_two(batch: Any) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("options", [{}, {"max_steps": 9, "max_epochs": -1}, {"val_check_interval": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_steps": 9, "max_epochs": -1, "log_every_n_steps": 5},
+        {"val_check_interval": 5},
+        {"max_epochs": 3, "check_val_every_n_epoch": 2, "every": 14},
+    ],
+    ids=str,
+)
 def test_every_fit_ends_with_one_validation(options: dict, tmp_path: Path) -> None:
     module = toy_module()
     trainer_of(tmp_path / "run", **options).fit(module, ToyData())
@@ -215,6 +288,7 @@ def test_every_fit_ends_with_one_validation(options: dict, tmp_path: Path) -> No
     validated = [line for line in lines(tmp_path / "run") if "validation/auc" in line]
     assert validated[-1]["step"] == last
     assert len({line["step"] for line in validated}) == len(validated)
+    assert "train/loss" in validated[-1], "the last step is logged"
 
     batches = ToyLoader("validation", 50).batches
     with torch.no_grad():

@@ -58,6 +58,10 @@ def test_one_class_has_no_auc() -> None:
     assert np.isfinite(ours["log_loss"])
 
 
+def test_nan_scores_have_no_auc() -> None:
+    assert math.isnan(exact_auc(torch.tensor([0.1, math.nan, 0.3, 0.2]), torch.tensor([0, 1, 1, 0])))
+
+
 def test_no_samples_is_an_error() -> None:
     with pytest.raises(ValueError, match="no samples"):
         click_metrics(torch.zeros(0), torch.zeros(0))

@@ -1,7 +1,6 @@
 """Finding configurations by name, and naming what a misspelt key was meant to be."""
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -46,9 +45,3 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """``; did you mean X?``, or nothing where no known word is like it."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""
-
-
-def plain_error(message: str) -> str:
-    """jsonargparse's message without its nesting: one line that ends in what went wrong."""
-    lines = [re.sub(r"\s+", " ", line).strip(" -") for line in message.splitlines()]
-    return " ".join(line for line in lines if line)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.progress import RunProgress
-from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder
+from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
@@ -102,6 +103,7 @@ class CTRCommand(LightningCLI):
 
     run_folder: RunFolder | None = None
     recorder: Recorder | None = None
+    _made_folder = False
 
     def __init__(self, arguments: Sequence[str], run: bool = True) -> None:
         _quieten()
@@ -140,14 +142,16 @@ class CTRCommand(LightningCLI):
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
         parser.add_class_arguments(WandbSettings, "wandb")
         parser.link_arguments("data.schema", "model.schema", apply_on="instantiate")
-        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
-        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=_as_seed)
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_as_seed)
 
     # --- before anything is built -------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
         settings = self._settings()
         if self.subcommand in EVALUATIONS:
+            if settings.resume is not None:
+                raise UserError(f"--resume is for fit; {self.subcommand} takes --ckpt_path")
             settings.ckpt_path = str(self._evaluated_checkpoint(settings.ckpt_path, settings.run_dir))
         elif self.subcommand == "fit":
             self._prepare_resume(settings)
@@ -190,11 +194,12 @@ class CTRCommand(LightningCLI):
             if trainer.get("enable_checkpointing") is not False:
                 checkpoints = RunCheckpoints(self.run_folder.checkpoints, settings.checkpoint.every_n_steps)
             self.recorder = Recorder(self.run_folder, checkpoints)
-            callbacks = [self.recorder, FinalValidation(), *([checkpoints] if checkpoints else [])]
+            callbacks = [FinalValidation(), self.recorder, *([checkpoints] if checkpoints else [])]
         else:
             callbacks = [EvaluationWriter(self.run_folder), PredictionWriter(self.run_folder)]
         if trainer.get("enable_progress_bar") is not False:
             callbacks.append(RunProgress(self.recorder))
+        callbacks.append(StopOnSigterm())
         trainer["callbacks"] = [*(trainer.get("callbacks") or []), *callbacks]
         trainer["logger"] = self._loggers(trainer.get("logger"), settings)
         plugins = trainer.get("plugins") or []
@@ -209,6 +214,12 @@ class CTRCommand(LightningCLI):
         Raises:
             UserError: Lightning refuses the settings, or they ask for several processes.
         """
+        if settings["accumulate_grad_batches"] < 1:
+            raise UserError(f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}; give 1 or more")
+        if settings["reload_dataloaders_every_n_epochs"]:
+            raise UserError(
+                "trainer.reload_dataloaders_every_n_epochs: the stream orders every epoch by itself; leave it at 0"
+            )
         try:
             trainer = pl.Trainer(**(settings | {"logger": False, "callbacks": None}))
         except (MisconfigurationException, ValueError) as error:
@@ -229,6 +240,7 @@ class CTRCommand(LightningCLI):
                 return RunFolder(path)
         elif settings.resume is not None and path is not None and path.is_dir():
             return RunFolder(path)
+        self._made_folder = True
         return RunFolder.create(path, settings.model.network.class_path.rpartition(".")[2].lower())
 
     def _loggers(self, given: Any, settings: Any) -> list[Any] | bool:
@@ -267,9 +279,10 @@ class CTRCommand(LightningCLI):
 
     def before_fit(self) -> None:
         assert self.run_folder is not None
-        (self.run_folder.path / CONFIG).write_text(
-            self._parser(self.subcommand).dump(self._settings(), skip_none=False, skip_link_targets=False)
-        )
+        # What this call resumed from is no part of the configuration: others take it back with --config.
+        settings = self._settings().clone()
+        settings.ckpt_path = settings.resume = settings.run_dir = None
+        self.run_folder.write_text(CONFIG, self._parser(self.subcommand).dump(settings, skip_none=False))
         log.info("run folder: %s", self.run_folder.path)
         assert isinstance(self.model, CTRModule)
         log.info(size_note(self.model.size))
@@ -317,6 +330,13 @@ class CTRCommand(LightningCLI):
             raise
         finally:
             finish_wandb(succeeded)
+            if not succeeded and self._made_folder and self.run_folder is not None:
+                self.run_folder.remove_unless_begun()
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        # They are in predictions.parquet; Lightning would keep them all in memory as well.
+        return kwargs | {"return_predictions": False} if subcommand == "predict" else kwargs
 
     def _settings(self) -> Any:
         return self.config if self.subcommand is None else self.config[self.subcommand]
@@ -376,6 +396,11 @@ def _nearest_key(key: str, known: Sequence[str]) -> str:
         return suggestion
     parts = key.split(".")
     return next((s for n in range(len(parts) - 1, 0, -1) if (s := nearest(".".join(parts[:n]), known))), "")
+
+
+def _as_seed(given: bool | int) -> int:
+    """What LightningCLI makes of ``seed_everything``: true means the environment's choice."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if isinstance(given, bool) else given
 
 
 def _quieten() -> None:

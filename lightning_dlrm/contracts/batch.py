@@ -39,11 +39,6 @@ class SparseIds:
             values=move(self.values), tables=self.tables, offsets=move(self.offsets), weights=move(self.weights)
         )
 
-    def pin_memory(self) -> "SparseIds":
-        return SparseIds(
-            values=_pin(self.values), tables=self.tables, offsets=_pin(self.offsets), weights=_pin(self.weights)
-        )
-
 
 @dataclass(kw_only=True)
 class Batch:
@@ -72,19 +67,6 @@ class Batch:
             rows=move(self.rows),
         )
 
-    def pin_memory(self) -> "Batch":
-        return Batch(
-            label=_pin(self.label),
-            dense=_pin(self.dense),
-            ids=self.ids.pin_memory(),
-            global_size=self.global_size,
-            rows=_pin(self.rows),
-        )
-
 
 def _mover(device: Any, non_blocking: bool) -> Any:
     return lambda tensor: None if tensor is None else tensor.to(device, non_blocking=non_blocking)
-
-
-def _pin(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.pin_memory()

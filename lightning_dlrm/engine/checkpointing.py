@@ -1,5 +1,7 @@
 """When checkpoints are saved, and the door through which Lightning saves and opens them."""
 
+import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, link_checkpoint, resolve_checkpoint, save_checkpoint
 from lightning_dlrm.tracking import names
+
+log = logging.getLogger("lightning_dlrm")
 
 LAST, BEST = "last", "best"
 MONITOR = f"{names.VALIDATION}/auc"
@@ -31,7 +35,7 @@ class FolderCheckpointIO(CheckpointIO):
         return reader.rest() | {"tables": reader}
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Never called: checkpoints replace each other."""
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class RunCheckpoints(Checkpoint):
@@ -62,6 +66,7 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step
+        _refuse_validation_amid_a_step(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -102,19 +107,41 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for name in (LAST, BEST):
         try:
             path = resolve_checkpoint(folder / name)
-            found.append((CheckpointReader(path).header[names.STEP], path))
         except UserError:
-            # Absent or not whole; the other one may serve.
             continue
+        try:
+            found.append((CheckpointReader(path).header[names.STEP], path))
+        except (UserError, KeyError) as error:
+            log.warning("passing over a checkpoint that is not whole: %s", error)
     return max(found)[1] if found else None
 
 
 def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether a validation, which saves too, follows this very step."""
     interval = trainer.val_check_batch
-    if not trainer.enable_validation:
+    epochs = trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or (epochs is not None and (trainer.current_epoch + 1) % epochs):
         return False
     if trainer.should_stop:
         return True
-    counted = trainer.fit_loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
+    counted = trainer.fit_loop.total_batch_idx if epochs is None else batch_idx
     return isinstance(interval, int) and interval > 0 and (counted + 1) % interval == 0
+
+
+def _refuse_validation_amid_a_step(trainer: pl.Trainer) -> None:
+    """A checkpoint between the micro-batches of a step would lose the first of them.
+
+    Raises:
+        UserError: some validation, which saves, would fall there.
+    """
+    micro, interval, batches = trainer.accumulate_grad_batches, trainer.val_check_batch, trainer.num_training_batches
+    if micro == 1 or not trainer.enable_validation or not isinstance(interval, int):
+        return
+    counts_on = trainer.check_val_every_n_epoch is None
+    at_epoch_end = interval == batches
+    if (interval % micro or (counts_on and batches % micro)) and not at_epoch_end:
+        raise UserError(
+            f"trainer.val_check_interval is {interval} batches of {batches} an epoch, and a step takes "
+            f"accumulate_grad_batches = {micro} of them: validate between steps, at a multiple of {micro}"
+            + (" (of an epoch's batches: set trainer.check_val_every_n_epoch to 1)" if counts_on else "")
+        )

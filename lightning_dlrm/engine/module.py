@@ -123,7 +123,14 @@ class CTRModule(pl.LightningModule):
         """
         logits_B = self.network(batch.dense, batch.ids)
         loss = summed_log_loss(logits_B, _labels(batch)) * (self.trainer.world_size / batch.global_size)
-        return {"loss": loss, "logits": logits_B.detach(), "step_loss": loss.detach()}
+        scaled = loss * self._short_step_factor(batch_idx)
+        return {"loss": scaled, "logits": logits_B.detach(), "step_loss": loss.detach()}
+
+    def _short_step_factor(self, batch_idx: int) -> float:
+        """Lightning divides by ``accumulate_grad_batches`` also where an epoch ends amid a step, with fewer."""
+        micro = self.trainer.accumulate_grad_batches
+        present = min(micro, self.trainer.num_training_batches - batch_idx // micro * micro)
+        return micro / present
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, names.VALIDATION)
@@ -189,7 +196,7 @@ class CTRModule(pl.LightningModule):
         reader: CheckpointReader = checkpoint["tables"]
         self._check_header(reader)
         embeddings = self.network.embeddings
-        theirs, ours = set(reader.manifest.tables), {piece.name for piece in embeddings.pieces}
+        theirs, ours = set(reader.manifest.tables), set(self.schema.features.tables)
         if theirs != ours:
             raise UserError(
                 f"checkpoint {reader.folder} has tables {_few(theirs)}, this run needs {_few(ours)}: "

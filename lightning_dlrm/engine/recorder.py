@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import Batch
@@ -32,8 +33,10 @@ class FinalValidation(pl.Callback):
         bounded = trainer.max_epochs is not None and trainer.max_epochs != -1
         last_epoch = bounded and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
         if last_step or (last_epoch and trainer.is_last_batch):
-            # Lightning validates before it stops.
+            # Lightning validates before it stops, also in an epoch that it would pass over.
             trainer.should_stop = True
+            if trainer.check_val_every_n_epoch is not None:
+                trainer.check_val_every_n_epoch = 1
 
 
 class Recorder(pl.Callback):
@@ -56,16 +59,23 @@ class Recorder(pl.Callback):
         self.samples_per_second = 0.0
         """Since the last logged step."""
         self._window: deque[tuple[Tensor, Tensor]] = deque()
+        self._window_samples = 0
+        self._rates: dict[str, float] = {}
         self._losses: list[Tensor] = []
         self._step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {names.SAMPLES: self.samples, "latest": dict(self.latest)}
+        window = [torch.cat(parts).cpu() for parts in zip(*self._window, strict=True)]
+        return {names.SAMPLES: self.samples, "latest": dict(self.latest), "window": window}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.samples = state_dict[names.SAMPLES]
         # A finished run that is resumed has nothing to do, and keeps its figures.
         self.latest = dict(state_dict["latest"])
+        if state_dict["window"]:
+            logits, labels = state_dict["window"]
+            self._window = deque([(logits, labels)])
+            self._window_samples = len(labels)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -87,9 +97,7 @@ class Recorder(pl.Callback):
         self.samples += batch.global_size
         assert batch.label is not None
         self._losses.append(outputs["step_loss"])
-        self._window.append((outputs["logits"], batch.label))
-        while sum(len(labels) for _, labels in self._window) - len(self._window[0][1]) >= AUC_WINDOW:
-            self._window.popleft()
+        self._remember(outputs["logits"], batch.label)
         if trainer.global_step == self._step:
             # A micro-batch of a step that is still being accumulated.
             return
@@ -97,6 +105,10 @@ class Recorder(pl.Callback):
         losses, self._losses = self._losses, []
         if self._step % trainer.log_every_n_steps == 0 or trainer.should_stop:  # type: ignore[attr-defined]
             self._log_training(trainer, losses)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        # Afterwards they are those of the next step.
+        self._rates = {f"{names.LEARNING_RATE}/{group['name']}": float(group["lr"]) for group in optimizer.param_groups}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._evaluation_start = time.perf_counter()
@@ -125,18 +137,22 @@ class Recorder(pl.Callback):
         self.samples_per_second = (self.samples - self._last_samples) / seconds
         self._last_log, self._last_pause, self._last_samples = now, pause, self.samples
         logits, labels = (torch.cat(parts) for parts in zip(*self._window, strict=True))
-        rates = {
-            f"{names.LEARNING_RATE}/{group['name']}": float(group["lr"]) for group in trainer.optimizers[0].param_groups
-        }
         self._log(
             trainer,
             {
                 names.TRAIN_LOSS: torch.stack(losses).mean().item(),
-                names.TRAIN_AUC: exact_auc(logits, labels),
+                names.TRAIN_AUC: exact_auc(logits[-AUC_WINDOW:], labels[-AUC_WINDOW:]),
                 names.SAMPLES_PER_SECOND: self.samples_per_second,
-                **rates,
+                **self._rates,
             },
         )
+
+    def _remember(self, logits_B: Tensor, labels_B: Tensor) -> None:
+        """Adds to the window of ``train/auc``; drops batches that lie wholly outside it."""
+        self._window.append((logits_B.float(), labels_B))
+        self._window_samples += len(labels_B)
+        while self._window_samples - len(self._window[0][1]) >= AUC_WINDOW:
+            self._window_samples -= len(self._window.popleft()[1])
 
     def _log(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
         self.latest |= metrics
@@ -184,6 +200,23 @@ def fingerprints(module: CTRModule) -> dict[str, str]:
         "encoding_fingerprint": schema.encoding_fingerprint,
         "data_fingerprint": schema.data_fingerprint,
     }
+
+
+class StopOnSigterm(pl.Callback):
+    """Lets SIGTERM end an evaluation at its next batch; Lightning itself looks for it in training only."""
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._look(trainer)
+
+    def on_test_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._look(trainer)
+
+    def on_predict_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._look(trainer)
+
+    def _look(self, trainer: pl.Trainer) -> None:
+        if trainer.received_sigterm:
+            raise SIGTERMException
 
 
 class EvaluationWriter(pl.Callback):

@@ -18,14 +18,14 @@ def exact_auc(scores_N: Tensor, labels_N: Tensor) -> float:
         labels_N: 0 or 1.
 
     Returns:
-        The AUC in [0, 1]; NaN where one of the classes is missing.
+        The AUC in [0, 1]; NaN where one of the classes is missing, or a score is NaN.
 
     >>> exact_auc(torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([0, 0, 1, 1]))
     0.875
     """
     positives = int(labels_N.sum())
     negatives = labels_N.numel() - positives
-    if positives == 0 or negatives == 0:
+    if positives == 0 or negatives == 0 or bool(scores_N.isnan().any()):
         return float("nan")
     sorted_scores_N, order_N = torch.sort(scores_N)
     sorted_labels_N = labels_N[order_N].to(torch.int64)

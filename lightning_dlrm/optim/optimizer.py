@@ -93,7 +93,7 @@ class CTROptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Learning rates and the dense layers' state; the tables' state is ``table_state``."""
-        return super().state_dict() | {"rules": self._rule_names()}
+        return super().state_dict() | {"rules": self._rule_settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what ``state_dict`` gave.
@@ -106,10 +106,10 @@ class CTROptimizer(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         rules = state_dict.pop("rules")
         read_table_rows = state_dict.pop("read_table_rows", None)
-        if rules != self._rule_names():
+        if rules != self._rule_settings():
             raise UserError(
-                f"the checkpoint was trained with {rules}, this run asks for {self._rule_names()}: "
-                "choose the same rules, or start a new run"
+                f"the checkpoint was trained with {_words(rules)}; this run asks for "
+                f"{_words(self._rule_settings())}: choose the same rules and settings, or start a new run"
             )
         super().load_state_dict(state_dict)
         if read_table_rows is not None:
@@ -117,8 +117,8 @@ class CTROptimizer(torch.optim.Optimizer):
                 for piece, (slot, values) in itertools.product(lookup.pieces, state.items()):
                     read_table_rows(piece, slot, piece.of(values))
 
-    def _rule_names(self) -> dict[str, str]:
-        return {group: type(rule).__name__ for group, rule in self.rules.items()}
+    def _rule_settings(self) -> dict[str, dict[str, Any]]:
+        return {group: {"rule": type(rule).__name__, **vars(rule)} for group, rule in self.rules.items()}
 
 
 def _update_rows(
@@ -132,6 +132,13 @@ def _update_rows(
     weight.index_copy_(0, rows, touched)
     for slot, values in touched_state.items():
         state[slot].index_copy_(0, rows, values)
+
+
+def _words(rules: dict[str, dict[str, Any]]) -> str:
+    return " and ".join(
+        f"{group}: {settings['rule']} ({', '.join(f'{k} {v}' for k, v in settings.items() if k != 'rule')})"
+        for group, settings in rules.items()
+    )
 
 
 def _learning_rate(rule: UpdateRule) -> Tensor:

@@ -2,7 +2,7 @@
 
 ::
 
-    manifest.json                    tables, slots and pieces; fingerprints, step, samples
+    manifest.json                    tables, slots and pieces; model, fingerprints, step
     tables/C3.0.safetensors          rows 0.. of table C3: tensor ``weight`` and one per optimiser slot
     rest.pt                          dense weights and their optimiser, loops, loader, random states
 
@@ -69,7 +69,7 @@ class Manifest:
     """What a checkpoint holds."""
 
     header: Mapping[str, Any]
-    """JSON values about the run: model, fingerprints, step, samples."""
+    """JSON values about the run: model, fingerprints, step, epoch."""
     tables: Mapping[str, TableEntry]
     rest: PieceFile
 
@@ -118,9 +118,13 @@ def save_checkpoint(
 def link_checkpoint(source: Path, folder: Path) -> None:
     """Gives a whole checkpoint a second name at no cost in disk: its files are never changed in place."""
     partial = _beside(folder, "partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, copy_function=_link_or_copy)
-    _publish(partial, folder)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial, copy_function=_link_or_copy)
+        _publish(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot keep {source} as {folder}: {error}; free disk space, then resume") from error
 
 
 def resolve_checkpoint(folder: Path) -> Path:
@@ -167,6 +171,11 @@ class CheckpointReader:
         missing = [f.file for f in self._files() if not (self.folder / f.file).is_file()]
         if missing:
             raise UserError(f"checkpoint {self.folder} lacks {', '.join(missing)}; use another checkpoint")
+        for part in self._files():
+            if (self.folder / part.file).stat().st_size != part.bytes:
+                raise UserError(f"checkpoint file {self.folder / part.file} is damaged (its size differs)")
+        for name, entry in self.manifest.tables.items():
+            _check_tiling(self.folder, name, entry)
 
     @property
     def header(self) -> Mapping[str, Any]:
@@ -222,6 +231,20 @@ class CheckpointReader:
         if path.stat().st_size != part.bytes or file_sha256(path) != part.sha256:
             raise UserError(f"checkpoint file {path} is damaged (its checksum differs); use another checkpoint")
         self._checked.add(part.file)
+
+
+def _check_tiling(folder: Path, name: str, entry: TableEntry) -> None:
+    """The pieces of a table cover its rows, each once."""
+    row = 0
+    for part in sorted(entry.pieces, key=lambda part: part.start):
+        if part.start != row:
+            break
+        row = part.stop
+    rows = entry.shapes["weight"][0]
+    if row != rows or sum(part.stop - part.start for part in entry.pieces) != rows:
+        raise UserError(
+            f"checkpoint {folder}: the pieces of table {name} do not cover its {rows} rows; use another one"
+        )
 
 
 def _parse_manifest(document: Mapping[str, Any]) -> Manifest:

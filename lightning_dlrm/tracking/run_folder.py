@@ -8,6 +8,7 @@ import datetime
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,13 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a small file, whole or not at all. NaN and infinities become null: JSON has none."""
-        target = self.path / name
-        partial = target.with_name(f".{name}.partial")
-        partial.write_text(json.dumps(_finite(content), indent=1) + "\n")
-        partial.replace(target)
+        self.write_text(name, json.dumps(_finite(content), indent=1) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a small file, whole or not at all."""
+        partial = self.path / f".{name}.partial"
+        partial.write_text(text)
+        partial.replace(self.path / name)
 
     def write_summary(self, final: Mapping[str, Any], best: Mapping[str, Any]) -> None:
         """``summary.json``: the figures at the end of the run, and those of its best validation."""
@@ -96,9 +100,12 @@ class RunFolder:
             except ValueError:
                 # The last line of a run that was killed while it wrote.
                 continue
-        partial = self.metrics.with_name(f".{METRICS}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(self.metrics)
+        self.write_text(METRICS, "".join(f"{line}\n" for line in kept))
+
+    def remove_unless_begun(self) -> None:
+        """Removes the folder of a run that failed before its first result, so that its name is free again."""
+        if not self.metrics.exists() and not self.checkpoints.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 class JsonLinesLogger(Logger):
