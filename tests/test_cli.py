@@ -303,6 +303,21 @@ def test_a_fit_of_no_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing was trained: trainer.max_steps is 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"trainer:\n  max_steps: [1\n bad: :\n", "bad.yaml is not YAML"),
+        (b"\xff\xfe\x00", "bad.yaml is not YAML"),
+        (b"", "bad.yaml holds no settings"),
+        (b"- a\n- b\n", "bad.yaml holds no settings"),
+    ],
+)
+def test_files_that_are_no_configuration(content: bytes, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_bytes(content)
+    assert main(["fit", "--config", "dlrm.yaml", "--config", "bad.yaml"]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_run_is_never_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     options = [*FIT, *QUICK, "--run_dir", "run", "--trainer.max_steps=2"]
     assert main(options) == 0

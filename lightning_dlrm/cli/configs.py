@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import yaml
+
 import lightning_dlrm
 from lightning_dlrm.contracts.errors import UserError
 
@@ -19,15 +21,25 @@ def find_config(name: str) -> Path:
     """The configuration of this name: as given, else among the shipped ones.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is not YAML of settings.
     """
     for candidate in (Path(name), shipped_configs() / name):
         if candidate.is_file():
+            _check_yaml(candidate)
             return candidate
     known = sorted(str(p.relative_to(shipped_configs())) for p in shipped_configs().rglob("*.yaml"))
     raise UserError(
         f"no configuration {name}, neither here nor among the shipped ones: {', '.join(known)}{nearest(name, known)}"
     )
+
+
+def _check_yaml(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}; correct it there") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings; expected keys such as 'trainer:', each with its values")
 
 
 def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
