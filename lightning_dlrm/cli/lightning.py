@@ -242,7 +242,7 @@ class CTRCommand(LightningCLI):
             if path is not None and path.is_dir():
                 return RunFolder(path)
         elif settings.resume is not None and path is not None and path.is_dir():
-            return RunFolder(path)
+            return RunFolder.reopen(path)
         self._made_folder = True
         return RunFolder.create(path, settings.model.network.class_path.rpartition(".")[2].lower())
 
