@@ -1,15 +1,14 @@
 """Criteo's click logs, and demo data shaped like them, as LightningDataModules."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 
 from datamodules.generate.demo import DemoSettings, demo_folder, demo_schema, generate_demo
-from datamodules.parquet import check_sizes, open_part, part_files
-from datamodules.stream.loader import Loader, TrainingLoader
-from datamodules.stream.order import LANES
+from datamodules.parquet import Folder, check_sizes, load_schema, open_part, part_files
+from datamodules.stream.loader import Cache, Loader, TrainingLoader
+from datamodules.stream.order import LANES, Shuffle
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema, SplitName
 
@@ -29,12 +28,19 @@ class Criteo(pl.LightningDataModule):
     """A dataset folder made by `preprocess` or `generate`, or demo data.
 
     Args:
-        path: A dataset folder, or `demo` for planted demo data, which are made when they are first needed.
+        path: A dataset folder, or `demo` for planted demo data, which are made when they are first needed. A URL such
+            as `s3://bucket/folder`, `gs://...` or `hf://...` works where the package for it is installed.
         batch_size: Training samples of a batch over all ranks together (the global batch).
         evaluation_batch_size: Samples of a batch over all ranks in validate, test and predict.
         shuffle: `window` for another order in every epoch: shuffled row groups, read in 48 lanes at once, each
-            shuffled in itself; `none` for the order of the files.
-        seed: Chooses the orders of `window`.
+            shuffled in itself. The window, a row group of 16,384 rows in each lane (786,432 rows), and what is decoded
+            ahead take about 170 MB for Criteo's columns, over all ranks. `full` for a shuffle of all rows in every
+            epoch; it needs `cache: memory`. `none` for the order of the files.
+        cache: `memory` to decode the rows once and keep them: 157 bytes a row for Criteo's columns, in every rank
+            those of the whole training split. It is refused where they do not fit. `none` to decode them every time.
+        threads: How many threads decode. One feeds a training on the CPU with little to spare for more; a GPU may
+            want more.
+        seed: Chooses the orders of `window` and `full`.
         predict_split: What predict scores; `all` is train, validation and test, one after the other.
         demo: What demo data to make; of no effect on a dataset folder.
 
@@ -50,20 +56,27 @@ class Criteo(pl.LightningDataModule):
         path: str,
         batch_size: int = 2048,
         evaluation_batch_size: int = 16_384,
-        shuffle: Literal["none", "window"] = "window",
+        shuffle: Shuffle = "window",
+        cache: Cache = "none",
+        threads: int = 1,
         seed: int = 0,
         predict_split: Literal["train", "validation", "test", "all"] = "test",
         demo: DemoSettings = DemoSettings(),  # noqa: B008 (immutable)
     ) -> None:
         super().__init__()
-        for name, size in (("batch_size", batch_size), ("evaluation_batch_size", evaluation_batch_size)):
-            if size < 1:
-                raise UserError(f"data: {name} is {size}; give at least 1")
+        counts = {"batch_size": batch_size, "evaluation_batch_size": evaluation_batch_size, "threads": threads}
+        for name, count in counts.items():
+            if count < 1:
+                raise UserError(f"data: {name} is {count}; give at least 1")
+        if shuffle == "full" and cache != "memory":
+            raise UserError("data: shuffle full needs all rows in memory: set data.cache to memory, or shuffle window")
         self.path = path
-        self.folder = demo_folder(demo) if path == DEMO else Path(path).expanduser()
+        self.folder = Folder(demo_folder(demo) if path == DEMO else path)
         self.batch_size = batch_size
         self.evaluation_batch_size = evaluation_batch_size
         self.shuffle = shuffle
+        self.cache = cache
+        self.threads = threads
         self.seed = seed
         self.predict_split = predict_split
         self.demo = demo
@@ -78,9 +91,9 @@ class Criteo(pl.LightningDataModule):
         """
         if self._schema is not None:
             return self._schema
-        if self.path == DEMO and not (self.folder / SCHEMA_FILE).is_file():
+        if self.path == DEMO and not self._has_demo:
             return self._of_kind(demo_schema(self.demo))
-        self._schema = self._of_kind(DatasetSchema.load(self.folder))
+        self._schema = self._of_kind(load_schema(self.folder))
         return self._schema
 
     @property
@@ -91,8 +104,8 @@ class Criteo(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Makes the demo data unless they are there. Real data are prepared by `preprocess`."""
-        if self.path == DEMO and not (self.folder / SCHEMA_FILE).is_file():
-            generate_demo(self.demo, self.folder)
+        if self.path == DEMO and not self._has_demo:
+            generate_demo(self.demo, demo_folder(self.demo))
 
     def setup(self, stage: str) -> None:
         """Looks at the files that the stage needs: their sizes, and what their footers tell.
@@ -113,18 +126,17 @@ class Criteo(pl.LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """Batches in shuffled order, with a position that Lightning keeps in checkpoints."""
         self._require(["train"])
-        rank, world = self._rank_and_world
+        _, world = self._rank_and_world
         if world > LANES and self.shuffle == "window":
             raise UserError(f"{world} ranks, but the shuffled stream has {LANES} lanes to share out: use fewer ranks")
         loader = TrainingLoader(
-            self.folder,
+            str(self.folder),
             self.schema,
             ["train"],
             shuffle=self.shuffle,
             seed=self.seed,
             batch_size=self.batch_size,
-            rank=rank,
-            world=world,
+            **self._loader_options(),
         )
         loader.limit_epoch(self._batches_taken(len(loader)))
         return loader
@@ -155,16 +167,24 @@ class Criteo(pl.LightningDataModule):
 
     def _evaluation_loader(self, splits: Sequence[SplitName], **options: Any) -> Loader:
         self._require(splits)
+        options |= self._loader_options()
+        return Loader(str(self.folder), self.schema, splits, batch_size=self.evaluation_batch_size, **options)
+
+    def _loader_options(self) -> dict[str, Any]:
         rank, world = self._rank_and_world
-        return Loader(
-            self.folder,
-            self.schema,
-            splits,
-            batch_size=self.evaluation_batch_size,
-            rank=rank,
-            world=world,
-            **options,
-        )
+        trainer = self.trainer
+        return {
+            "rank": rank,
+            "world": world,
+            "cache": self.cache,
+            "threads": self.threads,
+            "pin": trainer is not None and trainer.strategy.root_device.type == "cuda",
+            "copies": 1 if trainer is None else -(-world // trainer.num_nodes),
+        }
+
+    @property
+    def _has_demo(self) -> bool:
+        return (demo_folder(self.demo) / SCHEMA_FILE).is_file()
 
     def _require(self, splits: Sequence[SplitName]) -> None:
         has = {name: split.rows for name, split in self.schema.splits.items() if split.rows}
