@@ -104,7 +104,7 @@ class Decoder:
         self.tables = schema.by_role("categorical", "multi_hot")
         self.multi_hot = bool(schema.by_role("multi_hot"))
         self._where = [(i, group) for i, file in enumerate(self.files) for group in range(len(file.row_groups))]
-        # A reader serves one thread at a time, so that a file may have several; their footer is shared.
+        # pyarrow does not promise that a ParquetFile serves several threads at once, so each takes one of its own.
         self._idle: OrderedDict[int, list[pq.ParquetFile]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -155,7 +155,7 @@ class Decoder:
         try:
             # One thread: a wider pool would take the cores that compute.
             table = part.read_row_group(group, columns=[c.name for c in self.schema.columns], use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:  # remote file systems have errors of their own
             raise UserError(
                 f"{self.folder / file.path} is altered: row group {group} cannot be decoded "
                 f"({' '.join(str(error).split())}); restore the file, or make the dataset again"
