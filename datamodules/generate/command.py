@@ -253,7 +253,7 @@ def _report_fit(originals: list[Profile], settings: TraceSettings, folder: Path,
     generated = TraceSource(folder, None, split).profiles()
     print(fit.render([fit.measure(*pair) for pair in zip(originals, generated, strict=True)]))
     for original in originals:
-        if sum(settings.split_rows.values()) > original.accesses:
+        if sum(settings.split_rows.values()) > original.accesses and original.distinct < original.rows:
             print(
                 f"{original.column}: beyond the original's {original.accesses:,} accesses, distinct rows grow as "
                 f"accesses to the power of {original.growth:.2f}, up to the table's {original.rows:,}"
