@@ -112,7 +112,7 @@ class Profile:
             length = (self.accesses * phase_end(quarter) >> 6) - end
             end += length
             grown = exp(self.growth * log(np.array([end / self.accesses])))
-            new = min(int(self.distinct * grown[0]), self.rows, seen + length) - seen
+            new = min(round(self.distinct * float(grown[0])), self.rows, seen + length) - seen
             seen += new
             counts = last_octave.copy()
             counts[0] = new
