@@ -97,7 +97,9 @@ def plot(originals: Sequence[Profile], generated: Sequence[Profile], path: Path)
         ):
             _draw(row, profile, accesses, {"label": name, **style})
         distances, hits, distinct = row
-        distances.set(xscale="log", ylim=(0, None), xlabel="stack distance, rows", ylabel="share of accesses in an octave")
+        distances.set(
+            xscale="log", ylim=(0, None), xlabel="stack distance, rows", ylabel="share of accesses in an octave"
+        )
         hits.set(xscale="log", ylim=(0, 1), xlabel="LRU cache, rows", ylabel="hit rate")
         distinct.set(xscale="log", yscale="log", xlabel="accesses", ylabel="distinct rows")
         distances.set_title(f"{original.column}: stack distances", loc="left")

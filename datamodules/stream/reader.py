@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from datamodules.parquet import open_part
+from datamodules.parquet import check_weights, open_part, weighted_column
 from datamodules.stream.order import LANES, Order
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.errors import UserError
@@ -44,12 +44,16 @@ class Rows:
     """int32 [N]: with multi-hot columns the ids, sample by sample and within it table by table"""
     ends: np.ndarray | None = None
     """int64 [n + 1]: sample b has values[ends[b] : ends[b + 1]]"""
+    weights: np.ndarray | None = None
+    """float32 [N]: where any column has weights, those of the ids"""
 
     def slice(self, start: int, stop: int) -> "Rows":
         """Rows ``start`` to ``stop - 1``, as views."""
-        values, ends = self.values, self.ends
+        values, ends, weights = self.values, self.ends, self.weights
         if values is not None and ends is not None:
-            values, ends = values[ends[start] : ends[stop]], ends[start : stop + 1] - ends[start]
+            bags = slice(ends[start], ends[stop])
+            values, ends = values[bags], ends[start : stop + 1] - ends[start]
+            weights = None if weights is None else weights[bags]
         return Rows(
             label=None if self.label is None else self.label[start:stop],
             dense=self.dense[start:stop],
@@ -57,16 +61,17 @@ class Rows:
             rows=self.rows[start:stop],
             values=values,
             ends=ends,
+            weights=weights,
         )
 
     def take(self, index: np.ndarray) -> "Rows":
         """The rows at int64 ``index``, in that order."""
-        values, ends = self.values, self.ends
+        values, ends, weights = self.values, self.ends, self.weights
         if values is not None and ends is not None:
             lengths = np.diff(ends)[index]
-            new_ends = np.append(0, np.cumsum(lengths))
-            values = values[_ranges(ends[:-1][index], lengths)]
-            ends = new_ends
+            taken = _ranges(ends[:-1][index], lengths)
+            values, ends = values[taken], np.append(0, np.cumsum(lengths))
+            weights = None if weights is None else weights[taken]
         return Rows(
             label=None if self.label is None else self.label.take(index),
             dense=self.dense.take(index, axis=0),
@@ -74,6 +79,7 @@ class Rows:
             rows=self.rows.take(index),
             values=values,
             ends=ends,
+            weights=weights,
         )
 
     @classmethod
@@ -82,6 +88,7 @@ class Rows:
         labels = [piece.label for piece in pieces if piece.label is not None]
         values = [piece.values for piece in pieces if piece.values is not None]
         lengths = [np.diff(piece.ends) for piece in pieces if piece.ends is not None]
+        weights = [piece.weights for piece in pieces if piece.weights is not None]
         return cls(
             label=np.concatenate(labels) if labels else None,
             dense=np.concatenate([piece.dense for piece in pieces]),
@@ -89,6 +96,7 @@ class Rows:
             rows=np.concatenate([piece.rows for piece in pieces]),
             values=np.concatenate(values) if values else None,
             ends=np.append(0, np.cumsum(np.concatenate(lengths))) if lengths else None,
+            weights=np.concatenate(weights) if weights else None,
         )
 
 
@@ -107,6 +115,7 @@ class Decoder:
         self.dense = [column.name for column in schema.by_role("dense")]
         self.tables = schema.by_role("categorical", "multi_hot")
         self.multi_hot = bool(schema.by_role("multi_hot"))
+        self.weights = {weighted_column(column): column.name for column in schema.by_role("weights")}
         groups_per_file = [len(file.row_groups) for file in self.files]
         self._where = [(i, group) for i, groups in enumerate(groups_per_file) for group in range(groups)]
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
@@ -126,7 +135,7 @@ class Decoder:
             rows=np.arange(first_row, first_row + batch.num_rows),
         )
         if self.multi_hot:
-            rows.ids, rows.values, rows.ends = self._bags(batch)
+            rows.ids, rows.values, rows.ends, rows.weights = self._bags(batch, group)
         else:
             rows.ids = _stack([batch.column(column.name) for column in self.tables], batch.num_rows, np.int32)
         return rows
@@ -140,6 +149,7 @@ class Decoder:
             rows=np.empty(0, np.int64),
             values=np.empty(0, np.int32) if self.multi_hot else None,
             ends=np.zeros(1, np.int64) if self.multi_hot else None,
+            weights=np.empty(0, np.float32) if self.weights else None,
         )
 
     def close(self) -> None:
@@ -165,15 +175,24 @@ class Decoder:
             ) from error
         return table.combine_chunks().to_batches()[0]
 
-    def _bags(self, batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lengths int32 [n, F], values int32 [N] and ends int64 [n + 1], as in ``Rows``."""
+    def _bags(self, batch: pa.RecordBatch, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        """Lengths int32 [n, F], values int32 [N], ends int64 [n + 1] and weights float32 [N], as in ``Rows``."""
         parts = [_bag_column(batch.column(column.name), column) for column in self.tables]
         lengths_nF = np.stack([lengths for lengths, _ in parts], axis=1)
         stops_nF = np.cumsum(lengths_nF, dtype=np.int64).reshape(lengths_nF.shape)
         values = np.empty(int(lengths_nF.sum()), dtype=np.int32)
+        weights = np.ones(len(values), dtype=np.float32) if self.weights else None
         for table, (lengths, column_values) in enumerate(parts):
-            values[_ranges(stops_nF[:, table] - lengths, lengths)] = column_values
-        return lengths_nF, values, np.append(0, stops_nF[:, -1])
+            places = _ranges(stops_nF[:, table] - lengths, lengths)
+            values[places] = column_values
+            name = self.tables[table].name
+            if weights is not None and name in self.weights:
+                column = batch.column(self.weights[name])
+                index, in_file = self._where[group]
+                where = f"{self.folder / self.files[index].path}, row group {in_file}, column {self.weights[name]}"
+                check_weights(where, column, batch.column(name))
+                weights[places] = column.flatten().to_numpy()
+        return lengths_nF, values, np.append(0, stops_nF[:, -1]), weights
 
 
 class _Lane:
@@ -280,7 +299,12 @@ def _to_batch(rows: Rows, decoder: Decoder, global_size: int, with_rows: bool) -
         ids = SparseIds(values=torch.from_numpy(rows.ids), tables=tables)
     else:
         offsets = np.append(0, np.cumsum(rows.ids, dtype=np.int64))
-        ids = SparseIds(values=torch.from_numpy(rows.values), tables=tables, offsets=torch.from_numpy(offsets))
+        ids = SparseIds(
+            values=torch.from_numpy(rows.values),
+            tables=tables,
+            offsets=torch.from_numpy(offsets),
+            weights=None if rows.weights is None else torch.from_numpy(rows.weights),
+        )
     return Batch(
         label=None if rows.label is None else torch.from_numpy(rows.label),
         dense=torch.from_numpy(rows.dense),
