@@ -25,63 +25,61 @@ _STAGE_SPLITS: dict[str, tuple[SplitName, ...]] = {
 }
 
 
-class Criteo(pl.LightningDataModule):
-    """A dataset folder made by `preprocess` or `generate`, or demo data.
+class FolderData(pl.LightningDataModule):
+    """A dataset folder as batches; what all datamodules here have in common.
 
     Args:
-        path: A dataset folder, or `demo` for planted demo data, which are made when they are first needed.
+        folder: The dataset folder.
         batch_size: Training samples of a batch over all ranks together (the global batch).
         evaluation_batch_size: Samples of a batch over all ranks in validate, test and predict.
         shuffle: `window` for another order in every epoch: shuffled row groups, read in 48 lanes at once, each
             shuffled in itself; `none` for the order of the files.
         seed: Chooses the orders of `window`.
         predict_split: What predict scores; `all` is train, validation and test, one after the other.
-        demo: What demo data to make; of no effect on a dataset folder.
 
     Raises:
-        UserError: there is no dataset at `path`, or an option is out of range.
+        UserError: an option is out of range.
     """
-
-    kind: ClassVar[str | None] = None
-    """The only `dataset` that a schema may name; None for any."""
 
     def __init__(
         self,
-        path: str,
+        folder: Path,
         batch_size: int = 2048,
         evaluation_batch_size: int = 16_384,
         shuffle: Literal["none", "window"] = "window",
         seed: int = 0,
         predict_split: Literal["train", "validation", "test", "all"] = "test",
-        demo: DemoSettings = DemoSettings(),  # noqa: B008 (immutable)
     ) -> None:
         super().__init__()
         for name, size in (("batch_size", batch_size), ("evaluation_batch_size", evaluation_batch_size)):
             if size < 1:
                 raise UserError(f"data: {name} is {size}; give at least 1")
-        self.path = path
-        self.folder = demo_folder(demo) if path == DEMO else Path(path).expanduser()
+        self.folder = folder
         self.batch_size = batch_size
         self.evaluation_batch_size = evaluation_batch_size
         self.shuffle = shuffle
         self.seed = seed
         self.predict_split = predict_split
-        self.demo = demo
         self._schema: DatasetSchema | None = None
 
     @property
     def schema(self) -> DatasetSchema:
-        """What the data are, without preparing them. Demo data that are not made yet have no files in it.
+        """What the data are, without preparing them. Data that are not made yet have no files in it.
 
         Raises:
-            UserError: there is no dataset at ``path``, or it is of another kind.
+            UserError: there is no dataset in the folder, or it is not what the datamodule reads.
         """
         if self._schema is not None:
             return self._schema
-        if self.path == DEMO and not (self.folder / SCHEMA_FILE).is_file():
-            return self._of_kind(demo_schema(self.demo))
-        self._schema = self._of_kind(DatasetSchema.load(self.folder))
+        if self.planned is not None and not (self.folder / SCHEMA_FILE).is_file():
+            return self._accepted(self.planned)
+        self._schema = self._accepted(DatasetSchema.load(self.folder))
         return self._schema
+
+    @property
+    def planned(self) -> DatasetSchema | None:
+        """The schema of data that are generated when they are first needed; None for data that must be there."""
+        return None
 
     @property
     def training_batches(self) -> int:
@@ -90,9 +88,9 @@ class Criteo(pl.LightningDataModule):
         return self._batches_taken(-(-split.rows // self.batch_size)) if split else 0
 
     def prepare_data(self) -> None:
-        """Makes the demo data unless they are there. Real data are prepared by `preprocess`."""
-        if self.path == DEMO and not (self.folder / SCHEMA_FILE).is_file():
-            generate_demo(self.demo, self.folder)
+        """Makes data that are generated, unless they are there. Real data are prepared by `preprocess`."""
+        if self.planned is not None and not (self.folder / SCHEMA_FILE).is_file():
+            self._generate()
 
     def setup(self, stage: str) -> None:
         """Looks at the files that the stage needs: their sizes, and what their footers tell.
@@ -175,7 +173,49 @@ class Criteo(pl.LightningDataModule):
         if not splits:
             raise UserError(f"{self.folder} has no rows at all; make the dataset again")
 
-    def _of_kind(self, schema: DatasetSchema) -> DatasetSchema:
+    def _accepted(self, schema: DatasetSchema) -> DatasetSchema:
+        """The schema, if the datamodule reads such data."""
+        return schema
+
+    def _generate(self) -> None:
+        """Makes the planned data in the folder."""
+        raise NotImplementedError
+
+
+class Criteo(FolderData):
+    """A dataset folder made by `preprocess` or `generate`, or demo data.
+
+    Args:
+        path: A dataset folder, or `demo` for planted demo data, which are made when they are first needed.
+        demo: What demo data to make; of no effect on a dataset folder.
+        options: Those of FolderData.
+
+    Raises:
+        UserError: there is no dataset at `path`, or an option is out of range.
+    """
+
+    kind: ClassVar[str | None] = None
+    """The only `dataset` that a schema may name; None for any."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        demo: DemoSettings = DemoSettings(),  # noqa: B008 (immutable)
+        **options: Any,
+    ) -> None:
+        super().__init__(demo_folder(demo) if path == DEMO else Path(path).expanduser(), **options)
+        self.path = path
+        self.demo = demo
+
+    @property
+    def planned(self) -> DatasetSchema | None:
+        return demo_schema(self.demo) if self.path == DEMO else None
+
+    def _generate(self) -> None:
+        generate_demo(self.demo, self.folder)
+
+    def _accepted(self, schema: DatasetSchema) -> DatasetSchema:
         if self.kind is not None and schema.dataset != self.kind:
             raise UserError(
                 f"{self.path} holds the dataset {schema.dataset!r}, {type(self).__name__} reads {self.kind!r}: "

@@ -99,7 +99,7 @@ def _add_rows(parser: argparse.ArgumentParser, train: int | None, validation: in
         ("--validation-rows", validation, "validation"),
         ("--test-rows", test, "test"),
     ):
-        by_default = "as many as the first column's profile has accesses" if rows is None else str(rows)
+        by_default = "as many as the split, or a saved profile, has" if rows is None else str(rows)
         parser.add_argument(option, type=int, default=rows, metavar="N", help=f"{split} rows (default: {by_default})")
 
 
@@ -236,7 +236,7 @@ def _run_trace(args: argparse.Namespace) -> int:
     if args.output is None:
         return 0
     settings = TraceSettings(
-        train_rows=profiles[0].accesses if args.rows is None else args.rows,
+        train_rows=source.length if args.rows is None else args.rows,
         validation_rows=args.validation_rows,
         test_rows=args.test_rows,
         dense=args.dense,

@@ -308,6 +308,8 @@ class TraceSource:
                 )
         self.tables = {name: tables[name] for name in (dict.fromkeys(columns) if columns else tables)}
         """Rows of each chosen column's table."""
+        self.length = self._length()
+        """Rows of the split, or accesses of the first chosen profile."""
 
     def profiles(self, progress: bool = True) -> list[Profile]:
         """The profile of each chosen column, in order.
@@ -342,6 +344,12 @@ class TraceSource:
                     )
                 profiles.append(profiler.profile())
         return profiles
+
+    def _length(self) -> int:
+        if self._saved is None:
+            return self.schema.splits[self.split].rows
+        first = next(iter(self.tables))
+        return next(profile.accesses for profile in self._saved if profile.column == first)
 
     def _accesses(self, name: str) -> Iterator[tuple[NDArray[np.int32], int]]:
         """Ids of a column, row group by row group, and of how many rows they are."""

@@ -20,6 +20,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 
 import lightning_dlrm
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
+from datamodules.synthetic import RandomData, TraceData
 from lightning_dlrm.cli.configs import nearest, resolve_config_arguments
 from lightning_dlrm.cli.predictions import PredictionWriter
 from lightning_dlrm.cli.report import demo_note, final_report, size_note
@@ -44,6 +45,8 @@ KNOWN_CLASSES = (
     Criteo,
     CriteoKaggle,
     CriteoTerabyte,
+    RandomData,
+    TraceData,
     DLRM,
     DCN,
     SGD,
