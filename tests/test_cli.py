@@ -327,6 +327,14 @@ def test_a_run_is_never_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("run/summary.json").read_bytes() == before
 
 
+def test_a_folder_that_is_no_run_is_not_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("thesis").mkdir()
+    Path("thesis/chapter.tex").write_text("")
+    assert main([*FIT, *QUICK, "--run_dir", "thesis", "--resume=auto"]) == 2
+    assert "thesis is no run folder: it holds chapter.tex" in capsys.readouterr().err
+    assert [path.name for path in Path("thesis").iterdir()] == ["chapter.tex"]
+
+
 def test_checkpoint_of_another_model_or_dataset(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FIT, *QUICK, "--run_dir", "run", "--trainer.max_steps=2"]) == 0
     checkpoint = ["--ckpt_path", "run/checkpoints/last"]

@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 from jsonargparse import ActionConfigFile, ArgumentParser
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import lightning_dlrm
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
@@ -244,7 +245,7 @@ class CTRCommand(LightningCLI):
             if path is not None and path.is_dir():
                 return RunFolder(path)
         elif settings.resume is not None and path is not None and path.is_dir():
-            return RunFolder(path)
+            return RunFolder.reopen(path)
         self._made_folder = True
         return RunFolder.create(path, settings.model.network.class_path.rpartition(".")[2].lower())
 
@@ -313,8 +314,7 @@ class CTRCommand(LightningCLI):
 
     def before_predict(self) -> None:
         assert self.run_folder is not None
-        if self.trainer.is_global_zero:
-            log.info("predictions go to %s", self.run_folder.path / PREDICTIONS)
+        log.info("predictions go to %s", self.run_folder.path / PREDICTIONS)
 
     def _print_results(self) -> None:
         assert isinstance(self.model, CTRModule) and self.run_folder is not None
@@ -416,6 +416,10 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Says at this level that a rank has died, before it ends the others.
+    logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        log.setLevel(logging.WARNING)
 
 
 def _version() -> str:
