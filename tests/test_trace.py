@@ -341,8 +341,18 @@ def test_command_reports_the_fit(
         run("--output", data)
     with pytest.raises(UserError, match="nothing to make; give --output DIR"):
         run("--from", str(source[0]))
-    with pytest.raises(UserError, match="exists and is not an empty folder"):
-        run("--from", str(source[0]), "--output", data)
+    new = ["--from", str(source[0]), "--output", str(tmp_path / "new")]
+    for arguments, message in (
+        ([*new[:3], data], "exists and is not an empty folder"),
+        ([*new, "--rows", "999"], "--rows is 999; give at least 1,000, to measure the fit"),
+        ([*new, "--plot", "fit.xyz"], "fit.xyz is no kind of picture that can be drawn; give it one of .* png"),
+        ([*new, "--plot", "nowhere/fit.png"], "cannot write nowhere/fit.png: there is no folder nowhere"),
+        ([*new, "--profile", "nowhere/p.json"], "cannot write nowhere/p.json: there is no folder nowhere"),
+        ([*new[:2], "--plot", "fit.png", "--profile", "q.json"], "--plot draws what was generated"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(*arguments)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -365,7 +375,7 @@ def test_too_few_accesses_and_no_tables_are_refused(tmp_path: Path) -> None:
     write_dataset(tmp_path / "none", 2_000, COLUMNS[:1])
     with pytest.raises(UserError, match="has no categorical or multi-hot columns"):
         TraceSource(tmp_path / "none")
-    with pytest.raises(UserError, match=r"no dataset folder at .*nowhere"):
+    with pytest.raises(UserError, match=r"there is nothing at .*nowhere; give a dataset folder"):
         TraceSource(tmp_path / "nowhere")
 
 

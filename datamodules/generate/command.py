@@ -9,7 +9,14 @@ from typing import Any, get_args
 from datamodules.generate import fit
 from datamodules.generate.demo import DemoSettings, generate_demo
 from datamodules.generate.random import PRESETS, Law, RandomSettings, generate_random
-from datamodules.generate.trace import Profile, TraceSettings, TraceSource, generate_trace, save_profiles
+from datamodules.generate.trace import (
+    LEAST_ACCESSES,
+    Profile,
+    TraceSettings,
+    TraceSource,
+    generate_trace,
+    save_profiles,
+)
 from datamodules.parquet import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
@@ -177,7 +184,10 @@ def _add_trace(kinds: Any) -> None:
 
 def _numbers(text: str) -> int | tuple[int, ...]:
     """``7`` or ``1,2,3``; also in brackets, as YAML writes lists."""
-    numbers = tuple(int(part) for part in text.strip("[]").split(","))
+    try:
+        numbers = tuple(int(part) for part in text.strip("[]").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers, such as 1000,50000") from None
     return numbers[0] if len(numbers) == 1 and "[" not in text else numbers
 
 
@@ -224,17 +234,17 @@ def _run_trace(args: argparse.Namespace) -> int:
         raise UserError("generate trace: nothing to make; give --output DIR, or --from DIR and --profile FILE")
     if args.output is None and args.plot is not None:
         raise UserError("generate trace: --plot draws what was generated beside its original; give --output DIR too")
+    # What would fail after an hour's work is refused before.
     if saves and args.profile.exists():
         raise UserError(f"{args.profile} exists; name a new file, or leave --from out to generate from it")
+    if args.plot is not None:
+        fit.check_plot(args.plot)
     if args.output is not None:
-        DatasetWriter(args.output, ())  # Refuses a folder that is taken before an hour's work, not after.
+        DatasetWriter(args.output, ())
+    for file in (args.plot, args.profile if saves else None):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UserError(f"cannot write {file}: there is no folder {file.parent}; make it, or choose another file")
     source = TraceSource(args.source or args.profile, args.column, args.split)
-    profiles = source.profiles()
-    if saves:
-        save_profiles(profiles, args.profile)
-        print(f"profiles of {', '.join(source.tables)} are in {args.profile}")
-    if args.output is None:
-        return 0
     settings = TraceSettings(
         train_rows=source.length if args.rows is None else args.rows,
         validation_rows=args.validation_rows,
@@ -243,14 +253,22 @@ def _run_trace(args: argparse.Namespace) -> int:
         click_rate=args.click_rate,
         seed=args.seed,
     )
-    code = _make(args.output, lambda: generate_trace(source, settings, args.output, profiles=profiles), _shape)
-    _report_fit(profiles, settings, args.output, args.plot)
-    return code
+    if settings.train_rows < LEAST_ACCESSES:
+        raise UserError(
+            f"generate trace: --rows is {settings.train_rows}; give at least {LEAST_ACCESSES:,}, to measure the fit"
+        )
+    profiles = source.profiles()
+    if saves:
+        save_profiles(profiles, args.profile)
+        print(f"profiles of {', '.join(source.tables)} are in {args.profile}")
+    if args.output is not None:
+        _make(args.output, lambda: generate_trace(source, settings, args.output, profiles=profiles), _shape)
+        _report_fit(profiles, settings, args.output, args.plot)
+    return 0
 
 
 def _report_fit(originals: list[Profile], settings: TraceSettings, folder: Path, plot: Path | None) -> None:
-    split = next(iter(settings.split_rows))
-    generated = TraceSource(folder, None, split).profiles()
+    generated = TraceSource(folder).profiles()
     print(fit.render([fit.measure(*pair) for pair in zip(originals, generated, strict=True)]))
     for original in originals:
         if sum(settings.split_rows.values()) > original.accesses and original.distinct < original.rows:

@@ -71,22 +71,34 @@ def render(fits: Sequence[Fit]) -> str:
     return "\n".join(lines)
 
 
-def plot(originals: Sequence[Profile], generated: Sequence[Profile], path: Path) -> None:
-    """Draws hit rates, stack distances and distinct rows of each column, original and generated.
-
-    Args:
-        originals, generated: profiles of the same columns, in the same order.
-        path: the picture, such as a .png or .pdf.
+def check_plot(path: Path) -> None:
+    """Sees that ``plot`` can write such a picture.
 
     Raises:
-        UserError: matplotlib is not installed, or the picture cannot be written.
+        UserError: matplotlib is not installed, or knows no such kind of picture.
     """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError as error:
         raise UserError(
             f"--plot needs {error.name}, which is not installed; install it with: pip install 'lightning-dlrm[trace]'"
         ) from error
+    kinds = sorted(FigureCanvasBase.filetypes)
+    if path.suffix.removeprefix(".") not in kinds:
+        raise UserError(
+            f"{path} is no kind of picture that can be drawn; give it one of the endings {', '.join(kinds)}"
+        )
+
+
+def plot(originals: Sequence[Profile], generated: Sequence[Profile], path: Path) -> None:
+    """Draws stack distances, hit rates and distinct rows of each column, original and generated.
+
+    Args:
+        originals, generated: profiles of the same columns, in the same order.
+        path: the picture, such as a .png or .pdf.
+    """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13, 3.6 * len(originals)), layout="constrained")
     axes = figure.subplots(len(originals), 3, squeeze=False)
     for row, original, copy in zip(axes, originals, generated, strict=True):
@@ -108,10 +120,7 @@ def plot(originals: Sequence[Profile], generated: Sequence[Profile], path: Path)
         for ax in row:
             ax.grid(alpha=0.3)
         hits.legend()
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write the plot {path}: {' '.join(str(error).split())}") from error
+    figure.savefig(path, dpi=110)
 
 
 def _draw(row: Sequence[Any], profile: Profile, accesses: int, style: dict[str, Any]) -> None:

@@ -293,6 +293,8 @@ class TraceSource:
             self.identity = f"profile {hashlib.sha256(text).hexdigest()}"
             tables = {profile.column: profile.rows for profile in self._saved}
         else:
+            if not self.path.exists():
+                raise UserError(f"there is nothing at {self.path}; give a dataset folder, or a file of trace profiles")
             self.schema = DatasetSchema.load(self.path)
             if not self.schema.splits.get(split) or not self.schema.splits[split].rows:
                 has = ", ".join(self.schema.splits) or "none"

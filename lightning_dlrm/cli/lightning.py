@@ -377,10 +377,19 @@ def explain(message: str, known: Sequence[str]) -> str:
         name = match[1] or match[2]
         names = [known.__name__ for known in KNOWN_CLASSES]
         return f"no class {name}; known ones: {', '.join(names)}{nearest(name, names)}"
-    if "typing.Literal" in message and (given := re.search(r"Given value: (.*)", message)):
-        key = re.search(r'Parser key "([\w.]+)"', message)
-        values = re.findall(r"'([\w.-]+)'", message[: given.start()])
-        return f"{key[1] if key else 'value'}: {given[1].strip()} is none of {', '.join(values)}"
+    # What is wrong with data's class stands beside that data is not none either; it is explained already.
+    if match := re.search(
+        r"LightningDataModule'>.*?Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S
+    ):
+        return f"data: {match[1]}" if match[1].startswith("the following") else f"data.{match[1]}"
+    named = re.search(r'Parser key "([\w.]+)"', message)
+    key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
+    if given and (literals := re.findall(r"typing\.Literal\[(.*?)\]", message)):
+        values = dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
+        return f"{key}: {given[1].strip()} is none of {', '.join(values)}"
+    if given and (match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message)):
+        expected = re.sub(r"<class '(\w+)'>", r"\1", match[1]).replace(", ", " or ")
+        return f"{key}: {given[1].strip()} is no {expected}"
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
     return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
 
