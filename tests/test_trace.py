@@ -32,6 +32,7 @@ from datamodules.generate.trace import (
     trace_schema,
 )
 from datamodules.parquet import DatasetWriter, verify
+from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema
 
@@ -437,3 +438,12 @@ def test_without_numba_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delitem(sys.modules, "datamodules.generate.lru")
     with pytest.raises(UserError, match=r"traces need numba, .* pip install 'lightning-dlrm\[trace\]'"):
         Profiler("C1", 5)
+
+
+def test_the_benchmark_times_both_directions(tmp_path: Path) -> None:
+    options = ["--table-rows", "500", "--accesses", "65536", "--rounds", "1", "--json", str(tmp_path / "rows.json")]
+    assert main(["bench", "trace", *options]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 8 and {row["implementation"] for row in rows} == {"ours", "baseline"}
+    assert all(row["samples_per_s"] > 0 and row["work"] == "trace" for row in rows)
+    assert main(["bench", "trace", "--accesses", "5"]) == 2

@@ -9,8 +9,8 @@ number of marks from its slot on (Bennett & Kruskal 1975); the row at distance d
 are counted in blocks of 512 bits, whose counts are held in a Fenwick tree, so both take a walk through the tree and
 one block. When all slots are taken, the marked ones move together.
 
-Memory: 4.2 bytes for a slot, of which there are four to eight times as many as distinct rows, and at least 2**16; as
-much again, and 2 bytes for a slot, while they move; to measure distances, also 4 bytes for each row of the table.
+Memory: 8 to 17 bytes for each distinct row, 20 to 41 while slots move, and at least 0.3 MB: there are two to four times
+as many slots as distinct rows. To measure distances, also 4 bytes for each row of the table.
 
 Needs numba.
 """
@@ -83,7 +83,7 @@ class LruStack:
     def _make_room(self) -> None:
         """Moves the marked slots together, and gives the stack as many again and more."""
         rows = self._row_at[np.unpackbits(self._marks.view(np.uint8), bitorder="little").view(np.bool_)]
-        slots = max(_LEAST_SLOTS, 1 << (4 * len(rows) - 1).bit_length() if len(rows) else 0)
+        slots = max(_LEAST_SLOTS, 1 << (2 * len(rows) - 1).bit_length() if len(rows) else 0)
         self._row_at = np.empty(slots, dtype=np.int32)
         self._row_at[: len(rows)] = rows
         marks = np.zeros(slots, dtype=np.uint8)

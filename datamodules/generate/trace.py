@@ -16,6 +16,9 @@ A trace shorter than the original is like the original's beginning. A longer one
 last octave, and with new rows by the power law (Heaps' law) that the last octave followed, until it has seen the whole
 table. From then on it draws distances alone; where the original never came back to a row, it goes round and round.
 
+Memory is that of LRU stacks (see ``lru``): to profile, of one column at a time; to generate, of all of them together;
+and a block of accesses. It does not grow with the number of accesses.
+
 Traces depend on the profile and the seed alone, down to the last bit; a shorter trace is the beginning of a longer one.
 """
 
