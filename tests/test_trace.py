@@ -333,7 +333,8 @@ def test_command_reports_the_fit(
     assert schema.splits["train"].rows == ROWS and list(schema.features.tables) == ["C1"]
     original, copy = (TraceSource(Path(path), ["C1"]).profiles(progress=False)[0] for path in (source[0], data))
     assert fit.render([fit.measure(original, copy)]) in text
-    assert f"beyond the original's {ROWS:,} accesses, distinct rows grow" in text
+    text = run("--profile", profile, "--output", str(tmp_path / "long"), "--rows", "25000", "--test-rows", "0")
+    assert f"beyond the original's {ROWS:,} accesses, distinct rows grow" in text and "after 25,000\n" in text
     text = run("--profile", profile, "--output", str(tmp_path / "short"), "--rows", "5000", "--test-rows", "0")
     assert "C1: 5,000 accesses; original / generated" in text
     with pytest.raises(UserError, match=r"p\.json exists; name a new file, or leave --from out"):

@@ -263,18 +263,19 @@ def _run_trace(args: argparse.Namespace) -> int:
         print(f"profiles of {', '.join(source.tables)} are in {args.profile}")
     if args.output is not None:
         _make(args.output, lambda: generate_trace(source, settings, args.output, profiles=profiles), _shape)
-        _report_fit(profiles, settings, args.output, args.plot)
+        _report_fit(profiles, args.output, args.plot)
     return 0
 
 
-def _report_fit(originals: list[Profile], settings: TraceSettings, folder: Path, plot: Path | None) -> None:
+def _report_fit(originals: list[Profile], folder: Path, plot: Path | None) -> None:
     generated = TraceSource(folder).profiles()
     print(fit.render([fit.measure(*pair) for pair in zip(originals, generated, strict=True)]))
-    for original in originals:
-        if sum(settings.split_rows.values()) > original.accesses and original.distinct < original.rows:
+    for original, copy in zip(originals, generated, strict=True):
+        if copy.accesses > original.accesses and original.distinct < original.rows:
             print(
                 f"{original.column}: beyond the original's {original.accesses:,} accesses, distinct rows grow as "
-                f"accesses to the power of {original.growth:.2f}, up to the table's {original.rows:,}"
+                f"accesses to the power of {original.growth:.2f}, up to the table's {original.rows:,}: "
+                f"there are {copy.distinct:,} after {copy.accesses:,}"
             )
     if plot is not None:
         fit.plot(originals, generated, plot)

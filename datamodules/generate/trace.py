@@ -150,6 +150,7 @@ class Profile:
         profile = cls(str(document["column"]), int(document["table_rows"]), counts)
         ends = np.cumsum(counts.sum(axis=1))
         whole = all(end == phase_end(phase) for phase, end in enumerate(ends[:-1].tolist()))
+        whole = whole and ends[-1] <= phase_end(len(ends) - 1)
         if not whole or counts.min() < 0 or (profile.accesses, profile.distinct) != (
             document["accesses"], document["distinct_rows"]
         ):  # fmt: skip
