@@ -3,10 +3,15 @@
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+
 from datamodules.criteo import FolderData
-from datamodules.generate.random import RandomSettings, generate_random, random_folder, random_schema
+from datamodules.generate.random import RandomRows, RandomSettings, generate_random, random_folder, random_schema
 from datamodules.generate.trace import TraceSettings, TraceSource, generate_trace, trace_folder, trace_schema
-from lightning_dlrm.contracts.schema import DatasetSchema
+from datamodules.stream.reader import _ranges
+from lightning_dlrm.contracts.batch import Batch, SparseIds
+from lightning_dlrm.contracts.schema import WEIGHTS_SUFFIX, DatasetSchema
 
 
 class RandomData(FolderData):
@@ -130,3 +135,44 @@ class TraceData(FolderData):
 
     def _generate(self) -> None:
         generate_trace(self.source, self.settings, self.folder)
+
+
+def random_batch(source: RandomRows, number: int, size: int) -> Batch:
+    """A batch of random training rows made in memory, without files.
+
+    Args:
+        source: the rows' settings and laws; make it once for many batches.
+        number: which block the rows are drawn as; different numbers give different rows.
+        size: of the batch; that of a block gives the rows that a dataset has there.
+    """
+    block = source.block("train", number, size)
+    dense = [block[column.name] for column in source.columns if column.role == "dense"]
+    tables = [column for column in source.columns if column.cardinality]
+    if all(column.role == "categorical" for column in tables):
+        values = np.stack([block[column.name] for column in tables] or [np.empty((size, 0), np.int32)], axis=-1)
+        ids = SparseIds(values=torch.from_numpy(values.reshape(size, len(tables))), tables=len(tables))
+    else:
+        bags = [
+            block[column.name] if column.role == "multi_hot" else (block[column.name], np.arange(size + 1))
+            for column in tables
+        ]
+        lengths_BF = np.stack([np.diff(offsets) for _, offsets in bags], axis=1)
+        offsets = np.concatenate([[0], np.cumsum(lengths_BF)])
+        values, weights = np.empty(offsets[-1], np.int32), np.ones(offsets[-1], np.float32)
+        for table, (column, (ids_of_table, _)) in enumerate(zip(tables, bags, strict=True)):
+            places = _ranges(offsets[:-1].reshape(lengths_BF.shape)[:, table], lengths_BF[:, table])
+            values[places] = ids_of_table
+            if source.settings.weights:
+                weights[places] = block[column.name + WEIGHTS_SUFFIX][0]
+        ids = SparseIds(
+            values=torch.from_numpy(values),
+            tables=len(tables),
+            offsets=torch.from_numpy(offsets),
+            weights=torch.from_numpy(weights) if source.settings.weights else None,
+        )
+    return Batch(
+        label=torch.from_numpy(block["label"]),
+        dense=torch.from_numpy(np.stack(dense, axis=1) if dense else np.empty((size, 0), np.float32)),
+        ids=ids,
+        global_size=size,
+    )

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import datamodules
+from datamodules.generate.random import BLOCK_ROWS, RandomRows
 from datamodules.generate.trace import TraceSource, save_profiles
 from datamodules.parquet import DatasetWriter
-from datamodules.synthetic import RandomData, TraceData
+from datamodules.synthetic import RandomData, TraceData, random_batch
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column
@@ -82,6 +83,38 @@ def test_random_data_are_made_once_and_streamed() -> None:
     assert other.folder == data.folder
     assert not torch.equal(next(iter(other.train_dataloader())).dense, batches[0].dense)
     assert RandomData(**options, data_seed=1).folder != data.folder
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"tables": [50, 2_000], "indices": [5, 1], "min_indices": [0, 1], "weights": True},
+        {"tables": [50, 2_000], "indices": [3, 1], "dense": 0},
+        {"tables": [50, 2_000]},
+        {"tables": [], "dense": 2},
+    ],
+    ids=["weights", "bags", "single ids", "no tables"],
+)
+def test_a_batch_in_memory_is_that_of_the_file(shape: dict[str, Any]) -> None:
+    data = RandomData(**shape, train_rows=2 * BLOCK_ROWS, validation_rows=0, test_rows=0, batch_size=BLOCK_ROWS,
+                      shuffle="none")  # fmt: skip
+    data.prepare_data()
+    source = RandomRows(data.settings)
+    for number, stored in enumerate(data.train_dataloader()):
+        batch = random_batch(source, number, BLOCK_ROWS)
+        assert batch.global_size == stored.global_size and batch.ids.tables == stored.ids.tables
+        pairs = [
+            (getattr(a, name), getattr(b, name))
+            for a, b, names in (
+                (batch, stored, ("label", "dense")),
+                (batch.ids, stored.ids, ("values", "offsets", "weights")),
+            )
+            for name in names
+        ]
+        for made_here, read in pairs:
+            assert (made_here is None) == (read is None)
+            assert made_here is None or (made_here.dtype == read.dtype and torch.equal(made_here, read))
+    assert number == 1
 
 
 @pytest.mark.parametrize("saved", [False, True])
