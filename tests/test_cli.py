@@ -196,7 +196,7 @@ def test_sigterm_ends_an_evaluation() -> None:
         command(*predict, "--ckpt_path", "run/checkpoints/last"), stderr=subprocess.PIPE, stdout=subprocess.PIPE
     )
     deadline = time.monotonic() + 60
-    while not Path("run/predictions.parquet.partial").exists() and time.monotonic() < deadline:
+    while not Path("run/predictions.parquet.partial-0").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
