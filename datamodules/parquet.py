@@ -8,10 +8,12 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,6 +21,7 @@ import pyarrow.parquet as pq
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import (
+    SCHEMA_FILE,
     SPLITS,
     WEIGHTS_SUFFIX,
     Column,
@@ -43,6 +46,8 @@ _TYPES: Mapping[str, pa.DataType] = {
     "multi_hot": pa.list_(pa.int32()),
     "weights": pa.list_(pa.float32()),
 }
+
+_REMEDY = "restore the file, or make the dataset again"
 
 Values: TypeAlias = Any  # np.ndarray | pa.ListArray | tuple[np.ndarray, np.ndarray]
 
@@ -218,6 +223,7 @@ class _SplitWriter:
                 use_dictionary=True,
                 write_statistics=self.with_statistics,
                 store_schema=False,
+                write_page_checksum=True,
             )
         self.writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
         self.groups.append(rows.num_rows)
@@ -244,22 +250,132 @@ def part_files(schema: DatasetSchema, splits: Sequence[str] = SPLITS) -> Iterato
             yield from schema.splits[name].files
 
 
-def check_sizes(folder: Path, files: Sequence[DataFile]) -> None:
+class Folder:
+    """Where a dataset folder is: a path, or a URL of a file system that fsspec knows.
+
+    Args:
+        where: such as ``data/criteo``, ``s3://bucket/criteo``, ``gs://...`` or ``hf://...``; or a Folder.
+
+    Raises:
+        UserError: no such file system is known, or its package is not installed.
+    """
+
+    def __init__(self, where: "str | Path | Folder") -> None:
+        self._name = str(where)
+        self._remote: fsspec.AbstractFileSystem | None = None
+        if "://" not in self._name:
+            self._root = str(Path(self._name).expanduser())
+            return
+        try:
+            self._remote, self._root = fsspec.core.url_to_fs(self._name)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"cannot open {self._name}: {_one_line(error)}; install that package, or correct the URL"
+            ) from error
+
+    def __str__(self) -> str:
+        return self._name
+
+    def __truediv__(self, path: str) -> str:
+        """Full path or URL of a file of the folder, for people."""
+        return f"{self._name.rstrip('/')}/{path}"
+
+    @property
+    def local(self) -> Path | None:
+        """The folder as a path; None behind a URL."""
+        return Path(self._root) if self._remote is None else None
+
+    def size(self, path: str) -> int | None:
+        """Bytes of a file; None where its server does not tell.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if self._remote is None:
+            return Path(self._root, path).stat().st_size
+        size: int | None = self._ask(self._remote.info, path)["size"]
+        return size
+
+    def read(self, path: str) -> bytes:
+        """All bytes of a file.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if self._remote is None:
+            return Path(self._root, path).read_bytes()
+        content: bytes = self._ask(self._remote.cat_file, path)
+        return content
+
+    def open_parquet(self, path: str) -> pq.ParquetFile:
+        """A Parquet file to read row group by row group, verifying the checksums of its pages.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if self._remote is None:
+            # The read-ahead of pyarrow would hold more than the row group at hand.
+            return pq.ParquetFile(Path(self._root, path), pre_buffer=False, page_checksum_verification=True)
+        # A row group in one request, as its columns lie side by side; fsspec's cache would fetch its neighbours too.
+        source = pa.PythonFile(self._ask(self._remote.open, path, cache_type="none"), mode="r")
+        return pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
+
+    def _ask(self, operation: Any, path: str, **options: Any) -> Any:
+        """What a remote file system answers about a file of the folder."""
+        try:
+            return operation(f"{self._root.rstrip('/')}/{path}", **options)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # every file system has errors of its own
+            raise UserError(
+                f"cannot read {self / path} ({type(error).__name__}: {_one_line(error)}); check the URL, the network "
+                "and your credentials"
+            ) from error
+
+
+def load_schema(folder: str | Path | Folder) -> DatasetSchema:
+    """Reads the ``dataset.json`` of a dataset folder, also behind a URL.
+
+    Raises:
+        UserError: there is none, it is not a schema of this version, or it was altered.
+    """
+    where = Folder(folder)
+    if where.local is not None:
+        return DatasetSchema.load(where.local)
+    try:
+        text = where.read(SCHEMA_FILE)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no dataset folder at {where}: there is no {where / SCHEMA_FILE}; copy one there that "
+            "'python -m lightning_dlrm preprocess' made"
+        ) from error
+    return DatasetSchema.from_json(text, where / SCHEMA_FILE)
+
+
+def check_sizes(folder: str | Path | Folder, files: Sequence[DataFile]) -> None:
     """Sees that files are there and have their size, without opening them.
 
     Raises:
         UserError: one is missing, shorter or longer than when it was written.
     """
-    for file in files:
-        path = Path(folder) / file.path
-        if not path.is_file():
-            raise UserError(f"{path} is missing; restore the file, or make the dataset again")
-        found = path.stat().st_size
-        if found != file.bytes:
+    where = Folder(folder)
+
+    def size(file: DataFile) -> int | None:
+        try:
+            return where.size(file.path)
+        except FileNotFoundError:
+            return -1
+
+    # A remote file system takes a while for each answer.
+    with ThreadPoolExecutor(16) as pool:
+        sizes = list(pool.map(size, files))
+    for file, found in zip(files, sizes, strict=True):
+        if found == -1:
+            raise UserError(f"{where / file.path} is missing; {_REMEDY}")
+        if found is not None and found != file.bytes:
             what = "truncated" if found < file.bytes else "altered"
             raise UserError(
-                f"{path} is {what}: it has {found} bytes, its dataset.json says {file.bytes}; "
-                "restore the file, or make the dataset again"
+                f"{where / file.path} is {what}: it has {found} bytes, its dataset.json says {file.bytes}; {_REMEDY}"
             )
 
 
@@ -276,37 +392,36 @@ def verify(folder: Path, schema: DatasetSchema) -> None:
         if found != file.sha256:
             raise UserError(
                 f"{Path(folder) / file.path} is altered: its sha256 is {found[:12]}..., its dataset.json says "
-                f"{file.sha256[:12]}...; restore the file, or make the dataset again"
+                f"{file.sha256[:12]}...; {_REMEDY}"
             )
 
 
-def open_part(folder: Path, schema: DatasetSchema, file: DataFile) -> pq.ParquetFile:
-    """Opens a part file and compares its footer with the schema.
+def open_part(folder: str | Path | Folder, schema: DatasetSchema, file: DataFile) -> pq.ParquetFile:
+    """Opens a part file and compares its footer with the schema. Reading it verifies the checksums of its pages.
 
     Raises:
         UserError: the file is missing or not Parquet, or its columns, its rows per row group or its
             ids do not fit the schema.
     """
-    check_sizes(folder, [file])
-    path = Path(folder) / file.path
-    remedy = "restore the file, or make the dataset again"
+    where = Folder(folder)
+    check_sizes(where, [file])
+    path = where / file.path
     try:
-        # The whole-file read-ahead of pyarrow would hold far more than the row group at hand.
-        part = pq.ParquetFile(path, pre_buffer=False)
+        part = where.open_parquet(file.path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is altered: it is no readable Parquet file ({_one_line(error)}); {remedy}") from error
+        raise UserError(f"{path} is altered: it is no readable Parquet file ({_one_line(error)}); {_REMEDY}") from error
     arrow = part.schema_arrow
     for column in schema.columns:
         found = arrow.field(column.name).type if column.name in arrow.names else None
         if found is None or not _fits(found, column):
             state = "is missing" if found is None else f"has type {found}"
-            raise UserError(f"{path}: column {column.name} {state}, expected {_TYPES[column.role]}; {remedy}")
+            raise UserError(f"{path}: column {column.name} {state}, expected {_TYPES[column.role]}; {_REMEDY}")
     metadata = part.metadata
     groups = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
     if groups != file.row_groups:
         raise UserError(
             f"{path} is altered: it has {sum(groups)} rows in {len(groups)} row groups, its dataset.json says "
-            f"{file.rows} in {len(file.row_groups)} (or splits them differently); {remedy}"
+            f"{file.rows} in {len(file.row_groups)} (or splits them differently); {_REMEDY}"
         )
     _check_ids(path, schema, metadata)
     return part
@@ -341,14 +456,27 @@ def check_weights(where: str, weights: pa.Array | pa.ChunkedArray, ids: pa.Array
         raise UserError(f"{where}: a weight is null or NaN; give each id a number, such as 1")
 
 
-def _check_ids(path: Path, schema: DatasetSchema, metadata: pq.FileMetaData) -> None:
+def count_values(part: pq.ParquetFile, columns: Sequence[Column]) -> int:
+    """How many values some columns of a part file have (an empty bag counts as one)."""
+    names, metadata = {_leaf(column) for column in columns}, part.metadata
+    positions = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path in names]
+    groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
+    return sum(group.column(i).num_values for group in groups for i in positions)
+
+
+def _check_ids(path: str, schema: DatasetSchema, metadata: pq.FileMetaData) -> None:
     positions = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}
     for column in schema.by_role("categorical", "multi_hot"):
         position = positions[_leaf(column)]
         for group in range(metadata.num_row_groups):
             statistics = metadata.row_group(group).column(position).statistics
             if statistics is None or not statistics.has_min_max:
-                continue
+                if column.role == "multi_hot":
+                    continue  # all bags may be empty
+                raise UserError(
+                    f"{path}: row group {group} of column {column.name} tells no smallest and largest id, so they "
+                    "cannot be checked; write it with statistics, as DatasetWriter does"
+                )
             if column.role == "categorical" and statistics.null_count:
                 raise UserError(f"{path}: row group {group} of column {column.name} has nulls; make the dataset again")
             if statistics.min < 0 or statistics.max >= column.cardinality:

@@ -9,7 +9,7 @@ import torch
 from datamodules.criteo import FolderData
 from datamodules.generate.random import RandomRows, RandomSettings, generate_random, random_folder, random_schema
 from datamodules.generate.trace import TraceSettings, TraceSource, generate_trace, trace_folder, trace_schema
-from datamodules.stream.reader import _ranges
+from datamodules.stream.order import ranges
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.schema import WEIGHTS_SUFFIX, DatasetSchema
 
@@ -82,8 +82,8 @@ class RandomData(FolderData):
     def planned(self) -> DatasetSchema:
         return random_schema(self.settings)
 
-    def _generate(self) -> None:
-        generate_random(self.settings, self.folder)
+    def _generate(self, folder: Path) -> None:
+        generate_random(self.settings, folder)
 
 
 class TraceData(FolderData):
@@ -133,8 +133,8 @@ class TraceData(FolderData):
     def planned(self) -> DatasetSchema:
         return trace_schema(self.source, self.settings)
 
-    def _generate(self) -> None:
-        generate_trace(self.source, self.settings, self.folder)
+    def _generate(self, folder: Path) -> None:
+        generate_trace(self.source, self.settings, folder)
 
 
 def random_batch(source: RandomRows, number: int, size: int) -> Batch:
@@ -160,7 +160,7 @@ def random_batch(source: RandomRows, number: int, size: int) -> Batch:
         offsets = np.concatenate([[0], np.cumsum(lengths_BF)])
         values, weights = np.empty(offsets[-1], np.int32), np.ones(offsets[-1], np.float32)
         for table, (column, (ids_of_table, _)) in enumerate(zip(tables, bags, strict=True)):
-            places = _ranges(offsets[:-1].reshape(lengths_BF.shape)[:, table], lengths_BF[:, table])
+            places = ranges(offsets[:-1].reshape(lengths_BF.shape)[:, table], lengths_BF[:, table])
             values[places] = ids_of_table
             if source.settings.weights:
                 weights[places] = block[column.name + WEIGHTS_SUFFIX][0]

@@ -191,10 +191,8 @@ class DatasetSchema:
 
     def save(self, folder: Path) -> None:
         """Writes ``folder/dataset.json``: the last file of a finished dataset, written whole or not at all."""
-        document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-        document["fingerprints"] = {"encoding": self.encoding_fingerprint, "data": self.data_fingerprint}
         partial = folder / f".{SCHEMA_FILE}.partial"
-        partial.write_text(json.dumps(document, indent=1) + "\n")
+        partial.write_text(self.to_json())
         partial.replace(folder / SCHEMA_FILE)
 
     @classmethod
@@ -217,12 +215,31 @@ class DatasetSchema:
                 f"{folder} is not a dataset folder: it has no {SCHEMA_FILE} (an interrupted preprocessing leaves "
                 f"none); make it with 'python -m lightning_dlrm preprocess --output {folder}'"
             )
+        return cls.from_json(path.read_bytes(), str(path))
+
+    def to_json(self) -> str:
+        """The content of ``dataset.json``."""
+        document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        document["fingerprints"] = {"encoding": self.encoding_fingerprint, "data": self.data_fingerprint}
+        return json.dumps(document, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> "DatasetSchema":
+        """The schema that a ``dataset.json`` holds.
+
+        Args:
+            text: its content.
+            where: its path or URL, for messages.
+
+        Raises:
+            UserError: it is not a schema of this version, or it was altered after it was written.
+        """
         try:
-            document = json.loads(path.read_text())
+            document = json.loads(text)
             version = document.pop("format_version")
             if version != FORMAT_VERSION:
                 raise UserError(
-                    f"{path} has format version {version}; this release reads {FORMAT_VERSION}: "
+                    f"{where} has format version {version}; this release reads {FORMAT_VERSION}: "
                     "preprocess the data again, or use the release that wrote it"
                 )
             fingerprints = document.pop("fingerprints")
@@ -231,12 +248,12 @@ class DatasetSchema:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path} is not a dataset schema ({type(error).__name__}: {error}); "
+                f"{where} is not a dataset schema ({type(error).__name__}: {error}); "
                 "restore it or preprocess the data again"
             ) from error
         if fingerprints != {"encoding": schema.encoding_fingerprint, "data": schema.data_fingerprint}:
             raise UserError(
-                f"{path} was altered after it was written (fingerprints differ); restore it or preprocess again"
+                f"{where} was altered after it was written (fingerprints differ); restore it or preprocess again"
             )
         return schema
 
