@@ -59,15 +59,18 @@ def plain_rows(folder: Path) -> list[list[tuple[list[int], list[float]]]]:
     ]
 
 
-@pytest.mark.parametrize("shuffle", ["none", "window"])
-@pytest.mark.parametrize(("batch_size", "world"), [(50, 1), (7, 3)])
+@pytest.mark.parametrize(
+    ("shuffle", "cache"), [("none", "none"), ("window", "none"), ("window", "memory"), ("full", "memory")]
+)
+@pytest.mark.parametrize(("batch_size", "world", "threads"), [(50, 1, 2), (7, 3, 1)])
 def test_every_id_comes_with_its_weight(
-    dataset: tuple[Path, DatasetSchema], shuffle: Any, batch_size: int, world: int
+    dataset: tuple[Path, DatasetSchema], shuffle: Any, cache: str, batch_size: int, world: int, threads: int
 ) -> None:
     folder, schema = dataset
     plain, seen = plain_rows(folder), []
     for rank in range(world):
         options: dict[str, Any] = {"batch_size": batch_size, "rank": rank, "world": world, "rows": True}
+        options |= {"cache": cache, "threads": threads}
         for batch in TrainingLoader(folder, schema, ["train"], shuffle=shuffle, seed=2, **options):
             assert batch.rows is not None and batch.ids.offsets is not None and batch.ids.weights is not None
             assert batch.ids.weights.dtype == torch.float32 and batch.ids.weights.shape == batch.ids.values.shape
