@@ -125,6 +125,8 @@ def test_demo_fit_as_a_process_says_what_it_is() -> None:
     final = json.loads(Path("run/summary.json").read_text())["final"]
     assert f"best reachable {final['data/optimum_auc']:.4f}" in done.stdout
     assert 0 <= final["speed/data_wait_share"] < 1
+    logged = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["speed/data_wait_share"] < 1 for line in logged if "train/loss" in line)
     for name in ("config.yaml", "metrics.jsonl", "checkpoints/last/manifest.json", "checkpoints/best/manifest.json"):
         assert Path("run", name).is_file()
     records = subprocess.run(

@@ -4,15 +4,18 @@ thread never outlives them."""
 
 import gc
 import itertools
+import json
+import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,14 +25,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules import parquet
-from datamodules.parquet import DatasetWriter
+from datamodules.criteo import Criteo
+from datamodules.parquet import DatasetWriter, Folder
 from datamodules.stream import loader as loader_module
-from datamodules.stream import reader
+from datamodules.stream import memory, reader
 from datamodules.stream.loader import BackgroundIterator, Loader, TrainingLoader
 from datamodules.stream.order import Order, _shares, bijection, permutation
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema
+from tests.ranks import run_ranks
 
 WIDE = (
     Column(name="label", role="label"),
@@ -385,6 +390,72 @@ def test_a_position_holds_for_another_number_of_ranks(
     assert [a + b + c for a, b, c in zip(*slices, strict=True)] == served(iter(one))
 
 
+SERVE = """
+import json, os, sys
+from datamodules.stream import reader
+from datamodules.stream.loader import Loader, TrainingLoader
+from lightning_dlrm.contracts.schema import DatasetSchema
+
+folder, state, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+schema, read = DatasetSchema.load(folder), []
+whole_read = reader.Decoder._read
+reader.Decoder._read = lambda self, group: read.append(group) or whole_read(self, group)
+
+def served(loader):
+    read.clear()
+    batches = []
+    for batch in loader:
+        bags = batch.ids.values.tensor_split(batch.ids.offsets[1:-1]) if len(batch) else []
+        batches.append([batch.label.tolist(), batch.dense.numpy().tobytes().hex(), [bag.tolist() for bag in bags]])
+    return {"batches": batches, "groups": list(read)}
+
+options = {"batch_size": 50, "rank": rank, "world": world}
+training = TrainingLoader(folder, schema, ["train"], shuffle="window", seed=1, **options)
+training.load_state_dict(training.state_dict() | state)
+result = {"resumed": served(training), "next epoch": served(training)}
+result["evaluation"] = served(Loader(folder, schema, ["train"], **options))
+with open(f"{out}-{rank}", "w") as file:
+    json.dump(result, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def one_process(bags: tuple[Path, DatasetSchema], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return serve(bags[0], tmp_path_factory.mktemp("one"), 1)[0]
+
+
+def serve(folder: Path, out: Path, world: int) -> list[dict[str, Any]]:
+    """What each of several real processes serves from batch 4 of epoch 1 on."""
+    run_ranks(["-c", SERVE, str(folder), json.dumps({"epoch": 1, "batch": 4}), str(out / "served")], world)
+    return [json.loads((out / f"served-{rank}").read_text()) for rank in range(world)]
+
+
+def joined(slices: Sequence[Any]) -> Any:
+    """A batch from its slices, in the order of the ranks."""
+    labels, dense, bags = zip(*slices, strict=True)
+    return [list(itertools.chain(*labels)), "".join(dense), list(itertools.chain(*bags))]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_processes_together_serve_what_one_serves_and_read_the_data_once(
+    bags: tuple[Path, DatasetSchema], one_process: dict[str, Any], tmp_path: Path, world: int
+) -> None:
+    ranks = serve(bags[0], tmp_path, world)
+    groups = sum(len(file.row_groups) for file in bags[1].splits["train"].files)
+    for stage, batches in (("resumed", 9), ("next epoch", 13)):
+        together = [joined(slices) for slices in zip(*(rank[stage]["batches"] for rank in ranks), strict=True)]
+        assert together == one_process[stage]["batches"] and len(together) == batches
+    decoded = [group for rank in ranks for group in rank["next epoch"]["groups"]]
+    assert sorted(decoded) == list(range(groups))
+    # In evaluation, the rows in the order of the ranks; a row group that two ranks share is read by both.
+    whole, parts = joined(one_process["evaluation"]["batches"]), [joined(r["evaluation"]["batches"]) for r in ranks]
+    assert joined(parts) == whole
+    decoded = [group for rank in ranks for group in rank["evaluation"]["groups"]]
+    assert set(decoded) == set(range(groups)) and len(decoded) <= groups + world - 1
+
+
 def test_epochs_that_a_trainer_cuts_short_resume_alike(wide: tuple[Path, DatasetSchema]) -> None:
     undisturbed = training_loader(wide)
     undisturbed.limit_epoch(4)
@@ -449,6 +520,80 @@ def test_memory_is_bounded_by_two_row_groups_a_lane(
     assert windows[0]._rings.nbytes <= 48 * (2 * GROUP_ROWS + 6) * windows[0]._rings.nbytes / len(windows[0]._rings)
 
 
+def test_cached_rows_are_decoded_once_and_the_log_says_how_much(
+    wide: tuple[Path, DatasetSchema], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    groups: list[int] = []
+    read = reader.Decoder._read
+
+    def watched(self: reader.Decoder, group: int) -> Any:
+        groups.append(group)
+        return read(self, group)
+
+    monkeypatch.setattr(reader.Decoder, "_read", watched)
+    loader = training_loader(wide, cache="memory", shuffle="full")
+    with caplog.at_level("INFO", logger="lightning_dlrm"):
+        epochs = [served(iter(loader)) for _ in range(3)]
+    assert sorted(groups) == list(range(-(-2005 // GROUP_ROWS)))
+    # A label of 1 byte, and 2 floats and 3 ids of 4 bytes each.
+    assert re.fullmatch(r"train: 2,005 rows kept in memory, 0\.0 MB, decoded in \d+\.\d s", caplog.messages[0])
+    assert loader._held is not None and loader._held.nbytes == 2005 * 21
+    assert len(caplog.messages) == 1 and epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("dataset", ["wide", "bags"])
+def test_rows_that_do_not_fit_into_memory_are_refused(
+    dataset: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, schema = request.getfixturevalue(dataset)
+    need = hold_all(folder, schema).nbytes
+    options: dict[str, Any] = {"batch_size": 10, "cache": "memory"}
+    for ranks in (1, 3):
+        monkeypatch.setattr(loader_module, "available_memory", lambda ranks=ranks: ranks * need * 2)
+        Loader(folder, schema, ["train"], copies=ranks, **options)
+        monkeypatch.setattr(loader_module, "available_memory", lambda ranks=ranks: ranks * need // 2)
+        with pytest.raises(UserError, match=r"rows of the train split take .* GiB are free: set data.cache to none"):
+            Loader(folder, schema, ["train"], copies=ranks, **options)
+
+
+def hold_all(folder: Path, schema: DatasetSchema) -> reader.Rows:
+    files = schema.splits["train"].files
+    order = Order([file.row_groups for file in files], batch_size=1, shuffle="none")
+    return reader.hold(reader.Decoder(Folder(folder), schema, files), order, 0, order.rows, 1)
+
+
+def test_available_memory_heeds_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    free = memory.available_memory()
+    assert free is not None and 2**24 < free < 2**50
+    contents = {"max": "9000", "current": "5000", "stat": "anon 3\ninactive_file 1000\n"}
+    for name, content in contents.items():
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert memory.available_memory() == 5000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_memory() == pytest.approx(free, rel=0.5)
+
+
+def test_batches_for_a_gpu_are_pinned_in_the_readers_thread(
+    bags: tuple[Path, DatasetSchema], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[tuple[str, torch.Tensor]] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append((threading.current_thread().name, tensor.clone()))
+        return pinned[-1][1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batches = list(training_loader(bags, pin=True))
+    assert {name for name, _ in pinned} == {"batch reader"}
+    mine = {id(tensor) for _, tensor in pinned}
+    for batch in batches:
+        tensors = (batch.label, batch.dense, batch.rows, batch.ids.values, batch.ids.offsets)
+        assert all(id(tensor) in mine for tensor in tensors)
+        assert batch.nbytes == sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    assert served(iter(training_loader(bags, pin=True))) == served(iter(training_loader(bags)))
+
+
 # Faults and threads
 
 
@@ -484,6 +629,63 @@ def test_a_flipped_bit_that_still_decodes_is_told(tmp_path: Path, threads: int) 
     path.write_bytes(content[: at - 1] + bytes([content[at - 1] ^ 1]) + content[at:])
     with pytest.raises(UserError, match=r"part-00005\.parquet is altered: row group 2 cannot be decoded .* restore"):
         list(training_loader((tmp_path / "data", schema), threads=threads))
+
+
+@pytest.fixture
+def url(bags: tuple[Path, DatasetSchema]) -> Iterator[str]:
+    """The dataset behind a URL."""
+    files = fsspec.filesystem("memory")
+    files.put(str(bags[0]), "/bucket/data", recursive=True)
+    yield "memory://bucket/data"
+    files.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"threads": 2}, {"shuffle": "full", "cache": "memory"}])
+def test_a_dataset_behind_a_url_gives_the_same_batches(
+    bags: tuple[Path, DatasetSchema], url: str, options: dict[str, Any]
+) -> None:
+    data = Criteo(url, batch_size=100, seed=1, **options)
+    assert data.schema == bags[1]
+    data.setup("test")
+    local = Criteo(str(bags[0]), batch_size=100, seed=1, **options)
+    for mine, theirs in zip(data.train_dataloader(), local.train_dataloader(), strict=True):
+        assert mine.label is not None and theirs.label is not None and torch.equal(mine.label, theirs.label)
+        assert torch.equal(mine.ids.values, theirs.ids.values) and torch.equal(mine.ids.offsets, theirs.ids.offsets)
+        np.testing.assert_array_equal(mine.dense, theirs.dense)
+
+
+def test_what_is_wrong_behind_a_url_is_one_line(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("absent", "no_such_module.Files", errtxt="Install absentfs", clobber=True)
+    for wrong, message in (
+        (
+            "memory://bucket/nowhere",
+            r"no dataset folder at memory://bucket/nowhere: there is no .*nowhere/dataset.json",
+        ),
+        ("nosuch://x/y", r"cannot open nosuch://x/y: Protocol not known: nosuch; install that package, or correct"),
+        ("absent://x/y", r"cannot open absent://x/y: Install absentfs; install that package, or correct the URL"),
+    ):
+        with pytest.raises(UserError, match=message):
+            _ = Criteo(wrong).schema
+    files = fsspec.filesystem("memory")
+    data = Criteo(url)
+    part = "/bucket/data/test/part-00001.parquet"
+    content = files.cat_file(part)
+    files.pipe_file(part, content[:-1])
+    with pytest.raises(UserError, match=r"memory://.*/test/part-00001.parquet is truncated: it has .* restore"):
+        data.setup("test")
+    files.pipe_file(part, content[:300] + b"\xff" * 300 + content[600:])
+    with pytest.raises(UserError, match=r"part-00001.parquet is altered: row group 0 cannot be decoded"):
+        list(Loader(url, data.schema, ["test"], batch_size=100))
+    files.rm(part)
+    with pytest.raises(UserError, match=r"memory://bucket/data/test/part-00001.parquet is missing; restore"):
+        data.setup("test")
+
+    def refused(*args: Any, **options: Any) -> None:
+        raise PermissionError("access denied\nrequest 7")
+
+    monkeypatch.setattr(type(files), "info", refused)
+    with pytest.raises(UserError, match=r"cannot read .* \(PermissionError: access denied request 7\); check the URL"):
+        data.setup("test")
 
 
 def reader_threads() -> list[threading.Thread]:
@@ -523,13 +725,15 @@ def test_a_background_iterator_runs_a_bounded_number_of_items_and_bytes_ahead(ah
         next(items)
 
 
-def test_the_interpreter_ends_amid_an_iteration(wide: tuple[Path, DatasetSchema]) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_interpreter_ends_amid_an_iteration(wide: tuple[Path, DatasetSchema], threads: int) -> None:
     script = (
         "import sys; from pathlib import Path\n"
         "from datamodules.stream.loader import Loader\n"
         "from lightning_dlrm.contracts.schema import DatasetSchema\n"
         "folder = Path(sys.argv[1])\n"
-        "batches = iter(Loader(folder, DatasetSchema.load(folder), ['train'], batch_size=10))\n"
+        f"loader = Loader(folder, DatasetSchema.load(folder), ['train'], batch_size=10, threads={threads})\n"
+        "batches = iter(loader)\n"
         "next(batches); print('amid')\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(wide[0])], capture_output=True, text=True, timeout=60)
