@@ -53,6 +53,13 @@ class CTRModule(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        for option, rule in (("table_optimizer", table_optimizer), ("dense_optimizer", dense_optimizer)):
+            if not isinstance(rule, UpdateRule):
+                name = getattr(rule, "__name__", type(rule).__name__)
+                raise UserError(
+                    f"{option} is {name}, which cannot update single rows of a table; "
+                    "give a rule of lightning_dlrm.optim.rules, such as RowWiseAdagrad(0.01)"
+                )
         self.make_network = network
         self.table_rule = table_optimizer
         self.dense_rule = dense_optimizer

@@ -11,7 +11,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossKind, CrossNetwork, make_cross
 from lightning_dlrm.models.embeddings import Embeddings, TableSettings
-from lightning_dlrm.models.layers import MLP, DotInteraction, ProjectionInteraction, initialise
+from lightning_dlrm.models.layers import DenseLayers, DotInteraction, ProjectionInteraction, initialise
 from lightning_dlrm.models.network import CTRNetwork, Missing
 
 
@@ -79,7 +79,7 @@ class DLRM(CTRNetwork):
                 "cross_experts": ("cross", cross_experts),
             },
         )
-        self.bottom = MLP([features.dense, *bottom_mlp])
+        self.bottom = DenseLayers([features.dense, *bottom_mlp])
         self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
         if interaction in ("dot", "projection"):
             self.embeddings.require_one_width(f"interaction {interaction}", ", or choose interaction: cat or cross")
@@ -99,7 +99,7 @@ class DLRM(CTRNetwork):
                 self.interaction = make_cross(cross, joined, cross_layers, cross_rank, cross_experts)
             width = joined
         self.keeps_bottom = interaction in ("dot", "projection")
-        self.top = MLP([width, *top_mlp, 1], linear_output=True)
+        self.top = DenseLayers([width, *top_mlp, 1], linear_output=True)
         initialise(self, seed)
 
     def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:

@@ -4,6 +4,7 @@ Shape suffixes: B samples, F columns, G tables of one lookup, D width, N indices
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,7 @@ class MixedDimensions:
         whole = {name: round(width) for name, width in exact.items()}
         if not self.powers_of_two:
             return whole
-        return {name: 2 ** round(torch.tensor(float(width)).log2().item()) for name, width in whole.items()}
+        return {name: 2 ** round(math.log2(width)) for name, width in whole.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

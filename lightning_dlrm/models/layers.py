@@ -7,15 +7,15 @@ CIN layer.
 import hashlib
 import itertools
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.models.cross import CrossNetwork
 
 
-class MLP(nn.Sequential):
+class DenseLayers(nn.Sequential):
     """Linear layers with a ReLU after each; after the last one too unless ``linear_output``.
 
     Args:
@@ -27,7 +27,9 @@ class MLP(nn.Sequential):
 
     def __init__(self, widths: Sequence[int], linear_output: bool = False, batch_norm: bool = False) -> None:
         if len(widths) < 2 or min(widths) < 1:
-            raise UserError(f"MLP widths {list(widths)}: expected an input and at least one layer, each 1 or wider")
+            raise UserError(
+                f"dense layers' widths {list(widths)}: expected an input and at least one layer, each 1 or wider"
+            )
         self.widths = tuple(widths)
         layers: list[nn.Module] = []
         for width_in, width_out in itertools.pairwise(widths):
@@ -131,7 +133,7 @@ class ProjectionInteraction(nn.Module):
                     f"its output is cut into vectors, so end in a multiple of {width}"
                 )
         self.width = width
-        self.left, self.right = (MLP([vectors * width, *branch]) for branch in branches)
+        self.left, self.right = (DenseLayers([vectors * width, *branch]) for branch in branches)
         self.outputs = branches[0][-1] // width * (branches[1][-1] // width)
 
     def forward(self, joined_Bn: Tensor) -> Tensor:
@@ -192,13 +194,23 @@ class CompressedInteraction(nn.Module):
         return self.width * sum(n * (1 + out) for n, out in zip(pairs, self.rows[1:], strict=True))
 
 
+@runtime_checkable
+class DrawsOwnWeights(Protocol):
+    """A layer whose initial weights have variances of their own."""
+
+    def initial_variances(self) -> dict[str, float]:
+        """Parameter name -> variance of its initial normal weights; 0 for those that start at zero."""
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """A parameter by its name."""
+
+
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int) -> None:
     """Draws every dense weight of a model: a function of the seed and the layer's name alone.
 
     Linear: weights N(0, 2 / (in + out)), biases N(0, 1 / out), variances, as in the code published
-    with Naumov et al. 2019. Cross networks: Xavier normal weights, zero biases. Tables are left as
-    they are.
+    with Naumov et al. 2019. Layers that say their own variances get those. Tables are left as they are.
     """
 
     def fill(parameter: Tensor, variance: float, name: str) -> None:
@@ -212,7 +224,7 @@ def initialise(module: nn.Module, seed: int) -> None:
             fill(layer.weight, 2 / (layer.in_features + layer.out_features), f"{name}.weight")
             if layer.bias is not None:
                 fill(layer.bias, 1 / layer.out_features, f"{name}.bias")
-        elif isinstance(layer, CrossNetwork):
+        elif isinstance(layer, DrawsOwnWeights):
             for parameter, variance in layer.initial_variances().items():
                 weight = layer.get_parameter(parameter)
                 if not weight.is_meta:
