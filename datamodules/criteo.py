@@ -1,6 +1,7 @@
 """Criteo's click logs, and demo data shaped like them, as LightningDataModules."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
@@ -24,12 +25,11 @@ _STAGE_SPLITS: dict[str, tuple[SplitName, ...]] = {
 }
 
 
-class Criteo(pl.LightningDataModule):
-    """A dataset folder made by `preprocess` or `generate`, or demo data.
+class FolderData(pl.LightningDataModule):
+    """A dataset folder as batches; what all datamodules here have in common.
 
     Args:
-        path: A dataset folder, or `demo` for planted demo data, which are made when they are first needed. A URL such
-            as `s3://bucket/folder`, `gs://...` or `hf://...` works where the package for it is installed.
+        folder: The dataset folder.
         batch_size: Training samples of a batch over all ranks together (the global batch).
         evaluation_batch_size: Samples of a batch over all ranks in validate, test and predict.
         shuffle: `window` for another order in every epoch: shuffled row groups, read in 48 lanes at once, each
@@ -42,18 +42,14 @@ class Criteo(pl.LightningDataModule):
             want more.
         seed: Chooses the orders of `window` and `full`.
         predict_split: What predict scores; `all` is train, validation and test, one after the other.
-        demo: What demo data to make; of no effect on a dataset folder.
 
     Raises:
-        UserError: there is no dataset at `path`, or an option is out of range.
+        UserError: an option is out of range.
     """
-
-    kind: ClassVar[str | None] = None
-    """The only `dataset` that a schema may name; None for any."""
 
     def __init__(
         self,
-        path: str,
+        folder: str | Path,
         batch_size: int = 2048,
         evaluation_batch_size: int = 16_384,
         shuffle: Shuffle = "window",
@@ -61,7 +57,6 @@ class Criteo(pl.LightningDataModule):
         threads: int = 1,
         seed: int = 0,
         predict_split: Literal["train", "validation", "test", "all"] = "test",
-        demo: DemoSettings = DemoSettings(),  # noqa: B008 (immutable)
     ) -> None:
         super().__init__()
         counts = {"batch_size": batch_size, "evaluation_batch_size": evaluation_batch_size, "threads": threads}
@@ -70,8 +65,7 @@ class Criteo(pl.LightningDataModule):
                 raise UserError(f"data: {name} is {count}; give at least 1")
         if shuffle == "full" and cache != "memory":
             raise UserError("data: shuffle full needs all rows in memory: set data.cache to memory, or shuffle window")
-        self.path = path
-        self.folder = Folder(demo_folder(demo) if path == DEMO else path)
+        self.folder = Folder(folder)
         self.batch_size = batch_size
         self.evaluation_batch_size = evaluation_batch_size
         self.shuffle = shuffle
@@ -79,22 +73,26 @@ class Criteo(pl.LightningDataModule):
         self.threads = threads
         self.seed = seed
         self.predict_split = predict_split
-        self.demo = demo
         self._schema: DatasetSchema | None = None
 
     @property
     def schema(self) -> DatasetSchema:
-        """What the data are, without preparing them. Demo data that are not made yet have no files in it.
+        """What the data are, without preparing them. Data that are not made yet have no files in it.
 
         Raises:
-            UserError: there is no dataset at ``path``, or it is of another kind.
+            UserError: there is no dataset in the folder, or it is not what the datamodule reads.
         """
         if self._schema is not None:
             return self._schema
-        if self.path == DEMO and not self._has_demo:
-            return self._of_kind(demo_schema(self.demo))
-        self._schema = self._of_kind(load_schema(self.folder))
+        if (planned := self._to_make()) is not None:
+            return self._accepted(planned)
+        self._schema = self._accepted(load_schema(self.folder))
         return self._schema
+
+    @property
+    def planned(self) -> DatasetSchema | None:
+        """The schema of data that are generated when they are first needed; None for data that must be there."""
+        return None
 
     @property
     def training_batches(self) -> int:
@@ -103,9 +101,10 @@ class Criteo(pl.LightningDataModule):
         return self._batches_taken(-(-split.rows // self.batch_size)) if split else 0
 
     def prepare_data(self) -> None:
-        """Makes the demo data unless they are there. Real data are prepared by `preprocess`."""
-        if self.path == DEMO and not self._has_demo:
-            generate_demo(self.demo, demo_folder(self.demo))
+        """Makes data that are generated, unless they are there. Real data are prepared by `preprocess`."""
+        if self._to_make() is not None:
+            assert self.folder.local is not None
+            self._generate(self.folder.local)
 
     def setup(self, stage: str) -> None:
         """Looks at the files that the stage needs: their sizes, and what their footers tell.
@@ -182,9 +181,10 @@ class Criteo(pl.LightningDataModule):
             "copies": 1 if trainer is None else -(-world // trainer.num_nodes),
         }
 
-    @property
-    def _has_demo(self) -> bool:
-        return (demo_folder(self.demo) / SCHEMA_FILE).is_file()
+    def _to_make(self) -> DatasetSchema | None:
+        """The schema of data that are yet to be generated."""
+        folder = self.folder.local
+        return None if folder is None or (folder / SCHEMA_FILE).is_file() else self.planned
 
     def _require(self, splits: Sequence[SplitName]) -> None:
         has = {name: split.rows for name, split in self.schema.splits.items() if split.rows}
@@ -195,7 +195,50 @@ class Criteo(pl.LightningDataModule):
         if not splits:
             raise UserError(f"{self.folder} has no rows at all; make the dataset again")
 
-    def _of_kind(self, schema: DatasetSchema) -> DatasetSchema:
+    def _accepted(self, schema: DatasetSchema) -> DatasetSchema:
+        """The schema, if the datamodule reads such data."""
+        return schema
+
+    def _generate(self, folder: Path) -> None:
+        """Makes the planned data."""
+        raise NotImplementedError
+
+
+class Criteo(FolderData):
+    """A dataset folder made by `preprocess` or `generate`, or demo data.
+
+    Args:
+        path: A dataset folder, or `demo` for planted demo data, which are made when they are first needed. A URL such
+            as `s3://bucket/folder`, `gs://...` or `hf://...` works where the package for it is installed.
+        demo: What demo data to make; of no effect on a dataset folder.
+        options: Those of FolderData.
+
+    Raises:
+        UserError: there is no dataset at `path`, or an option is out of range.
+    """
+
+    kind: ClassVar[str | None] = None
+    """The only `dataset` that a schema may name; None for any."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        demo: DemoSettings = DemoSettings(),  # noqa: B008 (immutable)
+        **options: Any,
+    ) -> None:
+        super().__init__(demo_folder(demo) if path == DEMO else path, **options)
+        self.path = path
+        self.demo = demo
+
+    @property
+    def planned(self) -> DatasetSchema | None:
+        return demo_schema(self.demo) if self.path == DEMO else None
+
+    def _generate(self, folder: Path) -> None:
+        generate_demo(self.demo, folder)
+
+    def _accepted(self, schema: DatasetSchema) -> DatasetSchema:
         if self.kind is not None and schema.dataset != self.kind:
             raise UserError(
                 f"{self.path} holds the dataset {schema.dataset!r}, {type(self).__name__} reads {self.kind!r}: "

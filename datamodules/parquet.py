@@ -16,12 +16,14 @@ from typing import Any, TypeAlias
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import (
     SCHEMA_FILE,
     SPLITS,
+    WEIGHTS_SUFFIX,
     Column,
     DataFile,
     DatasetSchema,
@@ -42,6 +44,7 @@ _TYPES: Mapping[str, pa.DataType] = {
     "dense": pa.float32(),
     "categorical": pa.int32(),
     "multi_hot": pa.list_(pa.int32()),
+    "weights": pa.list_(pa.float32()),
 }
 
 _REMEDY = "restore the file, or make the dataset again"
@@ -104,12 +107,18 @@ class DatasetWriter:
             split: ``train``, ``validation`` or ``test``.
             arrays: for every column B values: label int8; dense float32, NaN being stored as null;
                 categorical int32; multi-hot a list<int32> array or a pair of int32 values [N] and
-                offsets [B + 1].
+                offsets [B + 1]; weights likewise, with float32 values.
+
+        Raises:
+            UserError: a bag has not as many weights as ids, or a weight is null or NaN.
         """
         assert split in SPLITS, f"split {split!r} is none of {SPLITS}"
         names = [column.name for column in self.columns]
         assert set(arrays) == set(names), f"columns {sorted(arrays)} given, {sorted(names)} expected"
         table = pa.table({column.name: _to_arrow(column, arrays[column.name]) for column in self.columns})
+        for column in self.columns:
+            if column.role == "weights":
+                check_weights(column.name, table.column(column.name), table.column(weighted_column(column)))
         if split not in self._splits:
             self._splits[split] = _SplitWriter(self._partial, split, table.schema, self.columns)
         self._splits[split].append(table)
@@ -418,6 +427,35 @@ def open_part(folder: str | Path | Folder, schema: DatasetSchema, file: DataFile
     return part
 
 
+def weighted_column(weights: Column) -> str:
+    """The multi-hot column that a weights column belongs to."""
+    return weights.name.removesuffix(WEIGHTS_SUFFIX)
+
+
+def check_weights(where: str, weights: pa.Array | pa.ChunkedArray, ids: pa.Array | pa.ChunkedArray) -> None:
+    """Sees that every bag has a weight, and no null or NaN, for each of its ids.
+
+    Args:
+        where: the column, for the message, and the file where there is one.
+        weights: list<float32>.
+        ids: list<int32>, as many lists.
+
+    Raises:
+        UserError: it has not.
+    """
+    lengths = pc.list_value_length(weights)
+    different = pc.indices_nonzero(pc.fill_null(pc.not_equal(lengths, pc.list_value_length(ids)), True))
+    if len(different):
+        row = different[0].as_py()
+        found, expected = (len(lists[row].as_py() or ()) for lists in (weights, ids))
+        raise UserError(
+            f"{where}: row {row} has {found} weights for {expected} ids; give each id one weight, "
+            "and an empty bag an empty list"
+        )
+    if pc.any(pc.is_null(pc.list_flatten(weights), nan_is_null=True)).as_py():
+        raise UserError(f"{where}: a weight is null or NaN; give each id a number, such as 1")
+
+
 def count_values(part: pq.ParquetFile, columns: Sequence[Column]) -> int:
     """How many values some columns of a part file have (an empty bag counts as one)."""
     names, metadata = {_leaf(column) for column in columns}, part.metadata
@@ -450,12 +488,12 @@ def _check_ids(path: str, schema: DatasetSchema, metadata: pq.FileMetaData) -> N
 
 def _to_arrow(column: Column, values: Values) -> pa.Array:
     kind = _TYPES[column.role]
-    if column.role == "multi_hot":
+    if pa.types.is_list(kind):
         if not isinstance(values, tuple):
             assert values.type.equals(kind), f"column {column.name}: {values.type} given, {kind} expected"
             return values
-        ids, offsets = (np.array(part, dtype=np.int32) for part in values)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids), type=kind)
+        items = np.array(values[0], dtype=kind.value_type.to_pandas_dtype())
+        return pa.ListArray.from_arrays(pa.array(np.array(values[1], dtype=np.int32)), pa.array(items), type=kind)
     assert isinstance(values, np.ndarray) and values.dtype == kind.to_pandas_dtype(), (
         f"column {column.name}: {getattr(values, 'dtype', type(values))} given, {kind} expected"
     )
@@ -469,9 +507,10 @@ def _leaf(column: Column) -> str:
 
 
 def _fits(found: pa.DataType, column: Column) -> bool:
-    if column.role == "multi_hot":
-        return pa.types.is_list(found) and found.value_type.equals(pa.int32())
-    return found.equals(_TYPES[column.role])
+    expected = _TYPES[column.role]
+    if pa.types.is_list(expected):
+        return pa.types.is_list(found) and found.value_type.equals(expected.value_type)
+    return found.equals(expected)
 
 
 def _data_file(root: Path, path: str, groups: tuple[int, ...] = ()) -> DataFile:

@@ -25,10 +25,7 @@ of more.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
-import os
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -36,15 +33,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from datamodules.generate.draws import stream
+from datamodules.generate.folder import cache_folder, make_once
 from datamodules.parquet import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import (
     CRITEO_CATEGORICAL,
     CRITEO_DENSE,
     CRITEO_LABEL,
-    SCHEMA_FILE,
     SPLITS,
     DatasetSchema,
     Optimum,
@@ -174,66 +171,42 @@ class DemoSettings:
 def demo_schema(settings: DemoSettings) -> DatasetSchema:
     """What ``generate_demo`` will return, without files, positives and optimum: nothing is generated."""
     return DatasetSchema(
+        dataset="demo",
+        protocol="demo",
         columns=_columns(settings),
         splits={name: Split(rows=rows) for name, rows in settings.split_rows.items()},
-        **_schema_fields(settings),
+        # Row counts are left out of the settings: a model may score any rows of the same planted model.
+        settings={
+            "generator_version": GENERATOR_VERSION,
+            "seed": settings.seed,
+            "max_table_rows": settings.max_table_rows,
+        },
     )
 
 
 def demo_folder(settings: DemoSettings) -> Path:
-    """Where the cache keeps this demo dataset, there or not.
-
-    The cache is ``$LIGHTNING_DLRM_CACHE``, by default ``~/.cache/lightning_dlrm``.
-    """
-    root = os.environ.get("LIGHTNING_DLRM_CACHE")
-    cache_folder = Path(root).expanduser() if root else Path.home() / ".cache" / "lightning_dlrm"
-    key = json.dumps([GENERATOR_VERSION, dataclasses.asdict(settings)], sort_keys=True)
-    return cache_folder / f"demo-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    """Where the cache keeps this demo dataset, there or not."""
+    return cache_folder("demo", [GENERATOR_VERSION, dataclasses.asdict(settings)])
 
 
 def generate_demo(settings: DemoSettings, folder: Path, progress: bool = True) -> DatasetSchema:
-    """Writes a demo dataset, whole or not at all, or finds it written already.
+    """Writes a demo dataset, whole or not at all, or finds it written already; see ``make_once``."""
 
-    Args:
-        settings: what to make.
-        folder: the dataset folder to make. If it holds the dataset of these settings, also because another
-            process finished it in the meantime, that one is kept.
-        progress: show a progress bar, on a terminal.
+    def write(writer: DatasetWriter, bar: Any) -> dict[str, Any]:
+        model = PlantedModel.plant(settings)
+        optimum = {}
+        for split, rows in settings.split_rows.items():
+            labels, probabilities = [], []
+            for start in range(0, rows, BLOCK_ROWS):
+                block = model.block(split, start // BLOCK_ROWS, min(BLOCK_ROWS, rows - start))
+                writer.write(split, block.columns)
+                labels.append(block.columns[CRITEO_LABEL])
+                probabilities.append(block.probability)
+                bar.update(len(block.probability))
+            optimum[split] = best_scores(np.concatenate(labels), np.concatenate(probabilities))
+        return {"optimum": optimum}
 
-    Raises:
-        UserError: the folder holds something else.
-    """
-    if (existing := _existing(settings, folder)) is not None:
-        return existing
-    model = PlantedModel.plant(settings)
-    optimum = {}
-    try:
-        with (
-            DatasetWriter(folder, _columns(settings)) as writer,
-            tqdm(
-                total=sum(settings.split_rows.values()),
-                desc="Generating demo data",
-                unit=" rows",
-                unit_scale=True,
-                # None: only on a terminal.
-                disable=None if progress else True,
-            ) as bar,
-        ):
-            for split, rows in settings.split_rows.items():
-                labels, probabilities = [], []
-                for start in range(0, rows, BLOCK_ROWS):
-                    block = model.block(split, start // BLOCK_ROWS, min(BLOCK_ROWS, rows - start))
-                    writer.write(split, block.columns)
-                    labels.append(block.columns[CRITEO_LABEL])
-                    probabilities.append(block.probability)
-                    bar.update(len(block.probability))
-                optimum[split] = best_scores(np.concatenate(labels), np.concatenate(probabilities))
-            return writer.finish(**_schema_fields(settings), optimum=optimum)
-    except (UserError, OSError):
-        # Another process may have finished the same folder first; its rows are these rows.
-        if (existing := _existing(settings, folder)) is not None:
-            return existing
-        raise
+    return make_once(demo_schema(settings), folder, write, progress)
 
 
 def best_scores(label: NDArray[np.int8], probability: NDArray[np.float64]) -> Optimum:
@@ -357,7 +330,7 @@ class PlantedModel:
 
     def block(self, split: SplitName, number: int, rows: int = BLOCK_ROWS) -> DemoBlock:
         """The first ``rows`` rows of a block: rows ``number * BLOCK_ROWS`` and on of a split, however long it is."""
-        raw = _stream(self.seed, _ROWS, SPLITS.index(split), number).random_raw(_WORDS_PER_ROW * BLOCK_ROWS)
+        raw = stream(self.seed, _ROWS, SPLITS.index(split), number).random_raw(_WORDS_PER_ROW * BLOCK_ROWS)
         raw = raw.reshape(_WORDS_PER_ROW, BLOCK_ROWS)[:, :rows]
         uniforms = [
             (half + 0.5) * 2.0**-32 for word in raw for half in (word & np.uint64(2**32 - 1), word >> np.uint64(32))
@@ -390,14 +363,14 @@ class PlantedModel:
 
 def _draw_effects(seed: int, number: int, feature: _Feature) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Chances [V] of a column's known values and of the rest together, and their raw effects [1 + FACTORS, V]."""
-    stream = _stream(seed, _PLANT, 0, number)
+    draws = stream(seed, _PLANT, 0, number)
     if feature.dense:
-        signs = np.where(stream.random_raw(1 + FACTORS) >> np.uint64(63), 1.0, -1.0)
+        signs = np.where(draws.random_raw(1 + FACTORS) >> np.uint64(63), 1.0, -1.0)
         return feature.chances(feature.size), signs[:, None] * _log_counts()[: feature.size].astype(np.float64)
     chances = feature.chances(min(feature.size, round(1 / RAREST_KNOWN)))
     chances = chances[chances >= RAREST_KNOWN]
     # The sum of four uniforms is nearly normal. They have 51 bits, so that their sum is exact in any order.
-    raw = stream.random_raw((1 + FACTORS) * 4 * len(chances)) >> np.uint64(13)
+    raw = draws.random_raw((1 + FACTORS) * 4 * len(chances)) >> np.uint64(13)
     drawn = (raw * 2.0**-51).reshape(1 + FACTORS, 4, len(chances)).sum(axis=1) - 2.0
     drawn *= chances / (chances + HALF_EFFECT)
     if len(chances) == feature.size:
@@ -411,12 +384,6 @@ def _standardised(values: NDArray[np.float64], chances: NDArray[np.float64]) -> 
     return centred / math.sqrt(math.fsum(centred * centred * chances))
 
 
-def _stream(seed: int, purpose: int, split: int, block: int) -> np.random.Philox:
-    """A random stream of its own. Only raw output is used, which is fixed by the definition of Philox4x64."""
-    # The counter's lowest word counts the output.
-    return np.random.Philox(key=[seed, purpose], counter=[0, 0, split, block])
-
-
 @cache
 def _log_counts() -> NDArray[np.float32]:
     """log(count + 1) of every count that a dense column may have."""
@@ -427,27 +394,3 @@ def _log_counts() -> NDArray[np.float32]:
 def _columns(settings: DemoSettings) -> tuple[Any, ...]:
     reserved = {name: {"missing": 0} for name, (_, missing, _, _) in _CATEGORICAL.items() if missing}
     return criteo_columns(settings.cardinalities, "missing to 0, log(x + 1)", reserved)
-
-
-def _schema_fields(settings: DemoSettings) -> dict[str, Any]:
-    # Row counts are left out of the settings: a model may score any rows of the same planted model.
-    return {
-        "dataset": "demo",
-        "protocol": "demo",
-        "settings": {
-            "generator_version": GENERATOR_VERSION,
-            "seed": settings.seed,
-            "max_table_rows": settings.max_table_rows,
-        },
-    }
-
-
-def _existing(settings: DemoSettings, folder: Path) -> DatasetSchema | None:
-    """The schema in ``folder`` if it is that of these settings, else None."""
-    if not (Path(folder) / SCHEMA_FILE).is_file():
-        return None
-    found, wanted = DatasetSchema.load(folder), demo_schema(settings)
-    same = found.encoding_fingerprint == wanted.encoding_fingerprint and all(
-        name in found.splits and found.splits[name].rows == split.rows for name, split in wanted.splits.items()
-    )
-    return found if same else None

@@ -18,13 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from datamodules.parquet import Folder, count_values, open_part
+from datamodules.parquet import Folder, check_weights, count_values, open_part, weighted_column
 from datamodules.stream.order import LANES, Order, ranges
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DataFile, DatasetSchema
 
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
+# Side by side, so that whatever moves ids takes their weights along.
+_WEIGHTED = np.dtype([("id", np.int32), ("weight", np.float32)])
 _NAN = pa.scalar(float("nan"), type=pa.float32())
 # Bounds are worked out for this many batches at once: a quarter of the cost for each alone.
 _BOUNDS_AT_ONCE = 256
@@ -45,7 +47,8 @@ class Rows:
     ids: np.ndarray
     """int32 [n, F]: ids; with multi-hot columns, how many each bag has"""
     values: np.ndarray | None = None
-    """int32 [N]: with multi-hot columns the ids, sample by sample and within it table by table"""
+    """int32 [N]: with multi-hot columns the ids, sample by sample and within it table by table; where a column has
+    weights, fields ``id`` int32 and ``weight`` float32"""
     ends: np.ndarray | None = None
     """int64 [n + 1]: sample b has values[ends[b] : ends[b + 1]]"""
 
@@ -103,6 +106,9 @@ class Decoder:
         self.dense = [column.name for column in schema.by_role("dense")]
         self.tables = schema.by_role("categorical", "multi_hot")
         self.multi_hot = bool(schema.by_role("multi_hot"))
+        self.weights = {weighted_column(column): column.name for column in schema.by_role("weights")}
+        self.value_type = _WEIGHTED if self.weights else _INT32
+        """Of ``Rows.values``."""
         self._where = [(i, group) for i, file in enumerate(self.files) for group in range(len(file.row_groups))]
         # pyarrow does not promise that a ParquetFile serves several threads at once, so each takes one of its own.
         self._idle: OrderedDict[int, list[pq.ParquetFile]] = OrderedDict()
@@ -122,7 +128,7 @@ class Decoder:
             ids=np.empty((0, 0), np.int32),
         )
         if self.multi_hot:
-            rows.ids, rows.values, rows.ends = self._bags(columns)
+            rows.ids, rows.values, rows.ends = self._bags(columns, group)
         else:
             rows.ids = _side_by_side([columns[column.name].to_numpy() for column in self.tables], count, _INT32)
         return rows
@@ -145,7 +151,7 @@ class Decoder:
         if self.multi_hot:
             rows = sum(file.rows for file in self.files)
             values = sum(count_values(open_part(self.folder, self.schema, file), self.tables) for file in self.files)
-            total += (stop - start) * 8 + 4 * values * (stop - start) // max(rows, 1)
+            total += (stop - start) * 8 + self.value_type.itemsize * values * (stop - start) // max(rows, 1)
         return total
 
     def _read(self, group: int) -> dict[str, pa.Array]:
@@ -177,15 +183,29 @@ class Decoder:
             if len(self._idle) > _OPEN_FILES:
                 self._idle.popitem(last=False)
 
-    def _bags(self, columns: dict[str, pa.Array]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lengths int32 [n, F], values int32 [N] and ends int64 [n + 1], as in ``Rows``."""
+    def _bags(self, columns: dict[str, pa.Array], group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lengths int32 [n, F], values [N] and ends int64 [n + 1], as in ``Rows``."""
         parts = [_bag_column(columns[column.name], column) for column in self.tables]
         lengths_nF = np.stack([lengths for lengths, _ in parts], axis=1)
         stops_nF = np.cumsum(lengths_nF, dtype=np.int64).reshape(lengths_nF.shape)
-        values = np.empty(int(lengths_nF.sum()), dtype=np.int32)
+        values: np.ndarray = np.empty(int(lengths_nF.sum()), dtype=self.value_type)
+        ids = values["id"] if self.weights else values
         for table, (lengths, column_values) in enumerate(parts):
-            values[ranges(stops_nF[:, table] - lengths, lengths)] = column_values
+            places = ranges(stops_nF[:, table] - lengths, lengths)
+            ids[places] = column_values
+            if self.weights:
+                values["weight"][places] = self._weights(columns, self.tables[table].name, group)
         return lengths_nF, values, np.append(0, stops_nF[:, -1])
+
+    def _weights(self, columns: dict[str, pa.Array], name: str, group: int) -> np.ndarray | float:
+        """float32 values: the weights of a column's ids, or 1 for all of them."""
+        if name not in self.weights:
+            return 1.0
+        weights = columns[self.weights[name]]
+        index, in_file = self._where[group]
+        where = f"{self.folder / self.files[index].path}, row group {in_file}, column {self.weights[name]}"
+        check_weights(where, weights, columns[name])
+        return weights.flatten().to_numpy()
 
 
 class Source(Protocol):
@@ -405,7 +425,7 @@ def hold(decoder: Decoder, order: Order, start: int, stop: int, threads: int) ->
         bags = list(pool.map(load, groups.tolist()))
     if decoder.multi_hot:
         held.values = np.concatenate(
-            [np.empty(0, np.int32), *(rows.values for rows in bags if rows.values is not None)]
+            [np.empty(0, decoder.value_type), *(rows.values for rows in bags if rows.values is not None)]
         )
         held.ends = np.append(0, np.cumsum(held.ids.sum(axis=1, dtype=np.int64)))
     return held
@@ -452,7 +472,15 @@ def _to_batch(rows: Rows, global_size: int) -> Batch:
         ids = SparseIds(values=torch.from_numpy(rows.ids), tables=tables)
     else:
         offsets = np.append(0, np.cumsum(rows.ids, dtype=np.int64))
-        ids = SparseIds(values=torch.from_numpy(rows.values), tables=tables, offsets=torch.from_numpy(offsets))
+        values, weights = rows.values, None
+        if values.dtype == _WEIGHTED:
+            values, weights = (np.ascontiguousarray(values[name]) for name in ("id", "weight"))
+        ids = SparseIds(
+            values=torch.from_numpy(values),
+            tables=tables,
+            offsets=torch.from_numpy(offsets),
+            weights=None if weights is None else torch.from_numpy(weights),
+        )
     return Batch(
         label=None if rows.label is None else torch.from_numpy(rows.label),
         dense=torch.from_numpy(rows.dense),

@@ -8,6 +8,7 @@ from lightning_dlrm.bench.measurement import machine, render, write_json
 
 WORKS: dict[str, str] = {
     "auc": "the exact AUC of as many predictions as Terabyte's held-out day has",
+    "trace": "profiling a column's accesses, and generating accesses like them",
     "loader": "batches of the stream, against bare Parquet decoding of the same files",
 }
 """Subcommand -> what it measures. Module ``lightning_dlrm.bench.<subcommand>`` has ``DESCRIPTION``,

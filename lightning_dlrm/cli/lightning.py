@@ -21,6 +21,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import lightning_dlrm
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
+from datamodules.synthetic import RandomData, TraceData
 from lightning_dlrm.cli.configs import nearest, resolve_config_arguments
 from lightning_dlrm.cli.predictions import PredictionWriter
 from lightning_dlrm.cli.report import demo_note, final_report, size_note
@@ -30,10 +31,21 @@ from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoin
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.progress import RunProgress
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
+from lightning_dlrm.engine.target import StopAtAUC
+from lightning_dlrm.models.baselines import (
+    MLP,
+    DeepFM,
+    FactorizationMachine,
+    LogisticRegression,
+    MatrixFactorization,
+    WideAndDeep,
+    XDeepFM,
+)
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
-from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay, WarmupThenDecay
+from lightning_dlrm.objectives.losses import FocalLoss, LogLoss, WeightedLogLoss
+from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad
+from lightning_dlrm.optim.schedules import Constant, Cosine, WarmupQuadraticDecay, WarmupThenDecay
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
 from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS, JsonLinesLogger, RunFolder
 from lightning_dlrm.tracking.wandb_run import Mode, choose_mode, finish_wandb, offline_folder, start_wandb
@@ -45,14 +57,28 @@ KNOWN_CLASSES = (
     Criteo,
     CriteoKaggle,
     CriteoTerabyte,
+    RandomData,
+    TraceData,
     DLRM,
     DCN,
+    LogisticRegression,
+    MatrixFactorization,
+    FactorizationMachine,
+    MLP,
+    WideAndDeep,
+    DeepFM,
+    XDeepFM,
     SGD,
     Adagrad,
     RowWiseAdagrad,
+    Adam,
     Constant,
+    Cosine,
     WarmupQuadraticDecay,
     WarmupThenDecay,
+    LogLoss,
+    WeightedLogLoss,
+    FocalLoss,
 )
 EVALUATIONS = ("validate", "test", "predict")
 
@@ -140,6 +166,12 @@ class CTRCommand(LightningCLI):
             default=None,
             help="auto: go on from the newest whole checkpoint in --run_dir, or start afresh where there is none",
         )
+        parser.add_argument(
+            "--stop_at_auc",
+            type=float | None,
+            default=None,
+            help="end the fit after the first validation with this AUC or more; the summary says how long that took",
+        )
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
         parser.add_class_arguments(WandbSettings, "wandb")
         parser.link_arguments("data.schema", "model.schema", apply_on="instantiate")
@@ -197,6 +229,8 @@ class CTRCommand(LightningCLI):
                 checkpoints = RunCheckpoints(self.run_folder.checkpoints, settings.checkpoint.every_n_steps)
             self.recorder = Recorder(self.run_folder, checkpoints)
             callbacks = [FinalValidation(), self.recorder, *([checkpoints] if checkpoints else [])]
+            if settings.stop_at_auc is not None:
+                callbacks.insert(0, StopAtAUC(settings.stop_at_auc, self.recorder))
         else:
             callbacks = [EvaluationWriter(self.run_folder), PredictionWriter(self.run_folder)]
         if trainer.get("enable_progress_bar") is not False:
@@ -362,8 +396,12 @@ class ParamsCommand(CTRCommand):
 def explain(message: str, known: Sequence[str]) -> str:
     """jsonargparse's message in one line, with the nearest key or class where one is misspelt."""
     # A nested parser has already explained itself.
-    if match := re.search(r"unknown key [\w.]+(; did you mean [\w.]+\?)?", message):
+    explained = r"unknown key [\w.]+(; did you mean [\w.]+\?)?|[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*"
+    if match := re.search(explained, message):
         return match[0]
+    if match := re.search(r"([\w.]+)\"?:\s+Expected a typing\.Literal\[(.*?)\]\. Got value: (\S+)", message):
+        values = re.findall(r"'([^']+)'", match[2])
+        return f"{match[1]}: {match[3]} is none of {', '.join(values)}"
     if match := re.search(
         r"Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)",
         message,
@@ -374,12 +412,35 @@ def explain(message: str, known: Sequence[str]) -> str:
         name = match[1] or match[2]
         names = [known.__name__ for known in KNOWN_CLASSES]
         return f"no class {name}; known ones: {', '.join(names)}{nearest(name, names)}"
-    if "typing.Literal" in message and (given := re.search(r"Given value: (.*)", message)):
-        key = re.search(r'Parser key "([\w.]+)"', message)
-        values = re.findall(r"'([\w.-]+)'", message[: given.start()])
-        return f"{key[1] if key else 'value'}: {given[1].strip()} is none of {', '.join(values)}"
+    if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss|Schedule)", message):
+        return _explain_class(message, match[1])
+    # What is wrong with data's class stands beside that data is not none either; it is explained already.
+    if match := re.search(
+        r"LightningDataModule'>.*?Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S
+    ):
+        return f"data: {match[1]}" if match[1].startswith("the following") else f"data.{match[1]}"
+    named = re.search(r'Parser key "([\w.]+)"', message)
+    key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
+    if given and (literals := re.findall(r"typing\.Literal\[(.*?)\]", message)):
+        allowed = dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
+        return f"{key}: {given[1].strip()} is none of {', '.join(allowed)}"
+    if given and (match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message)):
+        expected = re.sub(r"<class '(\w+)'>", r"\1", match[1]).replace(", ", " or ")
+        return f"{key}: {given[1].strip()} is no {expected}"
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
     return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
+
+
+def _explain_class(message: str, base: str) -> str:
+    """A class of another library where one of ours is needed."""
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    given = re.search(r"Import path ([\w.]+) does", message) or re.search(r"Given value: (\S+)", message)
+    fitting = [known.__name__ for known in KNOWN_CLASSES if base in (parent.__name__ for parent in known.__mro__)]
+    why = ", and cannot update single rows of a table" if base == "UpdateRule" else ""
+    return (
+        f"{key[1] if key else 'class'}: {given[1] if given else 'this class'} is none of this project's{why}; "
+        f"choose one of {', '.join(fitting)}"
+    )
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:

@@ -10,7 +10,8 @@ A dataset folder looks like this::
     validation/  test/                likewise; a split may be missing
 
 Part files store the label as int8, dense columns as float32, categorical columns as int32 row ids
-of their table, and multi-hot columns as list<int32>.
+of their table, multi-hot columns as list<int32>, and weights columns as list<float32>: a multi-hot
+column ``X`` may have a column ``X_weights`` beside it, which holds a factor for each of its ids.
 """
 
 import dataclasses
@@ -27,9 +28,11 @@ from lightning_dlrm.contracts.errors import UserError
 FORMAT_VERSION = 1
 SCHEMA_FILE = "dataset.json"
 
-Role = Literal["label", "dense", "categorical", "multi_hot"]
+Role = Literal["label", "dense", "categorical", "multi_hot", "weights"]
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+WEIGHTS_SUFFIX = "_weights"
+"""Of the name of a weights column, after the name of the multi-hot column that it belongs to."""
 
 # The columns of the Criteo click logs, in the order of their raw files.
 CRITEO_LABEL = "label"
@@ -44,7 +47,7 @@ class Column:
     name: str
     role: Role
     cardinality: int = 0
-    """Rows of the column's table, reserved ids included; 0 for the label and dense columns."""
+    """Rows of the column's table, reserved ids included; 0 for columns without a table."""
     transform: str = ""
     """What preprocessing did to the raw values, in words a reader can check."""
     reserved: Mapping[str, int] = field(default_factory=dict)
@@ -131,6 +134,13 @@ class DatasetSchema:
                 raise UserError(
                     f"column {column.name} ({column.role}): cardinality {column.cardinality}; "
                     "categorical and multi-hot columns need at least 1, others 0"
+                )
+        bags = {column.name + WEIGHTS_SUFFIX for column in self.by_role("multi_hot")}
+        for column in self.by_role("weights"):
+            if column.name not in bags:
+                raise UserError(
+                    f"column {column.name} (weights) belongs to no multi-hot column; expected one of "
+                    f"{sorted(bags)}: a multi-hot column's name and {WEIGHTS_SUFFIX}"
                 )
         for name, split in self.splits.items():
             if name not in SPLITS:

@@ -191,7 +191,7 @@ def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
         names.FLOPS_FORWARD: size.flops_per_sample_forward,
         names.FLOPS_TRAINING: size.flops_per_sample_training,
         names.RANKS: trainer.world_size,
-        names.ROWS_PER_RANK: sum(module.schema.features.table_rows),
+        names.ROWS_PER_RANK: sum(lookup.weight.shape[0] for lookup in module.network.lookups()),
     }
     optimum = module.data_schema().optimum.get(names.VALIDATION)
     if optimum is not None:

@@ -4,6 +4,7 @@
 
     manifest.json                    tables, slots and pieces; model, fingerprints, step
     tables/C3.0.safetensors          rows 0.. of table C3: tensor ``weight`` and one per optimiser slot
+    tables/C3/linear.0.safetensors   the same of a further table of that column
     rest.pt                          dense weights and their optimiser, loops, loader, random states
 
 A checkpoint is written aside, flushed to disk, and renamed: an interrupted save never takes the
@@ -263,6 +264,7 @@ def _parse_manifest(document: Mapping[str, Any]) -> Manifest:
 
 def _write_piece(partial: Path, piece: PieceTensors) -> PieceFile:
     name = f"tables/{piece.piece.name}.{piece.piece.start}.safetensors"
+    (partial / name).parent.mkdir(parents=True, exist_ok=True)
     # Detached views of the live tensors: nothing is copied on a CPU.
     save_file({slot: tensor.detach().contiguous() for slot, tensor in piece.tensors.items()}, str(partial / name))
     return _describe(partial, name, piece.piece.start, piece.piece.stop)

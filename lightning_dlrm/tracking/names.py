@@ -17,6 +17,8 @@ RANKS = "parallel/ranks"
 ROWS_PER_RANK = "parallel/rows_per_rank"
 SAMPLES_PER_SECOND = "speed/samples_per_s"
 DATA_WAIT_SHARE = "speed/data_wait_share"
+TIME_TO_TARGET = "time_to_target_s"
+SAMPLES_TO_TARGET = "samples_to_target"
 
 SAMPLES = "samples"
 STEP = "step"
