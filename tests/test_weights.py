@@ -89,8 +89,9 @@ def test_a_model_sums_weighted_rows(dataset: tuple[Path, DatasetSchema]) -> None
     folder, schema = dataset
     model = toy_dlrm(schema.features, seed=0)
     batch = next(iter(Loader(folder, schema, ["train"], batch_size=ROWS)))
-    vectors = model.embeddings(batch.ids).detach().numpy()
-    weight = model.embeddings.weight.detach().numpy()
+    (lookup,) = model.lookups()
+    vectors = lookup(batch.ids).detach().numpy()
+    weight = lookup.weight.detach().numpy()
     firsts = np.cumsum([0, 9, 20])
     for b, row in enumerate(plain_rows(folder)):
         for table, (ids, factors) in enumerate(row):
