@@ -395,13 +395,13 @@ class ParamsCommand(CTRCommand):
 
 def explain(message: str, known: Sequence[str]) -> str:
     """jsonargparse's message in one line, with the nearest key or class where one is misspelt."""
+    named = re.search(r'Parser key "([\w.]+)"', message)
+    key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
     # A nested parser has already explained itself.
-    explained = r"unknown key [\w.]+(; did you mean [\w.]+\?)?|[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*"
-    if match := re.search(explained, message):
+    if match := re.search(r"unknown key [\w.]+(; did you mean [\w.]+\?)?", message):
         return match[0]
-    if match := re.search(r"([\w.]+)\"?:\s+Expected a typing\.Literal\[(.*?)\]\. Got value: (\S+)", message):
-        values = re.findall(r"'([^']+)'", match[2])
-        return f"{match[1]}: {match[3]} is none of {', '.join(values)}"
+    if match := re.search(r"[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*", message):
+        return f"{key}.{match[0]}"
     if match := re.search(
         r"Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)",
         message,
@@ -419,8 +419,6 @@ def explain(message: str, known: Sequence[str]) -> str:
         r"LightningDataModule'>.*?Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S
     ):
         return f"data: {match[1]}" if match[1].startswith("the following") else f"data.{match[1]}"
-    named = re.search(r'Parser key "([\w.]+)"', message)
-    key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
     if given and (literals := re.findall(r"typing\.Literal\[(.*?)\]", message)):
         allowed = dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
         return f"{key}: {given[1].strip()} is none of {', '.join(allowed)}"
