@@ -176,12 +176,14 @@ class CTRCommand(LightningCLI):
         parser.add_class_arguments(WandbSettings, "wandb")
         parser.link_arguments("data.schema", "model.schema", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_as_seed)
-        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_as_seed)
 
     # --- before anything is built -------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
         settings = self._settings()
+        data = settings.data.init_args
+        if data.get("seed", 0) is None:
+            data.seed = _as_seed(settings.seed_everything)
         if self.subcommand in EVALUATIONS:
             if settings.resume is not None:
                 raise UserError(f"--resume is for fit; {self.subcommand} takes --ckpt_path")
