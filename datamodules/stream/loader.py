@@ -21,7 +21,7 @@ log = logging.getLogger("lightning_dlrm")
 
 Cache = Literal["none", "memory"]
 
-_BATCHES_AHEAD = 4
+_BATCHES_AHEAD = 32
 _BYTES_AHEAD = 256 * 2**20
 
 

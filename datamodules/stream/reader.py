@@ -110,7 +110,7 @@ class Decoder:
         self.value_type = _WEIGHTED if self.weights else _INT32
         """Of ``Rows.values``."""
         self._where = [(i, group) for i, file in enumerate(self.files) for group in range(len(file.row_groups))]
-        # A reader serves one thread at a time, so that a file may have several; their footer is shared.
+        # pyarrow does not promise that a ParquetFile serves several threads at once, so each takes one of its own.
         self._idle: OrderedDict[int, list[pq.ParquetFile]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -161,7 +161,7 @@ class Decoder:
         try:
             # One thread: a wider pool would take the cores that compute.
             table = part.read_row_group(group, columns=[c.name for c in self.schema.columns], use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:  # remote file systems have errors of their own
             raise UserError(
                 f"{self.folder / file.path} is altered: row group {group} cannot be decoded "
                 f"({' '.join(str(error).split())}); restore the file, or make the dataset again"
