@@ -3,11 +3,13 @@
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 from datamodules.generate.demo import DemoSettings, generate_demo
+from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
 from lightning_dlrm.contracts.schema import DatasetSchema
 
-GENERATE_HELP = "make data instead of reading any: demo data with a known best score"
+GENERATE_HELP = "make data instead of reading any: demo data with a known best score, or raw text like Criteo's"
 
 _DEMO_DESCRIPTION = """\
 Writes a dataset folder that looks like Criteo Kaggle: its 40 columns, the sizes of its tables, skewed ids and missing
@@ -19,6 +21,18 @@ examples:
   python -m lightning_dlrm generate demo --output data/small --rows 300000 --max-table-rows 100000
 then:
   python -m lightning_dlrm fit --config dlrm.yaml --data.path data/demo
+"""
+
+_TSV_DESCRIPTION = """\
+Writes raw text as preprocess reads it, shaped like Criteo's click logs: label, 13 integers, 26 hashes, empty where a
+value is missing; skewed hashes, ever more different ones with more rows, as in the real data. The labels are drawn from
+a planted click model. The same options give the same rows everywhere; fewer rows are the beginning of more.
+
+examples:
+  python -m lightning_dlrm generate tsv --rows 1000000 --output train.txt
+  python -m lightning_dlrm generate tsv --rows 4000000 --dataset terabyte --output day_{0..3}.gz
+then:
+  python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm --input train.txt --output data/mine
 """
 
 
@@ -49,6 +63,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-table-rows", type=int, metavar="N", help="most rows a table may have (default: Kaggle's own sizes)"
     )
     demo.set_defaults(run_kind=_run_demo)
+    _add_tsv(kinds)
+
+
+def _add_tsv(kinds: Any) -> None:
+    tsv = kinds.add_parser(
+        "tsv",
+        help="raw text shaped like Criteo's click logs",
+        description=_TSV_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tsv.add_argument(
+        "--output",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="files to make, over which the rows are spread in order; compressed if named .gz or .zst",
+    )
+    tsv.add_argument("--rows", required=True, type=int, metavar="N", help="rows of all files together")
+    tsv.add_argument(
+        "--dataset",
+        default="kaggle",
+        choices=TSV_DATASETS,
+        help="whose shares of missing values, distinct hashes and clicks to have (default: %(default)s)",
+    )
+    tsv.add_argument("--seed", type=int, default=0, help="of the planted model and of the rows (default: %(default)s)")
+    tsv.set_defaults(run_kind=_run_tsv)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,6 +115,22 @@ def _run_demo(args: argparse.Namespace) -> int:
     print(_summary(schema))
     print(f"{args.output} is ready after {time.perf_counter() - start:.1f} s")
     print(f"train on it: python -m lightning_dlrm fit --config dlrm.yaml --data.path {args.output}")
+    return 0
+
+
+def _run_tsv(args: argparse.Namespace) -> int:
+    settings = TsvSettings(rows=args.rows, dataset=args.dataset, seed=args.seed)
+    start = time.perf_counter()
+    sizes = generate_tsv(settings, args.output)
+    seconds = time.perf_counter() - start
+    for path, size in zip(args.output, sizes, strict=True):
+        print(f"{path}: {size / 1e6:,.1f} MB")
+    print(f"{settings.rows:,} rows after {seconds:.1f} s ({settings.rows / seconds:,.0f} rows/s)")
+    words = " ".join(str(path) for path in args.output)
+    print(
+        f"preprocess them: python -m lightning_dlrm preprocess --dataset {args.dataset} --protocol dlrm "
+        f"--input {words} --output DIR"
+    )
     return 0
 
 
