@@ -20,6 +20,7 @@ COMMANDS = {
     "preprocess": "turn raw Criteo TSV files into a dataset folder",
     "inspect": "show what a dataset folder holds, and verify it",
     "generate": "write generated data as a dataset folder",
+    "bench": "measure the speed of a part of this project on this machine",
 }
 
 
@@ -56,8 +57,8 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
 def _run(command: str, arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"no command {command}{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
-    if command in ("preprocess", "inspect", "generate"):
-        return _run_data_command(command, arguments)
+    if command in ("preprocess", "inspect", "generate", "bench"):
+        return _run_plain_command(command, arguments)
     if command == "params":
         from lightning_dlrm.cli import params
 
@@ -68,8 +69,8 @@ def _run(command: str, arguments: list[str]) -> int:
     return 0
 
 
-def _run_data_command(command: str, arguments: list[str]) -> int:
-    from lightning_dlrm.cli import data
+def _run_plain_command(command: str, arguments: list[str]) -> int:
+    from lightning_dlrm.cli import plain
 
     parser = argparse.ArgumentParser(
         prog=f"python -m lightning_dlrm {command}",
@@ -77,7 +78,7 @@ def _run_data_command(command: str, arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    run = data.add_arguments(command, parser)
+    run = plain.add_arguments(command, parser)
     return run(parser.parse_args(arguments))
 
 

@@ -1,5 +1,7 @@
-"""Contract: metrics equal scikit-learn's, ties and extremes included, however the samples are batched."""
+"""Contract: metrics equal scikit-learn's, ties and extremes included, however the samples are batched and spread
+over ranks."""
 
+import json
 import math
 
 import numpy as np
@@ -11,6 +13,7 @@ from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
 from lightning_dlrm.objectives.losses import summed_log_loss
 from lightning_dlrm.objectives.metrics import ClickMetrics, click_metrics, exact_auc
+from tests.ranks import run_ranks
 
 
 @given(
@@ -23,6 +26,8 @@ def test_auc_with_ties(pairs: list[tuple[int, bool]]) -> None:
     scores = torch.tensor([float(s) for s, _ in pairs])
     labels = torch.tensor([int(y) for _, y in pairs])
     assert exact_auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    # The class that is rarer is the one that is counted from.
+    assert exact_auc(-scores, 1 - labels) == exact_auc(scores, labels)
 
 
 def test_all_metrics_of_many_samples_in_batches() -> None:
@@ -65,3 +70,44 @@ def test_nan_scores_have_no_auc() -> None:
 def test_no_samples_is_an_error() -> None:
     with pytest.raises(ValueError, match="no samples"):
         click_metrics(torch.zeros(0), torch.zeros(0))
+
+
+def test_float64_logits_keep_their_order() -> None:
+    # Equal in float32.
+    assert exact_auc(torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64), torch.tensor([0, 1])) == 1.0
+
+
+_RANK = """
+import json, torch, torch.distributed as dist
+from lightning_dlrm.objectives.metrics import ClickMetrics
+from lightning_dlrm.sharding.collectives import Ranks
+from tests.test_metrics import drawn
+
+dist.init_process_group("gloo")
+rank, ranks = dist.get_rank(), dist.get_world_size()
+metrics = ClickMetrics(Ranks)
+logits, labels = drawn()
+# Uneven shares; the last of several ranks has nothing.
+cuts = [0, *(len(logits) * (i * i) // (ranks - 1) ** 2 for i in range(1, ranks)), len(logits)]
+for part in torch.arange(cuts[rank], cuts[rank + 1]).split(1000):
+    metrics.update(logits[part], labels[part])
+print("found", json.dumps(metrics.compute()))
+dist.destroy_process_group()
+"""
+
+
+def drawn() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits with ties, and labels."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(20_000, generator=generator).round(decimals=2)
+    return logits, (torch.rand(20_000, generator=generator) < torch.sigmoid(logits)).to(torch.int8)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_find_what_one_process_finds(ranks: int) -> None:
+    alone = click_metrics(*drawn())
+    for output in run_ranks(["-c", _RANK], ranks):
+        together = json.loads(output.partition("found ")[2])
+        assert together["auc"] == alone["auc"]
+        assert together == pytest.approx(alone, abs=1e-12)

@@ -19,6 +19,7 @@ from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import UpdateRule
 from lightning_dlrm.optim.schedules import Constant, Schedule
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors
+from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
 
 TABLES_KEY = "network.embeddings.weight"
@@ -57,7 +58,7 @@ class CTRModule(pl.LightningModule):
         self.schema = schema
         self.seed = seed
         self.network: CTRNetwork
-        self.metrics = nn.ModuleDict({names.VALIDATION: ClickMetrics(), names.TEST: ClickMetrics()})
+        self.metrics = nn.ModuleDict({stage: ClickMetrics(Ranks) for stage in (names.VALIDATION, names.TEST)})
         with torch.device("meta"):
             # Nothing is allocated, and a network that does not fit the data is refused before they are prepared.
             self.size: ModelSize = model_size(network(schema.features, seed))
@@ -141,7 +142,7 @@ class CTRModule(pl.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """``row`` int64 [B] and ``probability`` float32 [B]."""
         assert batch.rows is not None
-        probability_B = self.network(batch.dense, batch.ids).double().sigmoid().float()
+        probability_B = self.network(batch.dense, batch.ids).cpu().double().sigmoid().float()
         return {"row": batch.rows, "probability": probability_B}
 
     def on_validation_epoch_end(self) -> None:

@@ -1,21 +1,65 @@
-"""Metrics of click predictions, exact and in float64.
+"""Metrics of click predictions, exact and in float64, over the samples of all ranks.
 
-Shape suffix: N samples.
+Shape suffix: N samples of this rank.
 """
 
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
+
+_CHUNK = 1 << 20  # samples worked on at once, so that float64 and int64 copies stay small
 
 
-def exact_auc(scores_N: Tensor, labels_N: Tensor) -> float:
+class Peers(Protocol):
+    """The ranks that a metric is spread over; each of them makes the same calls in the same order."""
+
+    rank: int
+    ranks: int
+
+    def all_gather(self, values: NDArray) -> list[NDArray]:
+        """Every rank's array; all are of one shape and type."""
+
+    def broadcast(self, values: NDArray, source: int) -> NDArray:
+        """The array [n] of rank ``source``, of whatever length; all are of one type."""
+
+
+class Alone:
+    """The only rank."""
+
+    rank, ranks = 0, 1
+
+    def all_gather(self, values: NDArray) -> list[NDArray]:
+        return [values]
+
+    def broadcast(self, values: NDArray, source: int) -> NDArray:
+        return values
+
+
+ALONE = Alone()
+
+Samples = Tensor | Sequence[Tensor]
+"""[N], in one piece or in several."""
+
+
+def exact_auc(scores_N: Samples, labels_N: Samples, peers: Peers = ALONE) -> float:
     """Area under the ROC curve by sorting; a tie counts one half (Mann-Whitney U).
+
+    Every rank sorts what it has; then the scores of the rarer class go round, and every rank counts
+    how many of the other class lie below each. Counts are integers, so the value is the same on any
+    number of ranks. Memory beside the samples: 4 bytes each (8 for float64), and the rarer class of
+    one rank.
 
     Args:
         scores_N: any monotone score, such as the logit.
         labels_N: 0 or 1.
+        peers: the ranks that have the rest of the samples.
 
     Returns:
         The AUC in [0, 1]; NaN where one of the classes is missing, or a score is NaN.
@@ -23,25 +67,30 @@ def exact_auc(scores_N: Tensor, labels_N: Tensor) -> float:
     >>> exact_auc(torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([0, 0, 1, 1]))
     0.875
     """
-    positives = int(labels_N.sum())
-    negatives = labels_N.numel() - positives
-    if positives == 0 or negatives == 0 or bool(scores_N.isnan().any()):
+    scores, labels = _pieces(scores_N), _pieces(labels_N)
+    (doubles,) = _total(peers, np.array([any(part.dtype == torch.float64 for part in scores)], np.int64))
+    negatives, positives = _sorted_by_class(scores, labels, torch.float64 if doubles else torch.float32)
+    # Sorting leaves NaN at the end.
+    has_nan = any(len(class_) and math.isnan(class_[-1]) for class_ in (negatives, positives))
+    all_negatives, all_positives, nans = _total(peers, np.array([len(negatives), len(positives), has_nan], np.int64))
+    if nans or not all_negatives or not all_positives:
         return float("nan")
-    sorted_scores_N, order_N = torch.sort(scores_N)
-    sorted_labels_N = labels_N[order_N].to(torch.int64)
-    _, counts = torch.unique_consecutive(sorted_scores_N, return_counts=True)
-    ends = torch.cumsum(counts, 0)
-    positives_below = torch.cumsum(sorted_labels_N, 0)[ends - 1]
-    positives_here = positives_below.diff(prepend=positives_below.new_zeros(1))
-    negatives_here = counts - positives_here
-    negatives_before = torch.cumsum(negatives_here, 0) - negatives_here
-    # Twice U in integers, so that ties lose nothing.
-    twice_wins = (positives_here * (2 * negatives_before + negatives_here)).sum()
-    return int(twice_wins) / (2 * positives * negatives)
+    positives_rarer = all_positives <= all_negatives
+    rare, common = (positives, negatives) if positives_rarer else (negatives, positives)
+    # Twice, so that a tie's half is an integer.
+    twice_below = 0
+    for source in range(peers.ranks):
+        travelling = peers.broadcast(rare, source)
+        for start in range(0, len(travelling), _CHUNK):
+            chunk = travelling[start : start + _CHUNK]
+            twice_below += sum(int(np.searchsorted(common, chunk, side).sum()) for side in ("left", "right"))
+    (twice_below,) = _total(peers, np.array([twice_below], np.int64))
+    pairs = all_positives * all_negatives
+    return (twice_below if positives_rarer else 2 * pairs - twice_below) / (2 * pairs)
 
 
-def click_metrics(logits_N: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """Every metric of the project, by name.
+def click_metrics(logits_N: Samples, labels_N: Samples, peers: Peers = ALONE) -> dict[str, float]:
+    """Every metric of the project, by name; every sample of every rank weighs the same.
 
     - ``log_loss``: mean cross-entropy in nats.
     - ``auc``: see ``exact_auc``.
@@ -50,35 +99,57 @@ def click_metrics(logits_N: Tensor, labels_N: Tensor) -> dict[str, float]:
       rate (He et al. 2014, section 2.2, equation 1); NaN where one of the classes is missing.
     - ``calibration``: predicted clicks divided by clicks (He et al. 2014, section 2.2).
 
+    Args:
+        logits_N: float32 or float64.
+        labels_N: 0 or 1.
+        peers: the ranks that have the rest of the samples.
+
     Raises:
-        ValueError: there are no samples.
+        ValueError: there are no samples on any rank.
     """
-    if logits_N.numel() == 0:
+    sums = np.zeros(5)
+    for logits, labels in _chunks(_pieces(logits_N), _pieces(labels_N)):
+        logits, labels = logits.double(), labels.double()
+        sums += (
+            len(labels),
+            float(labels.sum()),
+            float(functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")),
+            float(((logits >= 0) == (labels > 0.5)).sum()),
+            float(logits.sigmoid().sum()),
+        )
+    samples, clicks, loss, right, predicted = _total(peers, sums)
+    if not samples:
         raise ValueError("metrics of no samples")
-    logits, labels = logits_N.double(), labels_N.double()
-    log_loss = float(functional.binary_cross_entropy_with_logits(logits, labels))
-    rate = float(labels.mean())
-    base_entropy = float(torch.special.entr(torch.tensor([rate, 1 - rate], dtype=torch.float64)).sum())
+    rate = clicks / samples
+    base_entropy = -sum(p * math.log(p) for p in (rate, 1 - rate) if p > 0)
     return {
-        "log_loss": log_loss,
-        "auc": exact_auc(logits_N, labels_N),
-        "accuracy": float(((logits >= 0) == (labels > 0.5)).double().mean()),
-        "normalized_entropy": log_loss / base_entropy if base_entropy > 0 else float("nan"),
-        "calibration": float(logits.sigmoid().sum() / labels.sum()) if rate > 0 else float("nan"),
+        "log_loss": loss / samples,
+        "auc": exact_auc(logits_N, labels_N, peers),
+        "accuracy": right / samples,
+        "normalized_entropy": loss / samples / base_entropy if base_entropy > 0 else float("nan"),
+        "calibration": predicted / clicks if clicks else float("nan"),
     }
 
 
 class ClickMetrics(Metric):
-    """Collects logits and labels of a whole evaluation, over all ranks: 5 bytes a sample."""
+    """Collects logits and labels of a whole evaluation, 5 bytes a sample (9 for float64 logits).
+
+    Each rank keeps its own samples; see ``exact_auc`` for how they meet.
+
+    Args:
+        peers: gives the ranks, at the time they are needed.
+    """
 
     full_state_update = False
     logits: list[Tensor]
     labels: list[Tensor]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("logits", default=[], dist_reduce_fx="cat")
-        self.add_state("labels", default=[], dist_reduce_fx="cat")
+    def __init__(self, peers: Callable[[], Peers] = Alone) -> None:
+        # torchmetrics would gather everything on every rank.
+        super().__init__(sync_on_compute=False)
+        self._peers = peers
+        self.add_state("logits", default=[], dist_reduce_fx=None)
+        self.add_state("labels", default=[], dist_reduce_fx=None)
 
     def update(self, logits_B: Tensor, labels_B: Tensor) -> None:
         """Adds a batch; logits are kept in float32 at least, labels as int8."""
@@ -88,4 +159,36 @@ class ClickMetrics(Metric):
 
     def compute(self) -> dict[str, float]:
         """See ``click_metrics``."""
-        return click_metrics(dim_zero_cat(self.logits), dim_zero_cat(self.labels))
+        return click_metrics(self.logits, self.labels, self._peers())
+
+
+def _total(peers: Peers, values: NDArray) -> list[Any]:
+    """The sums of each value over the ranks, as Python numbers."""
+    return [sum(of_ranks) for of_ranks in zip(*(part.tolist() for part in peers.all_gather(values)), strict=True)]
+
+
+def _pieces(samples: Samples) -> Sequence[Tensor]:
+    return [samples] if isinstance(samples, Tensor) else samples
+
+
+def _chunks(scores: Sequence[Tensor], labels: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The samples on the CPU, a bounded number at a time."""
+    for scores_n, labels_n in zip(scores, labels, strict=True):
+        yield from zip(scores_n.cpu().split(_CHUNK), labels_n.cpu().split(_CHUNK), strict=True)
+
+
+def _sorted_by_class(scores: Sequence[Tensor], labels: Sequence[Tensor], dtype: torch.dtype) -> tuple[NDArray, NDArray]:
+    """The scores of the samples of label 0, and of label 1, ascending."""
+    positives = sum(int((labels_n > 0).sum()) for labels_n in labels)
+    negatives = sum(len(labels_n) for labels_n in labels) - positives
+    classes = tuple(torch.empty(count, dtype=dtype).numpy() for count in (negatives, positives))
+    filled = [0, 0]
+    for scores_n, labels_n in _chunks(scores, labels):
+        values = scores_n.to(dtype).numpy()
+        for label, mask in enumerate((labels_n <= 0, labels_n > 0)):
+            chosen = values[mask.numpy()]
+            classes[label][filled[label] : filled[label] + len(chosen)] = chosen
+            filled[label] += len(chosen)
+    for class_ in classes:
+        class_.sort()
+    return classes[0], classes[1]

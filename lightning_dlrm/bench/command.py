@@ -1,0 +1,41 @@
+"""The subcommand ``bench``: each kind of work is a subcommand of its own, in a module of its own."""
+
+import argparse
+import importlib
+from pathlib import Path
+
+from lightning_dlrm.bench.measurement import machine, render, write_json
+
+WORKS: dict[str, str] = {"auc": "the exact AUC of as many predictions as Terabyte's held-out day has"}
+"""Subcommand -> what it measures. Module ``lightning_dlrm.bench.<subcommand>`` has ``DESCRIPTION``,
+``add_arguments(parser)`` and ``run(args)``, which gives the rows."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the kinds of work and their options to a parser; ``run`` takes what it parses."""
+    works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
+    for name, text in WORKS.items():
+        module = importlib.import_module(f"lightning_dlrm.bench.{name}")
+        work = works.add_parser(
+            name,
+            help=text,
+            description=module.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(work)
+        work.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there, as a list of objects")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures as ``add_arguments`` was told, prints a table, and returns the exit code.
+
+    Raises:
+        UserError: an option is out of range, or a file cannot be read or written.
+    """
+    print(machine())
+    rows = importlib.import_module(f"lightning_dlrm.bench.{args.work}").run(args)
+    print(render(rows))
+    if args.json is not None:
+        write_json(rows, args.json)
+    return 0

@@ -1,0 +1,24 @@
+"""The commands that need no Trainer; their options and work live in ``datamodules`` and ``bench``."""
+
+import argparse
+import importlib
+from collections.abc import Callable
+
+Run = Callable[[argparse.Namespace], int]
+
+# Imported when asked for: preprocessing starts without loading what benchmarks need.
+_COMMANDS = {
+    "preprocess": ("datamodules.preprocess.command", "add_arguments", "run"),
+    "inspect": ("datamodules.preprocess.command", "add_inspect_arguments", "run_inspect"),
+    "generate": ("datamodules.generate.command", "add_arguments", "run"),
+    "bench": ("lightning_dlrm.bench.command", "add_arguments", "run"),
+}
+
+
+def add_arguments(command: str, parser: argparse.ArgumentParser) -> Run:
+    """Adds a command's options to a parser and returns what runs it."""
+    module_name, add, run = _COMMANDS[command]
+    module = importlib.import_module(module_name)
+    getattr(module, add)(parser)
+    runs: Run = getattr(module, run)
+    return runs
