@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import (
@@ -254,21 +255,32 @@ def check_sizes(folder: Path, files: Sequence[DataFile]) -> None:
             )
 
 
-def verify(folder: Path, schema: DatasetSchema) -> None:
+def verify(folder: Path, schema: DatasetSchema, progress: bool = False) -> None:
     """Reads every byte of a dataset and compares the checksums; takes a second per GB or so.
+
+    Args:
+        progress: show a progress bar, on a terminal.
 
     Raises:
         UserError: a file is missing, truncated or altered.
     """
     files = (*schema.vocabulary.values(), *part_files(schema))
     check_sizes(folder, files)
-    for file in files:
-        found = file_sha256(Path(folder) / file.path)
-        if found != file.sha256:
-            raise UserError(
-                f"{Path(folder) / file.path} is altered: its sha256 is {found[:12]}..., its dataset.json says "
-                f"{file.sha256[:12]}...; restore the file, or make the dataset again"
-            )
+    with tqdm(
+        total=sum(file.bytes for file in files),
+        desc="Verifying",
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,
+    ) as bar:
+        for file in files:
+            found = file_sha256(Path(folder) / file.path)
+            if found != file.sha256:
+                raise UserError(
+                    f"{Path(folder) / file.path} is altered: its sha256 is {found[:12]}..., its dataset.json says "
+                    f"{file.sha256[:12]}...; restore the file, or make the dataset again"
+                )
+            bar.update(file.bytes)
 
 
 def open_part(folder: Path, schema: DatasetSchema, file: DataFile) -> pq.ParquetFile:
@@ -301,6 +313,23 @@ def open_part(folder: Path, schema: DatasetSchema, file: DataFile) -> pq.Parquet
         )
     _check_ids(path, schema, metadata)
     return part
+
+
+def read_groups(folder: Path, schema: DatasetSchema, file: DataFile, columns: Sequence[Column]) -> Iterator[pa.Table]:
+    """Some columns of a part file, row group by row group.
+
+    Raises:
+        UserError: see ``open_part``; or a row group cannot be read.
+    """
+    with open_part(folder, schema, file) as part:
+        for group in range(part.num_row_groups):
+            try:
+                yield part.read_row_group(group, columns=[column.name for column in columns])
+            except (pa.ArrowInvalid, OSError) as error:
+                raise UserError(
+                    f"{Path(folder) / file.path} is altered: row group {group} cannot be read ({_one_line(error)}); "
+                    "restore the file, or make the dataset again"
+                ) from error
 
 
 def _check_ids(path: Path, schema: DatasetSchema, metadata: pq.FileMetaData) -> None:

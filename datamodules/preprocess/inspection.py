@@ -4,24 +4,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from lightning_dlrm.contracts.errors import UserError
+from datamodules.preprocess.leakage import render_equal_rows
+from datamodules.preprocess.skew import vocabulary_skew
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema
 
 
 def summary(folder: Path, schema: DatasetSchema) -> dict[str, Any]:
     """The facts of a dataset as JSON values.
 
-    ``columns`` gives for each, where known, ``missing`` (share of all rows) and ``most_frequent``
-    (share of the rows with the most frequent id); None where it is not known.
+    ``columns`` gives for each, where known, ``missing`` (share of all rows), ``most_frequent`` (share
+    of the lookups that go to the most frequent id) and ``ids_for_90`` (the least number of ids that
+    90% of them go to); None where it is not known.
 
     Raises:
         UserError: a vocabulary is no readable Parquet file.
     """
     rows = sum(split.rows for split in schema.splits.values())
     missing: Mapping[str, int] = schema.report.get("missing", {})
+    skews = {column.name: vocabulary_skew(folder, schema, column) for column in schema.columns}
     return {
         "folder": str(folder),
         "dataset": schema.dataset,
@@ -48,9 +48,11 @@ def summary(folder: Path, schema: DatasetSchema) -> dict[str, Any]:
                 "transform": column.transform,
                 "reserved": dict(column.reserved),
                 "missing": missing[column.name] / rows if column.name in missing else None,
-                "most_frequent": _largest_share(folder, schema, column.name),
+                "most_frequent": float(skew.counts[0] / skew.lookups) if skew and skew.lookups else None,
+                "ids_for_90": skew.ids_for(0.9) if skew else None,
             }
             for column in schema.columns
+            for skew in (skews[column.name],)
         ],
         "optimum": {
             name: {"auc": optimum.auc, "log_loss": optimum.log_loss} for name, optimum in schema.optimum.items()
@@ -59,25 +61,8 @@ def summary(folder: Path, schema: DatasetSchema) -> dict[str, Any]:
     }
 
 
-def _largest_share(folder: Path, schema: DatasetSchema, column: str) -> float | None:
-    """Share of a categorical column's rows that have its most frequent id, from its vocabulary."""
-    if column not in schema.vocabulary:
-        return None
-    path = Path(folder) / schema.vocabulary[column].path
-    try:
-        with pq.ParquetFile(path) as vocabulary:
-            if "count" not in vocabulary.schema_arrow.names:
-                return None
-            counts = vocabulary.read(["count"]).column("count").to_numpy()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"{path} is altered: no readable Parquet; restore the file, or make the dataset again"
-        ) from error
-    return float(counts.max() / counts.sum())
-
-
 def render(facts: Mapping[str, Any]) -> str:
-    """The facts of ``summary`` as text."""
+    """The facts of ``summary`` as text, and under ``leakage`` those of ``equal_rows``, if they are there."""
     settings = "".join(f", {name} {value}" for name, value in facts["settings"].items())
     lines = [
         f"{Path(facts['folder']) / SCHEMA_FILE}",
@@ -92,6 +77,8 @@ def render(facts: Mapping[str, Any]) -> str:
     lines += ["", *_split_table(facts), "", *_column_table(facts)]
     for name, optimum in facts["optimum"].items():
         lines.append(f"best reachable on {name}: AUC {optimum['auc']:.4f}, log loss {optimum['log_loss']:.4f}")
+    if facts.get("leakage"):
+        lines += ["", *render_equal_rows(facts["leakage"])]
     return "\n".join(lines)
 
 
@@ -125,7 +112,9 @@ def _split_table(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _column_table(facts: Mapping[str, Any]) -> list[str]:
-    header: tuple[str, ...] = ("column", "role", "table rows", "missing", "most frequent id", "reserved ids")
+    header: tuple[str, ...] = (
+        "column", "role", "table rows", "missing", "most frequent id", "ids for 90%", "reserved ids"
+    )  # fmt: skip
     if not any(column["reserved"] for column in facts["columns"]):
         header = (*header[:-1], "")
     body = [
@@ -135,12 +124,13 @@ def _column_table(facts: Mapping[str, Any]) -> list[str]:
             f"{column['cardinality']:,}" if column["cardinality"] else "",
             _percent(column["missing"]),
             _percent(column["most_frequent"]),
+            "" if column["ids_for_90"] is None else f"{column['ids_for_90']:,}",
             ", ".join(f"{row} {name}" for name, row in column["reserved"].items()),
         )
         for column in facts["columns"]
     ]
-    total = ("all tables", "", f"{facts['table_rows']:,}", "", "", "")
-    return _aligned([header, *body, total], left=(0, 1, 5))
+    total = ("all tables", "", f"{facts['table_rows']:,}", "", "", "", "")
+    return _aligned([header, *body, total], left=(0, 1, 6))
 
 
 def _percent(share: float | None) -> str:
