@@ -260,12 +260,23 @@ def test_skew_is_that_of_the_counts(name: str, request: pytest.FixtureRequest) -
         counts = sorted(Counter(ids).values(), reverse=True)
         if skew.column.name == "C2":
             counts = [66, 22, 22]
-        assert skew.counts.tolist() == counts and skew.lookups == sum(counts)
-        for share in (0.1, 0.5, 0.9, 1.0):
-            assert sum(counts[: skew.ids_for(share)]) >= share * sum(counts) > sum(counts[: skew.ids_for(share) - 1])
-        x, y = skew.coverage(50)
-        assert y.tolist() == [sum(counts[: round(of * skew.column.cardinality)]) / sum(counts) for of in x]
+        total = sum(counts)
+        assert skew.lookups == total and skew.most_frequent == counts[0] / total
+        for share, least in skew.ids_for.items():
+            assert sum(counts[:least]) >= share * total > sum(counts[: least - 1])
+        x, y = skew.curve
+        assert y.tolist() == [sum(counts[: round(of * skew.column.cardinality)]) / total for of in x]
         assert (x[-1], y[-1]) == (1.0, 1.0)
+
+
+def test_values_that_share_an_id_are_counted_together(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "data", COLUMNS[2:3]) as writer:
+        writer.write("test", {"C1": np.zeros(5, np.int32)})
+        columns = {"hash": pa.array([None, 7, 8, 9], pa.uint32()), "count": [0, 5, 3, 4], "id": pa.array([0, 2, 1, 2])}
+        writer.write_vocabulary("C1", pa.table(columns))
+        schema = writer.finish(dataset="mine", protocol="own")
+    (skew,) = all_skews(tmp_path / "data", schema, progress=False)
+    assert skew.lookups == 12 and skew.most_frequent == 9 / 12 and skew.ids_for == {0.5: 1, 0.9: 2, 0.99: 2}
 
 
 @pytest.mark.parametrize("name", ["folder", "uneven"])

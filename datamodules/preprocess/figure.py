@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from datamodules.preprocess.skew import Skew
+from datamodules.preprocess.skew import SHARES, Skew
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _MOST_TABLES = 60  # of which the figure still has readable rows
 _NAMED_CURVES = 6
-# Share of lookups, marker, colour inside.
-_MARKS = ((0.5, "o", "white"), (0.9, "^", "0.6"), (0.99, "D", "black"))
+# Marker and colour inside, for each of SHARES.
+_MARKS = (("o", "white"), ("^", "0.6"), ("D", "black"))
 # Colours of Okabe and Ito, which differ in lightness too; each with a line style of its own.
 _CURVES = (
     ("#000000", "-"),
@@ -80,8 +80,8 @@ def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:
     axes.barh(rows, sizes, color="0.88", edgecolor="0.35", linewidth=0.8)
     for row, size in zip(rows, sizes, strict=True):
         axes.annotate(f"{size:,}", (size, row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=7.5)
-    for share, marker, fill in _MARKS:
-        counted = [(skew.ids_for(share), row) for row, skew in zip(rows, shown, strict=True) if skew.lookups]
+    for share, (marker, fill) in zip(SHARES, _MARKS, strict=True):
+        counted = [(skew.ids_for[share], row) for row, skew in zip(rows, shown, strict=True) if skew.lookups]
         axes.plot(
             [ids for ids, _ in counted],
             [row for _, row in counted],
@@ -103,15 +103,14 @@ def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:
 
 
 def _draw_curves(axes: "Axes", skews: Sequence[Skew], named: Sequence[Skew]) -> None:
-    points = 200
     others = [skew for skew in skews if skew not in named and skew.lookups]
     for number, skew in enumerate(others):
-        x, y = skew.coverage(points)
+        x, y = skew.curve
         label = "the other tables" if number == 0 else None
         axes.plot(100 * x, 100 * y, color="0.75", linewidth=0.7, label=label, zorder=1)
     for skew, (colour, style) in zip(named, _CURVES, strict=False):
         if skew.lookups:
-            x, y = skew.coverage(points)
+            x, y = skew.curve
             axes.plot(100 * x, 100 * y, color=colour, linestyle=style, linewidth=1.8, label=skew.column.name, zorder=2)
     axes.set(
         xscale="log", ylim=(0, 102), xlabel="most frequent ids, % of the table", ylabel="lookups that go to them, %"

@@ -48,8 +48,8 @@ def summary(folder: Path, schema: DatasetSchema) -> dict[str, Any]:
                 "transform": column.transform,
                 "reserved": dict(column.reserved),
                 "missing": missing[column.name] / rows if column.name in missing else None,
-                "most_frequent": float(skew.counts[0] / skew.lookups) if skew and skew.lookups else None,
-                "ids_for_90": skew.ids_for(0.9) if skew else None,
+                "most_frequent": skew.most_frequent if skew else None,
+                "ids_for_90": skew.ids_for.get(0.9) if skew else None,
             }
             for column in schema.columns
             for skew in (skews[column.name],)

@@ -1,0 +1,305 @@
+"""``bench preprocess``: raw TSV to the final dataset folder, against pyarrow's bare parse of the same file."""
+
+import argparse
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+
+import psutil
+from tqdm import tqdm
+
+from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
+from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import DatasetSchema
+
+DESCRIPTION = """\
+Times, in turns and each in a process of its own, so that memory is measured too:
+  ours      the whole command preprocess, its start included: TSV to the checksummed dataset folder
+  baseline  pyarrow.csv.read_csv of the same file into memory, and nothing more; its start not included
+  peer      with --peer, the preprocessing of a checkout of facebookresearch/dlrm, on the first rows; its start not
+            included. It fails on NumPy 2: name an interpreter that has numpy<2 with --peer-python.
+
+Peak memory is that of all processes of a contender together, sampled 50 times a second, pages that they share counted
+once; disk is what the working folder held at most, the input apart.
+
+examples:
+  python -m lightning_dlrm bench preprocess
+  python -m lightning_dlrm bench preprocess --rows 20000000 --rounds 1 --folder /big/disk
+  python -m lightning_dlrm bench preprocess --peer ~/dlrm --peer-python ~/numpy1/bin/python
+"""
+
+_SAMPLE_S = 0.02
+_DISK_SAMPLES = 25  # of memory for one of disk
+
+_BASELINE = """
+    import sys, time
+    import pyarrow as pa, pyarrow.csv
+
+    names = ["label", *(f"I{i}" for i in range(1, 14)), *(f"C{i}" for i in range(1, 27))]
+    start = time.perf_counter()
+    pyarrow.csv.read_csv(
+        sys.argv[1],
+        read_options=pyarrow.csv.ReadOptions(column_names=names),
+        parse_options=pyarrow.csv.ParseOptions(delimiter="\\t"),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types={name: pa.string() if name[0] == "C" else pa.int32() for name in names}
+        ),
+    )
+    print(time.perf_counter() - start)
+"""
+
+_PEER = """
+    import contextlib, os, sys, time
+
+    sys.path.insert(0, sys.argv[1])
+    import numpy
+
+    if int(numpy.__version__.split(".")[0]) >= 2:
+        sys.exit(f"NumPy {numpy.__version__} found, which it fails on; name one with numpy<2 with --peer-python")
+    import data_utils
+
+    os.link(sys.argv[2], sys.argv[3])
+    start = time.perf_counter()
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        data_utils.getCriteoAdData(sys.argv[3], "processed", randomize="none", criteo_kaggle=True)
+    print(time.perf_counter() - start)
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rows", type=int, default=1_000_000, metavar="N", help="rows to generate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--input", type=Path, metavar="FILE", help="a raw file of this --dataset to read instead of generated rows"
+    )
+    parser.add_argument("--dataset", default="kaggle", choices=TSV_DATASETS, help="default: %(default)s")
+    parser.add_argument("--protocol", default="dlrm", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="the median counts (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="where to write, and remove again (default: the temporary folder)"
+    )
+    parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of facebookresearch/dlrm")
+    parser.add_argument(
+        "--peer-python", default=sys.executable, metavar="FILE", help="the interpreter to run it with (default: this)"
+    )
+    parser.add_argument(
+        "--peer-rows", type=int, default=60_000, metavar="N", help="first rows for the peer (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> list[Measurement]:
+    """Measures as ``add_arguments`` was told, and prints what the figures mean for the real data sets.
+
+    Raises:
+        UserError: an option is out of range, a file is missing, or a contender fails.
+    """
+    if args.rounds < 1 or args.peer_rows < 100:
+        raise UserError("bench preprocess needs --rounds of 1 or more, --peer-rows of 100 or more")
+    if args.input is not None and not args.input.is_file():
+        raise UserError(f"--input {args.input} is no file; give raw TSV, or leave it out to generate some")
+    if args.peer is not None and not (args.peer / "data_utils.py").is_file():
+        raise UserError(f"--peer {args.peer} is no checkout of facebookresearch/dlrm: it has no data_utils.py")
+    if args.folder is not None and not args.folder.is_dir():
+        raise UserError(f"--folder {args.folder} is no folder; make it, or leave it out for the temporary folder")
+    with tempfile.TemporaryDirectory(prefix="bench-preprocess-", dir=args.folder) as name:
+        folder = Path(name)
+        raw = args.input
+        if raw is None:
+            raw = folder / "train.txt"
+            generate_tsv(TsvSettings(rows=args.rows, dataset=args.dataset), [raw])
+        ours = _Ours(raw, args.dataset, args.protocol, folder / "ours")
+        rows = _measure({"ours": ours, "baseline": _Script(_BASELINE, sys.executable, (str(raw),))}, ours, args)
+        if args.peer is not None:
+            few = folder / "first.txt"
+            _copy_first_lines(raw, few, args.peer_rows)
+            ours_of_few = _Ours(few, args.dataset, args.protocol, folder / "few")
+            beside = folder / "peer"  # it writes beside its input
+            peer = _Script(_PEER, args.peer_python, (str(args.peer), str(few), str(beside / "train.txt")), beside)
+            rows += _measure({"ours": ours_of_few, "peer": peer}, ours_of_few, args)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one process with all its children took."""
+
+    seconds: float
+    cpu_s: float
+    """Of all processes together."""
+    peak_bytes: int
+    peak_disk_bytes: int
+
+
+@dataclass
+class _Ours:
+    """The command ``preprocess``, each time into a new folder inside ``folder``."""
+
+    raw: Path
+    dataset: str
+    protocol: str
+    folder: Path
+    output: Path | None = None
+    """Of the latest run."""
+
+    def __call__(self) -> _Run:
+        if self.output is not None:
+            shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        self.output = self.folder / "data"
+        command = [sys.executable, "-m", "lightning_dlrm", "preprocess"]
+        command += ["--dataset", self.dataset, "--protocol", self.protocol]
+        command += ["--input", str(self.raw), "--output", str(self.output)]
+        return _run_process(command, self.folder)[0]
+
+    def schema(self) -> DatasetSchema:
+        """Of the dataset that the latest run made."""
+        assert self.output is not None
+        return DatasetSchema.load(self.output)
+
+    def output_bytes(self) -> int:
+        assert self.output is not None
+        return _folder_bytes(self.output)
+
+
+@dataclass(frozen=True)
+class _Script:
+    """A Python program that prints how many seconds the part of it that counts took."""
+
+    program: str
+    python: str
+    arguments: tuple[str, ...]
+    folder: Path | None = None
+    """Where it writes; emptied before each run."""
+
+    def __call__(self) -> _Run:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
+        command = [self.python, "-c", textwrap.dedent(self.program), *self.arguments]
+        run, output = _run_process(command, self.folder)
+        return replace(run, seconds=float(output))
+
+
+def _measure(
+    contenders: Mapping[Implementation, Callable[[], _Run]], ours: _Ours, args: argparse.Namespace
+) -> list[Measurement]:
+    """Rows of ours and of another, timed in turns."""
+    runs: dict[Implementation, list[_Run]] = {name: [] for name in contenders}
+    turns = [name for round_ in range(args.rounds) for name in list(contenders)[:: 1 if round_ % 2 == 0 else -1]]
+    for name in tqdm(turns, desc="Measuring", unit=" runs", disable=None):
+        runs[name].append(contenders[name]())
+    schema = ours.schema()
+    samples = sum(split.rows for split in schema.splits.values())
+    seconds = {name: median_and_spread([run.seconds for run in of_name]) for name, of_name in runs.items()}
+    rows = []
+    for name, of_name in runs.items():
+        extra = {
+            "peak_bytes": float(max(run.peak_bytes for run in of_name)),
+            "cpu_s": statistics.median(run.cpu_s for run in of_name),
+        }
+        if name == "ours":
+            other = next(key for key in contenders if key != "ours")
+            extra[f"speed_over_{other}"] = seconds[other][0] / seconds["ours"][0]
+            extra["output_bytes"] = float(ours.output_bytes())
+            extra["peak_disk_bytes"] = float(max(run.peak_disk_bytes for run in of_name))
+            extra["largest_table_rows"] = float(max(schema.features.table_rows))
+        rows.append(
+            Measurement(
+                work="preprocess",
+                case=f"{samples:,} rows, {args.dataset}, {args.protocol}",
+                implementation=name,
+                device="cpu",
+                precision="32-true",
+                batch_size=0,
+                samples=samples,
+                median_s=seconds[name][0],
+                spread_s=seconds[name][1],
+                extra=extra,
+            )
+        )
+    return rows
+
+
+def _run_process(command: Sequence[str], folder: Path | None) -> tuple[_Run, str]:
+    """Runs a program to its end, watching it, and what it printed.
+
+    Args:
+        folder: whose size is watched.
+
+    Raises:
+        UserError: it cannot be run, or fails; tells the last line of its error output.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak = peak_disk = samples = 0
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        start = perf_counter()
+        try:
+            process = psutil.Popen(command, stdout=output, stderr=errors, stdin=subprocess.DEVNULL)
+        except OSError as error:
+            raise UserError(f"cannot run {command[0]} ({error.strerror})") from error
+        try:
+            while True:
+                try:
+                    code = process.wait(timeout=_SAMPLE_S)
+                    break
+                except psutil.TimeoutExpired:
+                    peak = max(peak, _memory(process))
+                    if folder is not None and samples % _DISK_SAMPLES == 0:
+                        peak_disk = max(peak_disk, _folder_bytes(folder))
+                    samples += 1
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        seconds = perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        output.seek(0)
+        errors.seek(0)
+        if code:
+            lines = errors.read().strip().splitlines() or [f"exit code {code}"]
+            raise UserError(f"{' '.join(command[:4])} failed: {lines[-1]}")
+        cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return _Run(seconds, cpu_s, peak, peak_disk), output.read()
+
+
+def _memory(process: psutil.Process) -> int:
+    """Resident bytes of a process and all below it; of a page that n of them share, an nth each, where it is known."""
+    total = 0
+    try:
+        family = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    for member in family:
+        try:
+            memory = member.memory_full_info()
+            total += getattr(memory, "pss", memory.rss)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # it has just ended
+    return total
+
+
+def _folder_bytes(folder: Path) -> int:
+    """Of all files below it that are still there when they are looked at."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            if path.is_file():
+                total += path.stat().st_size
+    return total
+
+
+def _copy_first_lines(source: Path, target: Path, rows: int) -> None:
+    with source.open("rb") as lines, target.open("wb") as copy:
+        copy.writelines(islice(lines, rows))

@@ -1,0 +1,107 @@
+"""Contract: ``bench preprocess`` times the real command, the bare parse and the peer on the same rows, counts the
+memory of all processes of each, and leaves nothing behind."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from datamodules.generate.tsv import TsvSettings, generate_tsv
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.bench import preprocess
+from lightning_dlrm.bench.measurement import Measurement
+from lightning_dlrm.contracts.errors import UserError
+
+
+def bench(*options: str) -> list[Measurement]:
+    parser = argparse.ArgumentParser()
+    preprocess.add_arguments(parser)
+    return preprocess.run(parser.parse_args(list(options)))
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Path:
+    """Looks like a checkout of facebookresearch/dlrm: counts the lines of its input, and takes its time."""
+    folder = tmp_path / "peer"
+    folder.mkdir()
+    (folder / "data_utils.py").write_text(
+        "import pathlib, time\n"
+        "def getCriteoAdData(path, name, randomize, criteo_kaggle):\n"
+        "    assert len(pathlib.Path(path).read_text().splitlines()) == 150\n"
+        "    print('Load 1/150')\n"
+        "    time.sleep(2)\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def numpy_1(tmp_path: Path) -> Path:
+    """An interpreter that finds an old NumPy."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/numpy.py").write_text("__version__ = '1.26.4'\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "old"} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+def test_rows_of_all_contenders(tmp_path: Path, peer: Path, numpy_1: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw, scratch = tmp_path / "raw.txt", tmp_path / "scratch"
+    generate_tsv(TsvSettings(rows=2_000), [raw], progress=False)
+    scratch.mkdir()
+    options = ["--input", str(raw), "--folder", str(scratch), "--rounds", "1", "--json", str(tmp_path / "rows.json")]
+    options += ["--peer", str(peer), "--peer-python", str(numpy_1), "--peer-rows", "150"]
+    assert main(["bench", "preprocess", *options]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["implementation"], row["samples"]) for row in rows] == [
+        ("ours", 2_000),
+        ("baseline", 2_000),
+        ("ours", 150),
+        ("peer", 150),
+    ]
+    ours, baseline, few, other = rows
+    assert all(30e6 < row["peak_bytes"] < 2e9 and row["cpu_s"] > 0 for row in rows[:3])
+    assert ours["speed_over_baseline"] == baseline["median_s"] / ours["median_s"] < 1
+    assert 2 < other["median_s"] < 3 and few["speed_over_peer"] == other["median_s"] / few["median_s"]
+    assert 1_000 < ours["largest_table_rows"] <= 2_000 and ours["output_bytes"] > few["output_bytes"] > 0
+    assert raw.is_file() and not any(scratch.iterdir())
+    assert "prediction" in capsys.readouterr().out
+
+
+def test_generates_rows_by_itself(tmp_path: Path) -> None:
+    rows = bench("--rows", "700", "--rounds", "1", "--folder", str(tmp_path), "--dataset", "terabyte")
+    assert [(row.implementation, row.samples) for row in rows] == [("ours", 700), ("baseline", 700)]
+    assert "terabyte" in rows[0].case and not any(tmp_path.iterdir())
+
+
+def test_memory_is_that_of_all_processes(tmp_path: Path) -> None:
+    child = "import time; held = bytearray(b'1') * 100_000_000; time.sleep(0.7)"
+    program = "import subprocess, sys; held = bytearray(b'1') * 60_000_000\n"
+    program += f"subprocess.run([sys.executable, '-c', {child!r}])"
+    run, _ = preprocess._run_process([sys.executable, "-c", program], None)
+    assert 160e6 < run.peak_bytes < 230e6
+    assert run.seconds > 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rounds", "0"], "--rounds of 1 or more"),
+        (["--input", "nowhere"], "--input nowhere is no file"),
+        (["--peer", "."], r"--peer \. is no checkout"),
+        (["--folder", "nowhere"], "--folder nowhere is no folder"),
+        (["--rows", "0"], "--rows is 0"),
+        (["--rows", "200", "--protocol", "none"], "preprocess failed: .*unknown protocol 'none'"),
+    ],
+)
+def test_mistakes(options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        bench(*options)
+
+
+def test_peer_on_numpy_2_is_told(peer: Path) -> None:
+    with pytest.raises(UserError, match=r"fails on; name one with numpy<2 with --peer-python"):
+        bench("--rows", "200", "--rounds", "1", "--peer", str(peer), "--peer-rows", "150")
