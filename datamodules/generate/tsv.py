@@ -255,7 +255,8 @@ def _text(draw: Draw, features: Mapping[str, Feature], signed: str) -> tuple[byt
         at += lengths[positions[name]]
     for name in CRITEO_CATEGORICAL:
         hashes = _hashes(draw.values[name], CRITEO_CATEGORICAL.index(name))
-        words[np.where(draw.missing[name], ends[-1], at)] = _hexadecimal(hashes)
+        places = np.where(draw.missing[name], ends[-1], at) if features[name].missing else at
+        words[places] = _hexadecimal(hashes)
         at += hash_lengths[name]
     buffer[ends[1:] - 1] = _NEWLINE
     return buffer[: ends[-1]].tobytes(), ends
@@ -283,8 +284,8 @@ def _hexadecimal_pairs() -> NDArray[np.uint32]:
 
 def _hexadecimal(hashes: NDArray[np.uint32]) -> NDArray[np.void]:
     """The 8 digits of each hash as a word."""
-    halves = np.stack([hashes >> np.uint32(16), hashes & np.uint32(0xFFFF)], axis=1)
-    return _hexadecimal_pairs()[halves].view(f"V{_WORD}")[:, 0]
+    halves = hashes.astype(">u4").view(">u2")  # the high one first on any machine
+    return _hexadecimal_pairs()[halves].view(f"V{_WORD}")
 
 
 def _hashes(ids: NDArray[np.int32], column: int) -> NDArray[np.uint32]:
