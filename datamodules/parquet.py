@@ -68,7 +68,7 @@ class DatasetWriter:
     def __init__(self, folder: Path, columns: Sequence[Column]) -> None:
         self.folder = Path(folder).absolute()
         self.columns = tuple(columns)
-        self._splits: dict[str, _SplitWriter] = {}
+        self._splits: dict[str, SplitWriter] = {}
         self._vocabulary: dict[str, DataFile] = {}
         self._check_target()
         # The process is part of the name: two processes that make the same dataset do not meet.
@@ -103,12 +103,9 @@ class DatasetWriter:
                 offsets [B + 1].
         """
         assert split in SPLITS, f"split {split!r} is none of {SPLITS}"
-        names = [column.name for column in self.columns]
-        assert set(arrays) == set(names), f"columns {sorted(arrays)} given, {sorted(names)} expected"
-        table = pa.table({column.name: _to_arrow(column, arrays[column.name]) for column in self.columns})
         if split not in self._splits:
-            self._splits[split] = _SplitWriter(self._partial, split, table.schema, self.columns)
-        self._splits[split].append(table)
+            self._splits[split] = SplitWriter(self._partial, split, self.columns)
+        self._splits[split].append(arrow_table(self.columns, arrays))
 
     def write_vocabulary(self, name: str, table: pa.Table) -> None:
         """Writes ``vocabulary/<name>.parquet``, the raw values of a categorical column's ids."""
@@ -137,10 +134,10 @@ class DatasetWriter:
         )
         schema.save(self._partial)
         for path in (*self._partial.rglob("*"), self._partial):
-            _flush(path)
+            flush(path)
         self._check_target()
         self._partial.rename(self.folder)
-        _flush(self.folder.parent)
+        flush(self.folder.parent)
         return schema
 
     def _check_target(self) -> None:
@@ -159,11 +156,19 @@ class DatasetWriter:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-class _SplitWriter:
-    """Cuts appended rows into row groups and files of the fixed sizes."""
+class SplitWriter:
+    """Cuts appended rows into row groups and files of the fixed sizes, below a folder.
 
-    def __init__(self, root: Path, split: str, arrow: pa.Schema, columns: Sequence[Column]) -> None:
-        self.root, self.split, self.arrow = root, split, arrow
+    Args:
+        root: where the split's folder lies or is made.
+        split: its name.
+        columns: as of the DatasetWriter.
+        first_part: the number of the first file; earlier ones are written elsewhere.
+    """
+
+    def __init__(self, root: Path, split: str, columns: Sequence[Column], first_part: int = 0) -> None:
+        self.root, self.split, self.first_part = root, split, first_part
+        self.arrow = pa.schema([(column.name, _TYPES[column.role]) for column in columns])
         self.label = next((column.name for column in columns if column.role == "label"), None)
         # Readers compare the largest id with the table; statistics of other columns only grow the footer.
         self.with_statistics = [_leaf(column) for column in columns if column.cardinality]
@@ -173,9 +178,10 @@ class _SplitWriter:
         self.files: list[DataFile] = []
         self.groups: list[int] = []
         self.writer: pq.ParquetWriter | None = None
-        (root / split).mkdir()
+        (root / split).mkdir(exist_ok=True)
 
     def append(self, table: pa.Table) -> None:
+        """More rows, as ``arrow_table`` makes them."""
         self.pending.append(table)
         self.pending_rows += table.num_rows
         if self.pending_rows < ROW_GROUP_ROWS:
@@ -187,6 +193,7 @@ class _SplitWriter:
         self.pending, self.pending_rows = [rows.slice(whole)], self.pending_rows - whole
 
     def close(self) -> Split:
+        """Writes what is left and tells what the split, or this share of it, has."""
         if self.pending_rows:
             self._write_group(pa.concat_tables(self.pending))
         self._close_file()
@@ -197,6 +204,7 @@ class _SplitWriter:
         )
 
     def abandon(self) -> None:
+        """Lets go of a file that is not finished."""
         if self.writer is not None:
             self.writer.close()
             self.writer = None
@@ -226,7 +234,7 @@ class _SplitWriter:
             self.groups = []
 
     def _path(self) -> str:
-        return f"{self.split}/part-{len(self.files):05d}.parquet"
+        return f"{self.split}/part-{self.first_part + len(self.files):05d}.parquet"
 
 
 def part_files(schema: DatasetSchema, splits: Sequence[str] = SPLITS) -> Iterator[DataFile]:
@@ -349,6 +357,13 @@ def _check_ids(path: Path, schema: DatasetSchema, metadata: pq.FileMetaData) -> 
                 )
 
 
+def arrow_table(columns: Sequence[Column], arrays: Mapping[str, Values]) -> pa.Table:
+    """Rows in the types of part files; see ``DatasetWriter.write`` for the arrays."""
+    names = [column.name for column in columns]
+    assert set(arrays) == set(names), f"columns {sorted(arrays)} given, {sorted(names)} expected"
+    return pa.table({column.name: _to_arrow(column, arrays[column.name]) for column in columns})
+
+
 def _to_arrow(column: Column, values: Values) -> pa.Array:
     kind = _TYPES[column.role]
     if column.role == "multi_hot":
@@ -379,7 +394,8 @@ def _data_file(root: Path, path: str, groups: tuple[int, ...] = ()) -> DataFile:
     return DataFile(path=path, sha256=file_sha256(root / path), bytes=(root / path).stat().st_size, row_groups=groups)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Brings a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

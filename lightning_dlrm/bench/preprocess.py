@@ -1,6 +1,8 @@
 """``bench preprocess``: raw TSV to the final dataset folder, against pyarrow's bare parse of the same file."""
 
 import argparse
+import json
+import os
 import resource
 import shutil
 import statistics
@@ -19,9 +21,10 @@ import psutil
 from tqdm import tqdm
 
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
+from datamodules.preprocess.target import REPORT_FILE
 from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, DatasetSchema
 
 DESCRIPTION = """\
 Times, in turns and each in a process of its own, so that memory is measured too:
@@ -39,6 +42,8 @@ examples:
   python -m lightning_dlrm bench preprocess --peer ~/dlrm --peer-python ~/numpy1/bin/python
 """
 
+_STAGES = ("stage", "count", "encode")
+_PREDICT_FROM_ROWS = 500_000  # fewer are over before all workers have begun
 _SAMPLE_S = 0.02
 _DISK_SAMPLES = 25  # of memory for one of disk
 
@@ -121,6 +126,8 @@ def run(args: argparse.Namespace) -> list[Measurement]:
             generate_tsv(TsvSettings(rows=args.rows, dataset=args.dataset), [raw])
         ours = _Ours(raw, args.dataset, args.protocol, folder / "ours")
         rows = _measure({"ours": ours, "baseline": _Script(_BASELINE, sys.executable, (str(raw),))}, ours, args)
+        if rows[0].samples >= _PREDICT_FROM_ROWS:
+            print(render_predictions(_cost(rows[0])))
         if args.peer is not None:
             few = folder / "first.txt"
             _copy_first_lines(raw, few, args.peer_rows)
@@ -172,6 +179,12 @@ class _Ours:
         assert self.output is not None
         return _folder_bytes(self.output)
 
+    def stage_seconds(self) -> dict[str, float]:
+        """Of the latest run, as its report tells."""
+        assert self.output is not None
+        report = json.loads((self.output / REPORT_FILE).read_text())
+        return {stage["name"]: stage["seconds"] for stage in report["stages"]}
+
 
 @dataclass(frozen=True)
 class _Script:
@@ -198,8 +211,11 @@ def _measure(
     """Rows of ours and of another, timed in turns."""
     runs: dict[Implementation, list[_Run]] = {name: [] for name in contenders}
     turns = [name for round_ in range(args.rounds) for name in list(contenders)[:: 1 if round_ % 2 == 0 else -1]]
+    stages = []
     for name in tqdm(turns, desc="Measuring", unit=" runs", disable=None):
         runs[name].append(contenders[name]())
+        if name == "ours":
+            stages.append(ours.stage_seconds())
     schema = ours.schema()
     samples = sum(split.rows for split in schema.splits.values())
     seconds = {name: median_and_spread([run.seconds for run in of_name]) for name, of_name in runs.items()}
@@ -215,6 +231,8 @@ def _measure(
             extra["output_bytes"] = float(ours.output_bytes())
             extra["peak_disk_bytes"] = float(max(run.peak_disk_bytes for run in of_name))
             extra["largest_table_rows"] = float(max(schema.features.table_rows))
+            for stage in _STAGES:
+                extra[f"{stage}_s"] = statistics.median(of_run[stage] for of_run in stages)
         rows.append(
             Measurement(
                 work="preprocess",
@@ -318,6 +336,17 @@ class Cost:
     """Memory of a worker, not for a row: it does not grow with them."""
 
 
+def _cost(row: Measurement) -> Cost:
+    """From a row of ours, made by as many workers as this machine has cores."""
+    workers = os.cpu_count() or 1
+    return Cost(
+        core_s={stage: row.extra[f"{stage}_s"] * workers / row.samples for stage in _STAGES},
+        disk_bytes=row.extra["peak_disk_bytes"] / row.samples,
+        output_bytes=row.extra["output_bytes"] / row.samples,
+        worker_bytes=row.extra["peak_bytes"] / workers,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Target:
     name: str
@@ -330,6 +359,7 @@ _TARGETS = (
     _Target(name="kaggle", rows=45_840_617, largest_table=10_131_227 / 33_762_577),
     _Target(name="terabyte, 24 days", rows=4_373_472_329, largest_table=292_775_614 / 882_774_559),
 )
+# Assumptions, told with the figures.
 _NODES = (1, 10)
 _NODE_CORES = 16
 _EFFICIENCY = 0.7
@@ -340,7 +370,7 @@ _TEXT_BYTES = 250
 def predict(cost: Cost, target: _Target, nodes: int) -> dict[str, float]:
     """Seconds of each stage and of all, ``memory`` of a node, ``disk`` and ``output``, in bytes."""
     cores = nodes * _NODE_CORES * _EFFICIENCY
-    parallel = {stage: 1 / cores for stage in cost.core_s}
+    parallel = dict.fromkeys(cost.core_s, 1 / cores)
     # A column is counted by one core at a time.
     parallel["count"] = max(1 / min(cores, len(CRITEO_CATEGORICAL)), target.largest_table)
     seconds = {stage: target.rows * core_s * parallel[stage] for stage, core_s in cost.core_s.items()}
@@ -365,7 +395,9 @@ def render_predictions(cost: Cost) -> str:
         for nodes in _NODES:
             found = predict(cost, target, nodes)
             times = "".join(f"{_minutes(found[name]):>10}" for name in (*stages, "total"))
-            sizes = f"{found['memory'] / 1e9:>15,.1f} GB{found['disk'] / 1e9:>13,.0f} GB{found['output'] / 1e9:>7,.0f} GB"
+            sizes = (
+                f"{found['memory'] / 1e9:>15,.1f} GB{found['disk'] / 1e9:>13,.0f} GB{found['output'] / 1e9:>7,.0f} GB"
+            )
             lines.append(f"  {target.name:<20}{f'{nodes} x {_NODE_CORES}':>14}{times}{sizes}")
     lines += [
         f"  assumed: a core at {_EFFICIENCY:.0%} of the speed of these here; plain text (of compressed days, one core "
@@ -374,10 +406,16 @@ def render_predictions(cost: Cost) -> str:
         "row as measured",
         f"  here; disks or a shared file system of {_NODE_BYTES_PER_S / 1e9:.0f} GB/s a node, which bound the total; "
         "as many workers as cores, each with",
-        "  the memory of one here.",
+        "  the memory of one here, whatever the rows.",
     ]
     return "\n".join(lines)
 
 
 def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.1f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
