@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -34,7 +34,8 @@ Times, in turns and each in a process of its own, so that memory is measured too
             included. It fails on NumPy 2: name an interpreter that has numpy<2 with --peer-python.
 
 Peak memory is that of all processes of a contender together, sampled 50 times a second, pages that they share counted
-once; disk is what the working folder held at most, the input apart.
+once; disk is what the working folder held at most, the input apart. Prints a prediction for the real data sets, too,
+if there are enough rows.
 
 examples:
   python -m lightning_dlrm bench preprocess
@@ -87,11 +88,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", type=int, default=1_000_000, metavar="N", help="rows to generate (default: %(default)s)"
     )
     parser.add_argument(
-        "--input", type=Path, metavar="FILE", help="a raw file of this --dataset to read instead of generated rows"
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="raw text of this --dataset, not compressed, to read instead of generated rows",
     )
     parser.add_argument("--dataset", default="kaggle", choices=TSV_DATASETS, help="default: %(default)s")
     parser.add_argument("--protocol", default="dlrm", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="the median counts (default: %(default)s)")
+    parser.add_argument(
+        "--baseline-rows",
+        type=int,
+        default=5_000_000,
+        metavar="N",
+        help="first rows for the bare parse, at most: it holds them all, 0.5 GB a million (default: %(default)s)",
+    )
     parser.add_argument(
         "--folder", type=Path, metavar="DIR", help="where to write, and remove again (default: the temporary folder)"
     )
@@ -110,10 +121,14 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     Raises:
         UserError: an option is out of range, a file is missing, or a contender fails.
     """
-    if args.rounds < 1 or args.peer_rows < 100:
-        raise UserError("bench preprocess needs --rounds of 1 or more, --peer-rows of 100 or more")
+    if args.rounds < 1 or min(args.peer_rows, args.baseline_rows) < 100:
+        raise UserError("bench preprocess needs --rounds of 1 or more, --peer-rows and --baseline-rows of 100 or more")
     if args.input is not None and not args.input.is_file():
         raise UserError(f"--input {args.input} is no file; give raw TSV, or leave it out to generate some")
+    if args.input is not None and args.input.suffix in (".gz", ".zst"):
+        raise UserError(
+            f"--input {args.input} is compressed; unpack it first, as rows are counted and cut off by lines"
+        )
     if args.peer is not None and not (args.peer / "data_utils.py").is_file():
         raise UserError(f"--peer {args.peer} is no checkout of facebookresearch/dlrm: it has no data_utils.py")
     if args.folder is not None and not args.folder.is_dir():
@@ -125,7 +140,12 @@ def run(args: argparse.Namespace) -> list[Measurement]:
             raw = folder / "train.txt"
             generate_tsv(TsvSettings(rows=args.rows, dataset=args.dataset), [raw])
         ours = _Ours(raw, args.dataset, args.protocol, folder / "ours")
-        rows = _measure({"ours": ours, "baseline": _Script(_BASELINE, sys.executable, (str(raw),))}, ours, args)
+        parsed = raw
+        if _lines(raw) > args.baseline_rows:
+            parsed = folder / "parsed.txt"
+            _copy_first_lines(raw, parsed, args.baseline_rows)
+        baseline = _Script(_BASELINE, sys.executable, (str(parsed),), samples=_lines(parsed))
+        rows = _measure(ours, "baseline", baseline, args)
         if rows[0].samples >= _PREDICT_FROM_ROWS:
             print(render_predictions(_cost(rows[0])))
         if args.peer is not None:
@@ -133,8 +153,9 @@ def run(args: argparse.Namespace) -> list[Measurement]:
             _copy_first_lines(raw, few, args.peer_rows)
             ours_of_few = _Ours(few, args.dataset, args.protocol, folder / "few")
             beside = folder / "peer"  # it writes beside its input
-            peer = _Script(_PEER, args.peer_python, (str(args.peer), str(few), str(beside / "train.txt")), beside)
-            rows += _measure({"ours": ours_of_few, "peer": peer}, ours_of_few, args)
+            arguments = (str(args.peer), str(few), str(beside / "train.txt"))
+            peer = _Script(_PEER, args.peer_python, arguments, samples=_lines(few), folder=beside)
+            rows += _measure(ours_of_few, "peer", peer, args)
     return rows
 
 
@@ -193,6 +214,8 @@ class _Script:
     program: str
     python: str
     arguments: tuple[str, ...]
+    samples: int
+    """Rows that it handles."""
     folder: Path | None = None
     """Where it writes; emptied before each run."""
 
@@ -205,49 +228,46 @@ class _Script:
         return replace(run, seconds=float(output))
 
 
-def _measure(
-    contenders: Mapping[Implementation, Callable[[], _Run]], ours: _Ours, args: argparse.Namespace
-) -> list[Measurement]:
+def _measure(ours: _Ours, name: Implementation, other: _Script, args: argparse.Namespace) -> list[Measurement]:
     """Rows of ours and of another, timed in turns."""
-    runs: dict[Implementation, list[_Run]] = {name: [] for name in contenders}
-    turns = [name for round_ in range(args.rounds) for name in list(contenders)[:: 1 if round_ % 2 == 0 else -1]]
+    runs: dict[Implementation, list[_Run]] = {"ours": [], name: []}
     stages = []
-    for name in tqdm(turns, desc="Measuring", unit=" runs", disable=None):
-        runs[name].append(contenders[name]())
-        if name == "ours":
+    turns = [who for round_ in range(args.rounds) for who in list(runs)[:: 1 if round_ % 2 == 0 else -1]]
+    for who in tqdm(turns, desc="Measuring", unit=" runs", disable=None):
+        runs[who].append(ours() if who == "ours" else other())
+        if who == "ours":
             stages.append(ours.stage_seconds())
     schema = ours.schema()
-    samples = sum(split.rows for split in schema.splits.values())
-    seconds = {name: median_and_spread([run.seconds for run in of_name]) for name, of_name in runs.items()}
-    rows = []
-    for name, of_name in runs.items():
-        extra = {
-            "peak_bytes": float(max(run.peak_bytes for run in of_name)),
-            "cpu_s": statistics.median(run.cpu_s for run in of_name),
-        }
-        if name == "ours":
-            other = next(key for key in contenders if key != "ours")
-            extra[f"speed_over_{other}"] = seconds[other][0] / seconds["ours"][0]
-            extra["output_bytes"] = float(ours.output_bytes())
-            extra["peak_disk_bytes"] = float(max(run.peak_disk_bytes for run in of_name))
-            extra["largest_table_rows"] = float(max(schema.features.table_rows))
-            for stage in _STAGES:
-                extra[f"{stage}_s"] = statistics.median(of_run[stage] for of_run in stages)
-        rows.append(
-            Measurement(
-                work="preprocess",
-                case=f"{samples:,} rows, {args.dataset}, {args.protocol}",
-                implementation=name,
-                device="cpu",
-                precision="32-true",
-                batch_size=0,
-                samples=samples,
-                median_s=seconds[name][0],
-                spread_s=seconds[name][1],
-                extra=extra,
-            )
-        )
-    return rows
+    row = _row("ours", sum(split.rows for split in schema.splits.values()), runs["ours"], args)
+    row_of_other = _row(name, other.samples, runs[name], args)
+    extra = {
+        f"speed_over_{name}": row.samples_per_s / row_of_other.samples_per_s,
+        **row.extra,
+        "peak_disk_bytes": float(max(run.peak_disk_bytes for run in runs["ours"])),
+        "output_bytes": float(ours.output_bytes()),
+        "largest_table_rows": float(max(schema.features.table_rows)),
+        **{f"{stage}_s": statistics.median(of_run[stage] for of_run in stages) for stage in _STAGES},
+    }
+    return [replace(row, extra=extra), row_of_other]
+
+
+def _row(name: Implementation, samples: int, runs: Sequence[_Run], args: argparse.Namespace) -> Measurement:
+    median, spread = median_and_spread([run.seconds for run in runs])
+    return Measurement(
+        work="preprocess",
+        case=f"{samples:,} rows, {args.dataset}, {args.protocol}",
+        implementation=name,
+        device="cpu",
+        precision="32-true",
+        batch_size=0,
+        samples=samples,
+        median_s=median,
+        spread_s=spread,
+        extra={
+            "peak_bytes": float(max(run.peak_bytes for run in runs)),
+            "cpu_s": statistics.median(run.cpu_s for run in runs),
+        },
+    )
 
 
 def _run_process(command: Sequence[str], folder: Path | None) -> tuple[_Run, str]:
@@ -316,6 +336,11 @@ def _folder_bytes(folder: Path) -> int:
             if path.is_file():
                 total += path.stat().st_size
     return total
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 24), b""))
 
 
 def _copy_first_lines(source: Path, target: Path, rows: int) -> None:
