@@ -30,7 +30,7 @@ COLUMNS = (
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """100 rows for training, a quarter of them positive, and 10 for validation, none positive."""
+    """100 rows for training, a quarter of them positive, and 10 for validation, none positive; 220 were read."""
     with DatasetWriter(tmp_path / "data", COLUMNS) as writer:
         for split, rows, every in (("train", 100, 4), ("validation", 10, 99)):
             position = np.arange(1, rows + 1)
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
             protocol="own",
             settings={"max_rows": 5000},
             optimum={"validation": Optimum(auc=0.8125, log_loss=0.4321)},
-            report={"missing": {"I1": 11, "C1": 0}, "rows_per_file": [["raw.txt", 110]]},
+            report={"missing": {"I1": 22, "C1": 0}, "rows_per_file": [["raw.txt", 220]]},
         )
     return tmp_path / "data"
 
@@ -92,9 +92,26 @@ def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ["C1", "categorical", "1,234", "0.00%"] in words
     assert ["C2", "categorical", "3", "60.00%", "3", "0", "missing"] in words
     assert ["all", "tables", "1,237"] in words
-    for text in ("max_rows 5000", "raw.txt (110 rows)", "AUC 0.8125", "as it is", "every file has its checksum"):
+    for text in ("max_rows 5000", "raw.txt (220 rows)", "AUC 0.8125", "as it is", "every file has its checksum"):
         assert text in out, text
     assert DatasetSchema.load(folder).encoding_fingerprint[:16] in out
+
+
+def test_long_lists_are_short_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reserved = {"missing": 0, "rare": 1, "unknown": 1}
+    columns = [
+        Column(name=f"C{i}", role="categorical", cardinality=9, transform="a", reserved=reserved) for i in (1, 2, 3)
+    ]
+    columns += [Column(name=name, role="categorical", cardinality=9, transform="b") for name in ("C5", "C6", "X")]
+    with DatasetWriter(tmp_path / "data", columns) as writer:
+        writer.write("train", {column.name: np.zeros(3, np.int32) for column in columns})
+        writer.finish(dataset="mine", protocol="own", settings={"minimum": {"C1": 0, "C2": 5}, "seed": 3})
+    assert run_inspect(tmp_path / "data") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  dataset      mine, protocol own, minimum for each column, seed 3" in lines
+    at = lines.index("  categorical  C1..C3: a")
+    assert lines[at + 1] == "               C5, C6, X: b"
+    assert ["C1", "categorical", "9", "0", "missing,", "1", "rare/unknown"] in [line.split() for line in lines]
 
 
 def flip_last_byte(path: Path) -> None:

@@ -12,7 +12,7 @@ from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema
 def summary(folder: Path, schema: DatasetSchema) -> dict[str, Any]:
     """The facts of a dataset as JSON values.
 
-    ``columns`` gives for each, where known, ``missing`` (share of all rows), ``most_frequent`` (share
+    ``columns`` gives for each, where known, ``missing`` (share of the rows read), ``most_frequent`` (share
     of the lookups that go to the most frequent id) and ``ids_for_90`` (the least number of ids that
     90% of them go to); None where it is not known.
 
@@ -20,6 +20,9 @@ def summary(folder: Path, schema: DatasetSchema) -> dict[str, Any]:
         UserError: a vocabulary is no readable Parquet file.
     """
     rows = sum(split.rows for split in schema.splits.values())
+    rows_per_file = schema.report.get("rows_per_file")
+    # Missing values are counted as they are read; a sample of the rows may be all that is kept.
+    rows_read = sum(count for _, count in rows_per_file) if rows_per_file else rows
     missing: Mapping[str, int] = schema.report.get("missing", {})
     skews = {column.name: vocabulary_skew(folder, schema, column) for column in schema.columns}
     return {
@@ -47,7 +50,7 @@ def summary(folder: Path, schema: DatasetSchema) -> dict[str, Any]:
                 "cardinality": column.cardinality,
                 "transform": column.transform,
                 "reserved": dict(column.reserved),
-                "missing": missing[column.name] / rows if column.name in missing else None,
+                "missing": missing[column.name] / rows_read if column.name in missing else None,
                 "most_frequent": skew.most_frequent if skew else None,
                 "ids_for_90": skew.ids_for.get(0.9) if skew else None,
             }
@@ -57,13 +60,16 @@ def summary(folder: Path, schema: DatasetSchema) -> dict[str, Any]:
         "optimum": {
             name: {"auc": optimum.auc, "log_loss": optimum.log_loss} for name, optimum in schema.optimum.items()
         },
-        "rows_per_file": schema.report.get("rows_per_file"),
+        "rows_per_file": rows_per_file,
     }
 
 
 def render(facts: Mapping[str, Any]) -> str:
     """The facts of ``summary`` as text, and under ``leakage`` those of ``equal_rows``, if they are there."""
-    settings = "".join(f", {name} {value}" for name, value in facts["settings"].items())
+    settings = "".join(
+        f", {name} {'for each column' if isinstance(value, Mapping) else value}"
+        for name, value in facts["settings"].items()
+    )
     lines = [
         f"{Path(facts['folder']) / SCHEMA_FILE}",
         f"  dataset      {facts['dataset']}, protocol {facts['protocol']}{settings}",
@@ -73,7 +79,7 @@ def render(facts: Mapping[str, Any]) -> str:
     ]
     if facts["rows_per_file"]:
         lines.append("  made from    " + ", ".join(f"{name} ({rows:,} rows)" for name, rows in facts["rows_per_file"]))
-    lines += [f"  {role:<12} {words}" for role, words in _transforms(facts).items()]
+    lines += _transforms(facts)
     lines += ["", *_split_table(facts), "", *_column_table(facts)]
     for name, optimum in facts["optimum"].items():
         lines.append(f"best reachable on {name}: AUC {optimum['auc']:.4f}, log loss {optimum['log_loss']:.4f}")
@@ -82,18 +88,47 @@ def render(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _transforms(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Role -> what was done to its columns, with the columns' names where they differ."""
+def _transforms(facts: Mapping[str, Any]) -> list[str]:
+    """For each role what was done to its columns, with the columns' names where they differ."""
     columns_of: dict[str, dict[str, list[str]]] = {}
     for column in facts["columns"]:
         if column["transform"]:
             columns_of.setdefault(column["role"], {}).setdefault(column["transform"], []).append(column["name"])
-    return {
-        role: "; ".join(
-            words if len(by_words) == 1 else f"{', '.join(names)}: {words}" for words, names in by_words.items()
-        )
-        for role, by_words in columns_of.items()
-    }
+    lines = []
+    for role, by_words in columns_of.items():
+        for number, (words, names) in enumerate(by_words.items()):
+            which = f"{_ranges(names)}: " if len(by_words) > 1 else ""
+            lines.append(f"  {'' if number else role:<12} {which}{words}")
+    return lines
+
+
+def _ranges(names: Sequence[str]) -> str:
+    """Names as people write them: three or more that count up become one, such as C1..C26.
+
+    >>> _ranges(["I1", "I2", "I3", "I5", "I6", "size", "C7"])
+    'I1..I3, I5, I6, size, C7'
+    """
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and name == _next_name(runs[-1][-1]):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs)
+
+
+def _next_name(name: str) -> str | None:
+    """The name with the number at its end counted up; None without one."""
+    stem = name.rstrip("0123456789")
+    return f"{stem}{int(name[len(stem) :]) + 1}" if stem != name else None
+
+
+def _reserved(ids: Mapping[str, int]) -> str:
+    """Such as ``0 missing, 1 rare/unknown``."""
+    names: dict[int, list[str]] = {}
+    for name, row in ids.items():
+        names.setdefault(row, []).append(name)
+    return ", ".join(f"{row} {'/'.join(names[row])}" for row in sorted(names))
 
 
 def _split_table(facts: Mapping[str, Any]) -> list[str]:
@@ -125,7 +160,7 @@ def _column_table(facts: Mapping[str, Any]) -> list[str]:
             _percent(column["missing"]),
             _percent(column["most_frequent"]),
             "" if column["ids_for_90"] is None else f"{column['ids_for_90']:,}",
-            ", ".join(f"{row} {name}" for name, row in column["reserved"].items()),
+            _reserved(column["reserved"]),
         )
         for column in facts["columns"]
     ]
