@@ -44,7 +44,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from datamodules.parquet import ROWS_PER_FILE, SplitWriter, arrow_table
-from datamodules.preprocess.criteo_tsv import BadLineError, parse, parse_good, piece_of_plain, pieces_of_text
+from datamodules.preprocess.criteo_tsv import (
+    BadLineError,
+    count_lines,
+    parse,
+    parse_good,
+    piece_of_plain,
+    pieces_of_text,
+)
 from datamodules.preprocess.journal import record, recorded, written_aside
 from datamodules.preprocess.multi_hot import MultiHot
 from datamodules.preprocess.protocols import Protocol, Table, bucket, by_frequency, find_protocol, hash_modulo
@@ -142,11 +149,11 @@ def _stage(job: StageJob, path: Path, text: bytes) -> dict[str, Any]:
             tables = [parse(text, job.labelled)]
         except BadLineError as error:
             return {"bad_line": [error.line, error.fault]}
-    facts: dict[str, Any] = {"lines": text.count(b"\n"), "text_bytes": len(text), "bad": bad, "rows": 0}
+    facts: dict[str, Any] = {"lines": count_lines(text), "text_bytes": len(text), "bad": bad, "rows": 0}
     del text
     files: tuple[Path, ...] = ()
     if tables:
-        batch, more = _segment(pa.concat_tables(tables), job.labelled)
+        batch, more = _segment(pa.concat_tables(tables).unify_dictionaries(), job.labelled)
         facts.update(more)
         arrow = path.with_suffix(".arrow")
         with (
@@ -177,9 +184,8 @@ def _segment(table: pa.Table, labelled: bool) -> tuple[pa.RecordBatch, dict[str,
         minimum[name] = lowest if values.null_count or bounds["min"] is None else bounds["min"]
         columns[name] = values.cast(next(kind for bits, kind in _INTEGERS if max(highest, ~lowest) < 1 << bits))
     for name in CRITEO_CATEGORICAL:
-        hashes = table.column(name).combine_chunks()
-        missing[name] = hashes.null_count
-        encoded = hashes.dictionary_encode()
+        encoded = table.column(name).combine_chunks()
+        missing[name] = encoded.null_count
         last = len(encoded.dictionary)
         distinct[name] = last
         kind = np.min_scalar_type(last)
@@ -445,6 +451,11 @@ def _distinct(encoding: Encoding, table: Table, opened: OpenSegment) -> tuple[np
     return values, codes
 
 
+def _values_of(encoding: Encoding, table: Table, segment: Segment) -> np.ndarray:
+    with OpenSegment(segment) as opened:
+        return _distinct(encoding, table, opened)[0].copy()
+
+
 class _Spread:
     """A column's distinct values of every segment, in files by ranges of value.
 
@@ -455,11 +466,13 @@ class _Spread:
     def __init__(self, scratch: Path, bounds: np.ndarray):
         self.scratch, self.bounds = scratch, bounds
         self.parts = len(bounds) + 1
+        self.lengths: list[int] = []
+        """Entries of each segment."""
 
     def place(self, part: int) -> Path:
         return self.scratch / f"{part:04d}"
 
-    def order(self, values: np.ndarray) -> tuple[np.ndarray | slice, np.ndarray]:
+    def order(self, values: np.ndarray | range) -> tuple[np.ndarray | slice, np.ndarray]:
         """How to bring values range by range, and where each range then ends."""
         if self.parts == 1:
             return slice(None), np.array([len(values)])
@@ -482,6 +495,7 @@ def _spread_values(encoding: Encoding, table: Table, scratch: Path) -> tuple[_Sp
                 missing_rows += int(counts[len(values) :].sum())
                 entries = np.empty(len(values), _ENTRY)
                 entries["value"], entries["count"] = values, counts[: len(values)]
+            spread.lengths.append(len(entries))
             order, ends = spread.order(entries["value"])
             entries = entries[order]
             for file, start, end in zip(files, [0, *ends], ends, strict=False):
@@ -497,8 +511,8 @@ def _bounds(encoding: Encoding, table: Table, segments: Sequence[Segment]) -> np
     looked_at = segments[:: max(len(segments) // 64, 1)]
     samples = []
     for segment in looked_at:
-        with OpenSegment(segment) as opened:
-            values, _ = _distinct(encoding, table, opened)
+        values = _values_of(encoding, table, segment)
+        if len(values):
             samples.append(values[:: max(len(values) * len(looked_at) // _SAMPLED_VALUES, 1)])
     sample = np.sort(np.concatenate(samples))
     return np.unique(sample[np.arange(1, parts) * len(sample) // parts])
@@ -661,13 +675,11 @@ def _write_ids(encoding: Encoding, table: Table, spread: _Spread, missing_id: in
     out = _IdsWriter(spread.scratch)
     with ExitStack() as stack:
         files = [stack.enter_context(spread.place(part).with_suffix(".ids").open("rb")) for part in range(spread.parts)]
-        for segment in load_segments(encoding.segments):
-            with OpenSegment(segment) as opened:
-                values, _ = _distinct(encoding, table, opened)
-            order, ends = spread.order(values)
+        for segment, length in zip(load_segments(encoding.segments), spread.lengths, strict=True):
+            order, ends = spread.order(_values_of(encoding, table, segment) if spread.parts > 1 else range(length))
             lengths = np.diff(ends, prepend=0)
-            parts = [np.fromfile(file, np.int32, length) for file, length in zip(files, lengths, strict=True)]
-            ids = np.empty(len(values), np.int32)
+            parts = [np.fromfile(file, np.int32, count) for file, count in zip(files, lengths, strict=True)]
+            ids = np.empty(length, np.int32)
             ids[order] = np.concatenate(parts)
             if modulus:
                 ids %= modulus
