@@ -65,6 +65,7 @@ def test_rows_of_all_contenders(tmp_path: Path, peer: Path, numpy_1: Path, capsy
     assert all(30e6 < row["peak_bytes"] < 2e9 and row["cpu_s"] > 0 for row in rows[:3])
     assert ours["speed_over_baseline"] == (2_000 / ours["median_s"]) / (500 / baseline["median_s"]) < 1
     assert 2 < other["median_s"] < 3 and few["speed_over_peer"] == pytest.approx(other["median_s"] / few["median_s"])
+    assert ours["speed_over_peer"] == pytest.approx((2_000 / ours["median_s"]) / (150 / other["median_s"]))
     assert 0 < ours["stage_s"] + ours["count_s"] + ours["encode_s"] < ours["median_s"]
     assert 1_000 < ours["largest_table_rows"] <= 2_000 and ours["output_bytes"] > few["output_bytes"] > 0
     assert raw.is_file() and not any(scratch.iterdir())
