@@ -196,7 +196,7 @@ def test_sigterm_ends_an_evaluation() -> None:
         command(*predict, "--ckpt_path", "run/checkpoints/last"), stderr=subprocess.PIPE, stdout=subprocess.PIPE
     )
     deadline = time.monotonic() + 60
-    while not Path("run/predictions.parquet.partial").exists() and time.monotonic() < deadline:
+    while not Path("run/predictions.parquet.partial-0").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
@@ -325,6 +325,14 @@ def test_a_run_is_never_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(options) == 2
     assert "--resume auto" in capsys.readouterr().err
     assert Path("run/summary.json").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_not_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("thesis").mkdir()
+    Path("thesis/chapter.tex").write_text("")
+    assert main([*FIT, *QUICK, "--run_dir", "thesis", "--resume=auto"]) == 2
+    assert "thesis is no run folder: it holds chapter.tex" in capsys.readouterr().err
+    assert [path.name for path in Path("thesis").iterdir()] == ["chapter.tex"]
 
 
 def test_checkpoint_of_another_model_or_dataset(capsys: pytest.CaptureFixture[str]) -> None:

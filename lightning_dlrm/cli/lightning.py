@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 from jsonargparse import ActionConfigFile, ArgumentParser
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import lightning_dlrm
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
@@ -34,7 +35,7 @@ from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
 from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay, WarmupThenDecay
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
-from lightning_dlrm.tracking.run_folder import CONFIG, JsonLinesLogger, RunFolder
+from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS, JsonLinesLogger, RunFolder
 from lightning_dlrm.tracking.wandb_run import Mode, choose_mode, finish_wandb, offline_folder, start_wandb
 
 log = logging.getLogger("lightning_dlrm")
@@ -186,8 +187,9 @@ class CTRCommand(LightningCLI):
         settings = self._settings()
         assert isinstance(self.model, CTRModule)
         trainer = dict(self._get(self.config_init, "trainer", default={}))
-        self._rehearse(trainer)
-        self.run_folder = self._open_run_folder(settings)
+        # Rank 0 chooses the run folder; the callbacks of the others hear of it once the ranks can talk.
+        is_rank_zero = self._rehearse(trainer).is_global_zero
+        self.run_folder = self._open_run_folder(settings) if is_rank_zero else RunFolder(Path())
         callbacks: list[pl.Callback]
         if self.subcommand == "fit":
             checkpoints = None
@@ -208,11 +210,11 @@ class CTRCommand(LightningCLI):
         built: pl.Trainer = self._instantiate_trainer(trainer | kwargs, [])
         return built
 
-    def _rehearse(self, settings: dict[str, Any]) -> None:
+    def _rehearse(self, settings: dict[str, Any]) -> pl.Trainer:
         """Builds a trainer only to see that it can be built, before there is a run folder.
 
         Raises:
-            UserError: Lightning refuses the settings, or they ask for several processes.
+            UserError: Lightning refuses the settings, or they ask for training in several processes.
         """
         if settings["accumulate_grad_batches"] < 1:
             raise UserError(f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}; give 1 or more")
@@ -224,11 +226,12 @@ class CTRCommand(LightningCLI):
             trainer = pl.Trainer(**(settings | {"logger": False, "callbacks": None}))
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and self.subcommand == "fit":
             raise UserError(
-                f"{trainer.world_size} processes are asked for; this release trains in one: "
+                f"{trainer.world_size} processes are asked for; this release trains in one (and evaluates in several): "
                 "set --trainer.devices 1 and --trainer.num_nodes 1"
             )
+        return trainer
 
     def _open_run_folder(self, settings: Any) -> RunFolder:
         path = None if settings.run_dir is None else Path(settings.run_dir)
@@ -239,7 +242,7 @@ class CTRCommand(LightningCLI):
             if path is not None and path.is_dir():
                 return RunFolder(path)
         elif settings.resume is not None and path is not None and path.is_dir():
-            return RunFolder(path)
+            return RunFolder.reopen(path)
         self._made_folder = True
         return RunFolder.create(path, settings.model.network.class_path.rpartition(".")[2].lower())
 
@@ -308,7 +311,7 @@ class CTRCommand(LightningCLI):
 
     def before_predict(self) -> None:
         assert self.run_folder is not None
-        log.info("predictions go to %s", self.run_folder.path / "predictions.parquet")
+        log.info("predictions go to %s", self.run_folder.path / PREDICTIONS)
 
     def _print_results(self) -> None:
         assert isinstance(self.model, CTRModule) and self.run_folder is not None
@@ -410,6 +413,10 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Says at this level that a rank has died, before it ends the others.
+    logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        log.setLevel(logging.WARNING)
 
 
 def _version() -> str:

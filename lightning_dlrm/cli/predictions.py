@@ -1,6 +1,6 @@
 """``predict`` writes ``predictions.parquet``, batch by batch: memory does not grow with the rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tracking.run_folder import PREDICTIONS, RunFolder
 
 SCHEMA = pa.schema([("row", pa.int64()), ("probability", pa.float32())])
@@ -18,18 +19,19 @@ SCHEMA = pa.schema([("row", pa.int64()), ("probability", pa.float32())])
 class PredictionWriter(BasePredictionWriter):
     """Columns ``row`` (position in the split, int64) and ``probability`` (float32), in row order.
 
+    Each rank writes a file of its own, in the order of its rows; at the end rank 0 merges them.
+
     Args:
         folder: the run folder.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         super().__init__(write_interval="batch")
-        self._target = folder.path / PREDICTIONS
-        self._partial = Path(f"{self._target}.partial")
+        self._folder = folder
         self._writer: pq.ParquetWriter | None = None
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._writer = pq.ParquetWriter(self._partial, SCHEMA)
+        self._writer = pq.ParquetWriter(self._partial(trainer.global_rank), SCHEMA)
 
     def write_on_batch_end(
         self,
@@ -48,9 +50,75 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._writer is not None
         self._writer.close()
-        self._partial.replace(self._target)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            parts = [self._partial(rank) for rank in range(trainer.world_size)]
+            merge_by_row(parts, self._folder.path / PREDICTIONS)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._partial.unlink(missing_ok=True)
+            self._partial(trainer.global_rank).unlink(missing_ok=True)
+
+    def _partial(self, rank: int) -> Path:
+        return self._folder.path / f"{PREDICTIONS}.partial-{rank}"
+
+
+def merge_by_row(parts: Sequence[Path], target: Path) -> None:
+    """Makes one file, in row order, of files that are each in row order; removes them.
+
+    Raises:
+        UserError: a part is not there.
+    """
+    missing = [part for part in parts if not part.is_file()]
+    if missing:
+        raise UserError(
+            f"the predictions {missing[0]} of another rank are not to be seen from rank 0: "
+            "put the run folder on a file system that all nodes share"
+        )
+    if len(parts) > 1:
+        partial = parts[0].with_name(f"{target.name}.partial")
+        with pq.ParquetWriter(partial, SCHEMA) as writer:
+            for table in _merged([_Source(part) for part in parts]):
+                writer.write_table(table)
+        for part in parts:
+            part.unlink()
+    else:
+        partial = parts[0]
+    partial.replace(target)
+
+
+class _Source:
+    """The rows of a part that are still to come, a row group in memory at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._batches = self._read(path)
+        self._rest: pa.RecordBatch | None = next(self._batches, None)
+
+    @property
+    def next_row(self) -> int | None:
+        return None if self._rest is None else self._rest["row"][0].as_py()
+
+    def take_below(self, row: int | None) -> pa.RecordBatch:
+        """The rows at hand below ``row``; all where it is None."""
+        assert self._rest is not None
+        found = self._rest
+        count = len(found) if row is None else int((found["row"].to_numpy() < row).sum())
+        self._rest = found.slice(count) if count < len(found) else next(self._batches, None)
+        return found.slice(0, count)
+
+    @staticmethod
+    def _read(path: Path) -> Iterator[pa.RecordBatch]:
+        with pq.ParquetFile(path) as file:
+            yield from (batch for batch in file.iter_batches() if len(batch))
+
+
+def _merged(sources: Sequence[_Source]) -> Iterator[pa.Table]:
+    while True:
+        waiting = sorted(
+            ((source.next_row, i) for i, source in enumerate(sources) if source.next_row is not None),
+        )
+        if not waiting:
+            return
+        after = waiting[1][0] if len(waiting) > 1 else None
+        yield pa.Table.from_batches([sources[waiting[0][1]].take_below(after)])

@@ -229,6 +229,10 @@ class EvaluationWriter(pl.Callback):
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Rank 0 has chosen it.
+        self.folder.path = trainer.strategy.broadcast(self.folder.path)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "validate":
             self._write("validate.json", trainer, pl_module)

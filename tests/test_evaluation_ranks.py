@@ -1,0 +1,114 @@
+"""Contract: an evaluation finds the same on any number of ranks: every row once, the same scores, predictions in row
+order; launched by torchrun or by Lightning itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.cli.predictions import SCHEMA, merge_by_row
+from lightning_dlrm.contracts.errors import UserError
+from tests.ranks import ROOT, run_ranks
+
+pytestmark = pytest.mark.dist
+
+# 40,001 rows: over several row groups, and divisible by neither the ranks nor the batch size.
+_FIT = [
+    *["fit", "--config", "dlrm.yaml", "--config", "small.yaml", "--wandb.mode=disabled"],
+    *["--data.demo.train_rows=40000", "--data.demo.validation_rows=40001", "--data.demo.test_rows=3000"],
+    *["--data.demo.max_table_rows=1000", "--trainer.enable_progress_bar=false"],
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a checkpoint, and one process's scores of it."""
+    path = tmp_path_factory.mktemp("ranks") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_DLRM_CACHE", str(path.parent / "cache"))
+        assert main([*_FIT, "--run_dir", str(path)]) == 0
+        assert main(["validate", *_again(path)]) == 0
+        (path / "validate.json").rename(path / "alone.json")
+        assert main(["predict", *_again(path), "--data.predict_split=all"]) == 0
+        (path / "predictions.parquet").rename(path / "alone.parquet")
+    return path
+
+
+def _again(run: Path) -> list[str]:
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    return ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints/best"), *quiet]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_scores_are_those_of_one_process(run: Path, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(run.parent / "cache"))
+    arguments = ["-m", "lightning_dlrm", "validate", *_again(run), f"--trainer.devices={ranks}"]
+    run_ranks([*arguments, "--data.evaluation_batch_size=4096"], ranks)
+    found, alone = (json.loads((run / name).read_text()) for name in ("validate.json", "alone.json"))
+    assert found == pytest.approx(alone, abs=1e-7)
+
+
+def test_predictions_are_those_of_one_process(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(run.parent / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    arguments = ["predict", *_again(run), "--trainer.devices=3", "--data.predict_split=all"]
+    subprocess.run([sys.executable, "-m", "lightning_dlrm", *arguments], check=True, timeout=120, cwd=run)
+    found, alone = (pq.read_table(run / name) for name in ("predictions.parquet", "alone.parquet"))
+    assert found["row"].equals(alone["row"]) and len(found) == 40_000 + 40_001 + 3000
+    difference = np.abs(found["probability"].to_numpy() - alone["probability"].to_numpy())
+    assert difference.max() < 1e-6
+    assert not list(run.glob("predictions.parquet.partial*"))
+
+
+def test_parts_in_any_interleaving_are_merged_by_row(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    owner = rng.integers(0, 3, 1000)
+    owner[200:500] = 1
+    parts = [tmp_path / str(rank) for rank in range(4)]
+    for rank, part in enumerate(parts):
+        with pq.ParquetWriter(part, SCHEMA) as writer:
+            for rows in np.array_split(np.flatnonzero(owner == rank), 7):
+                writer.write_table(pa.table([rows, rows.astype(np.float32)], schema=SCHEMA))
+    merge_by_row(parts, tmp_path / "all.parquet")
+    found = pq.read_table(tmp_path / "all.parquet")
+    assert found["row"].to_pylist() == found["probability"].to_pylist() == list(range(1000))
+    assert [path.name for path in tmp_path.iterdir()] == ["all.parquet"]
+
+
+def test_a_part_out_of_sight_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="of another rank are not to be seen"):
+        merge_by_row([tmp_path / "0"], tmp_path / "all.parquet")
+
+
+def test_training_in_several_processes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*_FIT, "--run_dir", str(tmp_path / "run"), "--trainer.devices=2", "--trainer.accelerator=cpu"]
+    assert main(arguments) == 2
+    assert "trains in one" in capsys.readouterr().err
+
+
+def test_a_rank_that_dies_ends_the_others(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(run.parent / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # One row a batch: long enough to be killed in the midst.
+    arguments = ["predict", *_again(run), "--trainer.devices=2", "--data.evaluation_batch_size=2"]
+    command = [sys.executable, "-m", "lightning_dlrm", *arguments, "--data.predict_split=all"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=run) as first:
+        second = run / "predictions.parquet.partial-1"
+        deadline = time.monotonic() + 60
+        while not second.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (child,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        _, told = first.communicate(timeout=60)
+    assert first.returncode != 0 and "terminated with code -9" in told
+    for partial in run.glob("predictions.parquet.partial*"):
+        partial.unlink()
