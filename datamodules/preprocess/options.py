@@ -82,7 +82,7 @@ class Options:
         settings: dict[str, Any] = {}
         if self.max_rows is not None:
             settings["max_rows"] = self.max_rows
-        if self.threshold > 1:
+        if max(self.threshold, self.rules.min_count) > 1:
             settings["min_count"] = self.threshold
         if self.negative_sampling_rate < 1:
             settings["negative_sampling_rate"] = self.negative_sampling_rate

@@ -66,8 +66,8 @@ BAD_ROWS_FILE = "bad_rows.tsv"
 _VERSION = 1
 """Counts up whenever the same input would give other bytes, so that no run goes on with files of another release."""
 
-# Below this much input the workers would take longer to start than to work.
-_WORTH_PROCESSES_BYTES = 8 << 20
+# Below this much input the workers would take longer to start than to work, and nothing is worth keeping.
+_SMALL_BYTES = 8 << 20
 _SEGMENTS_A_JOB = 64
 
 
@@ -151,11 +151,12 @@ def preprocess(
     if finished is not None:
         progress.note(f"{output} is finished already: same input, same options; nothing to do")
         return finished
+    small = sum(file.size for file in files) < _SMALL_BYTES
     if any(in_process_only(file.path) for file in files):
         workers, scheduler = 1, None
     elif workers is None:
-        workers = 1 if sum(file.size for file in files) < _WORTH_PROCESSES_BYTES else os.cpu_count() or 1
-    with target.working_folder() as folder:
+        workers = 1 if small else os.cpu_count() or 1
+    with target.working_folder(worth_keeping=not small) as folder:
         progress.folder = folder
         facts = estimate(files, multi_hot=options.multi_hot is not None)
         job = _Job(

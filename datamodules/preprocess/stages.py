@@ -397,7 +397,7 @@ def look_up_column(job: ColumnJob) -> dict[str, Any]:
                 absent = np.empty(len(wanted), bool)
                 absent[ascending] = ~found
                 unknown_rows += int(np.bincount(codes, minlength=len(wanted))[: len(wanted)][absent].sum())
-                out.write(result if table.missing_as_value else np.append(result, reserved.get("missing", 0)))
+                out.write(result if table.missing_as_value else np.append(result, np.int32(reserved.get("missing", 0))))
         out.finish(encoding, table)
     encoding.vocabulary(table).parent.mkdir(parents=True, exist_ok=True)
     with written_aside(encoding.vocabulary(table)) as partial:
@@ -430,6 +430,7 @@ class _IdsWriter:
 
     def write(self, ids: np.ndarray) -> None:
         """int32 [d + 1]"""
+        assert ids.dtype == np.int32
         self._file.write(ids.tobytes())
         self._ends.append(self._ends[-1] + len(ids))
 

@@ -73,11 +73,14 @@ class Target:
             return DatasetSchema.load(Path(folder))
 
     @contextmanager
-    def working_folder(self) -> Iterator[Path]:
+    def working_folder(self, worth_keeping: bool) -> Iterator[Path]:
         """Holds the working folder for this run.
 
-        It is removed afterwards if nothing in it is worth keeping: if the dataset is delivered, or no
-        step was finished.
+        It is removed afterwards if the dataset is delivered, or nothing in it is worth keeping. (Killed
+        runs leave theirs in any case.)
+
+        Args:
+            worth_keeping: whether finished steps took long enough to be kept when the run is broken off.
 
         Raises:
             UserError: it cannot be made, or another run makes the same dataset.
@@ -87,11 +90,11 @@ class Target:
             try:
                 yield self.work
             finally:
-                if (self.work / "delivered").exists() or not find_records(self.work):
+                if (self.work / "delivered").exists() or not worth_keeping or not find_records(self.work):
                     shutil.rmtree(self.work, ignore_errors=True)
-        for parent in new_parents if not self.work.exists() else ():
-            with suppress(OSError):  # not empty: the dataset lies in it
-                parent.rmdir()
+                    for parent in new_parents:
+                        with suppress(OSError):  # not empty: the dataset lies in it
+                            parent.rmdir()
 
     def deliver(self, result: Path) -> None:
         """Gives the finished dataset its place: renamed there, or, where it has to be copied, dataset.json last.
