@@ -219,9 +219,9 @@ def render_equal_rows(facts: Mapping[str, Any]) -> list[str]:
     if found and "train" in facts["within"]:
         lines += [
             "  Equal rows occur in clean data too: one visitor is shown one advertisement twice, or few and coarse",
-            "  features coincide. A share of validation or test that is in train too is natural as long as it is not",
-            f"  far above the share of repeats within train ({facts['within']['train']['share']:.3%}); if it is, "
-            "suspect a leak.",
+            "  features coincide. Were all rows drawn alike, validation and test would have up to about twice the share",
+            f"  in train that repeats have within train (so {2 * facts['within']['train']['share']:.3%} here); "
+            "far above that, suspect a leak.",
         ]
     return lines
 
