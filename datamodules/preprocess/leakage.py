@@ -219,8 +219,8 @@ def render_equal_rows(facts: Mapping[str, Any]) -> list[str]:
     if found and "train" in facts["within"]:
         lines += [
             "  Equal rows occur in clean data too: one visitor is shown one advertisement twice, or few and coarse",
-            "  features coincide. Were all rows drawn alike, validation and test would have up to about twice the share",
-            f"  in train that repeats have within train (so {2 * facts['within']['train']['share']:.3%} here); "
+            "  features coincide. Were all rows drawn alike, validation and test would have about twice the share in",
+            f"  train that repeats have within train (so up to {2 * facts['within']['train']['share']:.3%} here); "
             "far above that, suspect a leak.",
         ]
     return lines
