@@ -149,13 +149,8 @@ def test_form_of_the_input_does_not_change_a_byte(tmp_path: Path) -> None:
     }
     results = {}
     for name, make in forms.items():
-        for piece_bytes in (
-            (PIECE_BYTES,)
-            if name == "plain"
-            else (37, 4096)
-            if name in ("crlf", "gzip, no final line end")
-            else (1000,)
-        ):
+        sizes = {"plain": (PIECE_BYTES,), "crlf": (37, 4096), "gzip, no final line end": (37, 4096)}
+        for piece_bytes in sizes.get(name, (1000,)):
             folder = tmp_path / name / str(piece_bytes)
             folder.mkdir(parents=True)
             preprocess("kaggle", "modern", [make(folder)], folder / "out", progress=QUIET, block_bytes=piece_bytes)

@@ -128,7 +128,9 @@ def stage_text(job: StageJob) -> list[dict[str, Any]]:
     """
     done = recorded(job.folder / "whole")
     if done:
-        return [recorded(segment_path(job.folder, index)) or {} for index in range(done["segments"])]
+        found = [recorded(segment_path(job.folder, index)) for index in range(done["segments"])]
+        if None not in found:  # one is missing if it was damaged since
+            return [facts for facts in found if facts]
     facts: list[dict[str, Any]] = []
     for index, text in enumerate(pieces_of_text(job.source, job.piece_bytes)):
         path = segment_path(job.folder, index)

@@ -144,7 +144,7 @@ class Target:
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     """The first difference between two runs, in words."""
     options, now = found.get("options", {}), wanted["options"]
-    for name in sorted({*options, *now}):
+    for name in now | options:
         if options.get(name) != now.get(name):
             return f"{name} was {options.get(name)}, now it is {now.get(name)}"
     before, after = found.get("inputs", []), wanted["inputs"]
