@@ -390,9 +390,25 @@ class ParamsCommand(CTRCommand):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument("--json", action="store_true", help="print JSON")
+        add_matching_arguments(parser)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return None
+
+
+def add_matching_arguments(parser: Any) -> None:
+    """Options of ``params`` that make one model cost what another does."""
+    parser.add_argument(
+        "--match",
+        default=None,
+        help="configuration whose hidden layers are to be widened or narrowed: params --match dcn.yaml "
+        "--to dlrm.yaml --by dense --output matched.yaml (other options, such as --data.path, go to both)",
+    )
+    parser.add_argument("--to", default=None, help="configuration whose cost is to be met")
+    parser.add_argument(
+        "--by", default="dense", help="what is to be met: total, dense (parameters), or flops (forward)"
+    )
+    parser.add_argument("--output", default=None, help="the new configuration's file")
 
 
 def explain(message: str, known: Sequence[str]) -> str:
