@@ -40,7 +40,7 @@ class FolderData(pl.LightningDataModule):
             those of the whole training split. It is refused where they do not fit. `none` to decode them every time.
         threads: How many threads decode. One feeds a training on the CPU with little to spare for more; a GPU may
             want more.
-        seed: Chooses the orders of `window` and `full`.
+        seed: Chooses the orders of `window` and `full`; by default seed_everything, or 0 from Python.
         predict_split: What predict scores; `all` is train, validation and test, one after the other.
 
     Raises:
@@ -55,7 +55,7 @@ class FolderData(pl.LightningDataModule):
         shuffle: Shuffle = "window",
         cache: Cache = "none",
         threads: int = 1,
-        seed: int = 0,
+        seed: int | None = None,
         predict_split: Literal["train", "validation", "test", "all"] = "test",
     ) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class FolderData(pl.LightningDataModule):
         self.shuffle = shuffle
         self.cache = cache
         self.threads = threads
-        self.seed = seed
+        self.seed = seed or 0
         self.predict_split = predict_split
         self._schema: DatasetSchema | None = None
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import (
@@ -75,7 +76,7 @@ class DatasetWriter:
     def __init__(self, folder: Path, columns: Sequence[Column]) -> None:
         self.folder = Path(folder).absolute()
         self.columns = tuple(columns)
-        self._splits: dict[str, _SplitWriter] = {}
+        self._splits: dict[str, SplitWriter] = {}
         self._vocabulary: dict[str, DataFile] = {}
         self._check_target()
         # The process is part of the name: two processes that make the same dataset do not meet.
@@ -113,15 +114,9 @@ class DatasetWriter:
             UserError: a bag has not as many weights as ids, or a weight is null or NaN.
         """
         assert split in SPLITS, f"split {split!r} is none of {SPLITS}"
-        names = [column.name for column in self.columns]
-        assert set(arrays) == set(names), f"columns {sorted(arrays)} given, {sorted(names)} expected"
-        table = pa.table({column.name: _to_arrow(column, arrays[column.name]) for column in self.columns})
-        for column in self.columns:
-            if column.role == "weights":
-                check_weights(column.name, table.column(column.name), table.column(weighted_column(column)))
         if split not in self._splits:
-            self._splits[split] = _SplitWriter(self._partial, split, table.schema, self.columns)
-        self._splits[split].append(table)
+            self._splits[split] = SplitWriter(self._partial, split, self.columns)
+        self._splits[split].append(arrow_table(self.columns, arrays))
 
     def write_vocabulary(self, name: str, table: pa.Table) -> None:
         """Writes ``vocabulary/<name>.parquet``, the raw values of a categorical column's ids."""
@@ -150,10 +145,10 @@ class DatasetWriter:
         )
         schema.save(self._partial)
         for path in (*self._partial.rglob("*"), self._partial):
-            _flush(path)
+            flush(path)
         self._check_target()
         self._partial.rename(self.folder)
-        _flush(self.folder.parent)
+        flush(self.folder.parent)
         return schema
 
     def _check_target(self) -> None:
@@ -172,11 +167,19 @@ class DatasetWriter:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-class _SplitWriter:
-    """Cuts appended rows into row groups and files of the fixed sizes."""
+class SplitWriter:
+    """Cuts appended rows into row groups and files of the fixed sizes, below a folder.
 
-    def __init__(self, root: Path, split: str, arrow: pa.Schema, columns: Sequence[Column]) -> None:
-        self.root, self.split, self.arrow = root, split, arrow
+    Args:
+        root: where the split's folder lies or is made.
+        split: its name.
+        columns: as of the DatasetWriter.
+        first_part: the number of the first file; earlier ones are written elsewhere.
+    """
+
+    def __init__(self, root: Path, split: str, columns: Sequence[Column], first_part: int = 0) -> None:
+        self.root, self.split, self.first_part = root, split, first_part
+        self.arrow = pa.schema([(column.name, _TYPES[column.role]) for column in columns])
         self.label = next((column.name for column in columns if column.role == "label"), None)
         # Readers compare the largest id with the table; statistics of other columns only grow the footer.
         self.with_statistics = [_leaf(column) for column in columns if column.cardinality]
@@ -186,9 +189,10 @@ class _SplitWriter:
         self.files: list[DataFile] = []
         self.groups: list[int] = []
         self.writer: pq.ParquetWriter | None = None
-        (root / split).mkdir()
+        (root / split).mkdir(exist_ok=True)
 
     def append(self, table: pa.Table) -> None:
+        """More rows, as ``arrow_table`` makes them."""
         self.pending.append(table)
         self.pending_rows += table.num_rows
         if self.pending_rows < ROW_GROUP_ROWS:
@@ -200,6 +204,7 @@ class _SplitWriter:
         self.pending, self.pending_rows = [rows.slice(whole)], self.pending_rows - whole
 
     def close(self) -> Split:
+        """Writes what is left and tells what the split, or this share of it, has."""
         if self.pending_rows:
             self._write_group(pa.concat_tables(self.pending))
         self._close_file()
@@ -210,6 +215,7 @@ class _SplitWriter:
         )
 
     def abandon(self) -> None:
+        """Lets go of a file that is not finished."""
         if self.writer is not None:
             self.writer.close()
             self.writer = None
@@ -240,7 +246,7 @@ class _SplitWriter:
             self.groups = []
 
     def _path(self) -> str:
-        return f"{self.split}/part-{len(self.files):05d}.parquet"
+        return f"{self.split}/part-{self.first_part + len(self.files):05d}.parquet"
 
 
 def part_files(schema: DatasetSchema, splits: Sequence[str] = SPLITS) -> Iterator[DataFile]:
@@ -379,21 +385,32 @@ def check_sizes(folder: str | Path | Folder, files: Sequence[DataFile]) -> None:
             )
 
 
-def verify(folder: Path, schema: DatasetSchema) -> None:
+def verify(folder: Path, schema: DatasetSchema, progress: bool = False) -> None:
     """Reads every byte of a dataset and compares the checksums; takes a second per GB or so.
+
+    Args:
+        progress: show a progress bar, on a terminal.
 
     Raises:
         UserError: a file is missing, truncated or altered.
     """
     files = (*schema.vocabulary.values(), *part_files(schema))
     check_sizes(folder, files)
-    for file in files:
-        found = file_sha256(Path(folder) / file.path)
-        if found != file.sha256:
-            raise UserError(
-                f"{Path(folder) / file.path} is altered: its sha256 is {found[:12]}..., its dataset.json says "
-                f"{file.sha256[:12]}...; {_REMEDY}"
-            )
+    with tqdm(
+        total=sum(file.bytes for file in files),
+        desc="Verifying",
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,
+    ) as bar:
+        for file in files:
+            found = file_sha256(Path(folder) / file.path)
+            if found != file.sha256:
+                raise UserError(
+                    f"{Path(folder) / file.path} is altered: its sha256 is {found[:12]}..., its dataset.json says "
+                    f"{file.sha256[:12]}...; {_REMEDY}"
+                )
+            bar.update(file.bytes)
 
 
 def open_part(folder: str | Path | Folder, schema: DatasetSchema, file: DataFile) -> pq.ParquetFile:
@@ -464,6 +481,23 @@ def count_values(part: pq.ParquetFile, columns: Sequence[Column]) -> int:
     return sum(group.column(i).num_values for group in groups for i in positions)
 
 
+def read_groups(folder: Path, schema: DatasetSchema, file: DataFile, columns: Sequence[Column]) -> Iterator[pa.Table]:
+    """Some columns of a part file, row group by row group.
+
+    Raises:
+        UserError: see ``open_part``; or a row group cannot be read.
+    """
+    with open_part(folder, schema, file) as part:
+        for group in range(part.num_row_groups):
+            try:
+                yield part.read_row_group(group, columns=[column.name for column in columns])
+            except (pa.ArrowInvalid, OSError) as error:
+                raise UserError(
+                    f"{Path(folder) / file.path} is altered: row group {group} cannot be read ({_one_line(error)}); "
+                    "restore the file, or make the dataset again"
+                ) from error
+
+
 def _check_ids(path: str, schema: DatasetSchema, metadata: pq.FileMetaData) -> None:
     positions = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}
     for column in schema.by_role("categorical", "multi_hot"):
@@ -484,6 +518,17 @@ def _check_ids(path: str, schema: DatasetSchema, metadata: pq.FileMetaData) -> N
                     f"{path}: row group {group} of column {column.name} has ids from {statistics.min} to "
                     f"{statistics.max}, its table has rows 0 to {column.cardinality - 1}; make the dataset again"
                 )
+
+
+def arrow_table(columns: Sequence[Column], arrays: Mapping[str, Values]) -> pa.Table:
+    """Rows in the types of part files; see ``DatasetWriter.write`` for the arrays."""
+    names = [column.name for column in columns]
+    assert set(arrays) == set(names), f"columns {sorted(arrays)} given, {sorted(names)} expected"
+    table = pa.table({column.name: _to_arrow(column, arrays[column.name]) for column in columns})
+    for column in columns:
+        if column.role == "weights":
+            check_weights(column.name, table.column(column.name), table.column(weighted_column(column)))
+    return table
 
 
 def _to_arrow(column: Column, values: Values) -> pa.Array:
@@ -517,7 +562,8 @@ def _data_file(root: Path, path: str, groups: tuple[int, ...] = ()) -> DataFile:
     return DataFile(path=path, sha256=file_sha256(root / path), bytes=(root / path).stat().st_size, row_groups=groups)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Brings a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,7 +19,7 @@ COMMANDS = {
     "params": "count parameters, FLOPs and bytes of a configuration",
     "preprocess": "turn raw Criteo TSV files into a dataset folder",
     "inspect": "show what a dataset folder holds, and verify it",
-    "generate": "write generated data as a dataset folder",
+    "generate": "write generated data: a dataset folder, or raw TSV",
     "bench": "measure the speed of a part of this project on this machine",
 }
 

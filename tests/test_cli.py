@@ -155,6 +155,10 @@ def test_repeated_with_the_same_seed_to_the_last_bit() -> None:
     assert losses("a") == losses("b")
     assert main([*FIT, *QUICK, "--run_dir", "c", "--trainer.max_steps=20", "--seed_everything=2"]) == 0
     assert losses("a") != losses("c")
+    # The orders of the data may be chosen apart from the initial weights.
+    for run, seed in (("d", 1), ("e", 2)):
+        assert main([*FIT, *QUICK, "--run_dir", run, "--trainer.max_steps=20", f"--data.seed={seed}"]) == 0
+    assert losses("d") == losses("a") and losses("e") not in (losses("a"), losses("c"))
 
 
 def test_killed_and_resumed_the_losses_are_those_of_an_undisturbed_run() -> None:

@@ -17,11 +17,12 @@ from datamodules.generate.trace import (
     generate_trace,
     save_profiles,
 )
+from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
 from datamodules.parquet import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 
-GENERATE_HELP = "make data instead of reading any: demo data with a known best score, random data, traces"
+GENERATE_HELP = "make data instead of reading any: demo data with a known best score, random data, traces, raw text"
 
 _DEMO_DESCRIPTION = """\
 Writes a dataset folder that looks like Criteo Kaggle: its 40 columns, the sizes of its tables, skewed ids and missing
@@ -58,8 +59,10 @@ Fits a generator to the order in which columns access the rows of their tables, 
 them, and says how alike they are. The generated accesses have the original's stack distances, and so its hit rate in
 an LRU cache of any size, and as many distinct rows. Profiles can be saved and generated from later without the data.
 
-Accesses beyond the original's length keep the distances of its last octave; new rows go on appearing by the power law
-of its last octave until the table is used up. Needs: pip install 'lightning-dlrm[trace]'
+What is not kept: which rows stay popular (in the end all come up equally often), and what columns have to do with each
+other. Accesses beyond the original's length keep the distances of its last octave; new rows go on appearing by the
+power law of its last octave until the table is used up. Takes at most 41 bytes of memory for each distinct row of all
+columns, and 4 for each row of the largest table, whatever the length. Needs: pip install 'lightning-dlrm[trace]'
 
 examples:
   python -m lightning_dlrm generate trace --from data/criteo --column C3 --output data/trace --plot fit.png
@@ -67,6 +70,18 @@ examples:
   python -m lightning_dlrm generate trace --profile criteo-profiles.json --rows 100000000 --output data/long
 then:
   python -m lightning_dlrm fit --config dlrm.yaml --data.path data/trace
+"""
+
+_TSV_DESCRIPTION = """\
+Writes raw text as preprocess reads it, shaped like Criteo's click logs: label, 13 integers, 26 hashes, empty where a
+value is missing; skewed hashes, ever more different ones with more rows, as in the real data. The labels are drawn from
+a planted click model. The same options give the same rows everywhere; fewer rows are the beginning of more.
+
+examples:
+  python -m lightning_dlrm generate tsv --rows 1000000 --output train.txt
+  python -m lightning_dlrm generate tsv --rows 4000000 --dataset terabyte --output day_{0..3}.gz
+then:
+  python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm --input train.txt --output data/mine
 """
 
 
@@ -92,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     demo.set_defaults(run_kind=_run_demo)
     _add_random(kinds)
     _add_trace(kinds)
+    _add_tsv(kinds)
 
 
 def _add_output(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -189,6 +205,32 @@ def _numbers(text: str) -> int | tuple[int, ...]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers, such as 1000,50000") from None
     return numbers[0] if len(numbers) == 1 and "[" not in text else numbers
+
+
+def _add_tsv(kinds: Any) -> None:
+    tsv = kinds.add_parser(
+        "tsv",
+        help="raw text shaped like Criteo's click logs",
+        description=_TSV_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tsv.add_argument(
+        "--output",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="files to make, over which the rows are spread in order; compressed if named .gz or .zst",
+    )
+    tsv.add_argument("--rows", required=True, type=int, metavar="N", help="rows of all files together")
+    tsv.add_argument(
+        "--dataset",
+        default="kaggle",
+        choices=TSV_DATASETS,
+        help="whose shares of missing values, distinct hashes and clicks to have (default: %(default)s)",
+    )
+    tsv.add_argument("--seed", type=int, default=0, help="of the planted model and of the rows (default: %(default)s)")
+    tsv.set_defaults(run_kind=_run_tsv)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -296,6 +338,22 @@ def _shape(schema: DatasetSchema) -> str:
     return (
         f"{rows}; {features.dense} dense features, {len(features.tables)} tables of {sum(features.table_rows):,} rows"
     )
+
+
+def _run_tsv(args: argparse.Namespace) -> int:
+    settings = TsvSettings(rows=args.rows, dataset=args.dataset, seed=args.seed)
+    start = time.perf_counter()
+    sizes = generate_tsv(settings, args.output)
+    seconds = time.perf_counter() - start
+    for path, size in zip(args.output, sizes, strict=True):
+        print(f"{path}: {size / 1e6:,.1f} MB")
+    print(f"{settings.rows:,} rows after {seconds:.1f} s ({settings.rows / seconds:,.0f} rows/s)")
+    words = " ".join(str(path) for path in args.output)
+    print(
+        f"preprocess them: python -m lightning_dlrm preprocess --dataset {args.dataset} --protocol dlrm "
+        f"--input {words} --output DIR"
+    )
+    return 0
 
 
 def _summary(schema: DatasetSchema) -> str:

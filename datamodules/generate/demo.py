@@ -26,6 +26,7 @@ of more.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -79,7 +80,7 @@ RAREST_KNOWN = 3e-4
 VISITOR, AD = 0, 1
 
 # name: (side, share missing, scale, largest count, share of its side's taste)
-_DENSE = {
+KAGGLE_DENSE = {
     "I1": (VISITOR, 0.45, 1.0, 5_775, 0),
     "I2": (AD, 0.0, 4.0, 65_535, 0),
     "I3": (VISITOR, 0.21, 6.0, 65_535, 0),
@@ -95,7 +96,7 @@ _DENSE = {
     "I13": (VISITOR, 0.21, 5.0, 7_393, 0),
 }
 # name: (side, share missing, scale, share of its side's taste)
-_CATEGORICAL = {
+KAGGLE_CATEGORICAL = {
     "C1": (VISITOR, 0.0, 2.0, 2),
     "C2": (AD, 0.0, 4.0, 2),
     "C3": (VISITOR, 0.034, 3.0, 1),
@@ -127,7 +128,7 @@ _CATEGORICAL = {
 # Random streams: keys of the planted effects and of the rows.
 _PLANT, _ROWS = 0, 1
 # 32-bit uniforms that a row takes: one per feature and one for the label, drawn two by two.
-_WORDS_PER_ROW = (len(_DENSE) + len(_CATEGORICAL) + 1 + 1) // 2
+_WORDS_PER_ROW = (len(KAGGLE_DENSE) + len(KAGGLE_CATEGORICAL) + 1 + 1) // 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +232,7 @@ class DemoBlock:
 
 
 @dataclass(frozen=True)
-class _Feature:
+class Feature:
     """How a column's values are drawn. They are ids of a table or, in a dense column, counts."""
 
     size: int
@@ -245,16 +246,13 @@ class _Feature:
     taste: int
     """Weight in the side's taste; at 0 the column has a linear effect only."""
     dense: bool
+    squarings: int
+    """The power of the law is 2 ** squarings: the more, the heavier the tail."""
 
     @property
     def first(self) -> int:
         """The commonest value that is not missing."""
         return 1 if self.missing and not self.dense else 0
-
-    @property
-    def squarings(self) -> int:
-        """The power of the law is 2 ** squarings: counts have lighter tails than ids."""
-        return 1 if self.dense else 3
 
     @cached_property
     def cut(self) -> float:
@@ -293,12 +291,43 @@ class _Feature:
         return chances
 
 
+def dense_features(laws: Mapping[str, tuple[int, float, float, int, int]]) -> dict[str, Feature]:
+    """Columns of counts from their (side, share missing, scale, largest count, taste)."""
+    return {
+        name: Feature(largest + 1, side, missing, scale, taste, dense=True, squarings=1)
+        for name, (side, missing, scale, largest, taste) in laws.items()
+    }
+
+
+def id_features(laws: Mapping[str, tuple[int, float, float, int]], sizes: Mapping[str, int]) -> dict[str, Feature]:
+    """Columns of ids from their (side, share missing, scale, taste) and table sizes."""
+    return {
+        name: Feature(sizes[name], side, missing, scale, taste, dense=False, squarings=3)
+        for name, (side, missing, scale, taste) in laws.items()
+    }
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Some rows in a run, before they are encoded."""
+
+    values: dict[str, NDArray[np.int32]]
+    """Counts and ids, each [rows], by column name; 0 where missing."""
+    missing: dict[str, NDArray[np.bool_]]
+    """Where a column has no value, each [rows], by column name."""
+    label: NDArray[np.int8]
+    probability: NDArray[np.float64]
+    """The true chance of a click, [rows]."""
+
+
 @dataclass(frozen=True)
 class PlantedModel:
     """The click model of a seed, and the rows drawn from it."""
 
     seed: int
-    features: dict[str, _Feature]
+    bias: float
+    """Log-odds of a click where all effects are zero."""
+    features: dict[str, Feature]
     """Dense and categorical columns, in the order of their draws."""
     effects: dict[str, NDArray[np.float32]]
     """For each column [known values + 1, 1 + FACTORS]: linear effect and tastes; the last row is for all the
@@ -308,17 +337,17 @@ class PlantedModel:
     def plant(cls, settings: DemoSettings) -> "PlantedModel":
         """The model of ``settings.seed`` over tables of ``settings.cardinalities``."""
         sizes = dict(zip(CRITEO_CATEGORICAL, settings.cardinalities, strict=True))
-        features = {
-            name: _Feature(largest + 1, side, missing, scale, taste, dense=True)
-            for name, (side, missing, scale, largest, taste) in _DENSE.items()
-        } | {
-            name: _Feature(sizes[name], side, missing, scale, taste, dense=False)
-            for name, (side, missing, scale, taste) in _CATEGORICAL.items()
-        }
+        return cls.plant_features(
+            settings.seed, dense_features(KAGGLE_DENSE) | id_features(KAGGLE_CATEGORICAL, sizes), BIAS
+        )
+
+    @classmethod
+    def plant_features(cls, seed: int, features: dict[str, Feature], bias: float) -> "PlantedModel":
+        """The model of a seed over the columns given: dense ones, then categorical ones."""
         side_taste = {side: sum(f.taste for f in features.values() if f.side == side) for side in (VISITOR, AD)}
         effects = {}
         for number, (name, feature) in enumerate(features.items()):
-            chances, drawn = _draw_effects(settings.seed, number, feature)
+            chances, drawn = _draw_effects(seed, number, feature)
             linear = LINEAR_DEVIATION * math.sqrt(1 / len(features))
             taste = math.sqrt(feature.taste / side_taste[feature.side])
             deviations = (linear, *[taste] * FACTORS)
@@ -326,27 +355,33 @@ class PlantedModel:
                 [_standardised(part, chances) * deviation for part, deviation in zip(drawn, deviations, strict=True)],
                 axis=1,
             ).astype(np.float32)
-        return cls(settings.seed, features, effects)
+        return cls(seed, bias, features, effects)
 
     def block(self, split: SplitName, number: int, rows: int = BLOCK_ROWS) -> DemoBlock:
         """The first ``rows`` rows of a block: rows ``number * BLOCK_ROWS`` and on of a split, however long it is."""
+        drawn = self.draw(split, number, rows)
+        columns: dict[str, NDArray[Any]] = {CRITEO_LABEL: drawn.label}
+        columns |= {name: _log_counts()[drawn.values[name]] for name in CRITEO_DENSE}
+        columns |= {name: drawn.values[name] for name in CRITEO_CATEGORICAL}
+        return DemoBlock(columns, drawn.probability)
+
+    def draw(self, split: SplitName, number: int, rows: int = BLOCK_ROWS) -> Draw:
+        """The rows of ``block`` as counts and ids."""
         raw = stream(self.seed, _ROWS, SPLITS.index(split), number).random_raw(_WORDS_PER_ROW * BLOCK_ROWS)
         raw = raw.reshape(_WORDS_PER_ROW, BLOCK_ROWS)[:, :rows]
         uniforms = [
             (half + 0.5) * 2.0**-32 for word in raw for half in (word & np.uint64(2**32 - 1), word >> np.uint64(32))
         ]
         values = {name: feature.draw(uniforms[i]) for i, (name, feature) in enumerate(self.features.items())}
+        missing = {name: uniforms[i] < feature.missing for i, (name, feature) in enumerate(self.features.items())}
         probability = 1.0 / (1.0 + np.exp(-self.log_odds(values).astype(np.float64)))
-        label = uniforms[len(self.features)] < probability
-        columns: dict[str, NDArray[Any]] = {CRITEO_LABEL: label.astype(np.int8)}
-        columns |= {name: _log_counts()[values[name]] for name in CRITEO_DENSE}
-        columns |= {name: values[name] for name in CRITEO_CATEGORICAL}
-        return DemoBlock(columns, probability)
+        label = (uniforms[len(self.features)] < probability).astype(np.int8)
+        return Draw(values, missing, label, probability)
 
     def log_odds(self, values: dict[str, NDArray[np.int32]]) -> NDArray[np.float32]:
         """Log-odds of a click, [rows], from counts and ids by column name."""
         rows = len(values[CRITEO_DENSE[0]])
-        log_odds = np.full(rows, BIAS, dtype=np.float32)
+        log_odds = np.full(rows, self.bias, dtype=np.float32)
         tastes = np.zeros((2, FACTORS, rows), dtype=np.float32)
         for name, feature in self.features.items():
             effects = self.effects[name]
@@ -361,7 +396,7 @@ class PlantedModel:
         return log_odds
 
 
-def _draw_effects(seed: int, number: int, feature: _Feature) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _draw_effects(seed: int, number: int, feature: Feature) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Chances [V] of a column's known values and of the rest together, and their raw effects [1 + FACTORS, V]."""
     draws = stream(seed, _PLANT, 0, number)
     if feature.dense:
@@ -387,10 +422,10 @@ def _standardised(values: NDArray[np.float64], chances: NDArray[np.float64]) -> 
 @cache
 def _log_counts() -> NDArray[np.float32]:
     """log(count + 1) of every count that a dense column may have."""
-    largest = max(largest for _, _, _, largest, _ in _DENSE.values())
+    largest = max(largest for _, _, _, largest, _ in KAGGLE_DENSE.values())
     return np.array([math.log(count + 1) for count in range(largest + 1)], dtype=np.float32)
 
 
 def _columns(settings: DemoSettings) -> tuple[Any, ...]:
-    reserved = {name: {"missing": 0} for name, (_, missing, _, _) in _CATEGORICAL.items() if missing}
+    reserved = {name: {"missing": 0} for name, (_, missing, _, _) in KAGGLE_CATEGORICAL.items() if missing}
     return criteo_columns(settings.cardinalities, "missing to 0, log(x + 1)", reserved)

@@ -176,12 +176,14 @@ class CTRCommand(LightningCLI):
         parser.add_class_arguments(WandbSettings, "wandb")
         parser.link_arguments("data.schema", "model.schema", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_as_seed)
-        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_as_seed)
 
     # --- before anything is built -------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
         settings = self._settings()
+        data = settings.data.init_args
+        if data.get("seed", 0) is None:
+            data.seed = _as_seed(settings.seed_everything)
         if self.subcommand in EVALUATIONS:
             if settings.resume is not None:
                 raise UserError(f"--resume is for fit; {self.subcommand} takes --ckpt_path")
@@ -388,20 +390,36 @@ class ParamsCommand(CTRCommand):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument("--json", action="store_true", help="print JSON")
+        add_matching_arguments(parser)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return None
 
 
+def add_matching_arguments(parser: Any) -> None:
+    """Options of ``params`` that make one model cost what another does."""
+    parser.add_argument(
+        "--match",
+        default=None,
+        help="configuration whose hidden layers are to be widened or narrowed: params --match dcn.yaml "
+        "--to dlrm.yaml --by dense --output matched.yaml (other options, such as --data.path, go to both)",
+    )
+    parser.add_argument("--to", default=None, help="configuration whose cost is to be met")
+    parser.add_argument(
+        "--by", default="dense", help="what is to be met: total, dense (parameters), or flops (forward)"
+    )
+    parser.add_argument("--output", default=None, help="the new configuration's file")
+
+
 def explain(message: str, known: Sequence[str]) -> str:
     """jsonargparse's message in one line, with the nearest key or class where one is misspelt."""
+    named = re.search(r'Parser key "([\w.]+)"', message)
+    key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
     # A nested parser has already explained itself.
-    explained = r"unknown key [\w.]+(; did you mean [\w.]+\?)?|[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*"
-    if match := re.search(explained, message):
+    if match := re.search(r"unknown key [\w.]+(; did you mean [\w.]+\?)?", message):
         return match[0]
-    if match := re.search(r"([\w.]+)\"?:\s+Expected a typing\.Literal\[(.*?)\]\. Got value: (\S+)", message):
-        values = re.findall(r"'([^']+)'", match[2])
-        return f"{match[1]}: {match[3]} is none of {', '.join(values)}"
+    if match := re.search(r"[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*", message):
+        return f"{key}.{match[0]}"
     if match := re.search(
         r"Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)",
         message,
@@ -419,8 +437,6 @@ def explain(message: str, known: Sequence[str]) -> str:
         r"LightningDataModule'>.*?Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S
     ):
         return f"data: {match[1]}" if match[1].startswith("the following") else f"data.{match[1]}"
-    named = re.search(r'Parser key "([\w.]+)"', message)
-    key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
     if given and (literals := re.findall(r"typing\.Literal\[(.*?)\]", message)):
         allowed = dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
         return f"{key}: {given[1].strip()} is none of {', '.join(allowed)}"

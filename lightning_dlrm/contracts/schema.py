@@ -165,12 +165,14 @@ class DatasetSchema:
     def encoding_fingerprint(self) -> str:
         """Binds a model to the meaning of its inputs: columns, transforms, settings, vocabulary.
 
-        A model may score any rows encoded the same way, so rows and files do not count.
+        A model may score any rows encoded the same way, so rows and files do not count, nor whether
+        the rows have labels.
         """
+        label = () if self.by_role("label") else (Column(name=CRITEO_LABEL, role="label"),)
         return _fingerprint(
             {
                 "protocol": self.protocol,
-                "columns": [dataclasses.asdict(column) for column in self.columns],
+                "columns": [dataclasses.asdict(column) for column in (*label, *self.columns)],
                 "settings": dict(self.settings),
                 "vocabulary": {name: file.sha256 for name, file in self.vocabulary.items()},
             }
