@@ -20,7 +20,7 @@ COMMANDS = {
     "checkpoint": "import weights that facebookresearch/dlrm saved",
     "preprocess": "turn raw Criteo TSV files into a dataset folder",
     "inspect": "show what a dataset folder holds, and verify it",
-    "generate": "write generated data as a dataset folder",
+    "generate": "write generated data: a dataset folder, or raw TSV",
     "bench": "measure the speed of a part of this project on this machine",
 }
 

@@ -2,8 +2,11 @@
 order; launched by torchrun or by Lightning itself."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +93,22 @@ def test_training_in_several_processes_is_refused(tmp_path: Path, capsys: pytest
     arguments = [*_FIT, "--run_dir", str(tmp_path / "run"), "--trainer.devices=2", "--trainer.accelerator=cpu"]
     assert main(arguments) == 2
     assert "trains in one" in capsys.readouterr().err
+
+
+def test_a_rank_that_dies_ends_the_others(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(run.parent / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # One row a batch: long enough to be killed in the midst.
+    arguments = ["predict", *_again(run), "--trainer.devices=2", "--data.evaluation_batch_size=2"]
+    command = [sys.executable, "-m", "lightning_dlrm", *arguments, "--data.predict_split=all"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=run) as first:
+        second = run / "predictions.parquet.partial-1"
+        deadline = time.monotonic() + 60
+        while not second.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (child,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        _, told = first.communicate(timeout=60)
+    assert first.returncode != 0 and "terminated with code -9" in told
+    for partial in run.glob("predictions.parquet.partial*"):
+        partial.unlink()

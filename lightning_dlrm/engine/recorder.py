@@ -90,6 +90,7 @@ class Recorder(pl.Callback):
         self._start = self._last_log = time.perf_counter()
         self._start_pause = self._last_pause = self._pause()
         self._start_samples = self._last_samples = self.samples
+        self._last_waited = 0.0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -136,6 +137,7 @@ class Recorder(pl.Callback):
         seconds = max(now - self._last_log - (pause - self._last_pause), 1e-9)
         self.samples_per_second = (self.samples - self._last_samples) / seconds
         self._last_log, self._last_pause, self._last_samples = now, pause, self.samples
+        waited, self._last_waited = _waited(trainer) - self._last_waited, _waited(trainer)
         logits, labels = (torch.cat(parts) for parts in zip(*self._window, strict=True))
         self._log(
             trainer,
@@ -143,6 +145,7 @@ class Recorder(pl.Callback):
                 names.TRAIN_LOSS: torch.stack(losses).mean().item(),
                 names.TRAIN_AUC: exact_auc(logits[-AUC_WINDOW:], labels[-AUC_WINDOW:]),
                 names.SAMPLES_PER_SECOND: self.samples_per_second,
+                names.DATA_WAIT_SHARE: waited / seconds,
                 **self._rates,
             },
         )
@@ -166,11 +169,16 @@ class Recorder(pl.Callback):
     def _speed(self, trainer: pl.Trainer) -> dict[str, float]:
         """Of the whole fit."""
         seconds = max(time.perf_counter() - self._start - (self._pause() - self._start_pause), 1e-9)
-        waited = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
         return {
             names.SAMPLES_PER_SECOND: (self.samples - self._start_samples) / seconds,
-            names.DATA_WAIT_SHARE: waited / seconds,
+            names.DATA_WAIT_SHARE: _waited(trainer) / seconds,
         }
+
+
+def _waited(trainer: pl.Trainer) -> float:
+    """Seconds that the fit has waited for training batches."""
+    seconds: float = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
+    return seconds
 
 
 def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
