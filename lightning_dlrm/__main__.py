@@ -17,6 +17,7 @@ COMMANDS = {
     "test": "score a checkpoint on the test split",
     "predict": "write a checkpoint's click probabilities for a split, or for all",
     "params": "count parameters, FLOPs and bytes of a configuration",
+    "checkpoint": "import weights that facebookresearch/dlrm saved",
     "preprocess": "turn raw Criteo TSV files into a dataset folder",
     "inspect": "show what a dataset folder holds, and verify it",
     "generate": "write generated data: a dataset folder, or raw TSV",
@@ -63,6 +64,10 @@ def _run(command: str, arguments: list[str]) -> int:
         from lightning_dlrm.cli import params
 
         return params.run(arguments)
+    if command == "checkpoint":
+        from lightning_dlrm.cli import importing
+
+        return importing.run(arguments)
     from lightning_dlrm.cli.lightning import CTRCommand
 
     CTRCommand([command, *arguments])
