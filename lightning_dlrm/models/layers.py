@@ -159,7 +159,7 @@ class PairwiseSum(nn.Module):
 
 
 class CompressedInteraction(nn.Module):
-    """CIN, crosses of vectors of growing degree (Lian et al. 2018, equations 6 to 8).
+    """CIN, crosses of vectors of growing degree (Lian et al. 2018, equations 6 and 7).
 
     X^k_h = sum_ij W^{k,h}_ij X^{k-1}_i * X^0_j, element by element; the output is every X^k_h, summed
     over its D elements.

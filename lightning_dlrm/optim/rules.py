@@ -21,7 +21,7 @@ class UpdateRule:
         learning_rate: lr, the step size at full schedule.
         l2: adds l2 w to the gradient, that of the penalty l2 w^2 / 2.
         weight_decay: d; takes lr d w off the weight, beside the gradient's step (Loshchilov and Hutter
-            2019, equation 9, "decoupled").
+            2019, algorithm 2, "decoupled").
     """
 
     def __init__(self, learning_rate: float, l2: float = 0.0, weight_decay: float = 0.0) -> None:
