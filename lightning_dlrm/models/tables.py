@@ -4,8 +4,10 @@ Shape suffixes: B samples, F tables, D width, R rows of all tables, N indices of
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +20,20 @@ from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, TableP
 
 BLOCK_ROWS = 65_536
 """Initial rows are drawn block by block, so that any piece of a table can be made anywhere."""
+
+
+_rows_elsewhere = ContextVar("rows_elsewhere", default=False)
+
+
+@contextmanager
+def rows_elsewhere() -> Iterator[None]:
+    """Tables built inside have a weight on the meta device, which takes no memory: something else
+    is to take their place."""
+    token = _rows_elsewhere.set(True)
+    try:
+        yield
+    finally:
+        _rows_elsewhere.reset(token)
 
 
 class EmbeddingTables(EmbeddingLookup):
@@ -42,12 +58,13 @@ class EmbeddingTables(EmbeddingLookup):
         if empty:
             raise UserError(f"tables without rows: {', '.join(empty)}; every table needs at least 1 row")
         self.width = width
+        self.seed = seed
         pieces, total = [], 0
         for name, rows in tables.items():
             pieces.append(TablePiece(name=name, table_rows=rows, start=0, stop=rows, offset=total))
             total += rows
         self.pieces = tuple(pieces)
-        self.weight = nn.Parameter(torch.empty(total, width))
+        self.weight = nn.Parameter(torch.empty(total, width, device="meta" if _rows_elsewhere.get() else None))
         # int32 halves the time to sort rows; it reaches past any published table set.
         dtype = torch.int32 if total <= torch.iinfo(torch.int32).max else torch.int64
         self.register_buffer("row_offsets", torch.tensor([p.offset for p in pieces], dtype=dtype), persistent=False)
