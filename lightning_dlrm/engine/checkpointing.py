@@ -13,7 +13,9 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, link_checkpoint, resolve_checkpoint, save_checkpoint
+from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.run_folder import RunFolder
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -22,11 +24,14 @@ MONITOR = f"{names.VALIDATION}/auc"
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Hands Lightning's checkpoint dictionaries to the checkpoint folder and back."""
+    """Hands Lightning's checkpoint dictionaries to the checkpoint folder and back.
+
+    Every rank saves, each what it has.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         rest = {key: value for key, value in checkpoint.items() if key not in ("tables", "header")}
-        save_checkpoint(Path(path), checkpoint["tables"], rest, checkpoint["header"])
+        save_checkpoint(Path(path), checkpoint["tables"], rest, checkpoint["header"], Ranks(patient=True))
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -42,21 +47,25 @@ class RunCheckpoints(Checkpoint):
     """Keeps two checkpoints: ``last``, and ``best`` by validation AUC.
 
     Args:
-        folder: where the two are kept.
+        run_folder: the two are kept in its ``checkpoints``.
         every_n_steps: save ``last`` every so many optimiser steps, besides after each validation;
             0 for after validations only.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int) -> None:
+    def __init__(self, run_folder: RunFolder, every_n_steps: int) -> None:
         if every_n_steps < 0:
             raise UserError(f"checkpoint.every_n_steps is {every_n_steps}; expected 0 or more")
-        self.folder = folder
+        self._run_folder = run_folder
         self.every_n_steps = every_n_steps
         self.best: dict[str, float] = {}
         """Metrics of the best validation so far, with its step."""
         self.seconds = 0.0
         """Time spent saving."""
         self._saved_step = 0
+
+    @property
+    def folder(self) -> Path:
+        return self._run_folder.checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": dict(self.best)}
@@ -86,8 +95,8 @@ class RunCheckpoints(Checkpoint):
         if improved:
             self.best = {names.STEP: trainer.global_step, **pl_module.results}
         self._save(trainer)
-        if improved and trainer.is_global_zero:
-            link_checkpoint(self.folder / LAST, self.folder / BEST)
+        if improved:
+            Ranks(patient=True).first_does(lambda: link_checkpoint(self.folder / LAST, self.folder / BEST))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Where no validation ended the fit.

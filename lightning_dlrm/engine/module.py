@@ -13,6 +13,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
 from lightning_dlrm.models.accounting import ModelSize, model_size
 from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.objectives.losses import summed_log_loss
 from lightning_dlrm.objectives.metrics import ClickMetrics
 from lightning_dlrm.optim.optimizer import CTROptimizer
@@ -75,6 +76,10 @@ class CTRModule(pl.LightningModule):
             # A gradient scaler would unscale the dense gradients and pass over the tables' rows.
             raise UserError("precision 16-mixed scales the loss, which table rows do not support; use bf16-mixed")
         embeddings = self.network.embeddings
+        if self.trainer.world_size > 1 and isinstance(embeddings, EmbeddingTables):
+            raise UserError(
+                "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp"
+            )
         dense = [p for p in self.network.parameters() if p is not embeddings.weight]
         optimizer = CTROptimizer(dense, [embeddings], self.dense_rule, self.table_rule)
         total = self._total_steps() if self.schedule.needs_total_steps else None

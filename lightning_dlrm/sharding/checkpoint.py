@@ -15,7 +15,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import TablePiece
 from lightning_dlrm.contracts.schema import file_sha256
+from lightning_dlrm.sharding.collectives import Ranks
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -75,44 +76,90 @@ class Manifest:
 
 
 def save_checkpoint(
-    folder: Path, pieces: Sequence[PieceTensors], rest: Mapping[str, Any], header: Mapping[str, Any]
+    folder: Path,
+    pieces: Sequence[PieceTensors],
+    rest: Mapping[str, Any],
+    header: Mapping[str, Any],
+    ranks: Ranks | None = None,
 ) -> None:
-    """Writes a checkpoint of one process, replacing one of the same name.
+    """Writes a checkpoint, replacing one of the same name; all ranks call it, and each writes its pieces.
 
     Args:
-        folder: the checkpoint's name, such as ``checkpoints/last``.
-        pieces: every table, in pieces that cover it.
-        rest: tensors and plain Python values, small.
-        header: JSON values for people and for checks before anything is loaded.
+        folder: the checkpoint's name, such as ``checkpoints/last``; on a file system that all ranks see.
+        pieces: of this rank; all ranks' pieces together cover every table.
+        rest: tensors and plain Python values, small; rank 0's is written.
+        header: JSON values for people and for checks before anything is loaded; rank 0's is written.
+        ranks: who takes part; by default all ranks of the process group, if there is one.
 
     Raises:
-        UserError: the folder cannot be written, or the disk is full. What was there before stays.
+        UserError: on all ranks, where one of them cannot write, or the disk is full. What was there
+            before stays.
     """
-    folder = Path(folder)
+    folder, ranks = Path(folder), ranks or Ranks()
     partial = _beside(folder, "partial")
-    try:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "tables").mkdir(parents=True)
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            files = list(pool.map(lambda piece: _write_piece(partial, piece), pieces))
-        torch.save(dict(rest), partial / REST)
-        tables = {
-            piece.piece.name: TableEntry(
-                shapes={slot: (piece.piece.table_rows, *t.shape[1:]) for slot, t in piece.tensors.items()},
-                pieces=tuple(f for p, f in zip(pieces, files, strict=True) if p.piece.name == piece.piece.name),
+
+    def write_pieces() -> list[dict[str, Any]]:
+        if not partial.is_dir():
+            raise OSError(
+                f"rank {ranks.rank} does not see {partial}: the run folder has to be one that all ranks share"
             )
-            for piece in pieces
-        }
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            files = pool.map(lambda piece: _write_piece(partial, piece), pieces)
+            return [
+                {
+                    "table": piece.piece.name,
+                    "shapes": {slot: [piece.piece.table_rows, *t.shape[1:]] for slot, t in piece.tensors.items()},
+                    "file": dataclasses.asdict(file),
+                }
+                for piece, file in zip(pieces, files, strict=True)
+            ]
+
+    def finish() -> None:
+        torch.save(dict(rest), partial / REST)
+        tables = _table_entries(entry for entries in written for entry in entries)
         manifest = Manifest(header=header, tables=tables, rest=_describe(partial, REST, 0, 0))
         document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
         (partial / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
         _publish(partial, folder)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"cannot save the checkpoint {folder}: {error}; the previous one is untouched: "
-            "free disk space or choose another --run_dir, then resume"
-        ) from error
+
+    try:
+        ranks.first_does(_told_as_save_error(folder, begin))
+        written = ranks.each_does(_told_as_save_error(folder, write_pieces))
+        ranks.first_does(_told_as_save_error(folder, finish))
+    except UserError:
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _told_as_save_error(folder: Path, action: Callable[[], Any]) -> Callable[[], Any]:
+    def act() -> Any:
+        try:
+            return action()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(
+                f"cannot save the checkpoint {folder}: {error}; the previous one is untouched: "
+                "free disk space or choose another --run_dir, then resume"
+            ) from error
+
+    return act
+
+
+def _table_entries(written: Iterable[Mapping[str, Any]]) -> dict[str, TableEntry]:
+    """Of what the ranks have written: table name -> its shapes and its pieces by ascending rows."""
+    shapes: dict[str, Mapping[str, tuple[int, ...]]] = {}
+    files: dict[str, list[PieceFile]] = {}
+    for entry in written:
+        shapes[entry["table"]] = {slot: tuple(shape) for slot, shape in entry["shapes"].items()}
+        files.setdefault(entry["table"], []).append(PieceFile(**entry["file"]))
+    return {
+        name: TableEntry(shapes=shapes[name], pieces=tuple(sorted(of_table, key=lambda file: file.start)))
+        for name, of_table in files.items()
+    }
 
 
 def link_checkpoint(source: Path, folder: Path) -> None:
@@ -263,8 +310,11 @@ def _parse_manifest(document: Mapping[str, Any]) -> Manifest:
 
 def _write_piece(partial: Path, piece: PieceTensors) -> PieceFile:
     name = f"tables/{piece.piece.name}.{piece.piece.start}.safetensors"
+    (partial / name).parent.mkdir(parents=True, exist_ok=True)
     # Detached views of the live tensors: nothing is copied on a CPU.
     save_file({slot: tensor.detach().contiguous() for slot, tensor in piece.tensors.items()}, str(partial / name))
+    # Each rank flushes its own files: on a network file system only the machine that wrote them can.
+    _flush(partial / name)
     return _describe(partial, name, piece.piece.start, piece.piece.stop)
 
 
@@ -275,7 +325,7 @@ def _describe(partial: Path, name: str, start: int, stop: int) -> PieceFile:
 
 def _publish(partial: Path, folder: Path) -> None:
     """Flushes a finished checkpoint to disk and gives it its name."""
-    for path in [*partial.rglob("*"), partial]:
+    for path in [partial / MANIFEST, partial / REST, *(p for p in partial.rglob("*") if p.is_dir()), partial]:
         _flush(path)
     previous = _beside(folder, "previous")
     if folder.exists():
