@@ -371,15 +371,19 @@ class CTRCommand(LightningCLI):
         return self.datamodule.schema
 
 
-class ParamsCommand(CTRCommand):
+class SettingsCommand(CTRCommand):
     """Builds data and model of a configuration, and nothing else."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
+
+
+class ParamsCommand(SettingsCommand):
+    """Also says whether figures are wanted as JSON."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument("--json", action="store_true", help="print JSON")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        return None
 
 
 def explain(message: str, known: Sequence[str]) -> str:

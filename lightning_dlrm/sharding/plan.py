@@ -24,7 +24,11 @@ ID_BYTES = 4
 """Of a row id on the wire."""
 
 _CHUNKS_PER_RANK = (1, 2, 4, 8)
-_GOOD_IMBALANCE = 1.05
+_GOOD_IMBALANCE = 1.1
+# A rank with this many times its fair load gets no more, as long as others have less.
+_FULL = 1.02
+# The smallest share of a fair load that is worth cutting a piece for.
+_LEAST_CUT = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,9 +197,10 @@ def make_plan(
 ) -> Plan:
     """Spreads tables over ranks.
 
-    Tables are cut no finer than balance needs. Each piece, the heaviest first, goes to the rank
-    that is then the least loaded, in bytes or in work, whichever is the greater share of what is
-    fair; where it fits into no rank whole, it is cut to fill what room there is.
+    Each piece, the heaviest first, goes to the rank that is then the least loaded, in bytes or in
+    work, whichever is the greater share of what is fair; where it would overfill that rank, it is
+    cut to fill what room there is. It starts from whole tables, and cuts finer only where that
+    leaves ranks out of balance.
 
     Args:
         tables: in the order of the ids of a batch.
@@ -266,24 +271,43 @@ def _spread(
     fair_bytes = _fair_bytes(sum(table.bytes for table in tables), limits)
     fair_work = sum(t.below(table.rows) for t, table in zip(traffic, tables, strict=True)) / ranks
     largest_bytes, largest_work = max(fair_bytes) / chunks, max(fair_work / chunks, 1e-9)
-    waiting = []
-    for i, (table, t) in enumerate(zip(tables, traffic, strict=True)):
-        for start, stop in _cut(table, t, largest_bytes, largest_work):
-            size, work = (stop - start) * table.bytes_per_row, t.between(start, stop)
-            waiting.append((-max(size / largest_bytes, work / largest_work), i, start, stop))
+
+    def weighed(i: int, start: int, stop: int) -> tuple[float, int, int, int]:
+        size, work = (stop - start) * tables[i].bytes_per_row, traffic[i].between(start, stop)
+        return -max(size / largest_bytes, work / largest_work), i, start, stop
+
+    waiting = [
+        weighed(i, start, stop)
+        for i, (table, t) in enumerate(zip(tables, traffic, strict=True))
+        for start, stop in _cut(table, t, largest_bytes, largest_work)
+    ]
     heapq.heapify(waiting)
     limit_R = np.array(limits)
     fair_bytes_R, fair_work_rank = np.maximum(fair_bytes, 1e-9), max(fair_work, 1e-9)
     bytes_R, work_R = np.zeros(ranks), np.zeros(ranks)
     placed: list[tuple[int, int, int, int]] = []
     while waiting:
-        weight, i, start, stop = heapq.heappop(waiting)
-        table = tables[i]
-        size, work = (stop - start) * table.bytes_per_row, traffic[i].between(start, stop)
+        _, i, start, stop = heapq.heappop(waiting)
+        table, rows = tables[i], stop - start
+        size, work = rows * table.bytes_per_row, traffic[i].between(start, stop)
         share_R = np.maximum((bytes_R + size) / fair_bytes_R, (work_R + work) / fair_work_rank)
         share_R[bytes_R + size > limit_R] = np.inf
         chosen = int(share_R.argmin())
-        if share_R[chosen] == np.inf:
+        if share_R[chosen] > _FULL:
+            emptiest = int(np.maximum(bytes_R / fair_bytes_R, work_R / fair_work_rank).argmin())
+            room = int(
+                (min(_FULL * fair_bytes_R[emptiest], limit_R[emptiest]) - bytes_R[emptiest]) // table.bytes_per_row
+            )
+            busy = traffic[i].row_after(start, _FULL * fair_work_rank - work_R[emptiest]) - start
+            fitting = min(room, busy)
+            if 1 <= fitting < rows:
+                part = (
+                    fitting * table.bytes_per_row / max(fair_bytes),
+                    traffic[i].between(start, start + fitting) / fair_work_rank,
+                )
+                if max(part) >= _LEAST_CUT:
+                    chosen, rows = emptiest, fitting
+        if share_R[chosen] == np.inf and rows == stop - start:
             chosen = int((limit_R - bytes_R).argmax())
             rows = int((limit_R[chosen] - bytes_R[chosen]) // table.bytes_per_row)
             if rows < 1:
@@ -291,12 +315,11 @@ def _spread(
                     f"the ranks' memory is full, with {size:,} bytes of table {table.name} left over that fit into no "
                     f"rank: give each rank {_human(sum(t.bytes for t in tables) / ranks * 1.01)}, or more ranks"
                 )
-            heapq.heappush(waiting, (weight, i, start + rows, stop))
-            stop = start + rows
-            size, work = rows * table.bytes_per_row, traffic[i].between(start, stop)
-        bytes_R[chosen] += size
-        work_R[chosen] += work
-        placed.append((i, start, stop, chosen))
+        if start + rows < stop:
+            heapq.heappush(waiting, weighed(i, start + rows, stop))
+        bytes_R[chosen] += rows * table.bytes_per_row
+        work_R[chosen] += traffic[i].between(start, start + rows)
+        placed.append((i, start, start + rows, chosen))
     imbalance = float(np.maximum(bytes_R / fair_bytes_R, work_R / fair_work_rank).max())
     return Plan(ranks=ranks, pieces=tuple(_joined(placed, tables))), imbalance
 
