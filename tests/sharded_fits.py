@@ -13,10 +13,13 @@ import yaml
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import Batch, SparseIds
+from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints
 from lightning_dlrm.engine.recorder import Recorder
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
-from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad, UpdateRule
+from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.models.embeddings import QuotientRemainder, TableSettings
+from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.plan import Piece, Plan
 from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
@@ -29,7 +32,23 @@ RULES: dict[str, Any] = {
     "plain_sgd": lambda: SGD(1.0),
     "adagrad": lambda: Adagrad(0.1),
     "row_wise": lambda: RowWiseAdagrad(0.1),
+    "adam": lambda: Adam(0.02),
 }
+
+
+def many_lookups(features: Features, seed: int) -> DLRM:
+    """Tables of several widths, some split in two, and a learned factor for every row."""
+    tables = TableSettings(
+        dims={"C2": 2},
+        project=True,
+        quotient_remainder=QuotientRemainder(collisions=10, threshold=500),
+        pooling="mean",
+        pooling_weights="learned",
+    )
+    return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
+
+
+NETWORKS: dict[str, Any] = {"dlrm": toy_dlrm, "dcn": toy_dcn, "many": many_lookups}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +74,8 @@ PARITY = (
     Fit(name="adagrad_mixed_weighted", rule="adagrad", plan="mixed", hot="weighted", network="dcn"),
     Fit(name="row_wise_mixed", rule="row_wise", plan="mixed", network="dcn"),
     Fit(name="row_wise_whole_multi", rule="row_wise", plan="whole", hot="multi"),
+    Fit(name="adam_mixed", rule="adam", plan="mixed"),
+    Fit(name="many_lookups_weighted", rule="adam", plan="auto", hot="weighted", network="many"),
     Fit(
         name="clipped_accumulated",
         rule="row_wise",
@@ -179,7 +200,7 @@ def run(fit: Fit, parent: Path, ranks: int) -> None:
     folder.path.mkdir(exist_ok=True)
     checkpoints = RunCheckpoints(folder, 0)
     rule: UpdateRule = RULES[fit.rule]()
-    module = toy_module({"dlrm": toy_dlrm, "dcn": toy_dcn}[fit.network], rule, RULES[fit.rule]())
+    module = toy_module(NETWORKS[fit.network], rule, RULES[fit.rule]())
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=fit.steps,

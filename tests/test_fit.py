@@ -14,11 +14,10 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder
 from lightning_dlrm.objectives.metrics import click_metrics
-from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
 from lightning_dlrm.optim.schedules import WarmupQuadraticDecay, WarmupThenDecay
 from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
-from tests.toy import ToyData, ToyLoader, dense_parameters, toy_dcn, toy_dlrm, toy_module, toy_schema
+from tests.toy import ToyData, ToyLoader, optimizer_of, toy_dcn, toy_dlrm, toy_module, toy_schema
 
 
 def trainer_of(
@@ -75,7 +74,7 @@ def test_fit_equals_a_hand_written_loop(network: Any, tmp_path: Path) -> None:
     trainer_of(tmp_path / "run", max_epochs=2).fit(module, ToyData())
 
     plain = network(toy_schema().features, 3)
-    optimizer = CTROptimizer(dense_parameters(plain), [plain.embeddings], Adagrad(0.05), RowWiseAdagrad(0.1))
+    optimizer = optimizer_of(plain, Adagrad(0.05), RowWiseAdagrad(0.1))
     expected = []
     for batch in [*ToyLoader("train", 50).batches, *ToyLoader("train", 50).batches]:
         for group, base in zip(optimizer.param_groups, (0.05, 0.1), strict=True):
@@ -203,7 +202,7 @@ def test_a_short_step_at_an_epochs_end_is_a_mean_too(tmp_path: Path) -> None:
     module = toy_module(toy_dlrm, SGD(0.1), SGD(0.1))
     trainer_of(tmp_path / "run", precision="64-true", accumulate_grad_batches=4).fit(module, ToyData())
     plain = toy_dlrm(toy_schema().features, 3).double()
-    optimizer = CTROptimizer(dense_parameters(plain), [plain.embeddings], SGD(0.1), SGD(0.1))
+    optimizer = optimizer_of(plain, SGD(0.1), SGD(0.1))
     batches = ToyLoader("train", 50).batches
     for start in range(0, 14, 4):
         optimizer.zero_grad()
@@ -340,7 +339,7 @@ def test_precisions_train(precision: str, tmp_path: Path) -> None:
     module = toy_module()
     trainer_of(tmp_path / "run", precision=precision, max_epochs=3, gradient_clip_val=1.0).fit(module, ToyData())
     dtype = torch.float64 if precision == "64-true" else torch.float32
-    assert module.network.embeddings.weight.dtype == dtype
+    assert [lookup.weight.dtype for lookup in module.network.lookups()] == [dtype]
     found = list(losses(tmp_path / "run").values())
     assert sum(found[-5:]) < sum(found[:5])
 

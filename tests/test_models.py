@@ -56,8 +56,8 @@ def test_dlrm_is_the_published_formula(interaction: str) -> None:
     for layer in network.bottom.linears():
         x = torch.relu(x @ layer.weight.T + layer.bias)
     vectors = [x] + [
-        piece.of(network.embeddings.weight)[ids.values[:, f].long()]
-        for f, piece in enumerate(network.embeddings.pieces)
+        piece.of(network.lookups()[0].weight)[ids.values[:, f].long()]
+        for f, piece in enumerate(network.lookups()[0].pieces)
     ]
     if interaction == "dot":
         x = torch.cat([x] + [(vectors[i] * vectors[j]).sum(1, keepdim=True) for i in range(4) for j in range(i)], 1)
@@ -73,8 +73,8 @@ def test_dcn_is_the_published_formula() -> None:
     nn.init.normal_(network.cross.bias)
     dense, ids = batch()
     vectors = [
-        piece.of(network.embeddings.weight)[ids.values[:, f].long()]
-        for f, piece in enumerate(network.embeddings.pieces)
+        piece.of(network.lookups()[0].weight)[ids.values[:, f].long()]
+        for f, piece in enumerate(network.lookups()[0].pieces)
     ]
     x0 = torch.cat([*vectors, dense], 1)
     cross = x0
@@ -163,7 +163,7 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
         ({"bottom_mlp": [8, 5]}, "bottom_mlp ends in 5 but embedding_dim is 16"),
         ({"bottom_mlp": []}, "bottom_mlp ends in nothing"),
         ({"interaction": "cat", "self_interaction": True}, "self_interaction needs interaction: dot"),
-        ({"interaction": "sum"}, "neither dot nor cat"),
+        ({"interaction": "sum"}, "none of dot, cat, projection, cross"),
         ({"top_mlp": [0]}, "each 1 or wider"),
     ],
 )

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import RowGradient
+from lightning_dlrm.contracts.lookup import RowGradient, Table
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad, UpdateRule
 from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay, WarmupThenDecay
-from tests.toy import dense_parameters, toy_batch, toy_dlrm, toy_schema
+from tests.toy import optimizer_of, toy_batch, toy_dlrm, toy_schema
 
 
 def make(dense_rule: UpdateRule, table_rule: UpdateRule):
     network = toy_dlrm(toy_schema().features, 3).double()
-    return network, CTROptimizer(dense_parameters(network), [network.embeddings], dense_rule, table_rule)
+    return network, optimizer_of(network, dense_rule, table_rule)
 
 
 def backward(network, seed: int) -> None:
@@ -42,7 +42,7 @@ def test_dense_and_tables_move_as_under_torch_optim(rule: UpdateRule, reference)
     network, optimizer = make(rule, rule)
     twin = copy.deepcopy(network)
     plain = reference(list(twin.parameters()))
-    before = network.embeddings.weight.detach().clone()
+    before = network.lookups()[0].weight.detach().clone()
     touched = set()
     for step in range(10):
         optimizer.zero_grad()
@@ -50,23 +50,23 @@ def test_dense_and_tables_move_as_under_torch_optim(rule: UpdateRule, reference)
         optimizer.step()
         plain.zero_grad()
         backward(twin, step)
-        gradient = twin.embeddings.gradient()
-        twin.embeddings.weight.grad = torch.zeros_like(twin.embeddings.weight).index_copy(
+        gradient = twin.lookups()[0].gradient()
+        twin.lookups()[0].weight.grad = torch.zeros_like(twin.lookups()[0].weight).index_copy(
             0, gradient.rows, gradient.values
         )
         touched |= set(gradient.rows.tolist())
-        twin.embeddings.clear_gradient()
+        twin.lookups()[0].clear_gradient()
         plain.step()
     for (name, ours), theirs in zip(network.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=lambda m, n=name: f"{n}: {m}", rtol=1e-12, atol=1e-12)
     untouched = sorted(set(range(len(before))) - touched)
     assert untouched
-    assert torch.equal(network.embeddings.weight[untouched], before[untouched])
+    assert torch.equal(network.lookups()[0].weight[untouched], before[untouched])
 
 
 def test_row_wise_adagrad_by_loops() -> None:
     rule = RowWiseAdagrad(0.1, epsilon=1e-4)
-    tables = EmbeddingTables({"A": 6}, 3, seed=1).double()
+    tables = EmbeddingTables([Table.of_column("A", 6)], 3, seed=1).double()
     optimizer = CTROptimizer([], [tables], SGD(1.0), rule)
     weight = tables.weight.detach().clone().tolist()
     sums = [0.0] * 6
@@ -89,7 +89,7 @@ def test_row_wise_adagrad_of_dense_layers() -> None:
     rule = RowWiseAdagrad(0.1)
     for parameter in (weight, bias):
         state, gradient, before = rule.state(parameter), torch.randn_like(parameter), parameter.clone()
-        rule.update(parameter, gradient, state, torch.tensor(0.1))
+        rule.apply(parameter, gradient, state, torch.tensor(0.1), torch.tensor(1.0))
         square = gradient.square().mean(1) if parameter.dim() == 2 else gradient.square()
         torch.testing.assert_close(state["sum"], square)
         scale = square.sqrt().view(-1, *[1] * (parameter.dim() - 1))
@@ -101,8 +101,8 @@ def test_clipping_counts_table_rows(kind: str) -> None:
     network, optimizer = make(SGD(0.1), SGD(0.1))
     backward(network, 0)
     backward(network, 1)  # a second micro-batch
-    gradient = network.embeddings.gradient()
-    everything = [p.grad.clone() for p in dense_parameters(network)] + [gradient.values.clone()]
+    gradient = network.lookups()[0].gradient()
+    everything = [p.grad.clone() for p in network.dense_parameters()] + [gradient.values.clone()]
     norm = torch.cat([g.flatten() for g in everything]).norm()
     torch.testing.assert_close(optimizer.gradient_norm(), norm)
     if kind == "norm":
@@ -111,7 +111,7 @@ def test_clipping_counts_table_rows(kind: str) -> None:
     else:
         optimizer.clip_gradient_values(1e-3)
         expected = [g.clamp(-1e-3, 1e-3) for g in everything]
-    clipped = [p.grad for p in dense_parameters(network)] + [network.embeddings.gradient().values]
+    clipped = [p.grad for p in network.dense_parameters()] + [network.lookups()[0].gradient().values]
     for ours, theirs in zip(clipped, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
 
@@ -119,9 +119,9 @@ def test_clipping_counts_table_rows(kind: str) -> None:
 def test_a_small_norm_is_left_alone() -> None:
     network, optimizer = make(SGD(0.1), SGD(0.1))
     backward(network, 0)
-    before = network.embeddings.gradient().values.clone()
+    before = network.lookups()[0].gradient().values.clone()
     optimizer.clip_gradient_norm(1e6)
-    assert torch.equal(network.embeddings.gradient().values, before)
+    assert torch.equal(network.lookups()[0].gradient().values, before)
 
 
 def test_state_of_other_rules_is_refused() -> None:

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import RowGradient, TablePiece
+from lightning_dlrm.contracts.lookup import RowGradient, Table, TablePiece
 from lightning_dlrm.models.tables import BLOCK_ROWS, EmbeddingTables, fill_initial_rows
 
 TABLES = {"A": 4, "B": 30, "C": 1}
+
+
+def tables_of(rows: dict[str, int]) -> list[Table]:
+    return [Table.of_column(name, n) for name, n in rows.items()]
 
 
 def plain_vectors(tables: EmbeddingTables, bags: list[list[list[tuple[int, float]]]]) -> tuple[Tensor, Tensor]:
@@ -54,7 +58,7 @@ samples = st.lists(st.tuples(*(bag(rows) for rows in TABLES.values())).map(list)
 def test_multi_hot_lookup_equals_loops(bags: list, weighted: bool) -> None:
     if not weighted:
         bags = [[[(row, 1.0) for row, _ in one] for one in sample] for sample in bags]
-    tables = EmbeddingTables(TABLES, 3, seed=1).double()
+    tables = EmbeddingTables(tables_of(TABLES), 3, seed=1).double()
     expected, weight = plain_vectors(tables, bags)
     vectors = tables(as_ids(bags, weighted))
     torch.testing.assert_close(vectors, expected)
@@ -65,7 +69,7 @@ def test_multi_hot_lookup_equals_loops(bags: list, weighted: bool) -> None:
 
 
 def test_one_hot_lookup_equals_loops_and_micro_batches_add_up() -> None:
-    tables = EmbeddingTables(TABLES, 3, seed=1).double()
+    tables = EmbeddingTables(tables_of(TABLES), 3, seed=1).double()
     total = torch.zeros_like(tables.weight)
     for seed in (0, 1, 2):
         ids = torch.stack(
@@ -84,7 +88,7 @@ def test_one_hot_lookup_equals_loops_and_micro_batches_add_up() -> None:
 
 
 def test_an_empty_slice_has_vectors_and_a_gradient() -> None:
-    tables = EmbeddingTables(TABLES, 3)
+    tables = EmbeddingTables(tables_of(TABLES), 3)
     vectors = tables(SparseIds(values=torch.zeros(0, 3, dtype=torch.int32), tables=3))
     assert vectors.shape == (0, 3, 3)
     vectors.sum().backward()
@@ -92,7 +96,7 @@ def test_an_empty_slice_has_vectors_and_a_gradient() -> None:
 
 
 def test_no_gradient_tensor_of_the_size_of_the_tables() -> None:
-    tables = EmbeddingTables(TABLES, 3)
+    tables = EmbeddingTables(tables_of(TABLES), 3)
     tables(SparseIds(values=torch.zeros(2, 3, dtype=torch.int32), tables=3)).sum().backward()
     assert tables.weight.grad is None
 
@@ -105,29 +109,29 @@ def test_row_gradient_of_bfloat16_is_summed_in_float32() -> None:
 
 def test_any_piece_of_a_table_starts_as_in_the_whole() -> None:
     rows = 2 * BLOCK_ROWS + 1000
-    whole = EmbeddingTables({"A": 10, "B": rows}, 2, seed=7)
+    whole = EmbeddingTables(tables_of({"A": 10, "B": rows}), 2, seed=7)
     table = whole.pieces[1].of(whole.weight)
     for start, stop in [(0, rows), (5, 70), (BLOCK_ROWS - 3, BLOCK_ROWS + 3), (rows - 1, rows), (9, 9)]:
         piece = TablePiece(name="B", table_rows=rows, start=start, stop=stop, offset=4)
         held = torch.full((4 + stop - start, 2), 99.0)
-        fill_initial_rows(held, (piece,), seed=7)
+        fill_initial_rows(held, whole.tables, [piece], seed=7)
         assert torch.equal(held[4:], table[start:stop])
         assert (held[:4] == 99).all(), "rows of others stay"
 
 
 def test_initial_rows_are_uniform_as_published() -> None:
     rows = 40_000
-    table = EmbeddingTables({"A": rows}, 8, seed=1).weight
+    table = EmbeddingTables(tables_of({"A": rows}), 8, seed=1).weight
     bound = rows**-0.5
     assert table.abs().max() <= bound
     assert abs(table.mean()) < 0.01 * bound
     assert table.std().item() == pytest.approx(bound / 3**0.5, rel=0.01)
-    assert not torch.equal(table, EmbeddingTables({"A": rows}, 8, seed=2).weight)
-    assert not torch.equal(table, EmbeddingTables({"B": rows}, 8, seed=1).weight)
+    assert not torch.equal(table, EmbeddingTables(tables_of({"A": rows}), 8, seed=2).weight)
+    assert not torch.equal(table, EmbeddingTables(tables_of({"B": rows}), 8, seed=1).weight)
 
 
 def test_tables_without_rows_or_width_are_refused() -> None:
     with pytest.raises(UserError, match="tables without rows: B"):
-        EmbeddingTables({"A": 1, "B": 0}, 4)
+        EmbeddingTables(tables_of({"A": 1, "B": 0}), 4)
     with pytest.raises(UserError, match="embedding_dim is 0"):
-        EmbeddingTables({"A": 1}, 0)
+        EmbeddingTables(tables_of({"A": 1}), 0)

@@ -12,6 +12,7 @@ from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import Adagrad, RowWiseAdagrad, UpdateRule
 from lightning_dlrm.optim.schedules import Schedule
 
@@ -122,5 +123,5 @@ def toy_module(
     )
 
 
-def dense_parameters(network: CTRNetwork) -> list[torch.nn.Parameter]:
-    return [p for p in network.parameters() if p is not network.embeddings.weight]
+def optimizer_of(network: CTRNetwork, dense_rule: UpdateRule, table_rule: UpdateRule) -> CTROptimizer:
+    return CTROptimizer(network.dense_parameters(), network.lookups(), dense_rule, table_rule)

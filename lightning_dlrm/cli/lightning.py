@@ -32,10 +32,20 @@ from lightning_dlrm.engine.progress import RunProgress
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
+from lightning_dlrm.models.baselines import (
+    MLP,
+    DeepFM,
+    FactorizationMachine,
+    LogisticRegression,
+    MatrixFactorization,
+    WideAndDeep,
+    XDeepFM,
+)
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
-from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay, WarmupThenDecay
+from lightning_dlrm.objectives.losses import FocalLoss, LogLoss, WeightedLogLoss
+from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad
+from lightning_dlrm.optim.schedules import Constant, Cosine, WarmupQuadraticDecay, WarmupThenDecay
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
 from lightning_dlrm.sharding.collectives import lost_rank
 from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS, JsonLinesLogger, RunFolder
@@ -50,13 +60,25 @@ KNOWN_CLASSES = (
     CriteoTerabyte,
     DLRM,
     DCN,
+    LogisticRegression,
+    MatrixFactorization,
+    FactorizationMachine,
+    MLP,
+    WideAndDeep,
+    DeepFM,
+    XDeepFM,
     SGD,
     Adagrad,
     RowWiseAdagrad,
+    Adam,
     Constant,
+    Cosine,
     WarmupQuadraticDecay,
     WarmupThenDecay,
     EmbeddingShardedDDP,
+    LogLoss,
+    WeightedLogLoss,
+    FocalLoss,
 )
 EVALUATIONS = ("validate", "test", "predict")
 
@@ -389,8 +411,12 @@ class ParamsCommand(SettingsCommand):
 def explain(message: str, known: Sequence[str]) -> str:
     """jsonargparse's message in one line, with the nearest key or class where one is misspelt."""
     # A nested parser has already explained itself.
-    if match := re.search(r"unknown key [\w.]+(; did you mean [\w.]+\?)?", message):
+    explained = r"unknown key [\w.]+(; did you mean [\w.]+\?)?|[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*"
+    if match := re.search(explained, message):
         return match[0]
+    if match := re.search(r"([\w.]+)\"?:\s+Expected a typing\.Literal\[(.*?)\]\. Got value: (\S+)", message):
+        values = re.findall(r"'([^']+)'", match[2])
+        return f"{match[1]}: {match[3]} is none of {', '.join(values)}"
     if match := re.search(
         r"Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)",
         message,
@@ -401,12 +427,26 @@ def explain(message: str, known: Sequence[str]) -> str:
         name = match[1] or match[2]
         names = [known.__name__ for known in KNOWN_CLASSES]
         return f"no class {name}; known ones: {', '.join(names)}{nearest(name, names)}"
+    if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss|Schedule)", message):
+        return _explain_class(message, match[1])
     if "typing.Literal" in message and (given := re.search(r"Given value: (.*)", message)):
         key = re.search(r'Parser key "([\w.]+)"', message)
         values = re.findall(r"'([\w.-]+)'", message[: given.start()])
         return f"{key[1] if key else 'value'}: {given[1].strip()} is none of {', '.join(values)}"
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
     return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
+
+
+def _explain_class(message: str, base: str) -> str:
+    """A class of another library where one of ours is needed."""
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    given = re.search(r"Import path ([\w.]+) does", message) or re.search(r"Given value: (\S+)", message)
+    fitting = [known.__name__ for known in KNOWN_CLASSES if base in (parent.__name__ for parent in known.__mro__)]
+    why = ", and cannot update single rows of a table" if base == "UpdateRule" else ""
+    return (
+        f"{key[1] if key else 'class'}: {given[1] if given else 'this class'} is none of this project's{why}; "
+        f"choose one of {', '.join(fitting)}"
+    )
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:

@@ -29,16 +29,17 @@ def count(module: CTRModule) -> dict[str, int]:
     size = module.size
     with torch.device("meta"):
         network = module.make_network(module.schema.features, module.seed)
-    tables = network.embeddings.weight
-    dense = [p for p in network.parameters() if p is not tables]
+    tables = [lookup.weight for lookup in network.lookups()]
+    trained = [weight for weight in tables if weight.requires_grad]
+    dense = network.dense_parameters()
     return {
         "tables": size.tables,
         "dense": size.dense,
         "total": size.total,
         "flops_per_sample_forward": size.flops_per_sample_forward,
         "flops_per_sample_training": size.flops_per_sample_training,
-        "bytes_weights": sum(p.numel() * p.element_size() for p in (tables, *dense)),
-        "bytes_optimizer_tables": _state_bytes(module.table_rule, [tables]),
+        "bytes_weights": sum(p.numel() * p.element_size() for p in (*tables, *dense)),
+        "bytes_optimizer_tables": _state_bytes(module.table_rule, trained),
         "bytes_optimizer_dense": _state_bytes(module.dense_rule, dense),
     }
 

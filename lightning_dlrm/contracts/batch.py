@@ -6,6 +6,7 @@ Shape suffixes: B samples, F tables, I dense features, N indices of all bags tog
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -25,13 +26,48 @@ class SparseIds:
     offsets: Tensor | None = None
     """int64 [B * F + 1], ascending from 0 to N."""
     weights: Tensor | None = None
-    """float32, shaped as ``values``: a factor for each index's vector; None means 1."""
+    """float, shaped as ``values``: a factor for each index's vector, differentiable where learned; None means 1."""
 
     def __len__(self) -> int:
         """B, the number of samples."""
         if self.offsets is None:
             return self.values.shape[0]
         return (self.offsets.shape[0] - 1) // self.tables if self.tables else 0
+
+    def bag_of_each(self) -> Tensor:
+        """int64 [number of values]: the bag that each index belongs to; bag ``b * F + f`` is of table f."""
+        if self.offsets is None:
+            return torch.arange(self.values.numel(), device=self.values.device)
+        return torch.repeat_interleave(self.offsets.diff())
+
+    def lengths(self) -> Tensor:
+        """int64 [B, F]: the number of indices in each bag."""
+        if self.offsets is None:
+            return torch.ones_like(self.values, dtype=torch.int64)
+        return self.offsets.diff().view(-1, self.tables)
+
+    def of_tables(self, columns_G: Tensor) -> "SparseIds":
+        """The ids of some of the tables.
+
+        Args:
+            columns_G: int64 [G], positions among the F tables in any order, also more than once.
+        """
+        if self.offsets is None:
+            values = self.values.index_select(1, columns_G)
+            weights = None if self.weights is None else self.weights.index_select(1, columns_G)
+            return SparseIds(values=values, tables=len(columns_G), weights=weights)
+        starts_b = self.offsets[:-1].view(-1, self.tables).index_select(1, columns_G).flatten()
+        lengths_b = self.lengths().index_select(1, columns_G).flatten()
+        ends_b = torch.cumsum(lengths_b, 0)
+        # An index keeps its place within its bag; the bag moves.
+        moved_N = torch.repeat_interleave(starts_b - (ends_b - lengths_b), lengths_b)
+        source_N = moved_N + torch.arange(len(moved_N), device=moved_N.device)
+        return SparseIds(
+            values=self.values[source_N],
+            tables=len(columns_G),
+            offsets=torch.cat([ends_b.new_zeros(1), ends_b]),
+            weights=None if self.weights is None else self.weights[source_N],
+        )
 
     def to(self, device: Any, non_blocking: bool = False) -> "SparseIds":
         move = _mover(device, non_blocking)

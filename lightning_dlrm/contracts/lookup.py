@@ -101,6 +101,28 @@ class RowGradient:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Table:
+    """What a table is before it is made; any piece of it can be made anywhere, the same.
+
+    Its initial rows are drawn from U(centre - bound, centre + bound), a function of (seed, name,
+    block of rows), or given.
+    """
+
+    name: str
+    """``C3`` for the vectors of column C3; further tables of a column are ``C3/linear`` and the like."""
+    rows: int
+    bound: float
+    centre: float = 0.0
+    given: Tensor | None = None
+    """[rows, D]: initial rows that are not drawn."""
+
+    @staticmethod
+    def of_column(name: str, rows: int) -> "Table":
+        """A plain table: U(-1/sqrt(rows), 1/sqrt(rows)), as in the code published with Naumov et al. 2019."""
+        return Table(name=name, rows=rows, bound=rows**-0.5 if rows > 0 else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TablePiece:
     """A range of a table's rows and where they lie in the parameter that holds them."""
 
@@ -123,12 +145,16 @@ class TablePiece:
 class EmbeddingLookup(nn.Module):
     """Turns ids into vectors, and gradients of vectors into a RowGradient.
 
-    A local lookup holds whole tables, a sharded one holds pieces; a model cannot tell them apart.
-    ``weight`` never gets a ``.grad``: its gradient is the RowGradient, read by the optimiser.
+    A local lookup holds whole tables, a sharded one holds pieces; a model cannot tell them apart. A
+    network owns any number of lookups, each for tables of one width, and reaches table rows through
+    them alone. ``weight`` never gets a ``.grad``: its gradient is the RowGradient, read by the optimiser.
     """
 
     weight: nn.Parameter
-    """[R, D]: all rows held here, of tables of one width, table after table."""
+    """[R, D]: all rows held here, of tables of one width, table after table; it requires no gradient
+    where the rows stay as they are."""
+    tables: tuple[Table, ...]
+    """The F tables, in the order of the ids."""
     pieces: tuple[TablePiece, ...]
     """What the rows of ``weight`` are, in order."""
 
@@ -138,8 +164,17 @@ class EmbeddingLookup(nn.Module):
 
     def forward(self, ids: SparseIds) -> Tensor:
         """[B, F, D]: for every sample and table the (weighted) sum of the looked-up rows; zeros for
-        an empty bag."""
+        an empty bag. Differentiable in ``ids.weights`` too."""
         raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def each(self, ids: SparseIds) -> Tensor:
+        """[N, D]: the row of every index, in the order of ``ids.values``, not summed; weights do not count."""
+        raise TypeError(f"{type(self).__name__} does not define each")
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.weight.shape[1]
 
     def add_gradient(self, gradient: RowGradient) -> None:
         """Called by the backward pass: once per micro-batch."""

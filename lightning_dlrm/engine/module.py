@@ -1,6 +1,6 @@
 """The one LightningModule: any network, any rules, any dataset."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,11 +10,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
 from lightning_dlrm.models.accounting import ModelSize, model_size
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
-from lightning_dlrm.objectives.losses import summed_log_loss
+from lightning_dlrm.objectives.losses import LogLoss, Loss
 from lightning_dlrm.objectives.metrics import ClickMetrics
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import UpdateRule
@@ -23,17 +24,17 @@ from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
 
-TABLES_KEY = "network.embeddings.weight"
-
 
 class CTRModule(pl.LightningModule):
     """A click-through-rate model under training.
 
     Args:
         network: makes the network from the dataset's features and the seed, such as DLRM or DCN.
-        table_optimizer: rule for the embedding tables: SGD, Adagrad or RowWiseAdagrad.
+        table_optimizer: rule for the embedding tables: SGD, Adagrad, RowWiseAdagrad or Adam.
         dense_optimizer: rule for all other weights.
-        schedule: of both learning rates: Constant, WarmupThenDecay or WarmupQuadraticDecay.
+        schedule: of both learning rates: Constant, Cosine, WarmupThenDecay or WarmupQuadraticDecay.
+        loss: what is minimised: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
+            whatever it is.
         schema: of the dataset; taken from the data.
         seed: of the initial weights; taken from seed_everything.
 
@@ -47,15 +48,24 @@ class CTRModule(pl.LightningModule):
         table_optimizer: UpdateRule,
         dense_optimizer: UpdateRule,
         schedule: Schedule | None = None,
+        loss: Loss | None = None,
         *,
         schema: DatasetSchema,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        for option, rule in (("table_optimizer", table_optimizer), ("dense_optimizer", dense_optimizer)):
+            if not isinstance(rule, UpdateRule):
+                name = getattr(rule, "__name__", type(rule).__name__)
+                raise UserError(
+                    f"{option} is {name}, which cannot update single rows of a table; "
+                    "give a rule of lightning_dlrm.optim.rules, such as RowWiseAdagrad(0.01)"
+                )
         self.make_network = network
         self.table_rule = table_optimizer
         self.dense_rule = dense_optimizer
         self.schedule = schedule or Constant()
+        self.loss = loss or LogLoss()
         self.schema = schema
         self.seed = seed
         self.network: CTRNetwork
@@ -75,13 +85,12 @@ class CTRModule(pl.LightningModule):
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             # A gradient scaler would unscale the dense gradients and pass over the tables' rows.
             raise UserError("precision 16-mixed scales the loss, which table rows do not support; use bf16-mixed")
-        embeddings = self.network.embeddings
-        if self.trainer.world_size > 1 and isinstance(embeddings, EmbeddingTables):
+        network = self.network
+        if self.trainer.world_size > 1 and any(isinstance(lookup, EmbeddingTables) for lookup in network.lookups()):
             raise UserError(
                 "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp"
             )
-        dense = [p for p in self.network.parameters() if p is not embeddings.weight]
-        optimizer = CTROptimizer(dense, [embeddings], self.dense_rule, self.table_rule)
+        optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), self.dense_rule, self.table_rule)
         total = self._total_steps() if self.schedule.needs_total_steps else None
         factors = [_factor(self.schedule, rule.learning_rate, total) for rule in (self.dense_rule, self.table_rule)]
         return {
@@ -128,7 +137,7 @@ class CTRModule(pl.LightningModule):
         is the mean over the global batch whatever the slices' sizes.
         """
         logits_B = self.network(batch.dense, batch.ids)
-        loss = summed_log_loss(logits_B, _labels(batch)) * (self.trainer.world_size / batch.global_size)
+        loss = self.loss.summed(logits_B, _labels(batch)) * (self.trainer.world_size / batch.global_size)
         scaled = loss * self._short_step_factor(batch_idx)
         return {"loss": scaled, "logits": logits_B.detach(), "step_loss": loss.detach()}
 
@@ -175,14 +184,19 @@ class CTRModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the tables and their optimiser state out of Lightning's dictionary: they are written
         piece by piece, without a copy."""
-        embeddings = self.network.embeddings
-        slots: Mapping[str, Tensor] = {}
+        slots: dict[EmbeddingLookup, dict[str, Tensor]] = {}
         if checkpoint.get("optimizer_states"):
-            slots = self._optimizer().table_state[0]
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k != TABLES_KEY}
+            optimizer = self._optimizer()
+            slots = dict(zip(optimizer.lookups, optimizer.table_state, strict=True))
+        for key in self._table_keys():
+            del checkpoint["state_dict"][key]
         checkpoint["tables"] = [
-            PieceTensors(piece, {"weight": piece.of(embeddings.weight)} | {s: piece.of(t) for s, t in slots.items()})
-            for piece in embeddings.pieces
+            PieceTensors(
+                piece,
+                {"weight": piece.of(lookup.weight)} | {s: piece.of(t) for s, t in slots.get(lookup, {}).items()},
+            )
+            for lookup in self.network.lookups()
+            for piece in lookup.pieces
         ]
         checkpoint["header"] = {
             "model": type(self.network).__name__,
@@ -201,14 +215,14 @@ class CTRModule(pl.LightningModule):
         """
         reader: CheckpointReader = checkpoint["tables"]
         self._check_header(reader)
-        embeddings = self.network.embeddings
-        theirs, ours = set(reader.manifest.tables), set(self.schema.features.tables)
+        lookups, table_keys = self.network.lookups(), self._table_keys()
+        theirs, ours = set(reader.manifest.tables), {table.name for lookup in lookups for table in lookup.tables}
         if theirs != ours:
             raise UserError(
                 f"checkpoint {reader.folder} has tables {_few(theirs)}, this run needs {_few(ours)}: "
                 "it is of another model or dataset"
             )
-        dense = {k: tuple(v.shape) for k, v in self.state_dict().items() if k != TABLES_KEY}
+        dense = {k: tuple(v.shape) for k, v in self.state_dict().items() if k not in table_keys}
         saved = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items()}
         if dense != saved:
             key = min(k for k in dense.keys() | saved.keys() if dense.get(k) != saved.get(k))
@@ -217,10 +231,11 @@ class CTRModule(pl.LightningModule):
                 f"and {dense.get(key, 'missing')} here; use the configuration it was trained with"
             )
         with torch.no_grad():
-            for piece in embeddings.pieces:
-                reader.read_rows(piece, "weight", piece.of(embeddings.weight))
+            for lookup in lookups:
+                for piece in lookup.pieces:
+                    reader.read_rows(piece, "weight", piece.of(lookup.weight))
         # Loading a parameter from itself costs nothing; leaving it out would be an incomplete state.
-        checkpoint["state_dict"][TABLES_KEY] = embeddings.weight
+        checkpoint["state_dict"] |= {key: lookup.weight for key, lookup in table_keys.items()}
         for state in checkpoint.get("optimizer_states", []):
             state["read_table_rows"] = reader.read_rows
         if "random_state" in checkpoint:
@@ -249,6 +264,11 @@ class CTRModule(pl.LightningModule):
     def data_schema(self) -> DatasetSchema:
         """The schema of the data at hand: complete once they are prepared."""
         return getattr(self.trainer.datamodule, "schema", self.schema)  # type: ignore[attr-defined]
+
+    def _table_keys(self) -> dict[str, EmbeddingLookup]:
+        """The name in this module's state of each lookup's weight -> the lookup."""
+        modules = self.network.named_modules(prefix="network")
+        return {f"{name}.weight": module for name, module in modules if isinstance(module, EmbeddingLookup)}
 
     def _optimizer(self) -> CTROptimizer:
         optimizer = self.optimizers(use_pl_optimizer=False)

@@ -218,7 +218,7 @@ def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
         names.RANKS: trainer.world_size,
         names.ROWS_PER_RANK: strategy.largest_rows
         if isinstance(strategy, EmbeddingShardedDDP)
-        else sum(module.schema.features.table_rows),
+        else sum(lookup.weight.shape[0] for lookup in module.network.lookups()),
     }
     optimum = module.data_schema().optimum.get(names.VALIDATION)
     if optimum is not None:

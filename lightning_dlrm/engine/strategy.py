@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
 from lightning_dlrm.sharding.lookup import ShardedTables
@@ -88,7 +88,7 @@ class EmbeddingShardedDDP(DDPStrategy):
         if self.plan is None:
             self.plan = self._agreed_plan(module, ranks)
         _replace_tables(module.network, self.plan, ranks, self._wire, self.root_device)
-        sharded = {id(lookup.weight) for lookup in lookups_of(module.network)}
+        sharded = {id(lookup.weight) for lookup in module.network.lookups()}
         names = [name for name, parameter in module.named_parameters() if id(parameter) in sharded]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
@@ -134,22 +134,16 @@ class EmbeddingShardedDDP(DDPStrategy):
 StrategyRegistry.register(NAME, EmbeddingShardedDDP, description="DDP with embedding tables in pieces over all ranks")
 
 
-def lookups_of(network: nn.Module) -> list[EmbeddingLookup]:
-    """Whatever holds table rows in a network."""
-    return [module for module in network.modules() if isinstance(module, EmbeddingLookup)]
-
-
-def table_loads(network: nn.Module, module: CTRModule, skew: float = 1.0) -> list[TableLoad]:
+def table_loads(network: CTRNetwork, module: CTRModule, skew: float = 1.0) -> list[TableLoad]:
     """What a plan needs to know of a network's tables; the network may be on the meta device."""
     loads = []
-    for lookup in lookups_of(network):
-        width = lookup.weight.shape[1]
-        row = torch.empty(1, width, dtype=lookup.weight.dtype, device="meta")
-        kept = [row, *module.table_rule.state(row).values()]
+    for lookup in network.lookups():
+        row = torch.empty(1, lookup.width, dtype=lookup.weight.dtype, device="meta")
+        kept = [row, *(module.table_rule.state(row).values() if lookup.weight.requires_grad else ())]
         bytes_per_row = sum(tensor.numel() * tensor.element_size() for tensor in kept)
         loads += [
-            TableLoad(name=piece.name, rows=piece.table_rows, width=width, bytes_per_row=bytes_per_row, skew=skew)
-            for piece in lookup.pieces
+            TableLoad(name=table.name, rows=table.rows, width=lookup.width, bytes_per_row=bytes_per_row, skew=skew)
+            for table in lookup.tables
         ]
     return loads
 

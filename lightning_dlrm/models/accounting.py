@@ -27,9 +27,6 @@ class ModelSize:
 
 def model_size(network: CTRNetwork) -> ModelSize:
     """Counts; ``network`` may be on the meta device, where its tables take no memory."""
-    width = network.embeddings.weight.shape[1]
-    table_rows = {piece.name: piece.table_rows for piece in network.embeddings.pieces}
-    dense = sum(p.numel() for p in network.parameters() if p is not network.embeddings.weight)
-    return ModelSize(
-        tables=sum(table_rows.values()) * width, dense=dense, flops_per_sample_forward=2 * network.multiply_adds()
-    )
+    tables = {table.name: table.rows * lookup.width for lookup in network.lookups() for table in lookup.tables}
+    dense = sum(parameter.numel() for parameter in network.dense_parameters())
+    return ModelSize(tables=sum(tables.values()), dense=dense, flops_per_sample_forward=2 * network.multiply_adds())

@@ -4,10 +4,14 @@ Shape suffixes: B samples, d features, r rank, E experts. Each layer's weights s
 biases at zero.
 """
 
+from typing import Literal, TypeAlias
+
 import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
+
+CrossKind: TypeAlias = Literal["vector", "matrix", "low_rank", "mixture"]
 
 
 class CrossNetwork(nn.Module):
@@ -153,6 +157,32 @@ class MixtureCross(CrossNetwork):
     def multiply_adds(self) -> int:
         _, experts, features, rank = self.up.shape
         return self.layers * (experts * (2 * features * rank + rank**2 + 2 * features) + features)
+
+
+def make_cross(kind: CrossKind, features: int, layers: int, rank: int | None, experts: int | None) -> CrossNetwork:
+    """A cross network by its name in configurations.
+
+    Raises:
+        UserError: no such kind, or a rank or experts missing or given where the kind has none.
+    """
+    needs: dict[str, tuple[str, ...]] = {
+        "vector": (),
+        "matrix": (),
+        "low_rank": ("cross_rank",),
+        "mixture": ("cross_rank", "cross_experts"),
+    }
+    if kind not in needs:
+        raise UserError(f"cross {kind!r} is none of {', '.join(needs)}")
+    given = {"cross_rank": rank, "cross_experts": experts}
+    for option, value in given.items():
+        if (value is None) == (option in needs[kind]):
+            verb = "needs" if value is None else "takes no"
+            raise UserError(f"cross: {kind} {verb} {option}; it is {'missing' if value is None else value}")
+    if rank is None:
+        return VectorCross(features, layers) if kind == "vector" else MatrixCross(features, layers)
+    if experts is None:
+        return LowRankCross(features, layers, rank)
+    return MixtureCross(features, layers, rank, experts)
 
 
 def _check_rank(rank: int, features: int) -> None:

@@ -1,7 +1,7 @@
 """DCN: Deep & Cross Network (Wang et al. 2017, arXiv:1708.05123; v2: Wang et al. 2021, arXiv:2008.13535)."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ from torch import Tensor
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.models.cross import CrossNetwork, LowRankCross, MatrixCross, MixtureCross, VectorCross
-from lightning_dlrm.models.layers import MLP, initialise
-from lightning_dlrm.models.network import CTRNetwork
-from lightning_dlrm.models.tables import EmbeddingTables
+from lightning_dlrm.models.cross import CrossKind, make_cross
+from lightning_dlrm.models.embeddings import Embeddings, TableSettings
+from lightning_dlrm.models.layers import DenseLayers, initialise
+from lightning_dlrm.models.network import CTRNetwork, Missing
 
 
 class DCN(CTRNetwork):
@@ -21,14 +21,19 @@ class DCN(CTRNetwork):
     Args:
         features: dense inputs and tables, from the dataset's schema.
         seed: of the initial weights.
-        embedding_dim: D, the width of every table.
+        embedding_dim: D, the width of every vector unless ``tables`` says otherwise.
         cross: kind of cross layers: vector (DCN v1), matrix (DCN v2), low_rank, or mixture (of low-rank experts).
         cross_layers: layers of the cross network.
         cross_rank: rank of low_rank and mixture; below the number of features they join.
         cross_experts: experts of mixture.
         deep: widths of the deep network's layers.
         structure: parallel (both networks see the input) or stacked (the deep one sees the crosses).
+        batch_norm: normalise over the batch in the deep network, between each layer and its ReLU.
+        tables: widths, pooling, and small tables in place of large ones.
+        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
     """
+
+    HIDDEN_WIDTHS: ClassVar[Mapping[str, slice]] = {"deep": slice(None)}
 
     def __init__(
         self,
@@ -36,28 +41,31 @@ class DCN(CTRNetwork):
         seed: int = 0,
         *,
         embedding_dim: int = 16,
-        cross: Literal["vector", "matrix", "low_rank", "mixture"] = "vector",
+        cross: CrossKind = "vector",
         cross_layers: int = 6,
         cross_rank: int | None = None,
         cross_experts: int | None = None,
         deep: Sequence[int] = (512, 256),
         structure: Literal["parallel", "stacked"] = "parallel",
+        batch_norm: bool = False,
+        tables: TableSettings | None = None,
+        missing: Missing = "zero",
     ) -> None:
-        super().__init__()
+        super().__init__(features.dense, missing)
         if structure not in ("parallel", "stacked"):
             raise UserError(f"structure {structure!r} is neither parallel nor stacked")
-        width = len(features.tables) * embedding_dim + features.dense
         self.stacked = structure == "stacked"
-        self.embeddings = EmbeddingTables(features.tables, embedding_dim, seed)
+        self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
+        width = sum(self.embeddings.widths) + features.dense
         self.cross = make_cross(cross, width, cross_layers, cross_rank, cross_experts)
-        self.deep = MLP([width, *deep])
-        self.logit = MLP([self.deep.widths[-1] + (0 if self.stacked else width), 1], linear_output=True)
+        self.deep = DenseLayers([width, *deep], batch_norm=batch_norm)
+        self.logit = DenseLayers([self.deep.widths[-1] + (0 if self.stacked else width), 1], linear_output=True)
         initialise(self, seed)
 
-    def forward(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """See CTRNetwork.forward."""
-        vectors_BFD = self.embeddings(ids)
-        x0_Bd = torch.cat([vectors_BFD.flatten(1), dense_BI.to(vectors_BFD.dtype)], dim=1)
+    def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
+        """See CTRNetwork.logits."""
+        vectors_Bn = self.embeddings(ids)
+        x0_Bd = torch.cat([vectors_Bn, dense_BI.to(vectors_Bn.dtype)], dim=1)
         crosses_Bd = self.cross(x0_Bd)
         if self.stacked:
             return self.logit(self.deep(crosses_Bd)).squeeze(1)
@@ -65,25 +73,5 @@ class DCN(CTRNetwork):
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""
-        return self.cross.multiply_adds() + self.deep.multiply_adds() + self.logit.multiply_adds()
-
-
-def make_cross(kind: str, features: int, layers: int, rank: int | None, experts: int | None) -> CrossNetwork:
-    """A cross network by its name in configurations.
-
-    Raises:
-        UserError: no such kind, or a rank or experts missing or given where the kind has none.
-    """
-    needs = {"vector": (), "matrix": (), "low_rank": ("cross_rank",), "mixture": ("cross_rank", "cross_experts")}
-    if kind not in needs:
-        raise UserError(f"cross {kind!r} is none of {', '.join(needs)}")
-    given = {"cross_rank": rank, "cross_experts": experts}
-    for option, value in given.items():
-        if (value is None) == (option in needs[kind]):
-            verb = "needs" if value is None else "takes no"
-            raise UserError(f"cross: {kind} {verb} {option}; it is {'missing' if value is None else value}")
-    if rank is None:
-        return VectorCross(features, layers) if kind == "vector" else MatrixCross(features, layers)
-    if experts is None:
-        return LowRankCross(features, layers, rank)
-    return MixtureCross(features, layers, rank, experts)
+        parts = (self.embeddings, self.cross, self.deep, self.logit)
+        return sum(part.multiply_adds() for part in parts)

@@ -1,7 +1,7 @@
 """DLRM: Deep Learning Recommendation Model (Naumov et al. 2019, arXiv:1906.00091)."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -9,23 +9,38 @@ from torch import Tensor
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.models.layers import MLP, DotInteraction, initialise
-from lightning_dlrm.models.network import CTRNetwork
-from lightning_dlrm.models.tables import EmbeddingTables
+from lightning_dlrm.models.cross import CrossKind, CrossNetwork, make_cross
+from lightning_dlrm.models.embeddings import Embeddings, TableSettings
+from lightning_dlrm.models.layers import DenseLayers, DotInteraction, ProjectionInteraction, initialise
+from lightning_dlrm.models.network import CTRNetwork, Missing
 
 
 class DLRM(CTRNetwork):
     """Bottom MLP and tables, their interaction, top MLP (Naumov et al. 2019, section 2).
 
+    With interaction cross it is the DLRM-DCNv2 of MLPerf.
+
     Args:
         features: dense inputs and tables, from the dataset's schema.
         seed: of the initial weights.
-        embedding_dim: D, the width of every table.
+        embedding_dim: D, the width of every vector unless ``tables`` says otherwise.
         bottom_mlp: widths of the bottom MLP's layers; the last one equals embedding_dim.
         top_mlp: widths of the top MLP's hidden layers; a layer of width 1 follows.
-        interaction: dot (dot products of all pairs of vectors) or cat (the vectors side by side).
+        interaction: dot (dot products of all pairs of vectors, beside the bottom MLP's output), projection
+            (dot products of two sets of vectors made from all), cat (the vectors side by side), or cross (a
+            cross network over them).
         self_interaction: also take each vector's product with itself; for dot only.
+        projection: widths of the two MLPs that make the vectors; for projection only.
+        cross: kind of cross layers: vector (DCN v1), matrix (DCN v2), low_rank, or mixture; for cross only,
+            as are the next three.
+        cross_layers: layers of the cross network.
+        cross_rank: rank of low_rank and mixture.
+        cross_experts: experts of mixture.
+        tables: widths, pooling, and small tables in place of large ones.
+        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
     """
+
+    HIDDEN_WIDTHS: ClassVar[Mapping[str, slice]] = {"bottom_mlp": slice(0, -1), "top_mlp": slice(None)}
 
     def __init__(
         self,
@@ -35,10 +50,17 @@ class DLRM(CTRNetwork):
         embedding_dim: int = 16,
         bottom_mlp: Sequence[int] = (512, 256, 64, 16),
         top_mlp: Sequence[int] = (512, 256),
-        interaction: Literal["dot", "cat"] = "dot",
+        interaction: Literal["dot", "cat", "projection", "cross"] = "dot",
         self_interaction: bool = False,
+        projection: Sequence[Sequence[int]] | None = None,
+        cross: CrossKind | None = None,
+        cross_layers: int | None = None,
+        cross_rank: int | None = None,
+        cross_experts: int | None = None,
+        tables: TableSettings | None = None,
+        missing: Missing = "zero",
     ) -> None:
-        super().__init__()
+        super().__init__(features.dense, missing)
         if features.dense < 1:
             raise UserError("DLRM needs dense features; the dataset has none: use a model without a bottom MLP")
         if not bottom_mlp or bottom_mlp[-1] != embedding_dim:
@@ -46,31 +68,71 @@ class DLRM(CTRNetwork):
                 f"bottom_mlp ends in {bottom_mlp[-1] if bottom_mlp else 'nothing'} but embedding_dim is "
                 f"{embedding_dim}: the bottom MLP's output joins the tables' vectors, so make them equal"
             )
-        if self_interaction and interaction != "dot":
-            raise UserError(f"self_interaction needs interaction: dot; got {interaction}")
-        if interaction not in ("dot", "cat"):
-            raise UserError(f"interaction {interaction!r} is neither dot nor cat")
+        _check_options(
+            interaction,
+            {
+                "self_interaction": ("dot", self_interaction or None),
+                "projection": ("projection", projection),
+                "cross": ("cross", cross),
+                "cross_layers": ("cross", cross_layers),
+                "cross_rank": ("cross", cross_rank),
+                "cross_experts": ("cross", cross_experts),
+            },
+        )
+        self.bottom = DenseLayers([features.dense, *bottom_mlp])
+        self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
+        if interaction in ("dot", "projection"):
+            self.embeddings.require_one_width(f"interaction {interaction}", ", or choose interaction: cat or cross")
         vectors = 1 + len(features.tables)
-        self.bottom = MLP([features.dense, *bottom_mlp])
-        self.embeddings = EmbeddingTables(features.tables, embedding_dim, seed)
-        self.interaction = DotInteraction(vectors, embedding_dim, self_interaction) if interaction == "dot" else None
-        width = vectors * embedding_dim
-        if self.interaction is not None:
+        joined = embedding_dim + sum(self.embeddings.widths)
+        self.interaction: DotInteraction | ProjectionInteraction | CrossNetwork | None = None
+        if interaction == "dot":
+            self.interaction = DotInteraction(vectors, embedding_dim, self_interaction)
             width = embedding_dim + self.interaction.pairs.numel()
-        self.top = MLP([width, *top_mlp, 1], linear_output=True)
+        elif interaction == "projection":
+            assert projection is not None
+            self.interaction = ProjectionInteraction(vectors, embedding_dim, projection)
+            width = embedding_dim + self.interaction.outputs
+        else:
+            if interaction == "cross":
+                assert cross is not None and cross_layers is not None
+                self.interaction = make_cross(cross, joined, cross_layers, cross_rank, cross_experts)
+            width = joined
+        self.keeps_bottom = interaction in ("dot", "projection")
+        self.top = DenseLayers([width, *top_mlp, 1], linear_output=True)
         initialise(self, seed)
 
-    def forward(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """See CTRNetwork.forward."""
+    def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
+        """See CTRNetwork.logits."""
         bottom_BD = self.bottom(dense_BI)
-        vectors_BFD = self.embeddings(ids)
-        vectors_BVD = torch.cat([bottom_BD[:, None].to(vectors_BFD.dtype), vectors_BFD], dim=1)
-        if self.interaction is None:
-            return self.top(vectors_BVD.flatten(1)).squeeze(1)
-        pairs_BP = self.interaction(vectors_BVD)
-        return self.top(torch.cat([bottom_BD, pairs_BP.to(bottom_BD.dtype)], dim=1)).squeeze(1)
+        vectors_Bn = self.embeddings(ids)
+        joined_Bn = torch.cat([bottom_BD.to(vectors_Bn.dtype), vectors_Bn], dim=1)
+        if self.interaction is not None:
+            joined_Bn = self.interaction(joined_Bn)
+        if self.keeps_bottom:
+            joined_Bn = torch.cat([bottom_BD, joined_Bn.to(bottom_BD.dtype)], dim=1)
+        return self.top(joined_Bn).squeeze(1)
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""
-        pairs = 0 if self.interaction is None else self.interaction.multiply_adds()
-        return self.bottom.multiply_adds() + pairs + self.top.multiply_adds()
+        interaction = 0 if self.interaction is None else self.interaction.multiply_adds()
+        return self.bottom.multiply_adds() + self.embeddings.multiply_adds() + interaction + self.top.multiply_adds()
+
+
+def _check_options(interaction: str, options: Mapping[str, tuple[str, Any]]) -> None:
+    """
+    Args:
+        interaction: the one chosen.
+        options: name -> the interaction that it belongs to, and its value; None where it is not given.
+
+    Raises:
+        UserError: no such interaction, an option of another one, or one that is missing.
+    """
+    needs = {"dot": (), "cat": (), "projection": ("projection",), "cross": ("cross", "cross_layers")}
+    if interaction not in needs:
+        raise UserError(f"interaction {interaction!r} is none of {', '.join(needs)}")
+    for name, (owner, value) in options.items():
+        if value is not None and owner != interaction:
+            raise UserError(f"{name} needs interaction: {owner}; got {interaction}")
+        if value is None and name in needs[interaction]:
+            raise UserError(f"interaction: {interaction} needs {name}; it is missing")

@@ -1,35 +1,43 @@
 """The dense layers that every model is made of, and how they start.
 
-Shape suffixes: B samples, d features, V vectors, D their width, P pairs.
+Shape suffixes: B samples, I dense features, d features, V vectors, D their width, P pairs, H rows of a
+CIN layer.
 """
 
 import hashlib
 import itertools
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.models.cross import CrossNetwork
 
 
-class MLP(nn.Sequential):
+class DenseLayers(nn.Sequential):
     """Linear layers with a ReLU after each; after the last one too unless ``linear_output``.
 
     Args:
         widths: of the input and of every layer's output; at least two.
         linear_output: leave the last layer without a ReLU.
+        batch_norm: normalise over the batch between each linear layer and its ReLU (Ioffe and Szegedy
+            2015, algorithm 1); an output without a ReLU stays as it is.
     """
 
-    def __init__(self, widths: Sequence[int], linear_output: bool = False) -> None:
+    def __init__(self, widths: Sequence[int], linear_output: bool = False, batch_norm: bool = False) -> None:
         if len(widths) < 2 or min(widths) < 1:
-            raise UserError(f"MLP widths {list(widths)}: expected an input and at least one layer, each 1 or wider")
+            raise UserError(
+                f"dense layers' widths {list(widths)}: expected an input and at least one layer, each 1 or wider"
+            )
         self.widths = tuple(widths)
         layers: list[nn.Module] = []
         for width_in, width_out in itertools.pairwise(widths):
-            layers += [nn.Linear(width_in, width_out), nn.ReLU()]
-        super().__init__(*(layers[:-1] if linear_output else layers))
+            normalise = [BatchNorm(width_out)] if batch_norm else []
+            layers += [nn.Linear(width_in, width_out), *normalise, nn.ReLU()]
+        if linear_output:
+            del layers[-2 if batch_norm else -1 :]
+        super().__init__(*layers)
 
     def linears(self) -> list[nn.Linear]:
         return [layer for layer in self if isinstance(layer, nn.Linear)]
@@ -39,10 +47,48 @@ class MLP(nn.Sequential):
         return sum(a * b for a, b in itertools.pairwise(self.widths))
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation that takes the running statistics where a batch has too few samples for its own."""
+
+    def forward(self, x_Bd: Tensor) -> Tensor:
+        """[B, d] -> [B, d]."""
+        if self.training and len(x_Bd) < 2:
+            return nn.functional.batch_norm(
+                x_Bd, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        return super().forward(x_Bd)
+
+
+class MissingValues(nn.Module):
+    """Puts a number in place of each missing dense value, so that no layer after it sees NaN.
+
+    The number is 0. With ``learned``, feature i has one of its own, a_i, which starts at 0: the same as
+    0 and an indicator of missing values that weighs a_i times as much as the feature itself.
+
+    Args:
+        features: I.
+        learned: whether the numbers are learned.
+    """
+
+    def __init__(self, features: int, learned: bool) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(features)) if learned else None
+
+    def forward(self, dense_BI: Tensor) -> Tensor:
+        """[B, I], NaN where missing -> [B, I]."""
+        value = dense_BI.new_zeros(()) if self.value is None else self.value.to(dense_BI.dtype)
+        return torch.where(dense_BI.isnan(), value, dense_BI)
+
+
 class DotInteraction(nn.Module):
     """Dot products of all pairs of vectors (Naumov et al. 2019, section 2.1.3).
 
     The pairs (i, j), j < i, come row by row; with ``self_interaction`` j <= i.
+
+    Args:
+        vectors: V.
+        width: D.
+        self_interaction: also take each vector's product with itself.
     """
 
     pairs: Tensor
@@ -54,7 +100,8 @@ class DotInteraction(nn.Module):
         self.register_buffer("pairs", i * vectors + j, persistent=False)
 
     def forward(self, vectors_BVD: Tensor) -> Tensor:
-        """[B, V, D] -> [B, P]."""
+        """[B, V, D] or [B, V * D] -> [B, P]."""
+        vectors_BVD = vectors_BVD.unflatten(1, (-1, self.width)) if vectors_BVD.dim() == 2 else vectors_BVD
         products_BVV = torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2))
         return products_BVV.flatten(1).index_select(1, self.pairs)
 
@@ -63,13 +110,107 @@ class DotInteraction(nn.Module):
         return self.pairs.numel() * self.width
 
 
+class ProjectionInteraction(nn.Module):
+    """Dot products of two sets of vectors, each made from all vectors by an MLP of its own.
+
+    The projection architecture of torchrec's DLRM: a product takes F1 * F2 pairs where F1 + F2 vectors
+    are made, in place of all V (V - 1) / 2. The second set is read as [D, F2].
+
+    Args:
+        vectors: V.
+        width: D.
+        branches: widths of the two MLPs' layers; the last ones are multiples of D.
+    """
+
+    def __init__(self, vectors: int, width: int, branches: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        if len(branches) != 2:
+            raise UserError(f"projection has {len(branches)} branches; expected two lists of widths")
+        for branch in branches:
+            if not branch or branch[-1] % width:
+                raise UserError(
+                    f"a projection branch ends in {branch[-1] if branch else 'nothing'} and embedding_dim is {width}: "
+                    f"its output is cut into vectors, so end in a multiple of {width}"
+                )
+        self.width = width
+        self.left, self.right = (DenseLayers([vectors * width, *branch]) for branch in branches)
+        self.outputs = branches[0][-1] // width * (branches[1][-1] // width)
+
+    def forward(self, joined_Bn: Tensor) -> Tensor:
+        """[B, V * D] -> [B, F1 * F2]."""
+        left_BFD = self.left(joined_Bn).unflatten(1, (-1, self.width))
+        right_BDF = self.right(joined_Bn).unflatten(1, (self.width, -1))
+        return torch.bmm(left_BFD, right_BDF).flatten(1)
+
+    def multiply_adds(self) -> int:
+        """Per sample."""
+        return self.left.multiply_adds() + self.right.multiply_adds() + self.outputs * self.width
+
+
+class PairwiseSum(nn.Module):
+    """The sum of the dot products of all pairs of vectors: second order of a factorisation machine.
+
+    Rendle 2010, equation 1, in the linear time of lemma 3.1: sum_{i<j} v_i . v_j = ((sum v)^2 - sum v^2) / 2.
+    """
+
+    def forward(self, vectors_BVD: Tensor) -> Tensor:
+        """[B, V, D] -> [B]."""
+        return 0.5 * (vectors_BVD.sum(1).square() - vectors_BVD.square().sum(1)).sum(1)
+
+
+class CompressedInteraction(nn.Module):
+    """CIN, crosses of vectors of growing degree (Lian et al. 2018, equations 6 to 8).
+
+    X^k_h = sum_ij W^{k,h}_ij X^{k-1}_i * X^0_j, element by element; the output is every X^k_h, summed
+    over its D elements.
+
+    Args:
+        vectors: V, the rows of X^0.
+        width: D.
+        layers: rows H_k of each layer's X^k.
+    """
+
+    def __init__(self, vectors: int, width: int, layers: Sequence[int]) -> None:
+        super().__init__()
+        if not layers or min(layers) < 1:
+            raise UserError(f"cin_layers is {list(layers)}; expected at least one layer, each 1 or wider")
+        self.rows = (vectors, *layers)
+        self.width = width
+        self.layers = nn.ModuleList(nn.Linear(rows * vectors, out) for rows, out in itertools.pairwise(self.rows))
+        self.outputs = sum(layers)
+
+    def forward(self, vectors_BVD: Tensor) -> Tensor:
+        """[B, V, D] -> [B, sum of the layers' rows]."""
+        base_BDV = vectors_BVD.transpose(1, 2)
+        rows_BDH, sums = base_BDV, []
+        for layer in self.layers:
+            rows_BDH = layer((rows_BDH[..., :, None] * base_BDV[..., None, :]).flatten(2))
+            sums.append(rows_BDH.sum(1))
+        return torch.cat(sums, dim=1)
+
+    def multiply_adds(self) -> int:
+        """Per sample: the outer products and what is made of them."""
+        pairs = [rows * self.rows[0] for rows in self.rows[:-1]]
+        return self.width * sum(n * (1 + out) for n, out in zip(pairs, self.rows[1:], strict=True))
+
+
+@runtime_checkable
+class DrawsOwnWeights(Protocol):
+    """A layer whose initial weights have variances of their own."""
+
+    def initial_variances(self) -> dict[str, float]:
+        """Parameter name -> variance of its initial normal weights; 0 for those that start at zero."""
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """A parameter by its name."""
+
+
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int) -> None:
     """Draws every dense weight of a model: a function of the seed and the layer's name alone.
 
     Linear: weights N(0, 2 / (in + out)), biases N(0, 1 / out), variances, as in the code published
-    with Naumov et al. 2019. Cross networks: Xavier normal weights, zero biases. Tables are left as
-    they are.
+    with Naumov et al. 2019. Layers that say their own variances get those. Tables are left as they are.
     """
 
     def fill(parameter: Tensor, variance: float, name: str) -> None:
@@ -81,8 +222,9 @@ def initialise(module: nn.Module, seed: int) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and not layer.weight.is_meta:
             fill(layer.weight, 2 / (layer.in_features + layer.out_features), f"{name}.weight")
-            fill(layer.bias, 1 / layer.out_features, f"{name}.bias")
-        elif isinstance(layer, CrossNetwork):
+            if layer.bias is not None:
+                fill(layer.bias, 1 / layer.out_features, f"{name}.bias")
+        elif isinstance(layer, DrawsOwnWeights):
             for parameter, variance in layer.initial_variances().items():
                 weight = layer.get_parameter(parameter)
                 if not weight.is_meta:

@@ -4,7 +4,7 @@ Shape suffixes: B samples, F tables, D width, R rows of all tables, N indices of
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, TablePiece
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, Table, TablePiece
 
 BLOCK_ROWS = 65_536
 """Initial rows are drawn block by block, so that any piece of a table can be made anywhere."""
@@ -40,9 +40,10 @@ class EmbeddingTables(EmbeddingLookup):
     """Whole tables, held here.
 
     Args:
-        tables: name -> rows, in the order of the ids of a batch.
+        tables: in the order of the ids of a batch.
         width: D, the length of every vector.
         seed: of the initial rows.
+        trainable: whether the rows are learned; else they stay as they start.
 
     Raises:
         UserError: no width, or a table without rows.
@@ -50,26 +51,27 @@ class EmbeddingTables(EmbeddingLookup):
 
     row_offsets: Tensor
 
-    def __init__(self, tables: Mapping[str, int], width: int, seed: int = 0) -> None:
+    def __init__(self, tables: Sequence[Table], width: int, seed: int = 0, trainable: bool = True) -> None:
         super().__init__()
         if width < 1:
             raise UserError(f"embedding_dim is {width}; expected at least 1")
-        empty = [name for name, rows in tables.items() if rows < 1]
+        empty = [table.name for table in tables if table.rows < 1]
         if empty:
             raise UserError(f"tables without rows: {', '.join(empty)}; every table needs at least 1 row")
-        self.width = width
         self.seed = seed
         pieces, total = [], 0
-        for name, rows in tables.items():
-            pieces.append(TablePiece(name=name, table_rows=rows, start=0, stop=rows, offset=total))
-            total += rows
+        for table in tables:
+            pieces.append(TablePiece(name=table.name, table_rows=table.rows, start=0, stop=table.rows, offset=total))
+            total += table.rows
+        self.tables = tuple(tables)
         self.pieces = tuple(pieces)
-        self.weight = nn.Parameter(torch.empty(total, width, device="meta" if _rows_elsewhere.get() else None))
+        device = "meta" if _rows_elsewhere.get() else None
+        self.weight = nn.Parameter(torch.empty(total, width, device=device), requires_grad=trainable)
         # int32 halves the time to sort rows; it reaches past any published table set.
         dtype = torch.int32 if total <= torch.iinfo(torch.int32).max else torch.int64
         self.register_buffer("row_offsets", torch.tensor([p.offset for p in pieces], dtype=dtype), persistent=False)
         if not self.weight.is_meta:
-            fill_initial_rows(self.weight.data, self.pieces, seed)
+            fill_initial_rows(self.weight.data, self.tables, self.pieces, seed)
 
     def forward(self, ids: SparseIds) -> Tensor:
         """See EmbeddingLookup.forward."""
@@ -77,10 +79,16 @@ class EmbeddingTables(EmbeddingLookup):
             rows_BF = ids.values + self.row_offsets
             vectors = _LookupRows.apply(self.weight, rows_BF.view(-1), None, _flat(ids.weights), None, self)
         else:
-            bag_N = torch.repeat_interleave(ids.offsets.diff())
-            rows_N = ids.values + self.row_offsets[bag_N % max(ids.tables, 1)]
-            vectors = _LookupRows.apply(self.weight, rows_N, ids.offsets, ids.weights, bag_N, self)
+            bag_N = ids.bag_of_each()
+            vectors = _LookupRows.apply(self.weight, self._rows(ids, bag_N), ids.offsets, ids.weights, bag_N, self)
         return vectors.view(len(ids), ids.tables, self.width)
+
+    def each(self, ids: SparseIds) -> Tensor:
+        """See EmbeddingLookup.each."""
+        return _LookupRows.apply(self.weight, self._rows(ids, ids.bag_of_each()), None, None, None, self)
+
+    def _rows(self, ids: SparseIds, bag_N: Tensor) -> Tensor:
+        return ids.values.view(-1) + self.row_offsets[bag_N % max(ids.tables, 1)]
 
     def extra_repr(self) -> str:
         return f"tables={len(self.pieces)}, rows={self.weight.shape[0]}, width={self.width}"
@@ -103,7 +111,8 @@ class _LookupRows(torch.autograd.Function):
         owner: EmbeddingLookup,
     ) -> Tensor:
         ctx.owner = owner
-        ctx.save_for_backward(rows_N, bag_N, weights_N)
+        # Rows are looked up once more in the backward pass where the factors are learned.
+        ctx.save_for_backward(rows_N, bag_N, weights_N, weight_RD if ctx.needs_input_grad[3] else None)
         if offsets is None:
             vectors = weight_RD.index_select(0, rows_N)
             return vectors if weights_N is None else vectors * weights_N[:, None].to(vectors.dtype)
@@ -117,32 +126,43 @@ class _LookupRows(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None, None, None]:
-        rows_N, bag_N, weights_N = ctx.saved_tensors
-        ctx.owner.add_gradient(RowGradient.from_lookups(rows_N, grads[0].contiguous(), bag_N, weights_N))
-        return None, None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, Tensor | None, None, None]:
+        rows_N, bag_N, weights_N, weight_RD = ctx.saved_tensors
+        grad_BD = grads[0].contiguous()
+        if ctx.needs_input_grad[0]:
+            ctx.owner.add_gradient(RowGradient.from_lookups(rows_N, grad_BD, bag_N, weights_N))
+        grad_weights_N = None
+        if weight_RD is not None:
+            grad_ND = grad_BD if bag_N is None else grad_BD.index_select(0, bag_N)
+            grad_weights_N = (weight_RD.index_select(0, rows_N) * grad_ND).sum(1).to(weights_N.dtype)
+        return None, None, None, grad_weights_N, None, None
 
 
-def fill_initial_rows(weight_RD: Tensor, pieces: tuple[TablePiece, ...], seed: int) -> None:
-    """Writes initial rows U(-1/sqrt(n), 1/sqrt(n)), n being the rows of the whole table.
+def fill_initial_rows(weight_RD: Tensor, tables: Sequence[Table], pieces: Sequence[TablePiece], seed: int) -> None:
+    """Writes the initial rows of some pieces of the tables.
 
-    Row values are a function of (seed, table name, block of 65,536 rows), whatever piece holds
-    them. The distribution is that of the code published with Naumov et al. 2019.
+    Row values are a function of (seed, table, block of 65,536 rows), whatever piece holds them.
     """
     width = weight_RD.shape[1]
+    of_name = {table.name: table for table in tables}
 
     def fill(piece: TablePiece, block: int) -> None:
-        digest = hashlib.sha256(f"{seed}/{piece.name}/{block}".encode()).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
-        bound = piece.table_rows**-0.5
+        table = of_name[piece.name]
         block_start = block * BLOCK_ROWS
-        rows = min(BLOCK_ROWS, piece.table_rows - block_start)
-        values = torch.empty(rows, width, dtype=torch.float32, device="cpu").uniform_(
-            -bound, bound, generator=generator
-        )
-        start, stop = max(piece.start, block_start), min(piece.stop, block_start + rows)
-        offset = piece.offset - piece.start
-        weight_RD[start + offset : stop + offset].copy_(values[start - block_start : stop - block_start])
+        block_stop = min(block_start + BLOCK_ROWS, table.rows)
+        start, stop = max(piece.start, block_start), min(piece.stop, block_stop)
+        out = weight_RD[start - piece.start + piece.offset : stop - piece.start + piece.offset]
+        if table.given is not None:
+            out.copy_(table.given[start:stop])
+        elif table.bound == 0:
+            out.fill_(table.centre)
+        else:
+            digest = hashlib.sha256(f"{seed}/{table.name}/{block}".encode()).digest()
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
+            values = torch.empty(block_stop - block_start, width, dtype=torch.float32, device="cpu").uniform_(
+                table.centre - table.bound, table.centre + table.bound, generator=generator
+            )
+            out.copy_(values[start - block_start : stop - block_start])
 
     jobs = [
         (piece, block)

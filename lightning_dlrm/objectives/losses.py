@@ -1,12 +1,119 @@
-"""Losses, from logits: a probability would lose digits near 0 and 1."""
+"""Losses, from logits: a probability would lose digits near 0 and 1.
 
+Every loss is a cost for each sample, in nats, given its logit z and its target y in [0, 1].
+``softplus(-z)`` = -log p and ``softplus(z)`` = -log(1 - p), p = 1 / (1 + exp(-z)).
+
+Shape suffix: B samples.
+"""
+
+import math
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_dlrm.contracts.errors import UserError
 
-def summed_log_loss(logits_B: Tensor, labels_B: Tensor) -> Tensor:
-    """Binary cross-entropy in nats, summed over the samples; 0-dim.
 
-    -sum(y log p + (1 - y) log(1 - p)), p = 1 / (1 + exp(-logit)).
+class Loss:
+    """Base of the losses. What they are told of the labels and of extreme predictions is the same.
+
+    Args:
+        label_smoothing: e; the target is y (1 - e) + e / 2 (Szegedy et al. 2016, section 7, two classes).
+        clamp: t; probabilities are held within [t, 1 - t], outside of which there is no gradient: the
+            loss_threshold of facebookresearch/dlrm. 0 for none.
     """
-    return functional.binary_cross_entropy_with_logits(logits_B, labels_B.to(logits_B.dtype), reduction="sum")
+
+    def __init__(self, label_smoothing: float = 0.0, clamp: float = 0.0) -> None:
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"label_smoothing is {label_smoothing}; expected 0 or more, below 1")
+        if not 0 <= clamp < 0.5:
+            raise UserError(f"clamp is {clamp}; expected 0 or more, below 0.5")
+        self.label_smoothing = label_smoothing
+        self.clamp = clamp
+
+    def summed(self, logits_B: Tensor, labels_B: Tensor) -> Tensor:
+        """The sum over the samples; 0-dim, float32 at least.
+
+        Args:
+            logits_B: of any precision.
+            labels_B: 0 or 1.
+        """
+        if logits_B.dtype in (torch.bfloat16, torch.float16):
+            logits_B = logits_B.float()
+        if self.clamp:
+            limit = math.log((1 - self.clamp) / self.clamp)
+            logits_B = logits_B.clamp(-limit, limit)
+        targets_B = labels_B.to(logits_B.dtype)
+        if self.label_smoothing:
+            targets_B = targets_B * (1 - self.label_smoothing) + self.label_smoothing / 2
+        return self.costs(logits_B, targets_B).sum()
+
+    def costs(self, logits_B: Tensor, targets_B: Tensor) -> Tensor:
+        """[B], [B] -> [B]."""
+        raise TypeError(f"{type(self).__name__} does not define costs")
+
+
+class LogLoss(Loss):
+    """Binary cross-entropy: -y log p - (1 - y) log(1 - p).
+
+    Args:
+        label_smoothing: e; the target is y (1 - e) + e / 2.
+        clamp: probabilities are held within [clamp, 1 - clamp]; 0 for none.
+    """
+
+    def costs(self, logits_B: Tensor, targets_B: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(logits_B, targets_B, reduction="none")
+
+
+class WeightedLogLoss(Loss):
+    """Binary cross-entropy whose classes weigh differently: -c y log p - n (1 - y) log(1 - p).
+
+    The mean is still over the samples, as in facebookresearch/dlrm (wbce), not over the weights.
+
+    Args:
+        click: c, the weight of label 1.
+        no_click: n, the weight of label 0.
+        label_smoothing: e; the target is y (1 - e) + e / 2.
+        clamp: probabilities are held within [clamp, 1 - clamp]; 0 for none.
+    """
+
+    def __init__(self, click: float, no_click: float = 1.0, label_smoothing: float = 0.0, clamp: float = 0.0) -> None:
+        super().__init__(label_smoothing, clamp)
+        if not (0 < click < math.inf and 0 < no_click < math.inf):
+            raise UserError(f"WeightedLogLoss: click is {click} and no_click {no_click}; expected numbers above 0")
+        self.click = click
+        self.no_click = no_click
+
+    def costs(self, logits_B: Tensor, targets_B: Tensor) -> Tensor:
+        if_click_B = -self.click * functional.logsigmoid(logits_B)
+        if_none_B = -self.no_click * functional.logsigmoid(-logits_B)
+        return targets_B * if_click_B + (1 - targets_B) * if_none_B
+
+
+class FocalLoss(Loss):
+    """Well-classified samples count less (Lin et al. 2017, equation 5).
+
+    -a y (1 - p)^g log p - (1 - a) (1 - y) p^g log(1 - p).
+
+    Args:
+        gamma: g; 0 leaves a weighted cross-entropy.
+        alpha: a, the weight of label 1 against that of label 0.
+        label_smoothing: e; the target is y (1 - e) + e / 2.
+        clamp: probabilities are held within [clamp, 1 - clamp]; 0 for none.
+    """
+
+    def __init__(
+        self, gamma: float = 2.0, alpha: float = 0.25, label_smoothing: float = 0.0, clamp: float = 0.0
+    ) -> None:
+        super().__init__(label_smoothing, clamp)
+        if not (0 <= gamma < math.inf and 0 < alpha < 1):
+            raise UserError(f"FocalLoss: gamma is {gamma} and alpha {alpha}; expected 0 or more, and between 0 and 1")
+        self.gamma = gamma
+        self.alpha = alpha
+
+    def costs(self, logits_B: Tensor, targets_B: Tensor) -> Tensor:
+        log_click_B, log_none_B = functional.logsigmoid(logits_B), functional.logsigmoid(-logits_B)
+        if_click_B = -self.alpha * torch.exp(self.gamma * log_none_B) * log_click_B
+        if_none_B = -(1 - self.alpha) * torch.exp(self.gamma * log_click_B) * log_none_B
+        return targets_B * if_click_B + (1 - targets_B) * if_none_B

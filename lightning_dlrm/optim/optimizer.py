@@ -17,10 +17,17 @@ class CTROptimizer(torch.optim.Optimizer):
     """Updates dense layers from their ``.grad`` and tables from their RowGradient.
 
     A ``torch.optim.Optimizer`` with two groups, ``dense`` and ``tables``, so that schedulers and
-    Lightning's automatic optimisation treat it as one. Learning rates are 0-dim tensors.
+    Lightning's automatic optimisation treat it as one. Learning rates and the number of steps are
+    0-dim tensors.
 
     The state of the tables is as large as the tables themselves can be. It is kept apart, in
     ``table_state``, and is not part of ``state_dict``: checkpoints write it piece by piece.
+
+    Args:
+        dense: the dense layers' weights.
+        lookups: of the tables; those whose rows stay as they are are passed over.
+        dense_rule: of the dense layers.
+        table_rule: of the tables' rows.
     """
 
     def __init__(
@@ -30,18 +37,23 @@ class CTROptimizer(torch.optim.Optimizer):
         dense_rule: UpdateRule,
         table_rule: UpdateRule,
     ) -> None:
-        self.lookups = tuple(lookups)
+        self.lookups = tuple(lookup for lookup in lookups if lookup.weight.requires_grad)
         self.rules = {"dense": dense_rule, "tables": table_rule}
+        groups = (
+            ("dense", list(dense), dense_rule),
+            ("tables", [lookup.weight for lookup in self.lookups], table_rule),
+        )
         super().__init__(
             [
-                {"name": "dense", "params": list(dense), "lr": _learning_rate(dense_rule)},
-                {"name": "tables", "params": [lookup.weight for lookup in lookups], "lr": _learning_rate(table_rule)},
+                {"name": name, "params": weights, "lr": _learning_rate(rule), "steps": _no_steps()}
+                for name, weights, rule in groups
             ],
             {},
         )
         for parameter in dense:
             self.state[parameter] = dense_rule.state(parameter.detach())
-        self.table_state = [table_rule.state(lookup.weight.detach()) for lookup in lookups]
+        self.table_state = [table_rule.state(lookup.weight.detach()) for lookup in self.lookups]
+        """For each of ``lookups``: slot name -> tensor."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -51,13 +63,15 @@ class CTROptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         dense, tables = self.param_groups
+        for group in self.param_groups:
+            group["steps"] += 1
         for parameter in dense["params"]:
             if parameter.grad is not None:
-                self.rules["dense"].update(parameter, parameter.grad, self.state[parameter], dense["lr"])
+                self.rules["dense"].apply(parameter, parameter.grad, self.state[parameter], dense["lr"], dense["steps"])
         for lookup, state in zip(self.lookups, self.table_state, strict=True):
             gradient = lookup.gradient()
             if gradient is not None:
-                _update_rows(lookup.weight, gradient, state, self.rules["tables"], tables["lr"])
+                _update_rows(lookup.weight, gradient, state, self.rules["tables"], tables["lr"], tables["steps"])
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -104,7 +118,8 @@ class CTROptimizer(torch.optim.Optimizer):
             UserError: the state is that of other rules.
         """
         state_dict = dict(state_dict)
-        rules = state_dict.pop("rules")
+        # Checkpoints of the first release know neither l2 nor weight decay.
+        rules = {group: {"l2": 0.0, "weight_decay": 0.0} | rule for group, rule in state_dict.pop("rules").items()}
         read_table_rows = state_dict.pop("read_table_rows", None)
         if rules != self._rule_settings():
             raise UserError(
@@ -112,6 +127,13 @@ class CTROptimizer(torch.optim.Optimizer):
                 f"{_words(self._rule_settings())}: choose the same rules and settings, or start a new run"
             )
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group.setdefault("steps", _no_steps())
+        # The base class would cast the state to the weights' own precision.
+        for index, parameter in enumerate(self.param_groups[0]["params"]):
+            self.state[parameter] = self.rules["dense"].state(parameter.detach())
+            for slot, values in self.state[parameter].items():
+                values.copy_(state_dict["state"][index][slot])
         if read_table_rows is not None:
             for lookup, state in zip(self.lookups, self.table_state, strict=True):
                 for piece, (slot, values) in itertools.product(lookup.pieces, state.items()):
@@ -122,13 +144,18 @@ class CTROptimizer(torch.optim.Optimizer):
 
 
 def _update_rows(
-    weight: Tensor, gradient: RowGradient, state: dict[str, Tensor], rule: UpdateRule, learning_rate: Tensor
+    weight: Tensor,
+    gradient: RowGradient,
+    state: dict[str, Tensor],
+    rule: UpdateRule,
+    learning_rate: Tensor,
+    step: Tensor,
 ) -> None:
     """Applies a rule to the touched rows: gather, update, put back. Rows are distinct, so none is lost."""
     rows = gradient.rows
     touched = weight.index_select(0, rows)
     touched_state = {slot: values.index_select(0, rows) for slot, values in state.items()}
-    rule.update(touched, gradient.values.to(touched.dtype), touched_state, learning_rate)
+    rule.apply(touched, gradient.values, touched_state, learning_rate, step)
     weight.index_copy_(0, rows, touched)
     for slot, values in touched_state.items():
         state[slot].index_copy_(0, rows, values)
@@ -139,6 +166,10 @@ def _words(rules: dict[str, dict[str, Any]]) -> str:
         f"{group}: {settings['rule']} ({', '.join(f'{k} {v}' for k, v in settings.items() if k != 'rule')})"
         for group, settings in rules.items()
     )
+
+
+def _no_steps() -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device="cpu")
 
 
 def _learning_rate(rule: UpdateRule) -> Tensor:

@@ -3,6 +3,7 @@
 One definition of each formula serves dense layers (the whole tensor) and tables (the touched rows).
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -14,28 +15,55 @@ from lightning_dlrm.contracts.errors import UserError
 class UpdateRule:
     """Base of the rules. A rule holds settings; its state per weight lives with the optimiser.
 
+    Of a table, ``l2`` and ``weight_decay`` touch the rows that the step touches, and no others.
+
     Args:
-        learning_rate: step size at full schedule.
+        learning_rate: lr, the step size at full schedule.
+        l2: adds l2 w to the gradient, that of the penalty l2 w^2 / 2.
+        weight_decay: d; takes lr d w off the weight, beside the gradient's step (Loshchilov and Hutter
+            2019, equation 9, "decoupled").
     """
 
-    def __init__(self, learning_rate: float) -> None:
+    def __init__(self, learning_rate: float, l2: float = 0.0, weight_decay: float = 0.0) -> None:
+        name = type(self).__name__
         if not learning_rate > 0:
-            raise UserError(f"{type(self).__name__}: learning_rate is {learning_rate}; expected a number above 0")
+            raise UserError(f"{name}: learning_rate is {learning_rate}; expected a number above 0")
+        if not (0 <= l2 < math.inf and 0 <= weight_decay < math.inf):
+            raise UserError(f"{name}: l2 is {l2} and weight_decay {weight_decay}; expected numbers of 0 or more")
         self.learning_rate = learning_rate
+        self.l2 = l2
+        self.weight_decay = weight_decay
 
     def state(self, weight: Tensor) -> dict[str, Tensor]:
-        """Fresh state of a weight: slot name -> tensor whose first dimension is the weight's."""
+        """Fresh state of a weight: slot name -> tensor whose first dimension is the weight's, float32 at least."""
         raise TypeError(f"{type(self).__name__} does not define state")
 
-    def update(self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor) -> None:
-        """Moves ``weight`` and ``state`` in place.
+    def apply(
+        self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor, step: Tensor
+    ) -> None:
+        """One update, in place: decay, then the rule; in float32 at least, whatever the weight's precision.
 
         Args:
             weight: a whole weight, or some rows of it.
             gradient: of the same shape.
             state: the slots of ``state``, whole or the same rows.
             learning_rate: 0-dim.
+            step: 0-dim, the number of this update of the model, from 1.
         """
+        exact = weight.to(_precise(weight))
+        gradient = gradient.to(exact.dtype)
+        if self.l2:
+            gradient = gradient.add(exact, alpha=self.l2)
+        if self.weight_decay:
+            exact.mul_((1 - learning_rate * self.weight_decay).to(exact.dtype))
+        self.update(exact, gradient, state, learning_rate, step)
+        if exact is not weight:
+            weight.copy_(exact)
+
+    def update(
+        self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor, step: Tensor
+    ) -> None:
+        """The rule's formula: moves ``weight`` and ``state`` in place; see ``apply``."""
         raise TypeError(f"{type(self).__name__} does not define update")
 
 
@@ -44,15 +72,19 @@ class SGD(UpdateRule):
 
     Args:
         learning_rate: lr.
+        l2: adds l2 w to the gradient.
+        weight_decay: takes lr times this share off the weight.
     """
 
-    def __init__(self, learning_rate: float = 0.1) -> None:
-        super().__init__(learning_rate)
+    def __init__(self, learning_rate: float = 0.1, l2: float = 0.0, weight_decay: float = 0.0) -> None:
+        super().__init__(learning_rate, l2, weight_decay)
 
     def state(self, weight: Tensor) -> dict[str, Tensor]:
         return {}
 
-    def update(self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor) -> None:
+    def update(
+        self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor, step: Tensor
+    ) -> None:
         weight.sub_(gradient * learning_rate)
 
 
@@ -63,10 +95,19 @@ class Adagrad(UpdateRule):
         learning_rate: lr.
         epsilon: eps, keeps the division finite.
         initial_accumulator: s before the first step.
+        l2: adds l2 w to the gradient.
+        weight_decay: takes lr times this share off the weight.
     """
 
-    def __init__(self, learning_rate: float = 0.01, epsilon: float = 1e-10, initial_accumulator: float = 0.0) -> None:
-        super().__init__(learning_rate)
+    def __init__(
+        self,
+        learning_rate: float = 0.01,
+        epsilon: float = 1e-10,
+        initial_accumulator: float = 0.0,
+        l2: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(learning_rate, l2, weight_decay)
         if epsilon < 0 or initial_accumulator < 0:
             raise UserError(
                 f"{type(self).__name__}: epsilon is {epsilon} and initial_accumulator {initial_accumulator}; "
@@ -76,9 +117,11 @@ class Adagrad(UpdateRule):
         self.initial_accumulator = initial_accumulator
 
     def state(self, weight: Tensor) -> dict[str, Tensor]:
-        return {"sum": torch.full_like(weight, self.initial_accumulator, requires_grad=False)}
+        return {"sum": _slot(weight, self.initial_accumulator)}
 
-    def update(self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor) -> None:
+    def update(
+        self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor, step: Tensor
+    ) -> None:
         accumulator = state["sum"]
         accumulator.addcmul_(gradient, gradient)
         weight.sub_(gradient.div(accumulator.sqrt().add_(self.epsilon)).mul_(learning_rate))
@@ -94,20 +137,75 @@ class RowWiseAdagrad(Adagrad):
         learning_rate: lr.
         epsilon: eps, keeps the division finite.
         initial_accumulator: s before the first step.
+        l2: adds l2 w to the gradient.
+        weight_decay: takes lr times this share off the weight.
     """
 
     def state(self, weight: Tensor) -> dict[str, Tensor]:
-        return {
-            "sum": torch.full_like(
-                weight.detach().flatten(1)[:, 0] if weight.dim() > 1 else weight.detach(), self.initial_accumulator
-            )
-        }
+        return {"sum": _slot(weight.flatten(1)[:, 0] if weight.dim() > 1 else weight, self.initial_accumulator)}
 
-    def update(self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor) -> None:
+    def update(
+        self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor, step: Tensor
+    ) -> None:
         if weight.dim() == 1:
-            return super().update(weight, gradient, state, learning_rate)
+            return super().update(weight, gradient, state, learning_rate, step)
         accumulator = state["sum"]
         accumulator.add_(gradient.square().flatten(1).mean(1))
-        step = learning_rate / (accumulator.sqrt().add_(self.epsilon))
-        weight.sub_(gradient * step.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1)))
+        size = learning_rate / (accumulator.sqrt().add_(self.epsilon))
+        weight.sub_(gradient * size.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1)))
         return None
+
+
+class Adam(UpdateRule):
+    """Adam (Kingma and Ba 2015, algorithm 1); lazy on tables, where a row's moments wait until it is touched.
+
+    m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2, w <- w - lr m' / (sqrt(v') + eps) with
+    m' = m / (1 - b1^t), v' = v / (1 - b2^t). The bias correction counts the model's steps t, also for a
+    row that most steps pass over, as in torch.optim.SparseAdam.
+
+    Args:
+        learning_rate: lr.
+        beta1: b1, how long the mean of the gradients remembers.
+        beta2: b2, how long the mean of their squares does.
+        epsilon: eps, keeps the division finite.
+        l2: adds l2 w to the gradient.
+        weight_decay: takes lr times this share off the weight.
+    """
+
+    def __init__(
+        self,
+        learning_rate: float = 1e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+        l2: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(learning_rate, l2, weight_decay)
+        if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and epsilon >= 0):
+            raise UserError(
+                f"Adam: beta1 is {beta1}, beta2 {beta2}, epsilon {epsilon}; expected 0 to below 1, and 0 or more"
+            )
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.epsilon = epsilon
+
+    def state(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"mean": _slot(weight, 0.0), "square": _slot(weight, 0.0)}
+
+    def update(
+        self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor, step: Tensor
+    ) -> None:
+        mean = state["mean"].lerp_(gradient, 1 - self.beta1)
+        square = state["square"].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        spread = (square / (1 - self.beta2**step).to(square.dtype)).sqrt_().add_(self.epsilon)
+        weight.sub_(mean / spread * (learning_rate / (1 - self.beta1**step)))
+
+
+def _precise(weight: Tensor) -> torch.dtype:
+    """The weight's type, or float32 where it has fewer digits."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _slot(weight: Tensor, value: float) -> Tensor:
+    return torch.full_like(weight.detach(), value, dtype=_precise(weight), requires_grad=False)

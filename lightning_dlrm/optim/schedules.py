@@ -1,5 +1,7 @@
 """Learning-rate schedules: pure functions of the step and of the fit's length."""
 
+import math
+
 from lightning_dlrm.contracts.errors import UserError
 
 
@@ -52,6 +54,34 @@ class WarmupThenDecay(Schedule):
         decay_steps = self.decay_share * total_steps
         left = max(0.0, min(1.0, (total_steps - step + 1) / decay_steps)) if decay_steps else 1.0
         return base * warm * left**2
+
+
+class Cosine(Schedule):
+    """Linear warm-up, then half a cosine down to the end of the fit, however long it is.
+
+    Loshchilov and Hutter 2017, equation 5, without restarts.
+
+    Args:
+        warmup_steps: steps of linear warm-up.
+        final_share: of the full rate, which the cosine would reach one step after the last.
+    """
+
+    needs_total_steps = True
+
+    def __init__(self, warmup_steps: int = 0, final_share: float = 0.0) -> None:
+        if warmup_steps < 0 or not 0 <= final_share <= 1:
+            raise UserError(
+                f"Cosine: warmup_steps is {warmup_steps} and final_share {final_share}; expected 0 or more, and 0 to 1"
+            )
+        self.warmup_steps = warmup_steps
+        self.final_share = final_share
+
+    def learning_rate(self, step: int, base: float, total_steps: int | None = None) -> float:
+        assert total_steps is not None
+        if step <= self.warmup_steps:
+            return base * step / self.warmup_steps
+        done = min(1.0, (step - 1 - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+        return base * (self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 class WarmupQuadraticDecay(Schedule):

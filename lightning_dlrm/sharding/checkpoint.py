@@ -4,6 +4,7 @@
 
     manifest.json                    tables, slots and pieces; model, fingerprints, step
     tables/C3.0.safetensors          rows 0.. of table C3: tensor ``weight`` and one per optimiser slot
+    tables/C3/linear.0.safetensors   the same of a further table of that column
     rest.pt                          dense weights and their optimiser, loops, loader, random states
 
 A checkpoint is written aside, flushed to disk, and renamed: an interrupted save never takes the

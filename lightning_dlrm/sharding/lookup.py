@@ -8,7 +8,7 @@ U distinct rows that this rank needs, Q rows that all ranks ask of this one.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, SortedLookups, TablePiece
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, SortedLookups, Table, TablePiece
 from lightning_dlrm.models.tables import EmbeddingTables, fill_initial_rows
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.plan import Plan
@@ -44,13 +44,14 @@ class ShardedTables(EmbeddingLookup):
     slice: each is an exchange between all ranks.
 
     Args:
-        tables: name -> rows, in the order of the ids of a batch.
+        tables: in the order of the ids of a batch.
         width: D.
         seed: of the initial rows, which are those of ``EmbeddingTables``, whatever the plan.
         plan: where the rows of these tables are, among those of others.
         ranks: who takes part.
         wire: type of vectors and gradients while they travel; None for their own.
         dtype, device: of ``weight``.
+        trainable: whether the rows are learned; else they stay as they start.
     """
 
     table_offsets: Tensor
@@ -60,7 +61,7 @@ class ShardedTables(EmbeddingLookup):
 
     def __init__(
         self,
-        tables: Mapping[str, int],
+        tables: Sequence[Table],
         width: int,
         seed: int,
         plan: Plan,
@@ -68,27 +69,30 @@ class ShardedTables(EmbeddingLookup):
         wire: torch.dtype | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        trainable: bool = True,
     ) -> None:
         super().__init__()
-        self.width = width
+        self.tables = tuple(tables)
         self.ranks = ranks
         self._wire = wire
         held: list[list[TablePiece]] = [[] for _ in range(plan.ranks)]
         rows_held = [0] * plan.ranks
         table_offsets, piece_starts, owners, offsets = [], [], [], []
         total = 0
-        for name, rows in tables.items():
+        for table in tables:
             table_offsets.append(total)
-            for piece in plan.tables[name]:
+            for piece in plan.tables[table.name]:
                 offset = rows_held[piece.rank]
                 held[piece.rank].append(
-                    TablePiece(name=name, table_rows=rows, start=piece.start, stop=piece.stop, offset=offset)
+                    TablePiece(
+                        name=table.name, table_rows=table.rows, start=piece.start, stop=piece.stop, offset=offset
+                    )
                 )
                 piece_starts.append(total + piece.start)
                 owners.append(piece.rank)
                 offsets.append(offset)
                 rows_held[piece.rank] += piece.rows
-            total += rows
+            total += table.rows
         self.pieces = tuple(held[ranks.rank])
         rank_starts = [0, *itertools.accumulate(rows_held)]
         shifts = [
@@ -104,8 +108,9 @@ class ShardedTables(EmbeddingLookup):
             ("rank_starts", rank_starts),
         ):
             self.register_buffer(buffer, torch.tensor(values, dtype=index, device=device), persistent=False)
-        self.weight = nn.Parameter(torch.empty(rows_held[ranks.rank], width, dtype=dtype, device=device))
-        fill_initial_rows(self.weight.data, self.pieces, seed)
+        weight_RD = torch.empty(rows_held[ranks.rank], width, dtype=dtype, device=device)
+        self.weight = nn.Parameter(weight_RD, requires_grad=trainable)
+        fill_initial_rows(weight_RD, self.tables, self.pieces, seed)
 
     @staticmethod
     def of(
@@ -116,16 +121,23 @@ class ShardedTables(EmbeddingLookup):
         device: torch.device,
     ) -> "ShardedTables":
         """Takes the place of tables that were built under ``rows_elsewhere``."""
-        rows = {piece.name: piece.table_rows for piece in tables.pieces}
-        return ShardedTables(rows, tables.width, tables.seed, plan, ranks, wire, tables.weight.dtype, device)
+        weight = tables.weight
+        return ShardedTables(
+            tables.tables, tables.width, tables.seed, plan, ranks, wire, weight.dtype, device, weight.requires_grad
+        )
 
     def forward(self, ids: SparseIds) -> Tensor:
         """See EmbeddingLookup.forward."""
-        bag_N = None if ids.offsets is None else torch.repeat_interleave(ids.offsets.diff())
+        bag_N = None if ids.offsets is None else ids.bag_of_each()
         weights_N = None if ids.weights is None else ids.weights.reshape(-1)
         request = self._ask(self._number(ids, bag_N))
         vectors = _LookUpPieces.apply(self.weight, request, ids.offsets, bag_N, weights_N, self)
         return vectors.view(len(ids), ids.tables, self.width)
+
+    def each(self, ids: SparseIds) -> Tensor:
+        """See EmbeddingLookup.each."""
+        request = self._ask(self._number(ids, None if ids.offsets is None else ids.bag_of_each()))
+        return _LookUpPieces.apply(self.weight, request, None, None, None, self)
 
     def squared_gradient_norm(self) -> Tensor:
         """See EmbeddingLookup.squared_gradient_norm."""
@@ -172,9 +184,12 @@ class _LookUpPieces(torch.autograd.Function):
         owner: ShardedTables,
     ) -> Tensor:
         ctx.owner, ctx.request = owner, request
-        ctx.save_for_backward(bag_N, weights_N)
         vectors_UD = owner._send(weight_RD.index_select(0, request.rows), request.asked, request.asks)
         positions_N = request.lookups.positions()
+        # The vectors are needed once more in the backward pass where the factors are learned.
+        ctx.save_for_backward(
+            bag_N, weights_N, *((vectors_UD, positions_N) if ctx.needs_input_grad[4] else (None, None))
+        )
         if weights_N is not None:
             weights_N = weights_N.to(vectors_UD.dtype)
         if offsets is None:
@@ -185,12 +200,18 @@ class _LookUpPieces(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None, Tensor | None, None]:
         owner, request = ctx.owner, ctx.request
-        bag_N, weights_N = ctx.saved_tensors
-        values_UD = request.lookups.sum_gradients(grads[0].contiguous(), bag_N, weights_N)
-        # A rank's loss is ranks x its part of the mean over the global batch: DDP averages the dense
-        # gradients, and here they are summed.
-        values_QD = owner._send(values_UD.div_(owner.ranks.ranks), request.asks, request.asked)
-        owner.add_gradient(RowGradient.from_lookups(request.rows, values_QD))
-        return None, None, None, None, None, None
+        bag_N, weights_N, vectors_UD, positions_N = ctx.saved_tensors
+        grad_BD = grads[0].contiguous()
+        if ctx.needs_input_grad[0]:
+            values_UD = request.lookups.sum_gradients(grad_BD, bag_N, weights_N)
+            # A rank's loss is ranks x its part of the mean over the global batch: DDP averages the dense
+            # gradients, and here they are summed.
+            values_QD = owner._send(values_UD.div_(owner.ranks.ranks), request.asks, request.asked)
+            owner.add_gradient(RowGradient.from_lookups(request.rows, values_QD))
+        grad_weights_N = None
+        if vectors_UD is not None:
+            grad_ND = grad_BD if bag_N is None else grad_BD.index_select(0, bag_N)
+            grad_weights_N = (vectors_UD.index_select(0, positions_N) * grad_ND).sum(1).to(weights_N.dtype)
+        return None, None, None, None, grad_weights_N, None

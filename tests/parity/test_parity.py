@@ -8,7 +8,6 @@ backward pass (``cross_*``, ``factorization_machine*``). A new case needs no cod
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,10 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossNetwork, LowRankCross, MatrixCross, MixtureCross, VectorCross
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.objectives.losses import summed_log_loss
+from lightning_dlrm.models.embeddings import MixedDimensions, QuotientRemainder, TableSettings
+from lightning_dlrm.models.layers import PairwiseSum
+from lightning_dlrm.models.published import published_names
+from lightning_dlrm.objectives.losses import LogLoss, Loss, WeightedLogLoss
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
 from lightning_dlrm.optim.schedules import Constant, Schedule, WarmupQuadraticDecay
@@ -32,11 +34,6 @@ RULES = {
     "sgd": (SGD, SGD),
     "adagrad": (Adagrad, Adagrad),
     "rwsadagrad": (Adagrad, RowWiseAdagrad),
-}
-LATER = {
-    "weighted_pooling": "learned and fixed pooling weights are yet to come",
-    "qr": "quotient-remainder tables are yet to come",
-    "md": "mixed-dimension tables are yet to come",
 }
 
 
@@ -51,43 +48,47 @@ def load(path: Path) -> tuple[dict, dict[str, Tensor]]:
         return meta, {name: torch.from_numpy(archive[name]) for name in archive.files if name != "meta"}
 
 
-def case(path: Path) -> Any:
-    """A parameter of a test; a strict expected failure where the case's feature is yet to come."""
-    reason = later(path)
-    return pytest.param(path, id=path.stem, marks=[pytest.mark.xfail(reason=reason, strict=True)] if reason else [])
-
-
-def later(path: Path) -> str | None:
-    if path.stem.startswith("factorization_machine"):
-        return "the factorisation machine is yet to come"
-    if not path.stem.startswith("dlrm"):
-        return None
-    meta, _ = load(path)
-    if meta["loss"] != "bce" or meta["loss_threshold"]:
-        return "weighted and clamped losses are yet to come"
-    return next((reason for feature, reason in LATER.items() if meta.get(feature)), None)
-
-
-def build(meta: dict) -> DLRM:
-    assert meta["bottom_mlp"][0] == 13
+def build(meta: dict, arrays: dict[str, Tensor], folder: Path) -> DLRM:
+    """The network of a case. Widths of single tables are those of its arrays."""
+    tables = {f"C{t + 1}": rows for t, rows in enumerate(meta["tables"])}
+    width = meta["bottom_mlp"][-1]
+    dims = {}
+    for t, name in enumerate(tables):
+        found = next(
+            (arrays[key] for key in (f"init/emb_l.{t}.weight", f"init/emb_l.{t}.embs.weight") if key in arrays), None
+        )
+        if found is not None and found.shape[1] != width:
+            dims[name] = found.shape[1]
+    trick = meta["qr"] and QuotientRemainder(
+        operation=meta["qr"]["qr_operation"],
+        collisions=meta["qr"]["qr_collisions"],
+        threshold=meta["qr"]["qr_threshold"],
+    )
+    pooling_weights = meta["weighted_pooling"]
+    if pooling_weights == "fixed":
+        ones = {name: torch.ones(rows) for name, rows in tables.items()}
+        given = {name: arrays.get(f"init/v_W_l.{t}", ones[name]) for t, name in enumerate(tables)}
+        pooling_weights = str(folder / "factors.pt")
+        torch.save(given, pooling_weights)
     return DLRM(
-        Features(dense=13, tables={f"C{i + 1}": rows for i, rows in enumerate(meta["tables"])}),
-        embedding_dim=meta["embedding_dim"],
+        Features(dense=meta["bottom_mlp"][0], tables=tables),
+        embedding_dim=width,
         bottom_mlp=meta["bottom_mlp"][1:],
         top_mlp=meta["top_mlp"][1:-1],
         interaction=meta["interaction"],
         self_interaction=meta["interaction_itself"],
+        tables=TableSettings(
+            dims=dims, project=bool(meta["md"]), quotient_remainder=trick, pooling_weights=pooling_weights
+        ),
     )
 
 
-def published_names(network: DLRM) -> dict[str, Tensor]:
-    """Our weights under the names of the published code."""
-    pieces = network.embeddings.pieces
-    names = {f"emb_l.{t}.weight": piece.of(network.embeddings.weight) for t, piece in enumerate(pieces)}
-    for prefix, mlp in (("bot_l", network.bottom), ("top_l", network.top)):
-        for i, linear in enumerate(mlp.linears()):
-            names |= {f"{prefix}.{2 * i}.weight": linear.weight, f"{prefix}.{2 * i}.bias": linear.bias}
-    return names
+def loss_of(meta: dict) -> Loss:
+    clamp = meta["loss_threshold"] or 0.0
+    if meta["loss"] == "wbce":
+        return WeightedLogLoss(click=3.0, no_click=1.0, clamp=clamp)
+    assert meta["loss"] == "bce"
+    return LogLoss(clamp=clamp)
 
 
 def read_ids(arrays: dict[str, Tensor], step: int, tables: int) -> SparseIds:
@@ -103,20 +104,34 @@ def read_ids(arrays: dict[str, Tensor], step: int, tables: int) -> SparseIds:
     return SparseIds(values=torch.cat(bags), tables=tables, offsets=torch.cumsum(lengths, 0))
 
 
-@pytest.mark.parametrize("path", [case(p) for p in CASES if p.stem.startswith("dlrm")])
-def test_dlrm_training_run(path: Path) -> None:
+def test_mixed_dimensions_are_by_the_published_rule() -> None:
+    cases = [meta for meta, _ in map(load, CASES) if meta.get("md")]
+    assert cases or "PARITY_DIR" in os.environ
+    for meta in cases:
+        rule = MixedDimensions(temperature=meta["md"]["temperature"], powers_of_two=meta["md"]["round"])
+        tables = {f"C{t}": rows for t, rows in enumerate(meta["tables"])}
+        assert list(rule.widths(tables, meta["embedding_dim"]).values()) == meta["table_dims"]
+
+
+@pytest.mark.parametrize("path", [p for p in CASES if p.stem.startswith("dlrm")], ids=lambda p: p.stem)
+def test_dlrm_training_run(path: Path, tmp_path: Path) -> None:
     meta, arrays = load(path)
-    network = build(meta)
+    network = build(meta, arrays, tmp_path)
     ours = published_names(network)
     theirs = {name.removeprefix("init/") for name in arrays if name.startswith("init/")}
+    if meta["weighted_pooling"] == "fixed":
+        # The published state has no fixed factors.
+        ours = {name: weight for name, weight in ours.items() if name in theirs}
     assert set(ours) == theirs
     with torch.no_grad():
         for name, weight in ours.items():
             weight.copy_(arrays[f"init/{name}"])
 
     dense_rule, table_rule = RULES[meta["optimizer"]]
-    dense = [p for p in network.parameters() if p is not network.embeddings.weight]
-    optimizer = CTROptimizer(dense, [network.embeddings], dense_rule(meta["lr"]), table_rule(meta["lr"]))
+    optimizer = CTROptimizer(
+        network.dense_parameters(), network.lookups(), dense_rule(meta["lr"]), table_rule(meta["lr"])
+    )
+    loss_function, clamp = loss_of(meta), meta["loss_threshold"] or 0.0
     schedule: Schedule = WarmupQuadraticDecay(*meta["lr_policy"]) if meta["lr_policy"] else Constant()
     losses, rates = [], []
     for step in range(meta["steps"]):
@@ -127,10 +142,12 @@ def test_dlrm_training_run(path: Path) -> None:
         labels = arrays["labels"][step]
         logits = network(arrays["dense"][step], read_ids(arrays, step, len(meta["tables"])))
         if step == 0:
-            torch.testing.assert_close(
-                logits.sigmoid().flatten(), arrays["first_probability"].flatten(), rtol=0, atol=1e-6
+            # Published probabilities are clamped before the loss, ours within it.
+            ours_B, theirs_B = (
+                p.flatten().clamp(clamp, 1 - clamp) for p in (logits.sigmoid(), arrays["first_probability"])
             )
-        loss = summed_log_loss(logits, labels.flatten()) / labels.numel()
+            torch.testing.assert_close(ours_B, theirs_B, rtol=0, atol=1e-6)
+        loss = loss_function.summed(logits, labels.flatten()) / labels.numel()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -144,8 +161,14 @@ def test_dlrm_training_run(path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("path", [case(p) for p in CASES if not p.stem.startswith("dlrm")])
-def test_layer(path: Path) -> None:
+@pytest.mark.parametrize("path", [p for p in CASES if p.stem.startswith("factorization_machine")], ids=lambda p: p.stem)
+def test_factorization_machine(path: Path) -> None:
+    _, arrays = load(path)
+    compare("y", PairwiseSum()(arrays["x"])[:, None], arrays["y"])
+
+
+@pytest.mark.parametrize("path", [p for p in CASES if p.stem.startswith("cross")], ids=lambda p: p.stem)
+def test_cross_network(path: Path) -> None:
     meta, arrays = load(path)
     layer, theirs = cross_layer(meta, arrays)
     with torch.no_grad():

@@ -1,0 +1,321 @@
+"""From a batch's ids to a vector for every column: tables, what is made of their rows, and pooling.
+
+Shape suffixes: B samples, F columns, G tables of one lookup, D width, N indices of all bags.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, Table
+from lightning_dlrm.models.tables import EmbeddingTables
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuotientRemainder:
+    """Two small tables in place of a large one (Shi et al. 2020, arXiv:1909.02107, section 2).
+
+    Id i reads row i // collisions of the quotient table and row i % collisions of the remainder
+    table. Both start U(-1/sqrt(n), 1/sqrt(n)), n being the rows of the table they stand for.
+
+    Args:
+        collisions: rows of the remainder table.
+        operation: how the two vectors become one: mult, add, or concat (each half as wide).
+        threshold: tables with more rows than this are replaced.
+    """
+
+    collisions: int
+    operation: Literal["mult", "add", "concat"] = "mult"
+    threshold: int = 200
+
+    def __post_init__(self) -> None:
+        if self.operation not in ("mult", "add", "concat"):
+            raise UserError(f"quotient_remainder.operation {self.operation!r} is none of mult, add, concat")
+        if self.collisions < 1 or self.threshold < 0:
+            raise UserError(
+                f"quotient_remainder: collisions is {self.collisions} and threshold {self.threshold}; "
+                "expected at least 1, and 0 or more"
+            )
+
+    def combine(self, quotient_BD: Tensor, remainder_BD: Tensor) -> Tensor:
+        if self.operation == "mult":
+            return quotient_BD * remainder_BD
+        if self.operation == "add":
+            return quotient_BD + remainder_BD
+        return torch.cat([quotient_BD, remainder_BD], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedDimensions:
+    """Wider vectors for tables with fewer rows (Ginart et al. 2019, arXiv:1909.11810, the power rule).
+
+    A table of n rows gets D (n_min / n)^temperature, at least 1.
+
+    Args:
+        temperature: 0 for equal widths; the published experiments use 0.2 to 0.6.
+        powers_of_two: round to the nearest power of two.
+    """
+
+    temperature: float
+    powers_of_two: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 1:
+            raise UserError(f"mixed_dimensions.temperature is {self.temperature}; expected 0 to 1")
+
+    def widths(self, tables: Mapping[str, int], widest: int) -> dict[str, int]:
+        """Table name -> width. The rounding, first to a whole number, is that of facebookresearch/dlrm."""
+        fewest = min(tables.values(), default=1)
+        exact = {name: max(1.0, widest * (fewest / rows) ** self.temperature) for name, rows in tables.items()}
+        whole = {name: round(width) for name, width in exact.items()}
+        if not self.powers_of_two:
+            return whole
+        return {name: 2 ** round(math.log2(width)) for name, width in whole.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSettings:
+    """What the tables are like, beside their width.
+
+    Args:
+        dims: widths of single tables by name; the others have embedding_dim.
+        mixed_dimensions: widths by the tables' rows, none above embedding_dim.
+        project: bring narrower vectors to embedding_dim, each table by a matrix of its own.
+        quotient_remainder: two small tables in place of each large one.
+        pooling: what becomes of several ids in one column: sum, or mean (their sum over their number);
+            no ids give zeros.
+        pooling_weights: a factor for each row, beside those that come with the ids. learned: starts at 1.
+            Or a file made by torch.save of a dictionary table name -> float [rows]: those factors, fixed.
+    """
+
+    dims: Mapping[str, int] = field(default_factory=dict)
+    mixed_dimensions: MixedDimensions | None = None
+    project: bool = False
+    quotient_remainder: QuotientRemainder | None = None
+    pooling: Literal["sum", "mean"] = "sum"
+    pooling_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooling not in ("sum", "mean"):
+            raise UserError(f"tables.pooling {self.pooling!r} is neither sum nor mean")
+        if self.dims and self.mixed_dimensions is not None:
+            raise UserError("tables.dims and tables.mixed_dimensions both give widths: keep one of them")
+
+    def widths(self, tables: Mapping[str, int], embedding_dim: int) -> dict[str, int]:
+        """Table name -> width of its vector before projection.
+
+        Raises:
+            UserError: a width for no table, or one that cannot be projected.
+        """
+        if self.mixed_dimensions is not None:
+            widths = self.mixed_dimensions.widths(tables, embedding_dim)
+        else:
+            unknown = [name for name in self.dims if name not in tables]
+            if unknown:
+                raise UserError(f"tables.dims names {unknown[0]}, which is no table; tables: {', '.join(tables)}")
+            widths = {name: self.dims.get(name, embedding_dim) for name in tables}
+        wide = {name: width for name, width in widths.items() if width > embedding_dim}
+        if wide and (self.project or self.mixed_dimensions is not None):
+            name, width = next(iter(wide.items()))
+            raise UserError(
+                f"table {name} is {width} wide and embedding_dim {embedding_dim}: expected none wider; "
+                f"raise embedding_dim to {max(wide.values())}"
+            )
+        return widths
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A table of a lookup and where its ids come from: (id // divisor) % rows of a column."""
+
+    column: int
+    table: Table
+    divisor: int = 1
+
+
+class Embeddings(nn.Module):
+    """A vector for every column of every sample.
+
+    Tables of one width share a lookup. In the ordinary case there is one, and its output is the result.
+
+    Args:
+        columns: name -> rows, in the order of a batch's ids.
+        embedding_dim: D, the width of every vector unless the settings say otherwise.
+        seed: of the initial rows.
+        settings: see TableSettings.
+
+    Raises:
+        UserError: settings that do not fit the tables.
+    """
+
+    def __init__(
+        self, columns: Mapping[str, int], embedding_dim: int, seed: int, settings: TableSettings | None = None
+    ) -> None:
+        super().__init__()
+        self.settings = settings or TableSettings()
+        self.embedding_dim = embedding_dim
+        self.names = tuple(columns)
+        narrow = self.settings.widths(columns, embedding_dim)
+        groups: dict[int, list[_Member]] = {} if columns else {embedding_dim: []}
+        for column, (name, rows) in enumerate(columns.items()):
+            for width, member in self._members(column, name, rows, narrow[name]):
+                groups.setdefault(width, []).append(member)
+        made = nn.ModuleList(WidthGroup(members, width, seed, len(columns)) for width, members in groups.items())
+        self.groups = cast(Sequence[WidthGroup], made)
+        self.projections = nn.ModuleList(
+            nn.Linear(width, embedding_dim, bias=False)
+            if self.settings.project and width < embedding_dim
+            else nn.Identity()
+            for width in narrow.values()
+        )
+        self.widths = tuple(embedding_dim if self.settings.project else width for width in narrow.values())
+        self.pooling_weights = _pooling_weights(self.settings.pooling_weights, columns, seed)
+
+    def _members(self, column: int, name: str, rows: int, width: int) -> list[tuple[int, _Member]]:
+        """The tables of a column, each with its width."""
+        trick = self.settings.quotient_remainder
+        if trick is None or rows <= trick.threshold:
+            return [(width, _Member(column, Table.of_column(name, rows)))]
+        if trick.operation == "concat":
+            if width % 2:
+                raise UserError(
+                    f"quotient_remainder.operation concat halves the width of table {name}, which is {width}: "
+                    "choose an even width"
+                )
+            width //= 2
+        quotient = Table(name=f"{name}/quotient", rows=-(-rows // trick.collisions), bound=rows**-0.5)
+        remainder = Table(name=f"{name}/remainder", rows=trick.collisions, bound=rows**-0.5)
+        return [(width, _Member(column, quotient, trick.collisions)), (width, _Member(column, remainder))]
+
+    def forward(self, ids: SparseIds) -> Tensor:
+        """[B, sum of the widths]: the columns' vectors side by side."""
+        if self.pooling_weights is not None:
+            factors = self.pooling_weights.each(ids).view(ids.values.shape)
+            ids = dataclasses.replace(ids, weights=factors if ids.weights is None else factors * ids.weights)
+        vectors = [group(ids) for group in self.groups]
+        if self.settings.pooling == "mean" and ids.offsets is not None:
+            lengths_BF = ids.lengths().clamp(min=1)
+            vectors = [
+                vectors_BGD / lengths_BF.index_select(1, group.columns)[..., None]
+                for vectors_BGD, group in zip(vectors, self.groups, strict=True)
+            ]
+        if self._is_plain():
+            return vectors[0].flatten(1)
+        parts: list[list[Tensor]] = [[] for _ in self.names]
+        for vectors_BGD, group in zip(vectors, self.groups, strict=True):
+            for vector_BD, member in zip(vectors_BGD.unbind(1), group.members, strict=True):
+                parts[member.column].append(vector_BD)
+        return torch.cat(
+            [project(self._combined(part)) for part, project in zip(parts, self.projections, strict=True)], dim=1
+        )
+
+    def _is_plain(self) -> bool:
+        """One lookup holds one table of every column, in their order."""
+        return len(self.groups) == 1 and len(self.groups[0].members) == len(self.names) and not self.multiply_adds()
+
+    def _combined(self, parts: Sequence[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        assert self.settings.quotient_remainder is not None
+        return self.settings.quotient_remainder.combine(*parts)
+
+    def require_one_width(self, user: str, other_way: str = "") -> None:
+        """
+        Raises:
+            UserError: some vector is not embedding_dim wide.
+        """
+        for name, width in zip(self.names, self.widths, strict=True):
+            if width != self.embedding_dim:
+                raise UserError(
+                    f"{user} needs vectors of one width, but table {name} is {width} wide and embedding_dim "
+                    f"{self.embedding_dim}: make them equal, or set tables.project to true{other_way}"
+                )
+
+    def multiply_adds(self) -> int:
+        """Per sample; projections count, lookups do not."""
+        return sum(p.in_features * p.out_features for p in self.projections if isinstance(p, nn.Linear))
+
+
+class WidthGroup(nn.Module):
+    """A lookup of tables of one width, and the ids that it takes from the columns.
+
+    Args:
+        members: its tables.
+        width: of them all.
+        seed: of the initial rows.
+        columns: how many there are in all.
+    """
+
+    lookup: EmbeddingLookup
+    columns: Tensor
+    divisors: Tensor
+    rows: Tensor
+
+    def __init__(self, members: Sequence[_Member], width: int, seed: int, columns: int) -> None:
+        super().__init__()
+        self.members = tuple(members)
+        self.lookup = EmbeddingTables([member.table for member in members], width, seed)
+        self.takes_all = [member.column for member in members] == list(range(columns))
+        # Only a quotient and a remainder read the same column.
+        self.splits_ids = len({member.column for member in members}) < len(members)
+        for name, values in {
+            "columns": [member.column for member in members],
+            "divisors": [member.divisor for member in members],
+            "rows": [member.table.rows for member in members],
+        }.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
+
+    def forward(self, ids: SparseIds) -> Tensor:
+        """[B, G, D]."""
+        if not self.takes_all:
+            ids = ids.of_tables(self.columns)
+        if self.splits_ids:
+            table = ids.bag_of_each().view(ids.values.shape) % len(self.members)
+            values = torch.div(ids.values, self.divisors[table], rounding_mode="floor") % self.rows[table]
+            ids = dataclasses.replace(ids, values=values.to(ids.values.dtype))
+        return self.lookup(ids)
+
+
+def _pooling_weights(setting: str | None, columns: Mapping[str, int], seed: int) -> EmbeddingTables | None:
+    """A factor for every row, as tables of width 1.
+
+    Raises:
+        UserError: the file of fixed factors does not fit the tables.
+    """
+    if setting is None:
+        return None
+    if setting == "learned":
+        tables = [Table(name=f"{name}/pooling", rows=rows, bound=0.0, centre=1.0) for name, rows in columns.items()]
+        return EmbeddingTables(tables, 1, seed)
+    given = _read_factors(setting, columns)
+    tables = [
+        Table(name=f"{name}/pooling", rows=rows, bound=0.0, given=given[name].view(rows, 1))
+        for name, rows in columns.items()
+    ]
+    return EmbeddingTables(tables, 1, seed, trainable=False)
+
+
+def _read_factors(path: str, columns: Mapping[str, int]) -> dict[str, Tensor]:
+    remedy = "expected learned, or a file of torch.save({table: factors [rows]})"
+    if not Path(path).is_file():
+        raise UserError(f"tables.pooling_weights: there is no file {path}; {remedy}")
+    try:
+        given = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        raise UserError(
+            f"tables.pooling_weights: {path} cannot be read ({' '.join(str(error).split())[:80]}); {remedy}"
+        ) from error
+    for name, rows in columns.items():
+        found = given.get(name) if isinstance(given, dict) else None
+        shape = tuple(found.shape) if isinstance(found, Tensor) else "missing"
+        if shape != (rows,):
+            raise UserError(f"tables.pooling_weights: {path} has factors {shape} for table {name}, expected ({rows},)")
+    return given

@@ -1,0 +1,32 @@
+"""Names of facebookresearch/dlrm for the weights of our DLRM: for its files, and to compare numbers."""
+
+from torch import Tensor
+
+from lightning_dlrm.models.dlrm import DLRM
+
+SUFFIXES = {"": "weight", "quotient": "weight_q", "remainder": "weight_r"}
+
+
+def published_names(network: DLRM) -> dict[str, Tensor]:
+    """Name in the published code's ``state_dict`` -> our weight; views, where ours is a part of a larger one.
+
+    Factors of fixed pooling are included; the published ``state_dict`` has those of learned pooling only.
+    """
+    embeddings = network.embeddings
+    mixed = embeddings.settings.project
+    names: dict[str, Tensor] = {}
+    for group in embeddings.groups:
+        for member, piece in zip(group.members, group.lookup.pieces, strict=True):
+            name = SUFFIXES[member.table.name.removeprefix(embeddings.names[member.column]).removeprefix("/")]
+            part = "embs." if mixed and name == "weight" else ""
+            names[f"emb_l.{member.column}.{part}{name}"] = piece.of(group.lookup.weight)
+    for column, projection in enumerate(embeddings.projections):
+        for weight in projection.parameters():
+            names[f"emb_l.{column}.proj.weight"] = weight
+    if embeddings.pooling_weights is not None:
+        for column, piece in enumerate(embeddings.pooling_weights.pieces):
+            names[f"v_W_l.{column}"] = piece.of(embeddings.pooling_weights.weight)[:, 0]
+    for prefix, mlp in (("bot_l", network.bottom), ("top_l", network.top)):
+        for i, linear in enumerate(mlp.linears()):
+            names |= {f"{prefix}.{2 * i}.weight": linear.weight, f"{prefix}.{2 * i}.bias": linear.bias}
+    return names
