@@ -1,16 +1,21 @@
 """Contract: with tables in pieces over ranks, a fit is that of one process on the same global batches: losses,
 gradients, tables and optimiser state, whatever the plan, the slices and the number of ranks."""
 
+import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.lookup import TablePiece
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks, start_ranks
 from tests.sharded_fits import BF16, FIRST_STEP, HALF, PARITY, RESUMED, STEPS, Fit, metrics, run
 from tests.toy import TABLES, toy_dlrm, toy_schema
 
@@ -90,3 +95,62 @@ def test_bf16_in_the_matrix_products_and_on_the_wire(folder: Path) -> None:
     assert not torch.equal(ours, alone)
     torch.testing.assert_close(ours, alone, rtol=0.03, atol=0)
     assert tables(folder / "4" / BF16.name)["C2"].isfinite().all()
+
+
+FIT = [
+    *["fit", "--config", "dlrm.yaml", "--config", "small.yaml", "--wandb.mode=disabled", "--data.batch_size=256"],
+    *["--data.demo.train_rows=8192", "--data.demo.validation_rows=2048", "--data.demo.test_rows=1024"],
+    *["--data.demo.max_table_rows=1000", "--trainer.precision=64-true", "--trainer.log_every_n_steps=1"],
+    *["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"],
+]
+
+
+def sharded(ranks: int) -> list[str]:
+    return ["--trainer.strategy=embedding_sharded_ddp", f"--trainer.devices={ranks}"]
+
+
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks started by torchrun's environment, one killed; two, started by Lightning, go on."""
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert main([*FIT, "--run_dir", str(tmp_path / "alone")]) == 0
+
+    command = [*FIT, "--run_dir", str(tmp_path / "run"), "--checkpoint.every_n_steps=4"]
+    ranks = start_ranks([["-m", "lightning_dlrm", *command, *sharded(3)]] * 3)
+    lines, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and all(rank.poll() is None for rank in ranks):
+        if lines.exists() and len(lines.read_text().splitlines()) >= 6:
+            break
+        time.sleep(0.02)
+    ranks[2].kill()
+    killed_at = time.monotonic()
+    said = [rank.communicate(timeout=60)[0] for rank in ranks[:2]]
+    assert time.monotonic() - killed_at < 60
+    assert [rank.returncode for rank in ranks[:2]] == [2, 2], said
+    assert all("error: another rank has ended or does not answer" in text for text in said)
+    step = CheckpointReader(tmp_path / "run/checkpoints/last").header["step"]
+    assert step >= 4 and step % 4 == 0
+
+    resumed = [sys.executable, "-m", "lightning_dlrm", *command, *sharded(2), "--resume=auto"]
+    done = subprocess.run(resumed, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed at step {step}" in done.stderr and done.stderr.count("run folder:") == 1
+    for name in ("train/loss", "train/auc", "validation/log_loss"):
+        expected = metrics(tmp_path / "alone", name)
+        torch.testing.assert_close(metrics(tmp_path / "run", name), expected, rtol=1e-10, atol=0)
+    final = json.loads((tmp_path / "run/summary.json").read_text())["final"]
+    total = sum(
+        entry.shapes["weight"][0]
+        for entry in CheckpointReader(tmp_path / "run/checkpoints/last").manifest.tables.values()
+    )
+    assert final["parallel/ranks"] == 2 and total / 2 <= final["parallel/rows_per_rank"] < 0.6 * total
+
+
+def test_ranks_with_other_settings_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path / "cache"))
+    command = ["-m", "lightning_dlrm", *FIT, "--run_dir", str(tmp_path / "run"), *sharded(2)]
+    ranks = start_ranks([command, [*command, "--data.batch_size=512"]])
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert all("error: rank 1 has data.init_args.batch_size = 512, rank 0 has 256" in text for text in said)
+    assert not (tmp_path / "run").exists()
