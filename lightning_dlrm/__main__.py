@@ -22,6 +22,7 @@ COMMANDS = {
     "preprocess": "turn raw Criteo TSV files into a dataset folder",
     "inspect": "show what a dataset folder holds, and verify it",
     "generate": "write generated data as a dataset folder",
+    "checkpoint": "show what a checkpoint holds; write it again in other pieces",
     "bench": "measure the speed of a part of this project on this machine",
 }
 
@@ -59,7 +60,7 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
 def _run(command: str, arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"no command {command}{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
-    if command in ("preprocess", "inspect", "generate", "bench"):
+    if command in ("preprocess", "inspect", "generate", "checkpoint", "bench"):
         return _run_plain_command(command, arguments)
     if command in ("params", "plan"):
         module = importlib.import_module(f"lightning_dlrm.cli.{command}")

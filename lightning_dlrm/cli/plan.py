@@ -14,7 +14,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from lightning_dlrm.cli.lightning import SettingsCommand
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, read_plan, table_loads
+from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.sharding.plan import (
     Plan,
     RankCost,
@@ -23,6 +23,7 @@ from lightning_dlrm.sharding.plan import (
     make_plan,
     parse_memory,
     rank_costs,
+    read_plan,
 )
 
 EXAMPLES = """\

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-import yaml
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +18,7 @@ from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
 from lightning_dlrm.sharding.lookup import ShardedTables
-from lightning_dlrm.sharding.plan import Plan, TableLoad, imbalance, make_plan, parse_memory
+from lightning_dlrm.sharding.plan import Plan, TableLoad, imbalance, make_plan, parse_memory, read_plan
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -151,23 +150,6 @@ def table_loads(network: CTRNetwork, module: CTRModule, skew: float = 1.0) -> li
 def batch_size_of(trainer: pl.Trainer) -> int:
     """Samples of a global training batch."""
     return getattr(trainer.datamodule, "batch_size", DEFAULT_BATCH_SIZE)  # type: ignore[attr-defined]
-
-
-def read_plan(path: Path) -> Plan:
-    """A plan that was written down.
-
-    Raises:
-        UserError: there is no such file, or it holds no plan.
-    """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"cannot read the plan {path}: {error.strerror}; make one with 'python -m lightning_dlrm plan'"
-        ) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"the plan {path} is not YAML: {' '.join(str(error).split())}; make it again") from error
-    return Plan.of_document(document)
 
 
 def compare_ranks(facts: Mapping[str, Any], ranks: Ranks) -> None:

@@ -12,11 +12,12 @@ place of a whole one. ``rest.pt`` is opened with ``weights_only``: no code in it
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,15 +110,7 @@ def save_checkpoint(
                 f"rank {ranks.rank} does not see {partial}: the run folder has to be one that all ranks share"
             )
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            files = pool.map(lambda piece: _write_piece(partial, piece), pieces)
-            return [
-                {
-                    "table": piece.piece.name,
-                    "shapes": {slot: [piece.piece.table_rows, *t.shape[1:]] for slot, t in piece.tensors.items()},
-                    "file": dataclasses.asdict(file),
-                }
-                for piece, file in zip(pieces, files, strict=True)
-            ]
+            return list(pool.map(lambda piece: _write_piece(partial, piece), pieces))
 
     def finish() -> None:
         torch.save(dict(rest), partial / REST)
@@ -161,6 +154,51 @@ def _table_entries(written: Iterable[Mapping[str, Any]]) -> dict[str, TableEntry
         name: TableEntry(shapes=shapes[name], pieces=tuple(sorted(of_table, key=lambda file: file.start)))
         for name, of_table in files.items()
     }
+
+
+def rewrite_checkpoint(source: Path, folder: Path, bounds: Mapping[str, Sequence[int]] | None = None) -> None:
+    """Writes a checkpoint again, with its tables cut otherwise; a piece per thread is in memory at a time.
+
+    Args:
+        source: the checkpoint.
+        folder: of the new one.
+        bounds: table name -> 0, where each piece but the first starts, the table's rows; None leaves
+            tables whole.
+
+    Raises:
+        UserError: ``source`` is not whole, or ``folder`` exists or cannot be written.
+    """
+    if Path(folder).exists():
+        raise UserError(f"{folder} exists; give another folder for the new checkpoint")
+    reader = CheckpointReader(source)
+    pieces = []
+    for name, entry in reader.manifest.tables.items():
+        rows = entry.shapes["weight"][0]
+        for start, stop in itertools.pairwise((0, rows) if bounds is None else bounds[name]):
+            piece = TablePiece(name=name, table_rows=rows, start=start, stop=stop, offset=0)
+            pieces.append(PieceTensors(piece, _StoredRows(reader, piece)))
+    save_checkpoint(folder, pieces, reader.rest(), reader.header)
+
+
+class _StoredRows(Mapping[str, Tensor]):
+    """A piece's rows in a checkpoint, each slot read when it is asked for."""
+
+    def __init__(self, reader: "CheckpointReader", piece: TablePiece) -> None:
+        self._reader, self._piece = reader, piece
+        self._shapes = reader.manifest.tables[piece.name].shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, slot: str) -> Tensor:
+        rows = self._piece.stop - self._piece.start
+        dtype = self._reader.dtype(self._piece.name, slot)
+        out = torch.empty(rows, *self._shapes[slot][1:], dtype=dtype)
+        self._reader.read_rows(self._piece, slot, out)
+        return out
 
 
 def link_checkpoint(source: Path, folder: Path) -> None:
@@ -267,6 +305,20 @@ class CheckpointReader:
                     rows = file.get_slice(slot)[start - part.start : stop - part.start]
                 out[start - piece.start : stop - piece.start].copy_(rows)
 
+    def dtype(self, table: str, slot: str) -> torch.dtype:
+        """Of a slot's values as they are stored."""
+        with safe_open(str(self.folder / self.manifest.tables[table].pieces[0].file), framework="pt") as file:
+            return file.get_slice(slot)[:0].dtype
+
+    def verify(self) -> None:
+        """Compares every file's checksum.
+
+        Raises:
+            UserError: one differs.
+        """
+        for part in self._files():
+            self._check(part)
+
     def _files(self) -> Iterable[PieceFile]:
         yield self.manifest.rest
         for entry in self.manifest.tables.values():
@@ -309,14 +361,21 @@ def _parse_manifest(document: Mapping[str, Any]) -> Manifest:
     )
 
 
-def _write_piece(partial: Path, piece: PieceTensors) -> PieceFile:
-    name = f"tables/{piece.piece.name}.{piece.piece.start}.safetensors"
+def _write_piece(partial: Path, piece: PieceTensors) -> dict[str, Any]:
+    """Writes a piece's file; returns what ``_table_entries`` takes."""
+    what = piece.piece
+    name = f"tables/{what.name}.{what.start}.safetensors"
     (partial / name).parent.mkdir(parents=True, exist_ok=True)
     # Detached views of the live tensors: nothing is copied on a CPU.
-    save_file({slot: tensor.detach().contiguous() for slot, tensor in piece.tensors.items()}, str(partial / name))
+    tensors = {slot: tensor.detach().contiguous() for slot, tensor in piece.tensors.items()}
+    save_file(tensors, str(partial / name))
     # Each rank flushes its own files: on a network file system only the machine that wrote them can.
     _flush(partial / name)
-    return _describe(partial, name, piece.piece.start, piece.piece.stop)
+    return {
+        "table": what.name,
+        "shapes": {slot: [what.table_rows, *tensor.shape[1:]] for slot, tensor in tensors.items()},
+        "file": dataclasses.asdict(_describe(partial, name, what.start, what.stop)),
+    }
 
 
 def _describe(partial: Path, name: str, start: int, stop: int) -> PieceFile:

@@ -14,9 +14,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from lightning_dlrm.contracts.errors import UserError
 
@@ -190,6 +192,23 @@ class Plan:
                 "make one with 'python -m lightning_dlrm plan --output FILE'"
             ) from error
         return Plan(ranks=ranks, pieces=tuple(pieces))
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan that was written down.
+
+    Raises:
+        UserError: there is no such file, or it holds no plan.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the plan {path}: {error.strerror}; make one with 'python -m lightning_dlrm plan'"
+        ) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"the plan {path} is not YAML: {' '.join(str(error).split())}; make it again") from error
+    return Plan.of_document(document)
 
 
 def make_plan(
