@@ -138,6 +138,8 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, monke
     for name in ("train/loss", "train/auc", "validation/log_loss"):
         expected = metrics(tmp_path / "alone", name)
         torch.testing.assert_close(metrics(tmp_path / "run", name), expected, rtol=1e-10, atol=0)
+    assert (metrics(tmp_path / "run", "parallel/exchange_ms_per_step") > 0).all()
+    assert (metrics(tmp_path / "run", "parallel/sent_bytes_per_step") > 0).all()
     final = json.loads((tmp_path / "run/summary.json").read_text())["final"]
     total = sum(
         entry.shapes["weight"][0]

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from lightning_dlrm.bench.measurement import machine, render, write_json
 
-WORKS: dict[str, str] = {"auc": "the exact AUC of as many predictions as Terabyte's held-out day has"}
+WORKS: dict[str, str] = {
+    "auc": "the exact AUC of as many predictions as Terabyte's held-out day has",
+    "sharding": "training steps with tables in pieces on several processes, against copied tables",
+}
 """Subcommand -> what it measures. Module ``lightning_dlrm.bench.<subcommand>`` has ``DESCRIPTION``,
 ``add_arguments(parser)`` and ``run(args)``, which gives the rows."""
 

@@ -69,7 +69,7 @@ class Recorder(pl.Callback):
         """Logits and labels of this rank's slice, and global size, of each batch since then."""
         self._rates: dict[str, float] = {}
         self._losses: list[Tensor] = []
-        self._step = 0
+        self._step = self._logged_step = 0
 
     def state_dict(self) -> dict[str, Any]:
         self._extend_window()
@@ -88,7 +88,7 @@ class Recorder(pl.Callback):
         self.folder.path = trainer.strategy.broadcast(self.folder.path)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
+        self._step = self._logged_step = trainer.global_step
         if trainer.is_global_zero:
             self.folder.cut_back(self._step)
         if self._step:
@@ -150,6 +150,9 @@ class Recorder(pl.Callback):
         # A rank's loss is ranks x its part of the mean over the global batch.
         loss = torch.stack(losses).mean().double().cpu().numpy()
         mean_loss = float(np.mean(Ranks().all_gather(loss.reshape(1))))
+        steps, self._logged_step = self._step - self._logged_step, self._step
+        strategy = trainer.strategy
+        exchanges = strategy.measure_exchanges(steps) if isinstance(strategy, EmbeddingShardedDDP) else {}
         if not trainer.is_global_zero:
             return
         self._log(
@@ -159,6 +162,7 @@ class Recorder(pl.Callback):
                 names.TRAIN_AUC: exact_auc(*self._window),
                 names.SAMPLES_PER_SECOND: self.samples_per_second,
                 **self._rates,
+                **exchanges,
             },
         )
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
@@ -17,8 +18,9 @@ from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
-from lightning_dlrm.sharding.lookup import ShardedTables
+from lightning_dlrm.sharding.lookup import ShardedTables, Traffic
 from lightning_dlrm.sharding.plan import Plan, TableLoad, imbalance, make_plan, parse_memory, read_plan
+from lightning_dlrm.tracking import names
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -88,8 +90,8 @@ class EmbeddingShardedDDP(DDPStrategy):
             self.plan = self._agreed_plan(module, ranks)
         _replace_tables(module.network, self.plan, ranks, self._wire, self.root_device)
         sharded = {id(lookup.weight) for lookup in module.network.lookups()}
-        names = [name for name, parameter in module.named_parameters() if id(parameter) in sharded]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+        ignored = [name for name, parameter in module.named_parameters() if id(parameter) in sharded]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         # Every rank writes its pieces.
@@ -103,6 +105,26 @@ class EmbeddingShardedDDP(DDPStrategy):
         for piece in self.plan.pieces:
             rows[piece.rank] += piece.rows
         return max(rows)
+
+    def measure_exchanges(self, steps: int) -> dict[str, float]:
+        """What the exchanges came to since the last call, for all ranks to call together.
+
+        Returns:
+            Time on the rank that spends most, bytes sent by the rank that sends most, and how many
+            times the mean the busiest rank is asked for rows.
+        """
+        assert isinstance(self.lightning_module, CTRModule)
+        total = np.zeros(3)
+        for lookup in self.lightning_module.network.lookups():
+            if isinstance(lookup, ShardedTables):
+                total += (lookup.traffic.seconds, lookup.traffic.sent_bytes, lookup.traffic.rows)
+                lookup.traffic = Traffic()
+        seconds, sent, rows = zip(*(of_rank.tolist() for of_rank in Ranks().all_gather(total)), strict=True)
+        return {
+            names.EXCHANGE_MS: 1000 * max(seconds) / steps,
+            names.SENT_BYTES: max(sent) / steps,
+            names.WORK_IMBALANCE: imbalance(rows),
+        }
 
     def _agreed_plan(self, module: CTRModule, ranks: Ranks) -> Plan:
         """Rank 0's plan: arithmetic in floating point may round otherwise on another machine."""

@@ -8,6 +8,7 @@ U distinct rows that this rank needs, Q rows that all ranks ask of this one.
 """
 
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,18 @@ class Request:
     """How many rows held here each rank needs."""
     rows: Tensor
     """[Q]: the rows of ``weight`` that the ranks need, rank after rank."""
+
+
+@dataclass
+class Traffic:
+    """What the exchanges of this rank came to, since they were last looked at."""
+
+    sent_bytes: float = 0.0
+    """To other ranks: ids, vectors and gradients."""
+    rows: float = 0.0
+    """Rows held here that all ranks asked for: the work of this rank."""
+    seconds: float = 0.0
+    """In exchanges, waiting for slower ranks included. On a GPU, of what the host waits for only."""
 
 
 class ShardedTables(EmbeddingLookup):
@@ -74,6 +87,7 @@ class ShardedTables(EmbeddingLookup):
         super().__init__()
         self.tables = tuple(tables)
         self.ranks = ranks
+        self.traffic = Traffic()
         self._wire = wire
         held: list[list[TablePiece]] = [[] for _ in range(plan.ranks)]
         rows_held = [0] * plan.ranks
@@ -160,14 +174,25 @@ class ShardedTables(EmbeddingLookup):
         lookups = SortedLookups.of(numbers_N)
         bounds = torch.searchsorted(lookups.rows, self.rank_starts)
         asks_W = bounds.diff()
-        counts = torch.stack([asks_W, self.ranks.all_to_all_counts(asks_W)]).tolist()
-        asks, asked = counts[0], counts[1]
         at_owner_U = lookups.rows - torch.repeat_interleave(self.rank_starts[:-1], asks_W)
-        return Request(lookups, asks, asked, self.ranks.all_to_all(at_owner_U, asks, asked))
+        start = time.perf_counter()
+        counts = torch.stack([asks_W, self.ranks.all_to_all_counts(asks_W)]).tolist()
+        self.traffic.seconds += time.perf_counter() - start
+        asks, asked = counts[0], counts[1]
+        self.traffic.rows += sum(asked)
+        return Request(lookups, asks, asked, self._exchange(at_owner_U, asks, asked))
 
     def _send(self, values: Tensor, sent: list[int], received: list[int]) -> Tensor:
         on_wire = values if self._wire is None else values.to(self._wire)
-        return self.ranks.all_to_all(on_wire, sent, received).to(values.dtype)
+        return self._exchange(on_wire, sent, received).to(values.dtype)
+
+    def _exchange(self, values: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        start = time.perf_counter()
+        arrived = self.ranks.all_to_all(values, sent, received)
+        self.traffic.seconds += time.perf_counter() - start
+        to_others = sum(sent) - sent[self.ranks.rank]
+        self.traffic.sent_bytes += to_others * values[:1].numel() * values.element_size()
+        return arrived
 
 
 class _LookUpPieces(torch.autograd.Function):
