@@ -11,8 +11,8 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import RowGradient, Table
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
-from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad, UpdateRule
-from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay, WarmupThenDecay
+from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
+from lightning_dlrm.optim.schedules import Constant, Cosine, WarmupQuadraticDecay, WarmupThenDecay
 from tests.toy import optimizer_of, toy_batch, toy_dlrm, toy_schema
 
 
@@ -158,3 +158,122 @@ def test_a_decay_before_the_warm_up_ends_is_refused() -> None:
         WarmupQuadraticDecay(warmup_steps=4, decay_start_step=3, decay_steps=2)
     with pytest.raises(UserError, match="numbers of 0 or more"):
         WarmupQuadraticDecay(warmup_steps=-1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "reference"),
+    [
+        (Adam(0.05), lambda p: torch.optim.Adam(p, lr=0.05)),
+        (
+            Adam(0.05, beta1=0.5, beta2=0.9, epsilon=1e-3, l2=0.1),
+            lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1),
+        ),
+        (Adam(0.05, weight_decay=0.2), lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.2)),
+        (SGD(0.1, l2=0.3), lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.3)),
+        (Adagrad(0.1, l2=0.3), lambda p: torch.optim.Adagrad(p, lr=0.1, weight_decay=0.3)),
+    ],
+)
+def test_where_every_row_is_touched_rules_are_those_of_torch(rule: UpdateRule, reference) -> None:
+    """Dense layers, and tables whose every row is in every step, move as under torch.optim."""
+    dense = torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+    tables = EmbeddingTables([Table.of_column("A", 6)], 3, seed=1).double()
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in (dense, tables.weight)]
+    optimizer, plain = CTROptimizer([dense], [tables], rule, rule), reference(twins)
+    for _ in range(5):
+        gradients = [torch.randn_like(p) for p in twins]
+        optimizer.zero_grad()
+        dense.grad = gradients[0].clone()
+        tables.add_gradient(RowGradient(torch.arange(6), gradients[1].clone()))
+        for twin, gradient in zip(twins, gradients, strict=True):
+            twin.grad = gradient
+        optimizer.step()
+        plain.step()
+    for ours, theirs in zip((dense, tables.weight), twins, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_lazy_adam_is_that_of_torch_and_leaves_other_rows() -> None:
+    """Also the bias correction: by the model's steps, not by a row's."""
+    tables = EmbeddingTables([Table.of_column("A", 6)], 3, seed=1).double()
+    twin = torch.nn.Parameter(tables.weight.detach().clone())
+    optimizer = CTROptimizer([], [tables], SGD(1.0), Adam(0.05, epsilon=1e-30))
+    plain = torch.optim.SparseAdam([twin], lr=0.05, eps=1e-30)
+    before = tables.weight.detach().clone()
+    for rows in ([1, 4], [4], [4, 5], [1]):
+        values = torch.randn(len(rows), 3, dtype=torch.float64)
+        optimizer.zero_grad()
+        tables.add_gradient(RowGradient(torch.tensor(rows), values))
+        twin.grad = torch.sparse_coo_tensor(torch.tensor([rows]), values, twin.shape)
+        optimizer.step()
+        plain.step()
+    torch.testing.assert_close(tables.weight, twin, rtol=1e-10, atol=1e-12)
+    assert torch.equal(tables.weight[[0, 2, 3]], before[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("rule", [SGD(0.1, l2=0.5), SGD(0.1, weight_decay=0.5), Adam(0.1, weight_decay=0.5)])
+def test_l2_and_decay_touch_the_touched_rows_alone(rule: UpdateRule) -> None:
+    tables = EmbeddingTables([Table.of_column("A", 6)], 3, seed=1).double()
+    optimizer = CTROptimizer([], [tables], SGD(1.0), rule)
+    before = tables.weight.detach().clone()
+    tables.add_gradient(RowGradient(torch.tensor([2, 3]), torch.zeros(2, 3, dtype=torch.float64)))
+    optimizer.step()
+    torch.testing.assert_close(tables.weight[[2, 3]], before[[2, 3]] * 0.95)
+    assert torch.equal(tables.weight[[0, 1, 4, 5]], before[[0, 1, 4, 5]])
+
+
+@pytest.mark.parametrize("rule", [Adagrad(0.05), RowWiseAdagrad(0.05), Adam(0.05)])
+def test_state_of_half_precision_weights_is_float32_also_when_loaded(rule: UpdateRule) -> None:
+    def pair() -> tuple[CTROptimizer, torch.nn.Parameter, EmbeddingTables]:
+        dense = torch.nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16))
+        tables = EmbeddingTables([Table.of_column("A", 6)], 3, seed=1).bfloat16()
+        return CTROptimizer([dense], [tables], rule, rule), dense, tables
+
+    def steps(optimizer: CTROptimizer, dense: torch.nn.Parameter, tables: EmbeddingTables) -> None:
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            optimizer.zero_grad()
+            dense.grad = torch.randn(4, 3, generator=generator).bfloat16()
+            tables.add_gradient(RowGradient(torch.tensor([1, 5]), torch.randn(2, 3, generator=generator)))
+            optimizer.step()
+
+    optimizer, dense, tables = pair()
+    steps(optimizer, dense, tables)
+    other, other_dense, _ = pair()
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for slot, values in optimizer.state[dense].items():
+        assert values.dtype == other.state[other_dense][slot].dtype == torch.float32
+        assert torch.equal(values, other.state[other_dense][slot])
+    assert all(values.dtype == torch.float32 for values in optimizer.table_state[0].values())
+    assert dense.dtype == tables.weight.dtype == torch.bfloat16
+    assert [group["steps"].item() for group in other.param_groups] == [3, 3]
+
+
+def test_frozen_rows_have_no_state() -> None:
+    frozen = EmbeddingTables([Table.of_column("A", 6)], 1, trainable=False)
+    optimizer = CTROptimizer([], [frozen, EmbeddingTables([Table.of_column("B", 6)], 3)], SGD(1.0), Adagrad(0.1))
+    assert len(optimizer.table_state) == len(optimizer.lookups) == 1
+
+
+def test_cosine_fits_any_length() -> None:
+    schedule = Cosine(warmup_steps=2, final_share=0.1)
+    rates = [schedule.learning_rate(step, 10.0, 10) for step in range(1, 11)]
+    assert rates[:3] == [5.0, 10.0, 10.0]
+    assert rates[6] == pytest.approx(1 + 9 * 0.5)
+    assert rates[9] == pytest.approx(1 + 9 * 0.5 * (1 + math.cos(math.pi * 7 / 8)))
+    assert schedule.learning_rate(11, 10.0, 10) == pytest.approx(1.0)
+    for settings in ((-1, 0.5), (0, 1.5)):
+        with pytest.raises(UserError, match="Cosine"):
+            Cosine(*settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SGD(0.1, l2=-1.0), "l2 is -1.0"),
+        (lambda: Adagrad(0.1, weight_decay=math.inf), "weight_decay inf"),
+        (lambda: Adam(0.1, beta1=1.0), "beta1 is 1.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()

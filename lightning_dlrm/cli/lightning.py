@@ -32,6 +32,7 @@ from lightning_dlrm.engine.progress import RunProgress
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
+from lightning_dlrm.engine.target import StopAtAUC
 from lightning_dlrm.models.baselines import (
     MLP,
     DeepFM,
@@ -166,6 +167,12 @@ class CTRCommand(LightningCLI):
             default=None,
             help="auto: go on from the newest whole checkpoint in --run_dir, or start afresh where there is none",
         )
+        parser.add_argument(
+            "--stop_at_auc",
+            type=float | None,
+            default=None,
+            help="end the fit after the first validation with this AUC or more; the summary says how long that took",
+        )
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
         parser.add_class_arguments(WandbSettings, "wandb")
         parser.link_arguments("data.schema", "model.schema", apply_on="instantiate")
@@ -223,6 +230,8 @@ class CTRCommand(LightningCLI):
                 checkpoints = RunCheckpoints(self.run_folder, settings.checkpoint.every_n_steps)
             self.recorder = Recorder(self.run_folder, checkpoints)
             callbacks = [FinalValidation(), self.recorder, *([checkpoints] if checkpoints else [])]
+            if settings.stop_at_auc is not None:
+                callbacks.insert(0, StopAtAUC(settings.stop_at_auc, self.recorder))
         else:
             callbacks = [EvaluationWriter(self.run_folder), PredictionWriter(self.run_folder)]
         if trainer.get("enable_progress_bar") is not False:

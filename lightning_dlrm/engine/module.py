@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
+from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
 from lightning_dlrm.models.accounting import ModelSize, model_size
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
@@ -73,6 +75,12 @@ class CTRModule(pl.LightningModule):
         with torch.device("meta"):
             # Nothing is allocated, and a network that does not fit the data is refused before they are prepared.
             self.size: ModelSize = model_size(network(schema.features, seed))
+        self.guard = LossGuard(
+            f"lower the learning rates (dense {dense_optimizer.learning_rate:g}, tables "
+            f"{table_optimizer.learning_rate:g}), warm up longer, or set trainer.gradient_clip_val; what was saved "
+            "before is untouched"
+        )
+        self._batch_size = 0
         self.results: dict[str, float] = {}
         """The last evaluation's metrics in full precision."""
 
@@ -138,8 +146,22 @@ class CTRModule(pl.LightningModule):
         """
         logits_B = self.network(batch.dense, batch.ids)
         loss = self.loss.summed(logits_B, _labels(batch)) * (self.trainer.world_size / batch.global_size)
+        trainer = self.trainer
+        self.guard.watch(
+            loss.detach(), logits_B.detach(), Position(trainer.global_step + 1, trainer.current_epoch, batch_idx)
+        )
+        self._batch_size = batch.global_size * trainer.accumulate_grad_batches
         scaled = loss * self._short_step_factor(batch_idx)
         return {"loss": scaled, "logits": logits_B.detach(), "step_loss": loss.detach()}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self._is_logged(self.trainer.global_step + 1):
+            self.guard.check()
+            self.guard.remember_gradients(self.network, self.trainer.global_step + 1)
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether figures are read from the device at this step anyway."""
+        return step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def _short_step_factor(self, batch_idx: int) -> float:
         """Lightning divides by ``accumulate_grad_batches`` also where an epoch ends amid a step, with fewer."""
@@ -172,9 +194,23 @@ class CTRModule(pl.LightningModule):
         metrics = self._metrics(stage)
         if not self.trainer.sanity_checking:
             self.results = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+            if self.trainer.state.fn == "fit":
+                self._warn_of_chance(metrics)
             # For callbacks such as EarlyStopping; the loggers get the full precision from the recorder.
             self.log_dict(self.results, logger=False, rank_zero_only=True)
         metrics.reset()
+
+    def _warn_of_chance(self, metrics: ClickMetrics) -> None:
+        here = [
+            sum(len(labels) for labels in metrics.labels),
+            sum(int((labels > 0).sum()) for labels in metrics.labels),
+        ]
+        ranks = Ranks()
+        samples, clicks = np.sum(ranks.all_gather(np.array(here)), axis=0).tolist()
+        if ranks.rank > 0:
+            return
+        rates = {"dense": self.dense_rule.learning_rate, "tables": self.table_rule.learning_rate}
+        warn_of_chance(self.results[f"{names.VALIDATION}/auc"], clicks, samples, self._batch_size, rates)
 
     def _metrics(self, stage: str) -> ClickMetrics:
         metrics = self.metrics[stage]
@@ -183,7 +219,13 @@ class CTRModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the tables and their optimiser state out of Lightning's dictionary: they are written
-        piece by piece, without a copy."""
+        piece by piece, without a copy.
+
+        Raises:
+            UserError: a loss or a weight is not finite: a bad state never takes a good one's place.
+        """
+        self.guard.check()
+        refuse_bad_weights(self.network, checkpoint["global_step"], self.guard.advice)
         slots: dict[EmbeddingLookup, dict[str, Tensor]] = {}
         if checkpoint.get("optimizer_states"):
             optimizer = self._optimizer()

@@ -20,6 +20,8 @@ SENT_BYTES = "parallel/sent_bytes_per_step"
 WORK_IMBALANCE = "parallel/work_imbalance"
 SAMPLES_PER_SECOND = "speed/samples_per_s"
 DATA_WAIT_SHARE = "speed/data_wait_share"
+TIME_TO_TARGET = "time_to_target_s"
+SAMPLES_TO_TARGET = "samples_to_target"
 
 SAMPLES = "samples"
 STEP = "step"

@@ -1,0 +1,133 @@
+"""Guard rails: a loss that is no number stops a fit, and predictions that say nothing draw a warning."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.models.network import CTRNetwork
+
+log = logging.getLogger("lightning_dlrm")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a fit is."""
+
+    step: int
+    """The optimiser step that the loss belongs to, from 1."""
+    epoch: int
+    """From 0."""
+    batch: int
+    """Of the epoch, from 0."""
+
+
+class LossGuard:
+    """Keeps each step's loss and logits on the device until ``check`` looks at them together.
+
+    Between two checks nothing is computed or read, so that the guard costs no synchronisation.
+
+    Args:
+        advice: what to do about a loss that is not finite, for the message.
+    """
+
+    MOST_KEPT = 1024
+    """Steps after which ``watch`` checks by itself."""
+
+    def __init__(self, advice: str) -> None:
+        self.advice = advice
+        self._unseen: list[tuple[Position, Tensor, Tensor]] = []
+        self._largest: tuple[int, dict[str, float]] = (0, {})
+
+    def watch(self, loss: Tensor, logits_B: Tensor, position: Position) -> None:
+        """Called at each step, with the loss of its batch (0-dim) and the batch's logits, both detached.
+
+        Raises:
+            UserError: see ``check``, which nobody has called for a long time.
+        """
+        self._unseen.append((position, loss, logits_B))
+        if len(self._unseen) >= self.MOST_KEPT:
+            self.check()
+
+    def remember_gradients(self, network: CTRNetwork, step: int) -> None:
+        """Keeps the largest gradients of a logged step, for a message later on."""
+        self._largest = (step, gradient_sizes(network))
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: some loss since the last check was NaN or infinite.
+        """
+        unseen, self._unseen = self._unseen, []
+        if not unseen or torch.stack([loss for _, loss, _ in unseen]).isfinite().all():
+            return
+        position, _, logits_B = next(entry for entry in unseen if not entry[1].isfinite())
+        samples = (~logits_B.isfinite()).nonzero().flatten().tolist()
+        where = f", first at sample {samples[0]} of the batch" if samples else ""
+        step, sizes = self._largest
+        listed = ", ".join(f"{name} {size:.3g}" for name, size in list(sizes.items())[:3])
+        gradients = f"largest gradients at step {step}, the last one looked at: {listed}; " if sizes else ""
+        raise UserError(
+            f"the loss is not finite at step {position.step} (epoch {position.epoch}, batch {position.batch} of "
+            f"it{where}); {gradients}{self.advice}"
+        )
+
+
+def gradient_sizes(network: CTRNetwork) -> dict[str, float]:
+    """Weight or lookup -> its largest gradient, by magnitude; largest first."""
+    sizes: dict[str, float] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None and parameter.numel():
+            sizes[name] = parameter.grad.abs().max().item()
+    for lookup in network.lookups():
+        gradient = lookup.gradient()
+        if gradient is not None and gradient.values.numel():
+            sizes[f"rows of {lookup.tables[0].name}..{lookup.tables[-1].name}"] = gradient.values.abs().max().item()
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def refuse_bad_weights(network: CTRNetwork, step: int, advice: str) -> None:
+    """Looks at every weight, before they are saved.
+
+    Raises:
+        UserError: some weight is NaN or infinite.
+    """
+    for name, parameter in network.named_parameters():
+        # The sum of a table costs one pass over it; NaN and infinities carry through.
+        if parameter.numel() and not math.isfinite(parameter.detach().sum(dtype=torch.float64).item()):
+            raise UserError(f"weights of {name} are not finite after step {step}, so nothing is saved; {advice}")
+
+
+def warn_of_chance(auc: float, clicks: int, samples: int, batch_size: int, rates: Mapping[str, float]) -> bool:
+    """Says so where a validation's AUC cannot be told from that of guessing.
+
+    Without skill the AUC has a standard deviation of sqrt((n + 1) / (12 n+ n-)) (Mann and Whitney 1947).
+
+    Args:
+        auc: of the validation.
+        clicks: among its samples, n+.
+        samples: n.
+        batch_size: of training.
+        rates: learning rates by group.
+
+    Returns:
+        Whether it warned.
+    """
+    others = samples - clicks
+    if not (clicks and others and math.isfinite(auc)):
+        return False
+    noise = math.sqrt((samples + 1) / (12 * clicks * others))
+    if abs(auc - 0.5) > 3 * noise:
+        return False
+    listed = " and ".join(f"{rate:g} for {group}" for group, rate in rates.items())
+    log.warning(
+        "validation AUC is %.4f, which guessing reaches too (0.5 give or take %.4f with %s samples): the predictions "
+        "say nothing. Likely cause: the learning rates (%s) do not suit batches of %s; try a tenth of them, or a "
+        "warm-up, and ten times as much if the loss hardly moved",
+        *(auc, 3 * noise, f"{samples:,}", listed, f"{batch_size:,}"),
+    )
+    return True

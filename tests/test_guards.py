@@ -1,0 +1,184 @@
+"""Contract: a fit that has gone wrong says so in one line, and never saves a bad state over a good one;
+a fit with a target stops there and says how long it took."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, newest_checkpoint
+from lightning_dlrm.engine.guards import warn_of_chance
+from lightning_dlrm.engine.recorder import Recorder
+from lightning_dlrm.engine.target import StopAtAUC
+from lightning_dlrm.models.baselines import DeepFM
+from lightning_dlrm.models.embeddings import QuotientRemainder, TableSettings
+from lightning_dlrm.objectives.metrics import exact_auc
+from lightning_dlrm.optim.rules import SGD, Adam
+from lightning_dlrm.optim.schedules import Cosine
+from lightning_dlrm.sharding.checkpoint import CheckpointReader
+from lightning_dlrm.tracking.run_folder import RunFolder
+from tests.test_fit import StopAt, lines, losses, trainer_of
+from tests.toy import ToyData, ToyLoader, toy_dlrm, toy_module
+
+
+class Spoilt(ToyData):
+    """One infinite dense value, in sample 3 of the batch of step 6."""
+
+    def train_dataloader(self) -> ToyLoader:
+        loader = ToyLoader("train", self.batch_size)
+        loader.batches[5].dense[3, 1] = float("inf")
+        return loader
+
+
+@pytest.mark.parametrize(("log_every", "every"), [(4, 0), (1, 0), (100, 7), (100, 0)])
+def test_an_infinite_loss_stops_the_fit_and_saves_nothing(log_every: int, every: int, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options: dict[str, Any] = {"log_every_n_steps": log_every, "every": every, "val_check_interval": 4}
+    with pytest.raises(UserError) as found:
+        trainer_of(run, **options).fit(toy_module(), Spoilt())
+    message = str(found.value)
+    assert "the loss is not finite at step 6 (epoch 0, batch 5 of it, first at sample 3 of the batch)" in message
+    assert "learning rates (dense 0.05, tables 0.1)" in message and "\n" not in message
+    if log_every == 4:
+        assert "largest gradients at step 4" in message
+    assert CheckpointReader(newest_checkpoint(run / "checkpoints")).header["step"] == 4
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    class Spoil(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            if trainer.global_step == 14:
+                module.network.lookups()[0].weight.data[3, 1] = float("nan")
+
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"weights of embeddings.* are not finite after step 14, so nothing is saved"):
+        trainer_of(run, every=5, limit_val_batches=0, callbacks=[Spoil()]).fit(toy_module(), ToyData())
+    assert CheckpointReader(newest_checkpoint(run / "checkpoints")).header["step"] == 10
+
+
+def test_nothing_is_read_from_the_device_between_logged_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    plain = torch.Tensor.item
+    trainer = trainer_of(tmp_path / "run", log_every_n_steps=7, limit_val_batches=0)
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: (read.append(trainer.global_step), plain(self))[1])
+    trainer.fit(toy_module(), ToyData())
+    assert read and set(read) <= {6, 7, 13, 14}
+
+
+def test_predictions_no_better_than_chance_draw_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "lightning_dlrm"):
+        trainer_of(tmp_path / "run").fit(toy_module(toy_dlrm, SGD(1e-9), SGD(1e-9)), ToyData())
+        said = [record.getMessage() for record in caplog.records if "guessing" in record.getMessage()]
+        assert len(said) == 1
+        assert "1e-09 for dense and 1e-09 for tables" in said[0] and "batches of 50" in said[0]
+        caplog.clear()
+        trainer_of(tmp_path / "good", max_epochs=3).fit(toy_module(), ToyData())
+        assert "guessing" not in caplog.text
+
+
+def test_chance_is_told_from_skill_by_the_number_of_samples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    warned = 0
+    for _ in range(200):
+        scores, labels = torch.rand(500, generator=generator), (torch.rand(500, generator=generator) < 0.2).int()
+        warned += warn_of_chance(exact_auc(scores, labels), int(labels.sum()), 500, 1, {})
+    assert warned >= 197, "three standard deviations hold 99.7%"
+    assert not warn_of_chance(0.52, 20_000, 100_000, 1, {})
+    assert warn_of_chance(0.5, 20_000, 100_000, 1, {})
+    assert not warn_of_chance(float("nan"), 0, 100, 1, {})
+
+
+def with_target(folder: Path, target: float, **options: Any) -> pl.Trainer:
+    """As the command line puts the callbacks together."""
+    trainer = trainer_of(folder, **options)
+    recorder = next(c for c in trainer.callbacks if isinstance(c, Recorder))
+    trainer.callbacks.insert(0, StopAtAUC(target, recorder))
+    return trainer
+
+
+def test_a_fit_stops_at_its_target(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with_target(run, 0.62, max_epochs=10, val_check_interval=2).fit(toy_module(), ToyData())
+    validated = [line for line in lines(run) if "validation/auc" in line]
+    assert len(validated) > 1, "the first validation should be too early for this test"
+    assert [line["validation/auc"] >= 0.62 for line in validated] == [False] * (len(validated) - 1) + [True]
+    final = json.loads((run / "summary.json").read_text())["final"]
+    assert final["samples_to_target"] == final["samples"] == 50 * validated[-1]["step"]
+    assert 0 < final["time_to_target_s"] < 60
+    assert CheckpointReader(run / "checkpoints/last").header["step"] == validated[-1]["step"]
+
+
+def test_a_target_that_is_not_reached_is_null(tmp_path: Path) -> None:
+    with_target(tmp_path / "run", 0.99).fit(toy_module(), ToyData())
+    final = json.loads((tmp_path / "run/summary.json").read_text())["final"]
+    assert final["time_to_target_s"] is None and final["samples_to_target"] is None
+    with pytest.raises(UserError, match=r"stop_at_auc is 0\.3"):
+        StopAtAUC(0.3, Recorder(RunFolder(tmp_path), None))
+
+
+def many_lookups(features: Any, seed: int) -> DeepFM:
+    """Linear weights, vectors of two widths, quotients and remainders, learned factors."""
+    tables = TableSettings(
+        dims={"C2": 2},
+        project=True,
+        quotient_remainder=QuotientRemainder(collisions=10, threshold=500),
+        pooling_weights="learned",
+    )
+    return DeepFM(features, seed, embedding_dim=4, deep=[8], batch_norm=True, tables=tables, missing="learned")
+
+
+@pytest.mark.parametrize("stop", [5, 17])
+def test_a_fit_with_many_lookups_lazy_adam_and_cosine_resumes_exactly(stop: int, tmp_path: Path) -> None:
+    class Counted(ToyData):
+        training_batches = 14
+
+    def module() -> Any:
+        return toy_module(many_lookups, Adam(0.02, l2=1e-3), Adam(0.01, weight_decay=0.1), Cosine(3))
+
+    options: dict[str, Any] = {"max_epochs": 2, "every": 1, "val_check_interval": 7, "gradient_clip_val": 1.0}
+    trainer_of(tmp_path / "whole", **options).fit(whole := module(), Counted())
+    run = tmp_path / "run"
+    with pytest.raises(InterruptedError):
+        trainer_of(run, callbacks=[StopAt(stop)], **options).fit(module(), Counted())
+    trainer_of(run, **options).fit(resumed := module(), Counted(), ckpt_path=newest_checkpoint(run / "checkpoints"))
+    assert losses(run) == losses(tmp_path / "whole")
+    for a, b in zip(resumed.network.state_dict().values(), whole.network.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    tables = CheckpointReader(run / "checkpoints/last").manifest.tables
+    assert {"C1", "C1/linear", "C1/pooling", "C2", "C4/quotient", "C4/remainder"} <= set(tables)
+    assert set(tables["C4/quotient"].shapes) == {"weight", "mean", "square"}
+    assert (run / "checkpoints/last/tables/C1/linear.0.safetensors").is_file()
+
+
+def test_a_checkpoint_of_other_tables_is_refused(tmp_path: Path) -> None:
+    trainer_of(tmp_path / "run", max_steps=2).fit(toy_module(many_lookups), ToyData())
+
+    def other(features: Any, seed: int) -> DeepFM:
+        return DeepFM(features, seed, embedding_dim=4, deep=[8])
+
+    trainer = pl.Trainer(
+        logger=False, plugins=[FolderCheckpointIO()], enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    with pytest.raises(UserError, match="it is of another model"):
+        trainer.validate(toy_module(other), ToyData(), ckpt_path=tmp_path / "run/checkpoints/last", verbose=False)
+
+
+def test_half_precision_weights_train_and_resume(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_epochs": 2, "every": 1, "precision": "bf16-true"}
+    whole = toy_module(toy_dlrm, Adam(0.02), Adam(0.02))
+    trainer_of(tmp_path / "whole", **options).fit(whole, ToyData())
+    assert {p.dtype for p in whole.network.parameters()} == {torch.bfloat16}
+    found = list(losses(tmp_path / "whole").values())
+    assert sum(found[-5:]) < sum(found[:5])
+    run = tmp_path / "run"
+    with pytest.raises(InterruptedError):
+        trainer_of(run, callbacks=[StopAt(9)], **options).fit(toy_module(toy_dlrm, Adam(0.02), Adam(0.02)), ToyData())
+    trainer_of(run, **options).fit(
+        toy_module(toy_dlrm, Adam(0.02), Adam(0.02)), ToyData(), ckpt_path=newest_checkpoint(run / "checkpoints")
+    )
+    assert losses(run) == losses(tmp_path / "whole")

@@ -1,0 +1,304 @@
+"""Contract: every network is its published formula, has true gradients, counts what it costs, sees no
+missing values, and learns."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.models.accounting import model_size
+from lightning_dlrm.models.baselines import (
+    MLP,
+    DeepFM,
+    FactorizationMachine,
+    LogisticRegression,
+    MatrixFactorization,
+    WideAndDeep,
+    XDeepFM,
+)
+from lightning_dlrm.models.dcn import DCN
+from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.models.embeddings import MixedDimensions, QuotientRemainder, TableSettings
+from lightning_dlrm.models.layers import BatchNorm, CompressedInteraction, DenseLayers, PairwiseSum
+from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.objectives.losses import LogLoss
+from lightning_dlrm.optim.rules import Adagrad, Adam
+from tests.toy import optimizer_of, toy_batch, toy_schema
+
+SMALL = Features(dense=2, tables={"A": 4, "B": 30, "C": 1})
+TRICK = TableSettings(quotient_remainder=QuotientRemainder(collisions=3, threshold=5), pooling_weights="learned")
+NARROW = TableSettings(mixed_dimensions=MixedDimensions(temperature=0.4))
+MIXED = TableSettings(mixed_dimensions=MixedDimensions(temperature=0.4), project=True)
+DLRM_WIDTHS: dict[str, Any] = {"embedding_dim": 4, "bottom_mlp": [6, 4], "top_mlp": [5]}
+
+NETWORKS: dict[str, tuple[type[CTRNetwork], dict[str, Any]]] = {
+    "DLRM": (DLRM, DLRM_WIDTHS),
+    "DLRM cat": (DLRM, DLRM_WIDTHS | {"interaction": "cat", "tables": NARROW}),
+    "DLRM projection": (DLRM, DLRM_WIDTHS | {"interaction": "projection", "projection": [[6, 8], [12]]}),
+    "DLRM cross": (
+        DLRM, DLRM_WIDTHS | {"interaction": "cross", "cross": "low_rank", "cross_layers": 2, "cross_rank": 3}),
+    "DLRM tricks": (DLRM, DLRM_WIDTHS | {"tables": TRICK, "missing": "learned"}),
+    "DLRM mixed": (DLRM, DLRM_WIDTHS | {"tables": MIXED}),
+    "DCN": (DCN, {"embedding_dim": 4, "cross_layers": 2, "deep": [6]}),
+    "DCN stacked matrix": (
+        DCN, {"embedding_dim": 4, "cross_layers": 2, "deep": [6], "cross": "matrix", "structure": "stacked"}),
+    "DCN batch norm": (DCN, {"embedding_dim": 4, "cross_layers": 2, "deep": [6], "batch_norm": True, "tables": MIXED}),
+    "LogisticRegression": (LogisticRegression, {"missing": "learned"}),
+    "MatrixFactorization": (MatrixFactorization, {"columns": None, "embedding_dim": 4}),
+    "FactorizationMachine": (FactorizationMachine, {"embedding_dim": 4}),
+    "MLP": (MLP, {"embedding_dim": 4, "deep": [6]}),
+    "WideAndDeep": (WideAndDeep, {"embedding_dim": 4, "deep": [6], "batch_norm": True}),
+    "DeepFM": (DeepFM, {"embedding_dim": 4, "deep": [6]}),
+    "XDeepFM": (XDeepFM, {"embedding_dim": 4, "cin_layers": [3, 2], "deep": [6], "tables": MIXED}),
+}  # fmt: skip
+every_network = pytest.mark.parametrize("name", NETWORKS)
+
+
+def make(name: str, features: Features = SMALL) -> CTRNetwork:
+    kind, options = NETWORKS[name]
+    if "columns" in options:
+        options = options | {"columns": list(features.tables)[:2]}
+    return kind(features, 1, **options)
+
+
+def batch(size: int = 5) -> tuple[Tensor, SparseIds]:
+    ids = torch.stack([torch.arange(size) % rows for rows in SMALL.table_rows], 1).int()
+    return torch.linspace(-1, 1, 2 * size).view(size, 2), SparseIds(values=ids, tables=3)
+
+
+def shake(network: CTRNetwork) -> CTRNetwork:
+    """Random weights everywhere, also where they start at zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+    return network
+
+
+@every_network
+def test_gradients_in_float64(name: str) -> None:
+    network = shake(make(name).double())
+    dense, ids = batch()
+    # Of the input, and of every dense weight.
+    assert torch.autograd.gradcheck(lambda x: network(x, ids), dense.double().requires_grad_())
+    for key, parameter in network.named_parameters():
+        if any(parameter is lookup.weight for lookup in network.lookups()):
+            continue
+
+        def at(value: Tensor, key: str = key) -> Tensor:
+            return torch.func.functional_call(network, {key: value}, (dense.double(), ids))
+
+        assert torch.autograd.gradcheck(at, parameter.detach().clone().requires_grad_()), key
+
+
+@every_network
+def test_table_gradients_are_those_of_finite_differences(name: str) -> None:
+    network = shake(make(name).double())
+    dense, ids = batch()
+    network(dense.double(), ids).square().sum().backward()
+    for lookup in network.lookups():
+        gradient = lookup.gradient()
+        for row, values in zip(gradient.rows[:3].tolist(), gradient.values, strict=False):
+            with torch.no_grad():
+                ends = []
+                for step in (1e-6, -1e-6):
+                    lookup.weight[row, 0] += step
+                    ends.append(network(dense.double(), ids).square().sum())
+                    lookup.weight[row, 0] -= step
+            assert values[0].item() == pytest.approx((ends[0] - ends[1]).item() / 2e-6, rel=1e-4, abs=1e-6)
+
+
+@every_network
+def test_every_network_learns(name: str) -> None:
+    network = make(name, toy_schema().features)
+    optimizer, losses = optimizer_of(network, Adagrad(0.05), Adam(0.05)), []
+    for epoch in range(3):
+        for seed in range(15):
+            data = toy_batch(64, seed)
+            optimizer.zero_grad()
+            loss = LogLoss().summed(network(data.dense, data.ids), data.label) / 64
+            loss.backward()
+            optimizer.step()
+            losses.append((epoch, loss.item()))
+    mean = [sum(loss for e, loss in losses if e == epoch) / 15 for epoch in range(3)]
+    assert mean[2] < min(mean[0], 0.69) - 0.03, mean
+
+
+@every_network
+def test_costs_are_counted_without_allocating(name: str) -> None:
+    with torch.device("meta"):
+        size = model_size(make(name))
+    network = make(name).double()
+    assert size == model_size(network)
+    assert size.total == sum(parameter.numel() for parameter in network.parameters())
+    dense, ids = batch()
+    flops = FlopCounterMode(display=False)
+    with flops:
+        network(dense.double(), ids)
+    # The counter takes whole squares of dot products, and knows no products element by element.
+    counted = flops.get_total_flops() // (2 * len(dense))
+    by_element = {"MLP": 0, "DLRM cat": 0, "DLRM projection": 0, "WideAndDeep": 2, "DeepFM": 2 + 8 + 5 * 4}
+    if name in by_element:
+        assert network.multiply_adds() == counted + by_element[name]
+    assert network.multiply_adds() >= 1
+
+
+@every_network
+def test_missing_dense_values_are_zero_or_learned(name: str) -> None:
+    network = shake(make(name)).eval()
+    dense, ids = batch()
+    dense[1, 0] = dense[2, 1] = float("nan")
+    logits = network(dense, ids)
+    assert logits.isfinite().all()
+    value = network.missing.value
+    stand_in = torch.zeros(2) if value is None else value
+    filled = dense.clone()
+    filled[1, 0], filled[2, 1] = stand_in[0], stand_in[1]
+    torch.testing.assert_close(logits, network(filled, ids))
+    if value is not None:
+        logits.sum().backward()
+        assert value.grad.abs().max() > 0
+
+
+@every_network
+def test_an_empty_slice_has_no_logits(name: str) -> None:
+    network = make(name)
+    ids = SparseIds(values=torch.zeros(0, 3, dtype=torch.int32), tables=3)
+    logits = network(torch.zeros(0, 2), ids)
+    assert logits.shape == (0,)
+    logits.sum().backward()
+
+
+def linear(network: Any, dense: Tensor, ids: SparseIds) -> Tensor:
+    lookup = network.lookup
+    weights = [p.of(lookup.weight)[ids.values[:, f].long(), 0] for f, p in enumerate(lookup.pieces)]
+    return sum(weights) + dense @ network.weight + network.bias
+
+
+def fields(network: Any, dense: Tensor, ids: SparseIds) -> list[Tensor]:
+    (group,) = network.embeddings.groups
+    vectors = [p.of(group.lookup.weight)[ids.values[:, f].long()] for f, p in enumerate(group.lookup.pieces)]
+    return vectors + [dense[:, i, None] * network.dense[i] for i in range(dense.shape[1])]
+
+
+def layers(x: Tensor, stack: DenseLayers) -> Tensor:
+    """Linear layers with ReLUs between them."""
+    linears = stack.linears()
+    for i, layer in enumerate(linears):
+        x = x @ layer.weight.T + layer.bias
+        x = x.relu() if i + 1 < len(linears) else x
+    return x
+
+
+def pairs(vectors: list[Tensor]) -> Tensor:
+    return sum((a * b).sum(1) for a, b in itertools.combinations(vectors, 2))
+
+
+FORMULAS: dict[str, Callable[[Any, Tensor, SparseIds], Tensor]] = {
+    "LogisticRegression": lambda n, x, ids: linear(n.linear, x, ids),
+    "MatrixFactorization": lambda n, x, ids: (
+        n.mean
+        + sum(p.of(n.biases.weight)[ids.values[:, f].long(), 0] for f, p in enumerate(n.biases.pieces))
+        + pairs([p.of(n.vectors.weight)[ids.values[:, f].long()] for f, p in enumerate(n.vectors.pieces)])
+    ),
+    "FactorizationMachine": lambda n, x, ids: linear(n.linear, x, ids) + pairs(fields(n.fields, x, ids)),
+    "DeepFM": lambda n, x, ids: (
+        linear(n.linear, x, ids)
+        + pairs(fields(n.fields, x, ids))
+        + layers(torch.cat(fields(n.fields, x, ids), 1), n.deep).squeeze(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_baselines_are_the_published_formulas(name: str) -> None:
+    network = shake(make(name).double())
+    dense, ids = batch()
+    torch.testing.assert_close(network(dense.double(), ids), FORMULAS[name](network, dense.double(), ids))
+
+
+def test_compressed_interaction_is_the_published_formula() -> None:
+    cin = CompressedInteraction(3, 4, [2, 5]).double()
+    x0 = torch.randn(6, 3, 4, dtype=torch.float64)
+    x, outputs = x0, []
+    for layer, rows in zip(cin.layers, (2, 5), strict=True):
+        weight = layer.weight.view(rows, x.shape[1], 3)
+        x = torch.stack(
+            [
+                sum(weight[h, i, j] * x[:, i] * x0[:, j] for i in range(x.shape[1]) for j in range(3)) + layer.bias[h]
+                for h in range(rows)
+            ],
+            1,
+        )
+        outputs.append(x.sum(2))
+    torch.testing.assert_close(cin(x0), torch.cat(outputs, 1))
+    assert cin.multiply_adds() == 4 * (9 * (1 + 2) + 6 * (1 + 5))
+
+
+def test_pairwise_sum_is_over_all_pairs() -> None:
+    vectors = torch.randn(6, 5, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(PairwiseSum()(vectors), pairs(list(vectors.unbind(1))))
+    assert torch.autograd.gradcheck(PairwiseSum(), vectors)
+
+
+def test_projection_interaction_is_that_of_torchrec() -> None:
+    network = shake(make("DLRM projection").double())
+    dense, ids = batch()
+    bottom = layers(dense.double(), network.bottom).relu()
+    joined = torch.cat([bottom, network.embeddings(ids)], 1)
+    left = layers(joined, network.interaction.left).relu().view(5, 2, 4)
+    right = layers(joined, network.interaction.right).relu().view(5, 4, 3)
+    products = torch.stack([(left[:, i] * right[:, :, j]).sum(1) for i in range(2) for j in range(3)], 1)
+    expected = layers(torch.cat([bottom, products], 1), network.top).squeeze(1)
+    torch.testing.assert_close(network(dense.double(), ids), expected)
+
+
+def test_batch_norm_follows_every_hidden_layer_and_bears_one_sample() -> None:
+    stack = DenseLayers([3, 8, 4, 1], linear_output=True, batch_norm=True)
+    assert [type(layer) for layer in stack] == [nn.Linear, BatchNorm, nn.ReLU] * 2 + [nn.Linear]
+    x = torch.randn(64, 3)
+    hidden = stack[0](x)
+    normal = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(stack[1](hidden), normal, rtol=1e-4, atol=1e-4)
+    assert stack(x[:1]).isfinite().all()
+    stack(x[:0]).sum().backward()
+
+
+def test_tables_of_every_kind_have_names_of_their_own() -> None:
+    for name in NETWORKS:
+        tables = [table.name for lookup in make(name).lookups() for table in lookup.tables]
+        assert len(set(tables)) == len(tables), name
+    assert [t.name for lookup in make("DeepFM").lookups() for t in lookup.tables] == [
+        "A/linear", "B/linear", "C/linear", "A", "B", "C",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        (DLRM, {"interaction": "projection"}, "needs projection; it is missing"),
+        (DLRM, {"interaction": "projection", "projection": [[32], [20]]}, "ends in 20 and embedding_dim is 16"),
+        (DLRM, {"interaction": "projection", "projection": [[32]]}, "1 branches; expected two"),
+        (DLRM, {"interaction": "cross", "cross": "matrix"}, "needs cross_layers"),
+        (DLRM, {"cross": "matrix"}, "cross needs interaction: cross; got dot"),
+        (DLRM, {"cross_rank": 3}, "cross_rank needs interaction: cross; got dot"),
+        (DLRM, {"interaction": "cat", "projection": [[16], [16]]}, "projection needs interaction: projection; got cat"),
+        (DLRM, {"tables": TableSettings(dims={"B": 8})}, "B is 8 wide and embedding_dim 16.*tables.project to true"),
+        (FactorizationMachine, {"tables": TableSettings(dims={"B": 8})}, "FactorizationMachine needs vectors of one"),
+        (XDeepFM, {"cin_layers": []}, "cin_layers is"),
+        (MatrixFactorization, {"columns": ["A"]}, "two columns among A, B, C"),
+        (MatrixFactorization, {"columns": ["A", "Z"]}, "two columns among A, B, C"),
+        (MLP, {"missing": "mean"}, "neither zero nor learned"),
+        (MLP, {"deep": [0]}, "each 1 or wider"),
+    ],
+)
+def test_what_does_not_fit_is_refused(network: type, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        network(SMALL, **options)
