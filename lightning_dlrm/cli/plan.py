@@ -100,7 +100,7 @@ def figures(plan: Plan, costs: Sequence[RankCost], batch_size: int) -> dict[str,
                 "pieces": cost.pieces,
                 "rows": cost.rows,
                 "bytes": cost.bytes,
-                "distinct_rows_per_batch": cost.work,
+                "rows_asked_per_batch": cost.work,
                 "sent_bytes_per_step": {
                     "ids": cost.sent_ids,
                     "vectors": cost.sent_vectors,
@@ -116,14 +116,17 @@ def figures(plan: Plan, costs: Sequence[RankCost], batch_size: int) -> dict[str,
 def describe(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost]) -> str:
     """The plan as two tables, of ranks and of the tables that are cut, and its balance in a line."""
     lines: list[tuple[str, ...]] = [
-        ("rank", "pieces", "rows", "GiB", "distinct rows", "ids out", "vectors out", "gradients out")
+        ("rank", "pieces", "rows", "GiB", "rows asked", "ids out", "vectors out", "gradients out")
     ]
     lines += [_line(str(cost.rank), cost) for cost in costs[:_RANKS_SHOWN]]
     if len(costs) > _RANKS_SHOWN:
         lines.append(("...",) * len(lines[0]))
         lines.append(_line("mean", _summary(costs, statistics.fmean)))
         lines.append(_line("largest", _summary(costs, max)))
-    text = [_aligned(lines), "distinct rows: expected in a global batch; out: KiB that a rank sends in a training step"]
+    text = [
+        _aligned(lines),
+        "rows asked: by all ranks for a global batch; out: KiB that a rank sends in a training step",
+    ]
     cut = [load for load in loads if len(plan.tables[load.name]) > 1]
     if cut:
         rows = [("table", "rows", "pieces", "ranks", "first piece", "largest piece")]
@@ -197,7 +200,7 @@ def draw(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batc
     held.set_ylabel("weights and\noptimiser state, GiB")
     held.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     work.bar(ranks, [cost.work for cost in costs], width, color="tab:blue")
-    work.set_ylabel("expected distinct\nrows of a batch")
+    work.set_ylabel("rows asked\nfor a batch")
     bottom = [0.0] * plan.ranks
     for name, amounts in (
         ("ids", [cost.sent_ids for cost in costs]),

@@ -2,9 +2,11 @@
 
 A plan cuts every table into pieces, ranges of rows, and gives each piece to a rank; a whole table
 is one piece. It balances two things at once: bytes (weights and optimiser state), and work, the
-expected distinct rows of a global batch that a rank has to look up and to update. A table's row i
-is expected to be drawn in proportion to (i + 1)^-skew (Zipf's law), so that a piece at the head of
-a table can be small and busy, and one at its tail large and idle.
+rows that all ranks ask of one rank for a global batch: of each rank's slice the expected distinct
+rows. (Those of the whole batch would pass over what the exchange costs: the rows that every slice
+needs travel to every rank.) A table's row i is expected to be drawn in proportion to
+(i + 1)^-skew (Zipf's law), so that a piece at the head of a table can be small and busy, and one at
+its tail large and idle.
 """
 
 import bisect
@@ -235,7 +237,7 @@ def make_plan(
         raise UserError(f"a plan needs 1 rank or more and a batch of 1 or more; got {ranks} and {batch_size}")
     limits = _limits(memory, ranks)
     _check_room(tables, limits)
-    traffic = [DistinctRows(table, batch_size) for table in tables]
+    traffic = [DistinctRows(table, batch_size / ranks) for table in tables]
     best, best_imbalance = None, math.inf
     for chunks in _CHUNKS_PER_RANK:
         plan, imbalance = _spread(tables, traffic, limits, chunks)
@@ -380,7 +382,7 @@ class RankCost:
     bytes: int = 0
     """Weights and optimiser state."""
     work: float = 0.0
-    """Expected distinct rows of a global batch."""
+    """Rows that all ranks ask of this one for a global batch, distinct ones of each rank's slice."""
     sent_ids: float = 0.0
     """Bytes: ids of rows of others that this rank's samples need."""
     sent_vectors: float = 0.0
@@ -406,7 +408,7 @@ def rank_costs(plan: Plan, tables: Sequence[TableLoad], batch_size: int, value_b
     ]
     asked_ids = asked_values = 0.0
     for table in tables:
-        whole, slice_ = DistinctRows(table, batch_size), DistinctRows(table, batch_size / ranks)
+        slice_ = DistinctRows(table, batch_size / ranks)
         for piece in plan.tables[table.name]:
             # Distinct rows that each rank's slice needs from this piece.
             asked = slice_.between(piece.start, piece.stop)
@@ -414,7 +416,7 @@ def rank_costs(plan: Plan, tables: Sequence[TableLoad], batch_size: int, value_b
             total["pieces"] += 1
             total["rows"] += piece.rows
             total["bytes"] += piece.rows * table.bytes_per_row
-            total["work"] += whole.between(piece.start, piece.stop)
+            total["work"] += asked * ranks
             total["of"][table.name] = total["of"].get(table.name, 0) + piece.rows * table.bytes_per_row
             total["ids"] += asked * ID_BYTES
             total["vectors"] += asked * table.width * value_bytes
