@@ -2,10 +2,12 @@
 gradients, tables and optimiser state, whatever the plan, the slices and the number of ranks."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,9 @@ from tests.toy import TABLES, toy_dlrm, toy_schema
 
 SLOTS = {"sgd": (), "adagrad": ("sum",), "row_wise": ("sum",), "adam": ("mean", "square")}
 
+# All on two ranks; on three and four every second one, since each start of a process and each exchange costs time.
+CASES = [(fit, ranks) for ranks, fits in ((2, PARITY), (3, PARITY[::2]), (4, PARITY[1::2])) for fit in fits]
+
 pytestmark = pytest.mark.dist
 
 
@@ -28,14 +33,17 @@ pytestmark = pytest.mark.dist
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every fit alone, and on 2, 3 and 4 ranks; those on 1, 2 and 3 resume from the checkpoint of 4."""
     top = tmp_path_factory.mktemp("sharded")
-    names = [fit.name for fit in (*PARITY, FIRST_STEP)]
+
+    def names(ranks: int) -> list[str]:
+        return [FIRST_STEP.name, *(fit.name for fit, of_ranks in CASES if of_ranks == ranks)]
+
     for ranks in (1, 2, 3, 4):
         (top / str(ranks)).mkdir()
-    run_ranks(["-m", "tests.sharded_fits", str(top / "4"), *names, HALF.name, BF16.name], 4)
+    run_ranks(["-m", "tests.sharded_fits", str(top / "4"), *names(4), HALF.name, BF16.name], 4, 300)
     for ranks in (1, 2, 3):
         shutil.copytree(top / "4" / HALF.name, top / str(ranks) / HALF.name)
     for ranks in (2, 3):
-        run_ranks(["-m", "tests.sharded_fits", str(top / str(ranks)), *names, RESUMED.name], ranks)
+        run_ranks(["-m", "tests.sharded_fits", str(top / str(ranks)), *names(ranks), RESUMED.name], ranks, 300)
     for fit in (*PARITY, FIRST_STEP, RESUMED, BF16):
         run(fit, top / "1", 1)
     return top
@@ -51,8 +59,7 @@ def tables(run_folder: Path, slot: str = "weight") -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("fit", PARITY, ids=lambda fit: fit.name)
+@pytest.mark.parametrize(("fit", "ranks"), CASES, ids=lambda value: getattr(value, "name", str(value)))
 def test_a_fit_in_float64_is_that_of_one_process(folder: Path, fit: Fit, ranks: int) -> None:
     alone, found = folder / "1" / fit.name, folder / str(ranks) / fit.name
     assert len(metrics(alone, "train/loss")) == STEPS
@@ -109,12 +116,77 @@ def sharded(ranks: int) -> list[str]:
     return ["--trainer.strategy=embedding_sharded_ddp", f"--trainer.devices={ranks}"]
 
 
-def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three ranks started by torchrun's environment, one killed; two, started by Lightning, go on."""
-    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert main([*FIT, "--run_dir", str(tmp_path / "alone")]) == 0
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fit of one process, beside the cache with its data."""
+    top = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_DLRM_CACHE", str(top / "cache"))
+        assert main([*FIT, "--run_dir", str(top / "run")]) == 0
+    return top / "run"
 
+
+@pytest.fixture
+def same_data(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(alone.parent / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def assert_same_metrics(run_folder: Path, alone: Path) -> None:
+    for name in ("train/loss", "train/auc", "validation/log_loss"):
+        torch.testing.assert_close(metrics(run_folder, name), metrics(alone, name), rtol=1e-10, atol=0)
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[list[str]]]:
+    """What to put before a command to run it on either of two network namespaces, joined by a veth pair."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and the command ip")
+    names = [f"lightning-dlrm-{os.getpid()}-{host}" for host in (1, 2)]
+    made = subprocess.run(["ip", "netns", "add", names[0]], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
+    try:
+        commands = [f"netns add {names[1]}", f"-n {names[0]} link add veth0 type veth peer veth0 netns {names[1]}"]
+        for host, name in enumerate(names, start=1):
+            commands += [f"-n {name} addr add 10.77.0.{host}/24 dev veth0", f"-n {name} link set veth0 up"]
+            commands += [f"-n {name} link set lo up"]
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=True)
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+@pytest.mark.usefixtures("same_data")
+def test_two_hosts_find_the_same(tmp_path: Path, alone: Path, two_hosts: list[list[str]]) -> None:
+    """torchrun on either host, with its own rendezvous."""
+    fit = [*FIT, "--run_dir", str(tmp_path / "run"), *sharded(1), "--trainer.num_nodes=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    hosts = [
+        subprocess.Popen(
+            [
+                *enter,
+                *torchrun,
+                *["--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29511", f"--local-addr=10.77.0.{host}"],
+                *["-m", "lightning_dlrm", *fit],
+            ],
+            env=os.environ | {"GLOO_SOCKET_IFNAME": "veth0", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for host, enter in enumerate(two_hosts, start=1)
+    ]
+    said = [host.communicate(timeout=300)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    assert_same_metrics(tmp_path / "run", alone)
+
+
+@pytest.mark.usefixtures("same_data")
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, alone: Path) -> None:
+    """Three ranks started by torchrun's environment, one killed; two, started by Lightning, go on."""
     command = [*FIT, "--run_dir", str(tmp_path / "run"), "--checkpoint.every_n_steps=4"]
     ranks = start_ranks([["-m", "lightning_dlrm", *command, *sharded(3)]] * 3)
     lines, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 120
@@ -135,9 +207,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, monke
     done = subprocess.run(resumed, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"resumed at step {step}" in done.stderr and done.stderr.count("run folder:") == 1
-    for name in ("train/loss", "train/auc", "validation/log_loss"):
-        expected = metrics(tmp_path / "alone", name)
-        torch.testing.assert_close(metrics(tmp_path / "run", name), expected, rtol=1e-10, atol=0)
+    assert_same_metrics(tmp_path / "run", alone)
     assert (metrics(tmp_path / "run", "parallel/exchange_ms_per_step") > 0).all()
     assert (metrics(tmp_path / "run", "parallel/sent_bytes_per_step") > 0).all()
     final = json.loads((tmp_path / "run/summary.json").read_text())["final"]
@@ -148,8 +218,8 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, monke
     assert final["parallel/ranks"] == 2 and total / 2 <= final["parallel/rows_per_rank"] < 0.6 * total
 
 
-def test_ranks_with_other_settings_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path / "cache"))
+@pytest.mark.usefixtures("same_data")
+def test_ranks_with_other_settings_are_told(tmp_path: Path) -> None:
     command = ["-m", "lightning_dlrm", *FIT, "--run_dir", str(tmp_path / "run"), *sharded(2)]
     ranks = start_ranks([command, [*command, "--data.batch_size=512"]])
     said = [rank.communicate(timeout=120)[0] for rank in ranks]

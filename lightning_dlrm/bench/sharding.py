@@ -152,10 +152,12 @@ def _contender(
         lookup = EmbeddingTables(whole.tables, _WIDTH, whole.seed)
     setattr(owner, attribute, lookup)
     weight = next(parameter for parameter in lookup.parameters())
+    # Buffers are constants; DDP would send them before every step.
+    ignored = [key for key, _ in network.named_buffers()]
     if name != "baseline":
-        ignored = [key for key, parameter in network.named_parameters() if parameter is weight]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, ignored)
-    wrapped = DistributedDataParallel(network, broadcast_buffers=False)
+        ignored += [key for key, parameter in network.named_parameters() if parameter is weight]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, ignored)
+    wrapped = DistributedDataParallel(network)
     optimizer: torch.optim.Optimizer
     if name == "baseline":
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1)

@@ -61,8 +61,7 @@ class EmbeddingShardedDDP(DDPStrategy):
             raise UserError(f"strategy: timeout_seconds is {timeout_seconds}; expected more than 0")
         if wire not in ("full", "bf16"):
             raise UserError(f"strategy: wire {wire!r} is neither full nor bf16")
-        # The only buffers are constants; DDP would send them before every step.
-        super().__init__(**({"broadcast_buffers": False} | options))
+        super().__init__(**options)
         self._plan_file = plan
         self._memory = None if memory_per_rank is None else parse_memory(memory_per_rank)
         self._wire = torch.bfloat16 if wire == "bf16" else None
@@ -91,6 +90,8 @@ class EmbeddingShardedDDP(DDPStrategy):
         _replace_tables(module.network, self.plan, ranks, self._wire, self.root_device)
         sharded = {id(lookup.weight) for lookup in module.network.lookups()}
         ignored = [name for name, parameter in module.named_parameters() if id(parameter) in sharded]
+        # Buffers that are not saved are constants, such as offsets; DDP would send them before every step.
+        ignored += {name for name, _ in module.named_buffers()} - module.state_dict().keys()
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
