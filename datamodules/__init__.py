@@ -9,4 +9,8 @@ def __getattr__(name: str) -> Any:
         from datamodules import criteo
 
         return getattr(criteo, name)
+    if name in ("RandomData", "TraceData"):
+        from datamodules import synthetic
+
+        return getattr(synthetic, name)
     raise AttributeError(f"module 'datamodules' has no attribute {name!r}")

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 import pytorch_lightning as pl
 
 from datamodules.generate.demo import DemoSettings, demo_folder, demo_schema, generate_demo
-from datamodules.parquet import check_sizes, open_part, part_files
-from datamodules.stream.loader import Loader, TrainingLoader
-from datamodules.stream.order import LANES
+from datamodules.parquet import Folder, check_sizes, load_schema, open_part, part_files
+from datamodules.stream.loader import Cache, Loader, TrainingLoader
+from datamodules.stream.order import LANES, Shuffle
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema, SplitName
 
@@ -25,63 +25,76 @@ _STAGE_SPLITS: dict[str, tuple[SplitName, ...]] = {
 }
 
 
-class Criteo(pl.LightningDataModule):
-    """A dataset folder made by `preprocess` or `generate`, or demo data.
+class FolderData(pl.LightningDataModule):
+    """A dataset folder as batches; what all datamodules here have in common.
 
     Args:
-        path: A dataset folder, or `demo` for planted demo data, which are made when they are first needed.
+        folder: The dataset folder.
         batch_size: Training samples of a batch over all ranks together (the global batch).
         evaluation_batch_size: Samples of a batch over all ranks in validate, test and predict.
         shuffle: `window` for another order in every epoch: shuffled row groups, read in 48 lanes at once, each
-            shuffled in itself; `none` for the order of the files.
-        seed: Chooses the orders of `window`.
+            shuffled in itself. The window, a row group of 16,384 rows in each lane (786,432 rows), and what is decoded
+            ahead take about 170 MB for Criteo's columns, over all ranks. `full` for a shuffle of all rows in every
+            epoch; it needs `cache: memory`. `none` for the order of the files.
+        cache: `memory` to decode the rows once and keep them: 157 bytes a row for Criteo's columns, in every rank
+            those of the whole training split. It is refused where they do not fit. `none` to decode them every time.
+        threads: How many threads decode. One feeds a training on the CPU with little to spare for more; a GPU may
+            want more.
+        seed: Chooses the orders of `window` and `full`; by default seed_everything, or 0 from Python.
         predict_split: What predict scores; `all` is train, validation and test, one after the other.
-        demo: What demo data to make; of no effect on a dataset folder.
 
     Raises:
-        UserError: there is no dataset at `path`, or an option is out of range.
+        UserError: an option is out of range.
     """
-
-    kind: ClassVar[str | None] = None
-    """The only `dataset` that a schema may name; None for any."""
 
     def __init__(
         self,
-        path: str,
+        folder: str | Path,
         batch_size: int = 2048,
         evaluation_batch_size: int = 16_384,
-        shuffle: Literal["none", "window"] = "window",
-        seed: int = 0,
+        shuffle: Shuffle = "window",
+        cache: Cache = "none",
+        threads: int = 1,
+        verify: bool = True,
+        seed: int | None = None,
         predict_split: Literal["train", "validation", "test", "all"] = "test",
-        demo: DemoSettings = DemoSettings(),  # noqa: B008 (immutable)
     ) -> None:
         super().__init__()
-        for name, size in (("batch_size", batch_size), ("evaluation_batch_size", evaluation_batch_size)):
-            if size < 1:
-                raise UserError(f"data: {name} is {size}; give at least 1")
-        self.path = path
-        self.folder = demo_folder(demo) if path == DEMO else Path(path).expanduser()
+        counts = {"batch_size": batch_size, "evaluation_batch_size": evaluation_batch_size, "threads": threads}
+        for name, count in counts.items():
+            if count < 1:
+                raise UserError(f"data: {name} is {count}; give at least 1")
+        if shuffle == "full" and cache != "memory":
+            raise UserError("data: shuffle full needs all rows in memory: set data.cache to memory, or shuffle window")
+        self.folder = Folder(folder)
         self.batch_size = batch_size
         self.evaluation_batch_size = evaluation_batch_size
         self.shuffle = shuffle
-        self.seed = seed
+        self.cache = cache
+        self.threads = threads
+        self.verify = verify
+        self.seed = seed or 0
         self.predict_split = predict_split
-        self.demo = demo
         self._schema: DatasetSchema | None = None
 
     @property
     def schema(self) -> DatasetSchema:
-        """What the data are, without preparing them. Demo data that are not made yet have no files in it.
+        """What the data are, without preparing them. Data that are not made yet have no files in it.
 
         Raises:
-            UserError: there is no dataset at ``path``, or it is of another kind.
+            UserError: there is no dataset in the folder, or it is not what the datamodule reads.
         """
         if self._schema is not None:
             return self._schema
-        if self.path == DEMO and not (self.folder / SCHEMA_FILE).is_file():
-            return self._of_kind(demo_schema(self.demo))
-        self._schema = self._of_kind(DatasetSchema.load(self.folder))
+        if (planned := self._to_make()) is not None:
+            return self._accepted(planned)
+        self._schema = self._accepted(load_schema(self.folder))
         return self._schema
+
+    @property
+    def planned(self) -> DatasetSchema | None:
+        """The schema of data that are generated when they are first needed; None for data that must be there."""
+        return None
 
     @property
     def training_batches(self) -> int:
@@ -90,9 +103,10 @@ class Criteo(pl.LightningDataModule):
         return self._batches_taken(-(-split.rows // self.batch_size)) if split else 0
 
     def prepare_data(self) -> None:
-        """Makes the demo data unless they are there. Real data are prepared by `preprocess`."""
-        if self.path == DEMO and not (self.folder / SCHEMA_FILE).is_file():
-            generate_demo(self.demo, self.folder)
+        """Makes data that are generated, unless they are there. Real data are prepared by `preprocess`."""
+        if self._to_make() is not None:
+            assert self.folder.local is not None
+            self._generate(self.folder.local)
 
     def setup(self, stage: str) -> None:
         """Looks at the files that the stage needs: their sizes, and what their footers tell.
@@ -113,18 +127,17 @@ class Criteo(pl.LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """Batches in shuffled order, with a position that Lightning keeps in checkpoints."""
         self._require(["train"])
-        rank, world = self._rank_and_world
+        _, world = self._rank_and_world
         if world > LANES and self.shuffle == "window":
             raise UserError(f"{world} ranks, but the shuffled stream has {LANES} lanes to share out: use fewer ranks")
         loader = TrainingLoader(
-            self.folder,
+            str(self.folder),
             self.schema,
             ["train"],
             shuffle=self.shuffle,
             seed=self.seed,
             batch_size=self.batch_size,
-            rank=rank,
-            world=world,
+            **self._loader_options(),
         )
         loader.limit_epoch(self._batches_taken(len(loader)))
         return loader
@@ -155,16 +168,26 @@ class Criteo(pl.LightningDataModule):
 
     def _evaluation_loader(self, splits: Sequence[SplitName], **options: Any) -> Loader:
         self._require(splits)
+        options |= self._loader_options()
+        return Loader(str(self.folder), self.schema, splits, batch_size=self.evaluation_batch_size, **options)
+
+    def _loader_options(self) -> dict[str, Any]:
         rank, world = self._rank_and_world
-        return Loader(
-            self.folder,
-            self.schema,
-            splits,
-            batch_size=self.evaluation_batch_size,
-            rank=rank,
-            world=world,
-            **options,
-        )
+        trainer = self.trainer
+        return {
+            "rank": rank,
+            "world": world,
+            "cache": self.cache,
+            "threads": self.threads,
+            "verify": self.verify,
+            "pin": trainer is not None and trainer.strategy.root_device.type == "cuda",
+            "copies": 1 if trainer is None else -(-world // trainer.num_nodes),
+        }
+
+    def _to_make(self) -> DatasetSchema | None:
+        """The schema of data that are yet to be generated."""
+        folder = self.folder.local
+        return None if folder is None or (folder / SCHEMA_FILE).is_file() else self.planned
 
     def _require(self, splits: Sequence[SplitName]) -> None:
         has = {name: split.rows for name, split in self.schema.splits.items() if split.rows}
@@ -175,7 +198,50 @@ class Criteo(pl.LightningDataModule):
         if not splits:
             raise UserError(f"{self.folder} has no rows at all; make the dataset again")
 
-    def _of_kind(self, schema: DatasetSchema) -> DatasetSchema:
+    def _accepted(self, schema: DatasetSchema) -> DatasetSchema:
+        """The schema, if the datamodule reads such data."""
+        return schema
+
+    def _generate(self, folder: Path) -> None:
+        """Makes the planned data."""
+        raise NotImplementedError
+
+
+class Criteo(FolderData):
+    """A dataset folder made by `preprocess` or `generate`, or demo data.
+
+    Args:
+        path: A dataset folder, or `demo` for planted demo data, which are made when they are first needed. A URL such
+            as `s3://bucket/folder`, `gs://...` or `hf://...` works where the package for it is installed.
+        demo: What demo data to make; of no effect on a dataset folder.
+        options: Those of FolderData.
+
+    Raises:
+        UserError: there is no dataset at `path`, or an option is out of range.
+    """
+
+    kind: ClassVar[str | None] = None
+    """The only `dataset` that a schema may name; None for any."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        demo: DemoSettings = DemoSettings(),  # noqa: B008 (immutable)
+        **options: Any,
+    ) -> None:
+        super().__init__(demo_folder(demo) if path == DEMO else path, **options)
+        self.path = path
+        self.demo = demo
+
+    @property
+    def planned(self) -> DatasetSchema | None:
+        return demo_schema(self.demo) if self.path == DEMO else None
+
+    def _generate(self, folder: Path) -> None:
+        generate_demo(self.demo, folder)
+
+    def _accepted(self, schema: DatasetSchema) -> DatasetSchema:
         if self.kind is not None and schema.dataset != self.kind:
             raise UserError(
                 f"{self.path} holds the dataset {schema.dataset!r}, {type(self).__name__} reads {self.kind!r}: "

@@ -8,17 +8,23 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
+import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import (
+    SCHEMA_FILE,
     SPLITS,
+    WEIGHTS_SUFFIX,
     Column,
     DataFile,
     DatasetSchema,
@@ -39,7 +45,10 @@ _TYPES: Mapping[str, pa.DataType] = {
     "dense": pa.float32(),
     "categorical": pa.int32(),
     "multi_hot": pa.list_(pa.int32()),
+    "weights": pa.list_(pa.float32()),
 }
+
+_REMEDY = "restore the file, or make the dataset again"
 
 Values: TypeAlias = Any  # np.ndarray | pa.ListArray | tuple[np.ndarray, np.ndarray]
 
@@ -67,7 +76,7 @@ class DatasetWriter:
     def __init__(self, folder: Path, columns: Sequence[Column]) -> None:
         self.folder = Path(folder).absolute()
         self.columns = tuple(columns)
-        self._splits: dict[str, _SplitWriter] = {}
+        self._splits: dict[str, SplitWriter] = {}
         self._vocabulary: dict[str, DataFile] = {}
         self._check_target()
         # The process is part of the name: two processes that make the same dataset do not meet.
@@ -99,15 +108,15 @@ class DatasetWriter:
             split: ``train``, ``validation`` or ``test``.
             arrays: for every column B values: label int8; dense float32, NaN being stored as null;
                 categorical int32; multi-hot a list<int32> array or a pair of int32 values [N] and
-                offsets [B + 1].
+                offsets [B + 1]; weights likewise, with float32 values.
+
+        Raises:
+            UserError: a bag has not as many weights as ids, or a weight is null or NaN.
         """
         assert split in SPLITS, f"split {split!r} is none of {SPLITS}"
-        names = [column.name for column in self.columns]
-        assert set(arrays) == set(names), f"columns {sorted(arrays)} given, {sorted(names)} expected"
-        table = pa.table({column.name: _to_arrow(column, arrays[column.name]) for column in self.columns})
         if split not in self._splits:
-            self._splits[split] = _SplitWriter(self._partial, split, table.schema, self.columns)
-        self._splits[split].append(table)
+            self._splits[split] = SplitWriter(self._partial, split, self.columns)
+        self._splits[split].append(arrow_table(self.columns, arrays))
 
     def write_vocabulary(self, name: str, table: pa.Table) -> None:
         """Writes ``vocabulary/<name>.parquet``, the raw values of a categorical column's ids."""
@@ -136,10 +145,10 @@ class DatasetWriter:
         )
         schema.save(self._partial)
         for path in (*self._partial.rglob("*"), self._partial):
-            _flush(path)
+            flush(path)
         self._check_target()
         self._partial.rename(self.folder)
-        _flush(self.folder.parent)
+        flush(self.folder.parent)
         return schema
 
     def _check_target(self) -> None:
@@ -158,11 +167,19 @@ class DatasetWriter:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-class _SplitWriter:
-    """Cuts appended rows into row groups and files of the fixed sizes."""
+class SplitWriter:
+    """Cuts appended rows into row groups and files of the fixed sizes, below a folder.
 
-    def __init__(self, root: Path, split: str, arrow: pa.Schema, columns: Sequence[Column]) -> None:
-        self.root, self.split, self.arrow = root, split, arrow
+    Args:
+        root: where the split's folder lies or is made.
+        split: its name.
+        columns: as of the DatasetWriter.
+        first_part: the number of the first file; earlier ones are written elsewhere.
+    """
+
+    def __init__(self, root: Path, split: str, columns: Sequence[Column], first_part: int = 0) -> None:
+        self.root, self.split, self.first_part = root, split, first_part
+        self.arrow = pa.schema([(column.name, _TYPES[column.role]) for column in columns])
         self.label = next((column.name for column in columns if column.role == "label"), None)
         # Readers compare the largest id with the table; statistics of other columns only grow the footer.
         self.with_statistics = [_leaf(column) for column in columns if column.cardinality]
@@ -172,9 +189,10 @@ class _SplitWriter:
         self.files: list[DataFile] = []
         self.groups: list[int] = []
         self.writer: pq.ParquetWriter | None = None
-        (root / split).mkdir()
+        (root / split).mkdir(exist_ok=True)
 
     def append(self, table: pa.Table) -> None:
+        """More rows, as ``arrow_table`` makes them."""
         self.pending.append(table)
         self.pending_rows += table.num_rows
         if self.pending_rows < ROW_GROUP_ROWS:
@@ -186,6 +204,7 @@ class _SplitWriter:
         self.pending, self.pending_rows = [rows.slice(whole)], self.pending_rows - whole
 
     def close(self) -> Split:
+        """Writes what is left and tells what the split, or this share of it, has."""
         if self.pending_rows:
             self._write_group(pa.concat_tables(self.pending))
         self._close_file()
@@ -196,6 +215,7 @@ class _SplitWriter:
         )
 
     def abandon(self) -> None:
+        """Lets go of a file that is not finished."""
         if self.writer is not None:
             self.writer.close()
             self.writer = None
@@ -209,6 +229,7 @@ class _SplitWriter:
                 use_dictionary=True,
                 write_statistics=self.with_statistics,
                 store_schema=False,
+                write_page_checksum=True,
             )
         self.writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
         self.groups.append(rows.num_rows)
@@ -225,7 +246,7 @@ class _SplitWriter:
             self.groups = []
 
     def _path(self) -> str:
-        return f"{self.split}/part-{len(self.files):05d}.parquet"
+        return f"{self.split}/part-{self.first_part + len(self.files):05d}.parquet"
 
 
 def part_files(schema: DatasetSchema, splits: Sequence[str] = SPLITS) -> Iterator[DataFile]:
@@ -235,82 +256,269 @@ def part_files(schema: DatasetSchema, splits: Sequence[str] = SPLITS) -> Iterato
             yield from schema.splits[name].files
 
 
-def check_sizes(folder: Path, files: Sequence[DataFile]) -> None:
+class Folder:
+    """Where a dataset folder is: a path, or a URL of a file system that fsspec knows.
+
+    Args:
+        where: such as ``data/criteo``, ``s3://bucket/criteo``, ``gs://...`` or ``hf://...``; or a Folder.
+
+    Raises:
+        UserError: no such file system is known, or its package is not installed.
+    """
+
+    def __init__(self, where: "str | Path | Folder") -> None:
+        self._name = str(where)
+        self._remote: fsspec.AbstractFileSystem | None = None
+        if "://" not in self._name:
+            self._root = str(Path(self._name).expanduser())
+            return
+        try:
+            self._remote, self._root = fsspec.core.url_to_fs(self._name)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"cannot open {self._name}: {_one_line(error)}; install that package, or correct the URL"
+            ) from error
+
+    def __str__(self) -> str:
+        return self._name
+
+    def __truediv__(self, path: str) -> str:
+        """Full path or URL of a file of the folder, for people."""
+        return f"{self._name.rstrip('/')}/{path}"
+
+    @property
+    def local(self) -> Path | None:
+        """The folder as a path; None behind a URL."""
+        return Path(self._root) if self._remote is None else None
+
+    def size(self, path: str) -> int | None:
+        """Bytes of a file; None where its server does not tell.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if self._remote is None:
+            return Path(self._root, path).stat().st_size
+        size: int | None = self._ask(self._remote.info, path)["size"]
+        return size
+
+    def read(self, path: str) -> bytes:
+        """All bytes of a file.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if self._remote is None:
+            return Path(self._root, path).read_bytes()
+        content: bytes = self._ask(self._remote.cat_file, path)
+        return content
+
+    def open_parquet(self, path: str, verify: bool) -> pq.ParquetFile:
+        """A Parquet file to read row group by row group, comparing the checksums of its pages if asked to.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if self._remote is None:
+            # The read-ahead of pyarrow would hold more than the row group at hand.
+            return pq.ParquetFile(Path(self._root, path), pre_buffer=False, page_checksum_verification=verify)
+        # A row group in one request, as its columns lie side by side; fsspec's cache would fetch its neighbours too.
+        source = pa.PythonFile(self._ask(self._remote.open, path, cache_type="none"), mode="r")
+        return pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=verify)
+
+    def _ask(self, operation: Any, path: str, **options: Any) -> Any:
+        """What a remote file system answers about a file of the folder."""
+        try:
+            return operation(f"{self._root.rstrip('/')}/{path}", **options)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # every file system has errors of its own
+            raise UserError(
+                f"cannot read {self / path} ({type(error).__name__}: {_one_line(error)}); check the URL, the network "
+                "and your credentials"
+            ) from error
+
+
+def load_schema(folder: str | Path | Folder) -> DatasetSchema:
+    """Reads the ``dataset.json`` of a dataset folder, also behind a URL.
+
+    Raises:
+        UserError: there is none, it is not a schema of this version, or it was altered.
+    """
+    where = Folder(folder)
+    if where.local is not None:
+        return DatasetSchema.load(where.local)
+    try:
+        text = where.read(SCHEMA_FILE)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no dataset folder at {where}: there is no {where / SCHEMA_FILE}; copy one there that "
+            "'python -m lightning_dlrm preprocess' made"
+        ) from error
+    return DatasetSchema.from_json(text, where / SCHEMA_FILE)
+
+
+def check_sizes(folder: str | Path | Folder, files: Sequence[DataFile]) -> None:
     """Sees that files are there and have their size, without opening them.
 
     Raises:
         UserError: one is missing, shorter or longer than when it was written.
     """
-    for file in files:
-        path = Path(folder) / file.path
-        if not path.is_file():
-            raise UserError(f"{path} is missing; restore the file, or make the dataset again")
-        found = path.stat().st_size
-        if found != file.bytes:
+    where = Folder(folder)
+
+    def size(file: DataFile) -> int | None:
+        try:
+            return where.size(file.path)
+        except FileNotFoundError:
+            return -1
+
+    # A remote file system takes a while for each answer.
+    with ThreadPoolExecutor(16) as pool:
+        sizes = list(pool.map(size, files))
+    for file, found in zip(files, sizes, strict=True):
+        if found == -1:
+            raise UserError(f"{where / file.path} is missing; {_REMEDY}")
+        if found is not None and found != file.bytes:
             what = "truncated" if found < file.bytes else "altered"
             raise UserError(
-                f"{path} is {what}: it has {found} bytes, its dataset.json says {file.bytes}; "
-                "restore the file, or make the dataset again"
+                f"{where / file.path} is {what}: it has {found} bytes, its dataset.json says {file.bytes}; {_REMEDY}"
             )
 
 
-def verify(folder: Path, schema: DatasetSchema) -> None:
+def verify(folder: Path, schema: DatasetSchema, progress: bool = False) -> None:
     """Reads every byte of a dataset and compares the checksums; takes a second per GB or so.
+
+    Args:
+        progress: show a progress bar, on a terminal.
 
     Raises:
         UserError: a file is missing, truncated or altered.
     """
     files = (*schema.vocabulary.values(), *part_files(schema))
     check_sizes(folder, files)
-    for file in files:
-        found = file_sha256(Path(folder) / file.path)
-        if found != file.sha256:
-            raise UserError(
-                f"{Path(folder) / file.path} is altered: its sha256 is {found[:12]}..., its dataset.json says "
-                f"{file.sha256[:12]}...; restore the file, or make the dataset again"
-            )
+    with tqdm(
+        total=sum(file.bytes for file in files),
+        desc="Verifying",
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,
+    ) as bar:
+        for file in files:
+            found = file_sha256(Path(folder) / file.path)
+            if found != file.sha256:
+                raise UserError(
+                    f"{Path(folder) / file.path} is altered: its sha256 is {found[:12]}..., its dataset.json says "
+                    f"{file.sha256[:12]}...; {_REMEDY}"
+                )
+            bar.update(file.bytes)
 
 
-def open_part(folder: Path, schema: DatasetSchema, file: DataFile) -> pq.ParquetFile:
+def open_part(
+    folder: str | Path | Folder, schema: DatasetSchema, file: DataFile, verify: bool = True
+) -> pq.ParquetFile:
     """Opens a part file and compares its footer with the schema.
+
+    Args:
+        folder: the dataset folder.
+        schema: its schema.
+        file: one of its part files.
+        verify: let reading compare the checksums of pages.
 
     Raises:
         UserError: the file is missing or not Parquet, or its columns, its rows per row group or its
             ids do not fit the schema.
     """
-    check_sizes(folder, [file])
-    path = Path(folder) / file.path
-    remedy = "restore the file, or make the dataset again"
+    where = Folder(folder)
+    check_sizes(where, [file])
+    path = where / file.path
     try:
-        # The whole-file read-ahead of pyarrow would hold far more than the row group at hand.
-        part = pq.ParquetFile(path, pre_buffer=False)
+        part = where.open_parquet(file.path, verify)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is altered: it is no readable Parquet file ({_one_line(error)}); {remedy}") from error
+        raise UserError(f"{path} is altered: it is no readable Parquet file ({_one_line(error)}); {_REMEDY}") from error
     arrow = part.schema_arrow
     for column in schema.columns:
         found = arrow.field(column.name).type if column.name in arrow.names else None
         if found is None or not _fits(found, column):
             state = "is missing" if found is None else f"has type {found}"
-            raise UserError(f"{path}: column {column.name} {state}, expected {_TYPES[column.role]}; {remedy}")
+            raise UserError(f"{path}: column {column.name} {state}, expected {_TYPES[column.role]}; {_REMEDY}")
     metadata = part.metadata
     groups = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
     if groups != file.row_groups:
         raise UserError(
             f"{path} is altered: it has {sum(groups)} rows in {len(groups)} row groups, its dataset.json says "
-            f"{file.rows} in {len(file.row_groups)} (or splits them differently); {remedy}"
+            f"{file.rows} in {len(file.row_groups)} (or splits them differently); {_REMEDY}"
         )
     _check_ids(path, schema, metadata)
     return part
 
 
-def _check_ids(path: Path, schema: DatasetSchema, metadata: pq.FileMetaData) -> None:
+def weighted_column(weights: Column) -> str:
+    """The multi-hot column that a weights column belongs to."""
+    return weights.name.removesuffix(WEIGHTS_SUFFIX)
+
+
+def check_weights(where: str, weights: pa.Array | pa.ChunkedArray, ids: pa.Array | pa.ChunkedArray) -> None:
+    """Sees that every bag has a weight, and no null or NaN, for each of its ids.
+
+    Args:
+        where: the column, for the message, and the file where there is one.
+        weights: list<float32>.
+        ids: list<int32>, as many lists.
+
+    Raises:
+        UserError: it has not.
+    """
+    lengths = pc.list_value_length(weights)
+    different = pc.indices_nonzero(pc.fill_null(pc.not_equal(lengths, pc.list_value_length(ids)), True))
+    if len(different):
+        row = different[0].as_py()
+        found, expected = (len(lists[row].as_py() or ()) for lists in (weights, ids))
+        raise UserError(
+            f"{where}: row {row} has {found} weights for {expected} ids; give each id one weight, "
+            "and an empty bag an empty list"
+        )
+    if pc.any(pc.is_null(pc.list_flatten(weights), nan_is_null=True)).as_py():
+        raise UserError(f"{where}: a weight is null or NaN; give each id a number, such as 1")
+
+
+def count_values(part: pq.ParquetFile, columns: Sequence[Column]) -> int:
+    """How many values some columns of a part file have (an empty bag counts as one)."""
+    names, metadata = {_leaf(column) for column in columns}, part.metadata
+    positions = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path in names]
+    groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
+    return sum(group.column(i).num_values for group in groups for i in positions)
+
+
+def read_groups(folder: Path, schema: DatasetSchema, file: DataFile, columns: Sequence[Column]) -> Iterator[pa.Table]:
+    """Some columns of a part file, row group by row group.
+
+    Raises:
+        UserError: see ``open_part``; or a row group cannot be read.
+    """
+    with open_part(folder, schema, file) as part:
+        for group in range(part.num_row_groups):
+            try:
+                yield part.read_row_group(group, columns=[column.name for column in columns])
+            except (pa.ArrowInvalid, OSError) as error:
+                raise UserError(
+                    f"{Path(folder) / file.path} is altered: row group {group} cannot be read ({_one_line(error)}); "
+                    "restore the file, or make the dataset again"
+                ) from error
+
+
+def _check_ids(path: str, schema: DatasetSchema, metadata: pq.FileMetaData) -> None:
     positions = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}
     for column in schema.by_role("categorical", "multi_hot"):
         position = positions[_leaf(column)]
         for group in range(metadata.num_row_groups):
             statistics = metadata.row_group(group).column(position).statistics
             if statistics is None or not statistics.has_min_max:
-                continue
+                if column.role == "multi_hot":
+                    continue  # all bags may be empty
+                raise UserError(
+                    f"{path}: row group {group} of column {column.name} tells no smallest and largest id, so they "
+                    "cannot be checked; write it with statistics, as DatasetWriter does"
+                )
             if column.role == "categorical" and statistics.null_count:
                 raise UserError(f"{path}: row group {group} of column {column.name} has nulls; make the dataset again")
             if statistics.min < 0 or statistics.max >= column.cardinality:
@@ -320,14 +528,25 @@ def _check_ids(path: Path, schema: DatasetSchema, metadata: pq.FileMetaData) -> 
                 )
 
 
+def arrow_table(columns: Sequence[Column], arrays: Mapping[str, Values]) -> pa.Table:
+    """Rows in the types of part files; see ``DatasetWriter.write`` for the arrays."""
+    names = [column.name for column in columns]
+    assert set(arrays) == set(names), f"columns {sorted(arrays)} given, {sorted(names)} expected"
+    table = pa.table({column.name: _to_arrow(column, arrays[column.name]) for column in columns})
+    for column in columns:
+        if column.role == "weights":
+            check_weights(column.name, table.column(column.name), table.column(weighted_column(column)))
+    return table
+
+
 def _to_arrow(column: Column, values: Values) -> pa.Array:
     kind = _TYPES[column.role]
-    if column.role == "multi_hot":
+    if pa.types.is_list(kind):
         if not isinstance(values, tuple):
             assert values.type.equals(kind), f"column {column.name}: {values.type} given, {kind} expected"
             return values
-        ids, offsets = (np.array(part, dtype=np.int32) for part in values)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids), type=kind)
+        items = np.array(values[0], dtype=kind.value_type.to_pandas_dtype())
+        return pa.ListArray.from_arrays(pa.array(np.array(values[1], dtype=np.int32)), pa.array(items), type=kind)
     assert isinstance(values, np.ndarray) and values.dtype == kind.to_pandas_dtype(), (
         f"column {column.name}: {getattr(values, 'dtype', type(values))} given, {kind} expected"
     )
@@ -341,16 +560,18 @@ def _leaf(column: Column) -> str:
 
 
 def _fits(found: pa.DataType, column: Column) -> bool:
-    if column.role == "multi_hot":
-        return pa.types.is_list(found) and found.value_type.equals(pa.int32())
-    return found.equals(_TYPES[column.role])
+    expected = _TYPES[column.role]
+    if pa.types.is_list(expected):
+        return pa.types.is_list(found) and found.value_type.equals(expected.value_type)
+    return found.equals(expected)
 
 
 def _data_file(root: Path, path: str, groups: tuple[int, ...] = ()) -> DataFile:
     return DataFile(path=path, sha256=file_sha256(root / path), bytes=(root / path).stat().st_size, row_groups=groups)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Brings a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,10 +19,10 @@ COMMANDS = {
     "predict": "write a checkpoint's click probabilities for a split, or for all",
     "params": "count parameters, FLOPs and bytes of a configuration",
     "plan": "show which rank would hold which table rows, and what the ranks would send",
+    "checkpoint": "show what a checkpoint holds, write it in other pieces, or import one of facebookresearch/dlrm",
     "preprocess": "turn raw Criteo TSV files into a dataset folder",
     "inspect": "show what a dataset folder holds, and verify it",
-    "generate": "write generated data as a dataset folder",
-    "checkpoint": "show what a checkpoint holds; write it again in other pieces",
+    "generate": "write generated data: a dataset folder, or raw TSV",
     "bench": "measure the speed of a part of this project on this machine",
 }
 
@@ -60,6 +60,10 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
 def _run(command: str, arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"no command {command}{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+    if command == "checkpoint" and arguments[:1] == ["import"]:
+        from lightning_dlrm.cli import importing
+
+        return importing.run(arguments[1:])
     if command in ("preprocess", "inspect", "generate", "checkpoint", "bench"):
         return _run_plain_command(command, arguments)
     if command in ("params", "plan"):

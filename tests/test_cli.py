@@ -125,6 +125,8 @@ def test_demo_fit_as_a_process_says_what_it_is() -> None:
     final = json.loads(Path("run/summary.json").read_text())["final"]
     assert f"best reachable {final['data/optimum_auc']:.4f}" in done.stdout
     assert 0 <= final["speed/data_wait_share"] < 1
+    logged = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["speed/data_wait_share"] < 1 for line in logged if "train/loss" in line)
     for name in ("config.yaml", "metrics.jsonl", "checkpoints/last/manifest.json", "checkpoints/best/manifest.json"):
         assert Path("run", name).is_file()
     records = subprocess.run(
@@ -153,6 +155,10 @@ def test_repeated_with_the_same_seed_to_the_last_bit() -> None:
     assert losses("a") == losses("b")
     assert main([*FIT, *QUICK, "--run_dir", "c", "--trainer.max_steps=20", "--seed_everything=2"]) == 0
     assert losses("a") != losses("c")
+    # The orders of the data may be chosen apart from the initial weights.
+    for run, seed in (("d", 1), ("e", 2)):
+        assert main([*FIT, *QUICK, "--run_dir", run, "--trainer.max_steps=20", f"--data.seed={seed}"]) == 0
+    assert losses("d") == losses("a") and losses("e") not in (losses("a"), losses("c"))
 
 
 def test_killed_and_resumed_the_losses_are_those_of_an_undisturbed_run() -> None:
@@ -196,7 +202,7 @@ def test_sigterm_ends_an_evaluation() -> None:
         command(*predict, "--ckpt_path", "run/checkpoints/last"), stderr=subprocess.PIPE, stdout=subprocess.PIPE
     )
     deadline = time.monotonic() + 60
-    while not Path("run/predictions.parquet.partial").exists() and time.monotonic() < deadline:
+    while not Path("run/predictions.parquet.partial-0").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
@@ -325,6 +331,14 @@ def test_a_run_is_never_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(options) == 2
     assert "--resume auto" in capsys.readouterr().err
     assert Path("run/summary.json").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_not_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("thesis").mkdir()
+    Path("thesis/chapter.tex").write_text("")
+    assert main([*FIT, *QUICK, "--run_dir", "thesis", "--resume=auto"]) == 2
+    assert "thesis is no run folder: it holds chapter.tex" in capsys.readouterr().err
+    assert [path.name for path in Path("thesis").iterdir()] == ["chapter.tex"]
 
 
 def test_checkpoint_of_another_model_or_dataset(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@ stage at its start, and under Lightning's fit stop and resume amid an epoch with
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,12 +84,19 @@ def make_trainer(**options: Any) -> pl.Trainer:
 
 @pytest.mark.parametrize("stop", [3, 7, 11, 14, 20])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"val_check_interval": 4}, {"accumulate_grad_batches": 3}, {"limit_train_batches": 7}],
-    ids=lambda options: next(iter(options), "plain"),
+    ("options", "data_options"),
+    [
+        ({}, {}),
+        ({"val_check_interval": 4}, {}),
+        ({"accumulate_grad_batches": 3}, {}),
+        ({"limit_train_batches": 7}, {}),
+        ({"val_check_interval": 4, "accumulate_grad_batches": 2}, {"shuffle": "full", "cache": "memory"}),
+        ({"val_check_interval": 4}, {"cache": "memory", "threads": 2}),
+    ],
+    ids=lambda options: "-".join(options) or "plain",
 )
 def test_a_fit_resumes_with_the_batches_that_would_have_come(
-    folder: Path, tmp_path: Path, stop: int, options: dict[str, Any]
+    folder: Path, tmp_path: Path, stop: int, options: dict[str, Any], data_options: dict[str, Any]
 ) -> None:
     """``stop`` counts batches, 11 (or 7) to an epoch; the checkpoint is that of the last batch before it."""
 
@@ -100,7 +108,8 @@ def test_a_fit_resumes_with_the_batches_that_would_have_come(
     def fit(callbacks: list[pl.Callback], ckpt_path: Path | None = None) -> Recorder:
         module = Recorder()
         trainer = make_trainer(max_epochs=3, callbacks=callbacks, **options)
-        trainer.fit(module, datamodule=Criteo(str(folder), batch_size=100, seed=5), ckpt_path=ckpt_path)
+        data = Criteo(str(folder), batch_size=100, seed=5, **data_options)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
         return module
 
     whole = fit([Save()])
@@ -198,7 +207,27 @@ def test_ids_beyond_their_table_are_seen_at_the_start(tmp_path: Path) -> None:
         Criteo(str(folder)).setup("fit")
 
 
-@pytest.mark.parametrize("name", ["batch_size", "evaluation_batch_size"])
+def test_a_full_shuffle_needs_the_rows_in_memory(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"shuffle full needs all rows in memory: set data\.cache to memory"):
+        Criteo(str(folder), shuffle="full")
+
+
+def test_batches_are_pinned_where_the_trainer_is_on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    data = Criteo(str(folder), batch_size=100)
+    for device, count in (("cpu", 0), ("cuda", 11 * 3)):
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            global_rank=0,
+            world_size=1,
+            num_nodes=1,
+            limit_train_batches=1.0,
+            strategy=SimpleNamespace(root_device=torch.device(device)),
+        )
+        assert len(list(data.train_dataloader())) == 11 and len(pinned) == count
+
+
+@pytest.mark.parametrize("name", ["batch_size", "evaluation_batch_size", "threads"])
 def test_a_batch_size_below_one_is_refused(folder: Path, name: str) -> None:
     with pytest.raises(UserError, match=f"{name} is 0"):
         Criteo(str(folder), **{name: 0})  # type: ignore[arg-type]

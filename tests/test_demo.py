@@ -138,10 +138,10 @@ def test_values_follow_the_documented_law(name: str) -> None:
     dense = name in CRITEO_DENSE
     if dense:
         drawn = np.round(np.expm1(drawn.astype(float))).astype(int)
-        _, missing, scale, largest, _ = demo._DENSE[name]
+        _, missing, scale, largest, _ = demo.KAGGLE_DENSE[name]
         power, size, first = 2, largest + 1, 0
     else:
-        _, missing, scale, _ = demo._CATEGORICAL[name]
+        _, missing, scale, _ = demo.KAGGLE_CATEGORICAL[name]
         power, size = 8, made_size(name)
         first = 1 if missing else 0
 
@@ -171,7 +171,7 @@ def test_missing_values_are_zeros_as_documented(made: tuple[Path, DatasetSchema]
     stored = read(folder, "train")
     rows = len(stored["label"])
     for column in schema.by_role("categorical"):
-        missing = demo._CATEGORICAL[column.name][1]
+        missing = demo.KAGGLE_CATEGORICAL[column.name][1]
         assert dict(column.reserved) == ({"missing": 0} if missing else {})
         if missing:
             share = np.mean(stored[column.name] == 0)
@@ -179,7 +179,7 @@ def test_missing_values_are_zeros_as_documented(made: tuple[Path, DatasetSchema]
     for column in schema.by_role("dense"):
         values = stored[column.name]
         assert np.all(np.isfinite(values)) and values.min() == 0
-        assert np.mean(values == 0) > demo._DENSE[column.name][1] - 0.01
+        assert np.mean(values == 0) > demo.KAGGLE_DENSE[column.name][1] - 0.01
         assert np.allclose(np.expm1(values), np.round(np.expm1(values)), rtol=1e-5)
 
 

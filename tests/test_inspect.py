@@ -1,7 +1,11 @@
-"""Contract: ``inspect`` tells what a dataset folder holds, and ``--verify`` finds any altered byte."""
+"""Contract: ``inspect`` tells what a dataset folder holds, and ``--verify`` finds any altered byte; ``--leakage``
+counts rows of equal features as comparing all rows would; skew is that of the ids' counts, and ``--plot`` draws it."""
 
 import argparse
 import json
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from datamodules.parquet import DatasetWriter
-from datamodules.preprocess import command
+from datamodules.preprocess import command, leakage
+from datamodules.preprocess.skew import all_skews
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema, Optimum
 
@@ -25,7 +30,7 @@ COLUMNS = (
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """100 rows for training, a quarter of them positive, and 10 for validation, none positive."""
+    """100 rows for training, a quarter of them positive, and 10 for validation, none positive; 220 were read."""
     with DatasetWriter(tmp_path / "data", COLUMNS) as writer:
         for split, rows, every in (("train", 100, 4), ("validation", 10, 99)):
             position = np.arange(1, rows + 1)
@@ -44,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
             protocol="own",
             settings={"max_rows": 5000},
             optimum={"validation": Optimum(auc=0.8125, log_loss=0.4321)},
-            report={"missing": {"I1": 11, "C1": 0}, "rows_per_file": [["raw.txt", 110]]},
+            report={"missing": {"I1": 22, "C1": 0}, "rows_per_file": [["raw.txt", 220]]},
         )
     return tmp_path / "data"
 
@@ -67,12 +72,14 @@ def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert facts["rows"] == 110 and facts["table_rows"] == 1237 and facts["verified"] is False
     columns = {column["name"]: column for column in facts["columns"]}
-    assert {name: (c["cardinality"], c["missing"], c["most_frequent"]) for name, c in columns.items()} == {
-        "label": (0, None, None),
-        "I1": (0, 0.1, None),
-        "C1": (1234, 0.0, None),
-        "C2": (3, None, 0.6),
+    names = ("cardinality", "missing", "most_frequent", "ids_for_90")
+    assert {name: tuple(column[fact] for fact in names) for name, column in columns.items()} == {
+        "label": (0, None, None, None),
+        "I1": (0, 0.1, None, None),
+        "C1": (1234, 0.0, None, None),
+        "C2": (3, None, 0.6, 3),
     }
+    assert "leakage" not in facts
     assert facts["optimum"] == {"validation": {"auc": 0.8125, "log_loss": 0.4321}}
 
 
@@ -83,11 +90,28 @@ def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ["train", "100", "90.9%", "0.2500", "1"] in words
     assert ["I1", "dense", "10.00%"] in words
     assert ["C1", "categorical", "1,234", "0.00%"] in words
-    assert ["C2", "categorical", "3", "60.00%", "0", "missing"] in words
+    assert ["C2", "categorical", "3", "60.00%", "3", "0", "missing"] in words
     assert ["all", "tables", "1,237"] in words
-    for text in ("max_rows 5000", "raw.txt (110 rows)", "AUC 0.8125", "as it is", "every file has its checksum"):
+    for text in ("max_rows 5000", "raw.txt (220 rows)", "AUC 0.8125", "as it is", "every file has its checksum"):
         assert text in out, text
     assert DatasetSchema.load(folder).encoding_fingerprint[:16] in out
+
+
+def test_long_lists_are_short_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reserved = {"missing": 0, "rare": 1, "unknown": 1}
+    columns = [
+        Column(name=f"C{i}", role="categorical", cardinality=9, transform="a", reserved=reserved) for i in (1, 2, 3)
+    ]
+    columns += [Column(name=name, role="categorical", cardinality=9, transform="b") for name in ("C5", "C6", "X")]
+    with DatasetWriter(tmp_path / "data", columns) as writer:
+        writer.write("train", {column.name: np.zeros(3, np.int32) for column in columns})
+        writer.finish(dataset="mine", protocol="own", settings={"minimum": {"C1": 0, "C2": 5}, "seed": 3})
+    assert run_inspect(tmp_path / "data") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  dataset      mine, protocol own, minimum for each column, seed 3" in lines
+    at = lines.index("  categorical  C1..C3: a")
+    assert lines[at + 1] == "               C5, C6, X: b"
+    assert ["C1", "categorical", "9", "0", "missing,", "1", "rare/unknown"] in [line.split() for line in lines]
 
 
 def flip_last_byte(path: Path) -> None:
@@ -143,3 +167,172 @@ def test_vocabulary_without_counts_and_rows_without_labels(tmp_path: Path, capsy
     assert facts["splits"]["test"]["label_mean"] is None and facts["columns"][0]["most_frequent"] is None
     assert run_inspect(tmp_path / "data") == 0
     assert ["test", "5", "100.0%", "1"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """All roles, nulls, and many equal rows; no vocabulary. Rows come from few values, so that equal ones occur."""
+    columns = (*COLUMNS[:3], Column(name="M", role="multi_hot", cardinality=4))
+    generator = np.random.default_rng(0)
+    with DatasetWriter(tmp_path / "uneven", columns) as writer:
+        for split, rows in (("train", 3_000), ("validation", 700), ("test", 50)):
+            lengths = generator.integers(0, 3, rows)
+            writer.write(
+                split,
+                {
+                    "label": generator.integers(0, 2, rows).astype(np.int8),
+                    "I1": generator.choice(np.array([np.nan, 0.0, -0.0, 1.5], np.float32), rows),
+                    "C1": generator.integers(0, 60, rows).astype(np.int32),
+                    "M": (
+                        generator.integers(0, 3, lengths.sum()).astype(np.int32),
+                        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+                    ),
+                },
+            )
+        writer.finish(dataset="mine", protocol="own")
+    return tmp_path / "uneven"
+
+
+def plain_rows(folder: Path, split: str) -> list[tuple[object, ...]]:
+    """Features of each row, comparable and hashable; -0.0 equals 0.0 in Python."""
+    table = pq.read_table(folder / split)
+    names = [name for name in table.column_names if name != "label"]
+    return [
+        tuple(tuple(value) if isinstance(value, list) else value for value in row)
+        for row in zip(*(table.column(name).to_pylist() for name in names), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("run_rows", [1 << 22, 500])
+@pytest.mark.parametrize("range_rows", [1 << 23, 100])
+def test_leakage_counts_equal_rows(
+    uneven: Path, run_rows: int, range_rows: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leakage, "_RUN_ROWS", run_rows)
+    monkeypatch.setattr(leakage, "_RANGE_ROWS", range_rows)
+    assert run_inspect(uneven, "--leakage", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["leakage"]
+    counts = {split: Counter(plain_rows(uneven, split)) for split in ("train", "validation", "test")}
+    for split, counter in counts.items():
+        rows, distinct = sum(counter.values()), len(counter)
+        assert found["within"][split] == {
+            "rows": rows,
+            "distinct": distinct,
+            "repeats": rows - distinct,
+            "share": (rows - distinct) / rows,
+        }
+    pairs = [("train", "validation"), ("train", "test"), ("validation", "test")]
+    assert [tuple(pair["splits"]) for pair in found["between"]] == pairs
+    for pair in found["between"]:
+        first, second = pair["splits"]
+        both = set(counts[first]) & set(counts[second])
+        assert 0 < len(both) == pair["distinct"]
+        for split in (first, second):
+            assert pair["rows"][split] == sum(counts[split][row] for row in both)
+            assert pair["shares"][split] == pair["rows"][split] / sum(counts[split].values())
+
+
+def test_a_planted_leak_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = np.arange(1_000, dtype=np.int32)
+    with DatasetWriter(tmp_path / "data", COLUMNS[2:3]) as writer:
+        writer.write("train", {"C1": ids})
+        writer.write("validation", {"C1": np.concatenate([ids[:30], ids[:30], 1_000 + ids[:90]])})
+        writer.finish(dataset="mine", protocol="own")
+    assert run_inspect(tmp_path / "data", "--leakage") == 0
+    out = capsys.readouterr().out
+    assert "train and validation: 60 rows of validation (40.000%) are in train too, as 30 rows there (3.000%)" in out
+    assert "within validation: 30 repeat an earlier row (20.000%)" in out
+    assert "suspect a leak" in out
+
+
+def test_hash_tells_apart_rows_that_differ_in_one_value() -> None:
+    columns = [Column(name=name, role="categorical", cardinality=2**31) for name in "abc"]
+    ids = np.concatenate([np.arange(300_000), np.array([2**31 - 1])]).astype(np.int32)
+    zeros = np.zeros_like(ids)
+    hashes = np.concatenate(
+        [
+            leakage.content_hashes(pa.table({**dict.fromkeys("abc", zeros), name: ids}), columns)[name != "a" :]
+            for name in "abc"
+        ]
+    )
+    assert len(np.unique(hashes)) == len(hashes)
+
+
+def test_temporary_folder_without_space(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leakage.shutil, "disk_usage", lambda path: argparse.Namespace(free=100))
+    with pytest.raises(UserError, match=r"the leakage check needs 0\.0 GB in .* set TMPDIR"):
+        run_inspect(folder, "--leakage")
+
+
+@pytest.mark.parametrize("name", ["folder", "uneven"])
+def test_skew_is_that_of_the_counts(name: str, request: pytest.FixtureRequest) -> None:
+    """C2 of ``folder`` has a vocabulary; the ids of all other columns are counted."""
+    folder = request.getfixturevalue(name)
+    schema = DatasetSchema.load(folder)
+    for skew in all_skews(folder, schema, progress=False):
+        values = [
+            v for split in schema.splits for v in pq.read_table(folder / split).column(skew.column.name).to_pylist()
+        ]
+        ids = [id for value in values for id in (value if isinstance(value, list) else [value])]
+        counts = sorted(Counter(ids).values(), reverse=True)
+        if skew.column.name == "C2":
+            counts = [66, 22, 22]
+        total = sum(counts)
+        assert skew.lookups == total and skew.most_frequent == counts[0] / total
+        for share, least in skew.ids_for.items():
+            assert sum(counts[:least]) >= share * total > sum(counts[: least - 1])
+        x, y = skew.curve
+        assert y.tolist() == [sum(counts[: round(of * skew.column.cardinality)]) / total for of in x]
+        assert (x[-1], y[-1]) == (1.0, 1.0)
+
+
+def test_values_that_share_an_id_are_counted_together(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "data", COLUMNS[2:3]) as writer:
+        writer.write("test", {"C1": np.zeros(5, np.int32)})
+        columns = {"hash": pa.array([None, 7, 8, 9], pa.uint32()), "count": [0, 5, 3, 4], "id": pa.array([0, 2, 1, 2])}
+        writer.write_vocabulary("C1", pa.table(columns))
+        schema = writer.finish(dataset="mine", protocol="own")
+    (skew,) = all_skews(tmp_path / "data", schema, progress=False)
+    assert skew.lookups == 12 and skew.most_frequent == 9 / 12 and skew.ids_for == {0.5: 1, 0.9: 2, 0.99: 2}
+
+
+@pytest.mark.parametrize("name", ["folder", "uneven"])
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_plot_writes_a_figure(
+    name: str, ending: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"tables.{ending}"
+    assert run_inspect(request.getfixturevalue(name), "--plot", str(path)) == 0
+    assert str(path) in capsys.readouterr().out
+    content = path.read_bytes()
+    assert content.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[ending])
+    if ending == "svg":  # each text stands beside its outlines as a comment
+        assert b"<!-- C1 -->" in content and b"<!-- 1,234 -->" in content
+
+
+def test_nothing_is_imported_that_only_a_plot_needs() -> None:
+    program = "import sys; import datamodules.preprocess.command; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("tables.doc", r"tables.doc is named like no figure; end its name with .png"), ("no/tables.png", "cannot write")],
+)
+def test_plot_mistakes(folder: Path, file: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        run_inspect(folder, "--plot", str(tmp_path / file))
+
+
+def test_dataset_without_tables_or_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, columns in (("dense", COLUMNS[:2]), ("label", COLUMNS[:1])):
+        with DatasetWriter(tmp_path / name, columns) as writer:
+            arrays = {"label": np.zeros(5, np.int8), "I1": np.ones(5, np.float32)}
+            writer.write("train", {column.name: arrays[column.name] for column in columns})
+            writer.finish(dataset="mine", protocol="own")
+        with pytest.raises(UserError, match="no tables to plot"):
+            run_inspect(tmp_path / name, "--plot", str(tmp_path / "tables.png"))
+    assert run_inspect(tmp_path / "dense", "--leakage") == 0
+    assert "within train: 4 repeat an earlier row (80.000%)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no features"):
+        run_inspect(tmp_path / "label", "--leakage")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
-from lightning_dlrm.objectives.losses import summed_log_loss
+from lightning_dlrm.objectives.losses import LogLoss
 from lightning_dlrm.objectives.metrics import ClickMetrics, click_metrics, exact_auc
 from tests.ranks import run_ranks
 
@@ -54,7 +54,7 @@ def test_all_metrics_of_many_samples_in_batches() -> None:
 def test_extreme_logits_keep_their_digits() -> None:
     loss = click_metrics(torch.tensor([200.0, -200.0]), torch.tensor([0, 1]))["log_loss"]
     assert loss == 200.0
-    assert summed_log_loss(torch.tensor([200.0, -200.0]), torch.tensor([1, 0])).item() == 0.0
+    assert LogLoss().summed(torch.tensor([200.0, -200.0]), torch.tensor([1, 0])).item() == 0.0
 
 
 def test_one_class_has_no_auc() -> None:

@@ -204,3 +204,60 @@ def test_parts_that_do_not_fit_the_schema_are_named(tmp_path: Path, change: dict
     with pytest.raises(UserError, match=message) as error:
         open_part(folder, schema, file)
     assert "train/part-00000.parquet" in str(error.value)
+
+
+# --- weights beside bags ----------------------------------------------------------------------------------
+
+WEIGHTED = (*COLUMNS, Column(name="M1_weights", role="weights"))
+
+
+def write_weighted(folder: Path, weights: Any, rows: Mapping[str, Any]) -> DatasetSchema:
+    with DatasetWriter(folder, WEIGHTED) as writer:
+        writer.write("train", {**piece(rows, 0, len(rows["label"])), "M1_weights": weights})
+        return writer.finish(dataset="mine", protocol="own")
+
+
+def test_weights_are_stored_beside_their_bags(tmp_path: Path) -> None:
+    rows = make_rows(110)
+    ids, offsets = piece(rows, 0, 110)["M1"]
+    weights = np.linspace(-1, 2, len(ids), dtype=np.float32)
+    schema = write_weighted(tmp_path / "data", (weights, offsets), rows)
+    assert DatasetSchema.load(tmp_path / "data") == schema
+    assert schema.features.tables == {"C1": 40, "M1": 9}
+    table = pa.concat_tables(open_part(tmp_path / "data", schema, file).read() for file in schema.splits["train"].files)
+    stored = table["M1_weights"].combine_chunks()
+    assert stored.type.value_type == pa.float32()
+    assert stored.value_lengths().to_pylist() == [len(bag) for bag in rows["M1"]]
+    np.testing.assert_array_equal(stored.flatten().to_numpy(), weights)
+    # As an Arrow array, they are the same.
+    bags = pa.ListArray.from_arrays(pa.array(offsets), pa.array(weights), type=pa.list_(pa.float32()))
+    assert write_weighted(tmp_path / "arrow", bags, rows).data_fingerprint == schema.data_fingerprint
+
+
+def test_data_without_weights_keep_their_fingerprint(tmp_path: Path) -> None:
+    """As it was before there was such a role: models and runs stay bound to their data."""
+    schema = write(tmp_path / "data", make_rows(110))
+    assert schema.encoding_fingerprint == "15ba7eb6b7b150d9b28d53c2825c4c904551d42d1d393d62bb75ee36a13d8ecf"
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([[1], [1, 2], []], "M1_weights: row 1 has 2 weights for 1 ids; give each id one weight"),
+        ([[1], [1], [1]], "row 2 has 1 weights for 0 ids"),
+        ([[1], [1], None], "row 2 has 0 weights for 0 ids"),
+        ([[1], [None], []], "a weight is null or NaN; give each id a number"),
+        ([[float("nan")], [1], []], "a weight is null or NaN"),
+    ],
+)
+def test_weights_that_do_not_fit_their_bags_are_refused(tmp_path: Path, weights: Any, message: str) -> None:
+    rows = {**make_rows(3), "M1": [np.array([4], np.int32), np.array([5], np.int32), np.empty(0, np.int32)]}
+    with pytest.raises(UserError, match=message):
+        write_weighted(tmp_path / "data", pa.array(weights, pa.list_(pa.float32())), rows)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["C1_weights", "M1weights", "M2_weights", "_weights"])
+def test_weights_belong_to_a_multi_hot_column(name: str) -> None:
+    with pytest.raises(UserError, match=rf"column {name} \(weights\) belongs to no multi-hot column; .*'M1_weights'"):
+        DatasetSchema(dataset="mine", protocol="own", columns=(*COLUMNS, Column(name=name, role="weights")), splits={})

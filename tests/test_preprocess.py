@@ -1,7 +1,7 @@
 """Contract: ``preprocess`` turns raw Criteo TSV into exactly the dataset that its protocol defines.
 
-``plain_dlrm`` below is protocol ``dlrm`` in plain Python (split, dicts, math.log). Whatever the
-input's form (gzip, line ends, files, block size), ids equal its ids and dense values its values;
+``raw_criteo.Plain`` is every protocol in plain Python (split, dicts, math.log). Whatever the input's
+form (compression, line ends, files, piece size), ids equal its ids and dense values its values;
 equal input gives equal bytes; wrong input gives one line with file, line and remedy, and leaves
 nothing behind.
 """
@@ -9,196 +9,208 @@ nothing behind.
 import argparse
 import gzip
 import io
-import math
+import json
 import os
-import random
-import signal
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.parquet import verify
-from datamodules.preprocess import command, progress, stages
-from datamodules.preprocess.criteo_tsv import BLOCK_BYTES, Block, parse
+from datamodules import parquet
+from datamodules.preprocess import command, estimate, progress, stages
+from datamodules.preprocess.criteo_tsv import BadLineError, parse
+from datamodules.preprocess.multi_hot import MLPERF_SIZES
 from datamodules.preprocess.pipeline import order_warning, preprocess
-from datamodules.preprocess.progress import Progress, Stage
-from datamodules.preprocess.protocols import Dataset
+from datamodules.preprocess.progress import Progress
+from datamodules.preprocess.protocols import PROTOCOLS
+from datamodules.preprocess.splits import Dataset
+from datamodules.preprocess.stages import PIECE_BYTES
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, SPLITS, DatasetSchema
+from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, DatasetSchema
+from tests.raw_criteo import (
+    SAMPLE,
+    Line,
+    Plain,
+    assert_equals_plain,
+    assert_rows,
+    folder_bytes,
+    generated_lines,
+    mixed,
+    written,
+)
 
-SAMPLE = Path(__file__).parents[2] / "shared/criteo_terabyte_sample/day_0"
 QUIET = Progress(show=False)
 
-Line = list[str]
+EVERY_PROTOCOL = [
+    ("dlrm", {}),
+    ("dlrm", {"max_rows": 1}),
+    ("dlrm", {"max_rows": 10}),
+    ("dlrm", {"max_rows": 2**40, "min_count": 3}),
+    ("dlrm", {"negative_sampling_rate": 0.25, "seed": 7}),
+    ("mlperf", {}),
+    ("mlperf", {"max_rows": 7}),
+    ("mlperf", {"max_rows": 30, "min_count": 5}),
+    ("nvidia", {}),
+    ("nvidia", {"min_count": 3}),
+    ("bars", {}),
+    ("bars", {"min_count": 2, "seed": 2018, "negative_sampling_rate": 0.5}),
+    ("modern", {}),
+    ("modern", {"min_count": 1}),
+    ("modern", {"min_count": 20, "negative_sampling_rate": 0.9}),
+]
 
 
-def generated_lines(rows: int, seed: int = 0) -> list[Line]:
-    """Rows with missing values, negatives, extremes, hash 0, values seen once and values only in the last rows."""
-    rng = random.Random(seed)
-    lines = []
-    for row in range(rows):
-        integers = [rng.choice(["", "-1", "-3", "0", "1", "2147483647", "-2147483648", str(rng.randrange(10**6))])]
-        integers += [rng.choice(["", str(rng.randrange(100))]) for _ in range(12)]
-        hashes = [f"{hash_of(rng, row, column):08x}" for column in range(26)]
-        hashes = [text if rng.random() > 0.1 else rng.choice(["", "00000000", text.upper()]) for text in hashes]
-        lines.append([rng.choice("01"), *integers, *hashes])
-    return lines
-
-
-def hash_of(rng: random.Random, row: int, column: int) -> int:
-    if column == 0:
-        return row * 2654435761 % 2**32  # each seen once
-    if column == 1:
-        return 0xFFFFFFFF if row % 2 else 7  # ties
-    if column == 2 and row > 90:
-        return 0xABCDEF01  # first seen late
-    return int(rng.random() ** 3 * 50) * 0x9E3779B1 % 2**32
-
-
-def plain_dlrm(
-    files: list[list[Line]], dataset: str, max_rows: int | None = None
-) -> tuple[dict[str, list[dict[str, float]]], dict[str, list[tuple[int, int]]]]:
-    """Rows of every split, and (hash, count) of every categorical column in the order of ids."""
-    rows = [line for file in files for line in file]
-    hashes = [[int(text or "0", 16) % (max_rows or 2**32) for text in line[14:]] for line in rows]
-    vocabulary = {}
-    for position, name in enumerate(CRITEO_CATEGORICAL):
-        counts = Counter(row[position] for row in hashes)
-        vocabulary[name] = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    ids = {name: {item[0]: i for i, item in enumerate(items)} for name, items in vocabulary.items()}
-    encoded = []
-    for line, row in zip(rows, hashes, strict=True):
-        values: dict[str, float] = {"label": int(line[0])}
-        for name, text in zip(CRITEO_DENSE, line[1:14], strict=True):
-            values[name] = math.log(max(int(text or "0"), 0) + 1)
-        for name, value in zip(CRITEO_CATEGORICAL, row, strict=True):
-            values[name] = ids[name][value]
-        encoded.append(values)
-    if dataset == "terabyte" and len(files) > 1:
-        held_out = len(files[-1])
-    else:
-        days = [len(rows) // 7 + (day < len(rows) % 7) for day in range(7)]
-        held_out = days[-1]
-    train, last = encoded[: len(rows) - held_out], encoded[len(rows) - held_out :]
-    half = (held_out + 1) // 2
-    return {"train": train, "test": last[:half], "validation": last[half:]}, vocabulary
-
-
-def written(path: Path, lines: list[Line], end: str = "\n", last_end: bool = True) -> Path:
-    text = end.join("\t".join(line) for line in lines) + (end if last_end else "")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wb") as file:
-        file.write(text.encode())
-    return path
-
-
-def assert_equals_plain(folder: Path, files: list[list[Line]], dataset: str, max_rows: int | None = None) -> None:
-    splits, vocabulary = plain_dlrm(files, dataset, max_rows)
-    schema = DatasetSchema.load(folder)
-    verify(folder, schema)
-    assert (schema.dataset, schema.protocol) == (dataset, "dlrm")
-    assert dict(schema.features.tables) == {name: len(items) for name, items in vocabulary.items()}
-    for split in SPLITS:
-        table = pq.read_table(folder / split)
-        expected = splits[split]
-        assert table.num_rows == schema.splits[split].rows == len(expected)
-        assert schema.splits[split].positives == sum(row["label"] for row in expected)
-        for column in ("label", *CRITEO_CATEGORICAL):
-            assert table.column(column).to_pylist() == [row[column] for row in expected], (split, column)
-        for column in CRITEO_DENSE:
-            np.testing.assert_array_equal(
-                table.column(column).to_numpy(), np.array([row[column] for row in expected], np.float32)
-            )
-    for name, items in vocabulary.items():
-        stored = pq.read_table(folder / f"vocabulary/{name}.parquet").to_pylist()
-        assert [(entry["hash"], entry["count"]) for entry in stored] == items
-    lines = [line for file in files for line in file]
+@pytest.mark.parametrize(("protocol", "options"), EVERY_PROTOCOL, ids=str)
+def test_single_file_equals_plain_protocol(tmp_path: Path, protocol: str, options: dict[str, Any]) -> None:
+    lines = generated_lines(1003)
+    raw = written(tmp_path / "train.txt", lines)
+    preprocess("kaggle", protocol, [raw], tmp_path / "out", progress=QUIET, **options)
+    schema = assert_equals_plain(tmp_path / "out", Plain(protocol, [lines], "kaggle", **options))
+    assert schema.dataset == "kaggle"
+    assert options.items() <= schema.settings.items()
     assert schema.report["missing"] == {
         name: sum(not line[position] for line in lines)
         for position, name in enumerate((*CRITEO_DENSE, *CRITEO_CATEGORICAL), 1)
     }
 
 
-@pytest.mark.parametrize(("rows", "max_rows"), [(14, None), (100, 1), (2003, None), (2003, 10), (2003, 2**40)])
-def test_single_file_equals_plain_protocol(tmp_path: Path, rows: int, max_rows: int | None) -> None:
-    lines = generated_lines(rows)
-    raw = written(tmp_path / "train.txt", lines)
-    schema = preprocess("kaggle", "dlrm", [raw], tmp_path / "out", max_rows, QUIET)
-    assert_equals_plain(tmp_path / "out", [lines], "kaggle", max_rows)
-    assert dict(schema.settings) == ({} if max_rows is None else {"max_rows": max_rows})
-
-
 @pytest.mark.parametrize("dataset", ["kaggle", "terabyte"])
-def test_several_files_equal_plain_protocol(tmp_path: Path, dataset: Dataset) -> None:
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_several_files_equal_plain_protocol(tmp_path: Path, dataset: Dataset, protocol: str) -> None:
     files = [generated_lines(50, 1), generated_lines(1, 2), generated_lines(75, 3), generated_lines(31, 4)]
-    paths = [written(tmp_path / f"day_{day}{'.gz' * (day % 2)}", lines) for day, lines in enumerate(files)]
-    schema = preprocess(dataset, "dlrm", paths, tmp_path / "out", progress=QUIET)
-    assert_equals_plain(tmp_path / "out", files, dataset)
-    assert schema.report["rows_per_file"] == [["day_0", 50], ["day_1.gz", 1], ["day_2", 75], ["day_3.gz", 31]]
+    paths = [
+        written(tmp_path / f"day_{day}{suffix}", lines)
+        for day, (lines, suffix) in enumerate(zip(files, ("", ".gz", ".zst", ""), strict=True))
+    ]
+    preprocess(dataset, protocol, paths, tmp_path / "out", progress=QUIET, block_bytes=1000)
+    schema = assert_equals_plain(tmp_path / "out", Plain(protocol, files, dataset))
+    assert schema.report["rows_per_file"] == [["day_0", 50], ["day_1.gz", 1], ["day_2.zst", 75], ["day_3", 31]]
 
 
-def test_chunk_and_vocabulary_boundaries_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "CHUNK_ROWS", 5)
-    monkeypatch.setattr(stages, "_VOCABULARY_SLACK", 3)
-    files = [generated_lines(83, 1), generated_lines(31, 2)]
+def test_dlrm_without_options_has_no_settings(tmp_path: Path) -> None:
+    """A dataset of the first release and one of this are one to a model: the same encoding fingerprint."""
+    raw = written(tmp_path / "train.txt", generated_lines(20))
+    assert dict(preprocess("kaggle", "dlrm", [raw], tmp_path / "out", progress=QUIET).settings) == {}
+
+
+@pytest.mark.parametrize("protocol", ["dlrm", "mlperf", "modern"])
+def test_spilled_counts_equal_plain_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
+    monkeypatch.setattr(stages, "_VALUES_AT_ONCE", 60)
+    monkeypatch.setattr(stages, "_IDS_AT_ONCE", 16)
+    files = [generated_lines(183, 1), generated_lines(131, 2)]
     paths = [written(tmp_path / f"day_{day}", lines) for day, lines in enumerate(files)]
-    preprocess("terabyte", "dlrm", paths, tmp_path / "out", progress=QUIET, block_bytes=300)
-    assert_equals_plain(tmp_path / "out", files, "terabyte")
+    preprocess("terabyte", protocol, paths, tmp_path / "out", progress=QUIET, block_bytes=9000)
+    assert_equals_plain(tmp_path / "out", Plain(protocol, files, "terabyte"))
+
+
+@pytest.mark.parametrize("protocol", ["dlrm", "bars"])
+def test_part_files_are_cut_where_the_writer_cuts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    monkeypatch.setattr(parquet, "ROW_GROUP_ROWS", 16)
+    for module in (parquet, stages):
+        monkeypatch.setattr(module, "ROWS_PER_FILE", 64)
+    lines = generated_lines(1000)
+    schema = preprocess(
+        "kaggle", protocol, [written(tmp_path / "raw", lines)], tmp_path / "out", progress=QUIET, block_bytes=20_000
+    )
+    assert_equals_plain(tmp_path / "out", Plain(protocol, [lines], "kaggle"))
+    for split in schema.splits.values():
+        groups = [rows for file in split.files for rows in file.row_groups]
+        assert all(rows == 16 for rows in groups[:-1])
+        assert all(file.rows == 64 for file in split.files[:-1])
 
 
 def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_form_of_the_input_does_not_change_a_byte(tmp_path: Path) -> None:
-    lines = generated_lines(200)
+    lines = generated_lines(60)
     forms: dict[str, Callable[[Path], Path]] = {
         "plain": lambda folder: written(folder / "train", lines),
         "again": lambda folder: written(folder / "train", lines),
         "gzip without suffix": lambda folder: written(folder / "train.gz", lines).rename(folder / "train"),
+        "zstd without suffix": lambda folder: written(folder / "train.zst", lines).rename(folder / "train"),
         "crlf": lambda folder: written(folder / "train", lines, end="\r\n"),
         "no final line end": lambda folder: written(folder / "train", lines, last_end=False),
         "crlf, no final line end": lambda folder: written(folder / "train", lines, end="\r\n", last_end=False),
+        "gzip, no final line end": lambda folder: written(folder / "t.gz", lines, last_end=False).rename(
+            folder / "train"
+        ),
     }
     results = {}
     for name, make in forms.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        block_bytes = BLOCK_BYTES if name == "plain" else 37
-        preprocess("kaggle", "dlrm", [make(folder)], folder / "out", progress=QUIET, block_bytes=block_bytes)
-        results[name] = folder_bytes(folder / "out")
-    first = results.pop("plain")
-    assert len(first) == 26 + 3 + 1
-    for name, files in results.items():
-        assert files == first, name
+        sizes = {"plain": (PIECE_BYTES,), "crlf": (37, 4096), "gzip, no final line end": (37, 4096)}
+        for piece_bytes in sizes.get(name, (1000,)):
+            folder = tmp_path / name / str(piece_bytes)
+            folder.mkdir(parents=True)
+            preprocess("kaggle", "modern", [make(folder)], folder / "out", progress=QUIET, block_bytes=piece_bytes)
+            results[name, piece_bytes] = folder_bytes(folder / "out")
+    first = results.pop(("plain", PIECE_BYTES))
+    assert len(first) == 39 + 3 + 1
+    for form, files in results.items():
+        assert files == first, form
 
 
-def test_gzip_of_several_members(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_file_of_several_members(tmp_path: Path, suffix: str) -> None:
     lines = generated_lines(60)
-    parts = [written(tmp_path / f"{i}.gz", lines[i::2]).read_bytes() for i in range(2)]
-    (tmp_path / "day.gz").write_bytes(b"".join(parts))
-    preprocess("kaggle", "dlrm", [tmp_path / "day.gz"], tmp_path / "out", progress=QUIET)
-    assert_equals_plain(tmp_path / "out", [lines[0::2] + lines[1::2]], "kaggle")
+    parts = [written(tmp_path / f"{i}{suffix}", lines[i::2]).read_bytes() for i in range(2)]
+    (tmp_path / f"day{suffix}").write_bytes(b"".join(parts))
+    preprocess("kaggle", "dlrm", [tmp_path / f"day{suffix}"], tmp_path / "out", progress=QUIET)
+    assert_equals_plain(tmp_path / "out", Plain("dlrm", [lines[0::2] + lines[1::2]], "kaggle"))
 
 
 @pytest.mark.skipif(not SAMPLE.exists(), reason=f"the real sample is not at {SAMPLE}")
-def test_real_sample(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_real_sample(tmp_path: Path, protocol: str) -> None:
     lines = [line.split("\t") for line in SAMPLE.read_text().removesuffix("\n").split("\n")]
-    preprocess("terabyte", "dlrm", [SAMPLE], tmp_path / "out", progress=QUIET)
-    assert_equals_plain(tmp_path / "out", [lines], "terabyte")
+    preprocess("terabyte", protocol, [SAMPLE], tmp_path / "out", progress=QUIET, block_bytes=1 << 19)
+    assert_equals_plain(tmp_path / "out", Plain(protocol, [lines], "terabyte"))
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "pareto"])
+def test_multi_hot_bags(tmp_path: Path, distribution: Any) -> None:
+    lines = generated_lines(300)
+    raw = written(tmp_path / "day", lines)
+    options = {"multi_hot": "mlperf", "multi_hot_distribution": distribution, "seed": 3}
+    schema = preprocess("terabyte", "mlperf", [raw], tmp_path / "out", 40, QUIET, **options)  # type: ignore[arg-type]
+    plain = Plain("mlperf", [lines], "terabyte", 40)
+    table = pq.read_table(tmp_path / "out/train")
+    for position, column in enumerate(schema.columns[14:]):
+        size, rows = MLPERF_SIZES[column.name], plain.rows[column.name]
+        ids = [int(row[column.name] or 0) for row in plain.splits["train"]]
+        assert (column.role, column.cardinality) == ("categorical" if size == 1 else "multi_hot", rows)
+        if size == 1:
+            assert table.column(column.name).to_pylist() == ids
+            continue
+        expected = []
+        for row in ids:
+            bag = [row]
+            for place in range(1, size):
+                drawn = mixed(3, 16 + position, row * size + place) >> 32
+                if distribution == "uniform":
+                    bag.append(drawn * rows >> 32)
+                else:
+                    bag.append(int(int((1 - drawn / 2**32) ** -4.0 - 1) % rows) if drawn else 0)
+            expected.append(bag)
+        found = table.column(column.name).to_pylist()
+        if distribution == "uniform":
+            assert found == expected
+        else:  # the plain power is rounded otherwise in the last digits, which matters for the largest draws alone
+            assert [bag[0] for bag in found] == ids
+            same = np.mean([a == b for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True)])
+            assert same > 0.95
+            assert all(0 <= value < rows for bag in found for value in bag)
 
 
 def changed(row: int, column: int, text: str) -> Callable[[list[Line]], None]:
@@ -248,7 +260,7 @@ def raw_path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("case", BAD_LINES)
 def test_bad_line_is_named(raw_path: Path, case: str) -> None:
     change, number, message = BAD_LINES[case]
-    block_bytes = 100 if raw_path.suffix == ".gz" else BLOCK_BYTES
+    block_bytes = 100 if raw_path.suffix == ".gz" else PIECE_BYTES
     lines = generated_lines(100)
     change(lines)
     written(raw_path, lines, last_end=case != "label missing")
@@ -287,19 +299,51 @@ def test_fast_and_exact_check_agree(column: int, text: str) -> None:
     """Whatever stands in one field: a line is parsed to just what it says, or refused."""
     line = generated_lines(1)[0]
     line[column] = text
-    data = "\t".join(line).encode() + b"\n"
     try:
-        table = parse(Block(path=Path("raw"), first_line=1, lines=data.count(b"\n"), data=data))
-    except UserError as error:
-        assert "not Criteo lines" not in str(error), "the exact check found nothing wrong"
+        table = parse("\t".join(line).encode() + b"\n")
+    except BadLineError as error:
+        assert "no Criteo line" not in str(error), "the exact check found nothing wrong"
         return
     text = text.removesuffix("\r") if column == 39 else text
     base = 10 if column < 14 else 16
     assert table.column(column).to_pylist() == [int(text, base) if text else None]
 
 
+@pytest.mark.parametrize("piece_bytes", [3000, PIECE_BYTES])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_bad_rows_are_left_out_and_listed(tmp_path: Path, piece_bytes: int, suffix: str) -> None:
+    files = [generated_lines(400, 1), generated_lines(300, 2)]
+    bad = {0: {0: "label", 7: "gone", 8: "hash", 399: "hash"}, 1: {150: "gone", 299: "label"}}
+    good = [[line for row, line in enumerate(lines) if row not in bad[file]] for file, lines in enumerate(files)]
+    expected = []
+    for file, rows in bad.items():
+        for row, kind in rows.items():
+            line = files[file][row] = list(files[file][row])
+            if kind == "gone":
+                del line[5:]
+                reason = "5 fields, expected 40"
+            else:
+                line[0 if kind == "label" else 39] = "?"
+                reason = f"{'label' if kind == 'label' else 'C26'} is '?', expected"
+            expected.append((f"day_{file}{suffix}", row + 1, reason))
+    paths = [written(tmp_path / f"day_{i}{suffix}", lines) for i, lines in enumerate(files)]
+    schema = preprocess(
+        "terabyte", "mlperf", paths, tmp_path / "out", progress=QUIET, on_bad_row="skip", block_bytes=piece_bytes
+    )
+    assert_equals_plain(tmp_path / "out", Plain("mlperf", good, "terabyte"))
+    header, *listed = (tmp_path / "out/bad_rows.tsv").read_text().splitlines()
+    assert header == "file\tline\treason" and len(listed) == len(expected) == schema.report["bad_rows"]
+    for found, (name, number, reason) in zip(listed, expected, strict=True):
+        assert found.startswith(f"{name}\t{number}\t{reason}")
+
+
 def gzip_bytes(rows: int = 3000) -> bytes:
     return gzip.compress("".join("\t".join(line) + "\n" for line in generated_lines(rows)).encode())
+
+
+def zstd_bytes() -> bytes:
+    content: bytes = pa.compress(gzip.decompress(gzip_bytes()), "zstd", asbytes=True)
+    return content
 
 
 BAD_FILES: dict[str, tuple[str, bytes, str]] = {
@@ -311,6 +355,10 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "corrupt gzip": ("day.gz", gzip_bytes()[:50_000] + bytes(50) + gzip_bytes()[50_050:], "download the file again"),
     "wrong gzip checksum": ("day.gz", gzip_bytes()[:-8] + b"\0" * 8, "corrupt gzip"),
     "garbage after gzip": ("day.gz", gzip_bytes() + b"garbage", "corrupt gzip"),
+    "empty zstd": ("day.zst", pa.compress(b"", "zstd", asbytes=True), "day.zst is empty"),
+    "truncated zstd": ("day.zst", zstd_bytes()[:-2000], "truncated Zstandard"),
+    "corrupt zstd": ("day.zst", zstd_bytes()[:50_000] + bytes(50) + zstd_bytes()[50_050:], "corrupt Zstandard"),
+    "plain named zstd": ("day.zst", b"1\t2\n", "not Zstandard"),
     "plain named gzip": ("day.gz", b"1\t2\n", "not gzip"),
     "no line ends": ("day", b"1\t" * (1 << 20), "fields, expected 40"),
     "carriage returns only": ("day", b"\r".join(b"1" + b"\t" * 39 for _ in range(50)), "fields, expected 40"),
@@ -341,7 +389,24 @@ def test_bad_arguments(tmp_path: Path) -> None:
     (tmp_path / "full/file").touch()
     out = tmp_path / "out"
     cases: list[tuple[str, Callable[[], object]]] = [
-        ("unknown protocol 'dlmr'; known: dlrm", lambda: preprocess("kaggle", "dlmr", [raw], out)),
+        ("unknown protocol 'dlmr'; known: dlrm, mlperf", lambda: preprocess("kaggle", "dlmr", [raw], out)),
+        ("no protocol is given", lambda: preprocess("kaggle", None, [raw], out)),
+        ("no dataset is given", lambda: preprocess(None, "dlrm", [raw], out)),
+        ("nvidia has no max_rows, dlrm and mlperf have", lambda: preprocess("kaggle", "nvidia", [raw], out, 9)),
+        ("min_count is 0", lambda: preprocess("kaggle", "dlrm", [raw], out, min_count=0)),
+        ("rate is 0", lambda: preprocess("kaggle", "dlrm", [raw], out, negative_sampling_rate=0)),
+        ("rate is 1.5", lambda: preprocess("kaggle", "dlrm", [raw], out, negative_sampling_rate=1.5)),
+        ("seed is -1", lambda: preprocess("kaggle", "bars", [raw], out, seed=-1)),
+        ("made of Terabyte's rows", lambda: preprocess("kaggle", "mlperf", [raw], out, multi_hot="mlperf")),
+        (
+            "without multi_hot",
+            lambda: preprocess("terabyte", "mlperf", [raw], out, multi_hot_distribution="pareto"),
+        ),
+        ("workers is 0", lambda: preprocess("kaggle", "dlrm", [raw], out, workers=0)),
+        ("leave one out", lambda: preprocess("kaggle", "dlrm", [raw], out, workers=2, scheduler="tcp://x:1")),
+        ("no dataset folder at", lambda: preprocess(None, None, [raw], out, vocabulary=tmp_path / "none")),
+        ("no kind of address", lambda: preprocess("kaggle", "dlrm", ["nosuch://x/y"], out)),
+        ("no kind of address", lambda: preprocess("kaggle", "dlrm", [raw], "nosuch://x/y")),
         ("unknown dataset", lambda: preprocess("avazu", "dlrm", [raw], out)),  # type: ignore[arg-type]
         ("max_rows is 0", lambda: preprocess("kaggle", "dlrm", [raw], out, 0)),
         ("no input files", lambda: preprocess("kaggle", "dlrm", [], out)),
@@ -367,24 +432,6 @@ def test_output_not_writable(tmp_path: Path) -> None:
         preprocess("kaggle", "dlrm", [raw], tmp_path / "locked/out", progress=QUIET)
 
 
-def test_leftovers_of_a_killed_run_are_replaced_and_a_run_in_progress_is_not(tmp_path: Path) -> None:
-    lines = generated_lines(20)
-    raw = written(tmp_path / "day", lines)
-    leftover = tmp_path / ".out.preprocess/stages/raw"
-    leftover.mkdir(parents=True)
-    (leftover / "00000.parquet").write_bytes(b"half")
-
-    class Meddling(Progress):
-        def stage(self, name: str, total_rows: int | None = None):  # type: ignore[no-untyped-def]
-            with pytest.raises(UserError, match="another run is making"):
-                preprocess("kaggle", "dlrm", [raw], tmp_path / "out", progress=QUIET)
-            return super().stage(name, total_rows)
-
-    preprocess("kaggle", "dlrm", [raw], tmp_path / "out", progress=Meddling(show=False))
-    assert_equals_plain(tmp_path / "out", [lines], "kaggle")
-    assert names_in(tmp_path) == {"day", "out"}
-
-
 def test_days_out_of_order_are_noticed() -> None:
     days = [Path(f"day_{day}.gz") for day in range(12)]
     shell = sorted(days, key=str)
@@ -407,34 +454,70 @@ def test_command_prints_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out, err = capsys.readouterr()
     schema = DatasetSchema.load(folder)
     assert f"{sum(schema.features.table_rows):,}" in out
-    assert "train.txt (100 rows)" in out
-    assert [line.split()[:2] for line in err.splitlines()] == [
+    assert "100 rows read, 100 written in" in out
+    first, *lines = err.splitlines()
+    assert "of disk" in first and "are free" in first
+    assert [line.split()[:2] for line in lines] == [
         ["stage", "100"],
         ["count", "100"],
         ["encode", "100"],
     ], "one line a stage, no bars"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["rows"] == {"train": 86, "test": 7, "validation": 7}
+    assert report["label_mean"]["test"] == schema.splits["test"].positives / 7  # type: ignore[operator]
+    assert [stage["name"] for stage in report["stages"]] == ["stage", "count", "encode"]
+    assert all(10e6 < stage["peak_bytes"] < 10e9 and stage["disk_bytes"] > 0 for stage in report["stages"])
 
 
-@pytest.mark.parametrize("stage", ["stage", "count", "encode"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, stage: str
-) -> None:
-    class Interrupted(Progress):
-        @contextmanager
-        def stage(self, name: str, total_rows: int | None = None) -> Iterator[Stage]:
-            with super().stage(name, total_rows) as running:
-                yield running
-                if name == stage:
-                    os.kill(os.getpid(), number)
+def test_new_rows_are_encoded_as_a_dataset_was(tmp_path: Path) -> None:
+    """Labelled or not; unknown values get the protocol's id for them; and a model knows the encoding as its own."""
+    lines, new = generated_lines(700, 1), generated_lines(90, 9)
+    new[3][16], new[4][15] = "12345678", "9abcdef0"
+    written(tmp_path / "train.txt", lines)
+    written(tmp_path / "new", new)
+    written(tmp_path / "test.txt", [line[1:] for line in new])
+    for protocol, options in EVERY_PROTOCOL:
+        place = tmp_path / f"{protocol}-{options}"
+        known = preprocess("kaggle", protocol, [tmp_path / "train.txt"], place / "known", progress=QUIET, **options)
+        plain = Plain(protocol, [lines], "kaggle", **options)
+        for name, rows in (("new", new), ("test.txt", [line[1:] for line in new])):
+            schema = preprocess(
+                None,
+                None,
+                [tmp_path / name],
+                place / name,
+                progress=QUIET,
+                vocabulary=place / "known",
+                block_bytes=2000,
+            )
+            assert schema == DatasetSchema.load(place / name)
+            assert schema.encoding_fingerprint == known.encoding_fingerprint
+            assert list(schema.splits) == ["test"]
+            assert (schema.splits["test"].positives is None) == (name == "test.txt")
+            assert_rows(pq.read_table(place / name / "test"), [plain.encoded(line) for line in rows])
+            assert schema.report["unknown"]["C1"] > 0 or options.get("max_rows")
 
-    monkeypatch.setattr(command, "Progress", Interrupted)
+
+def test_options_at_odds_with_the_vocabulary(tmp_path: Path) -> None:
+    raw = written(tmp_path / "train.txt", generated_lines(50))
+    preprocess("kaggle", "dlrm", [raw], tmp_path / "known", 100, progress=QUIET)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"protocol": "bars"}, "protocol is bars, but the vocabulary of .* was made with dlrm"),
+        ({"protocol": None, "max_rows": 50}, "max_rows is 50, but .* with 100"),
+        ({"protocol": None, "negative_sampling_rate": 0.5}, "negative_sampling_rate is 0.5, but .* with 1.0"),
+    ]
+    for options, message in cases:
+        with pytest.raises(UserError, match=message):
+            preprocess(None, inputs=[raw], output=tmp_path / "out", vocabulary=tmp_path / "known", **options)
+    assert names_in(tmp_path) == {"train.txt", "known"}
+
+
+def test_disk_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = written(tmp_path / "train.txt", generated_lines(100))
-    with pytest.raises((SystemExit, KeyboardInterrupt)) as left:
-        run_command("--dataset", "kaggle", "--protocol", "dlrm", "--input", raw, "--output", tmp_path / "out")
-    assert left.type is KeyboardInterrupt if number == signal.SIGINT else left.value.args == (143,)
-    # After the last stage the dataset has its name already, and is whole.
-    assert names_in(tmp_path) == ({"train.txt", "out"} if stage == "encode" else {"train.txt"})
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 9000})())
+    with pytest.raises(UserError, match=r"of disk are needed, 0\.0 MB are free"):
+        preprocess("kaggle", "dlrm", [raw], tmp_path / "out", progress=QUIET)
+    assert names_in(tmp_path) == {"train.txt"}
 
 
 class Clock:
@@ -449,14 +532,17 @@ def test_progress_without_a_terminal_is_no_flood(
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(progress, "resident_bytes", lambda: 1_230_000_000)
+    monkeypatch.setattr(progress, "_MEMORY_EVERY_S", 60.0)
     with Progress().stage("encode", 7_200_000) as stage:
+        stage.measured(2_340_000_000, 5_600_000_000)
         for _ in range(7200):
             clock.now += 1
             stage.advance(1000)
     *lines, last = capsys.readouterr().err.splitlines()
     assert 3 < len(lines) < 40
-    assert lines[0].split() == ["encode", "0.1%", "10,000", "rows,", "1,000", "rows/s,", "7,190", "s", "left"]
-    assert last.split() == ["encode", "7,200,000", "rows", "7,200.0", "s", "1,000", "rows/s"]
+    assert lines[0] == "encode   0.1%  10,000 rows, 1,000 rows/s, 2.34 GB memory, 5.60 GB disk, 7,190 s left"
+    assert last.split()[:9] == ["encode", "7,200,000", "rows", "7,200.0", "s", "1,000", "rows/s", "2.34", "GB"]
 
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,7 +554,7 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress().stage("stage") as stage:
         for tenth in range(1, 11):
-            stage.advance(1234, tenth / 10)
+            stage.reached(1234 * tenth, tenth / 10)
     last = terminal.getvalue().split("\r")[-1]
     assert last.startswith("stage  100%|") and ", 12,340 rows, " in last and last.count("\n") == 1
 

@@ -2,15 +2,21 @@
 ranks, each row once an epoch; loaders give exactly the rows it says, from any position on, and their
 thread never outlives them."""
 
+import functools
 import gc
+import itertools
+import json
+import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,13 +26,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules import parquet
-from datamodules.parquet import DatasetWriter
-from datamodules.stream import reader
+from datamodules.criteo import Criteo
+from datamodules.parquet import DatasetWriter, Folder
+from datamodules.stream import loader as loader_module
+from datamodules.stream import memory, reader
 from datamodules.stream.loader import BackgroundIterator, Loader, TrainingLoader
-from datamodules.stream.order import Order, _shares, permutation
+from datamodules.stream.order import Order, _shares, bijection, permutation
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema
+from tests.ranks import run_ranks
 
 WIDE = (
     Column(name="label", role="label"),
@@ -73,6 +82,12 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DatasetSchema]
     return folder, make_dataset(folder, WIDE, 2005)
 
 
+@pytest.fixture(scope="module")
+def bags(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DatasetSchema]:
+    folder = tmp_path_factory.mktemp("bags") / "data"
+    return folder, make_dataset(folder, BAGS, 605)
+
+
 # The order
 
 
@@ -86,8 +101,14 @@ def splits(draw: st.DrawFn) -> list[list[int]]:
     return [groups[i : i + per_file] for i in range(0, len(groups), per_file)]
 
 
-@settings(max_examples=40, deadline=None)
-@given(splits(), st.integers(1, 150), st.sampled_from(["none", "window"]), st.integers(0, 2**40), st.integers(1, 60))
+@settings(max_examples=60, deadline=None)
+@given(
+    splits(),
+    st.integers(1, 150),
+    st.sampled_from(["none", "window", "full"]),
+    st.integers(0, 2**40),
+    st.integers(1, 60),
+)
 def test_each_row_once_and_every_world_size_serves_the_same_batches(
     files: list[list[int]], batch_size: int, shuffle: Any, seed: int, lanes: int
 ) -> None:
@@ -96,12 +117,25 @@ def test_each_row_once_and_every_world_size_serves_the_same_batches(
     assert np.array_equal(np.sort(np.concatenate(whole)), np.arange(order.rows))
     assert [len(rows) for rows in whole] == [order.global_size(k) for k in range(order.batches)]
     assert all(len(rows) == batch_size for rows in whole[:-1])
-    if shuffle == "none":
+    if shuffle == "none" and lanes == 1:
         assert np.array_equal(np.concatenate(whole), np.arange(order.rows))
     for world in (2, 3, 8, 61):
         for k in (0, order.batches // 2, order.batches - 1):
             slices = [order.batch_rows(k, rank, world) for rank in range(world)]
             assert np.array_equal(np.concatenate(slices), whole[k])
+
+
+@settings(max_examples=40, deadline=None)
+@given(splits(), st.integers(1, 150), st.integers(1, 9))
+def test_in_evaluation_each_rank_serves_a_range_of_its_own_in_equally_many_batches(
+    files: list[list[int]], batch_size: int, world: int
+) -> None:
+    order = Order(files, batch_size=batch_size, shuffle="none", lanes=world)
+    for rank in range(world):
+        mine = [order.batch_rows(k, rank, world) for k in range(order.batches)]
+        expected = np.arange(rank * order.rows // world, (rank + 1) * order.rows // world)
+        assert np.array_equal(np.concatenate(mine), expected)
+        assert max(map(len, mine)) <= -(-batch_size // world) + 1
 
 
 @settings(max_examples=40, deadline=None)
@@ -130,15 +164,16 @@ def test_no_lane_strays_from_its_window() -> None:
     """A lane finishes a row group before it starts the next, and a file before it opens the next."""
     files = [[10] * 8] * 20
     order = Order(files, batch_size=7, shuffle="window", seed=3)
-    for lane, groups in enumerate(order.lanes):
-        counts = order.bounds(0, order.batches, 0, 1)[:, lane]
+    lanes = [order.sequence[edge // 10 : stop // 10] for edge, stop in itertools.pairwise(order.edges)]
+    for lane, groups in enumerate(lanes):
+        counts = order.bounds(0, order.batches, 0, 1)[:, lane] - order.edges[lane]
         assert np.array_equal(counts[1:, 0], counts[:-1, 1]) and counts[-1, 1] == 10 * len(groups)
         visited = [int(group) // 8 for group in groups]
         assert len(list(dict.fromkeys(visited))) == 1 + np.count_nonzero(np.diff(visited))
-    assert sorted(np.concatenate(order.lanes)) == list(range(160))
+    assert sorted(np.concatenate(lanes)) == list(range(160))
     served = [order.batch_rows(k) // 10 for k in range(order.batches)]
-    in_lane = np.array([[group in set(groups) for group in range(160)] for groups in order.lanes])
-    for lane, groups in enumerate(order.lanes):
+    in_lane = np.array([[group in set(groups) for group in range(160)] for groups in lanes])
+    for lane, groups in enumerate(lanes):
         mine = [group for batch in served for group in batch if in_lane[lane, group]]
         assert mine == np.repeat(groups, 10).tolist()
 
@@ -164,12 +199,36 @@ def test_a_permutation_puts_every_row_everywhere_equally_often() -> None:
     assert abs(counts - 1000).max() < 150
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_a_bijection_takes_each_number_once_wherever_it_starts(n: int, key: int) -> None:
+    whole = bijection(np.arange(n), n, key)
+    assert np.array_equal(np.sort(whole), np.arange(n))
+    some = np.array([n - 1, n // 2, 0])
+    assert np.array_equal(bijection(some, n, key), whole[some])
+
+
+def test_a_bijection_puts_every_row_everywhere_equally_often() -> None:
+    counts = np.zeros((50, 50))
+    for key in range(4000):
+        counts[np.arange(50), bijection(np.arange(50), 50, key * 7919)] += 1
+    # Standard deviation of each count is 9.
+    assert abs(counts - 80).max() < 50 and counts.std() < 10
+    # Literal: a run must resume in the same order with any later release.
+    assert bijection(np.arange(10), 10, 1).tolist() == [6, 4, 9, 3, 0, 1, 7, 8, 5, 2]
+
+
 # Loaders
+
+
+@functools.lru_cache(maxsize=2)
+def whole_split(folder: Path, paths: tuple[str, ...]) -> pa.Table:
+    return pa.concat_tables(pq.read_table(folder / path) for path in paths)
 
 
 def plain_batch(folder: Path, schema: DatasetSchema, split: str, rows: np.ndarray) -> dict[str, Any]:
     """The rows by their positions, from the whole split read by pyarrow alone."""
-    table = pa.concat_tables(pq.read_table(folder / file.path) for file in schema.splits[split].files).take(rows)
+    table = whole_split(folder, tuple(file.path for file in schema.splits[split].files)).take(rows)
     tables = schema.by_role("categorical", "multi_hot")
     bags = [
         [value] if isinstance(value, int) else value
@@ -214,10 +273,21 @@ COLUMN_SETS = {
 
 
 @pytest.mark.parametrize("columns", COLUMN_SETS.values(), ids=COLUMN_SETS)
-@pytest.mark.parametrize("shuffle", ["none", "window"])
+@pytest.mark.parametrize(
+    ("shuffle", "options"),
+    [
+        ("none", {}),
+        ("window", {}),
+        ("window", {"threads": 3}),
+        ("none", {"cache": "memory", "threads": 2}),
+        ("window", {"cache": "memory"}),
+        ("full", {"cache": "memory"}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
+)
 @pytest.mark.parametrize(("batch_size", "world"), [(100, 1), (7, 3), (5000, 2)])
 def test_loaders_give_the_rows_of_the_order(
-    tmp_path: Path, columns: tuple[Column, ...], shuffle: Any, batch_size: int, world: int
+    tmp_path: Path, columns: tuple[Column, ...], shuffle: Any, options: dict[str, Any], batch_size: int, world: int
 ) -> None:
     schema = make_dataset(tmp_path / "data", columns, 205)
     order = Order([f.row_groups for f in schema.splits["train"].files], batch_size=batch_size, shuffle=shuffle, seed=4)
@@ -232,6 +302,7 @@ def test_loaders_give_the_rows_of_the_order(
             rank=rank,
             world=world,
             rows=True,
+            **options,
         )
         batches = list(loader)
         assert len(batches) == len(loader) == order.batches
@@ -246,14 +317,30 @@ def columns_with_tables(columns: tuple[Column, ...]) -> list[Column]:
     return [column for column in columns if column.cardinality]
 
 
-def test_evaluation_numbers_rows_on_through_several_splits(wide: tuple[Path, DatasetSchema]) -> None:
-    folder, schema = wide
-    loader = Loader(folder, schema, ["train", "test"], batch_size=300, rows=True)
-    for _ in range(2):  # every iteration starts anew
-        batches = list(loader)
-        np.testing.assert_array_equal(torch.cat([b.rows for b in batches if b.rows is not None]), np.arange(2005 + 668))
-        expected = plain_batch(folder, schema, "test", np.arange(668))["label"]
-        np.testing.assert_array_equal(torch.cat([b.label for b in batches if b.label is not None])[2005:], expected)
+@pytest.mark.parametrize("cache", ["none", "memory"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_gives_each_rank_its_range_of_the_rows_of_several_splits(
+    bags: tuple[Path, DatasetSchema], cache: Any, world: int
+) -> None:
+    folder, schema = bags
+    given, sizes = [], []
+    for rank in range(world):
+        loader = Loader(
+            folder, schema, ["train", "test"], batch_size=300, rows=True, rank=rank, world=world, cache=cache
+        )
+        for _ in range(2):  # every iteration starts anew
+            batches = list(loader)
+        rows = torch.cat([batch.rows for batch in batches if batch.rows is not None]).numpy()
+        assert len(batches) == len(loader) == 3
+        for batch, part in zip(batches, np.split(rows, np.cumsum([len(batch) for batch in batches])[:-1]), strict=True):
+            for split, first, count in (("train", 0, 605), ("test", 605, 201)):
+                inside = part[(part >= first) & (part < first + count)] - first
+                if len(inside) == len(part) > 0:
+                    check_batch(batch, plain_batch(folder, schema, split, inside), 3)
+        given.append(rows)
+        sizes.append([batch.global_size for batch in batches])
+    np.testing.assert_array_equal(np.concatenate(given), np.arange(806))
+    assert sizes == [[300, 300, 206]] * world
 
 
 def training_loader(dataset: tuple[Path, DatasetSchema], **changes: Any) -> TrainingLoader:
@@ -271,34 +358,108 @@ def served(batches: Iterator[Batch], count: int | None = None) -> list[list[int]
     return found
 
 
+@pytest.mark.parametrize("options", [{}, {"cache": "memory"}, {"cache": "memory", "shuffle": "full"}, {"threads": 2}])
 @pytest.mark.parametrize("stop", [0, 1, 9, 20, 21, 22, 41, 42])
-def test_resume_goes_on_with_the_batch_that_would_have_come(wide: tuple[Path, DatasetSchema], stop: int) -> None:
-    undisturbed = training_loader(wide)
+def test_resume_goes_on_with_the_batch_that_would_have_come(
+    wide: tuple[Path, DatasetSchema], stop: int, options: dict[str, Any]
+) -> None:
+    undisturbed = training_loader(wide, **options)
     epochs = [served(iter(undisturbed)) for _ in range(4)]
     assert len(epochs[0]) == 21 and epochs[0] != epochs[1]
     flat = [rows for epoch in epochs for rows in epoch]
 
-    stopped = training_loader(wide)
+    stopped = training_loader(wide, **options)
     for epoch in range(3):
         if (left := stop - 21 * epoch) > 0:
             served(iter(stopped), left)
-    resumed = training_loader(wide)
+    resumed = training_loader(wide, **options)
     resumed.load_state_dict(stopped.state_dict())
     iter(resumed)  # Lightning may ask for an iterator and drop it
     following = served(iter(resumed)) + served(iter(resumed))
     assert following == flat[stop : stop + len(following)] and len(following) >= 21
 
 
-def test_a_position_holds_for_another_number_of_ranks(wide: tuple[Path, DatasetSchema]) -> None:
-    one = training_loader(wide)
+@pytest.mark.parametrize(
+    "options", [{"shuffle": "window"}, {"shuffle": "none"}, {"shuffle": "full", "cache": "memory"}]
+)
+def test_a_position_holds_for_another_number_of_ranks(
+    wide: tuple[Path, DatasetSchema], options: dict[str, Any]
+) -> None:
+    one = training_loader(wide, **options)
     served(iter(one), 5)
     state = one.state_dict()
     slices = []
     for rank in range(3):
-        loader = training_loader(wide, rank=rank, world=3)
+        loader = training_loader(wide, rank=rank, world=3, **options)
         loader.load_state_dict(state)
         slices.append(served(iter(loader)))
     assert [a + b + c for a, b, c in zip(*slices, strict=True)] == served(iter(one))
+
+
+SERVE = """
+import json, os, sys
+from datamodules.stream import reader
+from datamodules.stream.loader import Loader, TrainingLoader
+from lightning_dlrm.contracts.schema import DatasetSchema
+
+folder, state, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+schema, read = DatasetSchema.load(folder), []
+whole_read = reader.Decoder._read
+reader.Decoder._read = lambda self, group: read.append(group) or whole_read(self, group)
+
+def served(loader):
+    read.clear()
+    batches = []
+    for batch in loader:
+        bags = batch.ids.values.tensor_split(batch.ids.offsets[1:-1]) if len(batch) else []
+        batches.append([batch.label.tolist(), batch.dense.numpy().tobytes().hex(), [bag.tolist() for bag in bags]])
+    return {"batches": batches, "groups": list(read)}
+
+options = {"batch_size": 50, "rank": rank, "world": world}
+training = TrainingLoader(folder, schema, ["train"], shuffle="window", seed=1, **options)
+training.load_state_dict(training.state_dict() | state)
+result = {"resumed": served(training), "next epoch": served(training)}
+result["evaluation"] = served(Loader(folder, schema, ["train"], **options))
+with open(f"{out}-{rank}", "w") as file:
+    json.dump(result, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def one_process(bags: tuple[Path, DatasetSchema], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return serve(bags[0], tmp_path_factory.mktemp("one"), 1)[0]
+
+
+def serve(folder: Path, out: Path, world: int) -> list[dict[str, Any]]:
+    """What each of several real processes serves from batch 4 of epoch 1 on."""
+    run_ranks(["-c", SERVE, str(folder), json.dumps({"epoch": 1, "batch": 4}), str(out / "served")], world)
+    return [json.loads((out / f"served-{rank}").read_text()) for rank in range(world)]
+
+
+def joined(slices: Sequence[Any]) -> Any:
+    """A batch from its slices, in the order of the ranks."""
+    labels, dense, bags = zip(*slices, strict=True)
+    return [list(itertools.chain(*labels)), "".join(dense), list(itertools.chain(*bags))]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_processes_together_serve_what_one_serves_and_read_the_data_once(
+    bags: tuple[Path, DatasetSchema], one_process: dict[str, Any], tmp_path: Path, world: int
+) -> None:
+    ranks = serve(bags[0], tmp_path, world)
+    groups = sum(len(file.row_groups) for file in bags[1].splits["train"].files)
+    for stage, batches in (("resumed", 9), ("next epoch", 13)):
+        together = [joined(slices) for slices in zip(*(rank[stage]["batches"] for rank in ranks), strict=True)]
+        assert together == one_process[stage]["batches"] and len(together) == batches
+    decoded = [group for rank in ranks for group in rank["next epoch"]["groups"]]
+    assert sorted(decoded) == list(range(groups))
+    # In evaluation, the rows in the order of the ranks; a row group that two ranks share is read by both.
+    whole, parts = joined(one_process["evaluation"]["batches"]), [joined(r["evaluation"]["batches"]) for r in ranks]
+    assert joined(parts) == whole
+    decoded = [group for rank in ranks for group in rank["evaluation"]["groups"]]
+    assert set(decoded) == set(range(groups)) and len(decoded) <= groups + world - 1
 
 
 def test_epochs_that_a_trainer_cuts_short_resume_alike(wide: tuple[Path, DatasetSchema]) -> None:
@@ -342,27 +503,101 @@ def test_a_position_in_other_data_is_refused(tmp_path: Path, wide: tuple[Path, D
         training_loader((tmp_path / "other", other)).load_state_dict(training_loader(wide).state_dict())
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 def test_memory_is_bounded_by_two_row_groups_a_lane(
-    wide: tuple[Path, DatasetSchema], monkeypatch: pytest.MonkeyPatch
+    wide: tuple[Path, DatasetSchema], monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    lanes: list[Any] = []
-    most = 0
+    """And by the rows that are fetched at once. Rows that were overwritten too early would be other rows."""
+    windows: list[reader.Window] = []
 
-    class Watched(reader._Lane):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            lanes.append(self)
+    class Watched(reader.Window):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            windows.append(self)
 
-        def _load(self, index: int) -> Any:
-            nonlocal most
-            rows = super()._load(index)
-            most = max(most, *(len(lane.loaded) for lane in lanes))
-            return rows
+    monkeypatch.setattr(loader_module, "Window", Watched)
+    monkeypatch.setattr(reader, "_BLOCK_ROWS", 100)
+    folder, schema = wide
+    loader = training_loader(wide, batch_size=20, threads=threads)
+    for batch in loader:
+        assert batch.rows is not None
+        check_batch(batch, plain_batch(folder, schema, "train", batch.rows.numpy()), 3)
+    assert max(windows[0]._capacity_L) <= 2 * GROUP_ROWS + 100 // 48 + 4
+    assert windows[0]._rings.nbytes <= 48 * (2 * GROUP_ROWS + 6) * windows[0]._rings.nbytes / len(windows[0]._rings)
 
-    monkeypatch.setattr(reader, "_Lane", Watched)
-    monkeypatch.setattr(reader, "_ROWS_TOGETHER", 100)
-    assert sum(map(len, served(iter(training_loader(wide, batch_size=20))))) == 2005
-    assert most == 2
+
+def test_cached_rows_are_decoded_once_and_the_log_says_how_much(
+    wide: tuple[Path, DatasetSchema], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    groups: list[int] = []
+    read = reader.Decoder._read
+
+    def watched(self: reader.Decoder, group: int) -> Any:
+        groups.append(group)
+        return read(self, group)
+
+    monkeypatch.setattr(reader.Decoder, "_read", watched)
+    loader = training_loader(wide, cache="memory", shuffle="full")
+    with caplog.at_level("INFO", logger="lightning_dlrm"):
+        epochs = [served(iter(loader)) for _ in range(3)]
+    assert sorted(groups) == list(range(-(-2005 // GROUP_ROWS)))
+    # A label of 1 byte, and 2 floats and 3 ids of 4 bytes each.
+    assert re.fullmatch(r"train: 2,005 rows kept in memory, 0\.0 MB, decoded in \d+\.\d s", caplog.messages[0])
+    assert loader._held is not None and loader._held.nbytes == 2005 * 21
+    assert len(caplog.messages) == 1 and epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("dataset", ["wide", "bags"])
+def test_rows_that_do_not_fit_into_memory_are_refused(
+    dataset: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, schema = request.getfixturevalue(dataset)
+    need = hold_all(folder, schema).nbytes
+    options: dict[str, Any] = {"batch_size": 10, "cache": "memory"}
+    for ranks in (1, 3):
+        monkeypatch.setattr(loader_module, "available_memory", lambda ranks=ranks: ranks * need * 2)
+        Loader(folder, schema, ["train"], copies=ranks, **options)
+        monkeypatch.setattr(loader_module, "available_memory", lambda ranks=ranks: ranks * need // 2)
+        with pytest.raises(UserError, match=r"rows of the train split take .* GiB are free: set data.cache to none"):
+            Loader(folder, schema, ["train"], copies=ranks, **options)
+
+
+def hold_all(folder: Path, schema: DatasetSchema) -> reader.Rows:
+    files = schema.splits["train"].files
+    order = Order([file.row_groups for file in files], batch_size=1, shuffle="none")
+    return reader.hold(reader.Decoder(Folder(folder), schema, files), order, 0, order.rows, 1)
+
+
+def test_available_memory_heeds_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    free = memory.available_memory()
+    assert free is not None and 2**24 < free < 2**50
+    contents = {"max": "9000", "current": "5000", "stat": "anon 3\ninactive_file 1000\n"}
+    for name, content in contents.items():
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert memory.available_memory() == 5000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_memory() == pytest.approx(free, rel=0.5)
+
+
+def test_batches_for_a_gpu_are_pinned_in_the_readers_thread(
+    bags: tuple[Path, DatasetSchema], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[tuple[str, torch.Tensor]] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append((threading.current_thread().name, tensor.clone()))
+        return pinned[-1][1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batches = list(training_loader(bags, pin=True))
+    assert {name for name, _ in pinned} == {"batch reader"}
+    mine = {id(tensor) for _, tensor in pinned}
+    for batch in batches:
+        tensors = (batch.label, batch.dense, batch.rows, batch.ids.values, batch.ids.offsets)
+        assert all(id(tensor) in mine for tensor in tensors)
+        assert batch.nbytes == sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    assert served(iter(training_loader(bags, pin=True))) == served(iter(training_loader(bags)))
 
 
 # Faults and threads
@@ -386,6 +621,81 @@ def test_a_damaged_part_is_named_where_its_rows_would_come(tmp_path: Path) -> No
         list(loader)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_flipped_bit_that_still_decodes_is_told(tmp_path: Path, threads: int) -> None:
+    schema = make_dataset(tmp_path / "data", WIDE, 2005)
+    path = tmp_path / "data" / schema.splits["train"].files[5].path
+    content = path.read_bytes()
+    column = pq.ParquetFile(path).metadata.row_group(2).column(3)
+    at = (
+        column.data_page_offset
+        + column.total_compressed_size
+        - (column.data_page_offset - column.dictionary_page_offset)
+    )
+    path.write_bytes(content[: at - 1] + bytes([content[at - 1] ^ 1]) + content[at:])
+    with pytest.raises(UserError, match=r"part-00005\.parquet is altered: row group 2 cannot be decoded .* restore"):
+        list(training_loader((tmp_path / "data", schema), threads=threads))
+    # It is the checksum that tells: such a bit may change a value and no more.
+    assert sum(map(len, training_loader((tmp_path / "data", schema), threads=threads, verify=False))) == 2005
+
+
+@pytest.fixture
+def url(bags: tuple[Path, DatasetSchema]) -> Iterator[str]:
+    """The dataset behind a URL."""
+    files = fsspec.filesystem("memory")
+    files.put(str(bags[0]), "/bucket/data", recursive=True)
+    yield "memory://bucket/data"
+    files.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"threads": 2}, {"shuffle": "full", "cache": "memory"}])
+def test_a_dataset_behind_a_url_gives_the_same_batches(
+    bags: tuple[Path, DatasetSchema], url: str, options: dict[str, Any]
+) -> None:
+    data = Criteo(url, batch_size=100, seed=1, **options)
+    assert data.schema == bags[1]
+    data.setup("test")
+    local = Criteo(str(bags[0]), batch_size=100, seed=1, **options)
+    for mine, theirs in zip(data.train_dataloader(), local.train_dataloader(), strict=True):
+        assert mine.label is not None and theirs.label is not None and torch.equal(mine.label, theirs.label)
+        assert torch.equal(mine.ids.values, theirs.ids.values) and torch.equal(mine.ids.offsets, theirs.ids.offsets)
+        np.testing.assert_array_equal(mine.dense, theirs.dense)
+
+
+def test_what_is_wrong_behind_a_url_is_one_line(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("absent", "no_such_module.Files", errtxt="Install absentfs", clobber=True)
+    for wrong, message in (
+        (
+            "memory://bucket/nowhere",
+            r"no dataset folder at memory://bucket/nowhere: there is no .*nowhere/dataset.json",
+        ),
+        ("nosuch://x/y", r"cannot open nosuch://x/y: Protocol not known: nosuch; install that package, or correct"),
+        ("absent://x/y", r"cannot open absent://x/y: Install absentfs; install that package, or correct the URL"),
+    ):
+        with pytest.raises(UserError, match=message):
+            _ = Criteo(wrong).schema
+    files = fsspec.filesystem("memory")
+    data = Criteo(url)
+    part = "/bucket/data/test/part-00001.parquet"
+    content = files.cat_file(part)
+    files.pipe_file(part, content[:-1])
+    with pytest.raises(UserError, match=r"memory://.*/test/part-00001.parquet is truncated: it has .* restore"):
+        data.setup("test")
+    files.pipe_file(part, content[:300] + b"\xff" * 300 + content[600:])
+    with pytest.raises(UserError, match=r"part-00001.parquet is altered: row group 0 cannot be decoded"):
+        list(Loader(url, data.schema, ["test"], batch_size=100))
+    files.rm(part)
+    with pytest.raises(UserError, match=r"memory://bucket/data/test/part-00001.parquet is missing; restore"):
+        data.setup("test")
+
+    def refused(*args: Any, **options: Any) -> None:
+        raise PermissionError("access denied\nrequest 7")
+
+    monkeypatch.setattr(type(files), "info", refused)
+    with pytest.raises(UserError, match=r"cannot read .* \(PermissionError: access denied request 7\); check the URL"):
+        data.setup("test")
+
+
 def reader_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "batch reader"]
 
@@ -404,17 +714,18 @@ def test_the_thread_ends_with_its_iterator(wide: tuple[Path, DatasetSchema]) -> 
         assert not reader_threads()
 
 
-def test_a_background_iterator_runs_a_bounded_number_of_items_ahead() -> None:
+@pytest.mark.parametrize(("ahead", "bytes_ahead"), [(3, 1000), (9, 30), (9, 25)])
+def test_a_background_iterator_runs_a_bounded_number_of_items_and_bytes_ahead(ahead: int, bytes_ahead: int) -> None:
     made = 0
 
-    def source() -> Generator[int, None, None]:
+    def source() -> Generator[SimpleNamespace, None, None]:
         nonlocal made
         while True:
             made += 1
-            yield made
+            yield SimpleNamespace(nbytes=10)
 
-    items = BackgroundIterator(source, 3)
-    assert next(items) == 1
+    items = BackgroundIterator(source, ahead, bytes_ahead)
+    assert next(items).nbytes == 10
     time.sleep(0.1)
     assert made == 4
     items.close()
@@ -422,13 +733,15 @@ def test_a_background_iterator_runs_a_bounded_number_of_items_ahead() -> None:
         next(items)
 
 
-def test_the_interpreter_ends_amid_an_iteration(wide: tuple[Path, DatasetSchema]) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_interpreter_ends_amid_an_iteration(wide: tuple[Path, DatasetSchema], threads: int) -> None:
     script = (
         "import sys; from pathlib import Path\n"
         "from datamodules.stream.loader import Loader\n"
         "from lightning_dlrm.contracts.schema import DatasetSchema\n"
         "folder = Path(sys.argv[1])\n"
-        "batches = iter(Loader(folder, DatasetSchema.load(folder), ['train'], batch_size=10))\n"
+        f"loader = Loader(folder, DatasetSchema.load(folder), ['train'], batch_size=10, threads={threads})\n"
+        "batches = iter(loader)\n"
         "next(batches); print('amid')\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(wide[0])], capture_output=True, text=True, timeout=60)

@@ -2,12 +2,27 @@
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
+from datamodules.generate import fit
 from datamodules.generate.demo import DemoSettings, generate_demo
-from lightning_dlrm.contracts.schema import DatasetSchema
+from datamodules.generate.random import PRESETS, Law, RandomSettings, generate_random
+from datamodules.generate.trace import (
+    LEAST_ACCESSES,
+    Profile,
+    TraceSettings,
+    TraceSource,
+    generate_trace,
+    save_profiles,
+)
+from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
+from datamodules.parquet import DatasetWriter
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 
-GENERATE_HELP = "make data instead of reading any: demo data with a known best score"
+GENERATE_HELP = "make data instead of reading any: demo data with a known best score, random data, traces, raw text"
 
 _DEMO_DESCRIPTION = """\
 Writes a dataset folder that looks like Criteo Kaggle: its 40 columns, the sizes of its tables, skewed ids and missing
@@ -21,6 +36,54 @@ then:
   python -m lightning_dlrm fit --config dlrm.yaml --data.path data/demo
 """
 
+_RANDOM_DESCRIPTION = """\
+Writes a dataset folder of any shape, for measuring: normal dense features; ids that follow a uniform, a Gaussian or a
+Zipf law within each table's size, one or a bag of them for each table, with or without weights; clicks that depend on
+nothing. The same options give the same rows everywhere.
+
+presets, of which other options replace parts:
+  paper    the DLRM paper's section 5.2: 8 tables of 1M rows, 512 dense features, bags of 1 to 100 ids
+  kaggle   Criteo Kaggle's tables, 13 dense features, single ids
+  mlperf   MLPerf's DLRM v2: tables of up to 40M rows, 13 dense features, its sizes of bags
+
+examples:
+  python -m lightning_dlrm generate random --preset paper --rows 100000 --output data/paper
+  python -m lightning_dlrm generate random --tables 1000,50000,2000000 --dense 4 --law zipf --output data/zipf
+  python -m lightning_dlrm generate random --tables 1000,50000 --indices 1,20 --min-indices 0 --weights --output data/w
+then:
+  python -m lightning_dlrm fit --config dlrm.yaml --data.path data/zipf
+"""
+
+_TRACE_DESCRIPTION = """\
+Fits a generator to the order in which columns access the rows of their tables, generates any number of accesses like
+them, and says how alike they are. The generated accesses have the original's stack distances, and so its hit rate in
+an LRU cache of any size, and as many distinct rows. Profiles can be saved and generated from later without the data.
+
+What is not kept: which rows stay popular (in the end all come up equally often), and what columns have to do with each
+other. Accesses beyond the original's length keep the distances of its last octave; new rows go on appearing by the
+power law of its last octave until the table is used up. Takes at most 41 bytes of memory for each distinct row of all
+columns, and 4 for each row of the largest table, whatever the length. Needs: pip install 'lightning-dlrm[trace]'
+
+examples:
+  python -m lightning_dlrm generate trace --from data/criteo --column C3 --output data/trace --plot fit.png
+  python -m lightning_dlrm generate trace --from data/criteo --profile criteo-profiles.json
+  python -m lightning_dlrm generate trace --profile criteo-profiles.json --rows 100000000 --output data/long
+then:
+  python -m lightning_dlrm fit --config dlrm.yaml --data.path data/trace
+"""
+
+_TSV_DESCRIPTION = """\
+Writes raw text as preprocess reads it, shaped like Criteo's click logs: label, 13 integers, 26 hashes, empty where a
+value is missing; skewed hashes, ever more different ones with more rows, as in the real data. The labels are drawn from
+a planted click model. The same options give the same rows everywhere; fewer rows are the beginning of more.
+
+examples:
+  python -m lightning_dlrm generate tsv --rows 1000000 --output train.txt
+  python -m lightning_dlrm generate tsv --rows 4000000 --dataset terabyte --output day_{0..3}.gz
+then:
+  python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm --input train.txt --output data/mine
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the kinds of data and their options to a parser; ``run`` takes what it parses."""
@@ -32,16 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description=_DEMO_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    demo.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="folder to make; must not exist, or be empty"
-    )
+    _add_output(demo)
     default = DemoSettings()
-    for option, rows, split in (
-        ("--rows", default.train_rows, "training"),
-        ("--validation-rows", default.validation_rows, "validation"),
-        ("--test-rows", default.test_rows, "test"),
-    ):
-        demo.add_argument(option, type=int, default=rows, metavar="N", help=f"{split} rows (default: {rows})")
+    _add_rows(demo, default.train_rows, default.validation_rows, default.test_rows)
     demo.add_argument(
         "--seed", type=int, default=default.seed, help="of the planted model and of the rows (default: %(default)s)"
     )
@@ -49,6 +105,132 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-table-rows", type=int, metavar="N", help="most rows a table may have (default: Kaggle's own sizes)"
     )
     demo.set_defaults(run_kind=_run_demo)
+    _add_random(kinds)
+    _add_trace(kinds)
+    _add_tsv(kinds)
+
+
+def _add_output(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument(
+        "--output", required=required, type=Path, metavar="DIR", help="folder to make; must not exist, or be empty"
+    )
+
+
+def _add_rows(parser: argparse.ArgumentParser, train: int | None, validation: int, test: int) -> None:
+    for option, rows, split in (
+        ("--rows", train, "training"),
+        ("--validation-rows", validation, "validation"),
+        ("--test-rows", test, "test"),
+    ):
+        by_default = "as many as the split, or a saved profile, has" if rows is None else str(rows)
+        parser.add_argument(option, type=int, default=rows, metavar="N", help=f"{split} rows (default: {by_default})")
+
+
+def _add_random(kinds: Any) -> None:
+    random = kinds.add_parser(
+        "random",
+        help="any tables, dense features and bags; ids by a law",
+        description=_RANDOM_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = RandomSettings()
+    _add_output(random)
+    _add_rows(random, default.train_rows, default.validation_rows, default.test_rows)
+    numbers = {"type": _numbers, "metavar": "N[,N...]"}
+    # What is not given is None: a preset's, or the default.
+    random.add_argument("--preset", choices=PRESETS, help="begin with the shape of a known workload")
+    random.add_argument("--tables", **numbers, help="rows of each table (default: 26 tables of 100,000)")
+    random.add_argument("--dense", type=int, metavar="N", help=f"dense features (default: {default.dense})")
+    random.add_argument("--indices", **numbers, help="ids of a bag, for all tables or for each (default: 1)")
+    random.add_argument(
+        "--min-indices", **numbers, help="fewest ids of a bag, also 0: bags are of any size up to --indices"
+    )
+    random.add_argument("--law", choices=get_args(Law), help=f"of the ids (default: {default.law})")
+    random.add_argument(
+        "--exponent", type=float, help=f"of zipf: chance of id k ~ (k + 1) ** -exponent (default: {default.exponent})"
+    )
+    random.add_argument(
+        "--mean", type=float, help=f"of gaussian, as a share of the table's rows (default: {default.mean})"
+    )
+    random.add_argument(
+        "--deviation", type=float, help=f"of gaussian, as a share of the table's rows (default: {default.deviation})"
+    )
+    random.add_argument("--weights", action="store_true", help="a weight in (0, 1] for each id")
+    random.add_argument("--click-rate", type=float, help=f"chance of label 1 (default: {default.click_rate})")
+    random.add_argument("--seed", type=int, help=f"of the rows (default: {default.seed})")
+    random.set_defaults(run_kind=_run_random)
+
+
+def _add_trace(kinds: Any) -> None:
+    trace = kinds.add_parser(
+        "trace",
+        help="accesses like those of a dataset's columns",
+        description=_TRACE_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    trace.add_argument("--from", dest="source", type=Path, metavar="DIR", help="dataset folder to profile")
+    trace.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="with --from, JSON file to save profiles in; else to read them from",
+    )
+    trace.add_argument(
+        "--column",
+        action="append",
+        metavar="NAME",
+        help="column to follow; may be repeated (default: all with a table)",
+    )
+    trace.add_argument(
+        "--split", choices=SPLITS, default="train", help="of the dataset, to profile (default: %(default)s)"
+    )
+    _add_output(trace, required=False)
+    default = TraceSettings
+    _add_rows(trace, None, default.validation_rows, default.test_rows)
+    trace.add_argument(
+        "--dense", type=int, default=default.dense, metavar="N", help="dense features (default: %(default)s)"
+    )
+    trace.add_argument(
+        "--click-rate", type=float, default=default.click_rate, help="chance of label 1 (default: %(default)s)"
+    )
+    trace.add_argument("--seed", type=int, default=default.seed, help="of the rows (default: %(default)s)")
+    trace.add_argument("--plot", type=Path, metavar="FILE", help="draw the fit, such as fit.png")
+    trace.set_defaults(run_kind=_run_trace)
+
+
+def _numbers(text: str) -> int | tuple[int, ...]:
+    """``7`` or ``1,2,3``; also in brackets, as YAML writes lists."""
+    try:
+        numbers = tuple(int(part) for part in text.strip("[]").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers, such as 1000,50000") from None
+    return numbers[0] if len(numbers) == 1 and "[" not in text else numbers
+
+
+def _add_tsv(kinds: Any) -> None:
+    tsv = kinds.add_parser(
+        "tsv",
+        help="raw text shaped like Criteo's click logs",
+        description=_TSV_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tsv.add_argument(
+        "--output",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="files to make, over which the rows are spread in order; compressed if named .gz or .zst",
+    )
+    tsv.add_argument("--rows", required=True, type=int, metavar="N", help="rows of all files together")
+    tsv.add_argument(
+        "--dataset",
+        default="kaggle",
+        choices=TSV_DATASETS,
+        help="whose shares of missing values, distinct hashes and clicks to have (default: %(default)s)",
+    )
+    tsv.add_argument("--seed", type=int, default=0, help="of the planted model and of the rows (default: %(default)s)")
+    tsv.set_defaults(run_kind=_run_tsv)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,11 +251,108 @@ def _run_demo(args: argparse.Namespace) -> int:
         seed=args.seed,
         max_table_rows=args.max_table_rows,
     )
+    return _make(args.output, lambda: generate_demo(settings, args.output), _summary)
+
+
+def _run_random(args: argparse.Namespace) -> int:
+    names = ("dense", "indices", "min_indices", "law", "exponent", "mean", "deviation", "click_rate", "seed")
+    settings = RandomSettings.of(
+        args.preset,
+        tables=(args.tables,) if isinstance(args.tables, int) else args.tables,
+        weights=args.weights,
+        train_rows=args.rows,
+        validation_rows=args.validation_rows,
+        test_rows=args.test_rows,
+        **{name: getattr(args, name) for name in names},
+    )
+    return _make(args.output, lambda: generate_random(settings, args.output), _shape)
+
+
+def _run_trace(args: argparse.Namespace) -> int:
+    if args.source is None and args.profile is None:
+        raise UserError("generate trace: nothing to follow; give --from DIR, or --profile FILE of an earlier run")
+    saves = args.source is not None and args.profile is not None
+    if args.output is None and not saves:
+        raise UserError("generate trace: nothing to make; give --output DIR, or --from DIR and --profile FILE")
+    if args.output is None and args.plot is not None:
+        raise UserError("generate trace: --plot draws what was generated beside its original; give --output DIR too")
+    # What would fail after an hour's work is refused before.
+    if saves and args.profile.exists():
+        raise UserError(f"{args.profile} exists; name a new file, or leave --from out to generate from it")
+    if args.plot is not None:
+        fit.check_plot(args.plot)
+    if args.output is not None:
+        DatasetWriter(args.output, ())
+    for file in (args.plot, args.profile if saves else None):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UserError(f"cannot write {file}: there is no folder {file.parent}; make it, or choose another file")
+    source = TraceSource(args.source or args.profile, args.column, args.split)
+    settings = TraceSettings(
+        train_rows=source.length if args.rows is None else args.rows,
+        validation_rows=args.validation_rows,
+        test_rows=args.test_rows,
+        dense=args.dense,
+        click_rate=args.click_rate,
+        seed=args.seed,
+    )
+    if settings.train_rows < LEAST_ACCESSES:
+        raise UserError(
+            f"generate trace: --rows is {settings.train_rows}; give at least {LEAST_ACCESSES:,}, to measure the fit"
+        )
+    profiles = source.profiles()
+    if saves:
+        save_profiles(profiles, args.profile)
+        print(f"profiles of {', '.join(source.tables)} are in {args.profile}")
+    if args.output is not None:
+        _make(args.output, lambda: generate_trace(source, settings, args.output, profiles=profiles), _shape)
+        _report_fit(profiles, args.output, args.plot)
+    return 0
+
+
+def _report_fit(originals: list[Profile], folder: Path, plot: Path | None) -> None:
+    generated = TraceSource(folder).profiles()
+    print(fit.render([fit.measure(*pair) for pair in zip(originals, generated, strict=True)]))
+    for original, copy in zip(originals, generated, strict=True):
+        if copy.accesses > original.accesses and original.distinct < original.rows:
+            print(
+                f"{original.column}: beyond the original's {original.accesses:,} accesses, distinct rows grow as "
+                f"accesses to the power of {original.growth:.2f}, up to the table's {original.rows:,}: "
+                f"there are {copy.distinct:,} after {copy.accesses:,}"
+            )
+    if plot is not None:
+        fit.plot(originals, generated, plot)
+        print(f"the fit is drawn in {plot}")
+
+
+def _make(output: Path, generate: Callable[[], DatasetSchema], summarise: Callable[[DatasetSchema], str]) -> int:
     start = time.perf_counter()
-    schema = generate_demo(settings, args.output)
-    print(_summary(schema))
-    print(f"{args.output} is ready after {time.perf_counter() - start:.1f} s")
-    print(f"train on it: python -m lightning_dlrm fit --config dlrm.yaml --data.path {args.output}")
+    print(summarise(generate()))
+    print(f"{output} is ready after {time.perf_counter() - start:.1f} s")
+    print(f"train on it: python -m lightning_dlrm fit --config dlrm.yaml --data.path {output}")
+    return 0
+
+
+def _shape(schema: DatasetSchema) -> str:
+    features = schema.features
+    rows = ", ".join(f"{split.rows:,} {name} rows" for name, split in schema.splits.items())
+    return (
+        f"{rows}; {features.dense} dense features, {len(features.tables)} tables of {sum(features.table_rows):,} rows"
+    )
+
+
+def _run_tsv(args: argparse.Namespace) -> int:
+    settings = TsvSettings(rows=args.rows, dataset=args.dataset, seed=args.seed)
+    start = time.perf_counter()
+    sizes = generate_tsv(settings, args.output)
+    seconds = time.perf_counter() - start
+    for path, size in zip(args.output, sizes, strict=True):
+        print(f"{path}: {size / 1e6:,.1f} MB")
+    print(f"{settings.rows:,} rows after {seconds:.1f} s ({settings.rows / seconds:,.0f} rows/s)")
+    words = " ".join(str(path) for path in args.output)
+    print(
+        f"preprocess them: python -m lightning_dlrm preprocess --dataset {args.dataset} --protocol dlrm "
+        f"--input {words} --output DIR"
+    )
     return 0
 
 

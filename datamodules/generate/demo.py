@@ -25,10 +25,8 @@ of more.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -36,15 +34,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from datamodules.generate.draws import stream
+from datamodules.generate.folder import cache_folder, make_once
 from datamodules.parquet import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import (
     CRITEO_CATEGORICAL,
     CRITEO_DENSE,
     CRITEO_LABEL,
-    SCHEMA_FILE,
     SPLITS,
     DatasetSchema,
     Optimum,
@@ -82,7 +80,7 @@ RAREST_KNOWN = 3e-4
 VISITOR, AD = 0, 1
 
 # name: (side, share missing, scale, largest count, share of its side's taste)
-_DENSE = {
+KAGGLE_DENSE = {
     "I1": (VISITOR, 0.45, 1.0, 5_775, 0),
     "I2": (AD, 0.0, 4.0, 65_535, 0),
     "I3": (VISITOR, 0.21, 6.0, 65_535, 0),
@@ -98,7 +96,7 @@ _DENSE = {
     "I13": (VISITOR, 0.21, 5.0, 7_393, 0),
 }
 # name: (side, share missing, scale, share of its side's taste)
-_CATEGORICAL = {
+KAGGLE_CATEGORICAL = {
     "C1": (VISITOR, 0.0, 2.0, 2),
     "C2": (AD, 0.0, 4.0, 2),
     "C3": (VISITOR, 0.034, 3.0, 1),
@@ -130,7 +128,7 @@ _CATEGORICAL = {
 # Random streams: keys of the planted effects and of the rows.
 _PLANT, _ROWS = 0, 1
 # 32-bit uniforms that a row takes: one per feature and one for the label, drawn two by two.
-_WORDS_PER_ROW = (len(_DENSE) + len(_CATEGORICAL) + 1 + 1) // 2
+_WORDS_PER_ROW = (len(KAGGLE_DENSE) + len(KAGGLE_CATEGORICAL) + 1 + 1) // 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,66 +172,42 @@ class DemoSettings:
 def demo_schema(settings: DemoSettings) -> DatasetSchema:
     """What ``generate_demo`` will return, without files, positives and optimum: nothing is generated."""
     return DatasetSchema(
+        dataset="demo",
+        protocol="demo",
         columns=_columns(settings),
         splits={name: Split(rows=rows) for name, rows in settings.split_rows.items()},
-        **_schema_fields(settings),
+        # Row counts are left out of the settings: a model may score any rows of the same planted model.
+        settings={
+            "generator_version": GENERATOR_VERSION,
+            "seed": settings.seed,
+            "max_table_rows": settings.max_table_rows,
+        },
     )
 
 
 def demo_folder(settings: DemoSettings) -> Path:
-    """Where the cache keeps this demo dataset, there or not.
-
-    The cache is ``$LIGHTNING_DLRM_CACHE``, by default ``~/.cache/lightning_dlrm``.
-    """
-    root = os.environ.get("LIGHTNING_DLRM_CACHE")
-    cache_folder = Path(root).expanduser() if root else Path.home() / ".cache" / "lightning_dlrm"
-    key = json.dumps([GENERATOR_VERSION, dataclasses.asdict(settings)], sort_keys=True)
-    return cache_folder / f"demo-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    """Where the cache keeps this demo dataset, there or not."""
+    return cache_folder("demo", [GENERATOR_VERSION, dataclasses.asdict(settings)])
 
 
 def generate_demo(settings: DemoSettings, folder: Path, progress: bool = True) -> DatasetSchema:
-    """Writes a demo dataset, whole or not at all, or finds it written already.
+    """Writes a demo dataset, whole or not at all, or finds it written already; see ``make_once``."""
 
-    Args:
-        settings: what to make.
-        folder: the dataset folder to make. If it holds the dataset of these settings, also because another
-            process finished it in the meantime, that one is kept.
-        progress: show a progress bar, on a terminal.
+    def write(writer: DatasetWriter, bar: Any) -> dict[str, Any]:
+        model = PlantedModel.plant(settings)
+        optimum = {}
+        for split, rows in settings.split_rows.items():
+            labels, probabilities = [], []
+            for start in range(0, rows, BLOCK_ROWS):
+                block = model.block(split, start // BLOCK_ROWS, min(BLOCK_ROWS, rows - start))
+                writer.write(split, block.columns)
+                labels.append(block.columns[CRITEO_LABEL])
+                probabilities.append(block.probability)
+                bar.update(len(block.probability))
+            optimum[split] = best_scores(np.concatenate(labels), np.concatenate(probabilities))
+        return {"optimum": optimum}
 
-    Raises:
-        UserError: the folder holds something else.
-    """
-    if (existing := _existing(settings, folder)) is not None:
-        return existing
-    model = PlantedModel.plant(settings)
-    optimum = {}
-    try:
-        with (
-            DatasetWriter(folder, _columns(settings)) as writer,
-            tqdm(
-                total=sum(settings.split_rows.values()),
-                desc="Generating demo data",
-                unit=" rows",
-                unit_scale=True,
-                # None: only on a terminal.
-                disable=None if progress else True,
-            ) as bar,
-        ):
-            for split, rows in settings.split_rows.items():
-                labels, probabilities = [], []
-                for start in range(0, rows, BLOCK_ROWS):
-                    block = model.block(split, start // BLOCK_ROWS, min(BLOCK_ROWS, rows - start))
-                    writer.write(split, block.columns)
-                    labels.append(block.columns[CRITEO_LABEL])
-                    probabilities.append(block.probability)
-                    bar.update(len(block.probability))
-                optimum[split] = best_scores(np.concatenate(labels), np.concatenate(probabilities))
-            return writer.finish(**_schema_fields(settings), optimum=optimum)
-    except (UserError, OSError):
-        # Another process may have finished the same folder first; its rows are these rows.
-        if (existing := _existing(settings, folder)) is not None:
-            return existing
-        raise
+    return make_once(demo_schema(settings), folder, write, progress)
 
 
 def best_scores(label: NDArray[np.int8], probability: NDArray[np.float64]) -> Optimum:
@@ -258,7 +232,7 @@ class DemoBlock:
 
 
 @dataclass(frozen=True)
-class _Feature:
+class Feature:
     """How a column's values are drawn. They are ids of a table or, in a dense column, counts."""
 
     size: int
@@ -272,16 +246,13 @@ class _Feature:
     taste: int
     """Weight in the side's taste; at 0 the column has a linear effect only."""
     dense: bool
+    squarings: int
+    """The power of the law is 2 ** squarings: the more, the heavier the tail."""
 
     @property
     def first(self) -> int:
         """The commonest value that is not missing."""
         return 1 if self.missing and not self.dense else 0
-
-    @property
-    def squarings(self) -> int:
-        """The power of the law is 2 ** squarings: counts have lighter tails than ids."""
-        return 1 if self.dense else 3
 
     @cached_property
     def cut(self) -> float:
@@ -320,12 +291,43 @@ class _Feature:
         return chances
 
 
+def dense_features(laws: Mapping[str, tuple[int, float, float, int, int]]) -> dict[str, Feature]:
+    """Columns of counts from their (side, share missing, scale, largest count, taste)."""
+    return {
+        name: Feature(largest + 1, side, missing, scale, taste, dense=True, squarings=1)
+        for name, (side, missing, scale, largest, taste) in laws.items()
+    }
+
+
+def id_features(laws: Mapping[str, tuple[int, float, float, int]], sizes: Mapping[str, int]) -> dict[str, Feature]:
+    """Columns of ids from their (side, share missing, scale, taste) and table sizes."""
+    return {
+        name: Feature(sizes[name], side, missing, scale, taste, dense=False, squarings=3)
+        for name, (side, missing, scale, taste) in laws.items()
+    }
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Some rows in a run, before they are encoded."""
+
+    values: dict[str, NDArray[np.int32]]
+    """Counts and ids, each [rows], by column name; 0 where missing."""
+    missing: dict[str, NDArray[np.bool_]]
+    """Where a column has no value, each [rows], by column name."""
+    label: NDArray[np.int8]
+    probability: NDArray[np.float64]
+    """The true chance of a click, [rows]."""
+
+
 @dataclass(frozen=True)
 class PlantedModel:
     """The click model of a seed, and the rows drawn from it."""
 
     seed: int
-    features: dict[str, _Feature]
+    bias: float
+    """Log-odds of a click where all effects are zero."""
+    features: dict[str, Feature]
     """Dense and categorical columns, in the order of their draws."""
     effects: dict[str, NDArray[np.float32]]
     """For each column [known values + 1, 1 + FACTORS]: linear effect and tastes; the last row is for all the
@@ -335,17 +337,17 @@ class PlantedModel:
     def plant(cls, settings: DemoSettings) -> "PlantedModel":
         """The model of ``settings.seed`` over tables of ``settings.cardinalities``."""
         sizes = dict(zip(CRITEO_CATEGORICAL, settings.cardinalities, strict=True))
-        features = {
-            name: _Feature(largest + 1, side, missing, scale, taste, dense=True)
-            for name, (side, missing, scale, largest, taste) in _DENSE.items()
-        } | {
-            name: _Feature(sizes[name], side, missing, scale, taste, dense=False)
-            for name, (side, missing, scale, taste) in _CATEGORICAL.items()
-        }
+        return cls.plant_features(
+            settings.seed, dense_features(KAGGLE_DENSE) | id_features(KAGGLE_CATEGORICAL, sizes), BIAS
+        )
+
+    @classmethod
+    def plant_features(cls, seed: int, features: dict[str, Feature], bias: float) -> "PlantedModel":
+        """The model of a seed over the columns given: dense ones, then categorical ones."""
         side_taste = {side: sum(f.taste for f in features.values() if f.side == side) for side in (VISITOR, AD)}
         effects = {}
         for number, (name, feature) in enumerate(features.items()):
-            chances, drawn = _draw_effects(settings.seed, number, feature)
+            chances, drawn = _draw_effects(seed, number, feature)
             linear = LINEAR_DEVIATION * math.sqrt(1 / len(features))
             taste = math.sqrt(feature.taste / side_taste[feature.side])
             deviations = (linear, *[taste] * FACTORS)
@@ -353,27 +355,33 @@ class PlantedModel:
                 [_standardised(part, chances) * deviation for part, deviation in zip(drawn, deviations, strict=True)],
                 axis=1,
             ).astype(np.float32)
-        return cls(settings.seed, features, effects)
+        return cls(seed, bias, features, effects)
 
     def block(self, split: SplitName, number: int, rows: int = BLOCK_ROWS) -> DemoBlock:
         """The first ``rows`` rows of a block: rows ``number * BLOCK_ROWS`` and on of a split, however long it is."""
-        raw = _stream(self.seed, _ROWS, SPLITS.index(split), number).random_raw(_WORDS_PER_ROW * BLOCK_ROWS)
+        drawn = self.draw(split, number, rows)
+        columns: dict[str, NDArray[Any]] = {CRITEO_LABEL: drawn.label}
+        columns |= {name: _log_counts()[drawn.values[name]] for name in CRITEO_DENSE}
+        columns |= {name: drawn.values[name] for name in CRITEO_CATEGORICAL}
+        return DemoBlock(columns, drawn.probability)
+
+    def draw(self, split: SplitName, number: int, rows: int = BLOCK_ROWS) -> Draw:
+        """The rows of ``block`` as counts and ids."""
+        raw = stream(self.seed, _ROWS, SPLITS.index(split), number).random_raw(_WORDS_PER_ROW * BLOCK_ROWS)
         raw = raw.reshape(_WORDS_PER_ROW, BLOCK_ROWS)[:, :rows]
         uniforms = [
             (half + 0.5) * 2.0**-32 for word in raw for half in (word & np.uint64(2**32 - 1), word >> np.uint64(32))
         ]
         values = {name: feature.draw(uniforms[i]) for i, (name, feature) in enumerate(self.features.items())}
+        missing = {name: uniforms[i] < feature.missing for i, (name, feature) in enumerate(self.features.items())}
         probability = 1.0 / (1.0 + np.exp(-self.log_odds(values).astype(np.float64)))
-        label = uniforms[len(self.features)] < probability
-        columns: dict[str, NDArray[Any]] = {CRITEO_LABEL: label.astype(np.int8)}
-        columns |= {name: _log_counts()[values[name]] for name in CRITEO_DENSE}
-        columns |= {name: values[name] for name in CRITEO_CATEGORICAL}
-        return DemoBlock(columns, probability)
+        label = (uniforms[len(self.features)] < probability).astype(np.int8)
+        return Draw(values, missing, label, probability)
 
     def log_odds(self, values: dict[str, NDArray[np.int32]]) -> NDArray[np.float32]:
         """Log-odds of a click, [rows], from counts and ids by column name."""
         rows = len(values[CRITEO_DENSE[0]])
-        log_odds = np.full(rows, BIAS, dtype=np.float32)
+        log_odds = np.full(rows, self.bias, dtype=np.float32)
         tastes = np.zeros((2, FACTORS, rows), dtype=np.float32)
         for name, feature in self.features.items():
             effects = self.effects[name]
@@ -388,16 +396,16 @@ class PlantedModel:
         return log_odds
 
 
-def _draw_effects(seed: int, number: int, feature: _Feature) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _draw_effects(seed: int, number: int, feature: Feature) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Chances [V] of a column's known values and of the rest together, and their raw effects [1 + FACTORS, V]."""
-    stream = _stream(seed, _PLANT, 0, number)
+    draws = stream(seed, _PLANT, 0, number)
     if feature.dense:
-        signs = np.where(stream.random_raw(1 + FACTORS) >> np.uint64(63), 1.0, -1.0)
+        signs = np.where(draws.random_raw(1 + FACTORS) >> np.uint64(63), 1.0, -1.0)
         return feature.chances(feature.size), signs[:, None] * _log_counts()[: feature.size].astype(np.float64)
     chances = feature.chances(min(feature.size, round(1 / RAREST_KNOWN)))
     chances = chances[chances >= RAREST_KNOWN]
     # The sum of four uniforms is nearly normal. They have 51 bits, so that their sum is exact in any order.
-    raw = stream.random_raw((1 + FACTORS) * 4 * len(chances)) >> np.uint64(13)
+    raw = draws.random_raw((1 + FACTORS) * 4 * len(chances)) >> np.uint64(13)
     drawn = (raw * 2.0**-51).reshape(1 + FACTORS, 4, len(chances)).sum(axis=1) - 2.0
     drawn *= chances / (chances + HALF_EFFECT)
     if len(chances) == feature.size:
@@ -411,43 +419,13 @@ def _standardised(values: NDArray[np.float64], chances: NDArray[np.float64]) -> 
     return centred / math.sqrt(math.fsum(centred * centred * chances))
 
 
-def _stream(seed: int, purpose: int, split: int, block: int) -> np.random.Philox:
-    """A random stream of its own. Only raw output is used, which is fixed by the definition of Philox4x64."""
-    # The counter's lowest word counts the output.
-    return np.random.Philox(key=[seed, purpose], counter=[0, 0, split, block])
-
-
 @cache
 def _log_counts() -> NDArray[np.float32]:
     """log(count + 1) of every count that a dense column may have."""
-    largest = max(largest for _, _, _, largest, _ in _DENSE.values())
+    largest = max(largest for _, _, _, largest, _ in KAGGLE_DENSE.values())
     return np.array([math.log(count + 1) for count in range(largest + 1)], dtype=np.float32)
 
 
 def _columns(settings: DemoSettings) -> tuple[Any, ...]:
-    reserved = {name: {"missing": 0} for name, (_, missing, _, _) in _CATEGORICAL.items() if missing}
+    reserved = {name: {"missing": 0} for name, (_, missing, _, _) in KAGGLE_CATEGORICAL.items() if missing}
     return criteo_columns(settings.cardinalities, "missing to 0, log(x + 1)", reserved)
-
-
-def _schema_fields(settings: DemoSettings) -> dict[str, Any]:
-    # Row counts are left out of the settings: a model may score any rows of the same planted model.
-    return {
-        "dataset": "demo",
-        "protocol": "demo",
-        "settings": {
-            "generator_version": GENERATOR_VERSION,
-            "seed": settings.seed,
-            "max_table_rows": settings.max_table_rows,
-        },
-    }
-
-
-def _existing(settings: DemoSettings, folder: Path) -> DatasetSchema | None:
-    """The schema in ``folder`` if it is that of these settings, else None."""
-    if not (Path(folder) / SCHEMA_FILE).is_file():
-        return None
-    found, wanted = DatasetSchema.load(folder), demo_schema(settings)
-    same = found.encoding_fingerprint == wanted.encoding_fingerprint and all(
-        name in found.splits and found.splits[name].rows == split.rows for name, split in wanted.splits.items()
-    )
-    return found if same else None

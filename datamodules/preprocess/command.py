@@ -5,88 +5,168 @@ Neither needs torch or Lightning, so they start at once.
 
 import argparse
 import json
-import resource
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from datamodules.parquet import check_sizes, part_files, verify
+from datamodules.preprocess.figure import check_figure, draw
 from datamodules.preprocess.inspection import render, summary
+from datamodules.preprocess.leakage import equal_rows
+from datamodules.preprocess.multi_hot import DISTRIBUTIONS
 from datamodules.preprocess.pipeline import order_warning, preprocess
 from datamodules.preprocess.progress import Progress
-from datamodules.preprocess.protocols import DATASETS, PROTOCOLS
+from datamodules.preprocess.protocols import PROTOCOLS
+from datamodules.preprocess.report import render_report
+from datamodules.preprocess.skew import all_skews
+from datamodules.preprocess.splits import DATASETS
 from lightning_dlrm.contracts.schema import DatasetSchema
 
 _PREPROCESS_DESCRIPTION = """\
 Reads raw Criteo files and makes a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in
 Parquet. A raw line has 40 fields between tabs: label, 13 integers, 26 hashes of 8 hexadecimal digits; an empty
-integer or hash is a missing value. Files are plain text or gzip.
+integer or hash is a missing value. Files are plain text, gzip or Zstandard.
 
 examples:
   python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm --input train.txt --output data/kaggle
   python -m lightning_dlrm preprocess --dataset terabyte --protocol dlrm --max-rows 10000000 \\
       --input day_{0..23}.gz --output data/terabyte
+  python -m lightning_dlrm preprocess --dataset terabyte --protocol mlperf --max-rows 40000000 --multi-hot mlperf \\
+      --input s3://bucket/day_{0..23}.zst --output data/dlrm_v2 --scheduler tcp://10.0.0.1:8786
+  python -m lightning_dlrm preprocess --vocabulary data/kaggle --input test.txt --output data/kaggle_test
 then:
   python -m lightning_dlrm fit --config dlrm.yaml --config criteo_kaggle.yaml --data.path data/kaggle
 """
 
-_PREPROCESS_EPILOG = """\
-protocols:
-  dlrm   as facebookresearch/dlrm: dense features log(max(x, 0) + 1), missing ones as 0; every hash has a row of its
-         own, missing ones count as hash 0; the vocabulary is counted over all rows. Ids go by descending frequency.
-
+_SPLITS = """\
 splits:
-  terabyte, several files   the last file given is held out: its first half is test, its second validation
+  terabyte, several files   the last file given is held out and halved: dlrm, nvidia and modern test on the first half
+                            and validate on the second, mlperf the other way round
   kaggle, or a single file  by position into seven equal days: six train, the last one is held out likewise
+  bars                      random 8:1:1: one of every ten rows tests and another validates, drawn from --seed
+
+new rows:
+  --vocabulary DIR encodes rows, with labels or without, as DIR's were, and makes them the test split; a model trained
+  on DIR scores them. Values that DIR does not know get the id of unknown ones; in dlrm and mlperf, which have none,
+  that of rare ones, or else the last id: of the rarest value, whose row was trained least.
 
 what to expect:
-  The same input gives the same bytes. The order of rows is kept. Memory stays near 1 GB plus the vocabularies of
-  the largest columns. Meanwhile the disk of --output holds the staged rows too, about half the size of the
-  uncompressed input. On two cores Kaggle's 46 million rows take some minutes. Wrong input is told with file and
-  line, the exit code is 2, and nothing is left behind.
+  The same input gives the same bytes, whatever the workers. The order of rows is kept. A run that was broken off, even
+  by kill -9, goes on where it was with the same command; its files wait in .NAME.preprocess beside the output. A
+  finished dataset is left as it is. On two cores Kaggle's 46 million rows take some minutes, in about 1 GB of memory;
+  memory does not grow with rows, only the disk does (an estimate is shown first). Wrong input is told with file and
+  line, and the exit code is 2. DIR/report.json says what was read, what came out, and what it took.
+
+addresses:
+  Inputs and the output may be s3://, gs://, hf:// and all else that fsspec knows, with the package that it names
+  installed (s3fs, gcsfs, huggingface_hub). For an output behind an address the working folder is made in the current
+  folder, or in --work.
+
+clusters:
+  --scheduler hands all work to a running Dask cluster (pip install 'lightning-dlrm[cluster]'; dask scheduler; dask
+  worker ADDRESS). Its workers must share the file system of the output, or of --work, with this machine, and have
+  this package.
 """
+
+
+def _epilog() -> str:
+    protocols = [
+        textwrap.fill(protocol.summary, 119, initial_indent=f"  {name:<8}", subsequent_indent=" " * 10)
+        for name, protocol in PROTOCOLS.items()
+    ]
+    return "\n".join(["protocols (their scores cannot be compared with each other):", *protocols, "", _SPLITS])
+
 
 _INSPECT_DESCRIPTION = """\
 Prints a dataset's protocol, fingerprints, splits with label means, and columns: rows of each table, share of missing
-values, share of the most frequent id; for planted (demo) data also the best scores any model can reach.
+values, share of the most frequent id, the number of ids that 90% of the lookups go to, reserved ids; for planted (demo)
+data also the best scores any model can reach.
+
+--leakage counts rows whose features (label apart) occur more than once, within a split and in two splits. It reads
+every row, some 2 million a second, in less than 1 GB of memory and 8 bytes a row of the temporary folder (TMPDIR).
+
+--plot draws the tables' sizes and how few of their ids most lookups go to, from the vocabulary's counts, or, where
+there are none, by counting ids in the rows (8 bytes of memory for each row of the largest table).
 
 examples:
   python -m lightning_dlrm inspect data/kaggle
-  python -m lightning_dlrm inspect data/kaggle --verify
+  python -m lightning_dlrm inspect data/kaggle --verify --leakage
+  python -m lightning_dlrm inspect data/kaggle --plot tables.png
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the description and the options of ``preprocess`` to a parser; ``run`` takes what it parses."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description, parser.epilog = _PREPROCESS_DESCRIPTION, _PREPROCESS_EPILOG
-    parser.add_argument(
-        "--dataset", required=True, choices=DATASETS, help="where the files come from; decides how rows are split"
-    )
-    # No choices: an unknown protocol is answered by find_protocol, as in Python.
-    parser.add_argument(
-        "--protocol", required=True, metavar="NAME", help=f"how raw values become features: {', '.join(PROTOCOLS)}"
-    )
-    parser.add_argument(
+    parser.description, parser.epilog = _PREPROCESS_DESCRIPTION, _epilog()
+    source = parser.add_argument_group("what to read and write")
+    source.add_argument("--dataset", choices=DATASETS, help="where the files come from; decides how rows are split")
+    source.add_argument(
         "--input",
         required=True,
         nargs="+",
-        type=Path,
         metavar="PATH",
-        help="raw files, plain or gzip, in the order of days (mind that a shell lists day_* as day_1, day_10, day_11)",
+        help="raw files or addresses, in the order of days (mind that a shell lists day_* as day_1, day_10, day_11)",
     )
-    parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="folder to make; must not exist, or be empty"
+    source.add_argument(
+        "--output", required=True, metavar="DIR", help="folder or address to make; must not exist, or be empty"
     )
-    parser.add_argument(
+    source.add_argument(
+        "--work", type=Path, metavar="DIR", help="where the working folder is made (default: beside the output)"
+    )
+    source.add_argument(
+        "--on-bad-row",
+        choices=("fail", "skip"),
+        default="fail",
+        help="what a line that is not Criteo's does: end the run, or be left out and listed in DIR/bad_rows.tsv with "
+        "file, line and reason (default: %(default)s)",
+    )
+    encoding = parser.add_argument_group("how to encode it")
+    # No choices: an unknown protocol is answered by find_protocol, as in Python.
+    encoding.add_argument("--protocol", metavar="NAME", help=f"how raw values become features: {', '.join(PROTOCOLS)}")
+    encoding.add_argument(
+        "--vocabulary", type=Path, metavar="DIR", help="encode new rows as this dataset's; replaces the options above"
+    )
+    encoding.add_argument(
+        "--min-count",
+        type=int,
+        metavar="N",
+        help="values seen fewer than N times share one id (default: the protocol's; 1 keeps every value)",
+    )
+    encoding.add_argument(
         "--max-rows",
         type=int,
         metavar="N",
-        help="rows of the largest table: hashes are taken modulo N before they are counted (default: no limit; the "
-        "published Terabyte models use 10000000 and 40000000)",
+        help="rows of the largest table: in dlrm, hashes are taken modulo N before they are counted, in mlperf ids are "
+        "after it (default: no limit; the published Terabyte models use 10000000 and 40000000)",
     )
+    encoding.add_argument(
+        "--negative-sampling-rate",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="share of the training rows with label 0 that is kept (default: all)",
+    )
+    encoding.add_argument(
+        "--multi-hot",
+        choices=("mlperf",),
+        help="terabyte: bags of the sizes of MLPerf DLRM v2, 214 ids a row, of which the first is the row's own",
+    )
+    encoding.add_argument(
+        "--multi-hot-distribution",
+        choices=DISTRIBUTIONS,
+        default="uniform",
+        help="of the other ids of a bag (default: %(default)s)",
+    )
+    encoding.add_argument(
+        "--seed", type=int, default=0, help="of random splits, sampling and bags (default: %(default)s)"
+    )
+    where = parser.add_argument_group("who does it")
+    where.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: one per core)")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, such as tcp://10.0.0.1:8786")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,17 +181,33 @@ def run(args: argparse.Namespace) -> int:
         print(warning, file=sys.stderr)
     progress = Progress()
     with _leaving_in_order():
-        schema = preprocess(args.dataset, args.protocol, args.input, args.output, args.max_rows, progress)
-    print(render(summary(args.output, schema)))
-    print()
-    for stage in progress.stages:
-        print(stage)
-    seconds = sum(stage.seconds for stage in progress.stages)
-    print(f"{seconds:,.1f} s in all, {_peak_bytes() / 1e9:,.2f} GB of memory at most")
-    print(
-        f"train on it: python -m lightning_dlrm fit --config dlrm.yaml --config criteo_{args.dataset}.yaml "
-        f"--data.path {args.output}"
+        schema = preprocess(
+            args.dataset,
+            args.protocol,
+            args.input,
+            args.output,
+            args.max_rows,
+            progress,
+            min_count=args.min_count,
+            negative_sampling_rate=args.negative_sampling_rate,
+            multi_hot=args.multi_hot,
+            multi_hot_distribution=args.multi_hot_distribution,
+            vocabulary=args.vocabulary,
+            seed=args.seed,
+            on_bad_row=args.on_bad_row,
+            workers=args.workers,
+            scheduler=args.scheduler,
+            work=args.work,
+        )
+    if progress.stages:
+        print(render_report(schema, progress.stages))
+    known = args.vocabulary is None
+    command = (
+        f"fit --config dlrm.yaml --config criteo_{schema.dataset}.yaml --data.path {args.output}"
+        if known
+        else f"predict --config RUN/config.yaml --ckpt_path RUN/checkpoints/best --data.path {args.output}"
     )
+    print(f"{'train on it' if known else 'score it'}: python -m lightning_dlrm {command}")
     return 0
 
 
@@ -125,6 +221,12 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="read every file and compare its checksum (about 1 GB per second)"
     )
+    parser.add_argument(
+        "--leakage", action="store_true", help="count rows of equal features within splits and across them"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw table sizes and skew of ids: .png, .pdf or .svg"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
@@ -132,21 +234,30 @@ def run_inspect(args: argparse.Namespace) -> int:
     """Inspects as ``add_inspect_arguments`` was told and returns the exit code.
 
     Raises:
-        UserError: there is no dataset in the folder, a file is missing or has another size, or ``--verify`` finds
-            one altered.
+        UserError: there is no dataset in the folder, a file is missing or has another size, ``--verify`` finds one
+            altered, or see ``leakage.equal_rows`` and ``figure.draw``.
     """
     schema = DatasetSchema.load(args.folder)
+    if args.plot is not None:
+        check_figure(schema, args.plot)
     if args.verify:
-        verify(args.folder, schema)
+        verify(args.folder, schema, progress=True)
     else:
         check_sizes(args.folder, (*schema.vocabulary.values(), *part_files(schema)))
     facts = {**summary(args.folder, schema), "verified": args.verify}
+    if args.leakage:
+        facts["leakage"] = equal_rows(args.folder, schema)
+    if args.plot is not None:
+        title = f"{args.folder}: {schema.dataset}, protocol {schema.protocol}, {facts['rows']:,} rows"
+        draw(list(all_skews(args.folder, schema)), title, args.plot)
     if args.json:
         print(json.dumps(facts, indent=1))
         return 0
     print(render(facts))
     if args.verify:
         print("every file has its checksum")
+    if args.plot is not None:
+        print(f"{args.plot} shows table sizes and skew")
     return 0
 
 
@@ -162,8 +273,3 @@ def _leaving_in_order() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

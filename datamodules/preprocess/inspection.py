@@ -4,24 +4,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from lightning_dlrm.contracts.errors import UserError
+from datamodules.preprocess.leakage import render_equal_rows
+from datamodules.preprocess.skew import vocabulary_skew
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema
 
 
 def summary(folder: Path, schema: DatasetSchema) -> dict[str, Any]:
     """The facts of a dataset as JSON values.
 
-    ``columns`` gives for each, where known, ``missing`` (share of all rows) and ``most_frequent``
-    (share of the rows with the most frequent id); None where it is not known.
+    ``columns`` gives for each, where known, ``missing`` (share of the rows read), ``most_frequent`` (share
+    of the lookups that go to the most frequent id) and ``ids_for_90`` (the least number of ids that
+    90% of them go to); None where it is not known.
 
     Raises:
         UserError: a vocabulary is no readable Parquet file.
     """
     rows = sum(split.rows for split in schema.splits.values())
+    rows_per_file = schema.report.get("rows_per_file")
+    # Missing values are counted as they are read; a sample of the rows may be all that is kept.
+    rows_read = sum(count for _, count in rows_per_file) if rows_per_file else rows
     missing: Mapping[str, int] = schema.report.get("missing", {})
+    skews = {column.name: vocabulary_skew(folder, schema, column) for column in schema.columns}
     return {
         "folder": str(folder),
         "dataset": schema.dataset,
@@ -47,38 +50,26 @@ def summary(folder: Path, schema: DatasetSchema) -> dict[str, Any]:
                 "cardinality": column.cardinality,
                 "transform": column.transform,
                 "reserved": dict(column.reserved),
-                "missing": missing[column.name] / rows if column.name in missing else None,
-                "most_frequent": _largest_share(folder, schema, column.name),
+                "missing": missing[column.name] / rows_read if column.name in missing else None,
+                "most_frequent": skew.most_frequent if skew else None,
+                "ids_for_90": skew.ids_for.get(0.9) if skew else None,
             }
             for column in schema.columns
+            for skew in (skews[column.name],)
         ],
         "optimum": {
             name: {"auc": optimum.auc, "log_loss": optimum.log_loss} for name, optimum in schema.optimum.items()
         },
-        "rows_per_file": schema.report.get("rows_per_file"),
+        "rows_per_file": rows_per_file,
     }
 
 
-def _largest_share(folder: Path, schema: DatasetSchema, column: str) -> float | None:
-    """Share of a categorical column's rows that have its most frequent id, from its vocabulary."""
-    if column not in schema.vocabulary:
-        return None
-    path = Path(folder) / schema.vocabulary[column].path
-    try:
-        with pq.ParquetFile(path) as vocabulary:
-            if "count" not in vocabulary.schema_arrow.names:
-                return None
-            counts = vocabulary.read(["count"]).column("count").to_numpy()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"{path} is altered: no readable Parquet; restore the file, or make the dataset again"
-        ) from error
-    return float(counts.max() / counts.sum())
-
-
 def render(facts: Mapping[str, Any]) -> str:
-    """The facts of ``summary`` as text."""
-    settings = "".join(f", {name} {value}" for name, value in facts["settings"].items())
+    """The facts of ``summary`` as text, and under ``leakage`` those of ``equal_rows``, if they are there."""
+    settings = "".join(
+        f", {name} {'for each column' if isinstance(value, Mapping) else value}"
+        for name, value in facts["settings"].items()
+    )
     lines = [
         f"{Path(facts['folder']) / SCHEMA_FILE}",
         f"  dataset      {facts['dataset']}, protocol {facts['protocol']}{settings}",
@@ -88,25 +79,56 @@ def render(facts: Mapping[str, Any]) -> str:
     ]
     if facts["rows_per_file"]:
         lines.append("  made from    " + ", ".join(f"{name} ({rows:,} rows)" for name, rows in facts["rows_per_file"]))
-    lines += [f"  {role:<12} {words}" for role, words in _transforms(facts).items()]
+    lines += _transforms(facts)
     lines += ["", *_split_table(facts), "", *_column_table(facts)]
     for name, optimum in facts["optimum"].items():
         lines.append(f"best reachable on {name}: AUC {optimum['auc']:.4f}, log loss {optimum['log_loss']:.4f}")
+    if facts.get("leakage"):
+        lines += ["", *render_equal_rows(facts["leakage"])]
     return "\n".join(lines)
 
 
-def _transforms(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Role -> what was done to its columns, with the columns' names where they differ."""
+def _transforms(facts: Mapping[str, Any]) -> list[str]:
+    """For each role what was done to its columns, with the columns' names where they differ."""
     columns_of: dict[str, dict[str, list[str]]] = {}
     for column in facts["columns"]:
         if column["transform"]:
             columns_of.setdefault(column["role"], {}).setdefault(column["transform"], []).append(column["name"])
-    return {
-        role: "; ".join(
-            words if len(by_words) == 1 else f"{', '.join(names)}: {words}" for words, names in by_words.items()
-        )
-        for role, by_words in columns_of.items()
-    }
+    lines = []
+    for role, by_words in columns_of.items():
+        for number, (words, names) in enumerate(by_words.items()):
+            which = f"{_ranges(names)}: " if len(by_words) > 1 else ""
+            lines.append(f"  {'' if number else role:<12} {which}{words}")
+    return lines
+
+
+def _ranges(names: Sequence[str]) -> str:
+    """Names as people write them: three or more that count up become one, such as C1..C26.
+
+    >>> _ranges(["I1", "I2", "I3", "I5", "I6", "size", "C7"])
+    'I1..I3, I5, I6, size, C7'
+    """
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and name == _next_name(runs[-1][-1]):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs)
+
+
+def _next_name(name: str) -> str | None:
+    """The name with the number at its end counted up; None without one."""
+    stem = name.rstrip("0123456789")
+    return f"{stem}{int(name[len(stem) :]) + 1}" if stem != name else None
+
+
+def _reserved(ids: Mapping[str, int]) -> str:
+    """Such as ``0 missing, 1 rare/unknown``."""
+    names: dict[int, list[str]] = {}
+    for name, row in ids.items():
+        names.setdefault(row, []).append(name)
+    return ", ".join(f"{row} {'/'.join(names[row])}" for row in sorted(names))
 
 
 def _split_table(facts: Mapping[str, Any]) -> list[str]:
@@ -125,7 +147,9 @@ def _split_table(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _column_table(facts: Mapping[str, Any]) -> list[str]:
-    header: tuple[str, ...] = ("column", "role", "table rows", "missing", "most frequent id", "reserved ids")
+    header: tuple[str, ...] = (
+        "column", "role", "table rows", "missing", "most frequent id", "ids for 90%", "reserved ids"
+    )  # fmt: skip
     if not any(column["reserved"] for column in facts["columns"]):
         header = (*header[:-1], "")
     body = [
@@ -135,12 +159,13 @@ def _column_table(facts: Mapping[str, Any]) -> list[str]:
             f"{column['cardinality']:,}" if column["cardinality"] else "",
             _percent(column["missing"]),
             _percent(column["most_frequent"]),
-            ", ".join(f"{row} {name}" for name, row in column["reserved"].items()),
+            "" if column["ids_for_90"] is None else f"{column['ids_for_90']:,}",
+            _reserved(column["reserved"]),
         )
         for column in facts["columns"]
     ]
-    total = ("all tables", "", f"{facts['table_rows']:,}", "", "", "")
-    return _aligned([header, *body, total], left=(0, 1, 5))
+    total = ("all tables", "", f"{facts['table_rows']:,}", "", "", "", "")
+    return _aligned([header, *body, total], left=(0, 1, 6))
 
 
 def _percent(share: float | None) -> str:

@@ -1,118 +1,191 @@
 """Raw Criteo TSV -> dataset folder: the stages in order, and what surrounds them."""
 
-import dataclasses
-import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
-from datamodules.parquet import DatasetWriter
-from datamodules.preprocess.criteo_tsv import BLOCK_BYTES
-from datamodules.preprocess.progress import Progress
-from datamodules.preprocess.protocols import DATASETS, Dataset, Protocol, find_protocol
-from datamodules.preprocess.stages import (
-    Work,
-    encode_column,
-    stage_file,
-    staged_missing,
-    staged_rows,
-    write_dataset,
+import numpy as np
+import pyarrow as pa
+
+from datamodules.preprocess.criteo_tsv import COLUMNS
+from datamodules.preprocess.estimate import Estimate, estimate
+from datamodules.preprocess.journal import (
+    discard_damaged,
+    find_records,
+    fingerprint,
+    is_disk_full,
+    recorded,
+    written_aside,
 )
+from datamodules.preprocess.multi_hot import Distribution
+from datamodules.preprocess.options import OnBadRow, Options, options_of
+from datamodules.preprocess.progress import Progress
+from datamodules.preprocess.report import write_report
+from datamodules.preprocess.sources import RawFile, find_files, in_process_only
+from datamodules.preprocess.splits import Dataset, Span, SplitRule
+from datamodules.preprocess.stages import (
+    PIECE_BYTES,
+    ColumnJob,
+    Encoding,
+    RowsJob,
+    Segment,
+    StageJob,
+    count_column,
+    encode_part,
+    look_up_column,
+    part_jobs,
+    rows_per_split,
+    save_segments,
+    segment_path,
+    stage_piece,
+    stage_text,
+)
+from datamodules.preprocess.target import REPORT_FILE, Target
+from datamodules.preprocess.workers import Workers, open_workers
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, Column, DatasetSchema, criteo_columns
+from lightning_dlrm.contracts.schema import (
+    CRITEO_CATEGORICAL,
+    CRITEO_DENSE,
+    CRITEO_LABEL,
+    SPLITS,
+    Column,
+    DataFile,
+    DatasetSchema,
+    Split,
+    SplitName,
+    file_sha256,
+)
 
-# Threads do all the work in libraries that let go of the interpreter. More than these would wait for
-# the one that writes, and each may hold the vocabulary of a column.
-MAX_THREADS = 8
+BAD_ROWS_FILE = "bad_rows.tsv"
+
+_VERSION = 1
+"""Counts up whenever the same input would give other bytes, so that no run goes on with files of another release."""
+
+# Below this much input the workers would take longer to start than to work, and nothing is worth keeping.
+_SMALL_BYTES = 8 << 20
+_SEGMENTS_A_JOB = 64
 
 
 def preprocess(
-    dataset: Dataset,
-    protocol: str,
-    inputs: Sequence[Path],
-    output: Path,
+    dataset: Dataset | None,
+    protocol: str | None,
+    inputs: Sequence[Path | str],
+    output: Path | str,
     max_rows: int | None = None,
     progress: Progress | None = None,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int = PIECE_BYTES,
+    *,
+    min_count: int | None = None,
+    negative_sampling_rate: float = 1.0,
+    multi_hot: Literal["mlperf"] | None = None,
+    multi_hot_distribution: Distribution = "uniform",
+    vocabulary: Path | str | None = None,
+    seed: int = 0,
+    on_bad_row: OnBadRow = "fail",
+    workers: int | None = None,
+    scheduler: str | None = None,
+    work: Path | str | None = None,
 ) -> DatasetSchema:
     """Makes a dataset folder of raw Criteo files.
 
-    The same input gives the same bytes. Memory is bounded by the vocabularies of the columns in
-    work (some 45 bytes per distinct value), not by the rows; the disk beside ``output``
-    holds the staged rows meanwhile, about half the size of the uncompressed input.
+    The same input gives the same bytes, whatever the workers, and however often the run was broken
+    off: the same call goes on where it was. A finished dataset is left as it is. The memory of a
+    worker is bounded, whatever the number of rows (see ``stages``).
 
     Args:
         dataset: ``kaggle`` or ``terabyte``; decides how rows are split.
         protocol: how raw values become features, a name of ``protocols.PROTOCOLS``.
-        inputs: TSV files, plain or gzip, in the order of days.
-        output: the folder to make; must not exist, or be empty.
-        max_rows: the largest table: hashes are taken modulo this before they are counted; None
-            keeps every value.
-        progress: where to show and time the stages; by default standard error.
-        block_bytes: text that one thread parses at a time; does not change the result.
+        inputs: TSV files in the order of days, plain, gzip or Zstandard; paths, or addresses that fsspec knows.
+        output: the folder to make; must not exist, or be empty. A path, or an address.
+        max_rows: the largest table, of protocols ``dlrm`` (hashes modulo this before they are counted) and
+            ``mlperf`` (ids modulo this); None keeps every value.
+        progress: where to show and time the stages; by default standard error. A run that had nothing to
+            do has no stages.
+        block_bytes: text that a worker parses at a time; does not change the result.
+        min_count: values seen more rarely share one id; None for the protocol's own threshold.
+        negative_sampling_rate: the share of training rows with label 0 that is kept.
+        multi_hot: ``mlperf`` for the bags of MLPerf DLRM v2.
+        multi_hot_distribution: of their ids, ``uniform`` or ``pareto``.
+        vocabulary: a dataset folder whose vocabulary, protocol and options are used; all rows, with labels or
+            without, become the test split. ``dataset`` and ``protocol`` may then be None.
+        seed: of random splits, of sampling and of bags.
+        on_bad_row: ``skip`` to leave lines out that are not Criteo's, and list them in ``bad_rows.tsv``.
+        workers: processes; None for one per core, or none beside this one if the input is small.
+        scheduler: the address of a Dask scheduler, whose workers then do the work.
+        work: the folder for the hidden working folder; None for that of ``output``.
 
     Raises:
-        UserError: an argument, a path or a line of a file is wrong. Nothing is left behind.
+        UserError: an argument, a path or a line of a file is wrong, the disk is too small, a worker died, or the
+            folder holds something else.
     """
-    rules = find_protocol(protocol)
-    inputs, output = [Path(path) for path in inputs], Path(output)
-    if dataset not in DATASETS:
-        raise UserError(f"unknown dataset {dataset!r}; known: {', '.join(DATASETS)}")
-    if max_rows is not None and max_rows < 1:
-        raise UserError(f"max_rows is {max_rows}, expected at least 1; leave it out to keep every value")
-    _check_inputs(inputs)
-    DatasetWriter(output, ())  # refuses a target that is in use before hours of work
     progress = progress or Progress()
-    threads = min(os.cpu_count() or 1, MAX_THREADS)
+    options, known = options_of(
+        None if vocabulary is None else Path(vocabulary),
+        dataset=dataset,
+        protocol=protocol,
+        max_rows=max_rows,
+        min_count=min_count,
+        negative_sampling_rate=negative_sampling_rate,
+        multi_hot=multi_hot,
+        multi_hot_distribution=multi_hot_distribution,
+        seed=seed,
+        on_bad_row=on_bad_row,
+    )
+    if workers is not None and workers < 1:
+        raise UserError(f"workers is {workers}, expected at least 1")
+    if workers is not None and scheduler is not None:
+        raise UserError("both workers and a scheduler are given, but a cluster has workers of its own: leave one out")
+    files = find_files([str(path) for path in inputs])
+    target = Target(str(output), None if work is None else Path(work))
+    run = {
+        "version": _VERSION,
+        "options": options.document(),
+        "inputs": [{"name": file.name, "bytes": file.size, "stamp": file.stamp} for file in files],
+    }
+    finished = target.finished(run)
+    if finished is not None:
+        progress.note(f"{output} is finished already: same input, same options; nothing to do")
+        return finished
+    small = sum(file.size for file in files) < _SMALL_BYTES
+    if any(in_process_only(file.path) for file in files):
+        workers, scheduler = 1, None
+    elif workers is None:
+        workers = 1 if small else os.cpu_count() or 1
+    with target.working_folder(worth_keeping=not small) as folder:
+        progress.folder = folder
+        facts = estimate(files, multi_hot=options.multi_hot is not None)
+        job = _Job(
+            options=options,
+            known=known,
+            vocabulary=None if vocabulary is None else Path(vocabulary).absolute(),
+            files=files,
+            folder=folder,
+            piece_bytes=block_bytes,
+            estimate=facts,
+            progress=progress,
+        )
+        with open_workers(workers or 1, scheduler, folder, target.goes_on) as pool:
+            try:
+                job.prepare(pool)
+                progress.note(facts.checked(folder, pool.count))
+                schema = job.make(pool, run)
+                target.deliver(job.encode_folder / "result")
+            except OSError as error:
+                if is_disk_full(error):
+                    raise UserError(f"the disk of {folder} is full; make room. {target.goes_on}") from error
+                raise
+    return schema
 
-    with _working_folder(output) as work, _thread_pool(threads) as executor:
-        staged = [work.raw(position) for position in range(len(inputs))]
-        stored_bytes = sum(path.stat().st_size for path in inputs)
-        with progress.stage("stage") as stage:
-            bytes_done = 0
 
-            def parsed(rows: int, stored: int) -> None:
-                nonlocal bytes_done
-                bytes_done += stored
-                stage.advance(rows, bytes_done / stored_bytes)
-
-            for source, target in zip(inputs, staged, strict=True):
-                stage_file(source, target, executor, 2 * threads, parsed, block_bytes)
-
-        file_rows = staged_rows(staged)
-        spans = rules.split(dataset, file_rows)
-        rows = sum(file_rows)
-        with progress.stage("count", rows) as stage:
-            steps = 2 * len(CRITEO_CATEGORICAL)
-            cardinalities = executor.map(
-                lambda name: encode_column(
-                    name, staged, work, rules, max_rows, lambda rows: stage.advance(rows / steps)
-                ),
-                CRITEO_CATEGORICAL,
-            )
-            columns = _columns(rules, tuple(cardinalities), max_rows)
-
-        with progress.stage("encode", rows) as stage, DatasetWriter(output, columns) as writer:
-            write_dataset(writer, staged, work, rules, spans, executor, stage.advance)
-            return writer.finish(
-                dataset=dataset,
-                protocol=protocol,
-                settings={} if max_rows is None else {"max_rows": max_rows},
-                report={
-                    "rows_per_file": [[path.name, count] for path, count in zip(inputs, file_rows, strict=True)],
-                    "missing": staged_missing(staged),
-                },
-            )
-
-
-def order_warning(dataset: Dataset, inputs: Sequence[Path]) -> str | None:
+def order_warning(dataset: Dataset | None, inputs: Sequence[Path | str]) -> str | None:
     """A line of warning if Terabyte's days seem to be given out of order, as ``day_*`` of a shell
     does (day_1, day_10, day_11, ..., day_2): the last file given is held out."""
-    names = [path.name for path in inputs]
+    names = [str(path).rpartition("/")[2] for path in inputs]
     numbers = [re.findall(r"\d+", name) for name in names]
     in_order = sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
     if dataset != "terabyte" or not all(numbers) or names == in_order:
@@ -123,70 +196,309 @@ def order_warning(dataset: Dataset, inputs: Sequence[Path]) -> str | None:
     )
 
 
-def _columns(protocol: Protocol, cardinalities: tuple[int, ...], max_rows: int | None) -> tuple[Column, ...]:
-    words = protocol.category_words if max_rows is None else f"hash % {max_rows}, {protocol.category_words}"
-    return tuple(
-        dataclasses.replace(column, transform=words) if column.role == "categorical" else column
-        for column in criteo_columns(cardinalities, protocol.dense_words)
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Staged:
+    """What the first stage found."""
+
+    segments: list[Segment]
+    facts: list[dict[str, Any]]
+    """Of each segment."""
+    file_rows: list[int]
+    bad_rows: list[tuple[str, int, str]]
+    """File, line (from 1) and what is wrong with it."""
+
+    def total(self, fact: str, column: str) -> int:
+        return sum(facts[fact][column] for facts in self.facts)
 
 
-def _check_inputs(inputs: Sequence[Path]) -> None:
-    if not inputs:
-        raise UserError("no input files; give at least one Criteo TSV file")
-    seen: dict[Path, Path] = {}
-    for path in inputs:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; name the files in it")
-        if not path.exists():
-            raise UserError(f"{path} does not exist; check the path, or download the file")
-        if not path.is_file() or not os.access(path, os.R_OK):
-            raise UserError(f"{path} cannot be read; expected a readable file: check its type and permissions")
-        if path.resolve() in seen:
-            raise UserError(f"{path} is given twice (as {seen[path.resolve()]}); name each file once")
-        seen[path.resolve()] = path
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A run in its working folder."""
+
+    options: Options
+    known: DatasetSchema | None
+    """Of the dataset whose vocabulary is used."""
+    vocabulary: Path | None
+    files: list[RawFile]
+    folder: Path
+    piece_bytes: int
+    estimate: Estimate
+    progress: Progress
+
+    @cached_property
+    def labelled(self) -> bool:
+        """Rows may lack labels only where a vocabulary is given."""
+        return self.known is None or self.estimate.fields != len(COLUMNS) - 1
+
+    def stage_folder(self, file: RawFile) -> Path:
+        how = [_VERSION, file.key, self.piece_bytes, self.labelled, self.options.on_bad_row]
+        return self.folder / "stage" / fingerprint(how)[:16]
+
+    @cached_property
+    def encode_folder(self) -> Path:
+        how = [_VERSION, pa.__version__, self.options.document(), [self.stage_folder(file).name for file in self.files]]
+        return self.folder / "encode" / fingerprint(how)[:16]
+
+    def prepare(self, pool: Workers) -> None:
+        """Keeps of an earlier run what is finished and of use, and removes the rest."""
+        stage = [self.stage_folder(file) for file in self.files]
+        for kind, wanted in (("stage", stage), ("encode", [self.encode_folder])):
+            (self.folder / kind).mkdir(exist_ok=True)
+            for found in (self.folder / kind).iterdir():
+                if found not in wanted:
+                    self.progress.note(f"removing {found}: made of other input or with other options")
+                    shutil.rmtree(found)
+        shutil.rmtree(self.encode_folder / "scratch", ignore_errors=True)
+        for folder in (*stage, self.encode_folder / "ids", self.encode_folder / "parts", self.encode_folder / "result"):
+            folder.mkdir(parents=True, exist_ok=True)
+        records = find_records(self.folder)
+        if records:
+            damaged = sum(pool.map(discard_damaged, records))
+            again = f"; {damaged} were damaged and are made again" if damaged else ""
+            self.progress.note(f"going on: {len(records) - damaged} steps of an earlier run are finished{again}")
+
+    def make(self, pool: Workers, run: dict[str, Any]) -> DatasetSchema:
+        """The dataset, in ``encode_folder / "result"``."""
+        staged = self._stage(pool)
+        rows = sum(staged.file_rows)
+        encoding = Encoding(
+            protocol_name=self.options.protocol,
+            segments=self.folder / "segments",
+            rule=self._rule(staged),
+            folder=self.encode_folder,
+            min_count=self.options.threshold,
+            max_rows=self.options.max_rows,
+            minimum=self._minimum(staged),
+            multi_hot=self.options.bags,
+        )
+        save_segments(encoding.segments, staged.segments)
+        counted = self._count(pool, encoding, staged, rows)
+        columns = self._columns(encoding, counted)
+        splits = self._encode(pool, encoding, columns, staged)
+        result = encoding.result
+        if self.options.on_bad_row == "skip":
+            _write_bad_rows(result / BAD_ROWS_FILE, staged.bad_rows)
+        schema = DatasetSchema(
+            dataset=self.options.dataset,
+            protocol=self.options.protocol,
+            columns=columns,
+            splits=splits,
+            settings=self._settings(encoding),
+            vocabulary={table.name: _vocabulary_file(result, table.name) for table in self.options.rules.tables()},
+            report=self._report(staged, counted),
+        )
+        write_report(result / REPORT_FILE, schema, run, self.progress.stages)
+        schema.save(result)
+        return schema
+
+    def _stage(self, pool: Workers) -> _Staged:
+        folders = [self.stage_folder(file) for file in self.files]
+        jobs = [
+            StageJob(
+                source=file,
+                index=index,
+                folder=folder,
+                piece_bytes=self.piece_bytes,
+                labelled=self.labelled,
+                skip_bad_rows=self.options.on_bad_row == "skip",
+            )
+            for file, folder in zip(self.files, folders, strict=True)
+            for index in (range(-(-file.size // self.piece_bytes)) if file.compression == "none" else (None,))
+        ]
+        with self.progress.stage("stage", poll=_staged_so_far(folders, self.estimate.text_bytes)) as stage:
+            segments: list[Segment] = []
+            facts: list[dict[str, Any]] = []
+            bad_rows: list[tuple[str, int, str]] = []
+            file_rows = dict.fromkeys((file.path for file in self.files), 0)
+            lines = dict(file_rows)
+            start = 0
+            for job, of_job in zip(jobs, pool.map(_stage_job, jobs), strict=True):
+                path = job.source.path
+                for index, found in enumerate(of_job, job.index or 0):
+                    if "bad_line" in found:
+                        line, fault = found["bad_line"]
+                        raise UserError(f"{path}, line {lines[path] + line + 1:,}: {fault}")
+                    bad_rows += [(job.source.name, lines[path] + line + 1, fault) for line, fault in found["bad"]]
+                    lines[path] += found["lines"]
+                    file_rows[path] += found["rows"]
+                    if found["rows"]:
+                        place = segment_path(job.folder, index).with_suffix(".arrow")
+                        segments.append(
+                            Segment(path=place, start=start, rows=found["rows"], distinct=found["distinct"])
+                        )
+                        facts.append(found)
+                        start += found["rows"]
+            for path, count in lines.items():
+                if not count:
+                    raise UserError(
+                        f"{path} is empty; expected Criteo lines of {len(COLUMNS)} fields: download it again"
+                    )
+            stage.reached(start, 1.0)
+        return _Staged(segments=segments, facts=facts, file_rows=list(file_rows.values()), bad_rows=bad_rows)
+
+    def _rule(self, staged: _Staged) -> SplitRule:
+        if self.known is not None:
+            rows = sum(staged.file_rows)
+            if not rows:
+                raise UserError("the input has no rows to encode")
+            return SplitRule(spans=(Span(split="test", start=0, stop=rows),))
+        return SplitRule(
+            spans=self.options.rules.split(self.options.dataset, staged.file_rows),
+            seed=self.options.seed,
+            negative_sampling_rate=self.options.negative_sampling_rate,
+        )
+
+    def _minimum(self, staged: _Staged) -> dict[str, int]:
+        """The least value of each integer column over all input, where the protocol asks for it."""
+        if not self.options.rules.dense_needs_minimum:
+            return {}
+        if self.known is not None:
+            minimum: dict[str, int] = dict(self.known.settings["minimum"])
+            return minimum
+        return {name: min(facts["minimum"][name] for facts in staged.facts) for name in CRITEO_DENSE}
+
+    def _settings(self, encoding: Encoding) -> dict[str, Any]:
+        if self.known is not None:
+            return dict(self.known.settings)
+        return self.options.settings() | ({"minimum": dict(encoding.minimum)} if encoding.minimum else {})
+
+    def _count(self, pool: Workers, encoding: Encoding, staged: _Staged, rows: int) -> dict[str, dict[str, Any]]:
+        """What ``count_column`` or ``look_up_column`` says of every categorical column."""
+        tables = self.options.rules.tables()
+        weights = {table.name: 1 + sum(s.distinct.get(table.source, 0) for s in staged.segments) for table in tables}
+        # The longest first, so that no worker is left alone with one at the end.
+        tables = tuple(sorted(tables, key=lambda table: -weights[table.name]))
+        if self.known is None:
+            jobs = [ColumnJob(encoding=encoding, table=table) for table in tables]
+        else:
+            assert self.vocabulary is not None
+            columns = {column.name: column for column in self.known.columns}
+            jobs = [
+                ColumnJob(
+                    encoding=encoding,
+                    table=table,
+                    vocabulary=self.vocabulary / self.known.vocabulary[table.name].path,
+                    column=columns[table.name],
+                )
+                for table in tables
+            ]
+        counted = {}
+        with self.progress.stage("count", rows) as stage:
+            for job, facts in zip(jobs, pool.map(_count_job, jobs), strict=True):
+                counted[job.table.name] = facts
+                stage.advance(rows * weights[job.table.name] / sum(weights.values()))
+        return counted
+
+    def _columns(self, encoding: Encoding, counted: dict[str, dict[str, Any]]) -> tuple[Column, ...]:
+        label = (Column(name=CRITEO_LABEL, role="label"),) if self.labelled else ()
+        if self.known is not None:
+            return (*label, *(column for column in self.known.columns if column.role != "label"))
+        rules, bags = self.options.rules, self.options.bags
+        dense = (
+            Column(name=name, role="dense", transform=rules.dense_words.format(minimum=encoding.minimum.get(name, "")))
+            for name in (CRITEO_DENSE if rules.dense else ())
+        )
+        tables = (
+            Column(
+                name=table.name,
+                role="multi_hot" if bags and bags.size(table.name) > 1 else "categorical",
+                cardinality=counted[table.name]["cardinality"],
+                transform=self._words(table.source),
+                reserved=rules.reserved_of(table, self.options.threshold),
+            )
+            for table in rules.tables()
+        )
+        return (*label, *dense, *tables)
+
+    def _words(self, source: str) -> str:
+        """What is done to a categorical column, for people."""
+        options, words = self.options, self.options.rules.category_words
+        if options.threshold > 1:
+            words += f"; rare is below {options.threshold}"
+        if source not in CRITEO_CATEGORICAL:
+            missing = "missing as 0, " if options.rules.missing_bin_as_value else ""
+            return f"{missing}floor(log(x)^2) where x > 2, {words}"
+        if options.max_rows is not None:
+            words = f"hash % {options.max_rows}, {words}" if options.rules.modulo == "hash" else words
+            words = f"{words}, id % {options.max_rows}" if options.rules.modulo == "id" else words
+        if options.bags and options.bags.size(source) > 1:
+            words += f"; a bag of {options.bags.size(source)}: the id and {options.multi_hot_distribution} ones"
+        return words
+
+    def _encode(
+        self, pool: Workers, encoding: Encoding, columns: tuple[Column, ...], staged: _Staged
+    ) -> dict[str, Split]:
+        count = len(staged.segments)
+        starts = range(0, count, _SEGMENTS_A_JOB)
+        jobs = [RowsJob(encoding=encoding, start=i, stop=min(i + _SEGMENTS_A_JOB, count)) for i in starts]
+        rows = np.concatenate(list(pool.map(rows_per_split, jobs)))
+        files: dict[SplitName, list[DataFile]] = {}
+        positives = dict.fromkeys(SPLITS, 0)
+        with self.progress.stage("encode", int(rows.sum())) as stage:
+            parts = list(part_jobs(encoding, columns, rows))
+            for job, (file, of_part) in zip(parts, pool.map(encode_part, parts), strict=True):
+                files.setdefault(job.split, []).append(file)
+                positives[job.split] += of_part or 0
+                stage.advance(file.rows)
+        for split in SPLITS:
+            if split not in files and self.known is None:
+                raise UserError(f"no rows are left in the {split} split; give more input, or keep more negatives")
+        return {
+            split: Split(
+                rows=sum(file.rows for file in files[split]),
+                positives=positives[split] if self.labelled else None,
+                files=tuple(files[split]),
+            )
+            for split in SPLITS
+            if split in files
+        }
+
+    def _report(self, staged: _Staged, counted: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        tables = [table.name for table in self.options.rules.tables()]
+        report: dict[str, Any] = {
+            "rows_per_file": [[file.name, rows] for file, rows in zip(self.files, staged.file_rows, strict=True)],
+            "missing": {name: staged.total("missing", name) for name in (*CRITEO_DENSE, *CRITEO_CATEGORICAL)},
+        }
+        if self.known is None:
+            report["distinct"] = {name: counted[name]["distinct"] for name in tables}
+            report["kept"] = {name: counted[name]["kept"] for name in tables}
+        else:
+            report["unknown"] = {name: counted[name]["unknown_rows"] for name in tables}
+        if self.options.on_bad_row == "skip":
+            report["bad_rows"] = len(staged.bad_rows)
+        return report
 
 
-@contextmanager
-def _thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that gives up what is not begun when its user fails, rather than finish it first."""
-    with ThreadPoolExecutor(threads) as executor:
-        try:
-            yield executor
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
+def _stage_job(job: StageJob) -> list[dict[str, Any]]:
+    return stage_text(job) if job.index is None else stage_piece(job)
 
 
-@contextmanager
-def _working_folder(output: Path) -> Iterator[Work]:
-    """A hidden folder beside ``output``, gone afterwards, with the folders that were made for it.
+def _count_job(job: ColumnJob) -> dict[str, Any]:
+    return count_column(job) if job.vocabulary is None else look_up_column(job)
 
-    The lock goes with its process, so what a killed run left behind is told from a run in progress.
 
-    Raises:
-        UserError: the folder cannot be written, or another run makes the same dataset.
-    """
-    output = output.absolute()
-    folder = output.with_name(f".{output.name}.preprocess")
-    new_parents = [parent for parent in output.parents if not parent.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to {output.parent} ({error.strerror}); choose another --output") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is making {output}; wait for it, or choose another --output") from None
-        try:
-            work = Work(folder=folder / "stages")
-            shutil.rmtree(work.folder, ignore_errors=True)
-            work.create()
-            yield work
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in new_parents:
-                with suppress(OSError):  # not empty: the dataset lies in it
-                    parent.rmdir()
+def _staged_so_far(folders: Sequence[Path], text_bytes: float) -> Callable[[], tuple[int, float]]:
+    """Says how many rows are staged, and which share of the text they are, from the records found."""
+    seen: dict[Path, dict[str, Any]] = {}
+
+    def look() -> tuple[int, float]:
+        for folder in folders:
+            for path in find_records(folder):
+                if path not in seen:
+                    seen[path] = recorded(path) or {}
+        rows = sum(facts.get("rows", 0) for facts in seen.values())
+        return rows, sum(facts.get("text_bytes", 0) for facts in seen.values()) / max(text_bytes, 1.0)
+
+    return look
+
+
+def _vocabulary_file(result: Path, column: str) -> DataFile:
+    path = f"vocabulary/{column}.parquet"
+    return DataFile(path=path, sha256=file_sha256(result / path), bytes=(result / path).stat().st_size)
+
+
+def _write_bad_rows(path: Path, bad_rows: Sequence[tuple[str, int, str]]) -> None:
+    with written_aside(path) as partial, partial.open("w") as file:
+        file.write("file\tline\treason\n")
+        for name, line, reason in bad_rows:
+            file.write(f"{name}\t{line}\t{reason}\n")

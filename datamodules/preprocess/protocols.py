@@ -2,35 +2,41 @@
 
 Scores reached under different protocols cannot be compared, so a dataset names its protocol. A new
 one is a new ``Protocol`` in ``PROTOCOLS``; the stages stay as they are.
+
+What the published systems do, and where these protocols stand apart:
+
+- Ids go by descending count (ties by value) everywhere. facebookresearch/dlrm and torchrec number
+  values as they come, NVIDIA and FuxiCTR by count; any order gives the same model.
+- torchrec takes one minimum over all 13 columns of a file, so that equal values differ from file
+  to file; ``mlperf`` takes each column's over all files.
+- NVIDIA's log(x + 3) has no value below x = -2: such values become 0, as missing ones do.
+- FuxiCTR keeps a row for padding beside the one for missing, rare and unknown values; no Criteo row
+  ever uses it, so ``bars`` has none. Its split is stratified by label with scikit-learn; ours draws
+  one of every ten rows for test and another for validation, which needs no second look at the data.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import numpy as np
 
+from datamodules.preprocess.splits import Splitter, halves_of_last_day, one_in_ten
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.schema import SplitName
+from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE
 
-Dataset = Literal["kaggle", "terabyte"]
-DATASETS: tuple[Dataset, ...] = get_args(Dataset)
-
-DAYS = 7  # that a file split by position is cut into
+DenseTransform: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Span:
-    """Rows ``start`` to ``stop`` (not included) of all input files together, which go to one split."""
+class Table:
+    """A categorical column of the dataset."""
 
-    split: SplitName
-    start: int
-    stop: int
-
-
-DenseTransform: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]
-HashTransform: TypeAlias = Callable[[np.ndarray, int | None], np.ndarray]
-Splitter: TypeAlias = Callable[[Dataset, Sequence[int]], tuple[Span, ...]]
+    name: str
+    source: str
+    """The raw column that it is made of: ``C1..C26``, or ``I1..I13`` by ``bucket``."""
+    missing_as_value: bool
+    """Whether a missing value counts as the value 0, rather than as missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,27 +44,89 @@ class Protocol:
     """How raw values become features."""
 
     name: str
+    summary: str
+    """One line for ``--help``."""
     dense_words: str
-    """The dense transform for people, as the schema stores it."""
-    dense: DenseTransform
-    """(values int32 [n], anything where missing; missing bool [n]) -> float32 [n]."""
+    """The dense transform for people, as the schema stores it; ``{minimum}`` is filled in."""
+    dense: DenseTransform | None
+    """(values int32 [n], 0 where missing; missing bool [n]; minimum of the whole column) ->
+    float32 [n], NaN being stored as null. None: there are no dense columns."""
+    dense_needs_minimum: bool = False
     category_words: str
     """The same of categorical values."""
-    category: HashTransform
-    """(hashes uint32 [n], 0 where missing; max_rows or None) -> uint32 [n], the values to count."""
+    bins: str = ""
+    """What names the categorical columns made of I1..I13: ``B`` for B1..B13; empty for none."""
+    missing_as_value: bool = False
+    """Whether a missing hash counts as hash 0."""
+    missing_bin_as_value: bool = False
+    """Whether a missing integer counts as 0 when it is made a category."""
+    reserved: Mapping[str, int] = field(default_factory=dict)
+    """Ids of ``missing``, ``rare`` and ``unknown`` values; several may share one."""
+    counts: Literal["all rows", "the training split"]
+    """The rows over which the vocabulary is counted."""
+    min_count: int = 1
+    """The default threshold: rarer values share the id ``rare``."""
+    modulo: Literal["hash", "id"] | None = None
+    """What ``max_rows`` is the modulus of: the raw hash before counting or the id after it."""
     split: Splitter
-    """(dataset, rows per input file) -> which rows go to which split."""
+
+    def tables(self) -> tuple[Table, ...]:
+        """The categorical columns, in the order of the dataset."""
+        bins = (
+            tuple(
+                Table(name=self.bins + name[1:], source=name, missing_as_value=self.missing_bin_as_value)
+                for name in CRITEO_DENSE
+            )
+            if self.bins
+            else ()
+        )
+        hashes = (Table(name=name, source=name, missing_as_value=self.missing_as_value) for name in CRITEO_CATEGORICAL)
+        return (*bins, *hashes)
+
+    def reserved_of(self, table: Table, min_count: int) -> dict[str, int]:
+        """The reserved ids of a table; without any of its own a protocol has ``rare`` if a threshold is set."""
+        if not self.reserved:
+            return {"rare": 0} if min_count > 1 else {}
+        return {name: row for name, row in self.reserved.items() if name != "missing" or not table.missing_as_value}
 
 
-def _log_of_positive_part(values: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    positive = np.where(missing | (values < 0), 0, values)
+def log_of_positive_part(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
     # In float64 and then rounded, so that the bytes do not depend on the processor's float32 logarithm.
-    return np.log(positive.astype(np.float64) + 1.0).astype(np.float32)
+    return np.log(np.maximum(values, 0).astype(np.float64) + 1.0).astype(np.float32)
 
 
-def _hash_modulo(hashes: np.ndarray, max_rows: int | None) -> np.ndarray:
+def log_above_minimum(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
+    # Below the minimum lie only rows that are encoded later with this dataset's vocabulary.
+    return np.log(np.maximum(values, minimum).astype(np.float64) - minimum + 2.0).astype(np.float32)
+
+
+def log_plus_three(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
+    return np.log(np.where(missing | (values < -2), 1.0, values.astype(np.float64) + 3.0)).astype(np.float32)
+
+
+def signed_log(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
+    wide = values.astype(np.float64)
+    result = np.copysign(np.log(np.abs(wide) + 1.0), wide).astype(np.float32)
+    result[missing] = np.nan
+    return result
+
+
+def bucket(values: np.ndarray) -> np.ndarray:
+    """floor(log(x)^2) of values above 2, other values as they are.
+
+    Args:
+        values: int32 [n].
+
+    Returns:
+        uint32 [n], negative values in two's complement.
+    """
+    large = np.square(np.log(np.maximum(values, 2).astype(np.float64))).astype(np.int32)
+    return np.where(values > 2, large, values).view(np.uint32)
+
+
+def hash_modulo(values: np.ndarray, max_rows: int | None) -> np.ndarray:
     # From 2^32 on the modulo of a 32-bit hash changes nothing, nor would it fit the type.
-    return hashes if max_rows is None or max_rows > 0xFFFFFFFF else hashes % np.uint32(max_rows)
+    return values if max_rows is None or max_rows > 0xFFFFFFFF else values % np.uint32(max_rows)
 
 
 def by_frequency(counts: np.ndarray) -> np.ndarray:
@@ -76,43 +144,74 @@ def by_frequency(counts: np.ndarray) -> np.ndarray:
     return np.argsort(-counts, kind="stable")
 
 
-def split_by_last_day(dataset: Dataset, file_rows: Sequence[int]) -> tuple[Span, ...]:
-    """All days but the last train; of the last, the first half tests (one more row, if they are
-    odd) and the second validates.
-
-    Terabyte's days are its files. Kaggle, and a single file of Terabyte, are cut by position into
-    seven days of n // 7 rows, of which the first n % 7 have one more.
-
-    Raises:
-        UserError: a split would be empty.
-    """
-    rows = sum(file_rows)
-    by_files = dataset == "terabyte" and len(file_rows) > 1
-    held_out = file_rows[-1] if by_files else rows // DAYS
-    if held_out < 2:
-        least = "2 rows in the last file" if by_files else f"{2 * DAYS} rows ({DAYS} days of 2)"
-        raise UserError(
-            f"too few rows: {held_out if by_files else rows} in {'the last file' if by_files else 'all'}; "
-            f"with fewer than {least} the test or validation split would be empty: give more input"
-        )
-    middle = rows - held_out // 2
-    return (
-        Span(split="train", start=0, stop=rows - held_out),
-        Span(split="test", start=rows - held_out, stop=middle),
-        Span(split="validation", start=middle, stop=rows),
-    )
-
-
 _DLRM = Protocol(
     name="dlrm",
+    summary="as facebookresearch/dlrm: log(max(x, 0) + 1), missing as 0; every hash has a row of its own, missing "
+    "ones count as hash 0; counted over all rows. --max-rows: hash modulo N before counting",
     dense_words="log(max(x, 0) + 1), missing as 0",
-    dense=_log_of_positive_part,
+    dense=log_of_positive_part,
     category_words="id by descending count over all rows, missing as hash 0",
-    category=_hash_modulo,
-    split=split_by_last_day,
+    missing_as_value=True,
+    counts="all rows",
+    modulo="hash",
+    split=halves_of_last_day("test", "validation"),
+)
+_MLPERF = Protocol(
+    name="mlperf",
+    summary="as torchrec_dlrm: log(x - minimum of the whole column + 2), missing as 0; hashes as in dlrm. --max-rows: "
+    "id modulo N after counting. --multi-hot mlperf makes DLRM v2's bags",
+    dense_words="log(x - ({minimum}) + 2), missing as 0, below the minimum as the minimum",
+    dense=log_above_minimum,
+    dense_needs_minimum=True,
+    category_words="id by descending count over all rows, missing as hash 0",
+    missing_as_value=True,
+    counts="all rows",
+    modulo="id",
+    split=halves_of_last_day("validation", "test"),
+)
+_NVIDIA = Protocol(
+    name="nvidia",
+    summary="as NVIDIA DeepLearningExamples: log(x + 3), 0 where missing or below -2; hashes seen fewer than 15 times "
+    "(published too: --min-count 3, 2), missing and unknown ones share id 0; counted over all rows",
+    dense_words="log(x + 3), 0 where missing or below -2",
+    dense=log_plus_three,
+    category_words="id by descending count over all rows; missing, rare and unknown values share one",
+    reserved={"missing": 0, "rare": 0, "unknown": 0},
+    counts="all rows",
+    min_count=15,
+    split=halves_of_last_day("test", "validation"),
+)
+_BARS = Protocol(
+    name="bars",
+    summary="as FuxiCTR on Criteo_x4 (_001; --min-count 2 for _002): integers become categories, floor(log(x)^2) above "
+    "2, missing as 0; values seen fewer than 10 times, missing and unknown ones share id 0; counted over the training "
+    "split; random 8:1:1. No dense columns",
+    dense_words="",
+    dense=None,
+    category_words="id by descending count over the training split; missing, rare and unknown values share one",
+    bins="I",
+    missing_bin_as_value=True,
+    reserved={"missing": 0, "rare": 0, "unknown": 0},
+    counts="the training split",
+    min_count=10,
+    split=one_in_ten,
+)
+_MODERN = Protocol(
+    name="modern",
+    summary="our own, losing nothing: sign(x) log(|x| + 1) with missing as null, and the same integers binned as "
+    "categories B1..B13; missing 0, rare (seen once in training) 1 and unknown 2 have ids of their own; counted over "
+    "the training split",
+    dense_words="sign(x) * log(|x| + 1), missing as null",
+    dense=signed_log,
+    category_words="id by descending count over the training split",
+    bins="B",
+    reserved={"missing": 0, "rare": 1, "unknown": 2},
+    counts="the training split",
+    min_count=2,
+    split=halves_of_last_day("test", "validation"),
 )
 
-PROTOCOLS: Mapping[str, Protocol] = {protocol.name: protocol for protocol in (_DLRM,)}
+PROTOCOLS: Mapping[str, Protocol] = {protocol.name: protocol for protocol in (_DLRM, _MLPERF, _NVIDIA, _BARS, _MODERN)}
 
 
 def find_protocol(name: str) -> Protocol:

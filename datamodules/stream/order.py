@@ -3,43 +3,56 @@
 No file is opened and no process is asked: every rank computes the same order, and any batch of it
 can be addressed by its index, so the position of a run is an epoch and a batch index.
 
-``none`` is the order of the files; rank r of W serves the r-th of W contiguous parts of each batch.
+An order is a sequence of row groups, cut into lanes: ranges of the sequence's rows that advance
+together, in proportion to their lengths, and run out together. A global batch takes the next rows
+of every lane. Rank r of W serves the r-th of W contiguous blocks of lanes; a lone lane is shared,
+and each rank serves the r-th of W contiguous parts of what it gives to a batch. Either way a batch
+holds the same rows on any number of ranks.
 
-``window`` shuffles the files, and the row groups within each file, and cuts the sequence of row
-groups into ``LANES`` lanes of (nearly) equally many. Each lane serves its row groups one after the
-other, the rows of each in an order of their own: the row group is the lane's window. All lanes
-advance together and run out together, so each batch is drawn from up to 48 row groups all over the
-split. Rank r of W serves the r-th of W contiguous blocks of lanes: the rows of a batch do not
-depend on W, and W ranks together read the data once. Because a lane finishes one file before it
-opens the next, a reader holds few footers.
+``none`` is the order of the files, in one lane. (Ranks that share it decode the same row groups.)
+Cut into one lane for each rank, as evaluation does, it gives every rank a contiguous range of the
+rows: each row still comes once and in file order within a rank, but which rows form a global batch
+depends on the number of lanes.
+
+``window`` shuffles the files, and the row groups within each file, and cuts the sequence between
+row groups into ``LANES`` lanes of (nearly) equally many. Each lane serves its row groups one after
+the other, the rows of each in an order of their own: the row group is the lane's window. So each
+batch is drawn from up to 48 row groups all over the split, and W ranks together read the data once.
+Because a lane finishes one file before it opens the next, a reader holds few footers.
+
+``full`` is one permutation of all rows of the split, in one lane, for data held in memory. It is
+computed row by row, so it takes no memory of its own.
 
 Orders come from our own integer mixing, so they stay the same from one release of a library to the
 next.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-Shuffle = Literal["none", "window"]
+Shuffle = Literal["none", "window", "full"]
 
 LANES = 48  # divisible by 1, 2, 3, 4, 6, 8, 12, 16 and 24 ranks
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_FEISTEL_ROUNDS = 4
 
 
 class Order:
     """The global batches of one epoch.
 
+    Rows have two kinds of numbers: their place in the sequence, which is what ``bounds`` speaks of,
+    and their position in the split, which ``split_rows`` gives for it.
+
     Args:
         files: rows of every row group of every file of the split, in order.
         batch_size: rows of a global batch, over all ranks.
-        shuffle: ``none`` or ``window``.
+        shuffle: ``none``, ``window`` or ``full``.
         seed, epoch: choose one of the shuffled orders; of no effect with ``none``.
-        lanes: how many lanes advance together; with ``none`` there is one.
+        lanes: how many lanes advance together; by default 48 with ``window``, else one.
     """
 
     def __init__(
@@ -50,8 +63,10 @@ class Order:
         shuffle: Shuffle,
         seed: int = 0,
         epoch: int = 0,
-        lanes: int = LANES,
+        lanes: int | None = None,
     ) -> None:
+        if lanes is None:
+            lanes = LANES if shuffle == "window" else 1
         assert batch_size > 0 and lanes > 0
         self.batch_size = batch_size
         self.group_rows = np.array([rows for groups in files for rows in groups], dtype=np.int64)
@@ -59,17 +74,20 @@ class Order:
         self.group_starts = np.cumsum(self.group_rows) - self.group_rows
         """int64 [groups]: position in the split of the first row of each row group."""
         self.rows = int(self.group_rows.sum())
-        self._shuffled = shuffle == "window"
-        self._seed, self._epoch = seed, epoch
-        if self._shuffled:
-            sequence = self._shuffle_groups([len(groups) for groups in files])
+        self.shuffle, self._seed, self._epoch = shuffle, seed, epoch
+        if shuffle == "window":
+            self.sequence = self._shuffled_groups([len(groups) for groups in files])
         else:
-            sequence, lanes = np.arange(len(self.group_rows)), 1
-        cuts = [lane * len(sequence) // lanes for lane in range(lanes + 1)]
-        self.lanes = [sequence[a:b] for a, b in itertools.pairwise(cuts)]
-        """Per lane, the row groups that it serves, in order."""
-        self._lane_rows = np.array([self.group_rows[groups].sum() for groups in self.lanes], dtype=np.int64)
-        assert 2 * self.rows * int(self._lane_rows.max()) < 2**63, "too many rows for 64-bit arithmetic"
+            self.sequence = np.arange(len(self.group_rows))
+        """int64 [groups]: the row groups in the order in which they are served."""
+        self.ends = np.cumsum(self.group_rows[self.sequence])
+        """int64 [groups]: place after the last row of each row group of the sequence."""
+        if shuffle == "window":
+            cuts = np.arange(lanes + 1) * len(self.sequence) // lanes
+            self.edges = np.append(0, self.ends)[cuts]
+        else:
+            self.edges = np.array([lane * self.rows // lanes for lane in range(lanes + 1)])
+        """int64 [lanes + 1]: lane i is the rows at the places ``edges[i]`` to ``edges[i + 1] - 1``."""
 
     @property
     def batches(self) -> int:
@@ -82,51 +100,54 @@ class Order:
 
     def lanes_of(self, rank: int, world: int) -> range:
         """The lanes that a rank reads: a block of its own, or the only lane, shared by all."""
-        if not self._shuffled:
-            return range(1)
-        return range(rank * len(self.lanes) // world, (rank + 1) * len(self.lanes) // world)
+        lanes = len(self.edges) - 1
+        return range(1) if lanes == 1 else range(rank * lanes // world, (rank + 1) * lanes // world)
 
     def bounds(self, first: int, last: int, rank: int, world: int) -> np.ndarray:
         """What the batches ``first`` to ``last - 1`` take from each of a rank's lanes.
 
         Returns:
-            int64 [last - first, lanes of the rank, 2]: from where to where in the lane's own count of
-            rows; the slice of the rank is these pieces, lane after lane.
+            int64 [last - first, lanes of the rank, 2]: from which place of the sequence to which; the
+            slice of the rank is these pieces, lane after lane.
         """
-        edges = np.minimum(np.arange(first, last + 1, dtype=np.int64) * self.batch_size, self.rows)
-        if not self._shuffled:
-            sizes = edges[1:] - edges[:-1]
-            start = edges[:-1] + sizes * rank // world
-            stop = edges[:-1] + sizes * (rank + 1) // world
+        totals = np.minimum(np.arange(first, last + 1, dtype=np.int64) * self.batch_size, self.rows)
+        if len(self.edges) == 2:
+            sizes = totals[1:] - totals[:-1]
+            start = totals[:-1] + sizes * rank // world
+            stop = totals[:-1] + sizes * (rank + 1) // world
             return np.stack([start, stop], axis=1)[:, None]
         lanes = self.lanes_of(rank, world)
-        counts = _shares(self._lane_rows, edges)[:, lanes.start : lanes.stop]
-        return np.stack([counts[:-1], counts[1:]], axis=2)
+        served = _shares(np.diff(self.edges), totals)[:, lanes.start : lanes.stop]
+        served += self.edges[lanes.start : lanes.stop]
+        return np.stack([served[:-1], served[1:]], axis=2)
 
     def permutation(self, group: int) -> np.ndarray | None:
         """int64 [rows of the group]: the order of a row group's rows; None where they keep theirs."""
-        if not self._shuffled:
+        if self.shuffle != "window":
             return None
         return permutation(int(self.group_rows[group]), _key(self._seed, self._epoch, 2, int(group)))
 
+    def split_rows(self, places: np.ndarray) -> np.ndarray:
+        """int64 [N]: positions in the split of the rows at int64 [N] places of the sequence."""
+        if self.shuffle == "none":
+            return places
+        if self.shuffle == "full":
+            return bijection(places, self.rows, _key(self._seed, self._epoch, 3))
+        index = np.searchsorted(self.ends, places, side="right")
+        positions = np.empty_like(places)
+        for i in np.unique(index).tolist():
+            group, here = int(self.sequence[i]), index == i
+            order = self.permutation(group)
+            assert order is not None
+            positions[here] = self.group_starts[group] + order[places[here] - self.ends[i] + len(order)]
+        return positions
+
     def batch_rows(self, batch: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """int64 [slice]: positions in the split of the rows of a rank's slice of a global batch."""
-        pieces = [np.empty(0, dtype=np.int64)]
-        for lane, (start, stop) in zip(
-            self.lanes_of(rank, world), self.bounds(batch, batch + 1, rank, world)[0], strict=True
-        ):
-            groups = self.lanes[lane]
-            ends = np.cumsum(self.group_rows[groups])
-            for i in range(np.searchsorted(ends, start, side="right"), len(groups)):
-                offset = int(ends[i] - self.group_rows[groups[i]])
-                if offset >= stop:
-                    break
-                order = self.permutation(groups[i])
-                rows = np.arange(self.group_rows[groups[i]]) if order is None else order
-                pieces.append(self.group_starts[groups[i]] + rows[max(start - offset, 0) : stop - offset])
-        return np.concatenate(pieces)
+        bounds = self.bounds(batch, batch + 1, rank, world)
+        return self.split_rows(ranges(bounds[:, :, 0], bounds[:, :, 1] - bounds[:, :, 0]))
 
-    def _shuffle_groups(self, groups_per_file: Sequence[int]) -> np.ndarray:
+    def _shuffled_groups(self, groups_per_file: Sequence[int]) -> np.ndarray:
         firsts = np.cumsum(groups_per_file) - groups_per_file
         files = permutation(len(groups_per_file), _key(self._seed, self._epoch, 0, 0))
         within = [
@@ -146,6 +167,37 @@ def permutation(n: int, key: int) -> np.ndarray:
     low, high = bits.astype(np.uint16), (bits >> np.uint64(16)).astype(np.uint16)
     order = np.argsort(low, kind="stable")
     return order[np.argsort(high[order], kind="stable")]
+
+
+def bijection(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Where a pseudo-random permutation of ``range(n)`` puts each of the int64 ``index``.
+
+    A Feistel network permutes the numbers of as many bits as n - 1 has: each half in turn is mixed
+    into the other. A result of n or more is permuted again until it falls below n (cycle walking),
+    twice at most on average. Unlike ``permutation`` it takes no memory and starts anywhere.
+    """
+    bits = max(n - 1, 1).bit_length()
+    low_bits = np.uint64(bits // 2)
+    low_mask, high_mask = (np.uint64((1 << half) - 1) for half in (bits // 2, bits - bits // 2))
+    keys = [np.uint64(_key(key, part)) for part in range(_FEISTEL_ROUNDS)]
+    values = index.astype(np.uint64)
+    todo = np.arange(len(values))
+    while todo.size:
+        walking = values[todo]
+        high, low = walking >> low_bits, walking & low_mask
+        for i in range(0, _FEISTEL_ROUNDS, 2):
+            high ^= _mix(low + keys[i]) & high_mask
+            low ^= _mix(high + keys[i + 1]) & low_mask
+        values[todo] = high << low_bits | low
+        todo = todo[values[todo] >= n]
+    return values.astype(np.int64)
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int64 [sum of lengths]: ``starts[i] ... starts[i] + lengths[i] - 1`` for every i, joined."""
+    starts, lengths = starts.ravel(), lengths.ravel()
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def _shares(sizes: np.ndarray, totals: np.ndarray) -> np.ndarray:
@@ -168,9 +220,10 @@ def _shares(sizes: np.ndarray, totals: np.ndarray) -> np.ndarray:
     if rows == 0:
         return np.zeros((len(totals), lanes), dtype=np.int64)
     # All rows with keys up to 2 * low / rows: surely among those served, and short of the total by
-    # less than a row or so per lane; the rest is then added key by key.
+    # less than a row or so per lane; the rest is then added key by key. (A millirow is more than
+    # float64 is wrong by at 10^12 rows.)
     low = np.maximum(totals - lanes // 2 - 1, 0)
-    counts = (2 * low[:, None] * sizes + rows) // (2 * rows)
+    counts = np.maximum(low[:, None] * (sizes / rows) + (0.5 - 1e-3), 0).astype(np.int64)
     missing = totals - counts.sum(axis=1)
     while (short := np.flatnonzero(missing)).size:
         keys = np.where(counts[short] < sizes, (2 * counts[short] + 1) / np.maximum(sizes, 1), np.inf)

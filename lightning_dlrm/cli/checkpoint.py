@@ -40,7 +40,10 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what can be done and its options to a parser; ``run`` takes what it parses."""
+    parser.epilog = "import has options of its own: checkpoint import --help"
     works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
+    # Only to be listed: it takes the options of a fit, and is run elsewhere.
+    works.add_parser("import", help="make one of weights that facebookresearch/dlrm saved")
     for name, text in _WORKS.items():
         work = works.add_parser(
             name,

@@ -21,6 +21,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import lightning_dlrm
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
+from datamodules.synthetic import RandomData, TraceData
 from lightning_dlrm.cli.configs import nearest, resolve_config_arguments
 from lightning_dlrm.cli.predictions import PredictionWriter
 from lightning_dlrm.cli.report import demo_note, final_report, size_note
@@ -59,6 +60,8 @@ KNOWN_CLASSES = (
     Criteo,
     CriteoKaggle,
     CriteoTerabyte,
+    RandomData,
+    TraceData,
     DLRM,
     DCN,
     LogisticRegression,
@@ -177,12 +180,14 @@ class CTRCommand(LightningCLI):
         parser.add_class_arguments(WandbSettings, "wandb")
         parser.link_arguments("data.schema", "model.schema", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_as_seed)
-        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_as_seed)
 
     # --- before anything is built -------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
         settings = self._settings()
+        data = settings.data.init_args
+        if data.get("seed", 0) is None:
+            data.seed = _as_seed(settings.seed_everything)
         if self.subcommand in EVALUATIONS:
             if settings.resume is not None:
                 raise UserError(f"--resume is for fit; {self.subcommand} takes --ckpt_path")
@@ -281,7 +286,7 @@ class CTRCommand(LightningCLI):
             if path is not None and path.is_dir():
                 return RunFolder(path)
         elif settings.resume is not None and path is not None and path.is_dir():
-            return RunFolder(path)
+            return RunFolder.reopen(path)
         self._made_folder = True
         return RunFolder.create(path, settings.model.network.class_path.rpartition(".")[2].lower())
 
@@ -415,17 +420,33 @@ class ParamsCommand(SettingsCommand):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument("--json", action="store_true", help="print JSON")
+        add_matching_arguments(parser)
+
+
+def add_matching_arguments(parser: Any) -> None:
+    """Options of ``params`` that make one model cost what another does."""
+    parser.add_argument(
+        "--match",
+        default=None,
+        help="configuration whose hidden layers are to be widened or narrowed: params --match dcn.yaml "
+        "--to dlrm.yaml --by dense --output matched.yaml (other options, such as --data.path, go to both)",
+    )
+    parser.add_argument("--to", default=None, help="configuration whose cost is to be met")
+    parser.add_argument(
+        "--by", default="dense", help="what is to be met: total, dense (parameters), or flops (forward)"
+    )
+    parser.add_argument("--output", default=None, help="the new configuration's file")
 
 
 def explain(message: str, known: Sequence[str]) -> str:
     """jsonargparse's message in one line, with the nearest key or class where one is misspelt."""
+    named = re.search(r'Parser key "([\w.]+)"', message)
+    key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
     # A nested parser has already explained itself.
-    explained = r"unknown key [\w.]+(; did you mean [\w.]+\?)?|[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*"
-    if match := re.search(explained, message):
+    if match := re.search(r"unknown key [\w.]+(; did you mean [\w.]+\?)?", message):
         return match[0]
-    if match := re.search(r"([\w.]+)\"?:\s+Expected a typing\.Literal\[(.*?)\]\. Got value: (\S+)", message):
-        values = re.findall(r"'([^']+)'", match[2])
-        return f"{match[1]}: {match[3]} is none of {', '.join(values)}"
+    if match := re.search(r"[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*", message):
+        return f"{key}.{match[0]}"
     if match := re.search(
         r"Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)",
         message,
@@ -438,10 +459,17 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"no class {name}; known ones: {', '.join(names)}{nearest(name, names)}"
     if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss|Schedule)", message):
         return _explain_class(message, match[1])
-    if "typing.Literal" in message and (given := re.search(r"Given value: (.*)", message)):
-        key = re.search(r'Parser key "([\w.]+)"', message)
-        values = re.findall(r"'([\w.-]+)'", message[: given.start()])
-        return f"{key[1] if key else 'value'}: {given[1].strip()} is none of {', '.join(values)}"
+    # What is wrong with data's class stands beside that data is not none either; it is explained already.
+    if match := re.search(
+        r"LightningDataModule'>.*?Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S
+    ):
+        return f"data: {match[1]}" if match[1].startswith("the following") else f"data.{match[1]}"
+    if given and (literals := re.findall(r"typing\.Literal\[(.*?)\]", message)):
+        allowed = dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
+        return f"{key}: {given[1].strip()} is none of {', '.join(allowed)}"
+    if given and (match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message)):
+        expected = re.sub(r"<class '(\w+)'>", r"\1", match[1]).replace(", ", " or ")
+        return f"{key}: {given[1].strip()} is no {expected}"
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
     return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
 

@@ -1,17 +1,26 @@
 """``params``: what a configuration costs, without allocating its tables or preparing its data."""
 
+import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from lightning_dlrm.cli.lightning import ParamsCommand
+from lightning_dlrm.cli import matching
+from lightning_dlrm.cli.lightning import ParamsCommand, add_matching_arguments
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.optim.rules import UpdateRule
 
 
 def run(arguments: Sequence[str]) -> int:
+    matched = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_matching_arguments(matched)
+    options, rest = matched.parse_known_args(arguments)
+    if options.match is not None:
+        return _match(options, rest)
     command = ParamsCommand(arguments, run=False)
     assert isinstance(command.model, CTRModule)
     figures = count(command.model)
@@ -21,6 +30,24 @@ def run(arguments: Sequence[str]) -> int:
         for name, value in figures.items():
             human = f"  {value / 2**30:8.3f} GiB" if name.startswith("bytes") else ""
             print(f"{name:28s}{value:>18,}{human}")
+    return 0
+
+
+def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    for needed in ("to", "output"):
+        if getattr(options, needed) is None:
+            raise UserError(f"--match needs --{needed}: params --match A.yaml --to B.yaml --by dense --output FILE")
+    if options.by not in matching.COSTS:
+        raise UserError(f"--by {options.by} is none of {', '.join(matching.COSTS)}")
+    ours, theirs = (ParamsCommand(["--config", name, *rest], run=False) for name in (options.match, options.to))
+    assert isinstance(ours.model, CTRModule) and isinstance(theirs.model, CTRModule)
+    goal = theirs.model.size
+    widths, size = matching.match(ours.model, vars(ours.config.model.network.init_args), goal, options.by)
+    lines = matching.describe(Path(options.match).stem, Path(options.to).stem, size, goal, options.by)
+    header = [f"{options.match} with the hidden widths that come nearest to {options.to} by {options.by}.", "", *lines]
+    matching.write_config(options.match, widths, Path(options.output), header)
+    print("\n".join(lines))
+    print("; ".join(f"{name}: {values}" for name, values in widths.items()) + f"; written to {options.output}")
     return 0
 
 

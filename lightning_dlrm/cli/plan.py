@@ -179,12 +179,10 @@ def draw(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batc
     """Bytes of each rank by table, its work, and what it sends.
 
     Raises:
-        UserError: matplotlib is missing, or the file cannot be written.
+        UserError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("--plot draws with matplotlib: pip install 'lightning-dlrm[figures]'") from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 8), layout="constrained")
     held, work, sent = figure.subplots(3, 1, sharex=True)
     ranks, width = [cost.rank for cost in costs], 0.8 if plan.ranks <= 64 else 1.0

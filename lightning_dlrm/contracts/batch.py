@@ -3,6 +3,7 @@
 Shape suffixes: B samples, F tables, I dense features, N indices of all bags together.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,10 +70,10 @@ class SparseIds:
             weights=None if self.weights is None else self.weights[source_N],
         )
 
-    def to(self, device: Any, non_blocking: bool = False) -> "SparseIds":
-        move = _mover(device, non_blocking)
+    def map(self, change: Callable[[Tensor | None], Any]) -> "SparseIds":
+        """The same ids with other tensors."""
         return SparseIds(
-            values=move(self.values), tables=self.tables, offsets=move(self.offsets), weights=move(self.weights)
+            values=change(self.values), tables=self.tables, offsets=change(self.offsets), weights=change(self.weights)
         )
 
 
@@ -93,16 +94,32 @@ class Batch:
     def __len__(self) -> int:
         return self.dense.shape[0]
 
-    def to(self, device: Any, non_blocking: bool = False) -> "Batch":
-        move = _mover(device, non_blocking)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = (self.label, self.dense, self.rows, self.ids.values, self.ids.offsets, self.ids.weights)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def map(self, change: Callable[[Tensor | None], Any]) -> "Batch":
+        """The same batch with other tensors; ``change`` is asked for each, also where there is none."""
         return Batch(
-            label=move(self.label),
-            dense=move(self.dense),
-            ids=self.ids.to(device, non_blocking),
+            label=change(self.label),
+            dense=change(self.dense),
+            ids=self.ids.map(change),
             global_size=self.global_size,
-            rows=move(self.rows),
+            rows=change(self.rows),
         )
 
+    def to(self, device: Any, non_blocking: bool = False) -> "Batch":
+        """A copy on a device. From page-locked memory, the caller need not wait for it."""
 
-def _mover(device: Any, non_blocking: bool) -> Any:
-    return lambda tensor: None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+        def move(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            return tensor.to(device, non_blocking=non_blocking or tensor.is_pinned())
+
+        return self.map(move)
+
+    def pin_memory(self) -> "Batch":
+        """A copy in page-locked memory."""
+        return self.map(lambda tensor: None if tensor is None else tensor.pin_memory())

@@ -10,7 +10,8 @@ A dataset folder looks like this::
     validation/  test/                likewise; a split may be missing
 
 Part files store the label as int8, dense columns as float32, categorical columns as int32 row ids
-of their table, and multi-hot columns as list<int32>.
+of their table, multi-hot columns as list<int32>, and weights columns as list<float32>: a multi-hot
+column ``X`` may have a column ``X_weights`` beside it, which holds a factor for each of its ids.
 """
 
 import dataclasses
@@ -27,9 +28,11 @@ from lightning_dlrm.contracts.errors import UserError
 FORMAT_VERSION = 1
 SCHEMA_FILE = "dataset.json"
 
-Role = Literal["label", "dense", "categorical", "multi_hot"]
+Role = Literal["label", "dense", "categorical", "multi_hot", "weights"]
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+WEIGHTS_SUFFIX = "_weights"
+"""Of the name of a weights column, after the name of the multi-hot column that it belongs to."""
 
 # The columns of the Criteo click logs, in the order of their raw files.
 CRITEO_LABEL = "label"
@@ -44,7 +47,7 @@ class Column:
     name: str
     role: Role
     cardinality: int = 0
-    """Rows of the column's table, reserved ids included; 0 for the label and dense columns."""
+    """Rows of the column's table, reserved ids included; 0 for columns without a table."""
     transform: str = ""
     """What preprocessing did to the raw values, in words a reader can check."""
     reserved: Mapping[str, int] = field(default_factory=dict)
@@ -132,6 +135,13 @@ class DatasetSchema:
                     f"column {column.name} ({column.role}): cardinality {column.cardinality}; "
                     "categorical and multi-hot columns need at least 1, others 0"
                 )
+        bags = {column.name + WEIGHTS_SUFFIX for column in self.by_role("multi_hot")}
+        for column in self.by_role("weights"):
+            if column.name not in bags:
+                raise UserError(
+                    f"column {column.name} (weights) belongs to no multi-hot column; expected one of "
+                    f"{sorted(bags)}: a multi-hot column's name and {WEIGHTS_SUFFIX}"
+                )
         for name, split in self.splits.items():
             if name not in SPLITS:
                 raise UserError(f"split {name!r} is none of {SPLITS}")
@@ -155,12 +165,14 @@ class DatasetSchema:
     def encoding_fingerprint(self) -> str:
         """Binds a model to the meaning of its inputs: columns, transforms, settings, vocabulary.
 
-        A model may score any rows encoded the same way, so rows and files do not count.
+        A model may score any rows encoded the same way, so rows and files do not count, nor whether
+        the rows have labels.
         """
+        label = () if self.by_role("label") else (Column(name=CRITEO_LABEL, role="label"),)
         return _fingerprint(
             {
                 "protocol": self.protocol,
-                "columns": [dataclasses.asdict(column) for column in self.columns],
+                "columns": [dataclasses.asdict(column) for column in (*label, *self.columns)],
                 "settings": dict(self.settings),
                 "vocabulary": {name: file.sha256 for name, file in self.vocabulary.items()},
             }
@@ -181,10 +193,8 @@ class DatasetSchema:
 
     def save(self, folder: Path) -> None:
         """Writes ``folder/dataset.json``: the last file of a finished dataset, written whole or not at all."""
-        document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-        document["fingerprints"] = {"encoding": self.encoding_fingerprint, "data": self.data_fingerprint}
         partial = folder / f".{SCHEMA_FILE}.partial"
-        partial.write_text(json.dumps(document, indent=1) + "\n")
+        partial.write_text(self.to_json())
         partial.replace(folder / SCHEMA_FILE)
 
     @classmethod
@@ -207,12 +217,31 @@ class DatasetSchema:
                 f"{folder} is not a dataset folder: it has no {SCHEMA_FILE} (an interrupted preprocessing leaves "
                 f"none); make it with 'python -m lightning_dlrm preprocess --output {folder}'"
             )
+        return cls.from_json(path.read_bytes(), str(path))
+
+    def to_json(self) -> str:
+        """The content of ``dataset.json``."""
+        document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        document["fingerprints"] = {"encoding": self.encoding_fingerprint, "data": self.data_fingerprint}
+        return json.dumps(document, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> "DatasetSchema":
+        """The schema that a ``dataset.json`` holds.
+
+        Args:
+            text: its content.
+            where: its path or URL, for messages.
+
+        Raises:
+            UserError: it is not a schema of this version, or it was altered after it was written.
+        """
         try:
-            document = json.loads(path.read_text())
+            document = json.loads(text)
             version = document.pop("format_version")
             if version != FORMAT_VERSION:
                 raise UserError(
-                    f"{path} has format version {version}; this release reads {FORMAT_VERSION}: "
+                    f"{where} has format version {version}; this release reads {FORMAT_VERSION}: "
                     "preprocess the data again, or use the release that wrote it"
                 )
             fingerprints = document.pop("fingerprints")
@@ -221,12 +250,12 @@ class DatasetSchema:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path} is not a dataset schema ({type(error).__name__}: {error}); "
+                f"{where} is not a dataset schema ({type(error).__name__}: {error}); "
                 "restore it or preprocess the data again"
             ) from error
         if fingerprints != {"encoding": schema.encoding_fingerprint, "data": schema.data_fingerprint}:
             raise UserError(
-                f"{path} was altered after it was written (fingerprints differ); restore it or preprocess again"
+                f"{where} was altered after it was written (fingerprints differ); restore it or preprocess again"
             )
         return schema
 

@@ -257,6 +257,11 @@ class CTRModule(pl.LightningModule):
         """
         reader: CheckpointReader = checkpoint["tables"]
         self._check_header(reader)
+        if self.trainer.training and not checkpoint.get("optimizer_states"):
+            raise UserError(
+                f"checkpoint {reader.folder} holds weights only, so a fit cannot go on from it; validate, test and "
+                "predict take it"
+            )
         lookups, table_keys = self.network.lookups(), self._table_keys()
         theirs, ours = set(reader.manifest.tables), {table.name for lookup in lookups for table in lookup.tables}
         if theirs != ours:
@@ -305,7 +310,8 @@ class CTRModule(pl.LightningModule):
 
     def data_schema(self) -> DatasetSchema:
         """The schema of the data at hand: complete once they are prepared."""
-        return getattr(self.trainer.datamodule, "schema", self.schema)  # type: ignore[attr-defined]
+        datamodule = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        return getattr(datamodule, "schema", self.schema)
 
     def _table_keys(self) -> dict[str, EmbeddingLookup]:
         """The name in this module's state of each lookup's weight -> the lookup."""

@@ -100,6 +100,7 @@ class Recorder(pl.Callback):
         self._start = self._last_log = time.perf_counter()
         self._start_pause = self._last_pause = self._pause()
         self._start_samples = self._last_samples = self.samples
+        self._last_waited = 0.0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -146,6 +147,7 @@ class Recorder(pl.Callback):
         seconds = max(now - self._last_log - (pause - self._last_pause), 1e-9)
         self.samples_per_second = (self.samples - self._last_samples) / seconds
         self._last_log, self._last_pause, self._last_samples = now, pause, self.samples
+        waited, self._last_waited = _waited(trainer) - self._last_waited, _waited(trainer)
         self._extend_window()
         # A rank's loss is ranks x its part of the mean over the global batch.
         loss = torch.stack(losses).mean().double().cpu().numpy()
@@ -161,6 +163,7 @@ class Recorder(pl.Callback):
                 names.TRAIN_LOSS: mean_loss,
                 names.TRAIN_AUC: exact_auc(*self._window),
                 names.SAMPLES_PER_SECOND: self.samples_per_second,
+                names.DATA_WAIT_SHARE: waited / seconds,
                 **self._rates,
                 **exchanges,
             },
@@ -197,10 +200,9 @@ class Recorder(pl.Callback):
     def _speed(self, trainer: pl.Trainer) -> dict[str, float]:
         """Of the whole fit."""
         seconds = max(time.perf_counter() - self._start - (self._pause() - self._start_pause), 1e-9)
-        waited = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
         return {
             names.SAMPLES_PER_SECOND: (self.samples - self._start_samples) / seconds,
-            names.DATA_WAIT_SHARE: waited / seconds,
+            names.DATA_WAIT_SHARE: _waited(trainer) / seconds,
         }
 
 
@@ -208,6 +210,12 @@ def _by_batch(of_ranks: list[NDArray], counts: list[NDArray]) -> Iterator[Tensor
     """Cuts each rank's samples into batches and gives them batch after batch, rank after rank."""
     cut = [np.split(samples, np.cumsum(count)[:-1]) for samples, count in zip(of_ranks, counts, strict=True)]
     return (torch.from_numpy(part) for batch in zip(*cut, strict=True) for part in batch)
+
+
+def _waited(trainer: pl.Trainer) -> float:
+    """Seconds that the fit has waited for training batches."""
+    seconds: float = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
+    return seconds
 
 
 def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:

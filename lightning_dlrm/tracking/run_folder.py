@@ -54,6 +54,21 @@ class RunFolder:
         return cls(path)
 
     @classmethod
+    def reopen(cls, path: Path) -> "RunFolder":
+        """The folder of a run that goes on.
+
+        Raises:
+            UserError: what the folder holds is no run.
+        """
+        found = {entry.name for entry in path.iterdir()}
+        if found and not found & {CONFIG, METRICS, "checkpoints", "wandb"}:
+            raise UserError(
+                f"{path} is no run folder: it holds {min(found)} and no {CONFIG}; give the folder of the run to go on "
+                "with, or a new one"
+            )
+        return cls(path)
+
+    @classmethod
     def _create_numbered(cls, model: str) -> "RunFolder":
         date = datetime.datetime.now().astimezone().strftime("%Y%m%d")
         _make(Path("runs"))

@@ -1,0 +1,293 @@
+"""Random data: tables of any number and size, ids by a law, and clicks that depend on nothing.
+
+For measuring, not for learning: no model can do better than the share of clicks. Dense features are standard normal.
+Ids follow a uniform, a Gaussian or a Zipf law *within each table's size*. Every id is drawn alone, so a bag may hold
+one twice.
+
+Each column draws from random streams of its own, block by block of rows, so any block of any column can be made alone,
+and a dataset of fewer rows is the beginning of one of more. The same settings give the same rows everywhere (see
+``datamodules.generate.draws``).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules.generate.demo import KAGGLE_CARDINALITIES
+from datamodules.generate.draws import Gaussian, Uniform, Zipf, halves, integers, normal_quantile, stream, uniforms
+from datamodules.generate.folder import cache_folder, make_once
+from datamodules.parquet import DatasetWriter
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import (
+    SPLITS,
+    WEIGHTS_SUFFIX,
+    Column,
+    DatasetSchema,
+    Split,
+    SplitName,
+)
+
+GENERATOR_VERSION = 1
+"""Counts up whenever the same settings would give other rows."""
+
+BLOCK_ROWS = 16_384
+"""Rows that share a random stream."""
+
+Law = Literal["uniform", "gaussian", "zipf"]
+Preset = Literal["paper", "kaggle", "mlperf"]
+
+MLPERF_CARDINALITIES = (
+    40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10,
+    2209, 11938, 155, 4, 976, 14, 40000000, 40000000, 40000000, 590152, 12973, 108, 36,
+)  # fmt: skip
+MLPERF_INDICES = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
+
+PRESETS: dict[Preset, dict[str, Any]] = {
+    # The single-socket benchmark of Naumov et al. 2019, section 5.2.
+    "paper": {"tables": (1_000_000,) * 8, "dense": 512, "indices": 100, "min_indices": 1},
+    "kaggle": {"tables": KAGGLE_CARDINALITIES, "dense": 13, "indices": 1},
+    # MLPerf's DLRM v2 on Criteo Terabyte with multi-hot bags.
+    "mlperf": {"tables": MLPERF_CARDINALITIES, "dense": 13, "indices": MLPERF_INDICES},
+}
+
+# Random streams by what they are for; 0 and 1 are those of demo data.
+_LABEL, _DENSE, _LENGTHS, _IDS, _WEIGHTS = 2, 3, 4, 5, 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSettings:
+    """What random data to make."""
+
+    tables: Sequence[int] = (100_000,) * 26
+    """Rows of each table, C1 and on."""
+    dense: int = 13
+    """Dense features, I1 and on."""
+    indices: int | Sequence[int] = 1
+    """Ids of a bag, in all tables or in each; the most of them where ``min_indices`` is given."""
+    min_indices: int | Sequence[int] | None = None
+    """Fewest ids of a bag, in all tables or in each: bags hold any number between with the same chance. None for
+    bags that are all full."""
+    law: Law = "uniform"
+    """How ids are drawn: ``uniform``; ``gaussian``, a bell over the table, cut off at its ends; ``zipf``, id k with a
+    chance proportional to (k + 1) ** -exponent."""
+    exponent: float = 1.05
+    """Of ``zipf``."""
+    mean: float = 0.5
+    """Of ``gaussian``, as a share of the table's rows."""
+    deviation: float = 0.15
+    """Of ``gaussian``, as a share of the table's rows."""
+    weights: bool = False
+    """A weight, uniform in (0, 1], for each id of a bag; all columns are then of bags."""
+    click_rate: float = 0.25
+    """Chance of label 1."""
+    train_rows: int = 1_048_576
+    """Rows of the training split."""
+    validation_rows: int = 65_536
+    """Rows of the validation split; 0 for none."""
+    test_rows: int = 65_536
+    """Rows of the test split; 0 for none."""
+    seed: int = 0
+    """Of the rows, 0 to 2**64 - 1."""
+
+    def __post_init__(self) -> None:
+        # A YAML's lists, so that equal settings are equal.
+        for name in ("tables", "indices", "min_indices"):
+            if isinstance(value := getattr(self, name), Sequence):
+                object.__setattr__(self, name, tuple(value))
+        for name in ("train_rows", "validation_rows", "test_rows", "dense"):
+            if getattr(self, name) < 0:
+                raise UserError(f"random data: {name} is {getattr(self, name)}; give 0 or more")
+        if not any(self.split_rows.values()):
+            raise UserError("random data: no split has rows; give train_rows, validation_rows or test_rows")
+        if not self.tables and not self.dense:
+            raise UserError("random data: no tables and no dense features; give at least one of them")
+        for number, rows in enumerate(self.tables, 1):
+            if not 1 <= rows < 2**31:
+                raise UserError(f"random data: table C{number} has {rows} rows; give each 1 to {2**31 - 1}")
+        for name in ("indices", "min_indices"):
+            if isinstance(value := getattr(self, name), tuple) and len(value) != len(self.tables):
+                raise UserError(
+                    f"random data: {name} has {len(value)} numbers for {len(self.tables)} tables; "
+                    "give one for each, or one for all"
+                )
+        for number, (rows, (least, most)) in enumerate(zip(self.tables, self.bag_sizes, strict=True), 1):
+            if not 0 <= least <= most or most < 1:
+                raise UserError(
+                    f"random data: bags of table C{number} hold {least} to {most} ids; "
+                    "expected 0 <= min_indices <= indices and indices at least 1"
+                )
+            if most > rows:
+                raise UserError(
+                    f"random data: bags of table C{number} hold up to {most} ids, but it has only {rows} rows; "
+                    "give fewer indices, or a number for each table"
+                )
+        if self.law not in get_args(Law):
+            raise UserError(f"random data: law {self.law!r} is none of {', '.join(get_args(Law))}")
+        # So written that NaN is out of range.
+        for name, ok, expected in (
+            ("exponent", 0 < self.exponent <= 10, "a number above 0, at most 10"),
+            ("mean", 0 <= self.mean <= 1, "a share of the table's rows, 0 to 1"),
+            ("deviation", 1e-9 <= self.deviation <= 1e9, "a share of the table's rows above 0, such as 0.15"),
+            ("click_rate", 0 < self.click_rate < 1, "a chance between 0 and 1"),
+            ("seed", 0 <= self.seed < 2**64, "a number from 0 to 2**64 - 1"),
+        ):
+            if not ok:
+                raise UserError(f"random data: {name} is {getattr(self, name)}; give {expected}")
+
+    @classmethod
+    def of(cls, preset: Preset | None = None, **given: Any) -> "RandomSettings":
+        """The settings of a preset, with those given in place of its own; None counts as not given.
+
+        Raises:
+            UserError: there is no such preset, or something was given that has no effect or is out of range.
+        """
+        if preset is not None and preset not in PRESETS:
+            raise UserError(f"random data: preset {preset!r} is none of {', '.join(PRESETS)}")
+        chosen = PRESETS[preset] if preset else {}
+        settings = cls(**{**chosen, **{name: value for name, value in given.items() if value is not None}})
+        for name, law in (("exponent", "zipf"), ("mean", "gaussian"), ("deviation", "gaussian")):
+            if given.get(name) is not None and settings.law != law:
+                raise UserError(f"random data: {name} is of law {law}, but law is {settings.law}; leave one out")
+        return settings
+
+    @property
+    def split_rows(self) -> dict[SplitName, int]:
+        """Rows of each split that has any."""
+        rows: dict[SplitName, int] = {
+            "train": self.train_rows,
+            "validation": self.validation_rows,
+            "test": self.test_rows,
+        }
+        return {name: count for name, count in rows.items() if count}
+
+    @property
+    def bag_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Fewest and most ids of each table's bags."""
+        most = self.indices if isinstance(self.indices, tuple) else (self.indices,) * len(self.tables)
+        least = self.min_indices if self.min_indices is not None else most
+        least = least if isinstance(least, tuple) else (least,) * len(self.tables)
+        return tuple(zip(least, most, strict=True))
+
+
+class RandomRows:
+    """The rows of some settings, block by block, without any files.
+
+    Args:
+        settings: what to make; their row counts are of no effect.
+    """
+
+    def __init__(self, settings: RandomSettings) -> None:
+        self.settings = settings
+        self.columns = _columns(settings)
+        """What ``block`` gives."""
+        self._bags = settings.bag_sizes
+        self._laws = [_law(settings, rows) for rows in settings.tables]
+
+    def block(self, split: SplitName, number: int, rows: int = BLOCK_ROWS) -> dict[str, Any]:
+        """The first ``rows`` rows of a block: rows ``number * BLOCK_ROWS`` and on of a split, however long it is.
+
+        A block may also be asked for more rows; they are then none of a dataset, but as good as any.
+
+        Returns:
+            by column name: label int8, dense float32 and categorical int32, each [rows]; bags as pairs of int32 ids
+            [N] and int64 offsets [rows + 1], their weights of float32 weights [N] and the same offsets.
+        """
+        place = SPLITS.index(split), number
+        columns: dict[str, Any] = {"label": label_block(self.settings.click_rate, self.settings.seed, *place, rows)}
+        for i in range(self.settings.dense):
+            columns[f"I{i + 1}"] = dense_block(self.settings.seed, i, *place, rows)
+        for table in range(len(self.settings.tables)):
+            columns |= self._table_block(table, *place, rows)
+        return columns
+
+    def _table_block(self, table: int, split: int, number: int, rows: int) -> dict[str, Any]:
+        seed, name, (least, most) = self.settings.seed, f"C{table + 1}", self._bags[table]
+        lengths = np.full(rows, most, dtype=np.int64)
+        if least < most:
+            lengths = least + integers(halves(stream(seed, _LENGTHS, table, split, number), rows), most - least + 1)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        count = int(offsets[-1])
+        ids = self._laws[table](uniforms(stream(seed, _IDS, table, split, number), count))
+        if not _has_bags(self.settings, table):
+            return {name: ids}
+        columns: dict[str, Any] = {name: (ids, offsets)}
+        if self.settings.weights:
+            # Up to 2**24, a float32 is exact.
+            bits = (halves(stream(seed, _WEIGHTS, table, split, number), count) >> np.uint64(8)) + np.uint64(1)
+            columns[name + WEIGHTS_SUFFIX] = (bits.astype(np.float32) * np.float32(2.0**-24), offsets)
+        return columns
+
+
+def label_block(click_rate: float, seed: int, split: int, number: int, rows: int) -> NDArray[np.int8]:
+    """Labels of a block's first rows, 1 with a chance of ``click_rate``."""
+    return (halves(stream(seed, _LABEL, 0, split, number), rows) < round(click_rate * 2**32)).astype(np.int8)
+
+
+def dense_block(seed: int, column: int, split: int, number: int, rows: int) -> NDArray[np.float32]:
+    """Standard normal values of a block's first rows."""
+    return normal_quantile(uniforms(stream(seed, _DENSE, column, split, number), rows)).astype(np.float32)
+
+
+def random_schema(settings: RandomSettings) -> DatasetSchema:
+    """What ``generate_random`` will return, without files and positives: nothing is generated."""
+    kept = dataclasses.asdict(settings)
+    return DatasetSchema(
+        dataset="random",
+        protocol="random",
+        columns=_columns(settings),
+        splits={name: Split(rows=rows) for name, rows in settings.split_rows.items()},
+        settings={
+            "generator_version": GENERATOR_VERSION,
+            **{
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in kept.items()
+                if name not in ("train_rows", "validation_rows", "test_rows")
+            },
+        },
+    )
+
+
+def random_folder(settings: RandomSettings) -> Path:
+    """Where the cache keeps this dataset, there or not."""
+    return cache_folder("random", [GENERATOR_VERSION, dataclasses.asdict(settings)])
+
+
+def generate_random(settings: RandomSettings, folder: Path, progress: bool = True) -> DatasetSchema:
+    """Writes a dataset of random rows, whole or not at all, or finds it written already; see ``make_once``."""
+
+    def write(writer: DatasetWriter, bar: Any) -> dict[str, Any]:
+        source = RandomRows(settings)
+        for split, total in settings.split_rows.items():
+            for start in range(0, total, BLOCK_ROWS):
+                rows = min(BLOCK_ROWS, total - start)
+                writer.write(split, source.block(split, start // BLOCK_ROWS, rows))
+                bar.update(rows)
+        return {}
+
+    return make_once(random_schema(settings), folder, write, progress)
+
+
+def _law(settings: RandomSettings, rows: int) -> Uniform | Gaussian | Zipf:
+    if settings.law == "gaussian":
+        return Gaussian(rows, settings.mean, settings.deviation)
+    return Zipf(rows, settings.exponent) if settings.law == "zipf" else Uniform(rows)
+
+
+def _has_bags(settings: RandomSettings, table: int) -> bool:
+    return settings.weights or settings.bag_sizes[table] != (1, 1)
+
+
+def _columns(settings: RandomSettings) -> tuple[Column, ...]:
+    columns = [Column(name="label", role="label")]
+    columns += [Column(name=f"I{i + 1}", role="dense", transform="standard normal") for i in range(settings.dense)]
+    for table, rows in enumerate(settings.tables):
+        bags = _has_bags(settings, table)
+        columns.append(Column(name=f"C{table + 1}", role="multi_hot" if bags else "categorical", cardinality=rows))
+        if settings.weights:
+            columns.append(Column(name=f"C{table + 1}{WEIGHTS_SUFFIX}", role="weights"))
+    return tuple(columns)

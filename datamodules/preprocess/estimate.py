@@ -1,0 +1,84 @@
+"""What a run will take, from a look at the beginning of its input."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datamodules.preprocess.progress import bytes_below
+from datamodules.preprocess.sources import RawFile
+from lightning_dlrm.contracts.errors import UserError
+
+_SAMPLE_BYTES = 4 << 20
+
+# Bytes a row, measured on generated Criteo-shaped rows of 244 bytes of text: 75 staged, 6 for the ids of
+# distinct values, 46 of Parquet; real rows are as long and have fewer distinct values. The larger figures
+# leave room for the spilled values of the columns in work and for other protocols.
+_STAGED, _IDS, _RESULT, _MULTI_HOT = 80, 20, 60, 450
+
+_ROWS_PER_WORKER_S = 150_000  # all stages together; measured on a core of an AMD EPYC
+_WORKERS_PER_DISK = 16  # more of them than this are not counted on: they share the disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Of a run over some files."""
+
+    rows: float
+    text_bytes: float
+    """Uncompressed."""
+    fields: int
+    """Of the first line."""
+    row_bytes: int
+    """Of disk, at most."""
+
+    def checked(self, folder: Path, workers: int) -> str:
+        """Sees that the disk can hold it, and says what it will take.
+
+        Raises:
+            UserError: the disk is too small.
+        """
+        needed = self.rows * self.row_bytes
+        free = shutil.disk_usage(folder).free + bytes_below(folder)
+        words = f"about {self.rows:,.0f} rows: some {_size(needed)} of disk"
+        if needed > free:
+            raise UserError(
+                f"{words} are needed, {_size(free)} are free at {folder.parent}; make room, or choose another place "
+                "with --work and --output"
+            )
+        seconds = self.rows / (_ROWS_PER_WORKER_S * min(workers, _WORKERS_PER_DISK))
+        return f"{words} ({_size(free)} are free) and {_time(seconds)} with {workers} workers"
+
+
+def estimate(files: Sequence[RawFile], multi_hot: bool) -> Estimate:
+    """Looks at the beginning of the first file; the others are taken to be like it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    first = files[0]
+    with first.text() as text:
+        try:
+            sample = text.read(_SAMPLE_BYTES)
+        except ValueError:
+            sample = b""  # truncated or corrupt: the stages say where
+        stored = text.stored.tell() if sample else 1
+    ratio = 1.0 if first.compression == "none" else len(sample) / max(min(stored, first.size), 1)
+    text_bytes = ratio * sum(file.size for file in files)
+    lines = sample.count(b"\n")
+    return Estimate(
+        rows=text_bytes * lines / len(sample) if lines else 0.0,
+        text_bytes=text_bytes,
+        fields=sample.partition(b"\n")[0].count(b"\t") + 1,
+        row_bytes=_STAGED + _IDS + _RESULT + (_MULTI_HOT if multi_hot else 0),
+    )
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,139 @@
+"""What is finished: a small record beside each file of a working folder, so that a killed run goes on.
+
+A file is written under another name, closed and renamed; then its record, in the same way. So a
+record means a whole file, whenever the process was killed, and records of many processes, also on
+several machines, never meet in one file. After a machine lost power a file may still be short:
+records hold checksums, and ``discard_damaged`` compares them before a run goes on.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import file_sha256
+
+_SUFFIX = ".json"
+
+
+def fingerprint(content: Any) -> str:
+    """Of JSON values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A name to write to that becomes ``path`` when the context is left without an error."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def record(path: Path, facts: Mapping[str, Any], files: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Notes that a step is finished.
+
+    Args:
+        path: of the record, without its suffix.
+        facts: JSON values to remember.
+        files: what the step has written, each whole and in its place; below the folder of ``path``'s parent.
+
+    Returns:
+        The facts.
+    """
+    content: dict[str, Any] = {
+        "facts": dict(facts),
+        "files": [
+            {
+                "path": os.path.relpath(file, path.parent),
+                "bytes": file.stat().st_size,
+                "sha256": file_sha256(file),
+            }
+            for file in files
+        ],
+    }
+    with written_aside(path.with_name(path.name + _SUFFIX)) as partial:
+        partial.write_text(json.dumps(content))
+    facts_kept: dict[str, Any] = content["facts"]
+    return facts_kept
+
+
+def recorded(path: Path) -> dict[str, Any] | None:
+    """The facts of a finished step, None if it is not finished.
+
+    Args:
+        path: of the record, without its suffix.
+    """
+    try:
+        facts: dict[str, Any] = json.loads(path.with_name(path.name + _SUFFIX).read_text())["facts"]
+        return facts
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def find_records(folder: Path) -> list[Path]:
+    """All records below a folder, each without its suffix."""
+    return sorted(
+        Path(root) / name.removesuffix(_SUFFIX)
+        for root, _, names in os.walk(folder)
+        for name in names
+        if name.endswith(_SUFFIX) and not name.startswith(".")
+    )
+
+
+def discard_damaged(path: Path) -> bool:
+    """Removes a record if a file of it is missing or altered; says whether it did.
+
+    Args:
+        path: of the record, without its suffix.
+    """
+    place = path.with_name(path.name + _SUFFIX)
+    try:
+        for file in json.loads(place.read_text())["files"]:
+            found = path.parent / file["path"]
+            if found.stat().st_size != file["bytes"] or file_sha256(found) != file["sha256"]:
+                raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        place.unlink(missing_ok=True)
+        return True
+    return False
+
+
+@contextmanager
+def locked(folder: Path, output: str) -> Iterator[None]:
+    """Holds a folder for this process; the lock goes with it, however it ends.
+
+    Raises:
+        UserError: the folder cannot be written, or another run holds it.
+    """
+    busy = UserError(f"another run is making {output}; wait for it, or choose another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except FileNotFoundError:
+        raise busy from None  # removed between the two calls, by the run that finished
+    except OSError as error:
+        raise UserError(f"cannot write to {folder.parent} ({error.strerror}); choose another --output") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):
+                raise busy
+        except (BlockingIOError, FileNotFoundError):
+            raise busy from None
+        yield
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, of Python or of pyarrow, says that a disk or a quota is full."""
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or f"[errno {errno.ENOSPC}]" in str(error).lower()

@@ -1,0 +1,240 @@
+"""Which rows of a dataset have equal features, within a split and across splits.
+
+Each row's features, label apart, are hashed to 64 bits. Rows of equal features always have equal hashes; the expected
+number of pairs of different rows with equal hashes is n (n - 1) / 2**65 for n rows: 6e-5 for Kaggle's 46 million, and
+half a pair for Terabyte's 4.4 billion. So the counts are exact for all that matters.
+
+Memory stays below 1 GB, however many rows there are: hashes are sorted in runs, the runs kept in a temporary file of
+8 bytes a row (35 GB for Terabyte), and compared one range of hashes at a time.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from datamodules.parquet import read_groups
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import SPLITS, Column, DatasetSchema
+
+_RUN_ROWS = 1 << 22  # hashes sorted at once: 32 MB
+_RANGE_ROWS = 1 << 23  # hashes compared at once: 64 MB, and some copies of them
+_HASH_BYTES = 8
+
+Hashes = NDArray[np.uint64]
+
+
+def equal_rows(folder: Path, schema: DatasetSchema, progress: bool = True) -> dict[str, Any]:
+    """Counts rows of equal features, as JSON values.
+
+    ``within`` has for each split its ``rows``, the ``distinct`` ones, and ``repeats``: rows whose features an earlier
+    row of the split has, with their ``share``. ``between`` has for each pair of ``splits`` the ``distinct`` features
+    that occur in both, and for either split the ``rows`` that have them and their ``shares``.
+
+    Args:
+        progress: show a progress bar, on a terminal.
+
+    Raises:
+        UserError: there are no features, a file is missing or altered, or the temporary folder lacks the space.
+    """
+    columns = schema.by_role("dense", "categorical", "multi_hot")
+    if not columns:
+        raise UserError(f"{folder} has no features, so there are no equal rows to look for")
+    rows = sum(split.rows for split in schema.splits.values())
+    _check_space(rows * _HASH_BYTES)
+    ranges = -(-rows // _RANGE_ROWS) or 1
+    runs: dict[str, _Runs] = {}
+    with tqdm(total=rows, desc="Hashing", unit=" rows", unit_scale=True, disable=None if progress else True) as bar:
+        for split in SPLITS:
+            if split not in schema.splits:
+                continue
+            runs[split] = _Runs(ranges)
+            for file in schema.splits[split].files:
+                for table in read_groups(folder, schema, file, columns):
+                    runs[split].add(content_hashes(table, columns))
+                    bar.update(table.num_rows)
+            runs[split].end()
+    tally = _Tally(tuple(runs))
+    for number in tqdm(
+        range(ranges), desc="Comparing", unit=" parts", disable=None if progress and ranges > 1 else True
+    ):
+        tally.add({split: split_runs.range(number) for split, split_runs in runs.items()})
+    return tally.facts()
+
+
+def content_hashes(table: pa.Table, columns: Sequence[Column]) -> Hashes:
+    """A 64-bit hash of the values of ``columns`` in each row, [rows]. Null is a value of its own; -0.0 equals 0.0."""
+    hashes = np.full(table.num_rows, 0x9E3779B97F4A7C15, np.uint64)
+    for column in columns:
+        values = table.column(column.name).combine_chunks()
+        if column.role == "multi_hot":
+            _mix_lists(hashes, values)
+        elif column.role == "dense":
+            bits = (values.fill_null(0).to_numpy() + np.float32(0)).view(np.uint32).astype(np.uint64)
+            if values.null_count:
+                bits[values.is_null().to_numpy(zero_copy_only=False)] = 1 << 32  # the bits of no float32
+            _mix(hashes, bits)
+        else:
+            _mix(hashes, values.to_numpy().astype(np.uint64))
+    return hashes
+
+
+def _mix_lists(hashes: Hashes, lists: pa.ListArray) -> None:
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+    starts = lists.offsets.to_numpy()[:-1]
+    ids = lists.values.to_numpy().astype(np.uint64)
+    _mix(hashes, lengths.astype(np.uint64))
+    for position in range(lengths.max(initial=0)):
+        rows = np.flatnonzero(lengths > position)
+        longer = hashes[rows]
+        _mix(longer, ids[starts[rows] + position])
+        hashes[rows] = longer
+
+
+def _mix(hashes: Hashes, values: Hashes) -> None:
+    """Takes one more value of each row into its hash, in place. For a given value this is one to one in the hash, and
+    for a given hash one to one in the value, so that rows that differ in one column never meet."""
+    hashes ^= values
+    hashes *= np.uint64(0xBF58476D1CE4E5B9)
+    hashes ^= hashes >> np.uint64(32)
+    hashes *= np.uint64(0x94D049BB133111EB)
+    hashes ^= hashes >> np.uint64(29)
+
+
+class _Runs:
+    """The hashes of a split as sorted runs in a file without a name, of which nothing is left however we end.
+
+    Args:
+        ranges: how many ranges of equal size the hashes will be read back in.
+    """
+
+    def __init__(self, ranges: int) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this object
+        self._bounds = np.array([-(-(i << 64) // ranges) for i in range(1, ranges)], np.uint64)
+        self._cuts: list[NDArray[np.int64]] = []  # of each run: where each range begins, and its end, in hashes
+        self._written = 0
+        self._waiting: list[Hashes] = []
+        self._waiting_rows = 0
+
+    def add(self, hashes: Hashes) -> None:
+        self._waiting.append(hashes)
+        self._waiting_rows += len(hashes)
+        if self._waiting_rows >= _RUN_ROWS:
+            self.end()
+
+    def end(self) -> None:
+        """Writes what waits for its run to be full."""
+        if not self._waiting_rows:
+            return
+        run = np.concatenate(self._waiting)
+        self._waiting, self._waiting_rows = [], 0
+        run.sort()
+        inner = np.searchsorted(run, self._bounds)
+        self._cuts.append(self._written + np.concatenate([[0], inner, [len(run)]]))
+        try:
+            self._file.write(run.data)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {tempfile.gettempdir()} ({error.strerror}); set TMPDIR to another folder"
+            ) from error
+        self._written += len(run)
+
+    def range(self, number: int) -> Hashes:
+        """All hashes of a range."""
+        pieces = [np.empty(0, np.uint64)]
+        for cuts in self._cuts:
+            start, stop = int(cuts[number]), int(cuts[number + 1])
+            self._file.seek(start * _HASH_BYTES)
+            pieces.append(np.frombuffer(self._file.read((stop - start) * _HASH_BYTES), np.uint64))
+        return np.concatenate(pieces)
+
+
+class _Tally:
+    """Adds up the counts of all ranges."""
+
+    def __init__(self, splits: Sequence[str]) -> None:
+        self._splits = splits
+        self._rows = dict.fromkeys(splits, 0)
+        self._distinct = dict.fromkeys(splits, 0)
+        # Of a pair: distinct features in both, rows of the first, rows of the second.
+        self._shared = {pair: np.zeros(3, np.int64) for pair in combinations(splits, 2)}
+
+    def add(self, hashes: Mapping[str, Hashes]) -> None:
+        """Counts a range: for each split all of its hashes in it, in any order."""
+        distinct = {split: np.unique(of_split, return_counts=True) for split, of_split in hashes.items()}
+        for split, (_, counts) in distinct.items():
+            self._rows[split] += int(counts.sum())
+            self._distinct[split] += len(counts)
+        for pair, shared in self._shared.items():
+            (a, counts_a), (b, counts_b) = (distinct[split] for split in pair)
+            _, in_a, in_b = np.intersect1d(a, b, assume_unique=True, return_indices=True)
+            shared += len(in_a), counts_a[in_a].sum(), counts_b[in_b].sum()
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "within": {
+                split: {
+                    "rows": self._rows[split],
+                    "distinct": self._distinct[split],
+                    "repeats": self._rows[split] - self._distinct[split],
+                    "share": _share(self._rows[split] - self._distinct[split], self._rows[split]),
+                }
+                for split in self._splits
+            },
+            "between": [
+                {
+                    "splits": list(pair),
+                    "distinct": int(distinct),
+                    "rows": {pair[0]: int(rows_a), pair[1]: int(rows_b)},
+                    "shares": {
+                        pair[0]: _share(int(rows_a), self._rows[pair[0]]),
+                        pair[1]: _share(int(rows_b), self._rows[pair[1]]),
+                    },
+                }
+                for pair, (distinct, rows_a, rows_b) in self._shared.items()
+            ],
+        }
+
+
+def render_equal_rows(facts: Mapping[str, Any]) -> list[str]:
+    """The facts of ``equal_rows`` as lines of text."""
+    lines = ["rows of equal features (label apart)"]
+    for split, within in facts["within"].items():
+        lines.append(f"  within {split}: {within['repeats']:,} repeat an earlier row ({within['share']:.3%})")
+    for pair in facts["between"]:
+        first, second = pair["splits"]
+        lines.append(
+            f"  {first} and {second}: {pair['rows'][second]:,} rows of {second} ({pair['shares'][second]:.3%}) are in "
+            f"{first} too, as {pair['rows'][first]:,} rows there ({pair['shares'][first]:.3%})"
+        )
+    found = sum(within["repeats"] for within in facts["within"].values()) + sum(p["distinct"] for p in facts["between"])
+    if found and "train" in facts["within"]:
+        lines += [
+            "  Equal rows occur in clean data too: one visitor is shown one advertisement twice, or few and coarse",
+            "  features coincide. Were all rows drawn alike, validation and test would have about twice the share in",
+            f"  train that repeats have within train (so up to {2 * facts['within']['train']['share']:.3%} here); "
+            "far above that, suspect a leak.",
+        ]
+    return lines
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _check_space(needed: int) -> None:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the leakage check needs {needed / 1e9:,.1f} GB in {folder}, which has {free / 1e9:,.1f} GB free; "
+            "set TMPDIR to a folder with more"
+        )

@@ -1,0 +1,132 @@
+"""What to make of raw files: the options of ``preprocess``, checked."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from datamodules.preprocess.multi_hot import DISTRIBUTIONS, Distribution, MultiHot
+from datamodules.preprocess.protocols import PROTOCOLS, Protocol, find_protocol
+from datamodules.preprocess.splits import DATASETS, Dataset
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import DatasetSchema
+
+OnBadRow = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Everything beside the rows that decides about a byte of the dataset."""
+
+    dataset: Dataset
+    protocol: str
+    max_rows: int | None = None
+    """Rows of the largest table; what is taken modulo them is the protocol's."""
+    min_count: int | None = None
+    """Rarer values share one id; None for the protocol's own threshold."""
+    negative_sampling_rate: float = 1.0
+    """The share of the training rows with label 0 that is kept."""
+    multi_hot: Literal["mlperf"] | None = None
+    multi_hot_distribution: Distribution = "uniform"
+    seed: int = 0
+    """Of random splits, of sampling and of multi-hot bags; 0 to 2**63 - 1."""
+    on_bad_row: OnBadRow = "fail"
+    encoding_of: str | None = None
+    """The encoding fingerprint of the dataset whose vocabulary is used."""
+
+    def __post_init__(self) -> None:
+        protocol = find_protocol(self.protocol)
+        if self.dataset not in DATASETS:
+            raise UserError(f"unknown dataset {self.dataset!r}; known: {', '.join(DATASETS)}")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise UserError(f"max_rows is {self.max_rows}, expected at least 1; leave it out to keep every value")
+        if self.max_rows is not None and protocol.modulo is None:
+            takers = " and ".join(name for name, other in PROTOCOLS.items() if other.modulo)
+            raise UserError(f"protocol {protocol.name} has no max_rows, {takers} have; use min_count to shrink tables")
+        if self.min_count is not None and self.min_count < 1:
+            raise UserError(f"min_count is {self.min_count}, expected at least 1, which keeps every value")
+        if not 0 < self.negative_sampling_rate <= 1:
+            raise UserError(
+                f"negative_sampling_rate is {self.negative_sampling_rate}, expected a share of the rows to keep, more "
+                "than 0 and at most 1"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; give a number from 0 to 2**63 - 1")
+        if self.multi_hot not in (None, "mlperf"):
+            raise UserError(f"unknown multi_hot {self.multi_hot!r}; known: mlperf")
+        if self.multi_hot and self.dataset != "terabyte":
+            raise UserError("multi_hot mlperf is made of Terabyte's rows; with Kaggle's leave it out")
+        if self.multi_hot_distribution not in DISTRIBUTIONS:
+            raise UserError(
+                f"unknown multi_hot_distribution {self.multi_hot_distribution!r}; known: {', '.join(DISTRIBUTIONS)}"
+            )
+        if self.multi_hot_distribution != "uniform" and not self.multi_hot:
+            raise UserError("multi_hot_distribution is given without multi_hot; give both, or neither")
+        if self.on_bad_row not in get_args(OnBadRow):
+            raise UserError(f"unknown on_bad_row {self.on_bad_row!r}; known: {', '.join(get_args(OnBadRow))}")
+
+    @property
+    def rules(self) -> Protocol:
+        return find_protocol(self.protocol)
+
+    @property
+    def threshold(self) -> int:
+        """The threshold in force."""
+        return self.rules.min_count if self.min_count is None else self.min_count
+
+    @property
+    def bags(self) -> MultiHot | None:
+        return MultiHot(distribution=self.multi_hot_distribution, seed=self.seed) if self.multi_hot else None
+
+    def settings(self) -> dict[str, Any]:
+        """What of them the schema keeps: those that shape the encoding."""
+        settings: dict[str, Any] = {}
+        if self.max_rows is not None:
+            settings["max_rows"] = self.max_rows
+        if max(self.threshold, self.rules.min_count) > 1:
+            settings["min_count"] = self.threshold
+        if self.negative_sampling_rate < 1:
+            settings["negative_sampling_rate"] = self.negative_sampling_rate
+        if self.multi_hot:
+            settings |= {"multi_hot": self.multi_hot, "multi_hot_distribution": self.multi_hot_distribution}
+        if self.multi_hot or self.negative_sampling_rate < 1 or self.protocol == "bars":
+            settings["seed"] = self.seed
+        return settings
+
+    def document(self) -> dict[str, Any]:
+        """All of them as JSON values."""
+        return {**asdict(self), "min_count": self.threshold}
+
+
+def options_of(
+    vocabulary: Path | None, *, dataset: Dataset | None, protocol: str | None, **others: Any
+) -> tuple[Options, DatasetSchema | None]:
+    """The options, and the schema of the dataset whose vocabulary is used.
+
+    With a vocabulary that dataset decides about everything but ``on_bad_row``.
+
+    Raises:
+        UserError: an option is out of range, missing, or at odds with the vocabulary.
+    """
+    if vocabulary is None:
+        for name, value in (("dataset", dataset), ("protocol", protocol)):
+            if value is None:
+                raise UserError(f"no {name} is given; give one (--{name})")
+        return Options(dataset=dataset, protocol=protocol, **others), None  # type: ignore[arg-type]
+    schema = DatasetSchema.load(vocabulary)
+    if schema.protocol not in PROTOCOLS or not schema.vocabulary:
+        raise UserError(
+            f"{vocabulary} has the protocol {schema.protocol!r} and {len(schema.vocabulary)} vocabularies; expected a "
+            "dataset folder that preprocess made"
+        )
+    given = {"dataset": dataset, "protocol": protocol, **others}
+    known = {"dataset": schema.dataset, "protocol": schema.protocol, **schema.settings}
+    default = Options(dataset=schema.dataset, protocol=schema.protocol)  # type: ignore[arg-type]
+    for name, value in given.items():
+        if name != "on_bad_row" and value is not None and value not in (getattr(default, name), known.get(name)):
+            raise UserError(
+                f"{name} is {value}, but the vocabulary of {vocabulary} was made with "
+                f"{known.get(name, getattr(default, name))}; leave the option out"
+            )
+    known.pop("minimum", None)
+    options = Options(**known, on_bad_row=others["on_bad_row"], encoding_of=schema.encoding_fingerprint)
+    return options, schema

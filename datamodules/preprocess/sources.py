@@ -1,0 +1,226 @@
+"""Raw input files wherever they lie: on this machine, or behind an address that fsspec knows."""
+
+import errno
+import gzip
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import fsspec
+import pyarrow as pa
+
+from datamodules.preprocess.journal import fingerprint
+from lightning_dlrm.contracts.errors import UserError
+
+Compression = Literal["none", "gzip", "zstd"]
+
+_MAGIC: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_SUFFIX: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
+_NAMES = {"gzip": "gzip", "zstd": "Zstandard"}
+_PIECE = 1 << 20
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def in_process_only(path: str) -> bool:
+    """Whether other processes would not find it."""
+    return path.startswith("memory://")
+
+
+def file_system(path: str) -> tuple[Any, str]:
+    """The fsspec file system of an address, and the path in it.
+
+    Raises:
+        UserError: fsspec does not know it, or its package is not installed.
+    """
+    kind = path.partition("://")[0]
+    try:
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(path))
+    except ImportError as error:
+        raise UserError(f"{path} needs a package that is not installed: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{path}: {kind}:// is no kind of address that fsspec knows; known are s3://, gs://, hf://, https:// "
+            "and others, or a path on this machine"
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawFile:
+    """A raw file as it was found: another size or time of change makes it another one."""
+
+    path: str
+    name: str
+    size: int
+    """Bytes, as stored."""
+    stamp: str
+    """The time of the last change, or what fsspec has in its stead."""
+    compression: Compression
+
+    @property
+    def key(self) -> str:
+        """Tells this state of this file from any other."""
+        return fingerprint(asdict(self))[:16]
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Stored bytes ``start`` to ``stop``, fewer at the end of the file.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        with _named(self.path):
+            if is_remote(self.path):
+                system, path = file_system(self.path)
+                return cast(bytes, system.cat_file(path, start=start, end=min(stop, self.size)))
+            with Path(self.path).open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+
+    @contextmanager
+    def text(self) -> Iterator["Text"]:
+        """The uncompressed text, to be read from its beginning."""
+        with _named(self.path):
+            stored = self._opened()
+        with closing(stored):
+            yield Text(self, stored)
+
+    def _opened(self) -> Any:
+        if is_remote(self.path):
+            system, path = file_system(self.path)
+            return system.open(path, "rb")
+        return Path(self.path).open("rb")
+
+
+class Text:
+    """The uncompressed text of a file."""
+
+    def __init__(self, source: RawFile, stored: IO[bytes]):
+        self.source, self.stored = source, stored
+        self._file: Any
+        if source.compression == "gzip":
+            self._file = gzip.GzipFile(fileobj=stored)
+        elif source.compression == "zstd":
+            self._file = pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), "zstd")
+        else:
+            self._file = stored
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, as many as asked for unless the file ends.
+
+        Raises:
+            ValueError: the file is truncated or corrupt; says which.
+            UserError: it cannot be read.
+        """
+        name = _NAMES.get(self.source.compression)
+        pieces, missing = [], size
+        while missing:
+            try:
+                piece = self._file.read(min(missing, _PIECE))
+            except EOFError:
+                raise ValueError(f"truncated {name}: its end is missing") from None
+            except (gzip.BadGzipFile, zlib.error, pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and error.errno and not isinstance(error, gzip.BadGzipFile):
+                    raise _unreadable(self.source.path, error) from error
+                words = " ".join(str(error).split())
+                if "runcated" in words:
+                    raise ValueError(f"truncated {name}: its end is missing") from error
+                raise ValueError(f"corrupt {name} ({words})") from error
+            if not piece:
+                break
+            pieces.append(piece)
+            missing -= len(piece)
+        return b"".join(pieces)
+
+
+def find_files(paths: Sequence[str]) -> list[RawFile]:
+    """Looks the inputs up.
+
+    Raises:
+        UserError: there are none, one is missing, unreadable, a folder, given twice, or not compressed as its
+            name says.
+    """
+    if not paths:
+        raise UserError("no input files; give at least one Criteo TSV file")
+    seen: dict[str, str] = {}
+    files = []
+    for path in paths:
+        files.append(_find_remote(path) if is_remote(path) else _find_local(path))
+        same = path if is_remote(path) else str(Path(path).resolve())
+        if same in seen:
+            raise UserError(f"{path} is given twice (as {seen[same]}); name each file once")
+        seen[same] = path
+    return files
+
+
+def _find_local(path: str) -> RawFile:
+    place = Path(path)
+    if place.is_dir():
+        raise UserError(f"{path} is a folder; name the files in it")
+    if not place.exists():
+        raise UserError(f"{path} does not exist; check the path, or download the file")
+    if not place.is_file() or not os.access(place, os.R_OK):
+        raise UserError(f"{path} cannot be read; expected a readable file: check its type and permissions")
+    status = place.stat()
+    with place.open("rb") as file:
+        compression = _compression(path, file.read(4))
+    return RawFile(
+        path=str(place.absolute()),
+        name=place.name,
+        size=status.st_size,
+        stamp=str(status.st_mtime_ns),
+        compression=compression,
+    )
+
+
+def _find_remote(path: str) -> RawFile:
+    system, inner = file_system(path)
+    with _named(path):
+        info = system.info(inner)
+        if info["type"] != "file":
+            raise UserError(f"{path} is a folder; name the files in it")
+        start = system.cat_file(inner, start=0, end=4)
+        stamp = str(system.checksum(inner))
+    return RawFile(
+        path=path,
+        name=inner.rstrip("/").rpartition("/")[2],
+        size=info["size"],
+        stamp=stamp,
+        compression=_compression(path, start),
+    )
+
+
+def _compression(path: str, start: bytes) -> Compression:
+    found: Compression = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), "none")
+    expected = _SUFFIX.get(Path(path).suffix, "none")
+    if found == "none" and expected != "none" and start:
+        raise UserError(
+            f"{path} is named {Path(path).suffix} but is not {_NAMES[expected]}; rename it if it is plain text, or "
+            "download it again"
+        )
+    return found
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Failures of a file system as one line that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; check the path, or download the file") from error
+    except Exception as error:  # every backend has errors of its own: no network, no permission, no such bucket
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    words = " ".join(str(error).split())
+    return UserError(f"{path} cannot be read ({type(error).__name__}: {words}); check the path and your access to it")

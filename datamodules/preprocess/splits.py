@@ -1,0 +1,151 @@
+"""Which row goes to which split: arithmetic on the row's position (and, for sampling, its label).
+
+Nothing depends on how the rows are cut into pieces, so any worker can ask about any piece.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import SPLITS, SplitName
+
+Dataset = Literal["kaggle", "terabyte"]
+DATASETS: tuple[Dataset, ...] = get_args(Dataset)
+
+DAYS = 7  # that a file split by position is cut into
+
+_TRAIN = SPLITS.index("train")
+_TEST = SPLITS.index("test")
+_VALIDATION = SPLITS.index("validation")
+
+# Streams of random numbers, so that the split and the sampling of a row have nothing to do with each other.
+_SPLIT_STREAM, _SAMPLING_STREAM = 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Rows ``start`` to ``stop`` (not included) of all input files together, which go to one split."""
+
+    split: SplitName
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRule:
+    """Says of every row where it goes."""
+
+    spans: tuple[Span, ...] = ()
+    """By position; empty for random 8:1:1: of every ten rows one tests and one validates."""
+    seed: int = 0
+    negative_sampling_rate: float = 1.0
+    """The share of training rows with label 0 that is kept."""
+
+    @property
+    def arithmetic(self) -> bool:
+        """Whether the rows of each split follow from the spans alone."""
+        return bool(self.spans) and self.negative_sampling_rate == 1.0
+
+    def split_of(self, start: int, rows: int, labels: np.ndarray | None) -> np.ndarray:
+        """The split of some rows.
+
+        Args:
+            start: the position of the first, counted over all input files.
+            rows: how many they are.
+            labels: int8 [rows]; needed for negative sampling only.
+
+        Returns:
+            int8 [rows]: the position of the split in ``SPLITS``, -1 for rows that are left out.
+        """
+        if self.spans:
+            codes = np.full(rows, -1, np.int8)
+            for span in self.spans:
+                codes[max(span.start - start, 0) : max(span.stop - start, 0)] = SPLITS.index(span.split)
+        else:
+            codes = self._random_split(np.arange(start, start + rows, dtype=np.uint64))
+        if self.negative_sampling_rate < 1.0:
+            assert labels is not None
+            negatives = np.flatnonzero((codes == _TRAIN) & (labels == 0))
+            drawn = mixed(self.seed, _SAMPLING_STREAM, negatives.astype(np.uint64) + np.uint64(start))
+            kept = (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53 < self.negative_sampling_rate
+            codes[negatives[~kept]] = -1
+        return codes
+
+    def _random_split(self, positions: np.ndarray) -> np.ndarray:
+        ten = np.uint64(10)
+        drawn = mixed(self.seed, _SPLIT_STREAM, positions // ten)
+        test = drawn % ten
+        validation = (test + np.uint64(1) + (drawn >> np.uint64(32)) % np.uint64(9)) % ten
+        codes = np.full(len(positions), _TRAIN, np.int8)
+        codes[positions % ten == test] = _TEST
+        codes[positions % ten == validation] = _VALIDATION
+        return codes
+
+
+Splitter: TypeAlias = Callable[[Dataset, Sequence[int]], tuple[Span, ...]]
+"""(dataset, rows per input file) -> which rows go to which split, none for random 8:1:1."""
+
+
+def halves_of_last_day(first: SplitName, second: SplitName) -> Splitter:
+    """All days but the last train; the last one's halves go to the splits named, the first half
+    having one more row if they are odd.
+
+    Terabyte's days are its files. Kaggle, and a single file of Terabyte, are cut by position into
+    seven days of n // 7 rows, of which the first n % 7 have one more.
+
+    The splitter raises UserError if a split would be empty.
+    """
+
+    def split(dataset: Dataset, file_rows: Sequence[int]) -> tuple[Span, ...]:
+        rows = sum(file_rows)
+        by_files = dataset == "terabyte" and len(file_rows) > 1
+        held_out = file_rows[-1] if by_files else rows // DAYS
+        if held_out < 2:
+            least = "2 rows in the last file" if by_files else f"{2 * DAYS} rows ({DAYS} days of 2)"
+            raise UserError(
+                f"too few rows: {held_out if by_files else rows} in {'the last file' if by_files else 'all'}; "
+                f"with fewer than {least} the test or validation split would be empty: give more input"
+            )
+        middle = rows - held_out // 2
+        return (
+            Span(split="train", start=0, stop=rows - held_out),
+            Span(split=first, start=rows - held_out, stop=middle),
+            Span(split=second, start=middle, stop=rows),
+        )
+
+    return split
+
+
+def one_in_ten(dataset: Dataset, file_rows: Sequence[int]) -> tuple[Span, ...]:
+    """Random 8:1:1; needs ten rows, so that no split is empty.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if sum(file_rows) < 10:
+        raise UserError(f"too few rows: {sum(file_rows)} in all; a split 8:1:1 needs at least 10: give more input")
+    return ()
+
+
+def mixed(seed: int, stream: int, values: np.ndarray) -> np.ndarray:
+    """Random bits of each value by integer mixing (the finaliser of SplitMix64, twice).
+
+    Args:
+        seed: 0 to 2**63 - 1.
+        stream: tells uses apart.
+        values: uint64 [n].
+
+    Returns:
+        uint64 [n], the same everywhere.
+    """
+    key = _finalised(np.array([(seed * 0x9E3779B97F4A7C15 + stream) % 2**64], np.uint64))
+    return _finalised(_finalised(values * np.uint64(0x9E3779B97F4A7C15) + key))
+
+
+def _finalised(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,158 @@
+"""Where a dataset goes, on this machine or elsewhere, and the working folder in which it is made."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from datamodules.parquet import flush
+from datamodules.preprocess.journal import find_records, locked
+from datamodules.preprocess.sources import file_system, is_remote
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
+
+REPORT_FILE = "report.json"
+"""How a dataset was made: inputs, options, times. Beside dataset.json, as it differs from run to run."""
+
+
+class Target:
+    """Where the dataset goes.
+
+    Args:
+        output: a path, or an address that fsspec knows.
+        work: where the working folder is made; None for beside ``output``, or in the current folder if
+            that is an address.
+
+    Raises:
+        UserError: fsspec does not know the address.
+    """
+
+    def __init__(self, output: str, work: Path | None):
+        self.output = output
+        self.remote = is_remote(output)
+        if self.remote:
+            self._system, self._path = file_system(output.rstrip("/"))
+            name, parent = self._path.rpartition("/")[2], Path.cwd()
+        else:
+            self._folder = Path(output).absolute()
+            name, parent = self._folder.name, self._folder.parent
+        self.work = (parent if work is None else work.absolute()) / f".{name}.preprocess"
+        self.goes_on = f"The same command goes on from what is finished, which waits in {self.work}"
+
+    def finished(self, run: Mapping[str, Any]) -> DatasetSchema | None:
+        """The dataset, if it was made already by this run.
+
+        Args:
+            run: what decides about its bytes, as ``REPORT_FILE`` keeps it under ``run``.
+
+        Raises:
+            UserError: there is something else.
+        """
+        names = self._names()
+        if not names or (SCHEMA_FILE not in names and (self.work / "uploading").exists()):
+            return None
+        found = None
+        if SCHEMA_FILE in names and REPORT_FILE in names:
+            with suppress(ValueError, KeyError, TypeError):
+                found = json.loads(self._read(REPORT_FILE))["run"]
+        if found is None:
+            raise UserError(
+                f"{self.output} exists and is not an empty folder; name a new folder, or remove it if it is not needed"
+            )
+        difference = _difference(found, run)
+        if difference:
+            raise UserError(
+                f"{self.output} was made of other input or with other options: {difference}; name a new folder, or "
+                "remove this one to make it again"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / SCHEMA_FILE).write_bytes(self._read(SCHEMA_FILE))
+            return DatasetSchema.load(Path(folder))
+
+    @contextmanager
+    def working_folder(self, worth_keeping: bool) -> Iterator[Path]:
+        """Holds the working folder for this run.
+
+        It is removed afterwards if the dataset is delivered, or nothing in it is worth keeping. (Killed
+        runs leave theirs in any case.)
+
+        Args:
+            worth_keeping: whether finished steps took long enough to be kept when the run is broken off.
+
+        Raises:
+            UserError: it cannot be made, or another run makes the same dataset.
+        """
+        new_parents = [parent for parent in self.work.parents if not parent.exists()]
+        with locked(self.work, self.output):
+            try:
+                yield self.work
+            finally:
+                if (self.work / "delivered").exists() or not worth_keeping or not find_records(self.work):
+                    shutil.rmtree(self.work, ignore_errors=True)
+                    for parent in new_parents:
+                        with suppress(OSError):  # not empty: the dataset lies in it
+                            parent.rmdir()
+
+    def deliver(self, result: Path) -> None:
+        """Gives the finished dataset its place: renamed there, or, where it has to be copied, dataset.json last.
+
+        Raises:
+            UserError: the place was taken meanwhile.
+        """
+        if self.remote:
+            (self.work / "uploading").touch()
+            files = [path for path in sorted(result.rglob("*")) if path.is_file() and path.name != SCHEMA_FILE]
+            for file in (*files, result / SCHEMA_FILE):
+                place = f"{self._path}/{file.relative_to(result).as_posix()}"
+                self._system.makedirs(place.rpartition("/")[0], exist_ok=True)
+                self._system.put_file(str(file), place)
+        else:
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            if result.stat().st_dev != self._folder.parent.stat().st_dev:
+                copy = self._folder.with_name(f".{self._folder.name}.copy")
+                shutil.rmtree(copy, ignore_errors=True)
+                result = Path(shutil.copytree(result, copy))
+            for path in (*result.rglob("*"), result):
+                flush(path)
+            try:
+                result.rename(self._folder)
+            except OSError as error:
+                raise UserError(f"{self.output} came into being meanwhile ({error.strerror}); move it away") from error
+            flush(self._folder.parent)
+        (self.work / "delivered").touch()
+
+    def _names(self) -> set[str]:
+        """What the target holds; its own name if it is a file."""
+        if not self.remote:
+            if self._folder.is_dir():
+                return {path.name for path in self._folder.iterdir()}
+            return {self._folder.name} if self._folder.exists() else set()
+        if not self._system.exists(self._path):
+            return set()
+        return {str(name).rstrip("/").rpartition("/")[2] for name in self._system.ls(self._path, detail=False)}
+
+    def _read(self, name: str) -> bytes:
+        if self.remote:
+            content: bytes = self._system.cat_file(f"{self._path}/{name}")
+            return content
+        return (self._folder / name).read_bytes()
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The first difference between two runs, in words."""
+    options, now = found.get("options", {}), wanted["options"]
+    for name in now | options:
+        if options.get(name) != now.get(name):
+            return f"{name} was {options.get(name)}, now it is {now.get(name)}"
+    before, after = found.get("inputs", []), wanted["inputs"]
+    if [file["name"] for file in before] != [file["name"] for file in after]:
+        names = [", ".join(file["name"] for file in files) for files in (before, after)]
+        return f"the input was {names[0]}, now it is {names[1]}"
+    for old, new in zip(before, after, strict=True):
+        for fact, words in (("bytes", "bytes"), ("stamp", "as time of change")):
+            if old.get(fact) != new[fact]:
+                return f"{new['name']} had {old.get(fact)} {words}, now it has {new[fact]}"
+    return None if dict(found) == dict(wanted) else "another release of this package made it"

@@ -1,0 +1,202 @@
+"""Where the work is done: in this process, in processes of this machine, or on a Dask cluster.
+
+All three are a ``concurrent.futures.Executor``, and jobs leave their results in files, so that only
+names and small numbers travel. Processes rather than threads: parsing and Parquet let go of the
+interpreter, but half of the time is numpy between them, in many short calls; two threads took 1.5
+times as long as two processes.
+
+Dask's distributed is the cluster because its client is such an executor as it stands (no second
+way of handing out work), it runs under Slurm, Kubernetes and SSH, and a laptop can be one. Ray and
+Spark would bring a runtime each and no executor of the standard library's kind.
+"""
+
+import multiprocessing
+import os
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+from datamodules.preprocess.journal import is_disk_full
+from lightning_dlrm.contracts.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_CONNECT_TIMEOUT_S = 30
+
+
+class InProcess(Executor):
+    """An executor that does the work at once, in the process that hands it over."""
+
+    def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
+        future: Future[R] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Where jobs are handed to."""
+
+    executor: Executor
+    count: int
+    """How many jobs run at once."""
+    goes_on: str
+    """What to tell a user whose run was broken off."""
+
+    def map(self, function: Callable[[T], R], jobs: Iterable[T]) -> Iterator[R]:
+        """Results in the order of the jobs, of which some are handed over beforehand.
+
+        Unlike ``Executor.map``, which would take all jobs at once; Terabyte has tens of thousands.
+
+        Raises:
+            UserError: a worker died, or its disk is full.
+        """
+        ahead = 1 if isinstance(self.executor, InProcess) else 2 * self.count + 2
+        waiting: deque[Future[R]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(self.executor.submit(function, job))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except Exception as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: Exception) -> Exception:
+        if isinstance(error, UserError):
+            return error
+        if is_disk_full(error):
+            return UserError(f"the disk is full ({_one_line(error)}); make room. {self.goes_on}")
+        if isinstance(error, BrokenProcessPool):
+            return UserError(
+                "a worker process died, killed by the system for lack of memory or by hand (in a script of your own: "
+                f"is the call under 'if __name__ == \"__main__\":'?). {self.goes_on}"
+            )
+        if isinstance(error, CancelledError) or type(error).__module__.startswith("distributed"):
+            return UserError(
+                f"the cluster lost a worker or its scheduler ({type(error).__name__}: {_one_line(error)[:200]}). "
+                f"{self.goes_on}"
+            )
+        return error
+
+
+@contextmanager
+def open_workers(workers: int, scheduler: str | None, folder: Path, goes_on: str) -> Iterator[Workers]:
+    """Workers for as long as the context lasts; what they have not begun by then is given up.
+
+    Args:
+        workers: how many processes; one works in this process.
+        scheduler: the address of a Dask scheduler, which then does the work.
+        folder: the working folder, which all workers must see.
+        goes_on: what to tell a user whose run was broken off.
+
+    Raises:
+        UserError: there is no such scheduler, it has no workers, or they do not see the folder.
+    """
+    if scheduler is not None:
+        with _dask(scheduler, folder) as (executor, count):
+            yield Workers(executor=executor, count=count, goes_on=goes_on)
+    elif workers == 1:
+        yield Workers(executor=InProcess(), count=1, goes_on=goes_on)
+    else:
+        with _processes(workers) as executor:
+            yield Workers(executor=executor, count=workers, goes_on=goes_on)
+
+
+@contextmanager
+def _processes(workers: int) -> Iterator[Executor]:
+    # Spawned, not forked: pyarrow's threads do not survive a fork. The pipe's writing end is here
+    # alone, so that it closes with this process however it ends, and no worker outlives it.
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(workers, context, initializer=_live_as_long_as, initargs=(reader,))
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+        writer.close()
+        reader.close()
+
+
+def _live_as_long_as(reader: Connection) -> None:
+    import signal
+
+    import pyarrow as pa
+
+    # Ctrl-C reaches every process of the terminal; the one that started the workers answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The processes share the cores out; threads of each would only stand in each other's way.
+    pa.set_cpu_count(1)
+
+    def wait() -> None:
+        try:
+            reader.recv_bytes()
+        except (EOFError, OSError):
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UserError(
+            "--scheduler needs Dask, which is not installed: pip install 'lightning-dlrm[cluster]'"
+        ) from error
+    try:
+        client = Client(scheduler, timeout=_CONNECT_TIMEOUT_S, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no Dask scheduler at {scheduler} ({_one_line(error)}); start one with 'dask scheduler', and workers "
+            "with 'dask worker ADDRESS'"
+        ) from error
+    with client:
+        threads = sum(client.nthreads().values())
+        if not threads:
+            raise UserError(f"the Dask scheduler at {scheduler} has no workers; start some: dask worker {scheduler}")
+        token = folder / f"token-{secrets.token_hex(8)}"
+        token.touch()
+        try:
+            seen = client.run(_sees, str(token))
+        except Exception as error:
+            raise UserError(
+                f"the workers of {scheduler} cannot do the work ({type(error).__name__}: {_one_line(error)}); install "
+                "this package on each"
+            ) from error
+        finally:
+            token.unlink()
+        blind = [address for address, found in seen.items() if not found]
+        if blind:
+            raise UserError(
+                f"the worker {blind[0]} does not see {folder}: all workers must share the file system of the output "
+                "(or of --work)"
+            )
+        # Twice, then a job that kills its worker is given up: one that runs out of memory will do so again.
+        executor = client.get_executor(pure=False, retries=0)
+        try:
+            yield executor, threads
+        finally:
+            executor.shutdown(wait=False)
+
+
+def _sees(path: str) -> bool:
+    return Path(path).exists()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,21 @@
+"""How much memory a process may still take."""
+
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping, within the limit of a container; None where the system tells none."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return None
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # Cached file content gives way.
+        return min(available, limit - used + int(cached["inactive_file"]))
+    except (OSError, ValueError):  # no such control group, or no limit ("max")
+        return available

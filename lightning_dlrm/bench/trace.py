@@ -1,0 +1,114 @@
+"""``bench trace``: stack distances profiled, and accesses generated from a profile, on one core."""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules.generate.trace import BLOCK_ACCESSES, Profile, Profiler, TraceGenerator
+from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread, time_rounds
+from lightning_dlrm.contracts.errors import UserError
+
+DESCRIPTION = """\
+Times the profiling of a column's accesses and the generation of accesses like them: uniform ones, which are the worst
+for any LRU stack, and skewed ones. The baseline keeps its stack in a Python list, as published generators do, and gets
+few accesses of the same kind, on a stack that holds the whole table.
+
+examples:
+  python -m lightning_dlrm bench trace
+  python -m lightning_dlrm bench trace --table-rows 10000 --accesses 2000000
+"""
+
+_BASELINE_ACCESSES = 300
+_PIECE = 16_384  # a row group
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--table-rows", type=int, default=1_000_000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--accesses", type=int, default=10_000_000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="the median counts (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> list[Measurement]:
+    """Times both directions as ``add_arguments`` was told.
+
+    Raises:
+        UserError: an option is out of range, or numba is not installed.
+    """
+    if not 1 <= args.table_rows < 2**31 or args.accesses < BLOCK_ACCESSES or args.rounds < 1:
+        raise UserError(
+            f"bench trace needs --table-rows of 1 to {2**31 - 1}, --accesses of {BLOCK_ACCESSES} or more and --rounds "
+            "of 1 or more"
+        )
+    uniform = np.random.default_rng(1).random(args.accesses)
+    kinds = {
+        "uniform": (uniform * args.table_rows).astype(np.int32),
+        "skewed": np.minimum(args.table_rows**uniform - 1, args.table_rows - 1).astype(np.int32),
+    }
+    measurements = []
+    for kind, ids in kinds.items():
+        profile = _profile(ids, args.table_rows)
+        few = ids[-_BASELINE_ACCESSES:]
+        distances = np.maximum(_distances(ids, args.table_rows)[-_BASELINE_ACCESSES:], 1)
+        stack = list(range(args.table_rows))
+        contenders: dict[tuple[str, Implementation, int], Callable[[], object]] = {
+            ("profiled", "ours", len(ids)): partial(_profile, ids, args.table_rows),
+            ("profiled", "baseline", len(few)): partial(_list_distances, few.tolist(), stack),
+            ("generated", "ours", len(ids)): partial(_generate, profile, len(ids)),
+            ("generated", "baseline", len(few)): partial(_list_accesses, distances.tolist(), stack),
+        }
+        seconds = time_rounds({str(key): work for key, work in contenders.items()}, args.rounds)
+        for key in contenders:
+            what, implementation, accesses = key
+            median, spread = median_and_spread(seconds[str(key)])
+            measurements.append(
+                Measurement(
+                    work="trace",
+                    case=f"{kind} accesses {what}, {profile.distinct:,} distinct rows",
+                    implementation=implementation,
+                    device="cpu",
+                    precision="",
+                    batch_size=0,
+                    samples=accesses,
+                    median_s=median,
+                    spread_s=spread,
+                )
+            )
+    return measurements
+
+
+def _profile(ids: NDArray[np.int32], table_rows: int) -> Profile:
+    profiler = Profiler("C1", table_rows)
+    for start in range(0, len(ids), _PIECE):
+        profiler.add(ids[start : start + _PIECE])
+    return profiler.profile()
+
+
+def _generate(profile: Profile, accesses: int) -> None:
+    trace = TraceGenerator(profile, seed=0)
+    for _ in range(0, accesses, BLOCK_ACCESSES):
+        trace.next_block()
+
+
+def _distances(ids: NDArray[np.int32], table_rows: int) -> NDArray[np.int32]:
+    from datamodules.generate.lru import LruStack
+
+    return LruStack(table_rows).distances(ids)
+
+
+def _list_distances(ids: list[int], stack: list[int]) -> list[int]:
+    """Stack distances with the stack as a list, the latest row last."""
+    distances = []
+    for row in ids:
+        place = stack.index(row)
+        distances.append(len(stack) - place)
+        stack.append(stack.pop(place))
+    return distances
+
+
+def _list_accesses(distances: list[int], stack: list[int]) -> list[int]:
+    for distance in distances:
+        stack.append(stack.pop(-distance))
+    return stack[-len(distances) :]

@@ -1,0 +1,120 @@
+"""``checkpoint import``: weights of facebookresearch/dlrm as a checkpoint folder of this project."""
+
+import argparse
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lightning_dlrm.cli.lightning import SettingsCommand
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
+from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.models.published import published_names
+
+DESCRIPTION = """Makes a checkpoint folder of weights from a .pt file that facebookresearch/dlrm saved (--save-model).
+
+The configuration must be that of the model in the file: the same widths, and data with the same tables in the
+same order. Tables N and layers N of the file become column N and layer N here.
+
+  python -m lightning_dlrm checkpoint import model.pt --config dlrm.yaml --data.path DIR --output imported
+  python -m lightning_dlrm predict --config dlrm.yaml --data.path DIR --ckpt_path imported"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_dlrm checkpoint import",
+        usage="python -m lightning_dlrm checkpoint import FILE --config YAML [options of fit] --output DIR",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", metavar="DIR", help="the new checkpoint folder")
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        parser.print_help()
+        return 0 if arguments else 2
+    if arguments[0].startswith("-"):
+        raise UserError(
+            "checkpoint import: the .pt file comes first: checkpoint import FILE --config YAML --output DIR"
+        )
+    source = Path(arguments[0])
+    options, rest = parser.parse_known_args(arguments[1:])
+    if options.output is None:
+        raise UserError("checkpoint import: give the new checkpoint folder with --output")
+    output = Path(options.output)
+    if output.exists():
+        raise UserError(f"{output} exists; choose another --output")
+    weights = read_published(source)
+    module = SettingsCommand(rest, run=False).model
+    assert isinstance(module, CTRModule)
+    module.configure_model()
+    take_weights(module, weights, source)
+    checkpoint = {
+        "state_dict": module.state_dict(),
+        "global_step": 0,
+        "epoch": 0,
+        "pytorch-lightning_version": pl.__version__,
+    }
+    module.on_save_checkpoint(checkpoint)
+    FolderCheckpointIO().save_checkpoint(checkpoint, output)
+    print(f"{module.size.total:,} weights of {source} are in {output}: use it with --ckpt_path {output}")
+    return 0
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """The weights in a file of facebookresearch/dlrm; no code in it is run.
+
+    Raises:
+        UserError: there is no such file, or it is something else.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; expected what facebookresearch/dlrm wrote with --save-model")
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} is not opened: it is no file of tensors and plain values ({' '.join(str(error).split())[:120]}); "
+            "expected what facebookresearch/dlrm wrote with --save-model"
+        ) from error
+    weights = content.get("state_dict") if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise UserError(f"{path} has no state_dict of tensors; expected what facebookresearch/dlrm wrote")
+    return dict(weights)
+
+
+@torch.no_grad()
+def take_weights(module: CTRModule, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Copies published weights into a module's DLRM.
+
+    Raises:
+        UserError: the module has another network, or the weights are of other names or shapes.
+    """
+    network = module.network
+    if not isinstance(network, DLRM):
+        raise UserError(
+            f"{source} is of a DLRM, the configuration makes a {type(network).__name__}: use one like dlrm.yaml"
+        )
+    ours = {name: weight for name, weight in published_names(network).items() if weight.requires_grad}
+    for name in sorted(ours.keys() | weights.keys()):
+        found, expected = (tuple(of[name].shape) if name in of else "missing" for of in (weights, ours))
+        if found != expected:
+            raise UserError(
+                f"{name} is {found} in {source} and {expected} in this configuration: give the widths, table settings "
+                "and dataset that the file was trained with"
+            )
+    for name, weight in ours.items():
+        weight.copy_(weights[name])
+
+
+def _numpy_scalars() -> list[Any]:
+    """What the published code saves beside tensors: losses as numpy numbers, under the names of numpy 1 and 2."""
+    scalar = np.float32(0).__reduce__()[0]
+    types = [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)]
+    return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype, *types]

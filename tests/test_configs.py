@@ -1,0 +1,58 @@
+"""Contract: every shipped configuration opens with what it needs and builds; mistakes in one are named."""
+
+import json
+import re
+
+import pytest
+
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.cli.configs import shipped_configs
+
+OVERLAYS = ("small.yaml", "criteo_kaggle.yaml", "criteo_terabyte.yaml")
+NAMES = sorted(str(path.relative_to(shipped_configs())) for path in shipped_configs().rglob("*.yaml"))
+MODELS = [name for name in NAMES if name not in OVERLAYS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_opens_with_what_it_needs(name: str) -> None:
+    header = (shipped_configs() / name).read_text().split("\n\n")[0]
+    for word in ("Needs:", "Run:", "Expect:"):
+        assert f"# {word}" in header
+    assert name in header.split("Run:")[1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_builds(name: str, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--config", name, "--data.class_path", "Criteo", "--data.path", "demo", "--json"]
+    assert main(["params", *arguments]) == 0
+    size = json.loads(capsys.readouterr().out)
+    assert size["total"] == size["tables"] + size["dense"]
+    header = (shipped_configs() / name).read_text().split("\n\n")[0]
+    for count in re.findall(r"(\d{3}) million parameters", header):
+        assert round(size["total"] / 1e6) == int(count)
+    for count in re.findall(r"([\d,]{9,}) parameters", header):
+        assert f"{size['total']:,}" == count
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.table_optimizer", "torch.optim.Adam"], "torch.optim.Adam is none of this project's, and cannot"),
+        (["--model.loss", "torch.nn.BCELoss"], "torch.nn.BCELoss is none of this project's; choose one of LogLoss"),
+        (["--model.loss", "FocalLoss", "--model.loss.gamma", "-1"], "gamma is -1.0"),
+        (["--model.network.tables.pooling", "max"], "pooling: max is none of sum, mean"),
+        (["--model.network.tables.dims", "{C3: 8}"], "table C3 is 8 wide and embedding_dim 16: make them equal"),
+        (
+            ["--model.network.tables.quotient_remainder", "{collisions: 4, operation: xor}"],
+            "operation: xor is none of mult, add, concat",
+        ),
+        (["--model.network.tables.quotient_remainder.collisions", "0"], "collisions is 0"),
+        (["--model.network.interaction", "cross"], "interaction: cross needs cross"),
+        (["--model.network.embedding_dim", "8"], "ends in 16 but embedding_dim is 8"),
+        (["--stop_at_auc", "much"], "stop_at_auc"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["params", "--config", "dlrm.yaml", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1

@@ -1,0 +1,66 @@
+"""Contract: ``params --match`` finds the width that comes nearest, whatever is tried beside it, and writes a
+configuration that costs what was said."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.cli import matching
+from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.models.accounting import model_size
+from lightning_dlrm.models.dcn import DCN
+from tests.toy import TABLES, toy_dlrm, toy_module, toy_schema
+
+
+@pytest.mark.parametrize("by", matching.COSTS)
+def test_no_other_width_comes_nearer(by: str) -> None:
+    def make(features: Features, seed: int, **widths: list[int]) -> DCN:
+        return DCN(features, seed, **{"embedding_dim": 4, "cross_layers": 2, "deep": [12, 5], **widths})
+
+    goal = toy_module(toy_dlrm).size
+    widths, found = matching.match(toy_module(make), {"deep": [12, 5]}, goal, by)
+    cost = matching.COSTS[by]
+
+    def distance(widest: int) -> int:
+        with torch.device("meta"):
+            size = model_size(make(toy_schema().features, 1, deep=[widest, max(1, round(5 * widest / 12))]))
+        return abs(cost(size) - cost(goal))
+
+    assert abs(cost(found) - cost(goal)) == min(map(distance, range(1, 60)))
+    assert abs(cost(found) - cost(goal)) == distance(widths["deep"][0])
+    assert list(TABLES) == list(toy_schema().features.tables)
+
+
+def test_the_written_configuration_costs_what_was_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "matched.yaml"
+    arguments = ["params", "--match", "dlrm.yaml", "--to", "dcn.yaml", "--by", "flops", "--output", str(output)]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert main(["params", "--config", str(output), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    line = next(line for line in said.splitlines() if line.startswith("flops"))
+    assert line.split()[1] == f"{figures['flops_per_sample_forward']:,}"
+    assert line.split()[2] == "713,106" and line.split()[3] == f"{figures['flops_per_sample_forward'] - 713_106:+,}"
+    assert abs(figures["flops_per_sample_forward"] - 713_106) < 0.01 * 713_106
+    assert figures["tables"] == 540_201_232
+    network = yaml.safe_load(output.read_text())["model"]["network"]["init_args"]
+    assert network["bottom_mlp"][-1] == network["embedding_dim"] == 16
+    assert main(arguments) == 2
+    assert "exists; choose another --output" in capsys.readouterr().err
+
+
+def test_what_cannot_be_matched_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def refusal(*arguments: str) -> str:
+        assert main(["params", *arguments]) == 2
+        return capsys.readouterr().err
+
+    output = ["--output", str(tmp_path / "x.yaml")]
+    assert "--match needs --to" in refusal("--match", "dcn.yaml", *output)
+    assert "--match needs --output" in refusal("--match", "dcn.yaml", "--to", "dlrm.yaml")
+    assert "--by size is none of" in refusal("--match", "dcn.yaml", "--to", "dlrm.yaml", "--by", "size", *output)
+    message = refusal("--match", "matrix_factorization.yaml", "--to", "dlrm.yaml", *output)
+    assert "MatrixFactorization has no hidden layers" in message

@@ -1,0 +1,363 @@
+"""Contract: however a preprocessing run is made or broken off, the same bytes come out, and nothing done is lost.
+
+Workers are real processes, kills are real (SIGKILL of the whole process group), the cluster is a real
+Dask cluster of two worker processes.
+"""
+
+import argparse
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import psutil
+import pytest
+
+from datamodules.preprocess import command, pipeline, stages
+from datamodules.preprocess.pipeline import preprocess
+from datamodules.preprocess.progress import Progress, Stage
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import DatasetSchema
+from tests.raw_criteo import Plain, assert_equals_plain, folder_bytes, generated_lines, written
+
+QUIET = Progress(show=False)
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three days, plain and compressed, of 3,000 rows each."""
+    folder = tmp_path_factory.mktemp("days")
+    return [written(folder / f"day_{day}{s}", generated_lines(3000, day)) for day, s in enumerate(("", ".gz", ""))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(days: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What comes out of them in one process."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    make(days, folder)
+    return folder_bytes(folder)
+
+
+def make(days: list[Path], output: Path, **options: Any) -> DatasetSchema:
+    given = {"progress": QUIET, "block_bytes": 100_000, "workers": 1, **options}
+    return preprocess("terabyte", "modern", days, output, negative_sampling_rate=0.5, **given)
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_worker_processes(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes], workers: int) -> None:
+    make(days, tmp_path / "out", workers=workers)
+    assert folder_bytes(tmp_path / "out") == undisturbed
+    assert names_in(tmp_path) == {"out"}
+
+
+def test_dask_cluster(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes]) -> None:
+    distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        make(days, tmp_path / "out", workers=None, scheduler=cluster.scheduler_address)
+    assert folder_bytes(tmp_path / "out") == undisturbed
+
+
+def test_no_scheduler(tmp_path: Path, days: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
+    monkeypatch.setattr("datamodules.preprocess.workers._CONNECT_TIMEOUT_S", 1)
+    with pytest.raises(UserError, match=r"no Dask scheduler at tcp://127.0.0.1:9 .*dask scheduler"):
+        make(days, tmp_path / "out", workers=None, scheduler="tcp://127.0.0.1:9")
+    assert names_in(tmp_path) == set()
+
+
+def killed_and_resumed(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes], kills: int, seed: int) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.test_preprocess_runs import make; "
+        "make([Path(day) for day in sys.argv[2:]], Path(sys.argv[1]), workers=2)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "out"), *map(str, days)]
+    rng = random.Random(seed)
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(words, cwd=Path(__file__).parents[1], start_new_session=True)
+
+    began = time.monotonic()
+    assert start().wait() == 0
+    seconds = time.monotonic() - began
+    found = []
+    while len(found) < kills:
+        # A finished one is made again from the beginning; a killed one goes on.
+        if (tmp_path / "out").exists():
+            assert folder_bytes(tmp_path / "out") == undisturbed
+            assert names_in(tmp_path) <= {"out", ".out.preprocess"}
+            (tmp_path / "out").rename(tmp_path.with_name(f"{tmp_path.name}-{len(found)}-{time.monotonic_ns()}"))
+        run = start()
+        try:
+            assert run.wait(rng.uniform(0.3, 1.1) * seconds) == 0
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+            found.append(len(list((tmp_path / ".out.preprocess").rglob("*.json"))))
+    assert len(set(found)) > 1, f"killed at different moments: {found}"
+    assert start().wait() == 0
+    assert folder_bytes(tmp_path / "out") == undisturbed
+    assert names_in(tmp_path) == {"out"}
+
+
+def test_killed_and_resumed(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes]) -> None:
+    killed_and_resumed(tmp_path, days, undisturbed, kills=5, seed=1)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_and_resumed(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes]) -> None:
+    killed_and_resumed(tmp_path, days, undisturbed, kills=20, seed=2)
+
+
+class Interrupted(Progress):
+    """Fails at the end of a stage."""
+
+    def __init__(self, at: str, how: Callable[[], None]):
+        super().__init__(show=False)
+        self.at, self.how, self.notes = at, how, []  # type: ignore[var-annotated]
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    @contextmanager
+    def stage(self, name: str, *args: Any, **options: Any) -> Iterator[Stage]:
+        with super().stage(name, *args, **options) as running:
+            yield running
+            if name == self.at:
+                self.how()
+
+
+def fail() -> None:
+    raise RuntimeError("interrupted")
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, days: list[Path], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Runs up to the end of a stage, and leaves what is finished."""
+    monkeypatch.setattr(pipeline, "_SMALL_BYTES", 0)
+
+    def run(stage: str) -> None:
+        with pytest.raises(RuntimeError, match="interrupted"):
+            make(days, tmp_path / "out", progress=Interrupted(stage, fail))
+        assert names_in(tmp_path) == {".out.preprocess"}
+
+    return run
+
+
+@pytest.mark.parametrize("stage", ["stage", "count", "encode"])
+def test_nothing_done_is_done_again(
+    tmp_path: Path,
+    days: list[Path],
+    undisturbed: dict[str, bytes],
+    interrupted: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    interrupted(stage)
+    finished = {
+        "stage": ["parse"],
+        "count": ["parse", "_spread_values"],
+        "encode": ["parse", "_spread_values", "_encoded"],
+    }
+    for name in finished[stage]:
+        monkeypatch.setattr(stages, name, lambda *_: pytest.fail("was finished before"))
+    make(days, tmp_path / "out")
+    assert folder_bytes(tmp_path / "out") == undisturbed
+    assert names_in(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("kind", ["*.arrow", "*.ids", "part-*.parquet", "C3.parquet"])
+def test_damaged_files_are_made_again(
+    tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes], interrupted: Callable[[str], None], kind: str
+) -> None:
+    interrupted("encode")
+    path = sorted((tmp_path / ".out.preprocess").rglob(kind))[0]
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    progress = Interrupted("", fail)
+    make(days, tmp_path / "out", progress=progress)
+    assert any("1 were damaged and are made again" in note for note in progress.notes)
+    assert folder_bytes(tmp_path / "out") == undisturbed
+
+
+def test_staged_rows_serve_another_protocol(
+    tmp_path: Path, days: list[Path], interrupted: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted("count")
+    monkeypatch.setattr(stages, "parse", lambda *_: pytest.fail("was staged before"))
+    preprocess("terabyte", "nvidia", days, tmp_path / "out", None, QUIET, 100_000, workers=1)
+    files = [generated_lines(3000, day) for day in range(3)]
+    assert_equals_plain(tmp_path / "out", Plain("nvidia", files, "terabyte"))
+
+
+def test_changed_file_is_parsed_again_and_others_are_not(
+    tmp_path: Path, days: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_SMALL_BYTES", 0)
+    lines = [generated_lines(60, day) for day in range(2)]
+    good = lines[1][40]
+    lines[1][40] = ["bad"]
+    paths = [written(tmp_path / f"day_{day}", lines[day]) for day in range(2)]
+    with pytest.raises(UserError, match="day_1, line 41"):
+        preprocess("terabyte", "dlrm", paths, tmp_path / "out", None, QUIET, workers=1)
+    lines[1][40] = good
+    written(paths[1], lines[1])
+    parsed = []
+    parse = stages.parse
+    monkeypatch.setattr(stages, "parse", lambda text, labelled: parsed.append(len(text)) or parse(text, labelled))
+    preprocess("terabyte", "dlrm", paths, tmp_path / "out", None, QUIET, workers=1)
+    assert parsed == [paths[1].stat().st_size]
+    assert_equals_plain(tmp_path / "out", Plain("dlrm", lines, "terabyte"))
+
+
+def test_finished_dataset_is_left_alone_or_refused(tmp_path: Path) -> None:
+    raw = written(tmp_path / "train.txt", generated_lines(50))
+    out = tmp_path / "out"
+    first = preprocess("kaggle", "dlrm", [raw], out, None, QUIET)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    progress = Progress(show=False)
+    assert preprocess("kaggle", "dlrm", [raw], out, None, progress) == first
+    assert progress.stages == [] and {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
+    for message, call in (
+        ("protocol was dlrm, now it is modern", lambda: preprocess("kaggle", "modern", [raw], out)),
+        ("max_rows was None, now it is 9", lambda: preprocess("kaggle", "dlrm", [raw], out, 9)),
+        ("min_count was 1, now it is 3", lambda: preprocess("kaggle", "dlrm", [raw], out, min_count=3)),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+    other = written(tmp_path / "other.txt", generated_lines(50))
+    with pytest.raises(UserError, match=r"the input was train.txt, now it is other.txt"):
+        preprocess("kaggle", "dlrm", [other], out)
+    written(raw, generated_lines(51))
+    with pytest.raises(UserError, match=r"train.txt had .* bytes, now it has"):
+        preprocess("kaggle", "dlrm", [raw], out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
+
+
+def test_second_run_into_one_folder_is_refused(tmp_path: Path, days: list[Path]) -> None:
+    def meddle() -> None:
+        with pytest.raises(UserError, match="another run is making"):
+            make(days, tmp_path / "out")
+
+    make(days, tmp_path / "out", progress=Interrupted("stage", meddle))
+    assert names_in(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("at", ["_segment", "_assign", "_encoded"])
+def test_full_disk_is_told_and_the_next_run_goes_on(
+    tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    monkeypatch.setattr(pipeline, "_SMALL_BYTES", 0)
+    calls = 0
+    whole = getattr(stages, at)
+
+    def full(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, at, full)
+        with pytest.raises(UserError, match=r"disk is full .*make room\. The same command goes on") as error:
+            make(days, tmp_path / "out")
+        assert "\n" not in str(error.value)
+    assert names_in(tmp_path) == {".out.preprocess"}
+    make(days, tmp_path / "out")
+    assert folder_bytes(tmp_path / "out") == undisturbed
+
+
+def test_dead_worker_is_told_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    raw = tmp_path / "train.txt"
+    text = "".join("\t".join(line) + "\n" for line in generated_lines(1000))
+    raw.write_text(text * 60)  # 12 MB: worth keeping what is done of it
+    words = ["preprocess", "--dataset", "kaggle", "--protocol", "dlrm", "--input", raw, "--workers", "2"]
+    command_line = [sys.executable, "-m", "lightning_dlrm", *map(str, words), "--output"]
+    place = {"cwd": Path(__file__).parents[1], "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen([*command_line, str(tmp_path / "out")], **place)  # type: ignore[call-overload]
+    while run.poll() is None:
+        workers = [child for child in psutil.Process(run.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        if workers:
+            workers[0].kill()
+            break
+        time.sleep(0.01)
+    _, errors = run.communicate()
+    assert run.returncode == 2
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: a worker process died") and "The same command goes on" in last
+    assert "Traceback" not in errors
+    for name in ("out", "again"):
+        assert subprocess.run([*command_line, str(tmp_path / name)], check=False, **place).returncode == 0  # type: ignore[call-overload]
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "again")
+
+
+@pytest.mark.parametrize("stage", ["stage", "count", "encode"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_in_a_small_run_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, stage: str
+) -> None:
+    monkeypatch.setattr(command, "Progress", lambda: Interrupted(stage, lambda: os.kill(os.getpid(), number)))
+    raw = written(tmp_path / "train.txt", generated_lines(100))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    words = ["--dataset", "kaggle", "--protocol", "dlrm", "--input", str(raw), "--output", str(tmp_path / "out")]
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as left:
+        command.run(parser.parse_args(words))
+    assert left.type is KeyboardInterrupt if number == signal.SIGINT else left.value.args == (143,)
+    assert names_in(tmp_path) == {"train.txt"}
+
+
+def test_addresses_in_memory(
+    tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    memory = fsspec.filesystem("memory")
+    for day in days:
+        memory.pipe(f"/raw/{day.name}", day.read_bytes())
+    addresses: list[Any] = [f"memory://raw/{day.name}" for day in days]
+    first = make(addresses, "memory://made/out")  # type: ignore[arg-type]
+    made = {
+        path.removeprefix("/made/out/"): memory.cat(path)
+        for path in memory.find("/made/out")
+        if not path.endswith("report.json")
+    }
+    assert made == undisturbed
+    assert names_in(tmp_path) == set()
+    progress = Progress(show=False)
+    assert make(addresses, "memory://made/out", progress=progress) == first  # type: ignore[arg-type]
+    assert progress.stages == []
+    with pytest.raises(UserError, match="on_bad_row was fail, now it is skip"):
+        make(addresses, "memory://made/out", on_bad_row="skip")  # type: ignore[arg-type]
+    memory.pipe("/full/file", b"")
+    with pytest.raises(UserError, match="memory://full exists and is not an empty folder"):
+        make(addresses, "memory://full")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="memory://raw/none does not exist"):
+        make(["memory://raw/none"], tmp_path / "out")  # type: ignore[list-item]
+
+
+def test_addresses_and_worker_processes(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes]) -> None:
+    addresses: list[Any] = [day.as_uri() for day in days]
+    output: Any = (tmp_path / "out").as_uri()
+    make(addresses, output, workers=2, work=tmp_path)
+    assert folder_bytes(tmp_path / "out") == undisturbed
+    assert names_in(tmp_path) == {"out"}
+
+
+def test_missing_backend_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(fsspec.registry.target if hasattr(fsspec.registry, "target") else {}, "s3", raising=False)
+    with pytest.raises(UserError, match=r"s3://bucket/day_0 needs a package that is not installed: .*s3fs") as error:
+        preprocess("kaggle", "dlrm", ["s3://bucket/day_0"], tmp_path / "out", None, QUIET)
+    assert "\n" not in str(error.value)
