@@ -36,9 +36,11 @@ def run(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--output", metavar="DIR", help="the new checkpoint folder")
-    if not arguments or "--help" in arguments or "-h" in arguments:
+    if not arguments:
         parser.print_help()
-        return 0 if arguments else 2
+        return 2
+    if "--help" in arguments or "-h" in arguments:
+        parser.parse_args(["--help"])
     if arguments[0].startswith("-"):
         raise UserError(
             "checkpoint import: the .pt file comes first: checkpoint import FILE --config YAML --output DIR"
