@@ -170,6 +170,8 @@ def test_two_hosts_find_the_same(tmp_path: Path, alone: Path, two_hosts: list[li
                 *enter,
                 *torchrun,
                 *["--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29511", f"--local-addr=10.77.0.{host}"],
+                # Both have the machine's name, which does not tell torchrun whose address the endpoint is.
+                f"--rdzv-conf=is_host={int(host == 1)}",
                 *["-m", "lightning_dlrm", *fit],
             ],
             env=os.environ | {"GLOO_SOCKET_IFNAME": "veth0", "OMP_NUM_THREADS": "1"},
