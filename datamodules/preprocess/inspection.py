@@ -143,7 +143,7 @@ def _split_table(facts: Mapping[str, Any]) -> list[str]:
         )
         for name, split in facts["splits"].items()
     ]
-    return _aligned([header, *body])
+    return aligned([header, *body])
 
 
 def _column_table(facts: Mapping[str, Any]) -> list[str]:
@@ -165,14 +165,14 @@ def _column_table(facts: Mapping[str, Any]) -> list[str]:
         for column in facts["columns"]
     ]
     total = ("all tables", "", f"{facts['table_rows']:,}", "", "", "", "")
-    return _aligned([header, *body, total], left=(0, 1, 6))
+    return aligned([header, *body, total], left=(0, 1, 6))
 
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.2%}"
 
 
-def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
     """Rows of text as lines, with the columns ``left`` flush left and the others flush right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [

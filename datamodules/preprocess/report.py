@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.preprocess.inspection import _aligned as aligned
+from datamodules.preprocess.inspection import aligned
 from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.progress import StageTime
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema

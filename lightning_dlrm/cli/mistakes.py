@@ -1,0 +1,76 @@
+"""What is wrong with an option, in one line, from what the parsing library says in many."""
+
+import re
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from lightning_dlrm.cli.classes import KNOWN_CLASSES
+from lightning_dlrm.cli.configs import nearest
+
+
+def explain(message: str, known: Sequence[str]) -> str:
+    """jsonargparse's message in one line, with the nearest key or class where one is misspelt."""
+    named = re.search(r'Parser key "([\w.]+)"', message)
+    key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
+    # A nested parser has already explained itself.
+    if match := re.search(r"unknown key [\w.]+(; did you mean [\w.]+\?)?", message):
+        return match[0]
+    if match := re.search(r"[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*", message):
+        return f"{key}.{match[0]}"
+    if match := re.search(
+        r"Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)",
+        message,
+    ):
+        key = match[1] or match[2] or match[3]
+        return f"unknown key {key}{_nearest_key(key, known)}"
+    if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
+        name = match[1] or match[2]
+        names = [known.__name__ for known in KNOWN_CLASSES]
+        return f"no class {name}; known ones: {', '.join(names)}{nearest(name, names)}"
+    if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss|Schedule)", message):
+        return _explain_class(message, match[1])
+    # What is wrong with data's class stands beside that data is not none either; it is explained already.
+    if match := re.search(
+        r"LightningDataModule'>.*?Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S
+    ):
+        return f"data: {match[1]}" if match[1].startswith("the following") else f"data.{match[1]}"
+    if given and (literals := re.findall(r"typing\.Literal\[(.*?)\]", message)):
+        allowed = dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
+        return f"{key}: {given[1].strip()} is none of {', '.join(allowed)}"
+    if given and (match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message)):
+        expected = re.sub(r"<class '(\w+)'>", r"\1", match[1]).replace(", ", " or ")
+        return f"{key}: {given[1].strip()} is no {expected}"
+    line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
+    return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
+
+
+def _explain_class(message: str, base: str) -> str:
+    """A class of another library where one of ours is needed."""
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    given = re.search(r"Import path ([\w.]+) does", message) or re.search(r"Given value: (\S+)", message)
+    fitting = [known.__name__ for known in KNOWN_CLASSES if base in (parent.__name__ for parent in known.__mro__)]
+    why = ", and cannot update single rows of a table" if base == "UpdateRule" else ""
+    return (
+        f"{key[1] if key else 'class'}: {given[1] if given else 'this class'} is none of this project's{why}; "
+        f"choose one of {', '.join(fitting)}"
+    )
+
+
+def known_keys(parser: ArgumentParser) -> list[str]:
+    """All keys of a parser and of its subcommands."""
+    keys = []
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            keys += [key for nested in action.choices.values() for key in known_keys(nested)]
+        else:
+            keys.append(action.dest)
+    return keys
+
+
+def _nearest_key(key: str, known: Sequence[str]) -> str:
+    """Also where only a section's name is misspelt: modle.network is near model.network."""
+    if suggestion := nearest(key, known):
+        return suggestion
+    parts = key.split(".")
+    return next((s for n in range(len(parts) - 1, 0, -1) if (s := nearest(".".join(parts[:n]), known))), "")
