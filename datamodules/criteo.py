@@ -55,6 +55,7 @@ class FolderData(pl.LightningDataModule):
         shuffle: Shuffle = "window",
         cache: Cache = "none",
         threads: int = 1,
+        verify: bool = True,
         seed: int | None = None,
         predict_split: Literal["train", "validation", "test", "all"] = "test",
     ) -> None:
@@ -71,6 +72,7 @@ class FolderData(pl.LightningDataModule):
         self.shuffle = shuffle
         self.cache = cache
         self.threads = threads
+        self.verify = verify
         self.seed = seed or 0
         self.predict_split = predict_split
         self._schema: DatasetSchema | None = None
@@ -177,6 +179,7 @@ class FolderData(pl.LightningDataModule):
             "world": world,
             "cache": self.cache,
             "threads": self.threads,
+            "verify": self.verify,
             "pin": trainer is not None and trainer.strategy.root_device.type == "cuda",
             "copies": 1 if trainer is None else -(-world // trainer.num_nodes),
         }

@@ -313,18 +313,18 @@ class Folder:
         content: bytes = self._ask(self._remote.cat_file, path)
         return content
 
-    def open_parquet(self, path: str) -> pq.ParquetFile:
-        """A Parquet file to read row group by row group, verifying the checksums of its pages.
+    def open_parquet(self, path: str, verify: bool) -> pq.ParquetFile:
+        """A Parquet file to read row group by row group, comparing the checksums of its pages if asked to.
 
         Raises:
             FileNotFoundError: there is none.
         """
         if self._remote is None:
             # The read-ahead of pyarrow would hold more than the row group at hand.
-            return pq.ParquetFile(Path(self._root, path), pre_buffer=False, page_checksum_verification=True)
+            return pq.ParquetFile(Path(self._root, path), pre_buffer=False, page_checksum_verification=verify)
         # A row group in one request, as its columns lie side by side; fsspec's cache would fetch its neighbours too.
         source = pa.PythonFile(self._ask(self._remote.open, path, cache_type="none"), mode="r")
-        return pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
+        return pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=verify)
 
     def _ask(self, operation: Any, path: str, **options: Any) -> Any:
         """What a remote file system answers about a file of the folder."""
@@ -413,8 +413,16 @@ def verify(folder: Path, schema: DatasetSchema, progress: bool = False) -> None:
             bar.update(file.bytes)
 
 
-def open_part(folder: str | Path | Folder, schema: DatasetSchema, file: DataFile) -> pq.ParquetFile:
-    """Opens a part file and compares its footer with the schema. Reading it verifies the checksums of its pages.
+def open_part(
+    folder: str | Path | Folder, schema: DatasetSchema, file: DataFile, verify: bool = True
+) -> pq.ParquetFile:
+    """Opens a part file and compares its footer with the schema.
+
+    Args:
+        folder: the dataset folder.
+        schema: its schema.
+        file: one of its part files.
+        verify: let reading compare the checksums of pages.
 
     Raises:
         UserError: the file is missing or not Parquet, or its columns, its rows per row group or its
@@ -424,7 +432,7 @@ def open_part(folder: str | Path | Folder, schema: DatasetSchema, file: DataFile
     check_sizes(where, [file])
     path = where / file.path
     try:
-        part = where.open_parquet(file.path)
+        part = where.open_parquet(file.path, verify)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is altered: it is no readable Parquet file ({_one_line(error)}); {_REMEDY}") from error
     arrow = part.schema_arrow

@@ -4,6 +4,7 @@ Commands that need no Trainer start without loading Lightning.
 """
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ COMMANDS = {
     "test": "score a checkpoint on the test split",
     "predict": "write a checkpoint's click probabilities for a split, or for all",
     "params": "count parameters, FLOPs and bytes of a configuration",
-    "checkpoint": "import weights that facebookresearch/dlrm saved",
+    "plan": "show which rank would hold which table rows, and what the ranks would send",
+    "checkpoint": "show what a checkpoint holds, write it in other pieces, or import one of facebookresearch/dlrm",
     "preprocess": "turn raw Criteo TSV files into a dataset folder",
     "inspect": "show what a dataset folder holds, and verify it",
     "generate": "write generated data: a dataset folder, or raw TSV",
@@ -58,16 +60,16 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
 def _run(command: str, arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"no command {command}{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
-    if command in ("preprocess", "inspect", "generate", "bench"):
-        return _run_plain_command(command, arguments)
-    if command == "params":
-        from lightning_dlrm.cli import params
-
-        return params.run(arguments)
-    if command == "checkpoint":
+    if command == "checkpoint" and arguments[:1] == ["import"]:
         from lightning_dlrm.cli import importing
 
-        return importing.run(arguments)
+        return importing.run(arguments[1:])
+    if command in ("preprocess", "inspect", "generate", "checkpoint", "bench"):
+        return _run_plain_command(command, arguments)
+    if command in ("params", "plan"):
+        module = importlib.import_module(f"lightning_dlrm.cli.{command}")
+        code: int = module.run(arguments)
+        return code
     from lightning_dlrm.cli.lightning import CTRCommand
 
     CTRCommand([command, *arguments])

@@ -16,20 +16,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, timeout: float = 120) -> lis
     Returns:
         What each rank printed; with an exit code other than 0 of any, fails with all of it.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env=_environment(rank, ranks, port),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    processes = start_ranks([arguments] * ranks)
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
@@ -37,6 +24,24 @@ def run_ranks(arguments: Sequence[str], ranks: int, timeout: float = 120) -> lis
             process.kill()
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
     return outputs
+
+
+def start_ranks(arguments: Sequence[Sequence[str]]) -> list[subprocess.Popen]:
+    """Starts ``python ARGUMENTS`` for each rank, with the environment that torchrun gives."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, *of_rank],
+            env=_environment(rank, len(arguments), port),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, of_rank in enumerate(arguments)
+    ]
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:

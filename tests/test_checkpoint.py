@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import TablePiece
 from lightning_dlrm.sharding import checkpoint
@@ -216,3 +217,49 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert not harm.exists()
     pickle.loads(pickle.dumps(Harmful()))
     assert harm.exists(), "the trap works"
+
+
+def slots(reader: CheckpointReader) -> dict[str, Tensor]:
+    found = {}
+    for slot, whole in zip(("weight", "sum"), table(), strict=True):
+        found[slot] = torch.empty_like(whole)
+        reader.read_rows(whole_piece(), slot, found[slot])
+    return found
+
+
+def test_merged_and_cut_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, whole, cut = (str(tmp_path / name) for name in ("last", "whole", "cut"))
+    write(Path(source), 0, 7, 40, ROWS, step=9)
+    assert main(["checkpoint", "merge", source, "--output", whole]) == 0
+    assert main(["checkpoint", "reshard", whole, "--ranks", "4", "--output", cut]) == 0
+    capsys.readouterr()
+    for path, is_cut in ((whole, False), (cut, True)):
+        assert main(["checkpoint", "info", path, "--verify", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["header"] == {"step": 9} and (len(found["tables"]["C1"]["pieces"]) > 1) == is_cut
+        reader = CheckpointReader(Path(path))
+        assert torch.equal(slots(reader)["weight"], table()[0]) and torch.equal(slots(reader)["sum"], table()[1])
+        assert reader.rest()["loops"] == {"n": 3}
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("ranks: 2\ntables: {C1: [[0, 30, 1], [30, 100, 0]]}")
+    assert main(["checkpoint", "reshard", cut, "--plan", str(plan), "--output", str(tmp_path / "planned")]) == 0
+    entry = CheckpointReader(tmp_path / "planned").manifest.tables["C1"]
+    assert [(part.start, part.stop) for part in entry.pieces] == [(0, 30), (30, 100)]
+    capsys.readouterr()
+    assert main(["checkpoint", "info", str(tmp_path / "planned")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["C1", "100", "3", "2", "0.0", "sum"]
+
+
+def test_what_cannot_be_written_again_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "last")
+    arguments = ["checkpoint", "reshard", str(tmp_path / "last"), "--output"]
+    assert main([*arguments, str(tmp_path / "last"), "--ranks", "2"]) == 2
+    assert "exists; give another folder" in capsys.readouterr().err
+    (tmp_path / "plan.yaml").write_text("ranks: 2\ntables: {C1: [[0, 30, 1]]}")
+    assert main([*arguments, str(tmp_path / "new"), "--plan", str(tmp_path / "plan.yaml")]) == 2
+    assert "the plan has 30 rows for table C1, the model has 100" in capsys.readouterr().err
+    path = tmp_path / "last/tables/C1.0.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert main(["checkpoint", "info", str(tmp_path / "last"), "--verify"]) == 2
+    assert "is damaged (its checksum differs)" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

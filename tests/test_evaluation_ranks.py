@@ -89,10 +89,10 @@ def test_a_part_out_of_sight_is_named(tmp_path: Path) -> None:
         merge_by_row([tmp_path / "0"], tmp_path / "all.parquet")
 
 
-def test_training_in_several_processes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_in_several_processes_needs_sharding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*_FIT, "--run_dir", str(tmp_path / "run"), "--trainer.devices=2", "--trainer.accelerator=cpu"]
     assert main(arguments) == 2
-    assert "trains in one" in capsys.readouterr().err
+    assert "needs --trainer.strategy embedding_sharded_ddp" in capsys.readouterr().err
 
 
 def test_a_rank_that_dies_ends_the_others(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def trainer_of(
 ) -> pl.Trainer:
     run = RunFolder(folder)
     folder.mkdir(exist_ok=True)
-    checkpoints = RunCheckpoints(run.checkpoints, every)
+    checkpoints = RunCheckpoints(run, every)
     defaults = {
         "accelerator": "cpu",
         "max_epochs": 1,

@@ -2,6 +2,7 @@
 ranks, each row once an epoch; loaders give exactly the rows it says, from any position on, and their
 thread never outlives them."""
 
+import functools
 import gc
 import itertools
 import json
@@ -209,10 +210,10 @@ def test_a_bijection_takes_each_number_once_wherever_it_starts(n: int, key: int)
 
 def test_a_bijection_puts_every_row_everywhere_equally_often() -> None:
     counts = np.zeros((50, 50))
-    for key in range(10_000):
+    for key in range(4000):
         counts[np.arange(50), bijection(np.arange(50), 50, key * 7919)] += 1
-    # Standard deviation of each count is 14.
-    assert abs(counts - 200).max() < 75 and counts.std() < 16
+    # Standard deviation of each count is 9.
+    assert abs(counts - 80).max() < 50 and counts.std() < 10
     # Literal: a run must resume in the same order with any later release.
     assert bijection(np.arange(10), 10, 1).tolist() == [6, 4, 9, 3, 0, 1, 7, 8, 5, 2]
 
@@ -220,9 +221,14 @@ def test_a_bijection_puts_every_row_everywhere_equally_often() -> None:
 # Loaders
 
 
+@functools.lru_cache(maxsize=2)
+def whole_split(folder: Path, paths: tuple[str, ...]) -> pa.Table:
+    return pa.concat_tables(pq.read_table(folder / path) for path in paths)
+
+
 def plain_batch(folder: Path, schema: DatasetSchema, split: str, rows: np.ndarray) -> dict[str, Any]:
     """The rows by their positions, from the whole split read by pyarrow alone."""
-    table = pa.concat_tables(pq.read_table(folder / file.path) for file in schema.splits[split].files).take(rows)
+    table = whole_split(folder, tuple(file.path for file in schema.splits[split].files)).take(rows)
     tables = schema.by_role("categorical", "multi_hot")
     bags = [
         [value] if isinstance(value, int) else value
@@ -629,6 +635,8 @@ def test_a_flipped_bit_that_still_decodes_is_told(tmp_path: Path, threads: int) 
     path.write_bytes(content[: at - 1] + bytes([content[at - 1] ^ 1]) + content[at:])
     with pytest.raises(UserError, match=r"part-00005\.parquet is altered: row group 2 cannot be decoded .* restore"):
         list(training_loader((tmp_path / "data", schema), threads=threads))
+    # It is the checksum that tells: such a bit may change a value and no more.
+    assert sum(map(len, training_loader((tmp_path / "data", schema), threads=threads, verify=False))) == 2005
 
 
 @pytest.fixture

@@ -103,7 +103,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _PREPROCESS_DESCRIPTION, _epilog()
     source = parser.add_argument_group("what to read and write")
-    source.add_argument("--dataset", choices=DATASETS, help="where the files come from; decides how rows are split")
+    source.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        help="where the files come from; decides how rows are split (needed unless --vocabulary is given)",
+    )
     source.add_argument(
         "--input",
         required=True,
@@ -126,9 +130,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     encoding = parser.add_argument_group("how to encode it")
     # No choices: an unknown protocol is answered by find_protocol, as in Python.
-    encoding.add_argument("--protocol", metavar="NAME", help=f"how raw values become features: {', '.join(PROTOCOLS)}")
     encoding.add_argument(
-        "--vocabulary", type=Path, metavar="DIR", help="encode new rows as this dataset's; replaces the options above"
+        "--protocol",
+        metavar="NAME",
+        help=f"how raw values become features, needed unless --vocabulary is given: {', '.join(PROTOCOLS)}",
+    )
+    encoding.add_argument(
+        "--vocabulary",
+        type=Path,
+        metavar="DIR",
+        help="encode new rows as this dataset's; it decides about --dataset and all of these options",
     )
     encoding.add_argument(
         "--min-count",

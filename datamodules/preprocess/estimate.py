@@ -11,12 +11,12 @@ from lightning_dlrm.contracts.errors import UserError
 
 _SAMPLE_BYTES = 4 << 20
 
-# Bytes a row, measured on generated Criteo-shaped rows of 244 bytes of text: 75 staged, 6 for the ids of
-# distinct values, 46 of Parquet; real rows are as long and have fewer distinct values. The larger figures
-# leave room for the spilled values of the columns in work and for other protocols.
-_STAGED, _IDS, _RESULT, _MULTI_HOT = 80, 20, 60, 450
+# Bytes a row, measured on 20M generated Criteo-shaped rows of 244 bytes of text: 86 staged, 6 for the ids of
+# distinct values, 45 of Parquet. The larger figures leave room for the spilled values of the columns in work,
+# for vocabularies and for other protocols.
+_STAGED, _IDS, _RESULT, _MULTI_HOT = 95, 20, 65, 450
 
-_ROWS_PER_WORKER_S = 150_000  # all stages together; measured on a core of an AMD EPYC
+_ROWS_PER_WORKER_S = 200_000  # all stages together; 240,000 were measured on a core of an AMD EPYC
 _WORKERS_PER_DISK = 16  # more of them than this are not counted on: they share the disk
 
 

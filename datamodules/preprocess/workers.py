@@ -2,8 +2,8 @@
 
 All three are a ``concurrent.futures.Executor``, and jobs leave their results in files, so that only
 names and small numbers travel. Processes rather than threads: parsing and Parquet let go of the
-interpreter, but half of the time is numpy between them, in many short calls; two threads took 1.5
-times as long as two processes.
+interpreter, but a good part of the time is numpy between them, in thousands of short calls, and one
+code then serves a cluster too.
 
 Dask's distributed is the cluster because its client is such an executor as it stands (no second
 way of handing out work), it runs under Slurm, Kubernetes and SSH, and a laptop can be one. Ray and
@@ -186,7 +186,7 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
                 f"the worker {blind[0]} does not see {folder}: all workers must share the file system of the output "
                 "(or of --work)"
             )
-        # Twice, then a job that kills its worker is given up: one that runs out of memory will do so again.
+        # A job that kills its worker is not tried again: one that runs out of memory would do so on every worker.
         executor = client.get_executor(pure=False, retries=0)
         try:
             yield executor, threads

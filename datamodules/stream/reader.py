@@ -98,10 +98,11 @@ class Decoder:
         folder: the dataset folder.
         schema: its schema.
         files: the part files of the split, in order.
+        verify: compare the checksums of pages.
     """
 
-    def __init__(self, folder: Folder, schema: DatasetSchema, files: Sequence[DataFile]) -> None:
-        self.folder, self.schema, self.files = folder, schema, tuple(files)
+    def __init__(self, folder: Folder, schema: DatasetSchema, files: Sequence[DataFile], verify: bool = True) -> None:
+        self.folder, self.schema, self.files, self._verify = folder, schema, tuple(files), verify
         self.label = next((column.name for column in schema.by_role("label")), None)
         self.dense = [column.name for column in schema.by_role("dense")]
         self.tables = schema.by_role("categorical", "multi_hot")
@@ -174,7 +175,7 @@ class Decoder:
         with self._lock:
             if self._idle.get(index):
                 return self._idle[index].pop()
-        return open_part(self.folder, self.schema, self.files[index])
+        return open_part(self.folder, self.schema, self.files[index], self._verify)
 
     def _give_back(self, index: int, part: pq.ParquetFile) -> None:
         with self._lock:

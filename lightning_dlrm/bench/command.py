@@ -8,6 +8,7 @@ from lightning_dlrm.bench.measurement import machine, render, write_json
 
 WORKS: dict[str, str] = {
     "auc": "the exact AUC of as many predictions as Terabyte's held-out day has",
+    "sharding": "training steps with tables in pieces on several processes, against copied tables",
     "trace": "profiling a column's accesses, and generating accesses like them",
     "loader": "batches of the stream, against bare Parquet decoding of the same files",
     "preprocess": "raw TSV to the final dataset folder: speed, memory, disk",

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_dlrm.cli.lightning import CTRCommand
+from lightning_dlrm.cli.lightning import SettingsCommand
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
 from lightning_dlrm.engine.module import CTRModule
@@ -27,16 +27,9 @@ same order. Tables N and layers N of the file become column N and layer N here.
   python -m lightning_dlrm predict --config dlrm.yaml --data.path DIR --ckpt_path imported"""
 
 
-class ModelOfConfiguration(CTRCommand):
-    """Builds data and model of a configuration, and nothing else."""
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        return None
-
-
 def run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m lightning_dlrm checkpoint",
+        prog="python -m lightning_dlrm checkpoint import",
         usage="python -m lightning_dlrm checkpoint import FILE --config YAML [options of fit] --output DIR",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,21 +41,19 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     if "--help" in arguments or "-h" in arguments:
         parser.parse_args(["--help"])
-    if arguments[0] != "import":
-        raise UserError(f"checkpoint {arguments[0]}: the one thing to do is import; see checkpoint --help")
-    if len(arguments) < 2 or arguments[1].startswith("-"):
+    if arguments[0].startswith("-"):
         raise UserError(
             "checkpoint import: the .pt file comes first: checkpoint import FILE --config YAML --output DIR"
         )
-    source = Path(arguments[1])
-    options, rest = parser.parse_known_args(arguments[2:])
+    source = Path(arguments[0])
+    options, rest = parser.parse_known_args(arguments[1:])
     if options.output is None:
         raise UserError("checkpoint import: give the new checkpoint folder with --output")
     output = Path(options.output)
     if output.exists():
         raise UserError(f"{output} exists; choose another --output")
     weights = read_published(source)
-    module = ModelOfConfiguration(rest, run=False).model
+    module = SettingsCommand(rest, run=False).model
     assert isinstance(module, CTRModule)
     module.configure_model()
     take_weights(module, weights, source)

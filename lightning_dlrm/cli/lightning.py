@@ -31,6 +31,8 @@ from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoin
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.progress import RunProgress
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
+from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
+from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.engine.target import StopAtAUC
 from lightning_dlrm.models.baselines import (
     MLP,
@@ -47,6 +49,7 @@ from lightning_dlrm.objectives.losses import FocalLoss, LogLoss, WeightedLogLoss
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad
 from lightning_dlrm.optim.schedules import Constant, Cosine, WarmupQuadraticDecay, WarmupThenDecay
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
+from lightning_dlrm.sharding.collectives import lost_rank
 from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS, JsonLinesLogger, RunFolder
 from lightning_dlrm.tracking.wandb_run import Mode, choose_mode, finish_wandb, offline_folder, start_wandb
 
@@ -76,6 +79,7 @@ KNOWN_CLASSES = (
     Cosine,
     WarmupQuadraticDecay,
     WarmupThenDecay,
+    EmbeddingShardedDDP,
     LogLoss,
     WeightedLogLoss,
     FocalLoss,
@@ -228,7 +232,7 @@ class CTRCommand(LightningCLI):
         if self.subcommand == "fit":
             checkpoints = None
             if trainer.get("enable_checkpointing") is not False:
-                checkpoints = RunCheckpoints(self.run_folder.checkpoints, settings.checkpoint.every_n_steps)
+                checkpoints = RunCheckpoints(self.run_folder, settings.checkpoint.every_n_steps)
             self.recorder = Recorder(self.run_folder, checkpoints)
             callbacks = [FinalValidation(), self.recorder, *([checkpoints] if checkpoints else [])]
             if settings.stop_at_auc is not None:
@@ -239,18 +243,21 @@ class CTRCommand(LightningCLI):
             callbacks.append(RunProgress(self.recorder))
         callbacks.append(StopOnSigterm())
         trainer["callbacks"] = [*(trainer.get("callbacks") or []), *callbacks]
-        trainer["logger"] = self._loggers(trainer.get("logger"), settings)
+        trainer["logger"] = self._loggers(trainer.get("logger"), settings) if is_rank_zero else False
         plugins = trainer.get("plugins") or []
         trainer["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), FolderCheckpointIO()]
         trainer["default_root_dir"] = trainer.get("default_root_dir") or str(self.run_folder.path)
         built: pl.Trainer = self._instantiate_trainer(trainer | kwargs, [])
+        if isinstance(built.strategy, EmbeddingShardedDDP):
+            built.strategy.facts = self._facts_of_all_ranks()
         return built
 
     def _rehearse(self, settings: dict[str, Any]) -> pl.Trainer:
         """Builds a trainer only to see that it can be built, before there is a run folder.
 
         Raises:
-            UserError: Lightning refuses the settings, or they ask for training in several processes.
+            UserError: Lightning refuses the settings, or they ask for training in several processes
+                without sharding.
         """
         if settings["accumulate_grad_batches"] < 1:
             raise UserError(f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}; give 1 or more")
@@ -262,10 +269,11 @@ class CTRCommand(LightningCLI):
             trainer = pl.Trainer(**(settings | {"logger": False, "callbacks": None}))
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-        if trainer.world_size > 1 and self.subcommand == "fit":
+        sharded = isinstance(trainer.strategy, EmbeddingShardedDDP)
+        if trainer.world_size > 1 and self.subcommand == "fit" and not sharded:
             raise UserError(
-                f"{trainer.world_size} processes are asked for; this release trains in one (and evaluates in several): "
-                "set --trainer.devices 1 and --trainer.num_nodes 1"
+                f"training in {trainer.world_size} processes needs --trainer.strategy {EMBEDDING_SHARDED_DDP}: "
+                "give it, or set --trainer.devices 1 and --trainer.num_nodes 1"
             )
         return trainer
 
@@ -309,6 +317,12 @@ class CTRCommand(LightningCLI):
             log.info("W&B: offline (%s); send the run later with: wandb sync %s", reason, offline_folder(logger))
         return [ours, logger]
 
+    def _facts_of_all_ranks(self) -> dict[str, Any]:
+        """Every setting by its key; what may differ from rank to rank is left out."""
+        document = json.loads(self._parser(self.subcommand).dump(self._settings(), format="json", skip_none=False))
+        facts = _flat(document)
+        return {key: value for key, value in facts.items() if not key.startswith(("config", "wandb.", "run_dir"))}
+
     def _facts(self) -> dict[str, Any]:
         """The resolved configuration and where the code comes from."""
         text = self._parser(self.subcommand).dump(self._settings(), format="json", skip_none=False)
@@ -318,6 +332,8 @@ class CTRCommand(LightningCLI):
 
     def before_fit(self) -> None:
         assert self.run_folder is not None
+        if not self.trainer.is_global_zero:
+            return
         # What this call resumed from is no part of the configuration: others take it back with --config.
         settings = self._settings().clone()
         settings.ckpt_path = settings.resume = settings.run_dir = None
@@ -367,6 +383,13 @@ class CTRCommand(LightningCLI):
             if self.trainer.interrupted:
                 raise SystemExit(128 + signal.SIGINT) from None
             raise
+        except RuntimeError as error:
+            if not lost_rank(error):
+                raise
+            raise UserError(
+                f"another rank has ended or does not answer ({' '.join(str(error).split())[:200]}): "
+                "see what it said; checkpoints saved before are whole: resume with --resume auto"
+            ) from error
         finally:
             finish_wandb(succeeded)
             if not succeeded and self._made_folder and self.run_folder is not None:
@@ -384,16 +407,20 @@ class CTRCommand(LightningCLI):
         return self.datamodule.schema
 
 
-class ParamsCommand(CTRCommand):
+class SettingsCommand(CTRCommand):
     """Builds data and model of a configuration, and nothing else."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
+
+
+class ParamsCommand(SettingsCommand):
+    """Also says whether figures are wanted as JSON."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument("--json", action="store_true", help="print JSON")
         add_matching_arguments(parser)
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        return None
 
 
 def add_matching_arguments(parser: Any) -> None:
@@ -476,6 +503,14 @@ def _nearest_key(key: str, known: Sequence[str]) -> str:
         return suggestion
     parts = key.split(".")
     return next((s for n in range(len(parts) - 1, 0, -1) if (s := nearest(".".join(parts[:n]), known))), "")
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their full keys."""
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _as_seed(given: bool | int) -> int:

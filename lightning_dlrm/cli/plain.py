@@ -1,4 +1,4 @@
-"""The commands that need no Trainer; their options and work live in ``datamodules`` and ``bench``."""
+"""The commands that need no Trainer; their options and work live elsewhere."""
 
 import argparse
 import importlib
@@ -11,6 +11,7 @@ _COMMANDS = {
     "preprocess": ("datamodules.preprocess.command", "add_arguments", "run"),
     "inspect": ("datamodules.preprocess.command", "add_inspect_arguments", "run_inspect"),
     "generate": ("datamodules.generate.command", "add_arguments", "run"),
+    "checkpoint": ("lightning_dlrm.cli.checkpoint", "add_arguments", "run"),
     "bench": ("lightning_dlrm.bench.command", "add_arguments", "run"),
 }
 

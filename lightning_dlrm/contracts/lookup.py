@@ -15,6 +15,46 @@ from lightning_dlrm.contracts.batch import SparseIds
 
 
 @dataclass(frozen=True)
+class SortedLookups:
+    """Looked-up rows, sorted: the distinct ones, and which indices looked up each of them."""
+
+    rows: Tensor
+    """[U]: the distinct rows, ascending."""
+    counts: Tensor
+    """int64 [U]: how many indices looked up each row."""
+    order: Tensor
+    """int64 [N]: the indices, by ascending row."""
+
+    @staticmethod
+    def of(rows_N: Tensor) -> "SortedLookups":
+        """Sorts the row of each index."""
+        sorted_rows_N, order_N = torch.sort(rows_N, stable=True)
+        rows_U, counts_U = torch.unique_consecutive(sorted_rows_N, return_counts=True)
+        return SortedLookups(rows_U, counts_U, order_N)
+
+    def positions(self) -> Tensor:
+        """int64 [N]: where the row of each index is among ``rows``."""
+        positions_N = torch.empty_like(self.order)
+        positions_N[self.order] = torch.repeat_interleave(self.counts)
+        return positions_N
+
+    def sum_gradients(self, grad_BD: Tensor, bag_N: Tensor | None = None, weights_N: Tensor | None = None) -> Tensor:
+        """[U, D], float32 at least: the summed gradient of each distinct row, by a segment sum.
+
+        For the arguments see ``RowGradient.from_lookups``.
+        """
+        if grad_BD.dtype in (torch.bfloat16, torch.float16):
+            grad_BD = grad_BD.float()
+        return functional.embedding_bag(
+            self.order if bag_N is None else bag_N[self.order],
+            grad_BD,
+            torch.cumsum(self.counts, 0) - self.counts,
+            mode="sum",
+            per_sample_weights=None if weights_N is None else weights_N[self.order].to(grad_BD.dtype),
+        )
+
+
+@dataclass(frozen=True)
 class RowGradient:
     """The gradient of a parameter [R, D] of which few rows were touched.
 
@@ -37,7 +77,7 @@ class RowGradient:
     def from_lookups(
         rows_N: Tensor, grad_BD: Tensor, bag_N: Tensor | None = None, weights_N: Tensor | None = None
     ) -> "RowGradient":
-        """Sums the gradients of looked-up vectors by row: a sort and a segment sum.
+        """Sums the gradients of looked-up vectors by row.
 
         Args:
             rows_N: the row of each index.
@@ -45,18 +85,8 @@ class RowGradient:
             bag_N: the output vector each index went into; None when index i went into vector i.
             weights_N: the factor each index's vector had in its sum; None means 1.
         """
-        sorted_rows_N, order_N = torch.sort(rows_N, stable=True)
-        rows_U, counts_U = torch.unique_consecutive(sorted_rows_N, return_counts=True)
-        if grad_BD.dtype in (torch.bfloat16, torch.float16):
-            grad_BD = grad_BD.float()
-        values_UD = functional.embedding_bag(
-            order_N if bag_N is None else bag_N[order_N],
-            grad_BD,
-            torch.cumsum(counts_U, 0) - counts_U,
-            mode="sum",
-            per_sample_weights=None if weights_N is None else weights_N[order_N].to(grad_BD.dtype),
-        )
-        return RowGradient(rows_U.long(), values_UD)
+        lookups = SortedLookups.of(rows_N)
+        return RowGradient(lookups.rows.long(), lookups.sum_gradients(grad_BD, bag_N, weights_N))
 
     @staticmethod
     def sum(parts: "Sequence[RowGradient]") -> "RowGradient":
@@ -156,6 +186,14 @@ class EmbeddingLookup(nn.Module):
             return None
         self._gradients = [RowGradient.sum(self._gradients)]
         return self._gradients[0]
+
+    def squared_gradient_norm(self) -> Tensor:
+        """Sum of squares of the gradient of the whole tables, wherever their rows are held; 0-dim.
+
+        Where they are held by several ranks, all of them call it together.
+        """
+        gradient = self.gradient()
+        return self.weight.new_zeros(()) if gradient is None else gradient.squared_norm()
 
     def replace_gradient(self, gradient: RowGradient) -> None:
         """Puts another gradient in place of ``gradient()``; for clipping."""

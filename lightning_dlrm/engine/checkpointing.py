@@ -6,14 +6,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
+from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, link_checkpoint, resolve_checkpoint, save_checkpoint
+from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.run_folder import RunFolder
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -22,11 +27,14 @@ MONITOR = f"{names.VALIDATION}/auc"
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Hands Lightning's checkpoint dictionaries to the checkpoint folder and back."""
+    """Hands Lightning's checkpoint dictionaries to the checkpoint folder and back.
+
+    Every rank saves, each what it has.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         rest = {key: value for key, value in checkpoint.items() if key not in ("tables", "header")}
-        save_checkpoint(Path(path), checkpoint["tables"], rest, checkpoint["header"])
+        save_checkpoint(Path(path), checkpoint["tables"], rest, checkpoint["header"], Ranks(patient=True))
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -42,21 +50,25 @@ class RunCheckpoints(Checkpoint):
     """Keeps two checkpoints: ``last``, and ``best`` by validation AUC.
 
     Args:
-        folder: where the two are kept.
+        run_folder: the two are kept in its ``checkpoints``.
         every_n_steps: save ``last`` every so many optimiser steps, besides after each validation;
             0 for after validations only.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int) -> None:
+    def __init__(self, run_folder: RunFolder, every_n_steps: int) -> None:
         if every_n_steps < 0:
             raise UserError(f"checkpoint.every_n_steps is {every_n_steps}; expected 0 or more")
-        self.folder = folder
+        self._run_folder = run_folder
         self.every_n_steps = every_n_steps
         self.best: dict[str, float] = {}
         """Metrics of the best validation so far, with its step."""
         self.seconds = 0.0
         """Time spent saving."""
         self._saved_step = 0
+
+    @property
+    def folder(self) -> Path:
+        return self._run_folder.checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": dict(self.best)}
@@ -67,6 +79,8 @@ class RunCheckpoints(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step
         _refuse_validation_amid_a_step(trainer)
+        assert isinstance(pl_module, CTRModule)
+        log.info("a checkpoint takes %.3f GiB; last and best are kept", _checkpoint_bytes(pl_module) / 2**30)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,8 +100,8 @@ class RunCheckpoints(Checkpoint):
         if improved:
             self.best = {names.STEP: trainer.global_step, **pl_module.results}
         self._save(trainer)
-        if improved and trainer.is_global_zero:
-            link_checkpoint(self.folder / LAST, self.folder / BEST)
+        if improved:
+            Ranks(patient=True).first_does(lambda: link_checkpoint(self.folder / LAST, self.folder / BEST))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Where no validation ended the fit.
@@ -114,6 +128,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
         except (UserError, KeyError) as error:
             log.warning("passing over a checkpoint that is not whole: %s", error)
     return max(found)[1] if found else None
+
+
+def _checkpoint_bytes(module: CTRModule) -> int:
+    """Of the tables and their optimiser state, over all ranks; what else there is, is small."""
+    optimizer = module.optimizers(use_pl_optimizer=False)
+    assert isinstance(optimizer, CTROptimizer)
+    tensors: list[Tensor] = [lookup.weight for lookup in module.network.lookups()]
+    tensors += [values for state in optimizer.table_state for values in state.values()]
+    here = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return int(sum(int(of_rank[0]) for of_rank in Ranks().all_gather(np.array([here]))))
 
 
 def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:

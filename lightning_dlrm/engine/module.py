@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lightning_dlrm.contracts.schema import DatasetSchema, Features
 from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
 from lightning_dlrm.models.accounting import ModelSize, model_size
 from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.objectives.losses import LogLoss, Loss
 from lightning_dlrm.objectives.metrics import ClickMetrics
 from lightning_dlrm.optim.optimizer import CTROptimizer
@@ -92,6 +94,10 @@ class CTRModule(pl.LightningModule):
             # A gradient scaler would unscale the dense gradients and pass over the tables' rows.
             raise UserError("precision 16-mixed scales the loss, which table rows do not support; use bf16-mixed")
         network = self.network
+        if self.trainer.world_size > 1 and any(isinstance(lookup, EmbeddingTables) for lookup in network.lookups()):
+            raise UserError(
+                "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp"
+            )
         optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), self.dense_rule, self.table_rule)
         total = self._total_steps() if self.schedule.needs_total_steps else None
         factors = [_factor(self.schedule, rule.learning_rate, total) for rule in (self.dense_rule, self.table_rule)]
@@ -195,8 +201,14 @@ class CTRModule(pl.LightningModule):
         metrics.reset()
 
     def _warn_of_chance(self, metrics: ClickMetrics) -> None:
-        samples = sum(len(labels) for labels in metrics.labels)
-        clicks = sum(int((labels > 0).sum()) for labels in metrics.labels)
+        here = [
+            sum(len(labels) for labels in metrics.labels),
+            sum(int((labels > 0).sum()) for labels in metrics.labels),
+        ]
+        ranks = Ranks()
+        samples, clicks = np.sum(ranks.all_gather(np.array(here)), axis=0).tolist()
+        if ranks.rank > 0:
+            return
         rates = {"dense": self.dense_rule.learning_rate, "tables": self.table_rule.learning_rate}
         warn_of_chance(self.results[f"{names.VALIDATION}/auc"], clicks, samples, self._batch_size, rates)
 

@@ -3,17 +3,22 @@
 import logging
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.engine.checkpointing import RunCheckpoints
 from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.objectives.metrics import exact_auc
+from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import RunFolder
 
@@ -58,15 +63,17 @@ class Recorder(pl.Callback):
         """The newest value of everything that was logged."""
         self.samples_per_second = 0.0
         """Since the last logged step."""
-        self._window: deque[tuple[Tensor, Tensor]] = deque()
-        self._window_samples = 0
+        self._window: tuple[Tensor, Tensor] = torch.empty(0), torch.empty(0, dtype=torch.int8)
+        """Logits and labels of the last samples over all ranks, up to the last logged step."""
+        self._recent: deque[tuple[Tensor, Tensor, int]] = deque()
+        """Logits and labels of this rank's slice, and global size, of each batch since then."""
         self._rates: dict[str, float] = {}
         self._losses: list[Tensor] = []
-        self._step = 0
+        self._step = self._logged_step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        window = [torch.cat(parts).cpu() for parts in zip(*self._window, strict=True)]
-        return {names.SAMPLES: self.samples, "latest": dict(self.latest), "window": window}
+        self._extend_window()
+        return {names.SAMPLES: self.samples, "latest": dict(self.latest), "window": list(self._window)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.samples = state_dict[names.SAMPLES]
@@ -74,11 +81,14 @@ class Recorder(pl.Callback):
         self.latest = dict(state_dict["latest"])
         if state_dict["window"]:
             logits, labels = state_dict["window"]
-            self._window = deque([(logits, labels)])
-            self._window_samples = len(labels)
+            self._window = logits, labels
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Rank 0 has chosen it.
+        self.folder.path = trainer.strategy.broadcast(self.folder.path)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
+        self._step = self._logged_step = trainer.global_step
         if trainer.is_global_zero:
             self.folder.cut_back(self._step)
         if self._step:
@@ -98,7 +108,7 @@ class Recorder(pl.Callback):
         self.samples += batch.global_size
         assert batch.label is not None
         self._losses.append(outputs["step_loss"])
-        self._remember(outputs["logits"], batch.label)
+        self._remember(outputs["logits"], batch.label, batch.global_size)
         if trainer.global_step == self._step:
             # A micro-batch of a step that is still being accumulated.
             return
@@ -138,24 +148,45 @@ class Recorder(pl.Callback):
         self.samples_per_second = (self.samples - self._last_samples) / seconds
         self._last_log, self._last_pause, self._last_samples = now, pause, self.samples
         waited, self._last_waited = _waited(trainer) - self._last_waited, _waited(trainer)
-        logits, labels = (torch.cat(parts) for parts in zip(*self._window, strict=True))
+        self._extend_window()
+        # A rank's loss is ranks x its part of the mean over the global batch.
+        loss = torch.stack(losses).mean().double().cpu().numpy()
+        mean_loss = float(np.mean(Ranks().all_gather(loss.reshape(1))))
+        steps, self._logged_step = self._step - self._logged_step, self._step
+        strategy = trainer.strategy
+        exchanges = strategy.measure_exchanges(steps) if isinstance(strategy, EmbeddingShardedDDP) else {}
+        if not trainer.is_global_zero:
+            return
         self._log(
             trainer,
             {
-                names.TRAIN_LOSS: torch.stack(losses).mean().item(),
-                names.TRAIN_AUC: exact_auc(logits[-AUC_WINDOW:], labels[-AUC_WINDOW:]),
+                names.TRAIN_LOSS: mean_loss,
+                names.TRAIN_AUC: exact_auc(*self._window),
                 names.SAMPLES_PER_SECOND: self.samples_per_second,
                 names.DATA_WAIT_SHARE: waited / seconds,
                 **self._rates,
+                **exchanges,
             },
         )
 
-    def _remember(self, logits_B: Tensor, labels_B: Tensor) -> None:
-        """Adds to the window of ``train/auc``; drops batches that lie wholly outside it."""
-        self._window.append((logits_B.float(), labels_B))
-        self._window_samples += len(labels_B)
-        while self._window_samples - len(self._window[0][1]) >= AUC_WINDOW:
-            self._window_samples -= len(self._window.popleft()[1])
+    def _remember(self, logits_B: Tensor, labels_B: Tensor, global_size: int) -> None:
+        """Keeps what ``train/auc`` may look back on; drops batches that lie wholly before it."""
+        self._recent.append((logits_B.float(), labels_B, global_size))
+        while sum(size for *_, size in self._recent) - self._recent[0][2] >= AUC_WINDOW:
+            self._recent.popleft()
+
+    def _extend_window(self) -> None:
+        """Adds what came since the last call, of all ranks: batch after batch, rank after rank."""
+        if not self._recent:
+            return
+        ranks = Ranks()
+        logits, labels = (torch.cat(parts).cpu() for parts in list(zip(*self._recent, strict=True))[:2])
+        counts = ranks.all_gather(np.array([len(part) for part, *_ in self._recent]))
+        self._recent.clear()
+        self._window = tuple(  # type: ignore[assignment]
+            torch.cat([kept, *_by_batch(ranks.all_gather_uneven(new.numpy()), counts)])[-AUC_WINDOW:]
+            for kept, new in zip(self._window, (logits, labels), strict=True)
+        )
 
     def _log(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
         self.latest |= metrics
@@ -175,6 +206,12 @@ class Recorder(pl.Callback):
         }
 
 
+def _by_batch(of_ranks: list[NDArray], counts: list[NDArray]) -> Iterator[Tensor]:
+    """Cuts each rank's samples into batches and gives them batch after batch, rank after rank."""
+    cut = [np.split(samples, np.cumsum(count)[:-1]) for samples, count in zip(of_ranks, counts, strict=True)]
+    return (torch.from_numpy(part) for batch in zip(*cut, strict=True) for part in batch)
+
+
 def _waited(trainer: pl.Trainer) -> float:
     """Seconds that the fit has waited for training batches."""
     seconds: float = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
@@ -183,7 +220,7 @@ def _waited(trainer: pl.Trainer) -> float:
 
 def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
     """What is known of a run before its first step: sizes, ranks, and the optimum of planted data."""
-    size = module.size
+    size, strategy = module.size, trainer.strategy
     facts: dict[str, float] = {
         names.PARAMETERS_TABLES: size.tables,
         names.PARAMETERS_DENSE: size.dense,
@@ -191,7 +228,9 @@ def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
         names.FLOPS_FORWARD: size.flops_per_sample_forward,
         names.FLOPS_TRAINING: size.flops_per_sample_training,
         names.RANKS: trainer.world_size,
-        names.ROWS_PER_RANK: sum(lookup.weight.shape[0] for lookup in module.network.lookups()),
+        names.ROWS_PER_RANK: strategy.largest_rows
+        if isinstance(strategy, EmbeddingShardedDDP)
+        else sum(lookup.weight.shape[0] for lookup in module.network.lookups()),
     }
     optimum = module.data_schema().optimum.get(names.VALIDATION)
     if optimum is not None:

@@ -4,8 +4,10 @@ Shape suffixes: B samples, F tables, D width, R rows of all tables, N indices of
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +20,20 @@ from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, Table,
 
 BLOCK_ROWS = 65_536
 """Initial rows are drawn block by block, so that any piece of a table can be made anywhere."""
+
+
+_rows_elsewhere = ContextVar("rows_elsewhere", default=False)
+
+
+@contextmanager
+def rows_elsewhere() -> Iterator[None]:
+    """Tables built inside have a weight on the meta device, which takes no memory: something else
+    is to take their place."""
+    token = _rows_elsewhere.set(True)
+    try:
+        yield
+    finally:
+        _rows_elsewhere.reset(token)
 
 
 class EmbeddingTables(EmbeddingLookup):
@@ -42,13 +58,15 @@ class EmbeddingTables(EmbeddingLookup):
         empty = [table.name for table in tables if table.rows < 1]
         if empty:
             raise UserError(f"tables without rows: {', '.join(empty)}; every table needs at least 1 row")
+        self.seed = seed
         pieces, total = [], 0
         for table in tables:
             pieces.append(TablePiece(name=table.name, table_rows=table.rows, start=0, stop=table.rows, offset=total))
             total += table.rows
         self.tables = tuple(tables)
         self.pieces = tuple(pieces)
-        self.weight = nn.Parameter(torch.empty(total, width), requires_grad=trainable)
+        device = "meta" if _rows_elsewhere.get() else None
+        self.weight = nn.Parameter(torch.empty(total, width, device=device), requires_grad=trainable)
         # int32 halves the time to sort rows; it reaches past any published table set.
         dtype = torch.int32 if total <= torch.iinfo(torch.int32).max else torch.int64
         self.register_buffer("row_offsets", torch.tensor([p.offset for p in pieces], dtype=dtype), persistent=False)

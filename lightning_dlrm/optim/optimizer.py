@@ -82,7 +82,7 @@ class CTROptimizer(torch.optim.Optimizer):
     def gradient_norm(self) -> Tensor:
         """The global 2-norm: dense gradients and each touched row's summed gradient; 0-dim."""
         squares = [p.grad.square().sum() for p in self.param_groups[0]["params"] if p.grad is not None]
-        squares += [g.squared_norm() for lookup in self.lookups if (g := lookup.gradient()) is not None]
+        squares += [lookup.squared_gradient_norm() for lookup in self.lookups]
         return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
     @torch.no_grad()

@@ -12,11 +12,12 @@ place of a whole one. ``rest.pt`` is opened with ``weights_only``: no code in it
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch import Tensor
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import TablePiece
 from lightning_dlrm.contracts.schema import file_sha256
+from lightning_dlrm.sharding.collectives import Ranks
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -76,44 +78,127 @@ class Manifest:
 
 
 def save_checkpoint(
-    folder: Path, pieces: Sequence[PieceTensors], rest: Mapping[str, Any], header: Mapping[str, Any]
+    folder: Path,
+    pieces: Sequence[PieceTensors],
+    rest: Mapping[str, Any],
+    header: Mapping[str, Any],
+    ranks: Ranks | None = None,
 ) -> None:
-    """Writes a checkpoint of one process, replacing one of the same name.
+    """Writes a checkpoint, replacing one of the same name; all ranks call it, and each writes its pieces.
 
     Args:
-        folder: the checkpoint's name, such as ``checkpoints/last``.
-        pieces: every table, in pieces that cover it.
-        rest: tensors and plain Python values, small.
-        header: JSON values for people and for checks before anything is loaded.
+        folder: the checkpoint's name, such as ``checkpoints/last``; on a file system that all ranks see.
+        pieces: of this rank; all ranks' pieces together cover every table.
+        rest: tensors and plain Python values, small; rank 0's is written.
+        header: JSON values for people and for checks before anything is loaded; rank 0's is written.
+        ranks: who takes part; by default all ranks of the process group, if there is one.
 
     Raises:
-        UserError: the folder cannot be written, or the disk is full. What was there before stays.
+        UserError: on all ranks, where one of them cannot write, or the disk is full. What was there
+            before stays.
     """
-    folder = Path(folder)
+    folder, ranks = Path(folder), ranks or Ranks()
     partial = _beside(folder, "partial")
-    try:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "tables").mkdir(parents=True)
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            files = list(pool.map(lambda piece: _write_piece(partial, piece), pieces))
-        torch.save(dict(rest), partial / REST)
-        tables = {
-            piece.piece.name: TableEntry(
-                shapes={slot: (piece.piece.table_rows, *t.shape[1:]) for slot, t in piece.tensors.items()},
-                pieces=tuple(f for p, f in zip(pieces, files, strict=True) if p.piece.name == piece.piece.name),
+
+    def write_pieces() -> list[dict[str, Any]]:
+        if not partial.is_dir():
+            raise OSError(
+                f"rank {ranks.rank} does not see {partial}: the run folder has to be one that all ranks share"
             )
-            for piece in pieces
-        }
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return list(pool.map(lambda piece: _write_piece(partial, piece), pieces))
+
+    def finish() -> None:
+        torch.save(dict(rest), partial / REST)
+        tables = _table_entries(entry for entries in written for entry in entries)
         manifest = Manifest(header=header, tables=tables, rest=_describe(partial, REST, 0, 0))
         document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
         (partial / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
         _publish(partial, folder)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"cannot save the checkpoint {folder}: {error}; the previous one is untouched: "
-            "free disk space or choose another --run_dir, then resume"
-        ) from error
+
+    try:
+        ranks.first_does(_told_as_save_error(folder, begin))
+        written = ranks.each_does(_told_as_save_error(folder, write_pieces))
+        ranks.first_does(_told_as_save_error(folder, finish))
+    except UserError:
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _told_as_save_error(folder: Path, action: Callable[[], Any]) -> Callable[[], Any]:
+    def act() -> Any:
+        try:
+            return action()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(
+                f"cannot save the checkpoint {folder}: {error}; the previous one is untouched: "
+                "free disk space or choose another --run_dir, then resume"
+            ) from error
+
+    return act
+
+
+def _table_entries(written: Iterable[Mapping[str, Any]]) -> dict[str, TableEntry]:
+    """Of what the ranks have written: table name -> its shapes and its pieces by ascending rows."""
+    shapes: dict[str, Mapping[str, tuple[int, ...]]] = {}
+    files: dict[str, list[PieceFile]] = {}
+    for entry in written:
+        shapes[entry["table"]] = {slot: tuple(shape) for slot, shape in entry["shapes"].items()}
+        files.setdefault(entry["table"], []).append(PieceFile(**entry["file"]))
+    return {
+        name: TableEntry(shapes=shapes[name], pieces=tuple(sorted(of_table, key=lambda file: file.start)))
+        for name, of_table in files.items()
+    }
+
+
+def rewrite_checkpoint(source: Path, folder: Path, bounds: Mapping[str, Sequence[int]] | None = None) -> None:
+    """Writes a checkpoint again, with its tables cut otherwise; a piece per thread is in memory at a time.
+
+    Args:
+        source: the checkpoint.
+        folder: of the new one.
+        bounds: table name -> 0, where each piece but the first starts, the table's rows; None leaves
+            tables whole.
+
+    Raises:
+        UserError: ``source`` is not whole, or ``folder`` exists or cannot be written.
+    """
+    if Path(folder).exists():
+        raise UserError(f"{folder} exists; give another folder for the new checkpoint")
+    reader = CheckpointReader(source)
+    pieces = []
+    for name, entry in reader.manifest.tables.items():
+        rows = entry.shapes["weight"][0]
+        for start, stop in itertools.pairwise((0, rows) if bounds is None else bounds[name]):
+            piece = TablePiece(name=name, table_rows=rows, start=start, stop=stop, offset=0)
+            pieces.append(PieceTensors(piece, _StoredRows(reader, piece)))
+    save_checkpoint(folder, pieces, reader.rest(), reader.header)
+
+
+class _StoredRows(Mapping[str, Tensor]):
+    """A piece's rows in a checkpoint, each slot read when it is asked for."""
+
+    def __init__(self, reader: "CheckpointReader", piece: TablePiece) -> None:
+        self._reader, self._piece = reader, piece
+        self._shapes = reader.manifest.tables[piece.name].shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, slot: str) -> Tensor:
+        rows = self._piece.stop - self._piece.start
+        dtype = self._reader.dtype(self._piece.name, slot)
+        out = torch.empty(rows, *self._shapes[slot][1:], dtype=dtype)
+        self._reader.read_rows(self._piece, slot, out)
+        return out
 
 
 def link_checkpoint(source: Path, folder: Path) -> None:
@@ -220,6 +305,20 @@ class CheckpointReader:
                     rows = file.get_slice(slot)[start - part.start : stop - part.start]
                 out[start - piece.start : stop - piece.start].copy_(rows)
 
+    def dtype(self, table: str, slot: str) -> torch.dtype:
+        """Of a slot's values as they are stored."""
+        with safe_open(str(self.folder / self.manifest.tables[table].pieces[0].file), framework="pt") as file:
+            return file.get_slice(slot)[:0].dtype
+
+    def verify(self) -> None:
+        """Compares every file's checksum.
+
+        Raises:
+            UserError: one differs.
+        """
+        for part in self._files():
+            self._check(part)
+
     def _files(self) -> Iterable[PieceFile]:
         yield self.manifest.rest
         for entry in self.manifest.tables.values():
@@ -262,12 +361,21 @@ def _parse_manifest(document: Mapping[str, Any]) -> Manifest:
     )
 
 
-def _write_piece(partial: Path, piece: PieceTensors) -> PieceFile:
-    name = f"tables/{piece.piece.name}.{piece.piece.start}.safetensors"
+def _write_piece(partial: Path, piece: PieceTensors) -> dict[str, Any]:
+    """Writes a piece's file; returns what ``_table_entries`` takes."""
+    what = piece.piece
+    name = f"tables/{what.name}.{what.start}.safetensors"
     (partial / name).parent.mkdir(parents=True, exist_ok=True)
     # Detached views of the live tensors: nothing is copied on a CPU.
-    save_file({slot: tensor.detach().contiguous() for slot, tensor in piece.tensors.items()}, str(partial / name))
-    return _describe(partial, name, piece.piece.start, piece.piece.stop)
+    tensors = {slot: tensor.detach().contiguous() for slot, tensor in piece.tensors.items()}
+    save_file(tensors, str(partial / name))
+    # Each rank flushes its own files: on a network file system only the machine that wrote them can.
+    _flush(partial / name)
+    return {
+        "table": what.name,
+        "shapes": {slot: [what.table_rows, *tensor.shape[1:]] for slot, tensor in tensors.items()},
+        "file": dataclasses.asdict(_describe(partial, name, what.start, what.stop)),
+    }
 
 
 def _describe(partial: Path, name: str, start: int, stop: int) -> PieceFile:
@@ -277,7 +385,7 @@ def _describe(partial: Path, name: str, start: int, stop: int) -> PieceFile:
 
 def _publish(partial: Path, folder: Path) -> None:
     """Flushes a finished checkpoint to disk and gives it its name."""
-    for path in [*partial.rglob("*"), partial]:
+    for path in [partial / MANIFEST, partial / REST, *(p for p in partial.rglob("*") if p.is_dir()), partial]:
         _flush(path)
     previous = _beside(folder, "previous")
     if folder.exists():

@@ -1,0 +1,194 @@
+"""``bench sharding``: training steps with tables in pieces on several processes, against copied tables."""
+
+import argparse
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_dlrm.bench.measurement import Measurement, median_and_spread
+from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.lookup import EmbeddingLookup
+from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
+from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.rules import SGD
+from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.sharding.lookup import ShardedTables
+from lightning_dlrm.sharding.plan import TableLoad, make_plan
+
+DESCRIPTION = """\
+Times whole training steps of the paper's DLRM at Kaggle's table sizes (540 million parameters), on several processes
+of this machine over gloo, plain SGD, drawn ids (cube-skewed), the same slices for each contender:
+
+  ours      tables in pieces on all ranks, dense layers under DDP
+  baseline  every rank has all tables: one fused nn.EmbeddingBag(sparse=True) under DDP, which exchanges the sparse
+            gradients, and torch.optim.SGD
+  peer      every rank has all tables, and their gradients are not exchanged at all: trains wrongly, but no right way
+            with copied tables can be faster
+
+examples:
+  python -m lightning_dlrm bench sharding
+  python -m lightning_dlrm bench sharding --ranks 4 --batch-size 8192 --max-rows 1000000
+"""
+
+_KAGGLE = (
+    *(1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306, 10, 5652),
+    *(2173, 4, 7046547, 18, 15, 286181, 105, 142572),
+)
+_BATCHES = 8
+_WIDTH = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each process (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=2048, metavar="N", help="global (default: %(default)s)")
+    parser.add_argument("--max-rows", type=int, default=max(_KAGGLE), metavar="N", help="cap of a table's rows")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="the median counts (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> list[Measurement]:
+    """Times the steps as ``add_arguments`` was told.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+    for name in ("ranks", "threads", "batch_size", "max_rows", "steps", "rounds"):
+        if getattr(args, name) < 1:
+            raise UserError(f"bench sharding: --{name.replace('_', '-')} is {getattr(args, name)}; give 1 or more")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(_measure, (vars(args), address, results), nprocs=args.ranks)
+    seconds, held = results.get()
+    rows = []
+    for name, of_rounds in seconds.items():
+        median, spread = median_and_spread(of_rounds)
+        rows.append(
+            Measurement(
+                work="sharding",
+                case=f"{args.ranks} ranks x {args.threads} threads, batch {args.batch_size:,}, DLRM",
+                implementation=name,
+                device="cpu",
+                precision="32-true",
+                batch_size=args.batch_size,
+                samples=args.batch_size * args.steps,
+                median_s=median,
+                spread_s=spread,
+                extra={"table_bytes_per_rank": held[name]},
+            )
+        )
+    return rows
+
+
+def _measure(rank: int, options: dict[str, Any], address: str, results: Any) -> None:
+    torch.set_num_threads(options["threads"])
+    dist.init_process_group(
+        "gloo", init_method=address, rank=rank, world_size=options["ranks"], timeout=timedelta(minutes=5)
+    )
+    tables = {f"C{i}": min(rows, options["max_rows"]) for i, rows in enumerate(_KAGGLE, start=1)}
+    batches = [_slice(tables, options, rank, index) for index in range(_BATCHES)]
+    steps: dict[str, Callable[[tuple[Tensor, SparseIds, Tensor]], None]] = {}
+    held: dict[str, int] = {}
+    for name in ("ours", "baseline", "peer"):
+        steps[name], held[name] = _contender(name, tables, options)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    # The first round is for warming up.
+    for round_ in range(options["rounds"] + 1):
+        for name in list(steps)[:: 1 if round_ % 2 == 0 else -1]:
+            dist.barrier()
+            start = time.perf_counter()
+            for index in range(options["steps"]):
+                steps[name](batches[index % _BATCHES])
+            dist.barrier()
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    if rank == 0:
+        results.put((seconds, held))
+    dist.destroy_process_group()
+
+
+def _slice(tables: dict[str, int], options: dict[str, Any], rank: int, index: int) -> tuple[Tensor, SparseIds, Tensor]:
+    """This rank's slice of a drawn batch: dense values, ids, labels."""
+    generator = torch.Generator().manual_seed(index * options["ranks"] + rank)
+    size = options["batch_size"] * (rank + 1) // options["ranks"] - options["batch_size"] * rank // options["ranks"]
+    sizes = torch.tensor(list(tables.values()))
+    values = (torch.rand(size, len(tables), generator=generator, dtype=torch.float64) ** 3 * sizes).int()
+    label = (torch.rand(size, generator=generator) < 0.25).float()
+    return torch.rand(size, 13, generator=generator), SparseIds(values=values, tables=len(tables)), label
+
+
+def _contender(
+    name: str, tables: dict[str, int], options: dict[str, Any]
+) -> tuple[Callable[[tuple[Tensor, SparseIds, Tensor]], None], int]:
+    """What trains one step on a slice, and the bytes of tables that this rank holds."""
+    with rows_elsewhere():
+        network = DLRM(Features(dense=13, tables=tables), seed=1, embedding_dim=_WIDTH)
+    (owner,) = [module for module in network.modules() for child in module.children() if _is_tables(child)]
+    (attribute,) = [attribute for attribute, child in owner.named_children() if _is_tables(child)]
+    whole = getattr(owner, attribute)
+    if name == "ours":
+        ranks = Ranks()
+        loads = [
+            TableLoad(name=table, rows=rows, width=_WIDTH, bytes_per_row=4 * _WIDTH) for table, rows in tables.items()
+        ]
+        plan = make_plan(loads, ranks.ranks, options["batch_size"])
+        lookup: nn.Module = ShardedTables.of(whole, plan, ranks, None, torch.device("cpu"))
+    elif name == "baseline":
+        lookup = _EmbeddingBag(whole)
+    else:
+        lookup = EmbeddingTables(whole.tables, _WIDTH, whole.seed)
+    setattr(owner, attribute, lookup)
+    weight = next(parameter for parameter in lookup.parameters())
+    # Buffers are constants; DDP would send them before every step.
+    ignored = [key for key, _ in network.named_buffers()]
+    if name != "baseline":
+        ignored += [key for key, parameter in network.named_parameters() if parameter is weight]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, ignored)
+    wrapped = DistributedDataParallel(network)
+    optimizer: torch.optim.Optimizer
+    if name == "baseline":
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    else:
+        optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), SGD(0.1), SGD(0.1))
+    factor = options["ranks"] / options["batch_size"]
+
+    def step(batch: tuple[Tensor, SparseIds, Tensor]) -> None:
+        dense, ids, label = batch
+        loss = nn.functional.binary_cross_entropy_with_logits(wrapped(dense, ids), label, reduction="sum") * factor
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step, weight.numel() * weight.element_size()
+
+
+def _is_tables(module: nn.Module) -> bool:
+    return isinstance(module, EmbeddingLookup)
+
+
+class _EmbeddingBag(nn.Module):
+    """All tables in one nn.EmbeddingBag with sparse gradients, as torch offers it."""
+
+    offsets: Tensor
+
+    def __init__(self, tables: EmbeddingTables) -> None:
+        super().__init__()
+        self.register_buffer("offsets", tables.row_offsets.long())
+        self.bag = nn.EmbeddingBag(tables.weight.shape[0], _WIDTH, mode="sum", sparse=True)
+
+    def forward(self, ids: SparseIds) -> Tensor:
+        rows_BF = ids.values + self.offsets
+        return self.bag(rows_BF.view(-1, 1)).view(len(ids), ids.tables, _WIDTH)

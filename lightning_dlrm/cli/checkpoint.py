@@ -1,0 +1,132 @@
+"""``checkpoint``: what a checkpoint holds, and the same one in other pieces."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning_dlrm.sharding.checkpoint import CheckpointReader, TableEntry, resolve_checkpoint, rewrite_checkpoint
+from lightning_dlrm.sharding.plan import TableLoad, make_plan, read_plan
+
+_BALANCED_FOR = 2048  # samples of a global batch; a checkpoint does not know its own
+
+_WORKS = {
+    "info": "show a checkpoint's model, step, tables and pieces",
+    "merge": "write it again with every table whole",
+    "reshard": "write it again in the pieces of other ranks",
+}
+
+_EXAMPLES = {
+    "info": """\
+examples:
+  python -m lightning_dlrm checkpoint info runs/first/checkpoints/best
+  python -m lightning_dlrm checkpoint info runs/first/checkpoints/best --verify --json""",
+    "merge": """\
+A run on any number of ranks opens any checkpoint as it is. Merged, a table is one file, which other
+tools can read: safetensors, with the tensor "weight". One table for each thread is in memory at a time.
+
+examples:
+  python -m lightning_dlrm checkpoint merge runs/first/checkpoints/best --output best-whole""",
+    "reshard": """\
+A run on any number of ranks opens any checkpoint as it is; one in the pieces of its plan is read
+faster, because each rank reads only the files of its own pieces.
+
+examples:
+  python -m lightning_dlrm checkpoint reshard runs/first/checkpoints/last --ranks 8 --output last-8
+  python -m lightning_dlrm checkpoint reshard runs/first/checkpoints/last --plan plan.yaml --output last-8""",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what can be done and its options to a parser; ``run`` takes what it parses."""
+    parser.epilog = "import has options of its own: checkpoint import --help"
+    works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
+    # Only to be listed: it takes the options of a fit, and is run elsewhere.
+    works.add_parser("import", help="make one of weights that facebookresearch/dlrm saved")
+    for name, text in _WORKS.items():
+        work = works.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.\n\n{_EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        work.add_argument("checkpoint", type=Path, metavar="PATH", help="checkpoint folder")
+        if name == "info":
+            work.add_argument("--verify", action="store_true", help="compare every file's checksum")
+            work.add_argument("--json", action="store_true", help="print JSON")
+        else:
+            work.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the new checkpoint")
+        if name == "reshard":
+            target = work.add_mutually_exclusive_group(required=True)
+            target.add_argument("--ranks", type=int, metavar="N", help="make a plan for so many ranks")
+            target.add_argument("--plan", type=Path, metavar="FILE", help="plan made by the command plan")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does as ``add_arguments`` was told; returns the exit code.
+
+    Raises:
+        UserError: the checkpoint is not whole, or the new one cannot be written.
+    """
+    source = resolve_checkpoint(args.checkpoint)
+    if args.work == "info":
+        reader = CheckpointReader(source)
+        if args.verify:
+            reader.verify()
+        found = info(reader)
+        print(json.dumps(found, indent=1) if args.json else _describe(found))
+        if args.verify and not args.json:
+            print("every file's checksum is right")
+        return 0
+    rewrite_checkpoint(source, args.output, None if args.work == "merge" else _bounds(CheckpointReader(source), args))
+    print(f"written: {args.output}")
+    return 0
+
+
+def info(reader: CheckpointReader) -> dict[str, Any]:
+    """What is known of a checkpoint without opening its tensors."""
+    tables = reader.manifest.tables
+    return {
+        "header": dict(reader.header),
+        "bytes": reader.manifest.rest.bytes + sum(part.bytes for entry in tables.values() for part in entry.pieces),
+        "tables": {
+            name: {
+                "shapes": {slot: list(shape) for slot, shape in entry.shapes.items()},
+                "pieces": [[part.start, part.stop] for part in entry.pieces],
+                "bytes": sum(part.bytes for part in entry.pieces),
+            }
+            for name, entry in tables.items()
+        },
+    }
+
+
+def _describe(found: dict[str, Any]) -> str:
+    lines = [f"{name:22s}{value}" for name, value in found["header"].items()]
+    lines += [f"{'size':22s}{found['bytes'] / 2**20:,.1f} MiB", ""]
+    rows = [("table", "rows", "width", "pieces", "MiB", "optimiser state")]
+    for name, table in found["tables"].items():
+        shape = table["shapes"]["weight"]
+        slots = ", ".join(slot for slot in table["shapes"] if slot != "weight")
+        mib = f"{table['bytes'] / 2**20:,.1f}"
+        rows.append((name, f"{shape[0]:,}", str(shape[1]), str(len(table["pieces"])), mib, slots or "none"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(lines)
+
+
+def _bounds(reader: CheckpointReader, args: argparse.Namespace) -> dict[str, list[int]]:
+    tables = reader.manifest.tables
+    if args.plan is None:
+        plan = make_plan([_load(reader, name, entry) for name, entry in tables.items()], args.ranks, _BALANCED_FOR)
+    else:
+        plan = read_plan(args.plan)
+        plan.check({name: entry.shapes["weight"][0] for name, entry in tables.items()}, plan.ranks)
+    return {name: [0, *(piece.stop for piece in pieces)] for name, pieces in plan.tables.items()}
+
+
+def _load(reader: CheckpointReader, name: str, entry: TableEntry) -> TableLoad:
+    rows, width = entry.shapes["weight"]
+    row_bytes = sum(math.prod(shape[1:]) * reader.dtype(name, slot).itemsize for slot, shape in entry.shapes.items())
+    return TableLoad(name=name, rows=rows, width=width, bytes_per_row=row_bytes)

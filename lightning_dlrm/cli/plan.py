@@ -1,0 +1,231 @@
+"""``plan``: which rank would hold which rows, what each would hold and send; no data and no table is made."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pytorch_lightning.cli import LightningArgumentParser
+
+from lightning_dlrm.cli.lightning import SettingsCommand
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
+from lightning_dlrm.sharding.plan import (
+    Plan,
+    RankCost,
+    TableLoad,
+    imbalance,
+    make_plan,
+    parse_memory,
+    rank_costs,
+    read_plan,
+)
+
+EXAMPLES = """\
+examples:
+  python -m lightning_dlrm plan --config dlrm.yaml --ranks 8
+  python -m lightning_dlrm plan --config dlrm.yaml --ranks 8 --memory-per-rank 80GiB --plot plan.png
+  python -m lightning_dlrm plan --config dlrm.yaml --ranks 2 --memory-per-rank 24GiB,80GiB --output plan.yaml
+
+--output writes the plan for a run to keep to:
+  trainer:
+    strategy:
+      class_path: EmbeddingShardedDDP
+      init_args: {plan: plan.yaml}
+"""
+
+_RANKS_SHOWN = 16
+_TABLES_COLOURED = 8
+
+
+class PlanCommand(SettingsCommand):
+    """Builds data and model of a configuration for a plan of their tables."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.description = f"Shows {__doc__[__doc__.index(':') + 2 :]}"
+        parser.epilog = EXAMPLES
+        parser.add_argument("--ranks", type=int, default=1, help="processes to spread the tables over")
+        parser.add_argument(
+            "--memory-per-rank",
+            type=str | None,
+            default=None,
+            help="what tables and their optimiser state may take: 80GiB, or an amount for each rank: 24GiB,80GiB",
+        )
+        parser.add_argument("--skew", type=float, default=1.0, help="row i is drawn in proportion to (i + 1)^-skew")
+        parser.add_argument("--plan", type=str | None, default=None, help="show this plan instead of making one")
+        parser.add_argument("--output", type=str | None, default=None, help="write the plan there, as YAML")
+        parser.add_argument("--plot", type=str | None, default=None, help="draw it there: PNG, SVG or PDF")
+        parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: Sequence[str]) -> int:
+    command = PlanCommand(arguments, run=False)
+    settings, module = command.config, command.model
+    assert isinstance(module, CTRModule)
+    with torch.device("meta"):
+        network = module.make_network(module.schema.features, module.seed)
+    loads = table_loads(network, module, settings.skew)
+    batch_size = getattr(command.datamodule, "batch_size", DEFAULT_BATCH_SIZE)
+    if settings.plan is not None:
+        plan = read_plan(Path(settings.plan))
+        plan.check({load.name: load.rows for load in loads}, plan.ranks)
+    else:
+        memory = None if settings.memory_per_rank is None else parse_memory(settings.memory_per_rank)
+        plan = make_plan(loads, settings.ranks, batch_size, memory)
+    costs = rank_costs(plan, loads, batch_size)
+    if settings.output is not None:
+        _write(Path(settings.output), yaml.safe_dump(plan.document(), default_flow_style=None, sort_keys=False))
+    if settings.plot is not None:
+        draw(plan, loads, costs, batch_size, Path(settings.plot))
+    print(json.dumps(figures(plan, costs, batch_size), indent=1) if settings.json else describe(plan, loads, costs))
+    return 0
+
+
+def figures(plan: Plan, costs: Sequence[RankCost], batch_size: int) -> dict[str, Any]:
+    """Everything that is printed, and the pieces."""
+    return {
+        "ranks": plan.ranks,
+        "batch_size": batch_size,
+        "imbalance_bytes": imbalance([cost.bytes for cost in costs]),
+        "imbalance_work": imbalance([cost.work for cost in costs]),
+        "per_rank": [
+            {
+                "rank": cost.rank,
+                "pieces": cost.pieces,
+                "rows": cost.rows,
+                "bytes": cost.bytes,
+                "rows_asked_per_batch": cost.work,
+                "sent_bytes_per_step": {
+                    "ids": cost.sent_ids,
+                    "vectors": cost.sent_vectors,
+                    "gradients": cost.sent_gradients,
+                },
+            }
+            for cost in costs
+        ],
+        "tables": plan.document()["tables"],
+    }
+
+
+def describe(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost]) -> str:
+    """The plan as two tables, of ranks and of the tables that are cut, and its balance in a line."""
+    lines: list[tuple[str, ...]] = [
+        ("rank", "pieces", "rows", "GiB", "rows asked", "ids out", "vectors out", "gradients out")
+    ]
+    lines += [_line(str(cost.rank), cost) for cost in costs[:_RANKS_SHOWN]]
+    if len(costs) > _RANKS_SHOWN:
+        lines.append(("...",) * len(lines[0]))
+        lines.append(_line("mean", _summary(costs, statistics.fmean)))
+        lines.append(_line("largest", _summary(costs, max)))
+    text = [
+        _aligned(lines),
+        "rows asked: by all ranks for a global batch; out: KiB that a rank sends in a training step",
+    ]
+    cut = [load for load in loads if len(plan.tables[load.name]) > 1]
+    if cut:
+        rows = [("table", "rows", "pieces", "ranks", "first piece", "largest piece")]
+        for load in cut:
+            pieces = plan.tables[load.name]
+            sizes = [piece.rows for piece in pieces]
+            ranks = len({piece.rank for piece in pieces})
+            rows.append((load.name, f"{load.rows:,}", str(len(pieces)), str(ranks), f"{sizes[0]:,}", f"{max(sizes):,}"))
+        text += ["", _aligned(rows)]
+    text += [
+        "",
+        f"{len(loads)} tables, {len(loads) - len(cut)} whole, in {len(plan.pieces)} pieces on {plan.ranks} ranks; "
+        f"largest share / mean: bytes {imbalance([c.bytes for c in costs]):.3f}, "
+        f"work {imbalance([c.work for c in costs]):.3f}",
+    ]
+    return "\n".join(text)
+
+
+def _line(name: str, cost: RankCost) -> tuple[str, ...]:
+    sent = (cost.sent_ids, cost.sent_vectors, cost.sent_gradients)
+    return (
+        name,
+        f"{cost.pieces:,}",
+        f"{cost.rows:,}",
+        f"{cost.bytes / 2**30:.3f}",
+        f"{cost.work:,.0f}",
+        *(f"{amount / 1024:,.1f}" for amount in sent),
+    )
+
+
+def _summary(costs: Sequence[RankCost], of: Any) -> RankCost:
+    return RankCost(
+        rank=0,
+        pieces=math.ceil(of([c.pieces for c in costs])),
+        rows=math.ceil(of([c.rows for c in costs])),
+        bytes=math.ceil(of([c.bytes for c in costs])),
+        work=of([c.work for c in costs]),
+        sent_ids=of([c.sent_ids for c in costs]),
+        sent_vectors=of([c.sent_vectors for c in costs]),
+        sent_gradients=of([c.sent_gradients for c in costs]),
+    )
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def draw(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batch_size: int, path: Path) -> None:
+    """Bytes of each rank by table, its work, and what it sends.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    held, work, sent = figure.subplots(3, 1, sharex=True)
+    ranks, width = [cost.rank for cost in costs], 0.8 if plan.ranks <= 64 else 1.0
+    largest = sorted(loads, key=lambda load: -load.bytes)[:_TABLES_COLOURED]
+    bottom = [0.0] * plan.ranks
+    for load in largest:
+        sizes = [cost.bytes_of_table.get(load.name, 0) / 2**30 for cost in costs]
+        held.bar(ranks, sizes, width, bottom, label=load.name)
+        bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
+    if len(loads) > len(largest):
+        rest = [cost.bytes / 2**30 - b for cost, b in zip(costs, bottom, strict=True)]
+        held.bar(ranks, rest, width, bottom, label=f"{len(loads) - len(largest)} others", color="0.7")
+    held.set_ylabel("weights and\noptimiser state, GiB")
+    held.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    work.bar(ranks, [cost.work for cost in costs], width, color="tab:blue")
+    work.set_ylabel("rows asked\nfor a batch")
+    bottom = [0.0] * plan.ranks
+    for name, amounts in (
+        ("ids", [cost.sent_ids for cost in costs]),
+        ("vectors", [cost.sent_vectors for cost in costs]),
+        ("gradients", [cost.sent_gradients for cost in costs]),
+    ):
+        sizes = [amount / 2**20 for amount in amounts]
+        sent.bar(ranks, sizes, width, bottom, label=name)
+        bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
+    sent.set_ylabel("sent in a\ntraining step, MiB")
+    sent.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    sent.set_xlabel("rank")
+    if plan.ranks <= 16:
+        sent.set_xticks(ranks)
+    for axes in (held, work, sent):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{len(loads)} tables in {len(plan.pieces)} pieces on {plan.ranks} ranks, global batch {batch_size:,}"
+    )
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot draw {path}: {error}; give --plot a file such as plan.png") from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another --output") from error

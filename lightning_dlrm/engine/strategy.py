@@ -1,0 +1,205 @@
+"""Tables in pieces on all ranks, dense layers copied: a DDPStrategy that any CTR network can be trained with."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
+from lightning_dlrm.sharding.collectives import Ranks, set_timeout
+from lightning_dlrm.sharding.lookup import ShardedTables, Traffic
+from lightning_dlrm.sharding.plan import Plan, TableLoad, imbalance, make_plan, parse_memory, read_plan
+from lightning_dlrm.tracking import names
+
+log = logging.getLogger("lightning_dlrm")
+
+NAME = "embedding_sharded_ddp"
+
+DEFAULT_BATCH_SIZE = 2048
+"""Of a datamodule that does not tell its own; a plan's balance depends on it a little."""
+
+
+class EmbeddingShardedDDP(DDPStrategy):
+    """Embedding tables in pieces over all ranks (model parallel), dense layers copied (data parallel).
+
+    The network is the same as on one device: its tables are replaced when it is built, before they
+    take any memory. Gradients of both kinds equal those of one process on the global batch.
+
+    Args:
+        plan: YAML file made by the command plan; by default the plan that it would print.
+        memory_per_rank: what tables and their optimiser state may take, such as 80GiB, or one amount for
+            each rank, separated by commas; None for no limit. Of no effect on a plan from a file.
+        wire: type of vectors and gradients while they travel: that of the weights, or bf16.
+        timeout_seconds: a rank that does not answer for so long ends the run. Saving a checkpoint may
+            take longer.
+        options: of DDPStrategy.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        plan: str | None = None,
+        memory_per_rank: str | None = None,
+        wire: Literal["full", "bf16"] = "full",
+        timeout_seconds: float = 60.0,
+        **options: Any,
+    ) -> None:
+        if timeout_seconds <= 0:
+            raise UserError(f"strategy: timeout_seconds is {timeout_seconds}; expected more than 0")
+        if wire not in ("full", "bf16"):
+            raise UserError(f"strategy: wire {wire!r} is neither full nor bf16")
+        super().__init__(**options)
+        self._plan_file = plan
+        self._memory = None if memory_per_rank is None else parse_memory(memory_per_rank)
+        self._wire = torch.bfloat16 if wire == "bf16" else None
+        self._timeout_seconds = timeout_seconds
+        self.facts: dict[str, Any] = {}
+        """What must be the same on all ranks: name -> JSON value; compared before anything is built."""
+        self.plan: Plan | None = None
+
+    def setup_environment(self) -> None:
+        # Processes may start minutes apart; from here on they keep step.
+        super().setup_environment()
+        set_timeout(self._timeout_seconds)
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Lightning builds the network inside; afterwards its tables are pieces."""
+        module = self.lightning_module
+        assert isinstance(module, CTRModule)
+        ranks = Ranks()
+        data = {"the data's fingerprint": module.data_schema().data_fingerprint}
+        compare_ranks(self.facts | data, ranks)
+        with rows_elsewhere():
+            yield
+        if self.plan is None:
+            self.plan = self._agreed_plan(module, ranks)
+        _replace_tables(module.network, self.plan, ranks, self._wire, self.root_device)
+        sharded = {id(lookup.weight) for lookup in module.network.lookups()}
+        ignored = [name for name, parameter in module.named_parameters() if id(parameter) in sharded]
+        # Buffers that are not saved are constants, such as offsets; DDP would send them before every step.
+        ignored += {name for name, _ in module.named_buffers()} - module.state_dict().keys()
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        # Every rank writes its pieces.
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    @property
+    def largest_rows(self) -> int:
+        """Table rows on the rank that holds most."""
+        assert self.plan is not None
+        rows = [0] * self.plan.ranks
+        for piece in self.plan.pieces:
+            rows[piece.rank] += piece.rows
+        return max(rows)
+
+    def measure_exchanges(self, steps: int) -> dict[str, float]:
+        """What the exchanges came to since the last call, for all ranks to call together.
+
+        Returns:
+            Time on the rank that spends most, bytes sent by the rank that sends most, and how many
+            times the mean the busiest rank is asked for rows.
+        """
+        assert isinstance(self.lightning_module, CTRModule)
+        total = np.zeros(3)
+        for lookup in self.lightning_module.network.lookups():
+            if isinstance(lookup, ShardedTables):
+                total += (lookup.traffic.seconds, lookup.traffic.sent_bytes, lookup.traffic.rows)
+                lookup.traffic = Traffic()
+        seconds, sent, rows = zip(*(of_rank.tolist() for of_rank in Ranks().all_gather(total)), strict=True)
+        return {
+            names.EXCHANGE_MS: 1000 * max(seconds) / steps,
+            names.SENT_BYTES: max(sent) / steps,
+            names.WORK_IMBALANCE: imbalance(rows),
+        }
+
+    def _agreed_plan(self, module: CTRModule, ranks: Ranks) -> Plan:
+        """Rank 0's plan: arithmetic in floating point may round otherwise on another machine."""
+
+        def make() -> dict[str, Any]:
+            loads = table_loads(module.network, module)
+            if self._plan_file is not None:
+                plan = read_plan(Path(self._plan_file))
+                plan.check({load.name: load.rows for load in loads}, ranks.ranks)
+            else:
+                plan = make_plan(loads, ranks.ranks, batch_size_of(module.trainer), self._memory)
+            bytes_of = {load.name: load.bytes_per_row for load in loads}
+            held = [0] * ranks.ranks
+            for piece in plan.pieces:
+                held[piece.rank] += piece.rows * bytes_of[piece.table]
+            log.info(
+                "tables: %s pieces over %s ranks; the largest share is %.3f GiB with optimiser state, %.2f x the mean",
+                len(plan.pieces),
+                ranks.ranks,
+                max(held) / 2**30,
+                imbalance(held),
+            )
+            return plan.document()
+
+        return Plan.of_document(ranks.first_does(make))
+
+
+StrategyRegistry.register(NAME, EmbeddingShardedDDP, description="DDP with embedding tables in pieces over all ranks")
+
+
+def table_loads(network: CTRNetwork, module: CTRModule, skew: float = 1.0) -> list[TableLoad]:
+    """What a plan needs to know of a network's tables; the network may be on the meta device."""
+    loads = []
+    for lookup in network.lookups():
+        row = torch.empty(1, lookup.width, dtype=lookup.weight.dtype, device="meta")
+        kept = [row, *(module.table_rule.state(row).values() if lookup.weight.requires_grad else ())]
+        bytes_per_row = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        loads += [
+            TableLoad(name=table.name, rows=table.rows, width=lookup.width, bytes_per_row=bytes_per_row, skew=skew)
+            for table in lookup.tables
+        ]
+    return loads
+
+
+def batch_size_of(trainer: pl.Trainer) -> int:
+    """Samples of a global training batch."""
+    return getattr(trainer.datamodule, "batch_size", DEFAULT_BATCH_SIZE)  # type: ignore[attr-defined]
+
+
+def compare_ranks(facts: Mapping[str, Any], ranks: Ranks) -> None:
+    """
+    Raises:
+        UserError: on all ranks, where one of them has another value of some fact.
+    """
+    all_facts = ranks.all_gather_json(dict(facts))
+    for rank, theirs in enumerate(all_facts):
+        for name in sorted(all_facts[0].keys() | theirs.keys()):
+            ours, other = all_facts[0].get(name), theirs.get(name)
+            if ours != other:
+                raise UserError(
+                    f"rank {rank} has {name} = {_short(other)}, rank 0 has {_short(ours)}: "
+                    "start every rank with the same command and the same data"
+                )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _replace_tables(
+    network: nn.Module, plan: Plan, ranks: Ranks, wire: torch.dtype | None, device: torch.device
+) -> None:
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, EmbeddingTables):
+                setattr(module, name, ShardedTables.of(child, plan, ranks, wire, device))

@@ -1,0 +1,481 @@
+"""Which rank holds which rows: arithmetic on the tables' sizes and their traffic, nothing else.
+
+A plan cuts every table into pieces, ranges of rows, and gives each piece to a rank; a whole table
+is one piece. It balances two things at once: bytes (weights and optimiser state), and work, the
+rows that all ranks ask of one rank for a global batch: of each rank's slice the expected distinct
+rows. (Those of the whole batch would pass over what the exchange costs: the rows that every slice
+needs travel to every rank.) A table's row i is expected to be drawn in proportion to
+(i + 1)^-skew (Zipf's law), so that a piece at the head of a table can be small and busy, and one at
+its tail large and idle.
+"""
+
+import bisect
+import heapq
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lightning_dlrm.contracts.errors import UserError
+
+ID_BYTES = 4
+"""Of a row id on the wire."""
+
+_CHUNKS_PER_RANK = (1, 2, 4, 8)
+_GOOD_IMBALANCE = 1.1
+# A rank with this many times its fair load gets no more, as long as others have less.
+_FULL = 1.02
+# The smallest share of a fair load that is worth cutting a piece for.
+_LEAST_CUT = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableLoad:
+    """What a table asks of the ranks that hold it."""
+
+    name: str
+    rows: int
+    width: int
+    """D, elements of a row's vector."""
+    bytes_per_row: int
+    """Weights and optimiser state."""
+    indices_per_sample: float = 1.0
+    """Mean number of rows that a sample looks up."""
+    skew: float = 1.0
+    """Exponent of Zipf's law; 0 where all rows are drawn alike."""
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.width < 1 or self.bytes_per_row < 1:
+            raise UserError(f"table {self.name}: {self.rows} rows of width {self.width}; expected 1 or more of each")
+        if not (self.skew >= 0 and self.indices_per_sample >= 0):
+            raise UserError(
+                f"table {self.name}: skew {self.skew} and {self.indices_per_sample} indices a sample; "
+                "expected numbers of 0 or more"
+            )
+
+    @property
+    def bytes(self) -> int:
+        return self.rows * self.bytes_per_row
+
+
+class DistinctRows:
+    """Expected distinct rows among draws from a table, for any range of its rows.
+
+    Row i is missed by n draws with probability exp(-n p_i). The first rows are summed one by one,
+    the others in blocks that grow by a few percent, each row taken as the block's middle one.
+    """
+
+    def __init__(self, table: TableLoad, samples: float) -> None:
+        edges = list(range(min(64, table.rows) + 1))
+        while edges[-1] < table.rows:
+            edges.append(min(table.rows, edges[-1] + max(1, edges[-1] // 32)))
+        middles = [(a + b + 1) / 2 for a, b in itertools.pairwise(edges)]
+        shares = [middle**-table.skew for middle in middles]
+        sizes = [b - a for a, b in itertools.pairwise(edges)]
+        total = math.fsum(size * share for size, share in zip(sizes, shares, strict=True))
+        draws = samples * table.indices_per_sample
+        found = [-size * math.expm1(-draws * share / total) for size, share in zip(sizes, shares, strict=True)]
+        self._edges = edges
+        self._below = [0.0, *itertools.accumulate(found)]
+
+    def below(self, row: int) -> float:
+        """Among the rows 0 to ``row`` - 1."""
+        i = min(bisect.bisect_right(self._edges, row) - 1, len(self._edges) - 2)
+        a, b = self._edges[i], self._edges[i + 1]
+        return self._below[i] + (self._below[i + 1] - self._below[i]) * (row - a) / (b - a)
+
+    def between(self, start: int, stop: int) -> float:
+        return self.below(stop) - self.below(start)
+
+    def row_after(self, start: int, count: float) -> int:
+        """The last row with at most ``count`` distinct ones between ``start`` and it; at least one row on."""
+        goal = self.below(start) + count
+        i = bisect.bisect_right(self._below, goal) - 1
+        if i >= len(self._edges) - 1:
+            return self._edges[-1]
+        step = self._below[i + 1] - self._below[i]
+        inside = int((goal - self._below[i]) / step * (self._edges[i + 1] - self._edges[i])) if step > 0 else 0
+        return max(start + 1, self._edges[i] + inside)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The rows ``start`` to ``stop`` - 1 of a table, and the rank that holds them."""
+
+    table: str
+    start: int
+    stop: int
+    rank: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where every row of every table is.
+
+    Raises:
+        UserError: a rank out of range, or pieces that do not follow each other.
+    """
+
+    ranks: int
+    pieces: tuple[Piece, ...]
+    """Table by table, each by ascending rows."""
+
+    def __post_init__(self) -> None:
+        for name, pieces in self.tables.items():
+            expected = 0
+            for piece in pieces:
+                if not 0 <= piece.rank < self.ranks:
+                    raise UserError(f"plan: table {name} has a piece on rank {piece.rank}, but ranks are {self.ranks}")
+                if piece.start != expected or piece.stop <= piece.start:
+                    raise UserError(
+                        f"plan: table {name} has a piece of rows {piece.start} to {piece.stop} where one from row "
+                        f"{expected} on was expected; pieces follow each other without a gap"
+                    )
+                expected = piece.stop
+
+    @cached_property
+    def tables(self) -> Mapping[str, tuple[Piece, ...]]:
+        """The pieces of each table, by ascending rows."""
+        found: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            found.setdefault(piece.table, []).append(piece)
+        return {name: tuple(pieces) for name, pieces in found.items()}
+
+    def check(self, table_rows: Mapping[str, int], ranks: int) -> None:
+        """Compares a plan that was written down with the model and the ranks at hand.
+
+        Raises:
+            UserError: they differ.
+        """
+        if ranks != self.ranks:
+            raise UserError(f"the plan is for {self.ranks} ranks, this run has {ranks}: make a plan for {ranks}")
+        planned = {name: pieces[-1].stop for name, pieces in self.tables.items()}
+        for name in sorted(planned.keys() | table_rows.keys()):
+            if planned.get(name) != table_rows.get(name):
+                raise UserError(
+                    f"the plan has {planned.get(name, 'no')} rows for table {name}, the model has "
+                    f"{table_rows.get(name, 'no such table')}: make a plan with this model and dataset"
+                )
+
+    def document(self) -> dict[str, Any]:
+        """As YAML and JSON keep it: per table a list of [first row, row after the last, rank]."""
+        return {
+            "ranks": self.ranks,
+            "tables": {name: [[p.start, p.stop, p.rank] for p in pieces] for name, pieces in self.tables.items()},
+        }
+
+    @staticmethod
+    def of_document(document: Any) -> "Plan":
+        """Takes what ``document`` gave.
+
+        Raises:
+            UserError: it is no such thing.
+        """
+        try:
+            pieces = [
+                Piece(table=str(name), start=int(start), stop=int(stop), rank=int(rank))
+                for name, rows in document["tables"].items()
+                for start, stop, rank in rows
+            ]
+            ranks = int(document["ranks"])
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"the plan is not of the form 'ranks: 2, tables: {{C1: [[0, 100, 1]]}}' ({error!r}); "
+                "make one with 'python -m lightning_dlrm plan --output FILE'"
+            ) from error
+        return Plan(ranks=ranks, pieces=tuple(pieces))
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan that was written down.
+
+    Raises:
+        UserError: there is no such file, or it holds no plan.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the plan {path}: {error.strerror}; make one with 'python -m lightning_dlrm plan'"
+        ) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"the plan {path} is not YAML: {' '.join(str(error).split())}; make it again") from error
+    return Plan.of_document(document)
+
+
+def make_plan(
+    tables: Sequence[TableLoad], ranks: int, batch_size: int, memory: int | Sequence[int] | None = None
+) -> Plan:
+    """Spreads tables over ranks.
+
+    Each piece, the heaviest first, goes to the rank that is then the least loaded, in bytes or in
+    work, whichever is the greater share of what is fair; where it would overfill that rank, it is
+    cut to fill what room there is. It starts from whole tables, and cuts finer only where that
+    leaves ranks out of balance.
+
+    Args:
+        tables: in the order of the ids of a batch.
+        ranks: how many.
+        batch_size: samples of a global batch.
+        memory: bytes that the tables and their optimiser state may take, on every rank or on each;
+            None where that is no limit.
+
+    Raises:
+        UserError: the tables do not fit; it says by how many bytes, and what would help.
+    """
+    if ranks < 1 or batch_size < 1:
+        raise UserError(f"a plan needs 1 rank or more and a batch of 1 or more; got {ranks} and {batch_size}")
+    limits = _limits(memory, ranks)
+    _check_room(tables, limits)
+    traffic = [DistinctRows(table, batch_size / ranks) for table in tables]
+    best, best_imbalance = None, math.inf
+    for chunks in _CHUNKS_PER_RANK:
+        plan, imbalance = _spread(tables, traffic, limits, chunks)
+        # A finer cut has to earn its pieces.
+        if imbalance < 0.98 * best_imbalance:
+            best, best_imbalance = plan, imbalance
+        if best_imbalance <= _GOOD_IMBALANCE:
+            break
+    assert best is not None
+    return best
+
+
+def _limits(memory: int | Sequence[int] | None, ranks: int) -> list[float]:
+    if memory is None:
+        return [math.inf] * ranks
+    limits = [memory] * ranks if isinstance(memory, int) else list(memory)
+    if len(limits) != ranks:
+        raise UserError(f"memory is given for {len(limits)} ranks, but there are {ranks}: give one figure, or {ranks}")
+    if min(limits) < 0:
+        raise UserError(f"memory per rank is {min(limits)} bytes; expected 0 or more")
+    return [float(limit) for limit in limits]
+
+
+def _check_room(tables: Sequence[TableLoad], limits: Sequence[float]) -> None:
+    needed, room = sum(table.bytes for table in tables), sum(limits)
+    if needed <= room:
+        return
+    largest = max(limits)
+    more = f"{math.ceil((needed - room) / largest)} more ranks of {_human(largest)}" if largest else "ranks with memory"
+    raise UserError(
+        f"the tables and their optimiser state take {needed:,} bytes ({_human(needed)}), the {len(limits)} ranks have "
+        f"{int(room):,}: {needed - int(room):,} bytes ({_human(needed - room)}) too few; {more} would hold them, or "
+        f"{_human(needed / len(limits))} on each rank, or a rule with less state (RowWiseAdagrad), or a smaller width"
+    )
+
+
+def _fair_bytes(total: int, limits: Sequence[float]) -> list[float]:
+    """Equal shares, but no more than a rank can hold: what it cannot, the others share."""
+    shares, left, open_ranks = [0.0] * len(limits), float(total), len(limits)
+    for rank in sorted(range(len(limits)), key=lambda r: (limits[r], r)):
+        shares[rank] = min(limits[rank], left / open_ranks)
+        left -= shares[rank]
+        open_ranks -= 1
+    return shares
+
+
+def _spread(
+    tables: Sequence[TableLoad], traffic: Sequence[DistinctRows], limits: Sequence[float], chunks: int
+) -> tuple[Plan, float]:
+    """A plan of pieces of at most a share 1 / ``chunks`` of a rank's fair load, and its imbalance."""
+    ranks = len(limits)
+    fair_bytes = _fair_bytes(sum(table.bytes for table in tables), limits)
+    fair_work = sum(t.below(table.rows) for t, table in zip(traffic, tables, strict=True)) / ranks
+    largest_bytes, largest_work = max(fair_bytes) / chunks, max(fair_work / chunks, 1e-9)
+
+    def weighed(i: int, start: int, stop: int) -> tuple[float, int, int, int]:
+        size, work = (stop - start) * tables[i].bytes_per_row, traffic[i].between(start, stop)
+        return -max(size / largest_bytes, work / largest_work), i, start, stop
+
+    waiting = [
+        weighed(i, start, stop)
+        for i, (table, t) in enumerate(zip(tables, traffic, strict=True))
+        for start, stop in _cut(table, t, largest_bytes, largest_work)
+    ]
+    heapq.heapify(waiting)
+    limit_R = np.array(limits)
+    fair_bytes_R, fair_work_rank = np.maximum(fair_bytes, 1e-9), max(fair_work, 1e-9)
+    bytes_R, work_R = np.zeros(ranks), np.zeros(ranks)
+    placed: list[tuple[int, int, int, int]] = []
+    while waiting:
+        _, i, start, stop = heapq.heappop(waiting)
+        table, rows = tables[i], stop - start
+        size, work = rows * table.bytes_per_row, traffic[i].between(start, stop)
+        share_R = np.maximum((bytes_R + size) / fair_bytes_R, (work_R + work) / fair_work_rank)
+        share_R[bytes_R + size > limit_R] = np.inf
+        chosen = int(share_R.argmin())
+        if share_R[chosen] > _FULL:
+            emptiest = int(np.maximum(bytes_R / fair_bytes_R, work_R / fair_work_rank).argmin())
+            room = int(
+                (min(_FULL * fair_bytes_R[emptiest], limit_R[emptiest]) - bytes_R[emptiest]) // table.bytes_per_row
+            )
+            busy = traffic[i].row_after(start, _FULL * fair_work_rank - work_R[emptiest]) - start
+            fitting = min(room, busy)
+            if 1 <= fitting < rows:
+                part = (
+                    fitting * table.bytes_per_row / max(fair_bytes),
+                    traffic[i].between(start, start + fitting) / fair_work_rank,
+                )
+                if max(part) >= _LEAST_CUT:
+                    chosen, rows = emptiest, fitting
+        if share_R[chosen] == np.inf and rows == stop - start:
+            chosen = int((limit_R - bytes_R).argmax())
+            rows = int((limit_R[chosen] - bytes_R[chosen]) // table.bytes_per_row)
+            if rows < 1:
+                raise UserError(
+                    f"the ranks' memory is full, with {size:,} bytes of table {table.name} left over that fit into no "
+                    f"rank: give each rank {_human(sum(t.bytes for t in tables) / ranks * 1.01)}, or more ranks"
+                )
+        if start + rows < stop:
+            heapq.heappush(waiting, weighed(i, start + rows, stop))
+        bytes_R[chosen] += rows * table.bytes_per_row
+        work_R[chosen] += traffic[i].between(start, start + rows)
+        placed.append((i, start, start + rows, chosen))
+    imbalance = float(np.maximum(bytes_R / fair_bytes_R, work_R / fair_work_rank).max())
+    return Plan(ranks=ranks, pieces=tuple(_joined(placed, tables))), imbalance
+
+
+def _cut(table: TableLoad, traffic: DistinctRows, most_bytes: float, most_work: float) -> Iterable[tuple[int, int]]:
+    """Row ranges of about equal weight, none above either limit; one where the table is small enough."""
+    start = 0
+    while start < table.rows:
+        left_bytes = (table.rows - start) * table.bytes_per_row
+        left_work = traffic.between(start, table.rows)
+        # Equal parts of what is left, so that no sliver remains.
+        parts_bytes, parts_work = math.ceil(left_bytes / most_bytes), math.ceil(left_work / most_work - 1e-9)
+        rows = math.ceil((table.rows - start) / max(parts_bytes, 1))
+        stop = min(start + rows, traffic.row_after(start, left_work / max(parts_work, 1)), table.rows)
+        if max(parts_bytes, parts_work) <= 1:
+            stop = table.rows
+        yield start, stop
+        start = stop
+
+
+def _joined(placed: Iterable[tuple[int, int, int, int]], tables: Sequence[TableLoad]) -> list[Piece]:
+    """Pieces in order; neighbours on one rank are one piece."""
+    pieces: list[Piece] = []
+    for i, start, stop, rank in sorted(placed):
+        name = tables[i].name
+        if pieces and (pieces[-1].table, pieces[-1].stop, pieces[-1].rank) == (name, start, rank):
+            start = pieces.pop().start
+        pieces.append(Piece(table=name, start=start, stop=stop, rank=rank))
+    return pieces
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankCost:
+    """What a plan asks of one rank; bytes sent are those of one training step."""
+
+    rank: int
+    pieces: int = 0
+    rows: int = 0
+    bytes: int = 0
+    """Weights and optimiser state."""
+    work: float = 0.0
+    """Rows that all ranks ask of this one for a global batch, distinct ones of each rank's slice."""
+    sent_ids: float = 0.0
+    """Bytes: ids of rows of others that this rank's samples need."""
+    sent_vectors: float = 0.0
+    """Bytes: rows held here that samples of others need."""
+    sent_gradients: float = 0.0
+    """Bytes: gradients of the rows of others."""
+    bytes_of_table: Mapping[str, int] = field(default_factory=dict)
+
+
+def rank_costs(plan: Plan, tables: Sequence[TableLoad], batch_size: int, value_bytes: int = 4) -> list[RankCost]:
+    """What a plan asks of each rank, every rank having an equal slice of the batch.
+
+    Args:
+        plan: of these tables.
+        tables: as for ``make_plan``.
+        batch_size: samples of a global batch.
+        value_bytes: of one element on the wire.
+    """
+    ranks = plan.ranks
+    totals: list[dict[str, Any]] = [
+        {"pieces": 0, "rows": 0, "bytes": 0, "work": 0.0, "vectors": 0.0, "ids": 0.0, "gradients": 0.0, "of": {}}
+        for _ in range(ranks)
+    ]
+    asked_ids = asked_values = 0.0
+    for table in tables:
+        slice_ = DistinctRows(table, batch_size / ranks)
+        for piece in plan.tables[table.name]:
+            # Distinct rows that each rank's slice needs from this piece.
+            asked = slice_.between(piece.start, piece.stop)
+            total = totals[piece.rank]
+            total["pieces"] += 1
+            total["rows"] += piece.rows
+            total["bytes"] += piece.rows * table.bytes_per_row
+            total["work"] += asked * ranks
+            total["of"][table.name] = total["of"].get(table.name, 0) + piece.rows * table.bytes_per_row
+            total["ids"] += asked * ID_BYTES
+            total["vectors"] += asked * table.width * value_bytes
+            asked_ids += asked * ID_BYTES
+            asked_values += asked * table.width * value_bytes
+    return [
+        RankCost(
+            rank=rank,
+            pieces=total["pieces"],
+            rows=total["rows"],
+            bytes=total["bytes"],
+            work=total["work"],
+            sent_ids=asked_ids - total["ids"],
+            sent_vectors=total["vectors"] * (ranks - 1),
+            sent_gradients=asked_values - total["vectors"],
+            bytes_of_table=total["of"],
+        )
+        for rank, total in enumerate(totals)
+    ]
+
+
+def imbalance(values: Sequence[float]) -> float:
+    """The largest value divided by the mean; 1 where all are alike or zero."""
+    mean = sum(values) / len(values)
+    return max(values) / mean if mean else 1.0
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from ``80GiB``, ``512 MB`` or a plain number.
+
+    Raises:
+        UserError: it is none of them.
+
+    >>> parse_bytes("1.5GiB"), parse_bytes("2 GB"), parse_bytes("100")
+    (1610612736, 2000000000, 100)
+    """
+    units = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", start=1):
+        units |= {f"{letter}b": 1000**power, f"{letter}ib": 1024**power}
+    compact = text.strip().lower().replace(" ", "")
+    number = compact.rstrip("bikmgt")
+    try:
+        value = float(number) * units[compact[len(number) :]]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{text!r} is no amount of memory; expected such as 80GiB, 512MB or 1000000") from error
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"{text!r} is no amount of memory; expected 0 or more")
+    return int(value)
+
+
+def parse_memory(text: str) -> int | list[int]:
+    """Memory per rank: one amount for all, or one for each, separated by commas."""
+    amounts = [parse_bytes(part) for part in text.split(",")]
+    return amounts[0] if len(amounts) == 1 else amounts
+
+
+def _human(amount: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    return f"{amount:.4g} TiB"

@@ -1,0 +1,232 @@
+"""Fits of small networks over ranks, for test_sharded: run in each rank's process, and alone in the test's own."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from torch import Tensor
+
+from lightning_dlrm.contracts.batch import Batch, SparseIds
+from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints
+from lightning_dlrm.engine.recorder import Recorder
+from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
+from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.models.embeddings import QuotientRemainder, TableSettings
+from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
+from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.sharding.plan import Piece, Plan
+from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
+from tests.toy import TABLES, toy_dcn, toy_dlrm, toy_module, toy_schema
+
+STEPS = 50
+GLOBAL_BATCH = 24
+RULES: dict[str, Any] = {
+    "sgd": lambda: SGD(0.5),
+    "plain_sgd": lambda: SGD(1.0),
+    "adagrad": lambda: Adagrad(0.1),
+    "row_wise": lambda: RowWiseAdagrad(0.1),
+    "adam": lambda: Adam(0.02),
+}
+
+
+def many_lookups(features: Features, seed: int) -> DLRM:
+    """Tables of several widths, some split in two, and a learned factor for every row."""
+    tables = TableSettings(
+        dims={"C2": 2},
+        project=True,
+        quotient_remainder=QuotientRemainder(collisions=10, threshold=500),
+        pooling="mean",
+        pooling_weights="learned",
+    )
+    return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
+
+
+NETWORKS: dict[str, Any] = {"dlrm": toy_dlrm, "dcn": toy_dcn, "many": many_lookups}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """One fit; ``name`` is its folder."""
+
+    name: str
+    rule: str
+    plan: str
+    hot: str = "one"
+    precision: Any = "64-true"
+    steps: int = STEPS
+    network: str = "dlrm"
+    resume_from: str | None = None
+    wire: Any = "full"
+    trainer: tuple[tuple[str, Any], ...] = ()
+
+
+PARITY = (
+    Fit(name="sgd_whole", rule="sgd", plan="whole"),
+    Fit(name="sgd_ranges_multi", rule="sgd", plan="ranges", hot="multi"),
+    Fit(name="adagrad_ranges", rule="adagrad", plan="ranges"),
+    Fit(name="adagrad_mixed_weighted", rule="adagrad", plan="mixed", hot="weighted", network="dcn"),
+    Fit(name="row_wise_mixed", rule="row_wise", plan="mixed", network="dcn"),
+    Fit(name="row_wise_whole_multi", rule="row_wise", plan="whole", hot="multi"),
+    Fit(name="adam_mixed", rule="adam", plan="mixed"),
+    Fit(name="many_lookups_weighted", rule="adam", plan="auto", hot="weighted", network="many"),
+    Fit(
+        name="clipped_accumulated",
+        rule="row_wise",
+        plan="auto",
+        trainer=(("accumulate_grad_batches", 3), ("gradient_clip_val", 0.05)),
+    ),
+)
+FIRST_STEP = Fit(name="float32", rule="plain_sgd", plan="mixed", precision="32-true", steps=1)
+BF16 = Fit(name="bf16", rule="row_wise", plan="ranges", precision="bf16-mixed", steps=10, wire="bf16")
+HALF = Fit(name="half", rule="row_wise", plan="mixed", hot="multi", steps=STEPS // 2)
+RESUMED = Fit(name="resumed", rule="row_wise", plan="ranges", hot="multi", resume_from="half/checkpoints/last")
+
+
+def plan_of(kind: str, ranks: int) -> Plan | None:
+    """Whole tables; ranges on all ranks; or both, with the first rank left empty where there are three."""
+    if kind == "auto":
+        return None
+    pieces = []
+    for i, (name, rows) in enumerate(TABLES.items()):
+        if kind == "whole" or (kind == "mixed" and i % 2 == 0):
+            pieces.append(Piece(table=name, start=0, stop=rows, rank=ranks - 1 - i % min(ranks, 2)))
+            continue
+        owners = list(range(ranks)) if kind == "ranges" else list(range(ranks - 1, 0 if ranks > 2 else -1, -1))
+        # More ranges than rows leave some ranks without one.
+        cuts = [rows * n // len(owners) for n in range(len(owners) + 1)]
+        pieces += [
+            Piece(table=name, start=a, stop=b, rank=owner)
+            for owner, a, b in zip(owners, cuts, cuts[1:], strict=False)
+            if a < b
+        ]
+    return Plan(ranks=ranks, pieces=tuple(pieces))
+
+
+def global_batch(index: int, hot: str) -> Batch:
+    """Rows of which many look up the same few rows."""
+    generator = torch.Generator().manual_seed(index)
+    sizes = torch.tensor(list(TABLES.values()))
+    dense = torch.rand(GLOBAL_BATCH, 2, generator=generator)
+    label = (torch.rand(GLOBAL_BATCH, generator=generator) < dense[:, 0]).to(torch.int8)
+    if hot == "one":
+        values = (torch.rand(GLOBAL_BATCH, len(sizes), generator=generator) ** 3 * sizes).int()
+        ids = SparseIds(values=values, tables=len(sizes))
+    else:
+        lengths = torch.randint(0, 5, (GLOBAL_BATCH * len(sizes),), generator=generator)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        bags = torch.repeat_interleave(lengths)
+        values = (torch.rand(len(bags), generator=generator) ** 3 * sizes[bags % len(sizes)]).int()
+        weights = torch.rand(len(bags), generator=generator) if hot == "weighted" else None
+        ids = SparseIds(values=values, tables=len(sizes), offsets=offsets, weights=weights)
+    return Batch(label=label, dense=dense, ids=ids, global_size=GLOBAL_BATCH)
+
+
+def slice_of(batch: Batch, index: int, rank: int, ranks: int) -> Batch:
+    """Uneven slices, some of them empty."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    cuts = [0, *sorted(torch.randint(0, GLOBAL_BATCH + 1, (ranks - 1,), generator=generator).tolist()), GLOBAL_BATCH]
+    if index % 7 == 3:
+        cuts = [0] * ranks + [GLOBAL_BATCH]
+    start, stop = cuts[rank], cuts[rank + 1]
+    ids = batch.ids
+    if ids.offsets is None:
+        sliced = SparseIds(values=ids.values[start:stop], tables=ids.tables)
+    else:
+        offsets = ids.offsets[start * ids.tables : stop * ids.tables + 1]
+        taken = slice(int(offsets[0]), int(offsets[-1]))
+        sliced = SparseIds(
+            values=ids.values[taken],
+            tables=ids.tables,
+            offsets=offsets - offsets[0],
+            weights=None if ids.weights is None else ids.weights[taken],
+        )
+    assert batch.label is not None
+    return Batch(label=batch.label[start:stop], dense=batch.dense[start:stop], ids=sliced, global_size=GLOBAL_BATCH)
+
+
+class SlicedLoader:
+    """This rank's slices of the global batches; remembers where it is."""
+
+    def __init__(self, hot: str, batches: int, rank: int, ranks: int) -> None:
+        self.hot, self.batches, self.rank, self.ranks = hot, batches, rank, ranks
+        self.position = 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.position < self.batches:
+            self.position += 1
+            yield slice_of(global_batch(self.position, self.hot), self.position, self.rank, self.ranks)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+class SlicedData(pl.LightningDataModule):
+    batch_size = GLOBAL_BATCH
+
+    def __init__(self, hot: str, batches: int) -> None:
+        super().__init__()
+        self.hot, self.batches = hot, batches
+        self.schema = toy_schema()
+
+    def train_dataloader(self) -> SlicedLoader:
+        return SlicedLoader(self.hot, self.batches, self.trainer.global_rank, self.trainer.world_size)
+
+
+def run(fit: Fit, parent: Path, ranks: int) -> None:
+    """Trains in ``parent / fit.name``, alone or as one of several ranks."""
+    folder = RunFolder(parent / fit.name)
+    options: dict[str, Any] = dict(fit.trainer)
+    micro = options.get("accumulate_grad_batches", 1)
+    if ranks > 1:
+        plan = plan_of(fit.plan, ranks)
+        if plan is not None:
+            folder.path.mkdir(exist_ok=True)
+            folder.write_text(f"plan-{Ranks().rank}.yaml", yaml.safe_dump(plan.document()))
+        path = None if plan is None else str(folder.path / f"plan-{Ranks().rank}.yaml")
+        options |= {"strategy": EmbeddingShardedDDP(plan=path, wire=fit.wire), "devices": ranks}
+    folder.path.mkdir(exist_ok=True)
+    checkpoints = RunCheckpoints(folder, 0)
+    rule: UpdateRule = RULES[fit.rule]()
+    module = toy_module(NETWORKS[fit.network], rule, RULES[fit.rule]())
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=fit.steps,
+        precision=fit.precision,
+        log_every_n_steps=1,
+        limit_val_batches=0,
+        callbacks=[Recorder(folder, checkpoints), checkpoints],
+        logger=[JsonLinesLogger(folder)],
+        plugins=[FolderCheckpointIO()],
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    resume = None if fit.resume_from is None else parent / fit.resume_from
+    trainer.fit(module, SlicedData(fit.hot, STEPS * micro), ckpt_path=resume, weights_only=False)
+
+
+def metrics(folder: Path, name: str) -> Tensor:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([line[name] for line in lines if name in line], dtype=torch.float64)
+
+
+if __name__ == "__main__":
+    # Before Lightning would, so that plans can be written for the ranks.
+    torch.distributed.init_process_group("gloo")  # noqa: TID251
+    chosen = {fit.name: fit for fit in (*PARITY, FIRST_STEP, BF16, HALF, RESUMED)}
+    for name in sys.argv[2:]:
+        run(chosen[name], Path(sys.argv[1]), Ranks().ranks)

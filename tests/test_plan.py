@@ -1,0 +1,217 @@
+"""Contract: a plan gives every row to one rank, within its memory and balanced in bytes and work; it is the same
+every time, and one that does not fit says by how much."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.sharding.plan import (
+    DistinctRows,
+    Piece,
+    Plan,
+    TableLoad,
+    imbalance,
+    make_plan,
+    parse_memory,
+    rank_costs,
+)
+
+# Criteo Terabyte with at most 40M rows a table (MLPerf v2).
+TERABYTE = (
+    *(40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10, 2209, 11938, 155, 4),
+    *(976, 14, 40000000, 40000000, 40000000, 590152, 12973, 108, 36),
+)
+GIB = 2**30
+
+
+def loads(rows: tuple[int, ...] = TERABYTE, width: int = 128, skew: float = 1.0) -> list[TableLoad]:
+    """Tables under row-wise Adagrad: one accumulator a row."""
+    return [
+        TableLoad(name=f"C{i}", rows=n, width=width, bytes_per_row=4 * width + 4, skew=skew)
+        for i, n in enumerate(rows, start=1)
+    ]
+
+
+def held(plan: Plan, tables: list[TableLoad]) -> list[int]:
+    """Bytes of each rank, counted afresh; checks that every row is in one piece."""
+    totals, of_name = [0] * plan.ranks, {table.name: table for table in tables}
+    rows = dict.fromkeys(of_name, 0)
+    for piece in sorted(plan.pieces, key=lambda p: (p.table, p.start)):
+        assert piece.start == rows[piece.table] < piece.stop
+        rows[piece.table] = piece.stop
+        totals[piece.rank] += (piece.stop - piece.start) * of_name[piece.table].bytes_per_row
+    assert rows == {table.name: table.rows for table in tables}
+    return totals
+
+
+@pytest.mark.parametrize(
+    ("ranks", "skew"), [(8, 0.0), (8, 1.0), (8, 1.2), (64, 0.0), (64, 1.0), (64, 1.2), (1024, 1.0)]
+)
+def test_terabyte_is_balanced(ranks: int, skew: float) -> None:
+    tables = loads(skew=skew)
+    memory = math.ceil(1.15 * sum(table.bytes for table in tables) / ranks)
+    plan = make_plan(tables, ranks, 65_536, memory)
+    totals = held(plan, tables)
+    assert max(totals) <= memory
+    costs = rank_costs(plan, tables, 65_536)
+    assert [cost.bytes for cost in costs] == totals
+    assert imbalance(totals) < 1.15 and imbalance([cost.work for cost in costs]) < 1.15
+    assert imbalance([cost.sent_vectors for cost in costs]) < 1.3
+    if ranks == 8:
+        assert len(plan.pieces) <= 60
+        assert all(len(plan.tables[name]) == 1 for name in ("C6", "C13", "C17", "C19")), "tiny tables are not cut"
+
+
+def test_every_time_the_same() -> None:
+    script = (
+        "import hashlib; from tests.test_plan import loads; from lightning_dlrm.sharding.plan import make_plan;"
+        "print(hashlib.sha256(repr(make_plan(loads(), 64, 65536)).encode()).hexdigest())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
+
+
+def test_planning_needs_no_torch() -> None:
+    script = "import sys, lightning_dlrm.sharding.plan; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.integers(1, 5000), min_size=1, max_size=8),
+    ranks=st.integers(1, 12),
+    slack=st.floats(1.0, 2.0),
+    skew=st.floats(0.0, 2.0),
+    seed=st.integers(0, 100),
+)
+def test_any_tables_fit_where_there_is_room(rows: list[int], ranks: int, slack: float, skew: float, seed: int) -> None:
+    tables = loads(tuple(rows), 4, skew)
+    draw = random.Random(seed)
+    # Ranks of any sizes, some without any memory; a row more each for what a row cannot fill.
+    weights = [draw.choice([0, 1, 1, 3]) for _ in range(ranks)]
+    weights[draw.randrange(ranks)] = 1
+    total = sum(table.bytes for table in tables)
+    memory = [math.ceil(total * slack * weight / sum(weights)) + 20 * (weight > 0) for weight in weights]
+    plan = make_plan(tables, ranks, 64, memory)
+    assert all(size <= limit for size, limit in zip(held(plan, tables), memory, strict=True))
+
+
+def test_more_ranks_than_rows_and_one_table_larger_than_any_rank() -> None:
+    tables = loads((3,), 4)
+    assert sorted(held(make_plan(tables, 5, 8), tables)) == [0, 0, 20, 20, 20]
+    tables = loads((1000,), 4)
+    plan = make_plan(tables, 4, 8, memory=6 * 1000)
+    assert max(held(plan, tables)) <= 6000 and {piece.rank for piece in plan.pieces} == {0, 1, 2, 3}
+
+
+def test_a_head_that_all_samples_look_up_is_spread() -> None:
+    tables = loads((1_000_000,), 16, skew=1.2)
+    plan = make_plan(tables, 4, 4096)
+    costs = rank_costs(plan, tables, 4096)
+    equal = Plan(
+        ranks=4, pieces=tuple(Piece(table="C1", start=250_000 * r, stop=250_000 * (r + 1), rank=r) for r in range(4))
+    )
+    assert imbalance([c.work for c in costs]) < 1.15 < 2 < imbalance([c.work for c in rank_costs(equal, tables, 4096)])
+
+
+@pytest.mark.parametrize("skew", [0.0, 0.7, 1.0, 1.5])
+@pytest.mark.parametrize("rows", [1, 50, 3000])
+def test_expected_distinct_rows_are_those_of_the_sum(rows: int, skew: float) -> None:
+    draws = 700
+    shares = [(i + 1) ** -skew for i in range(rows)]
+    chance = [1 - math.exp(-draws * share / sum(shares)) for share in shares]
+    table = TableLoad(name="C1", rows=rows, width=4, bytes_per_row=16, skew=skew, indices_per_sample=3.5)
+    found = DistinctRows(table, draws / 3.5)
+    for start, stop in ((0, rows), (0, rows // 3), (rows // 3, rows // 2)):
+        expected = sum(chance[start:stop])
+        assert found.between(start, stop) == pytest.approx(expected, rel=0.02, abs=0.05)
+
+
+def test_bytes_sent_are_those_of_a_hand_count() -> None:
+    # Every sample looks up every row of two tables: all rows are distinct rows of each slice.
+    tables = [
+        TableLoad(name="A", rows=10, width=4, bytes_per_row=16, skew=0.0, indices_per_sample=1e6),
+        TableLoad(name="B", rows=6, width=4, bytes_per_row=16, skew=0.0, indices_per_sample=1e6),
+    ]
+    pieces = (Piece(table="A", start=0, stop=10, rank=1), Piece(table="B", start=0, stop=6, rank=0))
+    costs = rank_costs(Plan(ranks=3, pieces=pieces), tables, 3)
+    assert [c.sent_ids for c in costs] == pytest.approx([10 * 4, 6 * 4, 16 * 4])
+    assert [c.sent_vectors for c in costs] == pytest.approx([6 * 16 * 2, 10 * 16 * 2, 0])
+    assert [c.sent_gradients for c in costs] == pytest.approx([10 * 16, 6 * 16, 16 * 16])
+    assert [c.work for c in costs] == pytest.approx([18, 30, 0])
+
+
+def test_what_does_not_fit_says_by_how_much() -> None:
+    with pytest.raises(UserError, match=r"take 20,000 bytes .* 2 ranks have 12,000: 8,000 bytes .* too few; 2 more"):
+        make_plan(loads((1000,), 4), 2, 8, memory=6000)
+    with pytest.raises(UserError, match="memory is given for 2 ranks, but there are 3"):
+        make_plan(loads((1000,), 4), 3, 8, memory=[6000, 7000])
+
+
+def test_a_plan_is_written_and_read_back() -> None:
+    plan = make_plan(loads(), 8, 65_536)
+    assert Plan.of_document(yaml.safe_load(yaml.safe_dump(plan.document(), sort_keys=False))) == plan
+    plan.check({load.name: load.rows for load in loads()}, 8)
+    with pytest.raises(UserError, match="for 8 ranks, this run has 4"):
+        plan.check({}, 4)
+    with pytest.raises(UserError, match="the plan has 40000000 rows for table C1, the model has 7"):
+        plan.check({load.name: load.rows for load in loads()} | {"C1": 7}, 8)
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ({"ranks": 2, "tables": {"C1": [[0, 5, 0], [6, 9, 1]]}}, "one from row 5 on was expected"),
+        ({"ranks": 2, "tables": {"C1": [[0, 5, 2]]}}, "on rank 2, but ranks are 2"),
+        ({"ranks": 2, "tables": {"C1": [0, 5, 1]}}, "not of the form"),
+        ([], "not of the form"),
+    ],
+)
+def test_a_plan_with_mistakes_is_refused(document: object, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Plan.of_document(document)
+
+
+def test_amounts_of_memory() -> None:
+    assert parse_memory("80GiB") == 80 * GIB
+    assert parse_memory("24GiB, 1000") == [24 * GIB, 1000]
+    for bad in ("80Gigs", "", "-1GB", "nan"):
+        with pytest.raises(UserError, match="no amount of memory"):
+            parse_memory(bad)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, figure = tmp_path / "plan.yaml", tmp_path / "plan.png"
+    command = ["plan", "--config", "dlrm.yaml"]
+    assert main([*command, "--ranks", "8", "--json", "--output", str(plan), "--plot", str(figure)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(rank["rows"] for rank in found["per_rank"]) == 33_762_577
+    # Plain SGD keeps no state: 4 bytes an element.
+    assert sum(rank["bytes"] for rank in found["per_rank"]) == 4 * 540_201_232
+    assert found["tables"] == yaml.safe_load(plan.read_text())["tables"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert main([*command, "--plan", str(plan)]) == 0
+    assert "on 8 ranks" in capsys.readouterr().out
+    assert main([*command, "--ranks", "2", "--memory-per-rank", "1GiB"]) == 2
+    assert "bytes (12.7 MiB) too few" in capsys.readouterr().err
+    assert main([*command, "--plan", str(tmp_path / "none.yaml")]) == 2
+    assert "cannot read the plan" in capsys.readouterr().err

@@ -1,0 +1,230 @@
+"""Contract: with tables in pieces over ranks, a fit is that of one process on the same global batches: losses,
+gradients, tables and optimiser state, whatever the plan, the slices and the number of ranks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.contracts.lookup import TablePiece
+from lightning_dlrm.sharding.checkpoint import CheckpointReader
+from tests.ranks import ROOT, run_ranks, start_ranks
+from tests.sharded_fits import BF16, FIRST_STEP, HALF, PARITY, RESUMED, STEPS, Fit, metrics, run
+from tests.toy import TABLES, toy_dlrm, toy_schema
+
+SLOTS = {"sgd": (), "adagrad": ("sum",), "row_wise": ("sum",), "adam": ("mean", "square")}
+
+# All on two ranks; on three and four every second one, since each start of a process and each exchange costs time.
+CASES = [(fit, ranks) for ranks, fits in ((2, PARITY), (3, PARITY[::2]), (4, PARITY[1::2])) for fit in fits]
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every fit alone, and on 2, 3 and 4 ranks; those on 1, 2 and 3 resume from the checkpoint of 4."""
+    top = tmp_path_factory.mktemp("sharded")
+
+    def names(ranks: int) -> list[str]:
+        return [FIRST_STEP.name, *(fit.name for fit, of_ranks in CASES if of_ranks == ranks)]
+
+    for ranks in (1, 2, 3, 4):
+        (top / str(ranks)).mkdir()
+    run_ranks(["-m", "tests.sharded_fits", str(top / "4"), *names(4), HALF.name, BF16.name], 4, 300)
+    for ranks in (1, 2, 3):
+        shutil.copytree(top / "4" / HALF.name, top / str(ranks) / HALF.name)
+    for ranks in (2, 3):
+        run_ranks(["-m", "tests.sharded_fits", str(top / str(ranks)), *names(ranks), RESUMED.name], ranks, 300)
+    for fit in (*PARITY, FIRST_STEP, RESUMED, BF16):
+        run(fit, top / "1", 1)
+    return top
+
+
+def tables(run_folder: Path, slot: str = "weight") -> dict[str, Tensor]:
+    """Whole tables of a run's checkpoint, by name."""
+    reader, found = CheckpointReader(run_folder / "checkpoints/last"), {}
+    for name, entry in reader.manifest.tables.items():
+        found[name] = torch.empty(entry.shapes[slot], dtype=torch.float64)
+        piece = TablePiece(name=name, table_rows=entry.shapes[slot][0], start=0, stop=entry.shapes[slot][0], offset=0)
+        reader.read_rows(piece, slot, found[name])
+    return found
+
+
+@pytest.mark.parametrize(("fit", "ranks"), CASES, ids=lambda value: getattr(value, "name", str(value)))
+def test_a_fit_in_float64_is_that_of_one_process(folder: Path, fit: Fit, ranks: int) -> None:
+    alone, found = folder / "1" / fit.name, folder / str(ranks) / fit.name
+    assert len(metrics(alone, "train/loss")) == STEPS
+    torch.testing.assert_close(metrics(found, "train/loss"), metrics(alone, "train/loss"), rtol=1e-10, atol=0)
+    torch.testing.assert_close(metrics(found, "train/auc"), metrics(alone, "train/auc"), rtol=0, atol=0)
+    for slot in ("weight", *SLOTS[fit.rule]):
+        torch.testing.assert_close(tables(found, slot), tables(alone, slot), rtol=0, atol=1e-6)
+    dense = [CheckpointReader(path / "checkpoints/last").rest()["state_dict"] for path in (found, alone)]
+    torch.testing.assert_close(*dense, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_first_step_in_float32(folder: Path, ranks: int) -> None:
+    alone, found = folder / "1" / FIRST_STEP.name, folder / str(ranks) / FIRST_STEP.name
+    torch.testing.assert_close(metrics(found, "train/loss"), metrics(alone, "train/loss"), rtol=1e-5, atol=0)
+    # The rule is SGD with a rate of 1: weights differ by as much as gradients do.
+    start = {name: tensor.double() for name, tensor in _initial_tables().items()}
+    ours, theirs = tables(found), tables(alone)
+    gradient = torch.cat([(theirs[name] - start[name]).flatten() for name in TABLES])
+    difference = torch.cat([(theirs[name] - ours[name]).flatten() for name in TABLES])
+    assert gradient.norm() > 0 and difference.norm() <= 1e-5 * gradient.norm()
+
+
+def _initial_tables() -> dict[str, Tensor]:
+    (lookup,) = toy_dlrm(toy_schema().features, 3).lookups()
+    return {piece.name: piece.of(lookup.weight.detach()) for piece in lookup.pieces}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_saved_on_four_ranks_opened_on_fewer(folder: Path, ranks: int) -> None:
+    whole = next(fit for fit in PARITY if (fit.rule, fit.hot) == (RESUMED.rule, RESUMED.hot))
+    expected = metrics(folder / "1" / whole.name, "train/loss")[STEPS // 2 :]
+    found = metrics(folder / str(ranks) / RESUMED.name, "train/loss")
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
+def test_bf16_in_the_matrix_products_and_on_the_wire(folder: Path) -> None:
+    ours, alone = (metrics(folder / ranks / BF16.name, "train/loss") for ranks in "41")
+    # Rounding of 2^-9 in vectors and gradients; exact sums would be equal, no exchange would be far off.
+    assert not torch.equal(ours, alone)
+    torch.testing.assert_close(ours, alone, rtol=0.03, atol=0)
+    assert tables(folder / "4" / BF16.name)["C2"].isfinite().all()
+
+
+FIT = [
+    *["fit", "--config", "dlrm.yaml", "--config", "small.yaml", "--wandb.mode=disabled", "--data.batch_size=256"],
+    *["--data.demo.train_rows=8192", "--data.demo.validation_rows=2048", "--data.demo.test_rows=1024"],
+    *["--data.demo.max_table_rows=1000", "--trainer.precision=64-true", "--trainer.log_every_n_steps=1"],
+    *["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"],
+]
+
+
+def sharded(ranks: int) -> list[str]:
+    return ["--trainer.strategy=embedding_sharded_ddp", f"--trainer.devices={ranks}"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fit of one process, beside the cache with its data."""
+    top = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_DLRM_CACHE", str(top / "cache"))
+        assert main([*FIT, "--run_dir", str(top / "run")]) == 0
+    return top / "run"
+
+
+@pytest.fixture
+def same_data(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(alone.parent / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def assert_same_metrics(run_folder: Path, alone: Path) -> None:
+    for name in ("train/loss", "train/auc", "validation/log_loss"):
+        torch.testing.assert_close(metrics(run_folder, name), metrics(alone, name), rtol=1e-10, atol=0)
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[list[str]]]:
+    """What to put before a command to run it on either of two network namespaces, joined by a veth pair."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and the command ip")
+    names = [f"lightning-dlrm-{os.getpid()}-{host}" for host in (1, 2)]
+    made = subprocess.run(["ip", "netns", "add", names[0]], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
+    try:
+        commands = [f"netns add {names[1]}", f"-n {names[0]} link add veth0 type veth peer veth0 netns {names[1]}"]
+        for host, name in enumerate(names, start=1):
+            commands += [f"-n {name} addr add 10.77.0.{host}/24 dev veth0", f"-n {name} link set veth0 up"]
+            commands += [f"-n {name} link set lo up"]
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=True)
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+@pytest.mark.usefixtures("same_data")
+def test_two_hosts_find_the_same(tmp_path: Path, alone: Path, two_hosts: list[list[str]]) -> None:
+    """torchrun on either host, with its own rendezvous."""
+    fit = [*FIT, "--run_dir", str(tmp_path / "run"), *sharded(1), "--trainer.num_nodes=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    hosts = [
+        subprocess.Popen(
+            [
+                *enter,
+                *torchrun,
+                *["--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29511", f"--local-addr=10.77.0.{host}"],
+                # Both have the machine's name, which does not tell torchrun whose address the endpoint is.
+                f"--rdzv-conf=is_host={int(host == 1)}",
+                *["-m", "lightning_dlrm", *fit],
+            ],
+            env=os.environ | {"GLOO_SOCKET_IFNAME": "veth0", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for host, enter in enumerate(two_hosts, start=1)
+    ]
+    said = [host.communicate(timeout=300)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    assert_same_metrics(tmp_path / "run", alone)
+
+
+@pytest.mark.usefixtures("same_data")
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, alone: Path) -> None:
+    """Three ranks started by torchrun's environment, one killed; two, started by Lightning, go on."""
+    command = [*FIT, "--run_dir", str(tmp_path / "run"), "--checkpoint.every_n_steps=4"]
+    ranks = start_ranks([["-m", "lightning_dlrm", *command, *sharded(3)]] * 3)
+    lines, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and all(rank.poll() is None for rank in ranks):
+        if lines.exists() and len(lines.read_text().splitlines()) >= 6:
+            break
+        time.sleep(0.02)
+    ranks[2].kill()
+    killed_at = time.monotonic()
+    said = [rank.communicate(timeout=60)[0] for rank in ranks[:2]]
+    assert time.monotonic() - killed_at < 60
+    assert [rank.returncode for rank in ranks[:2]] == [2, 2], said
+    assert all("error: another rank has ended or does not answer" in text for text in said)
+    step = CheckpointReader(tmp_path / "run/checkpoints/last").header["step"]
+    assert step >= 4 and step % 4 == 0
+
+    resumed = [sys.executable, "-m", "lightning_dlrm", *command, *sharded(2), "--resume=auto"]
+    done = subprocess.run(resumed, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed at step {step}" in done.stderr and done.stderr.count("run folder:") == 1
+    assert_same_metrics(tmp_path / "run", alone)
+    assert (metrics(tmp_path / "run", "parallel/exchange_ms_per_step") > 0).all()
+    assert (metrics(tmp_path / "run", "parallel/sent_bytes_per_step") > 0).all()
+    final = json.loads((tmp_path / "run/summary.json").read_text())["final"]
+    total = sum(
+        entry.shapes["weight"][0]
+        for entry in CheckpointReader(tmp_path / "run/checkpoints/last").manifest.tables.values()
+    )
+    assert final["parallel/ranks"] == 2 and total / 2 <= final["parallel/rows_per_rank"] < 0.6 * total
+
+
+@pytest.mark.usefixtures("same_data")
+def test_ranks_with_other_settings_are_told(tmp_path: Path) -> None:
+    command = ["-m", "lightning_dlrm", *FIT, "--run_dir", str(tmp_path / "run"), *sharded(2)]
+    ranks = start_ranks([command, [*command, "--data.batch_size=512"]])
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert all("error: rank 1 has data.init_args.batch_size = 512, rank 0 has 256" in text for text in said)
+    assert not (tmp_path / "run").exists()
