@@ -8,6 +8,7 @@ import argparse
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,10 @@ import psutil
 import pytest
 
 from datamodules.preprocess import command, pipeline, stages
+from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress, Stage
+from datamodules.preprocess.target import Target
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from tests.raw_criteo import Plain, assert_equals_plain, folder_bytes, generated_lines, written
@@ -219,6 +222,35 @@ def test_changed_file_is_parsed_again_and_others_are_not(
     preprocess("terabyte", "dlrm", paths, tmp_path / "out", None, QUIET, workers=1)
     assert parsed == [paths[1].stat().st_size]
     assert_equals_plain(tmp_path / "out", Plain("dlrm", lines, "terabyte"))
+
+
+def test_the_same_process_makes_another_order_of_the_same_files(tmp_path: Path) -> None:
+    files = [generated_lines(60, day) for day in range(2)]
+    paths = [written(tmp_path / f"day_{day}", lines) for day, lines in enumerate(files)]
+    for turn in (1, -1):
+        preprocess("terabyte", "dlrm", paths[::turn], tmp_path / "out", None, QUIET, workers=1)
+        assert_equals_plain(tmp_path / "out", Plain("dlrm", files[::turn], "terabyte"))
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_broken_off_at_the_very_end(
+    tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed process was writing does not get into the dataset; what is whole is not told as damaged."""
+    monkeypatch.setattr(pipeline, "_SMALL_BYTES", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "deliver", lambda *_: fail())
+        with pytest.raises(RuntimeError, match="interrupted"):
+            make(days, tmp_path / "out")
+    (result,) = (tmp_path / ".out.preprocess").glob("encode/*/result")
+    with written_aside(result / "killed") as partial:
+        partial.touch()
+    (result / "killed").rename(partial)
+    progress = Interrupted("", fail)
+    make(days, tmp_path / "out", progress=progress)
+    assert any("steps of an earlier run are finished" in note for note in progress.notes)
+    assert not any("damaged" in note for note in progress.notes)
+    assert folder_bytes(tmp_path / "out") == undisturbed
 
 
 def test_finished_dataset_is_left_alone_or_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from datamodules.preprocess.journal import (
     fingerprint,
     is_disk_full,
     recorded,
+    remove_partial_files,
     written_aside,
 )
 from datamodules.preprocess.multi_hot import Distribution
@@ -249,9 +250,11 @@ class _Job:
                     self.progress.note(f"removing {found}: made of other input or with other options")
                     shutil.rmtree(found)
         shutil.rmtree(self.encode_folder / "scratch", ignore_errors=True)
-        for folder in (*stage, self.encode_folder / "ids", self.encode_folder / "parts", self.encode_folder / "result"):
+        remove_partial_files(self.folder)
+        steps = (*stage, self.encode_folder / "ids", self.encode_folder / "parts")
+        for folder in (*steps, self.encode_folder / "result"):
             folder.mkdir(parents=True, exist_ok=True)
-        records = find_records(self.folder)
+        records = [record for folder in steps for record in find_records(folder)]
         if records:
             damaged = sum(pool.map(discard_damaged, records))
             again = f"; {damaged} were damaged and are made again" if damaged else ""
@@ -263,7 +266,7 @@ class _Job:
         rows = sum(staged.file_rows)
         encoding = Encoding(
             protocol_name=self.options.protocol,
-            segments=self.folder / "segments",
+            segments=self.encode_folder / "segments",
             rule=self._rule(staged),
             folder=self.encode_folder,
             min_count=self.options.threshold,
