@@ -31,6 +31,7 @@ from datamodules.preprocess.multi_hot import MLPERF_SIZES
 from datamodules.preprocess.pipeline import order_warning, preprocess
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import PROTOCOLS
+from datamodules.preprocess.sources import find_files
 from datamodules.preprocess.splits import Dataset
 from datamodules.preprocess.stages import PIECE_BYTES
 from lightning_dlrm.contracts.errors import UserError
@@ -518,6 +519,18 @@ def test_disk_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"of disk are needed, 0\.0 MB are free"):
         preprocess("kaggle", "dlrm", [raw], tmp_path / "out", progress=QUIET)
     assert names_in(tmp_path) == {"train.txt"}
+
+
+def test_disk_of_the_output_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = Path("/proc")  # a device of its own
+    monkeypatch.setattr(
+        estimate.shutil, "disk_usage", lambda path: argparse.Namespace(free=10 if path == elsewhere else 10**9)
+    )
+    raw = written(tmp_path / "train.txt", generated_lines(100))
+    found = estimate.estimate(find_files([str(raw)]), multi_hot=False)
+    assert "about 100 rows" in found.checked(tmp_path, tmp_path, 2)
+    with pytest.raises(UserError, match=r"needed for the dataset, 0\.0 MB are free at /proc; .*--output"):
+        found.checked(tmp_path, elsewhere, 2)
 
 
 class Clock:

@@ -253,6 +253,39 @@ def test_broken_off_at_the_very_end(
     assert folder_bytes(tmp_path / "out") == undisturbed
 
 
+def test_output_that_cannot_be_written_is_told_before(tmp_path: Path, days: list[Path]) -> None:
+    (tmp_path / "file").touch()
+    progress = Progress(show=False)
+    with pytest.raises(UserError, match=r"cannot write to .*/file; choose another --output"):
+        make(days, tmp_path / "file/out", work=tmp_path, progress=progress)
+    assert progress.stages == [] and names_in(tmp_path) == {"file"}
+
+
+def test_failed_upload_is_told_and_the_next_run_goes_on(
+    tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_SMALL_BYTES", 0)
+    output: Any = (tmp_path / "out").as_uri()
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("no\naccess")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(fsspec.filesystem("file")), "put_file", refuse)
+        with pytest.raises(UserError, match=r"out cannot be reached \(PermissionError: no access\).*goes on"):
+            make(days, output, work=tmp_path)
+    make(days, output, work=tmp_path)
+    assert folder_bytes(tmp_path / "out") == undisturbed
+
+
+def test_working_folder_of_a_run_killed_after_delivery_is_removed(tmp_path: Path) -> None:
+    raw = written(tmp_path / "train.txt", generated_lines(50))
+    preprocess("kaggle", "dlrm", [raw], tmp_path / "out", None, QUIET)
+    (tmp_path / ".out.preprocess/stage").mkdir(parents=True)
+    preprocess("kaggle", "dlrm", [raw], tmp_path / "out", None, QUIET)
+    assert names_in(tmp_path) == {"train.txt", "out"}
+
+
 def test_finished_dataset_is_left_alone_or_refused(tmp_path: Path) -> None:
     raw = written(tmp_path / "train.txt", generated_lines(50))
     out = tmp_path / "out"

@@ -48,7 +48,7 @@ from datamodules.preprocess.stages import (
 )
 from datamodules.preprocess.target import REPORT_FILE, Target
 from datamodules.preprocess.workers import Workers, open_workers
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, one_line
 from lightning_dlrm.contracts.schema import (
     CRITEO_CATEGORICAL,
     CRITEO_DENSE,
@@ -150,6 +150,7 @@ def preprocess(
     }
     finished = target.finished(run)
     if finished is not None:
+        target.remove_leftovers()
         progress.note(f"{output} is finished already: same input, same options; nothing to do")
         return finished
     small = sum(file.size for file in files) < _SMALL_BYTES
@@ -173,12 +174,12 @@ def preprocess(
         with open_workers(workers or 1, scheduler, folder, target.goes_on) as pool:
             try:
                 job.prepare(pool)
-                progress.note(facts.checked(folder, pool.count))
+                progress.note(facts.checked(folder, target.parent, pool.count))
                 schema = job.make(pool, run)
                 target.deliver(job.encode_folder / "result")
             except OSError as error:
                 if is_disk_full(error):
-                    raise UserError(f"the disk of {folder} is full; make room. {target.goes_on}") from error
+                    raise UserError(f"the disk is full ({one_line(error)}); make room. {target.goes_on}") from error
                 raise
     return schema
 

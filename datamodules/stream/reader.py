@@ -21,7 +21,7 @@ import torch
 from datamodules.parquet import Folder, check_weights, count_values, open_part, weighted_column
 from datamodules.stream.order import LANES, Order, ranges
 from lightning_dlrm.contracts.batch import Batch, SparseIds
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, one_line
 from lightning_dlrm.contracts.schema import Column, DataFile, DatasetSchema
 
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
@@ -166,7 +166,7 @@ class Decoder:
         except Exception as error:  # remote file systems have errors of their own
             raise UserError(
                 f"{self.folder / file.path} is altered: row group {group} cannot be decoded "
-                f"({' '.join(str(error).split())}); restore the file, or make the dataset again"
+                f"({one_line(error)}); restore the file, or make the dataset again"
             ) from error
         self._give_back(index, part)
         batch = table.combine_chunks().to_batches()[0]
