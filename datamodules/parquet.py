@@ -9,6 +9,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -217,7 +218,8 @@ class SplitWriter:
     def abandon(self) -> None:
         """Lets go of a file that is not finished."""
         if self.writer is not None:
-            self.writer.close()
+            with suppress(OSError):  # a full disk holds its footer no more than its rows
+                self.writer.close()
             self.writer = None
 
     def _write_group(self, rows: pa.Table) -> None:

@@ -186,7 +186,7 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
                 f"the worker {blind[0]} does not see {folder}: all workers must share the file system of the output "
                 "(or of --work)"
             )
-        # A job that kills its worker is not tried again: one that runs out of memory would do so on every worker.
+        # A job that fails is not tried again. (One whose worker dies is, by Dask, as often as the scheduler allows.)
         executor = client.get_executor(pure=False, retries=0)
         try:
             yield executor, threads
