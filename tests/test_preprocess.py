@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules import parquet
-from datamodules.preprocess import command, estimate, progress, stages
+from datamodules.preprocess import command, counting, estimate, parts, progress
 from datamodules.preprocess.criteo_tsv import BadLineError, parse
 from datamodules.preprocess.multi_hot import MLPERF_SIZES
 from datamodules.preprocess.pipeline import order_warning, preprocess
@@ -33,7 +33,7 @@ from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import PROTOCOLS
 from datamodules.preprocess.sources import find_files
 from datamodules.preprocess.splits import Dataset
-from datamodules.preprocess.stages import PIECE_BYTES
+from datamodules.preprocess.staging import PIECE_BYTES
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, DatasetSchema
 from tests.raw_criteo import (
@@ -104,8 +104,8 @@ def test_dlrm_without_options_has_no_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", ["dlrm", "mlperf", "modern"])
 def test_spilled_counts_equal_plain_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
-    monkeypatch.setattr(stages, "_VALUES_AT_ONCE", 60)
-    monkeypatch.setattr(stages, "_IDS_AT_ONCE", 16)
+    monkeypatch.setattr(counting, "_VALUES_AT_ONCE", 60)
+    monkeypatch.setattr(counting, "_IDS_AT_ONCE", 16)
     files = [generated_lines(183, 1), generated_lines(131, 2)]
     paths = [written(tmp_path / f"day_{day}", lines) for day, lines in enumerate(files)]
     preprocess("terabyte", protocol, paths, tmp_path / "out", progress=QUIET, block_bytes=9000)
@@ -117,7 +117,7 @@ def test_part_files_are_cut_where_the_writer_cuts_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str
 ) -> None:
     monkeypatch.setattr(parquet, "ROW_GROUP_ROWS", 16)
-    for module in (parquet, stages):
+    for module in (parquet, parts):
         monkeypatch.setattr(module, "ROWS_PER_FILE", 64)
     lines = generated_lines(1000)
     schema = preprocess(

@@ -22,7 +22,7 @@ import fsspec
 import psutil
 import pytest
 
-from datamodules.preprocess import command, pipeline, stages
+from datamodules.preprocess import command, counting, parts, pipeline, staging
 from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress, Stage
@@ -169,12 +169,12 @@ def test_nothing_done_is_done_again(
 ) -> None:
     interrupted(stage)
     finished = {
-        "stage": ["parse"],
-        "count": ["parse", "_spread_values"],
-        "encode": ["parse", "_spread_values", "_encoded"],
+        "stage": [(staging, "parse")],
+        "count": [(staging, "parse"), (counting, "_spread_values")],
+        "encode": [(staging, "parse"), (counting, "_spread_values"), (parts, "_encoded")],
     }
-    for name in finished[stage]:
-        monkeypatch.setattr(stages, name, lambda *_: pytest.fail("was finished before"))
+    for module, name in finished[stage]:
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("was finished before"))
     make(days, tmp_path / "out")
     assert folder_bytes(tmp_path / "out") == undisturbed
     assert names_in(tmp_path) == {"out"}
@@ -198,7 +198,7 @@ def test_staged_rows_serve_another_protocol(
     tmp_path: Path, days: list[Path], interrupted: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted("count")
-    monkeypatch.setattr(stages, "parse", lambda *_: pytest.fail("was staged before"))
+    monkeypatch.setattr(staging, "parse", lambda *_: pytest.fail("was staged before"))
     preprocess("terabyte", "nvidia", days, tmp_path / "out", None, QUIET, 100_000, workers=1)
     files = [generated_lines(3000, day) for day in range(3)]
     assert_equals_plain(tmp_path / "out", Plain("nvidia", files, "terabyte"))
@@ -217,8 +217,8 @@ def test_changed_file_is_parsed_again_and_others_are_not(
     lines[1][40] = good
     written(paths[1], lines[1])
     parsed = []
-    parse = stages.parse
-    monkeypatch.setattr(stages, "parse", lambda text, labelled: parsed.append(len(text)) or parse(text, labelled))
+    parse = staging.parse
+    monkeypatch.setattr(staging, "parse", lambda text, labelled: parsed.append(len(text)) or parse(text, labelled))
     preprocess("terabyte", "dlrm", paths, tmp_path / "out", None, QUIET, workers=1)
     assert parsed == [paths[1].stat().st_size]
     assert_equals_plain(tmp_path / "out", Plain("dlrm", lines, "terabyte"))
@@ -319,13 +319,18 @@ def test_second_run_into_one_folder_is_refused(tmp_path: Path, days: list[Path])
     assert names_in(tmp_path) == {"out"}
 
 
-@pytest.mark.parametrize("at", ["_segment", "_assign", "_encoded"])
+@pytest.mark.parametrize(("module", "at"), [(staging, "_segment"), (counting, "_assign"), (parts, "_encoded")])
 def test_full_disk_is_told_and_the_next_run_goes_on(
-    tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, at: str
+    tmp_path: Path,
+    days: list[Path],
+    undisturbed: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    at: str,
 ) -> None:
     monkeypatch.setattr(pipeline, "_SMALL_BYTES", 0)
     calls = 0
-    whole = getattr(stages, at)
+    whole = getattr(module, at)
 
     def full(*args: Any) -> Any:
         nonlocal calls
@@ -335,7 +340,7 @@ def test_full_disk_is_told_and_the_next_run_goes_on(
         return whole(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, at, full)
+        patch.setattr(module, at, full)
         with pytest.raises(UserError, match=r"disk is full .*make room\. The same command goes on") as error:
             make(days, tmp_path / "out")
         assert "\n" not in str(error.value)
