@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,6 +59,7 @@ EVERY_PROTOCOL = [
     ("dlrm", {"negative_sampling_rate": 0.25, "seed": 7}),
     ("mlperf", {}),
     ("mlperf", {"max_rows": 7}),
+    ("mlperf", {"max_rows": 2**40}),
     ("mlperf", {"max_rows": 30, "min_count": 5}),
     ("nvidia", {}),
     ("nvidia", {"min_count": 3}),
@@ -110,6 +112,20 @@ def test_spilled_counts_equal_plain_protocol(tmp_path: Path, monkeypatch: pytest
     paths = [written(tmp_path / f"day_{day}", lines) for day, lines in enumerate(files)]
     preprocess("terabyte", protocol, paths, tmp_path / "out", progress=QUIET, block_bytes=9000)
     assert_equals_plain(tmp_path / "out", Plain(protocol, files, "terabyte"))
+
+
+def test_spilling_needs_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Terabyte's large columns take hundreds of ranges, on Dask in many threads of one process."""
+    monkeypatch.setattr(counting, "_VALUES_AT_ONCE", 2)
+    lines = generated_lines(200)
+    raw = written(tmp_path / "train.txt", lines)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 40, limits[1]))
+    try:
+        preprocess("kaggle", "dlrm", [raw], tmp_path / "out", progress=QUIET, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert_equals_plain(tmp_path / "out", Plain("dlrm", [lines], "kaggle"))
 
 
 @pytest.mark.parametrize("protocol", ["dlrm", "bars"])

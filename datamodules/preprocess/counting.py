@@ -7,9 +7,10 @@ vocabularies together are never in memory.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ _IDS_AT_ONCE = 1 << 20  # a row group of a vocabulary
 _SAMPLED_VALUES = 1 << 16
 
 _ENTRY = np.dtype([("value", np.uint32), ("count", np.uint32)])
+_ID = np.dtype(np.int32)
 _RUN = np.dtype([("value", np.uint32), ("count", np.int64)])
 
 
@@ -66,12 +68,14 @@ def count_column(job: ColumnJob) -> dict[str, Any]:
         kept, rare_values, rare_rows = _assign(spread, totals, encoding.min_count, first_id, reserved)
         rows = max(first_id + kept, 1)
         modulus = encoding.max_rows if encoding.protocol.modulo == "id" else None
+        if modulus is not None and modulus >= rows:
+            modulus = None  # changes nothing, and might not fit an id's type
         _write_vocabulary(
             encoding.vocabulary(table), spread, first_id, kept, reserved, missing_rows, rare_rows, modulus
         )
         _write_ids(encoding, table, spread, reserved.get("missing", 0), modulus)
     facts = {
-        "cardinality": min(rows, modulus) if modulus else rows,
+        "cardinality": modulus or rows,
         "distinct": kept + rare_values,
         "kept": kept,
         "rare_rows": rare_rows,
@@ -196,22 +200,33 @@ def _spread_values(encoding: Encoding, table: Table, scratch: Path) -> tuple[_Sp
     segments = load_segments(encoding.segments)
     spread = _Spread(scratch, _bounds(encoding, table, segments))
     missing_rows = 0
-    with ExitStack() as stack:
-        files = [stack.enter_context(spread.place(part).open("wb")) for part in range(spread.parts)]
-        for segment in segments:
+    for some in _segments_at_once(table, segments):
+        found = []
+        for segment in some:
             with OpenSegment(segment) as opened:
                 values, codes = _distinct(encoding, table, opened)
                 rows = counted_rows(encoding, opened)
                 counts = np.bincount(codes[rows], minlength=len(values) + 1)
                 missing_rows += int(counts[len(values) :].sum())
-                entries = np.empty(len(values), _ENTRY)
-                entries["value"], entries["count"] = values, counts[: len(values)]
-            spread.lengths.append(len(entries))
-            order, ends = spread.order(entries["value"])
-            entries = entries[order]
-            for file, start, end in zip(files, [0, *ends], ends, strict=False):
-                file.write(entries[start:end].tobytes())
+                found.append(np.empty(len(values), _ENTRY))
+                found[-1]["value"], found[-1]["count"] = values, counts[: len(values)]
+        spread.lengths += map(len, found)
+        entries = np.concatenate(found)
+        order, ends = spread.order(entries["value"])
+        entries = entries[order]
+        for part, (start, end) in enumerate(pairwise([0, *ends])):
+            # Opened anew: of Terabyte's large columns there are hundreds, and the threads of a Dask worker share
+            # what a process may have open.
+            with spread.place(part).open("ab") as file:
+                entries[start:end].tofile(file)
     return spread, missing_rows
+
+
+def _segments_at_once(table: Table, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Consecutive segments with some ``_VALUES_AT_ONCE`` distinct values of a column together."""
+    ends = np.cumsum([segment.distinct.get(table.source, 0) for segment in segments])
+    for _, some in groupby(zip(ends // _VALUES_AT_ONCE, segments, strict=True), key=itemgetter(0)):
+        yield [segment for _, segment in some]
 
 
 def _bounds(encoding: Encoding, table: Table, segments: Sequence[Segment]) -> np.ndarray:
@@ -360,7 +375,7 @@ def _write_vocabulary(
             window = np.empty(min(_IDS_AT_ONCE, first_id + kept - start), _RUN)
             for part in range(spread.parts):
                 begin, end = edges[part][number], edges[part][number + 1]
-                ids = read_items(spread.place(part).with_suffix(".run_ids"), np.dtype(np.int32), begin, end)
+                ids = read_items(spread.place(part).with_suffix(".run_ids"), _ID, begin, end)
                 window[ids - start] = read_items(spread.place(part).with_suffix(".run"), _RUN, begin, end)
             write(pa.array(window["value"]), window["count"], np.arange(start, start + len(window)))
         for part in range(spread.parts) if lists_rare else ():
@@ -371,15 +386,26 @@ def _write_vocabulary(
 def _write_ids(encoding: Encoding, table: Table, spread: _Spread, missing_id: int, modulus: int | None) -> None:
     """Brings the ids of the entries back into the order of the segments."""
     out = _IdsWriter(spread.scratch)
-    with ExitStack() as stack:
-        files = [stack.enter_context(spread.place(part).with_suffix(".ids").open("rb")) for part in range(spread.parts)]
-        for segment, length in zip(load_segments(encoding.segments), spread.lengths, strict=True):
-            order, ends = spread.order(_values_of(encoding, table, segment) if spread.parts > 1 else range(length))
-            lengths = np.diff(ends, prepend=0)
-            parts = [np.fromfile(file, np.int32, count) for file, count in zip(files, lengths, strict=True)]
-            ids = np.empty(length, np.int32)
-            ids[order] = np.concatenate(parts)
-            if modulus:
-                ids %= modulus
-            out.write(ids if table.missing_as_value else np.append(ids, np.int32(missing_id)))
+    places = [spread.place(part).with_suffix(".ids") for part in range(spread.parts)]
+    begins = np.zeros(spread.parts, np.int64)
+    all_lengths = iter(spread.lengths)
+    for some in _segments_at_once(table, load_segments(encoding.segments)):
+        lengths = list(islice(all_lengths, len(some)))
+        order, ends = spread.order(
+            np.concatenate([_values_of(encoding, table, segment) for segment in some])
+            if spread.parts > 1
+            else range(sum(lengths))
+        )
+        stops = begins + np.diff(ends, prepend=0)
+        parts = [
+            read_items(place, _ID, begin, stop)
+            for place, begin, stop in zip(places, begins.tolist(), stops.tolist(), strict=True)
+        ]
+        begins = stops
+        ids = np.empty(sum(lengths), _ID)
+        ids[order] = np.concatenate(parts)
+        if modulus:
+            ids %= modulus
+        for of_segment in np.split(ids, np.cumsum(lengths)[:-1]):
+            out.write(of_segment if table.missing_as_value else np.append(of_segment, np.int32(missing_id)))
     out.finish(encoding, table)
