@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,6 +69,11 @@ def time_rounds(contenders: Mapping[str, Callable[[], object]], rounds: int) -> 
 def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
     """The two figures that a row keeps of its rounds."""
     return statistics.median(seconds), max(seconds) - min(seconds)
+
+
+def peak_bytes() -> int:
+    """The most resident memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def render(rows: Sequence[Measurement]) -> str:
