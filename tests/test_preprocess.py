@@ -428,6 +428,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         ("max_rows is 0", lambda: preprocess("kaggle", "dlrm", [raw], out, 0)),
         ("no input files", lambda: preprocess("kaggle", "dlrm", [], out)),
         ("missing does not exist", lambda: preprocess("kaggle", "dlrm", [tmp_path / "missing"], out)),
+        (r"x cannot be read \(OSError: .*File name too long", lambda: preprocess("kaggle", "dlrm", ["x" * 300], out)),
         ("is a folder", lambda: preprocess("kaggle", "dlrm", [tmp_path], out)),
         ("given twice", lambda: preprocess("kaggle", "dlrm", [raw, tmp_path / "link"], out)),
         ("not an empty folder", lambda: preprocess("kaggle", "dlrm", [raw], tmp_path / "full")),

@@ -150,7 +150,8 @@ def find_files(paths: Sequence[str]) -> list[RawFile]:
     seen: dict[str, str] = {}
     files = []
     for path in paths:
-        files.append(_find_remote(path) if is_remote(path) else _find_local(path))
+        with _named(path):
+            files.append(_find_remote(path) if is_remote(path) else _find_local(path))
         same = path if is_remote(path) else str(Path(path).resolve())
         if same in seen:
             raise UserError(f"{path} is given twice (as {seen[same]}); name each file once")
@@ -180,12 +181,11 @@ def _find_local(path: str) -> RawFile:
 
 def _find_remote(path: str) -> RawFile:
     system, inner = file_system(path)
-    with _named(path):
-        info = system.info(inner)
-        if info["type"] != "file":
-            raise UserError(f"{path} is a folder; name the files in it")
-        start = system.cat_file(inner, start=0, end=4)
-        stamp = str(system.checksum(inner))
+    info = system.info(inner)
+    if info["type"] != "file":
+        raise UserError(f"{path} is a folder; name the files in it")
+    start = system.cat_file(inner, start=0, end=4)
+    stamp = str(system.checksum(inner))
     return RawFile(
         path=path,
         name=inner.rstrip("/").rpartition("/")[2],
