@@ -40,6 +40,7 @@ class FolderData(pl.LightningDataModule):
             those of the whole training split. It is refused where they do not fit. `none` to decode them every time.
         threads: How many threads decode. One feeds a training on the CPU with little to spare for more; a GPU may
             want more.
+        verify: Compare the checksums of the pages that are read, which takes about 5% of the reader's speed.
         seed: Chooses the orders of `window` and `full`; by default seed_everything, or 0 from Python.
         predict_split: What predict scores; `all` is train, validation and test, one after the other.
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -20,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, one_line
 from lightning_dlrm.contracts.schema import (
     SCHEMA_FILE,
     SPLITS,
@@ -217,7 +218,8 @@ class SplitWriter:
     def abandon(self) -> None:
         """Lets go of a file that is not finished."""
         if self.writer is not None:
-            self.writer.close()
+            with suppress(OSError):  # a full disk holds its footer no more than its rows
+                self.writer.close()
             self.writer = None
 
     def _write_group(self, rows: pa.Table) -> None:
@@ -276,7 +278,7 @@ class Folder:
             self._remote, self._root = fsspec.core.url_to_fs(self._name)
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"cannot open {self._name}: {_one_line(error)}; install that package, or correct the URL"
+                f"cannot open {self._name}: {one_line(error)}; install that package, or correct the URL"
             ) from error
 
     def __str__(self) -> str:
@@ -334,7 +336,7 @@ class Folder:
             raise
         except Exception as error:  # every file system has errors of its own
             raise UserError(
-                f"cannot read {self / path} ({type(error).__name__}: {_one_line(error)}); check the URL, the network "
+                f"cannot read {self / path} ({type(error).__name__}: {one_line(error)}); check the URL, the network "
                 "and your credentials"
             ) from error
 
@@ -434,7 +436,7 @@ def open_part(
     try:
         part = where.open_parquet(file.path, verify)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is altered: it is no readable Parquet file ({_one_line(error)}); {_REMEDY}") from error
+        raise UserError(f"{path} is altered: it is no readable Parquet file ({one_line(error)}); {_REMEDY}") from error
     arrow = part.schema_arrow
     for column in schema.columns:
         found = arrow.field(column.name).type if column.name in arrow.names else None
@@ -501,7 +503,7 @@ def read_groups(folder: Path, schema: DatasetSchema, file: DataFile, columns: Se
                 yield part.read_row_group(group, columns=[column.name for column in columns])
             except (pa.ArrowInvalid, OSError) as error:
                 raise UserError(
-                    f"{Path(folder) / file.path} is altered: row group {group} cannot be read ({_one_line(error)}); "
+                    f"{Path(folder) / file.path} is altered: row group {group} cannot be read ({one_line(error)}); "
                     "restore the file, or make the dataset again"
                 ) from error
 
@@ -587,7 +589,3 @@ def _is_running(process: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,14 +26,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules import parquet
-from datamodules.preprocess import command, estimate, progress, stages
+from datamodules.preprocess import command, counting, estimate, parts, progress
 from datamodules.preprocess.criteo_tsv import BadLineError, parse
 from datamodules.preprocess.multi_hot import MLPERF_SIZES
 from datamodules.preprocess.pipeline import order_warning, preprocess
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import PROTOCOLS
+from datamodules.preprocess.sources import find_files
 from datamodules.preprocess.splits import Dataset
-from datamodules.preprocess.stages import PIECE_BYTES
+from datamodules.preprocess.staging import PIECE_BYTES
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, DatasetSchema
 from tests.raw_criteo import (
@@ -57,6 +59,7 @@ EVERY_PROTOCOL = [
     ("dlrm", {"negative_sampling_rate": 0.25, "seed": 7}),
     ("mlperf", {}),
     ("mlperf", {"max_rows": 7}),
+    ("mlperf", {"max_rows": 2**40}),
     ("mlperf", {"max_rows": 30, "min_count": 5}),
     ("nvidia", {}),
     ("nvidia", {"min_count": 3}),
@@ -103,12 +106,26 @@ def test_dlrm_without_options_has_no_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", ["dlrm", "mlperf", "modern"])
 def test_spilled_counts_equal_plain_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
-    monkeypatch.setattr(stages, "_VALUES_AT_ONCE", 60)
-    monkeypatch.setattr(stages, "_IDS_AT_ONCE", 16)
+    monkeypatch.setattr(counting, "_VALUES_AT_ONCE", 60)
+    monkeypatch.setattr(counting, "_IDS_AT_ONCE", 16)
     files = [generated_lines(183, 1), generated_lines(131, 2)]
     paths = [written(tmp_path / f"day_{day}", lines) for day, lines in enumerate(files)]
     preprocess("terabyte", protocol, paths, tmp_path / "out", progress=QUIET, block_bytes=9000)
     assert_equals_plain(tmp_path / "out", Plain(protocol, files, "terabyte"))
+
+
+def test_spilling_needs_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Terabyte's large columns take hundreds of ranges, on Dask in many threads of one process."""
+    monkeypatch.setattr(counting, "_VALUES_AT_ONCE", 2)
+    lines = generated_lines(200)
+    raw = written(tmp_path / "train.txt", lines)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 40, limits[1]))
+    try:
+        preprocess("kaggle", "dlrm", [raw], tmp_path / "out", progress=QUIET, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert_equals_plain(tmp_path / "out", Plain("dlrm", [lines], "kaggle"))
 
 
 @pytest.mark.parametrize("protocol", ["dlrm", "bars"])
@@ -116,7 +133,7 @@ def test_part_files_are_cut_where_the_writer_cuts_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str
 ) -> None:
     monkeypatch.setattr(parquet, "ROW_GROUP_ROWS", 16)
-    for module in (parquet, stages):
+    for module in (parquet, parts):
         monkeypatch.setattr(module, "ROWS_PER_FILE", 64)
     lines = generated_lines(1000)
     schema = preprocess(
@@ -411,6 +428,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         ("max_rows is 0", lambda: preprocess("kaggle", "dlrm", [raw], out, 0)),
         ("no input files", lambda: preprocess("kaggle", "dlrm", [], out)),
         ("missing does not exist", lambda: preprocess("kaggle", "dlrm", [tmp_path / "missing"], out)),
+        (r"x cannot be read \(OSError: .*File name too long", lambda: preprocess("kaggle", "dlrm", ["x" * 300], out)),
         ("is a folder", lambda: preprocess("kaggle", "dlrm", [tmp_path], out)),
         ("given twice", lambda: preprocess("kaggle", "dlrm", [raw, tmp_path / "link"], out)),
         ("not an empty folder", lambda: preprocess("kaggle", "dlrm", [raw], tmp_path / "full")),
@@ -518,6 +536,18 @@ def test_disk_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"of disk are needed, 0\.0 MB are free"):
         preprocess("kaggle", "dlrm", [raw], tmp_path / "out", progress=QUIET)
     assert names_in(tmp_path) == {"train.txt"}
+
+
+def test_disk_of_the_output_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = Path("/proc")  # a device of its own
+    monkeypatch.setattr(
+        estimate.shutil, "disk_usage", lambda path: argparse.Namespace(free=10 if path == elsewhere else 10**9)
+    )
+    raw = written(tmp_path / "train.txt", generated_lines(100))
+    found = estimate.estimate(find_files([str(raw)]), multi_hot=False)
+    assert "about 100 rows" in found.checked(tmp_path, tmp_path, 2)
+    with pytest.raises(UserError, match=r"needed for the dataset, 0\.0 MB are free at /proc; .*--output"):
+        found.checked(tmp_path, elsewhere, 2)
 
 
 class Clock:

@@ -8,6 +8,7 @@ import argparse
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +22,11 @@ import fsspec
 import psutil
 import pytest
 
-from datamodules.preprocess import command, pipeline, stages
+from datamodules.preprocess import command, counting, parts, pipeline, staging
+from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress, Stage
+from datamodules.preprocess.target import Target
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from tests.raw_criteo import Plain, assert_equals_plain, folder_bytes, generated_lines, written
@@ -166,12 +169,12 @@ def test_nothing_done_is_done_again(
 ) -> None:
     interrupted(stage)
     finished = {
-        "stage": ["parse"],
-        "count": ["parse", "_spread_values"],
-        "encode": ["parse", "_spread_values", "_encoded"],
+        "stage": [(staging, "parse")],
+        "count": [(staging, "parse"), (counting, "_spread_values")],
+        "encode": [(staging, "parse"), (counting, "_spread_values"), (parts, "_encoded")],
     }
-    for name in finished[stage]:
-        monkeypatch.setattr(stages, name, lambda *_: pytest.fail("was finished before"))
+    for module, name in finished[stage]:
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("was finished before"))
     make(days, tmp_path / "out")
     assert folder_bytes(tmp_path / "out") == undisturbed
     assert names_in(tmp_path) == {"out"}
@@ -195,7 +198,7 @@ def test_staged_rows_serve_another_protocol(
     tmp_path: Path, days: list[Path], interrupted: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted("count")
-    monkeypatch.setattr(stages, "parse", lambda *_: pytest.fail("was staged before"))
+    monkeypatch.setattr(staging, "parse", lambda *_: pytest.fail("was staged before"))
     preprocess("terabyte", "nvidia", days, tmp_path / "out", None, QUIET, 100_000, workers=1)
     files = [generated_lines(3000, day) for day in range(3)]
     assert_equals_plain(tmp_path / "out", Plain("nvidia", files, "terabyte"))
@@ -214,11 +217,73 @@ def test_changed_file_is_parsed_again_and_others_are_not(
     lines[1][40] = good
     written(paths[1], lines[1])
     parsed = []
-    parse = stages.parse
-    monkeypatch.setattr(stages, "parse", lambda text, labelled: parsed.append(len(text)) or parse(text, labelled))
+    parse = staging.parse
+    monkeypatch.setattr(staging, "parse", lambda text, labelled: parsed.append(len(text)) or parse(text, labelled))
     preprocess("terabyte", "dlrm", paths, tmp_path / "out", None, QUIET, workers=1)
     assert parsed == [paths[1].stat().st_size]
     assert_equals_plain(tmp_path / "out", Plain("dlrm", lines, "terabyte"))
+
+
+def test_the_same_process_makes_another_order_of_the_same_files(tmp_path: Path) -> None:
+    files = [generated_lines(60, day) for day in range(2)]
+    paths = [written(tmp_path / f"day_{day}", lines) for day, lines in enumerate(files)]
+    for turn in (1, -1):
+        preprocess("terabyte", "dlrm", paths[::turn], tmp_path / "out", None, QUIET, workers=1)
+        assert_equals_plain(tmp_path / "out", Plain("dlrm", files[::turn], "terabyte"))
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_broken_off_at_the_very_end(
+    tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed process was writing does not get into the dataset; what is whole is not told as damaged."""
+    monkeypatch.setattr(pipeline, "_SMALL_BYTES", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "deliver", lambda *_: fail())
+        with pytest.raises(RuntimeError, match="interrupted"):
+            make(days, tmp_path / "out")
+    (result,) = (tmp_path / ".out.preprocess").glob("encode/*/result")
+    with written_aside(result / "killed") as partial:
+        partial.touch()
+    (result / "killed").rename(partial)
+    progress = Interrupted("", fail)
+    make(days, tmp_path / "out", progress=progress)
+    assert any("steps of an earlier run are finished" in note for note in progress.notes)
+    assert not any("damaged" in note for note in progress.notes)
+    assert folder_bytes(tmp_path / "out") == undisturbed
+
+
+def test_output_that_cannot_be_written_is_told_before(tmp_path: Path, days: list[Path]) -> None:
+    (tmp_path / "file").touch()
+    progress = Progress(show=False)
+    with pytest.raises(UserError, match=r"cannot write to .*/file; choose another --output"):
+        make(days, tmp_path / "file/out", work=tmp_path, progress=progress)
+    assert progress.stages == [] and names_in(tmp_path) == {"file"}
+
+
+def test_failed_upload_is_told_and_the_next_run_goes_on(
+    tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_SMALL_BYTES", 0)
+    output: Any = (tmp_path / "out").as_uri()
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("no\naccess")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(fsspec.filesystem("file")), "put_file", refuse)
+        with pytest.raises(UserError, match=r"out cannot be reached \(PermissionError: no access\).*goes on"):
+            make(days, output, work=tmp_path)
+    make(days, output, work=tmp_path)
+    assert folder_bytes(tmp_path / "out") == undisturbed
+
+
+def test_working_folder_of_a_run_killed_after_delivery_is_removed(tmp_path: Path) -> None:
+    raw = written(tmp_path / "train.txt", generated_lines(50))
+    preprocess("kaggle", "dlrm", [raw], tmp_path / "out", None, QUIET)
+    (tmp_path / ".out.preprocess/stage").mkdir(parents=True)
+    preprocess("kaggle", "dlrm", [raw], tmp_path / "out", None, QUIET)
+    assert names_in(tmp_path) == {"train.txt", "out"}
 
 
 def test_finished_dataset_is_left_alone_or_refused(tmp_path: Path) -> None:
@@ -254,13 +319,18 @@ def test_second_run_into_one_folder_is_refused(tmp_path: Path, days: list[Path])
     assert names_in(tmp_path) == {"out"}
 
 
-@pytest.mark.parametrize("at", ["_segment", "_assign", "_encoded"])
+@pytest.mark.parametrize(("module", "at"), [(staging, "_segment"), (counting, "_assign"), (parts, "_encoded")])
 def test_full_disk_is_told_and_the_next_run_goes_on(
-    tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, at: str
+    tmp_path: Path,
+    days: list[Path],
+    undisturbed: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    at: str,
 ) -> None:
     monkeypatch.setattr(pipeline, "_SMALL_BYTES", 0)
     calls = 0
-    whole = getattr(stages, at)
+    whole = getattr(module, at)
 
     def full(*args: Any) -> Any:
         nonlocal calls
@@ -270,7 +340,7 @@ def test_full_disk_is_told_and_the_next_run_goes_on(
         return whole(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, at, full)
+        patch.setattr(module, at, full)
         with pytest.raises(UserError, match=r"disk is full .*make room\. The same command goes on") as error:
             make(days, tmp_path / "out")
         assert "\n" not in str(error.value)

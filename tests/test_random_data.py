@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import resource
 import statistics
 import subprocess
 import sys
@@ -284,6 +285,18 @@ def test_the_cache_is_keyed_by_every_setting(monkeypatch: pytest.MonkeyPatch, tm
     assert len(folders | {random_folder(SETTINGS)}) == len(changes) + 1
     lists = dataclasses.replace(SETTINGS, tables=list(SETTINGS.tables))
     assert random_folder(lists) == random_folder(SETTINGS)
+
+
+def test_a_file_that_cannot_grow_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    settings = RandomSettings(tables=(1000,), train_rows=50_000, validation_rows=0, test_rows=0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"data cannot be made \(.*File too large.*\); free some disk"):
+            generate_random(settings, tmp_path / "data", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_command_makes_what_its_options_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -343,6 +343,30 @@ def test_evaluation_gives_each_rank_its_range_of_the_rows_of_several_splits(
     assert sizes == [[300, 300, 206]] * world
 
 
+@pytest.mark.parametrize("shuffle", ["window", None], ids=["training", "evaluation"])
+@pytest.mark.parametrize("rows", [2, 33])
+def test_a_slice_without_rows_has_the_form_of_any_other(tmp_path: Path, rows: int, shuffle: Any) -> None:
+    """Ranks whose rows are used up before the last batch, or that have none at all, take part in every batch."""
+    schema = make_dataset(tmp_path / "data", BAGS, rows)
+    given = []
+    for rank in range(4):
+        place: dict[str, Any] = {"batch_size": 4, "rows": True, "rank": rank, "world": 4}
+        folder = tmp_path / "data"
+        loader = (
+            TrainingLoader(folder, schema, ["train"], shuffle=shuffle, seed=1, **place)
+            if shuffle
+            else Loader(folder, schema, ["train"], **place)
+        )
+        batches = list(loader)
+        assert len(batches) == -(-rows // 4)
+        for batch in batches:
+            assert batch.rows is not None and batch.ids.offsets is not None
+            assert len(batch.ids.offsets) == 3 * len(batch) + 1
+            check_batch(batch, plain_batch(folder, schema, "train", batch.rows.numpy()), 3)
+            given += batch.rows.tolist()
+    assert sorted(given) == list(range(rows))
+
+
 def training_loader(dataset: tuple[Path, DatasetSchema], **changes: Any) -> TrainingLoader:
     options = {"shuffle": "window", "seed": 1, "batch_size": 100, "rows": True, **changes}
     return TrainingLoader(*dataset, ["train"], **options)

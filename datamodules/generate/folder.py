@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from datamodules.parquet import DatasetWriter
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, one_line
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
 
 Write = Callable[[DatasetWriter, "tqdm[Any]"], dict[str, Any]]
@@ -43,7 +43,7 @@ def make_once(planned: DatasetSchema, folder: Path, write: Write, progress: bool
         progress: show a progress bar, on a terminal.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds something else, or its disk is full.
     """
     if (existing := _existing(planned, folder)) is not None:
         return existing
@@ -63,10 +63,14 @@ def make_once(planned: DatasetSchema, folder: Path, write: Write, progress: bool
             return writer.finish(
                 dataset=planned.dataset, protocol=planned.protocol, settings=planned.settings, **further
             )
-    except (UserError, OSError):
+    except (UserError, OSError) as error:
         # Another process may have finished the same folder first; its rows are these rows.
         if (existing := _existing(planned, folder)) is not None:
             return existing
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{folder} cannot be made ({one_line(error)}); free some disk, or choose another place"
+            ) from error
         raise
 
 

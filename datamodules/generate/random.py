@@ -22,6 +22,7 @@ from datamodules.generate.demo import KAGGLE_CARDINALITIES
 from datamodules.generate.draws import Gaussian, Uniform, Zipf, halves, integers, normal_quantile, stream, uniforms
 from datamodules.generate.folder import cache_folder, make_once
 from datamodules.parquet import DatasetWriter
+from datamodules.preprocess.multi_hot import MLPERF_SIZES
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import (
     SPLITS,
@@ -45,14 +46,13 @@ MLPERF_CARDINALITIES = (
     40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10,
     2209, 11938, 155, 4, 976, 14, 40000000, 40000000, 40000000, 590152, 12973, 108, 36,
 )  # fmt: skip
-MLPERF_INDICES = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
 
 PRESETS: dict[Preset, dict[str, Any]] = {
     # The single-socket benchmark of Naumov et al. 2019, section 5.2.
     "paper": {"tables": (1_000_000,) * 8, "dense": 512, "indices": 100, "min_indices": 1},
     "kaggle": {"tables": KAGGLE_CARDINALITIES, "dense": 13, "indices": 1},
     # MLPerf's DLRM v2 on Criteo Terabyte with multi-hot bags.
-    "mlperf": {"tables": MLPERF_CARDINALITIES, "dense": 13, "indices": MLPERF_INDICES},
+    "mlperf": {"tables": MLPERF_CARDINALITIES, "dense": 13, "indices": tuple(MLPERF_SIZES.values())},
 }
 
 # Random streams by what they are for; 0 and 1 are those of demo data.

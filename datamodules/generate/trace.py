@@ -38,7 +38,7 @@ from tqdm import tqdm
 from datamodules.generate.draws import exp, log, stream
 from datamodules.generate.folder import cache_folder, make_once
 from datamodules.generate.random import dense_block, label_block
-from datamodules.parquet import DatasetWriter, open_part
+from datamodules.parquet import DatasetWriter, read_groups
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema, Split, SplitName
 
@@ -359,18 +359,12 @@ class TraceSource:
 
     def _accesses(self, name: str) -> Iterator[tuple[NDArray[np.int32], int]]:
         """Ids of a column, row group by row group, and of how many rows they are."""
+        chosen = [column for column in self.schema.columns if column.name == name]
         for file in self.schema.splits[self.split].files:
-            with open_part(self.path, self.schema, file) as part:
-                for group in range(part.num_row_groups):
-                    try:
-                        column = part.read_row_group(group, columns=[name], use_threads=False).column(name)
-                    except (pa.ArrowException, OSError) as error:
-                        raise UserError(
-                            f"{self.path / file.path} is altered: row group {group} cannot be decoded "
-                            f"({' '.join(str(error).split())}); restore the file, or make the dataset again"
-                        ) from error
-                    ids = pc.list_flatten(column) if pa.types.is_list(column.type) else column
-                    yield ids.to_numpy(), len(column)
+            for table in read_groups(self.path, self.schema, file, chosen):
+                column = table.column(name)
+                ids = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+                yield ids.to_numpy(), len(column)
 
 
 def save_profiles(profiles: Sequence[Profile], path: Path) -> None:

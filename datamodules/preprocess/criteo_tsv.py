@@ -107,6 +107,8 @@ def pieces_of_text(source: RawFile, piece_bytes: int) -> Iterator[bytes]:
         while not ended:
             try:
                 chunk = text.read(piece_bytes)
+            except UserError:
+                raise
             except ValueError as error:
                 lines += rest.count(b"\n")
                 raise UserError(f"{source.path}, after line {lines:,}: {error}; download the file again") from error

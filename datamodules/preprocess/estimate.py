@@ -31,12 +31,19 @@ class Estimate:
     """Of the first line."""
     row_bytes: int
     """Of disk, at most."""
+    result_row_bytes: int
+    """Of them those that the dataset itself takes."""
 
-    def checked(self, folder: Path, workers: int) -> str:
+    def checked(self, folder: Path, output: Path | None, workers: int) -> str:
         """Sees that the disk can hold it, and says what it will take.
 
+        Args:
+            folder: the working folder.
+            output: a folder on the disk where the dataset will lie; None if that is not known.
+            workers: how many will do it.
+
         Raises:
-            UserError: the disk is too small.
+            UserError: a disk is too small.
         """
         needed = self.rows * self.row_bytes
         free = shutil.disk_usage(folder).free + bytes_below(folder)
@@ -46,6 +53,13 @@ class Estimate:
                 f"{words} are needed, {_size(free)} are free at {folder.parent}; make room, or choose another place "
                 "with --work and --output"
             )
+        if output is not None and output.stat().st_dev != folder.stat().st_dev:
+            dataset, room = self.rows * self.result_row_bytes, shutil.disk_usage(output).free
+            if dataset > room:
+                raise UserError(
+                    f"some {_size(dataset)} of disk are needed for the dataset, {_size(room)} are free at {output}; "
+                    "make room, or choose another --output"
+                )
         seconds = self.rows / (_ROWS_PER_WORKER_S * min(workers, _WORKERS_PER_DISK))
         return f"{words} ({_size(free)} are free) and {_time(seconds)} with {workers} workers"
 
@@ -66,11 +80,13 @@ def estimate(files: Sequence[RawFile], multi_hot: bool) -> Estimate:
     ratio = 1.0 if first.compression == "none" else len(sample) / max(min(stored, first.size), 1)
     text_bytes = ratio * sum(file.size for file in files)
     lines = sample.count(b"\n")
+    result_row_bytes = _RESULT + (_MULTI_HOT if multi_hot else 0)
     return Estimate(
         rows=text_bytes * lines / len(sample) if lines else 0.0,
         text_bytes=text_bytes,
         fields=sample.partition(b"\n")[0].count(b"\t") + 1,
-        row_bytes=_STAGED + _IDS + _RESULT + (_MULTI_HOT if multi_hot else 0),
+        row_bytes=_STAGED + _IDS + result_row_bytes,
+        result_row_bytes=result_row_bytes,
     )
 
 

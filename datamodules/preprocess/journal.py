@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import file_sha256
 
 _SUFFIX = ".json"
+_PARTIAL = ".partial"
 
 
 def fingerprint(content: Any) -> str:
@@ -29,13 +31,21 @@ def fingerprint(content: Any) -> str:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A name to write to that becomes ``path`` when the context is left without an error."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """A name to write to, no one else's, that becomes ``path`` when the context is left without an error."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PARTIAL}")
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Removes what killed processes left of ``written_aside`` below a folder."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            if name.startswith(".") and name.endswith(_PARTIAL):
+                (Path(root) / name).unlink(missing_ok=True)
 
 
 def record(path: Path, facts: Mapping[str, Any], files: tuple[Path, ...] = ()) -> dict[str, Any]:

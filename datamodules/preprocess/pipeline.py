@@ -1,4 +1,24 @@
-"""Raw Criteo TSV -> dataset folder: the stages in order, and what surrounds them."""
+"""Raw Criteo TSV -> dataset folder: the stages in order, and what surrounds them.
+
+A stage is a function of one job, which any worker may do:
+
+1. ``staging`` parses a piece of a raw file, or a whole compressed one, into segments.
+2. ``counting`` takes one categorical column: counts its values, orders them into a vocabulary, and
+   notes the id of every segment's distinct values; or notes those by the vocabulary of another dataset.
+3. ``parts`` writes one part file of one split.
+
+A worker holds one piece, or a bounded share of one column's distinct values, or some row groups.
+
+Working folder::
+
+    stage/<file>/000000.arrow ...       segments; <file> tells the state of an input
+    encode/<options>/segments           lists them
+    encode/<options>/ids/C1.ids, .ends  for every segment the ids of its distinct values, and where they end
+    encode/<options>/parts/             records of part files
+    encode/<options>/result/            the dataset folder to be
+
+Each finished file has a record beside it, see ``journal``.
+"""
 
 import os
 import re
@@ -12,7 +32,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from datamodules.preprocess.counting import ColumnJob, count_column, look_up_column
 from datamodules.preprocess.criteo_tsv import COLUMNS
+from datamodules.preprocess.encoding import Encoding
 from datamodules.preprocess.estimate import Estimate, estimate
 from datamodules.preprocess.journal import (
     discard_damaged,
@@ -20,34 +42,21 @@ from datamodules.preprocess.journal import (
     fingerprint,
     is_disk_full,
     recorded,
+    remove_partial_files,
     written_aside,
 )
 from datamodules.preprocess.multi_hot import Distribution
 from datamodules.preprocess.options import OnBadRow, Options, options_of
+from datamodules.preprocess.parts import RowsJob, encode_part, part_jobs, rows_per_split
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.report import write_report
+from datamodules.preprocess.segments import Segment, save_segments
 from datamodules.preprocess.sources import RawFile, find_files, in_process_only
 from datamodules.preprocess.splits import Dataset, Span, SplitRule
-from datamodules.preprocess.stages import (
-    PIECE_BYTES,
-    ColumnJob,
-    Encoding,
-    RowsJob,
-    Segment,
-    StageJob,
-    count_column,
-    encode_part,
-    look_up_column,
-    part_jobs,
-    rows_per_split,
-    save_segments,
-    segment_path,
-    stage_piece,
-    stage_text,
-)
+from datamodules.preprocess.staging import PIECE_BYTES, StageJob, segment_path, stage_piece, stage_text
 from datamodules.preprocess.target import REPORT_FILE, Target
 from datamodules.preprocess.workers import Workers, open_workers
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, one_line
 from lightning_dlrm.contracts.schema import (
     CRITEO_CATEGORICAL,
     CRITEO_DENSE,
@@ -95,7 +104,7 @@ def preprocess(
 
     The same input gives the same bytes, whatever the workers, and however often the run was broken
     off: the same call goes on where it was. A finished dataset is left as it is. The memory of a
-    worker is bounded, whatever the number of rows (see ``stages``).
+    worker is bounded, whatever the number of rows.
 
     Args:
         dataset: ``kaggle`` or ``terabyte``; decides how rows are split.
@@ -149,6 +158,7 @@ def preprocess(
     }
     finished = target.finished(run)
     if finished is not None:
+        target.remove_leftovers()
         progress.note(f"{output} is finished already: same input, same options; nothing to do")
         return finished
     small = sum(file.size for file in files) < _SMALL_BYTES
@@ -172,12 +182,12 @@ def preprocess(
         with open_workers(workers or 1, scheduler, folder, target.goes_on) as pool:
             try:
                 job.prepare(pool)
-                progress.note(facts.checked(folder, pool.count))
+                progress.note(facts.checked(folder, target.parent, pool.count))
                 schema = job.make(pool, run)
                 target.deliver(job.encode_folder / "result")
             except OSError as error:
                 if is_disk_full(error):
-                    raise UserError(f"the disk of {folder} is full; make room. {target.goes_on}") from error
+                    raise UserError(f"the disk is full ({one_line(error)}); make room. {target.goes_on}") from error
                 raise
     return schema
 
@@ -249,9 +259,11 @@ class _Job:
                     self.progress.note(f"removing {found}: made of other input or with other options")
                     shutil.rmtree(found)
         shutil.rmtree(self.encode_folder / "scratch", ignore_errors=True)
-        for folder in (*stage, self.encode_folder / "ids", self.encode_folder / "parts", self.encode_folder / "result"):
+        remove_partial_files(self.folder)
+        steps = (*stage, self.encode_folder / "ids", self.encode_folder / "parts")
+        for folder in (*steps, self.encode_folder / "result"):
             folder.mkdir(parents=True, exist_ok=True)
-        records = find_records(self.folder)
+        records = [record for folder in steps for record in find_records(folder)]
         if records:
             damaged = sum(pool.map(discard_damaged, records))
             again = f"; {damaged} were damaged and are made again" if damaged else ""
@@ -263,7 +275,7 @@ class _Job:
         rows = sum(staged.file_rows)
         encoding = Encoding(
             protocol_name=self.options.protocol,
-            segments=self.folder / "segments",
+            segments=self.encode_folder / "segments",
             rule=self._rule(staged),
             folder=self.encode_folder,
             min_count=self.options.threshold,

@@ -14,7 +14,7 @@ import fsspec
 import pyarrow as pa
 
 from datamodules.preprocess.journal import fingerprint
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, one_line
 
 Compression = Literal["none", "gzip", "zstd"]
 
@@ -43,7 +43,7 @@ def file_system(path: str) -> tuple[Any, str]:
     try:
         return cast(tuple[Any, str], fsspec.core.url_to_fs(path))
     except ImportError as error:
-        raise UserError(f"{path} needs a package that is not installed: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} needs a package that is not installed: {one_line(error)}") from error
     except ValueError as error:
         raise UserError(
             f"{path}: {kind}:// is no kind of address that fsspec knows; known are s3://, gs://, hf://, https:// "
@@ -127,7 +127,7 @@ class Text:
             except (gzip.BadGzipFile, zlib.error, pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno and not isinstance(error, gzip.BadGzipFile):
                     raise _unreadable(self.source.path, error) from error
-                words = " ".join(str(error).split())
+                words = one_line(error)
                 if "runcated" in words:
                     raise ValueError(f"truncated {name}: its end is missing") from error
                 raise ValueError(f"corrupt {name} ({words})") from error
@@ -150,7 +150,8 @@ def find_files(paths: Sequence[str]) -> list[RawFile]:
     seen: dict[str, str] = {}
     files = []
     for path in paths:
-        files.append(_find_remote(path) if is_remote(path) else _find_local(path))
+        with _named(path):
+            files.append(_find_remote(path) if is_remote(path) else _find_local(path))
         same = path if is_remote(path) else str(Path(path).resolve())
         if same in seen:
             raise UserError(f"{path} is given twice (as {seen[same]}); name each file once")
@@ -180,12 +181,11 @@ def _find_local(path: str) -> RawFile:
 
 def _find_remote(path: str) -> RawFile:
     system, inner = file_system(path)
-    with _named(path):
-        info = system.info(inner)
-        if info["type"] != "file":
-            raise UserError(f"{path} is a folder; name the files in it")
-        start = system.cat_file(inner, start=0, end=4)
-        stamp = str(system.checksum(inner))
+    info = system.info(inner)
+    if info["type"] != "file":
+        raise UserError(f"{path} is a folder; name the files in it")
+    start = system.cat_file(inner, start=0, end=4)
+    stamp = str(system.checksum(inner))
     return RawFile(
         path=path,
         name=inner.rstrip("/").rpartition("/")[2],
@@ -222,5 +222,6 @@ def _named(path: str) -> Iterator[None]:
 
 
 def _unreadable(path: str, error: Exception) -> UserError:
-    words = " ".join(str(error).split())
-    return UserError(f"{path} cannot be read ({type(error).__name__}: {words}); check the path and your access to it")
+    return UserError(
+        f"{path} cannot be read ({type(error).__name__}: {one_line(error)}); check the path and your access to it"
+    )

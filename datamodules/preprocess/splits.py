@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
+from datamodules.mixing import GOLDEN, mix
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SPLITS, SplitName
 
@@ -141,11 +142,5 @@ def mixed(seed: int, stream: int, values: np.ndarray) -> np.ndarray:
     Returns:
         uint64 [n], the same everywhere.
     """
-    key = _finalised(np.array([(seed * 0x9E3779B97F4A7C15 + stream) % 2**64], np.uint64))
-    return _finalised(_finalised(values * np.uint64(0x9E3779B97F4A7C15) + key))
-
-
-def _finalised(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    key = mix(np.array([(seed * GOLDEN + stream) % 2**64], np.uint64))
+    return mix(mix(values * np.uint64(GOLDEN) + key))

@@ -1,17 +1,17 @@
 """Where a dataset goes, on this machine or elsewhere, and the working folder in which it is made."""
 
 import json
+import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from datamodules.parquet import flush
-from datamodules.preprocess.journal import find_records, locked
+from datamodules.preprocess.journal import find_records, is_disk_full, locked
 from datamodules.preprocess.sources import file_system, is_remote
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, one_line
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
 
 REPORT_FILE = "report.json"
@@ -39,6 +39,7 @@ class Target:
         else:
             self._folder = Path(output).absolute()
             name, parent = self._folder.name, self._folder.parent
+        self._beside = work is None and not self.remote
         self.work = (parent if work is None else work.absolute()) / f".{name}.preprocess"
         self.goes_on = f"The same command goes on from what is finished, which waits in {self.work}"
 
@@ -56,8 +57,9 @@ class Target:
             return None
         found = None
         if SCHEMA_FILE in names and REPORT_FILE in names:
+            report = self._read(REPORT_FILE)
             with suppress(ValueError, KeyError, TypeError):
-                found = json.loads(self._read(REPORT_FILE))["run"]
+                found = json.loads(report)["run"]
         if found is None:
             raise UserError(
                 f"{self.output} exists and is not an empty folder; name a new folder, or remove it if it is not needed"
@@ -68,9 +70,18 @@ class Target:
                 f"{self.output} was made of other input or with other options: {difference}; name a new folder, or "
                 "remove this one to make it again"
             )
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / SCHEMA_FILE).write_bytes(self._read(SCHEMA_FILE))
-            return DatasetSchema.load(Path(folder))
+        return DatasetSchema.from_json(self._read(SCHEMA_FILE), f"{self.output}/{SCHEMA_FILE}")
+
+    @property
+    def parent(self) -> Path | None:
+        """The existing folder in or below which the dataset will lie; None behind an address."""
+        return None if self.remote else next(parent for parent in self._folder.parents if parent.exists())
+
+    def remove_leftovers(self) -> None:
+        """Removes the working folder beside a finished dataset, whose run was killed while it did so."""
+        if self._beside and self.work.exists():
+            with suppress(UserError), locked(self.work, self.output):
+                shutil.rmtree(self.work, ignore_errors=True)
 
     @contextmanager
     def working_folder(self, worth_keeping: bool) -> Iterator[Path]:
@@ -83,8 +94,11 @@ class Target:
             worth_keeping: whether finished steps took long enough to be kept when the run is broken off.
 
         Raises:
-            UserError: it cannot be made, or another run makes the same dataset.
+            UserError: it cannot be made, or another run makes the same dataset, or the dataset's own place cannot
+                be written to.
         """
+        if self.parent is not None and not (self.parent.is_dir() and os.access(self.parent, os.W_OK)):
+            raise UserError(f"cannot write to {self.parent}; choose another --output")
         new_parents = [parent for parent in self.work.parents if not parent.exists()]
         with locked(self.work, self.output):
             try:
@@ -100,8 +114,14 @@ class Target:
         """Gives the finished dataset its place: renamed there, or, where it has to be copied, dataset.json last.
 
         Raises:
-            UserError: the place was taken meanwhile.
+            UserError: the place was taken meanwhile, or cannot be written to.
+            OSError: its disk is full.
         """
+        with self._reached(self.goes_on):
+            self._deliver(result)
+        (self.work / "delivered").touch()
+
+    def _deliver(self, result: Path) -> None:
         if self.remote:
             (self.work / "uploading").touch()
             files = [path for path in sorted(result.rglob("*")) if path.is_file() and path.name != SCHEMA_FILE]
@@ -122,23 +142,43 @@ class Target:
             except OSError as error:
                 raise UserError(f"{self.output} came into being meanwhile ({error.strerror}); move it away") from error
             flush(self._folder.parent)
-        (self.work / "delivered").touch()
+
+    @contextmanager
+    def _reached(self, then: str = "") -> Iterator[None]:
+        """Failures of the place as one line that names it, but for a full disk; every backend has errors of its own.
+
+        Args:
+            then: a sentence to add.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if is_disk_full(error):
+                raise
+            raise UserError(
+                f"{self.output} cannot be reached ({type(error).__name__}: {one_line(error)}); check the place and "
+                f"your access to it. {then}".rstrip(". ")
+            ) from error
 
     def _names(self) -> set[str]:
         """What the target holds; its own name if it is a file."""
-        if not self.remote:
-            if self._folder.is_dir():
-                return {path.name for path in self._folder.iterdir()}
-            return {self._folder.name} if self._folder.exists() else set()
-        if not self._system.exists(self._path):
-            return set()
-        return {str(name).rstrip("/").rpartition("/")[2] for name in self._system.ls(self._path, detail=False)}
+        with self._reached():
+            if not self.remote:
+                if self._folder.is_dir():
+                    return {path.name for path in self._folder.iterdir()}
+                return {self._folder.name} if self._folder.exists() else set()
+            if not self._system.exists(self._path):
+                return set()
+            return {str(name).rstrip("/").rpartition("/")[2] for name in self._system.ls(self._path, detail=False)}
 
     def _read(self, name: str) -> bytes:
-        if self.remote:
-            content: bytes = self._system.cat_file(f"{self._path}/{name}")
-            return content
-        return (self._folder / name).read_bytes()
+        with self._reached():
+            if self.remote:
+                content: bytes = self._system.cat_file(f"{self._path}/{name}")
+                return content
+            return (self._folder / name).read_bytes()
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:

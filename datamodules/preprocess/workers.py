@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from datamodules.preprocess.journal import is_disk_full
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, one_line
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -79,7 +79,7 @@ class Workers:
         if isinstance(error, UserError):
             return error
         if is_disk_full(error):
-            return UserError(f"the disk is full ({_one_line(error)}); make room. {self.goes_on}")
+            return UserError(f"the disk is full ({one_line(error)}); make room. {self.goes_on}")
         if isinstance(error, BrokenProcessPool):
             return UserError(
                 "a worker process died, killed by the system for lack of memory or by hand (in a script of your own: "
@@ -87,7 +87,7 @@ class Workers:
             )
         if isinstance(error, CancelledError) or type(error).__module__.startswith("distributed"):
             return UserError(
-                f"the cluster lost a worker or its scheduler ({type(error).__name__}: {_one_line(error)[:200]}). "
+                f"the cluster lost a worker or its scheduler ({type(error).__name__}: {one_line(error)[:200]}). "
                 f"{self.goes_on}"
             )
         return error
@@ -162,7 +162,7 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
         client = Client(scheduler, timeout=_CONNECT_TIMEOUT_S, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"no Dask scheduler at {scheduler} ({_one_line(error)}); start one with 'dask scheduler', and workers "
+            f"no Dask scheduler at {scheduler} ({one_line(error)}); start one with 'dask scheduler', and workers "
             "with 'dask worker ADDRESS'"
         ) from error
     with client:
@@ -175,7 +175,7 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
             seen = client.run(_sees, str(token))
         except Exception as error:
             raise UserError(
-                f"the workers of {scheduler} cannot do the work ({type(error).__name__}: {_one_line(error)}); install "
+                f"the workers of {scheduler} cannot do the work ({type(error).__name__}: {one_line(error)}); install "
                 "this package on each"
             ) from error
         finally:
@@ -186,7 +186,7 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
                 f"the worker {blind[0]} does not see {folder}: all workers must share the file system of the output "
                 "(or of --work)"
             )
-        # A job that kills its worker is not tried again: one that runs out of memory would do so on every worker.
+        # A job that fails is not tried again. (One whose worker dies is, by Dask, as often as the scheduler allows.)
         executor = client.get_executor(pure=False, retries=0)
         try:
             yield executor, threads
@@ -196,7 +196,3 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
 
 def _sees(path: str) -> bool:
     return Path(path).exists()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

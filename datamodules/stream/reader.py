@@ -21,7 +21,7 @@ import torch
 from datamodules.parquet import Folder, check_weights, count_values, open_part, weighted_column
 from datamodules.stream.order import LANES, Order, ranges
 from lightning_dlrm.contracts.batch import Batch, SparseIds
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, one_line
 from lightning_dlrm.contracts.schema import Column, DataFile, DatasetSchema
 
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
@@ -135,11 +135,12 @@ class Decoder:
         return rows
 
     def empty(self, count: int) -> Rows:
-        """Room for rows, without values of bags."""
+        """Room for rows; with multi-hot columns ``values`` has the right type, and no room."""
         return Rows(
             label=np.empty(count, np.int8) if self.label else None,
             dense=np.empty((count, len(self.dense)), np.float32),
             ids=np.empty((count, len(self.tables)), np.int32),
+            values=np.empty(0, self.value_type) if self.multi_hot else None,
         )
 
     def bytes_of(self, start: int, stop: int) -> int:
@@ -165,7 +166,7 @@ class Decoder:
         except Exception as error:  # remote file systems have errors of their own
             raise UserError(
                 f"{self.folder / file.path} is altered: row group {group} cannot be decoded "
-                f"({' '.join(str(error).split())}); restore the file, or make the dataset again"
+                f"({one_line(error)}); restore the file, or make the dataset again"
             ) from error
         self._give_back(index, part)
         return {name: _whole(column) for name, column in zip(table.column_names, table.columns, strict=True)}
@@ -343,13 +344,14 @@ class Window:
         heads_KL = np.minimum(sizes_KL, self._capacity_L - slots_KL)
         starts = np.stack([self._ring_starts_L + slots_KL, np.broadcast_to(self._ring_starts_L, slots_KL.shape)], -1)
         rows = self._rings.take(ranges(starts, np.stack([heads_KL, sizes_KL - heads_KL], -1)))
-        if any(self._bags):
+        if self._rings.values is not None:
             rows.values, rows.ends = self._gather_bags(bounds, rows.ids.sum(axis=1, dtype=np.int64))
         return rows
 
     def _gather_bags(self, bounds: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values and ends of the rows of batches, each of which has so many values."""
-        pieces = []
+        # The rank may have no row of these batches, and so no piece.
+        pieces = [np.empty_like(self._rings.values)]
         for bags, begin, stop in zip(self._bags, bounds[0, :, 0].tolist(), bounds[-1, :, 1].tolist(), strict=True):
             for first in sorted(bags):
                 values, ends = bags[first]
@@ -423,10 +425,8 @@ def hold(decoder: Decoder, order: Order, start: int, stop: int, threads: int) ->
     groups = np.flatnonzero((order.group_starts < stop) & (order.group_starts + order.group_rows > start))
     with ThreadPoolExecutor(threads) as pool:
         bags = list(pool.map(load, groups.tolist()))
-    if decoder.multi_hot:
-        held.values = np.concatenate(
-            [np.empty(0, decoder.value_type), *(rows.values for rows in bags if rows.values is not None)]
-        )
+    if held.values is not None:
+        held.values = np.concatenate([held.values, *(rows.values for rows in bags if rows.values is not None)])
         held.ends = np.append(0, np.cumsum(held.ids.sum(axis=1, dtype=np.int64)))
     return held
 

@@ -1,13 +1,12 @@
 """``bench auc``: the exact AUC at the scale of Terabyte's held-out day, against scikit-learn."""
 
 import argparse
-import resource
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lightning_dlrm.bench.measurement import Measurement, median_and_spread, time_rounds
+from lightning_dlrm.bench.measurement import Measurement, median_and_spread, peak_bytes, time_rounds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import exact_auc
 
@@ -43,9 +42,9 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     sizes = [_BATCH] * (args.samples // _BATCH) + [args.samples % _BATCH]
     logits = [torch.randn(size, generator=generator) for size in sizes]
     labels = [(torch.rand(size, generator=generator) < args.click_rate).to(torch.int8) for size in sizes]
-    before = _peak_bytes()
+    before = peak_bytes()
     ours = time_rounds({"ours": lambda: exact_auc(logits, labels)}, args.rounds)["ours"]
-    extra = _peak_bytes() - before
+    extra = peak_bytes() - before
     rows = [_row(args, "ours", args.samples, ours, {"bytes_beside_samples": extra})]
     few_logits, few_labels = (torch.cat(parts)[:_PEER_SAMPLES] for parts in (logits, labels))
     peer = _scikit_learn(few_logits, few_labels)
@@ -81,7 +80,3 @@ def _row(
         spread_s=spread,
         extra=extra,
     )
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import resource
 import threading
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from datamodules.generate.demo import DemoSettings, demo_folder, generate_demo
 from datamodules.parquet import check_sizes, load_schema, part_files
 from datamodules.stream.loader import TrainingLoader
 from datamodules.stream.order import Shuffle
-from lightning_dlrm.bench.measurement import Measurement, median_and_spread, time_rounds
+from lightning_dlrm.bench.measurement import Measurement, median_and_spread, peak_bytes, time_rounds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DataFile
 
@@ -72,9 +71,9 @@ def run(args: argparse.Namespace) -> list[Measurement]:
             **options,
         )
 
-    before = _peak_bytes()
+    before = peak_bytes()
     _epoch(loader(first))
-    peak = _peak_bytes() - before
+    peak = peak_bytes() - before
     one = args.threads[0]
     epochs = {("shuffle window", threads, first): loader(first, threads) for threads in args.threads}
     epochs |= {("shuffle window", one, size): loader(size, one) for size in others}
@@ -159,7 +158,3 @@ def _decode(folder: Path, files: tuple[DataFile, ...], threads: int, verify: boo
         worker.start()
     for worker in workers:
         worker.join()
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

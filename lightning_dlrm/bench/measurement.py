@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from datamodules.preprocess.inspection import aligned
 from lightning_dlrm.contracts.errors import UserError
 
 Implementation = Literal["ours", "baseline", "peer"]
@@ -70,6 +72,11 @@ def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
     return statistics.median(seconds), max(seconds) - min(seconds)
 
 
+def peak_bytes() -> int:
+    """The most resident memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def render(rows: Sequence[Measurement]) -> str:
     """The rows as a table for a terminal."""
     cells = [("case", "implementation", "median", "spread", "samples/s", "floor", "x floor", "")]
@@ -89,12 +96,7 @@ def render(rows: Sequence[Measurement]) -> str:
                 ", ".join(f"{name} {value:,.4g}" for name, value in row.extra.items()),
             )
         )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    aligned = [str.ljust if i in (0, 1, 7) else str.rjust for i in range(len(widths))]
-    return "\n".join(
-        "  ".join(align(cell, width) for align, cell, width in zip(aligned, line, widths, strict=True)).rstrip()
-        for line in cells
-    )
+    return "\n".join(aligned(cells, left=(0, 1, 7)))
 
 
 def write_json(rows: Sequence[Measurement], path: Path) -> None:

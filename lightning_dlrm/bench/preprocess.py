@@ -11,7 +11,6 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -21,6 +20,7 @@ import psutil
 from tqdm import tqdm
 
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
+from datamodules.preprocess.progress import bytes_below
 from datamodules.preprocess.target import REPORT_FILE
 from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread
 from lightning_dlrm.contracts.errors import UserError
@@ -201,7 +201,7 @@ class _Ours:
 
     def output_bytes(self) -> int:
         assert self.output is not None
-        return _folder_bytes(self.output)
+        return bytes_below(self.output)
 
     def stage_seconds(self) -> dict[str, float]:
         """Of the latest run, as its report tells."""
@@ -298,7 +298,7 @@ def _run_process(command: Sequence[str], folder: Path | None) -> tuple[_Run, str
                 except psutil.TimeoutExpired:
                     peak = max(peak, _memory(process))
                     if folder is not None and samples % _DISK_SAMPLES == 0:
-                        peak_disk = max(peak_disk, _folder_bytes(folder))
+                        peak_disk = max(peak_disk, bytes_below(folder))
                     samples += 1
         except BaseException:
             process.terminate()
@@ -328,16 +328,6 @@ def _memory(process: psutil.Process) -> int:
             total += getattr(memory, "pss", memory.rss)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue  # it has just ended
-    return total
-
-
-def _folder_bytes(folder: Path) -> int:
-    """Of all files below it that are still there when they are looked at."""
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            if path.is_file():
-                total += path.stat().st_size
     return total
 
 

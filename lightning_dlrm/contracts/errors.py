@@ -1,4 +1,4 @@
-"""The one exception for what a user can get wrong."""
+"""The one exception for what a user can get wrong, and errors of others as part of its message."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,8 @@ class UserError(ValueError):
     Its message is shown to the user as it is, on one line and without a traceback; it says what
     was found, what was expected and what to do. The command line exits with code 2.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split())

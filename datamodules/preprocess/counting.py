@@ -1,0 +1,411 @@
+"""Count: the values of one categorical column over all segments, as a vocabulary, and the ids of each segment's
+distinct values.
+
+Only distinct values, not rows, are counted and looked up: of 138,000 skewed rows a column has 7,000 on
+average. A worker holds the share of them that lies between two bounds; the rest waits on disk. The
+vocabularies together are never in memory.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice, pairwise
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from datamodules.preprocess.encoding import Encoding, read_items, scratch_folder
+from datamodules.preprocess.journal import record, recorded, written_aside
+from datamodules.preprocess.protocols import Table, by_frequency, hash_modulo
+from datamodules.preprocess.segments import OpenSegment, Segment, load_segments, rows_of
+from lightning_dlrm.contracts.schema import SPLITS, Column
+
+_VALUES_AT_ONCE = 1 << 22  # of a column's distinct values in all segments: 200 MB while they are sorted
+_IDS_AT_ONCE = 1 << 20  # a row group of a vocabulary
+_SAMPLED_VALUES = 1 << 16
+
+_ENTRY = np.dtype([("value", np.uint32), ("count", np.uint32)])
+_ID = np.dtype(np.int32)
+_RUN = np.dtype([("value", np.uint32), ("count", np.int64)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnJob:
+    """Which column to count, or to look up."""
+
+    encoding: Encoding
+    table: Table
+    vocabulary: Path | None = None
+    """Of another dataset, whose ids are to be used."""
+    column: Column | None = None
+    """The column there."""
+
+
+def count_column(job: ColumnJob) -> dict[str, Any]:
+    """Counts a categorical column; writes its vocabulary and the ids of every segment's distinct values.
+
+    The values are spread over files by ranges, so that each range can be sorted in memory; within a
+    range ids are known once it is known how many values of each count the ranges before it have.
+
+    Returns:
+        ``cardinality`` (rows of the table), ``distinct`` (values counted), ``kept`` (of them with an id
+        of their own), ``rare_rows``, ``missing_rows`` (of those counted).
+    """
+    encoding, table = job.encoding, job.table
+    done = recorded(encoding.record_of(table))
+    if done:
+        return done
+    reserved = encoding.protocol.reserved_of(table, encoding.min_count)
+    with scratch_folder(encoding, table.name) as scratch:
+        spread, missing_rows = _spread_values(encoding, table, scratch)
+        totals = [_group(spread.place(part)) for part in range(spread.parts)]
+        first_id = max(reserved.values(), default=-1) + 1
+        kept, rare_values, rare_rows = _assign(spread, totals, encoding.min_count, first_id, reserved)
+        rows = max(first_id + kept, 1)
+        modulus = encoding.max_rows if encoding.protocol.modulo == "id" else None
+        if modulus is not None and modulus >= rows:
+            modulus = None  # changes nothing, and might not fit an id's type
+        _write_vocabulary(
+            encoding.vocabulary(table), spread, first_id, kept, reserved, missing_rows, rare_rows, modulus
+        )
+        _write_ids(encoding, table, spread, reserved.get("missing", 0), modulus)
+    facts = {
+        "cardinality": modulus or rows,
+        "distinct": kept + rare_values,
+        "kept": kept,
+        "rare_rows": rare_rows,
+        "missing_rows": missing_rows,
+    }
+    return record(
+        encoding.record_of(table), facts, (encoding.ids(table), encoding.ends(table), encoding.vocabulary(table))
+    )
+
+
+def look_up_column(job: ColumnJob) -> dict[str, Any]:
+    """Writes the ids of every segment's distinct values by the vocabulary of another dataset, and copies that.
+
+    A value that the vocabulary lacks gets the id ``unknown``; without one, ``rare``; without either,
+    the last id, that of the rarest value, whose row was trained least.
+
+    Returns:
+        ``cardinality`` and ``unknown_rows``.
+    """
+    encoding, table = job.encoding, job.table
+    done = recorded(encoding.record_of(table))
+    if done:
+        return done
+    assert job.vocabulary is not None and job.column is not None
+    reserved = job.column.reserved
+    unknown = reserved.get("unknown", reserved.get("rare", job.column.cardinality - 1))
+    known = pq.read_table(job.vocabulary, columns=["hash", "id"])
+    known = known.filter(pc.is_valid(known.column("hash")))
+    values, ids = known.column("hash").to_numpy(), known.column("id").to_numpy()
+    order = np.argsort(values)
+    values, ids = values[order], ids[order]
+    del known, order
+    unknown_rows = 0
+    with scratch_folder(encoding, table.name) as scratch:
+        out = _IdsWriter(scratch)
+        for segment in load_segments(encoding.segments):
+            with OpenSegment(segment) as opened:
+                wanted, codes = _distinct(encoding, table, opened)
+                ascending = np.argsort(wanted)  # a walk through a large vocabulary, where any other order would jump
+                place = np.minimum(np.searchsorted(values, wanted[ascending]), max(len(values) - 1, 0))
+                found = values[place] == wanted[ascending] if len(values) else np.zeros(len(wanted), bool)
+                result = np.empty(len(wanted), np.int32)
+                result[ascending] = np.where(found, ids[place], unknown) if len(values) else unknown
+                absent = np.empty(len(wanted), bool)
+                absent[ascending] = ~found
+                unknown_rows += int(np.bincount(codes, minlength=len(wanted))[: len(wanted)][absent].sum())
+                out.write(result if table.missing_as_value else np.append(result, np.int32(reserved.get("missing", 0))))
+        out.finish(encoding, table)
+    encoding.vocabulary(table).parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(encoding.vocabulary(table)) as partial:
+        shutil.copyfile(job.vocabulary, partial)
+    return record(
+        encoding.record_of(table),
+        {"cardinality": job.column.cardinality, "unknown_rows": unknown_rows},
+        (encoding.ids(table), encoding.ends(table), encoding.vocabulary(table)),
+    )
+
+
+class _IdsWriter:
+    """Writes the ids of the distinct values of one segment after the other, each ending with that of missing."""
+
+    def __init__(self, scratch: Path):
+        self._place = scratch / "all.ids"
+        self._file = self._place.open("wb")
+        self._ends = [0]
+
+    def write(self, ids: np.ndarray) -> None:
+        """int32 [d + 1]"""
+        assert ids.dtype == np.int32
+        self._file.write(ids.tobytes())
+        self._ends.append(self._ends[-1] + len(ids))
+
+    def finish(self, encoding: Encoding, table: Table) -> None:
+        self._file.close()
+        self._place.replace(encoding.ids(table))
+        with written_aside(encoding.ends(table)) as partial:
+            np.array(self._ends, np.int64).tofile(partial)
+
+
+def _distinct(encoding: Encoding, table: Table, opened: OpenSegment) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct values uint32 [d] as they are counted, and codes [n] into them; where missing ones
+    count as 0 the last value is that, else code d stands for missing. Values may repeat."""
+    values, codes = opened.categories(table)
+    if table.missing_as_value:
+        values = np.append(values, np.uint32(0))
+    if encoding.protocol.modulo == "hash":
+        values = hash_modulo(values, encoding.max_rows)
+    return values, codes
+
+
+def _values_of(encoding: Encoding, table: Table, segment: Segment) -> np.ndarray:
+    with OpenSegment(segment) as opened:
+        return _distinct(encoding, table, opened)[0].copy()
+
+
+class _Spread:
+    """A column's distinct values of every segment, in files by ranges of value.
+
+    File ``part`` has the entries of its range in the order of the segments; ``counts``, ``ids`` and the
+    like have one item for each of them.
+    """
+
+    def __init__(self, scratch: Path, bounds: np.ndarray):
+        self.scratch, self.bounds = scratch, bounds
+        self.parts = len(bounds) + 1
+        self.lengths: list[int] = []
+        """Entries of each segment."""
+
+    def place(self, part: int) -> Path:
+        return self.scratch / f"{part:04d}"
+
+    def order(self, values: np.ndarray | range) -> tuple[np.ndarray | slice, np.ndarray]:
+        """How to bring values range by range, and where each range then ends."""
+        if self.parts == 1:
+            return slice(None), np.array([len(values)])
+        part = np.searchsorted(self.bounds, values, side="right")
+        return np.argsort(part, kind="stable"), np.cumsum(np.bincount(part, minlength=self.parts))
+
+
+def _spread_values(encoding: Encoding, table: Table, scratch: Path) -> tuple[_Spread, int]:
+    """Reads all segments once; also says how many counted rows are missing."""
+    segments = load_segments(encoding.segments)
+    spread = _Spread(scratch, _bounds(encoding, table, segments))
+    missing_rows = 0
+    for some in _segments_at_once(table, segments):
+        found = []
+        for segment in some:
+            with OpenSegment(segment) as opened:
+                values, codes = _distinct(encoding, table, opened)
+                rows = counted_rows(encoding, opened)
+                counts = np.bincount(codes[rows], minlength=len(values) + 1)
+                missing_rows += int(counts[len(values) :].sum())
+                found.append(np.empty(len(values), _ENTRY))
+                found[-1]["value"], found[-1]["count"] = values, counts[: len(values)]
+        spread.lengths += map(len, found)
+        entries = np.concatenate(found)
+        order, ends = spread.order(entries["value"])
+        entries = entries[order]
+        for part, (start, end) in enumerate(pairwise([0, *ends])):
+            # Opened anew: of Terabyte's large columns there are hundreds, and the threads of a Dask worker share
+            # what a process may have open.
+            with spread.place(part).open("ab") as file:
+                entries[start:end].tofile(file)
+    return spread, missing_rows
+
+
+def _segments_at_once(table: Table, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Consecutive segments with some ``_VALUES_AT_ONCE`` distinct values of a column together."""
+    ends = np.cumsum([segment.distinct.get(table.source, 0) for segment in segments])
+    for _, some in groupby(zip(ends // _VALUES_AT_ONCE, segments, strict=True), key=itemgetter(0)):
+        yield [segment for _, segment in some]
+
+
+def _bounds(encoding: Encoding, table: Table, segments: Sequence[Segment]) -> np.ndarray:
+    """Bounds between ranges of some ``_VALUES_AT_ONCE`` entries each, from a sample of the values."""
+    parts = -(-sum(segment.distinct.get(table.source, 0) for segment in segments) // _VALUES_AT_ONCE)
+    if parts <= 1:
+        return np.empty(0, np.uint32)
+    looked_at = segments[:: max(len(segments) // 64, 1)]
+    samples = []
+    for segment in looked_at:
+        values = _values_of(encoding, table, segment)
+        if len(values):
+            samples.append(values[:: max(len(values) * len(looked_at) // _SAMPLED_VALUES, 1)])
+    sample = np.sort(np.concatenate(samples))
+    return np.unique(sample[np.arange(1, parts) * len(sample) // parts])
+
+
+def counted_rows(encoding: Encoding, opened: OpenSegment) -> np.ndarray | slice:
+    """Which rows of a segment the vocabulary is counted over."""
+    if encoding.protocol.counts == "all rows":
+        return rows_of(encoding.rule, opened, SPLITS)
+    return rows_of(encoding.rule, opened, ("train",))
+
+
+def _group(place: Path) -> np.ndarray:
+    """Finds equal values of a range.
+
+    Writes ``.groups`` (``_RUN``: the values in ascending order and their counts) and ``.inverse``
+    (int32: for each entry the position of its value in them).
+
+    Returns:
+        int64: the counts.
+    """
+    entries = np.fromfile(place, _ENTRY)
+    place.unlink()
+    # One sort of 64-bit integers, which numpy does with vector instructions, brings values and positions.
+    packed = entries["value"].astype(np.uint64) << np.uint64(32) | np.arange(len(entries), dtype=np.uint64)
+    packed.sort()
+    order = (packed & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+    values = (packed >> np.uint64(32)).astype(np.uint32)
+    del packed
+    first = np.concatenate([np.ones(min(len(values), 1), bool), values[1:] != values[:-1]])
+    starts = np.flatnonzero(first)
+    groups = np.empty(len(starts), _RUN)
+    groups["value"] = values[starts]
+    groups["count"] = np.add.reduceat(entries["count"][order], starts, dtype=np.int64) if len(starts) else 0
+    inverse = np.empty(len(entries), np.int32)
+    inverse[order] = np.cumsum(first, dtype=np.int32) - 1
+    groups.tofile(place.with_suffix(".groups"))
+    inverse.tofile(place.with_suffix(".inverse"))
+    return groups["count"].copy()
+
+
+def _assign(
+    spread: _Spread, totals: list[np.ndarray], min_count: int, first_id: int, reserved: Mapping[str, int]
+) -> tuple[int, int, int]:
+    """Gives every value its id: by descending count over all ranges, ties by value.
+
+    Writes per range ``.ids`` (int32, of each entry), ``.run`` (``_RUN``, the values in the order of
+    their ids) with ``.edges`` (int64, where in it each row group of the vocabulary begins), and ``.rare``.
+
+    Returns:
+        Values with an id of their own, other values counted, and rows with these.
+    """
+    counts = [np.unique(total[total >= min_count], return_counts=True) for total in totals]
+    all_counts = np.unique(np.concatenate([values for values, _ in counts]))
+    numbers = np.zeros(len(all_counts), np.int64)
+    for values, how_many in counts:
+        numbers[np.searchsorted(all_counts, values)] += how_many
+    kept = int(numbers.sum())
+    assert first_id + kept < 1 << 31, "ids are int32"
+    next_id = first_id + kept - np.cumsum(numbers)  # of the next value of each count; the largest count comes first
+    edges = np.arange(first_id, first_id + kept + _IDS_AT_ONCE, _IDS_AT_ONCE)
+    rare_values = rare_rows = 0
+    for part, total in enumerate(totals):
+        place = spread.place(part)
+        groups = np.fromfile(place.with_suffix(".groups"), _RUN)
+        chosen = np.flatnonzero(total >= min_count)
+        chosen = chosen[by_frequency(total[chosen])]
+        position = np.searchsorted(all_counts, total[chosen])
+        starts = np.flatnonzero(np.append(True, position[1:] != position[:-1])) if len(position) else position
+        lengths = np.diff(np.append(starts, len(position)))
+        rank = np.arange(len(position)) - np.repeat(starts, lengths)
+        ids = next_id[position] + rank
+        next_id[position[starts]] += lengths
+        rare = np.flatnonzero((total > 0) & (total < min_count))
+        of_group = np.full(len(total), reserved.get("unknown", 0), np.int32)
+        of_group[rare] = reserved.get("rare", 0)
+        of_group[chosen] = ids
+        rare_values, rare_rows = rare_values + len(rare), rare_rows + int(total[rare].sum())
+        inverse = np.fromfile(place.with_suffix(".inverse"), np.int32)
+        of_group[inverse].tofile(place.with_suffix(".ids"))
+        groups[chosen].tofile(place.with_suffix(".run"))
+        groups[rare].tofile(place.with_suffix(".rare"))
+        np.searchsorted(ids, edges).tofile(place.with_suffix(".edges"))
+        np.asarray(ids, np.int32).tofile(place.with_suffix(".run_ids"))
+    return kept, rare_values, rare_rows
+
+
+_VOCABULARY_SCHEMA = pa.schema([("hash", pa.uint32()), ("count", pa.int64()), ("id", pa.int32())])
+
+
+def _write_vocabulary(
+    path: Path,
+    spread: _Spread,
+    first_id: int,
+    kept: int,
+    reserved: Mapping[str, int],
+    missing_rows: int,
+    rare_rows: int,
+    modulus: int | None,
+) -> None:
+    """Writes the values in the order of ids: row i has id i (modulo the table's rows in ``mlperf``).
+
+    Reserved ids come first and have no hash. Where rare values have an id apart from unknown ones,
+    they follow at the end, so that they can be told apart in other rows too.
+    """
+    lists_rare = "unknown" in reserved and reserved["rare"] != reserved["unknown"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        written_aside(path) as partial,
+        pq.ParquetWriter(
+            partial,
+            _VOCABULARY_SCHEMA,
+            compression="zstd",
+            use_dictionary=["count"],
+            column_encoding={"hash": "PLAIN", "id": "DELTA_BINARY_PACKED"},
+            store_schema=False,
+        ) as writer,
+    ):
+
+        def write(values: pa.Array, counts: np.ndarray, ids: np.ndarray) -> None:
+            if len(ids):
+                ids = (ids % modulus if modulus else ids).astype(np.int32)
+                columns = [values, pa.array(counts, pa.int64()), pa.array(ids)]
+                writer.write_table(pa.table(columns, schema=_VOCABULARY_SCHEMA))
+
+        of_reserved = np.zeros(first_id, np.int64)
+        if "missing" in reserved:
+            of_reserved[reserved["missing"]] += missing_rows
+        if "rare" in reserved and not lists_rare:
+            of_reserved[reserved["rare"]] += rare_rows
+        write(pa.nulls(first_id, pa.uint32()), of_reserved, np.arange(first_id))
+        edges = [np.fromfile(spread.place(part).with_suffix(".edges"), np.int64) for part in range(spread.parts)]
+        for number, start in enumerate(range(first_id, first_id + kept, _IDS_AT_ONCE)):
+            window = np.empty(min(_IDS_AT_ONCE, first_id + kept - start), _RUN)
+            for part in range(spread.parts):
+                begin, end = edges[part][number], edges[part][number + 1]
+                ids = read_items(spread.place(part).with_suffix(".run_ids"), _ID, begin, end)
+                window[ids - start] = read_items(spread.place(part).with_suffix(".run"), _RUN, begin, end)
+            write(pa.array(window["value"]), window["count"], np.arange(start, start + len(window)))
+        for part in range(spread.parts) if lists_rare else ():
+            rare = np.fromfile(spread.place(part).with_suffix(".rare"), _RUN)
+            write(pa.array(rare["value"]), rare["count"], np.full(len(rare), reserved["rare"]))
+
+
+def _write_ids(encoding: Encoding, table: Table, spread: _Spread, missing_id: int, modulus: int | None) -> None:
+    """Brings the ids of the entries back into the order of the segments."""
+    out = _IdsWriter(spread.scratch)
+    places = [spread.place(part).with_suffix(".ids") for part in range(spread.parts)]
+    begins = np.zeros(spread.parts, np.int64)
+    all_lengths = iter(spread.lengths)
+    for some in _segments_at_once(table, load_segments(encoding.segments)):
+        lengths = list(islice(all_lengths, len(some)))
+        order, ends = spread.order(
+            np.concatenate([_values_of(encoding, table, segment) for segment in some])
+            if spread.parts > 1
+            else range(sum(lengths))
+        )
+        stops = begins + np.diff(ends, prepend=0)
+        parts = [
+            read_items(place, _ID, begin, stop)
+            for place, begin, stop in zip(places, begins.tolist(), stops.tolist(), strict=True)
+        ]
+        begins = stops
+        ids = np.empty(sum(lengths), _ID)
+        ids[order] = np.concatenate(parts)
+        if modulus:
+            ids %= modulus
+        for of_segment in np.split(ids, np.cumsum(lengths)[:-1]):
+            out.write(of_segment if table.missing_as_value else np.append(of_segment, np.int32(missing_id)))
+    out.finish(encoding, table)

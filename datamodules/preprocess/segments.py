@@ -1,0 +1,103 @@
+"""Segments, the rows as ``staging`` leaves them: which there are, what is in one, and where its rows go."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from datamodules.preprocess.journal import written_aside
+from datamodules.preprocess.protocols import Table, bucket
+from datamodules.preprocess.splits import Span, SplitRule
+from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_LABEL, SPLITS, SplitName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Rows that were staged together."""
+
+    path: Path
+    start: int
+    """Its first row, counted over all files."""
+    rows: int
+    distinct: Mapping[str, int]
+    """Distinct hashes of each categorical column."""
+
+
+class OpenSegment:
+    """A segment mapped into memory, of which only what is asked for is read."""
+
+    def __init__(self, segment: Segment):
+        self.segment = segment
+        self._file = pa.memory_map(str(segment.path))
+        self._batch = pa.ipc.open_file(self._file).get_batch(0)
+
+    def __enter__(self) -> "OpenSegment":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """int8 [n], None of rows without labels."""
+        if CRITEO_LABEL not in self._batch.schema.names:
+            return None
+        labels: np.ndarray = self._batch.column(CRITEO_LABEL).to_numpy()
+        return labels
+
+    def integers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Values int32 [n], 0 where missing, and whether each is missing, bool [n]."""
+        column = self._batch.column(name)
+        missing = column.is_null().to_numpy(zero_copy_only=False)
+        return column.fill_null(0).to_numpy().astype(np.int32), missing
+
+    def categories(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct values uint32 [d] in no order, and codes [n] into them, d standing for missing."""
+        if table.source in CRITEO_CATEGORICAL:
+            column = self._batch.column(table.source)
+            return column.dictionary.to_numpy()[:-1], column.indices.to_numpy()
+        values, missing = self.integers(table.source)
+        binned = pa.array(bucket(values), mask=None if table.missing_as_value else missing).dictionary_encode()
+        return binned.dictionary.to_numpy(), binned.indices.fill_null(len(binned.dictionary)).to_numpy()
+
+
+@lru_cache(maxsize=2)
+def load_segments(path: Path) -> list[Segment]:
+    """The staged rows, as ``save_segments`` noted them."""
+    content = json.loads(path.read_text())
+    return [Segment(**{**entry, "path": path.parent / entry["path"]}) for entry in content]
+
+
+def save_segments(path: Path, segments: Sequence[Segment]) -> None:
+    with written_aside(path) as partial:
+        partial.write_text(
+            json.dumps(
+                [
+                    {
+                        "path": os.path.relpath(segment.path, path.parent),
+                        "start": segment.start,
+                        "rows": segment.rows,
+                        "distinct": dict(segment.distinct),
+                    }
+                    for segment in segments
+                ]
+            )
+        )
+
+
+def rows_of(rule: SplitRule, opened: OpenSegment, splits: Sequence[SplitName]) -> np.ndarray | slice:
+    """Which rows of a segment belong to some splits, in order."""
+    segment = opened.segment
+    if rule.arithmetic:
+        if len(splits) == len(SPLITS):
+            return slice(0, segment.rows)
+        span = next((span for span in rule.spans if span.split == splits[0]), Span(split=splits[0], start=0, stop=0))
+        start = min(max(span.start - segment.start, 0), segment.rows)
+        return slice(start, max(min(span.stop - segment.start, segment.rows), start))
+    codes = rule.split_of(segment.start, segment.rows, opened.labels)
+    return np.flatnonzero(codes >= 0 if len(splits) == len(SPLITS) else codes == SPLITS.index(splits[0]))
