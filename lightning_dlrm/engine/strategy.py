@@ -74,6 +74,8 @@ class EmbeddingShardedDDP(DDPStrategy):
         # Processes may start minutes apart; from here on they keep step.
         super().setup_environment()
         set_timeout(self._timeout_seconds)
+        # Its group is made while every rank is here: others would wait for hours to make it with one that has ended.
+        Ranks(patient=True)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
