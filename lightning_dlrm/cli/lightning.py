@@ -180,9 +180,8 @@ class CTRCommand(LightningCLI):
         settings = self._settings()
         assert isinstance(self.model, CTRModule)
         trainer = dict(self._get(self.config_init, "trainer", default={}))
-        # Rank 0 chooses the run folder; the callbacks of the others hear of it once the ranks can talk.
         is_rank_zero = self._rehearse(trainer).is_global_zero
-        self.run_folder = self._open_run_folder(settings) if is_rank_zero else RunFolder(Path())
+        self.run_folder = RunFolder(Path())
         callbacks: list[pl.Callback]
         if self.subcommand == "fit":
             checkpoints = None
@@ -197,6 +196,10 @@ class CTRCommand(LightningCLI):
         if trainer.get("enable_progress_bar") is not False:
             callbacks.append(RunProgress(self.recorder))
         callbacks.append(StopOnSigterm())
+        # Rank 0 chooses the run folder, once every setting is known to be in range; the callbacks of the other
+        # ranks hear of it when the ranks can talk.
+        if is_rank_zero:
+            self.run_folder.path = self._open_run_folder(settings).path
         trainer["callbacks"] = [*(trainer.get("callbacks") or []), *callbacks]
         trainer["logger"] = self._loggers(trainer.get("logger"), settings) if is_rank_zero else False
         plugins = trainer.get("plugins") or []
@@ -216,6 +219,8 @@ class CTRCommand(LightningCLI):
         """
         if settings["accumulate_grad_batches"] < 1:
             raise UserError(f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}; give 1 or more")
+        if settings["log_every_n_steps"] is not None and settings["log_every_n_steps"] < 1:
+            raise UserError(f"trainer.log_every_n_steps is {settings['log_every_n_steps']}; give 1 or more")
         if settings["reload_dataloaders_every_n_epochs"]:
             raise UserError(
                 "trainer.reload_dataloaders_every_n_epochs: the stream orders every epoch by itself; leave it at 0"
