@@ -158,15 +158,31 @@ class EmbeddingShardedDDP(DDPStrategy):
 StrategyRegistry.register(NAME, EmbeddingShardedDDP, description="DDP with embedding tables in pieces over all ranks")
 
 
-def table_loads(network: CTRNetwork, module: CTRModule, skew: float = 1.0) -> list[TableLoad]:
-    """What a plan needs to know of a network's tables; the network may be on the meta device."""
+def table_loads(
+    network: CTRNetwork, module: CTRModule, skew: float = 1.0, indices: Mapping[str, float] | None = None
+) -> list[TableLoad]:
+    """What a plan needs to know of a network's tables.
+
+    Args:
+        network: of the module; it may be on the meta device.
+        module: gives the tables' update rule.
+        skew: of every table's traffic; see TableLoad.
+        indices: column -> mean number of ids in a sample's bag; 1 where it is not given.
+    """
     loads = []
     for lookup in network.lookups():
         row = torch.empty(1, lookup.width, dtype=lookup.weight.dtype, device="meta")
         kept = [row, *(module.table_rule.state(row).values() if lookup.weight.requires_grad else ())]
         bytes_per_row = sum(tensor.numel() * tensor.element_size() for tensor in kept)
         loads += [
-            TableLoad(name=table.name, rows=table.rows, width=lookup.width, bytes_per_row=bytes_per_row, skew=skew)
+            TableLoad(
+                name=table.name,
+                rows=table.rows,
+                width=lookup.width,
+                bytes_per_row=bytes_per_row,
+                indices_per_sample=(indices or {}).get(table.name.partition("/")[0], 1.0),
+                skew=skew,
+            )
             for table in lookup.tables
         ]
     return loads
