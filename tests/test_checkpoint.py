@@ -22,6 +22,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import TablePiece
 from lightning_dlrm.sharding import checkpoint
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors, link_checkpoint, save_checkpoint
+from tests.ranks import run_ranks
 
 ROWS = 100
 
@@ -201,6 +202,52 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         CheckpointReader(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is not a checkpoint folder"):
         CheckpointReader(tmp_path)
+
+
+ON_TWO_RANKS = """
+import sys, time
+from pathlib import Path
+import torch
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.sharding import checkpoint
+from lightning_dlrm.sharding.collectives import Ranks, lost_rank, set_timeout
+from tests.test_checkpoint import pieces
+torch.distributed.init_process_group("gloo")
+ranks, folder = Ranks(patient=True), Path(sys.argv[1])
+
+def save(step):
+    checkpoint.save_checkpoint(folder, [pieces(0, 37, 100)[ranks.rank]], {"loops": {}}, {"step": step}, ranks)
+
+save(1)
+if ranks.rank == 1:
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    checkpoint.save_file = full
+try:
+    save(2)
+except UserError as error:
+    print(error)
+set_timeout(2)
+Ranks().each_does(lambda: None)
+if ranks.rank == 1:
+    time.sleep(6)
+else:
+    start = time.monotonic()
+    try:
+        Ranks().each_does(lambda: None)
+    except RuntimeError as error:
+        print("given up:", lost_rank(error), time.monotonic() - start < 5)
+"""
+
+
+@pytest.mark.dist
+def test_a_rank_that_fails_or_hangs_is_told_to_the_others(tmp_path: Path) -> None:
+    said = run_ranks(["-c", ON_TWO_RANKS, str(tmp_path / "last")], 2)
+    assert all("cannot save the checkpoint" in text and "No space left on device" in text for text in said), said
+    assert "given up: True True" in said[0]
+    reader = CheckpointReader(tmp_path / "last")
+    assert reader.header == {"step": 1} and torch.equal(slots(reader)["weight"], table()[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
 class Harmful:

@@ -246,7 +246,7 @@ def test_compressed_interaction_is_the_published_formula() -> None:
         )
         outputs.append(x.sum(2))
     torch.testing.assert_close(cin(x0), torch.cat(outputs, 1))
-    assert cin.multiply_adds() == 4 * (9 * (1 + 2) + 6 * (1 + 5))
+    assert cin.multiply_adds() == 4 * (3 * 2 * (3 + 1) + 2 * 5 * (3 + 1))
 
 
 def test_pairwise_sum_is_over_all_pairs() -> None:

@@ -7,7 +7,7 @@ CIN layer.
 import hashlib
 import itertools
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -184,15 +184,18 @@ class CompressedInteraction(nn.Module):
         """[B, V, D] -> [B, sum of the layers' rows]."""
         base_BDV = vectors_BVD.transpose(1, 2)
         rows_BDH, sums = base_BDV, []
-        for layer in self.layers:
-            rows_BDH = layer((rows_BDH[..., :, None] * base_BDV[..., None, :]).flatten(2))
+        for layer, rows in zip(self.layers, self.rows[:-1], strict=True):
+            # Weights times X^0 first: with fewer rows than vectors, less memory than all products of pairs.
+            linear = cast(nn.Linear, layer)
+            weight = linear.weight.view(-1, rows, self.rows[0])
+            mixed_BDHh = (base_BDV @ weight.flatten(0, 1).T).unflatten(2, (-1, rows))
+            rows_BDH = (mixed_BDHh * rows_BDH[..., None, :]).sum(3) + linear.bias
             sums.append(rows_BDH.sum(1))
         return torch.cat(sums, dim=1)
 
     def multiply_adds(self) -> int:
-        """Per sample: the outer products and what is made of them."""
-        pairs = [rows * self.rows[0] for rows in self.rows[:-1]]
-        return self.width * sum(n * (1 + out) for n, out in zip(pairs, self.rows[1:], strict=True))
+        """Per sample: weights times X^0, and the result times X^{k-1}."""
+        return self.width * sum(rows * out * (self.rows[0] + 1) for rows, out in itertools.pairwise(self.rows))
 
 
 @runtime_checkable
