@@ -222,6 +222,8 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, alone
         for entry in CheckpointReader(tmp_path / "run/checkpoints/last").manifest.tables.values()
     )
     assert final["parallel/ranks"] == 2 and total / 2 <= final["parallel/rows_per_rank"] < 0.6 * total
+    # 16 float64 a row, and no state.
+    assert final["parallel/bytes_per_rank"] == 128 * final["parallel/rows_per_rank"]
 
 
 def test_exchanges_of_validations_are_no_traffic_of_training() -> None:

@@ -1,7 +1,7 @@
 """Tables in pieces on all ranks, dense layers copied: a DDPStrategy that any CTR network can be trained with."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
 from lightning_dlrm.sharding.lookup import ShardedTables, Traffic
-from lightning_dlrm.sharding.plan import Plan, TableLoad, imbalance, make_plan, parse_memory, read_plan
+from lightning_dlrm.sharding.plan import Plan, TableLoad, imbalance, make_plan, parse_memory, rank_costs, read_plan
 from lightning_dlrm.tracking import names
 
 log = logging.getLogger("lightning_dlrm")
@@ -100,14 +100,15 @@ class EmbeddingShardedDDP(DDPStrategy):
         # Every rank writes its pieces.
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
-    @property
-    def largest_rows(self) -> int:
-        """Table rows on the rank that holds most."""
+    def held(self, loads: Sequence[TableLoad]) -> tuple[int, int]:
+        """Rows, and bytes with optimiser state, of the tables on the rank that holds most of them.
+
+        Args:
+            loads: of the network's tables.
+        """
         assert self.plan is not None
-        rows = [0] * self.plan.ranks
-        for piece in self.plan.pieces:
-            rows[piece.rank] += piece.rows
-        return max(rows)
+        costs = rank_costs(self.plan, loads, batch_size=1)
+        return max(cost.rows for cost in costs), max(cost.bytes for cost in costs)
 
     def measure_exchanges(self, steps: int) -> dict[str, float]:
         """What the exchanges came to since the last call, for all ranks to call together.
@@ -139,10 +140,7 @@ class EmbeddingShardedDDP(DDPStrategy):
                 plan.check({load.name: load.rows for load in loads}, ranks.ranks)
             else:
                 plan = make_plan(loads, ranks.ranks, batch_size_of(module.trainer), self._memory)
-            bytes_of = {load.name: load.bytes_per_row for load in loads}
-            held = [0] * ranks.ranks
-            for piece in plan.pieces:
-                held[piece.rank] += piece.rows * bytes_of[piece.table]
+            held = [cost.bytes for cost in rank_costs(plan, loads, batch_size=1)]
             log.info(
                 "tables: %s pieces over %s ranks; the largest share is %.3f GiB with optimiser state, %.2f x the mean",
                 len(plan.pieces),
