@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 from jsonargparse import ActionConfigFile
+from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -200,10 +201,9 @@ class CTRCommand(LightningCLI):
         # ranks hear of it when the ranks can talk.
         if is_rank_zero:
             self.run_folder.path = self._open_run_folder(settings).path
-        trainer["callbacks"] = [*(trainer.get("callbacks") or []), *callbacks]
+        trainer["callbacks"] = [*_listed(trainer.get("callbacks")), *callbacks]
         trainer["logger"] = self._loggers(trainer.get("logger"), settings) if is_rank_zero else False
-        plugins = trainer.get("plugins") or []
-        trainer["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), FolderCheckpointIO()]
+        trainer["plugins"] = [*_listed(trainer.get("plugins")), FolderCheckpointIO()]
         trainer["default_root_dir"] = trainer.get("default_root_dir") or str(self.run_folder.path)
         built: pl.Trainer = self._instantiate_trainer(trainer | kwargs, [])
         if isinstance(built.strategy, EmbeddingShardedDDP):
@@ -225,10 +225,20 @@ class CTRCommand(LightningCLI):
             raise UserError(
                 "trainer.reload_dataloaders_every_n_epochs: the stream orders every epoch by itself; leave it at 0"
             )
+        for callback in _listed(settings["callbacks"]):
+            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+                raise UserError(
+                    f"trainer.callbacks: the averages of {type(callback).__name__} would not be in the checkpoints, "
+                    "which take table rows where they are; leave it out"
+                )
         try:
             trainer = pl.Trainer(**(settings | {"logger": False, "callbacks": None}))
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        if settings["sync_batchnorm"] and trainer.world_size > 1 and trainer.strategy.root_device.type != "cuda":
+            raise UserError(
+                "trainer.sync_batchnorm works on GPUs only; without it each rank normalises over its own slice"
+            )
         sharded = isinstance(trainer.strategy, EmbeddingShardedDDP)
         if trainer.world_size > 1 and self.subcommand == "fit" and not sharded:
             raise UserError(
@@ -259,7 +269,7 @@ class CTRCommand(LightningCLI):
         if given is False:
             return [ours]
         if given not in (None, True):
-            return [ours, *(given if isinstance(given, list) else [given])]
+            return [ours, *_listed(given)]
         mode, reason = choose_mode(settings.wandb.mode)
         if mode == "disabled":
             return [ours]
@@ -396,6 +406,13 @@ def add_matching_arguments(parser: Any) -> None:
         "--by", default="dense", help="what is to be met: total, dense (parameters), or flops (forward)"
     )
     parser.add_argument("--output", default=None, help="the new configuration's file")
+
+
+def _listed(given: Any) -> list[Any]:
+    """What Lightning takes as one, as several, or not at all."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
 def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
