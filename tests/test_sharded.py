@@ -268,6 +268,28 @@ def test_bad_rows_of_one_rank_are_told_to_all_before_the_first_save(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("same_data")
+def test_a_plan_that_cannot_be_is_told_in_a_line(tmp_path: Path) -> None:
+    strategy = ["--trainer.strategy.class_path=EmbeddingShardedDDP"]
+    given = {
+        "--trainer.strategy.memory_per_rank=1KiB": "too few; ",
+        "--trainer.strategy.plan=nowhere.yaml": "cannot read the plan nowhere.yaml",
+    }
+    fits = [
+        subprocess.Popen(
+            [sys.executable, "-m", "lightning_dlrm", *FIT, "--run_dir", str(tmp_path / str(i)), *strategy, option],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i, option in enumerate(given)
+    ]
+    for i, (fit, expected) in enumerate(zip(fits, given.values(), strict=True)):
+        said = fit.communicate(timeout=120)[0]
+        assert fit.returncode == 2 and expected in said and "Traceback" not in said, said
+        assert not (tmp_path / str(i)).exists()
+
+
+@pytest.mark.usefixtures("same_data")
 def test_ranks_with_other_settings_are_told(tmp_path: Path) -> None:
     command = ["-m", "lightning_dlrm", *FIT, "--run_dir", str(tmp_path / "run"), *sharded(2)]
     ranks = start_ranks([command, [*command, "--data.batch_size=512"]])

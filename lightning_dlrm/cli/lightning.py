@@ -1,5 +1,6 @@
 """``fit``, ``validate``, ``test``, ``predict`` and ``params``: LightningCLI, shaped for this project."""
 
+import copy
 import importlib.metadata
 import json
 import logging
@@ -232,7 +233,9 @@ class CTRCommand(LightningCLI):
                     "which take table rows where they are; leave it out"
                 )
         try:
-            trainer = pl.Trainer(**(settings | {"logger": False, "callbacks": None}))
+            # Of a strategy a copy: a trainer sets the accelerator in it, which the next trainer would refuse.
+            strategy = copy.copy(settings["strategy"])
+            trainer = pl.Trainer(**(settings | {"logger": False, "callbacks": None, "strategy": strategy}))
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         if settings["sync_batchnorm"] and trainer.world_size > 1 and trainer.strategy.root_device.type != "cuda":

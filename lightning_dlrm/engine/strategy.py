@@ -87,9 +87,15 @@ class EmbeddingShardedDDP(DDPStrategy):
         compare_ranks(self.facts | data, ranks)
         with rows_elsewhere():
             yield
-        if self.plan is None:
-            self.plan = self._agreed_plan(module, ranks)
-        _replace_tables(module.network, self.plan, ranks, self._wire, self.root_device)
+        try:
+            if self.plan is None:
+                self.plan = self._agreed_plan(module, ranks)
+            _replace_tables(module.network, self.plan, ranks, self._wire, self.root_device)
+        except BaseException:
+            # Lightning moves the module to the CPU when a fit ends. Tables without rows would fail there, and hide
+            # this error.
+            del module.network
+            raise
         sharded = {id(lookup.weight) for lookup in module.network.lookups()}
         ignored = [name for name, parameter in module.named_parameters() if id(parameter) in sharded]
         # Buffers that are not saved are constants, such as offsets; DDP would send them before every step.
