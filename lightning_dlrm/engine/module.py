@@ -157,7 +157,8 @@ class CTRModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         step = self.trainer.global_step + 1
         if self._is_logged(step):
-            self.guard.check()
+            # Together, so that every rank ends with the same words.
+            Ranks().each_does(self.guard.check)
         if self._is_logged(step) or not self.guard.has_gradients:
             self.guard.remember_gradients(self.network, step)
 
