@@ -287,7 +287,7 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         (["predict", "--config", "dlrm.yaml"], "predict needs trained weights"),
         (["params", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),
         (["inspect", "nowhere"], "no dataset folder at nowhere"),
-        (["fit", "--config", "dlrm.yaml", "--trainer.devices", "2"], "this release trains in one"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.devices", "2"], "needs --trainer.strategy embedding_sharded_ddp"),
         (["fit", "--config", "dlrm.yaml", "--trainer.precision", "foo"], "trainer.precision: foo is none of"),
         (["fit", "--config", "dlrm.yaml", "--trainer.val_check_interval", "0.5"], "should be an integer"),
         (["fit", "--config", "dlrm.yaml", "--trainer.accelerator", "abacus"], "abacus"),

@@ -158,15 +158,18 @@ class Order:
 
 
 def permutation(n: int, key: int) -> np.ndarray:
-    """A pseudo-random order of ``range(n)``: sorted by 32 random bits each, ties by index.
+    """A pseudo-random order of ``range(n)``: sorted by 16 random bits each, by 32 where n is above 65,536; ties by
+    index.
 
-    The two stable passes over 16 bits each are what NumPy sorts by counting, in 8 ns a row; the
-    result is that of any stable sort.
+    NumPy sorts 16 bits by counting, in 9 ns a row. Of the 16,384 rows of a row group one in eight shares its bits
+    with another, beside which it comes in the order of the file.
     """
     bits = _mix(np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
-    low, high = bits.astype(np.uint16), (bits >> np.uint64(16)).astype(np.uint16)
-    order = np.argsort(low, kind="stable")
-    return order[np.argsort(high[order], kind="stable")]
+    order = np.argsort(bits.astype(np.uint16), kind="stable")
+    if n <= 1 << 16:
+        return order
+    high = (bits >> np.uint64(16)).astype(np.uint16)
+    return order.take(np.argsort(high.take(order), kind="stable"))
 
 
 def bijection(index: np.ndarray, n: int, key: int) -> np.ndarray:

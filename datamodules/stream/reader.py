@@ -168,8 +168,7 @@ class Decoder:
                 f"({' '.join(str(error).split())}); restore the file, or make the dataset again"
             ) from error
         self._give_back(index, part)
-        batch = table.combine_chunks().to_batches()[0]
-        return dict(zip(batch.schema.names, batch.columns, strict=True))
+        return {name: _whole(column) for name, column in zip(table.column_names, table.columns, strict=True)}
 
     def _borrow(self, index: int) -> pq.ParquetFile:
         with self._lock:
@@ -520,6 +519,11 @@ def _room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array from Arrow's pool, which has freed memory at hand; NumPy's would be mapped anew."""
     size = math.prod(shape) * dtype.itemsize
     return np.frombuffer(pa.allocate_buffer(size), dtype).reshape(shape)
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """The values in one array; a row group mostly has them so."""
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
 def _floats(column: pa.Array) -> np.ndarray:
