@@ -221,8 +221,19 @@ def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixtu
     assert losses("other") == losses("run")
 
 
-def test_a_failed_start_leaves_the_name_free() -> None:
-    assert main([*FIT, *QUICK, "--run_dir", "run", "--trainer.accumulate_grad_batches=3"]) == 2
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--trainer.accumulate_grad_batches=3", "validate between steps"),
+        ("--trainer.log_every_n_steps=0", "trainer.log_every_n_steps is 0; give 1 or more"),
+        ("--stop_at_auc=0.3", "stop_at_auc is 0.3"),
+        ("--checkpoint.every_n_steps=-1", "checkpoint.every_n_steps is -1"),
+        ("--trainer.callbacks=WeightAveraging", "the averages of WeightAveraging would not be in the checkpoints"),
+    ],
+)
+def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, *QUICK, "--run_dir", "run", option]) == 2
+    assert said in capsys.readouterr().err
     assert not Path("run").exists()
 
 

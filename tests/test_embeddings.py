@@ -165,7 +165,8 @@ def test_fixed_pooling_weights_are_read_and_stay(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"factors \(31,\) for table B, expected \(30,\)"):
         Embeddings(COLUMNS, 4, 1, TableSettings(pooling_weights=str(tmp_path / "other.pt")))
     (tmp_path / "text").write_text("no tensors")
-    for path in ("text", "nowhere"):
+    torch.save({"A": Embeddings}, tmp_path / "code.pt")
+    for path in ("text", "nowhere", "code.pt"):
         with pytest.raises(UserError, match="expected learned, or a file"):
             Embeddings(COLUMNS, 4, 1, TableSettings(pooling_weights=str(tmp_path / path)))
 

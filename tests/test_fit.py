@@ -308,6 +308,8 @@ def test_run_folder_tells_the_whole_run(tmp_path: Path) -> None:
     assert final["parameters/tables"] == 4 * 1108
     assert final["parameters/total"] == final["parameters/tables"] + final["parameters/dense"]
     assert final["parallel/ranks"] == 1 and final["parallel/rows_per_rank"] == 1108
+    # Four float32 and one accumulator a row.
+    assert final["parallel/bytes_per_rank"] == 20 * 1108
     assert final["speed/samples_per_s"] > 0
     assert final["validation/auc"] == lines(run)[-1]["validation/auc"]
     best = max((line for line in lines(run) if "validation/auc" in line), key=lambda line: line["validation/auc"])

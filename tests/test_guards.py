@@ -44,8 +44,8 @@ def test_an_infinite_loss_stops_the_fit_and_saves_nothing(log_every: int, every:
     message = str(found.value)
     assert "the loss is not finite at step 6 (epoch 0, batch 5 of it, first at sample 3 of the batch)" in message
     assert "learning rates (dense 0.05, tables 0.1)" in message and "\n" not in message
-    if log_every == 4:
-        assert "largest gradients at step 4" in message
+    looked_at = {1: 5, 4: 4, 100: 1}[log_every]
+    assert f"largest gradients at step {looked_at}, the last one looked at: " in message
     assert CheckpointReader(newest_checkpoint(run / "checkpoints")).header["step"] == 4
 
 
@@ -67,7 +67,8 @@ def test_nothing_is_read_from_the_device_between_logged_steps(tmp_path: Path, mo
     trainer = trainer_of(tmp_path / "run", log_every_n_steps=7, limit_val_batches=0)
     monkeypatch.setattr(torch.Tensor, "item", lambda self: (read.append(trainer.global_step), plain(self))[1])
     trainer.fit(toy_module(), ToyData())
-    assert read and set(read) <= {6, 7, 13, 14}
+    # Of the first step, the guard keeps the gradients.
+    assert read and set(read) <= {0, 6, 7, 13, 14}
 
 
 def test_predictions_no_better_than_chance_draw_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -111,6 +112,17 @@ def test_a_fit_stops_at_its_target(tmp_path: Path) -> None:
     assert final["samples_to_target"] == final["samples"] == 50 * validated[-1]["step"]
     assert 0 < final["time_to_target_s"] < 60
     assert CheckpointReader(run / "checkpoints/last").header["step"] == validated[-1]["step"]
+
+
+def test_a_run_that_has_reached_its_target_is_not_trained_on(tmp_path: Path) -> None:
+    run, options = tmp_path / "run", {"max_epochs": 10, "val_check_interval": 2}
+    with_target(run, 0.62, **options).fit(toy_module(), ToyData())
+    written, said = (run / "summary.json").read_text(), lines(run)
+    with_target(run, 0.62, **options).fit(toy_module(), ToyData(), ckpt_path=run / "checkpoints/last")
+    assert (run / "summary.json").read_text() == written and lines(run) == said
+    higher = with_target(run, 0.625, **options)
+    higher.fit(toy_module(), ToyData(), ckpt_path=run / "checkpoints/last")
+    assert higher.global_step > said[-1]["step"]
 
 
 def test_a_target_that_is_not_reached_is_null(tmp_path: Path) -> None:

@@ -214,6 +214,13 @@ FORMULAS: dict[str, Callable[[Any, Tensor, SparseIds], Tensor]] = {
         + pairs(fields(n.fields, x, ids))
         + layers(torch.cat(fields(n.fields, x, ids), 1), n.deep).squeeze(1)
     ),
+    "MLP": lambda n, x, ids: layers(torch.cat([n.embeddings(ids), x], 1), n.deep).squeeze(1),
+    "WideAndDeep": lambda n, x, ids: linear(n.wide, x, ids) + n.deep(torch.cat([n.embeddings(ids), x], 1)).squeeze(1),
+    "XDeepFM": lambda n, x, ids: (
+        linear(n.linear, x, ids)
+        + layers(n.cin(n.fields(x, ids)), n.cin_output).squeeze(1)
+        + layers(n.fields(x, ids).flatten(1), n.deep).squeeze(1)
+    ),
 }
 
 

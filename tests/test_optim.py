@@ -64,6 +64,13 @@ def test_dense_and_tables_move_as_under_torch_optim(rule: UpdateRule, reference)
     assert torch.equal(network.lookups()[0].weight[untouched], before[untouched])
 
 
+def test_norm_of_half_precision_gradients_has_the_digits_of_float32() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
+    weight.grad = torch.full_like(weight, 1.0078125)
+    found = CTROptimizer([weight], [], SGD(1.0), SGD(1.0)).gradient_norm()
+    assert found.item() == pytest.approx(1000**0.5 * 1.0078125, rel=1e-6)
+
+
 def test_row_wise_adagrad_by_loops() -> None:
     rule = RowWiseAdagrad(0.1, epsilon=1e-4)
     tables = EmbeddingTables([Table.of_column("A", 6)], 3, seed=1).double()

@@ -215,3 +215,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "bytes (12.7 MiB) too few" in capsys.readouterr().err
     assert main([*command, "--plan", str(tmp_path / "none.yaml")]) == 2
     assert "cannot read the plan" in capsys.readouterr().err
+
+
+def test_the_command_counts_the_ids_of_a_bag(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--config", "dlrm.yaml", "--data.demo.max_table_rows", "20", "--ranks", "1", "--skew", "0"]
+
+    def asked(indices: str) -> float:
+        assert main([*command, "--json", "--indices", indices]) == 0
+        return json.loads(capsys.readouterr().out)["per_rank"][0]["rows_asked_per_batch"]
+
+    assert asked("0") == 0
+    assert asked("1,1" + ",0" * 24) == pytest.approx(40), "every row of two tables of 20"
+    for bad, said in (("1,2", "gives 2 figures, the data have 26"), ("many", "expected numbers"), ("-1", "-1.0 ind")):
+        assert main([*command, "--indices", bad]) == 2
+        assert said in capsys.readouterr().err

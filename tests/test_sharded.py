@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.contracts.lookup import TablePiece
+from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.contracts.lookup import Table, TablePiece
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
+from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.sharding.lookup import ShardedTables, Traffic
+from lightning_dlrm.sharding.plan import Piece, Plan
 from tests.ranks import ROOT, run_ranks, start_ranks
 from tests.sharded_fits import BF16, FIRST_STEP, HALF, PARITY, RESUMED, STEPS, Fit, metrics, run
 from tests.toy import TABLES, toy_dlrm, toy_schema
@@ -218,6 +222,71 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, alone
         for entry in CheckpointReader(tmp_path / "run/checkpoints/last").manifest.tables.values()
     )
     assert final["parallel/ranks"] == 2 and total / 2 <= final["parallel/rows_per_rank"] < 0.6 * total
+    # 16 float64 a row, and no state.
+    assert final["parallel/bytes_per_rank"] == 128 * final["parallel/rows_per_rank"]
+
+
+def test_exchanges_of_validations_are_no_traffic_of_training() -> None:
+    plan = Plan(ranks=1, pieces=(Piece(table="A", start=0, stop=6, rank=0),))
+    tables = ShardedTables([Table.of_column("A", 6)], 3, 1, plan, Ranks())
+    ids = SparseIds(values=torch.tensor([[4], [1], [4]], dtype=torch.int32), tables=1)
+    tables.eval()(ids)
+    assert tables.traffic == Traffic()
+    tables.train()(ids)
+    assert tables.traffic.rows == 2 and tables.traffic.seconds > 0
+
+
+ONE_RANK_SPOILT = """
+import sys
+from pathlib import Path
+import torch
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.checkpointing import RunCheckpoints
+from lightning_dlrm.sharding.collectives import Ranks
+from tests.sharded_fits import Fit, run
+
+save = RunCheckpoints.on_train_end
+
+def spoil(checkpoints, trainer, module):
+    if Ranks().rank == 1:
+        module.network.lookups()[0].weight.data[0, 0] = float("nan")
+    save(checkpoints, trainer, module)
+
+RunCheckpoints.on_train_end = spoil
+torch.distributed.init_process_group("gloo")
+try:
+    run(Fit(name="spoilt", rule="sgd", plan="ranges", steps=2), Path(sys.argv[1]), 2)
+except UserError as error:
+    print("told:", error)
+"""
+
+
+def test_bad_rows_of_one_rank_are_told_to_all_before_the_first_save(tmp_path: Path) -> None:
+    said = run_ranks(["-c", ONE_RANK_SPOILT, str(tmp_path)], 2)
+    assert all("told: weights of embeddings" in text and "are not finite after step 2" in text for text in said), said
+    assert not (tmp_path / "spoilt/checkpoints/last").exists()
+
+
+@pytest.mark.usefixtures("same_data")
+def test_a_plan_that_cannot_be_is_told_in_a_line(tmp_path: Path) -> None:
+    strategy = ["--trainer.strategy.class_path=EmbeddingShardedDDP"]
+    given = {
+        "--trainer.strategy.memory_per_rank=1KiB": "too few; ",
+        "--trainer.strategy.plan=nowhere.yaml": "cannot read the plan nowhere.yaml",
+    }
+    fits = [
+        subprocess.Popen(
+            [sys.executable, "-m", "lightning_dlrm", *FIT, "--run_dir", str(tmp_path / str(i)), *strategy, option],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i, option in enumerate(given)
+    ]
+    for i, (fit, expected) in enumerate(zip(fits, given.values(), strict=True)):
+        said = fit.communicate(timeout=120)[0]
+        assert fit.returncode == 2 and expected in said and "Traceback" not in said, said
+        assert not (tmp_path / str(i)).exists()
 
 
 @pytest.mark.usefixtures("same_data")

@@ -1,5 +1,6 @@
 """``fit``, ``validate``, ``test``, ``predict`` and ``params``: LightningCLI, shaped for this project."""
 
+import copy
 import importlib.metadata
 import json
 import logging
@@ -14,6 +15,7 @@ from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 from jsonargparse import ActionConfigFile
+from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -180,9 +182,8 @@ class CTRCommand(LightningCLI):
         settings = self._settings()
         assert isinstance(self.model, CTRModule)
         trainer = dict(self._get(self.config_init, "trainer", default={}))
-        # Rank 0 chooses the run folder; the callbacks of the others hear of it once the ranks can talk.
         is_rank_zero = self._rehearse(trainer).is_global_zero
-        self.run_folder = self._open_run_folder(settings) if is_rank_zero else RunFolder(Path())
+        self.run_folder = RunFolder(Path())
         callbacks: list[pl.Callback]
         if self.subcommand == "fit":
             checkpoints = None
@@ -197,10 +198,13 @@ class CTRCommand(LightningCLI):
         if trainer.get("enable_progress_bar") is not False:
             callbacks.append(RunProgress(self.recorder))
         callbacks.append(StopOnSigterm())
-        trainer["callbacks"] = [*(trainer.get("callbacks") or []), *callbacks]
+        # Rank 0 chooses the run folder, once every setting is known to be in range; the callbacks of the other
+        # ranks hear of it when the ranks can talk.
+        if is_rank_zero:
+            self.run_folder.path = self._open_run_folder(settings).path
+        trainer["callbacks"] = [*_listed(trainer.get("callbacks")), *callbacks]
         trainer["logger"] = self._loggers(trainer.get("logger"), settings) if is_rank_zero else False
-        plugins = trainer.get("plugins") or []
-        trainer["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), FolderCheckpointIO()]
+        trainer["plugins"] = [*_listed(trainer.get("plugins")), FolderCheckpointIO()]
         trainer["default_root_dir"] = trainer.get("default_root_dir") or str(self.run_folder.path)
         built: pl.Trainer = self._instantiate_trainer(trainer | kwargs, [])
         if isinstance(built.strategy, EmbeddingShardedDDP):
@@ -216,14 +220,28 @@ class CTRCommand(LightningCLI):
         """
         if settings["accumulate_grad_batches"] < 1:
             raise UserError(f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}; give 1 or more")
+        if settings["log_every_n_steps"] is not None and settings["log_every_n_steps"] < 1:
+            raise UserError(f"trainer.log_every_n_steps is {settings['log_every_n_steps']}; give 1 or more")
         if settings["reload_dataloaders_every_n_epochs"]:
             raise UserError(
                 "trainer.reload_dataloaders_every_n_epochs: the stream orders every epoch by itself; leave it at 0"
             )
+        for callback in _listed(settings["callbacks"]):
+            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+                raise UserError(
+                    f"trainer.callbacks: the averages of {type(callback).__name__} would not be in the checkpoints, "
+                    "which take table rows where they are; leave it out"
+                )
         try:
-            trainer = pl.Trainer(**(settings | {"logger": False, "callbacks": None}))
+            # Of a strategy a copy: a trainer sets the accelerator in it, which the next trainer would refuse.
+            strategy = copy.copy(settings["strategy"])
+            trainer = pl.Trainer(**(settings | {"logger": False, "callbacks": None, "strategy": strategy}))
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        if settings["sync_batchnorm"] and trainer.world_size > 1 and trainer.strategy.root_device.type != "cuda":
+            raise UserError(
+                "trainer.sync_batchnorm works on GPUs only; without it each rank normalises over its own slice"
+            )
         sharded = isinstance(trainer.strategy, EmbeddingShardedDDP)
         if trainer.world_size > 1 and self.subcommand == "fit" and not sharded:
             raise UserError(
@@ -254,7 +272,7 @@ class CTRCommand(LightningCLI):
         if given is False:
             return [ours]
         if given not in (None, True):
-            return [ours, *(given if isinstance(given, list) else [given])]
+            return [ours, *_listed(given)]
         mode, reason = choose_mode(settings.wandb.mode)
         if mode == "disabled":
             return [ours]
@@ -391,6 +409,13 @@ def add_matching_arguments(parser: Any) -> None:
         "--by", default="dense", help="what is to be met: total, dense (parameters), or flops (forward)"
     )
     parser.add_argument("--output", default=None, help="the new configuration's file")
+
+
+def _listed(given: Any) -> list[Any]:
+    """What Lightning takes as one, as several, or not at all."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
 def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:

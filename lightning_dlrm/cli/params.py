@@ -39,6 +39,12 @@ def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
             raise UserError(f"--match needs --{needed}: params --match A.yaml --to B.yaml --by dense --output FILE")
     if options.by not in matching.COSTS:
         raise UserError(f"--by {options.by} is none of {', '.join(matching.COSTS)}")
+    lost = [option.partition("=")[0] for option in rest if option.startswith("--model.")]
+    if lost:
+        raise UserError(
+            f"{lost[0]} would be missing in the new configuration: put it into a copy of {options.match}, "
+            "and match that"
+        )
     ours, theirs = (ParamsCommand(["--config", name, *rest], run=False) for name in (options.match, options.to))
     assert isinstance(ours.model, CTRModule) and isinstance(theirs.model, CTRModule)
     goal = theirs.model.size

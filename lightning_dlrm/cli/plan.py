@@ -13,6 +13,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from lightning_dlrm.cli.lightning import SettingsCommand
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.sharding.plan import (
@@ -31,6 +32,8 @@ examples:
   python -m lightning_dlrm plan --config dlrm.yaml --ranks 8
   python -m lightning_dlrm plan --config dlrm.yaml --ranks 8 --memory-per-rank 80GiB --plot plan.png
   python -m lightning_dlrm plan --config dlrm.yaml --ranks 2 --memory-per-rank 24GiB,80GiB --output plan.yaml
+  python -m lightning_dlrm plan --config mlperf_v2.yaml --data.path DIR --ranks 8 \
+      --indices 3,2,1,2,6,1,1,1,1,7,3,8,1,6,9,5,1,1,1,12,100,27,10,3,1,1 --output plan.yaml
 
 --output writes the plan for a run to keep to:
   trainer:
@@ -58,6 +61,13 @@ class PlanCommand(SettingsCommand):
             help="what tables and their optimiser state may take: 80GiB, or an amount for each rank: 24GiB,80GiB",
         )
         parser.add_argument("--skew", type=float, default=1.0, help="row i is drawn in proportion to (i + 1)^-skew")
+        parser.add_argument(
+            "--indices",
+            type=str | None,
+            default=None,
+            help="ids that a sample looks up on average: one figure for all columns, or one for each, separated by "
+            "commas; by default 1",
+        )
         parser.add_argument("--plan", type=str | None, default=None, help="show this plan instead of making one")
         parser.add_argument("--output", type=str | None, default=None, help="write the plan there, as YAML")
         parser.add_argument("--plot", type=str | None, default=None, help="draw it there: PNG, SVG or PDF")
@@ -70,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
     assert isinstance(module, CTRModule)
     with torch.device("meta"):
         network = module.make_network(module.schema.features, module.seed)
-    loads = table_loads(network, module, settings.skew)
+    loads = table_loads(network, module, settings.skew, parse_indices(settings.indices, module.schema.features))
     batch_size = getattr(command.datamodule, "batch_size", DEFAULT_BATCH_SIZE)
     if settings.plan is not None:
         plan = read_plan(Path(settings.plan))
@@ -85,6 +95,26 @@ def run(arguments: Sequence[str]) -> int:
         draw(plan, loads, costs, batch_size, Path(settings.plot))
     print(json.dumps(figures(plan, costs, batch_size), indent=1) if settings.json else describe(plan, loads, costs))
     return 0
+
+
+def parse_indices(text: str | None, features: Features) -> dict[str, float]:
+    """Mean number of ids in a bag by column, from one figure, or one for each, separated by commas.
+
+    Raises:
+        UserError: it is no such thing.
+    """
+    if text is None:
+        return {}
+    try:
+        given = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--indices {text!r}: expected numbers separated by commas") from error
+    columns = list(features.tables)
+    if len(given) not in (1, len(columns)):
+        raise UserError(
+            f"--indices gives {len(given)} figures, the data have {len(columns)} columns: give one, or {len(columns)}"
+        )
+    return dict(zip(columns, given if len(given) > 1 else given * len(columns), strict=True))
 
 
 def figures(plan: Plan, costs: Sequence[RankCost], batch_size: int) -> dict[str, Any]:

@@ -43,6 +43,11 @@ class LossGuard:
         self._unseen: list[tuple[Position, Tensor, Tensor]] = []
         self._largest: tuple[int, dict[str, float]] = (0, {})
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether there are gradients for a message."""
+        return bool(self._largest[1])
+
     def watch(self, loss: Tensor, logits_B: Tensor, position: Position) -> None:
         """Called at each step, with the loss of its batch (0-dim) and the batch's logits, both detached.
 
@@ -54,7 +59,7 @@ class LossGuard:
             self.check()
 
     def remember_gradients(self, network: CTRNetwork, step: int) -> None:
-        """Keeps the largest gradients of a logged step, for a message later on."""
+        """Keeps the largest gradients of a step, for a message later on; reads them from the device."""
         self._largest = (step, gradient_sizes(network))
 
     def check(self) -> None:
@@ -78,7 +83,7 @@ class LossGuard:
 
 
 def gradient_sizes(network: CTRNetwork) -> dict[str, float]:
-    """Weight or lookup -> its largest gradient, by magnitude; largest first."""
+    """Weight or lookup -> its largest gradient, by magnitude; NaN first, then the largest."""
     sizes: dict[str, float] = {}
     for name, parameter in network.named_parameters():
         if parameter.grad is not None and parameter.numel():
@@ -87,7 +92,7 @@ def gradient_sizes(network: CTRNetwork) -> dict[str, float]:
         gradient = lookup.gradient()
         if gradient is not None and gradient.values.numel():
             sizes[f"rows of {lookup.tables[0].name}..{lookup.tables[-1].name}"] = gradient.values.abs().max().item()
-    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+    return dict(sorted(sizes.items(), key=lambda item: (not math.isnan(item[1]), -item[1])))
 
 
 def refuse_bad_weights(network: CTRNetwork, step: int, advice: str) -> None:

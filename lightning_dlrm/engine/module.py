@@ -155,9 +155,12 @@ class CTRModule(pl.LightningModule):
         return {"loss": scaled, "logits": logits_B.detach(), "step_loss": loss.detach()}
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        if self._is_logged(self.trainer.global_step + 1):
-            self.guard.check()
-            self.guard.remember_gradients(self.network, self.trainer.global_step + 1)
+        step = self.trainer.global_step + 1
+        if self._is_logged(step):
+            # Together, so that every rank ends with the same words.
+            Ranks().each_does(self.guard.check)
+        if self._is_logged(step) or not self.guard.has_gradients:
+            self.guard.remember_gradients(self.network, step)
 
     def _is_logged(self, step: int) -> bool:
         """Whether figures are read from the device at this step anyway."""
@@ -222,10 +225,15 @@ class CTRModule(pl.LightningModule):
         piece by piece, without a copy.
 
         Raises:
-            UserError: a loss or a weight is not finite: a bad state never takes a good one's place.
+            UserError: on all ranks, where a loss or a weight of one is not finite: a bad state never takes a
+                good one's place.
         """
-        self.guard.check()
-        refuse_bad_weights(self.network, checkpoint["global_step"], self.guard.advice)
+
+        def refuse_bad_state() -> None:
+            self.guard.check()
+            refuse_bad_weights(self.network, checkpoint["global_step"], self.guard.advice)
+
+        Ranks().each_does(refuse_bad_state)
         slots: dict[EmbeddingLookup, dict[str, Tensor]] = {}
         if checkpoint.get("optimizer_states"):
             optimizer = self._optimizer()

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.engine.checkpointing import RunCheckpoints
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
+from lightning_dlrm.engine.strategy import EmbeddingShardedDDP, table_loads
 from lightning_dlrm.objectives.metrics import exact_auc
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
@@ -220,7 +220,9 @@ def _waited(trainer: pl.Trainer) -> float:
 
 def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
     """What is known of a run before its first step: sizes, ranks, and the optimum of planted data."""
-    size, strategy = module.size, trainer.strategy
+    size, strategy, loads = module.size, trainer.strategy, table_loads(module.network, module)
+    here = sum(load.rows for load in loads), sum(load.bytes for load in loads)
+    rows, held_bytes = strategy.held(loads) if isinstance(strategy, EmbeddingShardedDDP) else here
     facts: dict[str, float] = {
         names.PARAMETERS_TABLES: size.tables,
         names.PARAMETERS_DENSE: size.dense,
@@ -228,9 +230,8 @@ def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
         names.FLOPS_FORWARD: size.flops_per_sample_forward,
         names.FLOPS_TRAINING: size.flops_per_sample_training,
         names.RANKS: trainer.world_size,
-        names.ROWS_PER_RANK: strategy.largest_rows
-        if isinstance(strategy, EmbeddingShardedDDP)
-        else sum(lookup.weight.shape[0] for lookup in module.network.lookups()),
+        names.ROWS_PER_RANK: rows,
+        names.BYTES_PER_RANK: held_bytes,
     }
     optimum = module.data_schema().optimum.get(names.VALIDATION)
     if optimum is not None:

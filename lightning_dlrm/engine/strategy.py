@@ -1,7 +1,7 @@
 """Tables in pieces on all ranks, dense layers copied: a DDPStrategy that any CTR network can be trained with."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
 from lightning_dlrm.sharding.lookup import ShardedTables, Traffic
-from lightning_dlrm.sharding.plan import Plan, TableLoad, imbalance, make_plan, parse_memory, read_plan
+from lightning_dlrm.sharding.plan import Plan, TableLoad, imbalance, make_plan, parse_memory, rank_costs, read_plan
 from lightning_dlrm.tracking import names
 
 log = logging.getLogger("lightning_dlrm")
@@ -74,6 +74,8 @@ class EmbeddingShardedDDP(DDPStrategy):
         # Processes may start minutes apart; from here on they keep step.
         super().setup_environment()
         set_timeout(self._timeout_seconds)
+        # Its group is made while every rank is here: others would wait for hours to make it with one that has ended.
+        Ranks(patient=True)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -85,9 +87,15 @@ class EmbeddingShardedDDP(DDPStrategy):
         compare_ranks(self.facts | data, ranks)
         with rows_elsewhere():
             yield
-        if self.plan is None:
-            self.plan = self._agreed_plan(module, ranks)
-        _replace_tables(module.network, self.plan, ranks, self._wire, self.root_device)
+        try:
+            if self.plan is None:
+                self.plan = self._agreed_plan(module, ranks)
+            _replace_tables(module.network, self.plan, ranks, self._wire, self.root_device)
+        except BaseException:
+            # Lightning moves the module to the CPU when a fit ends. Tables without rows would fail there, and hide
+            # this error.
+            del module.network
+            raise
         sharded = {id(lookup.weight) for lookup in module.network.lookups()}
         ignored = [name for name, parameter in module.named_parameters() if id(parameter) in sharded]
         # Buffers that are not saved are constants, such as offsets; DDP would send them before every step.
@@ -98,14 +106,15 @@ class EmbeddingShardedDDP(DDPStrategy):
         # Every rank writes its pieces.
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
-    @property
-    def largest_rows(self) -> int:
-        """Table rows on the rank that holds most."""
+    def held(self, loads: Sequence[TableLoad]) -> tuple[int, int]:
+        """Rows, and bytes with optimiser state, of the tables on the rank that holds most of them.
+
+        Args:
+            loads: of the network's tables.
+        """
         assert self.plan is not None
-        rows = [0] * self.plan.ranks
-        for piece in self.plan.pieces:
-            rows[piece.rank] += piece.rows
-        return max(rows)
+        costs = rank_costs(self.plan, loads, batch_size=1)
+        return max(cost.rows for cost in costs), max(cost.bytes for cost in costs)
 
     def measure_exchanges(self, steps: int) -> dict[str, float]:
         """What the exchanges came to since the last call, for all ranks to call together.
@@ -137,10 +146,7 @@ class EmbeddingShardedDDP(DDPStrategy):
                 plan.check({load.name: load.rows for load in loads}, ranks.ranks)
             else:
                 plan = make_plan(loads, ranks.ranks, batch_size_of(module.trainer), self._memory)
-            bytes_of = {load.name: load.bytes_per_row for load in loads}
-            held = [0] * ranks.ranks
-            for piece in plan.pieces:
-                held[piece.rank] += piece.rows * bytes_of[piece.table]
+            held = [cost.bytes for cost in rank_costs(plan, loads, batch_size=1)]
             log.info(
                 "tables: %s pieces over %s ranks; the largest share is %.3f GiB with optimiser state, %.2f x the mean",
                 len(plan.pieces),
@@ -156,15 +162,31 @@ class EmbeddingShardedDDP(DDPStrategy):
 StrategyRegistry.register(NAME, EmbeddingShardedDDP, description="DDP with embedding tables in pieces over all ranks")
 
 
-def table_loads(network: CTRNetwork, module: CTRModule, skew: float = 1.0) -> list[TableLoad]:
-    """What a plan needs to know of a network's tables; the network may be on the meta device."""
+def table_loads(
+    network: CTRNetwork, module: CTRModule, skew: float = 1.0, indices: Mapping[str, float] | None = None
+) -> list[TableLoad]:
+    """What a plan needs to know of a network's tables.
+
+    Args:
+        network: of the module; it may be on the meta device.
+        module: gives the tables' update rule.
+        skew: of every table's traffic; see TableLoad.
+        indices: column -> mean number of ids in a sample's bag; 1 where it is not given.
+    """
     loads = []
     for lookup in network.lookups():
         row = torch.empty(1, lookup.width, dtype=lookup.weight.dtype, device="meta")
         kept = [row, *(module.table_rule.state(row).values() if lookup.weight.requires_grad else ())]
         bytes_per_row = sum(tensor.numel() * tensor.element_size() for tensor in kept)
         loads += [
-            TableLoad(name=table.name, rows=table.rows, width=lookup.width, bytes_per_row=bytes_per_row, skew=skew)
+            TableLoad(
+                name=table.name,
+                rows=table.rows,
+                width=lookup.width,
+                bytes_per_row=bytes_per_row,
+                indices_per_sample=(indices or {}).get(table.name.partition("/")[0], 1.0),
+                skew=skew,
+            )
             for table in lookup.tables
         ]
     return loads

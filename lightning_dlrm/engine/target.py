@@ -44,6 +44,9 @@ class StopAtAUC(pl.Callback):
         self._start = time.perf_counter()
         for name in (names.TIME_TO_TARGET, names.SAMPLES_TO_TARGET):
             self.recorder.latest.setdefault(name, float("nan"))
+        if self.recorder.latest.get(MONITOR, 0.0) >= self.target:
+            # A run that has reached it is resumed.
+            trainer.should_stop = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":

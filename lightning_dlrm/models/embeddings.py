@@ -5,6 +5,7 @@ Shape suffixes: B samples, F columns, G tables of one lookup, D width, N indices
 
 import dataclasses
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,6 +179,8 @@ class Embeddings(nn.Module):
         )
         self.widths = tuple(embedding_dim if self.settings.project else width for width in narrow.values())
         self.pooling_weights = _pooling_weights(self.settings.pooling_weights, columns, seed)
+        # One lookup holds one table of every column, in their order.
+        self._is_plain = [len(group.members) for group in self.groups] == [len(columns)] and not self.multiply_adds()
 
     def _members(self, column: int, name: str, rows: int, width: int) -> list[tuple[int, _Member]]:
         """The tables of a column, each with its width."""
@@ -207,7 +210,7 @@ class Embeddings(nn.Module):
                 vectors_BGD / lengths_BF.index_select(1, group.columns)[..., None]
                 for vectors_BGD, group in zip(vectors, self.groups, strict=True)
             ]
-        if self._is_plain():
+        if self._is_plain:
             return vectors[0].flatten(1)
         parts: list[list[Tensor]] = [[] for _ in self.names]
         for vectors_BGD, group in zip(vectors, self.groups, strict=True):
@@ -216,10 +219,6 @@ class Embeddings(nn.Module):
         return torch.cat(
             [project(self._combined(part)) for part, project in zip(parts, self.projections, strict=True)], dim=1
         )
-
-    def _is_plain(self) -> bool:
-        """One lookup holds one table of every column, in their order."""
-        return len(self.groups) == 1 and len(self.groups[0].members) == len(self.names) and not self.multiply_adds()
 
     def _combined(self, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
@@ -309,7 +308,7 @@ def _read_factors(path: str, columns: Mapping[str, int]) -> dict[str, Tensor]:
         raise UserError(f"tables.pooling_weights: there is no file {path}; {remedy}")
     try:
         given = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(
             f"tables.pooling_weights: {path} cannot be read ({' '.join(str(error).split())[:80]}); {remedy}"
         ) from error

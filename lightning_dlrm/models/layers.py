@@ -22,7 +22,8 @@ class DenseLayers(nn.Sequential):
         widths: of the input and of every layer's output; at least two.
         linear_output: leave the last layer without a ReLU.
         batch_norm: normalise over the batch between each linear layer and its ReLU (Ioffe and Szegedy
-            2015, algorithm 1); an output without a ReLU stays as it is.
+            2015, algorithm 1); an output without a ReLU stays as it is. Of several ranks, each normalises
+            over its own slice of the batch; on GPUs, trainer.sync_batchnorm makes that the whole batch.
     """
 
     def __init__(self, widths: Sequence[int], linear_output: bool = False, batch_norm: bool = False) -> None:

@@ -81,7 +81,9 @@ class CTROptimizer(torch.optim.Optimizer):
 
     def gradient_norm(self) -> Tensor:
         """The global 2-norm: dense gradients and each touched row's summed gradient; 0-dim."""
-        squares = [p.grad.square().sum() for p in self.param_groups[0]["params"] if p.grad is not None]
+        grads = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
+        # In half precision the sum of squares would keep three digits.
+        squares = [grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum() for grad in grads]
         squares += [lookup.squared_gradient_norm() for lookup in self.lookups]
         return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 

@@ -40,7 +40,7 @@ class Request:
 
 @dataclass
 class Traffic:
-    """What the exchanges of this rank came to, since they were last looked at."""
+    """What the exchanges of training came to on this rank, since they were last looked at."""
 
     sent_bytes: float = 0.0
     """To other ranks: ids, vectors and gradients."""
@@ -176,10 +176,8 @@ class ShardedTables(EmbeddingLookup):
         asks_W = bounds.diff()
         at_owner_U = lookups.rows - torch.repeat_interleave(self.rank_starts[:-1], asks_W)
         start = time.perf_counter()
-        counts = torch.stack([asks_W, self.ranks.all_to_all_counts(asks_W)]).tolist()
-        self.traffic.seconds += time.perf_counter() - start
-        asks, asked = counts[0], counts[1]
-        self.traffic.rows += sum(asked)
+        asks, asked = torch.stack([asks_W, self.ranks.all_to_all_counts(asks_W)]).tolist()
+        self._count(start, rows=sum(asked))
         return Request(lookups, asks, asked, self._exchange(at_owner_U, asks, asked))
 
     def _send(self, values: Tensor, sent: list[int], received: list[int]) -> Tensor:
@@ -189,10 +187,16 @@ class ShardedTables(EmbeddingLookup):
     def _exchange(self, values: Tensor, sent: list[int], received: list[int]) -> Tensor:
         start = time.perf_counter()
         arrived = self.ranks.all_to_all(values, sent, received)
-        self.traffic.seconds += time.perf_counter() - start
         to_others = sum(sent) - sent[self.ranks.rank]
-        self.traffic.sent_bytes += to_others * values[:1].numel() * values.element_size()
+        self._count(start, sent_bytes=to_others * values[:1].numel() * values.element_size())
         return arrived
+
+    def _count(self, start: float, rows: int = 0, sent_bytes: int = 0) -> None:
+        # Figures are divided by training steps, to which a validation's exchanges do not belong.
+        if self.training:
+            self.traffic.seconds += time.perf_counter() - start
+            self.traffic.rows += rows
+            self.traffic.sent_bytes += sent_bytes
 
 
 class _LookUpPieces(torch.autograd.Function):
