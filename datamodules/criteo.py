@@ -246,7 +246,7 @@ class Criteo(FolderData):
         if self.kind is not None and schema.dataset != self.kind:
             raise UserError(
                 f"{self.path} holds the dataset {schema.dataset!r}, {type(self).__name__} reads {self.kind!r}: "
-                "use the datamodule Criteo, which reads any"
+                "give its dataset folder with --data.path, or use the datamodule Criteo, which reads any"
             )
         return schema
 

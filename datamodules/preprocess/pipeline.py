@@ -78,6 +78,8 @@ _VERSION = 1
 # Below this much input the workers would take longer to start than to work, and nothing is worth keeping.
 _SMALL_BYTES = 8 << 20
 _SEGMENTS_A_JOB = 64
+_BAD_ROWS_BORNE = 1000
+"""More in one piece of a file, and more than there are good ones, and it is the wrong file."""
 
 
 def preprocess(
@@ -330,6 +332,12 @@ class _Job:
                     if "bad_line" in found:
                         line, fault = found["bad_line"]
                         raise UserError(f"{path}, line {lines[path] + line + 1:,}: {fault}")
+                    if len(found["bad"]) > max(_BAD_ROWS_BORNE, found["rows"]):
+                        line, fault = found["bad"][0]
+                        raise UserError(
+                            f"{path}: {len(found['bad']):,} of {found['lines']:,} lines from line {lines[path] + 1:,} on "
+                            f"are not Criteo's, such as line {lines[path] + line + 1:,}: {fault}; give another file"
+                        )
                     bad_rows += [(job.source.name, lines[path] + line + 1, fault) for line, fault in found["bad"]]
                     lines[path] += found["lines"]
                     file_rows[path] += found["rows"]
