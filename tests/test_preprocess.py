@@ -358,7 +358,7 @@ def test_a_wrong_file_is_not_skipped_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("to do\n" * 1001)
     with pytest.raises(
-        UserError, match="notes.txt: 1,001 of 1,001 lines from line 1 on are not Criteo's, such as line 1"
+        UserError, match=r"notes\.txt: 1,001 of 1,001 lines from line 1 on are not Criteo's, such as line 1"
     ):
         preprocess("kaggle", "dlrm", [path], tmp_path / "out", progress=QUIET, on_bad_row="skip")
 

@@ -335,8 +335,8 @@ class _Job:
                     if len(found["bad"]) > max(_BAD_ROWS_BORNE, found["rows"]):
                         line, fault = found["bad"][0]
                         raise UserError(
-                            f"{path}: {len(found['bad']):,} of {found['lines']:,} lines from line {lines[path] + 1:,} on "
-                            f"are not Criteo's, such as line {lines[path] + line + 1:,}: {fault}; give another file"
+                            f"{path}: {len(found['bad']):,} of {found['lines']:,} lines from line {lines[path] + 1:,} "
+                            f"on are not Criteo's, such as line {lines[path] + line + 1:,}: {fault}; give another file"
                         )
                     bad_rows += [(job.source.name, lines[path] + line + 1, fault) for line, fault in found["bad"]]
                     lines[path] += found["lines"]
