@@ -21,7 +21,7 @@ COMMANDS = {
     "plan": "show which rank would hold which table rows, and what the ranks would send",
     "checkpoint": "show what a checkpoint holds, write it in other pieces, or import one of facebookresearch/dlrm",
     "preprocess": "turn raw Criteo TSV files into a dataset folder",
-    "inspect": "show what a dataset folder holds, and verify it",
+    "inspect": "show what a dataset folder holds; --verify compares every checksum",
     "generate": "write generated data: a dataset folder, or raw TSV",
     "bench": "measure the speed of a part of this project on this machine",
 }

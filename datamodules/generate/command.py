@@ -336,7 +336,7 @@ def _shape(schema: DatasetSchema) -> str:
     features = schema.features
     rows = ", ".join(f"{split.rows:,} {name} rows" for name, split in schema.splits.items())
     return (
-        f"{rows}; {features.dense} dense features, {len(features.tables)} tables of {sum(features.table_rows):,} rows"
+        f"{rows}; {features.dense} dense features, {len(features.tables)} tables, {sum(features.table_rows):,} rows together"
     )
 
 
