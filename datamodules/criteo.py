@@ -205,7 +205,7 @@ class FolderData(pl.LightningDataModule):
 
     def _generate(self, folder: Path) -> None:
         """Makes the planned data."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define _generate")
 
 
 class Criteo(FolderData):

@@ -335,9 +335,8 @@ def _make(output: Path, generate: Callable[[], DatasetSchema], summarise: Callab
 def _shape(schema: DatasetSchema) -> str:
     features = schema.features
     rows = ", ".join(f"{split.rows:,} {name} rows" for name, split in schema.splits.items())
-    return (
-        f"{rows}; {features.dense} dense features, {len(features.tables)} tables, {sum(features.table_rows):,} rows together"
-    )
+    tables = f"{len(features.tables)} tables, {sum(features.table_rows):,} rows together"
+    return f"{rows}; {features.dense} dense features, {tables}"
 
 
 def _run_tsv(args: argparse.Namespace) -> int:
