@@ -72,6 +72,8 @@ class Loader:
         self._verify = verify
         self._cached = cache == "memory"
         self._held: Rows | None = None
+        self._spare: Rows | None = None
+        """Room that an iteration has left: memory that was touched before costs no page faults."""
         if self._cached:
             self._require_memory(copies)
 
@@ -104,7 +106,9 @@ class Loader:
 
     def _iterate(self, order: Order, first: int) -> "BackgroundIterator":
         def batches() -> Generator[Batch, None, None]:
-            source = self._source(order)
+            # Taken, since another iteration may begin before this one ends.
+            room, self._spare = self._spare, None
+            source = self._source(order, room)
             try:
                 for batch in read_batches(
                     source, order, first=first, rank=self._rank, world=self._world, rows=self._rows
@@ -112,10 +116,11 @@ class Loader:
                     yield batch.pin_memory() if self._pin else batch
             finally:
                 source.close()
+                self._spare = source.room
 
         return BackgroundIterator(batches, _BATCHES_AHEAD, _BYTES_AHEAD)
 
-    def _source(self, order: Order) -> Source:
+    def _source(self, order: Order, room: Rows | None) -> Source:
         decoder = self._decoder()
         read: Callable[[int], Rows] = decoder
         if self._cached:
@@ -136,6 +141,7 @@ class Loader:
             world=self._world,
             at_once=batches_at_once(order, self._world),
             threads=self._threads,
+            room=room,
         )
 
     def _decoder(self) -> Decoder:

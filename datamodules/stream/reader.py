@@ -227,6 +227,11 @@ class Source(Protocol):
         """Ends its threads."""
         ...
 
+    @property
+    def room(self) -> Rows | None:
+        """Memory that the next source may use, once this one is closed."""
+        ...
+
 
 class Window:
     """The rows of a rank's lanes from those being served to the end of the last decoded row group.
@@ -244,6 +249,7 @@ class Window:
         rank, world: whose lanes, of how many.
         at_once: most batches that are fetched at once.
         threads: how many decode, the calling one among them.
+        room: memory to use, where it is large enough; a closed window's ``room``.
     """
 
     def __init__(
@@ -256,6 +262,7 @@ class Window:
         world: int,
         at_once: int,
         threads: int,
+        room: Rows | None = None,
     ) -> None:
         self._read, self._order = read, order
         lanes = order.lanes_of(rank, world)
@@ -271,7 +278,10 @@ class Window:
         batch_rows_L = at_once * order.batch_size * (self._lane_ends_L - begins_L) // max(order.rows, 1) + 4
         self._capacity_L = np.minimum(batch_rows_L + self._reach_L + largest, self._lane_ends_L - begins_L)
         self._ring_starts_L = np.cumsum(self._capacity_L) - self._capacity_L
-        self._rings = empty(int(self._capacity_L.sum()))
+        rows = int(self._capacity_L.sum())
+        self.room: Rows | None = room if room is not None and len(room) >= rows else empty(rows)
+        """See ``Source``."""
+        self._rings = self.room.slice(0, rows)
         self._bags: list[dict[int, tuple[np.ndarray, np.ndarray]]] = [{} for _ in lanes]
         """For each lane, by the place of the first row: values and ends of multi-hot columns, as in ``Rows``."""
         self._begun_L: np.ndarray | None = None
@@ -388,6 +398,9 @@ class Held:
         first: position in the split of its first row.
         order: ``none`` or ``full``.
     """
+
+    room = None
+    """See ``Source``."""
 
     def __init__(self, rows: Rows, first: int, order: Order) -> None:
         self._rows, self._first, self._order = rows, first, order
