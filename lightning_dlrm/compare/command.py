@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 
 from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.compare.anatomy import anatomy
 from lightning_dlrm.compare.experiment import (
     Experiment,
     PlannedArm,
@@ -19,7 +20,10 @@ from lightning_dlrm.compare.experiment import (
     plan_arms,
     read_experiment,
 )
+from lightning_dlrm.compare.figures import draw_all
+from lightning_dlrm.compare.operators import breakdown
 from lightning_dlrm.compare.processes import Job, Slots, work_off
+from lightning_dlrm.compare.report import write_report
 from lightning_dlrm.compare.results import Comparison, check_data, compare
 from lightning_dlrm.compare.runs import Arm, Run, arms_of, read_run
 from lightning_dlrm.compare.scores import (
@@ -229,6 +233,10 @@ def _report(
     labels = shared_labels(runs, options.split)
     scores = {run.name: read_scores(_scores(output, run.name), labels[run.final["data_fingerprint"]]) for run in runs}
     comparison: Comparison = compare(arms, scores, title=title, split=options.split, warnings=warnings)
+    anatomies = {arm.name: anatomy(arm.runs[0]) for arm in arms}
+    times, notes = breakdown(arms, output / "operators.json")
+    pictures = draw_all(comparison, anatomies, times, output / "figures")
+    write_report(comparison, pictures, anatomies, notes, output / "report.html")
     comparison.write_json(output / "report.json")
     print(closing_words(comparison, output))
     return 0
