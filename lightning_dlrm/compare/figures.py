@@ -27,6 +27,8 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 LINES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 1)), (0, (5, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++")
+FIRST_SHOWN = 0.05
+"""Share of a run that curves leave out at its beginning."""
 SHOWN_MARKS = 8
 """Markers along a curve."""
 
@@ -100,8 +102,8 @@ class _Drawing:
             "figure5",
             "Accuracy while training",
             "As in Figure 5 of Naumov et al. (2019): accuracy on the training samples (thin, over the last 65,536 "
-            "of them, each scored before its step) and on the validation split (thick). Lines are means over the "
-            "seeds, bands reach from the lowest seed to the highest.",
+            "of them, each scored before its step) and on the validation split (thick), after the first twentieth of "
+            "the run. Lines are means over the seeds, bands reach from the lowest seed to the highest.",
         )
 
     def curves(self, metric: str) -> Picture:
@@ -123,7 +125,8 @@ class _Drawing:
             f"{METRIC_TITLES[metric][0].upper()}{METRIC_TITLES[metric][1:]} against samples, time and operations",
             "Above over the last 65,536 training samples, below on the validation split. Time is that of training, "
             "without validations and checkpoints, on the machine at hand; operations are those of matrix products and "
-            "interactions, forward and backward. Means over the seeds; bands from the lowest seed to the highest.",
+            "interactions, forward and backward. Means over the seeds, bands from the lowest seed to the highest, after the first twentieth of "
+            "the run.",
         )
 
     def _abscissae(self) -> list[tuple[str, str, Any]]:
@@ -153,6 +156,9 @@ class _Drawing:
             return
         xs = np.mean([curve[0][:length] for curve in curves], axis=0) * (factor(arm) if factor else 1.0)
         ys = np.array([curve[1][:length] for curve in curves])
+        # What few samples say of the first steps would take most of the axis.
+        shown = xs >= FIRST_SHOWN * xs[-1]
+        xs, ys, length = xs[shown], ys[:, shown], int(shown.sum())
         style = dict(self._styles[arm.name])
         if thin:
             style |= {"marker": "", "linewidth": 0.9, "alpha": 0.75}
@@ -219,6 +225,7 @@ class _Drawing:
             axes.set_yticks(range(len(comparison.arms)), [arm.name for arm in comparison.arms])
             axes.set_ylim(len(comparison.arms) - 0.5, -0.5)
             axes.tick_params(axis="x", labelsize=8)
+            axes.locator_params(axis="x", nbins=6)
         return self._save(
             figure,
             "results",
@@ -276,7 +283,8 @@ class _Drawing:
             axes.set_xlim(left=0)
             axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
             axes.set_ylim(len(arms) - 0.5, -0.5)
-            axes.xaxis.set_major_formatter(EngFormatter())
+            if name == names.SAMPLES_PER_SECOND:
+                axes.xaxis.set_major_formatter(EngFormatter())
         return self._save(
             figure, "cost", "Time and memory", "A mark for each run, bars are medians. Runs side by side share cores."
         )
@@ -296,16 +304,17 @@ class _Drawing:
         left.set_yscale("log")
         left.set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
         left.set_ylabel("parameters")
-        left.set_title("tables")
+        left.set_xlabel("table")
         left.margins(x=0.01)
         if len(distinct) > 1:
-            left.legend(frameon=False, fontsize=8)
+            # Above the axes: inside they would hide bars.
+            left.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(distinct), frameon=False, fontsize=8)
         parts = list(dict.fromkeys(name for anatomy in distinct.values() for name in anatomy.dense))
         amounts = {part: [anatomy.dense.get(part, 0) for anatomy in distinct.values()] for part in parts}
         _stack(right, list(distinct), amounts, "{:,.0f}")
         right.set_ylabel("parameters")
         right.yaxis.set_major_formatter(EngFormatter())
-        right.set_title("dense parts")
+        right.set_xlabel("dense parts")
         return self._save(
             figure,
             "parameters",
@@ -381,7 +390,7 @@ def _distinct(anatomies: Mapping[str, Anatomy]) -> dict[str, Anatomy]:
             groups.append(([name], anatomy))
         else:
             alike[0].append(name)
-    return {"\n".join(members): anatomy for members, anatomy in groups}
+    return {",\n".join(members): anatomy for members, anatomy in groups}
 
 
 def _most(anatomies: Mapping[str, Anatomy], table: str) -> int:
@@ -400,6 +409,7 @@ def _stack(axes: Axes, bars: Sequence[str], amounts: Mapping[str, Sequence[float
                 box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
                 axes.text(x, bottom[x] + value / 2, text.format(value), ha="center", va="center", fontsize=8, bbox=box)
         bottom += np.array(values)
+    axes.set_ylim(0, 1.05 * highest)
     axes.set_xticks(range(len(bars)), bars, fontsize=8)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)

@@ -83,27 +83,25 @@ def _split_note(comparison: Comparison) -> str:
 
 
 def _summary(comparison: Comparison) -> list[list[str]]:
-    rows = [
-        ["", "seeds", *(METRIC_TITLES[name] for name in _METRICS), "best validation AUC", "training s", "samples/s",
-         "peak GiB", "parameters", "FLOPs a sample"]
-    ]  # fmt: skip
-    for arm in comparison.arms:
-        finals = [run.final for run in arm.runs]
-        peak = [final[names.PEAK_MEMORY] for final in finals if final.get(names.PEAK_MEMORY) is not None]
-        rows.append(
-            [
-                arm.name,
-                ", ".join(map(str, arm.seeds)),
-                *(_mean_and_reach(comparison, arm, name) for name in _METRICS),
-                f"{np.mean([run.best[f'{names.VALIDATION}/auc'] for run in arm.runs]):.5f}",
-                f"{np.median([final[names.TRAINING_SECONDS] for final in finals]):,.0f}",
-                f"{np.median([final[names.SAMPLES_PER_SECOND] for final in finals]):,.0f}",
-                f"{np.median(peak) / 2**30:.2f}" if peak else "",
-                f"{arm[names.PARAMETERS_TOTAL]:,}",
-                f"{arm[names.FLOPS_TRAINING]:,}",
-            ]
-        )
-    return rows
+    arms = comparison.arms
+
+    def median(arm: Arm, name: str) -> float:
+        return float(np.median([run.final.get(name, np.nan) for run in arm.runs]))
+
+    def best(arm: Arm) -> float:
+        return float(np.mean([run.best[f"{names.VALIDATION}/auc"] for run in arm.runs]))
+
+    return [
+        ["", *(arm.name for arm in arms)],
+        ["seeds", *(", ".join(map(str, arm.seeds)) for arm in arms)],
+        *([METRIC_TITLES[metric], *(_mean_and_reach(comparison, arm, metric) for arm in arms)] for metric in _METRICS),
+        ["best validation AUC", *(f"{best(arm):.5f}" for arm in arms)],
+        ["training, s", *(f"{median(arm, names.TRAINING_SECONDS):,.0f}" for arm in arms)],
+        ["samples/s", *(f"{median(arm, names.SAMPLES_PER_SECOND):,.0f}" for arm in arms)],
+        ["peak memory, GiB", *(f"{median(arm, names.PEAK_MEMORY) / 2**30:.2f}" for arm in arms)],
+        ["parameters", *(f"{arm[names.PARAMETERS_TOTAL]:,}" for arm in arms)],
+        ["FLOPs a sample, training", *(f"{arm[names.FLOPS_TRAINING]:,}" for arm in arms)],
+    ]
 
 
 def _mean_and_reach(comparison: Comparison, arm: Arm, metric: str) -> str:
