@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.models.host_tables import HostTables
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
@@ -223,5 +224,10 @@ def _replace_tables(
 ) -> None:
     for module in list(network.modules()):
         for name, child in module.named_children():
+            if isinstance(child, HostTables):
+                raise UserError(
+                    "tables.on_host keeps tables in the host memory of one device; several ranks have them in pieces, "
+                    "each in its own memory: leave it empty"
+                )
             if isinstance(child, EmbeddingTables):
                 setattr(module, name, ShardedTables.of(child, plan, ranks, wire, device))
