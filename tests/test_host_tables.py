@@ -3,7 +3,6 @@ optimiser state, for rows that one batch fetches while another one updates them;
 and evaluation too. Here the CPU stands in for the device: what is fetched is a copy."""
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,18 @@ from torch import nn
 
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, Table
+from lightning_dlrm.contracts.lookup import Table
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models import host_tables
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.models.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.models.host_tables import HostTables
-from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD
-from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from tests import sharded_fits
 from tests.sharded_fits import HALF, PARITY, RESUMED, RULES, Fit, global_batch, metrics, run
 from tests.test_sharded import tables
-from tests.toy import TABLES, toy_schema
+from tests.toy import toy_schema
 
 
 def placed(features: Features, seed: int, on_host: Any, **settings: Any) -> DLRM:
@@ -124,7 +120,9 @@ def test_a_fit_with_its_checkpoint_is_that_with_tables_on_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     monkeypatch.setitem(sharded_fits.NETWORKS, "host", on_host)
-    fits = [Fit(name=name, rule="row_wise", plan="auto", network=name, hot="multi", **options) for name in ("dlrm", "host")]
+    fits = [
+        Fit(name=name, rule="row_wise", plan="auto", network=name, hot="multi", **options) for name in ("dlrm", "host")
+    ]
     for fit in fits:
         run(fit, tmp_path, 1)
     device, host = (tmp_path / fit.name for fit in fits)

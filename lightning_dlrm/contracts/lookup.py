@@ -182,7 +182,7 @@ class EmbeddingLookup(nn.Module):
         """
 
     def start(self, ids: SparseIds) -> None:
-        """Begins what ``forward`` or ``each`` of these ids waits for; it is called next, with ``ids.ahead``. Optional."""
+        """Begins what ``forward`` or ``each`` of these ids waits for; it is called next, with ``ids.ahead``."""
 
     def settle(self) -> None:
         """Waits until ``weight`` and the optimiser's state hold every update so far."""

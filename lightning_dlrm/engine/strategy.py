@@ -172,8 +172,9 @@ def table_loads(
         network: of the module; it may be on the meta device.
         module: gives the tables' update rule.
         skew: of every table's traffic; see TableLoad.
-        indices: column -> mean number of ids in a sample's bag; 1 where it is not given.
+        indices: column -> mean number of ids in a sample's bag; by default what the data's schema says, or 1.
     """
+    indices = module.data_schema().indices if indices is None else indices
     loads = []
     for lookup in network.lookups():
         row = torch.empty(1, lookup.width, dtype=lookup.weight.dtype, device="meta")
@@ -185,7 +186,7 @@ def table_loads(
                 rows=table.rows,
                 width=lookup.width,
                 bytes_per_row=bytes_per_row,
-                indices_per_sample=(indices or {}).get(table.name.partition("/")[0], 1.0),
+                indices_per_sample=indices.get(table.name.partition("/")[0], 1.0),
                 skew=skew,
             )
             for table in lookup.tables

@@ -49,9 +49,7 @@ class RowsAtHand:
         at_U = torch.searchsorted(newer.lookups.rows, self.lookups.rows).clamp(max=len(newer.lookups.rows) - 1)
         shared_U = newer.lookups.rows.index_select(0, at_U) == self.lookups.rows
         self.weight = _replaced(self.weight, newer.weight, at_U, shared_U)
-        self.state = {
-            slot: _replaced(values, newer.state[slot], at_U, shared_U) for slot, values in self.state.items()
-        }
+        self.state = {slot: _replaced(values, newer.state[slot], at_U, shared_U) for slot, values in self.state.items()}
 
     @staticmethod
     def merged(parts: "Sequence[RowsAtHand]") -> "RowsAtHand":
@@ -146,9 +144,7 @@ class HostTables(EmbeddingTables):
             self._written.result()
             self._written = None
 
-    def _pool(
-        self, ids: SparseIds, offsets: Tensor | None, bag_N: Tensor | None, weights_N: Tensor | None
-    ) -> Tensor:
+    def _pool(self, ids: SparseIds, offsets: Tensor | None, bag_N: Tensor | None, weights_N: Tensor | None) -> Tensor:
         begun = ids.ahead.pop(self, None) or self._begin(ids)
         rows = begun.rows()
         anchor = torch.empty(0, device=rows.weight.device, requires_grad=self.weight.requires_grad)
@@ -220,9 +216,7 @@ class _Begun:
         return self._rows
 
 
-def _fetch(
-    tensors: Mapping[str, Tensor], rows: Tensor, copies: "Copies"
-) -> Callable[[], dict[str, Tensor]]:
+def _fetch(tensors: Mapping[str, Tensor], rows: Tensor, copies: "Copies") -> Callable[[], dict[str, Tensor]]:
     """Some rows of tensors in host memory; what it returns gives them on the device."""
     with torch.no_grad():
         return copies.to_device({name: copies.gather(tensor, rows) for name, tensor in tensors.items()})
