@@ -241,9 +241,8 @@ def test_tables_stay_in_host_memory_only_where_they_must() -> None:
         assert places.host_bytes == host
         assert sum(size.values()) - host + 3 * 20 * sum(fetched) <= places.device_bytes + 60 <= memory + 60
         # None of them would fit as well.
-        assert all(
-            places.device_bytes - places.at_hand_bytes + size[name] > memory - 3 * 20 * 64 for name in places.on_host
-        )
+        without = {name: places.at_hand_bytes - 3 * math.ceil(20 * rows) for name, rows in places.fetched.items()}
+        assert all(sum(size.values()) - host + size[name] + without[name] > memory for name in places.on_host)
     with pytest.raises(UserError, match=r"takes 800 bytes .* the device has 500: 300 bytes"):
         place_tables(loads((10, 10), 4, 0.0), ["C1"], 1000, 500)
 

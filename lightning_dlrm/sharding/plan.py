@@ -493,10 +493,11 @@ def place_tables(tables: Sequence[TableLoad], movable: Iterable[str], batch_size
         if name in host and needed(host - {name})[0] <= memory:
             host.remove(name)
     device_bytes, at_hand = needed(host)
-    if device_bytes > memory:
+    missing = device_bytes - memory
+    if missing > 0:
         raise UserError(
             f"what cannot stay in host memory takes {device_bytes:,} bytes ({_human(device_bytes)}), the device has "
-            f"{memory:,}: {device_bytes - memory:,} bytes ({_human(device_bytes - memory)}) too few; {_human(at_hand)} are "
+            f"{memory:,}: {missing:,} bytes ({_human(missing)}) too few; {_human(at_hand)} are "
             "for the rows of three batches at hand: a smaller batch, or a smaller width, needs less"
         )
     return Places(
