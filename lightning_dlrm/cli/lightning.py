@@ -430,6 +430,7 @@ class ParamsCommand(SettingsCommand):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
+        parser.prog = "python -m lightning_dlrm params"
         parser.add_argument("--json", action="store_true", help="print JSON")
         add_matching_arguments(parser)
 
