@@ -95,6 +95,7 @@ class TableSettings:
             no ids give zeros.
         pooling_weights: a factor for each row, beside those that come with the ids. learned: starts at 1.
             Or a file made by torch.save of a dictionary table name -> float [rows]: those factors, fixed.
+        initial_bound: b; rows start U(-b, b) in place of U(-1/sqrt(rows), 1/sqrt(rows)).
     """
 
     dims: Mapping[str, int] = field(default_factory=dict)
@@ -103,8 +104,11 @@ class TableSettings:
     quotient_remainder: QuotientRemainder | None = None
     pooling: Literal["sum", "mean"] = "sum"
     pooling_weights: str | None = None
+    initial_bound: float | None = None
 
     def __post_init__(self) -> None:
+        if self.initial_bound is not None and not 0 <= self.initial_bound < math.inf:
+            raise UserError(f"tables.initial_bound is {self.initial_bound}; expected a number of 0 or more")
         if self.pooling not in ("sum", "mean"):
             raise UserError(f"tables.pooling {self.pooling!r} is neither sum nor mean")
         if self.dims and self.mixed_dimensions is not None:
@@ -186,7 +190,7 @@ class Embeddings(nn.Module):
         """The tables of a column, each with its width."""
         trick = self.settings.quotient_remainder
         if trick is None or rows <= trick.threshold:
-            return [(width, _Member(column, Table.of_column(name, rows)))]
+            return [(width, _Member(column, Table(name=name, rows=rows, bound=self._bound(rows))))]
         if trick.operation == "concat":
             if width % 2:
                 raise UserError(
@@ -194,9 +198,14 @@ class Embeddings(nn.Module):
                     "choose an even width"
                 )
             width //= 2
-        quotient = Table(name=f"{name}/quotient", rows=-(-rows // trick.collisions), bound=rows**-0.5)
-        remainder = Table(name=f"{name}/remainder", rows=trick.collisions, bound=rows**-0.5)
+        quotient = Table(name=f"{name}/quotient", rows=-(-rows // trick.collisions), bound=self._bound(rows))
+        remainder = Table(name=f"{name}/remainder", rows=trick.collisions, bound=self._bound(rows))
         return [(width, _Member(column, quotient, trick.collisions)), (width, _Member(column, remainder))]
+
+    def _bound(self, rows: int) -> float:
+        """Of the initial rows."""
+        given = self.settings.initial_bound
+        return Table.of_column("", rows).bound if given is None else given
 
     def forward(self, ids: SparseIds) -> Tensor:
         """[B, sum of the widths]: the columns' vectors side by side."""
