@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.models.fused import dense_layers, pair_products
 
 
 class DenseLayers(nn.Sequential):
@@ -46,6 +47,18 @@ class DenseLayers(nn.Sequential):
         if linear_output:
             del layers[-1 - bool(batch_norm) - bool(dropout) :]
         super().__init__(*layers)
+        self._linear_output = linear_output
+        # Normalisation and the like stand between the linear layers.
+        self._is_plain = all(isinstance(layer, (nn.Linear, nn.ReLU)) for layer in layers)
+
+    def forward(self, x_Bd: Tensor) -> Tensor:
+        """[B, d] -> [B, width of the last layer]."""
+        if not self._is_plain:
+            return cast(Tensor, super().forward(x_Bd))
+        linears = self.linears()
+        return dense_layers(
+            x_Bd, [layer.weight for layer in linears], [layer.bias for layer in linears], self._linear_output
+        )
 
     def linears(self) -> list[nn.Linear]:
         return [layer for layer in self if isinstance(layer, nn.Linear)]
@@ -100,18 +113,22 @@ class DotInteraction(nn.Module):
     """
 
     pairs: Tensor
+    mirrored: Tensor
 
     def __init__(self, vectors: int, width: int, self_interaction: bool = False) -> None:
         super().__init__()
         self.width = width
         i, j = torch.tril_indices(vectors, vectors, 0 if self_interaction else -1, device="cpu")
         self.register_buffer("pairs", i * vectors + j, persistent=False)
+        mirrored = torch.zeros(vectors, vectors, dtype=torch.int64, device="cpu")
+        mirrored[i, j] = mirrored[j, i] = torch.arange(len(i), device="cpu")
+        self.register_buffer("mirrored", mirrored.flatten(), persistent=False)
+        self._self_interaction = self_interaction
 
     def forward(self, vectors_BVD: Tensor) -> Tensor:
         """[B, V, D] or [B, V * D] -> [B, P]."""
         vectors_BVD = vectors_BVD.unflatten(1, (-1, self.width)) if vectors_BVD.dim() == 2 else vectors_BVD
-        products_BVV = torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2))
-        return products_BVV.flatten(1).index_select(1, self.pairs)
+        return pair_products(vectors_BVD, self.pairs, self.mirrored, self._self_interaction)
 
     def multiply_adds(self) -> int:
         """Per sample; only the pairs that are kept count."""
