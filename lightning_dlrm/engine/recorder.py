@@ -329,3 +329,5 @@ class EvaluationWriter(pl.Callback):
         assert isinstance(pl_module, CTRModule)
         if trainer.is_global_zero:
             self.folder.write_json(name, pl_module.results)
+            for logger in trainer.loggers:
+                logger.log_metrics(pl_module.results)

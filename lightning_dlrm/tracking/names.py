@@ -4,7 +4,15 @@ TRAIN = "train"
 TRAIN_LOSS = "train/loss"
 VALIDATION = "validation"
 TEST = "test"
+METRICS = ("auc", "log_loss", "normalized_entropy", "accuracy", "calibration")
+"""Of an evaluation, after its name and a slash."""
+PRECISION_RECALL = "precision_recall"
+CALIBRATION_CURVE = "calibration_curve"
 LEARNING_RATE = "learning_rate"
+# On request, with a name after a slash: of a dense weight, or of a table.
+GRADIENT_NORM = "gradient_norm"
+ROW_NORM = "row_norm"
+ROW_GRADIENT_NORM = "row_gradient_norm"
 
 PARAMETERS_TABLES = "parameters/tables"
 PARAMETERS_DENSE = "parameters/dense"
