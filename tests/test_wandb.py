@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.engine.diagnostics import NormRecorder
 from lightning_dlrm.tracking.wandb_run import RunPlace, choose_mode, start_wandb
 from tests.test_cli import FIT, QUICK
-from tests.test_fit import lines
+from tests.test_fit import lines, trainer_of
+from tests.toy import ToyData, ToyLoader, toy_dlrm, toy_module
 
 
 @pytest.fixture
@@ -142,7 +145,7 @@ def test_samples_are_the_x_axis(runs: list[list[dict[str, Any]]], finished_run: 
     metrics = of_type(runs[0], "metric")
     defined = {metric.get("name", metric.get("glob_name")): metric for metric in metrics}
     assert defined["*"]["step_metric"] == "samples" == defined["validation/auc"]["step_metric"]
-    told = [{k: v for k, v in lines.items() if k != "step"} for lines in lines_of(finished_run)]
+    told = [{k: v for k, v in line.items() if k != "step"} for line in lines(finished_run)]
     history = [record["item"] for records in runs[:2] for record in of_type(records, "history")]
     logged = [item for item in history if "train/loss" in item or "validation/auc" in item]
     assert [item["samples"] for item in logged if "train/loss" in item] == [256 * step for step in range(1, 17)]
@@ -152,7 +155,7 @@ def test_samples_are_the_x_axis(runs: list[list[dict[str, Any]]], finished_run: 
 
 
 def test_the_summary_is_the_best_of_the_validations(runs: list[list[dict[str, Any]]], finished_run: Path) -> None:
-    validations = [line for line in lines_of(finished_run) if "validation/auc" in line]
+    validations = [line for line in lines(finished_run) if "validation/auc" in line]
     assert [line["samples"] // 256 for line in validations] == [4, 8, 12, 16]
     summary = merged(runs[1], "summary")
     for metric, best in {"auc": max, "accuracy": max, "log_loss": min, "normalized_entropy": min}.items():
@@ -203,10 +206,6 @@ def test_the_dataset_is_referred_to_and_the_weights_are_uploaded(
 
 def test_system_metrics_are_kept(runs: list[list[dict[str, Any]]]) -> None:
     assert all("proc.memory.rssMB" in of_type(records, "stats")[0]["item"] for records in runs)
-
-
-def lines_of(run: Path) -> list[dict[str, Any]]:
-    return lines(run)
 
 
 def test_norms_are_those_of_the_step(tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ class CTRCommand(LightningCLI):
     def _loggers(self, given: Any, settings: Any) -> list[Any] | bool:
         """W&B and, in a fit, the run folder; a logger of the user's takes W&B's place."""
         assert self.run_folder is not None
-        if self.subcommand == "predict":
+        if self.subcommand not in JOB_TYPES:
             return False
         ours = [JsonLinesLogger(self.run_folder)] if self.subcommand == "fit" else []
         if given is False:

@@ -202,7 +202,7 @@ class WandbExtras(pl.Callback):
         self._run.log_artifact(artifact, aliases=["best"])
 
     def _plot(self, stage: str, pl_module: pl.LightningModule) -> None:
-        curves = pl_module.curves
+        curves: Any = pl_module.curves
         if curves is None:
             return
         points = zip(curves.recall, curves.precision, curves.threshold, strict=True)
