@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import lightning_dlrm
-from lightning_dlrm.cli.configs import resolve_config_arguments
+from lightning_dlrm.cli.configs import flat, resolve_config_arguments
 from lightning_dlrm.cli.mistakes import explain, known_keys
 from lightning_dlrm.cli.predictions import PredictionWriter
 from lightning_dlrm.cli.report import demo_note, final_report, size_note
@@ -324,7 +325,7 @@ class CTRCommand(LightningCLI):
     def _facts_of_all_ranks(self) -> dict[str, Any]:
         """Every setting by its key; what may differ from rank to rank is left out."""
         document = json.loads(self._parser(self.subcommand).dump(self._settings(), format="json", skip_none=False))
-        facts = _flat(document)
+        facts = flat(document)
         return {key: value for key, value in facts.items() if not key.startswith(("config", "wandb.", "run_dir"))}
 
     def _facts(self) -> dict[str, Any]:
@@ -414,6 +415,12 @@ class CTRCommand(LightningCLI):
 class SettingsCommand(CTRCommand):
     """Builds data and model of a configuration, and nothing else."""
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        # A run's config.yaml has these, as fit takes them; they say nothing of data and model.
+        for key in ("ckpt_path", "weights_only"):
+            parser.add_argument(f"--{key}", type=Any, default=None, help=SUPPRESS)
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return None
 
@@ -423,6 +430,7 @@ class ParamsCommand(SettingsCommand):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
+        parser.prog = "python -m lightning_dlrm params"
         parser.add_argument("--json", action="store_true", help="print JSON")
         add_matching_arguments(parser)
 
@@ -447,14 +455,6 @@ def _listed(given: Any) -> list[Any]:
     if given is None:
         return []
     return list(given) if isinstance(given, (list, tuple)) else [given]
-
-
-def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their full keys."""
-    flat: dict[str, Any] = {}
-    for key, value in document.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _as_seed(given: bool | int) -> int:

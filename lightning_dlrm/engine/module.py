@@ -141,6 +141,12 @@ class CTRModule(pl.LightningModule):
         else:
             ours.clip_gradient_norm(gradient_clip_val)
 
+    def on_train_start(self) -> None:
+        # Loaders that hold a batch ready tell of it; of others, nothing is fetched or sent ahead.
+        loader = self.trainer.train_dataloader
+        if hasattr(loader, "announce") and any(lookup.LOOKS_AHEAD for lookup in self.network.lookups()):
+            loader.announce = lambda batch: self.network.announce(batch.ids)
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One slice's forward pass.
 
@@ -234,6 +240,8 @@ class CTRModule(pl.LightningModule):
         """
 
         def refuse_bad_state() -> None:
+            for lookup in self.network.lookups():
+                lookup.settle()
             self.guard.check()
             refuse_bad_weights(self.network, checkpoint["global_step"], self.guard.advice)
 

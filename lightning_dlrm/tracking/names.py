@@ -1,7 +1,7 @@
 """Names of everything that is logged, in one place: the run folder and W&B use the same."""
 
+TRAIN = "train"
 TRAIN_LOSS = "train/loss"
-TRAIN_AUC = "train/auc"
 VALIDATION = "validation"
 TEST = "test"
 METRICS = ("auc", "log_loss", "normalized_entropy", "accuracy", "calibration")
@@ -29,6 +29,9 @@ SENT_BYTES = "parallel/sent_bytes_per_step"
 WORK_IMBALANCE = "parallel/work_imbalance"
 SAMPLES_PER_SECOND = "speed/samples_per_s"
 DATA_WAIT_SHARE = "speed/data_wait_share"
+TRAINING_SECONDS = "speed/training_s"
+PEAK_MEMORY = "memory/peak_bytes"
+PEAK_DEVICE_MEMORY = "memory/peak_device_bytes"
 TIME_TO_TARGET = "time_to_target_s"
 SAMPLES_TO_TARGET = "samples_to_target"
 
