@@ -161,6 +161,9 @@ def test_the_summary_is_the_best_of_the_validations(runs: list[list[dict[str, An
     for metric, best in {"auc": max, "accuracy": max, "log_loss": min, "normalized_entropy": min}.items():
         values = [line[f"validation/{metric}"] for line in validations[2:]]
         assert summary[f"validation/{metric}"] == {best.__name__: best(values), "last": values[-1]}
+    final = json.loads((finished_run / "summary.json").read_text())["final"]
+    for name in ("speed/training_s", "memory/peak_bytes", "parallel/rows_per_rank", "parameters/total"):
+        assert summary[name] == final[name]
     test = merged(runs[2], "summary")
     found = json.loads((finished_run / "test.json").read_text())
     assert found.items() <= test.items()

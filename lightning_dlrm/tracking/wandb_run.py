@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -171,12 +171,16 @@ class WandbExtras(pl.Callback):
     Args:
         folder: the run folder.
         logger: of the run.
+        final: gives the figures of the fit, at its end.
         log_model: upload the best checkpoint as an artifact at the end of a fit.
     """
 
-    def __init__(self, folder: RunFolder, logger: WandbLogger, log_model: bool) -> None:
+    def __init__(
+        self, folder: RunFolder, logger: WandbLogger, final: Callable[[], Mapping[str, Any]], log_model: bool
+    ) -> None:
         self._folder = folder
         self._run: wandb.Run = logger.experiment
+        self._final = final
         self._log_model = log_model
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -193,6 +197,9 @@ class WandbExtras(pl.Callback):
         self._plot(names.TEST, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Of what was logged the summary knows the best already.
+        logged = (f"{names.TRAIN}/", f"{names.VALIDATION}/")
+        self._run.summary.update({k: v for k, v in self._final().items() if not k.startswith(logged)})
         best = self._folder.checkpoints / "best"
         if not self._log_model or not best.exists():
             return
@@ -255,6 +262,12 @@ class WandbExtras(pl.Callback):
             self._run.log_artifact(artifact)
         else:
             self._run.use_artifact(artifact)
+
+
+def default_entity() -> str:
+    """The user or team that the API key's runs go to."""
+    entity: str = wandb.Api().default_entity
+    return entity
 
 
 def finish_wandb(succeeded: bool) -> None:
