@@ -106,8 +106,7 @@ def start_wandb(
         place: where the run appears.
         mode: see ``choose_mode``.
         reason: see ``choose_mode``.
-        run_id: of the run, which goes on where there is one of this id; None for a new one. A sweep's agent has
-            an id of its own.
+        run_id: of the run, which goes on where there is one of this id; None for a new one.
         config: what the run's page shows as its configuration.
 
     Returns:
@@ -122,7 +121,7 @@ def start_wandb(
             group=place.group,
             job_type=place.job_type,
             tags=list(place.tags),
-            id=os.environ.get("WANDB_RUN_ID") or run_id,
+            id=run_id,
             resume=None if mode == "offline" else "allow",
             # W&B's service keeps the working directory that it was started in.
             dir=folder.resolve(),
@@ -152,11 +151,14 @@ def _define_metrics(run: wandb.Run) -> None:
 
 
 def training_run_id(folder: RunFolder) -> str:
-    """The id of the run that trains in this folder: that of the first call, also when it is resumed."""
+    """The id of the run that trains in this folder: that of the first call, also when it is resumed.
+
+    A sweep's agent gives WANDB_RUN_ID.
+    """
     path = folder.path / WANDB / "id"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{secrets.token_hex(4)}\n")
+        path.write_text(f"{os.environ.get('WANDB_RUN_ID') or secrets.token_hex(4)}\n")
     return path.read_text().strip()
 
 
@@ -266,8 +268,7 @@ class WandbExtras(pl.Callback):
 
 def default_entity() -> str:
     """The user or team that the API key's runs go to."""
-    entity: str = wandb.Api().default_entity
-    return entity
+    return wandb.Api().default_entity or ""
 
 
 def finish_wandb(succeeded: bool) -> None:
