@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,14 +157,23 @@ class SlicedLoader:
     def __init__(self, hot: str, batches: int, rank: int, ranks: int) -> None:
         self.hot, self.batches, self.rank, self.ranks = hot, batches, rank, ranks
         self.position = 0
+        self.announce: Callable[[Batch], None] | None = None
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
+        upcoming = None
         while self.position < self.batches:
+            batch = self._slice(self.position + 1) if upcoming is None else upcoming
+            upcoming = self._slice(self.position + 2) if self.position + 1 < self.batches else None
+            if self.announce is not None and upcoming is not None:
+                self.announce(upcoming)
             self.position += 1
-            yield slice_of(global_batch(self.position, self.hot), self.position, self.rank, self.ranks)
+            yield batch
+
+    def _slice(self, index: int) -> Batch:
+        return slice_of(global_batch(index, self.hot), index, self.rank, self.ranks)
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}

@@ -299,6 +299,9 @@ class _Job:
             splits=splits,
             settings=self._settings(encoding),
             vocabulary={table.name: _vocabulary_file(result, table.name) for table in self.options.rules.tables()},
+            indices={c.name: self.options.bags.size(c.name) for c in columns if c.role == "multi_hot"}
+            if self.options.bags
+            else {},
             report=self._report(staged, counted),
         )
         write_report(result / REPORT_FILE, schema, run, self.progress.stages)

@@ -4,8 +4,9 @@ Shape suffixes: B samples, F tables, D table width, R rows held here, N looked-u
 U distinct rows among them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -166,6 +167,8 @@ class EmbeddingLookup(nn.Module):
     """The F tables, in the order of the ids."""
     pieces: tuple[TablePiece, ...]
     """What the rows of ``weight`` are, in order."""
+    LOOKS_AHEAD: ClassVar[bool] = False
+    """Whether ``announce`` and ``start`` do anything."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,6 +182,19 @@ class EmbeddingLookup(nn.Module):
     def each(self, ids: SparseIds) -> Tensor:
         """[N, D]: the row of every index, in the order of ``ids.values``, not summed; weights do not count."""
         raise TypeError(f"{type(self).__name__} does not define each")
+
+    def announce(self, ids: SparseIds) -> None:
+        """Hears of the ids of a later call, while an earlier batch is under way; it comes with ``ids.ahead``.
+
+        Begins what does not depend on the updates in between. Optional, except that where rows are held by
+        several ranks, all of them call it together.
+        """
+
+    def start(self, ids: SparseIds) -> None:
+        """Begins what ``forward`` or ``each`` of these ids waits for; it is called next, with ``ids.ahead``."""
+
+    def settle(self) -> None:
+        """Waits until ``weight`` and the optimiser's state hold every update so far."""
 
     @property
     def width(self) -> int:
@@ -210,3 +226,18 @@ class EmbeddingLookup(nn.Module):
 
     def clear_gradient(self) -> None:
         self._gradients = []
+
+    def update(
+        self,
+        gradient: RowGradient,
+        state: dict[str, Tensor],
+        change: Callable[[Tensor, RowGradient, dict[str, Tensor]], None],
+    ) -> None:
+        """An optimiser's step.
+
+        Args:
+            gradient: ``gradient()``.
+            state: slot name -> tensor [R, ...], the same at every call.
+            change: moves the gradient's rows of a weight and of its state in place.
+        """
+        change(self.weight, gradient, state)

@@ -119,6 +119,8 @@ class DatasetSchema:
     """Column name -> its vocabulary file."""
     optimum: Mapping[str, Optimum] = field(default_factory=dict)
     """Split name -> the best reachable scores; empty for real data."""
+    indices: Mapping[str, float] = field(default_factory=dict)
+    """Multi-hot column -> mean number of ids in a sample's bag, for plans; empty where nobody knows."""
     report: Mapping[str, Any] = field(default_factory=dict)
     """What preprocessing counted (JSON values); for people, read by no code."""
 

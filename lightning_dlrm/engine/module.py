@@ -17,6 +17,7 @@ from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights
 from lightning_dlrm.models.accounting import ModelSize, model_size
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
+from lightning_dlrm.objectives.curves import ClickCurves, click_curves
 from lightning_dlrm.objectives.losses import LogLoss, Loss
 from lightning_dlrm.objectives.metrics import ClickMetrics
 from lightning_dlrm.optim.optimizer import CTROptimizer
@@ -83,6 +84,8 @@ class CTRModule(pl.LightningModule):
         self._batch_size = 0
         self.results: dict[str, float] = {}
         """The last evaluation's metrics in full precision."""
+        self.curves: ClickCurves | None = None
+        """Of the last evaluation."""
 
     def configure_model(self) -> None:
         # Lightning calls this once for every fit, validate, test and predict.
@@ -137,6 +140,12 @@ class CTRModule(pl.LightningModule):
             ours.clip_gradient_values(gradient_clip_val)
         else:
             ours.clip_gradient_norm(gradient_clip_val)
+
+    def on_train_start(self) -> None:
+        # Loaders that hold a batch ready tell of it; of others, nothing is fetched or sent ahead.
+        loader = self.trainer.train_dataloader
+        if hasattr(loader, "announce") and any(lookup.LOOKS_AHEAD for lookup in self.network.lookups()):
+            loader.announce = lambda batch: self.network.announce(batch.ids)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One slice's forward pass.
@@ -197,6 +206,7 @@ class CTRModule(pl.LightningModule):
         metrics = self._metrics(stage)
         if not self.trainer.sanity_checking:
             self.results = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+            self.curves = click_curves(metrics.logits, metrics.labels, Ranks())
             if self.trainer.state.fn == "fit":
                 self._warn_of_chance(metrics)
             # For callbacks such as EarlyStopping; the loggers get the full precision from the recorder.
@@ -230,6 +240,8 @@ class CTRModule(pl.LightningModule):
         """
 
         def refuse_bad_state() -> None:
+            for lookup in self.network.lookups():
+                lookup.settle()
             self.guard.check()
             refuse_bad_weights(self.network, checkpoint["global_step"], self.guard.advice)
 

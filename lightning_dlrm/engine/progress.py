@@ -99,7 +99,7 @@ class RunProgress(ProgressBar):
             self._evaluation_bar.close()
 
     def _bar(self, name: str, total: float, start: int, leave: bool = True) -> tqdm:
-        bar = tqdm if sys.stderr.isatty() else _Lines
+        bar = tqdm if sys.stderr.isatty() else Lines
         known = math.ceil(total) if math.isfinite(total) else None
         return bar(
             desc=name,
@@ -113,7 +113,7 @@ class RunProgress(ProgressBar):
         )
 
 
-class _Lines(tqdm):
+class Lines(tqdm):
     """Prints a line every few seconds in place of redrawing one."""
 
     def __init__(self, **options: Any) -> None:

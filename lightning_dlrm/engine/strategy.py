@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.models.host_tables import HostTables
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
@@ -171,8 +172,9 @@ def table_loads(
         network: of the module; it may be on the meta device.
         module: gives the tables' update rule.
         skew: of every table's traffic; see TableLoad.
-        indices: column -> mean number of ids in a sample's bag; 1 where it is not given.
+        indices: column -> mean number of ids in a sample's bag; by default what the data's schema says, or 1.
     """
+    indices = module.data_schema().indices if indices is None else indices
     loads = []
     for lookup in network.lookups():
         row = torch.empty(1, lookup.width, dtype=lookup.weight.dtype, device="meta")
@@ -184,7 +186,7 @@ def table_loads(
                 rows=table.rows,
                 width=lookup.width,
                 bytes_per_row=bytes_per_row,
-                indices_per_sample=(indices or {}).get(table.name.partition("/")[0], 1.0),
+                indices_per_sample=indices.get(table.name.partition("/")[0], 1.0),
                 skew=skew,
             )
             for table in lookup.tables
@@ -223,5 +225,10 @@ def _replace_tables(
 ) -> None:
     for module in list(network.modules()):
         for name, child in module.named_children():
+            if isinstance(child, HostTables):
+                raise UserError(
+                    "tables.on_host keeps tables in the host memory of one device; several ranks have them in pieces, "
+                    "each in its own memory: leave it empty"
+                )
             if isinstance(child, EmbeddingTables):
                 setattr(module, name, ShardedTables.of(child, plan, ranks, wire, device))

@@ -25,9 +25,15 @@ class DenseLayers(nn.Sequential):
         batch_norm: normalise over the batch between each linear layer and its ReLU (Ioffe and Szegedy
             2015, algorithm 1); an output without a ReLU stays as it is. Of several ranks, each normalises
             over its own slice of the batch; on GPUs, trainer.sync_batchnorm makes that the whole batch.
+        dropout: share of each hidden layer's outputs, after the ReLU, that training leaves out at random
+            (Srivastava et al. 2014, section 4; the others are scaled up by 1 / (1 - dropout)).
     """
 
-    def __init__(self, widths: Sequence[int], linear_output: bool = False, batch_norm: bool = False) -> None:
+    def __init__(
+        self, widths: Sequence[int], linear_output: bool = False, batch_norm: bool = False, dropout: float = 0.0
+    ) -> None:
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout is {dropout}; expected 0 or more, below 1")
         if len(widths) < 2 or min(widths) < 1:
             raise UserError(
                 f"dense layers' widths {list(widths)}: expected an input and at least one layer, each 1 or wider"
@@ -36,9 +42,10 @@ class DenseLayers(nn.Sequential):
         layers: list[nn.Module] = []
         for width_in, width_out in itertools.pairwise(widths):
             normalise = [BatchNorm(width_out)] if batch_norm else []
-            layers += [nn.Linear(width_in, width_out), *normalise, nn.ReLU()]
+            leave_out = [nn.Dropout(dropout)] if dropout else []
+            layers += [nn.Linear(width_in, width_out), *normalise, nn.ReLU(), *leave_out]
         if linear_output:
-            del layers[-2 if batch_norm else -1 :]
+            del layers[-1 - bool(batch_norm) - bool(dropout) :]
         super().__init__(*layers)
         self._linear_output = linear_output
         # Normalisation and the like stand between the linear layers.

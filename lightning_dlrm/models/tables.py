@@ -65,7 +65,7 @@ class EmbeddingTables(EmbeddingLookup):
             total += table.rows
         self.tables = tuple(tables)
         self.pieces = tuple(pieces)
-        device = "meta" if _rows_elsewhere.get() else None
+        device = torch.device("meta") if _rows_elsewhere.get() else self._place()
         self.weight = nn.Parameter(torch.empty(total, width, device=device), requires_grad=trainable)
         # int32 halves the time to sort rows; it reaches past any published table set.
         dtype = torch.int32 if total <= torch.iinfo(torch.int32).max else torch.int64
@@ -86,6 +86,11 @@ class EmbeddingTables(EmbeddingLookup):
     def each(self, ids: SparseIds) -> Tensor:
         """See EmbeddingLookup.each."""
         return _LookupRows.apply(self.weight, self._rows(ids, ids.bag_of_each()), None, None, None, self)
+
+    @staticmethod
+    def _place() -> torch.device | None:
+        """Where ``weight`` is built; None for torch's default device."""
+        return None
 
     def _rows(self, ids: SparseIds, bag_N: Tensor) -> Tensor:
         return ids.values.view(-1) + self.row_offsets[bag_N % max(ids.tables, 1)]

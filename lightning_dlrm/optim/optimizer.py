@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,8 @@ class CTROptimizer(torch.optim.Optimizer):
         for lookup, state in zip(self.lookups, self.table_state, strict=True):
             gradient = lookup.gradient()
             if gradient is not None:
-                _update_rows(lookup.weight, gradient, state, self.rules["tables"], tables["lr"], tables["steps"])
+                rule, rate, steps = self.rules["tables"], tables["lr"], tables["steps"]
+                lookup.update(gradient, state, partial(_update_rows, rule=rule, learning_rate=rate, step=steps))
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -129,7 +131,10 @@ class CTROptimizer(torch.optim.Optimizer):
                 f"the checkpoint was trained with {_words(rules)}; this run asks for "
                 f"{_words(self._rule_settings())}: choose the same rules and settings, or start a new run"
             )
-        super().load_state_dict(state_dict)
+        # Where rows are held, and so in how many weights, is no matter of the checkpoint.
+        dense, tables = state_dict["param_groups"]
+        here = range(len(dense["params"]), len(dense["params"]) + len(self.lookups))
+        super().load_state_dict(state_dict | {"param_groups": [dense, tables | {"params": list(here)}]})
         for group in self.param_groups:
             group.setdefault("steps", _no_steps())
         # The base class would cast the state to the weights' own precision.
