@@ -233,7 +233,10 @@ class CTRCommand(LightningCLI):
             self.run_folder.path = self._open_run_folder(settings).path
         trainer["logger"] = self._loggers(trainer.get("logger"), settings) if is_rank_zero else False
         wandb_loggers = [logger for logger in _listed(trainer["logger"]) if isinstance(logger, WandbLogger)]
-        callbacks += [WandbExtras(self.run_folder, logger, settings.wandb.log_model) for logger in wandb_loggers]
+        callbacks += [
+            WandbExtras(self.run_folder, logger, self._final_figures, settings.wandb.log_model)
+            for logger in wandb_loggers
+        ]
         trainer["callbacks"] = [*_listed(trainer.get("callbacks")), *callbacks]
         trainer["plugins"] = [*_listed(trainer.get("plugins")), FolderCheckpointIO()]
         trainer["default_root_dir"] = trainer.get("default_root_dir") or str(self.run_folder.path)
@@ -297,7 +300,7 @@ class CTRCommand(LightningCLI):
     def _loggers(self, given: Any, settings: Any) -> list[Any] | bool:
         """W&B and, in a fit, the run folder; a logger of the user's takes W&B's place."""
         assert self.run_folder is not None
-        if self.subcommand == "predict":
+        if self.subcommand not in JOB_TYPES:
             return False
         ours = [JsonLinesLogger(self.run_folder)] if self.subcommand == "fit" else []
         if given is False:
@@ -321,6 +324,9 @@ class CTRCommand(LightningCLI):
         if reason:
             log.info("W&B: offline (%s); send it later with: wandb sync %s", reason, offline_folders(folder))
         return [*ours, logger]
+
+    def _final_figures(self) -> dict[str, float]:
+        return {} if self.recorder is None else self.recorder.latest
 
     def _facts_of_all_ranks(self) -> dict[str, Any]:
         """Every setting by its key; what may differ from rank to rank is left out."""
