@@ -55,6 +55,8 @@ The folder after --output gets report.html, its figures as PNG, report.json, and
 def run(arguments: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(arguments)
     options.configs = options.config or []
+    options.seeds = None if options.seeds is None else _seeds(options.seeds)
+    options.parallel = None if options.parallel is None else _positive(options.parallel)
     # Options of the runs, such as --data.path DIR, have values that look like run folders.
     given = [part for part in rest if not part.startswith("-")] if not options.configs else []
     if not options.configs:
@@ -83,10 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", action="append", help="an experiment's YAML, then overlays for all its runs")
     parser.add_argument("--output", default=None, help="folder for the report; of an experiment also for its runs")
-    parser.add_argument("--seeds", type=_seeds, default=None, help="in place of the experiment's, such as 1,2,3")
-    parser.add_argument(
-        "--parallel", type=_positive, default=None, help="runs at a time; by default one for each GPU, on a CPU one"
-    )
+    parser.add_argument("--seeds", default=None, help="in place of the experiment's, such as 1,2,3")
+    parser.add_argument("--parallel", default=None, help="runs at a time; by default one for each GPU, on a CPU one")
     parser.add_argument("--split", choices=get_args(Split), default="test", help="which samples are scored")
     parser.add_argument("--force", action="store_true", help="compare runs of different data, with warnings")
     parser.add_argument(
@@ -168,7 +168,7 @@ def _job(arm: PlannedArm, seed: int, name: str, config: Path, output: Path, spli
         samples = arm.samples
         fit = [
             "fit", "--config", str(config), "--seed_everything", str(seed), "--run_dir", str(run), "--resume", "auto",
-            "--wandb.group", group, "--wandb.name", name,
+            "--wandb.group", group, "--wandb.name", name, "--wandb.tags", f"[{arm.name}]",
         ]  # fmt: skip
         commands = [fit, predict_command(run, split, scores)]
     return Job(name=name, commands=commands, run=run, log=output / "logs" / f"{name}.log", samples=samples)

@@ -125,8 +125,8 @@ class _Drawing:
             f"{METRIC_TITLES[metric][0].upper()}{METRIC_TITLES[metric][1:]} against samples, time and operations",
             "Above over the last 65,536 training samples, below on the validation split. Time is that of training, "
             "without validations and checkpoints, on the machine at hand; operations are those of matrix products and "
-            "interactions, forward and backward. Means over the seeds, bands from the lowest seed to the highest, after the first twentieth of "
-            "the run.",
+            "interactions, forward and backward. Means over the seeds, bands from the lowest seed to the highest, "
+            "after the first twentieth of the run.",
         )
 
     def _abscissae(self) -> list[tuple[str, str, Any]]:
