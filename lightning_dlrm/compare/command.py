@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 
 from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.compare.anatomy import anatomy
 from lightning_dlrm.compare.experiment import (
     Experiment,
     PlannedArm,
@@ -19,7 +20,10 @@ from lightning_dlrm.compare.experiment import (
     plan_arms,
     read_experiment,
 )
+from lightning_dlrm.compare.figures import draw_all
+from lightning_dlrm.compare.operators import breakdown
 from lightning_dlrm.compare.processes import Job, Slots, work_off
+from lightning_dlrm.compare.report import write_report
 from lightning_dlrm.compare.results import Comparison, check_data, compare
 from lightning_dlrm.compare.runs import Arm, Run, arms_of, read_run
 from lightning_dlrm.compare.scores import (
@@ -51,6 +55,8 @@ The folder after --output gets report.html, its figures as PNG, report.json, and
 def run(arguments: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(arguments)
     options.configs = options.config or []
+    options.seeds = None if options.seeds is None else _seeds(options.seeds)
+    options.parallel = None if options.parallel is None else _positive(options.parallel)
     # Options of the runs, such as --data.path DIR, have values that look like run folders.
     given = [part for part in rest if not part.startswith("-")] if not options.configs else []
     if not options.configs:
@@ -79,10 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", action="append", help="an experiment's YAML, then overlays for all its runs")
     parser.add_argument("--output", default=None, help="folder for the report; of an experiment also for its runs")
-    parser.add_argument("--seeds", type=_seeds, default=None, help="in place of the experiment's, such as 1,2,3")
-    parser.add_argument(
-        "--parallel", type=_positive, default=None, help="runs at a time; by default one for each GPU, on a CPU one"
-    )
+    parser.add_argument("--seeds", default=None, help="in place of the experiment's, such as 1,2,3")
+    parser.add_argument("--parallel", default=None, help="runs at a time; by default one for each GPU, on a CPU one")
     parser.add_argument("--split", choices=get_args(Split), default="test", help="which samples are scored")
     parser.add_argument("--force", action="store_true", help="compare runs of different data, with warnings")
     parser.add_argument(
@@ -164,7 +168,7 @@ def _job(arm: PlannedArm, seed: int, name: str, config: Path, output: Path, spli
         samples = arm.samples
         fit = [
             "fit", "--config", str(config), "--seed_everything", str(seed), "--run_dir", str(run), "--resume", "auto",
-            "--wandb.group", group, "--wandb.name", name,
+            "--wandb.group", group, "--wandb.name", name, "--wandb.tags", f"[{arm.name}]",
         ]  # fmt: skip
         commands = [fit, predict_command(run, split, scores)]
     return Job(name=name, commands=commands, run=run, log=output / "logs" / f"{name}.log", samples=samples)
@@ -229,6 +233,10 @@ def _report(
     labels = shared_labels(runs, options.split)
     scores = {run.name: read_scores(_scores(output, run.name), labels[run.final["data_fingerprint"]]) for run in runs}
     comparison: Comparison = compare(arms, scores, title=title, split=options.split, warnings=warnings)
+    anatomies = {arm.name: anatomy(arm.runs[0]) for arm in arms}
+    times, notes = breakdown(arms, output / "operators.json")
+    pictures = draw_all(comparison, anatomies, times, output / "figures")
+    write_report(comparison, pictures, anatomies, notes, output / "report.html")
     comparison.write_json(output / "report.json")
     print(closing_words(comparison, output))
     return 0
