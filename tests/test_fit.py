@@ -311,10 +311,35 @@ def test_run_folder_tells_the_whole_run(tmp_path: Path) -> None:
     # Four float32 and one accumulator a row.
     assert final["parallel/bytes_per_rank"] == 20 * 1108
     assert final["speed/samples_per_s"] > 0
+    assert final["memory/peak_bytes"] > 1 << 26
+    assert final["data_fingerprint"] == toy_schema().data_fingerprint and final["protocol"] == "toy"
     assert final["validation/auc"] == lines(run)[-1]["validation/auc"]
     best = max((line for line in lines(run) if "validation/auc" in line), key=lambda line: line["validation/auc"])
     assert summary["best"]["validation/auc"] == best["validation/auc"]
     assert summary["best"]["step"] == best["step"]
+
+
+def test_training_metrics_are_those_of_the_samples_so_far(tmp_path: Path) -> None:
+    module = toy_module()
+    trainer_of(tmp_path / "run", max_steps=1).fit(module, ToyData())
+    batch = ToyLoader("train", 50).batches[0]
+    network = toy_module().make_network(toy_schema().features, module.seed)
+    with torch.no_grad():
+        expected = click_metrics(network(batch.dense, batch.ids), batch.label)
+    (line,) = lines(tmp_path / "run")
+    for name in ("auc", "accuracy", "log_loss"):
+        assert line[f"train/{name}"] == pytest.approx(expected[name], abs=1e-7)
+    assert line["train/log_loss"] == pytest.approx(line["train/loss"], abs=1e-7)
+
+
+def test_training_seconds_go_on_where_a_run_is_resumed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(InterruptedError):
+        trainer_of(run, every=5, callbacks=[StopAt(11)]).fit(toy_module(), ToyData())
+    before = {line["step"]: line["speed/training_s"] for line in lines(run)}
+    trainer_of(run, every=5).fit(toy_module(), ToyData(), ckpt_path=newest_checkpoint(run / "checkpoints"))
+    seconds = [line["speed/training_s"] for line in lines(run)]
+    assert seconds == sorted(seconds) and seconds[10] > before[10] > 0
 
 
 def test_best_checkpoint_gives_its_score_again(tmp_path: Path) -> None:

@@ -742,11 +742,11 @@ def test_the_thread_ends_with_its_iterator(wide: tuple[Path, DatasetSchema]) -> 
 def test_a_background_iterator_runs_a_bounded_number_of_items_and_bytes_ahead(ahead: int, bytes_ahead: int) -> None:
     made = 0
 
-    def source() -> Generator[SimpleNamespace, None, None]:
+    def source() -> Generator[list[SimpleNamespace], None, None]:
         nonlocal made
         while True:
             made += 1
-            yield SimpleNamespace(nbytes=10)
+            yield [SimpleNamespace(nbytes=10)]
 
     items = BackgroundIterator(source, ahead, bytes_ahead)
     assert next(items).nbytes == 10

@@ -72,6 +72,8 @@ class Loader:
         self._verify = verify
         self._cached = cache == "memory"
         self._held: Rows | None = None
+        self._spare: Rows | None = None
+        """Room that an iteration has left: memory that was touched before costs no page faults."""
         if self._cached:
             self._require_memory(copies)
 
@@ -103,19 +105,22 @@ class Loader:
             )
 
     def _iterate(self, order: Order, first: int) -> "BackgroundIterator":
-        def batches() -> Generator[Batch, None, None]:
-            source = self._source(order)
+        def batches() -> Generator[list[Batch], None, None]:
+            # Taken, since another iteration may begin before this one ends.
+            room, self._spare = self._spare, None
+            source = self._source(order, room)
             try:
-                for batch in read_batches(
+                for several in read_batches(
                     source, order, first=first, rank=self._rank, world=self._world, rows=self._rows
                 ):
-                    yield batch.pin_memory() if self._pin else batch
+                    yield [batch.pin_memory() for batch in several] if self._pin else several
             finally:
                 source.close()
+                self._spare = source.room
 
         return BackgroundIterator(batches, _BATCHES_AHEAD, _BYTES_AHEAD)
 
-    def _source(self, order: Order) -> Source:
+    def _source(self, order: Order, room: Rows | None) -> Source:
         decoder = self._decoder()
         read: Callable[[int], Rows] = decoder
         if self._cached:
@@ -136,6 +141,7 @@ class Loader:
             world=self._world,
             at_once=batches_at_once(order, self._world),
             threads=self._threads,
+            room=room,
         )
 
     def _decoder(self) -> Decoder:
@@ -252,14 +258,16 @@ class BackgroundIterator:
     iterator is exhausted, closed or dropped, and at the latest with the interpreter.
 
     Args:
-        source: makes the iterator; called in the thread, which must be its only user. Items tell
-            their size as ``nbytes``.
-        ahead: no item is made while so many wait to be handed out,
+        source: makes the iterator over lists of items, each of which is handed over at once, since passing from
+            thread to thread costs more than a small batch; called in the thread, which must be its only user. Items
+            tell their size as ``nbytes``.
+        ahead: no list is made while so many items wait to be handed over,
         bytes_ahead: or so many bytes of them.
     """
 
-    def __init__(self, source: Callable[[], Generator[Any, None, None]], ahead: int, bytes_ahead: int) -> None:
+    def __init__(self, source: Callable[[], Generator[list[Any], None, None]], ahead: int, bytes_ahead: int) -> None:
         self._waiting = _Waiting(ahead, bytes_ahead)
+        self._taken: deque[Any] = deque()
         thread = threading.Thread(target=_produce, args=(source, self._waiting), name="batch reader", daemon=True)
         thread.start()
         # Also runs before the interpreter ends: a thread inside pyarrow would crash then.
@@ -269,48 +277,53 @@ class BackgroundIterator:
         return self
 
     def __next__(self) -> Any:
-        if not self._finalizer.alive:
+        while self._finalizer.alive and not self._taken:
+            items = self._waiting.get()
+            if isinstance(items, BaseException):
+                self.close()
+                raise items
+            self._taken.extend(items)
+        if not self._taken:
             raise StopIteration
-        kind, item = self._waiting.get()
-        if kind == "item":
-            return item
-        self.close()
-        raise item
+        return self._taken.popleft()
 
     def close(self) -> None:
         """Ends the thread; what it had ready is lost."""
+        self._taken.clear()
         self._finalizer()
 
 
 class _Waiting:
-    """Items between the thread that makes them and the one that takes them."""
+    """Lists of items between the thread that makes them and the one that takes them."""
 
     def __init__(self, ahead: int, bytes_ahead: int) -> None:
         self._ahead, self._bytes_ahead = ahead, bytes_ahead
-        self._items: deque[tuple[str, Any]] = deque()
-        self._bytes = 0
+        self._lists: deque[tuple[list[Any] | BaseException, int, int]] = deque()
+        self._count = self._bytes = 0
         self._stopped = False
         self._changed = threading.Condition()
 
-    def put(self, kind: str, item: Any) -> None:
+    def put(self, items: list[Any] | BaseException) -> None:
+        """Adds items, or the error in whose place they would have come."""
+        count, size = (0, 0) if isinstance(items, BaseException) else (len(items), sum(item.nbytes for item in items))
         with self._changed:
-            self._items.append((kind, item))
-            self._bytes += item.nbytes if kind == "item" else 0
+            self._lists.append((items, count, size))
+            self._count, self._bytes = self._count + count, self._bytes + size
             self._changed.notify_all()
 
-    def get(self) -> tuple[str, Any]:
+    def get(self) -> list[Any] | BaseException:
         with self._changed:
-            self._changed.wait_for(lambda: self._items)
-            kind, item = self._items.popleft()
-            self._bytes -= item.nbytes if kind == "item" else 0
+            self._changed.wait_for(lambda: self._lists)
+            items, count, size = self._lists.popleft()
+            self._count, self._bytes = self._count - count, self._bytes - size
             self._changed.notify_all()
-            return kind, item
+            return items
 
     def wait_for_room(self) -> bool:
-        """Whether another item is wanted; returns when it is known."""
+        """Whether another list is wanted; returns when it is known."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._stopped or (len(self._items) < self._ahead and self._bytes < self._bytes_ahead)
+                lambda: self._stopped or (self._count < self._ahead and self._bytes < self._bytes_ahead)
             )
             return not self._stopped
 
@@ -321,16 +334,16 @@ class _Waiting:
 
 
 # The thread's function knows nothing of the iterator, which could not be dropped otherwise.
-def _produce(source: Callable[[], Generator[Any, None, None]], waiting: _Waiting) -> None:
+def _produce(source: Callable[[], Generator[list[Any], None, None]], waiting: _Waiting) -> None:
     try:
         iterator = source()
         try:
             while waiting.wait_for_room():
-                waiting.put("item", next(iterator))
+                waiting.put(next(iterator))
         finally:
             iterator.close()
     except BaseException as error:  # the end, a StopIteration, among them
-        waiting.put("error", error)
+        waiting.put(error)
 
 
 def _stop(thread: threading.Thread, waiting: _Waiting) -> None:

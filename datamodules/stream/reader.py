@@ -227,6 +227,11 @@ class Source(Protocol):
         """Ends its threads."""
         ...
 
+    @property
+    def room(self) -> Rows | None:
+        """Memory that the next source may use, once this one is closed."""
+        ...
+
 
 class Window:
     """The rows of a rank's lanes from those being served to the end of the last decoded row group.
@@ -244,6 +249,7 @@ class Window:
         rank, world: whose lanes, of how many.
         at_once: most batches that are fetched at once.
         threads: how many decode, the calling one among them.
+        room: memory to use, where it is large enough; a closed window's ``room``.
     """
 
     def __init__(
@@ -256,6 +262,7 @@ class Window:
         world: int,
         at_once: int,
         threads: int,
+        room: Rows | None = None,
     ) -> None:
         self._read, self._order = read, order
         lanes = order.lanes_of(rank, world)
@@ -271,7 +278,10 @@ class Window:
         batch_rows_L = at_once * order.batch_size * (self._lane_ends_L - begins_L) // max(order.rows, 1) + 4
         self._capacity_L = np.minimum(batch_rows_L + self._reach_L + largest, self._lane_ends_L - begins_L)
         self._ring_starts_L = np.cumsum(self._capacity_L) - self._capacity_L
-        self._rings = empty(int(self._capacity_L.sum()))
+        rows = int(self._capacity_L.sum())
+        self.room: Rows | None = room if room is not None and len(room) >= rows else empty(rows)
+        """See ``Source``."""
+        self._rings = self.room.slice(0, rows)
         self._bags: list[dict[int, tuple[np.ndarray, np.ndarray]]] = [{} for _ in lanes]
         """For each lane, by the place of the first row: values and ends of multi-hot columns, as in ``Rows``."""
         self._begun_L: np.ndarray | None = None
@@ -389,6 +399,9 @@ class Held:
         order: ``none`` or ``full``.
     """
 
+    room = None
+    """See ``Source``."""
+
     def __init__(self, rows: Rows, first: int, order: Order) -> None:
         self._rows, self._first, self._order = rows, first, order
 
@@ -439,8 +452,8 @@ def batches_at_once(order: Order, world: int) -> int:
 
 def read_batches(
     source: Source, order: Order, *, first: int = 0, rank: int = 0, world: int = 1, rows: bool = False
-) -> Generator[Batch, None, None]:
-    """A rank's slices of the global batches of an order.
+) -> Generator[list[Batch], None, None]:
+    """A rank's slices of the global batches of an order; those that are fetched together, in one list.
 
     Args:
         source: of the rows of ``order``.
@@ -457,35 +470,43 @@ def read_batches(
         bounds = order.bounds(block, min(block + _BOUNDS_AT_ONCE, order.batches), rank, world)
         for start in range(0, len(bounds), at_once):
             several = bounds[start : start + at_once]
-            fetched = source.fetch(several)
-            stops = (several[:, :, 1] - several[:, :, 0]).sum(axis=1).cumsum().tolist()
-            for i, (begin, stop) in enumerate(itertools.pairwise([0, *stops])):
-                batch = _to_batch(fetched.slice(begin, stop), order.global_size(block + start + i))
-                if rows:
-                    batch.rows = torch.from_numpy(order.batch_rows(block + start + i, rank, world))
-                yield batch
+            sizes = (several[:, :, 1] - several[:, :, 0]).sum(axis=1).tolist()
+            index = range(block + start, block + start + len(sizes))
+            batches = _to_batches(source.fetch(several), sizes, [order.global_size(i) for i in index])
+            if rows:
+                for i, batch in zip(index, batches, strict=True):
+                    batch.rows = torch.from_numpy(order.batch_rows(i, rank, world))
+            yield batches
 
 
-def _to_batch(rows: Rows, global_size: int) -> Batch:
+def _to_batches(rows: Rows, sizes: Sequence[int], global_sizes: Sequence[int]) -> list[Batch]:
+    """Consecutive batches of so many rows each, as views."""
+    # Torch splits in a fraction of the time that NumPy's slices and a conversion of each would take.
+    labels = [None] * len(sizes) if rows.label is None else torch.from_numpy(rows.label).split(sizes)
+    dense = torch.from_numpy(rows.dense).split(sizes)
+    return [
+        Batch(label=label, dense=dense_BI, ids=ids, global_size=global_size)
+        for label, dense_BI, ids, global_size in zip(labels, dense, _split_ids(rows, sizes), global_sizes, strict=True)
+    ]
+
+
+def _split_ids(rows: Rows, sizes: Sequence[int]) -> list[SparseIds]:
     tables = rows.ids.shape[1]
     if rows.values is None:
-        ids = SparseIds(values=torch.from_numpy(rows.ids), tables=tables)
-    else:
-        offsets = np.append(0, np.cumsum(rows.ids, dtype=np.int64))
-        values, weights = rows.values, None
-        if values.dtype == _WEIGHTED:
-            values, weights = (np.ascontiguousarray(values[name]) for name in ("id", "weight"))
-        ids = SparseIds(
-            values=torch.from_numpy(values),
-            tables=tables,
-            offsets=torch.from_numpy(offsets),
-            weights=None if weights is None else torch.from_numpy(weights),
-        )
-    return Batch(
-        label=None if rows.label is None else torch.from_numpy(rows.label),
-        dense=torch.from_numpy(rows.dense),
-        ids=ids,
-        global_size=global_size,
+        return [SparseIds(values=values, tables=tables) for values in torch.from_numpy(rows.ids).split(sizes)]
+    parts = [rows.slice(begin, stop) for begin, stop in itertools.pairwise([0, *itertools.accumulate(sizes)])]
+    return [_bags_as_ids(part.ids, part.values) for part in parts if part.values is not None]
+
+
+def _bags_as_ids(lengths_nF: np.ndarray, values: np.ndarray) -> SparseIds:
+    weights = None
+    if values.dtype == _WEIGHTED:
+        values, weights = (np.ascontiguousarray(values[name]) for name in ("id", "weight"))
+    return SparseIds(
+        values=torch.from_numpy(values),
+        tables=lengths_nF.shape[1],
+        offsets=torch.from_numpy(np.append(0, np.cumsum(lengths_nF, dtype=np.int64))),
+        weights=None if weights is None else torch.from_numpy(weights),
     )
 
 

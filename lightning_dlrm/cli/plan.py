@@ -270,8 +270,10 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def draw(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batch_size: int, path: Path) -> None:
-    """Bytes of each rank by table, its work, and what it sends.
+def draw(
+    plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batch_size: int, path: Path, note: str = ""
+) -> None:
+    """Bytes of each rank by table, its work, and what it sends; ``note`` is printed above.
 
     Raises:
         UserError: the file cannot be written.
@@ -311,7 +313,8 @@ def draw(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batc
     for axes in (held, work, sent):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"{len(loads)} tables in {len(plan.pieces)} pieces on {plan.ranks} ranks, global batch {batch_size:,}"
+        (f"{note}\n" if note else "")
+        + f"{len(loads)} tables in {len(plan.pieces)} pieces on {plan.ranks} ranks, global batch {batch_size:,}"
     )
     try:
         figure.savefig(path, dpi=120)

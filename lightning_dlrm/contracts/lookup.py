@@ -15,6 +15,15 @@ from torch.nn import functional
 from lightning_dlrm.contracts.batch import SparseIds
 
 
+def gather_rows(weight_RD: Tensor, rows_N: Tensor) -> Tensor:
+    """[N, D]: ``weight_RD[rows_N]``, as sums of one row each, whose kernel fetches rows ahead on a CPU:
+    in less than half the time that ``index_select`` takes for rows scattered over a large table."""
+    if weight_RD.device.type != "cpu" or weight_RD.dtype == torch.float64:
+        return weight_RD.index_select(0, rows_N)
+    starts_N = torch.arange(len(rows_N), dtype=rows_N.dtype)
+    return functional.embedding_bag(rows_N, weight_RD, starts_N, mode="sum")
+
+
 @dataclass(frozen=True)
 class SortedLookups:
     """Looked-up rows, sorted: the distinct ones, and which indices looked up each of them."""

@@ -17,6 +17,7 @@ from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights
 from lightning_dlrm.models.accounting import ModelSize, model_size
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
+from lightning_dlrm.objectives.curves import ClickCurves, click_curves
 from lightning_dlrm.objectives.losses import LogLoss, Loss
 from lightning_dlrm.objectives.metrics import ClickMetrics
 from lightning_dlrm.optim.optimizer import CTROptimizer
@@ -83,6 +84,8 @@ class CTRModule(pl.LightningModule):
         self._batch_size = 0
         self.results: dict[str, float] = {}
         """The last evaluation's metrics in full precision."""
+        self.curves: ClickCurves | None = None
+        """Of the last evaluation."""
 
     def configure_model(self) -> None:
         # Lightning calls this once for every fit, validate, test and predict.
@@ -203,6 +206,7 @@ class CTRModule(pl.LightningModule):
         metrics = self._metrics(stage)
         if not self.trainer.sanity_checking:
             self.results = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+            self.curves = click_curves(metrics.logits, metrics.labels, Ranks())
             if self.trainer.state.fn == "fit":
                 self._warn_of_chance(metrics)
             # For callbacks such as EarlyStopping; the loggers get the full precision from the recorder.

@@ -1,6 +1,8 @@
 """What a fit says of itself: training metrics, speed, summary; and that it ends with a validation."""
 
 import logging
+import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.engine.checkpointing import RunCheckpoints
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP, table_loads
-from lightning_dlrm.objectives.metrics import exact_auc
+from lightning_dlrm.objectives.metrics import click_metrics
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import RunFolder
@@ -25,7 +27,10 @@ from lightning_dlrm.tracking.run_folder import RunFolder
 log = logging.getLogger("lightning_dlrm")
 
 AUC_WINDOW = 65_536
-"""Samples that ``train/auc`` looks back on."""
+"""Samples that the training metrics look back on."""
+
+WINDOW_METRICS = ("auc", "accuracy", "log_loss")
+"""Of the training samples in the window, each scored by the weights of its own step."""
 
 
 class FinalValidation(pl.Callback):
@@ -71,11 +76,19 @@ class Recorder(pl.Callback):
         """Samples of those batches, over all ranks."""
         self._rates: dict[str, float] = {}
         self._losses: list[Tensor] = []
+        self._start: float | None = None
+        self._seconds_before = 0.0
+        """Of training, before this run was resumed."""
         self._step = self._logged_step = 0
 
     def state_dict(self) -> dict[str, Any]:
         self._extend_window()
-        return {names.SAMPLES: self.samples, "latest": dict(self.latest), "window": list(self._window)}
+        return {
+            names.SAMPLES: self.samples,
+            "latest": dict(self.latest),
+            "window": list(self._window),
+            "seconds": self._training_seconds(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.samples = state_dict[names.SAMPLES]
@@ -84,6 +97,7 @@ class Recorder(pl.Callback):
         if state_dict["window"]:
             logits, labels = state_dict["window"]
             self._window = logits, labels
+        self._seconds_before = state_dict.get("seconds", 0.0)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Rank 0 has chosen it.
@@ -131,7 +145,7 @@ class Recorder(pl.Callback):
             return
         assert isinstance(pl_module, CTRModule)
         self._evaluation_seconds += time.perf_counter() - self._evaluation_start
-        self._log(trainer, pl_module.results)
+        self._log(trainer, {**pl_module.results, names.TRAINING_SECONDS: self._training_seconds()})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CTRModule)
@@ -140,7 +154,7 @@ class Recorder(pl.Callback):
         if self.samples == self._start_samples and self.latest:
             return
         self.latest |= self._speed(trainer) | describe(trainer, pl_module)
-        final = {names.STEP: self._step, names.SAMPLES: self.samples, **self.latest}
+        final = {names.STEP: self._step, names.SAMPLES: self.samples, **self.latest, **fingerprints(pl_module)}
         best = {} if self.checkpoints is None else self.checkpoints.best
         self.folder.write_summary(final, best)
 
@@ -159,12 +173,14 @@ class Recorder(pl.Callback):
         exchanges = strategy.measure_exchanges(steps) if isinstance(strategy, EmbeddingShardedDDP) else {}
         if not trainer.is_global_zero:
             return
+        window = click_metrics(*self._window)
         self._log(
             trainer,
             {
                 names.TRAIN_LOSS: mean_loss,
-                names.TRAIN_AUC: exact_auc(*self._window),
+                **{f"{names.TRAIN}/{name}": window[name] for name in WINDOW_METRICS},
                 names.SAMPLES_PER_SECOND: self.samples_per_second,
+                names.TRAINING_SECONDS: self._training_seconds(),
                 names.DATA_WAIT_SHARE: waited / seconds,
                 **self._rates,
                 **exchanges,
@@ -201,12 +217,24 @@ class Recorder(pl.Callback):
         """Seconds since the start that were no training."""
         return self._evaluation_seconds + (self.checkpoints.seconds if self.checkpoints else 0.0)
 
+    def _seconds_here(self) -> float:
+        """Of training since the start or the resumption of the run."""
+        if self._start is None:
+            return 0.0
+        return max(time.perf_counter() - self._start - (self._pause() - self._start_pause), 1e-9)
+
+    def _training_seconds(self) -> float:
+        """Since the first step of the run, over resumptions, without validations and checkpoints."""
+        return self._seconds_before + self._seconds_here()
+
     def _speed(self, trainer: pl.Trainer) -> dict[str, float]:
         """Of the whole fit."""
-        seconds = max(time.perf_counter() - self._start - (self._pause() - self._start_pause), 1e-9)
+        seconds = self._seconds_here()
         return {
             names.SAMPLES_PER_SECOND: (self.samples - self._start_samples) / seconds,
             names.DATA_WAIT_SHARE: _waited(trainer) / seconds,
+            names.TRAINING_SECONDS: self._training_seconds(),
+            **_peak_memory(),
         }
 
 
@@ -220,6 +248,15 @@ def _waited(trainer: pl.Trainer) -> float:
     """Seconds that the fit has waited for training batches."""
     seconds: float = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
     return seconds
+
+
+def _peak_memory() -> dict[str, float]:
+    """The most that this process has held so far, in bytes: resident, and allocated on its GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak: dict[str, float] = {names.PEAK_MEMORY: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak[names.PEAK_DEVICE_MEMORY] = torch.cuda.max_memory_allocated()
+    return peak
 
 
 def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
@@ -301,3 +338,5 @@ class EvaluationWriter(pl.Callback):
         assert isinstance(pl_module, CTRModule)
         if trainer.is_global_zero:
             self.folder.write_json(name, pl_module.results)
+            for logger in trainer.loggers:
+                logger.log_metrics(pl_module.results)

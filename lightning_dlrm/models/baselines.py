@@ -15,33 +15,9 @@ from lightning_dlrm.contracts.lookup import Table
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.embeddings import Embeddings, TableSettings
 from lightning_dlrm.models.layers import CompressedInteraction, DenseLayers, PairwiseSum, initialise
+from lightning_dlrm.models.linear import LinearTerms, scalar_tables
 from lightning_dlrm.models.network import CTRNetwork, Missing
 from lightning_dlrm.models.tables import EmbeddingTables
-
-
-class LinearTerms(nn.Module):
-    """w_0 + sum_i w_i x_i over the dense features and the columns' ids: logistic regression's logit.
-
-    Tables of width 1, ``C3/linear``, hold the weights of the ids; they start at zero.
-
-    Args:
-        features: dense inputs and tables.
-        seed: of the initial rows.
-    """
-
-    def __init__(self, features: Features, seed: int) -> None:
-        super().__init__()
-        self.lookup = EmbeddingTables(_scalar_tables(features.tables, "linear"), 1, seed)
-        self.bias = nn.Parameter(torch.zeros(()))
-        self.weight = nn.Parameter(torch.zeros(features.dense))
-
-    def forward(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """[B]."""
-        return self.lookup(ids).sum((1, 2)) + dense_BI.to(self.weight.dtype) @ self.weight + self.bias
-
-    def multiply_adds(self) -> int:
-        """Per sample."""
-        return self.weight.numel()
 
 
 class FieldVectors(nn.Module):
@@ -129,7 +105,7 @@ class MatrixFactorization(CTRNetwork):
         self.vectors = EmbeddingTables(
             [Table.of_column(name, rows) for name, rows in chosen.items()], embedding_dim, seed
         )
-        self.biases = EmbeddingTables(_scalar_tables(chosen, "bias"), 1, seed)
+        self.biases = EmbeddingTables(scalar_tables(chosen, "bias"), 1, seed)
         self.mean = nn.Parameter(torch.zeros(()))
 
     positions: Tensor
@@ -361,8 +337,3 @@ class XDeepFM(CTRNetwork):
         """See CTRNetwork.multiply_adds."""
         parts = (self.linear, self.fields, self.cin, self.cin_output, self.deep)
         return sum(part.multiply_adds() for part in parts)
-
-
-def _scalar_tables(columns: Mapping[str, int], purpose: str) -> list[Table]:
-    """A number for each id, starting at zero."""
-    return [Table(name=f"{name}/{purpose}", rows=rows, bound=0.0) for name, rows in columns.items()]

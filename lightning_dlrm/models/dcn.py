@@ -12,6 +12,7 @@ from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossKind, make_cross
 from lightning_dlrm.models.embeddings import Embeddings, TableSettings
 from lightning_dlrm.models.layers import DenseLayers, initialise
+from lightning_dlrm.models.linear import LinearTerms
 from lightning_dlrm.models.network import CTRNetwork, Missing
 
 
@@ -29,6 +30,8 @@ class DCN(CTRNetwork):
         deep: widths of the deep network's layers.
         structure: parallel (both networks see the input) or stacked (the deep one sees the crosses).
         batch_norm: normalise over the batch in the deep network, between each layer and its ReLU.
+        wide: add linear terms, a weight for each dense feature and each id (Cheng et al. 2016).
+        dropout: share of the deep network's outputs, layer by layer, that training leaves out.
         tables: widths, pooling, and small tables in place of large ones.
         missing: what stands for a missing dense value: zero, or learned (a number for each feature).
     """
@@ -48,6 +51,8 @@ class DCN(CTRNetwork):
         deep: Sequence[int] = (512, 256),
         structure: Literal["parallel", "stacked"] = "parallel",
         batch_norm: bool = False,
+        wide: bool = False,
+        dropout: float = 0.0,
         tables: TableSettings | None = None,
         missing: Missing = "zero",
     ) -> None:
@@ -58,8 +63,9 @@ class DCN(CTRNetwork):
         self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
         width = sum(self.embeddings.widths) + features.dense
         self.cross = make_cross(cross, width, cross_layers, cross_rank, cross_experts)
-        self.deep = DenseLayers([width, *deep], batch_norm=batch_norm)
+        self.deep = DenseLayers([width, *deep], batch_norm=batch_norm, dropout=dropout)
         self.logit = DenseLayers([self.deep.widths[-1] + (0 if self.stacked else width), 1], linear_output=True)
+        self.wide = LinearTerms(features, seed) if wide else None
         initialise(self, seed)
 
     def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
@@ -67,11 +73,11 @@ class DCN(CTRNetwork):
         vectors_Bn = self.embeddings(ids)
         x0_Bd = torch.cat([vectors_Bn, dense_BI.to(vectors_Bn.dtype)], dim=1)
         crosses_Bd = self.cross(x0_Bd)
-        if self.stacked:
-            return self.logit(self.deep(crosses_Bd)).squeeze(1)
-        return self.logit(torch.cat([crosses_Bd, self.deep(x0_Bd)], dim=1)).squeeze(1)
+        joined_Bn = self.deep(crosses_Bd) if self.stacked else torch.cat([crosses_Bd, self.deep(x0_Bd)], dim=1)
+        logits_B = self.logit(joined_Bn).squeeze(1)
+        return logits_B if self.wide is None else logits_B + self.wide(dense_BI, ids)
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""
-        parts = (self.embeddings, self.cross, self.deep, self.logit)
-        return sum(part.multiply_adds() for part in parts)
+        parts = (self.embeddings, self.cross, self.deep, self.logit, self.wide)
+        return sum(part.multiply_adds() for part in parts if part is not None)

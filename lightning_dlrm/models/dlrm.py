@@ -12,6 +12,7 @@ from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossKind, CrossNetwork, make_cross
 from lightning_dlrm.models.embeddings import Embeddings, TableSettings
 from lightning_dlrm.models.layers import DenseLayers, DotInteraction, ProjectionInteraction, initialise
+from lightning_dlrm.models.linear import LinearTerms
 from lightning_dlrm.models.network import CTRNetwork, Missing
 
 
@@ -36,6 +37,8 @@ class DLRM(CTRNetwork):
         cross_layers: layers of the cross network.
         cross_rank: rank of low_rank and mixture.
         cross_experts: experts of mixture.
+        wide: add linear terms, a weight for each dense feature and each id (Cheng et al. 2016).
+        dropout: share of the top MLP's hidden outputs that training leaves out.
         tables: widths, pooling, and small tables in place of large ones.
         missing: what stands for a missing dense value: zero, or learned (a number for each feature).
     """
@@ -57,6 +60,8 @@ class DLRM(CTRNetwork):
         cross_layers: int | None = None,
         cross_rank: int | None = None,
         cross_experts: int | None = None,
+        wide: bool = False,
+        dropout: float = 0.0,
         tables: TableSettings | None = None,
         missing: Missing = "zero",
     ) -> None:
@@ -99,7 +104,8 @@ class DLRM(CTRNetwork):
                 self.interaction = make_cross(cross, joined, cross_layers, cross_rank, cross_experts)
             width = joined
         self.keeps_bottom = interaction in ("dot", "projection")
-        self.top = DenseLayers([width, *top_mlp, 1], linear_output=True)
+        self.top = DenseLayers([width, *top_mlp, 1], linear_output=True, dropout=dropout)
+        self.wide = LinearTerms(features, seed) if wide else None
         initialise(self, seed)
 
     def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
@@ -111,12 +117,13 @@ class DLRM(CTRNetwork):
             joined_Bn = self.interaction(joined_Bn)
         if self.keeps_bottom:
             joined_Bn = torch.cat([bottom_BD, joined_Bn.to(bottom_BD.dtype)], dim=1)
-        return self.top(joined_Bn).squeeze(1)
+        logits_B = self.top(joined_Bn).squeeze(1)
+        return logits_B if self.wide is None else logits_B + self.wide(dense_BI, ids)
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""
-        interaction = 0 if self.interaction is None else self.interaction.multiply_adds()
-        return self.bottom.multiply_adds() + self.embeddings.multiply_adds() + interaction + self.top.multiply_adds()
+        parts = (self.bottom, self.embeddings, self.interaction, self.top, self.wide)
+        return sum(part.multiply_adds() for part in parts if part is not None)
 
 
 def _check_options(interaction: str, options: Mapping[str, tuple[str, Any]]) -> None:

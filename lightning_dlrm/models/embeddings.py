@@ -98,6 +98,7 @@ class TableSettings:
             Or a file made by torch.save of a dictionary table name -> float [rows]: those factors, fixed.
         on_host: columns whose tables stay in host memory, with their optimiser state, or all: for tables that
             one device has no room for. The command plan with --device-memory tells which.
+        initial_bound: b; rows start U(-b, b) in place of U(-1/sqrt(rows), 1/sqrt(rows)).
     """
 
     dims: Mapping[str, int] = field(default_factory=dict)
@@ -107,8 +108,11 @@ class TableSettings:
     pooling: Literal["sum", "mean"] = "sum"
     pooling_weights: str | None = None
     on_host: Sequence[str] | str = ()
+    initial_bound: float | None = None
 
     def __post_init__(self) -> None:
+        if self.initial_bound is not None and not 0 <= self.initial_bound < math.inf:
+            raise UserError(f"tables.initial_bound is {self.initial_bound}; expected a number of 0 or more")
         if self.pooling not in ("sum", "mean"):
             raise UserError(f"tables.pooling {self.pooling!r} is neither sum nor mean")
         if self.dims and self.mixed_dimensions is not None:
@@ -209,7 +213,7 @@ class Embeddings(nn.Module):
         """The tables of a column, each with its width."""
         trick = self.settings.quotient_remainder
         if trick is None or rows <= trick.threshold:
-            return [(width, _Member(column, Table.of_column(name, rows)))]
+            return [(width, _Member(column, Table(name=name, rows=rows, bound=self._bound(rows))))]
         if trick.operation == "concat":
             if width % 2:
                 raise UserError(
@@ -217,8 +221,8 @@ class Embeddings(nn.Module):
                     "choose an even width"
                 )
             width //= 2
-        quotient = Table(name=f"{name}/quotient", rows=-(-rows // trick.collisions), bound=rows**-0.5)
-        remainder = Table(name=f"{name}/remainder", rows=trick.collisions, bound=rows**-0.5)
+        quotient = Table(name=f"{name}/quotient", rows=-(-rows // trick.collisions), bound=self._bound(rows))
+        remainder = Table(name=f"{name}/remainder", rows=trick.collisions, bound=self._bound(rows))
         return [(width, _Member(column, quotient, trick.collisions)), (width, _Member(column, remainder))]
 
     def announce(self, ids: SparseIds) -> None:
@@ -238,6 +242,11 @@ class Embeddings(nn.Module):
         for group in self.groups:
             if group.lookup.LOOKS_AHEAD:
                 yield group.lookup, group.ids_of(ids)
+
+    def _bound(self, rows: int) -> float:
+        """Of the initial rows."""
+        given = self.settings.initial_bound
+        return Table.of_column("", rows).bound if given is None else given
 
     def forward(self, ids: SparseIds) -> Tensor:
         """[B, sum of the widths]: the columns' vectors side by side."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.models.fused import dense_layers, pair_products
 
 
 class DenseLayers(nn.Sequential):
@@ -24,9 +25,15 @@ class DenseLayers(nn.Sequential):
         batch_norm: normalise over the batch between each linear layer and its ReLU (Ioffe and Szegedy
             2015, algorithm 1); an output without a ReLU stays as it is. Of several ranks, each normalises
             over its own slice of the batch; on GPUs, trainer.sync_batchnorm makes that the whole batch.
+        dropout: share of each hidden layer's outputs, after the ReLU, that training leaves out at random
+            (Srivastava et al. 2014, section 4; the others are scaled up by 1 / (1 - dropout)).
     """
 
-    def __init__(self, widths: Sequence[int], linear_output: bool = False, batch_norm: bool = False) -> None:
+    def __init__(
+        self, widths: Sequence[int], linear_output: bool = False, batch_norm: bool = False, dropout: float = 0.0
+    ) -> None:
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout is {dropout}; expected 0 or more, below 1")
         if len(widths) < 2 or min(widths) < 1:
             raise UserError(
                 f"dense layers' widths {list(widths)}: expected an input and at least one layer, each 1 or wider"
@@ -35,10 +42,23 @@ class DenseLayers(nn.Sequential):
         layers: list[nn.Module] = []
         for width_in, width_out in itertools.pairwise(widths):
             normalise = [BatchNorm(width_out)] if batch_norm else []
-            layers += [nn.Linear(width_in, width_out), *normalise, nn.ReLU()]
+            leave_out = [nn.Dropout(dropout)] if dropout else []
+            layers += [nn.Linear(width_in, width_out), *normalise, nn.ReLU(), *leave_out]
         if linear_output:
-            del layers[-2 if batch_norm else -1 :]
+            del layers[-1 - bool(batch_norm) - bool(dropout) :]
         super().__init__(*layers)
+        self._linear_output = linear_output
+        # Normalisation and the like stand between the linear layers.
+        self._is_plain = all(isinstance(layer, (nn.Linear, nn.ReLU)) for layer in layers)
+
+    def forward(self, x_Bd: Tensor) -> Tensor:
+        """[B, d] -> [B, width of the last layer]."""
+        if not self._is_plain:
+            return cast(Tensor, super().forward(x_Bd))
+        linears = self.linears()
+        return dense_layers(
+            x_Bd, [layer.weight for layer in linears], [layer.bias for layer in linears], self._linear_output
+        )
 
     def linears(self) -> list[nn.Linear]:
         return [layer for layer in self if isinstance(layer, nn.Linear)]
@@ -93,18 +113,22 @@ class DotInteraction(nn.Module):
     """
 
     pairs: Tensor
+    mirrored: Tensor
 
     def __init__(self, vectors: int, width: int, self_interaction: bool = False) -> None:
         super().__init__()
         self.width = width
         i, j = torch.tril_indices(vectors, vectors, 0 if self_interaction else -1, device="cpu")
         self.register_buffer("pairs", i * vectors + j, persistent=False)
+        mirrored = torch.zeros(vectors, vectors, dtype=torch.int64, device="cpu")
+        mirrored[i, j] = mirrored[j, i] = torch.arange(len(i), device="cpu")
+        self.register_buffer("mirrored", mirrored.flatten(), persistent=False)
+        self._self_interaction = self_interaction
 
     def forward(self, vectors_BVD: Tensor) -> Tensor:
         """[B, V, D] or [B, V * D] -> [B, P]."""
         vectors_BVD = vectors_BVD.unflatten(1, (-1, self.width)) if vectors_BVD.dim() == 2 else vectors_BVD
-        products_BVV = torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2))
-        return products_BVV.flatten(1).index_select(1, self.pairs)
+        return pair_products(vectors_BVD, self.pairs, self.mirrored, self._self_interaction)
 
     def multiply_adds(self) -> int:
         """Per sample; only the pairs that are kept count."""

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, Table, TablePiece
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, Table, TablePiece, gather_rows
 
 BLOCK_ROWS = 65_536
 """Initial rows are drawn block by block, so that any piece of a table can be made anywhere."""
@@ -119,7 +119,7 @@ class _LookupRows(torch.autograd.Function):
         # Rows are looked up once more in the backward pass where the factors are learned.
         ctx.save_for_backward(rows_N, bag_N, weights_N, weight_RD if ctx.needs_input_grad[3] else None)
         if offsets is None:
-            vectors = weight_RD.index_select(0, rows_N)
+            vectors = gather_rows(weight_RD, rows_N)
             return vectors if weights_N is None else vectors * weights_N[:, None].to(vectors.dtype)
         return functional.embedding_bag(
             rows_N,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, gather_rows
 from lightning_dlrm.optim.rules import UpdateRule
 
 
@@ -66,9 +66,10 @@ class CTROptimizer(torch.optim.Optimizer):
         dense, tables = self.param_groups
         for group in self.param_groups:
             group["steps"] += 1
-        for parameter in dense["params"]:
-            if parameter.grad is not None:
-                self.rules["dense"].apply(parameter, parameter.grad, self.state[parameter], dense["lr"], dense["steps"])
+        moving = [parameter for parameter in dense["params"] if parameter.grad is not None]
+        if moving:
+            gradients, states = [weight.grad for weight in moving], [self.state[weight] for weight in moving]
+            self.rules["dense"].apply(moving, gradients, states, dense["lr"], dense["steps"])
         for lookup, state in zip(self.lookups, self.table_state, strict=True):
             gradient = lookup.gradient()
             if gradient is not None:
@@ -160,9 +161,9 @@ def _update_rows(
 ) -> None:
     """Applies a rule to the touched rows: gather, update, put back. Rows are distinct, so none is lost."""
     rows = gradient.rows
-    touched = weight.index_select(0, rows)
+    touched = gather_rows(weight, rows)
     touched_state = {slot: values.index_select(0, rows) for slot, values in state.items()}
-    rule.apply(touched, gradient.values, touched_state, learning_rate, step)
+    rule.apply([touched], [gradient.values], [touched_state], learning_rate, step)
     weight.index_copy_(0, rows, touched)
     for slot, values in touched_state.items():
         state[slot].index_copy_(0, rows, values)

@@ -1,10 +1,18 @@
 """Names of everything that is logged, in one place: the run folder and W&B use the same."""
 
+TRAIN = "train"
 TRAIN_LOSS = "train/loss"
-TRAIN_AUC = "train/auc"
 VALIDATION = "validation"
 TEST = "test"
+METRICS = ("auc", "log_loss", "normalized_entropy", "accuracy", "calibration")
+"""Of an evaluation, after its name and a slash."""
+PRECISION_RECALL = "precision_recall"
+CALIBRATION_CURVE = "calibration_curve"
 LEARNING_RATE = "learning_rate"
+# On request, with a name after a slash: of a dense weight, or of a table.
+GRADIENT_NORM = "gradient_norm"
+ROW_NORM = "row_norm"
+ROW_GRADIENT_NORM = "row_gradient_norm"
 
 PARAMETERS_TABLES = "parameters/tables"
 PARAMETERS_DENSE = "parameters/dense"
@@ -27,6 +35,9 @@ IMBALANCE = "work_imbalance"
 HOST_BYTES = "parallel/host_bytes"
 SAMPLES_PER_SECOND = "speed/samples_per_s"
 DATA_WAIT_SHARE = "speed/data_wait_share"
+TRAINING_SECONDS = "speed/training_s"
+PEAK_MEMORY = "memory/peak_bytes"
+PEAK_DEVICE_MEMORY = "memory/peak_device_bytes"
 TIME_TO_TARGET = "time_to_target_s"
 SAMPLES_TO_TARGET = "samples_to_target"
 

@@ -1,0 +1,46 @@
+"""Linear terms: a weight for every dense feature and every id.
+
+Shape suffixes: B samples, I dense features.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.contracts.lookup import Table
+from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.models.tables import EmbeddingTables
+
+
+class LinearTerms(nn.Module):
+    """w_0 + sum_i w_i x_i over the dense features and the columns' ids: logistic regression's logit.
+
+    Also the wide part of Wide & Deep (Cheng et al. 2016, section 3.1, without crossed columns), which
+    DLRM and DCN take as an option. Tables of width 1, ``C3/linear``, hold the weights of the ids; they
+    start at zero, as do the others.
+
+    Args:
+        features: dense inputs and tables.
+        seed: of the initial rows.
+    """
+
+    def __init__(self, features: Features, seed: int) -> None:
+        super().__init__()
+        self.lookup = EmbeddingTables(scalar_tables(features.tables, "linear"), 1, seed)
+        self.bias = nn.Parameter(torch.zeros(()))
+        self.weight = nn.Parameter(torch.zeros(features.dense))
+
+    def forward(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
+        """[B]."""
+        return self.lookup(ids).sum((1, 2)) + dense_BI.to(self.weight.dtype) @ self.weight + self.bias
+
+    def multiply_adds(self) -> int:
+        """Per sample."""
+        return self.weight.numel()
+
+
+def scalar_tables(columns: Mapping[str, int], purpose: str) -> list[Table]:
+    """A number for each id, starting at zero."""
+    return [Table(name=f"{name}/{purpose}", rows=rows, bound=0.0) for name, rows in columns.items()]
