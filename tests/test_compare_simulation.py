@@ -1,4 +1,4 @@
-"""Contract: a configuration is not called different from itself, and a defect is seen; with real fits on planted clicks.
+"""Contract: no configuration is called different from itself, and a defect is seen; real fits on planted clicks.
 
 The whole simulation (200 comparisons) is marked slow: pytest -m slow -s tests/test_compare_simulation.py
 """

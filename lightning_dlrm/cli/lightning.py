@@ -39,6 +39,7 @@ from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.engine.target import StopAtAUC
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
 from lightning_dlrm.sharding.collectives import lost_rank
+from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS, JsonLinesLogger, RunFolder
 from lightning_dlrm.tracking.wandb_run import (
     Mode,
@@ -49,6 +50,7 @@ from lightning_dlrm.tracking.wandb_run import (
     offline_folders,
     start_wandb,
     training_run_id,
+    whereabouts,
 )
 
 log = logging.getLogger("lightning_dlrm")
@@ -364,7 +366,9 @@ class CTRCommand(LightningCLI):
             )
         if self.trainer.is_global_zero and not self.trainer.interrupted:
             best = self.recorder.checkpoints.best if self.recorder.checkpoints else {}
-            print(final_report(self.run_folder, self.recorder.latest, best, self._schema()))
+            final = {names.SAMPLES: self.recorder.samples, **self.recorder.latest}
+            wandb = whereabouts(self.trainer.loggers, self.run_folder)
+            print(final_report(self.run_folder, final, best, self._schema(), wandb))
 
     def after_validate(self) -> None:
         self._print_results()

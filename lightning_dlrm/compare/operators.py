@@ -1,9 +1,11 @@
 """Where the time of a training step goes, by kind of operator: measured on this machine, outside Lightning."""
 
+import bisect
 import contextlib
 import hashlib
 import itertools
 import json
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Any
 
 import psutil
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from lightning_dlrm.cli.lightning import SettingsCommand
 from lightning_dlrm.compare.runs import Arm, Run
@@ -23,6 +26,7 @@ from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG
 
 WARM_UP, STEPS = 3, 11
+_STEP = "compare_step_"
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "matrix products": ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot", "linear", "gemm"),
@@ -105,14 +109,15 @@ def measure(run: Run) -> dict[str, float]:
         network = module.make_network(module.schema.features, module.seed).to(device)
         optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), module.dense_rule, module.table_rule)
         mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
-        measured = []
-        for number, batch in enumerate(batches):
-            with profile(activities=_activities(on_gpu)) as profiled:
-                _step(module, network, optimizer, batch.to(device), mixed)
-                if on_gpu:
-                    torch.cuda.synchronize()
-            if number >= WARM_UP:
-                measured.append(_by_kind(profiled, on_gpu))
+        # The profiler's library tells of its start and stop otherwise.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        with profile(activities=_activities(on_gpu)) as profiled:
+            for number, batch in enumerate(batches):
+                with record_function(f"{_STEP}{number}"):
+                    _step(module, network, optimizer, batch.to(device), mixed)
+                    if on_gpu:
+                        torch.cuda.synchronize()
+    measured = _by_step(profiled, on_gpu)[WARM_UP:]
     return {kind: statistics.median(step[kind] for step in measured) for kind in ALL_KINDS}
 
 
@@ -134,9 +139,21 @@ def _step(module: CTRModule, network: CTRNetwork, optimizer: CTROptimizer, batch
     optimizer.step()
 
 
-def _by_kind(profiled: profile, on_gpu: bool) -> dict[str, float]:
-    found = dict.fromkeys(ALL_KINDS, 0.0)
-    for event in profiled.key_averages():
+def _by_step(profiled: profile, on_gpu: bool) -> list[dict[str, float]]:
+    """Milliseconds of each step, by kind of operator."""
+    events = profiled.events()
+    assert events is not None
+    marks = {e.name: e.time_range for e in events if e.name.startswith(_STEP) and e.device_type == DeviceType.CPU}
+    spans = [marks[f"{_STEP}{number}"] for number in range(len(marks))]
+    starts = [span.start for span in spans]
+    found: list[dict[str, float]] = [dict.fromkeys(ALL_KINDS, 0.0) for _ in spans]
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            # A kernel, whose time its operator has as well.
+            continue
+        step = bisect.bisect_right(starts, event.time_range.start) - 1
+        if step < 0 or event.time_range.start > spans[step].end:
+            continue
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        found[kind_of(event.key)] += microseconds / 1e3
+        found[step][kind_of(event.name)] += microseconds / 1e3
     return found

@@ -202,7 +202,7 @@ def _pair(metric: Metric, a: Arm, b: Arm, parts: Mapping[str, list[Components]])
     else:
         given = verdict(metric, found.interval)
         share = found.seed_variance / (found.seed_variance + found.sample_variance or 1.0)
-        how = f"{len(a.seeds)} seeds in pairs" if paired else f"{len(a.seeds)} and {len(b.seeds)} seeds"
+        how = f"{len(a.seeds)} seeds in pairs" if found.paired else f"{len(a.seeds)} and {len(b.seeds)} seeds"
         leaves = "holds" if given == "not_distinguishable" else "leaves out"
         reason = f"the interval {leaves} 0 with {how}; {100 * share:.0f}% of the variance is the seeds'"
     return Pair(a=a.name, b=b.name, metric=metric, difference=found, verdict=given, reason=reason)

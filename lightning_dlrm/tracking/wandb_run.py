@@ -167,6 +167,15 @@ def offline_folders(folder: RunFolder) -> str:
     return str(folder.path / WANDB / "offline-run-*")
 
 
+def whereabouts(loggers: Sequence[object], folder: RunFolder) -> str | None:
+    """Where W&B has a run, or how it gets there; None for a run without W&B."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            run = logger.experiment
+            return f"offline; send it with: wandb sync {offline_folders(folder)}" if run.offline else run.url
+    return None
+
+
 class WandbExtras(pl.Callback):
     """What W&B shows besides metrics: plots of an evaluation's curves, the dataset and, if asked for, the weights.
 
