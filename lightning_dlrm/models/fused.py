@@ -3,12 +3,16 @@
 Shape suffixes: B samples, d features, V vectors, D their width, P pairs.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+# Multiply-adds from which on oneDNN's kernel is worth its start; none without oneDNN.
+_LARGE_PRODUCT = 2**23 if torch.backends.mkldnn.is_available() else math.inf
 
 
 def dense_layers(x_Bd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], linear_output: bool) -> Tensor:
@@ -76,7 +80,7 @@ class _DenseLayers(torch.autograd.Function):
                 into = grad_Bd if layer < layers - 1 else torch.empty_like(grad_Bd)
                 torch.ops.aten.threshold_backward.grad_input(grad_Bd, activations[layer + 1], 0, grad_input=into)
                 grad_Bd = into
-            grad_weights.append(_outer(grad_Bd, activations[layer]).to(ctx.parameter_dtype))
+            grad_weights.append((grad_Bd.t() @ activations[layer]).to(ctx.parameter_dtype))
             grad_biases.append(grad_Bd.sum(0, dtype=ctx.parameter_dtype))
             if layer or ctx.needs_input_grad[0]:
                 grad_Bd = _linear(grad_Bd, weights[layer].t(), None, relu=False)
@@ -85,7 +89,7 @@ class _DenseLayers(torch.autograd.Function):
 
 
 class _PairProducts(torch.autograd.Function):
-    """With G the gradient of the products, mirrored at the diagonal, that of the vectors is G V: one product, not two."""
+    """With G the gradient of the products, mirrored, that of the vectors is G V: one product, not two."""
 
     @staticmethod
     def forward(
@@ -116,19 +120,11 @@ class _PairProducts(torch.autograd.Function):
         return torch.bmm(grad_BVV, vectors_BVD), grad_Bn[:, : ctx.beside], None, None, None
 
 
-def _outer(grad_Bo: Tensor, x_Bi: Tensor) -> Tensor:
-    """g' x, [out, in]."""
-    if grad_Bo.dtype == torch.float32:
-        # The BLAS is faster at the transposed product where the input's width is odd.
-        return (x_Bi.t() @ grad_Bo).t()
-    return grad_Bo.t() @ x_Bi
-
-
 def _linear(x_Bd: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """x W' + b, with or without a ReLU."""
-    if x_Bd.device.type == "cpu" and x_Bd.dtype == torch.float32 and len(x_Bd) and torch.backends.mkldnn.is_available():
+    if x_Bd.device.type == "cpu" and x_Bd.dtype == torch.float32 and len(x_Bd) * weight.numel() >= _LARGE_PRODUCT:
         # oneDNN's kernel, with the bias and the ReLU inside: about a tenth faster than the BLAS behind addmm, and a
-        # third where the width is odd.
+        # quarter where the width is odd.
         y_Bd: Tensor = torch.ops.mkldnn._linear_pointwise(x_Bd, weight, bias, "relu" if relu else "none", [], "")
         return y_Bd
     y_Bd = functional.linear(x_Bd, weight, bias)
