@@ -135,6 +135,8 @@ def test_demo_fit_as_a_process_says_what_it_is() -> None:
     next_command = next(line for line in done.stdout.splitlines() if "lightning_dlrm test" in line)
     assert main([*next_command.split()[3:], "--wandb.mode", "disabled"]) == 0
     assert 0 <= final["speed/data_wait_share"] < 1
+    parts = [final[f"speed/{part}_share"] for part in ("data_wait", "forward", "backward", "update", "lightning")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(1.0)
     logged = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert all(0 <= line["speed/data_wait_share"] < 1 for line in logged if "train/loss" in line)
     for name in ("config.yaml", "metrics.jsonl", "checkpoints/last/manifest.json", "checkpoints/best/manifest.json"):

@@ -1,5 +1,6 @@
 """The one LightningModule: any network, any rules, any dataset."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,9 @@ class CTRModule(pl.LightningModule):
         """The last evaluation's metrics in full precision."""
         self.curves: ClickCurves | None = None
         """Of the last evaluation."""
+        self.seconds = dict.fromkeys((names.FORWARD_SHARE, names.BACKWARD_SHARE, names.UPDATE_SHARE), 0.0)
+        """What the parts of all training steps so far took."""
+        self._began = 0.0
 
     def configure_model(self) -> None:
         # Lightning calls this once for every fit, validate, test and predict.
@@ -155,8 +159,10 @@ class CTRModule(pl.LightningModule):
         The loss is the slice's sum times ranks / global size, so that the average over the ranks
         is the mean over the global batch whatever the slices' sizes.
         """
+        began = time.perf_counter()
         logits_B = self.network(batch.dense, batch.ids)
         loss = self.loss.summed(logits_B, _labels(batch)) * (self.trainer.world_size / batch.global_size)
+        self._count(names.FORWARD_SHARE, began)
         trainer = self.trainer
         self.guard.watch(
             loss.detach(), logits_B.detach(), Position(trainer.global_step + 1, trainer.current_epoch, batch_idx)
@@ -164,6 +170,23 @@ class CTRModule(pl.LightningModule):
         self._batch_size = batch.global_size * trainer.accumulate_grad_batches
         scaled = loss * self._short_step_factor(batch_idx)
         return {"loss": scaled, "logits": logits_B.detach(), "step_loss": loss.detach()}
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self._began = time.perf_counter()
+
+    def on_after_backward(self) -> None:
+        self._began = self._count(names.BACKWARD_SHARE, self._began)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # Forward and backward pass are inside; the update is what follows them.
+        super().optimizer_step(*args, **kwargs)
+        self._count(names.UPDATE_SHARE, self._began)
+
+    def _count(self, part: str, began: float) -> float:
+        """Adds the time since ``began`` to a part's; returns now."""
+        now = time.perf_counter()
+        self.seconds[part] += now - began
+        return now
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         step = self.trainer.global_step + 1

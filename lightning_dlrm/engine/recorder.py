@@ -116,7 +116,7 @@ class Recorder(pl.Callback):
         self._start = self._last_log = time.perf_counter()
         self._start_pause = self._last_pause = self._pause()
         self._start_samples = self._last_samples = self.samples
-        self._last_waited = 0.0
+        self._start_parts = self._last_parts = _parts(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -131,7 +131,8 @@ class Recorder(pl.Callback):
         self._step = trainer.global_step
         losses, self._losses = self._losses, []
         if self._step % trainer.log_every_n_steps == 0 or trainer.should_stop:  # type: ignore[attr-defined]
-            self._log_training(trainer, losses)
+            assert isinstance(pl_module, CTRModule)
+            self._log_training(trainer, pl_module, losses)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         # Afterwards they are those of the next step.
@@ -153,17 +154,18 @@ class Recorder(pl.Callback):
             return
         if self.samples == self._start_samples and self.latest:
             return
-        self.latest |= self._speed(trainer) | describe(trainer, pl_module)
+        self.latest |= self._speed(trainer, pl_module) | describe(trainer, pl_module)
         final = {names.STEP: self._step, names.SAMPLES: self.samples, **self.latest, **fingerprints(pl_module)}
         best = {} if self.checkpoints is None else self.checkpoints.best
         self.folder.write_summary(final, best)
 
-    def _log_training(self, trainer: pl.Trainer, losses: list[Tensor]) -> None:
+    def _log_training(self, trainer: pl.Trainer, module: CTRModule, losses: list[Tensor]) -> None:
         now, pause = time.perf_counter(), self._pause()
         seconds = max(now - self._last_log - (pause - self._last_pause), 1e-9)
         self.samples_per_second = (self.samples - self._last_samples) / seconds
         self._last_log, self._last_pause, self._last_samples = now, pause, self.samples
-        waited, self._last_waited = _waited(trainer) - self._last_waited, _waited(trainer)
+        parts = _parts(trainer, module)
+        shares, self._last_parts = _shares(parts, self._last_parts, seconds), parts
         self._extend_window()
         # A rank's loss is ranks x its part of the mean over the global batch.
         loss = torch.stack(losses).mean().double().cpu().numpy()
@@ -181,7 +183,7 @@ class Recorder(pl.Callback):
                 **{f"{names.TRAIN}/{name}": window[name] for name in WINDOW_METRICS},
                 names.SAMPLES_PER_SECOND: self.samples_per_second,
                 names.TRAINING_SECONDS: self._training_seconds(),
-                names.DATA_WAIT_SHARE: waited / seconds,
+                **shares,
                 **self._rates,
                 **exchanges,
             },
@@ -227,12 +229,12 @@ class Recorder(pl.Callback):
         """Since the first step of the run, over resumptions, without validations and checkpoints."""
         return self._seconds_before + self._seconds_here()
 
-    def _speed(self, trainer: pl.Trainer) -> dict[str, float]:
+    def _speed(self, trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
         """Of the whole fit."""
         seconds = self._seconds_here()
         return {
             names.SAMPLES_PER_SECOND: (self.samples - self._start_samples) / seconds,
-            names.DATA_WAIT_SHARE: _waited(trainer) / seconds,
+            **_shares(_parts(trainer, module), self._start_parts, seconds),
             names.TRAINING_SECONDS: self._training_seconds(),
             **_peak_memory(),
         }
@@ -244,10 +246,15 @@ def _by_batch(of_ranks: list[NDArray], counts: list[NDArray]) -> Iterator[Tensor
     return (torch.from_numpy(part) for batch in zip(*cut, strict=True) for part in batch)
 
 
-def _waited(trainer: pl.Trainer) -> float:
-    """Seconds that the fit has waited for training batches."""
-    seconds: float = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
-    return seconds
+def _parts(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
+    """Seconds that the fit has spent in the parts of its steps and in waiting for training batches."""
+    return {names.DATA_WAIT_SHARE: getattr(trainer.train_dataloader, "wait_seconds", 0.0), **module.seconds}
+
+
+def _shares(parts: dict[str, float], before: dict[str, float], seconds: float) -> dict[str, float]:
+    """Of the time since ``before``; what no part accounts for is Lightning's own, callbacks and logging included."""
+    shares = {name: (parts[name] - before[name]) / seconds for name in parts}
+    return shares | {names.LIGHTNING_SHARE: max(0.0, 1.0 - sum(shares.values()))}
 
 
 def _peak_memory() -> dict[str, float]:

@@ -1,0 +1,141 @@
+"""Contract: the fast paths are the plain ones: dense layers, pair products, gathered rows, updates in one pass."""
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dlrm.contracts.lookup import RowGradient, Table, gather_rows
+from lightning_dlrm.models import fused
+from lightning_dlrm.models.layers import DenseLayers, DotInteraction
+from lightning_dlrm.models.memory import empty_table, keep_freed_memory
+from lightning_dlrm.models.tables import EmbeddingTables
+from lightning_dlrm.optim import rules
+from lightning_dlrm.optim.optimizer import CTROptimizer
+
+
+def gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    torch.manual_seed(3)
+    return list(torch.autograd.grad(output, inputs, torch.randn(output.shape).to(output.dtype)))
+
+
+@pytest.mark.parametrize("linear_output", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "tolerance"),
+    [(torch.float64, 5, 1e-12), (torch.float32, 300, 1e-5), (torch.float32, 1, 1e-5), (torch.float32, 0, 0.0)],
+)
+def test_dense_layers_equal_autograd(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, tolerance: float, linear_output: bool
+) -> None:
+    # So that both kernels take part.
+    monkeypatch.setattr(fused, "_LARGE_PRODUCT", min(fused._LARGE_PRODUCT, 300 * 64))
+    torch.manual_seed(1)
+    layers = DenseLayers([37, 64, 11, 1], linear_output=linear_output).to(dtype)
+    x = torch.randn(rows, 37, dtype=dtype, requires_grad=True)
+    ours, plain = layers(x), nn.Sequential.forward(layers, x)
+    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+    inputs = [x, *layers.parameters()]
+    for found, expected in zip(gradients(ours, inputs), gradients(plain, inputs), strict=True):
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_dense_layers_under_autocast_cast_as_torch_does() -> None:
+    torch.manual_seed(1)
+    layers, x = DenseLayers([13, 64, 8]), torch.randn(50, 13)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = layers(x), nn.Sequential.forward(layers, x)
+    assert ours.dtype == plain.dtype == torch.bfloat16
+    assert torch.equal(ours, plain)
+    inputs = list(layers.parameters())
+    for found, expected in zip(gradients(ours, inputs), gradients(plain, inputs), strict=True):
+        # Sums of biases' gradients: in float32 here, rounded to bfloat16 there.
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-2)
+
+
+def test_first_layers_input_needs_no_gradient() -> None:
+    layers, x = DenseLayers([3, 4]), torch.randn(2, 3)
+    layers(x).sum().backward()
+    assert x.grad is None and all(parameter.grad is not None for parameter in layers.parameters())
+
+
+@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize("rows", [0, 6])
+def test_pair_products_equal_a_loop(squares: bool, rows: int) -> None:
+    torch.manual_seed(1)
+    vectors = torch.randn(rows, 5, 3, dtype=torch.float64, requires_grad=True)
+    beside = torch.randn(rows, 2, dtype=torch.float64, requires_grad=True)
+    pairs = [(i, j) for i, j in itertools.product(range(5), range(5)) if j < i or (squares and i == j)]
+    plain = torch.cat([beside, *((vectors[:, i] * vectors[:, j]).sum(1, keepdim=True) for i, j in pairs)], dim=1)
+    ours = DotInteraction(5, 3, squares)(vectors, beside)
+    torch.testing.assert_close(ours, plain)
+    for found, expected in zip(gradients(ours, [vectors, beside]), gradients(plain, [vectors, beside]), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_pair_products_in_half_precision_round_once() -> None:
+    torch.manual_seed(1)
+    vectors, beside = torch.randn(7, 5, 3), torch.randn(7, 2, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = DotInteraction(5, 3)(vectors, beside)
+    products = torch.bmm(vectors.bfloat16(), vectors.bfloat16().transpose(1, 2))
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found[:, 2:], torch.stack([products[:, i, j] for i in range(5) for j in range(i)], dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("width", [1, 3, 16, 64])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_gathered_rows_are_the_rows(dtype: torch.dtype, width: int, index: torch.dtype) -> None:
+    torch.manual_seed(1)
+    weight = torch.randn(1000, width).to(dtype)
+    for rows in ([], [999], [5, 5, 0, 999, 5], torch.randint(0, 1000, (700,)).tolist()):
+        picked = torch.tensor(rows, dtype=index)
+        assert torch.equal(gather_rows(weight, picked), weight[picked.long()])
+
+
+@pytest.mark.parametrize(
+    "rule", [rules.SGD(0.1, l2=0.01, weight_decay=0.1), rules.Adagrad(0.1), rules.Adagrad(0.1, l2=0.01, epsilon=1e-3)]
+)
+def test_one_pass_over_the_weights_equals_several(monkeypatch: pytest.MonkeyPatch, rule: rules.UpdateRule) -> None:
+    def train(one_pass: bool) -> list[Tensor]:
+        if not one_pass:
+            monkeypatch.setattr(rules, "_in_one_pass", lambda *tensors: False)
+        torch.manual_seed(1)
+        weights = [torch.randn(33, 7), torch.randn(5)]
+        states = [rule.state(weight) for weight in weights]
+        for step in range(1, 5):
+            some = [torch.randn_like(weight) for weight in weights]
+            rule.apply(weights, some, states, torch.tensor(0.1, dtype=torch.float64), torch.tensor(float(step)))
+        return [*weights, *(tensor for state in states for tensor in state.values())]
+
+    for found, expected in zip(train(True), train(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("rule", [rules.SGD(0.5), rules.Adagrad(0.1), rules.RowWiseAdagrad(0.1), rules.Adam(0.1)])
+def test_update_of_rows_equals_update_of_the_whole_table(rule: rules.UpdateRule) -> None:
+    """Duplicate and out-of-order ids, some rows untouched; all rules move no row whose gradient is zero at first."""
+    torch.manual_seed(1)
+    tables = EmbeddingTables([Table.of_column("A", 50)], 4, seed=1)
+    whole = tables.weight.detach().clone()
+    ids, grad = torch.tensor([7, 3, 7, 49, 0, 3, 7], dtype=torch.int32), torch.randn(7, 4)
+    tables.add_gradient(RowGradient.from_lookups(ids, grad))
+    CTROptimizer([], [tables], rules.SGD(1.0), rule).step()
+    dense = torch.zeros(50, 4, dtype=torch.float64).index_add_(0, ids.long(), grad.double()).float()
+    rule.apply([whole], [dense], [rule.state(whole)], torch.tensor(rule.learning_rate), torch.tensor(1.0))
+    torch.testing.assert_close(tables.weight.detach(), whole, rtol=1e-5, atol=1e-6)
+    untouched = sorted(set(range(50)) - set(ids.tolist()))
+    assert torch.equal(tables.weight.detach()[untouched], whole[untouched])
+
+
+def test_large_tables_are_ordinary_tensors() -> None:
+    small, large = empty_table((3, 2), torch.float64), empty_table((2**19, 3), torch.float32)
+    assert small.shape == (3, 2) and small.dtype == torch.float64
+    large.fill_(2.0)
+    assert large.sum() == 3 * 2**20 and large.is_contiguous() and large.clone().shape == (2**19, 3)
+    assert empty_table((2**19, 3), torch.float32, torch.device("meta")).is_meta
+    keep_freed_memory()
