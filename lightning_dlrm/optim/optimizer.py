@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, gather_rows
+from lightning_dlrm.models.memory import keep_freed_memory
 from lightning_dlrm.optim.rules import UpdateRule
 
 
@@ -44,6 +45,8 @@ class CTROptimizer(torch.optim.Optimizer):
             ("dense", list(dense), dense_rule),
             ("tables", [lookup.weight for lookup in self.lookups], table_rule),
         )
+        # Whoever trains makes the same tensors at every step.
+        keep_freed_memory()
         super().__init__(
             [
                 {"name": name, "params": weights, "lr": _learning_rate(rule), "steps": _no_steps()}
