@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, gather_rows
-from lightning_dlrm.optim.rules import UpdateRule
+from lightning_dlrm.models.fused import UnsummedGradient, fused_update
+from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
 
 
 class CTROptimizer(torch.optim.Optimizer):
@@ -160,6 +161,9 @@ def _update_rows(
     step: Tensor,
 ) -> None:
     """Applies a rule to the touched rows: gather, update, put back. Rows are distinct, so none is lost."""
+    if isinstance(gradient, UnsummedGradient) and type(rule) in _FUSED:
+        fused_update(weight, gradient, state, _FUSED[type(rule)], vars(rule), learning_rate, step)
+        return
     rows = gradient.rows
     touched = gather_rows(weight, rows)
     touched_state = {slot: values.index_select(0, rows) for slot, values in state.items()}
@@ -167,6 +171,15 @@ def _update_rows(
     weight.index_copy_(0, rows, touched)
     for slot, values in touched_state.items():
         state[slot].index_copy_(0, rows, values)
+
+
+_FUSED: dict[type[UpdateRule], str] = {
+    SGD: "sgd",
+    Adagrad: "adagrad",
+    RowWiseAdagrad: "row_wise_adagrad",
+    Adam: "adam",
+}
+"""Rules that a fused kernel knows, and their names there."""
 
 
 def _words(rules: dict[str, dict[str, Any]]) -> str:
