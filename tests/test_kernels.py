@@ -1,6 +1,6 @@
 """The fused kernels do what plain torch does: on ragged, empty, duplicate and out-of-order ids, for every rule.
 
-On a CPU they run in Triton's interpreter, which ``conftest.py`` asks for; on a CUDA device (``pytest -m gpu tests/test_gpu.py``) as they are.
+On a CPU they run in Triton's interpreter, which ``conftest.py`` asks for; ``test_gpu.py`` runs them as they are.
 """
 
 import pytest
