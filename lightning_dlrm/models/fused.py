@@ -1,132 +1,116 @@
-"""Tables whose rows are looked up and updated by the fused kernels: what holds them to the contracts.
+"""Layers whose forward and backward pass are written by hand: the same maths in fewer, larger operations.
 
-Shape suffixes: B bags (output vectors), F tables, D width, R rows of all tables, N indices of all bags.
+Shape suffixes: B samples, d features, V vectors, D their width, P pairs.
 """
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient
+from torch.nn import functional
 
 
-class UnsummedGradient(RowGradient):
-    """A RowGradient that is summed by row only where somebody asks for ``rows`` or ``values``.
+def dense_layers(x_Bd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], linear_output: bool) -> Tensor:
+    """relu(x W' + b), layer after layer; the last one without the ReLU where ``linear_output``.
 
-    The fused update sums while it updates, without learning on the host how many rows there are.
+    Under autocast each weight is cast once, for the forward and the backward pass, and gradients of
+    biases are summed in float32.
 
     Args:
-        rows_N: the row of each index, in any order; R for one that counts for nothing.
-        table_rows: R.
-        grad_BD: gradient of each output vector.
-        bag_N: the output vector that each index went into; None when index i went into vector i.
-        weights_N: the factor of each index; None means 1.
+        x_Bd: the first layer's input.
+        weights: [out, in] of each layer.
+        biases: [out] of each layer.
+        linear_output: whether the last layer has no ReLU.
     """
-
-    def __init__(
-        self, rows_N: Tensor, table_rows: int, grad_BD: Tensor, bag_N: Tensor | None, weights_N: Tensor | None
-    ) -> None:
-        # The base is frozen.
-        self.__dict__.update(lookups=(rows_N, grad_BD, bag_N, weights_N), table_rows=table_rows)
-
-    lookups: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-    """The arguments ``rows_N``, ``grad_BD``, ``bag_N`` and ``weights_N``."""
-    table_rows: int
-
-    @cached_property
-    def _summed(self) -> RowGradient:
-        rows_N, grad_BD, bag_N, weights_N = self.lookups
-        counts_N = rows_N < self.table_rows
-        bag_N, weights_N = (None if x is None else x[counts_N] for x in (bag_N, weights_N))
-        return RowGradient.from_lookups(rows_N[counts_N], grad_BD, bag_N, weights_N)
-
-    @property
-    def rows(self) -> Tensor:  # type: ignore[override]
-        return self._summed.rows
-
-    @property
-    def values(self) -> Tensor:  # type: ignore[override]
-        return self._summed.values
+    out: Tensor = _DenseLayers.apply(x_Bd, linear_output, *weights, *biases)
+    return out
 
 
-class FusedLookup(torch.autograd.Function):
-    """Looks up in one kernel; hands the gradient to ``owner`` unsummed."""
+def pair_products(vectors_BVD: Tensor, pairs: Tensor, mirrored: Tensor, self_interaction: bool) -> Tensor:
+    """[B, P]: dot products of pairs (i, j), j <= i, of vectors.
+
+    Args:
+        vectors_BVD: the vectors.
+        pairs: int64 [P]: i * V + j of each pair.
+        mirrored: int64 [V * V]: at i * V + j and j * V + i the pair (i, j)'s place in ``pairs``; anything
+            on the diagonal without ``self_interaction``.
+        self_interaction: whether there are pairs (i, i).
+    """
+    products: Tensor = _PairProducts.apply(vectors_BVD, pairs, mirrored, self_interaction)
+    return products
+
+
+class _DenseLayers(torch.autograd.Function):
+    """One node of the graph for all layers. A weight's gradient is dW = g' x, its input's dx = g W."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        weight_RD: Tensor,
-        weights_N: Tensor | None,
-        ids: SparseIds,
-        row_offsets_F: Tensor,
-        owner: EmbeddingLookup,
-    ) -> Tensor:
-        """[B, D]."""
-        from lightning_dlrm.kernels import fused
-
-        ctx.owner, ctx.ids = owner, ids
-        ctx.save_for_backward(weight_RD, weights_N, row_offsets_F)
-        return fused.lookup(weight_RD, ids.values.flatten(), row_offsets_F, ids.offsets, weights_N)
+    def forward(ctx: Any, x_Bd: Tensor, linear_output: bool, *parameters: Tensor) -> Tensor:
+        ctx.parameter_dtype = parameters[0].dtype
+        ctx.input_dtype = x_Bd.dtype
+        device = x_Bd.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x_Bd, parameters = x_Bd.to(dtype), tuple(parameter.to(dtype) for parameter in parameters)
+        layers = len(parameters) // 2
+        weights, biases = parameters[:layers], parameters[layers:]
+        activations = [x_Bd]
+        for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            relu = layer < layers - 1 or not linear_output
+            activations.append(_linear(activations[-1], weight, bias, relu))
+        ctx.linear_output = linear_output
+        ctx.save_for_backward(*activations, *weights)
+        return activations[-1]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None, None]:
-        weight_RD, weights_N, row_offsets_F = ctx.saved_tensors
-        ids, grad_BD = ctx.ids, grads[0].contiguous()
-        rows = weight_RD.shape[0]
-        places_N = torch.arange(ids.values.numel(), device=grad_BD.device)
-        bag_N, tables = None, max(ids.tables, 1)
-        if ids.offsets is None:
-            rows_N = ids.values.flatten() + row_offsets_F[places_N % tables]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layers = len(ctx.saved_tensors) // 2
+        activations, weights = ctx.saved_tensors[: layers + 1], ctx.saved_tensors[layers + 1 :]
+        grad_Bd = grads[0]
+        grad_weights: list[Tensor] = []
+        grad_biases: list[Tensor] = []
+        for layer in reversed(range(layers)):
+            if layer < layers - 1 or not ctx.linear_output:
+                grad_Bd = torch.ops.aten.threshold_backward(grad_Bd, activations[layer + 1], 0)
+            # Transposed, the product runs faster where the input's width is not a multiple of a vector register's.
+            grad_weights.append((activations[layer].t() @ grad_Bd).t().to(ctx.parameter_dtype))
+            grad_biases.append(grad_Bd.sum(0, dtype=ctx.parameter_dtype))
+            if layer or ctx.needs_input_grad[0]:
+                grad_Bd = _linear(grad_Bd, weights[layer].t(), None, relu=False)
+        grad_input = grad_Bd.to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
+        return grad_input, None, *reversed(grad_weights), *reversed(grad_biases)
+
+
+class _PairProducts(torch.autograd.Function):
+    """With G the gradient of the products, mirrored at the diagonal, that of the vectors is G V: one product, not two."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors_BVD: Tensor, pairs: Tensor, mirrored: Tensor, self_interaction: bool) -> Tensor:
+        ctx.save_for_backward(vectors_BVD, mirrored)
+        ctx.self_interaction = self_interaction
+        products_BVV = torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2))
+        return products_BVV.flatten(1).index_select(1, pairs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        vectors_BVD, mirrored = ctx.saved_tensors
+        vectors = vectors_BVD.shape[1]
+        grad_BVV = grads[0].to(vectors_BVD.dtype).index_select(1, mirrored).view(-1, vectors, vectors)
+        diagonal = grad_BVV.diagonal(dim1=1, dim2=2)
+        if ctx.self_interaction:
+            # A product of a vector with itself changes with both of its factors.
+            diagonal.mul_(2)
         else:
-            # Indices after the last bag get a bag that is none.
-            bag_N = torch.searchsorted(ids.offsets, places_N, right=True) - 1
-            inside_N = bag_N < len(grad_BD)
-            rows_N = torch.where(inside_N, ids.values + row_offsets_F[bag_N % tables], rows)
-            bag_N = torch.where(inside_N, bag_N, 0) if len(grad_BD) else bag_N
-        if ctx.needs_input_grad[0]:
-            ctx.owner.add_gradient(UnsummedGradient(rows_N, rows, grad_BD, bag_N, weights_N))
-        grad_weights_N = None
-        if ctx.needs_input_grad[1]:
-            # The row past the last one is none: any will do, as its gradient is.
-            vectors_ND = weight_RD.index_select(0, rows_N.clamp(max=rows - 1))
-            grad_ND = grad_BD if bag_N is None else grad_BD.index_select(0, bag_N)
-            grad_weights_N = (vectors_ND * grad_ND).sum(1).to(weights_N.dtype)
-            if bag_N is not None:
-                grad_weights_N = grad_weights_N * (rows_N < rows)
-        return None, grad_weights_N, None, None, None
+            diagonal.zero_()
+        return torch.bmm(grad_BVV, vectors_BVD), None, None, None
 
 
-def fused_update(
-    weight_RD: Tensor,
-    gradient: UnsummedGradient,
-    state: Mapping[str, Tensor],
-    rule: str,
-    settings: Mapping[str, float],
-    learning_rate: Tensor,
-    step: Tensor,
-) -> None:
-    """Moves the touched rows and their state by a rule's kernel; see ``UpdateRule.apply``."""
-    from lightning_dlrm.kernels import fused
-
-    one = torch.ones_like(learning_rate)
-    scalars = torch.stack(
-        [
-            learning_rate,
-            one - learning_rate * settings["weight_decay"],
-            one - settings.get("beta1", 0.0) ** step,
-            one - settings.get("beta2", 0.0) ** step,
-        ]
-    )
-    names = ("l2", "epsilon", "beta1", "beta2")
-    formula = fused.Formula(rule, **{name: settings[name] for name in names if name in settings})
-    fused.update(
-        weight_RD,
-        *gradient.lookups,
-        state,
-        formula,
-        scalars.float().to(weight_RD.device, non_blocking=True),
-    )
+def _linear(x_Bd: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """x W' + b, with or without a ReLU."""
+    if x_Bd.device.type == "cpu" and x_Bd.dtype == torch.float32 and len(x_Bd) and torch.backends.mkldnn.is_available():
+        # oneDNN's kernel, with the bias and the ReLU inside: about a tenth faster than the BLAS behind addmm, and a
+        # third where the width is odd.
+        y_Bd: Tensor = torch.ops.mkldnn._linear_pointwise(x_Bd, weight, bias, "relu" if relu else "none", [], "")
+        return y_Bd
+    y_Bd = functional.linear(x_Bd, weight, bias)
+    return y_Bd.relu_() if relu else y_Bd

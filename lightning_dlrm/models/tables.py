@@ -18,7 +18,7 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, Table, TablePiece, gather_rows
 from lightning_dlrm.kernels.choice import Kernels, choose
-from lightning_dlrm.models.fused import FusedLookup
+from lightning_dlrm.models.fused_tables import FusedLookup
 from lightning_dlrm.models.memory import empty_table
 
 BLOCK_ROWS = 65_536
