@@ -13,7 +13,9 @@ from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
+from lightning_dlrm.engine.graphs import GraphedStep, SideStream
 from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
+from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
 from lightning_dlrm.models.memory import keep_freed_memory
 from lightning_dlrm.models.network import CTRNetwork
@@ -39,6 +41,10 @@ class CTRModule(pl.LightningModule):
         schedule: of both learning rates: Constant, Cosine, WarmupThenDecay or WarmupQuadraticDecay.
         loss: what is minimised: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
             whatever it is.
+        kernels: what looks up and updates table rows. plain: torch, on any device; triton: fused kernels for a
+            CUDA device; auto: triton on a CUDA device, else plain.
+        cuda_graphs: launch a whole step at once, for a CUDA device; batches of another size than the first (an epoch's
+            last one) are trained on without. It needs the fused kernels.
         schema: of the dataset; taken from the data.
         seed: of the initial weights; taken from seed_everything.
 
@@ -54,6 +60,8 @@ class CTRModule(pl.LightningModule):
         schedule: Schedule | None = None,
         loss: Loss | None = None,
         *,
+        kernels: Kernels = "auto",
+        cuda_graphs: bool = False,
         schema: DatasetSchema,
         seed: int = 0,
     ) -> None:
@@ -70,6 +78,12 @@ class CTRModule(pl.LightningModule):
         self.dense_rule = dense_optimizer
         self.schedule = schedule or Constant()
         self.loss = loss or LogLoss()
+        self.kernels: Kernels = kernels
+        self.cuda_graphs = cuda_graphs
+        self._graphs: GraphedStep | None = None
+        self._replayed = False
+        """Whether this step's forward and backward pass were replayed."""
+        self._side_stream: SideStream | None = None
         self.schema = schema
         self.seed = seed
         self.network: CTRNetwork
@@ -92,6 +106,9 @@ class CTRModule(pl.LightningModule):
         # Lightning calls this once for every fit, validate, test and predict.
         if not hasattr(self, "network"):
             self.network = self.make_network(self.schema.features, self.seed)
+            for lookup in self.network.lookups():
+                if isinstance(lookup, EmbeddingTables):
+                    lookup.kernels = self.kernels
 
     def configure_optimizers(self) -> Any:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -142,6 +159,67 @@ class CTRModule(pl.LightningModule):
         else:
             ours.clip_gradient_norm(gradient_clip_val)
 
+    def on_fit_start(self) -> None:
+        device = self.trainer.strategy.root_device
+        for lookup in self.network.lookups():
+            if isinstance(lookup, EmbeddingTables):
+                choose(self.kernels, lookup.weight.device.type, lookup.weight.dtype)
+        if not self.cuda_graphs:
+            return
+        trainer = self.trainer
+        asked = {
+            f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}": trainer.accumulate_grad_batches > 1,
+            f"trainer.gradient_clip_val {trainer.gradient_clip_val}": bool(trainer.gradient_clip_val),
+            f"training in {trainer.world_size} processes": trainer.world_size > 1,
+        }
+        if device.type != "cuda":
+            raise UserError(f"cuda_graphs needs a CUDA device, and this fit is on {device.type}: set it to false")
+        for what, is_asked in asked.items():
+            if is_asked:
+                raise UserError(f"cuda_graphs does not go with {what}: set it to false, or leave the other out")
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """To a GPU in a stream of its own, beside the steps that still compute."""
+        if device.type != "cuda":
+            return batch.to(device)
+        if self._side_stream is None:
+            self._side_stream = SideStream(device)
+        return self._side_stream.send(batch)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if not self._replayed:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if self._graphs is None:
+            optimizer.zero_grad()
+        elif not self._replayed:
+            # Recorded kernels write gradients where they are.
+            optimizer.zero_grad(set_to_none=False)
+
+    def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and logits; where the step is replayed, its gradients are made with them."""
+        optimizer = self._optimizer() if self.cuda_graphs else None
+        if optimizer is not None and self._graphs is None:
+            plugin = self.trainer.precision_plugin
+            half = plugin.precision == "bf16-mixed"
+            self._graphs = GraphedStep(
+                self.network,
+                self._batch_loss,
+                optimizer,
+                lambda: torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False),
+            )
+        self._replayed = self._graphs is not None and self._graphs.takes(batch)
+        if optimizer is not None and self._graphs is not None:
+            optimizer.replay = self._graphs.update if self._replayed else None
+        if self._graphs is not None and self._replayed:
+            return self._graphs.forward_backward(batch)
+        logits_B = self.network(batch.dense, batch.ids)
+        return self._batch_loss(logits_B, batch), logits_B
+
+    def _batch_loss(self, logits_B: Tensor, batch: Batch) -> Tensor:
+        return self.loss.summed(logits_B, _labels(batch)) * (self.trainer.world_size / batch.global_size)
+
     def on_train_start(self) -> None:
         keep_freed_memory()
         # Loaders that hold a batch ready tell of it; of others, nothing is fetched or sent ahead.
@@ -155,8 +233,7 @@ class CTRModule(pl.LightningModule):
         The loss is the slice's sum times ranks / global size, so that the average over the ranks
         is the mean over the global batch whatever the slices' sizes.
         """
-        logits_B = self.network(batch.dense, batch.ids)
-        loss = self.loss.summed(logits_B, _labels(batch)) * (self.trainer.world_size / batch.global_size)
+        loss, logits_B = self._forward_backward(batch)
         trainer = self.trainer
         self.guard.watch(
             loss.detach(), logits_B.detach(), Position(trainer.global_step + 1, trainer.current_epoch, batch_idx)
