@@ -42,9 +42,9 @@ from lightning_dlrm.tracking.wandb_run import choose_mode
 
 EXAMPLES = """\
 examples:
-  python -m lightning_dlrm compare --config figure5.yaml --config figure5/small.yaml --seeds 1,2 --output figure5
-  python -m lightning_dlrm compare --config figure5.yaml --config criteo_kaggle.yaml --data.path DIR --output figure5
-  python -m lightning_dlrm compare runs/dlrm-1 runs/dlrm-2 runs/dcn-1 runs/dcn-2 --output dlrm_vs_dcn
+  python -m lightning_dlrm compare --config figure5.yaml --config figure5/small.yaml --seeds 1,2 --output runs/figure5
+  python -m lightning_dlrm compare --config figure5.yaml --config criteo_kaggle.yaml --data.path DIR --output runs/figure5
+  python -m lightning_dlrm compare runs/dlrm-1 runs/dlrm-2 runs/dcn-1 runs/dcn-2 --output runs/dlrm_vs_dcn
 
 An experiment's YAML names arms (configurations), seeds, and what is compared: see configs/figure5.yaml. Other --config
 files and options such as --data.path or --trainer.max_steps go to all its runs. Runs that are finished are not

@@ -106,12 +106,12 @@ def read_run(path: Path, name: str | None = None) -> Run:
             f"the run {path} is not finished: it has gone on to step {history[-1][names.STEP]} since its summary of "
             f"step {final.get(names.STEP, 0)}; end it with: {again}"
         )
+    best = summary.get("best") or {}
     missing = [metric for metric in NEEDED if final.get(metric) is None]
+    missing += [f"best {metric}" for metric in NEEDED[:1] if best.get(metric) is None]
     if missing:
         raise UserError(f"the run {path} has no {', '.join(missing)} in its {SUMMARY}; train it again")
-    return Run(
-        name=name or path.resolve().name, path=path, config=config, final=final, best=summary["best"], history=history
-    )
+    return Run(name=name or path.resolve().name, path=path, config=config, final=final, best=best, history=history)
 
 
 def _read(path: Path, missing: str) -> dict[str, Any]:
