@@ -210,19 +210,25 @@ def data_differences(runs: Sequence[Run]) -> list[str]:
         for run in runs:
             values.setdefault(str(run.final[name])[:12], []).append(run.name)
         if len(values) > 1:
-            told = "; ".join(f"{value} in {_few(members)}" for value, members in values.items())
-            lines.append(f"{name.replace('_', ' ')}: {told}")
+            sides = "; ".join(f"{value} in {_few(members)}" for value, members in values.items())
+            lines.append(f"{name.replace('_', ' ')}: {sides}")
     if lines:
         data = {run.name: {k: v for k, v in run.settings.items() if k.startswith("data.")} for run in runs}
         for key, by_run in differing(data).items():
             if key.startswith(("data.init_args.path", "data.init_args.demo", "data.class_path")):
-                told = ", ".join(dict.fromkeys(str(value) for value in by_run.values()))
-                lines.append(f"{key}: {told}")
+                lines.append(f"{key}: {', '.join(dict.fromkeys(str(value) for value in by_run.values()))}")
     return lines
 
 
 def _few(members: Sequence[str]) -> str:
     return ", ".join(members[:3]) + (f" and {len(members) - 3} more" if len(members) > 3 else "")
+
+
+def told(value: Any) -> str:
+    """A setting's value for a table: of a class its name; a dash for what a model does not have, or leaves out."""
+    if value in (None, False):
+        return "-"
+    return value.rpartition(".")[2] if isinstance(value, str) else str(value)
 
 
 def within(key: str, sections: Sequence[str]) -> bool:
