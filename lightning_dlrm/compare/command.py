@@ -42,8 +42,9 @@ from lightning_dlrm.tracking.wandb_run import choose_mode
 
 EXAMPLES = """\
 examples:
-  python -m lightning_dlrm compare --config figure5.yaml --config figure5/small.yaml --seeds 1,2 --output runs/figure5
-  python -m lightning_dlrm compare --config figure5.yaml --config criteo_kaggle.yaml --data.path DIR --output runs/figure5
+  python -m lightning_dlrm compare --config figure5.yaml --config figure5/small.yaml --seeds 1,2 --output runs/small
+  python -m lightning_dlrm compare --config figure5.yaml --config criteo_kaggle.yaml --data.path DIR \\
+      --output runs/figure5
   python -m lightning_dlrm compare runs/dlrm-1 runs/dlrm-2 runs/dcn-1 runs/dcn-2 --output runs/dlrm_vs_dcn
 
 An experiment's YAML names arms (configurations), seeds, and what is compared: see configs/figure5.yaml. Other --config
