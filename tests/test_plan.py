@@ -243,8 +243,8 @@ def test_tables_stay_in_host_memory_only_where_they_must() -> None:
         # None of them would fit as well.
         without = {name: places.at_hand_bytes - 3 * math.ceil(20 * rows) for name, rows in places.fetched.items()}
         assert all(sum(size.values()) - host + size[name] + without[name] > memory for name in places.on_host)
-    with pytest.raises(UserError, match=r"takes 800 bytes .* the device has 500: 300 bytes"):
-        place_tables(loads((10, 10), 4, 0.0), ["C1"], 1000, 500)
+    with pytest.raises(UserError, match=r"takes 400 bytes .* the device has 300: 100 bytes"):
+        place_tables(loads((10, 10), 4, 0.0), ["C1"], 1000, 300)
 
 
 def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(

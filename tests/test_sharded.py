@@ -19,7 +19,7 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.lookup import Table, TablePiece
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.sharding.collectives import Ranks
-from lightning_dlrm.sharding.lookup import ShardedTables, Traffic
+from lightning_dlrm.sharding.lookup import ShardedTables
 from lightning_dlrm.sharding.plan import Piece, Plan
 from tests.ranks import ROOT, run_ranks, start_ranks
 from tests.sharded_fits import BF16, FIRST_STEP, HALF, PARITY, RESUMED, STEPS, Fit, metrics, run
@@ -231,9 +231,11 @@ def test_exchanges_of_validations_are_no_traffic_of_training() -> None:
     tables = ShardedTables([Table.of_column("A", 6)], 3, 1, plan, Ranks())
     ids = SparseIds(values=torch.tensor([[4], [1], [4]], dtype=torch.int32), tables=1)
     tables.eval()(ids)
-    assert tables.traffic == Traffic()
+    nothing = tables.measure()
+    assert nothing.seconds == 0 and nothing.tables["A"].rows.tolist() == [0]
     tables.train()(ids)
-    assert tables.traffic.rows == 2 and tables.traffic.seconds > 0
+    found = tables.measure()
+    assert found.seconds > 0 and found.tables["A"].rows.tolist() == [2]
 
 
 ONE_RANK_SPOILT = """

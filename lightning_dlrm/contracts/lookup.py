@@ -169,6 +169,8 @@ class EmbeddingLookup(nn.Module):
     """What the rows of ``weight`` are, in order."""
     LOOKS_AHEAD: ClassVar[bool] = False
     """Whether ``announce`` and ``start`` do anything."""
+    ON_HOST: ClassVar[bool] = False
+    """Whether ``weight`` stays in host memory, whatever the device."""
 
     def __init__(self) -> None:
         super().__init__()
