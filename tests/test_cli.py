@@ -228,7 +228,7 @@ def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixtu
         ("--trainer.log_every_n_steps=0", "trainer.log_every_n_steps is 0; give 1 or more"),
         ("--stop_at_auc=0.3", "stop_at_auc is 0.3"),
         ("--checkpoint.every_n_steps=-1", "checkpoint.every_n_steps is -1"),
-        ("--trainer.callbacks=WeightAveraging", "the averages of WeightAveraging would not be in the checkpoints"),
+        ("--trainer.callbacks=WeightAveraging", "set model.averaging.decay"),
     ],
 )
 def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -230,7 +230,7 @@ class CTRCommand(LightningCLI):
             if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
                 raise UserError(
                     f"trainer.callbacks: the averages of {type(callback).__name__} would not be in the checkpoints, "
-                    "which take table rows where they are; leave it out"
+                    "which take table rows where they are: set model.averaging.decay, such as 0.99, instead"
                 )
         try:
             # Of a strategy a copy: a trainer sets the accelerator in it, which the next trainer would refuse.
