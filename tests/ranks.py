@@ -34,7 +34,7 @@ def start_ranks(arguments: Sequence[Sequence[str]]) -> list[subprocess.Popen]:
     return [
         subprocess.Popen(
             [sys.executable, *of_rank],
-            env=_environment(rank, len(arguments), port),
+            env=os.environ | environment(rank, len(arguments), port),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -44,8 +44,9 @@ def start_ranks(arguments: Sequence[Sequence[str]]) -> list[subprocess.Popen]:
     ]
 
 
-def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    return os.environ | {
+def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun gives a rank, of several on this machine."""
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "GROUP_RANK": "0",
