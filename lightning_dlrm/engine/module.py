@@ -143,7 +143,7 @@ class CTRModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         # Loaders that hold a batch ready tell of it; of others, nothing is fetched or sent ahead.
-        loader = self.trainer.train_dataloader
+        loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "announce") and any(lookup.LOOKS_AHEAD for lookup in self.network.lookups()):
             loader.announce = lambda batch: self.network.announce(batch.ids)
 
@@ -246,20 +246,9 @@ class CTRModule(pl.LightningModule):
             refuse_bad_weights(self.network, checkpoint["global_step"], self.guard.advice)
 
         Ranks().each_does(refuse_bad_state)
-        slots: dict[EmbeddingLookup, dict[str, Tensor]] = {}
-        if checkpoint.get("optimizer_states"):
-            optimizer = self._optimizer()
-            slots = dict(zip(optimizer.lookups, optimizer.table_state, strict=True))
         for key in self._table_keys():
             del checkpoint["state_dict"][key]
-        checkpoint["tables"] = [
-            PieceTensors(
-                piece,
-                {"weight": piece.of(lookup.weight)} | {s: piece.of(t) for s, t in slots.get(lookup, {}).items()},
-            )
-            for lookup in self.network.lookups()
-            for piece in lookup.pieces
-        ]
+        checkpoint["tables"] = self.table_pieces(with_state=bool(checkpoint.get("optimizer_states")))
         checkpoint["header"] = {
             "model": type(self.network).__name__,
             "encoding_fingerprint": self.schema.encoding_fingerprint,
@@ -268,6 +257,21 @@ class CTRModule(pl.LightningModule):
             "epoch": checkpoint["epoch"],
         }
         checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
+
+    def table_pieces(self, with_state: bool = True) -> list[PieceTensors]:
+        """What this rank holds of the tables, and of their optimiser state; views of the live tensors."""
+        slots: dict[EmbeddingLookup, dict[str, Tensor]] = {}
+        if with_state:
+            optimizer = self._optimizer()
+            slots = dict(zip(optimizer.lookups, optimizer.table_state, strict=True))
+        return [
+            PieceTensors(
+                piece,
+                {"weight": piece.of(lookup.weight)} | {s: piece.of(t) for s, t in slots.get(lookup, {}).items()},
+            )
+            for lookup in self.network.lookups()
+            for piece in lookup.pieces
+        ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is of this model and data, and reads the tables in place.
