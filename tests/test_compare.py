@@ -24,12 +24,16 @@ from datamodules.generate.demo import DemoSettings
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.compare import command as comparing
+from lightning_dlrm.compare.anatomy import anatomy
 from lightning_dlrm.compare.experiment import PlannedArm, plan_arms, read_experiment
+from lightning_dlrm.compare.operators import breakdown
 from lightning_dlrm.compare.processes import Job, Slots, trained_samples, work_off
+from lightning_dlrm.compare.results import compare
 from lightning_dlrm.compare.runs import arms_of, read_run
-from lightning_dlrm.compare.scores import note_source
+from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import exact_auc
+from lightning_dlrm.tracking.dashboard import Dashboard
 
 REPOSITORY = Path(__file__).parents[1]
 DEMO = {"train_rows": 2000, "validation_rows": 500, "test_rows": 400, "max_table_rows": 50}
@@ -305,6 +309,46 @@ def test_runs_are_grouped_by_configuration_whatever_their_seed() -> None:
     assert [(arm.name, arm.seeds) for arm in arms_of(runs)] == [("DLRM", (1, 2)), ("DCN", (1, 2))]
     with pytest.raises(UserError, match="one configuration and one seed"):
         arms_of([*runs, runs[0]])
+
+
+def test_a_sharded_run_shows_what_each_rank_held() -> None:
+    dlrm, _ = planned()
+    path = leave_run(dlrm, 1, Path("out"), 1.0)
+    alone = anatomy(read_run(path))
+    assert alone.sharding is None
+    assert sum(alone.tables.values()) == dlrm.size.tables and sum(alone.dense.values()) == dlrm.size.dense
+    summary = json.loads((path / "summary.json").read_text())
+    summary["final"]["parallel/ranks"] = 2
+    (path / "summary.json").write_text(json.dumps(summary))
+    sharding = anatomy(read_run(path)).sharding
+    assert sharding is not None and [cost.rank for cost in sharding.costs] == [0, 1]
+    assert TINY["embedding_dim"] * sum(cost.rows for cost in sharding.costs) == dlrm.size.tables
+    assert sharding.batch_size == 200
+    assert breakdown(arms_of([read_run(path)]), Path("operators.json")) == ({}, ["DLRM: its tables lie on 2 ranks"])
+
+
+def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = planned()
+    runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm in arms for seed in (1, 2)]
+    labels = shared_labels(runs, "test")
+    scores = {run.name: read_scores(Path("out/scores") / run.name, *labels.values()) for run in runs}
+    comparison = compare(arms_of(runs), scores, title="t", split="test")
+    published = []
+    monkeypatch.setattr(comparing, "choose_mode", lambda mode: ("online", ""))
+    monkeypatch.setattr(comparing, "publish", lambda board: published.append(board) or {"report": "https://w/r"})
+    said = comparing._dashboard({"project": "p", "mode": "auto"}, "tiny-out", comparison)
+    assert said == "W&B report: https://w/r"
+    assert published == [
+        Dashboard(project="p", group="tiny-out", findings=[pair.sentence for pair in comparison.pairs])
+    ]
+
+    def refuse(board: Dashboard) -> None:
+        raise UserError("no extra")
+
+    monkeypatch.setattr(comparing, "publish", refuse)
+    assert "no workspace and no report (no extra); later: python -m" in comparing._dashboard(
+        {"project": "p", "mode": "auto"}, "tiny-out", comparison
+    )
 
 
 # --- processes -----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from jsonargparse import DefaultHelpFormatter
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lightning_dlrm.cli.lightning import SettingsCommand
+from lightning_dlrm.cli.palette import OKABE_ITO, filling
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.module import CTRModule
@@ -291,27 +292,34 @@ def draw(
     figure = Figure(figsize=(10, 8), layout="constrained")
     held, work, sent = figure.subplots(3, 1, sharex=True)
     ranks, width = [cost.rank for cost in costs], 0.8 if plan.ranks <= 64 else 1.0
+
+    def looks(number: int) -> dict[str, Any]:
+        # On thin bars hatches and edges would hide the colours.
+        return filling(number) if plan.ranks <= 64 else {"color": OKABE_ITO[number]}
+
     largest = sorted(loads, key=lambda load: -load.bytes)[:_TABLES_COLOURED]
     bottom = [0.0] * plan.ranks
-    for load in largest:
+    for number, load in enumerate(largest):
         sizes = [cost.bytes_of_table.get(load.name, 0) / 2**30 for cost in costs]
-        held.bar(ranks, sizes, width, bottom, label=load.name)
+        held.bar(ranks, sizes, width, bottom, label=load.name, **looks(number))
         bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
     if len(loads) > len(largest):
         rest = [cost.bytes / 2**30 - b for cost, b in zip(costs, bottom, strict=True)]
         held.bar(ranks, rest, width, bottom, label=f"{len(loads) - len(largest)} others", color="0.7")
     held.set_ylabel("weights and\noptimiser state, GiB")
     held.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    work.bar(ranks, [cost.work for cost in costs], width, color="tab:blue")
+    work.bar(ranks, [cost.work for cost in costs], width, color=OKABE_ITO[0])
     work.set_ylabel("rows asked\nfor a batch")
     bottom = [0.0] * plan.ranks
-    for name, amounts in (
-        ("ids", [cost.sent_ids for cost in costs]),
-        ("vectors", [cost.sent_vectors for cost in costs]),
-        ("gradients", [cost.sent_gradients for cost in costs]),
+    for number, (name, amounts) in enumerate(
+        (
+            ("ids", [cost.sent_ids for cost in costs]),
+            ("vectors", [cost.sent_vectors for cost in costs]),
+            ("gradients", [cost.sent_gradients for cost in costs]),
+        )
     ):
         sizes = [amount / 2**20 for amount in amounts]
-        sent.bar(ranks, sizes, width, bottom, label=name)
+        sent.bar(ranks, sizes, width, bottom, label=name, **looks(number))
         bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
     sent.set_ylabel("sent in a\ntraining step, MiB")
     sent.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

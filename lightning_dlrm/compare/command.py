@@ -3,7 +3,7 @@
 import argparse
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,7 +36,9 @@ from lightning_dlrm.compare.scores import (
 )
 from lightning_dlrm.compare.terminal import arms_table, closing_words
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.tracking.dashboard import Dashboard, publish
 from lightning_dlrm.tracking.run_folder import SUMMARY
+from lightning_dlrm.tracking.wandb_run import choose_mode
 
 EXAMPLES = """\
 examples:
@@ -155,7 +157,26 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
         Arm(name=arm.name, runs=[read_run(output / "runs" / names[arm.name, seed]) for seed in experiment.seeds])
         for arm in arms
     ]
-    return _report(finished, options, output, title=_title(experiment, arms))
+    comparison = _report(finished, options, output, title=_title(experiment, arms))
+    print(_dashboard(arms[0].document["wandb"], group, comparison))
+    return 0
+
+
+def _dashboard(settings: Mapping[str, Any], group: str, comparison: Comparison) -> str:
+    """Saves the runs' workspace and report at W&B, where they are online; says where, or how to do it later."""
+    later = f"python -m lightning_dlrm dashboard --project {settings['project']} --group {group}"
+    mode, reason = choose_mode(settings["mode"])
+    if mode == "disabled":
+        return "W&B: disabled"
+    if mode == "offline":
+        return f"W&B: offline ({reason}); for a workspace and a report there, once the runs are sent: {later}"
+    findings = [pair.sentence for pair in comparison.pairs]
+    try:
+        saved = publish(Dashboard(project=settings["project"], group=group, findings=findings))
+    except UserError as error:
+        # The report is there; a page of W&B's is no reason to fail.
+        return f"W&B: no workspace and no report ({error}); later: {later}"
+    return "\n".join(f"W&B {name}: {address}" for name, address in saved.items())
 
 
 def _job(arm: PlannedArm, seed: int, name: str, config: Path, output: Path, split: Split, group: str) -> Job:
@@ -223,23 +244,24 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
     title = (
         f"{' / '.join(arm.name for arm in arms)} on {runs[0].final['dataset']} (protocol {runs[0].final['protocol']})"
     )
-    return _report(arms, options, output, title=title, warnings=warnings)
+    _report(arms, options, output, title=title, warnings=warnings)
+    return 0
 
 
 def _report(
     arms: Sequence[Arm], options: argparse.Namespace, output: Path, *, title: str, warnings: Sequence[str] = ()
-) -> int:
+) -> Comparison:
     runs: list[Run] = [run for arm in arms for run in arm.runs]
     labels = shared_labels(runs, options.split)
     scores = {run.name: read_scores(_scores(output, run.name), labels[run.final["data_fingerprint"]]) for run in runs}
-    comparison: Comparison = compare(arms, scores, title=title, split=options.split, warnings=warnings)
+    comparison = compare(arms, scores, title=title, split=options.split, warnings=warnings)
     anatomies = {arm.name: anatomy(arm.runs[0]) for arm in arms}
     times, notes = breakdown(arms, output / "operators.json")
     pictures = draw_all(comparison, anatomies, times, output / "figures")
     write_report(comparison, pictures, anatomies, notes, output / "report.html")
     comparison.write_json(output / "report.json")
     print(closing_words(comparison, output))
-    return 0
+    return comparison
 
 
 def _make(output: Path) -> None:

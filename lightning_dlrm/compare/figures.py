@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from lightning_dlrm.cli.palette import OKABE_ITO, filling
 from lightning_dlrm.cli.plan import draw as draw_plan
 from lightning_dlrm.compare.anatomy import Anatomy
 from lightning_dlrm.compare.operators import ALL_KINDS
@@ -23,10 +24,8 @@ from lightning_dlrm.compare.runs import Arm
 from lightning_dlrm.compare.statistics import METRICS
 from lightning_dlrm.tracking import names
 
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 LINES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 1)), (0, (5, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++")
 FIRST_SHOWN = 0.05
 """Share of a run that curves leave out at its beginning."""
 SHOWN_MARKS = 8
@@ -161,7 +160,7 @@ class _Drawing:
         xs, ys, length = xs[shown], ys[:, shown], int(shown.sum())
         style = dict(self._styles[arm.name])
         if thin:
-            style |= {"marker": "", "linewidth": 0.9, "alpha": 0.75}
+            style |= {"marker": "" if length > 1 else ".", "linewidth": 0.9, "alpha": 0.75}
         else:
             style |= {"linewidth": 1.8, "markersize": 4, "markevery": max(1, length // SHOWN_MARKS)}
         axes.plot(xs, ys.mean(0), label=label, **style)
@@ -300,7 +299,7 @@ class _Drawing:
         for i, (title, anatomy) in enumerate(distinct.items()):
             at = np.arange(len(shown)) + (i - (len(distinct) - 1) / 2) * width
             counts = [anatomy.tables.get(name, 0) for name in shown]
-            left.bar(at, counts, width, label=title, color=OKABE_ITO[i], hatch=HATCHES[i % 6], edgecolor="white")
+            left.bar(at, counts, width, label=title, **filling(i))
         left.set_yscale("log")
         left.set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
         left.set_ylabel("parameters")
@@ -402,7 +401,7 @@ def _stack(axes: Axes, bars: Sequence[str], amounts: Mapping[str, Sequence[float
     bottom = np.zeros(len(bars))
     highest = max(float(np.sum([values[i] for values in amounts.values()])) for i in range(len(bars)))
     for i, (name, values) in enumerate(amounts.items()):
-        look: dict[str, Any] = {"color": OKABE_ITO[i % 8], "hatch": HATCHES[i % 6], "edgecolor": "white"}
+        look: dict[str, Any] = filling(i)
         axes.bar(range(len(bars)), values, 0.6, bottom, label=name, **look)
         for x, value in enumerate(values):
             if value > 0.06 * highest:

@@ -15,6 +15,7 @@ from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
 from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
 from lightning_dlrm.models.accounting import ModelSize, model_size
+from lightning_dlrm.models.memory import keep_freed_memory
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.objectives.curves import ClickCurves, click_curves
@@ -142,6 +143,7 @@ class CTRModule(pl.LightningModule):
             ours.clip_gradient_norm(gradient_clip_val)
 
     def on_train_start(self) -> None:
+        keep_freed_memory()
         # Loaders that hold a batch ready tell of it; of others, nothing is fetched or sent ahead.
         loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "announce") and any(lookup.LOOKS_AHEAD for lookup in self.network.lookups()):

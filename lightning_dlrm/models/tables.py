@@ -17,6 +17,7 @@ from torch.nn import functional
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, Table, TablePiece, gather_rows
+from lightning_dlrm.models.memory import empty_table
 
 BLOCK_ROWS = 65_536
 """Initial rows are drawn block by block, so that any piece of a table can be made anywhere."""
@@ -66,7 +67,9 @@ class EmbeddingTables(EmbeddingLookup):
         self.tables = tuple(tables)
         self.pieces = tuple(pieces)
         device = torch.device("meta") if _rows_elsewhere.get() else self._place()
-        self.weight = nn.Parameter(torch.empty(total, width, device=device), requires_grad=trainable)
+        self.weight = nn.Parameter(
+            empty_table((total, width), torch.get_default_dtype(), device), requires_grad=trainable
+        )
         # int32 halves the time to sort rows; it reaches past any published table set.
         dtype = torch.int32 if total <= torch.iinfo(torch.int32).max else torch.int64
         self.register_buffer("row_offsets", torch.tensor([p.offset for p in pieces], dtype=dtype), persistent=False)

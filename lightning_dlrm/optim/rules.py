@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.models.memory import empty_table
 
 
 class UpdateRule:
@@ -251,4 +252,4 @@ def _precise(weight: Tensor) -> torch.dtype:
 
 
 def _slot(weight: Tensor, value: float) -> Tensor:
-    return torch.full_like(weight.detach(), value, dtype=_precise(weight), requires_grad=False)
+    return empty_table(weight.shape, _precise(weight), weight.device).fill_(value)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, SortedLookups, Table, TablePiece
+from lightning_dlrm.models.memory import empty_table
 from lightning_dlrm.models.pooling import pool_rows
 from lightning_dlrm.models.tables import EmbeddingTables, fill_initial_rows
 from lightning_dlrm.sharding.collectives import Ranks, Travelling
@@ -175,7 +176,7 @@ class ShardedTables(EmbeddingLookup):
             ("rank_bounds", [0, *itertools.accumulate(map(len, held))]),
         ):
             self.register_buffer(buffer, torch.tensor(values, dtype=index, device=device), persistent=False)
-        weight_RD = torch.empty(rows_held[ranks.rank], width, dtype=dtype, device=device)
+        weight_RD = empty_table((rows_held[ranks.rank], width), dtype, torch.device(device))
         self.weight = nn.Parameter(weight_RD, requires_grad=trainable)
         fill_initial_rows(weight_RD, self.tables, self.pieces, seed)
 
