@@ -458,7 +458,9 @@ def add_matching_arguments(parser: Any) -> None:
         help="configuration whose hidden layers are to be widened or narrowed, with its overlays: params --match "
         "dcn.yaml --to dlrm.yaml --by dense --output matched.yaml (other options, such as --data.path, go to both)",
     )
-    parser.add_argument("--to", nargs="+", default=None, help="configuration whose cost is to be met, with its overlays")
+    parser.add_argument(
+        "--to", nargs="+", default=None, help="configuration whose cost is to be met, with its overlays"
+    )
     parser.add_argument(
         "--by", default="dense", help="what is to be met: total, dense (parameters), or flops (forward)"
     )

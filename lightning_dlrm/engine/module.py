@@ -13,9 +13,9 @@ from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
-from lightning_dlrm.engine.graphs import GraphedStep, SideStream
 from lightning_dlrm.engine.averaging import KEY as AVERAGES
 from lightning_dlrm.engine.averaging import Averaging, WeightAverages, average_rows, averaged_dense
+from lightning_dlrm.engine.graphs import GraphedStep, SideStream
 from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
@@ -135,17 +135,6 @@ class CTRModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"},
         }
 
-    def on_train_start(self) -> None:
-        # Not before the weights are where they will be trained.
-        if self.averaging is not None:
-            start = self.averaging.start_share
-            self.averages = WeightAverages(
-                self.network, self.averaging, int(start * self._total_steps()) if start else 0
-            )
-            if self._saved_averages is not None:
-                self.averages.load(*self._saved_averages)
-                self._saved_averages = None
-
     def _total_steps(self) -> int:
         """Optimiser steps of the whole fit.
 
@@ -241,9 +230,18 @@ class CTRModule(pl.LightningModule):
     def on_train_start(self) -> None:
         keep_freed_memory()
         # Loaders that hold a batch ready tell of it; of others, nothing is fetched or sent ahead.
-        loader = self.trainer.train_dataloader
+        loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "announce") and any(lookup.LOOKS_AHEAD for lookup in self.network.lookups()):
             loader.announce = lambda batch: self.network.announce(batch.ids)
+        # Not before the weights are where they will be trained.
+        if self.averaging is not None:
+            start = self.averaging.start_share
+            self.averages = WeightAverages(
+                self.network, self.averaging, int(start * self._total_steps()) if start else 0
+            )
+            if self._saved_averages is not None:
+                self.averages.load(*self._saved_averages)
+                self._saved_averages = None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.averages is not None:
@@ -356,29 +354,11 @@ class CTRModule(pl.LightningModule):
             refuse_bad_weights(self.network, checkpoint["global_step"], self.guard.advice)
 
         Ranks().each_does(refuse_bad_state)
-        slots: dict[EmbeddingLookup, dict[str, Tensor]] = {}
-        if checkpoint.get("optimizer_states"):
-            optimizer = self._optimizer()
-            slots = dict(zip(optimizer.lookups, optimizer.table_state, strict=True))
         for key in self._table_keys():
             del checkpoint["state_dict"][key]
-        averages = {}
         if self.averages is not None:
-            averages = self.averages.slots()
             checkpoint[AVERAGES] = self.averages.state(checkpoint["global_step"])
-        checkpoint["tables"] = [
-            PieceTensors(
-                piece,
-                {
-                    slot: piece.of(tensor)
-                    for slot, tensor in (
-                        {"weight": lookup.weight} | slots.get(lookup, {}) | averages.get(lookup, {})
-                    ).items()
-                },
-            )
-            for lookup in self.network.lookups()
-            for piece in lookup.pieces
-        ]
+        checkpoint["tables"] = self.table_pieces(with_state=bool(checkpoint.get("optimizer_states")))
         checkpoint["header"] = {
             "model": type(self.network).__name__,
             "encoding_fingerprint": self.schema.encoding_fingerprint,
@@ -387,6 +367,23 @@ class CTRModule(pl.LightningModule):
             "epoch": checkpoint["epoch"],
         }
         checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
+
+    def table_pieces(self, with_state: bool = True) -> list[PieceTensors]:
+        """What this rank holds of the tables, of their optimiser state and averages; views of the live tensors."""
+        slots: dict[EmbeddingLookup, dict[str, Tensor]] = {}
+        if with_state:
+            optimizer = self._optimizer()
+            slots = dict(zip(optimizer.lookups, optimizer.table_state, strict=True))
+        averages = {} if self.averages is None else self.averages.slots()
+
+        def tensors_of(lookup: EmbeddingLookup) -> dict[str, Tensor]:
+            return {"weight": lookup.weight, **slots.get(lookup, {}), **averages.get(lookup, {})}
+
+        return [
+            PieceTensors(piece, {name: piece.of(tensor) for name, tensor in tensors_of(lookup).items()})
+            for lookup in self.network.lookups()
+            for piece in lookup.pieces
+        ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is of this model and data, and reads the tables in place.
