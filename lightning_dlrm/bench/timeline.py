@@ -25,15 +25,17 @@ class Timeline:
         self._finish = finisher(device)
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
-        tables = getattr(network, "embeddings", None) or network.tables
-        parts: dict[str, Any] = {"bottom MLP": network.bottom, "tables": tables, "top MLP": network.top}
+        tables = "embeddings" if hasattr(network, "embeddings") else "tables"
+        parts = {"bottom MLP": "bottom", "tables": tables, "top MLP": "top"}
         self._handles = []
-        for name, part in parts.items():
+        for name, attribute in parts.items():
+            part = network.get_submodule(attribute)
             self._handles += [
                 part.register_forward_pre_hook(lambda *_, name=name: self.mark(f"{name} forward")),
                 part.register_forward_hook(lambda *given, name=name: self._after(name, given[-1])),
             ]
-        self._handles.append(network.top.register_forward_pre_hook(lambda _, inputs: self._before_top(inputs[0])))
+        top = network.get_submodule("top")
+        self._handles.append(top.register_forward_pre_hook(lambda _, inputs: self._before_top(inputs[0])))
 
     def mark(self, label: str) -> None:
         """From here on, time counts for a label; for ``""`` it does not count."""

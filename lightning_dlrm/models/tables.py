@@ -17,6 +17,8 @@ from torch.nn import functional
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, Table, TablePiece, gather_rows
+from lightning_dlrm.kernels.choice import Kernels, choose
+from lightning_dlrm.models.fused_tables import FusedLookup
 from lightning_dlrm.models.memory import empty_table
 
 BLOCK_ROWS = 65_536
@@ -51,6 +53,8 @@ class EmbeddingTables(EmbeddingLookup):
     """
 
     row_offsets: Tensor
+    kernels: Kernels = "auto"
+    """Which code looks up and updates the rows."""
 
     def __init__(self, tables: Sequence[Table], width: int, seed: int = 0, trainable: bool = True) -> None:
         super().__init__()
@@ -78,7 +82,9 @@ class EmbeddingTables(EmbeddingLookup):
 
     def forward(self, ids: SparseIds) -> Tensor:
         """See EmbeddingLookup.forward."""
-        if ids.offsets is None:
+        if choose(self.kernels, self.weight.device.type, self.weight.dtype) == "triton":
+            vectors = FusedLookup.apply(self.weight, _flat(ids.weights), ids, self.row_offsets, self)
+        elif ids.offsets is None:
             rows_BF = ids.values + self.row_offsets
             vectors = _LookupRows.apply(self.weight, rows_BF.view(-1), None, _flat(ids.weights), None, self)
         else:
