@@ -11,6 +11,7 @@ WORKS: dict[str, str] = {
     "step": "a training step on batches in memory",
     "fit": "the whole fit from a dataset folder, against bare loops",
     "paper": "the benchmark of the DLRM paper's section 5.2, by operator and as a roofline",
+    "gpu": "all that is asked of one GPU, checked and timed in one call",
     "auc": "the exact AUC of as many predictions as Terabyte's held-out day has",
     "sharding": "training steps with tables in pieces on several processes, against copied tables",
     "trace": "profiling a column's accesses, and generating accesses like them",

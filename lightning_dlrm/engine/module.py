@@ -1,7 +1,7 @@
 """The one LightningModule: any network, any rules, any dataset."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -17,6 +17,7 @@ from lightning_dlrm.engine.graphs import GraphedStep, SideStream
 from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
+from lightning_dlrm.models.fbgemm_tables import use_fbgemm
 from lightning_dlrm.models.memory import keep_freed_memory
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
@@ -42,7 +43,7 @@ class CTRModule(pl.LightningModule):
         loss: what is minimised: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
             whatever it is.
         kernels: what looks up and updates table rows. plain: torch, on any device; triton: fused kernels for a
-            CUDA device; auto: triton on a CUDA device, else plain.
+            CUDA device; auto: triton on a CUDA device, else plain; fbgemm: FBGEMM's, where it is installed.
         cuda_graphs: launch a whole step at once, for a CUDA device; batches of another size than the first (an epoch's
             last one) are trained on without. It needs the fused kernels.
         schema: of the dataset; taken from the data.
@@ -60,7 +61,7 @@ class CTRModule(pl.LightningModule):
         schedule: Schedule | None = None,
         loss: Loss | None = None,
         *,
-        kernels: Kernels = "auto",
+        kernels: Kernels | Literal["fbgemm"] = "auto",
         cuda_graphs: bool = False,
         schema: DatasetSchema,
         seed: int = 0,
@@ -78,7 +79,7 @@ class CTRModule(pl.LightningModule):
         self.dense_rule = dense_optimizer
         self.schedule = schedule or Constant()
         self.loss = loss or LogLoss()
-        self.kernels: Kernels = kernels
+        self.kernels = kernels
         self.cuda_graphs = cuda_graphs
         self._graphs: GraphedStep | None = None
         self._replayed = False
@@ -107,7 +108,7 @@ class CTRModule(pl.LightningModule):
         if not hasattr(self, "network"):
             self.network = self.make_network(self.schema.features, self.seed)
             for lookup in self.network.lookups():
-                if isinstance(lookup, EmbeddingTables):
+                if isinstance(lookup, EmbeddingTables) and self.kernels != "fbgemm":
                     lookup.kernels = self.kernels
 
     def configure_optimizers(self) -> Any:
@@ -115,6 +116,9 @@ class CTRModule(pl.LightningModule):
             # A gradient scaler would unscale the dense gradients and pass over the tables' rows.
             raise UserError("precision 16-mixed scales the loss, which table rows do not support; use bf16-mixed")
         network = self.network
+        if self.kernels == "fbgemm":
+            # Here the rows are on their device, and the weights are still nobody's.
+            use_fbgemm(network, type(self.table_rule).__name__, vars(self.table_rule))
         if self.trainer.world_size > 1 and any(isinstance(lookup, EmbeddingTables) for lookup in network.lookups()):
             raise UserError(
                 "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp"
@@ -162,7 +166,7 @@ class CTRModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         device = self.trainer.strategy.root_device
         for lookup in self.network.lookups():
-            if isinstance(lookup, EmbeddingTables):
+            if isinstance(lookup, EmbeddingTables) and self.kernels != "fbgemm":
                 choose(self.kernels, lookup.weight.device.type, lookup.weight.dtype)
         if not self.cuda_graphs:
             return
