@@ -237,12 +237,13 @@ def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixtu
         ("--trainer.accumulate_grad_batches=3", "validate between steps"),
         ("--trainer.log_every_n_steps=0", "trainer.log_every_n_steps is 0; give 1 or more"),
         ("--stop_at_auc=0.3", "stop_at_auc is 0.3"),
+        ("--stop_at_auc=0.8 --trainer.limit_val_batches=0", "trainer.limit_val_batches is 0"),
         ("--checkpoint.every_n_steps=-1", "checkpoint.every_n_steps is -1"),
-        ("--trainer.callbacks=WeightAveraging", "the averages of WeightAveraging would not be in the checkpoints"),
+        ("--trainer.callbacks=WeightAveraging", "set model.averaging.decay"),
     ],
 )
 def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*FIT, *QUICK, "--run_dir", "run", option]) == 2
+    assert main([*FIT, *QUICK, "--run_dir", "run", *option.split()]) == 2
     assert said in capsys.readouterr().err
     assert not Path("run").exists()
 

@@ -258,6 +258,10 @@ class CTRCommand(LightningCLI):
             raise UserError(f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}; give 1 or more")
         if settings["log_every_n_steps"] is not None and settings["log_every_n_steps"] < 1:
             raise UserError(f"trainer.log_every_n_steps is {settings['log_every_n_steps']}; give 1 or more")
+        if self._settings().get("stop_at_auc") is not None and settings["limit_val_batches"] == 0:
+            raise UserError(
+                "stop_at_auc looks at validations, and trainer.limit_val_batches is 0: leave one of them out"
+            )
         if settings["reload_dataloaders_every_n_epochs"]:
             raise UserError(
                 "trainer.reload_dataloaders_every_n_epochs: the stream orders every epoch by itself; leave it at 0"
@@ -266,7 +270,7 @@ class CTRCommand(LightningCLI):
             if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
                 raise UserError(
                     f"trainer.callbacks: the averages of {type(callback).__name__} would not be in the checkpoints, "
-                    "which take table rows where they are; leave it out"
+                    "which take table rows where they are: set model.averaging.decay, such as 0.99, instead"
                 )
         try:
             # Of a strategy a copy: a trainer sets the accelerator in it, which the next trainer would refuse.
@@ -449,11 +453,14 @@ def add_matching_arguments(parser: Any) -> None:
     """Options of ``params`` that make one model cost what another does."""
     parser.add_argument(
         "--match",
+        nargs="+",
         default=None,
-        help="configuration whose hidden layers are to be widened or narrowed: params --match dcn.yaml "
-        "--to dlrm.yaml --by dense --output matched.yaml (other options, such as --data.path, go to both)",
+        help="configuration whose hidden layers are to be widened or narrowed, with its overlays: params --match "
+        "dcn.yaml --to dlrm.yaml --by dense --output matched.yaml (other options, such as --data.path, go to both)",
     )
-    parser.add_argument("--to", default=None, help="configuration whose cost is to be met")
+    parser.add_argument(
+        "--to", nargs="+", default=None, help="configuration whose cost is to be met, with its overlays"
+    )
     parser.add_argument(
         "--by", default="dense", help="what is to be met: total, dense (parameters), or flops (forward)"
     )

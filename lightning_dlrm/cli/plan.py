@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -96,6 +96,12 @@ class PlanCommand(SettingsCommand):
             help="ids that a sample looks up on average: one figure for all columns, or one for each, separated by "
             "commas; by default what the dataset says of its multi-hot columns, and 1",
         )
+        parser.add_argument(
+            "--wire",
+            type=Literal["full", "bf16"],
+            default="full",
+            help="type of vectors and gradients while they travel, as the strategy's option",
+        )
         parser.add_argument("--plan", type=str | None, default=None, help="show this plan instead of making one")
         parser.add_argument("--output", type=str | None, default=None, help="write the plan there, as YAML")
         parser.add_argument("--plot", type=str | None, default=None, help="draw it there: PNG, SVG or PDF")
@@ -118,7 +124,8 @@ def run(arguments: Sequence[str]) -> int:
     else:
         memory = None if settings.memory_per_rank is None else parse_memory(settings.memory_per_rank)
         plan = make_plan(loads, settings.ranks, batch_size, memory)
-    costs = rank_costs(plan, loads, batch_size)
+    element_bytes = 2 if settings.wire == "bf16" else network.lookups()[0].weight.element_size()
+    costs = rank_costs(plan, loads, batch_size, element_bytes)
     if settings.output is not None:
         _write(Path(settings.output), yaml.safe_dump(plan.document(), default_flow_style=None, sort_keys=False))
     if settings.plot is not None:
@@ -134,6 +141,7 @@ def _place(settings: Any, network: CTRNetwork, loads: Sequence[TableLoad], batch
         ("--memory-per-rank", settings.memory_per_rank is not None),
         ("--plan", settings.plan is not None),
         ("--plot", settings.plot is not None),
+        ("--wire", settings.wire != "full"),
     ):
         if given:
             raise UserError(f"--device-memory is for one device, {option} for several ranks: give one of them")

@@ -42,9 +42,10 @@ from lightning_dlrm.tracking.wandb_run import choose_mode
 
 EXAMPLES = """\
 examples:
-  python -m lightning_dlrm compare --config figure5.yaml --config figure5/small.yaml --seeds 1,2 --output figure5
-  python -m lightning_dlrm compare --config figure5.yaml --config criteo_kaggle.yaml --data.path DIR --output figure5
-  python -m lightning_dlrm compare runs/dlrm-1 runs/dlrm-2 runs/dcn-1 runs/dcn-2 --output dlrm_vs_dcn
+  python -m lightning_dlrm compare --config figure5.yaml --config figure5/small.yaml --seeds 1,2 --output runs/small
+  python -m lightning_dlrm compare --config figure5.yaml --config criteo_kaggle.yaml --data.path DIR \\
+      --output runs/figure5
+  python -m lightning_dlrm compare runs/dlrm-1 runs/dlrm-2 runs/dcn-1 runs/dcn-2 --output runs/dlrm_vs_dcn
 
 An experiment's YAML names arms (configurations), seeds, and what is compared: see configs/figure5.yaml. Other --config
 files and options such as --data.path or --trainer.max_steps go to all its runs. Runs that are finished are not
@@ -56,23 +57,20 @@ The folder after --output gets report.html, its figures as PNG, report.json, and
 
 def run(arguments: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(arguments)
-    options.configs = options.config or []
     options.seeds = None if options.seeds is None else _seeds(options.seeds)
     options.parallel = None if options.parallel is None else _positive(options.parallel)
-    # Options of the runs, such as --data.path DIR, have values that look like run folders.
-    given = [part for part in rest if not part.startswith("-")] if not options.configs else []
-    if not options.configs:
-        unknown = [part for part in rest if part.startswith("-")]
-        if unknown:
-            raise UserError(f"unknown option {unknown[0]}; compare --help lists them")
-        if not given:
-            raise UserError("nothing to compare: give run folders, or an experiment such as --config figure5.yaml")
+    # An experiment's other options are for its runs; without one, what is left are run folders.
+    unknown = [] if options.config else [part for part in rest if part.startswith("-")]
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}; compare --help lists them")
+    if not (options.config or rest):
+        raise UserError("nothing to compare: give run folders, or an experiment such as --config figure5.yaml")
     if options.output is None:
         raise UserError("compare needs a folder for its report: give --output DIR")
     output = Path(options.output)
-    if options.configs:
+    if options.config:
         return _run_experiment(options, rest, output)
-    return _run_given([Path(path) for path in given], options, output)
+    return _run_given([Path(path) for path in rest], options, output)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,7 +115,7 @@ def _positive(text: str) -> int:
 
 
 def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Path) -> int:
-    configs = [find_config(name) for name in options.configs]
+    configs = [find_config(name) for name in options.config]
     experiments = [path for path in configs if is_experiment(path)]
     if len(experiments) != 1:
         raise UserError(

@@ -358,7 +358,7 @@ class _Drawing:
 
     def _legend(self, figure: Figure, axes: Axes) -> None:
         handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
 
     def _warning(self) -> str:
         warnings = self._comparison.warnings

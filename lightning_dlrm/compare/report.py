@@ -3,7 +3,6 @@
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
@@ -12,7 +11,7 @@ from markupsafe import Markup, escape
 from lightning_dlrm.compare.anatomy import Anatomy
 from lightning_dlrm.compare.figures import Picture
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
-from lightning_dlrm.compare.runs import Arm, differing
+from lightning_dlrm.compare.runs import Arm, differing, told
 from lightning_dlrm.tracking import names
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -128,17 +127,10 @@ def _parameters(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy]) -> list[l
 def _settings(arms: Sequence[Arm]) -> list[list[str]]:
     rows = [["", *(arm.name for arm in arms)]]
     for key, values in differing({arm.name: arm.settings for arm in arms}).items():
-        told = [_short(values.get(arm.name)) for arm in arms]
-        if len(set(told)) > 1:
-            rows.append([key, *told])
+        cells = [told(values.get(arm.name)) for arm in arms]
+        if len(set(cells)) > 1:
+            rows.append([key, *cells])
     return rows
-
-
-def _short(value: Any) -> str:
-    """Of a class its name; of what a model does not have, or leaves out, a dash."""
-    if value in (None, False):
-        return "-"
-    return value.rpartition(".")[2] if isinstance(value, str) else str(value)
 
 
 def _runs(comparison: Comparison) -> list[list[str]]:

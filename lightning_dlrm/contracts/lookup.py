@@ -215,12 +215,13 @@ class EmbeddingLookup(nn.Module):
         return self._gradients[0]
 
     def squared_gradient_norm(self) -> Tensor:
-        """Sum of squares of the gradient of the whole tables, wherever their rows are held; 0-dim.
-
-        Where they are held by several ranks, all of them call it together.
-        """
+        """Sum of squares of the gradient of the rows held here; 0-dim."""
         gradient = self.gradient()
         return self.weight.new_zeros(()) if gradient is None else gradient.squared_norm()
+
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all who hold rows of a network's tables; they call it together, for all lookups."""
+        return value
 
     def replace_gradient(self, gradient: RowGradient) -> None:
         """Puts another gradient in place of ``gradient()``; for clipping."""

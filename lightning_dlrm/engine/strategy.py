@@ -1,6 +1,7 @@
 """Tables in pieces on all ranks, dense layers copied: a DDPStrategy that any CTR network can be trained with."""
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,8 @@ class EmbeddingShardedDDP(DDPStrategy):
     def setup_environment(self) -> None:
         # Processes may start minutes apart; from here on they keep step.
         super().setup_environment()
+        # Of a gradient [1, n], whose first stride is of no meaning.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         set_timeout(self._timeout_seconds)
         # Its group is made while every rank is here: others would wait for hours to make it with one that has ended.
         Ranks(patient=True)
@@ -140,11 +143,15 @@ class EmbeddingShardedDDP(DDPStrategy):
         lookups = [lookup for lookup in self.lightning_module.network.lookups() if isinstance(lookup, ShardedTables)]
         traffic = [lookup.measure() for lookup in lookups]
         seconds = ranks.all_gather(np.array([sum(of_lookup.seconds for of_lookup in traffic)]))
+        sent, asked = np.zeros(ranks.ranks), np.zeros(ranks.ranks)
+        for of_lookup in traffic:
+            sent += of_lookup.sent_bytes
+            asked += sum(table.rows for table in of_lookup.tables.values())
         tables = {name: table for of_lookup in traffic for name, table in of_lookup.tables.items()}
         figures = {
             names.EXCHANGE_MS: 1000 * float(max(seconds)[0]) / steps,
-            names.SENT_BYTES: float(sum(of_lookup.sent_bytes for of_lookup in traffic).max()) / steps,
-            names.WORK_IMBALANCE: imbalance(sum(table.rows for table in tables.values()).tolist()),
+            names.SENT_BYTES: float(sent.max()) / steps,
+            names.WORK_IMBALANCE: imbalance(asked.tolist()),
         }
         for name, table in tables.items():
             figures |= {

@@ -103,7 +103,9 @@ class CTROptimizer(torch.optim.Optimizer):
         grads = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
         # In half precision the sum of squares would keep three digits.
         squares = [grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum() for grad in grads]
-        squares += [lookup.squared_gradient_norm() for lookup in self.lookups]
+        if self.lookups:
+            of_tables = torch.stack([lookup.squared_gradient_norm() for lookup in self.lookups]).sum()
+            squares.append(self.lookups[0].over_ranks(of_tables))
         return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
     @torch.no_grad()

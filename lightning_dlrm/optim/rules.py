@@ -105,6 +105,9 @@ class SGD(UpdateRule):
         learning_rate: Tensor,
         step: Tensor,
     ) -> None:
+        if _in_one_pass(weights, gradients):
+            torch._foreach_add_(weights, gradients, alpha=-learning_rate.item())
+            return
         torch._foreach_sub_(weights, torch._foreach_mul(gradients, learning_rate))
 
 
@@ -147,6 +150,13 @@ class Adagrad(UpdateRule):
         learning_rate: Tensor,
         step: Tensor,
     ) -> None:
+        if _in_one_pass(weights, gradients):
+            # The kernel of torch.optim.Adagrad(fused=True); its steps count for a decay of the rate, of which there
+            # is none here.
+            steps = [torch.ones((), dtype=torch.float32)] * len(weights)
+            options = {"lr_decay": 0.0, "weight_decay": 0.0, "eps": self.epsilon, "maximize": False}
+            torch._fused_adagrad_(weights, gradients, slots["sum"], steps, lr=learning_rate.item(), **options)
+            return
         torch._foreach_addcmul_(slots["sum"], gradients, gradients)
         spreads = torch._foreach_sqrt(slots["sum"])
         torch._foreach_add_(spreads, self.epsilon)
@@ -244,6 +254,12 @@ class Adam(UpdateRule):
         moves = torch._foreach_div(means, spreads)
         torch._foreach_mul_(moves, learning_rate / (1 - self.beta1**step))
         torch._foreach_sub_(weights, moves)
+
+
+def _in_one_pass(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+    """Whether kernels may be used that take the learning rate as a number: on a CPU it is at hand anyway, and each
+    pass over all weights costs as much as a layer's forward pass on a small batch."""
+    return all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (*weights, *gradients))
 
 
 def _precise(weight: Tensor) -> torch.dtype:

@@ -231,9 +231,9 @@ class ShardedTables(EmbeddingLookup):
             anchor, rows_UD, request.lookups, offsets, bag_N, weights_N, partial(self._send_gradients, request)
         )
 
-    def squared_gradient_norm(self) -> Tensor:
-        """See EmbeddingLookup.squared_gradient_norm."""
-        return self.ranks.sum(super().squared_gradient_norm())
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """See EmbeddingLookup.over_ranks."""
+        return self.ranks.sum(value)
 
     def measure(self) -> Traffic:
         """What training's exchanges came to since the last call; all ranks call it together."""
