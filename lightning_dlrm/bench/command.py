@@ -21,6 +21,9 @@ WORKS: dict[str, str] = {
 """Subcommand -> what it measures. Module ``lightning_dlrm.bench.<subcommand>`` has ``DESCRIPTION``,
 ``add_arguments(parser)`` and ``run(args)``, which gives the rows."""
 
+_ON_CPUS = ("loader", "preprocess")
+"""Works that read data: no other device or precision takes part."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the kinds of work and their options to a parser; ``run`` takes what it parses."""
@@ -35,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
         )
         module.add_arguments(work)
+        if name in _ON_CPUS:
+            # One command line for all works that a script may go through.
+            work.add_argument("--device", default="cpu", choices=("cpu",), help="the only one for this work")
+            work.add_argument("--precision", default="32-true", choices=("32-true",), help="the only one for this work")
         work.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there, as a list of objects")
 
 
