@@ -4,15 +4,17 @@
 starts without torch.
 """
 
+import hashlib
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import fsspec
 import numpy as np
@@ -21,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from datamodules.filesystems import failures_told, file_system, is_remote
 from lightning_dlrm.contracts.errors import UserError, one_line
 from lightning_dlrm.contracts.schema import (
     SCHEMA_FILE,
@@ -48,6 +51,15 @@ _TYPES: Mapping[str, pa.DataType] = {
     "multi_hot": pa.list_(pa.int32()),
     "weights": pa.list_(pa.float32()),
 }
+
+# What to do about nulls.
+_WITHOUT_NULLS: Mapping[str, str] = {
+    "label": "give every row the label 0 or 1",
+    "categorical": "give missing values an id of their own",
+    "multi_hot": "leave missing ids out of the bags, or give them an id of their own",
+}
+
+_PIECE_BYTES = 1 << 20
 
 _REMEDY = "restore the file, or make the dataset again"
 
@@ -118,6 +130,16 @@ class DatasetWriter:
         if split not in self._splits:
             self._splits[split] = SplitWriter(self._partial, split, self.columns)
         self._splits[split].append(arrow_table(self.columns, arrays))
+
+    @property
+    def rows_on_disk(self) -> int:
+        """Those of finished row groups."""
+        return sum(sum(split.groups) + sum(file.rows for file in split.files) for split in self._splits.values())
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """What is written so far."""
+        return sum(path.stat().st_size for path in self._partial.rglob("*") if path.is_file())
 
     def write_vocabulary(self, name: str, table: pa.Table) -> None:
         """Writes ``vocabulary/<name>.parquet``, the raw values of a categorical column's ids."""
@@ -271,15 +293,10 @@ class Folder:
     def __init__(self, where: "str | Path | Folder") -> None:
         self._name = str(where)
         self._remote: fsspec.AbstractFileSystem | None = None
-        if "://" not in self._name:
+        if is_remote(self._name):
+            self._remote, self._root = file_system(self._name)
+        else:
             self._root = str(Path(self._name).expanduser())
-            return
-        try:
-            self._remote, self._root = fsspec.core.url_to_fs(self._name)
-        except (ImportError, ValueError) as error:
-            raise UserError(
-                f"cannot open {self._name}: {one_line(error)}; install that package, or correct the URL"
-            ) from error
 
     def __str__(self) -> str:
         return self._name
@@ -287,6 +304,11 @@ class Folder:
     def __truediv__(self, path: str) -> str:
         """Full path or URL of a file of the folder, for people."""
         return f"{self._name.rstrip('/')}/{path}"
+
+    @property
+    def absolute(self) -> str:
+        """Its name wherever a process has its current folder."""
+        return str(Path(self._root).absolute()) if self._remote is None else self._name
 
     @property
     def local(self) -> Path | None:
@@ -298,47 +320,75 @@ class Folder:
 
         Raises:
             FileNotFoundError: there is none.
+            UserError: it cannot be looked at.
         """
-        if self._remote is None:
-            return Path(self._root, path).stat().st_size
-        size: int | None = self._ask(self._remote.info, path)["size"]
-        return size
+        with self._told(path):
+            if self._remote is None:
+                return Path(self._root, path).stat().st_size
+            size: int | None = self._remote.info(self._inner(path))["size"]
+            return size
 
     def read(self, path: str) -> bytes:
         """All bytes of a file.
 
         Raises:
             FileNotFoundError: there is none.
+            UserError: it cannot be read.
         """
-        if self._remote is None:
-            return Path(self._root, path).read_bytes()
-        content: bytes = self._ask(self._remote.cat_file, path)
+        with self.open(path) as file:
+            content: bytes = file.read()
         return content
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[IO[bytes]]:
+        """A file to be read from its beginning.
+
+        Raises:
+            FileNotFoundError: there is none.
+            UserError: it cannot be read.
+        """
+        with self._told(path), self._opened(path) as file:
+            yield file
 
     def open_parquet(self, path: str, verify: bool) -> pq.ParquetFile:
         """A Parquet file to read row group by row group, comparing the checksums of its pages if asked to.
 
         Raises:
             FileNotFoundError: there is none.
+            UserError: it cannot be read, or is no Parquet.
         """
-        if self._remote is None:
-            # The read-ahead of pyarrow would hold more than the row group at hand.
-            return pq.ParquetFile(Path(self._root, path), pre_buffer=False, page_checksum_verification=verify)
-        # A row group in one request, as its columns lie side by side; fsspec's cache would fetch its neighbours too.
-        source = pa.PythonFile(self._ask(self._remote.open, path, cache_type="none"), mode="r")
-        return pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=verify)
+        with self._told(path):
+            try:
+                if self._remote is None:
+                    # The read-ahead of pyarrow would hold more than the row group at hand.
+                    return pq.ParquetFile(Path(self._root, path), pre_buffer=False, page_checksum_verification=verify)
+                # A row group in one request, as its columns lie side by side; fsspec's cache would fetch its
+                # neighbours too.
+                source = pa.PythonFile(self._remote.open(self._inner(path), cache_type="none"), mode="r")
+                return pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=verify)
+            except (pa.ArrowInvalid, OSError) as error:
+                if isinstance(error, OSError) and error.errno:
+                    raise
+                raise UserError(
+                    f"{self / path} is altered: it is no readable Parquet file ({one_line(error)}); {_REMEDY}"
+                ) from error
 
-    def _ask(self, operation: Any, path: str, **options: Any) -> Any:
-        """What a remote file system answers about a file of the folder."""
-        try:
-            return operation(f"{self._root.rstrip('/')}/{path}", **options)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # every file system has errors of its own
-            raise UserError(
-                f"cannot read {self / path} ({type(error).__name__}: {one_line(error)}); check the URL, the network "
-                "and your credentials"
-            ) from error
+    def _opened(self, path: str) -> IO[bytes]:
+        if self._remote is None:
+            return Path(self._root, path).open("rb")
+        remote: IO[bytes] = self._remote.open(self._inner(path), "rb")
+        return remote
+
+    def _inner(self, path: str) -> str:
+        """A file of the folder, as the file system calls it."""
+        return f"{self._root.rstrip('/')}/{path}"
+
+    def _told(self, path: str) -> AbstractContextManager[None]:
+        """Tells failures of a file; that there is none is left to the caller."""
+        remedy = "check the path and its permissions"
+        if self._remote is not None:
+            remedy = "check the URL, the network and your credentials"
+        return failures_told(self / path, remedy=remedy, passing=(FileNotFoundError,))
 
 
 def load_schema(folder: str | Path | Folder) -> DatasetSchema:
@@ -387,7 +437,7 @@ def check_sizes(folder: str | Path | Folder, files: Sequence[DataFile]) -> None:
             )
 
 
-def verify(folder: Path, schema: DatasetSchema, progress: bool = False) -> None:
+def verify(folder: str | Path | Folder, schema: DatasetSchema, progress: bool = False) -> None:
     """Reads every byte of a dataset and compares the checksums; takes a second per GB or so.
 
     Args:
@@ -396,8 +446,9 @@ def verify(folder: Path, schema: DatasetSchema, progress: bool = False) -> None:
     Raises:
         UserError: a file is missing, truncated or altered.
     """
+    where = Folder(folder)
     files = (*schema.vocabulary.values(), *part_files(schema))
-    check_sizes(folder, files)
+    check_sizes(where, files)
     with tqdm(
         total=sum(file.bytes for file in files),
         desc="Verifying",
@@ -406,13 +457,16 @@ def verify(folder: Path, schema: DatasetSchema, progress: bool = False) -> None:
         disable=None if progress else True,
     ) as bar:
         for file in files:
-            found = file_sha256(Path(folder) / file.path)
-            if found != file.sha256:
+            checksum = hashlib.sha256()
+            with where.open(file.path) as stored:
+                while piece := stored.read(_PIECE_BYTES):
+                    checksum.update(piece)
+                    bar.update(len(piece))
+            if checksum.hexdigest() != file.sha256:
                 raise UserError(
-                    f"{Path(folder) / file.path} is altered: its sha256 is {found[:12]}..., its dataset.json says "
-                    f"{file.sha256[:12]}...; {_REMEDY}"
+                    f"{where / file.path} is altered: its sha256 is {checksum.hexdigest()[:12]}..., its dataset.json "
+                    f"says {file.sha256[:12]}...; {_REMEDY}"
                 )
-            bar.update(file.bytes)
 
 
 def open_part(
@@ -433,10 +487,7 @@ def open_part(
     where = Folder(folder)
     check_sizes(where, [file])
     path = where / file.path
-    try:
-        part = where.open_parquet(file.path, verify)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is altered: it is no readable Parquet file ({one_line(error)}); {_REMEDY}") from error
+    part = where.open_parquet(file.path, verify)
     arrow = part.schema_arrow
     for column in schema.columns:
         found = arrow.field(column.name).type if column.name in arrow.names else None
@@ -485,48 +536,91 @@ def check_weights(where: str, weights: pa.Array | pa.ChunkedArray, ids: pa.Array
 
 def count_values(part: pq.ParquetFile, columns: Sequence[Column]) -> int:
     """How many values some columns of a part file have (an empty bag counts as one)."""
-    names, metadata = {_leaf(column) for column in columns}, part.metadata
-    positions = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path in names]
+    metadata = part.metadata
+    positions = _leaves(metadata)
     groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
-    return sum(group.column(i).num_values for group in groups for i in positions)
+    return sum(group.column(positions[column.name]).num_values for group in groups for column in columns)
 
 
-def read_groups(folder: Path, schema: DatasetSchema, file: DataFile, columns: Sequence[Column]) -> Iterator[pa.Table]:
+def read_group(
+    where: Folder, file: DataFile, part: pq.ParquetFile, group: int, columns: Sequence[Column], threads: bool = True
+) -> pa.Table:
+    """Some columns of a row group.
+
+    Args:
+        where: the dataset folder.
+        file: one of its part files.
+        part: the same, open.
+        group: which row group.
+        columns: which of the schema's columns.
+        threads: let pyarrow decode columns side by side.
+
+    Raises:
+        UserError: it cannot be read, or has nulls where none can be.
+    """
+    path = where / file.path
+    try:
+        table = part.read_row_group(group, columns=[column.name for column in columns], use_threads=threads)
+    except Exception as error:  # remote file systems have errors of their own
+        raise UserError(
+            f"{path} is altered: row group {group} cannot be decoded ({one_line(error)}); {_REMEDY}"
+        ) from error
+    for column in columns:
+        if column.role in _WITHOUT_NULLS and (nulls := _nulls(table.column(column.name))):
+            raise UserError(
+                f"{path}, row group {group}, column {column.name} has nulls ({nulls:,}); {_WITHOUT_NULLS[column.role]}"
+            )
+    return table
+
+
+def read_groups(
+    folder: str | Path | Folder, schema: DatasetSchema, file: DataFile, columns: Sequence[Column]
+) -> Iterator[pa.Table]:
     """Some columns of a part file, row group by row group.
 
     Raises:
-        UserError: see ``open_part``; or a row group cannot be read.
+        UserError: see ``open_part`` and ``read_group``.
     """
-    with open_part(folder, schema, file) as part:
+    where = Folder(folder)
+    with open_part(where, schema, file) as part:
         for group in range(part.num_row_groups):
-            try:
-                yield part.read_row_group(group, columns=[column.name for column in columns])
-            except (pa.ArrowInvalid, OSError) as error:
-                raise UserError(
-                    f"{Path(folder) / file.path} is altered: row group {group} cannot be read ({one_line(error)}); "
-                    "restore the file, or make the dataset again"
-                ) from error
+            yield read_group(where, file, part, group, columns)
+
+
+def _nulls(values: pa.ChunkedArray) -> int:
+    """Nulls among values, of lists among their items; a list that is null is an empty one."""
+    if pa.types.is_list(values.type):
+        return sum(chunk.flatten().null_count for chunk in values.chunks)
+    nulls: int = values.null_count
+    return nulls
+
+
+def _leaves(metadata: pq.FileMetaData) -> dict[str, int]:
+    """Where the values of each column are, by its name; writers name the items of lists differently."""
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    return {re.sub(r"\.list\.\w+$", "", path): i for i, path in enumerate(paths)}
 
 
 def _check_ids(path: str, schema: DatasetSchema, metadata: pq.FileMetaData) -> None:
-    positions = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}
+    positions = _leaves(metadata)
     for column in schema.by_role("categorical", "multi_hot"):
-        position = positions[_leaf(column)]
         for group in range(metadata.num_row_groups):
-            statistics = metadata.row_group(group).column(position).statistics
+            place = f"{path}: row group {group} of column {column.name}"
+            values = metadata.row_group(group).column(positions[column.name])
+            statistics = values.statistics
+            if column.role == "categorical" and statistics is not None and statistics.null_count:
+                raise UserError(f"{place} has nulls ({statistics.null_count:,}); {_WITHOUT_NULLS['categorical']}")
             if statistics is None or not statistics.has_min_max:
-                if column.role == "multi_hot":
-                    continue  # all bags may be empty
+                if column.role == "multi_hot" and statistics is not None and statistics.num_values == 0:
+                    continue  # all bags are empty
                 raise UserError(
-                    f"{path}: row group {group} of column {column.name} tells no smallest and largest id, so they "
-                    "cannot be checked; write it with statistics, as DatasetWriter does"
+                    f"{place} tells no smallest and largest id, so they cannot be checked; write it with statistics, "
+                    "as DatasetWriter does"
                 )
-            if column.role == "categorical" and statistics.null_count:
-                raise UserError(f"{path}: row group {group} of column {column.name} has nulls; make the dataset again")
             if statistics.min < 0 or statistics.max >= column.cardinality:
                 raise UserError(
-                    f"{path}: row group {group} of column {column.name} has ids from {statistics.min} to "
-                    f"{statistics.max}, its table has rows 0 to {column.cardinality - 1}; make the dataset again"
+                    f"{place} has ids from {statistics.min} to {statistics.max}, its table has rows 0 to "
+                    f"{column.cardinality - 1}; make the dataset again"
                 )
 
 

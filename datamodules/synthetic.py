@@ -118,7 +118,7 @@ class TraceData(FolderData):
         data_seed: int = 0,
         **options: Any,
     ) -> None:
-        self.source = TraceSource(Path(source), columns, split)
+        self.source = TraceSource(source, columns, split)
         self.settings = TraceSettings(
             train_rows=self.source.length if train_rows is None else train_rows,
             validation_rows=validation_rows,

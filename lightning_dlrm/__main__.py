@@ -19,10 +19,12 @@ COMMANDS = {
     "predict": "write a checkpoint's click probabilities for a split, or for all",
     "params": "count parameters, FLOPs and bytes of a configuration",
     "plan": "show which rank would hold which table rows, and what the ranks would send",
+    "compare": "train configurations with several seeds, or take finished runs, and say which is better",
     "checkpoint": "show what a checkpoint holds, write it in other pieces, or import one of facebookresearch/dlrm",
     "preprocess": "turn raw Criteo TSV files into a dataset folder",
     "inspect": "show what a dataset folder holds; --verify compares every checksum",
     "generate": "write generated data: a dataset folder, or raw TSV",
+    "dashboard": "save a W&B workspace and report of a project's or group's runs",
     "bench": "measure the speed of a part of this project on this machine",
 }
 
@@ -64,8 +66,12 @@ def _run(command: str, arguments: list[str]) -> int:
         from lightning_dlrm.cli import importing
 
         return importing.run(arguments[1:])
-    if command in ("preprocess", "inspect", "generate", "checkpoint", "bench"):
+    if command in ("preprocess", "inspect", "generate", "checkpoint", "dashboard", "bench"):
         return _run_plain_command(command, arguments)
+    if command == "compare":
+        from lightning_dlrm.compare import command as comparing
+
+        return comparing.run(arguments)
     if command in ("params", "plan"):
         module = importlib.import_module(f"lightning_dlrm.cli.{command}")
         code: int = module.run(arguments)

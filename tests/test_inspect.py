@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -54,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def run_inspect(folder: Path, *options: str) -> int:
+def run_inspect(folder: Path | str, *options: str) -> int:
     parser = argparse.ArgumentParser()
     command.add_inspect_arguments(parser)
     return command.run_inspect(parser.parse_args([str(folder), *options]))
@@ -112,6 +113,26 @@ def test_long_lists_are_short_for_people(tmp_path: Path, capsys: pytest.CaptureF
     at = lines.index("  categorical  C1..C3: a")
     assert lines[at + 1] == "               C5, C6, X: b"
     assert ["C1", "categorical", "9", "0", "missing,", "1", "rare/unknown"] in [line.split() for line in lines]
+
+
+def test_addresses_are_inspected_like_folders(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/inspected", recursive=True)
+    options = ("--verify", "--leakage", "--json", "--plot", str(tmp_path / "figure.png"))
+    found = []
+    for place in (folder, "memory://inspected"):
+        assert run_inspect(place, *options) == 0
+        found.append(json.loads(capsys.readouterr().out))
+        assert found[-1].pop("folder") == str(place)
+    assert found[0] == found[1] and (tmp_path / "figure.png").stat().st_size > 10_000
+    path = "/inspected/train/part-00000.parquet"
+    memory.pipe(path, memory.cat(path)[:-1] + b"x")
+    assert run_inspect("memory://inspected") == 0
+    assert "checksums were not compared (--verify" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"memory://inspected/train/part-00000.parquet is altered: its sha256"):
+        run_inspect("memory://inspected", "--verify")
+    with pytest.raises(UserError, match="no dataset folder at memory://nothing"):
+        run_inspect("memory://nothing")
 
 
 def flip_last_byte(path: Path) -> None:
@@ -230,6 +251,33 @@ def test_leakage_counts_equal_rows(
         for split in (first, second):
             assert pair["rows"][split] == sum(counts[split][row] for row in both)
             assert pair["shares"][split] == pair["rows"][split] / sum(counts[split].values())
+
+
+def test_a_very_frequent_row_takes_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of all rows are equal: no range of hashes may hold them all."""
+    monkeypatch.setattr(leakage, "_RUN_ROWS", 10_000)
+    monkeypatch.setattr(leakage, "_RANGE_ROWS", 10_000)
+    rows = 200_000
+    ids = np.arange(rows, dtype=np.int32)
+    ids[::2] = 7
+    column = Column(name="C1", role="categorical", cardinality=rows)
+    with DatasetWriter(tmp_path / "data", [column]) as writer:
+        writer.write("train", {"C1": ids})
+        schema = writer.finish(dataset="mine", protocol="own")
+    sizes = []
+    read_range = leakage._Runs.range
+
+    def watched(runs: leakage._Runs, number: int) -> tuple[np.ndarray, np.ndarray]:
+        sizes.append(sum(int(cuts[number + 1] - cuts[number]) for cuts in runs._cuts))
+        return read_range(runs, number)
+
+    monkeypatch.setattr(leakage._Runs, "range", watched)
+    facts = leakage.equal_rows(tmp_path / "data", schema, progress=False)
+    distinct = len(np.unique(ids))
+    assert facts["within"]["train"] == {
+        "rows": rows, "distinct": distinct, "repeats": rows - distinct, "share": (rows - distinct) / rows
+    }  # fmt: skip
+    assert max(sizes) < 10_000 < rows // 2
 
 
 def test_a_planted_leak_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

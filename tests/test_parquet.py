@@ -1,7 +1,7 @@
 """Contract: a dataset folder is written whole or not at all, byte for byte the same for equal rows,
 and whatever is missing, truncated, altered or out of range in it is named with its file."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from datamodules import parquet
-from datamodules.parquet import DatasetWriter, check_sizes, open_part, part_files, verify
+from datamodules.parquet import (
+    DatasetWriter,
+    Folder,
+    check_sizes,
+    load_schema,
+    open_part,
+    part_files,
+    read_groups,
+    verify,
+)
+from datamodules.stream.reader import Decoder
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema
 
@@ -204,6 +214,98 @@ def test_parts_that_do_not_fit_the_schema_are_named(tmp_path: Path, change: dict
     with pytest.raises(UserError, match=message) as error:
         open_part(folder, schema, file)
     assert "train/part-00000.parquet" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("label", pa.array([0, None, 0], pa.int8()), r"label has nulls \(1\); give every row the label"),
+        ("M1", pa.array([[1, None], [], [8]], pa.list_(pa.int32())), r"M1 has nulls \(1\); leave missing ids out"),
+    ],
+)
+def test_nulls_where_none_can_be_are_told_with_their_place(
+    tmp_path: Path, name: str, values: pa.Array, message: str
+) -> None:
+    folder, schema, file = hand_made(tmp_path, {name: values})
+    message = rf"part-00000\.parquet, row group 0, column {message}"
+    with pytest.raises(UserError, match=message):
+        list(read_groups(folder, schema, file, schema.columns))
+    with pytest.raises(UserError, match=message):
+        Decoder(Folder(folder), schema, [file])(0)
+
+
+def test_lists_of_other_writers_are_checked_too(tmp_path: Path) -> None:
+    """Some name the items of lists "item"; some write no statistics, of which bags that are all empty need none."""
+    old: dict[str, Any] = {"use_compliant_nested_type": False}
+    table = {"M1": pa.array([[1], None, [8]], pa.list_(pa.field("item", pa.int32())))}
+    folder, schema, file = hand_made(tmp_path, table, **old)
+    assert pq.ParquetFile(folder / file.path).schema.column(3).path == "M1.list.item"
+    (found,) = read_groups(folder, schema, file, schema.columns)
+    rows = Decoder(Folder(folder), schema, [file])(0)
+    assert rows.values is not None and rows.ends is not None
+    assert (rows.values.tolist(), rows.ends.tolist()) == ([0, 1, 1, 39, 8], [0, 2, 3, 5])
+    assert found.column("M1").to_pylist() == [[1], None, [8]]
+    beyond = {"M1": pa.array([[1], [], [9]], pa.list_(pa.int32()))}
+    folder, schema, file = hand_made(tmp_path / "beyond", beyond, write_statistics=["label", "C1"])
+    with pytest.raises(UserError, match="row group 0 of column M1 tells no smallest and largest id"):
+        open_part(folder, schema, file)
+    folder, schema, file = hand_made(tmp_path / "empty", {"M1": pa.array([[], [], []], pa.list_(pa.int32()))})
+    open_part(folder, schema, file)
+
+
+def hand_made(
+    tmp_path: Path, change: Mapping[str, pa.Array], **options: Any
+) -> tuple[Path, DatasetSchema, parquet.DataFile]:
+    """A folder whose only training file was not written by the DatasetWriter."""
+    folder = tmp_path / "data"
+    schema = write(folder, make_rows(5))
+    columns = {
+        "label": pa.array([0, 1, 0], pa.int8()),
+        "I1": pa.array([0, 1, None], pa.float32()),
+        "C1": pa.array([0, 1, 39], pa.int32()),
+        "M1": pa.array([[1], [], [8]], pa.list_(pa.int32())),
+        **change,
+    }
+    path = folder / "train/part-00000.parquet"
+    pq.write_table(pa.table(columns), path, **options)
+    size = path.stat().st_size
+    return folder, schema, parquet.DataFile(path=str(path.relative_to(folder)), sha256="", bytes=size, row_groups=(3,))
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_what_may_not_be_read_is_one_line(tmp_path: Path, error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything, so the system's answer is put in its place."""
+    folder = tmp_path / "data"
+    schema = write(folder, make_rows(20))
+    file = schema.splits["train"].files[0]
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    actions: list[tuple[str, Callable[[], Any], str]] = [
+        ("stat", lambda: check_sizes(folder, [file]), "part-00000.parquet"),
+        ("stat", lambda: load_schema(folder), "dataset.json"),
+        ("open", lambda: load_schema(folder), "dataset.json"),
+        ("open", lambda: verify(folder, schema), "C1.parquet"),
+    ]
+    for operation, action, name in actions:
+        with monkeypatch.context() as patch, pytest.raises(UserError) as told:
+            patch.setattr(Path, operation, fails)
+            patch.setattr(parquet.Folder, "size", lambda *_: None) if operation == "open" else None
+            action()
+        assert name in str(told.value) and error.strerror in str(told.value) and "permissions" in str(told.value)
+        assert "\n" not in str(told.value)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"part-00000.parquet .*{error.strerror}"):
+        patch.setattr(pq, "ParquetFile", fails)
+        open_part(folder, schema, file)
+
+
+def test_a_file_in_place_of_a_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(UserError, match=r"no dataset folder at .*file: expected a folder"):
+        load_schema(tmp_path / "file")
+    with pytest.raises(UserError, match=r"file/a cannot be read \(NotADirectoryError: Not a directory\)"):
+        Folder(tmp_path / "file").size("a")
 
 
 # --- weights beside bags ----------------------------------------------------------------------------------

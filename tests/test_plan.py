@@ -23,6 +23,7 @@ from lightning_dlrm.sharding.plan import (
     imbalance,
     make_plan,
     parse_memory,
+    place_tables,
     rank_costs,
 )
 
@@ -217,6 +218,48 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "cannot read the plan" in capsys.readouterr().err
 
 
+def asked_rows(*indices: int) -> float:
+    """Distinct rows of 2,048 samples' ids in tables of 1,000 rows, all drawn alike."""
+    return sum(1000 * (1 - math.exp(-2048 * number / 1000)) for number in indices)
+
+
+def test_tables_stay_in_host_memory_only_where_they_must() -> None:
+    tables = loads((1_000_000, 500, 200_000, 10, 40_000), 4)
+    size = {table.name: table.bytes for table in tables}
+    names = list(size)
+    everything = place_tables(tables, names, 64, sum(size.values()))
+    assert everything.on_host == () and everything.device_bytes == sum(size.values())
+    for memory in (500, 15_000, 900_000, 5_000_000, 12_000_000, 24_000_000):
+        try:
+            places = place_tables(tables, names, 64, memory)
+        except UserError:
+            assert memory == 500
+            continue
+        host = sum(size[name] for name in places.on_host)
+        fetched = [DistinctRows(table, 64).below(table.rows) for table in tables if table.name in places.on_host]
+        assert list(places.fetched.values()) == fetched and places.bus_bytes == pytest.approx(20 * sum(fetched))
+        assert places.host_bytes == host
+        assert sum(size.values()) - host + 3 * 20 * sum(fetched) <= places.device_bytes + 60 <= memory + 60
+        # None of them would fit as well.
+        without = {name: places.at_hand_bytes - 3 * math.ceil(20 * rows) for name, rows in places.fetched.items()}
+        assert all(sum(size.values()) - host + size[name] + without[name] > memory for name in places.on_host)
+    with pytest.raises(UserError, match=r"takes 400 bytes .* the device has 300: 100 bytes"):
+        place_tables(loads((10, 10), 4, 0.0), ["C1"], 1000, 300)
+
+
+def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, command = tmp_path / "places.yaml", ["plan", "--config", "dlrm.yaml", "--device-memory", "1GiB"]
+    assert main([*command, "--output", str(output)]) == 0
+    assert "--model.network.tables.on_host '[C3,C12]'" in capsys.readouterr().out
+    assert main([*command, "--config", str(output), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["on_host"] == ["C3", "C12"]
+    for more in (["--ranks", "2"], ["--plot", "plan.png"]):
+        assert main([*command, *more]) == 2
+        assert f"--device-memory is for one device, {more[0]} for several ranks" in capsys.readouterr().err
+
+
 def test_the_command_counts_the_ids_of_a_bag(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--config", "dlrm.yaml", "--data.demo.max_table_rows", "20", "--ranks", "1", "--skew", "0"]
 
@@ -226,6 +269,16 @@ def test_the_command_counts_the_ids_of_a_bag(capsys: pytest.CaptureFixture[str])
 
     assert asked("0") == 0
     assert asked("1,1" + ",0" * 24) == pytest.approx(40), "every row of two tables of 20"
+    # By default what the dataset knows: bags of 1 and of 2 to 4 ids.
+    random = ["--data", "RandomData", "--data.tables=[1000,1000]", "--data.indices=[1,4]", "--data.min_indices=[1,2]"]
+    command = ["plan", "--config", "dlrm.yaml", *random, "--ranks", "1", "--skew", "0", "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["per_rank"][0]["rows_asked_per_batch"] == pytest.approx(asked_rows(1, 3))
+    command = ["plan", "--config", "dlrm.yaml", "--data.demo.max_table_rows", "20", "--ranks", "1", "--skew", "0"]
+    assert main([*command[:-4], "--ranks", "2", "--json", "--wire", "bf16"]) == 0
+    rank = json.loads(capsys.readouterr().out)["per_rank"][0]["sent_bytes_per_step"]
+    # As many rows of others as gradients of theirs: 16 elements of 2 bytes, and an id of 4.
+    assert rank["gradients"] == pytest.approx(rank["ids"] / 4 * 16 * 2)
     for bad, said in (("1,2", "gives 2 figures, the data have 26"), ("many", "expected numbers"), ("-1", "-1.0 ind")):
         assert main([*command, "--indices", bad]) == 2
         assert said in capsys.readouterr().err

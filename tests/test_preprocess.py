@@ -26,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules import parquet
+from datamodules.parquet import Folder
 from datamodules.preprocess import command, counting, estimate, parts, progress
 from datamodules.preprocess.criteo_tsv import BadLineError, parse
 from datamodules.preprocess.multi_hot import MLPERF_SIZES
@@ -482,6 +483,7 @@ def test_command_prints_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     schema = DatasetSchema.load(folder)
     assert f"{sum(schema.features.table_rows):,}" in out
     assert "100 rows read, 100 written in" in out
+    assert ["column", "missing", "values", "kept", "table", "rows"] in [line.split() for line in out.splitlines()]
     first, *lines = err.splitlines()
     assert "of disk" in first and "are free" in first
     assert [line.split()[:2] for line in lines] == [
@@ -537,6 +539,39 @@ def test_options_at_odds_with_the_vocabulary(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             preprocess(None, inputs=[raw], output=tmp_path / "out", vocabulary=tmp_path / "known", **options)
     assert names_in(tmp_path) == {"train.txt", "known"}
+
+
+def test_estimate_looks_at_each_compression(tmp_path: Path) -> None:
+    lines = generated_lines(400)
+    names = ["a", "b.gz", "c.zst", "d", "e.gz"]
+    files = find_files([str(written(tmp_path / name, lines)) for name in names])
+    found = estimate.estimate(files, multi_hot=False)
+    size = (tmp_path / "a").stat().st_size
+    assert found.rows == pytest.approx(2000, rel=0.01) and found.text_bytes == pytest.approx(5 * size, rel=0.01)
+    assert found.fields == 40
+
+
+def test_known_values_are_looked_up_as_by_a_dict(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    hashes = np.unique(np.append(generator.integers(0, 2**32, 5000), [0, 2**32 - 1])).astype(np.uint32)
+    ids = generator.permutation(len(hashes)).astype(np.int32) + 2
+    ids[-1] = 2**31 - 1
+    table = pa.table({"hash": pa.concat_arrays([pa.nulls(2, pa.uint32()), pa.array(hashes)]), "id": [0, 1, *ids]})
+    table = table.cast(pa.schema([("hash", pa.uint32()), ("id", pa.int32())]))
+    pq.write_table(table.take(generator.permutation(len(table))), tmp_path / "C1.parquet", row_group_size=700)
+    known = counting._known_values(Folder(tmp_path), "C1.parquet")
+    wanted = np.concatenate([hashes, generator.integers(0, 2**32, 5000).astype(np.uint32), hashes[:9]])
+    of = dict(zip(hashes.tolist(), ids.tolist(), strict=True))
+    found = counting._look_up(known, wanted, unknown=1)
+    assert found[0].dtype == np.int32 and found[0].tolist() == [of.get(value, 1) for value in wanted.tolist()]
+    assert found[1].tolist() == [value in of for value in wanted.tolist()]
+    nothing = counting._look_up(known[:0], wanted, unknown=1)
+    assert (nothing[0] == 1).all() and not nothing[1].any()
+    with pytest.raises(UserError, match=r"C2.parquet is missing"):
+        counting._known_values(Folder(tmp_path), "C2.parquet")
+    (tmp_path / "C2.parquet").write_bytes((tmp_path / "C1.parquet").read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"C2.parquet is altered"):
+        counting._known_values(Folder(tmp_path), "C2.parquet")
 
 
 def test_disk_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

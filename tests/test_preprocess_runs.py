@@ -413,6 +413,10 @@ def test_addresses_in_memory(
     memory.pipe("/full/file", b"")
     with pytest.raises(UserError, match="memory://full exists and is not an empty folder"):
         make(addresses, "memory://full")  # type: ignore[arg-type]
+    elsewhere: list[dict[str, Any]] = [{"workers": 2}, {"workers": None, "scheduler": "tcp://x:1"}]
+    for options in elsewhere:
+        with pytest.raises(UserError, match=r"memory://raw/\w+ is in the memory of this process, .* leave --workers"):
+            make(addresses, tmp_path / "out", **options)
     with pytest.raises(UserError, match="memory://raw/none does not exist"):
         make(["memory://raw/none"], tmp_path / "out")  # type: ignore[list-item]
 
@@ -423,6 +427,25 @@ def test_addresses_and_worker_processes(tmp_path: Path, days: list[Path], undist
     make(addresses, output, workers=2, work=tmp_path)
     assert folder_bytes(tmp_path / "out") == undisturbed
     assert names_in(tmp_path) == {"out"}
+
+
+def test_vocabulary_behind_an_address(tmp_path: Path, days: list[Path]) -> None:
+    known = tmp_path / "known"
+    make(days, known)
+    fsspec.filesystem("memory").put(str(known), "/known", recursive=True)
+    for name, vocabulary in (("local", str(known)), ("remote", "memory://known")):
+        preprocess(None, None, days[:1], tmp_path / name, progress=QUIET, vocabulary=vocabulary, workers=1)
+    assert folder_bytes(tmp_path / "local") == folder_bytes(tmp_path / "remote")
+
+
+def test_outputs_of_one_name_share_a_working_place(tmp_path: Path) -> None:
+    names = ["a/out", "b/out", "memory://c/out", "memory://d/out"]
+    targets = [Target(name if "://" in name else str(tmp_path / name), tmp_path) for name in names]
+    assert len({target.work for target in targets}) == len(names)
+    assert {target.work.parent for target in targets} == {tmp_path}
+    assert Target(str(tmp_path / "a/out"), tmp_path).work == targets[0].work, "the same command finds it again"
+    assert Target("memory://c/out", None).work.name == targets[2].work.name
+    assert Target(str(tmp_path / "a/out"), None).work == tmp_path / "a/.out.preprocess"
 
 
 def test_missing_backend_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import math
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from datamodules.generate import command, draws
+from datamodules.generate import command, draws, folder
 from datamodules.generate.draws import Gaussian, Uniform, Zipf, stream, uniforms
 from datamodules.generate.random import (
     BLOCK_ROWS,
@@ -29,6 +30,7 @@ from datamodules.generate.random import (
     random_folder,
     random_schema,
 )
+from datamodules.generate.tsv import TsvSettings, generate_tsv
 from datamodules.parquet import verify
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
@@ -313,3 +315,31 @@ def test_command_makes_what_its_options_say(tmp_path: Path, capsys: pytest.Captu
     assert "300 train rows, 40 validation rows; 2 dense features, 2 tables, 14 rows together" in capsys.readouterr().out
     with pytest.raises(UserError, match="exists and is not an empty folder"):
         command.run(parser.parse_args([*arguments, "--dense", "3"]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    words = ["generate", "random", "--rows", "50000000", "--tables", "1000", "--output", str(tmp_path / "data")]
+    with subprocess.Popen([sys.executable, "-m", "lightning_dlrm", *words], stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        estimate = run.stderr.readline()  # comes with the first row group
+        assert any(tmp_path.iterdir())
+        run.send_signal(number)
+        errors = run.stderr.read()
+    assert run.returncode == 128 + number and "Traceback" not in errors
+    assert "50,131,072 rows: some" in estimate and "are free" in estimate
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9})())
+    written: list[int] = []
+    monkeypatch.setattr(folder.tqdm, "update", lambda _, rows: written.append(rows))
+    settings = RandomSettings(tables=(1000,), train_rows=40_000_000)
+    with pytest.raises(UserError, match=r"rows: some [2-4]\.\d GB of disk are needed for .*data, 1\.0 GB are free"):
+        generate_random(settings, tmp_path / "data")
+    assert not written and list(tmp_path.iterdir()) == []
+    text = TsvSettings(rows=5_000_000)
+    with pytest.raises(UserError, match=r"5,000,000 rows: some 1\.2 GB of disk are needed for .*x\.txt"):
+        generate_tsv(text, [tmp_path / "x.txt"], progress=False)
+    assert list(tmp_path.iterdir()) == []

@@ -693,8 +693,8 @@ def test_what_is_wrong_behind_a_url_is_one_line(url: str, monkeypatch: pytest.Mo
             "memory://bucket/nowhere",
             r"no dataset folder at memory://bucket/nowhere: there is no .*nowhere/dataset.json",
         ),
-        ("nosuch://x/y", r"cannot open nosuch://x/y: Protocol not known: nosuch; install that package, or correct"),
-        ("absent://x/y", r"cannot open absent://x/y: Install absentfs; install that package, or correct the URL"),
+        ("nosuch://x/y", r"nosuch://x/y: nosuch:// is no kind of address that fsspec knows"),
+        ("absent://x/y", r"absent://x/y needs a package that is not installed: Install absentfs"),
     ):
         with pytest.raises(UserError, match=message):
             _ = Criteo(wrong).schema
@@ -716,7 +716,7 @@ def test_what_is_wrong_behind_a_url_is_one_line(url: str, monkeypatch: pytest.Mo
         raise PermissionError("access denied\nrequest 7")
 
     monkeypatch.setattr(type(files), "info", refused)
-    with pytest.raises(UserError, match=r"cannot read .* \(PermissionError: access denied request 7\); check the URL"):
+    with pytest.raises(UserError, match=r"cannot be read \(PermissionError: access denied request 7\); check the URL"):
         data.setup("test")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -355,6 +356,16 @@ def test_command_reports_the_fit(
         with pytest.raises(UserError, match=message):
             run(*arguments)
     assert not (tmp_path / "new").exists()
+
+
+def test_addresses_are_profiled_like_folders(source: tuple[Path, dict[str, Any]]) -> None:
+    fsspec.filesystem("memory").put(str(source[0]), "/traced", recursive=True)
+    local, remote = (TraceSource(place, ["C1"]) for place in (source[0], "memory://traced"))
+    assert local.identity == remote.identity
+    (expected,), (found,) = (chosen.profiles(progress=False) for chosen in (local, remote))
+    assert expected.as_json() == found.as_json()
+    with pytest.raises(UserError, match="no dataset folder at memory://nothing"):
+        TraceSource("memory://nothing")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from datamodules.generate.trace import (
     save_profiles,
 )
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
+from datamodules.interrupts import leaving_in_order
 from datamodules.parquet import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
@@ -168,7 +169,7 @@ def _add_trace(kinds: Any) -> None:
         description=_TRACE_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    trace.add_argument("--from", dest="source", type=Path, metavar="DIR", help="dataset folder to profile")
+    trace.add_argument("--from", dest="source", metavar="DIR", help="dataset folder to profile, a path or an address")
     trace.add_argument(
         "--profile",
         type=Path,
@@ -237,9 +238,11 @@ def run(args: argparse.Namespace) -> int:
     """Generates as ``add_arguments`` was told, prints a summary, and returns the exit code.
 
     Raises:
-        UserError: an option is out of range, or the output folder holds something else.
+        UserError: an option is out of range, the output folder holds something else, or its disk cannot hold all.
+        SystemExit: with code 143, on SIGTERM.
     """
-    code: int = args.run_kind(args)
+    with leaving_in_order():
+        code: int = args.run_kind(args)
     return code
 
 

@@ -98,6 +98,7 @@ def plot(originals: Sequence[Profile], generated: Sequence[Profile], path: Path)
         path: the picture, such as a .png or .pdf.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(13, 3.6 * len(originals)), layout="constrained")
     axes = figure.subplots(len(originals), 3, squeeze=False)
@@ -114,6 +115,7 @@ def plot(originals: Sequence[Profile], generated: Sequence[Profile], path: Path)
         )
         hits.set(xscale="log", ylim=(0, 1), xlabel="LRU cache, rows", ylabel="hit rate")
         distinct.set(xscale="log", yscale="log", xlabel="accesses", ylabel="distinct rows")
+        distinct.yaxis.set_minor_formatter(LogFormatter())  # of a small table: 24, not 2.4 times ten to the 1
         distances.set_title(f"{original.column}: stack distances", loc="left")
         hits.set_title("LRU hit rate", loc="left")
         distinct.set_title("growth", loc="left")

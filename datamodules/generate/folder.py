@@ -3,15 +3,19 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from datamodules.parquet import DatasetWriter
+from datamodules.parquet import DatasetWriter, Values
+from datamodules.preprocess.estimate import size_words, time_words
 from lightning_dlrm.contracts.errors import UserError, one_line
-from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
+from lightning_dlrm.contracts.schema import SCHEMA_FILE, Column, DatasetSchema
 
 Write = Callable[[DatasetWriter, "tqdm[Any]"], dict[str, Any]]
 """Writes all rows and tells the bar how many; returns further fields of the schema, such as ``optimum``."""
@@ -42,16 +46,19 @@ def make_once(planned: DatasetSchema, folder: Path, write: Write, progress: bool
         write: writes the rows.
         progress: show a progress bar, on a terminal.
 
+    When the first row group is written, says what all will take.
+
     Raises:
-        UserError: the folder holds something else, or its disk is full.
+        UserError: the folder holds something else, or its disk is full, or will be.
     """
     if (existing := _existing(planned, folder)) is not None:
         return existing
+    rows = sum(split.rows for split in planned.splits.values())
     try:
         with (
-            DatasetWriter(folder, planned.columns) as writer,
+            _EstimatingWriter(folder, planned.columns, rows, progress) as writer,
             tqdm(
-                total=sum(split.rows for split in planned.splits.values()),
+                total=rows,
                 desc=f"Generating {planned.dataset} data",
                 unit=" rows",
                 unit_scale=True,
@@ -72,6 +79,61 @@ def make_once(planned: DatasetSchema, folder: Path, write: Write, progress: bool
                 f"{folder} cannot be made ({one_line(error)}); free some disk, or choose another place"
             ) from error
         raise
+
+
+class _EstimatingWriter(DatasetWriter):
+    """Tells from its first row group what all rows will take, and refuses if the disk cannot hold them.
+
+    Args:
+        folder, columns: as of the DatasetWriter.
+        rows: of all splits.
+        show: the estimate, on standard error.
+
+    Raises:
+        UserError: from ``write``, if the disk is too small.
+    """
+
+    def __init__(self, folder: Path, columns: Sequence[Column], rows: int, show: bool) -> None:
+        super().__init__(folder, columns)
+        self._rows, self._show = rows, show
+        self._start = time.monotonic()
+        self._told = False
+
+    def write(self, split: str, arrays: Mapping[str, Values]) -> None:
+        super().write(split, arrays)
+        if self._told or not self.rows_on_disk:
+            return
+        self._told = True
+        times, seconds = self._rows / self.rows_on_disk, time.monotonic() - self._start
+        words = checked_estimate(
+            self.folder, self._rows, self.bytes_on_disk * times, seconds * times, self.bytes_on_disk
+        )
+        if self._show:
+            tqdm.write(words, file=sys.stderr)
+
+
+def checked_estimate(place: Path, rows: int, size: float, seconds: float, written: int = 0) -> str:
+    """Says what rows will take, and sees that the disk can hold them.
+
+    Args:
+        place: what is made there.
+        rows: of all that is made.
+        size: bytes of them.
+        seconds: to make them.
+        written: bytes that are on the disk already.
+
+    Raises:
+        UserError: it cannot.
+    """
+    parent = next(parent for parent in place.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free + written
+    words = f"{rows:,} rows: some {size_words(size)} of disk"
+    if size > free:
+        raise UserError(
+            f"{words} are needed for {place}, {size_words(free)} are free; make room, choose another place, or "
+            "fewer rows"
+        )
+    return f"{words} ({size_words(free)} are free) and {time_words(seconds)}"
 
 
 def _existing(planned: DatasetSchema, folder: Path) -> DatasetSchema | None:

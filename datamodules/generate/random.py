@@ -249,6 +249,7 @@ def random_schema(settings: RandomSettings) -> DatasetSchema:
                 if name not in ("train_rows", "validation_rows", "test_rows")
             },
         },
+        indices={f"C{i}": (least + most) / 2 for i, (least, most) in enumerate(settings.bag_sizes, start=1)},
     )
 
 

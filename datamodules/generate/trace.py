@@ -35,10 +35,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from datamodules.filesystems import failures_told
 from datamodules.generate.draws import exp, log, stream
 from datamodules.generate.folder import cache_folder, make_once
 from datamodules.generate.random import dense_block, label_block
-from datamodules.parquet import DatasetWriter, read_groups
+from datamodules.parquet import DatasetWriter, Folder, load_schema, read_groups
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema, Split, SplitName
 
@@ -280,7 +281,7 @@ class TraceSource:
     """Columns to profile in a dataset, or profiles that were saved.
 
     Args:
-        path: a dataset folder, or a file of profiles.
+        path: a dataset folder (also an address that fsspec knows), or a file of profiles.
         columns: which ones; None for all that have a table.
         split: of the dataset; a file's profiles are of the split that they were made of.
 
@@ -288,18 +289,21 @@ class TraceSource:
         UserError: there is neither at ``path``, or it lacks a column or the split.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str] | None = None, split: SplitName = "train") -> None:
-        self.path, self.split = Path(path).expanduser(), split
+    def __init__(self, path: str | Path, columns: Sequence[str] | None = None, split: SplitName = "train") -> None:
+        self.path, self.split = Folder(path), split
         self._saved: list[Profile] | None = None
-        if self.path.is_file():
-            text = self.path.read_bytes()
-            self._saved = _read_profiles(self.path, text)
+        file, text = self.path.local, None
+        with failures_told(str(path)):
+            if file is not None and not file.exists():
+                raise UserError(f"there is nothing at {path}; give a dataset folder, or a file of trace profiles")
+            if file is not None and file.is_file():
+                text = file.read_bytes()
+        if file is not None and text is not None:
+            self._saved = _read_profiles(file, text)
             self.identity = f"profile {hashlib.sha256(text).hexdigest()}"
             tables = {profile.column: profile.rows for profile in self._saved}
         else:
-            if not self.path.exists():
-                raise UserError(f"there is nothing at {self.path}; give a dataset folder, or a file of trace profiles")
-            self.schema = DatasetSchema.load(self.path)
+            self.schema = load_schema(self.path)
             if not self.schema.splits.get(split) or not self.schema.splits[split].rows:
                 has = ", ".join(self.schema.splits) or "none"
                 raise UserError(f"{self.path} has no rows in its {split} split; it has {has}: choose another split")

@@ -15,6 +15,8 @@ does not matter over how many files they are spread.
 import dataclasses
 import gzip
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from tqdm import tqdm
 
 from datamodules.generate import demo
 from datamodules.generate.demo import AD, BLOCK_ROWS, VISITOR, Draw, Feature, PlantedModel
+from datamodules.generate.folder import checked_estimate
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE
 
@@ -170,12 +173,17 @@ def generate_tsv(settings: TsvSettings, outputs: Sequence[Path], progress: bool 
         Bytes of each file.
 
     Raises:
-        UserError: a file exists already, is given twice, would be empty, or cannot be written.
+        UserError: a file exists already, is given twice, would be empty, or cannot be written, or the disk cannot
+            hold all.
     """
     outputs = [Path(path) for path in outputs]
     _check_outputs(settings, outputs)
     blocks = _text_blocks(settings)
-    pending: tuple[bytes, NDArray[np.int64]] = b"", np.zeros(1, np.int64)
+    start = time.monotonic()
+    pending: tuple[bytes, NDArray[np.int64]] = next(blocks)
+    estimate = _estimate(settings, outputs, *pending, start)
+    if progress:
+        print(estimate, file=sys.stderr)
     sizes = []
     with tqdm(
         total=settings.rows, desc="Generating", unit=" rows", unit_scale=True, disable=None if progress else True
@@ -196,6 +204,16 @@ def generate_tsv(settings: TsvSettings, outputs: Sequence[Path], progress: bool 
                     bar.update(taken)
             sizes.append(path.stat().st_size)
     return sizes
+
+
+def _estimate(
+    settings: TsvSettings, outputs: Sequence[Path], text: bytes, line_ends: NDArray[np.int64], start: float
+) -> str:
+    """What all rows will take, from a first block of them, begun at ``start``; see ``checked_estimate``."""
+    sizes = {".gz": len(gzip.compress(text, _GZIP_LEVEL)), ".zst": len(pa.compress(text, "zstd", asbytes=True))}
+    times = settings.rows / (len(line_ends) - 1)
+    size = sum(sizes.get(path.suffix, len(text)) for path in outputs) / len(outputs) * times
+    return checked_estimate(outputs[0], settings.rows, size, (time.monotonic() - start) * times)
 
 
 def planted_model(settings: TsvSettings) -> PlantedModel:

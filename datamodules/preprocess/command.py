@@ -5,14 +5,12 @@ Neither needs torch or Lightning, so they start at once.
 
 import argparse
 import json
-import signal
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from datamodules.parquet import check_sizes, part_files, verify
+from datamodules.interrupts import leaving_in_order
+from datamodules.parquet import Folder, check_sizes, load_schema, part_files, verify
 from datamodules.preprocess.figure import check_figure, draw
 from datamodules.preprocess.inspection import render, summary
 from datamodules.preprocess.leakage import equal_rows
@@ -23,7 +21,6 @@ from datamodules.preprocess.protocols import PROTOCOLS
 from datamodules.preprocess.report import render_report
 from datamodules.preprocess.skew import all_skews
 from datamodules.preprocess.splits import DATASETS
-from lightning_dlrm.contracts.schema import DatasetSchema
 
 _PREPROCESS_DESCRIPTION = """\
 Reads raw Criteo files and makes a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in
@@ -55,15 +52,16 @@ new rows:
 
 what to expect:
   The same input gives the same bytes, whatever the workers. The order of rows is kept. A run that was broken off, even
-  by kill -9, goes on where it was with the same command; its files wait in .NAME.preprocess beside the output. A
-  finished dataset is left as it is. On two cores Kaggle's 46 million rows take some minutes, in about 1 GB of memory;
-  memory does not grow with rows, only the disk does (an estimate is shown first). Wrong input is told with file and
-  line, and the exit code is 2. DIR/report.json says what was read, what came out, and what it took.
+  by kill -9, goes on where it was with the same command; its files wait in .NAME.preprocess beside the output (below
+  --work, in .NAME-MARK.preprocess, where the mark tells outputs of one name apart). A finished dataset stays as it is.
+  On two cores Kaggle's 46 million rows take some minutes, in about 1 GB of memory; memory does not grow with rows, only
+  the disk does (an estimate is shown first). Wrong input is told with file and line, and the exit code is 2.
+  DIR/report.json says what was read, what came out, and what it took.
 
 addresses:
-  Inputs and the output may be s3://, gs://, hf:// and all else that fsspec knows, with the package that it names
-  installed (s3fs, gcsfs, huggingface_hub). For an output behind an address the working folder is made in the current
-  folder, or in --work.
+  Inputs, the output and --vocabulary may be s3://, gs://, hf:// and all else that fsspec knows, with the package that
+  it names installed (s3fs, gcsfs, huggingface_hub). For an output behind an address the working folder is made in the
+  current folder, or in --work. What is in memory:// is of one process, which then does all the work.
 
 clusters:
   --scheduler hands all work to a running Dask cluster (pip install 'lightning-dlrm[cluster]'; dask scheduler; dask
@@ -86,7 +84,7 @@ values, share of the most frequent id, the number of ids that 90% of the lookups
 data also the best scores any model can reach.
 
 --leakage counts rows whose features (label apart) occur more than once, within a split and in two splits. It reads
-every row, some 2 million a second, in less than 1 GB of memory and 8 bytes a row of the temporary folder (TMPDIR).
+every row, some 2 million a second, in less than 1 GB of memory and 12 bytes a row of the temporary folder (TMPDIR).
 
 --plot draws the tables' sizes and how few of their ids most lookups go to, from the vocabulary's counts, or, where
 there are none, by counting ids in the rows (8 bytes of memory for each row of the largest table).
@@ -94,7 +92,7 @@ there are none, by counting ids in the rows (8 bytes of memory for each row of t
 examples:
   python -m lightning_dlrm inspect data/kaggle
   python -m lightning_dlrm inspect data/kaggle --verify --leakage
-  python -m lightning_dlrm inspect data/kaggle --plot tables.png
+  python -m lightning_dlrm inspect s3://bucket/kaggle --plot tables.png
 """
 
 
@@ -137,7 +135,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     encoding.add_argument(
         "--vocabulary",
-        type=Path,
         metavar="DIR",
         help="encode new rows as this dataset's; it decides about --dataset and all of these options",
     )
@@ -191,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
     if warning:
         print(warning, file=sys.stderr)
     progress = Progress()
-    with _leaving_in_order():
+    with leaving_in_order():
         schema = preprocess(
             args.dataset,
             args.protocol,
@@ -227,7 +224,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = _INSPECT_DESCRIPTION
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="the dataset folder, as preprocess or generate made it"
+        "folder", metavar="DIR", help="the dataset folder, as preprocess or generate made it; a path or an address"
     )
     parser.add_argument(
         "--verify", action="store_true", help="read every file and compare its checksum (about 1 GB per second)"
@@ -248,39 +245,29 @@ def run_inspect(args: argparse.Namespace) -> int:
         UserError: there is no dataset in the folder, a file is missing or has another size, ``--verify`` finds one
             altered, or see ``leakage.equal_rows`` and ``figure.draw``.
     """
-    schema = DatasetSchema.load(args.folder)
+    folder = Folder(args.folder)
+    schema = load_schema(folder)
     if args.plot is not None:
         check_figure(schema, args.plot)
     if args.verify:
-        verify(args.folder, schema, progress=True)
+        verify(folder, schema, progress=True)
     else:
-        check_sizes(args.folder, (*schema.vocabulary.values(), *part_files(schema)))
-    facts = {**summary(args.folder, schema), "verified": args.verify}
+        check_sizes(folder, (*schema.vocabulary.values(), *part_files(schema)))
+    facts = {**summary(folder, schema), "verified": args.verify}
     if args.leakage:
-        facts["leakage"] = equal_rows(args.folder, schema)
+        facts["leakage"] = equal_rows(folder, schema)
     if args.plot is not None:
-        title = f"{args.folder}: {schema.dataset}, protocol {schema.protocol}, {facts['rows']:,} rows"
-        draw(list(all_skews(args.folder, schema)), title, args.plot)
+        title = f"{folder}: {schema.dataset}, protocol {schema.protocol}, {facts['rows']:,} rows"
+        draw(list(all_skews(folder, schema)), title, args.plot)
     if args.json:
         print(json.dumps(facts, indent=1))
         return 0
     print(render(facts))
-    if args.verify:
-        print("every file has its checksum")
+    print(
+        "every file has its checksum"
+        if args.verify
+        else "every file has its size; checksums were not compared (--verify reads all bytes and does)"
+    )
     if args.plot is not None:
         print(f"{args.plot} shows table sizes and skew")
     return 0
-
-
-@contextmanager
-def _leaving_in_order() -> Iterator[None]:
-    """Lets SIGTERM, as a scheduler sends it, clean up as an error does."""
-
-    def leave(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -47,54 +47,66 @@ class Estimate:
         """
         needed = self.rows * self.row_bytes
         free = shutil.disk_usage(folder).free + bytes_below(folder)
-        words = f"about {self.rows:,.0f} rows: some {_size(needed)} of disk"
+        words = f"about {self.rows:,.0f} rows: some {size_words(needed)} of disk"
         if needed > free:
             raise UserError(
-                f"{words} are needed, {_size(free)} are free at {folder.parent}; make room, or choose another place "
-                "with --work and --output"
+                f"{words} are needed, {size_words(free)} are free at {folder.parent}; make room, or choose another "
+                "place with --work and --output"
             )
         if output is not None and output.stat().st_dev != folder.stat().st_dev:
             dataset, room = self.rows * self.result_row_bytes, shutil.disk_usage(output).free
             if dataset > room:
                 raise UserError(
-                    f"some {_size(dataset)} of disk are needed for the dataset, {_size(room)} are free at {output}; "
-                    "make room, or choose another --output"
+                    f"some {size_words(dataset)} of disk are needed for the dataset, {size_words(room)} are "
+                    f"free at {output}; make room, or choose another --output"
                 )
         seconds = self.rows / (_ROWS_PER_WORKER_S * min(workers, _WORKERS_PER_DISK))
-        return f"{words} ({_size(free)} are free) and {_time(seconds)} with {workers} workers"
+        return f"{words} ({size_words(free)} are free) and {time_words(seconds)} with {workers} workers"
 
 
 def estimate(files: Sequence[RawFile], multi_hot: bool) -> Estimate:
-    """Looks at the beginning of the first file; the others are taken to be like it.
+    """Looks at the beginning of the first file of each compression; the others are taken to be like it.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: one cannot be read.
     """
-    first = files[0]
-    with first.text() as text:
-        try:
-            sample = text.read(_SAMPLE_BYTES)
-        except ValueError:
-            sample = b""  # truncated or corrupt: the stages say where
-        stored = text.stored.tell() if sample else 1
-    ratio = 1.0 if first.compression == "none" else len(sample) / max(min(stored, first.size), 1)
-    text_bytes = ratio * sum(file.size for file in files)
-    lines = sample.count(b"\n")
+    rows = text_bytes = 0.0
+    samples = {}
+    for file in files:
+        if file.compression not in samples:
+            samples[file.compression] = _sample(file)
+        text, lines, _ = samples[file.compression]
+        rows, text_bytes = rows + file.size * lines, text_bytes + file.size * text
     result_row_bytes = _RESULT + (_MULTI_HOT if multi_hot else 0)
     return Estimate(
-        rows=text_bytes * lines / len(sample) if lines else 0.0,
+        rows=rows,
         text_bytes=text_bytes,
-        fields=sample.partition(b"\n")[0].count(b"\t") + 1,
+        fields=samples[files[0].compression][2],
         row_bytes=_STAGED + _IDS + result_row_bytes,
         result_row_bytes=result_row_bytes,
     )
 
 
-def _size(size: float) -> str:
+def _sample(file: RawFile) -> tuple[float, float, int]:
+    """Bytes of text and lines for each stored byte, and the fields of the first line."""
+    with file.text() as text:
+        try:
+            sample = text.read(_SAMPLE_BYTES)
+        except ValueError:
+            sample = b""  # truncated or corrupt: the stages say where
+        stored = text.stored.tell() if sample else 1
+    stored = len(sample) if file.compression == "none" else min(stored, file.size)
+    fields = sample.partition(b"\n")[0].count(b"\t") + 1
+    return len(sample) / max(stored, 1), sample.count(b"\n") / max(stored, 1), fields
+
+
+def size_words(size: float) -> str:
+    """Bytes for people."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
-def _time(seconds: float) -> str:
+def time_words(seconds: float) -> str:
+    """A time for people."""
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

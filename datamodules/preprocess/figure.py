@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from datamodules.preprocess.skew import SHARES, Skew
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 _MOST_TABLES = 60  # of which the figure still has readable rows
 _NAMED_CURVES = 6
+_SHOWN_SHARE = 0.005  # of the lookups, from which on curves are of interest
+_LEAST = 0.7  # of an axis of ids, so that a mark at 1 is whole
 # Marker and colour inside, for each of SHARES.
 _MARKS = (("o", "white"), ("^", "0.6"), ("D", "black"))
 # Colours of Okabe and Ito, which differ in lightness too; each with a line style of its own.
@@ -91,7 +95,9 @@ def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:
             markersize=5,
             label=f"{share:.0%} of lookups go to so many ids",
         )
-    axes.set(xscale="log", xlim=(0.7, max(sizes) * 30), xlabel="rows of the table (bar) and most frequent ids (marks)")
+    # The sizes are written behind the bars: a sixth of the width.
+    right = max(sizes) * (max(sizes) / _LEAST) ** 0.17
+    axes.set(xscale="log", xlim=(_LEAST, right), xlabel="rows of the table (bar) and most frequent ids (marks)")
     axes.set_yticks(rows, [skew.column.name for skew in shown])
     axes.invert_yaxis()
     axes.margins(y=0.01)
@@ -112,8 +118,15 @@ def _draw_curves(axes: "Axes", skews: Sequence[Skew], named: Sequence[Skew]) -> 
         if skew.lookups:
             x, y = skew.curve
             axes.plot(100 * x, 100 * y, color=colour, linestyle=style, linewidth=1.8, label=skew.column.name, zorder=2)
+    # What is as good as nothing leaves no empty decades.
+    begins = [x[np.searchsorted(y, _SHOWN_SHARE)] for x, y in (skew.curve for skew in skews if skew.lookups)]
+    least = min(begins, default=_SHOWN_SHARE)
     axes.set(
-        xscale="log", ylim=(0, 102), xlabel="most frequent ids, % of the table", ylabel="lookups that go to them, %"
+        xscale="log",
+        xlim=(100 * least * _LEAST, 100 / _LEAST),
+        ylim=(0, 102),
+        xlabel="most frequent ids, % of the table",
+        ylabel="lookups that go to them, %",
     )
     axes.set_title(f"Skew of the ids: the {len(named)} largest tables" if others else "Skew of the ids", fontsize=10)
     axes.grid(color="0.9")

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.parquet import Folder
 from datamodules.preprocess.leakage import render_equal_rows
 from datamodules.preprocess.skew import vocabulary_skew
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema
 
 
-def summary(folder: Path, schema: DatasetSchema) -> dict[str, Any]:
+def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any]:
     """The facts of a dataset as JSON values.
 
     ``columns`` gives for each, where known, ``missing`` (share of the rows read), ``most_frequent`` (share
@@ -71,7 +72,7 @@ def render(facts: Mapping[str, Any]) -> str:
         for name, value in facts["settings"].items()
     )
     lines = [
-        f"{Path(facts['folder']) / SCHEMA_FILE}",
+        Folder(facts["folder"]) / SCHEMA_FILE,
         f"  dataset      {facts['dataset']}, protocol {facts['protocol']}{settings}",
         f"  encoding     {facts['fingerprints']['encoding'][:16]}  (a model is bound to this fingerprint)",
         f"  data         {facts['fingerprints']['data'][:16]}  (a run is resumed on this one only)",
@@ -147,11 +148,7 @@ def _split_table(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _column_table(facts: Mapping[str, Any]) -> list[str]:
-    header: tuple[str, ...] = (
-        "column", "role", "table rows", "missing", "most frequent id", "ids for 90%", "reserved ids"
-    )  # fmt: skip
-    if not any(column["reserved"] for column in facts["columns"]):
-        header = (*header[:-1], "")
+    header = ("column", "role", "table rows", "missing", "most frequent id", "ids for 90%", "reserved ids")
     body = [
         (
             column["name"],
@@ -173,12 +170,11 @@ def _percent(share: float | None) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
-    """Rows of text as lines, with the columns ``left`` flush left and the others flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    """Rows of text as lines, with the columns ``left`` flush left and the others flush right. Columns that have nothing
+    below their heads are left out."""
+    columns = []
+    for number, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        if any(column[1:]):
+            columns.append([cell.ljust(width) if number in left else cell.rjust(width) for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]

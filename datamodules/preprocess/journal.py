@@ -6,7 +6,6 @@ several machines, never meet in one file. After a machine lost power a file may 
 records hold checksums, and ``discard_damaged`` compares them before a run goes on.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -140,10 +139,3 @@ def locked(folder: Path, output: str) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             raise busy from None
         yield
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, of Python or of pyarrow, says that a disk or a quota is full."""
-    if not isinstance(error, OSError):
-        return False
-    return error.errno in (errno.ENOSPC, errno.EDQUOT) or f"[errno {errno.ENOSPC}]" in str(error).lower()

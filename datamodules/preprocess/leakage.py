@@ -4,8 +4,9 @@ Each row's features, label apart, are hashed to 64 bits. Rows of equal features 
 number of pairs of different rows with equal hashes is n (n - 1) / 2**65 for n rows: 6e-5 for Kaggle's 46 million, and
 half a pair for Terabyte's 4.4 billion. So the counts are exact for all that matters.
 
-Memory stays below 1 GB, however many rows there are: hashes are sorted in runs, the runs kept in a temporary file of
-8 bytes a row (35 GB for Terabyte), and compared one range of hashes at a time.
+Memory stays below 1 GB, however many rows there are and however often one occurs: hashes are sorted in runs, each kept
+once with its count, the runs in a temporary file of at most 12 bytes a row (53 GB for Terabyte), and compared one range
+of hashes at a time.
 """
 
 import shutil
@@ -21,18 +22,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from datamodules.parquet import read_groups
+from datamodules.parquet import Folder, read_groups
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SPLITS, Column, DatasetSchema
 
 _RUN_ROWS = 1 << 22  # hashes sorted at once: 32 MB
 _RANGE_ROWS = 1 << 23  # hashes compared at once: 64 MB, and some copies of them
-_HASH_BYTES = 8
 
 Hashes = NDArray[np.uint64]
+_ENTRY = np.dtype([("hash", np.uint64), ("count", np.uint32)])
 
 
-def equal_rows(folder: Path, schema: DatasetSchema, progress: bool = True) -> dict[str, Any]:
+def equal_rows(folder: str | Path | Folder, schema: DatasetSchema, progress: bool = True) -> dict[str, Any]:
     """Counts rows of equal features, as JSON values.
 
     ``within`` has for each split its ``rows``, the ``distinct`` ones, and ``repeats``: rows whose features an earlier
@@ -49,7 +50,7 @@ def equal_rows(folder: Path, schema: DatasetSchema, progress: bool = True) -> di
     if not columns:
         raise UserError(f"{folder} has no features, so there are no equal rows to look for")
     rows = sum(split.rows for split in schema.splits.values())
-    _check_space(rows * _HASH_BYTES)
+    _check_space(rows * _ENTRY.itemsize)
     ranges = -(-rows // _RANGE_ROWS) or 1
     runs: dict[str, _Runs] = {}
     with tqdm(total=rows, desc="Hashing", unit=" rows", unit_scale=True, disable=None if progress else True) as bar:
@@ -134,10 +135,11 @@ class _Runs:
         """Writes what waits for its run to be full."""
         if not self._waiting_rows:
             return
-        run = np.concatenate(self._waiting)
+        hashes, counts = np.unique(np.concatenate(self._waiting), return_counts=True)
         self._waiting, self._waiting_rows = [], 0
-        run.sort()
-        inner = np.searchsorted(run, self._bounds)
+        run = np.empty(len(hashes), _ENTRY)
+        run["hash"], run["count"] = hashes, counts
+        inner = np.searchsorted(hashes, self._bounds)
         self._cuts.append(self._written + np.concatenate([[0], inner, [len(run)]]))
         try:
             self._file.write(run.data)
@@ -147,14 +149,20 @@ class _Runs:
             ) from error
         self._written += len(run)
 
-    def range(self, number: int) -> Hashes:
-        """All hashes of a range."""
-        pieces = [np.empty(0, np.uint64)]
+    def range(self, number: int) -> tuple[Hashes, NDArray[np.int64]]:
+        """The hashes of a range in ascending order, and how often each occurs."""
+        pieces = [np.empty(0, _ENTRY)]
         for cuts in self._cuts:
             start, stop = int(cuts[number]), int(cuts[number + 1])
-            self._file.seek(start * _HASH_BYTES)
-            pieces.append(np.frombuffer(self._file.read((stop - start) * _HASH_BYTES), np.uint64))
-        return np.concatenate(pieces)
+            self._file.seek(start * _ENTRY.itemsize)
+            pieces.append(np.frombuffer(self._file.read((stop - start) * _ENTRY.itemsize), _ENTRY))
+        entries = np.concatenate(pieces)
+        hashes = entries["hash"].copy()
+        order = np.argsort(hashes)
+        hashes = hashes[order]
+        firsts = np.flatnonzero(np.concatenate([np.ones(min(len(hashes), 1), bool), hashes[1:] != hashes[:-1]]))
+        counts = np.add.reduceat(entries["count"][order], firsts, dtype=np.int64) if len(firsts) else firsts
+        return hashes[firsts], counts
 
 
 class _Tally:
@@ -167,9 +175,8 @@ class _Tally:
         # Of a pair: distinct features in both, rows of the first, rows of the second.
         self._shared = {pair: np.zeros(3, np.int64) for pair in combinations(splits, 2)}
 
-    def add(self, hashes: Mapping[str, Hashes]) -> None:
-        """Counts a range: for each split all of its hashes in it, in any order."""
-        distinct = {split: np.unique(of_split, return_counts=True) for split, of_split in hashes.items()}
+    def add(self, distinct: Mapping[str, tuple[Hashes, NDArray[np.int64]]]) -> None:
+        """Counts a range: for each split the hashes in it, and how often each occurs."""
         for split, (_, counts) in distinct.items():
             self._rows[split] += int(counts.sum())
             self._distinct[split] += len(counts)

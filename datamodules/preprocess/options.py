@@ -1,9 +1,9 @@
 """What to make of raw files: the options of ``preprocess``, checked."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
+from datamodules.parquet import Folder, load_schema
 from datamodules.preprocess.multi_hot import DISTRIBUTIONS, Distribution, MultiHot
 from datamodules.preprocess.protocols import PROTOCOLS, Protocol, find_protocol
 from datamodules.preprocess.splits import DATASETS, Dataset
@@ -98,7 +98,7 @@ class Options:
 
 
 def options_of(
-    vocabulary: Path | None, *, dataset: Dataset | None, protocol: str | None, **others: Any
+    vocabulary: Folder | None, *, dataset: Dataset | None, protocol: str | None, **others: Any
 ) -> tuple[Options, DatasetSchema | None]:
     """The options, and the schema of the dataset whose vocabulary is used.
 
@@ -112,7 +112,7 @@ def options_of(
             if value is None:
                 raise UserError(f"no {name} is given; give one (--{name})")
         return Options(dataset=dataset, protocol=protocol, **others), None  # type: ignore[arg-type]
-    schema = DatasetSchema.load(vocabulary)
+    schema = load_schema(vocabulary)
     if schema.protocol not in PROTOCOLS or not schema.vocabulary:
         raise UserError(
             f"{vocabulary} has the protocol {schema.protocol!r} and {len(schema.vocabulary)} vocabularies; expected a "

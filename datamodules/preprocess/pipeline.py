@@ -32,6 +32,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from datamodules.filesystems import in_process_only, is_disk_full
+from datamodules.parquet import Folder
 from datamodules.preprocess.counting import ColumnJob, count_column, look_up_column
 from datamodules.preprocess.criteo_tsv import COLUMNS
 from datamodules.preprocess.encoding import Encoding
@@ -40,7 +42,6 @@ from datamodules.preprocess.journal import (
     discard_damaged,
     find_records,
     fingerprint,
-    is_disk_full,
     recorded,
     remove_partial_files,
     written_aside,
@@ -51,7 +52,7 @@ from datamodules.preprocess.parts import RowsJob, encode_part, part_jobs, rows_p
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.report import write_report
 from datamodules.preprocess.segments import Segment, save_segments
-from datamodules.preprocess.sources import RawFile, find_files, in_process_only
+from datamodules.preprocess.sources import RawFile, find_files
 from datamodules.preprocess.splits import Dataset, Span, SplitRule
 from datamodules.preprocess.staging import PIECE_BYTES, StageJob, segment_path, stage_piece, stage_text
 from datamodules.preprocess.target import REPORT_FILE, Target
@@ -135,8 +136,9 @@ def preprocess(
             folder holds something else.
     """
     progress = progress or Progress()
+    known_folder = None if vocabulary is None else Folder(vocabulary)
     options, known = options_of(
-        None if vocabulary is None else Path(vocabulary),
+        known_folder,
         dataset=dataset,
         protocol=protocol,
         max_rows=max_rows,
@@ -164,8 +166,14 @@ def preprocess(
         progress.note(f"{output} is finished already: same input, same options; nothing to do")
         return finished
     small = sum(file.size for file in files) < _SMALL_BYTES
-    if any(in_process_only(file.path) for file in files):
-        workers, scheduler = 1, None
+    of_this_process = [place for place in (*(file.path for file in files), str(vocabulary)) if in_process_only(place)]
+    if of_this_process:
+        if scheduler is not None or (workers or 1) > 1:
+            raise UserError(
+                f"{of_this_process[0]} is in the memory of this process, where others cannot read it; leave --workers "
+                "and --scheduler out"
+            )
+        workers = 1
     elif workers is None:
         workers = 1 if small else os.cpu_count() or 1
     with target.working_folder(worth_keeping=not small) as folder:
@@ -174,7 +182,7 @@ def preprocess(
         job = _Job(
             options=options,
             known=known,
-            vocabulary=None if vocabulary is None else Path(vocabulary).absolute(),
+            vocabulary=known_folder,
             files=files,
             folder=folder,
             piece_bytes=block_bytes,
@@ -230,7 +238,7 @@ class _Job:
     options: Options
     known: DatasetSchema | None
     """Of the dataset whose vocabulary is used."""
-    vocabulary: Path | None
+    vocabulary: Folder | None
     files: list[RawFile]
     folder: Path
     piece_bytes: int
@@ -299,6 +307,9 @@ class _Job:
             splits=splits,
             settings=self._settings(encoding),
             vocabulary={table.name: _vocabulary_file(result, table.name) for table in self.options.rules.tables()},
+            indices={c.name: self.options.bags.size(c.name) for c in columns if c.role == "multi_hot"}
+            if self.options.bags
+            else {},
             report=self._report(staged, counted),
         )
         write_report(result / REPORT_FILE, schema, run, self.progress.stages)
@@ -397,7 +408,8 @@ class _Job:
                 ColumnJob(
                     encoding=encoding,
                     table=table,
-                    vocabulary=self.vocabulary / self.known.vocabulary[table.name].path,
+                    vocabulary=self.vocabulary.absolute,
+                    file=self.known.vocabulary[table.name].path,
                     column=columns[table.name],
                 )
                 for table in tables

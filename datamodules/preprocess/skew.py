@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from datamodules.parquet import part_files, read_groups
-from lightning_dlrm.contracts.errors import UserError
+from datamodules.parquet import Folder, part_files, read_groups
+from lightning_dlrm.contracts.errors import UserError, one_line
 from lightning_dlrm.contracts.schema import Column, DatasetSchema
 
 SHARES = (0.5, 0.9, 0.99)
@@ -56,7 +55,7 @@ def skew_of(column: Column, counts: NDArray[np.int64]) -> Skew:
     )
 
 
-def vocabulary_skew(folder: Path, schema: DatasetSchema, column: Column) -> Skew | None:
+def vocabulary_skew(folder: str | Path | Folder, schema: DatasetSchema, column: Column) -> Skew | None:
     """The skew of a column as its vocabulary tells: ``count`` of each ``id``, which is the position where there is no
     such column. None if it has none, or one without counts, or several ids a row: those are not what was counted.
 
@@ -65,12 +64,12 @@ def vocabulary_skew(folder: Path, schema: DatasetSchema, column: Column) -> Skew
     """
     if column.name not in schema.vocabulary or column.role != "categorical":
         return None
-    path = Path(folder) / schema.vocabulary[column.name].path
+    where, path = Folder(folder), schema.vocabulary[column.name].path
     remedy = "restore the file, or make the dataset again"
     counts = np.zeros(column.cardinality, np.int64)
     start = 0
     try:
-        with pq.ParquetFile(path) as vocabulary:
+        with where.open_parquet(path, verify=True) as vocabulary:
             names = [name for name in ("count", "id") if name in vocabulary.schema_arrow.names]
             if "count" not in names:
                 return None
@@ -80,14 +79,16 @@ def vocabulary_skew(folder: Path, schema: DatasetSchema, column: Column) -> Skew
                 ids = table.column("id").to_numpy() if "id" in names else np.arange(start, stop)
                 np.add.at(counts, ids, table.column("count").to_numpy())
                 start = stop
+    except FileNotFoundError as error:
+        raise UserError(f"{where / path} is missing; {remedy}") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is altered: no readable Parquet; {remedy}") from error
+        raise UserError(f"{where / path} is altered: it cannot be decoded ({one_line(error)}); {remedy}") from error
     except IndexError:
-        raise UserError(f"{path} has ids beyond the {column.cardinality} rows of its table; {remedy}") from None
+        raise UserError(f"{where / path} has ids beyond the {column.cardinality} rows of its table; {remedy}") from None
     return skew_of(column, counts)
 
 
-def all_skews(folder: Path, schema: DatasetSchema, progress: bool = True) -> Iterator[Skew]:
+def all_skews(folder: str | Path | Folder, schema: DatasetSchema, progress: bool = True) -> Iterator[Skew]:
     """The skew of every table, in schema order; where no vocabulary tells it, of the rows of all splits.
 
     Takes 8 bytes of memory for each row of the largest table.
@@ -100,7 +101,7 @@ def all_skews(folder: Path, schema: DatasetSchema, progress: bool = True) -> Ite
         yield vocabulary_skew(folder, schema, column) or _counted_skew(folder, schema, column)
 
 
-def _counted_skew(folder: Path, schema: DatasetSchema, column: Column) -> Skew:
+def _counted_skew(folder: str | Path | Folder, schema: DatasetSchema, column: Column) -> Skew:
     counts = np.zeros(column.cardinality, np.int64)
     for file in part_files(schema):
         for table in read_groups(folder, schema, file, [column]):

@@ -1,6 +1,5 @@
 """Raw input files wherever they lie: on this machine, or behind an address that fsspec knows."""
 
-import errno
 import gzip
 import os
 import zlib
@@ -10,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-import fsspec
 import pyarrow as pa
 
+from datamodules.filesystems import failures_told, file_system, is_remote
 from datamodules.preprocess.journal import fingerprint
 from lightning_dlrm.contracts.errors import UserError, one_line
 
@@ -22,33 +21,6 @@ _MAGIC: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "z
 _SUFFIX: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _NAMES = {"gzip": "gzip", "zstd": "Zstandard"}
 _PIECE = 1 << 20
-
-
-def is_remote(path: str) -> bool:
-    return "://" in path
-
-
-def in_process_only(path: str) -> bool:
-    """Whether other processes would not find it."""
-    return path.startswith("memory://")
-
-
-def file_system(path: str) -> tuple[Any, str]:
-    """The fsspec file system of an address, and the path in it.
-
-    Raises:
-        UserError: fsspec does not know it, or its package is not installed.
-    """
-    kind = path.partition("://")[0]
-    try:
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(path))
-    except ImportError as error:
-        raise UserError(f"{path} needs a package that is not installed: {one_line(error)}") from error
-    except ValueError as error:
-        raise UserError(
-            f"{path}: {kind}:// is no kind of address that fsspec knows; known are s3://, gs://, hf://, https:// "
-            "and others, or a path on this machine"
-        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +98,8 @@ class Text:
                 raise ValueError(f"truncated {name}: its end is missing") from None
             except (gzip.BadGzipFile, zlib.error, pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno and not isinstance(error, gzip.BadGzipFile):
-                    raise _unreadable(self.source.path, error) from error
+                    with failures_told(self.source.path):
+                        raise
                 words = one_line(error)
                 if "runcated" in words:
                     raise ValueError(f"truncated {name}: its end is missing") from error
@@ -209,19 +182,8 @@ def _compression(path: str, start: bytes) -> Compression:
 @contextmanager
 def _named(path: str) -> Iterator[None]:
     """Failures of a file system as one line that names the file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; check the path, or download the file") from error
-    except Exception as error:  # every backend has errors of its own: no network, no permission, no such bucket
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: str, error: Exception) -> UserError:
-    return UserError(
-        f"{path} cannot be read ({type(error).__name__}: {one_line(error)}); check the path and your access to it"
-    )
+    with failures_told(path):
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise UserError(f"{path} does not exist; check the path, or download the file") from error

@@ -4,14 +4,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from datamodules.filesystems import failures_told, file_system, is_remote
 from datamodules.parquet import flush
-from datamodules.preprocess.journal import find_records, is_disk_full, locked
-from datamodules.preprocess.sources import file_system, is_remote
-from lightning_dlrm.contracts.errors import UserError, one_line
+from datamodules.preprocess.journal import find_records, fingerprint, locked
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
 
 REPORT_FILE = "report.json"
@@ -40,7 +40,9 @@ class Target:
             self._folder = Path(output).absolute()
             name, parent = self._folder.name, self._folder.parent
         self._beside = work is None and not self.remote
-        self.work = (parent if work is None else work.absolute()) / f".{name}.preprocess"
+        # Elsewhere, several outputs of one name may meet.
+        mark = "" if self._beside else f"-{fingerprint(self._path if self.remote else str(self._folder))[:8]}"
+        self.work = (parent if work is None else work.absolute()) / f".{name}{mark}.preprocess"
         self.goes_on = f"The same command goes on from what is finished, which waits in {self.work}"
 
     def finished(self, run: Mapping[str, Any]) -> DatasetSchema | None:
@@ -117,7 +119,7 @@ class Target:
             UserError: the place was taken meanwhile, or cannot be written to.
             OSError: its disk is full.
         """
-        with self._reached(self.goes_on):
+        with self._reached(f". {self.goes_on}"):
             self._deliver(result)
         (self.work / "delivered").touch()
 
@@ -143,24 +145,13 @@ class Target:
                 raise UserError(f"{self.output} came into being meanwhile ({error.strerror}); move it away") from error
             flush(self._folder.parent)
 
-    @contextmanager
-    def _reached(self, then: str = "") -> Iterator[None]:
-        """Failures of the place as one line that names it, but for a full disk; every backend has errors of its own.
+    def _reached(self, then: str = "") -> AbstractContextManager[None]:
+        """Tells failures of the place; full disks pass.
 
         Args:
-            then: a sentence to add.
+            then: what to add.
         """
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            if is_disk_full(error):
-                raise
-            raise UserError(
-                f"{self.output} cannot be reached ({type(error).__name__}: {one_line(error)}); check the place and "
-                f"your access to it. {then}".rstrip(". ")
-            ) from error
+        return failures_told(self.output, "cannot be reached", f"check the place and your access to it{then}")
 
     def _names(self) -> set[str]:
         """What the target holds; its own name if it is a file."""

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datamodules.preprocess.journal import is_disk_full
+from datamodules.filesystems import is_disk_full
 from lightning_dlrm.contracts.errors import UserError, one_line
 
 T = TypeVar("T")

@@ -193,6 +193,8 @@ class TrainingLoader(Loader):
         self._epoch = self._batch = 0
         self.wait_seconds = 0.0
         """Time that whoever iterates has waited for batches, since the loader was made."""
+        self.announce: Callable[[Batch], None] | None = None
+        """Is told of each batch while the one before it is handed out; not of an epoch's first one."""
 
     def __iter__(self) -> Iterator[Batch]:
         if self._batch >= self._epoch_batches:
@@ -210,10 +212,14 @@ class TrainingLoader(Loader):
         return 0, sum(file.rows for file in self._files)
 
     def _count(self, source: Iterator[Batch], epoch: int, first: int) -> Iterator[Batch]:
+        upcoming: Batch | None = None
         for index in range(first, self._epoch_batches):
             start = time.perf_counter()
-            batch = next(source)
+            batch = next(source) if upcoming is None else upcoming
+            upcoming = next(source) if self.announce is not None and index + 1 < self._epoch_batches else None
             self.wait_seconds += time.perf_counter() - start
+            if self.announce is not None and upcoming is not None:
+                self.announce(upcoming)
             self._epoch, self._batch = epoch, index + 1
             yield batch
 

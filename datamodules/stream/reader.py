@@ -18,10 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from datamodules.parquet import Folder, check_weights, count_values, open_part, weighted_column
+from datamodules.parquet import Folder, check_weights, count_values, open_part, read_group, weighted_column
 from datamodules.stream.order import LANES, Order, ranges
 from lightning_dlrm.contracts.batch import Batch, SparseIds
-from lightning_dlrm.contracts.errors import UserError, one_line
 from lightning_dlrm.contracts.schema import Column, DataFile, DatasetSchema
 
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
@@ -158,16 +157,9 @@ class Decoder:
 
     def _read(self, group: int) -> dict[str, pa.Array]:
         index, group = self._where[group]
-        file = self.files[index]
         part = self._borrow(index)
-        try:
-            # One thread: a wider pool would take the cores that compute.
-            table = part.read_row_group(group, columns=[c.name for c in self.schema.columns], use_threads=False)
-        except Exception as error:  # remote file systems have errors of their own
-            raise UserError(
-                f"{self.folder / file.path} is altered: row group {group} cannot be decoded "
-                f"({one_line(error)}); restore the file, or make the dataset again"
-            ) from error
+        # One thread: a wider pool would take the cores that compute.
+        table = read_group(self.folder, self.files[index], part, group, self.schema.columns, threads=False)
         self._give_back(index, part)
         return {name: _whole(column) for name, column in zip(table.column_names, table.columns, strict=True)}
 

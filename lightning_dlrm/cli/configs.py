@@ -1,8 +1,9 @@
 """Finding configurations by name, and naming what a misspelt key was meant to be."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -51,6 +52,14 @@ def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
         elif argument.startswith("--config="):
             resolved[i] = f"--config={find_config(argument.removeprefix('--config='))}"
     return resolved
+
+
+def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their full keys."""
+    found: dict[str, Any] = {}
+    for key, value in document.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +18,19 @@ import pytorch_lightning as pl
 from jsonargparse import ActionConfigFile
 from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import lightning_dlrm
-from lightning_dlrm.cli.configs import resolve_config_arguments
+from lightning_dlrm.cli.configs import flat, resolve_config_arguments
 from lightning_dlrm.cli.mistakes import explain, known_keys
 from lightning_dlrm.cli.predictions import PredictionWriter
 from lightning_dlrm.cli.report import demo_note, final_report, size_note
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
+from lightning_dlrm.engine.diagnostics import CurveWriter, NormRecorder
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.progress import RunProgress
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
@@ -36,12 +39,24 @@ from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.engine.target import StopAtAUC
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
 from lightning_dlrm.sharding.collectives import lost_rank
+from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS, JsonLinesLogger, RunFolder
-from lightning_dlrm.tracking.wandb_run import Mode, choose_mode, finish_wandb, offline_folder, start_wandb
+from lightning_dlrm.tracking.wandb_run import (
+    Mode,
+    RunPlace,
+    WandbExtras,
+    choose_mode,
+    finish_wandb,
+    offline_folders,
+    start_wandb,
+    training_run_id,
+    whereabouts,
+)
 
 log = logging.getLogger("lightning_dlrm")
 
 EVALUATIONS = ("validate", "test", "predict")
+JOB_TYPES = {"fit": "train", "validate": "validate", "test": "test"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +78,22 @@ class WandbSettings:
     Args:
         project: W&B project.
         mode: auto goes online where there is an API key and the server answers, else offline.
+        entity: user or team; by default the account's own.
         name: of the run; by default that of the run folder.
         group: of the run, such as an experiment of several runs.
-        tags: of the run.
+        job_type: what the run does; by default train, validate or test.
+        tags: of the run, such as [baseline, night].
+        log_model: upload the best checkpoint as an artifact at the end of a fit.
     """
 
     project: str = "lightning_dlrm"
     mode: Mode = "auto"
+    entity: str | None = None
     name: str | None = None
     group: str | None = None
+    job_type: str | None = None
     tags: tuple[str, ...] = ()
+    log_model: bool = False
 
 
 class OneLineParser(LightningArgumentParser):
@@ -133,6 +154,12 @@ class CTRCommand(LightningCLI):
             default=None,
             help="end the fit after the first validation with this AUC or more; the summary says how long that took",
         )
+        parser.add_argument(
+            "--log_norms",
+            type=bool,
+            default=False,
+            help="log the norms of every gradient, and of the table rows that a step touches and of their gradients",
+        )
         parser.add_class_arguments(CheckpointSettings, "checkpoint")
         parser.add_class_arguments(WandbSettings, "wandb")
         parser.link_arguments("data.schema", "model.schema", apply_on="instantiate")
@@ -191,19 +218,28 @@ class CTRCommand(LightningCLI):
                 checkpoints = RunCheckpoints(self.run_folder, settings.checkpoint.every_n_steps)
             self.recorder = Recorder(self.run_folder, checkpoints)
             callbacks = [FinalValidation(), self.recorder, *([checkpoints] if checkpoints else [])]
+            if settings.log_norms:
+                callbacks.insert(2, NormRecorder(self.recorder))
             if settings.stop_at_auc is not None:
                 callbacks.insert(0, StopAtAUC(settings.stop_at_auc, self.recorder))
         else:
             callbacks = [EvaluationWriter(self.run_folder), PredictionWriter(self.run_folder)]
         if trainer.get("enable_progress_bar") is not False:
             callbacks.append(RunProgress(self.recorder))
+        if self.subcommand != "predict":
+            callbacks.append(CurveWriter(self.run_folder))
         callbacks.append(StopOnSigterm())
         # Rank 0 chooses the run folder, once every setting is known to be in range; the callbacks of the other
         # ranks hear of it when the ranks can talk.
         if is_rank_zero:
             self.run_folder.path = self._open_run_folder(settings).path
-        trainer["callbacks"] = [*_listed(trainer.get("callbacks")), *callbacks]
         trainer["logger"] = self._loggers(trainer.get("logger"), settings) if is_rank_zero else False
+        wandb_loggers = [logger for logger in _listed(trainer["logger"]) if isinstance(logger, WandbLogger)]
+        callbacks += [
+            WandbExtras(self.run_folder, logger, self._final_figures, settings.wandb.log_model)
+            for logger in wandb_loggers
+        ]
+        trainer["callbacks"] = [*_listed(trainer.get("callbacks")), *callbacks]
         trainer["plugins"] = [*_listed(trainer.get("plugins")), FolderCheckpointIO()]
         trainer["default_root_dir"] = trainer.get("default_root_dir") or str(self.run_folder.path)
         built: pl.Trainer = self._instantiate_trainer(trainer | kwargs, [])
@@ -268,36 +304,40 @@ class CTRCommand(LightningCLI):
         return RunFolder.create(path, settings.model.network.class_path.rpartition(".")[2].lower())
 
     def _loggers(self, given: Any, settings: Any) -> list[Any] | bool:
-        """W&B and the run folder; a logger of the user's takes W&B's place."""
+        """W&B and, in a fit, the run folder; a logger of the user's takes W&B's place."""
         assert self.run_folder is not None
-        if self.subcommand != "fit":
+        if self.subcommand not in JOB_TYPES:
             return False
-        ours = JsonLinesLogger(self.run_folder)
+        ours = [JsonLinesLogger(self.run_folder)] if self.subcommand == "fit" else []
         if given is False:
-            return [ours]
+            return ours
         if given not in (None, True):
-            return [ours, *_listed(given)]
+            return [*ours, *_listed(given)]
         mode, reason = choose_mode(settings.wandb.mode)
         if mode == "disabled":
-            return [ours]
-        logger, reason = start_wandb(
-            self.run_folder.path,
-            mode=mode,
-            reason=reason,
-            project=settings.wandb.project,
-            name=settings.wandb.name or self.run_folder.path.name,
-            group=settings.wandb.group,
-            tags=settings.wandb.tags,
-            config=self._facts(),
+            return ours
+        chosen, folder = settings.wandb, self.run_folder
+        place = RunPlace(
+            project=chosen.project,
+            entity=chosen.entity,
+            name=chosen.name or folder.path.name,
+            group=chosen.group,
+            job_type=chosen.job_type or JOB_TYPES[self.subcommand],
+            tags=chosen.tags,
         )
+        run_id = training_run_id(folder) if self.subcommand == "fit" else None
+        logger, reason = start_wandb(folder.path, place, mode=mode, reason=reason, run_id=run_id, config=self._facts())
         if reason:
-            log.info("W&B: offline (%s); send the run later with: wandb sync %s", reason, offline_folder(logger))
-        return [ours, logger]
+            log.info("W&B: offline (%s); send it later with: wandb sync %s", reason, offline_folders(folder))
+        return [*ours, logger]
+
+    def _final_figures(self) -> dict[str, float]:
+        return {} if self.recorder is None else self.recorder.latest
 
     def _facts_of_all_ranks(self) -> dict[str, Any]:
         """Every setting by its key; what may differ from rank to rank is left out."""
         document = json.loads(self._parser(self.subcommand).dump(self._settings(), format="json", skip_none=False))
-        facts = _flat(document)
+        facts = flat(document)
         return {key: value for key, value in facts.items() if not key.startswith(("config", "wandb.", "run_dir"))}
 
     def _facts(self) -> dict[str, Any]:
@@ -330,7 +370,9 @@ class CTRCommand(LightningCLI):
             )
         if self.trainer.is_global_zero and not self.trainer.interrupted:
             best = self.recorder.checkpoints.best if self.recorder.checkpoints else {}
-            print(final_report(self.run_folder, self.recorder.latest, best, self._schema()))
+            final = {names.SAMPLES: self.recorder.samples, **self.recorder.latest}
+            wandb = whereabouts(self.trainer.loggers, self.run_folder)
+            print(final_report(self.run_folder, final, best, self._schema(), wandb))
 
     def after_validate(self) -> None:
         self._print_results()
@@ -387,6 +429,12 @@ class CTRCommand(LightningCLI):
 class SettingsCommand(CTRCommand):
     """Builds data and model of a configuration, and nothing else."""
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        # A run's config.yaml has these, as fit takes them; they say nothing of data and model.
+        for key in ("ckpt_path", "weights_only"):
+            parser.add_argument(f"--{key}", type=Any, default=None, help=SUPPRESS)
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return None
 
@@ -396,6 +444,7 @@ class ParamsCommand(SettingsCommand):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
+        parser.prog = "python -m lightning_dlrm params"
         parser.add_argument("--json", action="store_true", help="print JSON")
         add_matching_arguments(parser)
 
@@ -409,7 +458,9 @@ def add_matching_arguments(parser: Any) -> None:
         help="configuration whose hidden layers are to be widened or narrowed, with its overlays: params --match "
         "dcn.yaml --to dlrm.yaml --by dense --output matched.yaml (other options, such as --data.path, go to both)",
     )
-    parser.add_argument("--to", nargs="+", default=None, help="configuration whose cost is to be met, with its overlays")
+    parser.add_argument(
+        "--to", nargs="+", default=None, help="configuration whose cost is to be met, with its overlays"
+    )
     parser.add_argument(
         "--by", default="dense", help="what is to be met: total, dense (parameters), or flops (forward)"
     )
@@ -421,14 +472,6 @@ def _listed(given: Any) -> list[Any]:
     if given is None:
         return []
     return list(given) if isinstance(given, (list, tuple)) else [given]
-
-
-def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their full keys."""
-    flat: dict[str, Any] = {}
-    for key, value in document.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _as_seed(given: bool | int) -> int:

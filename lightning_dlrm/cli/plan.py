@@ -1,28 +1,36 @@
 """``plan``: which rank would hold which rows, what each would hold and send; no data and no table is made."""
 
+import argparse
+import dataclasses
 import json
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
+from jsonargparse import DefaultHelpFormatter
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lightning_dlrm.cli.lightning import SettingsCommand
+from lightning_dlrm.cli.palette import OKABE_ITO, filling
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
+from lightning_dlrm.models.embeddings import WidthGroup
+from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.plan import (
     Plan,
     RankCost,
     TableLoad,
     imbalance,
     make_plan,
+    parse_bytes,
     parse_memory,
+    place_tables,
     rank_costs,
     read_plan,
 )
@@ -32,10 +40,14 @@ examples:
   python -m lightning_dlrm plan --config dlrm.yaml --ranks 8
   python -m lightning_dlrm plan --config dlrm.yaml --ranks 8 --memory-per-rank 80GiB --plot plan.png
   python -m lightning_dlrm plan --config dlrm.yaml --ranks 2 --memory-per-rank 24GiB,80GiB --output plan.yaml
-  python -m lightning_dlrm plan --config mlperf_v2.yaml --data.path DIR --ranks 8 \
-      --indices 3,2,1,2,6,1,1,1,1,7,3,8,1,6,9,5,1,1,1,12,100,27,10,3,1,1 --output plan.yaml
+  python -m lightning_dlrm plan --config mlperf_v2.yaml --data.path DIR --ranks 8 --output plan.yaml
 
---output writes the plan for a run to keep to:
+  python -m lightning_dlrm plan --config dlrm.yaml --device-memory 1GiB --output places.yaml
+  python -m lightning_dlrm fit --config dlrm.yaml --config places.yaml
+
+--device-memory is for one device that has no room for all tables: it tells which of them stay in host memory, as
+model.network.tables.on_host, and --output writes that as a configuration. For several ranks, --output writes the
+plan for a run to keep to:
   trainer:
     strategy:
       class_path: EmbeddingShardedDDP
@@ -46,12 +58,21 @@ _RANKS_SHOWN = 16
 _TABLES_COLOURED = 8
 
 
+class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the examples."""
+
+
 class PlanCommand(SettingsCommand):
     """Builds data and model of a configuration for a plan of their tables."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.description = f"Shows {__doc__[__doc__.index(':') + 2 :]}"
+        parser.prog = "python -m lightning_dlrm plan"
+        parser.formatter_class = _HelpFormatter
+        parser.description = (
+            "Shows which rank would hold which rows, what each would hold and send; no data and no table is made.\n"
+            "With --device-memory: which tables would stay in host memory."
+        )
         parser.epilog = EXAMPLES
         parser.add_argument("--ranks", type=int, default=1, help="processes to spread the tables over")
         parser.add_argument(
@@ -60,13 +81,26 @@ class PlanCommand(SettingsCommand):
             default=None,
             help="what tables and their optimiser state may take: 80GiB, or an amount for each rank: 24GiB,80GiB",
         )
+        parser.add_argument(
+            "--device-memory",
+            type=str | None,
+            default=None,
+            help="choose which tables stay in host memory, for one device on which tables, their optimiser state and "
+            "the rows of three batches may take so much: 8GiB",
+        )
         parser.add_argument("--skew", type=float, default=1.0, help="row i is drawn in proportion to (i + 1)^-skew")
         parser.add_argument(
             "--indices",
             type=str | None,
             default=None,
             help="ids that a sample looks up on average: one figure for all columns, or one for each, separated by "
-            "commas; by default 1",
+            "commas; by default what the dataset says of its multi-hot columns, and 1",
+        )
+        parser.add_argument(
+            "--wire",
+            type=Literal["full", "bf16"],
+            default="full",
+            help="type of vectors and gradients while they travel, as the strategy's option",
         )
         parser.add_argument("--plan", type=str | None, default=None, help="show this plan instead of making one")
         parser.add_argument("--output", type=str | None, default=None, help="write the plan there, as YAML")
@@ -82,13 +116,16 @@ def run(arguments: Sequence[str]) -> int:
         network = module.make_network(module.schema.features, module.seed)
     loads = table_loads(network, module, settings.skew, parse_indices(settings.indices, module.schema.features))
     batch_size = getattr(command.datamodule, "batch_size", DEFAULT_BATCH_SIZE)
+    if settings.device_memory is not None:
+        return _place(settings, network, loads, batch_size)
     if settings.plan is not None:
         plan = read_plan(Path(settings.plan))
         plan.check({load.name: load.rows for load in loads}, plan.ranks)
     else:
         memory = None if settings.memory_per_rank is None else parse_memory(settings.memory_per_rank)
         plan = make_plan(loads, settings.ranks, batch_size, memory)
-    costs = rank_costs(plan, loads, batch_size)
+    element_bytes = 2 if settings.wire == "bf16" else network.lookups()[0].weight.element_size()
+    costs = rank_costs(plan, loads, batch_size, element_bytes)
     if settings.output is not None:
         _write(Path(settings.output), yaml.safe_dump(plan.document(), default_flow_style=None, sort_keys=False))
     if settings.plot is not None:
@@ -97,14 +134,51 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def parse_indices(text: str | None, features: Features) -> dict[str, float]:
-    """Mean number of ids in a bag by column, from one figure, or one for each, separated by commas.
+def _place(settings: Any, network: CTRNetwork, loads: Sequence[TableLoad], batch_size: int) -> int:
+    """``--device-memory``: which tables stay in host memory."""
+    for option, given in (
+        ("--ranks", settings.ranks > 1),
+        ("--memory-per-rank", settings.memory_per_rank is not None),
+        ("--plan", settings.plan is not None),
+        ("--plot", settings.plot is not None),
+        ("--wire", settings.wire != "full"),
+    ):
+        if given:
+            raise UserError(f"--device-memory is for one device, {option} for several ranks: give one of them")
+    groups = [module for module in network.modules() if isinstance(module, WidthGroup)]
+    movable = {member.table.name for group in groups for member in group.members}
+    places = place_tables(loads, movable, batch_size, parse_bytes(settings.device_memory))
+    columns = list(dict.fromkeys(name.partition("/")[0] for name in places.on_host))
+    document = {"model": {"network": {"init_args": {"tables": {"on_host": columns}}}}}
+    if settings.output is not None:
+        header = f"# Tables in host memory, so that the others fit into {settings.device_memory} of a device.\n"
+        _write(Path(settings.output), header + yaml.safe_dump(document, default_flow_style=None, sort_keys=False))
+    if settings.json:
+        print(json.dumps(dataclasses.asdict(places) | {"columns": columns, "batch_size": batch_size}, indent=1))
+        return 0
+    lines: list[tuple[str, ...]] = [("table", "rows", "GiB", "rows fetched", "place")]
+    for load in sorted(loads, key=lambda load: -load.bytes):
+        fetched = places.fetched.get(load.name)
+        size, moved = f"{load.bytes / 2**30:.3f}", "" if fetched is None else f"{fetched:,.0f}"
+        lines.append((load.name, f"{load.rows:,}", size, moved, "device" if fetched is None else "host"))
+    print(_aligned(lines))
+    print("rows fetched: before each step, from host memory, and written back after it\n")
+    print(
+        f"device: {places.device_bytes / 2**30:.3f} GiB, of which {places.at_hand_bytes / 2**30:.3f} for rows at hand; "
+        f"host: {places.host_bytes / 2**30:.3f} GiB; a step moves {places.bus_bytes / 2**20:,.1f} MiB either way"
+    )
+    print(f"--model.network.tables.on_host '[{','.join(columns)}]'")
+    return 0
+
+
+def parse_indices(text: str | None, features: Features) -> dict[str, float] | None:
+    """Mean number of ids in a bag by column, from one figure, or one for each, separated by commas; None for none.
 
     Raises:
         UserError: it is no such thing.
     """
     if text is None:
-        return {}
+        return None
     try:
         given = [float(part) for part in text.split(",")]
     except ValueError as error:
@@ -205,8 +279,10 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def draw(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batch_size: int, path: Path) -> None:
-    """Bytes of each rank by table, its work, and what it sends.
+def draw(
+    plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batch_size: int, path: Path, note: str = ""
+) -> None:
+    """Bytes of each rank by table, its work, and what it sends; ``note`` is printed above.
 
     Raises:
         UserError: the file cannot be written.
@@ -216,27 +292,34 @@ def draw(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batc
     figure = Figure(figsize=(10, 8), layout="constrained")
     held, work, sent = figure.subplots(3, 1, sharex=True)
     ranks, width = [cost.rank for cost in costs], 0.8 if plan.ranks <= 64 else 1.0
+
+    def looks(number: int) -> dict[str, Any]:
+        # On thin bars hatches and edges would hide the colours.
+        return filling(number) if plan.ranks <= 64 else {"color": OKABE_ITO[number]}
+
     largest = sorted(loads, key=lambda load: -load.bytes)[:_TABLES_COLOURED]
     bottom = [0.0] * plan.ranks
-    for load in largest:
+    for number, load in enumerate(largest):
         sizes = [cost.bytes_of_table.get(load.name, 0) / 2**30 for cost in costs]
-        held.bar(ranks, sizes, width, bottom, label=load.name)
+        held.bar(ranks, sizes, width, bottom, label=load.name, **looks(number))
         bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
     if len(loads) > len(largest):
         rest = [cost.bytes / 2**30 - b for cost, b in zip(costs, bottom, strict=True)]
         held.bar(ranks, rest, width, bottom, label=f"{len(loads) - len(largest)} others", color="0.7")
     held.set_ylabel("weights and\noptimiser state, GiB")
     held.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    work.bar(ranks, [cost.work for cost in costs], width, color="tab:blue")
+    work.bar(ranks, [cost.work for cost in costs], width, color=OKABE_ITO[0])
     work.set_ylabel("rows asked\nfor a batch")
     bottom = [0.0] * plan.ranks
-    for name, amounts in (
-        ("ids", [cost.sent_ids for cost in costs]),
-        ("vectors", [cost.sent_vectors for cost in costs]),
-        ("gradients", [cost.sent_gradients for cost in costs]),
+    for number, (name, amounts) in enumerate(
+        (
+            ("ids", [cost.sent_ids for cost in costs]),
+            ("vectors", [cost.sent_vectors for cost in costs]),
+            ("gradients", [cost.sent_gradients for cost in costs]),
+        )
     ):
         sizes = [amount / 2**20 for amount in amounts]
-        sent.bar(ranks, sizes, width, bottom, label=name)
+        sent.bar(ranks, sizes, width, bottom, label=name, **looks(number))
         bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
     sent.set_ylabel("sent in a\ntraining step, MiB")
     sent.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -246,7 +329,8 @@ def draw(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batc
     for axes in (held, work, sent):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"{len(loads)} tables in {len(plan.pieces)} pieces on {plan.ranks} ranks, global batch {batch_size:,}"
+        (f"{note}\n" if note else "")
+        + f"{len(loads)} tables in {len(plan.pieces)} pieces on {plan.ranks} ranks, global batch {batch_size:,}"
     )
     try:
         figure.savefig(path, dpi=120)

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytorch_lightning as pl
+from numpy.typing import NDArray
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
@@ -86,6 +88,22 @@ def merge_by_row(parts: Sequence[Path], target: Path) -> None:
     else:
         partial = parts[0]
     partial.replace(target)
+
+
+def read_predictions(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Rows and probabilities [N] as ``predict`` wrote them.
+
+    Raises:
+        UserError: the file is missing, or is none of these.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if table.schema.names != SCHEMA.names:
+        raise UserError(f"{path} has columns {table.schema.names}, expected {SCHEMA.names}: make it with predict")
+    # Arrow's memory cannot be written to, which torch warns of.
+    return table["row"].to_numpy(), table["probability"].to_numpy().copy()
 
 
 class _Source:

@@ -4,7 +4,7 @@ Shape suffixes: B samples, F tables, I dense features, N indices of all bags tog
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class SparseIds:
     """int64 [B * F + 1], ascending from 0 to N."""
     weights: Tensor | None = None
     """float, shaped as ``values``: a factor for each index's vector, differentiable where learned; None means 1."""
+    ahead: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Lookup -> what it has begun for these very ids; copies of the ids share it."""
 
     def __len__(self) -> int:
         """B, the number of samples."""
@@ -73,7 +75,11 @@ class SparseIds:
     def map(self, change: Callable[[Tensor | None], Any]) -> "SparseIds":
         """The same ids with other tensors."""
         return SparseIds(
-            values=change(self.values), tables=self.tables, offsets=change(self.offsets), weights=change(self.weights)
+            values=change(self.values),
+            tables=self.tables,
+            offsets=change(self.offsets),
+            weights=change(self.weights),
+            ahead=self.ahead,
         )
 
 

@@ -119,6 +119,8 @@ class DatasetSchema:
     """Column name -> its vocabulary file."""
     optimum: Mapping[str, Optimum] = field(default_factory=dict)
     """Split name -> the best reachable scores; empty for real data."""
+    indices: Mapping[str, float] = field(default_factory=dict)
+    """Multi-hot column -> mean number of ids in a sample's bag, for plans; empty where nobody knows."""
     report: Mapping[str, Any] = field(default_factory=dict)
     """What preprocessing counted (JSON values); for people, read by no code."""
 
@@ -202,22 +204,28 @@ class DatasetSchema:
         """Reads ``folder/dataset.json``.
 
         Raises:
-            UserError: there is no such folder or file, it is not a schema of this version, or it
-                was altered after it was written.
+            UserError: there is no such folder or file, it cannot be read, it is not a schema of this version, or
+                it was altered after it was written.
         """
         folder = Path(folder)
         path = folder / SCHEMA_FILE
-        if not folder.is_dir():
+        try:
+            if not folder.is_dir():
+                raise UserError(
+                    f"no dataset folder at {folder}: expected a folder with {SCHEMA_FILE}; make one with "
+                    f"'python -m lightning_dlrm preprocess', or use --data.path demo"
+                )
+            if not path.is_file():
+                raise UserError(
+                    f"{folder} is not a dataset folder: it has no {SCHEMA_FILE} (an interrupted preprocessing leaves "
+                    f"none); make it with 'python -m lightning_dlrm preprocess --output {folder}'"
+                )
+            text = path.read_bytes()
+        except OSError as error:
             raise UserError(
-                f"no dataset folder at {folder}: expected a folder with {SCHEMA_FILE}; make one with "
-                f"'python -m lightning_dlrm preprocess', or use --data.path demo"
-            )
-        if not path.is_file():
-            raise UserError(
-                f"{folder} is not a dataset folder: it has no {SCHEMA_FILE} (an interrupted preprocessing leaves "
-                f"none); make it with 'python -m lightning_dlrm preprocess --output {folder}'"
-            )
-        return cls.from_json(path.read_bytes(), str(path))
+                f"{path} cannot be read ({error.strerror or error}); check the path and its permissions"
+            ) from error
+        return cls.from_json(text, str(path))
 
     def to_json(self) -> str:
         """The content of ``dataset.json``."""

@@ -6,7 +6,7 @@ Shape suffixes: B samples, F columns, G tables of one lookup, D width, N indices
 import dataclasses
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, Table
+from lightning_dlrm.models.host_tables import HostTables
 from lightning_dlrm.models.tables import EmbeddingTables
 
 
@@ -95,6 +96,8 @@ class TableSettings:
             no ids give zeros.
         pooling_weights: a factor for each row, beside those that come with the ids. learned: starts at 1.
             Or a file made by torch.save of a dictionary table name -> float [rows]: those factors, fixed.
+        on_host: columns whose tables stay in host memory, with their optimiser state, or all: for tables that
+            one device has no room for. The command plan with --device-memory tells which.
         initial_bound: b; rows start U(-b, b) in place of U(-1/sqrt(rows), 1/sqrt(rows)).
     """
 
@@ -104,6 +107,7 @@ class TableSettings:
     quotient_remainder: QuotientRemainder | None = None
     pooling: Literal["sum", "mean"] = "sum"
     pooling_weights: str | None = None
+    on_host: Sequence[str] | str = ()
     initial_bound: float | None = None
 
     def __post_init__(self) -> None:
@@ -113,6 +117,21 @@ class TableSettings:
             raise UserError(f"tables.pooling {self.pooling!r} is neither sum nor mean")
         if self.dims and self.mixed_dimensions is not None:
             raise UserError("tables.dims and tables.mixed_dimensions both give widths: keep one of them")
+        if isinstance(self.on_host, str) and self.on_host != "all":
+            raise UserError(f"tables.on_host {self.on_host!r} is neither all nor a list of columns such as [C3, C12]")
+
+    def host_columns(self, columns: Mapping[str, int]) -> set[str]:
+        """The columns whose tables stay in host memory.
+
+        Raises:
+            UserError: one of them is no column.
+        """
+        if self.on_host == "all":
+            return set(columns)
+        unknown = [name for name in self.on_host if name not in columns]
+        if unknown:
+            raise UserError(f"tables.on_host names {unknown[0]}, which is no table; tables: {', '.join(columns)}")
+        return set(self.on_host)
 
     def widths(self, tables: Mapping[str, int], embedding_dim: int) -> dict[str, int]:
         """Table name -> width of its vector before projection.
@@ -149,7 +168,7 @@ class _Member:
 class Embeddings(nn.Module):
     """A vector for every column of every sample.
 
-    Tables of one width share a lookup. In the ordinary case there is one, and its output is the result.
+    Tables of one width and one place share a lookup. In the ordinary case there is one, and its output is the result.
 
     Args:
         columns: name -> rows, in the order of a batch's ids.
@@ -169,11 +188,15 @@ class Embeddings(nn.Module):
         self.embedding_dim = embedding_dim
         self.names = tuple(columns)
         narrow = self.settings.widths(columns, embedding_dim)
-        groups: dict[int, list[_Member]] = {} if columns else {embedding_dim: []}
+        on_host = self.settings.host_columns(columns)
+        groups: dict[tuple[int, bool], list[_Member]] = {} if columns else {(embedding_dim, False): []}
         for column, (name, rows) in enumerate(columns.items()):
             for width, member in self._members(column, name, rows, narrow[name]):
-                groups.setdefault(width, []).append(member)
-        made = nn.ModuleList(WidthGroup(members, width, seed, len(columns)) for width, members in groups.items())
+                groups.setdefault((width, name in on_host), []).append(member)
+        made = nn.ModuleList(
+            WidthGroup(members, width, seed, len(columns), HostTables if host else EmbeddingTables)
+            for (width, host), members in groups.items()
+        )
         self.groups = cast(Sequence[WidthGroup], made)
         self.projections = nn.ModuleList(
             nn.Linear(width, embedding_dim, bias=False)
@@ -201,6 +224,24 @@ class Embeddings(nn.Module):
         quotient = Table(name=f"{name}/quotient", rows=-(-rows // trick.collisions), bound=self._bound(rows))
         remainder = Table(name=f"{name}/remainder", rows=trick.collisions, bound=self._bound(rows))
         return [(width, _Member(column, quotient, trick.collisions)), (width, _Member(column, remainder))]
+
+    def announce(self, ids: SparseIds) -> None:
+        """Hears of the ids of a later ``forward``: see EmbeddingLookup.announce."""
+        for lookup, asked in self._looking_ahead(ids):
+            lookup.announce(asked)
+
+    def start(self, ids: SparseIds) -> None:
+        """Hears of the ids of the next ``forward``: see EmbeddingLookup.start."""
+        for lookup, asked in self._looking_ahead(ids):
+            lookup.start(asked)
+
+    def _looking_ahead(self, ids: SparseIds) -> Iterator[tuple[EmbeddingLookup, SparseIds]]:
+        """Each lookup that wants to know of ids before it is called, and those that it will be called with."""
+        if self.pooling_weights is not None and self.pooling_weights.LOOKS_AHEAD:
+            yield self.pooling_weights, ids
+        for group in self.groups:
+            if group.lookup.LOOKS_AHEAD:
+                yield group.lookup, group.ids_of(ids)
 
     def _bound(self, rows: int) -> float:
         """Of the initial rows."""
@@ -260,6 +301,7 @@ class WidthGroup(nn.Module):
         width: of them all.
         seed: of the initial rows.
         columns: how many there are in all.
+        kind: of lookup.
     """
 
     lookup: EmbeddingLookup
@@ -267,29 +309,44 @@ class WidthGroup(nn.Module):
     divisors: Tensor
     rows: Tensor
 
-    def __init__(self, members: Sequence[_Member], width: int, seed: int, columns: int) -> None:
+    def __init__(
+        self, members: Sequence[_Member], width: int, seed: int, columns: int, kind: type[EmbeddingTables]
+    ) -> None:
         super().__init__()
         self.members = tuple(members)
-        self.lookup = EmbeddingTables([member.table for member in members], width, seed)
+        self.lookup = kind([member.table for member in members], width, seed)
         self.takes_all = [member.column for member in members] == list(range(columns))
         # Only a quotient and a remainder read the same column.
         self.splits_ids = len({member.column for member in members}) < len(members)
-        for name, values in {
-            "columns": [member.column for member in members],
-            "divisors": [member.divisor for member in members],
-            "rows": [member.table.rows for member in members],
-        }.items():
-            self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
+        # Ids are announced while they are still in host memory.
+        self._host_constants = tuple(
+            torch.tensor(values, dtype=torch.int64, device="cpu")
+            for values in (
+                [member.column for member in members],
+                [member.divisor for member in members],
+                [member.table.rows for member in members],
+            )
+        )
+        for name, values in zip(("columns", "divisors", "rows"), self._host_constants, strict=True):
+            self.register_buffer(name, values.to(torch.get_default_device()), persistent=False)
 
     def forward(self, ids: SparseIds) -> Tensor:
         """[B, G, D]."""
+        return self.lookup(self.ids_of(ids))
+
+    def ids_of(self, ids: SparseIds) -> SparseIds:
+        """What its lookup is asked for, with the ``ahead`` of the columns' ids; on either side of a device's bus."""
+        columns, divisors, rows = (
+            self._host_constants if ids.values.device.type == "cpu" else (self.columns, self.divisors, self.rows)
+        )
+        asked = ids
         if not self.takes_all:
-            ids = ids.of_tables(self.columns)
+            asked = asked.of_tables(columns)
         if self.splits_ids:
-            table = ids.bag_of_each().view(ids.values.shape) % len(self.members)
-            values = torch.div(ids.values, self.divisors[table], rounding_mode="floor") % self.rows[table]
-            ids = dataclasses.replace(ids, values=values.to(ids.values.dtype))
-        return self.lookup(ids)
+            table = asked.bag_of_each().view(asked.values.shape) % len(self.members)
+            values = torch.div(asked.values, divisors[table], rounding_mode="floor") % rows[table]
+            asked = dataclasses.replace(asked, values=values.to(asked.values.dtype))
+        return dataclasses.replace(asked, ahead=ids.ahead)
 
 
 def _pooling_weights(setting: str | None, columns: Mapping[str, int], seed: int) -> EmbeddingTables | None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup
+from lightning_dlrm.models.embeddings import Embeddings
 from lightning_dlrm.models.layers import MissingValues
 
 Missing: TypeAlias = Literal["zero", "learned"]
@@ -39,7 +40,18 @@ class CTRNetwork(nn.Module):
             dense_BI: NaN where a value is missing.
             ids: of every table.
         """
+        # What vectors wait for is under way while dense layers compute.
+        for embeddings in self._embeddings():
+            embeddings.start(ids)
         return self.logits(self.missing(dense_BI), ids)
+
+    def announce(self, ids: SparseIds) -> None:
+        """Hears of the ids of a later ``forward``, while an earlier batch is under way; it comes with ``ids.ahead``."""
+        for embeddings in self._embeddings():
+            embeddings.announce(ids)
+
+    def _embeddings(self) -> list[Embeddings]:
+        return [module for module in self.modules() if isinstance(module, Embeddings)]
 
     def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
         """The model proper: as ``forward``, without missing values."""

@@ -108,7 +108,7 @@ def click_metrics(logits_N: Samples, labels_N: Samples, peers: Peers = ALONE) ->
         ValueError: there are no samples on any rank.
     """
     sums = np.zeros(5)
-    for logits, labels in _chunks(_pieces(logits_N), _pieces(labels_N)):
+    for logits, labels in sample_chunks(logits_N, labels_N):
         logits, labels = logits.double(), labels.double()
         sums += (
             len(labels),
@@ -171,9 +171,9 @@ def _pieces(samples: Samples) -> Sequence[Tensor]:
     return [samples] if isinstance(samples, Tensor) else samples
 
 
-def _chunks(scores: Sequence[Tensor], labels: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def sample_chunks(scores: Samples, labels: Samples) -> Iterator[tuple[Tensor, Tensor]]:
     """The samples on the CPU, a bounded number at a time."""
-    for scores_n, labels_n in zip(scores, labels, strict=True):
+    for scores_n, labels_n in zip(_pieces(scores), _pieces(labels), strict=True):
         yield from zip(scores_n.cpu().split(_CHUNK), labels_n.cpu().split(_CHUNK), strict=True)
 
 
@@ -183,7 +183,7 @@ def _sorted_by_class(scores: Sequence[Tensor], labels: Sequence[Tensor], dtype: 
     negatives = sum(len(labels_n) for labels_n in labels) - positives
     classes = tuple(torch.empty(count, dtype=dtype).numpy() for count in (negatives, positives))
     filled = [0, 0]
-    for scores_n, labels_n in _chunks(scores, labels):
+    for scores_n, labels_n in sample_chunks(scores, labels):
         values = scores_n.to(dtype).numpy()
         for label, mask in enumerate((labels_n <= 0, labels_n > 0)):
             chosen = values[mask.numpy()]

@@ -438,6 +438,78 @@ def rank_costs(plan: Plan, tables: Sequence[TableLoad], batch_size: int, value_b
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Which tables one device holds, and which stay in host memory."""
+
+    on_host: tuple[str, ...]
+    """Names of tables."""
+    device_bytes: int
+    """Tables on the device with their optimiser state, and room for the rows at hand of the others."""
+    at_hand_bytes: int
+    """That room: the rows of three batches, those fetched, in use, and on their way back."""
+    host_bytes: int
+    fetched: Mapping[str, float]
+    """Table in host memory -> distinct rows of a batch, which are fetched and written back at each step."""
+    bus_bytes: float
+    """That a step moves to the device, and as many back."""
+
+
+_BATCHES_AT_HAND = 3
+
+
+def place_tables(tables: Sequence[TableLoad], movable: Iterable[str], batch_size: int, memory: int) -> Places:
+    """Chooses which tables stay in host memory where one device has no room for all.
+
+    Those of which a batch needs the fewest rows for the memory that they take go first; what room is
+    left at the end is given back to those that fit.
+
+    Args:
+        tables: of the network.
+        movable: names of those that may stay in host memory.
+        batch_size: samples of a batch.
+        memory: bytes that tables, their optimiser state and the rows at hand may take on the device.
+
+    Raises:
+        UserError: there is not enough of it; it says by how many bytes.
+    """
+    movable = set(movable)
+    rows = {table.name: DistinctRows(table, batch_size).below(table.rows) for table in tables}
+    of_name = {table.name: table for table in tables}
+
+    def needed(host: set[str]) -> tuple[int, int]:
+        at_hand = _BATCHES_AT_HAND * sum(math.ceil(rows[name] * of_name[name].bytes_per_row) for name in host)
+        return sum(table.bytes for table in tables if table.name not in host) + at_hand, at_hand
+
+    host: set[str] = set()
+    idlest = sorted(movable, key=lambda name: (rows[name] / of_name[name].bytes, name))
+    for name in idlest:
+        if needed(host)[0] <= memory:
+            break
+        # A table of which most rows are at hand anyway is better off on the device.
+        if needed(host | {name})[0] < needed(host)[0]:
+            host.add(name)
+    for name in reversed(idlest):
+        if name in host and needed(host - {name})[0] <= memory:
+            host.remove(name)
+    device_bytes, at_hand = needed(host)
+    missing = device_bytes - memory
+    if missing > 0:
+        raise UserError(
+            f"what cannot stay in host memory takes {device_bytes:,} bytes ({_human(device_bytes)}), the device has "
+            f"{memory:,}: {missing:,} bytes ({_human(missing)}) too few; {_human(at_hand)} are "
+            "for the rows of three batches at hand: a smaller batch, or a smaller width, needs less"
+        )
+    return Places(
+        on_host=tuple(table.name for table in tables if table.name in host),
+        device_bytes=device_bytes,
+        at_hand_bytes=at_hand,
+        host_bytes=sum(of_name[name].bytes for name in host),
+        fetched={table.name: rows[table.name] for table in tables if table.name in host},
+        bus_bytes=sum(rows[name] * of_name[name].bytes_per_row for name in host),
+    )
+
+
 def imbalance(values: Sequence[float]) -> float:
     """The largest value divided by the mean; 1 where all are alike or zero."""
     mean = sum(values) / len(values)

@@ -1,7 +1,7 @@
 """The run folder: every result of a run, readable without any service.
 
 ``config.yaml``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``, ``predictions.parquet``,
-``validate.json``, ``test.json``, and W&B's files in ``wandb/``.
+``validate.json``, ``test.json``, ``validation_curves.json``, ``test_curves.json``, and W&B's files in ``wandb/``.
 """
 
 import datetime
@@ -23,6 +23,12 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PREDICTIONS = "predictions.parquet"
+WANDB = "wandb"
+
+
+def curves_file(stage: str) -> str:
+    """Where the curves of the last evaluation on a split are kept."""
+    return f"{stage}_curves.json"
 
 
 class RunFolder:
@@ -61,7 +67,7 @@ class RunFolder:
             UserError: what the folder holds is no run.
         """
         found = {entry.name for entry in path.iterdir()}
-        if found and not found & {CONFIG, METRICS, "checkpoints", "wandb"}:
+        if found and not found & {CONFIG, METRICS, "checkpoints", WANDB}:
             raise UserError(
                 f"{path} is no run folder: it holds {min(found)} and no {CONFIG}; give the folder of the run to go on "
                 "with, or a new one"
@@ -89,6 +95,16 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / METRICS
 
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``, but for one that a killed run did not finish."""
+        found = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a small file, whole or not at all. NaN and infinities become null: JSON has none."""
         self.write_text(name, json.dumps(_finite(content), indent=1) + "\n")
@@ -107,15 +123,8 @@ class RunFolder:
         """Drops the lines of ``metrics.jsonl`` after ``step``: a resumed run writes them again."""
         if not self.metrics.exists():
             return
-        kept = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                if json.loads(line)[names.STEP] <= step:
-                    kept.append(line)
-            except ValueError:
-                # The last line of a run that was killed while it wrote.
-                continue
-        self.write_text(METRICS, "".join(f"{line}\n" for line in kept))
+        kept = [line for line in self.lines() if line[names.STEP] <= step]
+        self.write_text(METRICS, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def remove_unless_begun(self) -> None:
         """Removes the folder of a run that failed before its first result, so that its name is free again."""

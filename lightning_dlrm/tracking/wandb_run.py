@@ -2,16 +2,24 @@
 
 import netrc
 import os
+import re
+import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import pytorch_lightning as pl
 import wandb
 from pytorch_lightning.loggers import WandbLogger
 
+from lightning_dlrm.contracts.schema import SCHEMA_FILE
 from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.run_folder import WANDB, RunFolder
+
+_BEST = {"auc": "max", "accuracy": "max", "log_loss": "min", "normalized_entropy": "min"}
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -59,15 +67,34 @@ def _has_key(host: str) -> bool:
         return False
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunPlace:
+    """Where a run appears in W&B.
+
+    Args:
+        project: W&B project.
+        entity: user or team; None for the account's default.
+        name: of the run.
+        group: of the run, such as an experiment of several runs.
+        job_type: what the run does, such as train or test.
+        tags: of the run.
+    """
+
+    project: str
+    name: str
+    entity: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    tags: Sequence[str] = ()
+
+
 def start_wandb(
     folder: Path,
+    place: RunPlace,
     *,
     mode: Literal["online", "offline"],
-    reason: str,
-    project: str,
-    name: str,
-    group: str | None,
-    tags: Sequence[str],
+    reason: str = "",
+    run_id: str | None = None,
     config: Mapping[str, Any],
 ) -> tuple[WandbLogger, str]:
     """Starts a run with Lightning's WandbLogger; its files lie in the run folder.
@@ -76,12 +103,10 @@ def start_wandb(
 
     Args:
         folder: the run folder.
+        place: where the run appears.
         mode: see ``choose_mode``.
         reason: see ``choose_mode``.
-        project: W&B project.
-        name: of the run.
-        group: of the run, such as an experiment of several runs.
-        tags: of the run.
+        run_id: of the run, which goes on where there is one of this id; None for a new one.
         config: what the run's page shows as its configuration.
 
     Returns:
@@ -90,19 +115,22 @@ def start_wandb(
 
     def start(mode: Literal["online", "offline"]) -> WandbLogger:
         run = wandb.init(
-            project=project,
-            name=name,
-            group=group,
-            tags=list(tags),
-            dir=folder,
+            project=place.project,
+            entity=place.entity,
+            name=place.name,
+            group=place.group,
+            job_type=place.job_type,
+            tags=list(place.tags),
+            id=run_id,
+            resume=None if mode == "offline" else "allow",
+            # W&B's service keeps the working directory that it was started in.
+            dir=folder.resolve(),
             mode=mode,
             config=dict(config),
             # Console output would fill an offline run with every redraw of a progress bar.
             settings=wandb.Settings(console="off", silent=True, init_timeout=30),
         )
-        # Runs of different batch sizes are compared by the samples they have seen.
-        run.define_metric(names.SAMPLES)
-        run.define_metric("*", step_metric=names.SAMPLES)
+        _define_metrics(run)
         return WandbLogger(experiment=run)
 
     if mode == "online":
@@ -113,9 +141,143 @@ def start_wandb(
     return start("offline"), reason
 
 
-def offline_folder(logger: WandbLogger) -> Path:
-    """Where an offline run's files lie, for ``wandb sync``."""
-    return Path(logger.experiment.dir).parent
+def _define_metrics(run: wandb.Run) -> None:
+    """Runs of different batch sizes are compared by the samples they have seen, and by their best validation."""
+    run.define_metric(names.SAMPLES)
+    run.define_metric("*", step_metric=names.SAMPLES)
+    for metric in names.METRICS:
+        name, best = f"{names.VALIDATION}/{metric}", _BEST.get(metric)
+        run.define_metric(name, step_metric=names.SAMPLES, summary=f"{best},last" if best else "last")
+
+
+def training_run_id(folder: RunFolder) -> str:
+    """The id of the run that trains in this folder: that of the first call, also when it is resumed.
+
+    A sweep's agent gives WANDB_RUN_ID.
+    """
+    path = folder.path / WANDB / "id"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{os.environ.get('WANDB_RUN_ID') or secrets.token_hex(4)}\n")
+    return path.read_text().strip()
+
+
+def offline_folders(folder: RunFolder) -> str:
+    """Where the runs of this folder lie that were offline, as ``wandb sync`` takes them."""
+    return str(folder.path / WANDB / "offline-run-*")
+
+
+def whereabouts(loggers: Sequence[object], folder: RunFolder) -> str | None:
+    """Where W&B has a run, or how it gets there; None for a run without W&B."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            run = logger.experiment
+            return f"offline; send it with: wandb sync {offline_folders(folder)}" if run.offline else run.url
+    return None
+
+
+class WandbExtras(pl.Callback):
+    """What W&B shows besides metrics: plots of an evaluation's curves, the dataset and, if asked for, the weights.
+
+    Args:
+        folder: the run folder.
+        logger: of the run.
+        final: gives the figures of the fit, at its end.
+        log_model: upload the best checkpoint as an artifact at the end of a fit.
+    """
+
+    def __init__(
+        self, folder: RunFolder, logger: WandbLogger, final: Callable[[], Mapping[str, Any]], log_model: bool
+    ) -> None:
+        self._folder = folder
+        self._run: wandb.Run = logger.experiment
+        self._final = final
+        self._log_model = log_model
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._refer_to_dataset(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._refer_to_dataset(trainer)
+        if not trainer.sanity_checking:
+            self._plot(names.VALIDATION, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._refer_to_dataset(trainer)
+        self._plot(names.TEST, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Of what was logged the summary knows the best already.
+        logged = (f"{names.TRAIN}/", f"{names.VALIDATION}/")
+        self._run.summary.update({k: v for k, v in self._final().items() if not k.startswith(logged)})
+        best = self._folder.checkpoints / "best"
+        if not self._log_model or not best.exists():
+            return
+        artifact = wandb.Artifact(f"{self._folder.path.name}-weights", "model", metadata=dict(self._run.summary))
+        # A copy of the tables for the upload would take as much disk once more.
+        artifact.add_dir(str(best.resolve()), policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact, aliases=["best"])
+
+    def _plot(self, stage: str, pl_module: pl.LightningModule) -> None:
+        curves: Any = pl_module.curves
+        if curves is None:
+            return
+        points = zip(curves.recall, curves.precision, curves.threshold, strict=True)
+        precision_recall = wandb.plot_table(
+            "wandb/area-under-curve/v0",
+            wandb.Table(["class", "recall", "precision", "threshold"], [["click", *point] for point in points]),
+            {"x": "recall", "y": "precision", "class": "class"},
+            {"title": f"{stage}: precision and recall", "x-axis-title": "recall", "y-axis-title": "precision"},
+            split_table=True,
+        )
+        calibration = wandb.plot.line_series(
+            xs=curves.predicted.tolist(),
+            ys=[curves.observed.tolist(), curves.predicted.tolist()],
+            keys=["observed", "if calibrated"],
+            title=f"{stage}: observed and predicted click rate",
+            xname="predicted click rate",
+            split_table=True,
+        )
+        self._run.log(
+            {f"{stage}/{names.PRECISION_RECALL}": precision_recall, f"{stage}/{names.CALIBRATION_CURVE}": calibration}
+        )
+
+    def _refer_to_dataset(self, trainer: pl.Trainer) -> None:
+        """The dataset as an artifact, which refers to the files of a folder where they are.
+
+        It holds ``dataset.json``, and with it every file's checksum: other data are another version.
+        """
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        folder = getattr(datamodule, "folder", None)
+        if folder is None:
+            return
+        schema = datamodule.schema
+        artifact = wandb.Artifact(
+            re.sub(r"[^\w.-]", "-", f"{schema.dataset}-{schema.protocol}"),
+            "dataset",
+            metadata={
+                "location": str(folder),
+                "encoding_fingerprint": schema.encoding_fingerprint,
+                "data_fingerprint": schema.data_fingerprint,
+                "rows": {name: split.rows for name, split in schema.splits.items()},
+            },
+        )
+        with artifact.new_file(SCHEMA_FILE, mode="wb") as file:
+            file.write(folder.read(SCHEMA_FILE))
+        # What lies elsewhere would need the libraries of its place; its location is in the metadata.
+        if folder.local is not None:
+            artifact.add_reference(folder.local.resolve().as_uri(), name="files", checksum=False)
+        if self._run.offline:
+            # W&B marks a run's inputs online only.
+            self._run.log_artifact(artifact)
+        else:
+            self._run.use_artifact(artifact)
+
+
+def default_entity() -> str:
+    """The user or team that the API key's runs go to."""
+    return wandb.Api().default_entity or ""
 
 
 def finish_wandb(succeeded: bool) -> None:

@@ -1,0 +1,84 @@
+"""File systems, of this machine or behind an address that fsspec knows: how they are found, and what their failures
+say."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import fsspec
+
+from lightning_dlrm.contracts.errors import UserError, one_line
+
+
+def is_remote(place: str) -> bool:
+    """Whether it is an address rather than a path."""
+    return "://" in place
+
+
+def in_process_only(place: str) -> bool:
+    """Whether other processes would not find it."""
+    return place.startswith("memory://")
+
+
+def file_system(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The fsspec file system of an address, and the path in it.
+
+    Raises:
+        UserError: fsspec does not know it, or its package is not installed.
+    """
+    kind = address.partition("://")[0]
+    try:
+        system, path = fsspec.core.url_to_fs(address)
+    except ImportError as error:
+        raise UserError(f"{address} needs a package that is not installed: {one_line(error)}") from error
+    except ValueError as error:
+        if kind in fsspec.available_protocols():
+            raise _failure(address, "is not understood", error, "correct the address") from error
+        raise UserError(
+            f"{address}: {kind}:// is no kind of address that fsspec knows; known are s3://, gs://, hf://, https:// "
+            "and others, or a path on this machine"
+        ) from error
+    except Exception as error:
+        raise _failure(address, "cannot be reached", error, "check the address, the network and your access") from error
+    return system, path
+
+
+@contextmanager
+def failures_told(
+    place: str,
+    what: str = "cannot be read",
+    remedy: str = "check the path and your access to it",
+    *,
+    passing: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
+    """Failures of a file system, each of which has errors of its own, as one line that names the place.
+
+    A full disk is left as it is.
+
+    Args:
+        place: a path or an address.
+        what: happened to it.
+        remedy: what to do about it.
+        passing: what else is left as it is.
+
+    Raises:
+        UserError: no permission, no network, no such bucket, a folder in place of a file, ...
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (UserError, *passing)) or is_disk_full(error):
+            raise
+        raise _failure(place, what, error, remedy) from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, of Python or of pyarrow, says that a disk or a quota is full."""
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or f"[errno {errno.ENOSPC}]" in str(error).lower()
+
+
+def _failure(place: str, what: str, error: Exception, remedy: str) -> UserError:
+    words = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+    return UserError(f"{place} {what} ({type(error).__name__}: {words}); {remedy}")

@@ -1,0 +1,273 @@
+"""The training steps that benchmarks compare: ours as ``fit`` makes them, and plain ones as most published code does.
+
+Shape suffixes: B samples, I dense features, F tables, V vectors, D width, P pairs, n any other.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datamodules.generate.demo import KAGGLE_CARDINALITIES
+from datamodules.generate.random import PRESETS
+from lightning_dlrm.bench.options import autocast
+from lightning_dlrm.contracts.batch import Batch, SparseIds
+from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.models.cross import CrossKind
+from lightning_dlrm.models.dcn import DCN
+from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.objectives.losses import LogLoss
+from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.rules import SGD
+
+LEARNING_RATE = 0.1
+"""Of plain SGD, for all weights, in every contender."""
+
+Model = Literal["dlrm", "dcn", "dcn_v2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A model and what it is fed."""
+
+    tables: tuple[int, ...]
+    """Rows of each."""
+    dense: int
+    width: int
+    bottom: tuple[int, ...] = ()
+    """Widths of the bottom MLP, or none."""
+    top: tuple[int, ...] = ()
+    """Hidden widths of the top MLP, or of the deep network."""
+    bags: tuple[int, int] | None = None
+    """Fewest and most ids of a bag, uniform; None for one id each, log-uniform."""
+    model: Model = "dlrm"
+
+    @property
+    def features(self) -> Features:
+        return Features(dense=self.dense, tables={f"C{i}": rows for i, rows in enumerate(self.tables, 1)})
+
+    def network(self) -> CTRNetwork:
+        """Ours."""
+        if self.model == "dlrm":
+            return DLRM(self.features, 1, embedding_dim=self.width, bottom_mlp=self.bottom, top_mlp=self.top)
+        cross: CrossKind = "vector" if self.model == "dcn" else "matrix"
+        return DCN(self.features, 1, embedding_dim=self.width, cross=cross, cross_layers=6, deep=self.top)
+
+
+def kaggle(max_rows: int | None = None, model: Model = "dlrm") -> Workload:
+    """The models at Criteo Kaggle's table sizes, 540 million parameters.
+
+    Args:
+        max_rows: cap of a table's rows.
+    """
+    rows = tuple(min(rows, max_rows or rows) for rows in KAGGLE_CARDINALITIES)
+    bottom = (512, 256, 64, 16) if model == "dlrm" else ()
+    return Workload(tables=rows, dense=13, width=16, bottom=bottom, top=(512, 256), model=model)
+
+
+def paper(max_rows: int | None = None) -> Workload:
+    """The single-socket benchmark of Naumov et al. 2019, section 5.2."""
+    preset = PRESETS["paper"]
+    return Workload(
+        tables=tuple(min(rows, max_rows or rows) for rows in preset["tables"]),
+        dense=preset["dense"],
+        width=64,
+        bottom=(512, 64),
+        top=(1024, 1024, 1024),
+        bags=(preset["min_indices"], preset["indices"]),
+    )
+
+
+def log_uniform(rows: int, count: int, generator: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """int32 [count]: ids of a table whose logarithms are uniform, so that low ids come often."""
+    return np.minimum(rows ** generator.random(count) - 1, rows - 1).astype(np.int32)
+
+
+def draw_batch(workload: Workload, size: int, seed: int) -> Batch:
+    """A batch of a workload: the same for the same seed."""
+    generator = np.random.default_rng(seed)
+    offsets = None
+    if workload.bags is None:
+        columns = [log_uniform(rows, size, generator) for rows in workload.tables]
+        values = np.stack(columns, axis=1)
+    else:
+        fewest, most = workload.bags
+        lengths = generator.integers(fewest, most + 1, size * len(workload.tables))
+        table_of_bag = np.tile(np.array(workload.tables), size)
+        values = (generator.random(lengths.sum()) * np.repeat(table_of_bag, lengths)).astype(np.int32)
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
+    return Batch(
+        label=torch.from_numpy((generator.random(size) < 0.25).astype(np.int8)),
+        dense=torch.from_numpy(generator.standard_normal((size, workload.dense), dtype=np.float32)),
+        ids=SparseIds(values=torch.from_numpy(values), tables=len(workload.tables), offsets=offsets),
+        global_size=size,
+    )
+
+
+Mark = Callable[[str], object]
+"""Told what the time counts for that follows; see ``Timeline``."""
+
+
+def _no_mark(label: str) -> None:
+    pass
+
+
+class OurStep:
+    """Forward, loss, backward and update, as ``fit`` makes them."""
+
+    def __init__(self, network: CTRNetwork, precision: str, device: torch.device) -> None:
+        self.network = network
+        self.optimizer = CTROptimizer(
+            network.dense_parameters(), network.lookups(), SGD(LEARNING_RATE), SGD(LEARNING_RATE)
+        )
+        self._loss = LogLoss()
+        self._precision, self._device = precision, device
+
+    def __call__(self, batch: Batch, mark: Mark = _no_mark) -> Tensor:
+        """The step's loss, of a batch that may still be in the host's memory."""
+        mark("data")
+        batch = batch.to(self._device)
+        assert batch.label is not None
+        mark("update")
+        self.optimizer.zero_grad()
+        mark("")
+        with autocast(self._device, self._precision):
+            loss = self._loss.summed(self.network(batch.dense, batch.ids), batch.label) / batch.global_size
+        loss.backward()
+        mark("update")
+        self.optimizer.step()
+        mark("")
+        return loss.detach()
+
+
+class PlainStep:
+    """The same with one sparse ``nn.EmbeddingBag`` for each table and ``torch.optim.SGD``, eagerly."""
+
+    def __init__(self, network: nn.Module, precision: str, device: torch.device) -> None:
+        self.network = network
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
+        self._precision, self._device = precision, device
+
+    def __call__(self, batch: "PlainBatch", mark: Mark = _no_mark) -> Tensor:
+        """The step's loss, of a batch that may still be in the host's memory."""
+        mark("data")
+        batch = batch.to(self._device)
+        mark("update")
+        self.optimizer.zero_grad()
+        mark("")
+        with autocast(self._device, self._precision):
+            logits = self.network(batch.dense, batch.ids)
+            loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), batch.label)
+        loss.backward()
+        mark("update")
+        self.optimizer.step()
+        mark("")
+        return loss.detach()
+
+
+@dataclass(frozen=True)
+class PlainBatch:
+    """A batch as code with one ``nn.EmbeddingBag`` for each table reads it."""
+
+    label: Tensor
+    """float32 [B]."""
+    dense: Tensor
+    """float32 [B, I]."""
+    ids: list[tuple[Tensor, Tensor]]
+    """Of each table: int64 ids, and where each sample's begin."""
+
+    @staticmethod
+    def of(batch: Batch) -> "PlainBatch":
+        assert batch.label is not None
+        ids: list[tuple[Tensor, Tensor]] = []
+        if batch.ids.offsets is None:
+            starts_B = torch.arange(len(batch), device=batch.dense.device)
+            ids = [(values_B, starts_B) for values_B in batch.ids.values.long().T.contiguous()]
+        else:
+            for table in range(batch.ids.tables):
+                bags = batch.ids.of_tables(torch.tensor([table], device=batch.dense.device))
+                assert bags.offsets is not None
+                ids.append((bags.values.long(), bags.offsets[:-1]))
+        return PlainBatch(batch.label.float(), batch.dense, ids)
+
+    def to(self, device: torch.device) -> "PlainBatch":
+        ids = [(values.to(device), starts.to(device)) for values, starts in self.ids]
+        return PlainBatch(self.label.to(device), self.dense.to(device), ids)
+
+
+class PlainTables(nn.Module):
+    """One ``nn.EmbeddingBag`` for each table."""
+
+    def __init__(self, tables: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.bags = nn.ModuleList(
+            nn.EmbeddingBag.from_pretrained(
+                torch.empty(rows, width).uniform_(-(rows**-0.5), rows**-0.5), freeze=False, mode="sum", sparse=True
+            )
+            for rows in tables
+        )
+
+    def forward(self, ids: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """F tensors [B, D]."""
+        return [bag(values, starts) for bag, (values, starts) in zip(self.bags, ids, strict=True)]
+
+
+class PlainDLRM(nn.Module):
+    """DLRM in torch's own words (Naumov et al. 2019, section 2)."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__()
+        vectors = 1 + len(workload.tables)
+        self.tables = PlainTables(workload.tables, workload.width)
+        self.bottom = _plain_mlp([workload.dense, *workload.bottom])
+        pairs = vectors * (vectors - 1) // 2
+        self.top = _plain_mlp([workload.width + pairs, *workload.top], 1)
+
+    def forward(self, dense_BI: Tensor, ids: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Logits [B]."""
+        bottom_BD = self.bottom(dense_BI)
+        vectors_BVD = torch.stack([bottom_BD, *(vector.to(bottom_BD.dtype) for vector in self.tables(ids))], dim=1)
+        products_BVV = torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2))
+        i, j = torch.tril_indices(products_BVV.shape[1], products_BVV.shape[2], -1, device=products_BVV.device)
+        return self.top(torch.cat([bottom_BD, products_BVV[:, i, j]], dim=1)).squeeze(1)
+
+
+class PlainDCN(nn.Module):
+    """Deep & Cross in torch's own words (Wang et al. 2017, section 2; with matrices, Wang et al. 2021, equation 1)."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__()
+        width = workload.width * len(workload.tables) + workload.dense
+        outputs = 1 if workload.model == "dcn" else width
+        self.tables = PlainTables(workload.tables, workload.width)
+        self.cross = nn.ModuleList(nn.Linear(width, outputs, bias=False) for _ in range(6))
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(width)) for _ in range(6))
+        self.deep = _plain_mlp([width, *workload.top])
+        self.logit = nn.Linear(width + workload.top[-1], 1)
+
+    def forward(self, dense_BI: Tensor, ids: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Logits [B]."""
+        base_Bn = torch.cat([*self.tables(ids), dense_BI], dim=1)
+        crossed_Bn = base_Bn
+        for weight, bias in zip(self.cross, self.biases, strict=True):
+            if weight.out_features == 1:
+                crossed_Bn = base_Bn * weight(crossed_Bn) + bias + crossed_Bn
+            else:
+                crossed_Bn = base_Bn * (weight(crossed_Bn) + bias) + crossed_Bn
+        return self.logit(torch.cat([crossed_Bn, self.deep(base_Bn)], dim=1)).squeeze(1)
+
+
+def plain_network(workload: Workload) -> nn.Module:
+    return PlainDLRM(workload) if workload.model == "dlrm" else PlainDCN(workload)
+
+
+def _plain_mlp(widths: Sequence[int], outputs: int | None = None) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width_in, width_out in itertools.pairwise(widths):
+        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+    return nn.Sequential(*layers, *([nn.Linear(widths[-1], outputs)] if outputs else []))

@@ -1,0 +1,169 @@
+"""facebookresearch/dlrm as a contender: its network and its whole program, each in a process of its own."""
+
+import argparse
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lightning_dlrm.bench.contenders import LEARNING_RATE, PlainBatch, Workload
+from lightning_dlrm.bench.worker import Worker
+from lightning_dlrm.contracts.batch import Batch
+from lightning_dlrm.contracts.errors import UserError
+
+_START = """
+    import json, os, sys
+
+    import numpy
+
+    if int(numpy.__version__.split(".")[0]) >= 2:
+        sys.exit(f"NumPy {numpy.__version__} found, which it fails on; name one with numpy<2 with --peer-python")
+    sys.path.insert(0, sys.argv[1])
+    import torch
+    import dlrm_s_pytorch as peer
+    from lightning_dlrm.bench.gate import Gate
+
+    settings = json.loads(sys.argv[2])
+    cuda = settings["device"] == "cuda"
+    gate = Gate(
+        int(os.environ["BENCH_REQUESTS"]),
+        int(os.environ["BENCH_REPLIES"]),
+        torch.cuda.synchronize if cuda else lambda: None,
+    )
+"""
+
+_STEP = """
+    network = peer.DLRM_Net(
+        settings["width"], *(numpy.array(settings[name]) for name in ("tables", "bottom", "top")),
+        arch_interaction_op="dot", sigmoid_top=len(settings["top"]) - 2, loss_function="bce",
+        ndevices=1 if cuda else -1,
+    ).to(settings["device"])
+    optimizer = torch.optim.SGD(network.parameters(), lr=settings["learning_rate"])
+    batches = torch.load("batches.pt", map_location=settings["device"])
+    more = True
+    while more:
+        for dense, starts, ids, label in batches:
+            loss = network.loss_fn(network(dense, starts, ids), label)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            more = gate.passed()
+            if not more:
+                break
+"""
+
+# Its loop as it is; the optimiser's step, which ends an iteration, is where it can be stopped, and the time of its
+# loader is told apart.
+_FIT = """
+    import time
+    from torch.utils.data import dataloader
+
+    step, fetch = torch.optim.SGD.step, dataloader._SingleProcessDataLoaderIter.__next__
+
+    def gated_step(self, *args, **kwargs):
+        result = step(self, *args, **kwargs)
+        if not gate.passed():
+            os._exit(0)
+        return result
+
+    def timed_fetch(self):
+        start = time.perf_counter()
+        try:
+            return fetch(self)
+        finally:
+            gate.waited += time.perf_counter() - start
+
+    torch.optim.SGD.step = gated_step
+    dataloader._SingleProcessDataLoaderIter.__next__ = timed_fetch
+    sys.argv = ["dlrm_s_pytorch.py", *settings["arguments"]]
+    peer.run()
+"""
+
+
+def step_worker(args: argparse.Namespace, workload: Workload, batches: Sequence[Batch], folder: Path) -> Worker:
+    """Trains its network on batches in memory, over and over, with its loss and plain SGD.
+
+    Args:
+        folder: an empty one, for the batches.
+
+    Raises:
+        UserError: it fails.
+    """
+    plain = [PlainBatch.of(batch) for batch in batches]
+    torch.save([(b.dense, *_stacked(b), b.label[:, None]) for b in plain], folder / "batches.pt")
+    vectors = len(workload.tables) + 1
+    joined = workload.width + vectors * (vectors - 1) // 2
+    settings = {
+        "device": args.device,
+        "width": workload.width,
+        "tables": workload.tables,
+        "bottom": (workload.dense, *workload.bottom),
+        "top": (joined, *workload.top, 1),
+        "learning_rate": LEARNING_RATE,
+    }
+    return _worker(args, _STEP, settings, folder)
+
+
+def fit_worker(args: argparse.Namespace, workload: Workload, batches: Sequence[Batch], folder: Path) -> Worker:
+    """Runs its whole program on the given rows, as its ``bench/dlrm_s_criteo_kaggle.sh`` does.
+
+    Args:
+        workload: of Kaggle's shape: 13 dense features, 26 tables of one id each.
+        batches: the rows that it trains on, of any batch size; it goes through them over and over.
+        folder: an empty one, for the rows as it reads them.
+
+    Raises:
+        UserError: it fails.
+    """
+    if (workload.dense, len(workload.tables)) != (13, 26) or any(batch.ids.offsets is not None for batch in batches):
+        raise UserError(
+            f"the peer's loader reads 13 dense features and 26 tables of one id each; the data have {workload.dense} "
+            f"and {len(workload.tables)}: leave --peer out, or use other data"
+        )
+    label = np.concatenate([batch.label.numpy() for batch in batches if batch.label is not None])
+    dense = np.concatenate([batch.dense.numpy() for batch in batches])
+    ids = np.concatenate([batch.ids.values.numpy() for batch in batches])
+    np.savez(
+        folder / "processed.npz",
+        X_int=np.expm1(np.nan_to_num(dense)).clip(0, 2**30).astype(np.int32),
+        X_cat=ids,
+        y=label.astype(np.int32),
+        counts=np.array(workload.tables),
+    )
+    # Days; it trains on all but the last one.
+    rows = len(label) - 2
+    np.savez(folder / "train_day_count.npz", total_per_file=np.array([rows, 0, 0, 0, 0, 0, 2]))
+    arguments = {
+        "arch-sparse-feature-size": workload.width,
+        "arch-mlp-bot": "-".join(map(str, (workload.dense, *workload.bottom))),
+        "arch-mlp-top": "-".join(map(str, (*workload.top, 1))),
+        "data-generation": "dataset",
+        "data-set": "kaggle",
+        "raw-data-file": folder / "train.txt",
+        "processed-data-file": folder / "processed.npz",
+        "loss-function": "bce",
+        "round-targets": True,
+        "learning-rate": LEARNING_RATE,
+        "mini-batch-size": args.batch_size,
+        "print-freq": 1024,
+        "nepochs": 1_000_000,
+    }
+    words = [f"--{name}={value}" for name, value in arguments.items()] + ["--print-time"]
+    settings = {"device": args.device, "arguments": words + (["--use-gpu"] if args.device == "cuda" else [])}
+    return _worker(args, _FIT, settings, folder)
+
+
+def _worker(args: argparse.Namespace, program: str, settings: dict[str, object], folder: Path) -> Worker:
+    text = textwrap.dedent(_START) + textwrap.dedent(program)
+    return Worker([args.peer_python, "-c", text, str(args.peer.absolute()), json.dumps(settings)], folder)
+
+
+def _stacked(batch: PlainBatch) -> tuple[object, object]:
+    """Starts and ids of all tables; as one tensor each where the bags allow it, as its loader has them."""
+    starts, ids = [starts for _, starts in batch.ids], [ids for ids, _ in batch.ids]
+    if len({len(values) for values in ids}) > 1:
+        return starts, ids
+    return torch.stack(starts), torch.stack(ids)

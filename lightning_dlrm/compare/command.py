@@ -1,0 +1,269 @@
+"""``compare``: an experiment of several configurations and seeds, or runs that are there already."""
+
+import argparse
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.compare.anatomy import anatomy
+from lightning_dlrm.compare.experiment import (
+    Experiment,
+    PlannedArm,
+    compared_settings,
+    is_experiment,
+    keep_configurations,
+    plan_arms,
+    read_experiment,
+)
+from lightning_dlrm.compare.figures import draw_all
+from lightning_dlrm.compare.operators import breakdown
+from lightning_dlrm.compare.processes import Job, Slots, work_off
+from lightning_dlrm.compare.report import write_report
+from lightning_dlrm.compare.results import Comparison, check_data, compare
+from lightning_dlrm.compare.runs import Arm, Run, arms_of, read_run
+from lightning_dlrm.compare.scores import (
+    Split,
+    note_source,
+    predict_command,
+    read_scores,
+    scoring_command,
+    shared_labels,
+)
+from lightning_dlrm.compare.terminal import arms_table, closing_words
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.tracking.dashboard import Dashboard, publish
+from lightning_dlrm.tracking.run_folder import SUMMARY
+from lightning_dlrm.tracking.wandb_run import choose_mode
+
+EXAMPLES = """\
+examples:
+  python -m lightning_dlrm compare --config figure5.yaml --config figure5/small.yaml --seeds 1,2 --output runs/small
+  python -m lightning_dlrm compare --config figure5.yaml --config criteo_kaggle.yaml --data.path DIR \\
+      --output runs/figure5
+  python -m lightning_dlrm compare runs/dlrm-1 runs/dlrm-2 runs/dcn-1 runs/dcn-2 --output runs/dlrm_vs_dcn
+
+An experiment's YAML names arms (configurations), seeds, and what is compared: see configs/figure5.yaml. Other --config
+files and options such as --data.path or --trainer.max_steps go to all its runs. Runs that are finished are not
+repeated, others go on from their newest checkpoint.
+
+The folder after --output gets report.html, its figures as PNG, report.json, and of an experiment runs/ and logs/.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    options, rest = _parser().parse_known_args(arguments)
+    options.seeds = None if options.seeds is None else _seeds(options.seeds)
+    options.parallel = None if options.parallel is None else _positive(options.parallel)
+    # An experiment's other options are for its runs; without one, what is left are run folders.
+    unknown = [] if options.config else [part for part in rest if part.startswith("-")]
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}; compare --help lists them")
+    if not (options.config or rest):
+        raise UserError("nothing to compare: give run folders, or an experiment such as --config figure5.yaml")
+    if options.output is None:
+        raise UserError("compare needs a folder for its report: give --output DIR")
+    output = Path(options.output)
+    if options.config:
+        return _run_experiment(options, rest, output)
+    return _run_given([Path(path) for path in rest], options, output)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_dlrm compare",
+        usage="python -m lightning_dlrm compare (--config EXPERIMENT.yaml [--config OVERLAY.yaml ...] | RUN ...) "
+        "--output DIR [options]",
+        description="Trains configurations with several seeds, or takes finished runs, and says which is better.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="append", help="an experiment's YAML, then overlays for all its runs")
+    parser.add_argument("--output", default=None, help="folder for the report; of an experiment also for its runs")
+    parser.add_argument("--seeds", default=None, help="in place of the experiment's, such as 1,2,3")
+    parser.add_argument("--parallel", default=None, help="runs at a time; by default one for each GPU, on a CPU one")
+    parser.add_argument("--split", choices=get_args(Split), default="test", help="which samples are scored")
+    parser.add_argument("--force", action="store_true", help="compare runs of different data, with warnings")
+    parser.add_argument(
+        "--discard-checkpoints",
+        action="store_true",
+        help="remove a run's checkpoints once it is scored; at the paper's size they take 4 to 9 GiB a run",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check an experiment, show its arms, and end")
+    return parser
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {text!r}: expected whole numbers separated by commas, such as 1,2,3") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--parallel {text!r}: expected a whole number, 1 or more")
+    return int(text)
+
+
+# --- an experiment ----------------------------------------------------------------------------------
+
+
+def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Path) -> int:
+    configs = [find_config(name) for name in options.config]
+    experiments = [path for path in configs if is_experiment(path)]
+    if len(experiments) != 1:
+        raise UserError(
+            f"{len(experiments)} of the --config files name arms to compare; give one such as figure5.yaml, and "
+            "overlays beside it"
+        )
+    experiment = read_experiment(experiments[0], options.seeds)
+    overlays = [str(path) for path in configs if path != experiments[0]]
+    _make(output)
+    arms, notes = plan_arms(experiment, overlays, rest, output / "configurations" / "overlays")
+    for note in notes:
+        print(note)
+    print(arms_table(arms, compared_settings(arms), experiment.seeds))
+    if options.dry_run:
+        return 0
+    files = keep_configurations(arms, output / "configurations")
+    arms[0].command.datamodule.prepare_data()
+    group = f"{experiment.name}-{output.resolve().name}"
+    names = {(arm.name, seed): f"{arm.name}-{seed}" for arm in arms for seed in experiment.seeds}
+    # Seed after seed, so that an interrupted experiment has whole rounds.
+    jobs = []
+    for seed in experiment.seeds:
+        for arm in arms:
+            name = names[arm.name, seed]
+            job = _job(arm, seed, name, files[arm.name], output, options.split, group)
+            if job.commands:
+                jobs.append(job)
+
+    def scored(job: Job) -> None:
+        note_source(read_run(job.run), options.split, _scores(output, job.name))
+        if options.discard_checkpoints:
+            shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
+
+    print(f"{len(names)} runs, {len(names) - len(jobs)} of them finished before; their words are in {output / 'logs'}")
+    work_off(jobs, Slots.choose(options.parallel, _gpus(arms)), scored)
+    finished = [
+        Arm(name=arm.name, runs=[read_run(output / "runs" / names[arm.name, seed]) for seed in experiment.seeds])
+        for arm in arms
+    ]
+    comparison = _report(finished, options, output, title=_title(experiment, arms))
+    print(_dashboard(arms[0].document["wandb"], group, comparison))
+    return 0
+
+
+def _dashboard(settings: Mapping[str, Any], group: str, comparison: Comparison) -> str:
+    """Saves the runs' workspace and report at W&B, where they are online; says where, or how to do it later."""
+    later = f"python -m lightning_dlrm dashboard --project {settings['project']} --group {group}"
+    mode, reason = choose_mode(settings["mode"])
+    if mode == "disabled":
+        return "W&B: disabled"
+    if mode == "offline":
+        return f"W&B: offline ({reason}); for a workspace and a report there, once the runs are sent: {later}"
+    findings = [pair.sentence for pair in comparison.pairs]
+    try:
+        saved = publish(Dashboard(project=settings["project"], group=group, findings=findings))
+    except UserError as error:
+        # The report is there; a page of W&B's is no reason to fail.
+        return f"W&B: no workspace and no report ({error}); later: {later}"
+    return "\n".join(f"W&B {name}: {address}" for name, address in saved.items())
+
+
+def _job(arm: PlannedArm, seed: int, name: str, config: Path, output: Path, split: Split, group: str) -> Job:
+    run, scores = output / "runs" / name, _scores(output, name)
+    samples = 0.0
+    if (run / SUMMARY).is_file():
+        scoring = scoring_command(read_run(run), split, scores)
+        commands = [] if scoring is None else [scoring]
+    else:
+        samples = arm.samples
+        fit = [
+            "fit", "--config", str(config), "--seed_everything", str(seed), "--run_dir", str(run), "--resume", "auto",
+            "--wandb.group", group, "--wandb.name", name, "--wandb.tags", f"[{arm.name}]",
+        ]  # fmt: skip
+        commands = [fit, predict_command(run, split, scores)]
+    return Job(name=name, commands=commands, run=run, log=output / "logs" / f"{name}.log", samples=samples)
+
+
+def _scores(output: Path, name: str) -> Path:
+    return output / "scores" / name
+
+
+def _gpus(arms: Sequence[PlannedArm]) -> list[str]:
+    """Those to spread runs over: none where runs do not use them, or each run uses several."""
+    trainer: Any = arms[0].command.config.trainer
+    if trainer.accelerator not in ("auto", "gpu", "cuda") or str(trainer.devices) not in ("1", "auto"):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
+
+
+def _title(experiment: Experiment, arms: Sequence[PlannedArm]) -> str:
+    schema = arms[0].schema
+    return f"{experiment.name}: {' / '.join(arm.name for arm in arms)} on {schema.dataset} (protocol {schema.protocol})"
+
+
+# --- runs that are there ------------------------------------------------------------------------------
+
+
+def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path) -> int:
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError("a run is given twice")
+    short = [path.resolve().name for path in paths]
+    runs = [
+        read_run(path, name if short.count(name) == 1 else f"{path.resolve().parent.name}-{name}")
+        for path, name in zip(paths, short, strict=True)
+    ]
+    warnings = check_data(runs, options.force)
+    arms = arms_of(runs)
+    if len(arms) < 2:
+        raise UserError(f"{len(runs)} runs, all of one configuration; give runs of at least two to compare")
+    _make(output)
+    jobs = []
+    for run in runs:
+        command = scoring_command(run, options.split, _scores(output, run.name))
+        if command is not None:
+            log = output / "logs" / f"{run.name}.log"
+            jobs.append(Job(name=run.name, commands=[command], run=run.path, log=log))
+    by_name = {run.name: run for run in runs}
+    if jobs:
+        print(f"scoring {len(jobs)} of {len(runs)} runs on their {options.split} split")
+        slots = Slots.choose(options.parallel, [])
+        work_off(jobs, slots, lambda job: note_source(by_name[job.name], options.split, _scores(output, job.name)))
+    title = (
+        f"{' / '.join(arm.name for arm in arms)} on {runs[0].final['dataset']} (protocol {runs[0].final['protocol']})"
+    )
+    _report(arms, options, output, title=title, warnings=warnings)
+    return 0
+
+
+def _report(
+    arms: Sequence[Arm], options: argparse.Namespace, output: Path, *, title: str, warnings: Sequence[str] = ()
+) -> Comparison:
+    runs: list[Run] = [run for arm in arms for run in arm.runs]
+    labels = shared_labels(runs, options.split)
+    scores = {run.name: read_scores(_scores(output, run.name), labels[run.final["data_fingerprint"]]) for run in runs}
+    comparison = compare(arms, scores, title=title, split=options.split, warnings=warnings)
+    anatomies = {arm.name: anatomy(arm.runs[0]) for arm in arms}
+    times, notes = breakdown(arms, output / "operators.json")
+    pictures = draw_all(comparison, anatomies, times, output / "figures")
+    write_report(comparison, pictures, anatomies, notes, output / "report.html")
+    comparison.write_json(output / "report.json")
+    print(closing_words(comparison, output))
+    return comparison
+
+
+def _make(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {output}: {error.strerror}; choose another --output") from error

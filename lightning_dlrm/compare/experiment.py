@@ -1,0 +1,259 @@
+"""An experiment as its YAML says: arms, seeds, what is compared, and what all share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_dlrm.cli.configs import find_config, flat, nearest
+from lightning_dlrm.cli.lightning import SettingsCommand
+from lightning_dlrm.compare.runs import NO_PART_OF_A_CONFIGURATION, differing, within
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.models.accounting import ModelSize
+
+_KEYS = {"arms": dict, "seeds": list, "compared": list, "kept": list, "settings": dict}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What an experiment's YAML says.
+
+    Args:
+        name: of the file.
+        arms: name -> configurations, each laid over the one before.
+        seeds: one run of each arm with each of them.
+        compared: sections in which the arms may differ.
+        kept: sections that overlays leave as the arms have them.
+        settings: of all arms, over theirs.
+    """
+
+    name: str
+    arms: Mapping[str, Sequence[str]]
+    seeds: Sequence[int]
+    compared: Sequence[str]
+    kept: Sequence[str]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedArm:
+    """An arm with its whole configuration, before it is trained."""
+
+    name: str
+    document: Mapping[str, Any]
+    """The resolved configuration; the seed is yet to be chosen."""
+    size: ModelSize
+    schema: DatasetSchema
+    samples: float
+    """That one run trains on; infinity where it has no end of its own."""
+    command: SettingsCommand
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """By full keys, without what may differ between runs of one arm."""
+        return {k: v for k, v in flat(self.document).items() if not within(k, NO_PART_OF_A_CONFIGURATION)}
+
+
+def is_experiment(path: Path) -> bool:
+    """Whether a YAML is of an experiment, and not of a run."""
+    return "arms" in yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def read_experiment(path: Path, seeds: Sequence[int] | None = None) -> Experiment:
+    """Reads an experiment.
+
+    Args:
+        path: its YAML.
+        seeds: in place of its own.
+
+    Raises:
+        UserError: a key is unknown, missing, or of another kind.
+    """
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for key, value in document.items():
+        if key not in _KEYS:
+            raise UserError(f"{path}: unknown key {key}{nearest(key, _KEYS)}; an experiment has {', '.join(_KEYS)}")
+        if not isinstance(value, _KEYS[key]) or not value:
+            kind = "a list" if _KEYS[key] is list else "keys with values"
+            raise UserError(f"{path}: {key} is {value!r}; expected {kind}")
+    arms = document["arms"]
+    if len(arms) < 2:
+        raise UserError(f"{path} has one arm, {next(iter(arms))}; give two or more to compare")
+    for name, files in arms.items():
+        if not isinstance(name, str) or not name or set(name) - set(_NAME_CHARACTERS):
+            raise UserError(f"{path}: an arm's name is part of file names; {name!r} is not of letters, digits, . _ -")
+        if not isinstance(files, str) and not (isinstance(files, list) and all(isinstance(f, str) for f in files)):
+            raise UserError(f"{path}: arm {name} is {files!r}; expected a configuration's file, or a list of them")
+    chosen = list(seeds or document.get("seeds", [1]))
+    if not all(isinstance(seed, int) and seed >= 0 for seed in chosen) or len(set(chosen)) < len(chosen):
+        raise UserError(f"seeds are {chosen}; expected different whole numbers, 0 or more")
+    return Experiment(
+        name=path.stem,
+        arms={name: [files] if isinstance(files, str) else files for name, files in arms.items()},
+        seeds=chosen,
+        compared=document.get("compared", ["model"]),
+        kept=document.get("kept", []),
+        settings=document.get("settings", {}),
+    )
+
+
+_NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"
+
+
+class _ArmCommand(SettingsCommand):
+    """Keeps the configuration as it was before seeds were filled in, so that each run has its own."""
+
+    document: Mapping[str, Any]
+
+    def before_instantiate_classes(self) -> None:
+        self.document = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        super().before_instantiate_classes()
+
+
+def plan_arms(
+    experiment: Experiment, overlays: Sequence[str], options: Sequence[str], folder: Path
+) -> tuple[list[PlannedArm], list[str]]:
+    """Puts each arm's configuration together: its own files, the experiment's settings, the overlays, the options.
+
+    Args:
+        overlays: names of further configurations.
+        options: of the command line, such as ``--data.path DIR``.
+        folder: what is laid over the arms is written there.
+
+    Returns:
+        The arms; and what of the overlays was left out because the experiment keeps it, a line for each.
+
+    Raises:
+        UserError: the configuration of an arm is wrong, or the arms differ in what is not compared.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = [_write(folder / f"{experiment.name}.yaml", experiment.settings)] if experiment.settings else []
+    notes = []
+    for number, overlay in enumerate(overlays):
+        path = find_config(overlay)
+        document, left_out = without(yaml.safe_load(path.read_text(encoding="utf-8")), experiment.kept)
+        if left_out:
+            notes.append(f"{overlay}: {', '.join(left_out)} left as the arms of {experiment.name} have it")
+        if document:
+            shared.append(_write(folder / f"{number}-{path.name}", document))
+    arms = []
+    for name, files in experiment.arms.items():
+        configs = [part for file in (*files, *shared) for part in ("--config", file)]
+        try:
+            command = _ArmCommand([*configs, *options], run=False)
+        except UserError as error:
+            raise UserError(f"arm {name}: {error}") from error
+        assert isinstance(command.model, CTRModule)
+        arms.append(
+            PlannedArm(
+                name=name,
+                document=command.document,
+                size=command.model.size,
+                schema=command.datamodule.schema,
+                samples=_training_samples(command),
+                command=command,
+            )
+        )
+    _check(experiment, arms)
+    return arms, notes
+
+
+def without(document: Mapping[str, Any], kept: Sequence[str], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Settings without some sections, and which were there.
+
+    >>> without({"model": {"a": 1}, "data": {"size": 2, "path": "x"}}, ["model", "data.size"])
+    ({'data': {'path': 'x'}}, ['model', 'data.size'])
+    """
+    rest: dict[str, Any] = {}
+    left_out = []
+    for key, value in document.items():
+        full = f"{prefix}{key}"
+        if full in kept:
+            left_out.append(full)
+        elif isinstance(value, Mapping):
+            inner, lost = without(value, kept, f"{full}.")
+            left_out += lost
+            if inner or not value:
+                rest[key] = inner
+        else:
+            rest[key] = value
+    return rest, left_out
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> str:
+    path.write_text(yaml.safe_dump(dict(document), sort_keys=False))
+    return str(path)
+
+
+def _check(experiment: Experiment, arms: Sequence[PlannedArm]) -> None:
+    """Arms differ in what is compared, and in nothing else."""
+    found = differing({arm.name: arm.settings for arm in arms})
+    wrong = {key: values for key, values in found.items() if not within(key, experiment.compared)}
+    if wrong:
+        told = "; ".join(f"{key}: {_told(values)}" for key, values in wrong.items())
+        raise UserError(
+            f"the arms of {experiment.name} differ in what is not compared ({told}): make these equal, or name them "
+            f"in its key 'compared' (now {', '.join(experiment.compared)})"
+        )
+    for number, arm in enumerate(arms):
+        for other in arms[:number]:
+            if arm.settings == other.settings:
+                raise UserError(f"arms {other.name} and {arm.name} have the same settings: nothing is compared")
+
+
+def _told(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{value} in {name}" for name, value in values.items())
+
+
+def compared_settings(arms: Sequence[PlannedArm]) -> dict[str, dict[str, Any]]:
+    """What differs between the arms: full key -> arm -> value."""
+    return differing({arm.name: arm.settings for arm in arms})
+
+
+def _training_samples(command: SettingsCommand) -> float:
+    """Of a whole fit with these settings."""
+    trainer, data = command.config.trainer, command.datamodule
+    split = data.schema.splits.get("train")
+    batches, batch_size = data.training_batches, data.batch_size
+    limit = trainer.limit_train_batches
+    if limit is not None:
+        batches = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+    rows = min(batches * batch_size, split.rows) if split else 0
+    epochs = rows * trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
+    steps = trainer.max_steps * batch_size * trainer.accumulate_grad_batches
+    return min(epochs, steps if trainer.max_steps >= 0 else float("inf"))
+
+
+def keep_configurations(arms: Sequence[PlannedArm], folder: Path) -> dict[str, Path]:
+    """Writes each arm's whole configuration, and sees that an earlier call had the same.
+
+    Returns:
+        Arm -> file.
+
+    Raises:
+        UserError: the folder is of an experiment with other settings.
+    """
+    files = {}
+    for arm in arms:
+        path = folder / f"{arm.name}.yaml"
+        if path.exists():
+            before = {
+                key: value
+                for key, value in flat(yaml.safe_load(path.read_text())).items()
+                if not within(key, NO_PART_OF_A_CONFIGURATION)
+            }
+            changed = differing({"there": before, "here": arm.settings})
+            if changed:
+                told = "; ".join(f"{key}: {_told(values)}" for key, values in list(changed.items())[:5])
+                raise UserError(
+                    f"{folder.parent} holds runs with other settings of {arm.name} ({told}): give the same ones to go "
+                    "on, or another --output"
+                )
+        else:
+            _write(path, arm.document)
+        files[arm.name] = path
+    return files

@@ -1,0 +1,258 @@
+"""Runs of an experiment as processes of the commands that a user would type: so many at a time, each on its device."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from tqdm import tqdm
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.progress import Lines
+from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.run_folder import RunFolder
+
+POLL_SECONDS = 0.5
+STOP_SECONDS = 60.0
+"""That a process has to end after SIGTERM."""
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be done for one run, one command after the other."""
+
+    name: str
+    commands: Sequence[Sequence[str]]
+    """Arguments of ``python -m lightning_dlrm``."""
+    run: Path
+    """Its run folder."""
+    log: Path
+    """What the processes say goes there."""
+    samples: float = 0.0
+    """That its fit trains on; infinity where that is not known."""
+
+
+@dataclass(kw_only=True)
+class _Running:
+    """A job that a process works on."""
+
+    job: Job
+    slot: int
+    waiting: list[Sequence[str]]
+    log: IO[bytes]
+    lock: IO[bytes]
+    process: subprocess.Popen[bytes] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Where processes run: an environment for each that runs at a time."""
+
+    environments: Sequence[Mapping[str, str]] = field(default_factory=lambda: [{}])
+
+    @classmethod
+    def choose(cls, parallel: int | None, gpus: Sequence[str]) -> "Slots":
+        """A GPU for each process where there are any; else the cores are shared out.
+
+        Args:
+            parallel: processes at a time; None for as many as there are GPUs, or one.
+            gpus: as CUDA_VISIBLE_DEVICES names them; empty where runs use none, or several each.
+        """
+        count = parallel or max(1, len(gpus))
+        if gpus:
+            return cls(environments=[{"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(count)])
+        if count == 1 or "OMP_NUM_THREADS" in os.environ:
+            return cls(environments=[{}] * count)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cls(environments=[{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count)
+
+
+def work_off(jobs: Sequence[Job], slots: Slots, done: Callable[[Job], None]) -> None:
+    """Does all jobs; where one fails the others still go on, as they may take days.
+
+    SIGTERM, SIGHUP and Ctrl-C are passed on to the processes, which leave whole checkpoints.
+
+    Args:
+        jobs: in the order in which they begin.
+        slots: where, and how many at a time.
+        done: called after each job that succeeded.
+
+    Raises:
+        UserError: some have failed, or another call is at work on one of the runs.
+    """
+    waiting, free, running = deque(jobs), deque(range(len(slots.environments))), list[_Running]()
+    failed: list[tuple[Job, str]] = []
+    progress = _Progress(jobs)
+    with _stopped_by_signals():
+        try:
+            while waiting or running:
+                while waiting and free:
+                    running.append(_begin(waiting.popleft(), free.popleft()))
+                for each in list(running):
+                    code = None if each.process is None else each.process.poll()
+                    if each.process is not None and code is None:
+                        continue
+                    if code or not each.waiting:
+                        _close(each)
+                        running.remove(each)
+                        free.append(each.slot)
+                        if code:
+                            failed.append((each.job, f"ended with code {code}: {_last_words(each.job.log)}"))
+                        else:
+                            done(each.job)
+                        progress.done(each.job)
+                    else:
+                        _next_command(each, slots.environments[each.slot])
+                progress.show([each.job for each in running])
+                time.sleep(POLL_SECONDS if running else 0)
+        finally:
+            progress.close()
+            _stop(running)
+    if failed:
+        told = "\n".join(f"  {job.name} {why} (all of it in {job.log})" for job, why in failed)
+        raise UserError(
+            f"{len(failed)} of {len(jobs)} runs failed; the others are kept, and the same command goes on with what is "
+            f"missing:\n{told}"
+        )
+
+
+def _begin(job: Job, slot: int) -> _Running:
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    # Held by the processes as well: it is free when the last of them has ended, however this one ends.
+    lock = job.log.with_suffix(".lock").open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"another process is at work on {job.run}: wait for it, or choose another --output") from None
+    return _Running(job=job, slot=slot, waiting=list(job.commands), log=job.log.open("ab"), lock=lock)
+
+
+def _next_command(each: _Running, environment: Mapping[str, str]) -> None:
+    arguments = each.waiting.pop(0)
+    each.process = subprocess.Popen(
+        [sys.executable, "-m", "lightning_dlrm", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=each.log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **environment},
+        pass_fds=(each.lock.fileno(),),
+        # Ctrl-C reaches this process alone, which then tells the others.
+        start_new_session=True,
+    )
+
+
+def _close(each: _Running) -> None:
+    each.log.close()
+    each.lock.close()
+
+
+def _stop(running: Sequence[_Running]) -> None:
+    for each in running:
+        if each.process is not None and each.process.poll() is None:
+            each.process.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    for each in running:
+        if each.process is not None:
+            try:
+                each.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                each.process.kill()
+        _close(each)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP leave through the same doors as Ctrl-C."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _last_words(log: Path) -> str:
+    """Of a process: its error in one line, or what it said last."""
+    said = [line.strip() for line in _tail(log).splitlines() if line.strip()]
+    errors = [line for line in said if line.startswith("error: ")]
+    return (errors or said or ["it said nothing"])[-1].removeprefix("error: ")
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+class _Progress:
+    """One bar over all runs: samples trained on, time left, and what runs now."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+        self._finished = 0
+        self._seen = {job.name: min(trained_samples(job.run), job.samples) for job in jobs}
+        # Scoring alone is counted in runs.
+        self._unit = "samples" if any(job.samples for job in jobs) else "runs"
+        total = sum(job.samples for job in jobs) if self._unit == "samples" else len(jobs)
+        bar = tqdm if sys.stderr.isatty() else Lines
+        self._bar = bar(
+            desc="compare",
+            total=int(total) if total != float("inf") else None,
+            initial=int(sum(self._seen.values())),
+            unit=f" {self._unit}",
+            unit_scale=self._unit == "samples",
+            # Starts and evaluations show no samples: the mean over all of it is what the rest will take.
+            smoothing=0,
+            dynamic_ncols=True,
+            disable=not jobs,
+        )
+
+    def done(self, job: Job) -> None:
+        self._finished += 1
+        if job.samples != float("inf"):
+            self._seen[job.name] = job.samples
+
+    def show(self, running: Sequence[Job]) -> None:
+        at = []
+        for job in running:
+            self._seen[job.name] = min(trained_samples(job.run), job.samples)
+            share = f" {100 * self._seen[job.name] / job.samples:.0f}%" if 0 < job.samples < float("inf") else ""
+            at.append(f"{job.name}{share}")
+        self._bar.set_postfix_str(f"{self._finished}/{len(self._jobs)} runs done, now {', '.join(at)}", False)
+        # Also where nothing has moved, as the time has.
+        now = int(sum(self._seen.values())) if self._unit == "samples" else self._finished
+        self._bar.update(now - self._bar.n)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def trained_samples(run: Path) -> float:
+    """That a run has logged so far."""
+    for line in reversed(_tail(RunFolder(run).metrics).splitlines()):
+        try:
+            return float(json.loads(line)[names.SAMPLES])
+        except (ValueError, KeyError, TypeError):
+            # Half of a line that is being written, or the first one in the tail.
+            continue
+    return 0.0

@@ -1,0 +1,208 @@
+"""What a comparison found: the data structure that the report, its figures and W&B are made from."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_dlrm.compare.runs import Arm, Run, data_differences
+from lightning_dlrm.compare.scores import Scores, Split
+from lightning_dlrm.compare.statistics import (
+    HIGHER_IS_BETTER,
+    METRICS,
+    Components,
+    Difference,
+    Interval,
+    Metric,
+    Reliability,
+    Verdict,
+    components,
+    difference,
+    over_seeds,
+    reliability,
+    verdict,
+)
+from lightning_dlrm.contracts.errors import UserError
+
+METRIC_TITLES: Mapping[str, str] = {
+    "auc": "AUC",
+    "log_loss": "log loss",
+    "accuracy": "accuracy",
+    "normalized_entropy": "normalised entropy",
+    "calibration": "calibration",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two configurations under one metric."""
+
+    a: str
+    b: str
+    metric: Metric
+    difference: Difference
+    """a minus b."""
+    verdict: Verdict
+    reason: str
+    """Why the verdict is what it is, in words."""
+
+    @property
+    def headline(self) -> str:
+        """The verdict in a few words."""
+        title = METRIC_TITLES[self.metric]
+        if self.verdict == "not_distinguishable":
+            return f"{self.a} and {self.b} are not distinguishable by {title}"
+        winner, loser = (self.a, self.b) if self.verdict == "a_better" else (self.b, self.a)
+        return f"{winner} is better than {loser} by {title}"
+
+    @property
+    def details(self) -> str:
+        """What the verdict rests on."""
+        interval = self.difference.interval
+        if self.verdict == "not_distinguishable":
+            span = f"{interval.value:+.5f}, 95% interval {interval.low:+.5f} to {interval.high:+.5f}"
+            return f"{self.reason} (difference {span})"
+        near, far = sorted((abs(interval.low), abs(interval.high)))
+        word = "higher" if HIGHER_IS_BETTER[self.metric] else "lower"
+        return f"{abs(interval.value):.5f} {word}, 95% interval {near:.5f} to {far:.5f}"
+
+    @property
+    def sentence(self) -> str:
+        """Both."""
+        return f"{self.headline}: {self.details}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Configurations with their runs, scored on one split."""
+
+    title: str
+    split: Split
+    arms: Sequence[Arm]
+    scores: Mapping[str, Scores]
+    """Of each run, by its name."""
+    pairs: Sequence[Pair]
+    warnings: Sequence[str]
+    """Why the runs should not be compared; empty unless --force was given."""
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for arm in self.arms for run in arm.runs]
+
+    def values(self, arm: Arm, metric: str) -> list[float]:
+        """A metric of each run of a configuration."""
+        return [self.scores[run.name].metrics[metric] for run in arm.runs]
+
+    def interval(self, arm: Arm, metric: str) -> Interval | None:
+        """Mean over the seeds and its 95% interval; None for a single seed."""
+        return over_seeds(self.values(arm, metric))
+
+    @cached_property
+    def reliability(self) -> dict[str, Reliability]:
+        """Of each configuration, all its runs together."""
+        return {
+            arm.name: reliability(
+                np.concatenate([self.scores[run.name].probabilities for run in arm.runs]),
+                np.concatenate([self.scores[run.name].labels for run in arm.runs]),
+            )
+            for arm in self.arms
+        }
+
+    def document(self) -> dict[str, Any]:
+        """``report.json``."""
+        runs = [
+            {
+                "name": run.name,
+                "arm": arm.name,
+                "seed": run.seed,
+                "folder": str(run.path),
+                "metrics": {f"{self.split}/{name}": v for name, v in self.scores[run.name].metrics.items()},
+                "final": dict(run.final),
+                "best": dict(run.best),
+            }
+            for arm in self.arms
+            for run in arm.runs
+        ]
+        pairs = [
+            {
+                "a": pair.a,
+                "b": pair.b,
+                "metric": pair.metric,
+                "difference": pair.difference.interval.value,
+                "low": pair.difference.interval.low,
+                "high": pair.difference.interval.high,
+                "verdict": pair.verdict,
+                "reason": pair.reason,
+            }
+            for pair in self.pairs
+        ]
+        return {"runs": runs, "pairs": pairs}
+
+    def write_json(self, path: Path) -> None:
+        path.write_text(json.dumps(self.document(), indent=1) + "\n")
+
+
+def check_data(runs: Sequence[Run], force: bool) -> list[str]:
+    """Sees that all runs were trained on the same data, splits and protocol.
+
+    Returns:
+        With ``force``, what is not the same; else nothing.
+
+    Raises:
+        UserError: without ``force``, something is not the same.
+    """
+    found = data_differences(runs)
+    if found and not force:
+        told = "\n".join(f"  {line}" for line in found)
+        raise UserError(
+            "these runs are of different data, so their scores cannot be compared (--force compares them all the same, "
+            f"with a warning on every figure):\n{told}"
+        )
+    return found
+
+
+def compare(
+    arms: Sequence[Arm], scores: Mapping[str, Scores], *, title: str, split: Split, warnings: Sequence[str] = ()
+) -> Comparison:
+    """Compares every two configurations under every metric.
+
+    Raises:
+        UserError: there are fewer than two.
+    """
+    if len(arms) < 2:
+        runs = ", ".join(run.name for arm in arms for run in arm.runs)
+        raise UserError(f"{runs}: all of one configuration; give runs of at least two to compare")
+    pairs = []
+    for metric in METRICS:
+        parts: dict[str, list[Components]] = {}
+        for arm in arms:
+            of_arm = [scores[run.name] for run in arm.runs]
+            parts[arm.name] = [components(metric, score.probabilities, score.labels) for score in of_arm]
+        for a, b in combinations(arms, 2):
+            pairs.append(_pair(metric, a, b, parts))
+    return Comparison(title=title, split=split, arms=arms, scores=scores, pairs=pairs, warnings=list(warnings))
+
+
+def _pair(metric: Metric, a: Arm, b: Arm, parts: Mapping[str, list[Components]]) -> Pair:
+    paired = a.seeds == b.seeds and len(a.seeds) > 1
+    same = a["data_fingerprint"] == b["data_fingerprint"]
+    found = difference(parts[a.name], parts[b.name], paired=paired, same_samples=same)
+    single = [arm.name for arm in (a, b) if len(arm.seeds) < 2]
+    if single:
+        given: Verdict = "not_distinguishable"
+        reason = (
+            f"one seed of {' and of '.join(single)} says nothing of how much another seed would have changed, and the "
+            "interval counts the test samples only"
+        )
+    else:
+        given = verdict(metric, found.interval)
+        share = found.seed_variance / (found.seed_variance + found.sample_variance or 1.0)
+        how = f"{len(a.seeds)} seeds in pairs" if found.paired else f"{len(a.seeds)} and {len(b.seeds)} seeds"
+        leaves = "holds" if given == "not_distinguishable" else "leaves out"
+        reason = f"the interval {leaves} 0 with {how}; {100 * share:.0f}% of the variance is the seeds'"
+    return Pair(a=a.name, b=b.name, metric=metric, difference=found, verdict=given, reason=reason)

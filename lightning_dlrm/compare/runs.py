@@ -1,0 +1,236 @@
+"""Finished runs as ``fit`` left them, and which of them are runs of one configuration."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_dlrm.cli.configs import flat
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY, RunFolder
+
+NO_PART_OF_A_CONFIGURATION = (
+    "seed_everything", "model.seed", "data.init_args.seed", "wandb", "run_dir", "resume", "ckpt_path", "config",
+    "checkpoint", "trainer.logger", "trainer.default_root_dir", "trainer.enable_progress_bar",
+    "data.init_args.predict_split",
+)  # fmt: skip
+"""Settings that may differ between runs of one configuration."""
+
+DATA = ("dataset", "protocol", "encoding_fingerprint", "data_fingerprint")
+"""Of a run's summary: what must be equal in runs that are compared."""
+
+NEEDED = (
+    f"{names.VALIDATION}/auc",
+    f"{names.VALIDATION}/log_loss",
+    names.SAMPLES,
+    names.TRAINING_SECONDS,
+    names.PARAMETERS_TOTAL,
+    names.FLOPS_TRAINING,
+    *DATA,
+)
+"""Of a run's summary: without these there is nothing to compare."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One finished fit."""
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    """As in ``config.yaml``."""
+    final: Mapping[str, Any]
+    best: Mapping[str, Any]
+    history: Sequence[Mapping[str, float]]
+    """The lines of ``metrics.jsonl``."""
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["seed_everything"])
+
+    @property
+    def checkpoint(self) -> Path:
+        """Of the best validation."""
+        return RunFolder(self.path).checkpoints / "best"
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The configuration by full keys, without what may differ between its runs."""
+        return {key: value for key, value in flat(self.config).items() if not within(key, NO_PART_OF_A_CONFIGURATION)}
+
+    def curve(self, x: str, y: str) -> tuple[list[float], list[float]]:
+        """Two figures of every logged step that has both."""
+        points = [(line[x], line[y]) for line in self.history if line.get(x) is not None and line.get(y) is not None]
+        return [x for x, _ in points], [y for _, y in points]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A configuration and its runs, one for each seed, in the order of their seeds."""
+
+    name: str
+    runs: Sequence[Run]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(run.seed for run in self.runs)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.runs[0].settings
+
+    def __getitem__(self, name: str) -> Any:
+        """A figure that does not depend on the seed, such as ``parameters/total``."""
+        return self.runs[0].final[name]
+
+
+def read_run(path: Path, name: str | None = None) -> Run:
+    """Reads a run folder.
+
+    Raises:
+        UserError: it is none, its fit has not ended, or its summary lacks a figure.
+    """
+    folder = RunFolder(path)
+    config = _read(path / CONFIG, f"{path} is no run folder: give what fit left with --run_dir")
+    again = f"python -m lightning_dlrm fit --config {path / CONFIG} --run_dir {path} --resume auto"
+    summary = _read(path / SUMMARY, f"the run {path} is not finished; end it with: {again}")
+    final = summary.get("final", {})
+    history = _history(folder)
+    if history and history[-1][names.STEP] > final.get(names.STEP, 0):
+        raise UserError(
+            f"the run {path} is not finished: it has gone on to step {history[-1][names.STEP]} since its summary of "
+            f"step {final.get(names.STEP, 0)}; end it with: {again}"
+        )
+    best = summary.get("best") or {}
+    missing = [metric for metric in NEEDED if final.get(metric) is None]
+    missing += [f"best {metric}" for metric in NEEDED[:1] if best.get(metric) is None]
+    if missing:
+        raise UserError(f"the run {path} has no {', '.join(missing)} in its {SUMMARY}; train it again")
+    return Run(name=name or path.resolve().name, path=path, config=config, final=final, best=best, history=history)
+
+
+def _read(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        # JSON is YAML, but for its speed.
+        content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(missing + ("" if path.parent.is_dir() else f" (there is no folder {path.parent})")) from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not what fit writes; train the run again")
+    return content
+
+
+def _history(folder: RunFolder) -> list[dict[str, float]]:
+    lines = []
+    for line in folder.metrics.read_text().splitlines() if folder.metrics.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            # The last line of a run that was killed while it wrote.
+            continue
+    return lines
+
+
+def arms_of(runs: Sequence[Run]) -> list[Arm]:
+    """Puts runs of one configuration together; arms are named after what differs between them.
+
+    Raises:
+        UserError: two runs of a configuration have one seed, so that the second adds nothing.
+    """
+    groups: list[list[Run]] = []
+    for run in runs:
+        group = next((group for group in groups if group[0].settings == run.settings), None)
+        if group is None:
+            groups.append([run])
+        else:
+            group.append(run)
+    for group in groups:
+        seeds = [run.seed for run in group]
+        if len(set(seeds)) < len(seeds):
+            twice = [str(run.path) for run in group if seeds.count(run.seed) > 1]
+            raise UserError(
+                f"{' and '.join(twice)} are runs of one configuration and one seed, so they differ in nothing: "
+                "give one of them"
+            )
+    titles = name_arms([group[0].settings for group in groups], [group[0].name for group in groups])
+    return [
+        Arm(name=title, runs=sorted(group, key=lambda run: run.seed))
+        for title, group in zip(titles, groups, strict=True)
+    ]
+
+
+def name_arms(settings: Sequence[Mapping[str, Any]], fallback: Sequence[str]) -> list[str]:
+    """A short name for each configuration: its network, and optimisers where they differ; else the run's name."""
+    network = [_last(setting.get("model.network.class_path")) for setting in settings]
+    rules = [
+        [_last(setting.get(f"model.{rule}_optimizer.class_path")) for rule in ("table", "dense")]
+        for setting in settings
+    ]
+    both = [f"{net} {' / '.join(dict.fromkeys(rule))}" for net, rule in zip(network, rules, strict=True)]
+    for titles in (network, both):
+        if len(set(titles)) == len(titles):
+            return titles
+    return list(fallback)
+
+
+def _last(class_path: Any) -> str:
+    return str(class_path).rpartition(".")[2]
+
+
+def differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Keys whose value is not the same everywhere.
+
+    Args:
+        settings: name of a configuration -> full key -> value.
+
+    Returns:
+        Full key -> name of a configuration -> its value; a key that it does not have is left out.
+    """
+    keys = dict.fromkeys(key for setting in settings.values() for key in setting)
+    found = {}
+    for key in keys:
+        values = {name: setting[key] for name, setting in settings.items() if key in setting}
+        if len(values) < len(settings) or any(value != next(iter(values.values())) for value in values.values()):
+            found[key] = values
+    return found
+
+
+def data_differences(runs: Sequence[Run]) -> list[str]:
+    """What is not the same about the data of some runs, a line for each; empty where all is the same."""
+    lines = []
+    for name in DATA:
+        values: dict[str, list[str]] = {}
+        for run in runs:
+            values.setdefault(str(run.final[name])[:12], []).append(run.name)
+        if len(values) > 1:
+            sides = "; ".join(f"{value} in {_few(members)}" for value, members in values.items())
+            lines.append(f"{name.replace('_', ' ')}: {sides}")
+    if lines:
+        data = {run.name: {k: v for k, v in run.settings.items() if k.startswith("data.")} for run in runs}
+        for key, by_run in differing(data).items():
+            if key.startswith(("data.init_args.path", "data.init_args.demo", "data.class_path")):
+                lines.append(f"{key}: {', '.join(dict.fromkeys(str(value) for value in by_run.values()))}")
+    return lines
+
+
+def _few(members: Sequence[str]) -> str:
+    return ", ".join(members[:3]) + (f" and {len(members) - 3} more" if len(members) > 3 else "")
+
+
+def told(value: Any) -> str:
+    """A setting's value for a table: of a class its name; a dash for what a model does not have, or leaves out."""
+    if value in (None, False):
+        return "-"
+    return value.rpartition(".")[2] if isinstance(value, str) else str(value)
+
+
+def within(key: str, sections: Sequence[str]) -> bool:
+    """Whether a full key is one of these settings, or lies in one of these sections."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)

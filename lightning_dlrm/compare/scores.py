@@ -1,0 +1,135 @@
+"""Each run's probabilities on the test samples, and the labels they are held against."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lightning_dlrm.cli.lightning import SettingsCommand
+from lightning_dlrm.cli.predictions import read_predictions
+from lightning_dlrm.compare.runs import Run
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.objectives.metrics import click_metrics
+from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS
+
+Split = Literal["test", "validation"]
+SOURCE = "source.json"
+"""Says what a folder's predictions were made from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Of one run on every sample of a split."""
+
+    probabilities: NDArray[np.float32]
+    labels: NDArray[np.int8]
+    metrics: dict[str, float]
+    """See ``click_metrics``."""
+
+
+def scoring_command(run: Run, split: Split, folder: Path) -> list[str] | None:
+    """The command that writes a run's predictions into a folder; None where they are there already.
+
+    Raises:
+        UserError: they are not, and there is no checkpoint to make them from.
+    """
+    if _is_scored(run, split, folder):
+        return None
+    if not run.checkpoint.exists():
+        raise UserError(
+            f"the run {run.path} has no checkpoints/best to score its {split} split with; train it again, or put the "
+            "checkpoint back"
+        )
+    return predict_command(run.path, split, folder)
+
+
+def predict_command(run: Path, split: Split, folder: Path) -> list[str]:
+    """Scores the best checkpoint, on one device, however many it was trained on."""
+    return [
+        "predict", "--config", str(run / CONFIG), "--ckpt_path", str(run / "checkpoints" / "best"),
+        "--run_dir", str(folder), "--data.predict_split", split,
+        "--trainer.strategy", "auto", "--trainer.devices", "1", "--trainer.num_nodes", "1",
+    ]  # fmt: skip
+
+
+def note_source(run: Run, split: Split, folder: Path) -> None:
+    """Says what the predictions in a folder were made from, so that they need not be made again."""
+    (folder / SOURCE).write_text(json.dumps(_source(run, split)))
+
+
+def _is_scored(run: Run, split: Split, folder: Path) -> bool:
+    try:
+        kept = json.loads((folder / SOURCE).read_text())
+    except (OSError, ValueError):
+        return False
+    return kept == _source(run, split) and (folder / PREDICTIONS).is_file()
+
+
+def _source(run: Run, split: Split) -> dict[str, Any]:
+    return {
+        "run": str(run.path.resolve()),
+        "split": split,
+        "data_fingerprint": run.final["data_fingerprint"],
+        "best": dict(run.best),
+    }
+
+
+def read_labels(run: Run, split: Split) -> NDArray[np.int8]:
+    """Labels of a split of the data that a run was trained on, in row order: [N].
+
+    Raises:
+        UserError: the data have gone, are others by now, or have no such split or no labels in it.
+    """
+    command = SettingsCommand(
+        ["--config", str(run.path / CONFIG), "--data.predict_split", split, "--trainer.devices", "1"], run=False
+    )
+    data = command.datamodule
+    data.prepare_data()
+    if data.schema.data_fingerprint != run.final["data_fingerprint"]:
+        raise UserError(
+            f"the run {run.path} was trained on data with fingerprint {run.final['data_fingerprint'][:12]}, those of "
+            f"its configuration have {data.schema.data_fingerprint[:12]} by now: bring the data back"
+        )
+    data.setup("predict")
+    parts = []
+    for batch in data.predict_dataloader():
+        if batch.label is None:
+            raise UserError(f"the {split} split of {run.path} has no labels: compare on another --split")
+        parts.append(batch.label.numpy().astype(np.int8))
+    labels = np.concatenate(parts)
+    if labels.min() == labels.max():
+        raise UserError(f"all {len(labels):,} labels of the {split} split are {labels[0]}: nothing can be compared")
+    return labels
+
+
+def read_scores(folder: Path, labels_N: NDArray[np.int8]) -> Scores:
+    """A run's predictions, beside the labels of their rows.
+
+    Raises:
+        UserError: they are not of these rows, or not all of them are numbers.
+    """
+    path = folder / PREDICTIONS
+    rows, probabilities = read_predictions(path)
+    if len(rows) != len(labels_N) or not np.array_equal(rows, np.arange(len(labels_N))):
+        raise UserError(f"{path} has {len(rows):,} rows, the data {len(labels_N):,}: remove it, and compare again")
+    if not np.isfinite(probabilities).all():
+        raise UserError(f"{path} holds probabilities that are no numbers: the run has diverged; train it again")
+    logits = torch.logit(torch.from_numpy(probabilities.astype(np.float64)), eps=2.0**-25)
+    return Scores(
+        probabilities=probabilities, labels=labels_N, metrics=click_metrics(logits, torch.from_numpy(labels_N))
+    )
+
+
+def shared_labels(runs: Sequence[Run], split: Split) -> dict[str, NDArray[np.int8]]:
+    """Labels by data fingerprint; each dataset is read once."""
+    found: dict[str, NDArray[np.int8]] = {}
+    for run in runs:
+        fingerprint = run.final["data_fingerprint"]
+        if fingerprint not in found:
+            found[fingerprint] = read_labels(run, split)
+    return found

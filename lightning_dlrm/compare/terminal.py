@@ -1,0 +1,73 @@
+"""What ``compare`` prints: the arms before it begins, the result when it ends."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_dlrm.compare.experiment import PlannedArm
+from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
+from lightning_dlrm.compare.runs import Arm, told
+from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.sparkline import sparkline
+
+SPARK_WIDTH = 20
+
+
+def arms_table(arms: Sequence[PlannedArm], compared: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> str:
+    """Parameters and FLOPs of each side, and the settings in which they differ."""
+    rows: list[tuple[str, ...]] = [("arm", "tables", "dense", "total", "FLOPs forward", "training", "samples a run")]
+    for arm in arms:
+        size = arm.size
+        counts = (
+            size.tables, size.dense, size.total, size.flops_per_sample_forward, size.flops_per_sample_training
+        )  # fmt: skip
+        samples = f"{arm.samples:,.0f}" if arm.samples != float("inf") else "unbounded"
+        rows.append((arm.name, *(f"{count:,}" for count in counts), samples))
+    lines = [*table(rows), "parameters; FLOPs per sample; tables and order of the samples alike under a seed", ""]
+    differ: list[tuple[str, ...]] = [("differs", *(arm.name for arm in arms))]
+    for key, values in compared.items():
+        cells = [told(values.get(arm.name)) for arm in arms]
+        if len(set(cells)) > 1:
+            differ.append((key.removeprefix("model.").replace("init_args.", "").replace(".class_path", ""), *cells))
+    lines += table(differ)
+    lines += ["", f"seeds {', '.join(map(str, seeds))}: {len(arms) * len(seeds)} runs"]
+    return "\n".join(lines)
+
+
+def closing_words(comparison: Comparison, output: Path) -> str:
+    """Figures of each configuration, the course of its validation, and the verdicts."""
+    lines = [f"WARNING: {warning}" for warning in comparison.warnings]
+    columns = ("auc", "log_loss", "accuracy", "calibration")
+    rows: list[tuple[str, ...]] = [
+        ("", "seeds", *(METRIC_TITLES[name] for name in columns), "samples/s", "validation AUC")
+    ]
+    for arm in comparison.arms:
+        values = [np.mean(comparison.values(arm, name)) for name in columns]
+        speed = np.median([run.final[names.SAMPLES_PER_SECOND] for run in arm.runs])
+        course = sparkline(mean_course(arm, f"{names.VALIDATION}/auc"), SPARK_WIDTH)
+        rows.append((arm.name, str(len(arm.runs)), *(f"{value:.5f}" for value in values), f"{speed:,.0f}", course))
+    lines += ["", *table(rows), f"mean over the seeds, on the {comparison.split} split", ""]
+    lines += [pair.sentence for pair in comparison.pairs]
+    lines += ["", f"report: {output / 'report.html'}"]
+    return "\n".join(lines)
+
+
+def mean_course(arm: Arm, metric: str) -> list[float]:
+    """The mean over a configuration's runs of each value that was logged, in order."""
+    courses = [run.curve(names.SAMPLES, metric)[1] for run in arm.runs]
+    shortest = min(len(course) for course in courses)
+    return [float(np.mean([course[i] for course in courses])) for i in range(shortest)]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells in columns: the first one to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]

@@ -1,0 +1,193 @@
+"""What the step benchmarks compare is the same work, the gate counts steps, and rows have the promised fields."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamodules.generate.random import RandomSettings, generate_random
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.bench import roofline
+from lightning_dlrm.bench.contenders import (
+    OurStep,
+    PlainBatch,
+    PlainDCN,
+    PlainDLRM,
+    PlainStep,
+    Workload,
+    draw_batch,
+    plain_network,
+)
+from lightning_dlrm.bench.paper import OPERATORS
+from lightning_dlrm.bench.timeline import Timeline
+from lightning_dlrm.bench.worker import Worker
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.models.accounting import model_size
+
+CPU = torch.device("cpu")
+DLRM = Workload(tables=(50, 3, 200), dense=5, width=8, bottom=(16, 8), top=(12,))
+FIELDS = {
+    *("work", "implementation", "device", "precision", "batch_size"),
+    *("median_s", "spread_s", "samples_per_s", "floor_s"),
+}
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        DLRM,
+        Workload(tables=(50, 3), dense=5, width=8, bottom=(16, 8), top=(12,), bags=(0, 6)),
+        Workload(tables=(50, 3), dense=5, width=8, top=(12, 6), model="dcn"),
+        Workload(tables=(50, 3), dense=5, width=8, top=(12, 6), model="dcn_v2"),
+    ],
+    ids=["dlrm", "bags", "dcn", "dcn_v2"],
+)
+def test_ours_and_the_baseline_train_alike(workload: Workload) -> None:
+    ours, plain = workload.network(), plain_network(workload)
+    _copy(ours, plain)
+    of_ours, of_plain = OurStep(ours, "32-true", CPU), PlainStep(plain, "32-true", CPU)
+    for seed in range(5):
+        batch = draw_batch(workload, 32, seed)
+        assert of_ours(batch).item() == pytest.approx(of_plain(PlainBatch.of(batch)).item(), rel=1e-5)
+    (lookup,) = ours.lookups()
+    expected = torch.cat([bag.weight for bag in plain.tables.bags])
+    torch.testing.assert_close(lookup.weight, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["dlrm", "dcn", "dcn_v2"])
+def test_operations_of_the_parts_are_the_models(model: str) -> None:
+    bottom = (16, 8) if model == "dlrm" else ()
+    workload = Workload(tables=(50, 3), dense=5, width=8, bottom=bottom, top=(12, 6), model=model)
+    batch = draw_batch(workload, 16, 0)
+    costs = roofline.costs(workload, [batch], "32-true")
+    products = sum(cost.flops for part, cost in costs.items() if part not in ("tables", "update"))
+    assert products == 16 * model_size(workload.network()).flops_per_sample_training
+    rows = {(i % 2, int(value)) for i, value in enumerate(batch.ids.values.flatten())}
+    assert roofline.distinct_rows(workload, batch) == len(rows)
+
+
+LOOP = """
+import os, sys
+from lightning_dlrm.bench.gate import Gate
+gate = Gate(int(os.environ["BENCH_REQUESTS"]), int(os.environ["BENCH_REPLIES"]))
+steps = 0
+while True:
+    steps += 1
+    open("steps", "w").write(str(steps))
+    gate.waited += 0.5
+    if not gate.passed():
+        sys.exit()
+"""
+
+
+def test_a_worker_makes_the_steps_it_is_asked_for(tmp_path: Path) -> None:
+    with Worker([sys.executable, "-c", LOOP], tmp_path) as worker:
+        assert (tmp_path / "steps").read_text() == "1"  # the first step, then it waits
+        worker(3)
+        worker(2)
+        assert (tmp_path / "steps").read_text() == "6"
+        assert worker.waited == [1.5, 1.0]
+
+
+def test_a_worker_that_fails_tells_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="ValueError: no such thing"):
+        Worker([sys.executable, "-c", "raise ValueError('no such thing')"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["lookup", "--rows", "50", "--tables", "3", "--bag", "0", "4"],
+        ["step", "--max-rows", "50", "--precision", "32-true", "bf16-mixed"],
+    ],
+)
+def test_rows_have_the_promised_fields(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # FBGEMM takes 8 s to import
+    small = ["--batch-size", "16", "--steps", "2", "--rounds", "2", "--json", str(tmp_path / "rows.json")]
+    assert main(["bench", *arguments, *small]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["implementation"] for row in rows} >= {"ours", "baseline"}
+    for row in rows:
+        assert set(row) >= FIELDS and row["work"] == arguments[0] and row["batch_size"] == 16
+        assert row["samples_per_s"] == pytest.approx(16 / row["median_s"]) and row["floor_s"] > 0
+    assert "speed_over_baseline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make", [OurStep, PlainStep])
+def test_a_timeline_leaves_no_part_of_a_step_out(make: type) -> None:
+    network = DLRM.network() if make is OurStep else plain_network(DLRM)
+    step = make(network, "32-true", CPU)
+    batch = draw_batch(DLRM, 16, 0)
+    timeline = Timeline(network, CPU)
+    step(batch if make is OurStep else PlainBatch.of(batch), timeline.mark)
+    seconds = timeline.take()
+    assert set(seconds) == {label for labels in OPERATORS.values() for label in labels}
+    assert all(value > 0 for value in seconds.values())
+
+
+def test_the_papers_benchmark_draws_operators_and_roofline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--max-rows", "50", "--batch-size", "16", "--batches", "4", "--rounds", "2"]
+    files = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "figure.png")]
+    assert main(["bench", "paper", *options, *files]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["work"] for row in rows} == {"paper"} and set(rows[0]) >= FIELDS
+    output = capsys.readouterr().out
+    assert all(word in output for word in [*OPERATORS, *roofline.PARTS, "bound by", "FLOP/byte"])
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("figure.png", "figure-roofline.png"))
+
+
+def test_a_fit_is_timed_step_by_step(tmp_path: Path) -> None:
+    settings = RandomSettings(tables=(30, 40), dense=3, train_rows=256, validation_rows=16, test_rows=0)
+    generate_random(settings, tmp_path / "data", progress=False)
+    options = ["--data", str(tmp_path / "data"), "--batch-size", "16", "--steps", "3", "--rounds", "2"]
+    assert main(["bench", "fit", *options, "--json", str(tmp_path / "rows.json")]) == 0
+    fit, bare, plain = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["implementation"] for row in (fit, bare, plain)] == ["ours", "ours", "baseline"]
+    assert fit["of_bare_loop"] == pytest.approx(bare["median_s"] / fit["median_s"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step", "--batch-size", "0"], "--batch-size is 0"),
+        (["lookup", "--tables", "-1"], "--tables is -1"),
+        (["paper", "--batches", "2"], "give as many batches"),
+        (["paper", "--plot", "figure.doc"], "named like no figure"),
+        (["step", "--peer", "nowhere"], "no checkout of facebookresearch/dlrm"),
+        (["step", "--model", "dcn", "--max-rows", "0"], "--max-rows is 0"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def _copy(ours: torch.nn.Module, plain: PlainDLRM | PlainDCN) -> None:
+    """The same weights to both: linear layers in order, tables, cross layers."""
+    (lookup,) = ours.lookups()
+    with torch.no_grad():
+        for bag, piece in zip(plain.tables.bags, lookup.pieces, strict=True):
+            bag.weight.copy_(piece.of(lookup.weight))
+        names = ["bottom", "top"] if isinstance(plain, PlainDLRM) else ["deep"]
+        pairs = [
+            pair
+            for name in names
+            for pair in zip(getattr(ours, name).linears(), _linears(getattr(plain, name)), strict=True)
+        ]
+        if isinstance(plain, PlainDCN):
+            pairs.append((ours.logit.linears()[0], plain.logit))
+            for layer, (weight, bias) in enumerate(zip(plain.cross, plain.biases, strict=True)):
+                weight.weight.copy_(ours.cross.weight[layer].view_as(weight.weight))
+                bias.copy_(ours.cross.bias[layer])
+        for mine, theirs in pairs:
+            theirs.weight.copy_(mine.weight)
+            theirs.bias.copy_(mine.bias)
+
+
+def _linears(module: torch.nn.Module) -> list[torch.nn.Linear]:
+    return [layer for layer in module if isinstance(layer, torch.nn.Linear)]

@@ -1,0 +1,225 @@
+"""Contract: with tables in host memory a fit is, bit for bit, that with tables on the device: losses, tables and
+optimiser state, for rows that one batch fetches while another one updates them; micro-batches, clipping, resuming
+and evaluation too. Here the CPU stands in for the device: what is fetched is a copy."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.contracts.lookup import Table
+from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.models import host_tables
+from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.models.embeddings import QuotientRemainder, TableSettings
+from lightning_dlrm.models.host_tables import HostTables
+from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.rules import SGD
+from tests import sharded_fits
+from tests.sharded_fits import HALF, PARITY, RESUMED, RULES, Fit, global_batch, metrics, run
+from tests.test_sharded import tables
+from tests.toy import toy_schema
+
+
+def placed(features: Features, seed: int, on_host: Any, **settings: Any) -> DLRM:
+    tables = TableSettings(on_host=on_host, **settings)
+    return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
+
+
+SPLIT: dict[str, Any] = {
+    "dims": {"C2": 2},
+    "project": True,
+    "quotient_remainder": QuotientRemainder(collisions=10, threshold=500),
+    "pooling_weights": "learned",
+}
+KINDS: dict[str, tuple[dict[str, Any], Any]] = {
+    "all": ({}, "all"),
+    "some": ({}, ["C2", "C4"]),
+    "split": (SPLIT, ["C4", "C2"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "hot", "rule", "micro"),
+    [
+        ("all", "one", "sgd", 1),
+        ("all", "weighted", "adam", 3),
+        ("some", "one", "row_wise", 3),
+        ("some", "multi", "adagrad", 1),
+        ("some", "weighted", "row_wise", 1),
+        ("split", "one", "adam", 1),
+        ("split", "multi", "adagrad", 3),
+        ("split", "weighted", "sgd", 1),
+    ],
+)
+def test_steps_are_those_with_tables_on_the_device(kind: str, hot: str, rule: str, micro: int) -> None:
+    """Announced one batch ahead, with many rows in one batch and the next; the rows are looked at every step."""
+    settings, on_host = KINDS[kind]
+    features = toy_schema().features
+    torch.set_default_dtype(torch.float64)
+    try:
+        networks = [placed(features, 3, where, **settings) for where in ((), on_host)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    optimizers = [CTROptimizer(n.dense_parameters(), n.lookups(), RULES[rule](), RULES[rule]()) for n in networks]
+    assert any(isinstance(lookup, HostTables) for lookup in networks[1].lookups())
+    for network, optimizer in zip(networks, optimizers, strict=True):
+        network.losses = []
+        upcoming = global_batch(0, hot)
+        for index in range(8 * micro):
+            batch, upcoming = upcoming, global_batch(index + 1, hot)
+            network.announce(upcoming.ids)
+            # As batches are brought to a device: other tensors, the same ids.
+            ids = batch.map(lambda tensor: tensor if tensor is None else tensor.clone()).ids
+            loss = nn.functional.binary_cross_entropy_with_logits(
+                network(batch.dense.double(), ids), batch.label.double()
+            )
+            loss.backward()
+            network.losses.append(loss.item())
+            if (index + 1) % micro == 0:
+                if kind == "all":
+                    # With tables of both kinds the norm would be summed in another order.
+                    optimizer.clip_gradient_norm(0.05)
+                optimizer.step()
+                optimizer.zero_grad()
+                # An evaluation between the steps.
+                with torch.inference_mode():
+                    network.losses.append(network(batch.dense.double(), global_batch(3, hot).ids).sum().item())
+        for lookup in network.lookups():
+            lookup.settle()
+    device, host = networks
+    assert host.losses == device.losses and len(set(host.losses)) > 8
+    assert contents(host, optimizers[1]) == contents(device, optimizers[0])
+
+
+def contents(network: DLRM, optimizer: CTROptimizer) -> dict[str, list]:
+    """Every row of every table and slot, by the table's name."""
+    found = {}
+    for lookup, state in zip(optimizer.lookups, optimizer.table_state, strict=True):
+        for piece in lookup.pieces:
+            for slot, values in {"weight": lookup.weight.detach(), **state}.items():
+                found[f"{piece.name}/{slot}"] = piece.of(values).tolist()
+    return found
+
+
+def on_host(features: Features, seed: int) -> DLRM:
+    return placed(features, seed, ["C2", "C4"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"trainer": (("accumulate_grad_batches", 3),)}],
+    ids=["plain", "accumulated"],
+)
+def test_a_fit_with_its_checkpoint_is_that_with_tables_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(sharded_fits.NETWORKS, "host", on_host)
+    fits = [
+        Fit(name=name, rule="row_wise", plan="auto", network=name, hot="multi", **options) for name in ("dlrm", "host")
+    ]
+    for fit in fits:
+        run(fit, tmp_path, 1)
+    device, host = (tmp_path / fit.name for fit in fits)
+    assert torch.equal(metrics(host, "train/loss"), metrics(device, "train/loss"))
+    for slot in ("weight", "sum"):
+        expected, found = tables(device, slot), tables(host, slot)
+        assert all(torch.equal(found[name], expected[name]) for name in expected) and expected.keys() == found.keys()
+
+
+@pytest.mark.parametrize("places", [("host", "dlrm"), ("dlrm", "host"), ("host", "host")])
+def test_a_checkpoint_opens_wherever_the_tables_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: tuple[str, str]
+) -> None:
+    monkeypatch.setitem(sharded_fits.NETWORKS, "host", on_host)
+    whole = next(fit for fit in PARITY if (fit.rule, fit.hot) == (RESUMED.rule, RESUMED.hot))
+    first, second = (Fit(**vars(fit) | {"network": place}) for fit, place in zip((HALF, RESUMED), places, strict=True))
+    for fit in (whole, first, second):
+        run(fit, tmp_path, 1)
+    expected = metrics(tmp_path / whole.name, "train/loss")[HALF.steps :]
+    assert torch.equal(metrics(tmp_path / RESUMED.name, "train/loss"), expected)
+
+
+def test_rows_are_fetched_before_they_are_needed_and_written_back_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow bus: an announced batch's lookup waits for nothing, an update only for the one before it."""
+    tables = HostTables([Table.of_column("A", 50)], 3)
+    ids, later = (SparseIds(values=torch.tensor(v, dtype=torch.int32), tables=1) for v in ([[4], [1], [4]], [[1], [7]]))
+    optimizer = CTROptimizer([], [tables], SGD(1.0), SGD(1.0))
+    before = tables.weight.detach().clone()
+
+    def step(ids: SparseIds) -> float:
+        began = time.perf_counter()
+        tables(ids).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - began
+
+    slow = host_tables.Copies.gather
+    monkeypatch.setattr(host_tables.Copies, "gather", lambda *args: (time.sleep(0.2), slow(*args))[1])
+    tables.announce(ids)
+    tables.announce(later)
+    time.sleep(0.5)
+    monkeypatch.setattr(
+        HostTables, "_write_back", lambda *args, write=HostTables._write_back: (time.sleep(0.3), write(*args))[1]
+    )
+    assert step(ids) < 0.15
+    assert torch.equal(tables.weight, before), "not written yet"
+    assert step(later) > 0.15
+    tables.settle()
+    expected = before.clone()
+    expected[[4, 1, 7], :] -= torch.tensor([[2.0], [2.0], [1.0]])
+    torch.testing.assert_close(tables.weight.detach(), expected)
+
+
+def test_a_batch_that_is_never_looked_up_is_forgotten() -> None:
+    tables = HostTables([Table.of_column("A", 50)], 3)
+    ids = SparseIds(values=torch.tensor([[4]], dtype=torch.int32), tables=1)
+    tables.announce(ids)
+    assert len(tables._begun) == 1
+    host_tables._hands.submit(lambda: None).result()
+    del ids
+    assert len(tables._begun) == 0
+
+
+def test_moving_the_module_leaves_the_tables_where_they_are() -> None:
+    tables = HostTables([Table.of_column("A", 50)], 3)
+    assert tables.to("meta").weight.device.type == "cpu" and tables.row_offsets.device.type == "meta"
+    assert HostTables([Table.of_column("A", 50)], 3).double().weight.dtype == torch.float64
+    with torch.device("meta"):
+        assert HostTables([Table.of_column("A", 10**12)], 3).weight.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("[C1,Z9]", "tables.on_host names Z9, which is no table"), ("some", "neither all nor a list of columns")],
+)
+def test_mistakes_are_told_in_a_line(capsys: pytest.CaptureFixture[str], given: str, said: str) -> None:
+    assert main(["params", "--config", "dlrm.yaml", f"--model.network.tables.on_host={given}"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["sgd", "row_wise", "adam"])
+def test_steps_on_a_gpu_are_those_with_tables_on_it(rule: str) -> None:
+    features, device = toy_schema().features, torch.device("cuda")
+    found = []
+    for where in ((), ["C2", "C4"]):
+        network = placed(features, 3, where).to(device)
+        optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), RULES[rule](), RULES[rule]())
+        losses, upcoming = [], global_batch(0, "multi").pin_memory()
+        for index in range(30):
+            batch, upcoming = upcoming, global_batch(index + 1, "multi").pin_memory()
+            network.announce(upcoming.ids)
+            moved = batch.to(device)
+            loss = nn.functional.binary_cross_entropy_with_logits(network(moved.dense, moved.ids), moved.label.float())
+            loss.backward()
+            losses.append(loss.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(torch.stack(losses).cpu())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=0)

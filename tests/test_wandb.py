@@ -1,0 +1,271 @@
+"""Contract: W&B never prompts, waits or fails a run; what a run tells it, read back by its own reader, is what its
+users expect: samples as the x axis, the best of the validations, groups and job types, plots, artifacts, one run
+across resumes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from wandb.sdk.launch.sweeps import utils as sweeps
+
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.cli.configs import shipped_configs
+from lightning_dlrm.engine.diagnostics import NormRecorder
+from lightning_dlrm.tracking.wandb_run import RunPlace, choose_mode, start_wandb
+from tests.test_cli import FIT, QUICK
+from tests.test_fit import lines, trainer_of
+from tests.toy import ToyData, ToyLoader, toy_dlrm, toy_module
+
+
+@pytest.fixture
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.mark.usefixtures("no_account")
+class TestMode:
+    def test_without_a_key_offline(self) -> None:
+        assert choose_mode("auto") == ("offline", "no API key")
+        assert choose_mode("online") == ("offline", "no API key")
+
+    def test_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert choose_mode("disabled") == ("disabled", "")
+        assert choose_mode("offline")[0] == "offline"
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+        assert choose_mode("auto") == ("disabled", "")
+        assert choose_mode("offline")[0] == "offline", "the option is nearer than the environment"
+
+    @pytest.mark.parametrize("where", ["environment", "netrc"])
+    def test_with_a_key_online_where_the_server_answers(
+        self, where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        if where == "environment":
+            monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        else:
+            (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password " + "0" * 40 + "\n")
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+            assert choose_mode("auto") == ("online", "")
+        start = time.monotonic()
+        assert choose_mode("auto") == ("offline", "127.0.0.1 does not answer")
+        assert time.monotonic() - start < 5
+
+
+def test_a_server_that_refuses_leaves_the_run_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lightning_dlrm.tracking import wandb_run
+
+    real = wandb_run.wandb.init
+
+    def refusing(**options: Any) -> Any:
+        if options["mode"] == "online":
+            raise wandb_run.wandb.Error("permission\ndenied")
+        return real(**options)
+
+    monkeypatch.setattr(wandb_run.wandb, "init", refusing)
+    logger, reason = start_wandb(tmp_path, RunPlace(project="p", name="n"), mode="online", config={})
+    logger.experiment.finish()
+    assert reason == "permission denied"
+
+
+def read_back(run: Path) -> list[dict[str, Any]]:
+    """The records of an offline run, by W&B's own reader."""
+    # Not the W&B service that runs of this process may have left in the environment.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
+    read = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    assert read.returncode == 0, read.stderr
+    return [json.loads(line) for line in read.stdout.splitlines()]
+
+
+def of_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [record[kind] for record in records if record["type"] == kind]
+
+
+def merged(records: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """What a run's configuration or summary is in the end."""
+    whole: dict[str, Any] = {}
+    for record in of_type(records, kind):
+        whole |= record["update"]
+    return whole
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fit of 8 steps that is resumed for 8 more, and a test of it."""
+    run = tmp_path_factory.mktemp("w") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+            patch.delenv(name, raising=False)
+        patch.setenv("NETRC", str(run.parent / "netrc"))
+        patch.setenv("LIGHTNING_DLRM_CACHE", str(run.parent / "cache"))
+        patch.chdir(run.parent)
+        place = ["--wandb.project", "p", "--wandb.group", "figure 5", "--wandb.tags", "[night, dlrm]"]
+        fit = [*FIT, *QUICK[:2], *place, "--wandb.log_model", "true", "--trainer.val_check_interval", "4"]
+        assert main([*fit, "--run_dir", "run", "--trainer.max_steps", "8"]) == 0
+        assert main([*fit, "--run_dir", "run", "--resume", "auto", "--trainer.max_steps", "16"]) == 0
+        again = ["--config", "run/config.yaml", "--ckpt_path", "run/checkpoints/best"]
+        assert main(["test", *again]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(finished_run: Path) -> list[list[dict[str, Any]]]:
+    """What W&B's reader finds: the fit, its resumption, the test."""
+    return [read_back(path) for path in sorted((finished_run / "wandb").glob("offline-run-*"))]
+
+
+def test_runs_appear_where_they_belong(runs: list[list[dict[str, Any]]], finished_run: Path) -> None:
+    heads = [of_type(records, "run")[0] for records in runs]
+    assert [head["job_type"] for head in heads] == ["train", "train", "test"]
+    for head in heads:
+        assert head["project"] == "p" and head["run_group"] == "figure 5" and head["tags"] == ["night", "dlrm"]
+        assert head["display_name"] == "run"
+    config = heads[0]["config"]["update"]
+    assert config["model"]["network"]["init_args"]["embedding_dim"] == 16
+    assert len(config["lightning_dlrm"]["git_commit"]) == 40
+    found = merged(runs[0], "config")
+    assert found["parameters/total"] > 400_000 and len(found["data_fingerprint"]) == 64
+
+
+def test_a_resumed_run_has_the_same_id(runs: list[list[dict[str, Any]]], finished_run: Path) -> None:
+    first, second, test = (of_type(records, "run")[0]["run_id"] for records in runs)
+    assert first == second == (finished_run / "wandb/id").read_text().strip()
+    assert test != first
+
+
+def test_samples_are_the_x_axis(runs: list[list[dict[str, Any]]], finished_run: Path) -> None:
+    metrics = of_type(runs[0], "metric")
+    defined = {metric.get("name", metric.get("glob_name")): metric for metric in metrics}
+    assert defined["*"]["step_metric"] == "samples" == defined["validation/auc"]["step_metric"]
+    told = [{k: v for k, v in line.items() if k != "step"} for line in lines(finished_run)]
+    history = [record["item"] for records in runs[:2] for record in of_type(records, "history")]
+    logged = [item for item in history if "train/loss" in item or "validation/auc" in item]
+    assert [item["samples"] for item in logged if "train/loss" in item] == [256 * step for step in range(1, 17)]
+    for line in told:
+        at = [item for item in logged if item["samples"] == line["samples"]]
+        assert line.items() <= {key: value for item in at for key, value in item.items()}.items()
+
+
+def test_the_summary_is_the_best_of_the_validations(runs: list[list[dict[str, Any]]], finished_run: Path) -> None:
+    validations = [line for line in lines(finished_run) if "validation/auc" in line]
+    assert [line["samples"] // 256 for line in validations] == [4, 8, 12, 16]
+    summary = merged(runs[1], "summary")
+    for metric, best in {"auc": max, "accuracy": max, "log_loss": min, "normalized_entropy": min}.items():
+        values = [line[f"validation/{metric}"] for line in validations[2:]]
+        assert summary[f"validation/{metric}"] == {best.__name__: best(values), "last": values[-1]}
+    final = json.loads((finished_run / "summary.json").read_text())["final"]
+    for name in ("speed/training_s", "memory/peak_bytes", "parallel/rows_per_rank", "parameters/total"):
+        assert summary[name] == final[name]
+    test = merged(runs[2], "summary")
+    found = json.loads((finished_run / "test.json").read_text())
+    assert found.items() <= test.items()
+
+
+@pytest.mark.parametrize(("run", "stage"), [(1, "validation"), (2, "test")])
+def test_plots_are_the_curves_in_the_run_folder(
+    run: int, stage: str, runs: list[list[dict[str, Any]]], finished_run: Path
+) -> None:
+    curves = json.loads((finished_run / f"{stage}_curves.json").read_text())
+    summary = merged(runs[run], "summary")
+    folder = sorted((finished_run / "wandb").glob("offline-run-*"))[run] / "files"
+    table = f"Custom Chart Tables/{stage}/precision_recall_table"
+    drawn = json.loads((folder / summary[f"{table}.path"]).read_text())
+    assert drawn["columns"] == ["class", "recall", "precision", "threshold"] and len(drawn["data"]) <= 100
+    assert [row[1:] for row in drawn["data"]] == [
+        list(point) for point in zip(curves["recall"], curves["precision"], curves["threshold"], strict=True)
+    ]
+    drawn = json.loads((folder / summary[f"Custom Chart Tables/{stage}/calibration_curve_table.path"]).read_text())
+    observed = [[x, y] for x, key, y in drawn["data"] if key == "observed"]
+    assert observed == [list(point) for point in zip(curves["predicted"], curves["observed"], strict=True)]
+    charts = merged(runs[run], "config")
+    assert charts[f"_wandb.visualize.{stage}/precision_recall"]["panel_config"]["panelDefId"].startswith("wandb/")
+
+
+def test_the_dataset_is_referred_to_and_the_weights_are_uploaded(
+    runs: list[list[dict[str, Any]]], finished_run: Path
+) -> None:
+    for records in runs:
+        (dataset,) = [artifact for artifact in of_type(records, "artifact") if artifact["type"] == "dataset"]
+        contents = {entry["path"]: entry for entry in dataset["manifest"]["contents"]}
+        assert "local_path" in contents.pop("dataset.json"), "the checksums are part of it"
+        assert contents and all(entry["ref"].startswith("file:///") for entry in contents.values())
+        assert all("local_path" not in entry for entry in contents.values()), "no row is copied"
+        assert json.loads(dataset["metadata"])["rows"] == {"train": 8192, "validation": 2048, "test": 1024}
+    best = finished_run / "checkpoints/best"
+    (weights,) = [artifact for artifact in of_type(runs[1], "artifact") if artifact["type"] == "model"]
+    assert "best" in weights["aliases"]
+    files = {entry["path"] for entry in weights["manifest"]["contents"]}
+    assert files == {str(path.relative_to(best)) for path in best.rglob("*") if path.is_file()}
+    assert not [artifact for artifact in of_type(runs[2], "artifact") if artifact["type"] == "model"]
+
+
+def test_system_metrics_are_kept(runs: list[list[dict[str, Any]]]) -> None:
+    assert all("proc.memory.rssMB" in of_type(records, "stats")[0]["item"] for records in runs)
+
+
+def test_norms_are_those_of_the_step(tmp_path: Path) -> None:
+    """Against autograd over plain dense tables."""
+    module = toy_module()
+    trainer = trainer_of(tmp_path / "run", max_steps=2)
+    recorder = next(c for c in trainer.callbacks if type(c).__name__ == "Recorder")
+    trainer.callbacks.insert(2, NormRecorder(recorder))
+    trainer.fit(module, ToyData())
+    first = lines(tmp_path / "run")[0]
+    assert first["step"] == 1 and first["samples"] == 50
+
+    plain = toy_dlrm(module.schema.features, 3)
+    batch = ToyLoader("train", 50).batches[0]
+    logits = plain(batch.dense, batch.ids)
+    torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.label.float()).backward()
+    squares = 0.0
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            assert first[f"gradient_norm/{name}"] == pytest.approx(parameter.grad.norm().item(), rel=1e-5)
+            squares += parameter.grad.square().sum().item()
+    (lookup,) = plain.lookups()
+    gradient, start = lookup.gradient(), 0
+    assert gradient is not None
+    for column, table in enumerate(lookup.tables):
+        touched = sorted(set(batch.ids.values[:, column].tolist()))
+        rows = [start + row for row in touched]
+        held = [i for i, row in enumerate(gradient.rows.tolist()) if start <= row < start + table.rows]
+        norms = lookup.weight[rows].norm(dim=1), gradient.values[held].norm(dim=1)
+        assert len(held) == len(touched)
+        assert first[f"row_norm/{table.name}"] == pytest.approx(norms[0].mean().item(), rel=1e-5)
+        assert first[f"row_gradient_norm/{table.name}"] == pytest.approx(norms[1].mean().item(), rel=1e-5)
+        squares += gradient.values[held].square().sum().item()
+        start += table.rows
+    assert first["gradient_norm/total"] == pytest.approx(squares**0.5, rel=1e-5)
+
+
+def test_the_sweep_draws_options_that_fit_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the command that W&B's agent makes of it."""
+    sweep = sweeps.load_sweep_config(str(shipped_configs() / "sweep.yaml"))
+    assert sweep is not None and sweep["metric"] == {"name": "validation/auc", "goal": "maximize"}
+    drawn = {
+        name: values["values"][-1] if "values" in values else values["max"]
+        for name, values in sweep["parameters"].items()
+    }
+    options = sweeps.create_sweep_command_args({"args": {name: {"value": value} for name, value in drawn.items()}})
+    command = sweeps.create_sweep_command(sweep["command"])
+    assert command[:4] == ["${env}", "${interpreter}", "-m", "lightning_dlrm"] and command[-1] == "${args}"
+    with pytest.raises(SystemExit) as ended:
+        main([*command[4:-1], *options["args"], "--print_config"])
+    assert ended.value.code == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    for name, value in drawn.items():
+        found = settings
+        for part in name.split("."):
+            found = found[part]
+        assert found == value
