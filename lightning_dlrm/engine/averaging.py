@@ -45,7 +45,8 @@ class Averaging:
     def __post_init__(self) -> None:
         if not 0 <= self.decay <= 1 or not 0 <= self.start_share < 1:
             raise UserError(
-                f"averaging: decay is {self.decay} and start_share {self.start_share}; expected 0 to 1, and 0 to below 1"
+                f"averaging: decay is {self.decay} and start_share {self.start_share}; "
+                "expected 0 to 1, and 0 to below 1"
             )
 
 
