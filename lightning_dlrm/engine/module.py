@@ -90,6 +90,10 @@ class CTRModule(pl.LightningModule):
         self._replayed = False
         """Whether this step's forward and backward pass were replayed."""
         self._side_stream: SideStream | None = None
+        if averaging is not None and cuda_graphs:
+            raise UserError(
+                "averaging follows each step's rows, which a recorded step does not tell: set cuda_graphs to false"
+            )
         self.averaging = averaging
         self.averages: WeightAverages | None = None
         self._saved_averages: tuple[dict[str, Any], CheckpointReader] | None = None
