@@ -149,6 +149,14 @@ class CTRModule(pl.LightningModule):
         if hasattr(loader, "announce") and any(lookup.LOOKS_AHEAD for lookup in self.network.lookups()):
             loader.announce = lambda batch: self.network.announce(batch.ids)
 
+    def on_train_end(self) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        """Afterwards the tables' rows are where they belong."""
+        for lookup in self.network.lookups():
+            lookup.settle()
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One slice's forward pass.
 
@@ -242,8 +250,7 @@ class CTRModule(pl.LightningModule):
         """
 
         def refuse_bad_state() -> None:
-            for lookup in self.network.lookups():
-                lookup.settle()
+            self._settle()
             self.guard.check()
             refuse_bad_weights(self.network, checkpoint["global_step"], self.guard.advice)
 
