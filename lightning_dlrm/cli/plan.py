@@ -156,8 +156,9 @@ def _counted(loads: Sequence[TableLoad], folder: Any) -> list[TableLoad]:
     found = []
     for load in tqdm(loads, desc="Reading ids", unit=" tables", disable=None):
         column = columns.get(load.name.partition("/")[0])
-        of_ids = column is not None and column.cardinality == load.rows
-        found.append(dataclasses.replace(load, counts=lookup_counts(folder, schema, column) if of_ids else None))
+        # A row of another table of the column, such as a quotient's, is that of several ids.
+        counts = lookup_counts(folder, schema, column) if column and column.cardinality == load.rows else None
+        found.append(dataclasses.replace(load, counts=counts))
     return found
 
 
