@@ -257,6 +257,14 @@ class CTRModule(pl.LightningModule):
         if self.averages is not None:
             self.averages.before_batch(self.trainer.global_step)
 
+    def on_train_end(self) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        """Afterwards the tables' rows are where they belong."""
+        for lookup in self.network.lookups():
+            lookup.settle()
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One slice's forward pass.
 
@@ -377,8 +385,7 @@ class CTRModule(pl.LightningModule):
         """
 
         def refuse_bad_state() -> None:
-            for lookup in self.network.lookups():
-                lookup.settle()
+            self._settle()
             self.guard.check()
             refuse_bad_weights(self.network, checkpoint["global_step"], self.guard.advice)
 
