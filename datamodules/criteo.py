@@ -130,7 +130,10 @@ class FolderData(pl.LightningDataModule):
         self._require(["train"])
         _, world = self._rank_and_world
         if world > LANES and self.shuffle == "window":
-            raise UserError(f"{world} ranks, but the shuffled stream has {LANES} lanes to share out: use fewer ranks")
+            raise UserError(
+                f"{world} ranks, but data.shuffle window reads {LANES} lanes, and each rank needs one: use at most "
+                f"{LANES} ranks, or data.shuffle full with data.cache memory, or none"
+            )
         loader = TrainingLoader(
             str(self.folder),
             self.schema,

@@ -24,6 +24,7 @@ COMMANDS = {
     "preprocess": "turn raw Criteo TSV files into a dataset folder",
     "inspect": "show what a dataset folder holds; --verify compares every checksum",
     "generate": "write generated data: a dataset folder, or raw TSV",
+    "dashboard": "save a W&B workspace and report of a project's or group's runs",
     "bench": "measure the speed of a part of this project on this machine",
 }
 
@@ -65,7 +66,7 @@ def _run(command: str, arguments: list[str]) -> int:
         from lightning_dlrm.cli import importing
 
         return importing.run(arguments[1:])
-    if command in ("preprocess", "inspect", "generate", "checkpoint", "bench"):
+    if command in ("preprocess", "inspect", "generate", "checkpoint", "dashboard", "bench"):
         return _run_plain_command(command, arguments)
     if command == "compare":
         from lightning_dlrm.compare import command as comparing

@@ -1,7 +1,16 @@
-"""Fits of small networks over ranks, for test_sharded: run in each rank's process, and alone in the test's own."""
+"""Fits of small networks over ranks, for test_sharded: run in each rank's process, and alone in the test's own.
+
+``python -m tests.sharded_fits FOLDER`` runs those of four, three and two ranks one after the other. Every
+rank of each number is a process of its own, forked from one that has imported everything.
+"""
 
 import json
+import os
+import signal
+import socket
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +32,7 @@ from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, Updat
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.plan import Piece, Plan
 from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
+from tests.ranks import environment
 from tests.toy import TABLES, toy_dcn, toy_dlrm, toy_module, toy_schema
 
 STEPS = 50
@@ -64,14 +74,16 @@ class Fit:
     network: str = "dlrm"
     resume_from: str | None = None
     wire: Any = "full"
+    recorded: bool = False
+    """Whether every step is logged, as a fit of the command line would; else only losses are kept."""
     trainer: tuple[tuple[str, Any], ...] = ()
 
 
 PARITY = (
     Fit(name="sgd_whole", rule="sgd", plan="whole"),
     Fit(name="sgd_ranges_multi", rule="sgd", plan="ranges", hot="multi"),
-    Fit(name="adagrad_ranges", rule="adagrad", plan="ranges"),
-    Fit(name="adagrad_mixed_weighted", rule="adagrad", plan="mixed", hot="weighted", network="dcn"),
+    Fit(name="adagrad_ranges", rule="adagrad", plan="ranges", recorded=True),
+    Fit(name="adagrad_mixed_weighted", rule="adagrad", plan="mixed", hot="weighted", network="dcn", recorded=True),
     Fit(name="row_wise_mixed", rule="row_wise", plan="mixed", network="dcn"),
     Fit(name="row_wise_whole_multi", rule="row_wise", plan="whole", hot="multi"),
     Fit(name="adam_mixed", rule="adam", plan="mixed"),
@@ -182,6 +194,28 @@ class SlicedLoader:
         self.position = state["position"]
 
 
+class Losses(pl.Callback):
+    """Keeps each step's loss over the global batch, and writes them at the end as the recorder would."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.losses: list[list[Tensor]] = [[]]
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.losses[-1].append(outputs["step_loss"])
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.losses.append([])
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        here = torch.stack([torch.stack(of_step).mean() for of_step in self.losses if of_step])
+        losses = Ranks().sum(here.double()) / trainer.world_size
+        if trainer.is_global_zero:
+            lines = [json.dumps({"train/loss": loss}) + "\n" for loss in losses.tolist()]
+            self.folder.write_text("metrics.jsonl", "".join(lines))
+
+
 class SlicedData(pl.LightningDataModule):
     batch_size = GLOBAL_BATCH
 
@@ -214,10 +248,10 @@ def run(fit: Fit, parent: Path, ranks: int) -> None:
         accelerator="cpu",
         max_steps=fit.steps,
         precision=fit.precision,
-        log_every_n_steps=1,
+        log_every_n_steps=1 if fit.recorded else STEPS,
         limit_val_batches=0,
-        callbacks=[Recorder(folder, checkpoints), checkpoints],
-        logger=[JsonLinesLogger(folder)],
+        callbacks=[Recorder(folder, checkpoints) if fit.recorded else Losses(folder), checkpoints],
+        logger=[JsonLinesLogger(folder)] if fit.recorded else False,
         plugins=[FolderCheckpointIO()],
         use_distributed_sampler=False,
         enable_progress_bar=False,
@@ -233,9 +267,53 @@ def metrics(folder: Path, name: str) -> Tensor:
     return torch.tensor([line[name] for line in lines if name in line], dtype=torch.float64)
 
 
+# All on two ranks; on three and four every second one, since each exchange costs time.
+CASES = [(fit, ranks) for ranks, fits in ((2, PARITY), (3, PARITY[::2]), (4, PARITY[1::2])) for fit in fits]
+
+
+def run_all(parent: Path) -> None:
+    """Every fit on its ranks, in folders 2, 3 and 4; those on 2 and 3 resume from the checkpoint of 4."""
+    for ranks in (4, 3, 2):
+        fits = [FIRST_STEP, *(fit for fit, of_ranks in CASES if of_ranks == ranks)]
+        fits += [HALF, BF16] if ranks == 4 else [RESUMED]
+        for_ranks = parent / str(ranks)
+        for_ranks.mkdir()
+        if ranks < 4:
+            (for_ranks / HALF.name).symlink_to(parent / "4" / HALF.name)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        children = {_fork(rank, ranks, port, for_ranks, fits) for rank in range(ranks)}
+        while children:
+            pid, status = os.wait()
+            children.discard(pid)
+            if status:
+                for left in children:
+                    os.kill(left, signal.SIGKILL)
+                sys.exit(f"a rank of {ranks} ended with {status}")
+
+
+def _fork(rank: int, ranks: int, port: int, parent: Path, fits: list[Fit]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.environ |= environment(rank, ranks, port)
+        # Before Lightning would, so that plans can be written for the ranks.
+        torch.distributed.init_process_group("gloo")  # noqa: TID251
+        for fit in fits:
+            began = time.perf_counter()
+            run(fit, parent, ranks)
+            if rank == 0:
+                print(f"{fit.name} on {ranks} ranks: {time.perf_counter() - began:.1f} s", flush=True)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    # Before Lightning would, so that plans can be written for the ranks.
-    torch.distributed.init_process_group("gloo")  # noqa: TID251
-    chosen = {fit.name: fit for fit in (*PARITY, FIRST_STEP, BF16, HALF, RESUMED)}
-    for name in sys.argv[2:]:
-        run(chosen[name], Path(sys.argv[1]), Ranks().ranks)
+    torch.set_num_threads(1)
+    run_all(Path(sys.argv[1]))

@@ -1,5 +1,6 @@
 """What the step benchmarks compare is the same work, the gate counts steps, and rows have the promised fields."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from lightning_dlrm.bench.contenders import (
     draw_batch,
     plain_network,
 )
+from lightning_dlrm.bench.paper import OPERATORS
+from lightning_dlrm.bench.timeline import Timeline
 from lightning_dlrm.bench.worker import Worker
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.models.accounting import model_size
@@ -101,7 +104,10 @@ def test_a_worker_that_fails_tells_its_last_words(tmp_path: Path) -> None:
         ["step", "--max-rows", "50", "--precision", "32-true", "bf16-mixed"],
     ],
 )
-def test_rows_have_the_promised_fields(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_rows_have_the_promised_fields(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # FBGEMM takes 8 s to import
     small = ["--batch-size", "16", "--steps", "2", "--rounds", "2", "--json", str(tmp_path / "rows.json")]
     assert main(["bench", *arguments, *small]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -110,6 +116,29 @@ def test_rows_have_the_promised_fields(arguments: list[str], tmp_path: Path, cap
         assert set(row) >= FIELDS and row["work"] == arguments[0] and row["batch_size"] == 16
         assert row["samples_per_s"] == pytest.approx(16 / row["median_s"]) and row["floor_s"] > 0
     assert "speed_over_baseline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make", [OurStep, PlainStep])
+def test_a_timeline_leaves_no_part_of_a_step_out(make: type) -> None:
+    network = DLRM.network() if make is OurStep else plain_network(DLRM)
+    step = make(network, "32-true", CPU)
+    batch = draw_batch(DLRM, 16, 0)
+    timeline = Timeline(network, CPU)
+    step(batch if make is OurStep else PlainBatch.of(batch), timeline.mark)
+    seconds = timeline.take()
+    assert set(seconds) == {label for labels in OPERATORS.values() for label in labels}
+    assert all(value > 0 for value in seconds.values())
+
+
+def test_the_papers_benchmark_draws_operators_and_roofline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--max-rows", "50", "--batch-size", "16", "--batches", "4", "--rounds", "2"]
+    files = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "figure.png")]
+    assert main(["bench", "paper", *options, *files]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["work"] for row in rows} == {"paper"} and set(rows[0]) >= FIELDS
+    output = capsys.readouterr().out
+    assert all(word in output for word in [*OPERATORS, *roofline.PARTS, "bound by", "FLOP/byte"])
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("figure.png", "figure-roofline.png"))
 
 
 def test_a_fit_is_timed_step_by_step(tmp_path: Path) -> None:
@@ -127,6 +156,8 @@ def test_a_fit_is_timed_step_by_step(tmp_path: Path) -> None:
     [
         (["step", "--batch-size", "0"], "--batch-size is 0"),
         (["lookup", "--tables", "-1"], "--tables is -1"),
+        (["paper", "--batches", "2"], "give as many batches"),
+        (["paper", "--plot", "figure.doc"], "named like no figure"),
         (["step", "--peer", "nowhere"], "no checkout of facebookresearch/dlrm"),
         (["step", "--model", "dcn", "--max-rows", "0"], "--max-rows is 0"),
     ],

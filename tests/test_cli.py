@@ -124,6 +124,16 @@ def test_demo_fit_as_a_process_says_what_it_is() -> None:
     assert "% of the way from 0.5" in done.stdout
     final = json.loads(Path("run/summary.json").read_text())["final"]
     assert f"best reachable {final['data/optimum_auc']:.4f}" in done.stdout
+    told = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines()}
+    scores = [final["validation/auc"]] * 2 + [final["data/optimum_auc"]]
+    assert told["auc"][1:] == [f"{score:.6f}" for score in scores], (
+        "the last validation is the best, the optimum is told"
+    )
+    assert told["parameters"][1] == f"{final['parameters/total']:,}" and told["run folder"][-1] == "run"
+    assert "training loss" not in told, "a single point has no course"
+    assert "compare run OTHER_RUN" in done.stdout
+    next_command = next(line for line in done.stdout.splitlines() if "lightning_dlrm test" in line)
+    assert main([*next_command.split()[3:], "--wandb.mode", "disabled"]) == 0
     assert 0 <= final["speed/data_wait_share"] < 1
     logged = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert all(0 <= line["speed/data_wait_share"] < 1 for line in logged if "train/loss" in line)
@@ -227,12 +237,13 @@ def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixtu
         ("--trainer.accumulate_grad_batches=3", "validate between steps"),
         ("--trainer.log_every_n_steps=0", "trainer.log_every_n_steps is 0; give 1 or more"),
         ("--stop_at_auc=0.3", "stop_at_auc is 0.3"),
+        ("--stop_at_auc=0.8 --trainer.limit_val_batches=0", "trainer.limit_val_batches is 0"),
         ("--checkpoint.every_n_steps=-1", "checkpoint.every_n_steps is -1"),
-        ("--trainer.callbacks=WeightAveraging", "the averages of WeightAveraging would not be in the checkpoints"),
+        ("--trainer.callbacks=WeightAveraging", "set model.averaging.decay"),
     ],
 )
 def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*FIT, *QUICK, "--run_dir", "run", option]) == 2
+    assert main([*FIT, *QUICK, "--run_dir", "run", *option.split()]) == 2
     assert said in capsys.readouterr().err
     assert not Path("run").exists()
 

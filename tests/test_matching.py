@@ -66,3 +66,21 @@ def test_what_cannot_be_matched_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "--by size is none of" in refusal("--match", "dcn.yaml", "--to", "dlrm.yaml", "--by", "size", *output)
     message = refusal("--match", "matrix_factorization.yaml", "--to", "dlrm.yaml", *output)
     assert "MatrixFactorization has no hidden layers" in message
+
+
+def test_overlays_belong_to_the_configurations(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    overlay = tmp_path / "over.yaml"
+    overlay.write_text(
+        "model:\n  network:\n    init_args:\n      cross_layers: 2\n"
+        "  dense_optimizer:\n    class_path: SGD\n    init_args: {learning_rate: 0.5}\n"
+    )
+    output = tmp_path / "matched.yaml"
+    arguments = ["--match", "dcn.yaml", str(overlay), "--to", "dlrm.yaml", "small.yaml", "--by", "dense"]
+    assert main(["params", *arguments, "--output", str(output)]) == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("dense"))
+    assert main(["params", "--config", str(output), "--json"]) == 0
+    assert said.split()[1] == f"{json.loads(capsys.readouterr().out)['dense']:,}"
+    model = yaml.safe_load(output.read_text())["model"]
+    assert model["network"]["init_args"]["cross_layers"] == 2
+    assert model["dense_optimizer"] == {"class_path": "SGD", "init_args": {"learning_rate": 0.5}}
+    assert f"dcn.yaml + {overlay}" in output.read_text()

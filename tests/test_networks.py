@@ -46,7 +46,9 @@ NETWORKS: dict[str, tuple[type[CTRNetwork], dict[str, Any]]] = {
         DLRM, DLRM_WIDTHS | {"interaction": "cross", "cross": "low_rank", "cross_layers": 2, "cross_rank": 3}),
     "DLRM tricks": (DLRM, DLRM_WIDTHS | {"tables": TRICK, "missing": "learned"}),
     "DLRM mixed": (DLRM, DLRM_WIDTHS | {"tables": MIXED}),
+    "DLRM wide": (DLRM, DLRM_WIDTHS | {"wide": True, "missing": "learned"}),
     "DCN": (DCN, {"embedding_dim": 4, "cross_layers": 2, "deep": [6]}),
+    "DCN wide": (DCN, {"embedding_dim": 4, "cross_layers": 2, "deep": [6], "wide": True}),
     "DCN stacked matrix": (
         DCN, {"embedding_dim": 4, "cross_layers": 2, "deep": [6], "cross": "matrix", "structure": "stacked"}),
     "DCN batch norm": (DCN, {"embedding_dim": 4, "cross_layers": 2, "deep": [6], "batch_norm": True, "tables": MIXED}),
@@ -309,3 +311,43 @@ def test_tables_of_every_kind_have_names_of_their_own() -> None:
 def test_what_does_not_fit_is_refused(network: type, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         network(SMALL, **options)
+
+
+@pytest.mark.parametrize(("narrow", "wide"), [("DLRM", "DLRM wide"), ("DCN", "DCN wide")])
+def test_a_wide_part_adds_a_logistic_regression(narrow: str, wide: str) -> None:
+    network, without, linear = make(wide), make(narrow), LogisticRegression(SMALL, 1)
+    assert isinstance(network, DLRM | DCN) and network.wide is not None
+    dense = torch.randn(9, 2, generator=torch.Generator().manual_seed(1))
+    ids = SparseIds(values=torch.tensor([[i % 4, i * 3, 0] for i in range(9)], dtype=torch.int32), tables=3)
+    torch.testing.assert_close(network(dense, ids), without(dense, ids))  # it starts at zero
+    with torch.no_grad():
+        for parameter, twin in zip(network.wide.parameters(), linear.linear.parameters(), strict=True):
+            twin.copy_(parameter.normal_(generator=torch.Generator().manual_seed(2)))
+    torch.testing.assert_close(network(dense, ids), without(dense, ids) + linear(dense, ids))
+    assert network.multiply_adds() == without.multiply_adds() + linear.multiply_adds()
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_dropout_leaves_out_hidden_outputs_in_training_only(batch_norm: bool) -> None:
+    torch.manual_seed(1)
+    layers = DenseLayers([3, 4000, 1], linear_output=True, batch_norm=batch_norm, dropout=0.25)
+    plain = DenseLayers([3, 4000, 1], linear_output=True, batch_norm=batch_norm)
+    plain.load_state_dict({k.replace("3.", "2.") if not batch_norm else k.replace("4.", "3."): v
+                           for k, v in layers.state_dict().items()})  # fmt: skip
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(layers.eval()(x), plain.eval()(x))
+    assert isinstance(layers[-1], nn.Linear) and isinstance(layers[-2], nn.Dropout)
+    hidden = nn.Sequential(*list(layers)[:-1]).train()(x)
+    kept = hidden[hidden != 0]
+    assert len(kept) / (nn.Sequential(*list(plain)[:-1]).train()(x) != 0).sum().item() == pytest.approx(0.75, abs=0.03)
+    with pytest.raises(UserError, match=r"dropout is 1\.0; expected 0 or more, below 1"):
+        DenseLayers([3, 1], dropout=1.0)
+
+
+def test_initial_rows_within_the_bound_given() -> None:
+    tables = TableSettings(initial_bound=0.01, quotient_remainder=QuotientRemainder(collisions=3, threshold=5))
+    network = DLRM(SMALL, 1, **DLRM_WIDTHS, tables=tables)
+    for lookup in network.lookups():
+        assert 0.005 < lookup.weight.abs().max() <= 0.01
+    with pytest.raises(UserError, match=r"tables.initial_bound is -1; expected a number of 0 or more"):
+        TableSettings(initial_bound=-1)

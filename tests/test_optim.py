@@ -96,7 +96,7 @@ def test_row_wise_adagrad_of_dense_layers() -> None:
     rule = RowWiseAdagrad(0.1)
     for parameter in (weight, bias):
         state, gradient, before = rule.state(parameter), torch.randn_like(parameter), parameter.clone()
-        rule.apply(parameter, gradient, state, torch.tensor(0.1), torch.tensor(1.0))
+        rule.apply([parameter], [gradient], [state], torch.tensor(0.1), torch.tensor(1.0))
         square = gradient.square().mean(1) if parameter.dim() == 2 else gradient.square()
         torch.testing.assert_close(state["sum"], square)
         scale = square.sqrt().view(-1, *[1] * (parameter.dim() - 1))

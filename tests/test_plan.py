@@ -243,8 +243,8 @@ def test_tables_stay_in_host_memory_only_where_they_must() -> None:
         # None of them would fit as well.
         without = {name: places.at_hand_bytes - 3 * math.ceil(20 * rows) for name, rows in places.fetched.items()}
         assert all(sum(size.values()) - host + size[name] + without[name] > memory for name in places.on_host)
-    with pytest.raises(UserError, match=r"takes 800 bytes .* the device has 500: 300 bytes"):
-        place_tables(loads((10, 10), 4, 0.0), ["C1"], 1000, 500)
+    with pytest.raises(UserError, match=r"takes 400 bytes .* the device has 300: 100 bytes"):
+        place_tables(loads((10, 10), 4, 0.0), ["C1"], 1000, 300)
 
 
 def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
@@ -275,6 +275,10 @@ def test_the_command_counts_the_ids_of_a_bag(capsys: pytest.CaptureFixture[str])
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["per_rank"][0]["rows_asked_per_batch"] == pytest.approx(asked_rows(1, 3))
     command = ["plan", "--config", "dlrm.yaml", "--data.demo.max_table_rows", "20", "--ranks", "1", "--skew", "0"]
+    assert main([*command[:-4], "--ranks", "2", "--json", "--wire", "bf16"]) == 0
+    rank = json.loads(capsys.readouterr().out)["per_rank"][0]["sent_bytes_per_step"]
+    # As many rows of others as gradients of theirs: 16 elements of 2 bytes, and an id of 4.
+    assert rank["gradients"] == pytest.approx(rank["ids"] / 4 * 16 * 2)
     for bad, said in (("1,2", "gives 2 figures, the data have 26"), ("many", "expected numbers"), ("-1", "-1.0 ind")):
         assert main([*command, "--indices", bad]) == 2
         assert said in capsys.readouterr().err

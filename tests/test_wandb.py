@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from wandb.sdk.launch.sweeps import utils as sweeps
 
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.cli.configs import shipped_configs
+from lightning_dlrm.engine.diagnostics import NormRecorder
 from lightning_dlrm.tracking.wandb_run import RunPlace, choose_mode, start_wandb
 from tests.test_cli import FIT, QUICK
-from tests.test_fit import lines
+from tests.test_fit import lines, trainer_of
+from tests.toy import ToyData, ToyLoader, toy_dlrm, toy_module
 
 
 @pytest.fixture
@@ -142,7 +148,7 @@ def test_samples_are_the_x_axis(runs: list[list[dict[str, Any]]], finished_run: 
     metrics = of_type(runs[0], "metric")
     defined = {metric.get("name", metric.get("glob_name")): metric for metric in metrics}
     assert defined["*"]["step_metric"] == "samples" == defined["validation/auc"]["step_metric"]
-    told = [{k: v for k, v in lines.items() if k != "step"} for lines in lines_of(finished_run)]
+    told = [{k: v for k, v in line.items() if k != "step"} for line in lines(finished_run)]
     history = [record["item"] for records in runs[:2] for record in of_type(records, "history")]
     logged = [item for item in history if "train/loss" in item or "validation/auc" in item]
     assert [item["samples"] for item in logged if "train/loss" in item] == [256 * step for step in range(1, 17)]
@@ -152,12 +158,15 @@ def test_samples_are_the_x_axis(runs: list[list[dict[str, Any]]], finished_run: 
 
 
 def test_the_summary_is_the_best_of_the_validations(runs: list[list[dict[str, Any]]], finished_run: Path) -> None:
-    validations = [line for line in lines_of(finished_run) if "validation/auc" in line]
+    validations = [line for line in lines(finished_run) if "validation/auc" in line]
     assert [line["samples"] // 256 for line in validations] == [4, 8, 12, 16]
     summary = merged(runs[1], "summary")
     for metric, best in {"auc": max, "accuracy": max, "log_loss": min, "normalized_entropy": min}.items():
         values = [line[f"validation/{metric}"] for line in validations[2:]]
         assert summary[f"validation/{metric}"] == {best.__name__: best(values), "last": values[-1]}
+    final = json.loads((finished_run / "summary.json").read_text())["final"]
+    for name in ("speed/training_s", "memory/peak_bytes", "parallel/rows_per_rank", "parameters/total"):
+        assert summary[name] == final[name]
     test = merged(runs[2], "summary")
     found = json.loads((finished_run / "test.json").read_text())
     assert found.items() <= test.items()
@@ -205,10 +214,6 @@ def test_system_metrics_are_kept(runs: list[list[dict[str, Any]]]) -> None:
     assert all("proc.memory.rssMB" in of_type(records, "stats")[0]["item"] for records in runs)
 
 
-def lines_of(run: Path) -> list[dict[str, Any]]:
-    return lines(run)
-
-
 def test_norms_are_those_of_the_step(tmp_path: Path) -> None:
     """Against autograd over plain dense tables."""
     module = toy_module()
@@ -242,3 +247,25 @@ def test_norms_are_those_of_the_step(tmp_path: Path) -> None:
         squares += gradient.values[held].square().sum().item()
         start += table.rows
     assert first["gradient_norm/total"] == pytest.approx(squares**0.5, rel=1e-5)
+
+
+def test_the_sweep_draws_options_that_fit_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the command that W&B's agent makes of it."""
+    sweep = sweeps.load_sweep_config(str(shipped_configs() / "sweep.yaml"))
+    assert sweep is not None and sweep["metric"] == {"name": "validation/auc", "goal": "maximize"}
+    drawn = {
+        name: values["values"][-1] if "values" in values else values["max"]
+        for name, values in sweep["parameters"].items()
+    }
+    options = sweeps.create_sweep_command_args({"args": {name: {"value": value} for name, value in drawn.items()}})
+    command = sweeps.create_sweep_command(sweep["command"])
+    assert command[:4] == ["${env}", "${interpreter}", "-m", "lightning_dlrm"] and command[-1] == "${args}"
+    with pytest.raises(SystemExit) as ended:
+        main([*command[4:-1], *options["args"], "--print_config"])
+    assert ended.value.code == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    for name, value in drawn.items():
+        found = settings
+        for part in name.split("."):
+            found = found[part]
+        assert found == value

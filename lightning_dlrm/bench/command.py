@@ -10,6 +10,7 @@ WORKS: dict[str, str] = {
     "lookup": "the tables alone: lookup, backward, update",
     "step": "a training step on batches in memory",
     "fit": "the whole fit from a dataset folder, against bare loops",
+    "paper": "the benchmark of the DLRM paper's section 5.2, by operator and as a roofline",
     "auc": "the exact AUC of as many predictions as Terabyte's held-out day has",
     "sharding": "training steps with tables in pieces on several processes, against copied tables",
     "trace": "profiling a column's accesses, and generating accesses like them",

@@ -4,7 +4,7 @@ Shape suffixes: B samples, I dense features, F tables, V vectors, D width, P pai
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,6 +109,14 @@ def draw_batch(workload: Workload, size: int, seed: int) -> Batch:
     )
 
 
+Mark = Callable[[str], object]
+"""Told what the time counts for that follows; see ``Timeline``."""
+
+
+def _no_mark(label: str) -> None:
+    pass
+
+
 class OurStep:
     """Forward, loss, backward and update, as ``fit`` makes them."""
 
@@ -120,14 +128,20 @@ class OurStep:
         self._loss = LogLoss()
         self._precision, self._device = precision, device
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """The step's loss."""
+    def __call__(self, batch: Batch, mark: Mark = _no_mark) -> Tensor:
+        """The step's loss, of a batch that may still be in the host's memory."""
+        mark("data")
+        batch = batch.to(self._device)
         assert batch.label is not None
+        mark("update")
         self.optimizer.zero_grad()
+        mark("")
         with autocast(self._device, self._precision):
             loss = self._loss.summed(self.network(batch.dense, batch.ids), batch.label) / batch.global_size
         loss.backward()
+        mark("update")
         self.optimizer.step()
+        mark("")
         return loss.detach()
 
 
@@ -139,14 +153,20 @@ class PlainStep:
         self.optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
         self._precision, self._device = precision, device
 
-    def __call__(self, batch: "PlainBatch") -> Tensor:
-        """The step's loss."""
+    def __call__(self, batch: "PlainBatch", mark: Mark = _no_mark) -> Tensor:
+        """The step's loss, of a batch that may still be in the host's memory."""
+        mark("data")
+        batch = batch.to(self._device)
+        mark("update")
         self.optimizer.zero_grad()
+        mark("")
         with autocast(self._device, self._precision):
             logits = self.network(batch.dense, batch.ids)
             loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), batch.label)
         loss.backward()
+        mark("update")
         self.optimizer.step()
+        mark("")
         return loss.detach()
 
 
@@ -174,6 +194,10 @@ class PlainBatch:
                 assert bags.offsets is not None
                 ids.append((bags.values.long(), bags.offsets[:-1]))
         return PlainBatch(batch.label.float(), batch.dense, ids)
+
+    def to(self, device: torch.device) -> "PlainBatch":
+        ids = [(values.to(device), starts.to(device)) for values, starts in self.ids]
+        return PlainBatch(self.label.to(device), self.dense.to(device), ids)
 
 
 class PlainTables(nn.Module):

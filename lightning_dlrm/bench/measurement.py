@@ -41,6 +41,8 @@ class Measurement:
     """The least time that the machine allows, seconds, where it is known."""
     extra: Mapping[str, float] = field(default_factory=dict)
     """More figures of this row, such as ``peak_bytes``."""
+    shown: bool = True
+    """Whether the row is in the table for a terminal too; where not, another table has it."""
 
     @property
     def samples_per_s(self) -> float:
@@ -49,6 +51,7 @@ class Measurement:
     def row(self) -> dict[str, object]:
         """The row as JSON has it: one flat object."""
         fields = asdict(self)
+        del fields["shown"]
         return {**fields.pop("extra"), **fields, "samples_per_s": self.samples_per_s}
 
 
@@ -80,16 +83,16 @@ def peak_bytes() -> int:
 def render(rows: Sequence[Measurement]) -> str:
     """The rows as a table for a terminal."""
     cells = [("case", "implementation", "median", "spread", "samples/s", "floor", "x floor", "")]
-    for row in rows:
+    for row in (row for row in rows if row.shown):
         floor, ratio = "", ""
         if row.floor_s is not None:
-            floor, ratio = _duration(row.floor_s), f"{row.median_s / row.floor_s:.2f}"
+            floor, ratio = duration(row.floor_s), f"{row.median_s / row.floor_s:.2f}"
         cells.append(
             (
                 row.case,
                 row.implementation,
-                _duration(row.median_s),
-                _duration(row.spread_s),
+                duration(row.median_s),
+                duration(row.spread_s),
                 f"{row.samples_per_s:,.0f}",
                 floor,
                 ratio,
@@ -136,7 +139,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
     if seconds >= 1:
         return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"

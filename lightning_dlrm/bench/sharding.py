@@ -100,7 +100,7 @@ def _measure(rank: int, options: dict[str, Any], address: str, results: Any) -> 
     )
     tables = {f"C{i}": min(rows, options["max_rows"]) for i, rows in enumerate(_KAGGLE, start=1)}
     batches = [_slice(tables, options, rank, index) for index in range(_BATCHES)]
-    steps: dict[str, Callable[[tuple[Tensor, SparseIds, Tensor]], None]] = {}
+    steps: dict[str, Callable[[tuple[Tensor, SparseIds, Tensor], SparseIds], None]] = {}
     held: dict[str, int] = {}
     for name in ("ours", "baseline", "peer"):
         steps[name], held[name] = _contender(name, tables, options)
@@ -111,7 +111,7 @@ def _measure(rank: int, options: dict[str, Any], address: str, results: Any) -> 
             dist.barrier()
             start = time.perf_counter()
             for index in range(options["steps"]):
-                steps[name](batches[index % _BATCHES])
+                steps[name](batches[index % _BATCHES], batches[(index + 1) % _BATCHES][1])
             dist.barrier()
             if round_:
                 seconds[name].append(time.perf_counter() - start)
@@ -132,8 +132,8 @@ def _slice(tables: dict[str, int], options: dict[str, Any], rank: int, index: in
 
 def _contender(
     name: str, tables: dict[str, int], options: dict[str, Any]
-) -> tuple[Callable[[tuple[Tensor, SparseIds, Tensor]], None], int]:
-    """What trains one step on a slice, and the bytes of tables that this rank holds."""
+) -> tuple[Callable[[tuple[Tensor, SparseIds, Tensor], SparseIds], None], int]:
+    """What trains one step on a slice, hearing of the next one's ids, and the bytes of tables that this rank holds."""
     with rows_elsewhere():
         network = DLRM(Features(dense=13, tables=tables), seed=1, embedding_dim=_WIDTH)
     (owner,) = [module for module in network.modules() for child in module.children() if _is_tables(child)]
@@ -165,8 +165,10 @@ def _contender(
         optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), SGD(0.1), SGD(0.1))
     factor = options["ranks"] / options["batch_size"]
 
-    def step(batch: tuple[Tensor, SparseIds, Tensor]) -> None:
+    def step(batch: tuple[Tensor, SparseIds, Tensor], upcoming: SparseIds) -> None:
         dense, ids, label = batch
+        # As the stream does.
+        network.announce(upcoming)
         loss = nn.functional.binary_cross_entropy_with_logits(wrapped(dense, ids), label, reduction="sum") * factor
         optimizer.zero_grad()
         loss.backward()
@@ -182,6 +184,7 @@ def _is_tables(module: nn.Module) -> bool:
 class _EmbeddingBag(nn.Module):
     """All tables in one nn.EmbeddingBag with sparse gradients, as torch offers it."""
 
+    LOOKS_AHEAD = False
     offsets: Tensor
 
     def __init__(self, tables: EmbeddingTables) -> None:

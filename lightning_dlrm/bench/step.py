@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-step-")))
             worker = stack.enter_context(peer.step_worker(args, workload, batches, folder))
             contenders["peer", "32-true"] = partial(worker, args.steps)
-        return measure(args, workload, batches, contenders, device)
+        return measure(args, workload, batches, contenders, device, floors.measure(device, args.precision))
 
 
 def measure(
@@ -92,9 +92,9 @@ def measure(
     batches: Sequence[Batch],
     contenders: Mapping[tuple[Implementation, str], Callable[[], object]],
     device: torch.device,
+    rates: floors.MachineRates,
 ) -> list[Measurement]:
     """Times contenders that each make ``args.steps`` steps; the first round, which warms up, does not count."""
-    rates = floors.measure(device, args.precision)
     print(rates)
     seconds = time_rounds({str(key): work for key, work in contenders.items()}, args.rounds + 1)
     medians = {key: median_and_spread(seconds[str(key)][1:])[0] for key in contenders}
@@ -134,23 +134,26 @@ def _contenders(
     args: argparse.Namespace, workload: Workload, batches: Sequence[Batch], device: torch.device
 ) -> dict[tuple[Implementation, str], Callable[[], object]]:
     """Ours and the baseline's, in every precision; of each one network."""
-    finish = finisher(device)
     network, plain = workload.network().to(device), plain_network(workload).to(device)
     of_ours = [batch.to(device) for batch in batches]
     of_plain = [PlainBatch.of(batch) for batch in of_ours]
-
-    def steps(step: Callable[[Any], object], source: Sequence[Any]) -> Callable[[], None]:
-        endless = cycle(source)
-
-        def make() -> None:
-            for _ in range(args.steps):
-                step(next(endless))
-            finish()
-
-        return make
-
     contenders: dict[tuple[Implementation, str], Callable[[], object]] = {}
     for precision in args.precision:
-        contenders["ours", precision] = steps(OurStep(network, precision, device), of_ours)
-        contenders["baseline", precision] = steps(PlainStep(plain, precision, device), of_plain)
+        contenders["ours", precision] = repeat(args, OurStep(network, precision, device), of_ours, device)
+        contenders["baseline", precision] = repeat(args, PlainStep(plain, precision, device), of_plain, device)
     return contenders
+
+
+def repeat(
+    args: argparse.Namespace, step: Callable[[Any], object], batches: Sequence[Any], device: torch.device
+) -> Callable[[], None]:
+    """What makes ``args.steps`` steps on batches, over and over, and waits until they are done."""
+    endless = cycle(batches)
+    finish = finisher(device)
+
+    def make() -> None:
+        for _ in range(args.steps):
+            step(next(endless))
+        finish()
+
+    return make

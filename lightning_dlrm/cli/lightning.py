@@ -39,6 +39,7 @@ from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.engine.target import StopAtAUC
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
 from lightning_dlrm.sharding.collectives import lost_rank
+from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS, JsonLinesLogger, RunFolder
 from lightning_dlrm.tracking.wandb_run import (
     Mode,
@@ -49,6 +50,7 @@ from lightning_dlrm.tracking.wandb_run import (
     offline_folders,
     start_wandb,
     training_run_id,
+    whereabouts,
 )
 
 log = logging.getLogger("lightning_dlrm")
@@ -233,7 +235,10 @@ class CTRCommand(LightningCLI):
             self.run_folder.path = self._open_run_folder(settings).path
         trainer["logger"] = self._loggers(trainer.get("logger"), settings) if is_rank_zero else False
         wandb_loggers = [logger for logger in _listed(trainer["logger"]) if isinstance(logger, WandbLogger)]
-        callbacks += [WandbExtras(self.run_folder, logger, settings.wandb.log_model) for logger in wandb_loggers]
+        callbacks += [
+            WandbExtras(self.run_folder, logger, self._final_figures, settings.wandb.log_model)
+            for logger in wandb_loggers
+        ]
         trainer["callbacks"] = [*_listed(trainer.get("callbacks")), *callbacks]
         trainer["plugins"] = [*_listed(trainer.get("plugins")), FolderCheckpointIO()]
         trainer["default_root_dir"] = trainer.get("default_root_dir") or str(self.run_folder.path)
@@ -253,6 +258,10 @@ class CTRCommand(LightningCLI):
             raise UserError(f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}; give 1 or more")
         if settings["log_every_n_steps"] is not None and settings["log_every_n_steps"] < 1:
             raise UserError(f"trainer.log_every_n_steps is {settings['log_every_n_steps']}; give 1 or more")
+        if self._settings().get("stop_at_auc") is not None and settings["limit_val_batches"] == 0:
+            raise UserError(
+                "stop_at_auc looks at validations, and trainer.limit_val_batches is 0: leave one of them out"
+            )
         if settings["reload_dataloaders_every_n_epochs"]:
             raise UserError(
                 "trainer.reload_dataloaders_every_n_epochs: the stream orders every epoch by itself; leave it at 0"
@@ -261,7 +270,7 @@ class CTRCommand(LightningCLI):
             if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
                 raise UserError(
                     f"trainer.callbacks: the averages of {type(callback).__name__} would not be in the checkpoints, "
-                    "which take table rows where they are; leave it out"
+                    "which take table rows where they are: set model.averaging.decay, such as 0.99, instead"
                 )
         try:
             # Of a strategy a copy: a trainer sets the accelerator in it, which the next trainer would refuse.
@@ -297,7 +306,7 @@ class CTRCommand(LightningCLI):
     def _loggers(self, given: Any, settings: Any) -> list[Any] | bool:
         """W&B and, in a fit, the run folder; a logger of the user's takes W&B's place."""
         assert self.run_folder is not None
-        if self.subcommand == "predict":
+        if self.subcommand not in JOB_TYPES:
             return False
         ours = [JsonLinesLogger(self.run_folder)] if self.subcommand == "fit" else []
         if given is False:
@@ -321,6 +330,9 @@ class CTRCommand(LightningCLI):
         if reason:
             log.info("W&B: offline (%s); send it later with: wandb sync %s", reason, offline_folders(folder))
         return [*ours, logger]
+
+    def _final_figures(self) -> dict[str, float]:
+        return {} if self.recorder is None else self.recorder.latest
 
     def _facts_of_all_ranks(self) -> dict[str, Any]:
         """Every setting by its key; what may differ from rank to rank is left out."""
@@ -358,7 +370,9 @@ class CTRCommand(LightningCLI):
             )
         if self.trainer.is_global_zero and not self.trainer.interrupted:
             best = self.recorder.checkpoints.best if self.recorder.checkpoints else {}
-            print(final_report(self.run_folder, self.recorder.latest, best, self._schema()))
+            final = {names.SAMPLES: self.recorder.samples, **self.recorder.latest}
+            wandb = whereabouts(self.trainer.loggers, self.run_folder)
+            print(final_report(self.run_folder, final, best, self._schema(), wandb))
 
     def after_validate(self) -> None:
         self._print_results()
@@ -439,11 +453,14 @@ def add_matching_arguments(parser: Any) -> None:
     """Options of ``params`` that make one model cost what another does."""
     parser.add_argument(
         "--match",
+        nargs="+",
         default=None,
-        help="configuration whose hidden layers are to be widened or narrowed: params --match dcn.yaml "
-        "--to dlrm.yaml --by dense --output matched.yaml (other options, such as --data.path, go to both)",
+        help="configuration whose hidden layers are to be widened or narrowed, with its overlays: params --match "
+        "dcn.yaml --to dlrm.yaml --by dense --output matched.yaml (other options, such as --data.path, go to both)",
     )
-    parser.add_argument("--to", default=None, help="configuration whose cost is to be met")
+    parser.add_argument(
+        "--to", nargs="+", default=None, help="configuration whose cost is to be met, with its overlays"
+    )
     parser.add_argument(
         "--by", default="dense", help="what is to be met: total, dense (parameters), or flops (forward)"
     )

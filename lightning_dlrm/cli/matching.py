@@ -81,13 +81,15 @@ def describe(name: str, goal_name: str, found: ModelSize, goal: ModelSize, by: s
     return lines
 
 
-def write_config(source: str, widths: Mapping[str, Any], output: Path, header: Sequence[str]) -> None:
-    """Writes a configuration with other widths; the rest is as in ``source``.
+def write_config(sources: Sequence[str], widths: Mapping[str, Any], output: Path, header: Sequence[str]) -> None:
+    """Writes a configuration with other widths; the rest is as in ``sources``, later ones over earlier.
 
     Raises:
         UserError: the file exists, or cannot be written.
     """
-    document = yaml.safe_load(find_config(source).read_text(encoding="utf-8"))
+    document: dict[str, Any] = {}
+    for source in sources:
+        document = _overlaid(document, yaml.safe_load(find_config(source).read_text(encoding="utf-8")))
     document["model"]["network"].setdefault("init_args", {}).update(widths)
     text = "".join(f"# {line}".rstrip() + "\n" for line in header) + "\n" + yaml.safe_dump(document, sort_keys=False)
     try:
@@ -97,3 +99,14 @@ def write_config(source: str, widths: Mapping[str, Any], output: Path, header: S
         raise UserError(f"{output} exists; choose another --output") from error
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; choose another --output") from error
+
+
+def _overlaid(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings over settings, key by key; a class takes the place of another with all its arguments."""
+    result = dict(below)
+    if "class_path" in above and above["class_path"] != below.get("class_path"):
+        result = {}
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _overlaid(result[key], value) if nested else value
+    return result

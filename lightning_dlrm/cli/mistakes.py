@@ -35,6 +35,8 @@ def explain(message: str, known: Sequence[str]) -> str:
         r"LightningDataModule'>.*?Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S
     ):
         return f"data: {match[1]}" if match[1].startswith("the following") else f"data.{match[1]}"
+    if match := re.search(r"([\w.]+): Expected a <class '[\w.]*Sequence'>\. Got value: (.*)", message):
+        return f"{key}.{match[1]}: {match[2].strip()} is no list; write [{match[2].strip()}]"
     if given and (literals := re.findall(r"typing\.Literal\[(.*?)\]", message)):
         allowed = dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
         return f"{key}: {given[1].strip()} is none of {', '.join(allowed)}"

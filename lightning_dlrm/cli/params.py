@@ -42,15 +42,19 @@ def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
     lost = [option.partition("=")[0] for option in rest if option.startswith("--model.")]
     if lost:
         raise UserError(
-            f"{lost[0]} would be missing in the new configuration: put it into a copy of {options.match}, "
-            "and match that"
+            f"{lost[0]} would be missing in the new configuration: put it into an overlay and name that "
+            f"after {options.match[-1]}"
         )
-    ours, theirs = (ParamsCommand(["--config", name, *rest], run=False) for name in (options.match, options.to))
+    ours, theirs = (
+        ParamsCommand([*(f"--config={name}" for name in names), *rest], run=False)
+        for names in (options.match, options.to)
+    )
     assert isinstance(ours.model, CTRModule) and isinstance(theirs.model, CTRModule)
     goal = theirs.model.size
     widths, size = matching.match(ours.model, vars(ours.config.model.network.init_args), goal, options.by)
-    lines = matching.describe(Path(options.match).stem, Path(options.to).stem, size, goal, options.by)
-    header = [f"{options.match} with the hidden widths that come nearest to {options.to} by {options.by}.", "", *lines]
+    name, goal_name = (" + ".join(names) for names in (options.match, options.to))
+    lines = matching.describe(Path(options.match[0]).stem, Path(options.to[0]).stem, size, goal, options.by)
+    header = [f"{name} with the hidden widths that come nearest to {goal_name} by {options.by}.", "", *lines]
     matching.write_config(options.match, widths, Path(options.output), header)
     print("\n".join(lines))
     print("; ".join(f"{name}: {values}" for name, values in widths.items()) + f"; written to {options.output}")

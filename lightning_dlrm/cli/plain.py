@@ -12,6 +12,7 @@ _COMMANDS = {
     "inspect": ("datamodules.preprocess.command", "add_inspect_arguments", "run_inspect"),
     "generate": ("datamodules.generate.command", "add_arguments", "run"),
     "checkpoint": ("lightning_dlrm.cli.checkpoint", "add_arguments", "run"),
+    "dashboard": ("lightning_dlrm.cli.dashboard", "add_arguments", "run"),
     "bench": ("lightning_dlrm.bench.command", "add_arguments", "run"),
 }
 

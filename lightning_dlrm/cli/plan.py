@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -15,6 +15,7 @@ from jsonargparse import DefaultHelpFormatter
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lightning_dlrm.cli.lightning import SettingsCommand
+from lightning_dlrm.cli.palette import OKABE_ITO, filling
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.module import CTRModule
@@ -95,6 +96,12 @@ class PlanCommand(SettingsCommand):
             help="ids that a sample looks up on average: one figure for all columns, or one for each, separated by "
             "commas; by default what the dataset says of its multi-hot columns, and 1",
         )
+        parser.add_argument(
+            "--wire",
+            type=Literal["full", "bf16"],
+            default="full",
+            help="type of vectors and gradients while they travel, as the strategy's option",
+        )
         parser.add_argument("--plan", type=str | None, default=None, help="show this plan instead of making one")
         parser.add_argument("--output", type=str | None, default=None, help="write the plan there, as YAML")
         parser.add_argument("--plot", type=str | None, default=None, help="draw it there: PNG, SVG or PDF")
@@ -117,7 +124,8 @@ def run(arguments: Sequence[str]) -> int:
     else:
         memory = None if settings.memory_per_rank is None else parse_memory(settings.memory_per_rank)
         plan = make_plan(loads, settings.ranks, batch_size, memory)
-    costs = rank_costs(plan, loads, batch_size)
+    element_bytes = 2 if settings.wire == "bf16" else network.lookups()[0].weight.element_size()
+    costs = rank_costs(plan, loads, batch_size, element_bytes)
     if settings.output is not None:
         _write(Path(settings.output), yaml.safe_dump(plan.document(), default_flow_style=None, sort_keys=False))
     if settings.plot is not None:
@@ -133,6 +141,7 @@ def _place(settings: Any, network: CTRNetwork, loads: Sequence[TableLoad], batch
         ("--memory-per-rank", settings.memory_per_rank is not None),
         ("--plan", settings.plan is not None),
         ("--plot", settings.plot is not None),
+        ("--wire", settings.wire != "full"),
     ):
         if given:
             raise UserError(f"--device-memory is for one device, {option} for several ranks: give one of them")
@@ -270,8 +279,10 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def draw(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batch_size: int, path: Path) -> None:
-    """Bytes of each rank by table, its work, and what it sends.
+def draw(
+    plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batch_size: int, path: Path, note: str = ""
+) -> None:
+    """Bytes of each rank by table, its work, and what it sends; ``note`` is printed above.
 
     Raises:
         UserError: the file cannot be written.
@@ -281,27 +292,34 @@ def draw(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batc
     figure = Figure(figsize=(10, 8), layout="constrained")
     held, work, sent = figure.subplots(3, 1, sharex=True)
     ranks, width = [cost.rank for cost in costs], 0.8 if plan.ranks <= 64 else 1.0
+
+    def looks(number: int) -> dict[str, Any]:
+        # On thin bars hatches and edges would hide the colours.
+        return filling(number) if plan.ranks <= 64 else {"color": OKABE_ITO[number]}
+
     largest = sorted(loads, key=lambda load: -load.bytes)[:_TABLES_COLOURED]
     bottom = [0.0] * plan.ranks
-    for load in largest:
+    for number, load in enumerate(largest):
         sizes = [cost.bytes_of_table.get(load.name, 0) / 2**30 for cost in costs]
-        held.bar(ranks, sizes, width, bottom, label=load.name)
+        held.bar(ranks, sizes, width, bottom, label=load.name, **looks(number))
         bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
     if len(loads) > len(largest):
         rest = [cost.bytes / 2**30 - b for cost, b in zip(costs, bottom, strict=True)]
         held.bar(ranks, rest, width, bottom, label=f"{len(loads) - len(largest)} others", color="0.7")
     held.set_ylabel("weights and\noptimiser state, GiB")
     held.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    work.bar(ranks, [cost.work for cost in costs], width, color="tab:blue")
+    work.bar(ranks, [cost.work for cost in costs], width, color=OKABE_ITO[0])
     work.set_ylabel("rows asked\nfor a batch")
     bottom = [0.0] * plan.ranks
-    for name, amounts in (
-        ("ids", [cost.sent_ids for cost in costs]),
-        ("vectors", [cost.sent_vectors for cost in costs]),
-        ("gradients", [cost.sent_gradients for cost in costs]),
+    for number, (name, amounts) in enumerate(
+        (
+            ("ids", [cost.sent_ids for cost in costs]),
+            ("vectors", [cost.sent_vectors for cost in costs]),
+            ("gradients", [cost.sent_gradients for cost in costs]),
+        )
     ):
         sizes = [amount / 2**20 for amount in amounts]
-        sent.bar(ranks, sizes, width, bottom, label=name)
+        sent.bar(ranks, sizes, width, bottom, label=name, **looks(number))
         bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
     sent.set_ylabel("sent in a\ntraining step, MiB")
     sent.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -311,7 +329,8 @@ def draw(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batc
     for axes in (held, work, sent):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"{len(loads)} tables in {len(plan.pieces)} pieces on {plan.ranks} ranks, global batch {batch_size:,}"
+        (f"{note}\n" if note else "")
+        + f"{len(loads)} tables in {len(plan.pieces)} pieces on {plan.ranks} ranks, global batch {batch_size:,}"
     )
     try:
         figure.savefig(path, dpi=120)

@@ -102,7 +102,8 @@ def read_predictions(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if table.schema.names != SCHEMA.names:
         raise UserError(f"{path} has columns {table.schema.names}, expected {SCHEMA.names}: make it with predict")
-    return table["row"].to_numpy(), table["probability"].to_numpy()
+    # Arrow's memory cannot be written to, which torch warns of.
+    return table["row"].to_numpy(), table["probability"].to_numpy().copy()
 
 
 class _Source:

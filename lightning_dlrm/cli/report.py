@@ -1,11 +1,12 @@
 """What a fit says at its start and at its end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.models.accounting import ModelSize
 from lightning_dlrm.tracking import names
-from lightning_dlrm.tracking.run_folder import RunFolder
+from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
+from lightning_dlrm.tracking.sparkline import sparkline
 
 
 def demo_note() -> str:
@@ -20,30 +21,81 @@ def demo_note() -> str:
 def size_note(size: ModelSize) -> str:
     """Said at the start of every run; the same numbers as ``params`` counts."""
     return (
-        f"parameters: {size.total:,} ({size.tables:,} in tables, {size.dense:,} dense); FLOPs per sample: "
+        f"parameters: {size_words(size.tables, size.dense)}; FLOPs per sample: "
         f"{size.flops_per_sample_forward:,} forward, {size.flops_per_sample_training:,} in training"
     )
 
 
+def size_words(tables: float, dense: float) -> str:
+    """Parameters in all, in tables and in dense layers."""
+    return f"{tables + dense:,} ({tables:,} in tables, {dense:,} dense)"
+
+
 def final_report(
-    folder: RunFolder, final: Mapping[str, float], best: Mapping[str, float], schema: DatasetSchema
+    folder: RunFolder, final: Mapping[str, float], best: Mapping[str, float], schema: DatasetSchema, wandb: str | None
 ) -> str:
-    """The run's last words: its validation scores, its speed, and where everything is."""
-    rows = [("validation", "at the end", "best")]
-    for metric in ("auc", "log_loss", "normalized_entropy", "accuracy", "calibration"):
-        name = f"{names.VALIDATION}/{metric}"
-        if name in final:
-            rows.append((metric, f"{final[name]:.6f}", f"{best[name]:.6f}" if name in best else ""))
-    lines = ["", *(f"{a:24s}{b:>14s}{c:>14s}" for a, b, c in rows)]
-    lines.append(
-        f"{final[names.SAMPLES_PER_SECOND]:,.0f} samples/s; "
-        f"{100 * final[names.DATA_WAIT_SHARE]:.1f}% of the time waiting for data"
-    )
+    """The run's last words: scores, their course, size and speed, where everything is, and what can be done with it.
+
+    Args:
+        folder: of the run.
+        final: every figure at its end.
+        best: those of its best validation.
+        schema: of the data.
+        wandb: where W&B has the run; None where it has not.
+    """
+    lines = ["", *_scores(final, best)]
+    history = folder.lines()
+    courses = ((f"{names.VALIDATION}/auc", "validation AUC"), (names.TRAIN_LOSS, "training loss"))
+    facts: list[tuple[str, str | None]] = [(title, _course(history, name)) for name, title in courses]
+    facts += [
+        ("parameters", size_words(final[names.PARAMETERS_TABLES], final[names.PARAMETERS_DENSE])),
+        (
+            "speed",
+            f"{final[names.SAMPLES_PER_SECOND]:,.0f} samples/s; "
+            f"{100 * final[names.DATA_WAIT_SHARE]:.1f}% of the time waiting for data",
+        ),
+        (
+            "training",
+            f"{final[names.SAMPLES]:,} samples in {final[names.TRAINING_SECONDS]:,.0f} s; "
+            f"{final[names.PEAK_MEMORY] / 2**30:.2f} GiB of memory at most",
+        ),
+        ("run folder", str(folder.path)),
+        ("W&B", wandb),
+    ]
+    lines += ["", *(f"{title:16s}{words}" for title, words in facts if words)]
     auc = final.get(f"{names.VALIDATION}/auc")
     if schema.dataset == "demo" and auc is not None:
-        lines.append(demo_result(auc, final[names.OPTIMUM_AUC]))
-    lines.append(f"everything is in {folder.path}")
+        lines += ["", demo_result(auc, final[names.OPTIMUM_AUC])]
+    if (folder.checkpoints / "best").exists():
+        again = f"--config {folder.path / CONFIG} --ckpt_path {folder.checkpoints / 'best'}"
+        lines += [
+            "",
+            "next:",
+            f"  python -m lightning_dlrm test {again}",
+            f"  python -m lightning_dlrm predict {again} --data.predict_split all",
+            f"  python -m lightning_dlrm compare {folder.path} OTHER_RUN --output comparison",
+        ]
     return "\n".join(lines)
+
+
+def _scores(final: Mapping[str, float], best: Mapping[str, float]) -> list[str]:
+    """The validation metrics, with the optimum where the data have a known one."""
+    optimum = {"auc": final.get(names.OPTIMUM_AUC), "log_loss": final.get(names.OPTIMUM_LOG_LOSS)}
+    reachable = "" if None in optimum.values() else "best reachable"
+    rows = [("validation", "at the end", f"best, step {best[names.STEP]:,}" if best else "", reachable)]
+    for metric in names.METRICS:
+        name = f"{names.VALIDATION}/{metric}"
+        values = (final.get(name), best.get(name), optimum.get(metric))
+        if values[0] is not None:
+            at_end, at_best, known = ("" if value is None else f"{value:.6f}" for value in values)
+            rows.append((metric.replace("_", " "), at_end, at_best, known))
+    return [f"{a:22s}{b:>12s}{c:>18s}{d:>18s}".rstrip() for a, b, c, d in rows]
+
+
+def _course(history: Sequence[Mapping[str, float]], name: str) -> str:
+    """A sparkline with its ends; nothing where there is one value or none."""
+    values = [line[name] for line in history if line.get(name) is not None]
+    return f"{sparkline(values)}  {values[0]:.4f} to {values[-1]:.4f}" if len(values) > 1 else ""
 
 
 def demo_result(auc: float, optimum: float) -> str:

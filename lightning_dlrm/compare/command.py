@@ -3,13 +3,14 @@
 import argparse
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.compare.anatomy import anatomy
 from lightning_dlrm.compare.experiment import (
     Experiment,
     PlannedArm,
@@ -19,7 +20,10 @@ from lightning_dlrm.compare.experiment import (
     plan_arms,
     read_experiment,
 )
+from lightning_dlrm.compare.figures import draw_all
+from lightning_dlrm.compare.operators import breakdown
 from lightning_dlrm.compare.processes import Job, Slots, work_off
+from lightning_dlrm.compare.report import write_report
 from lightning_dlrm.compare.results import Comparison, check_data, compare
 from lightning_dlrm.compare.runs import Arm, Run, arms_of, read_run
 from lightning_dlrm.compare.scores import (
@@ -32,13 +36,16 @@ from lightning_dlrm.compare.scores import (
 )
 from lightning_dlrm.compare.terminal import arms_table, closing_words
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.tracking.dashboard import Dashboard, publish
 from lightning_dlrm.tracking.run_folder import SUMMARY
+from lightning_dlrm.tracking.wandb_run import choose_mode
 
 EXAMPLES = """\
 examples:
-  python -m lightning_dlrm compare --config figure5.yaml --config figure5/small.yaml --seeds 1,2 --output figure5
-  python -m lightning_dlrm compare --config figure5.yaml --config criteo_kaggle.yaml --data.path DIR --output figure5
-  python -m lightning_dlrm compare runs/dlrm-1 runs/dlrm-2 runs/dcn-1 runs/dcn-2 --output dlrm_vs_dcn
+  python -m lightning_dlrm compare --config figure5.yaml --config figure5/small.yaml --seeds 1,2 --output runs/small
+  python -m lightning_dlrm compare --config figure5.yaml --config criteo_kaggle.yaml --data.path DIR \\
+      --output runs/figure5
+  python -m lightning_dlrm compare runs/dlrm-1 runs/dlrm-2 runs/dcn-1 runs/dcn-2 --output runs/dlrm_vs_dcn
 
 An experiment's YAML names arms (configurations), seeds, and what is compared: see configs/figure5.yaml. Other --config
 files and options such as --data.path or --trainer.max_steps go to all its runs. Runs that are finished are not
@@ -50,21 +57,20 @@ The folder after --output gets report.html, its figures as PNG, report.json, and
 
 def run(arguments: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(arguments)
-    options.configs = options.config or []
-    # Options of the runs, such as --data.path DIR, have values that look like run folders.
-    given = [part for part in rest if not part.startswith("-")] if not options.configs else []
-    if not options.configs:
-        unknown = [part for part in rest if part.startswith("-")]
-        if unknown:
-            raise UserError(f"unknown option {unknown[0]}; compare --help lists them")
-        if not given:
-            raise UserError("nothing to compare: give run folders, or an experiment such as --config figure5.yaml")
+    options.seeds = None if options.seeds is None else _seeds(options.seeds)
+    options.parallel = None if options.parallel is None else _positive(options.parallel)
+    # An experiment's other options are for its runs; without one, what is left are run folders.
+    unknown = [] if options.config else [part for part in rest if part.startswith("-")]
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}; compare --help lists them")
+    if not (options.config or rest):
+        raise UserError("nothing to compare: give run folders, or an experiment such as --config figure5.yaml")
     if options.output is None:
         raise UserError("compare needs a folder for its report: give --output DIR")
     output = Path(options.output)
-    if options.configs:
+    if options.config:
         return _run_experiment(options, rest, output)
-    return _run_given([Path(path) for path in given], options, output)
+    return _run_given([Path(path) for path in rest], options, output)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,10 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", action="append", help="an experiment's YAML, then overlays for all its runs")
     parser.add_argument("--output", default=None, help="folder for the report; of an experiment also for its runs")
-    parser.add_argument("--seeds", type=_seeds, default=None, help="in place of the experiment's, such as 1,2,3")
-    parser.add_argument(
-        "--parallel", type=_positive, default=None, help="runs at a time; by default one for each GPU, on a CPU one"
-    )
+    parser.add_argument("--seeds", default=None, help="in place of the experiment's, such as 1,2,3")
+    parser.add_argument("--parallel", default=None, help="runs at a time; by default one for each GPU, on a CPU one")
     parser.add_argument("--split", choices=get_args(Split), default="test", help="which samples are scored")
     parser.add_argument("--force", action="store_true", help="compare runs of different data, with warnings")
     parser.add_argument(
@@ -111,7 +115,7 @@ def _positive(text: str) -> int:
 
 
 def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Path) -> int:
-    configs = [find_config(name) for name in options.configs]
+    configs = [find_config(name) for name in options.config]
     experiments = [path for path in configs if is_experiment(path)]
     if len(experiments) != 1:
         raise UserError(
@@ -151,7 +155,26 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
         Arm(name=arm.name, runs=[read_run(output / "runs" / names[arm.name, seed]) for seed in experiment.seeds])
         for arm in arms
     ]
-    return _report(finished, options, output, title=_title(experiment, arms))
+    comparison = _report(finished, options, output, title=_title(experiment, arms))
+    print(_dashboard(arms[0].document["wandb"], group, comparison))
+    return 0
+
+
+def _dashboard(settings: Mapping[str, Any], group: str, comparison: Comparison) -> str:
+    """Saves the runs' workspace and report at W&B, where they are online; says where, or how to do it later."""
+    later = f"python -m lightning_dlrm dashboard --project {settings['project']} --group {group}"
+    mode, reason = choose_mode(settings["mode"])
+    if mode == "disabled":
+        return "W&B: disabled"
+    if mode == "offline":
+        return f"W&B: offline ({reason}); for a workspace and a report there, once the runs are sent: {later}"
+    findings = [pair.sentence for pair in comparison.pairs]
+    try:
+        saved = publish(Dashboard(project=settings["project"], group=group, findings=findings))
+    except UserError as error:
+        # The report is there; a page of W&B's is no reason to fail.
+        return f"W&B: no workspace and no report ({error}); later: {later}"
+    return "\n".join(f"W&B {name}: {address}" for name, address in saved.items())
 
 
 def _job(arm: PlannedArm, seed: int, name: str, config: Path, output: Path, split: Split, group: str) -> Job:
@@ -164,7 +187,7 @@ def _job(arm: PlannedArm, seed: int, name: str, config: Path, output: Path, spli
         samples = arm.samples
         fit = [
             "fit", "--config", str(config), "--seed_everything", str(seed), "--run_dir", str(run), "--resume", "auto",
-            "--wandb.group", group, "--wandb.name", name,
+            "--wandb.group", group, "--wandb.name", name, "--wandb.tags", f"[{arm.name}]",
         ]  # fmt: skip
         commands = [fit, predict_command(run, split, scores)]
     return Job(name=name, commands=commands, run=run, log=output / "logs" / f"{name}.log", samples=samples)
@@ -219,19 +242,24 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
     title = (
         f"{' / '.join(arm.name for arm in arms)} on {runs[0].final['dataset']} (protocol {runs[0].final['protocol']})"
     )
-    return _report(arms, options, output, title=title, warnings=warnings)
+    _report(arms, options, output, title=title, warnings=warnings)
+    return 0
 
 
 def _report(
     arms: Sequence[Arm], options: argparse.Namespace, output: Path, *, title: str, warnings: Sequence[str] = ()
-) -> int:
+) -> Comparison:
     runs: list[Run] = [run for arm in arms for run in arm.runs]
     labels = shared_labels(runs, options.split)
     scores = {run.name: read_scores(_scores(output, run.name), labels[run.final["data_fingerprint"]]) for run in runs}
-    comparison: Comparison = compare(arms, scores, title=title, split=options.split, warnings=warnings)
+    comparison = compare(arms, scores, title=title, split=options.split, warnings=warnings)
+    anatomies = {arm.name: anatomy(arm.runs[0]) for arm in arms}
+    times, notes = breakdown(arms, output / "operators.json")
+    pictures = draw_all(comparison, anatomies, times, output / "figures")
+    write_report(comparison, pictures, anatomies, notes, output / "report.html")
     comparison.write_json(output / "report.json")
     print(closing_words(comparison, output))
-    return 0
+    return comparison
 
 
 def _make(output: Path) -> None:

@@ -210,14 +210,16 @@ class _Progress:
         self._jobs = jobs
         self._finished = 0
         self._seen = {job.name: min(trained_samples(job.run), job.samples) for job in jobs}
-        total = sum(job.samples for job in jobs)
+        # Scoring alone is counted in runs.
+        self._unit = "samples" if any(job.samples for job in jobs) else "runs"
+        total = sum(job.samples for job in jobs) if self._unit == "samples" else len(jobs)
         bar = tqdm if sys.stderr.isatty() else Lines
         self._bar = bar(
             desc="compare",
             total=int(total) if total != float("inf") else None,
             initial=int(sum(self._seen.values())),
-            unit=" samples",
-            unit_scale=True,
+            unit=f" {self._unit}",
+            unit_scale=self._unit == "samples",
             # Starts and evaluations show no samples: the mean over all of it is what the rest will take.
             smoothing=0,
             dynamic_ncols=True,
@@ -237,7 +239,8 @@ class _Progress:
             at.append(f"{job.name}{share}")
         self._bar.set_postfix_str(f"{self._finished}/{len(self._jobs)} runs done, now {', '.join(at)}", False)
         # Also where nothing has moved, as the time has.
-        self._bar.update(int(sum(self._seen.values())) - self._bar.n)
+        now = int(sum(self._seen.values())) if self._unit == "samples" else self._finished
+        self._bar.update(now - self._bar.n)
         self._bar.refresh()
 
     def close(self) -> None:

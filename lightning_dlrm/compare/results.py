@@ -13,6 +13,7 @@ import numpy as np
 from lightning_dlrm.compare.runs import Arm, Run, data_differences
 from lightning_dlrm.compare.scores import Scores, Split
 from lightning_dlrm.compare.statistics import (
+    HIGHER_IS_BETTER,
     METRICS,
     Components,
     Difference,
@@ -51,18 +52,29 @@ class Pair:
     """Why the verdict is what it is, in words."""
 
     @property
-    def sentence(self) -> str:
-        """The verdict as a reader wants it."""
+    def headline(self) -> str:
+        """The verdict in a few words."""
         title = METRIC_TITLES[self.metric]
-        interval = self.difference.interval
-        span = f"{interval.value:+.5f}, 95% interval {interval.low:+.5f} to {interval.high:+.5f}"
         if self.verdict == "not_distinguishable":
-            return f"{self.a} and {self.b} are not distinguishable by {title}: {self.reason} ({span})."
+            return f"{self.a} and {self.b} are not distinguishable by {title}"
         winner, loser = (self.a, self.b) if self.verdict == "a_better" else (self.b, self.a)
-        size = abs(interval.value)
+        return f"{winner} is better than {loser} by {title}"
+
+    @property
+    def details(self) -> str:
+        """What the verdict rests on."""
+        interval = self.difference.interval
+        if self.verdict == "not_distinguishable":
+            span = f"{interval.value:+.5f}, 95% interval {interval.low:+.5f} to {interval.high:+.5f}"
+            return f"{self.reason} (difference {span})"
         near, far = sorted((abs(interval.low), abs(interval.high)))
-        word = "higher" if self.metric == "auc" else "lower"
-        return f"{winner} is better than {loser} by {title}: {size:.5f} {word}, 95% interval {near:.5f} to {far:.5f}."
+        word = "higher" if HIGHER_IS_BETTER[self.metric] else "lower"
+        return f"{abs(interval.value):.5f} {word}, 95% interval {near:.5f} to {far:.5f}"
+
+    @property
+    def sentence(self) -> str:
+        """Both."""
+        return f"{self.headline}: {self.details}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +202,7 @@ def _pair(metric: Metric, a: Arm, b: Arm, parts: Mapping[str, list[Components]])
     else:
         given = verdict(metric, found.interval)
         share = found.seed_variance / (found.seed_variance + found.sample_variance or 1.0)
-        how = f"{len(a.seeds)} seeds in pairs" if paired else f"{len(a.seeds)} and {len(b.seeds)} seeds"
+        how = f"{len(a.seeds)} seeds in pairs" if found.paired else f"{len(a.seeds)} and {len(b.seeds)} seeds"
         leaves = "holds" if given == "not_distinguishable" else "leaves out"
         reason = f"the interval {leaves} 0 with {how}; {100 * share:.0f}% of the variance is the seeds'"
     return Pair(a=a.name, b=b.name, metric=metric, difference=found, verdict=given, reason=reason)

@@ -106,12 +106,12 @@ def read_run(path: Path, name: str | None = None) -> Run:
             f"the run {path} is not finished: it has gone on to step {history[-1][names.STEP]} since its summary of "
             f"step {final.get(names.STEP, 0)}; end it with: {again}"
         )
+    best = summary.get("best") or {}
     missing = [metric for metric in NEEDED if final.get(metric) is None]
+    missing += [f"best {metric}" for metric in NEEDED[:1] if best.get(metric) is None]
     if missing:
         raise UserError(f"the run {path} has no {', '.join(missing)} in its {SUMMARY}; train it again")
-    return Run(
-        name=name or path.resolve().name, path=path, config=config, final=final, best=summary["best"], history=history
-    )
+    return Run(name=name or path.resolve().name, path=path, config=config, final=final, best=best, history=history)
 
 
 def _read(path: Path, missing: str) -> dict[str, Any]:
@@ -210,19 +210,25 @@ def data_differences(runs: Sequence[Run]) -> list[str]:
         for run in runs:
             values.setdefault(str(run.final[name])[:12], []).append(run.name)
         if len(values) > 1:
-            told = "; ".join(f"{value} in {_few(members)}" for value, members in values.items())
-            lines.append(f"{name.replace('_', ' ')}: {told}")
+            sides = "; ".join(f"{value} in {_few(members)}" for value, members in values.items())
+            lines.append(f"{name.replace('_', ' ')}: {sides}")
     if lines:
         data = {run.name: {k: v for k, v in run.settings.items() if k.startswith("data.")} for run in runs}
         for key, by_run in differing(data).items():
             if key.startswith(("data.init_args.path", "data.init_args.demo", "data.class_path")):
-                told = ", ".join(dict.fromkeys(str(value) for value in by_run.values()))
-                lines.append(f"{key}: {told}")
+                lines.append(f"{key}: {', '.join(dict.fromkeys(str(value) for value in by_run.values()))}")
     return lines
 
 
 def _few(members: Sequence[str]) -> str:
     return ", ".join(members[:3]) + (f" and {len(members) - 3} more" if len(members) > 3 else "")
+
+
+def told(value: Any) -> str:
+    """A setting's value for a table: of a class its name; a dash for what a model does not have, or leaves out."""
+    if value in (None, False):
+        return "-"
+    return value.rpartition(".")[2] if isinstance(value, str) else str(value)
 
 
 def within(key: str, sections: Sequence[str]) -> bool:

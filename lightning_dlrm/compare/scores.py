@@ -119,7 +119,7 @@ def read_scores(folder: Path, labels_N: NDArray[np.int8]) -> Scores:
         raise UserError(f"{path} has {len(rows):,} rows, the data {len(labels_N):,}: remove it, and compare again")
     if not np.isfinite(probabilities).all():
         raise UserError(f"{path} holds probabilities that are no numbers: the run has diverged; train it again")
-    logits = torch.logit(torch.from_numpy(probabilities).double(), eps=2.0**-25)
+    logits = torch.logit(torch.from_numpy(probabilities.astype(np.float64)), eps=2.0**-25)
     return Scores(
         probabilities=probabilities, labels=labels_N, metrics=click_metrics(logits, torch.from_numpy(labels_N))
     )

@@ -8,7 +8,7 @@ import numpy as np
 
 from lightning_dlrm.compare.experiment import PlannedArm
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
-from lightning_dlrm.compare.runs import Arm
+from lightning_dlrm.compare.runs import Arm, told
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.sparkline import sparkline
 
@@ -28,19 +28,12 @@ def arms_table(arms: Sequence[PlannedArm], compared: Mapping[str, Mapping[str, A
     lines = [*table(rows), "parameters; FLOPs per sample; tables and order of the samples alike under a seed", ""]
     differ: list[tuple[str, ...]] = [("differs", *(arm.name for arm in arms))]
     for key, values in compared.items():
-        told = [_short(values.get(arm.name)) for arm in arms]
-        if len(set(told)) > 1:
-            differ.append((key.removeprefix("model.").replace("init_args.", "").replace(".class_path", ""), *told))
+        cells = [told(values.get(arm.name)) for arm in arms]
+        if len(set(cells)) > 1:
+            differ.append((key.removeprefix("model.").replace("init_args.", "").replace(".class_path", ""), *cells))
     lines += table(differ)
     lines += ["", f"seeds {', '.join(map(str, seeds))}: {len(arms) * len(seeds)} runs"]
     return "\n".join(lines)
-
-
-def _short(value: Any) -> str:
-    """Of a class its name; of what a model does not have, or leaves out, a dash."""
-    if value in (None, False):
-        return "-"
-    return str(value).rpartition(".")[2] if isinstance(value, str) else str(value)
 
 
 def closing_words(comparison: Comparison, output: Path) -> str:

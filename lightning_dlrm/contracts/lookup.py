@@ -15,6 +15,15 @@ from torch.nn import functional
 from lightning_dlrm.contracts.batch import SparseIds
 
 
+def gather_rows(weight_RD: Tensor, rows_N: Tensor) -> Tensor:
+    """[N, D]: ``weight_RD[rows_N]``, as sums of one row each, whose kernel fetches rows ahead on a CPU:
+    in less than half the time that ``index_select`` takes for rows scattered over a large table."""
+    if weight_RD.device.type != "cpu" or weight_RD.dtype == torch.float64:
+        return weight_RD.index_select(0, rows_N)
+    starts_N = torch.arange(len(rows_N), dtype=rows_N.dtype)
+    return functional.embedding_bag(rows_N, weight_RD, starts_N, mode="sum")
+
+
 @dataclass(frozen=True)
 class SortedLookups:
     """Looked-up rows, sorted: the distinct ones, and which indices looked up each of them."""
@@ -160,6 +169,8 @@ class EmbeddingLookup(nn.Module):
     """What the rows of ``weight`` are, in order."""
     LOOKS_AHEAD: ClassVar[bool] = False
     """Whether ``announce`` and ``start`` do anything."""
+    ON_HOST: ClassVar[bool] = False
+    """Whether ``weight`` stays in host memory, whatever the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,12 +215,13 @@ class EmbeddingLookup(nn.Module):
         return self._gradients[0]
 
     def squared_gradient_norm(self) -> Tensor:
-        """Sum of squares of the gradient of the whole tables, wherever their rows are held; 0-dim.
-
-        Where they are held by several ranks, all of them call it together.
-        """
+        """Sum of squares of the gradient of the rows held here; 0-dim."""
         gradient = self.gradient()
         return self.weight.new_zeros(()) if gradient is None else gradient.squared_norm()
+
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all who hold rows of a network's tables; they call it together, for all lookups."""
+        return value
 
     def replace_gradient(self, gradient: RowGradient) -> None:
         """Puts another gradient in place of ``gradient()``; for clipping."""

@@ -10,12 +10,16 @@ import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
-from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.optim.optimizer import CTROptimizer
-from lightning_dlrm.sharding.checkpoint import CheckpointReader, link_checkpoint, resolve_checkpoint, save_checkpoint
+from lightning_dlrm.sharding.checkpoint import (
+    CheckpointReader,
+    link_checkpoint,
+    resolve_checkpoint,
+    save_checkpoint,
+    staging_bytes,
+)
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import RunFolder
@@ -80,7 +84,12 @@ class RunCheckpoints(Checkpoint):
         self._saved_step = trainer.global_step
         _refuse_validation_amid_a_step(trainer)
         assert isinstance(pl_module, CTRModule)
-        log.info("a checkpoint takes %.3f GiB; last and best are kept", _checkpoint_bytes(pl_module) / 2**30)
+        pieces = pl_module.table_pieces()
+        here = sum(tensor.nbytes for piece in pieces for tensor in piece.tensors.values())
+        sizes = np.stack(Ranks().all_gather(np.array([here, staging_bytes(pieces)])))
+        log.info("a checkpoint takes %.3f GiB; last and best are kept", int(sizes[:, 0].sum()) / 2**30)
+        if staging := int(sizes[:, 1].max()):
+            log.info("saving it takes up to %.3f GiB of page-locked memory in each rank", staging / 2**30)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -128,16 +137,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
         except (UserError, KeyError) as error:
             log.warning("passing over a checkpoint that is not whole: %s", error)
     return max(found)[1] if found else None
-
-
-def _checkpoint_bytes(module: CTRModule) -> int:
-    """Of the tables and their optimiser state, over all ranks; what else there is, is small."""
-    optimizer = module.optimizers(use_pl_optimizer=False)
-    assert isinstance(optimizer, CTROptimizer)
-    tensors: list[Tensor] = [lookup.weight for lookup in module.network.lookups()]
-    tensors += [values for state in optimizer.table_state for values in state.values()]
-    here = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return int(sum(int(of_rank[0]) for of_rank in Ranks().all_gather(np.array([here]))))
 
 
 def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:

@@ -13,8 +13,13 @@ from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
+from lightning_dlrm.engine.averaging import KEY as AVERAGES
+from lightning_dlrm.engine.averaging import Averaging, WeightAverages, average_rows, averaged_dense
+from lightning_dlrm.engine.graphs import GraphedStep, SideStream
 from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
+from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
+from lightning_dlrm.models.memory import keep_freed_memory
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.objectives.curves import ClickCurves, click_curves
@@ -38,6 +43,12 @@ class CTRModule(pl.LightningModule):
         schedule: of both learning rates: Constant, Cosine, WarmupThenDecay or WarmupQuadraticDecay.
         loss: what is minimised: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
             whatever it is.
+        kernels: what looks up and updates table rows. plain: torch, on any device; triton: fused kernels for a
+            CUDA device; auto: triton on a CUDA device, else plain.
+        cuda_graphs: launch a whole step at once, for a CUDA device; batches of another size than the first (an epoch's
+            last one) are trained on without. It needs the fused kernels.
+        averaging: take an average of many steps' weights for validations, tests and predictions; None for the
+            last step's.
         schema: of the dataset; taken from the data.
         seed: of the initial weights; taken from seed_everything.
 
@@ -52,7 +63,10 @@ class CTRModule(pl.LightningModule):
         dense_optimizer: UpdateRule,
         schedule: Schedule | None = None,
         loss: Loss | None = None,
+        averaging: Averaging | None = None,
         *,
+        kernels: Kernels = "auto",
+        cuda_graphs: bool = False,
         schema: DatasetSchema,
         seed: int = 0,
     ) -> None:
@@ -69,6 +83,15 @@ class CTRModule(pl.LightningModule):
         self.dense_rule = dense_optimizer
         self.schedule = schedule or Constant()
         self.loss = loss or LogLoss()
+        self.kernels: Kernels = kernels
+        self.cuda_graphs = cuda_graphs
+        self._graphs: GraphedStep | None = None
+        self._replayed = False
+        """Whether this step's forward and backward pass were replayed."""
+        self._side_stream: SideStream | None = None
+        self.averaging = averaging
+        self.averages: WeightAverages | None = None
+        self._saved_averages: tuple[dict[str, Any], CheckpointReader] | None = None
         self.schema = schema
         self.seed = seed
         self.network: CTRNetwork
@@ -91,6 +114,9 @@ class CTRModule(pl.LightningModule):
         # Lightning calls this once for every fit, validate, test and predict.
         if not hasattr(self, "network"):
             self.network = self.make_network(self.schema.features, self.seed)
+            for lookup in self.network.lookups():
+                if isinstance(lookup, EmbeddingTables):
+                    lookup.kernels = self.kernels
 
     def configure_optimizers(self) -> Any:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -118,9 +144,8 @@ class CTRModule(pl.LightningModule):
         batches = getattr(trainer.datamodule, "training_batches", None)  # type: ignore[attr-defined]
         bounded = trainer.max_epochs not in (None, -1)
         if not (bounded and batches is not None) and trainer.max_steps == -1:
-            raise UserError(
-                f"the schedule {type(self.schedule).__name__} needs to know the fit's length: set trainer.max_steps"
-            )
+            needing = f"the schedule {type(self.schedule).__name__}" if self.schedule.needs_total_steps else "averaging"
+            raise UserError(f"{needing} needs to know the fit's length: set trainer.max_steps")
         if not (bounded and batches is not None):
             return trainer.max_steps
         steps = -(-batches // trainer.accumulate_grad_batches) * (trainer.max_epochs or 0)
@@ -141,11 +166,86 @@ class CTRModule(pl.LightningModule):
         else:
             ours.clip_gradient_norm(gradient_clip_val)
 
+    def on_fit_start(self) -> None:
+        device = self.trainer.strategy.root_device
+        for lookup in self.network.lookups():
+            if isinstance(lookup, EmbeddingTables):
+                choose(self.kernels, lookup.weight.device.type, lookup.weight.dtype)
+        if not self.cuda_graphs:
+            return
+        trainer = self.trainer
+        asked = {
+            f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}": trainer.accumulate_grad_batches > 1,
+            f"trainer.gradient_clip_val {trainer.gradient_clip_val}": bool(trainer.gradient_clip_val),
+            f"training in {trainer.world_size} processes": trainer.world_size > 1,
+        }
+        if device.type != "cuda":
+            raise UserError(f"cuda_graphs needs a CUDA device, and this fit is on {device.type}: set it to false")
+        for what, is_asked in asked.items():
+            if is_asked:
+                raise UserError(f"cuda_graphs does not go with {what}: set it to false, or leave the other out")
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """To a GPU in a stream of its own, beside the steps that still compute."""
+        if device.type != "cuda":
+            return batch.to(device)
+        if self._side_stream is None:
+            self._side_stream = SideStream(device)
+        return self._side_stream.send(batch)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if not self._replayed:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if self._graphs is None:
+            optimizer.zero_grad()
+        elif not self._replayed:
+            # Recorded kernels write gradients where they are.
+            optimizer.zero_grad(set_to_none=False)
+
+    def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and logits; where the step is replayed, its gradients are made with them."""
+        optimizer = self._optimizer() if self.cuda_graphs else None
+        if optimizer is not None and self._graphs is None:
+            plugin = self.trainer.precision_plugin
+            half = plugin.precision == "bf16-mixed"
+            self._graphs = GraphedStep(
+                self.network,
+                self._batch_loss,
+                optimizer,
+                lambda: torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False),
+            )
+        self._replayed = self._graphs is not None and self._graphs.takes(batch)
+        if optimizer is not None and self._graphs is not None:
+            optimizer.replay = self._graphs.update if self._replayed else None
+        if self._graphs is not None and self._replayed:
+            return self._graphs.forward_backward(batch)
+        logits_B = self.network(batch.dense, batch.ids)
+        return self._batch_loss(logits_B, batch), logits_B
+
+    def _batch_loss(self, logits_B: Tensor, batch: Batch) -> Tensor:
+        return self.loss.summed(logits_B, _labels(batch)) * (self.trainer.world_size / batch.global_size)
+
     def on_train_start(self) -> None:
+        keep_freed_memory()
         # Loaders that hold a batch ready tell of it; of others, nothing is fetched or sent ahead.
-        loader = self.trainer.train_dataloader
+        loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "announce") and any(lookup.LOOKS_AHEAD for lookup in self.network.lookups()):
             loader.announce = lambda batch: self.network.announce(batch.ids)
+        # Not before the weights are where they will be trained.
+        if self.averaging is not None:
+            start = self.averaging.start_share
+            self.averages = WeightAverages(
+                self.network, self.averaging, int(start * self._total_steps()) if start else 0
+            )
+            if self._saved_averages is not None:
+                self.averages.load(*self._saved_averages)
+                self._saved_averages = None
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.averages is not None:
+            self.averages.before_batch(self.trainer.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One slice's forward pass.
@@ -153,8 +253,7 @@ class CTRModule(pl.LightningModule):
         The loss is the slice's sum times ranks / global size, so that the average over the ranks
         is the mean over the global batch whatever the slices' sizes.
         """
-        logits_B = self.network(batch.dense, batch.ids)
-        loss = self.loss.summed(logits_B, _labels(batch)) * (self.trainer.world_size / batch.global_size)
+        loss, logits_B = self._forward_backward(batch)
         trainer = self.trainer
         self.guard.watch(
             loss.detach(), logits_B.detach(), Position(trainer.global_step + 1, trainer.current_epoch, batch_idx)
@@ -170,6 +269,8 @@ class CTRModule(pl.LightningModule):
             Ranks().each_does(self.guard.check)
         if self._is_logged(step) or not self.guard.has_gradients:
             self.guard.remember_gradients(self.network, step)
+        if self.averages is not None:
+            self.averages.before_step(step - 1)
 
     def _is_logged(self, step: int) -> bool:
         """Whether figures are read from the device at this step anyway."""
@@ -193,7 +294,14 @@ class CTRModule(pl.LightningModule):
         probability_B = self.network(batch.dense, batch.ids).cpu().double().sigmoid().float()
         return {"row": batch.rows, "probability": probability_B}
 
+    def on_validation_epoch_start(self) -> None:
+        if self.averages is not None:
+            self.averages.put_in(self.trainer.global_step)
+
     def on_validation_epoch_end(self) -> None:
+        # Before anything is saved.
+        if self.averages is not None:
+            self.averages.take_out()
         self._finish_evaluation(names.VALIDATION)
 
     def on_test_epoch_end(self) -> None:
@@ -246,20 +354,11 @@ class CTRModule(pl.LightningModule):
             refuse_bad_weights(self.network, checkpoint["global_step"], self.guard.advice)
 
         Ranks().each_does(refuse_bad_state)
-        slots: dict[EmbeddingLookup, dict[str, Tensor]] = {}
-        if checkpoint.get("optimizer_states"):
-            optimizer = self._optimizer()
-            slots = dict(zip(optimizer.lookups, optimizer.table_state, strict=True))
         for key in self._table_keys():
             del checkpoint["state_dict"][key]
-        checkpoint["tables"] = [
-            PieceTensors(
-                piece,
-                {"weight": piece.of(lookup.weight)} | {s: piece.of(t) for s, t in slots.get(lookup, {}).items()},
-            )
-            for lookup in self.network.lookups()
-            for piece in lookup.pieces
-        ]
+        if self.averages is not None:
+            checkpoint[AVERAGES] = self.averages.state(checkpoint["global_step"])
+        checkpoint["tables"] = self.table_pieces(with_state=bool(checkpoint.get("optimizer_states")))
         checkpoint["header"] = {
             "model": type(self.network).__name__,
             "encoding_fingerprint": self.schema.encoding_fingerprint,
@@ -268,6 +367,23 @@ class CTRModule(pl.LightningModule):
             "epoch": checkpoint["epoch"],
         }
         checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
+
+    def table_pieces(self, with_state: bool = True) -> list[PieceTensors]:
+        """What this rank holds of the tables, of their optimiser state and averages; views of the live tensors."""
+        slots: dict[EmbeddingLookup, dict[str, Tensor]] = {}
+        if with_state:
+            optimizer = self._optimizer()
+            slots = dict(zip(optimizer.lookups, optimizer.table_state, strict=True))
+        averages = {} if self.averages is None else self.averages.slots()
+
+        def tensors_of(lookup: EmbeddingLookup) -> dict[str, Tensor]:
+            return {"weight": lookup.weight, **slots.get(lookup, {}), **averages.get(lookup, {})}
+
+        return [
+            PieceTensors(piece, {name: piece.of(tensor) for name, tensor in tensors_of(lookup).items()})
+            for lookup in self.network.lookups()
+            for piece in lookup.pieces
+        ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is of this model and data, and reads the tables in place.
@@ -297,16 +413,38 @@ class CTRModule(pl.LightningModule):
                 f"checkpoint {reader.folder} is of another model: {key} is {saved.get(key, 'missing')} there "
                 f"and {dense.get(key, 'missing')} here; use the configuration it was trained with"
             )
+        averages = checkpoint.get(AVERAGES)
+        if self.trainer.training:
+            self._keep_averages(averages, reader)
+        elif averages is not None:
+            names_here = {f"network.{name}": value for name, value in averages["dense"].items()}
+            checkpoint["state_dict"] = averaged_dense(averages | {"dense": names_here}, checkpoint["state_dict"])
         with torch.no_grad():
             for lookup in lookups:
                 for piece in lookup.pieces:
-                    reader.read_rows(piece, "weight", piece.of(lookup.weight))
+                    rows = piece.of(lookup.weight)
+                    reader.read_rows(piece, "weight", rows)
+                    if averages is not None and not self.trainer.training:
+                        average_rows(averages, reader, piece, rows)
         # Loading a parameter from itself costs nothing; leaving it out would be an incomplete state.
         checkpoint["state_dict"] |= {key: lookup.weight for key, lookup in table_keys.items()}
         for state in checkpoint.get("optimizer_states", []):
             state["read_table_rows"] = reader.read_rows
         if "random_state" in checkpoint:
             torch.set_rng_state(checkpoint["random_state"]["cpu"])
+
+    def _keep_averages(self, averages: dict[str, Any] | None, reader: CheckpointReader) -> None:
+        """
+        Raises:
+            UserError: the checkpoint has averages and this run wants none, or the other way round.
+        """
+        if (averages is None) != (self.averaging is None):
+            has, wants = ("no averages", "some") if averages is None else ("averages", "none")
+            raise UserError(
+                f"checkpoint {reader.folder} has {has} of its weights and this run asks for {wants} "
+                "(model.averaging): resume with the configuration it was trained with, or start a new run"
+            )
+        self._saved_averages = None if averages is None else (averages, reader)
 
     def _check_header(self, reader: CheckpointReader) -> None:
         header = reader.header

@@ -12,12 +12,14 @@ from tqdm import tqdm
 from lightning_dlrm.engine.recorder import Recorder
 from lightning_dlrm.tracking import names
 
+# Without steps/s, as samples/s are told; so it fits into 80 columns.
+FIT_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 LINE_SECONDS = 10.0
 """Between two lines where there is no terminal: redraws would fill a log."""
 
 
 class RunProgress(ProgressBar):
-    """Steps, time left, samples/s and loss of a fit; batches of an evaluation.
+    """Steps, time left, samples/s, wait for data and loss of a fit; batches of an evaluation.
 
     Args:
         recorder: where the figures come from; None outside a fit.
@@ -37,7 +39,14 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._fit_bar = self._bar("fit", _total_steps(trainer), trainer.global_step)
+        self._fit_bar = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Not before: other callbacks have words for the start.
+        if self._fit_bar is None:
+            self._fit_bar = self._bar("fit", _total_steps(trainer), trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -46,8 +55,11 @@ class RunProgress(ProgressBar):
         recorder = self._recorder
         if recorder is not None and names.TRAIN_LOSS in recorder.latest:
             # No refresh here: the bar redraws on its own clock.
+            latest = recorder.latest
             self._fit_bar.set_postfix_str(
-                f"{recorder.samples_per_second:,.0f} samples/s, loss {recorder.latest[names.TRAIN_LOSS]:.4f}", False
+                f"{recorder.samples_per_second:,.0f} samples/s, data wait {latest[names.DATA_WAIT_SHARE]:.0%}, "
+                f"loss {latest[names.TRAIN_LOSS]:.4f}",
+                False,
             )
         self._fit_bar.update(trainer.global_step - self._fit_bar.n)
 
@@ -106,6 +118,7 @@ class RunProgress(ProgressBar):
             total=known,
             initial=start,
             unit="step" if name == "fit" else "batch",
+            bar_format=FIT_FORMAT if name == "fit" and known is not None else None,
             leave=leave,
             dynamic_ncols=True,
             mininterval=0.2,

@@ -72,6 +72,8 @@ class Recorder(pl.Callback):
         """Logits and labels of the last samples over all ranks, up to the last logged step."""
         self._recent: deque[tuple[Tensor, Tensor, int]] = deque()
         """Logits and labels of this rank's slice, and global size, of each batch since then."""
+        self._recent_size = 0
+        """Samples of those batches, over all ranks."""
         self._rates: dict[str, float] = {}
         self._losses: list[Tensor] = []
         self._start: float | None = None
@@ -188,8 +190,9 @@ class Recorder(pl.Callback):
     def _remember(self, logits_B: Tensor, labels_B: Tensor, global_size: int) -> None:
         """Keeps what ``train/auc`` may look back on; drops batches that lie wholly before it."""
         self._recent.append((logits_B.float(), labels_B, global_size))
-        while sum(size for *_, size in self._recent) - self._recent[0][2] >= AUC_WINDOW:
-            self._recent.popleft()
+        self._recent_size += global_size
+        while self._recent_size - self._recent[0][2] >= AUC_WINDOW:
+            self._recent_size -= self._recent.popleft()[2]
 
     def _extend_window(self) -> None:
         """Adds what came since the last call, of all ranks: batch after batch, rank after rank."""
@@ -199,6 +202,7 @@ class Recorder(pl.Callback):
         logits, labels = (torch.cat(parts).cpu() for parts in list(zip(*self._recent, strict=True))[:2])
         counts = ranks.all_gather(np.array([len(part) for part, *_ in self._recent]))
         self._recent.clear()
+        self._recent_size = 0
         self._window = tuple(  # type: ignore[assignment]
             torch.cat([kept, *_by_batch(ranks.all_gather_uneven(new.numpy()), counts)])[-AUC_WINDOW:]
             for kept, new in zip(self._window, (logits, labels), strict=True)
@@ -258,8 +262,14 @@ def _peak_memory() -> dict[str, float]:
 def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
     """What is known of a run before its first step: sizes, ranks, and the optimum of planted data."""
     size, strategy, loads = module.size, trainer.strategy, table_loads(module.network, module)
-    here = sum(load.rows for load in loads), sum(load.bytes for load in loads)
-    rows, held_bytes = strategy.held(loads) if isinstance(strategy, EmbeddingShardedDDP) else here
+    if isinstance(strategy, EmbeddingShardedDDP):
+        held = strategy.held(loads)
+    else:
+        held = {names.ROWS_PER_RANK: sum(load.rows for load in loads)}
+        held |= {names.BYTES_PER_RANK: sum(load.bytes for load in loads)}
+    on_host = {table.name for lookup in module.network.lookups() if lookup.ON_HOST for table in lookup.tables}
+    if on_host:
+        held[names.HOST_BYTES] = sum(load.bytes for load in loads if load.name in on_host)
     facts: dict[str, float] = {
         names.PARAMETERS_TABLES: size.tables,
         names.PARAMETERS_DENSE: size.dense,
@@ -267,8 +277,7 @@ def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
         names.FLOPS_FORWARD: size.flops_per_sample_forward,
         names.FLOPS_TRAINING: size.flops_per_sample_training,
         names.RANKS: trainer.world_size,
-        names.ROWS_PER_RANK: rows,
-        names.BYTES_PER_RANK: held_bytes,
+        **held,
     }
     optimum = module.data_schema().optimum.get(names.VALIDATION)
     if optimum is not None:

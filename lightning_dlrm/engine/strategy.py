@@ -1,6 +1,7 @@
 """Tables in pieces on all ranks, dense layers copied: a DDPStrategy that any CTR network can be trained with."""
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning_dlrm.models.host_tables import HostTables
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
-from lightning_dlrm.sharding.lookup import ShardedTables, Traffic
+from lightning_dlrm.sharding.lookup import ShardedTables
 from lightning_dlrm.sharding.plan import Plan, TableLoad, imbalance, make_plan, parse_memory, rank_costs, read_plan
 from lightning_dlrm.tracking import names
 
@@ -74,6 +75,8 @@ class EmbeddingShardedDDP(DDPStrategy):
     def setup_environment(self) -> None:
         # Processes may start minutes apart; from here on they keep step.
         super().setup_environment()
+        # Of a gradient [1, n], whose first stride is of no meaning.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         set_timeout(self._timeout_seconds)
         # Its group is made while every rank is here: others would wait for hours to make it with one that has ended.
         Ranks(patient=True)
@@ -107,35 +110,56 @@ class EmbeddingShardedDDP(DDPStrategy):
         # Every rank writes its pieces.
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
-    def held(self, loads: Sequence[TableLoad]) -> tuple[int, int]:
-        """Rows, and bytes with optimiser state, of the tables on the rank that holds most of them.
+    def held(self, loads: Sequence[TableLoad]) -> dict[str, float]:
+        """Rows, and bytes with optimiser state, on the rank that holds most of them: of all tables, and of each.
 
         Args:
             loads: of the network's tables.
         """
         assert self.plan is not None
         costs = rank_costs(self.plan, loads, batch_size=1)
-        return max(cost.rows for cost in costs), max(cost.bytes for cost in costs)
+        figures: dict[str, float] = {
+            names.ROWS_PER_RANK: max(cost.rows for cost in costs),
+            names.BYTES_PER_RANK: max(cost.bytes for cost in costs),
+        }
+        for load in loads:
+            most = max(cost.bytes_of_table.get(load.name, 0) for cost in costs)
+            figures |= {
+                f"{names.TABLES}/{load.name}/rows_per_rank": most // load.bytes_per_row,
+                f"{names.TABLES}/{load.name}/bytes_per_rank": most,
+            }
+        return figures
 
     def measure_exchanges(self, steps: int) -> dict[str, float]:
         """What the exchanges came to since the last call, for all ranks to call together.
 
         Returns:
-            Time on the rank that spends most, bytes sent by the rank that sends most, and how many
-            times the mean the busiest rank is asked for rows.
+            Per step: the time that the rank waits which waits most, the bytes of the rank that sends most, and
+            for each table the distinct rows asked for and the bytes sent, over all ranks. And how many times
+            the mean the busiest rank is asked for rows, of all tables and of each.
         """
         assert isinstance(self.lightning_module, CTRModule)
-        total = np.zeros(3)
-        for lookup in self.lightning_module.network.lookups():
-            if isinstance(lookup, ShardedTables):
-                total += (lookup.traffic.seconds, lookup.traffic.sent_bytes, lookup.traffic.rows)
-                lookup.traffic = Traffic()
-        seconds, sent, rows = zip(*(of_rank.tolist() for of_rank in Ranks().all_gather(total)), strict=True)
-        return {
-            names.EXCHANGE_MS: 1000 * max(seconds) / steps,
-            names.SENT_BYTES: max(sent) / steps,
-            names.WORK_IMBALANCE: imbalance(rows),
+        ranks = Ranks()
+        lookups = [lookup for lookup in self.lightning_module.network.lookups() if isinstance(lookup, ShardedTables)]
+        traffic = [lookup.measure() for lookup in lookups]
+        seconds = ranks.all_gather(np.array([sum(of_lookup.seconds for of_lookup in traffic)]))
+        sent, asked = np.zeros(ranks.ranks), np.zeros(ranks.ranks)
+        for of_lookup in traffic:
+            sent += of_lookup.sent_bytes
+            asked += sum(table.rows for table in of_lookup.tables.values())
+        tables = {name: table for of_lookup in traffic for name, table in of_lookup.tables.items()}
+        figures = {
+            names.EXCHANGE_MS: 1000 * float(max(seconds)[0]) / steps,
+            names.SENT_BYTES: float(sent.max()) / steps,
+            names.WORK_IMBALANCE: imbalance(asked.tolist()),
         }
+        for name, table in tables.items():
+            figures |= {
+                f"{names.TABLES}/{name}/{names.ASKED_ROWS}": float(table.rows.sum()) / steps,
+                f"{names.TABLES}/{name}/{names.MOVED_BYTES}": table.bytes / steps,
+                f"{names.TABLES}/{name}/{names.IMBALANCE}": imbalance(table.rows.tolist()),
+            }
+        return figures
 
     def _agreed_plan(self, module: CTRModule, ranks: Ranks) -> Plan:
         """Rank 0's plan: arithmetic in floating point may round otherwise on another machine."""

@@ -103,7 +103,6 @@ class DLRM(CTRNetwork):
                 assert cross is not None and cross_layers is not None
                 self.interaction = make_cross(cross, joined, cross_layers, cross_rank, cross_experts)
             width = joined
-        self.keeps_bottom = interaction in ("dot", "projection")
         self.top = DenseLayers([width, *top_mlp, 1], linear_output=True, dropout=dropout)
         self.wide = LinearTerms(features, seed) if wide else None
         initialise(self, seed)
@@ -113,10 +112,12 @@ class DLRM(CTRNetwork):
         bottom_BD = self.bottom(dense_BI)
         vectors_Bn = self.embeddings(ids)
         joined_Bn = torch.cat([bottom_BD.to(vectors_Bn.dtype), vectors_Bn], dim=1)
-        if self.interaction is not None:
+        if isinstance(self.interaction, DotInteraction):
+            joined_Bn = self.interaction(joined_Bn, bottom_BD)
+        elif isinstance(self.interaction, ProjectionInteraction):
+            joined_Bn = torch.cat([bottom_BD, self.interaction(joined_Bn).to(bottom_BD.dtype)], dim=1)
+        elif self.interaction is not None:
             joined_Bn = self.interaction(joined_Bn)
-        if self.keeps_bottom:
-            joined_Bn = torch.cat([bottom_BD, joined_Bn.to(bottom_BD.dtype)], dim=1)
         logits_B = self.top(joined_Bn).squeeze(1)
         return logits_B if self.wide is None else logits_B + self.wide(dense_BI, ids)
 

@@ -306,6 +306,8 @@ class WidthGroup(nn.Module):
 
     lookup: EmbeddingLookup
     columns: Tensor
+    divisors: Tensor
+    rows: Tensor
 
     def __init__(
         self, members: Sequence[_Member], width: int, seed: int, columns: int, kind: type[EmbeddingTables]

@@ -3,12 +3,16 @@
 Shape suffixes: B samples, d features, V vectors, D their width, P pairs.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+# Multiply-adds from which on oneDNN's kernel is worth its start; none without oneDNN.
+_LARGE_PRODUCT = 2**23 if torch.backends.mkldnn.is_available() else math.inf
 
 
 def dense_layers(x_Bd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], linear_output: bool) -> Tensor:
@@ -27,17 +31,18 @@ def dense_layers(x_Bd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
     return out
 
 
-def pair_products(vectors_BVD: Tensor, pairs: Tensor, mirrored: Tensor, self_interaction: bool) -> Tensor:
-    """[B, P]: dot products of pairs (i, j), j <= i, of vectors.
+def pair_products(vectors_BVD: Tensor, beside_Bd: Tensor, pairs: Tensor, mirrored: Tensor, squares: bool) -> Tensor:
+    """[B, d + P]: ``beside_Bd``, then the dot products of pairs (i, j), j <= i, of vectors, in its type.
 
     Args:
         vectors_BVD: the vectors.
+        beside_Bd: columns to stand beside the products; there may be none.
         pairs: int64 [P]: i * V + j of each pair.
         mirrored: int64 [V * V]: at i * V + j and j * V + i the pair (i, j)'s place in ``pairs``; anything
-            on the diagonal without ``self_interaction``.
-        self_interaction: whether there are pairs (i, i).
+            on the diagonal without ``squares``.
+        squares: whether there are pairs (i, i).
     """
-    products: Tensor = _PairProducts.apply(vectors_BVD, pairs, mirrored, self_interaction)
+    products: Tensor = _PairProducts.apply(vectors_BVD, beside_Bd, pairs, mirrored, squares)
     return products
 
 
@@ -71,9 +76,11 @@ class _DenseLayers(torch.autograd.Function):
         grad_biases: list[Tensor] = []
         for layer in reversed(range(layers)):
             if layer < layers - 1 or not ctx.linear_output:
-                grad_Bd = torch.ops.aten.threshold_backward(grad_Bd, activations[layer + 1], 0)
-            # Transposed, the product runs faster where the input's width is not a multiple of a vector register's.
-            grad_weights.append((activations[layer].t() @ grad_Bd).t().to(ctx.parameter_dtype))
+                # In place, except in the gradient that others may hold.
+                into = grad_Bd if layer < layers - 1 else torch.empty_like(grad_Bd)
+                torch.ops.aten.threshold_backward.grad_input(grad_Bd, activations[layer + 1], 0, grad_input=into)
+                grad_Bd = into
+            grad_weights.append((grad_Bd.t() @ activations[layer]).to(ctx.parameter_dtype))
             grad_biases.append(grad_Bd.sum(0, dtype=ctx.parameter_dtype))
             if layer or ctx.needs_input_grad[0]:
                 grad_Bd = _linear(grad_Bd, weights[layer].t(), None, relu=False)
@@ -82,34 +89,42 @@ class _DenseLayers(torch.autograd.Function):
 
 
 class _PairProducts(torch.autograd.Function):
-    """With G the gradient of the products, mirrored at the diagonal, that of the vectors is G V: one product, not two."""
+    """With G the gradient of the products, mirrored, that of the vectors is G V: one product, not two."""
 
     @staticmethod
-    def forward(ctx: Any, vectors_BVD: Tensor, pairs: Tensor, mirrored: Tensor, self_interaction: bool) -> Tensor:
+    def forward(
+        ctx: Any, vectors_BVD: Tensor, beside_Bd: Tensor, pairs: Tensor, mirrored: Tensor, squares: bool
+    ) -> Tensor:
         ctx.save_for_backward(vectors_BVD, mirrored)
-        ctx.self_interaction = self_interaction
+        ctx.beside, ctx.squares = beside_Bd.shape[1], squares
         products_BVV = torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2))
-        return products_BVV.flatten(1).index_select(1, pairs)
+        if products_BVV.device.type == "cpu" and products_BVV.dtype in (torch.bfloat16, torch.float16):
+            # A CPU picks columns of two bytes seven times as slowly as it picks wider ones.
+            products_BVV = products_BVV.float()
+        products_BP = products_BVV.flatten(1).index_select(1, pairs)
+        return torch.cat([beside_Bd, products_BP.to(beside_Bd.dtype)], dim=1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         vectors_BVD, mirrored = ctx.saved_tensors
-        vectors = vectors_BVD.shape[1]
-        grad_BVV = grads[0].to(vectors_BVD.dtype).index_select(1, mirrored).view(-1, vectors, vectors)
+        grad_Bn, vectors = grads[0], vectors_BVD.shape[1]
+        # Picked from the whole gradient: a slice would have to be copied first.
+        picked = (mirrored + ctx.beside).expand(len(grad_Bn), -1)
+        grad_BVV = grad_Bn.to(vectors_BVD.dtype).gather(1, picked).view(-1, vectors, vectors)
         diagonal = grad_BVV.diagonal(dim1=1, dim2=2)
-        if ctx.self_interaction:
+        if ctx.squares:
             # A product of a vector with itself changes with both of its factors.
             diagonal.mul_(2)
         else:
             diagonal.zero_()
-        return torch.bmm(grad_BVV, vectors_BVD), None, None, None
+        return torch.bmm(grad_BVV, vectors_BVD), grad_Bn[:, : ctx.beside], None, None, None
 
 
 def _linear(x_Bd: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """x W' + b, with or without a ReLU."""
-    if x_Bd.device.type == "cpu" and x_Bd.dtype == torch.float32 and len(x_Bd) and torch.backends.mkldnn.is_available():
+    if x_Bd.device.type == "cpu" and x_Bd.dtype == torch.float32 and len(x_Bd) * weight.numel() >= _LARGE_PRODUCT:
         # oneDNN's kernel, with the bias and the ReLU inside: about a tenth faster than the BLAS behind addmm, and a
-        # third where the width is odd.
+        # quarter where the width is odd.
         y_Bd: Tensor = torch.ops.mkldnn._linear_pointwise(x_Bd, weight, bias, "relu" if relu else "none", [], "")
         return y_Bd
     y_Bd = functional.linear(x_Bd, weight, bias)

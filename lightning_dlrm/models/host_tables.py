@@ -88,6 +88,7 @@ class HostTables(EmbeddingTables):
     """
 
     LOOKS_AHEAD: ClassVar[bool] = True
+    ON_HOST: ClassVar[bool] = True
 
     def __init__(self, tables: Sequence[Table], width: int, seed: int = 0, trainable: bool = True) -> None:
         super().__init__(tables, width, seed, trainable)

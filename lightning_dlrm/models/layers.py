@@ -123,12 +123,14 @@ class DotInteraction(nn.Module):
         mirrored = torch.zeros(vectors, vectors, dtype=torch.int64, device="cpu")
         mirrored[i, j] = mirrored[j, i] = torch.arange(len(i), device="cpu")
         self.register_buffer("mirrored", mirrored.flatten(), persistent=False)
-        self._self_interaction = self_interaction
+        self._squares = self_interaction
 
-    def forward(self, vectors_BVD: Tensor) -> Tensor:
-        """[B, V, D] or [B, V * D] -> [B, P]."""
+    def forward(self, vectors_BVD: Tensor, beside_Bd: Tensor | None = None) -> Tensor:
+        """[B, V, D] or [B, V * D] -> [B, P]; with ``beside_Bd`` that and the products, side by side."""
         vectors_BVD = vectors_BVD.unflatten(1, (-1, self.width)) if vectors_BVD.dim() == 2 else vectors_BVD
-        return pair_products(vectors_BVD, self.pairs, self.mirrored, self._self_interaction)
+        if beside_Bd is None:
+            beside_Bd = vectors_BVD.new_empty(len(vectors_BVD), 0)
+        return pair_products(vectors_BVD, beside_Bd, self.pairs, self.mirrored, self._squares)
 
     def multiply_adds(self) -> int:
         """Per sample; only the pairs that are kept count."""

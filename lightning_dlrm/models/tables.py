@@ -16,7 +16,10 @@ from torch.nn import functional
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, Table, TablePiece
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, Table, TablePiece, gather_rows
+from lightning_dlrm.kernels.choice import Kernels, choose
+from lightning_dlrm.models.fused_tables import FusedLookup
+from lightning_dlrm.models.memory import empty_table
 
 BLOCK_ROWS = 65_536
 """Initial rows are drawn block by block, so that any piece of a table can be made anywhere."""
@@ -50,6 +53,8 @@ class EmbeddingTables(EmbeddingLookup):
     """
 
     row_offsets: Tensor
+    kernels: Kernels = "auto"
+    """Which code looks up and updates the rows."""
 
     def __init__(self, tables: Sequence[Table], width: int, seed: int = 0, trainable: bool = True) -> None:
         super().__init__()
@@ -66,7 +71,9 @@ class EmbeddingTables(EmbeddingLookup):
         self.tables = tuple(tables)
         self.pieces = tuple(pieces)
         device = torch.device("meta") if _rows_elsewhere.get() else self._place()
-        self.weight = nn.Parameter(torch.empty(total, width, device=device), requires_grad=trainable)
+        self.weight = nn.Parameter(
+            empty_table((total, width), torch.get_default_dtype(), device), requires_grad=trainable
+        )
         # int32 halves the time to sort rows; it reaches past any published table set.
         dtype = torch.int32 if total <= torch.iinfo(torch.int32).max else torch.int64
         self.register_buffer("row_offsets", torch.tensor([p.offset for p in pieces], dtype=dtype), persistent=False)
@@ -75,7 +82,9 @@ class EmbeddingTables(EmbeddingLookup):
 
     def forward(self, ids: SparseIds) -> Tensor:
         """See EmbeddingLookup.forward."""
-        if ids.offsets is None:
+        if choose(self.kernels, self.weight.device.type, self.weight.dtype) == "triton":
+            vectors = FusedLookup.apply(self.weight, _flat(ids.weights), ids, self.row_offsets, self)
+        elif ids.offsets is None:
             rows_BF = ids.values + self.row_offsets
             vectors = _LookupRows.apply(self.weight, rows_BF.view(-1), None, _flat(ids.weights), None, self)
         else:
@@ -119,7 +128,7 @@ class _LookupRows(torch.autograd.Function):
         # Rows are looked up once more in the backward pass where the factors are learned.
         ctx.save_for_backward(rows_N, bag_N, weights_N, weight_RD if ctx.needs_input_grad[3] else None)
         if offsets is None:
-            vectors = weight_RD.index_select(0, rows_N)
+            vectors = gather_rows(weight_RD, rows_N)
             return vectors if weights_N is None else vectors * weights_N[:, None].to(vectors.dtype)
         return functional.embedding_bag(
             rows_N,

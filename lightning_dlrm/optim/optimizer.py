@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient
-from lightning_dlrm.optim.rules import UpdateRule
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, gather_rows
+from lightning_dlrm.models.fused_tables import UnsummedGradient, fused_update
+from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
 
 
 class CTROptimizer(torch.optim.Optimizer):
@@ -55,6 +56,8 @@ class CTROptimizer(torch.optim.Optimizer):
             self.state[parameter] = dense_rule.state(parameter.detach())
         self.table_state = [table_rule.state(lookup.weight.detach()) for lookup in self.lookups]
         """For each of ``lookups``: slot name -> tensor."""
+        self.replay: Callable[[], None] | None = None
+        """Does ``update_weights`` in its place for the next step, where it was recorded."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -63,18 +66,31 @@ class CTROptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        dense, tables = self.param_groups
         for group in self.param_groups:
             group["steps"] += 1
-        for parameter in dense["params"]:
-            if parameter.grad is not None:
-                self.rules["dense"].apply(parameter, parameter.grad, self.state[parameter], dense["lr"], dense["steps"])
+        if self.replay is not None:
+            self.replay()
+        else:
+            self.update_weights({group["name"]: (group["lr"], group["steps"]) for group in self.param_groups})
+        return loss
+
+    @torch.no_grad()
+    def update_weights(self, rates: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """The step's work on the weights' device.
+
+        Args:
+            rates: group name -> learning rate and number of the step, 0-dim, from 1.
+        """
+        dense = self.param_groups[0]
+        moving = [parameter for parameter in dense["params"] if parameter.grad is not None]
+        if moving:
+            gradients, states = [weight.grad for weight in moving], [self.state[weight] for weight in moving]
+            self.rules["dense"].apply(moving, gradients, states, *rates["dense"])
         for lookup, state in zip(self.lookups, self.table_state, strict=True):
             gradient = lookup.gradient()
             if gradient is not None:
-                rule, rate, steps = self.rules["tables"], tables["lr"], tables["steps"]
+                rule, (rate, steps) = self.rules["tables"], rates["tables"]
                 lookup.update(gradient, state, partial(_update_rows, rule=rule, learning_rate=rate, step=steps))
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -86,7 +102,9 @@ class CTROptimizer(torch.optim.Optimizer):
         grads = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
         # In half precision the sum of squares would keep three digits.
         squares = [grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum() for grad in grads]
-        squares += [lookup.squared_gradient_norm() for lookup in self.lookups]
+        if self.lookups:
+            of_tables = torch.stack([lookup.squared_gradient_norm() for lookup in self.lookups]).sum()
+            squares.append(self.lookups[0].over_ranks(of_tables))
         return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
     @torch.no_grad()
@@ -159,13 +177,25 @@ def _update_rows(
     step: Tensor,
 ) -> None:
     """Applies a rule to the touched rows: gather, update, put back. Rows are distinct, so none is lost."""
+    if isinstance(gradient, UnsummedGradient) and type(rule) in _FUSED:
+        fused_update(weight, gradient, state, _FUSED[type(rule)], vars(rule), learning_rate, step)
+        return
     rows = gradient.rows
-    touched = weight.index_select(0, rows)
+    touched = gather_rows(weight, rows)
     touched_state = {slot: values.index_select(0, rows) for slot, values in state.items()}
-    rule.apply(touched, gradient.values, touched_state, learning_rate, step)
+    rule.apply([touched], [gradient.values], [touched_state], learning_rate, step)
     weight.index_copy_(0, rows, touched)
     for slot, values in touched_state.items():
         state[slot].index_copy_(0, rows, values)
+
+
+_FUSED: dict[type[UpdateRule], str] = {
+    SGD: "sgd",
+    Adagrad: "adagrad",
+    RowWiseAdagrad: "row_wise_adagrad",
+    Adam: "adam",
+}
+"""Rules that a fused kernel knows, and their names there."""
 
 
 def _words(rules: dict[str, dict[str, Any]]) -> str:

@@ -1,15 +1,17 @@
-"""Update rules: how a weight moves along its gradient.
+"""Update rules: how weights move along their gradients.
 
-One definition of each formula serves dense layers (the whole tensor) and tables (the touched rows).
+One definition of each formula serves dense layers (whole tensors, all at once: a tensor at a time costs
+more in calls than in arithmetic) and tables (the touched rows).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.models.memory import empty_table
 
 
 class UpdateRule:
@@ -38,32 +40,45 @@ class UpdateRule:
         """Fresh state of a weight: slot name -> tensor whose first dimension is the weight's, float32 at least."""
         raise TypeError(f"{type(self).__name__} does not define state")
 
+    @torch.no_grad()
     def apply(
-        self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor, step: Tensor
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[Mapping[str, Tensor]],
+        learning_rate: Tensor,
+        step: Tensor,
     ) -> None:
-        """One update, in place: decay, then the rule; in float32 at least, whatever the weight's precision.
+        """One update, in place: decay, then the rule; in float32 at least, whatever a weight's precision.
 
         Args:
-            weight: a whole weight, or some rows of it.
-            gradient: of the same shape.
-            state: the slots of ``state``, whole or the same rows.
+            weights: whole weights, or some rows of them; one or more.
+            gradients: of the same shapes.
+            states: the slots of ``state``, whole or the same rows.
             learning_rate: 0-dim.
             step: 0-dim, the number of this update of the model, from 1.
         """
-        exact = weight.to(_precise(weight))
-        gradient = gradient.to(exact.dtype)
+        exact = [weight.to(_precise(weight)) for weight in weights]
+        gradients = [gradient.to(weight.dtype) for gradient, weight in zip(gradients, exact, strict=True)]
         if self.l2:
-            gradient = gradient.add(exact, alpha=self.l2)
+            gradients = torch._foreach_add(gradients, exact, alpha=self.l2)
         if self.weight_decay:
-            exact.mul_((1 - learning_rate * self.weight_decay).to(exact.dtype))
-        self.update(exact, gradient, state, learning_rate, step)
-        if exact is not weight:
-            weight.copy_(exact)
+            torch._foreach_mul_(exact, 1 - learning_rate * self.weight_decay)
+        slots = {slot: [state[slot] for state in states] for slot in states[0]}
+        self.update(exact, gradients, slots, learning_rate, step)
+        for weight, moved in zip(weights, exact, strict=True):
+            if moved is not weight:
+                weight.copy_(moved)
 
     def update(
-        self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor, step: Tensor
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        slots: Mapping[str, list[Tensor]],
+        learning_rate: Tensor,
+        step: Tensor,
     ) -> None:
-        """The rule's formula: moves ``weight`` and ``state`` in place; see ``apply``."""
+        """The rule's formula: moves ``weights`` and their ``slots`` in place; see ``apply``."""
         raise TypeError(f"{type(self).__name__} does not define update")
 
 
@@ -83,9 +98,17 @@ class SGD(UpdateRule):
         return {}
 
     def update(
-        self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor, step: Tensor
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        slots: Mapping[str, list[Tensor]],
+        learning_rate: Tensor,
+        step: Tensor,
     ) -> None:
-        weight.sub_(gradient * learning_rate)
+        if _in_one_pass(weights, gradients):
+            torch._foreach_add_(weights, gradients, alpha=-learning_rate.item())
+            return
+        torch._foreach_sub_(weights, torch._foreach_mul(gradients, learning_rate))
 
 
 class Adagrad(UpdateRule):
@@ -120,11 +143,26 @@ class Adagrad(UpdateRule):
         return {"sum": _slot(weight, self.initial_accumulator)}
 
     def update(
-        self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor, step: Tensor
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        slots: Mapping[str, list[Tensor]],
+        learning_rate: Tensor,
+        step: Tensor,
     ) -> None:
-        accumulator = state["sum"]
-        accumulator.addcmul_(gradient, gradient)
-        weight.sub_(gradient.div(accumulator.sqrt().add_(self.epsilon)).mul_(learning_rate))
+        if _in_one_pass(weights, gradients):
+            # The kernel of torch.optim.Adagrad(fused=True); its steps count for a decay of the rate, of which there
+            # is none here.
+            steps = [torch.ones((), dtype=torch.float32)] * len(weights)
+            options = {"lr_decay": 0.0, "weight_decay": 0.0, "eps": self.epsilon, "maximize": False}
+            torch._fused_adagrad_(weights, gradients, slots["sum"], steps, lr=learning_rate.item(), **options)
+            return
+        torch._foreach_addcmul_(slots["sum"], gradients, gradients)
+        spreads = torch._foreach_sqrt(slots["sum"])
+        torch._foreach_add_(spreads, self.epsilon)
+        moves = torch._foreach_div(gradients, spreads)
+        torch._foreach_mul_(moves, learning_rate)
+        torch._foreach_sub_(weights, moves)
 
 
 class RowWiseAdagrad(Adagrad):
@@ -145,15 +183,20 @@ class RowWiseAdagrad(Adagrad):
         return {"sum": _slot(weight.flatten(1)[:, 0] if weight.dim() > 1 else weight, self.initial_accumulator)}
 
     def update(
-        self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor, step: Tensor
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        slots: Mapping[str, list[Tensor]],
+        learning_rate: Tensor,
+        step: Tensor,
     ) -> None:
-        if weight.dim() == 1:
-            return super().update(weight, gradient, state, learning_rate, step)
-        accumulator = state["sum"]
-        accumulator.add_(gradient.square().flatten(1).mean(1))
-        size = learning_rate / (accumulator.sqrt().add_(self.epsilon))
-        weight.sub_(gradient * size.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1)))
-        return None
+        for weight, gradient, accumulator in zip(weights, gradients, slots["sum"], strict=True):
+            if weight.dim() < 2:
+                super().update([weight], [gradient], {"sum": [accumulator]}, learning_rate, step)
+                continue
+            accumulator.add_(gradient.square().flatten(1).mean(1))
+            size = learning_rate / (accumulator.sqrt().add_(self.epsilon))
+            weight.addcmul_(gradient, size.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1)), value=-1)
 
 
 class Adam(UpdateRule):
@@ -194,12 +237,29 @@ class Adam(UpdateRule):
         return {"mean": _slot(weight, 0.0), "square": _slot(weight, 0.0)}
 
     def update(
-        self, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], learning_rate: Tensor, step: Tensor
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        slots: Mapping[str, list[Tensor]],
+        learning_rate: Tensor,
+        step: Tensor,
     ) -> None:
-        mean = state["mean"].lerp_(gradient, 1 - self.beta1)
-        square = state["square"].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
-        spread = (square / (1 - self.beta2**step).to(square.dtype)).sqrt_().add_(self.epsilon)
-        weight.sub_(mean / spread * (learning_rate / (1 - self.beta1**step)))
+        means, squares = slots["mean"], slots["square"]
+        torch._foreach_lerp_(means, gradients, 1 - self.beta1)
+        torch._foreach_mul_(squares, self.beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - self.beta2)
+        spreads = torch._foreach_div(squares, 1 - self.beta2**step)
+        torch._foreach_sqrt_(spreads)
+        torch._foreach_add_(spreads, self.epsilon)
+        moves = torch._foreach_div(means, spreads)
+        torch._foreach_mul_(moves, learning_rate / (1 - self.beta1**step))
+        torch._foreach_sub_(weights, moves)
+
+
+def _in_one_pass(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+    """Whether kernels may be used that take the learning rate as a number: on a CPU it is at hand anyway, and each
+    pass over all weights costs as much as a layer's forward pass on a small batch."""
+    return all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (*weights, *gradients))
 
 
 def _precise(weight: Tensor) -> torch.dtype:
@@ -208,4 +268,4 @@ def _precise(weight: Tensor) -> torch.dtype:
 
 
 def _slot(weight: Tensor, value: float) -> Tensor:
-    return torch.full_like(weight.detach(), value, dtype=_precise(weight), requires_grad=False)
+    return empty_table(weight.shape, _precise(weight), weight.device).fill_(value)

@@ -130,6 +130,13 @@ def save_checkpoint(
         raise
 
 
+def staging_bytes(pieces: Sequence[PieceTensors]) -> int:
+    """Page-locked memory that ``save_checkpoint`` takes: for the largest of the pieces that lie on a GPU, as many as
+    are written at a time."""
+    sizes = (sum(tensor.nbytes for tensor in piece.tensors.values() if tensor.is_cuda) for piece in pieces)
+    return sum(sorted(sizes, reverse=True)[: torch.get_num_threads()])
+
+
 def _told_as_save_error(folder: Path, action: Callable[[], Any]) -> Callable[[], Any]:
     def act() -> Any:
         try:
@@ -366,8 +373,7 @@ def _write_piece(partial: Path, piece: PieceTensors) -> dict[str, Any]:
     what = piece.piece
     name = f"tables/{what.name}.{what.start}.safetensors"
     (partial / name).parent.mkdir(parents=True, exist_ok=True)
-    # Detached views of the live tensors: nothing is copied on a CPU.
-    tensors = {slot: tensor.detach().contiguous() for slot, tensor in piece.tensors.items()}
+    tensors = {slot: _in_host_memory(tensor.detach()) for slot, tensor in piece.tensors.items()}
     save_file(tensors, str(partial / name))
     # Each rank flushes its own files: on a network file system only the machine that wrote them can.
     _flush(partial / name)
@@ -376,6 +382,13 @@ def _write_piece(partial: Path, piece: PieceTensors) -> dict[str, Any]:
         "shapes": {slot: [what.table_rows, *tensor.shape[1:]] for slot, tensor in tensors.items()},
         "file": dataclasses.asdict(_describe(partial, name, what.start, what.stop)),
     }
+
+
+def _in_host_memory(tensor: Tensor) -> Tensor:
+    """On a CPU the live tensor itself, or a view of it; from a GPU a copy in page-locked memory."""
+    if not tensor.is_cuda:
+        return tensor.contiguous()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(tensor)
 
 
 def _describe(partial: Path, name: str, start: int, stop: int) -> PieceFile:

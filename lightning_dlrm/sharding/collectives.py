@@ -74,8 +74,8 @@ class Ranks:
             dist.all_reduce(total, group=self._group)
         return total
 
-    def all_to_all(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Gives each rank its part of ``values`` and gets this rank's part of theirs.
+    def all_to_all(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> "Travelling":
+        """Begins to give each rank its part of ``values`` and to get this rank's part of theirs.
 
         Args:
             values: [sum of sent, ...], by ascending rank of whom it is for.
@@ -83,15 +83,16 @@ class Ranks:
             received: how much comes from each rank.
 
         Returns:
-            [sum of received, ...], by ascending rank of whom it is from.
+            [sum of received, ...], by ascending rank of whom it is from, once it has arrived.
         """
         if self.ranks == 1:
-            return values
+            return Travelling(values, values, None)
+        values = values.contiguous()
         arriving = values.new_empty((sum(received), *values.shape[1:]))
-        dist.all_to_all_single(arriving, values.contiguous(), list(received), list(sent), group=self._group)
-        return arriving
+        work = dist.all_to_all_single(arriving, values, list(received), list(sent), group=self._group, async_op=True)
+        return Travelling(values, arriving, work)
 
-    def all_to_all_counts(self, counts_R: Tensor) -> Tensor:
+    def all_to_all_counts(self, counts_R: Tensor) -> "Travelling":
         """int64 [ranks] -> int64 [ranks]: what each rank has counted for this one."""
         return self.all_to_all(counts_R, [1] * self.ranks, [1] * self.ranks)
 
@@ -124,6 +125,22 @@ class Ranks:
         return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(device)
 
 
+class Travelling:
+    """What is on its way from and to the other ranks."""
+
+    def __init__(self, leaving: Tensor, arriving: Tensor, work: Any) -> None:
+        # Kept as long as it is being sent.
+        self._leaving: Tensor | None = leaving
+        self._arriving, self._work = arriving, work
+
+    def arrived(self) -> Tensor:
+        """What the other ranks have sent; waits for it. On a GPU the caller's stream does, not the caller."""
+        if self._work is not None:
+            self._work.wait()
+            self._leaving = self._work = None
+        return self._arriving
+
+
 def set_timeout(seconds: float) -> None:
     """How long the default group waits for a rank that does not answer."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
@@ -131,11 +148,12 @@ def set_timeout(seconds: float) -> None:
 
 def lost_rank(error: BaseException) -> bool:
     """Whether an error says that another rank is gone or does not answer."""
-    if not isinstance(error, RuntimeError):
-        return False
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+        return True
+    # Gloo tells of it in plain RuntimeErrors, which begin with the place in its sources.
     text = str(error).lower()
-    told = ("closed by peer", "reset by peer", "timed out", "broken pipe", "no route to host", "nccl", "gloo")
-    return any(words in text for words in told)
+    told = ("closed by peer", "reset by peer", "timed out", "broken pipe", "no route to host", "connection refused")
+    return isinstance(error, RuntimeError) and "/gloo/" in text and any(words in text for words in told)
 
 
 def _patient_group() -> Any:

@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -106,8 +106,7 @@ def start_wandb(
         place: where the run appears.
         mode: see ``choose_mode``.
         reason: see ``choose_mode``.
-        run_id: of the run, which goes on where there is one of this id; None for a new one. A sweep's agent has
-            an id of its own.
+        run_id: of the run, which goes on where there is one of this id; None for a new one.
         config: what the run's page shows as its configuration.
 
     Returns:
@@ -122,7 +121,7 @@ def start_wandb(
             group=place.group,
             job_type=place.job_type,
             tags=list(place.tags),
-            id=os.environ.get("WANDB_RUN_ID") or run_id,
+            id=run_id,
             resume=None if mode == "offline" else "allow",
             # W&B's service keeps the working directory that it was started in.
             dir=folder.resolve(),
@@ -152,11 +151,14 @@ def _define_metrics(run: wandb.Run) -> None:
 
 
 def training_run_id(folder: RunFolder) -> str:
-    """The id of the run that trains in this folder: that of the first call, also when it is resumed."""
+    """The id of the run that trains in this folder: that of the first call, also when it is resumed.
+
+    A sweep's agent gives WANDB_RUN_ID.
+    """
     path = folder.path / WANDB / "id"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{secrets.token_hex(4)}\n")
+        path.write_text(f"{os.environ.get('WANDB_RUN_ID') or secrets.token_hex(4)}\n")
     return path.read_text().strip()
 
 
@@ -165,18 +167,31 @@ def offline_folders(folder: RunFolder) -> str:
     return str(folder.path / WANDB / "offline-run-*")
 
 
+def whereabouts(loggers: Sequence[object], folder: RunFolder) -> str | None:
+    """Where W&B has a run, or how it gets there; None for a run without W&B."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            run = logger.experiment
+            return f"offline; send it with: wandb sync {offline_folders(folder)}" if run.offline else run.url
+    return None
+
+
 class WandbExtras(pl.Callback):
     """What W&B shows besides metrics: plots of an evaluation's curves, the dataset and, if asked for, the weights.
 
     Args:
         folder: the run folder.
         logger: of the run.
+        final: gives the figures of the fit, at its end.
         log_model: upload the best checkpoint as an artifact at the end of a fit.
     """
 
-    def __init__(self, folder: RunFolder, logger: WandbLogger, log_model: bool) -> None:
+    def __init__(
+        self, folder: RunFolder, logger: WandbLogger, final: Callable[[], Mapping[str, Any]], log_model: bool
+    ) -> None:
         self._folder = folder
         self._run: wandb.Run = logger.experiment
+        self._final = final
         self._log_model = log_model
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -193,6 +208,9 @@ class WandbExtras(pl.Callback):
         self._plot(names.TEST, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Of what was logged the summary knows the best already.
+        logged = (f"{names.TRAIN}/", f"{names.VALIDATION}/")
+        self._run.summary.update({k: v for k, v in self._final().items() if not k.startswith(logged)})
         best = self._folder.checkpoints / "best"
         if not self._log_model or not best.exists():
             return
@@ -202,7 +220,7 @@ class WandbExtras(pl.Callback):
         self._run.log_artifact(artifact, aliases=["best"])
 
     def _plot(self, stage: str, pl_module: pl.LightningModule) -> None:
-        curves = pl_module.curves
+        curves: Any = pl_module.curves
         if curves is None:
             return
         points = zip(curves.recall, curves.precision, curves.threshold, strict=True)
@@ -255,6 +273,11 @@ class WandbExtras(pl.Callback):
             self._run.log_artifact(artifact)
         else:
             self._run.use_artifact(artifact)
+
+
+def default_entity() -> str:
+    """The user or team that the API key's runs go to."""
+    return wandb.Api().default_entity or ""
 
 
 def finish_wandb(succeeded: bool) -> None:

@@ -1,0 +1,30 @@
+"""``dashboard``: the W&B workspace and report of a project, or of a group such as a comparison."""
+
+import argparse
+
+from lightning_dlrm.tracking.dashboard import Dashboard, publish
+
+EXAMPLES = """\
+examples:
+  python -m lightning_dlrm dashboard
+  python -m lightning_dlrm dashboard --project ads --entity team --group figure5
+
+Both are new ones at each call, built by code: sections quality, training, speed, system, parallel, with the samples
+trained on as the x axis.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``dashboard``."""
+    parser.epilog = EXAMPLES
+    parser.add_argument("--project", default="lightning_dlrm", help="W&B project (default: %(default)s)")
+    parser.add_argument("--entity", default="", help="user or team; by default the account's own")
+    parser.add_argument("--group", default=None, help="only the runs of this group; by default all of the project")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Saves both and prints their addresses."""
+    saved = publish(Dashboard(project=options.project, entity=options.entity, group=options.group))
+    for name, address in saved.items():
+        print(f"{name:10s} {address}")
+    return 0

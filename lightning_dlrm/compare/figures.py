@@ -1,0 +1,418 @@
+"""The figures of a comparison, as PNG files.
+
+Colours are those of Okabe and Ito; each configuration has a line style and a marker of its own beside its colour, so
+that figures read in black and white, and for colour-blind people.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from lightning_dlrm.cli.palette import OKABE_ITO, filling
+from lightning_dlrm.cli.plan import draw as draw_plan
+from lightning_dlrm.compare.anatomy import Anatomy
+from lightning_dlrm.compare.operators import ALL_KINDS
+from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
+from lightning_dlrm.compare.runs import Arm
+from lightning_dlrm.compare.statistics import METRICS
+from lightning_dlrm.tracking import names
+
+LINES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 1)), (0, (5, 1)), (0, (1, 3)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+FIRST_SHOWN = 0.05
+"""Share of a run that curves leave out at its beginning."""
+SHOWN_MARKS = 8
+"""Markers along a curve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure and what it shows."""
+
+    path: Path
+    title: str
+    caption: str
+
+
+def draw_all(
+    comparison: Comparison,
+    anatomies: Mapping[str, Anatomy],
+    operators: Mapping[str, Mapping[str, float]],
+    folder: Path,
+) -> list[Picture]:
+    """Draws every figure.
+
+    Args:
+        comparison: what was found.
+        anatomies: of each configuration.
+        operators: of each configuration that was measured: kind of operator -> milliseconds a step.
+        folder: where the files go.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawing = _Drawing(comparison, folder)
+    pictures = [drawing.figure5(), drawing.differences(), drawing.results()]
+    pictures += [drawing.curves(metric) for metric in ("accuracy", "log_loss", "auc")]
+    pictures += [drawing.calibration(), drawing.cost(), drawing.parameters(anatomies)]
+    if operators:
+        pictures.append(drawing.operators(operators))
+    pictures += drawing.plans(anatomies)
+    return pictures
+
+
+class _Drawing:
+    """The figures of one comparison, with one style for each of its configurations."""
+
+    def __init__(self, comparison: Comparison, folder: Path) -> None:
+        self._comparison = comparison
+        self._folder = folder
+        self._styles: dict[str, dict[str, Any]] = {}
+        for i, arm in enumerate(comparison.arms):
+            self._styles[arm.name] = {
+                "color": OKABE_ITO[i % len(OKABE_ITO)],
+                "linestyle": LINES[i % len(LINES)],
+                "marker": MARKERS[i % len(MARKERS)],
+            }
+
+    # --- learning ---------------------------------------------------------------------------------
+
+    def figure5(self) -> Picture:
+        """Training and validation accuracy against samples, a panel for each optimiser."""
+        panels = self._panels()
+        figure = Figure(figsize=(5.2 * len(panels) + 0.4, 4.4), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for panel, (title, arms) in zip(axes, panels.items(), strict=True):
+            for arm in arms:
+                self._course(panel, arm, names.SAMPLES, f"{names.VALIDATION}/accuracy", f"{arm.name}, validation")
+                self._course(panel, arm, names.SAMPLES, "train/accuracy", f"{arm.name}, training", thin=True)
+            panel.set_title(title)
+            panel.set_xlabel("samples seen")
+            panel.xaxis.set_major_formatter(EngFormatter())
+            panel.legend(frameon=False, fontsize=8)
+        axes[0].set_ylabel("accuracy")
+        return self._save(
+            figure,
+            "figure5",
+            "Accuracy while training",
+            "As in Figure 5 of Naumov et al. (2019): accuracy on the training samples (thin, over the last 65,536 "
+            "of them, each scored before its step) and on the validation split (thick), after the first twentieth of "
+            "the run. Lines are means over the seeds, bands reach from the lowest seed to the highest.",
+        )
+
+    def curves(self, metric: str) -> Picture:
+        """One metric, training and validation, against samples, time and operations."""
+        figure = Figure(figsize=(11, 6.2), layout="constrained")
+        rows = figure.subplots(2, 3, sharey="row")
+        for row, split in zip(rows, (names.TRAIN, names.VALIDATION), strict=True):
+            for axes, (x, label, factor) in zip(row, self._abscissae(), strict=True):
+                for arm in self._comparison.arms:
+                    self._course(axes, arm, x, f"{split}/{metric}", arm.name, factor=factor)
+                axes.xaxis.set_major_formatter(EngFormatter())
+                if split == names.VALIDATION:
+                    axes.set_xlabel(label)
+            row[0].set_ylabel(f"{'training' if split == names.TRAIN else split} {METRIC_TITLES[metric]}")
+        self._legend(figure, rows[0][0])
+        return self._save(
+            figure,
+            metric,
+            f"{METRIC_TITLES[metric][0].upper()}{METRIC_TITLES[metric][1:]} against samples, time and operations",
+            "Above over the last 65,536 training samples, below on the validation split. Time is that of training, "
+            "without validations and checkpoints, on the machine at hand; operations are those of matrix products and "
+            "interactions, forward and backward. Means over the seeds, bands from the lowest seed to the highest, "
+            "after the first twentieth of the run.",
+        )
+
+    def _abscissae(self) -> list[tuple[str, str, Any]]:
+        return [
+            (names.SAMPLES, "samples seen", lambda arm: 1.0),
+            (names.TRAINING_SECONDS, "seconds of training", lambda arm: 1.0),
+            (names.SAMPLES, "floating-point operations", lambda arm: float(arm[names.FLOPS_TRAINING])),
+        ]
+
+    def _panels(self) -> dict[str, list[Arm]]:
+        """Configurations by optimiser, where each optimiser has several; else all in one."""
+        panels: dict[str, list[Arm]] = {}
+        for arm in self._comparison.arms:
+            rule = str(arm.settings.get("model.table_optimizer.class_path")).rpartition(".")[2]
+            panels.setdefault(rule, []).append(arm)
+        if len(panels) > 1 and all(len(arms) > 1 for arms in panels.values()):
+            return panels
+        return {"": list(self._comparison.arms)}
+
+    def _course(
+        self, axes: Axes, arm: Arm, x: str, y: str, label: str, *, thin: bool = False, factor: Any = None
+    ) -> None:
+        """Mean over the runs of a configuration, and the band from the lowest to the highest."""
+        curves = [run.curve(x, y) for run in arm.runs]
+        length = min(len(ys) for _, ys in curves)
+        if not length:
+            return
+        xs = np.mean([curve[0][:length] for curve in curves], axis=0) * (factor(arm) if factor else 1.0)
+        ys = np.array([curve[1][:length] for curve in curves])
+        # What few samples say of the first steps would take most of the axis.
+        shown = xs >= FIRST_SHOWN * xs[-1]
+        xs, ys, length = xs[shown], ys[:, shown], int(shown.sum())
+        style = dict(self._styles[arm.name])
+        if thin:
+            style |= {"marker": "" if length > 1 else ".", "linewidth": 0.9, "alpha": 0.75}
+        else:
+            style |= {"linewidth": 1.8, "markersize": 4, "markevery": max(1, length // SHOWN_MARKS)}
+        axes.plot(xs, ys.mean(0), label=label, **style)
+        if len(arm.runs) > 1:
+            axes.fill_between(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=0)
+
+    # --- results ----------------------------------------------------------------------------------
+
+    def differences(self) -> Picture:
+        """The interval of every difference."""
+        comparison = self._comparison
+        count = len(comparison.pairs) // len(METRICS)
+        figure = Figure(figsize=(11, 1.7 + 0.42 * count), layout="constrained")
+        panels = figure.subplots(1, len(METRICS))
+        for axes, metric in zip(panels, METRICS, strict=True):
+            pairs = [pair for pair in comparison.pairs if pair.metric == metric]
+            for row, pair in enumerate(pairs):
+                interval = pair.difference.interval
+                decided = pair.verdict != "not_distinguishable"
+                axes.errorbar(
+                    interval.value,
+                    row,
+                    xerr=[[interval.value - interval.low], [interval.high - interval.value]],
+                    fmt="o" if decided else "s",
+                    color="black" if decided else "0.45",
+                    markerfacecolor="black" if decided else "white",
+                    capsize=3,
+                )
+            axes.axvline(0, color="0.6", linewidth=0.8)
+            axes.set_yticks(range(len(pairs)), [f"{pair.a}\nminus {pair.b}" for pair in pairs], fontsize=8)
+            axes.set_ylim(len(pairs) - 0.5, -0.5)
+            axes.set_xlabel(f"difference in {METRIC_TITLES[metric]}")
+            axes.tick_params(axis="x", labelsize=8)
+        panels[1].set_yticklabels([])
+        return self._save(
+            figure,
+            "differences",
+            "Differences",
+            f"On the {comparison.split} split, with 95% intervals that count seeds and samples: filled where the "
+            "interval leaves out 0, open where the two are not distinguishable.",
+        )
+
+    def results(self) -> Picture:
+        """Every run's result, with mean and interval."""
+        comparison = self._comparison
+        shown = ("auc", "log_loss", "accuracy")
+        figure = Figure(figsize=(11, 1.6 + 0.42 * len(comparison.arms)), layout="constrained")
+        panels = figure.subplots(1, len(shown), sharey=True)
+        for axes, metric in zip(panels, shown, strict=True):
+            for row, arm in enumerate(comparison.arms):
+                style = self._styles[arm.name]
+                values = comparison.values(arm, metric)
+                axes.plot(
+                    values, [row] * len(values), style["marker"], color=style["color"], markersize=6, fillstyle="none"
+                )
+                interval = comparison.interval(arm, metric)
+                if interval is not None:
+                    reach = [[interval.value - interval.low], [interval.high - interval.value]]
+                    axes.errorbar(interval.value, row + 0.22, xerr=reach, fmt="|", color=style["color"], capsize=3)
+            axes.set_xlabel(METRIC_TITLES[metric])
+            axes.set_yticks(range(len(comparison.arms)), [arm.name for arm in comparison.arms])
+            axes.set_ylim(len(comparison.arms) - 0.5, -0.5)
+            axes.tick_params(axis="x", labelsize=8)
+            axes.locator_params(axis="x", nbins=6)
+        return self._save(
+            figure,
+            "results",
+            "Results of every seed",
+            f"On the {comparison.split} split: a mark for each run; below it the mean and its 95% interval over the "
+            "seeds (Student's t).",
+        )
+
+    def calibration(self) -> Picture:
+        """How often samples of about the same predicted probability were clicked."""
+        figure = Figure(figsize=(9.5, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        highest = 0.0
+        for arm in self._comparison.arms:
+            found, style = self._comparison.reliability[arm.name], self._styles[arm.name]
+            reach = [found.clicked - found.low, found.high - found.clicked]
+            look = {"markersize": 4, "linewidth": 1.2, **style}
+            left.errorbar(found.predicted, found.clicked, yerr=reach, label=arm.name, **look)
+            right.errorbar(found.predicted, found.clicked - found.predicted, yerr=reach, **look)
+            highest = max(highest, float(found.predicted.max()), float(found.high.max()))
+        left.plot([0, highest], [0, highest], color="0.6", linewidth=0.8)
+        right.axhline(0, color="0.6", linewidth=0.8)
+        left.set(xlabel="mean predicted probability", ylabel="share of clicks")
+        right.set(xlabel="mean predicted probability", ylabel="share of clicks minus predicted")
+        self._legend(figure, left)
+        return self._save(
+            figure,
+            "calibration",
+            "Calibration",
+            f"The samples of the {self._comparison.split} split in 20 groups of equal size by their probability, all "
+            "seeds together; bars are Wilson's 95% intervals. On the grey line clicks are as frequent as predicted.",
+        )
+
+    # --- cost -------------------------------------------------------------------------------------
+
+    def cost(self) -> Picture:
+        """Time and memory of every run."""
+        arms = self._comparison.arms
+        shown: list[tuple[str, str, float]] = [
+            (names.TRAINING_SECONDS, "seconds of training", 1.0),
+            (names.SAMPLES_PER_SECOND, "samples/s", 1.0),
+            (names.PEAK_MEMORY, "peak memory of the process, GiB", 2.0**30),
+        ]
+        figure = Figure(figsize=(11, 1.5 + 0.42 * len(arms)), layout="constrained")
+        panels = figure.subplots(1, len(shown), sharey=True)
+        for axes, (name, label, unit) in zip(panels, shown, strict=True):
+            for row, arm in enumerate(arms):
+                values = [run.final[name] / unit for run in arm.runs if run.final.get(name) is not None]
+                if values:
+                    axes.barh(row, np.median(values), color=self._styles[arm.name]["color"], alpha=0.45, height=0.6)
+                    axes.plot(
+                        values, [row] * len(values), self._styles[arm.name]["marker"], color="black", markersize=4
+                    )
+            axes.set_xlabel(label)
+            axes.set_xlim(left=0)
+            axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
+            axes.set_ylim(len(arms) - 0.5, -0.5)
+            if name == names.SAMPLES_PER_SECOND:
+                axes.xaxis.set_major_formatter(EngFormatter())
+        return self._save(
+            figure, "cost", "Time and memory", "A mark for each run, bars are medians. Runs side by side share cores."
+        )
+
+    def parameters(self, anatomies: Mapping[str, Anatomy]) -> Picture:
+        """Parameters of each table, and of the dense parts as a stacked bar."""
+        distinct = _distinct(anatomies)
+        tables = list(dict.fromkeys(name for anatomy in distinct.values() for name in anatomy.tables))
+        shown = tables if len(tables) <= 40 else sorted(tables, key=lambda t: -_most(distinct, t))[:40]
+        figure = Figure(figsize=(11, 4.6), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
+        width = 0.8 / len(distinct)
+        for i, (title, anatomy) in enumerate(distinct.items()):
+            at = np.arange(len(shown)) + (i - (len(distinct) - 1) / 2) * width
+            counts = [anatomy.tables.get(name, 0) for name in shown]
+            left.bar(at, counts, width, label=title, **filling(i))
+        left.set_yscale("log")
+        left.set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
+        left.set_ylabel("parameters")
+        left.set_xlabel("table")
+        left.margins(x=0.01)
+        if len(distinct) > 1:
+            # Above the axes: inside they would hide bars.
+            left.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(distinct), frameon=False, fontsize=8)
+        parts = list(dict.fromkeys(name for anatomy in distinct.values() for name in anatomy.dense))
+        amounts = {part: [anatomy.dense.get(part, 0) for anatomy in distinct.values()] for part in parts}
+        _stack(right, list(distinct), amounts, "{:,.0f}")
+        right.set_ylabel("parameters")
+        right.yaxis.set_major_formatter(EngFormatter())
+        right.set_xlabel("dense parts")
+        return self._save(
+            figure,
+            "parameters",
+            "Parameters",
+            "Of each embedding table, on a logarithmic scale, and of the dense parts.",
+        )
+
+    def operators(self, operators: Mapping[str, Mapping[str, float]]) -> Picture:
+        """Time of a training step by kind of operator, as a stacked bar."""
+        figure = Figure(figsize=(2.2 + 1.7 * len(operators) + 2.2, 4.4), layout="constrained")
+        axes = figure.subplots()
+        amounts = {kind: [operators[arm][kind] for arm in operators] for kind in ALL_KINDS}
+        _stack(axes, list(operators), amounts, "{:.2f}")
+        axes.set_ylabel("milliseconds of a training step")
+        return self._save(
+            figure,
+            "operators",
+            "Where the time of a step goes",
+            "One training step by kind of operator, forward, backward and update together, from PyTorch's profiler: "
+            "medians of 11 steps at the runs' batch size, on the machine that made this report, outside Lightning.",
+        )
+
+    def plans(self, anatomies: Mapping[str, Anatomy]) -> list[Picture]:
+        """The load of each rank, of configurations whose tables were sharded."""
+        pictures = []
+        for arm, anatomy in anatomies.items():
+            found = anatomy.sharding
+            if found is None:
+                continue
+            path = self._folder / f"plan_{_file_name(arm)}.png"
+            draw_plan(found.plan, found.loads, found.costs, found.batch_size, path, self._warning())
+            pictures.append(
+                Picture(
+                    path=path,
+                    title=f"Load of each rank: {arm}",
+                    caption="What each rank holds, is asked for, and sends in a training step, by the plan.",
+                )
+            )
+        return pictures
+
+    # --- all --------------------------------------------------------------------------------------
+
+    def _legend(self, figure: Figure, axes: Axes) -> None:
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+
+    def _warning(self) -> str:
+        warnings = self._comparison.warnings
+        return f"WARNING: different data ({'; '.join(warnings)})" if warnings else ""
+
+    def _save(self, figure: Figure, name: str, title: str, caption: str) -> Picture:
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(color="0.92", linewidth=0.7)
+            axes.set_axisbelow(True)
+        if warning := self._warning():
+            figure.text(0.5, 0.5, "DIFFERENT DATA", color="#D55E00", alpha=0.25, fontsize=40, ha="center", va="center",
+                        rotation=20)  # fmt: skip
+            figure.suptitle(
+                "\n".join(textwrap.wrap(warning, int(figure.get_figwidth() * 13))), color="#D55E00", fontsize=8
+            )
+        path = self._folder / f"{name}.png"
+        figure.savefig(path, dpi=150)
+        return Picture(path=path, title=title, caption=caption)
+
+
+def _distinct(anatomies: Mapping[str, Anatomy]) -> dict[str, Anatomy]:
+    """One of those that are alike, under the names of all of them."""
+    groups: list[tuple[list[str], Anatomy]] = []
+    for name, anatomy in anatomies.items():
+        alike = next((g for g in groups if (g[1].tables, g[1].dense) == (anatomy.tables, anatomy.dense)), None)
+        if alike is None:
+            groups.append(([name], anatomy))
+        else:
+            alike[0].append(name)
+    return {",\n".join(members): anatomy for members, anatomy in groups}
+
+
+def _most(anatomies: Mapping[str, Anatomy], table: str) -> int:
+    return max(anatomy.tables.get(table, 0) for anatomy in anatomies.values())
+
+
+def _stack(axes: Axes, bars: Sequence[str], amounts: Mapping[str, Sequence[float]], text: str) -> None:
+    """Bars of several amounts on top of each other; large ones bear their figure."""
+    bottom = np.zeros(len(bars))
+    highest = max(float(np.sum([values[i] for values in amounts.values()])) for i in range(len(bars)))
+    for i, (name, values) in enumerate(amounts.items()):
+        look: dict[str, Any] = filling(i)
+        axes.bar(range(len(bars)), values, 0.6, bottom, label=name, **look)
+        for x, value in enumerate(values):
+            if value > 0.06 * highest:
+                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+                axes.text(x, bottom[x] + value / 2, text.format(value), ha="center", va="center", fontsize=8, bbox=box)
+        bottom += np.array(values)
+    axes.set_ylim(0, 1.05 * highest)
+    axes.set_xticks(range(len(bars)), bars, fontsize=8)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+
+
+def _file_name(arm: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in arm)

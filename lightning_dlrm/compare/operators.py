@@ -1,0 +1,159 @@
+"""Where the time of a training step goes, by kind of operator: measured on this machine, outside Lightning."""
+
+import bisect
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from lightning_dlrm.cli.lightning import SettingsCommand
+from lightning_dlrm.compare.runs import Arm, Run
+from lightning_dlrm.contracts.batch import Batch
+from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.run_folder import CONFIG
+
+WARM_UP, STEPS = 3, 11
+_STEP = "compare_step_"
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "matrix products": ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot", "linear", "gemm"),
+    "rows: gather, sort, scatter": (
+        "embedding", "index_select", "index_copy", "index_add", "index_put", "index", "gather", "scatter", "sort",
+        "argsort", "unique", "cumsum", "searchsorted", "repeat_interleave",
+    ),
+    "copies": ("cat", "stack", "copy", "clone", "fill", "zero", "contiguous", "to_copy", "memcpy", "memset"),
+}  # fmt: skip
+"""Kind -> the words that name its operators; others of torch are elementwise, or sums."""
+ELEMENTWISE, REST = "elementwise and sums", "autograd, Python"
+ALL_KINDS = (*KINDS, ELEMENTWISE, REST)
+
+
+def kind_of(operator: str) -> str:
+    """Of an operator as the profiler names it.
+
+    >>> [kind_of(name) for name in ("aten::addmm", "mkldnn::_linear_pointwise", "aten::index_select", "aten::add_")]
+    ['matrix products', 'matrix products', 'rows: gather, sort, scatter', 'elementwise and sums']
+    """
+    namespace, _, name = operator.rpartition("::")
+    if not namespace or "autograd" in namespace:
+        return REST
+    words = name.strip("_")
+    for kind, known in KINDS.items():
+        if any(words == word or words.startswith(f"{word}_") for word in known):
+            return kind
+    return ELEMENTWISE
+
+
+def breakdown(arms: Sequence[Arm], cache: Path) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Milliseconds of a training step of each configuration, by kind of operator.
+
+    Args:
+        arms: one run of each is asked for its configuration.
+        cache: file of what was measured before.
+
+    Returns:
+        Arm -> kind -> milliseconds; and for each arm that was not measured, why.
+    """
+    known: dict[str, Any] = json.loads(cache.read_text()) if cache.is_file() else {}
+    found, notes = {}, []
+    for arm in arms:
+        key = hashlib.sha256(json.dumps(arm.settings, sort_keys=True).encode()).hexdigest()[:16]
+        if key not in known:
+            why_not = _obstacle(arm.runs[0])
+            if why_not:
+                notes.append(f"{arm.name}: {why_not}")
+                continue
+            known[key] = measure(arm.runs[0])
+            cache.write_text(json.dumps(known, indent=1))
+        found[arm.name] = known[key]
+    return found, notes
+
+
+def _obstacle(run: Run) -> str:
+    if run.final[names.RANKS] > 1:
+        return f"its tables lie on {run.final[names.RANKS]} ranks"
+    needed, free = run.final[names.BYTES_PER_RANK], psutil.virtual_memory().available
+    if needed * 1.5 > free:
+        return f"its tables need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    return ""
+
+
+def measure(run: Run) -> dict[str, float]:
+    """Of a run's configuration and data: kind -> milliseconds a step, the medians of some steps."""
+    command = SettingsCommand(["--config", str(run.path / CONFIG)], run=False)
+    module, trainer = command.model, command.config.trainer
+    assert isinstance(module, CTRModule)
+    on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+    device = torch.device("cuda" if on_gpu else "cpu")
+    precision = str(trainer.precision)
+    data = command.datamodule
+    data.prepare_data()
+    batches = list(itertools.islice(_endless(data), WARM_UP + STEPS))
+    with contextlib.ExitStack() as stack:
+        if precision.startswith("64"):
+            torch.set_default_dtype(torch.float64)
+            stack.callback(torch.set_default_dtype, torch.float32)
+        network = module.make_network(module.schema.features, module.seed).to(device)
+        optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), module.dense_rule, module.table_rule)
+        mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
+        # The profiler's library tells of its start and stop otherwise.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        with profile(activities=_activities(on_gpu)) as profiled:
+            for number, batch in enumerate(batches):
+                with record_function(f"{_STEP}{number}"):
+                    _step(module, network, optimizer, batch.to(device), mixed)
+                    if on_gpu:
+                        torch.cuda.synchronize()
+    measured = _by_step(profiled, on_gpu)[WARM_UP:]
+    return {kind: statistics.median(step[kind] for step in measured) for kind in ALL_KINDS}
+
+
+def _endless(data: Any) -> Any:
+    while True:
+        yield from data.train_dataloader()
+
+
+def _activities(on_gpu: bool) -> list[ProfilerActivity]:
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+
+
+def _step(module: CTRModule, network: CTRNetwork, optimizer: CTROptimizer, batch: Batch, mixed: Any) -> None:
+    assert batch.label is not None
+    optimizer.zero_grad()
+    with mixed:
+        loss = module.loss.summed(network(batch.dense, batch.ids), batch.label) / batch.global_size
+    loss.backward()
+    optimizer.step()
+
+
+def _by_step(profiled: profile, on_gpu: bool) -> list[dict[str, float]]:
+    """Milliseconds of each step, by kind of operator."""
+    events = profiled.events()
+    assert events is not None
+    marks = {e.name: e.time_range for e in events if e.name.startswith(_STEP) and e.device_type == DeviceType.CPU}
+    spans = [marks[f"{_STEP}{number}"] for number in range(len(marks))]
+    starts = [span.start for span in spans]
+    found: list[dict[str, float]] = [dict.fromkeys(ALL_KINDS, 0.0) for _ in spans]
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            # A kernel, whose time its operator has as well.
+            continue
+        step = bisect.bisect_right(starts, event.time_range.start) - 1
+        if step < 0 or event.time_range.start > spans[step].end:
+            continue
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        found[step][kind_of(event.name)] += microseconds / 1e3
+    return found

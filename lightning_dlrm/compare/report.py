@@ -1,0 +1,150 @@
+"""``report.html``: everything that a comparison found, in one file that opens without a network."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from markupsafe import Markup, escape
+
+from lightning_dlrm.compare.anatomy import Anatomy
+from lightning_dlrm.compare.figures import Picture
+from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
+from lightning_dlrm.compare.runs import Arm, differing, told
+from lightning_dlrm.tracking import names
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy", "calibration")
+
+
+def write_report(
+    comparison: Comparison,
+    pictures: Sequence[Picture],
+    anatomies: Mapping[str, Anatomy],
+    operator_notes: Sequence[str],
+    path: Path,
+) -> None:
+    """Writes the report.
+
+    Args:
+        comparison: what was found.
+        pictures: in their order; they become part of the file.
+        anatomies: of each configuration.
+        operator_notes: for each configuration whose operators were not measured, why.
+        path: of the HTML file.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    run = comparison.runs[0]
+    paired = any(pair.difference.paired for pair in comparison.pairs)
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=comparison.title,
+        warnings=comparison.warnings,
+        pairs=comparison.pairs,
+        metric_titles=METRIC_TITLES,
+        summary=_summary(comparison),
+        split_note=_split_note(comparison),
+        pictures=pictures,
+        show=_embedded,
+        pairing="Runs of the same seed see the samples in the same order and are taken in pairs." if paired else "",
+        operator_notes=operator_notes,
+        parameters=_parameters(comparison.arms, anatomies),
+        settings=_settings(comparison.arms),
+        runs=_runs(comparison),
+        data_note=f"Data: {run.final['dataset']}, protocol {run.final['protocol']}, fingerprint "
+        f"{run.final['data_fingerprint'][:12]}.",
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def _embedded(picture: Picture) -> Markup:
+    """A figure with its file inside."""
+    data = base64.b64encode(picture.path.read_bytes()).decode()
+    return Markup(
+        f'<figure><img alt="{escape(picture.title)}: {escape(picture.caption)}" src="data:image/png;base64,{data}">'
+        f"<figcaption><strong>{escape(picture.title)}.</strong> {escape(picture.caption)}</figcaption></figure>"
+    )
+
+
+def _split_note(comparison: Comparison) -> str:
+    """What was scored, and how far the best reachable score is, where that is known."""
+    samples = len(comparison.scores[comparison.runs[0].name].labels)
+    note = (
+        f"On the {samples:,} samples of the {comparison.split} split, by the weights of each run's best validation AUC."
+    )
+    optimum = comparison.runs[0].final.get(names.OPTIMUM_AUC)
+    if optimum is not None:
+        note += (
+            f" Demo data: generated clicks of a planted model, whose best reachable validation AUC is {optimum:.4f}; "
+            "they say nothing of real clicks."
+        )
+    return note
+
+
+def _summary(comparison: Comparison) -> list[list[str]]:
+    arms = comparison.arms
+
+    def median(arm: Arm, name: str) -> float:
+        return float(np.median([run.final.get(name, np.nan) for run in arm.runs]))
+
+    def best(arm: Arm) -> float:
+        return float(np.mean([run.best[f"{names.VALIDATION}/auc"] for run in arm.runs]))
+
+    return [
+        ["", *(arm.name for arm in arms)],
+        ["seeds", *(", ".join(map(str, arm.seeds)) for arm in arms)],
+        *([METRIC_TITLES[metric], *(_mean_and_reach(comparison, arm, metric) for arm in arms)] for metric in _METRICS),
+        ["best validation AUC", *(f"{best(arm):.5f}" for arm in arms)],
+        ["training, s", *(f"{median(arm, names.TRAINING_SECONDS):,.0f}" for arm in arms)],
+        ["samples/s", *(f"{median(arm, names.SAMPLES_PER_SECOND):,.0f}" for arm in arms)],
+        ["peak memory, GiB", *(f"{median(arm, names.PEAK_MEMORY) / 2**30:.2f}" for arm in arms)],
+        ["parameters", *(f"{arm[names.PARAMETERS_TOTAL]:,}" for arm in arms)],
+        ["FLOPs a sample, training", *(f"{arm[names.FLOPS_TRAINING]:,}" for arm in arms)],
+    ]
+
+
+def _mean_and_reach(comparison: Comparison, arm: Arm, metric: str) -> str:
+    interval = comparison.interval(arm, metric)
+    if interval is None:
+        return f"{comparison.values(arm, metric)[0]:.5f}"
+    return f"{interval.value:.5f} ± {interval.high - interval.value:.5f}"
+
+
+def _parameters(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy]) -> list[list[str]]:
+    rows = [["", *(arm.name for arm in arms)]]
+    rows.append(["all", *(f"{arm[names.PARAMETERS_TOTAL]:,}" for arm in arms)])
+    rows.append(["in tables", *(f"{arm[names.PARAMETERS_TABLES]:,}" for arm in arms)])
+    rows.append(["dense", *(f"{arm[names.PARAMETERS_DENSE]:,}" for arm in arms)])
+    rows.append(["FLOPs per sample, forward", *(f"{arm[names.FLOPS_FORWARD]:,}" for arm in arms)])
+    rows.append(["FLOPs per sample, training", *(f"{arm[names.FLOPS_TRAINING]:,}" for arm in arms)])
+    for kind, prefix in (("dense", ""), ("tables", "table ")):
+        of_arms = [getattr(anatomies[arm.name], kind) for arm in arms]
+        for part in dict.fromkeys(name for counts in of_arms for name in counts):
+            rows.append([f"{prefix}{part}", *(f"{counts[part]:,}" if part in counts else "-" for counts in of_arms)])
+    return rows
+
+
+def _settings(arms: Sequence[Arm]) -> list[list[str]]:
+    rows = [["", *(arm.name for arm in arms)]]
+    for key, values in differing({arm.name: arm.settings for arm in arms}).items():
+        cells = [told(values.get(arm.name)) for arm in arms]
+        if len(set(cells)) > 1:
+            rows.append([key, *cells])
+    return rows
+
+
+def _runs(comparison: Comparison) -> list[list[str]]:
+    rows = [["run", "seed", *(METRIC_TITLES[name] for name in _METRICS), "samples", "training s", "folder"]]
+    for run in comparison.runs:
+        metrics = comparison.scores[run.name].metrics
+        rows.append(
+            [
+                run.name,
+                str(run.seed),
+                *(f"{metrics[name]:.5f}" for name in _METRICS),
+                f"{run.final[names.SAMPLES]:,.0f}",
+                f"{run.final[names.TRAINING_SECONDS]:,.0f}",
+                str(run.path),
+            ]
+        )
+    return rows

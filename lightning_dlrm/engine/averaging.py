@@ -1,0 +1,225 @@
+"""Averages of a model's weights over the steps of a fit, tables included.
+
+A table row that a step leaves alone keeps its weight, so its average can wait: it is brought up to date
+when the row is about to change, from how many steps it has stood still. That costs a step only the rows
+it touches, and the result is that of averaging every row at every step.
+
+Shape suffixes: R rows held here, U rows touched, D width.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, TablePiece
+from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.sharding.checkpoint import CheckpointReader
+
+AVERAGE, AVERAGED_STEPS = "average", "averaged_steps"
+"""Slots of a table in a checkpoint: the average [R, D], and int32 [R], how many steps are in it."""
+KEY = "averages"
+"""Of what else a checkpoint says of averages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaging:
+    """Validations, tests and predictions take an average of the weights of many steps; training does not.
+
+    An exponential moving average, a <- d a + (1 - d) w after each step, as in Polyak and Juditsky (1992)
+    with a memory of 1 / (1 - d) steps; while there are fewer, all weigh the same. It takes as much memory
+    as the weights and 4 bytes a table row, and as much as the weights again during a validation.
+
+    Args:
+        decay: d, 0 to 1; 1 for the plain mean of all steps.
+        start_share: share of the fit's steps that pass before the first one that counts, 0 to below 1.
+    """
+
+    decay: float = 0.99
+    start_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1 or not 0 <= self.start_share < 1:
+            raise UserError(
+                f"averaging: decay is {self.decay} and start_share {self.start_share}; expected 0 to 1, and 0 to below 1"
+            )
+
+
+def kept_share(decay: float, before_U: Tensor, steps: int) -> Tensor:
+    """What is left of an average of ``before_U`` steps after ``steps`` in all; float64 [U].
+
+    Step k keeps min(d, (k - 1) / k) of the average, so that the first steps weigh the same; the product
+    over k telescopes to m / n as long as (k - 1) / k is the smaller one, and is a power of d from there on.
+    """
+    before_U = before_U.double()
+    if decay == 1:
+        return before_U / steps
+    equal = int(1 / (1 - decay))
+    means_U = before_U.clamp(max=equal) / min(steps, equal)
+    return means_U * decay ** (max(steps, equal) - before_U.clamp(min=equal))
+
+
+def mix(average: Tensor, weight: Tensor, kept: Tensor | float) -> Tensor:
+    """kept * average + (1 - kept) * weight, row by row; in the weight's precision."""
+    share = torch.as_tensor(kept, dtype=torch.float64, device=weight.device)
+    share = (1 - share).to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)) if weight.dim() else 1 - share
+    # Where nothing is kept the weight itself, whatever an average of no steps holds.
+    return torch.where(share == 1, weight, torch.lerp(average, weight, share.to(weight.dtype)))
+
+
+class WeightAverages:
+    """The averages of a network under training.
+
+    Args:
+        network: whose weights are averaged; its floating-point buffers, such as running means of
+            batch normalisation, are too.
+        settings: see Averaging.
+        start_step: optimiser steps before the first one that counts.
+    """
+
+    def __init__(self, network: CTRNetwork, settings: Averaging, start_step: int) -> None:
+        self.settings = settings
+        self.start_step = start_step
+        self.lookups = [lookup for lookup in network.lookups() if lookup.weight.requires_grad]
+        self.dense = dict(_dense_tensors(network))
+        self.dense_average = {name: torch.zeros_like(tensor) for name, tensor in self.dense.items()}
+        self.dense_steps = 0
+        # Zeros that are not touched take no memory.
+        self.tables: list[dict[str, Tensor]] = [
+            {
+                AVERAGE: torch.zeros_like(lookup.weight.detach()),
+                AVERAGED_STEPS: torch.zeros(len(lookup.weight), dtype=torch.int32, device=lookup.weight.device),
+            }
+            for lookup in self.lookups
+        ]
+        self._trained: list[tuple[Tensor, Tensor]] | None = None
+
+    @torch.no_grad()
+    def before_batch(self, steps_done: int) -> None:
+        """Brings dense weights up to date. Not later, since a forward pass changes running means."""
+        counted = steps_done - self.start_step
+        if counted > self.dense_steps:
+            for name, value in self._dense_averages(counted).items():
+                self.dense_average[name].copy_(value)
+            self.dense_steps = counted
+
+    @torch.no_grad()
+    def before_step(self, steps_done: int) -> None:
+        """Brings the rows up to date that the step after ``steps_done`` will change, while they are as they were."""
+        counted = steps_done - self.start_step
+        if counted < 1:
+            return
+        for lookup, state in zip(self.lookups, self.tables, strict=True):
+            gradient = lookup.gradient()
+            if gradient is not None:
+                rows = gradient.rows
+                kept_U = kept_share(self.settings.decay, state[AVERAGED_STEPS].index_select(0, rows), counted)
+                weight_UD = lookup.weight.detach().index_select(0, rows)
+                state[AVERAGE].index_copy_(0, rows, mix(state[AVERAGE].index_select(0, rows), weight_UD, kept_U))
+                state[AVERAGED_STEPS].index_fill_(0, rows, counted)
+
+    @torch.no_grad()
+    def put_in(self, steps_done: int) -> None:
+        """Puts the averages of ``steps_done`` steps in the weights' place, until ``take_out``."""
+        assert self._trained is None
+        counted = steps_done - self.start_step
+        if counted < 1:
+            return
+        weights = [(self.dense[name], value) for name, value in self._dense_averages(counted).items()]
+        for lookup, state in zip(self.lookups, self.tables, strict=True):
+            kept_R = kept_share(self.settings.decay, state[AVERAGED_STEPS], counted)
+            weights.append((lookup.weight.data, mix(state[AVERAGE], lookup.weight.data, kept_R)))
+        self._trained = [(weight, weight.clone()) for weight, _ in weights]
+        for weight, average in weights:
+            weight.copy_(average)
+
+    @torch.no_grad()
+    def take_out(self) -> None:
+        """Gives the weights back that ``put_in`` took away, to the bit."""
+        trained, self._trained = self._trained or [], None
+        for weight, value in trained:
+            weight.copy_(value)
+
+    def slots(self) -> dict[EmbeddingLookup, dict[str, Tensor]]:
+        """What a checkpoint keeps of each table, beside its weights and its optimiser's slots."""
+        assert self._trained is None
+        return dict(zip(self.lookups, self.tables, strict=True))
+
+    def state(self, steps_done: int) -> dict[str, Any]:
+        """The rest of what a checkpoint keeps."""
+        return {
+            "settings": asdict(self.settings) | {"start_step": self.start_step},
+            "counted": max(0, steps_done - self.start_step),
+            "dense": self.dense_average,
+            "dense_steps": self.dense_steps,
+        }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any], reader: CheckpointReader) -> None:
+        """Takes what ``state`` and ``slots`` gave.
+
+        Raises:
+            UserError: the averages are of other settings.
+        """
+        ours = asdict(self.settings) | {"start_step": self.start_step}
+        if state["settings"] != ours:
+            raise UserError(
+                f"checkpoint {reader.folder} averages weights with {_words(state['settings'])}, this run with "
+                f"{_words(ours)}: resume with the same settings and length of the fit, or start a new run"
+            )
+        for name, average in self.dense_average.items():
+            average.copy_(state["dense"][name])
+        self.dense_steps = state["dense_steps"]
+        for lookup, slots in zip(self.lookups, self.tables, strict=True):
+            for piece in lookup.pieces:
+                for slot, values in slots.items():
+                    reader.read_rows(piece, slot, piece.of(values))
+
+    def _dense_averages(self, counted: int) -> dict[str, Tensor]:
+        kept = float(kept_share(self.settings.decay, torch.tensor(self.dense_steps), counted))
+        return {name: mix(self.dense_average[name], tensor, kept) for name, tensor in self.dense.items()}
+
+
+@torch.no_grad()
+def average_rows(state: Mapping[str, Any], reader: CheckpointReader, piece: TablePiece, weight_RD: Tensor) -> None:
+    """Puts a saved average in the place of saved weights, for evaluations.
+
+    Args:
+        state: what ``WeightAverages.state`` gave.
+        reader: of the checkpoint.
+        piece: of a table.
+        weight_RD: its weights, as trained.
+    """
+    if state["counted"] < 1 or AVERAGE not in reader.manifest.tables[piece.name].shapes:
+        return
+    average_RD = torch.empty_like(weight_RD)
+    steps_R = torch.empty(len(weight_RD), dtype=torch.int32, device=weight_RD.device)
+    reader.read_rows(piece, AVERAGE, average_RD)
+    reader.read_rows(piece, AVERAGED_STEPS, steps_R)
+    kept_R = kept_share(state["settings"]["decay"], steps_R, state["counted"])
+    weight_RD.copy_(mix(average_RD, weight_RD, kept_R))
+
+
+@torch.no_grad()
+def averaged_dense(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Dense weights by the network's names -> their averages, for evaluations; see ``average_rows``."""
+    if state["counted"] < 1:
+        return dict(weights)
+    kept = float(kept_share(state["settings"]["decay"], torch.tensor(state["dense_steps"]), state["counted"]))
+    averages = state["dense"]
+    return {name: mix(averages[name], w, kept) if name in averages else w for name, w in weights.items()}
+
+
+def _dense_tensors(network: CTRNetwork) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the network's state that is of floating point and no table."""
+    tables = {id(lookup.weight) for lookup in network.lookups()}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if id(tensor) not in tables and tensor.is_floating_point():
+            yield name, tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())

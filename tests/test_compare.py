@@ -1,0 +1,421 @@
+"""Contract: ``compare`` trains what an experiment says, once, or takes finished runs; it refuses what is unlike,
+and what it concludes is in report.json, in the report and in its figures."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from matplotlib.figure import Figure
+
+from datamodules.criteo import Criteo
+from datamodules.generate.demo import DemoSettings
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.compare import command as comparing
+from lightning_dlrm.compare.anatomy import anatomy
+from lightning_dlrm.compare.experiment import PlannedArm, plan_arms, read_experiment
+from lightning_dlrm.compare.operators import breakdown
+from lightning_dlrm.compare.processes import Job, Slots, trained_samples, work_off
+from lightning_dlrm.compare.results import compare
+from lightning_dlrm.compare.runs import arms_of, read_run
+from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.objectives.metrics import exact_auc
+from lightning_dlrm.tracking.dashboard import Dashboard
+
+REPOSITORY = Path(__file__).parents[1]
+DEMO = {"train_rows": 2000, "validation_rows": 500, "test_rows": 400, "max_table_rows": 50}
+TINY = {"embedding_dim": 4}
+NETWORKS = {
+    "dlrm": {"class_path": "DLRM", "init_args": {**TINY, "bottom_mlp": [4], "top_mlp": [4]}},
+    "dcn": {"class_path": "DCN", "init_args": {**TINY, "cross": "vector", "cross_layers": 1, "deep": [4]}},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "compare-cache"))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+
+
+def write_experiment(**changes: Any) -> Path:
+    """An experiment of two tiny models in the working folder, and a configuration for each of its arms."""
+    for name, network in NETWORKS.items():
+        model = {
+            "network": network,
+            "table_optimizer": {"class_path": "SGD", "init_args": {"learning_rate": 1.0}},
+            "dense_optimizer": {"class_path": "Adagrad", "init_args": {"learning_rate": 0.01}},
+        }
+        data = {"class_path": "Criteo", "init_args": {"path": "demo", "demo": DEMO, "batch_size": 200}}
+        trainer = {"max_epochs": 1, "log_every_n_steps": 1, "val_check_interval": 5, "check_val_every_n_epoch": None}
+        Path(f"{name}.yaml").write_text(yaml.safe_dump({"model": model, "data": data, "trainer": trainer}))
+    document = {
+        "arms": {name: f"{name}.yaml" for name in NETWORKS},
+        "seeds": [1, 2],
+        "compared": ["model.network"],
+        "kept": ["model", "data.init_args.batch_size"],
+    }
+    Path("tiny.yaml").write_text(yaml.safe_dump(document | changes, sort_keys=False))
+    return Path("tiny.yaml")
+
+
+def planned(overlays: tuple[str, ...] = (), options: tuple[str, ...] = (), **changes: Any) -> list[PlannedArm]:
+    experiment = read_experiment(write_experiment(**changes))
+    return plan_arms(experiment, overlays, options, Path("overlays"))[0]
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["compare", *arguments]) == 2
+    return capsys.readouterr().err
+
+
+# --- what an experiment is -----------------------------------------------------------------------------
+
+
+def test_overlays_change_what_is_shared_and_leave_what_is_kept() -> None:
+    Path("over.yaml").write_text(
+        yaml.safe_dump({"model": {"network": NETWORKS["dcn"]}, "data": {"init_args": {"batch_size": 7, "threads": 2}}})
+    )
+    dlrm, dcn = planned(("over.yaml",), ("--trainer.max_steps", "4"))
+    assert dlrm.document["model"]["network"]["class_path"].endswith("DLRM")
+    for arm in (dlrm, dcn):
+        data = arm.document["data"]["init_args"]
+        assert data["batch_size"] == 200 and data["threads"] == 2
+        # Each run has its own: it follows the seed that the run is given.
+        assert data["seed"] is None
+        assert arm.samples == 4 * 200
+    assert dlrm.size.tables == dcn.size.tables and dlrm.size.dense != dcn.size.dense
+
+
+def test_arms_that_differ_in_more_than_what_is_compared_are_refused() -> None:
+    with pytest.raises(UserError, match=r"differ in what is not compared \(model\.network\.class_path"):
+        planned(compared=["model.table_optimizer"])
+    with pytest.raises(UserError, match="arms dlrm and again have the same settings"):
+        planned(arms={"dlrm": "dlrm.yaml", "again": "dlrm.yaml"})
+
+
+def test_paper_s_experiment_has_the_paper_s_settings() -> None:
+    experiment = read_experiment(find_config("figure5.yaml"))
+    assert len(experiment.seeds) == 5
+    kaggle = ["--data.path", "demo", "--data.class_path", "Criteo"]
+    arms, notes = plan_arms(experiment, ["criteo_kaggle.yaml"], kaggle, Path("overlays"))
+    assert any("model" in note for note in notes)
+    found = {arm.name: arm.document for arm in arms}
+    assert set(found) == {"dlrm_sgd", "dcn_sgd", "dlrm_adagrad", "dcn_adagrad"}
+    for name, document in found.items():
+        assert document["data"]["init_args"]["batch_size"] == 128 and document["trainer"]["max_epochs"] == 1
+        rule = "SGD" if name.endswith("sgd") else "Adagrad"
+        assert document["model"]["table_optimizer"]["class_path"].endswith(f".{rule}")
+        assert document["model"]["schedule"] is None
+    assert {arm.size.total for arm in arms} == {540_677_217, 540_558_554}
+    with pytest.raises(UserError, match="CriteoKaggle reads 'kaggle'"):
+        plan_arms(experiment, ["criteo_kaggle.yaml"], [], Path("overlays"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arm": {"a": "dlrm.yaml"}}, "unknown key arm; did you mean arms"),
+        ({"arms": {"dlrm": "dlrm.yaml"}}, "has one arm, dlrm"),
+        ({"arms": {"dlrm": "dlrm.yaml", "a/b": "dcn.yaml"}}, "'a/b' is not of letters"),
+        ({"arms": {"dlrm": "dlrm.yaml", "dcn": "nowhere.yaml"}}, "arm dcn: no configuration nowhere.yaml"),
+        ({"seeds": [1, 1]}, "expected different whole numbers"),
+        ({"compared": "model"}, "compared is 'model'; expected a list"),
+    ],
+)
+def test_a_wrong_experiment_is_one_line(changes: Any, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_experiment(**changes)
+    error = error_of(capsys, "--config", "tiny.yaml", "--output", "out")
+    assert message in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "out"], "nothing to compare"),
+        (["a", "b"], "give --output DIR"),
+        (["a", "--outptu", "out"], "unknown option --outptu"),
+        (["a", "b", "--output", "out"], "a is no run folder"),
+        (["--config", "small.yaml", "--output", "out"], "0 of the --config files name arms"),
+        (["--config", "tiny.yaml", "--output", "out", "--data.pth", "x"], "unknown key pth; did you mean path?"),
+        (["--config", "tiny.yaml", "--output", "out", "--seeds", "1,x"], "expected whole numbers"),
+        (["--config", "tiny.yaml", "--output", "out", "--parallel", "0"], "1 or more"),
+    ],
+)
+def test_a_wrong_command_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_experiment()
+    error = error_of(capsys, *arguments)
+    assert message in error and len(error.strip().splitlines()) == 1
+
+
+# --- runs that are there -------------------------------------------------------------------------------
+
+
+def leave_run(arm: PlannedArm, seed: int, output: Path, skill: float) -> Path:
+    """A run folder as a fit leaves it, and predictions as ``predict`` makes them, better with more skill."""
+    path = Path(f"{arm.name}-{seed}")
+    path.mkdir()
+    (path / "config.yaml").write_text(yaml.safe_dump({**arm.document, "seed_everything": seed}))
+    data = Criteo("demo", demo=DemoSettings(**arm.document["data"]["init_args"]["demo"]))
+    data.prepare_data()
+    schema = data.schema
+    lines = [
+        {"step": k, "samples": 200 * k, "train/accuracy": 0.7, "train/auc": 0.5 + k / 50, "train/log_loss": 0.6,
+         "validation/accuracy": 0.7, "validation/auc": 0.5 + k / 50, "validation/log_loss": 0.6,
+         "speed/training_s": 0.1 * k}
+        for k in range(1, 11)
+    ]  # fmt: skip
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    final = {
+        **lines[-1], "speed/samples_per_s": 100.0, "memory/peak_bytes": 1 << 30, "parameters/tables": arm.size.tables,
+        "parameters/dense": arm.size.dense, "parameters/total": arm.size.total, "parallel/ranks": 1,
+        "parallel/bytes_per_rank": 4 * arm.size.tables, "flops_per_sample/forward": 10, "flops_per_sample/training": 30,
+        "dataset": schema.dataset, "protocol": schema.protocol, "encoding_fingerprint": schema.encoding_fingerprint,
+        "data_fingerprint": schema.data_fingerprint,
+    }  # fmt: skip
+    (path / "summary.json").write_text(json.dumps({"final": final, "best": lines[-1]}))
+    data.setup("test")
+    labels = np.concatenate([batch.label.numpy() for batch in data.test_dataloader()])
+    random = np.random.default_rng(seed)
+    logits = -1 + skill * labels + random.normal(size=len(labels))
+    scores = output / "scores" / path.name
+    scores.mkdir(parents=True)
+    probabilities = (1 / (1 + np.exp(-logits))).astype(np.float32)
+    pq.write_table(
+        pa.table({"row": np.arange(len(labels)), "probability": probabilities}), scores / "predictions.parquet"
+    )
+    note_source(read_run(path), "test", scores)
+    return path
+
+
+def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+    dlrm, dcn = planned()
+    output = Path("out")
+    paths = [leave_run(arm, s, output, skill) for arm, skill in ((dlrm, 2.0), (dcn, 1.0)) for s in (3, 1, 2)]
+    assert main(["compare", *map(str, paths), "--output", "out"]) == 0
+    said = capsys.readouterr().out
+    assert "DLRM is better than DCN by AUC" in said and "report: out/report.html" in said
+
+    document = json.loads((output / "report.json").read_text())
+    assert set(document) == {"runs", "pairs"}
+    assert [(run["arm"], run["seed"]) for run in document["runs"]] == [
+        (a, s) for a in ("DLRM", "DCN") for s in (1, 2, 3)
+    ]
+    auc, log_loss = document["pairs"]
+    assert (auc["a"], auc["b"], auc["metric"], auc["verdict"]) == ("DLRM", "DCN", "auc", "a_better")
+    assert log_loss["metric"] == "log_loss"
+    for pair in (auc, log_loss):
+        assert pair["low"] < pair["difference"] < pair["high"]
+    means = [
+        np.mean([r["metrics"]["test/auc"] for r in document["runs"] if r["arm"] == arm]) for arm in ("DLRM", "DCN")
+    ]
+    assert auc["difference"] == pytest.approx(means[0] - means[1], abs=1e-9)
+    table = pq.read_table(output / "scores/dlrm-1/predictions.parquet")
+    data = Criteo("demo", demo=DemoSettings(**DEMO))
+    data.setup("test")
+    labels = torch.cat([batch.label for batch in data.test_dataloader()])
+    scored = exact_auc(torch.from_numpy(table["probability"].to_numpy().copy()), labels)
+    assert document["runs"][0]["metrics"]["test/auc"] == pytest.approx(scored, abs=1e-12)
+
+    html = (output / "report.html").read_text()
+    figures = {path.stem for path in (output / "figures").iterdir()}
+    assert {"figure5", "auc", "log_loss", "accuracy", "calibration", "cost", "parameters", "operators"} <= figures
+    assert html.count("data:image/png;base64,") == len(figures)
+    assert "http" not in html and "WARNING" not in html
+    assert auc["reason"].startswith("the interval leaves out 0 with 3 seeds in pairs")
+    assert html.index("<h2>Verdicts</h2>") < html.index("<table>") and "is better than DCN by AUC" in html
+
+
+def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_dlrm.compare.command.draw_all", lambda *found: [])
+    dlrm, dcn = planned()
+    paths = [leave_run(dlrm, 1, Path("out"), 5.0), leave_run(dcn, 1, Path("out"), 0.0)]
+    assert main(["compare", *map(str, paths), "--output", "out"]) == 0
+    pairs = json.loads(Path("out/report.json").read_text())["pairs"]
+    assert [pair["verdict"] for pair in pairs] == ["not_distinguishable"] * 2
+    assert all("one seed of DLRM and of DCN" in pair["reason"] for pair in pairs)
+    assert all(pair["low"] > 0 or pair["high"] < 0 for pair in pairs), "the samples alone would have decided"
+
+
+def test_other_data_are_refused_unless_forced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dlrm, _ = planned()
+    _, dcn = planned(options=("--data.demo.test_rows", "300"))
+    runs = [leave_run(arm, seed, Path("out"), 1.0) for arm in (dlrm, dcn) for seed in (1, 2)]
+    arguments = [*map(str, runs), "--output", "out"]
+    error = error_of(capsys, *arguments)
+    assert "of different data" in error and "data fingerprint: " in error and "dlrm-1, dlrm-2" in error
+    assert "data.init_args.demo.test_rows: 400, 300" in error and not Path("out/report.json").exists()
+
+    titles: dict[str, str] = {}
+
+    def save(figure: Figure, path: Path, **options: Any) -> None:
+        path.write_bytes(b"")
+        titles[path.stem] = figure.get_suptitle()
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    assert main(["compare", *arguments, "--force"]) == 0
+    assert "WARNING: data fingerprint" in capsys.readouterr().out
+    assert "these runs are of different data" in Path("out/report.html").read_text()
+    assert len(titles) >= 9 and all("WARNING: different data" in title for title in titles.values()), titles
+    pairs = json.loads(Path("out/report.json").read_text())["pairs"]
+    assert all("2 and 2 seeds" in pair["reason"] for pair in pairs), "other samples cannot be taken in pairs"
+
+
+def test_what_is_missing_in_a_run_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    dlrm, dcn = planned()
+    one, two = leave_run(dlrm, 1, Path("out"), 1.0), leave_run(dcn, 1, Path("out"), 1.0)
+    arguments = [str(one), str(two), "--output", "out"]
+    kept = (one / "summary.json").read_text()
+
+    summary = json.loads(kept)
+    del summary["final"]["validation/auc"]
+    (one / "summary.json").write_text(json.dumps(summary))
+    assert "the run dlrm-1 has no validation/auc in its summary.json" in error_of(capsys, *arguments)
+
+    with (one / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "samples": 2200}\n')
+    (one / "summary.json").write_text(kept)
+    assert "dlrm-1 is not finished: it has gone on to step 11" in error_of(capsys, *arguments)
+    (one / "summary.json").unlink()
+    assert "dlrm-1 is not finished; end it with: python -m lightning_dlrm fit" in error_of(capsys, *arguments)
+
+    (one / "summary.json").write_text(kept)
+    (one / "metrics.jsonl").write_text("")
+    (Path("out/scores") / two.name / "source.json").unlink()
+    assert "dcn-1 has no checkpoints/best to score" in error_of(capsys, *arguments)
+    assert "all of one configuration" in error_of(capsys, str(one), "--output", "out")
+    assert "given twice" in error_of(capsys, str(one), str(one), "--output", "out")
+
+
+def test_runs_are_grouped_by_configuration_whatever_their_seed() -> None:
+    dlrm, dcn = planned()
+    runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for seed in (2, 1) for arm in (dlrm, dcn)]
+    assert [(arm.name, arm.seeds) for arm in arms_of(runs)] == [("DLRM", (1, 2)), ("DCN", (1, 2))]
+    with pytest.raises(UserError, match="one configuration and one seed"):
+        arms_of([*runs, runs[0]])
+
+
+def test_a_sharded_run_shows_what_each_rank_held() -> None:
+    dlrm, _ = planned()
+    path = leave_run(dlrm, 1, Path("out"), 1.0)
+    alone = anatomy(read_run(path))
+    assert alone.sharding is None
+    assert sum(alone.tables.values()) == dlrm.size.tables and sum(alone.dense.values()) == dlrm.size.dense
+    summary = json.loads((path / "summary.json").read_text())
+    summary["final"]["parallel/ranks"] = 2
+    (path / "summary.json").write_text(json.dumps(summary))
+    sharding = anatomy(read_run(path)).sharding
+    assert sharding is not None and [cost.rank for cost in sharding.costs] == [0, 1]
+    assert TINY["embedding_dim"] * sum(cost.rows for cost in sharding.costs) == dlrm.size.tables
+    assert sharding.batch_size == 200
+    assert breakdown(arms_of([read_run(path)]), Path("operators.json")) == ({}, ["DLRM: its tables lie on 2 ranks"])
+
+
+def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = planned()
+    runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm in arms for seed in (1, 2)]
+    labels = shared_labels(runs, "test")
+    scores = {run.name: read_scores(Path("out/scores") / run.name, *labels.values()) for run in runs}
+    comparison = compare(arms_of(runs), scores, title="t", split="test")
+    published = []
+    monkeypatch.setattr(comparing, "choose_mode", lambda mode: ("online", ""))
+    monkeypatch.setattr(comparing, "publish", lambda board: published.append(board) or {"report": "https://w/r"})
+    said = comparing._dashboard({"project": "p", "mode": "auto"}, "tiny-out", comparison)
+    assert said == "W&B report: https://w/r"
+    assert published == [
+        Dashboard(project="p", group="tiny-out", findings=[pair.sentence for pair in comparison.pairs])
+    ]
+
+    def refuse(board: Dashboard) -> None:
+        raise UserError("no extra")
+
+    monkeypatch.setattr(comparing, "publish", refuse)
+    assert "no workspace and no report (no extra); later: python -m" in comparing._dashboard(
+        {"project": "p", "mode": "auto"}, "tiny-out", comparison
+    )
+
+
+# --- processes -----------------------------------------------------------------------------------------
+
+
+def job(name: str, *commands: list[str]) -> Job:
+    return Job(name=name, commands=commands, run=Path(name), log=Path("logs") / f"{name}.log")
+
+
+def test_jobs_go_on_where_one_fails() -> None:
+    done = []
+    jobs = [job("bad", ["nosuch"]), job("good", ["--help"], ["--help"])]
+    with pytest.raises(UserError, match=r"1 of 2 runs failed.*\n  bad ended with code 2: no command nosuch"):
+        work_off(jobs, Slots.choose(2, []), lambda finished: done.append(finished.name))
+    assert done == ["good"]
+    assert Path("logs/good.log").read_text().count("usage:") == 2
+
+
+def test_a_run_that_another_process_is_at_is_left_alone() -> None:
+    Path("logs").mkdir()
+    with Path("logs/busy.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is at work on busy"):
+            work_off([job("busy", ["--help"])], Slots.choose(1, []), lambda finished: None)
+
+
+def test_slots_share_out_gpus_or_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert Slots.choose(None, ["0", "3"]).environments == [
+        {"CUDA_VISIBLE_DEVICES": "0"},
+        {"CUDA_VISIBLE_DEVICES": "3"},
+    ]
+    assert Slots.choose(None, []).environments == [{}]
+    cores = len(os.sched_getaffinity(0))
+    assert Slots.choose(2, []).environments == [{"OMP_NUM_THREADS": str(max(1, cores // 2))}] * 2
+
+
+def test_samples_so_far_are_read_from_half_written_lines(tmp_path: Path) -> None:
+    assert trained_samples(tmp_path) == 0
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples": 200}\n{"step": 2, "sam')
+    assert trained_samples(tmp_path) == 200
+
+
+@pytest.mark.slow
+def test_an_experiment_runs_once_stops_cleanly_and_goes_on() -> None:
+    write_experiment(seeds=[5])
+    command = [sys.executable, "-m", "lightning_dlrm", "compare", "--config", "tiny.yaml", "--output", "out"]
+    command += ["--parallel", "2", "--discard-checkpoints"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not list(Path("out/runs").glob("*/metrics.jsonl")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    document = json.loads(Path("out/report.json").read_text())
+    assert [run["name"] for run in document["runs"]] == ["dlrm-5", "dcn-5"]
+    for run in document["runs"]:
+        configuration = yaml.safe_load((Path(run["folder"]) / "config.yaml").read_text())
+        assert configuration["seed_everything"] == configuration["data"]["init_args"]["seed"] == 5
+        assert configuration["wandb"]["group"] == "tiny-out"
+        assert not (Path(run["folder"]) / "checkpoints").exists()
+    written = {path: path.stat().st_mtime_ns for path in Path("out").glob("runs/*/*")}
+    assert main(command[3:]) == 0
+    assert written == {path: path.stat().st_mtime_ns for path in Path("out").glob("runs/*/*")}
+    with pytest.raises(UserError, match="holds runs with other settings of dlrm"):
+        comparing.run([*command[4:], "--trainer.max_steps", "3"])

@@ -1,0 +1,161 @@
+"""Contract: intervals of a comparison are those of the books, and count both the seeds and the test samples."""
+
+import itertools
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import log_loss, roc_auc_score
+
+from lightning_dlrm.compare.statistics import (
+    Interval,
+    components,
+    difference,
+    over_seeds,
+    reliability,
+    verdict,
+)
+
+
+def clicks(samples: int, seed: int = 0) -> tuple[Any, Any]:
+    """Labels and probabilities with many ties."""
+    random = np.random.default_rng(seed)
+    labels = (random.random(samples) < 0.3).astype(np.int8)
+    return labels, np.clip((0.3 * labels + random.random(samples)).round(1) / 1.5, 0.01, 0.99).astype(np.float32)
+
+
+def test_components_have_the_metric_as_their_mean() -> None:
+    labels, probabilities = clicks(500)
+    (losses,) = components("log_loss", probabilities, labels)
+    assert losses.mean() == pytest.approx(log_loss(labels, probabilities.astype(float)), abs=1e-12)
+    for stratum in components("auc", probabilities, labels):
+        assert stratum.mean() == pytest.approx(roc_auc_score(labels, probabilities), abs=1e-12)
+
+
+def test_auc_components_are_counts_over_the_other_class() -> None:
+    labels, probabilities = clicks(60)
+    clicked, others = probabilities[labels == 1], probabilities[labels == 0]
+    wins = (clicked[:, None] > others) + 0.5 * (clicked[:, None] == others)
+    below, above = components("auc", probabilities, labels)
+    np.testing.assert_allclose(below, wins.mean(1), atol=1e-12)
+    np.testing.assert_allclose(above, wins.mean(0), atol=1e-12)
+
+
+def test_one_run_a_side_has_the_variance_of_delong() -> None:
+    labels, first = clicks(80)
+    second = clicks(80, seed=3)[1]
+    found = difference([components("auc", first, labels)], [components("auc", second, labels)], paired=False)
+    # DeLong et al. (1988), equations 5 to 8, written out.
+    covariances = []
+    for label in (1, 0):
+        rows = []
+        for scores in (first, second):
+            own, other = scores[labels == label], scores[labels != label]
+            wins = [np.mean([(x > y) + 0.5 * (x == y) for y in other]) for x in own]
+            rows.append(wins if label else [1 - win for win in wins])
+        covariances.append(np.cov(rows) / len(rows[0]))
+    total = covariances[0] + covariances[1]
+    variance = total[0, 0] + total[1, 1] - 2 * total[0, 1]
+    assert found.sample_variance == pytest.approx(variance, rel=1e-9)
+    z = NormalDist().inv_cdf(0.975)
+    assert found.interval.high - found.interval.value == pytest.approx(z * variance**0.5, rel=1e-9)
+
+
+def constant(values: list[float], samples: int = 50) -> list[Any]:
+    """Runs whose every sample has the same value: only the seeds vary."""
+    return [(np.full(samples, value),) for value in values]
+
+
+def test_where_only_seeds_vary_the_interval_is_students_and_welchs() -> None:
+    a, b = [0.71, 0.74, 0.72, 0.75], [0.70, 0.72, 0.73, 0.71]
+    paired = difference(constant(a), constant(b), paired=True)
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert (paired.interval.low, paired.interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    welch = difference(constant(a), constant(b[:3]), paired=False)
+    result = stats.ttest_ind(a, b[:3], equal_var=False)
+    expected = result.confidence_interval(0.95)
+    assert (welch.interval.low, welch.interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert welch.degrees_of_freedom == pytest.approx(result.df, rel=1e-12)
+    mean = over_seeds(a)
+    assert mean is not None
+    assert (mean.low, mean.high) == pytest.approx(stats.t.interval(0.95, 3, np.mean(a), stats.sem(a)), abs=1e-12)
+
+
+def test_the_samples_part_is_the_covariance_of_different_seeds() -> None:
+    random = np.random.default_rng(1)
+    samples, seeds = 40, 4
+    a, b = (random.normal(size=(seeds, samples)) + random.normal(size=samples) for _ in range(2))
+    as_runs = [[(row,) for row in side] for side in (a, b)]
+    d = a - b
+    paired = np.mean([np.cov(d[i], d[j])[0, 1] for i, j in itertools.permutations(range(seeds), 2)])
+    found = difference(*as_runs, paired=True)
+    assert found.sample_variance == pytest.approx(paired / samples, rel=1e-9)
+    own = [np.mean([np.cov(x[i], x[j])[0, 1] for i, j in itertools.permutations(range(seeds), 2)]) for x in (a, b)]
+    across = np.mean([np.cov(x, y)[0, 1] for x in a for y in b])
+    found = difference(*as_runs, paired=False)
+    assert found.sample_variance == pytest.approx((sum(own) - 2 * across) / samples, rel=1e-9)
+
+
+def test_sides_scored_on_other_samples_vary_apart() -> None:
+    random = np.random.default_rng(2)
+    a, b = random.normal(size=(3, 30)), random.normal(size=(3, 50))
+    found = difference([(x,) for x in a], [(x,) for x in b], paired=True, same_samples=False)
+    assert not found.paired
+    parts = 0.0
+    for side in (a, b):
+        pairs = itertools.permutations(range(3), 2)
+        parts += np.mean([np.cov(side[i], side[j])[0, 1] for i, j in pairs]) / side.shape[1]
+    assert found.sample_variance == pytest.approx(max(parts, 0.0), rel=1e-9)
+
+
+def test_intervals_hold_the_truth_where_seeds_and_samples_both_vary() -> None:
+    random = np.random.default_rng(3)
+    seeds, samples, repetitions = 3, 100, 400
+    for paired in (True, False):
+        missed = 0
+        for _ in range(repetitions):
+            shared = random.normal(0, 0.1, seeds) if paired else 0.0
+            sides = []
+            for _ in range(2):
+                effects = shared + random.normal(0, 0.05, seeds)
+                sides.append(effects[:, None] + random.normal(0, 0.5, samples) + random.normal(size=(seeds, samples)))
+            found = difference(*([(row,) for row in side] for side in sides), paired=paired)
+            missed += not found.interval.low <= 0 <= found.interval.high
+        assert missed <= 0.08 * repetitions
+
+
+def test_equal_runs_differ_by_nothing() -> None:
+    labels, probabilities = clicks(100)
+    runs = [components("auc", probabilities, labels)] * 2
+    found = difference(runs, runs, paired=True)
+    assert found.interval == Interval(value=0.0, low=0.0, high=0.0)
+    assert verdict("auc", found.interval) == "not_distinguishable"
+
+
+def test_verdicts_know_which_way_is_better() -> None:
+    above, below = Interval(value=0.2, low=0.1, high=0.3), Interval(value=-0.2, low=-0.3, high=-0.1)
+    assert (verdict("auc", above), verdict("auc", below)) == ("a_better", "b_better")
+    assert (verdict("log_loss", above), verdict("log_loss", below)) == ("b_better", "a_better")
+    assert verdict("auc", Interval(value=0.1, low=-0.1, high=0.3)) == "not_distinguishable"
+
+
+def test_one_class_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="both classes"):
+        components("auc", np.array([0.1, 0.2]), np.array([0, 0]))
+
+
+def test_a_single_seed_has_no_interval() -> None:
+    assert over_seeds([0.7]) is None
+
+
+def test_reliability_is_that_of_scikit_learn() -> None:
+    labels, _ = clicks(1000)
+    probabilities = np.random.default_rng(5).random(1000).astype(np.float32)
+    found = reliability(probabilities, labels, groups=10)
+    shares, predicted = calibration_curve(labels, probabilities.astype(float), n_bins=10, strategy="quantile")
+    np.testing.assert_allclose(found.predicted, predicted, atol=2e-3)
+    np.testing.assert_allclose(found.clicked, shares, atol=2e-2)
+    assert (found.low < found.clicked).all() and (found.clicked < found.high).all()

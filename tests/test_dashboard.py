@@ -1,0 +1,150 @@
+"""Contract: the dashboard as code shows what runs log, under the names they log it by, and is saved where there is a
+server that takes it; else one clear line says what is missing."""
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.dashboard import Dashboard, build_report, build_workspace
+
+SECTIONS = ["quality", "training", "speed", "system", "parallel"]
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def spec(built: Any) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(built._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
+    return document
+
+
+def panels_of(workspace: Any) -> dict[str, list[dict[str, Any]]]:
+    sections = spec(workspace)["section"]["panelBankConfig"]["sections"]
+    return {section["name"]: [panel["config"] for panel in section["panels"]] for section in sections}
+
+
+def test_the_workspace_shows_the_runs_of_the_group_over_samples() -> None:
+    workspace = build_workspace(Dashboard(project="p", entity="me", group="figure 5"))
+    panels = panels_of(workspace)
+    assert list(panels) == SECTIONS
+    whole = spec(workspace)["section"]
+    (condition,) = whole["runSets"][0]["filters"]["filters"]
+    assert (condition["key"]["name"], condition["value"]) == ("group", "figure 5")
+    assert whole["settings"]["xAxis"] == "samples"
+    assert {panel["xAxis"] for panel in panels["training"]} == {"samples"}
+    drawn = [metric for panel in panels["quality"] for metric in panel.get("metrics", [])]
+    for metric in names.METRICS:
+        assert f"validation/{metric}" in drawn and f"train/{metric}" in drawn
+
+
+def test_every_metric_that_is_drawn_is_one_that_runs_have() -> None:
+    """So that a renamed metric cannot leave an empty panel."""
+    ours = {value for value in vars(names).values() if isinstance(value, str)}
+    ours |= {f"{stage}/{metric}" for stage in ("train", "validation") for metric in names.METRICS}
+    for section, panels in panels_of(build_workspace(Dashboard(project="p", entity="me"))).items():
+        for panel in panels:
+            drawn = [*panel.get("metrics", []), *(panel[axis] for axis in ("xAxis", "yAxis") if axis in panel)]
+            for metric in drawn:
+                bare = re.sub(r"^summary_metrics\.|^config\.|^summary:|^config:|\.value$|\.max$", "", metric)
+                bare = re.sub(r"^(config|summary)[.:]|\.value$", "", bare)
+                assert bare in ours or bare == "_runtime" or bare.startswith("system/"), (section, metric)
+            if pattern := panel.get("metricRegex"):
+                assert pattern.removesuffix("/.*") in ours or pattern.startswith("system/")
+
+
+def test_the_report_opens_with_the_findings() -> None:
+    report = build_report(
+        Dashboard(project="p", group="g", findings=["dcn is better than dlrm by AUC: 0.00100 higher."])
+    )
+    text = json.dumps(spec(report))
+    assert text.index("dcn is better than dlrm") < text.index("Quality") < text.index("Parallel")
+    assert text.count('"panel-grid"') == len(SECTIONS) + 1
+
+
+def test_without_a_key_one_line_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dashboard", "--project", "p"]) == 2
+    error = capsys.readouterr().err
+    assert "no API key" in error and "wandb login" in error and len(error.splitlines()) == 1
+
+
+def test_a_group_that_cannot_be_filtered_by_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dashboard", "--group", "it's"]) == 2
+    assert "quotes" in capsys.readouterr().err
+
+
+class _Server(BaseHTTPRequestHandler):
+    """As much of a W&B server as saving needs."""
+
+    refuses = False
+    saved: list[dict[str, Any]]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        asked = json.loads(body) if body.startswith(b"{") else {"query": ""}
+        query, variables = asked["query"], asked.get("variables") or {}
+        data: dict[str, Any] = {}
+        if "viewer" in query:
+            data["viewer"] = {"id": "VXNlcjox", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+        if "internalId" in query:
+            data["project"] = {"internalId": "UHJvamVjdDox"}
+        if "GetProjects" in query:
+            node = {"id": "1", "name": "p", "entityName": "me", "createdAt": "2026-01-01", "isBenchmark": False}
+            page = {"endCursor": None, "hasNextPage": False}
+            data["models"] = {"edges": [{"node": node | {"user": None}, "cursor": "1"}], "pageInfo": page}
+        if "upsertView" in query:
+            self.saved.append(variables)
+            view = {"id": "VjE=", "name": "nw-1-v", "displayName": "t", "description": "", "type": variables["type"]}
+            view |= {"spec": variables["spec"], "project": {"id": "1", "name": "p", "entityName": "me"}, "user": None}
+            data["upsertView"] = {"view": view | {"updatedAt": None, "createdAt": None}, "inserted": True}
+        refused = self.refuses and "upsertView" in query
+        answer = json.dumps({"errors": [{"message": "permission denied"}]} if refused else {"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Server]]:
+    handler = type("Handler", (_Server,), {"saved": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{running.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        yield handler
+        running.shutdown()
+        thread.join()
+
+
+def test_both_are_saved_at_the_server(server: type[_Server], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dashboard", "--project", "p", "--group", "g"]) == 0
+    assert [(view["type"], view["entityName"], view["displayName"]) for view in server.saved] == [
+        ("project-view", "me", "p: g"),
+        ("runs", "me", "p: g"),
+    ]
+    told = capsys.readouterr().out
+    assert re.search(r"workspace +http://127.0.0.1:\d+/me/p\?nw=", told)
+    assert re.search(r"report +http://127.0.0.1:\d+/me/p/reports/", told)
+
+
+def test_a_refusal_is_one_line(server: type[_Server], capsys: pytest.CaptureFixture[str]) -> None:
+    server.refuses = True
+    assert main(["dashboard", "--project", "p"]) == 2
+    assert "error: W&B refuses the dashboard of p (" in capsys.readouterr().err
