@@ -4,10 +4,12 @@ say."""
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import fsspec
+from typing import TYPE_CHECKING
 
 from lightning_dlrm.contracts.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 
 def is_remote(place: str) -> bool:
@@ -20,12 +22,15 @@ def in_process_only(place: str) -> bool:
     return place.startswith("memory://")
 
 
-def file_system(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
     """The fsspec file system of an address, and the path in it.
 
     Raises:
         UserError: fsspec does not know it, or its package is not installed.
     """
+    # Imported here: most data lie on this machine, and workers start the sooner without it.
+    import fsspec
+
     kind = address.partition("://")[0]
     try:
         system, path = fsspec.core.url_to_fs(address)

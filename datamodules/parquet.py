@@ -14,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,6 +34,9 @@ from lightning_dlrm.contracts.schema import (
     Split,
     file_sha256,
 )
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 # A row group is what a lane of the stream decodes at once and shuffles as its window, so 48 lanes
 # hold 48 of them: 130 MB at 165 bytes a row. Groups of 8,192 rows decode at 80% of the best speed
@@ -292,7 +294,7 @@ class Folder:
 
     def __init__(self, where: "str | Path | Folder") -> None:
         self._name = str(where)
-        self._remote: fsspec.AbstractFileSystem | None = None
+        self._remote: AbstractFileSystem | None = None
         if is_remote(self._name):
             self._remote, self._root = file_system(self._name)
         else:

@@ -21,6 +21,7 @@ from lightning_dlrm.bench.contenders import (
     draw_batch,
     plain_network,
 )
+from lightning_dlrm.bench.gpu import loss_targets, render_targets
 from lightning_dlrm.bench.paper import OPERATORS
 from lightning_dlrm.bench.timeline import Timeline
 from lightning_dlrm.bench.worker import Worker
@@ -67,6 +68,15 @@ def test_operations_of_the_parts_are_the_models(model: str) -> None:
     assert products == 16 * model_size(workload.network()).flops_per_sample_training
     rows = {(i % 2, int(value)) for i, value in enumerate(batch.ids.values.flatten())}
     assert roofline.distinct_rows(workload, batch) == len(rows)
+
+
+def test_the_losses_that_a_gpu_is_asked_for_are_compared() -> None:
+    """On a CPU through Triton's interpreter, and without graphs."""
+    pytest.importorskip("triton", reason="triton is not installed: fused kernels are not compared")
+    workload = Workload(tables=(30, 3), dense=5, width=8, bottom=(16, 8), top=(12,))
+    targets = loss_targets(workload, CPU, 16, 3)
+    assert [target.met for target in targets] == [True, True, True]
+    assert "first loss against eager" in render_targets(targets)
 
 
 LOOP = """
@@ -157,6 +167,7 @@ def test_a_fit_is_timed_step_by_step(tmp_path: Path) -> None:
         (["step", "--batch-size", "0"], "--batch-size is 0"),
         (["lookup", "--tables", "-1"], "--tables is -1"),
         (["paper", "--batches", "2"], "give as many batches"),
+        (["gpu"], "finds no CUDA device"),
         (["paper", "--plot", "figure.doc"], "named like no figure"),
         (["step", "--peer", "nowhere"], "no checkout of facebookresearch/dlrm"),
         (["step", "--model", "dcn", "--max-rows", "0"], "--max-rows is 0"),

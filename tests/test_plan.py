@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -145,6 +146,34 @@ def test_expected_distinct_rows_are_those_of_the_sum(rows: int, skew: float) -> 
     for start, stop in ((0, rows), (0, rows // 3), (rows // 3, rows // 2)):
         expected = sum(chance[start:stop])
         assert found.between(start, stop) == pytest.approx(expected, rel=0.02, abs=0.05)
+
+
+def test_counted_rows_are_busy_wherever_they_are() -> None:
+    counts = np.random.default_rng(0).permutation(np.arange(3000) ** 3)
+    table = TableLoad(name="C1", rows=3000, width=4, bytes_per_row=16, counts=counts)
+    found = DistinctRows(table, 700)
+    chance = 1 - np.exp(-700 * counts / counts.sum())
+    for start, stop in ((0, 3000), (0, 64), (10, 40)):
+        assert found.between(start, stop) == pytest.approx(chance[start:stop].sum())
+    costs = rank_costs(make_plan([table], 3, 2100), [table], 2100)
+    assert imbalance([cost.work for cost in costs]) < 1.15 and imbalance([cost.bytes for cost in costs]) < 1.15
+
+
+def test_the_command_counts_lookups_in_the_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path / "cache"))
+    made = ["--tables", "50,400", "--rows", "3000", "--validation-rows", "10", "--test-rows", "10"]
+    assert main(["generate", "random", "--output", str(tmp_path / "data"), *made, "--dense", "1"]) == 0
+    capsys.readouterr()
+    command = ["plan", "--config", "dlrm.yaml", "--data.path", str(tmp_path / "data"), "--ranks", "1", "--json"]
+    assert main([*command, "--counted"]) == 0
+    # Uniform ids, 450 rows, most of them in a batch of 2,048, where Zipf's law expects fewer of them.
+    assert json.loads(capsys.readouterr().out)["per_rank"][0]["rows_asked_per_batch"] == pytest.approx(440, abs=5)
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["per_rank"][0]["rows_asked_per_batch"] < 430
+    assert main(["plan", "--config", "dlrm.yaml", "--counted"]) == 2
+    assert "no dataset folder at" in capsys.readouterr().err
 
 
 def test_bytes_sent_are_those_of_a_hand_count() -> None:

@@ -186,6 +186,26 @@ def test_two_hosts_find_the_same(tmp_path: Path, alone: Path, two_hosts: list[li
     assert_same_metrics(tmp_path / "run", alone)
 
 
+def assert_tables_are_logged(run_folder: Path) -> None:
+    """Each table's traffic is possible, and that of all tables is what the two ranks have sent."""
+    sent = metrics(run_folder, "parallel/sent_bytes_per_step")
+    moved, entries = torch.zeros_like(sent), CheckpointReader(run_folder / "checkpoints/last").manifest.tables
+    final = json.loads((run_folder / "summary.json").read_text())["final"]
+    for name, entry in entries.items():
+        rows = entry.shapes["weight"][0]
+        table = f"parallel/tables/{name}"
+        asked, moved_here = (metrics(run_folder, f"{table}/{key}_per_step") for key in ("asked_rows", "moved_bytes"))
+        assert (asked > 0).all() and (asked <= 2 * min(rows, 128)).all()
+        # An id of 4 bytes, a vector and a gradient of 16 float64, for rows of the other rank.
+        assert (moved_here <= asked * (4 + 2 * 128)).all()
+        moved = moved + moved_here[-len(sent) :]
+        assert ((metrics(run_folder, f"{table}/work_imbalance") >= 1) & (asked > 0)).all()
+        assert rows / 2 <= final[f"{table}/rows_per_rank"] <= rows
+        assert final[f"{table}/bytes_per_rank"] == 128 * final[f"{table}/rows_per_rank"]
+    on_two_ranks = slice(-10, None)
+    assert (sent[on_two_ranks] <= moved[on_two_ranks]).all() and (moved[on_two_ranks] <= 2 * sent[on_two_ranks]).all()
+
+
 @pytest.mark.usefixtures("same_data")
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, alone: Path) -> None:
     """Three ranks started by torchrun's environment, one killed; two, started by Lightning, go on."""
@@ -212,6 +232,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, alone
     assert_same_metrics(tmp_path / "run", alone)
     assert (metrics(tmp_path / "run", "parallel/exchange_ms_per_step") > 0).all()
     assert (metrics(tmp_path / "run", "parallel/sent_bytes_per_step") > 0).all()
+    assert_tables_are_logged(tmp_path / "run")
     final = json.loads((tmp_path / "run/summary.json").read_text())["final"]
     total = sum(
         entry.shapes["weight"][0]

@@ -9,17 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import wandb
 import yaml
 from wandb.sdk.launch.sweeps import utils as sweeps
 
+from datamodules.criteo import Criteo
+from datamodules.generate.demo import DemoSettings
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import shipped_configs
 from lightning_dlrm.engine.diagnostics import NormRecorder
-from lightning_dlrm.tracking.wandb_run import RunPlace, choose_mode, start_wandb
+from lightning_dlrm.tracking.run_folder import RunFolder
+from lightning_dlrm.tracking.wandb_run import RunPlace, WandbExtras, choose_mode, start_wandb
 from tests.test_cli import FIT, QUICK
 from tests.test_fit import lines, trainer_of
 from tests.toy import ToyData, ToyLoader, toy_dlrm, toy_module
@@ -212,6 +217,26 @@ def test_the_dataset_is_referred_to_and_the_weights_are_uploaded(
 
 def test_system_metrics_are_kept(runs: list[list[dict[str, Any]]]) -> None:
     assert all("proc.memory.rssMB" in of_type(records, "stats")[0]["item"] for records in runs)
+
+
+def test_a_server_that_takes_no_dataset_does_not_stop_a_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path / "cache"))
+
+    class Refusing:
+        offline = False
+
+        def use_artifact(self, artifact: wandb.Artifact) -> None:
+            raise wandb.Error("storage\nis full")
+
+    data = Criteo("demo", demo=DemoSettings(train_rows=2048, validation_rows=512, test_rows=512, max_table_rows=100))
+    data.prepare_data()
+    logger: Any = SimpleNamespace(experiment=Refusing())
+    extras = WandbExtras(RunFolder(tmp_path), logger, dict, log_model=False)
+    trainer: Any = SimpleNamespace(datamodule=data)
+    extras.on_fit_start(trainer, toy_module())
+    assert "does not refer to its dataset: storage is full" in caplog.text
 
 
 def test_norms_are_those_of_the_step(tmp_path: Path) -> None:

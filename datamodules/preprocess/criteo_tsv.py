@@ -44,6 +44,7 @@ _MAX_LINE_BYTES = 1 << 20  # a Criteo line has about 250; a limit, so that a fil
 _STEP_BYTES = 1 << 12  # read at a time to find a line's end
 _LOOK_AT_EACH = 64  # lines of a piece with a bad one; longer pieces are halved first
 
+_COUNTED_AT_ONCE = 1 << 16
 _HASH_DIGITS = 8
 
 _PARSE = pyarrow.csv.ParseOptions(
@@ -225,8 +226,10 @@ def _dictionary_of_hashes(digits: pa.FixedSizeBinaryArray) -> pa.DictionaryArray
 
 
 def count_lines(text: bytes) -> int:
-    """Line feeds; three times as fast as ``bytes.count``."""
-    return int(np.count_nonzero(np.frombuffer(text, np.uint8) == ord("\n")))
+    """Line feeds; twice as fast as ``bytes.count``, in steps that stay in the cache."""
+    characters = np.frombuffer(text, np.uint8)
+    steps = range(0, len(text), _COUNTED_AT_ONCE)
+    return sum(int(np.count_nonzero(characters[at : at + _COUNTED_AT_ONCE] == ord("\n"))) for at in steps)
 
 
 def _first_bad_line(text: bytes, labelled: bool) -> BadLineError:

@@ -56,8 +56,24 @@ def skew_of(column: Column, counts: NDArray[np.int64]) -> Skew:
 
 
 def vocabulary_skew(folder: str | Path | Folder, schema: DatasetSchema, column: Column) -> Skew | None:
-    """The skew of a column as its vocabulary tells: ``count`` of each ``id``, which is the position where there is no
-    such column. None if it has none, or one without counts, or several ids a row: those are not what was counted.
+    """The skew of a column as its vocabulary tells; None where it tells nothing: see ``_vocabulary_counts``."""
+    counts = _vocabulary_counts(folder, schema, column)
+    return None if counts is None else skew_of(column, counts)
+
+
+def lookup_counts(folder: str | Path | Folder, schema: DatasetSchema, column: Column) -> NDArray[np.int64]:
+    """How often each id of a column is looked up, [cardinality]; counted in all rows where no vocabulary tells.
+
+    Raises:
+        UserError: a file is missing or altered.
+    """
+    counts = _vocabulary_counts(folder, schema, column)
+    return _counted(folder, schema, column) if counts is None else counts
+
+
+def _vocabulary_counts(folder: str | Path | Folder, schema: DatasetSchema, column: Column) -> NDArray[np.int64] | None:
+    """``count`` of each ``id``, which is the position where there is no such column. None if there is no vocabulary, or
+    one without counts, or several ids a row: those are not what was counted.
 
     Raises:
         UserError: the vocabulary is no readable Parquet file.
@@ -85,7 +101,7 @@ def vocabulary_skew(folder: str | Path | Folder, schema: DatasetSchema, column: 
         raise UserError(f"{where / path} is altered: it cannot be decoded ({one_line(error)}); {remedy}") from error
     except IndexError:
         raise UserError(f"{where / path} has ids beyond the {column.cardinality} rows of its table; {remedy}") from None
-    return skew_of(column, counts)
+    return counts
 
 
 def all_skews(folder: str | Path | Folder, schema: DatasetSchema, progress: bool = True) -> Iterator[Skew]:
@@ -98,13 +114,13 @@ def all_skews(folder: str | Path | Folder, schema: DatasetSchema, progress: bool
     """
     columns = schema.by_role("categorical", "multi_hot")
     for column in tqdm(columns, desc="Reading ids", unit=" tables", disable=None if progress else True):
-        yield vocabulary_skew(folder, schema, column) or _counted_skew(folder, schema, column)
+        yield skew_of(column, lookup_counts(folder, schema, column))
 
 
-def _counted_skew(folder: str | Path | Folder, schema: DatasetSchema, column: Column) -> Skew:
+def _counted(folder: str | Path | Folder, schema: DatasetSchema, column: Column) -> NDArray[np.int64]:
     counts = np.zeros(column.cardinality, np.int64)
     for file in part_files(schema):
         for table in read_groups(folder, schema, file, [column]):
             ids = table.column(column.name)
             np.add.at(counts, (pc.list_flatten(ids) if column.role == "multi_hot" else ids).to_numpy(), 1)
-    return skew_of(column, counts)
+    return counts

@@ -11,6 +11,7 @@ WORKS: dict[str, str] = {
     "step": "a training step on batches in memory",
     "fit": "the whole fit from a dataset folder, against bare loops",
     "paper": "the benchmark of the DLRM paper's section 5.2, by operator and as a roofline",
+    "gpu": "all that is asked of one GPU, checked and timed in one call",
     "auc": "the exact AUC of as many predictions as Terabyte's held-out day has",
     "sharding": "training steps with tables in pieces on several processes, against copied tables",
     "trace": "profiling a column's accesses, and generating accesses like them",
@@ -19,6 +20,9 @@ WORKS: dict[str, str] = {
 }
 """Subcommand -> what it measures. Module ``lightning_dlrm.bench.<subcommand>`` has ``DESCRIPTION``,
 ``add_arguments(parser)`` and ``run(args)``, which gives the rows."""
+
+_ON_CPUS = ("loader", "preprocess")
+"""Works that read data: no other device or precision takes part."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
         )
         module.add_arguments(work)
+        if name in _ON_CPUS:
+            # One command line for all works that a script may go through.
+            work.add_argument("--device", default="cpu", choices=("cpu",), help="the only one for this work")
+            work.add_argument("--precision", default="32-true", choices=("32-true",), help="the only one for this work")
         work.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there, as a list of objects")
 
 

@@ -5,6 +5,7 @@ Shape suffixes: B samples, I dense features, F tables, V vectors, D width, P pai
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from datamodules.generate.random import PRESETS
 from lightning_dlrm.bench.options import autocast
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.engine.graphs import GraphedStep
 from lightning_dlrm.models.cross import CrossKind
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
@@ -118,31 +120,49 @@ def _no_mark(label: str) -> None:
 
 
 class OurStep:
-    """Forward, loss, backward and update, as ``fit`` makes them."""
+    """Forward, loss, backward and update, as ``fit`` makes them.
 
-    def __init__(self, network: CTRNetwork, precision: str, device: torch.device) -> None:
+    Args:
+        graphs: as under ``cuda_graphs``; a step with marks is eager all the same.
+    """
+
+    def __init__(self, network: CTRNetwork, precision: str, device: torch.device, graphs: bool = False) -> None:
         self.network = network
         self.optimizer = CTROptimizer(
             network.dense_parameters(), network.lookups(), SGD(LEARNING_RATE), SGD(LEARNING_RATE)
         )
-        self._loss = LogLoss()
         self._precision, self._device = precision, device
+        self._graphs = GraphedStep(network, _mean_loss, self.optimizer, self._uncached_autocast) if graphs else None
+
+    def _uncached_autocast(self) -> AbstractContextManager[object]:
+        enabled = self._precision == "bf16-mixed"
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def __call__(self, batch: Batch, mark: Mark = _no_mark) -> Tensor:
         """The step's loss, of a batch that may still be in the host's memory."""
         mark("data")
         batch = batch.to(self._device)
-        assert batch.label is not None
+        self.optimizer.replay = None
+        if self._graphs is not None and mark is _no_mark and self._graphs.takes(batch):
+            loss, _ = self._graphs.forward_backward(batch)
+            self.optimizer.replay = self._graphs.update
+            self.optimizer.step()
+            return loss
         mark("update")
         self.optimizer.zero_grad()
         mark("")
         with autocast(self._device, self._precision):
-            loss = self._loss.summed(self.network(batch.dense, batch.ids), batch.label) / batch.global_size
+            loss = _mean_loss(self.network(batch.dense, batch.ids), batch)
         loss.backward()
         mark("update")
         self.optimizer.step()
         mark("")
         return loss.detach()
+
+
+def _mean_loss(logits_B: Tensor, batch: Batch) -> Tensor:
+    assert batch.label is not None
+    return LogLoss().summed(logits_B, batch.label) / batch.global_size
 
 
 class PlainStep:

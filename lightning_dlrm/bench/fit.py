@@ -102,7 +102,10 @@ def run(args: argparse.Namespace) -> list[Measurement]:
             command = _fit_command(args, folder, precision, temporary / f"fit-{precision}")
             fit = stack.enter_context(Worker(command, temporary))
             contenders["ours", "fit", precision] = partial(fit, args.steps)
-            ours, theirs = OurStep(network, precision, device), PlainStep(plain, precision, device)
+            ours, theirs = (
+                OurStep(network, precision, device, graphs=device.type == "cuda"),
+                PlainStep(plain, precision, device),
+            )
             contenders["ours", "bare loop", precision] = _loop(args, ours, _endless(loader(), device), device)
             batches = map(PlainBatch.of, _endless(loader(), device))
             contenders["baseline", "plain loop", precision] = _loop(args, theirs, batches, device)
@@ -161,6 +164,7 @@ def _fit_command(args: argparse.Namespace, folder: Path, precision: str, run_dir
         "data.batch_size": args.batch_size,
         "trainer.accelerator": "gpu" if args.device == "cuda" else "cpu",
         "trainer.precision": precision,
+        "model.cuda_graphs": str(args.device == "cuda").lower(),
         "trainer.max_epochs": -1,
         "trainer.max_steps": 100_000_000,
         "trainer.limit_val_batches": 0,

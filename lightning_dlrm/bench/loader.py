@@ -33,7 +33,13 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="a dataset folder (default: the demo data of fit)")
     parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[2048, 128, 16_384], metavar="N", help="default: 2048 128 16384"
+        "--batch-sizes",
+        "--batch-size",
+        type=int,
+        nargs="+",
+        default=[2048, 128, 16_384],
+        metavar="N",
+        help="default: 2048 128 16384",
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="the median counts (default: %(default)s)")

@@ -138,7 +138,10 @@ def _makers(
     network, plain = workload.network().to(device), plain_network(workload).to(device)
     makers: dict[tuple[Implementation, str], tuple[Any, Callable[[Any], Any]]] = {}
     for precision in args.precision:
-        makers["ours", precision] = OurStep(network, precision, device), lambda batch: batch
+        makers["ours", precision] = (
+            OurStep(network, precision, device, graphs=device.type == "cuda"),
+            lambda batch: batch,
+        )
         makers["baseline", precision] = PlainStep(plain, precision, device), PlainBatch.of
     return makers
 

@@ -13,7 +13,10 @@ import torch
 import yaml
 from jsonargparse import DefaultHelpFormatter
 from pytorch_lightning.cli import LightningArgumentParser
+from tqdm import tqdm
 
+from datamodules.parquet import load_schema
+from datamodules.preprocess.skew import lookup_counts
 from lightning_dlrm.cli.lightning import SettingsCommand
 from lightning_dlrm.cli.palette import OKABE_ITO, filling
 from lightning_dlrm.contracts.errors import UserError
@@ -90,6 +93,12 @@ class PlanCommand(SettingsCommand):
         )
         parser.add_argument("--skew", type=float, default=1.0, help="row i is drawn in proportion to (i + 1)^-skew")
         parser.add_argument(
+            "--counted",
+            action="store_true",
+            help="take how often each row is looked up from the dataset folder, in place of --skew: from the counts in "
+            "its vocabularies, else by reading the column's rows",
+        )
+        parser.add_argument(
             "--indices",
             type=str | None,
             default=None,
@@ -115,6 +124,8 @@ def run(arguments: Sequence[str]) -> int:
     with torch.device("meta"):
         network = module.make_network(module.schema.features, module.seed)
     loads = table_loads(network, module, settings.skew, parse_indices(settings.indices, module.schema.features))
+    if settings.counted:
+        loads = _counted(loads, command.datamodule.folder)
     batch_size = getattr(command.datamodule, "batch_size", DEFAULT_BATCH_SIZE)
     if settings.device_memory is not None:
         return _place(settings, network, loads, batch_size)
@@ -132,6 +143,23 @@ def run(arguments: Sequence[str]) -> int:
         draw(plan, loads, costs, batch_size, Path(settings.plot))
     print(json.dumps(figures(plan, costs, batch_size), indent=1) if settings.json else describe(plan, loads, costs))
     return 0
+
+
+def _counted(loads: Sequence[TableLoad], folder: Any) -> list[TableLoad]:
+    """The same with counted lookups, for tables with a row for each id of a column.
+
+    Raises:
+        UserError: there is no such dataset folder, or it is damaged.
+    """
+    schema = load_schema(folder)
+    columns = {column.name: column for column in schema.by_role("categorical", "multi_hot")}
+    found = []
+    for load in tqdm(loads, desc="Reading ids", unit=" tables", disable=None):
+        column = columns.get(load.name.partition("/")[0])
+        # A row of another table of the column, such as a quotient's, is that of several ids.
+        counts = lookup_counts(folder, schema, column) if column and column.cardinality == load.rows else None
+        found.append(dataclasses.replace(load, counts=counts))
+    return found
 
 
 def _place(settings: Any, network: CTRNetwork, loads: Sequence[TableLoad], batch_size: int) -> int:

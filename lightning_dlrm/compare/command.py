@@ -170,7 +170,8 @@ def _dashboard(settings: Mapping[str, Any], group: str, comparison: Comparison) 
         return f"W&B: offline ({reason}); for a workspace and a report there, once the runs are sent: {later}"
     findings = [pair.sentence for pair in comparison.pairs]
     try:
-        saved = publish(Dashboard(project=settings["project"], group=group, findings=findings))
+        where = {"project": settings["project"], "entity": settings["entity"] or "", "group": group}
+        saved = publish(Dashboard(**where, findings=findings))
     except UserError as error:
         # The report is there; a page of W&B's is no reason to fail.
         return f"W&B: no workspace and no report ({error}); later: {later}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, TablePiece
 from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
 
 AVERAGE, AVERAGED_STEPS = "average", "averaged_steps"
@@ -44,7 +45,8 @@ class Averaging:
     def __post_init__(self) -> None:
         if not 0 <= self.decay <= 1 or not 0 <= self.start_share < 1:
             raise UserError(
-                f"averaging: decay is {self.decay} and start_share {self.start_share}; expected 0 to 1, and 0 to below 1"
+                f"averaging: decay is {self.decay} and start_share {self.start_share}; "
+                "expected 0 to 1, and 0 to below 1"
             )
 
 
@@ -78,9 +80,19 @@ class WeightAverages:
             batch normalisation, are too.
         settings: see Averaging.
         start_step: optimiser steps before the first one that counts.
+
+    Raises:
+        UserError: the tables are held where their rows cannot be followed: on several ranks, or in host memory
+            beside a device.
     """
 
     def __init__(self, network: CTRNetwork, settings: Averaging, start_step: int) -> None:
+        for lookup in network.lookups():
+            if not isinstance(lookup, EmbeddingTables) or lookup.ON_HOST:
+                raise UserError(
+                    f"model.averaging follows whole tables on the training device; these are {type(lookup).__name__}: "
+                    "leave model.averaging out, or train on one device"
+                )
         self.settings = settings
         self.start_step = start_step
         self.lookups = [lookup for lookup in network.lookups() if lookup.weight.requires_grad]

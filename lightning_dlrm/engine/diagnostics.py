@@ -95,7 +95,9 @@ def _sums_over_rows(network: CTRNetwork, tables: list[str]) -> NDArray[np.float6
             continue
         ends = torch.tensor([piece.offset + piece.stop - piece.start for piece in lookup.pieces])
         piece_U = torch.searchsorted(ends, gradient.rows.cpu(), right=True)
-        touched = lookup.weight.index_select(0, gradient.rows)
+        # Rows in host memory may still be on their way there.
+        lookup.settle()
+        touched = lookup.weight.index_select(0, gradient.rows.to(lookup.weight.device))
         weights = touched.float().norm(dim=1), gradient.values.float().norm(dim=1), torch.ones(len(touched))
         for i, weight in enumerate(weights):
             of_pieces = torch.bincount(piece_U, weight.double().cpu(), len(lookup.pieces))

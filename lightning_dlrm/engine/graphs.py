@@ -123,12 +123,12 @@ class GraphedStep:
         def place(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.clone()
 
-        def padded(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else torch.cat([tensor, tensor.new_zeros(spare)]) if spare else tensor.clone()
+        def padded(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor, tensor.new_zeros(spare)]) if spare else tensor.clone()
 
-        self._batch = replace(
-            batch.map(place), ids=replace(ids.map(place), values=padded(ids.values), weights=padded(ids.weights))
-        )
+        weights = None if ids.weights is None else padded(ids.weights)
+        placed = replace(ids.map(place), values=padded(ids.values), weights=weights)
+        self._batch = replace(batch.map(place), ids=placed)
         device = batch.dense.device
         self._rates = {
             group["name"]: (

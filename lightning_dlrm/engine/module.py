@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -20,6 +20,7 @@ from lightning_dlrm.engine.graphs import GraphedStep, SideStream
 from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
+from lightning_dlrm.models.fbgemm_tables import use_fbgemm
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.objectives.curves import ClickCurves, click_curves
@@ -44,7 +45,7 @@ class CTRModule(pl.LightningModule):
         loss: what is minimised: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
             whatever it is.
         kernels: what looks up and updates table rows. plain: torch, on any device; triton: fused kernels for a
-            CUDA device; auto: triton on a CUDA device, else plain.
+            CUDA device; auto: triton on a CUDA device, else plain; fbgemm: FBGEMM's, where it is installed.
         cuda_graphs: launch a whole step at once, for a CUDA device; batches of another size than the first (an epoch's
             last one) are trained on without. It needs the fused kernels.
         averaging: take an average of many steps' weights for validations, tests and predictions; None for the
@@ -65,7 +66,7 @@ class CTRModule(pl.LightningModule):
         loss: Loss | None = None,
         averaging: Averaging | None = None,
         *,
-        kernels: Kernels = "auto",
+        kernels: Kernels | Literal["fbgemm"] = "auto",
         cuda_graphs: bool = False,
         schema: DatasetSchema,
         seed: int = 0,
@@ -83,12 +84,16 @@ class CTRModule(pl.LightningModule):
         self.dense_rule = dense_optimizer
         self.schedule = schedule or Constant()
         self.loss = loss or LogLoss()
-        self.kernels: Kernels = kernels
+        self.kernels = kernels
         self.cuda_graphs = cuda_graphs
         self._graphs: GraphedStep | None = None
         self._replayed = False
         """Whether this step's forward and backward pass were replayed."""
         self._side_stream: SideStream | None = None
+        if averaging is not None and cuda_graphs:
+            raise UserError(
+                "averaging follows each step's rows, which a recorded step does not tell: set cuda_graphs to false"
+            )
         self.averaging = averaging
         self.averages: WeightAverages | None = None
         self._saved_averages: tuple[dict[str, Any], CheckpointReader] | None = None
@@ -118,7 +123,7 @@ class CTRModule(pl.LightningModule):
         if not hasattr(self, "network"):
             self.network = self.make_network(self.schema.features, self.seed)
             for lookup in self.network.lookups():
-                if isinstance(lookup, EmbeddingTables):
+                if isinstance(lookup, EmbeddingTables) and self.kernels != "fbgemm":
                     lookup.kernels = self.kernels
 
     def configure_optimizers(self) -> Any:
@@ -126,6 +131,9 @@ class CTRModule(pl.LightningModule):
             # A gradient scaler would unscale the dense gradients and pass over the tables' rows.
             raise UserError("precision 16-mixed scales the loss, which table rows do not support; use bf16-mixed")
         network = self.network
+        if self.kernels == "fbgemm":
+            # Here the rows are on their device, and the weights are still nobody's.
+            use_fbgemm(network, type(self.table_rule).__name__, vars(self.table_rule))
         if self.trainer.world_size > 1 and any(isinstance(lookup, EmbeddingTables) for lookup in network.lookups()):
             raise UserError(
                 "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp"
@@ -172,7 +180,7 @@ class CTRModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         device = self.trainer.strategy.root_device
         for lookup in self.network.lookups():
-            if isinstance(lookup, EmbeddingTables):
+            if isinstance(lookup, EmbeddingTables) and self.kernels != "fbgemm":
                 choose(self.kernels, lookup.weight.device.type, lookup.weight.dtype)
         if not self.cuda_graphs:
             return
@@ -248,6 +256,14 @@ class CTRModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.averages is not None:
             self.averages.before_batch(self.trainer.global_step)
+
+    def on_train_end(self) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        """Afterwards the tables' rows are where they belong."""
+        for lookup in self.network.lookups():
+            lookup.settle()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One slice's forward pass.
@@ -369,8 +385,7 @@ class CTRModule(pl.LightningModule):
         """
 
         def refuse_bad_state() -> None:
-            for lookup in self.network.lookups():
-                lookup.settle()
+            self._settle()
             self.guard.check()
             refuse_bad_weights(self.network, checkpoint["global_step"], self.guard.advice)
 

@@ -4,7 +4,7 @@ Shape suffixes: B samples, I dense features, F columns, V fields, D width.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -205,33 +205,11 @@ class WideAndDeep(MLP):
     Args:
         features: dense inputs and tables, from the dataset's schema.
         seed: of the initial weights.
-        embedding_dim: D, the width of every vector unless ``tables`` says otherwise.
-        deep: widths of the hidden layers; a layer of width 1 follows.
-        batch_norm: normalise over the batch between each hidden layer and its ReLU.
-        tables: widths, pooling, and small tables in place of large ones.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        options: those of MLP.
     """
 
-    def __init__(
-        self,
-        features: Features,
-        seed: int = 0,
-        *,
-        embedding_dim: int = 16,
-        deep: Sequence[int] = (512, 256),
-        batch_norm: bool = False,
-        tables: TableSettings | None = None,
-        missing: Missing = "zero",
-    ) -> None:
-        super().__init__(
-            features,
-            seed,
-            embedding_dim=embedding_dim,
-            deep=deep,
-            batch_norm=batch_norm,
-            tables=tables,
-            missing=missing,
-        )
+    def __init__(self, features: Features, seed: int = 0, **options: Any) -> None:
+        super().__init__(features, seed, **options)
         self.wide = LinearTerms(features, seed)
 
     def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:

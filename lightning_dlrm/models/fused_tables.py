@@ -45,11 +45,11 @@ class UnsummedGradient(RowGradient):
         return RowGradient.from_lookups(rows_N[counts_N], grad_BD, bag_N, weights_N)
 
     @property
-    def rows(self) -> Tensor:  # type: ignore[override]
+    def rows(self) -> Tensor:
         return self._summed.rows
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         return self._summed.values
 
 

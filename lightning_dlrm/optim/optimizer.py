@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, gather_rows
+from lightning_dlrm.models.fbgemm_tables import FBGEMMGradient
 from lightning_dlrm.models.fused_tables import UnsummedGradient, fused_update
 from lightning_dlrm.models.memory import keep_freed_memory
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
@@ -180,6 +181,9 @@ def _update_rows(
     step: Tensor,
 ) -> None:
     """Applies a rule to the touched rows: gather, update, put back. Rows are distinct, so none is lost."""
+    if isinstance(gradient, FBGEMMGradient):
+        gradient.move(state, float(learning_rate))
+        return
     if isinstance(gradient, UnsummedGradient) and type(rule) in _FUSED:
         fused_update(weight, gradient, state, _FUSED[type(rule)], vars(rule), learning_rate, step)
         return

@@ -61,7 +61,7 @@ class UpdateRule:
         exact = [weight.to(_precise(weight)) for weight in weights]
         gradients = [gradient.to(weight.dtype) for gradient, weight in zip(gradients, exact, strict=True)]
         if self.l2:
-            gradients = torch._foreach_add(gradients, exact, alpha=self.l2)
+            gradients = list(torch._foreach_add(gradients, exact, alpha=self.l2))
         if self.weight_decay:
             torch._foreach_mul_(exact, 1 - learning_rate * self.weight_decay)
         slots = {slot: [state[slot] for state in states] for slot in states[0]}
@@ -154,8 +154,17 @@ class Adagrad(UpdateRule):
             # The kernel of torch.optim.Adagrad(fused=True); its steps count for a decay of the rate, of which there
             # is none here.
             steps = [torch.ones((), dtype=torch.float32)] * len(weights)
-            options = {"lr_decay": 0.0, "weight_decay": 0.0, "eps": self.epsilon, "maximize": False}
-            torch._fused_adagrad_(weights, gradients, slots["sum"], steps, lr=learning_rate.item(), **options)
+            torch._fused_adagrad_(
+                weights,
+                gradients,
+                slots["sum"],
+                steps,
+                lr=learning_rate.item(),
+                lr_decay=0.0,
+                weight_decay=0.0,
+                eps=self.epsilon,
+                maximize=False,
+            )
             return
         torch._foreach_addcmul_(slots["sum"], gradients, gradients)
         spreads = torch._foreach_sqrt(slots["sum"])

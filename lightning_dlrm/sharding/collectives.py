@@ -148,7 +148,7 @@ def set_timeout(seconds: float) -> None:
 
 def lost_rank(error: BaseException) -> bool:
     """Whether an error says that another rank is gone or does not answer."""
-    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
         return True
     # Gloo tells of it in plain RuntimeErrors, which begin with the place in its sources.
     text = str(error).lower()

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from lightning_dlrm.contracts.errors import UserError
 
@@ -49,6 +50,8 @@ class TableLoad:
     """Mean number of rows that a sample looks up."""
     skew: float = 1.0
     """Exponent of Zipf's law; 0 where all rows are drawn alike."""
+    counts: NDArray | None = field(default=None, compare=False, repr=False)
+    """[rows]: how often each row is looked up, where that was counted; then ``skew`` is of no effect."""
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.width < 1 or self.bytes_per_row < 1:
@@ -68,7 +71,8 @@ class DistinctRows:
     """Expected distinct rows among draws from a table, for any range of its rows.
 
     Row i is missed by n draws with probability exp(-n p_i). The first rows are summed one by one,
-    the others in blocks that grow by a few percent, each row taken as the block's middle one.
+    the others in blocks that grow by a few percent, each row taken as the block's middle one unless
+    rows were counted.
     """
 
     def __init__(self, table: TableLoad, samples: float) -> None:
@@ -80,7 +84,11 @@ class DistinctRows:
         sizes = [b - a for a, b in itertools.pairwise(edges)]
         total = math.fsum(size * share for size, share in zip(sizes, shares, strict=True))
         draws = samples * table.indices_per_sample
-        found = [-size * math.expm1(-draws * share / total) for size, share in zip(sizes, shares, strict=True)]
+        if table.counts is not None:
+            missed = np.expm1(table.counts * (-draws / max(int(table.counts.sum()), 1)))
+            found = (-np.add.reduceat(missed, edges[:-1])).tolist()
+        else:
+            found = [-size * math.expm1(-draws * share / total) for size, share in zip(sizes, shares, strict=True)]
         self._edges = edges
         self._below = [0.0, *itertools.accumulate(found)]
 

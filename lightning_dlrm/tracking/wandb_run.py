@@ -1,5 +1,6 @@
 """Weights & Biases: the only place that knows it."""
 
+import logging
 import netrc
 import os
 import re
@@ -20,6 +21,8 @@ from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import WANDB, RunFolder
 
 _BEST = {"auc": "max", "accuracy": "max", "log_loss": "min", "normalized_entropy": "min"}
+
+log = logging.getLogger("lightning_dlrm")
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -268,11 +271,14 @@ class WandbExtras(pl.Callback):
         # What lies elsewhere would need the libraries of its place; its location is in the metadata.
         if folder.local is not None:
             artifact.add_reference(folder.local.resolve().as_uri(), name="files", checksum=False)
-        if self._run.offline:
-            # W&B marks a run's inputs online only.
-            self._run.log_artifact(artifact)
-        else:
-            self._run.use_artifact(artifact)
+        try:
+            if self._run.offline:
+                # W&B marks a run's inputs online only.
+                self._run.log_artifact(artifact)
+            else:
+                self._run.use_artifact(artifact)
+        except (wandb.Error, OSError) as error:
+            log.warning("W&B: the run does not refer to its dataset: %s", " ".join(str(error).split()))
 
 
 def default_entity() -> str:

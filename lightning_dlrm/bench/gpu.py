@@ -1,0 +1,135 @@
+"""``bench gpu``: what this project asks of one H100, checked and timed in one call."""
+
+import argparse
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from datamodules.preprocess.inspection import aligned
+from lightning_dlrm.bench.contenders import OurStep, Workload, draw_batch, kaggle
+from lightning_dlrm.bench.measurement import Measurement
+from lightning_dlrm.bench.options import check
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.graphs import EAGER_STEPS
+from lightning_dlrm.models.tables import EmbeddingTables
+
+DESCRIPTION = """\
+Runs on a CUDA device, and fails with a list of what is missed:
+
+  - float32 with fused kernels and CUDA graphs gives the losses of plain eager float32, on the first step to 1e-6;
+  - bfloat16 with fused kernels and graphs keeps the mean loss of every 100 steps within 2e-3 of it, for 1,000 steps;
+  - bench paper (1,000 batches of section 5.2 in under 1.0 s), bench step of DLRM, DCN v1 and v2 at batch 65,536 (DLRM
+    at 15 million samples/s or more), bench lookup, and bench fit (10 million samples/s from Parquet), in bfloat16.
+
+The rates are asked of an H100; on another GPU look at the figures alone. The tests of the fused kernels on the device:
+pytest -m gpu tests/test_gpu.py
+
+examples:
+  python -m lightning_dlrm bench gpu --json gpu.json
+"""
+
+_STEPS = 1000
+_WINDOW = 100
+_LARGE = ["--batch-size", "65536", "--precision", "bf16-mixed"]
+
+RUNS: dict[str, tuple[str, list[str]]] = {
+    "paper": ("paper", ["--precision", "32-true", "bf16-mixed", "--batches", "1000", "--rounds", "10"]),
+    "step dlrm": ("step", ["--model", "dlrm", *_LARGE]),
+    "step dcn": ("step", ["--model", "dcn", *_LARGE]),
+    "step dcn_v2": ("step", ["--model", "dcn_v2", *_LARGE]),
+    "lookup": ("lookup", ["--batch-size", "65536"]),
+    "fit": ("fit", _LARGE),
+}
+"""Name -> subcommand of ``bench`` and its options."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that is asked for, and whether it is so."""
+
+    what: str
+    asked: str
+    found: str
+    met: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda", choices=("cuda",), help="default: %(default)s")
+    parser.add_argument("--only", choices=("losses", *RUNS), nargs="+", help="parts of it (default: all)")
+
+
+def run(args: argparse.Namespace) -> list[Measurement]:
+    """Checks and times as ``add_arguments`` was told, and prints what is met.
+
+    Raises:
+        UserError: there is no CUDA device, or a target is missed.
+    """
+    device = check(args)
+    wanted = args.only or ["losses", *RUNS]
+    print(torch.cuda.get_device_name(device))
+    targets: list[Target] = []
+    rows: list[Measurement] = []
+    if "losses" in wanted:
+        targets += loss_targets(kaggle(1_000_000), device, 2048, _STEPS)
+    for name in (name for name in RUNS if name in wanted):
+        work, options = RUNS[name]
+        module = importlib.import_module(f"lightning_dlrm.bench.{work}")
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        found = module.run(parser.parse_args([*options, "--device", "cuda"]))
+        rows += found
+        targets += list(_rate_targets(name, found))
+    print("\n" + render_targets(targets))
+    missed = [target.what for target in targets if not target.met]
+    if missed:
+        raise UserError(f"{len(missed)} of {len(targets)} targets missed: {'; '.join(missed)}")
+    return rows
+
+
+def loss_targets(workload: Workload, device: torch.device, batch_size: int, steps: int) -> list[Target]:
+    """Trains three copies of a model on the same batches, and compares their losses with plain eager float32's."""
+
+    def losses(precision: str, fused: bool) -> torch.Tensor:
+        network = workload.network().to(device)
+        for lookup in network.lookups():
+            assert isinstance(lookup, EmbeddingTables)
+            lookup.kernels = "triton" if fused else "plain"
+        step = OurStep(network, precision, device, graphs=fused and device.type == "cuda")
+        batches = (draw_batch(workload, batch_size, seed) for seed in range(steps))
+        return torch.stack([step(batch) for batch in batches]).double().cpu()
+
+    exact, fused, half = losses("32-true", False), losses("32-true", True), losses("bf16-mixed", True)
+    first = abs(fused[0] / exact[0] - 1).item()
+    windows = [part.mean() for part in exact.split(_WINDOW)], [part.mean() for part in half.split(_WINDOW)]
+    drift = max(abs(mine / plain - 1).item() for plain, mine in zip(*windows, strict=True))
+    later = min(EAGER_STEPS, steps - 1)
+    replayed = abs(fused[later] / exact[later] - 1).item()
+    return [
+        Target("fused float32: first loss against eager", "1e-6", f"{first:.1e}", first <= 1e-6),
+        Target(
+            f"fused float32: loss of step {later + 1}, the first in a graph",
+            "1e-6",
+            f"{replayed:.1e}",
+            replayed <= 1e-6,
+        ),
+        Target(f"fused bfloat16: means of {_WINDOW} losses, {steps} steps", "2e-3", f"{drift:.1e}", drift <= 2e-3),
+    ]
+
+
+def _rate_targets(name: str, rows: list[Measurement]) -> Iterator[Target]:
+    ours = [row for row in rows if row.implementation == "ours" and row.precision == "bf16-mixed" and row.shown]
+    if name == "paper":
+        seconds = ours[0].extra["seconds_for_1000"]
+        yield Target("section 5.2, 1,000 batches", "under 1.0 s", f"{seconds:.2f} s", seconds < 1.0)
+    asked = {"step dlrm": 15e6, "fit": 10e6}
+    if name in asked:
+        rate = ours[0].samples_per_s
+        yield Target(name, f"{asked[name]:,.0f} samples/s", f"{rate:,.0f}", rate >= asked[name])
+
+
+def render_targets(targets: list[Target]) -> str:
+    cells = [("target", "asked", "found", "")]
+    cells += [(target.what, target.asked, target.found, "met" if target.met else "MISSED") for target in targets]
+    return "\n".join(aligned(cells, left=(0, 3)))
