@@ -30,10 +30,11 @@ def gather_rows(weight_RD: Tensor, rows_N: Tensor) -> Tensor:
 
 def put_rows(weight: Tensor, rows_U: Tensor, values: Tensor) -> None:
     """``weight[rows_U] = values`` for distinct rows, in place; both contiguous. On a CPU elements are copied one by
-    one, so whole rows go as elements of 16 bytes where they can: in two thirds of the time at 64 floats a row."""
-    views = (tensor.dim() == 2 and tensor.stride(0) * tensor.element_size() % 16 == 0 for tensor in (weight, values))
-    if weight.device.type == "cpu" and weight.storage_offset() == values.storage_offset() == 0 and all(views):
-        weight, values = weight.view(torch.complex128), values.view(torch.complex128)
+    one, so many whole rows go as elements of 16 bytes where they can: in two thirds of the time at 64 floats a row."""
+    if weight.device.type == "cpu" and values.nbytes >= 2**20 and weight.dim() == 2:
+        at_16_bytes = weight.storage_offset() == values.storage_offset() == 0
+        if at_16_bytes and values.stride(0) * values.element_size() % 16 == 0:
+            weight, values = weight.view(torch.complex128), values.view(torch.complex128)
     weight.index_copy_(0, rows_U, values)
 
 
@@ -111,7 +112,10 @@ class RowGradient:
 
     def blocks(self) -> "Iterator[RowGradient]":
         """The same, some rows at a time: on a CPU so few that their values stay in its caches."""
-        size = self._rows_in_cache(self.values)
+        size = self._rows_of_a_block(self.values)
+        if len(self.rows) <= size:
+            yield self
+            return
         for rows, values in zip(self.rows.split(size), self.values.split(size), strict=True):
             yield RowGradient(rows, values)
 
@@ -119,12 +123,14 @@ class RowGradient:
         """Sum of squares, a 0-dim tensor."""
         return self.values.square().sum()
 
-    def _rows_in_cache(self, vectors: Tensor) -> int:
-        """How many rows a block has, if their gradients are as long as these; all on other devices than a CPU."""
+    def _rows_of_a_block(self, vectors: Tensor) -> int:
+        """How many rows a block has, if their gradients are as long as these; all on other devices than a CPU, and
+        where two blocks would be enough."""
         rows = len(self.rows)
-        if vectors.device.type == "cpu":
-            rows = min(rows, _BLOCK_BYTES // max(vectors[:1].nbytes, 1))
-        return max(rows, 1)
+        if vectors.device.type != "cpu":
+            return max(rows, 1)
+        size = max(_BLOCK_BYTES // max(vectors.shape[1] * vectors.element_size(), 1), 1)
+        return size if rows > 2 * size else max(rows, 1)
 
 
 class LookupGradient(RowGradient):
@@ -170,10 +176,13 @@ class LookupGradient(RowGradient):
 
     def blocks(self) -> Iterator[RowGradient]:
         """See RowGradient.blocks; each is summed when it is asked, and no sum is kept here."""
+        size = self._rows_of_a_block(self.output)
+        if len(self.rows) <= size:
+            yield self
+            return
         if "values" in self.__dict__:
             yield from super().blocks()
             return
-        size = self._rows_in_cache(self.output)
         ends = [*self.starts[size::size].tolist(), len(self.bags)]
         start = 0
         for rows, starts, end in zip(self.rows.split(size), self.starts.split(size), ends, strict=True):
