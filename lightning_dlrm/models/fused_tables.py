@@ -39,8 +39,8 @@ class UnsummedGradient(RowGradient):
 
     def anew(self) -> "UnsummedGradient":
         """The same, to be summed once more: its tensors hold the gradient of another step by now."""
-        rows_N, *others = self.lookups
-        return UnsummedGradient(rows_N, self.table_rows, *others)
+        rows_N, grad_BD, bag_N, weights_N = self.lookups
+        return UnsummedGradient(rows_N, self.table_rows, grad_BD, bag_N, weights_N)
 
     @cached_property
     def _summed(self) -> RowGradient:
