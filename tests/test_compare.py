@@ -384,6 +384,19 @@ def test_jobs_go_on_where_one_fails() -> None:
     assert Path("logs/good.log").read_text().count("usage:") == 2
 
 
+def test_jobs_go_on_where_the_results_of_one_cannot_be_used() -> None:
+    seen = []
+
+    def look(finished: Job) -> None:
+        seen.append(finished.name)
+        if finished.name == "bad":
+            raise UserError("no validation")
+
+    with pytest.raises(UserError, match=r"1 of 2 runs failed.*\n  bad left no usable results: no validation"):
+        work_off([job("bad", ["--help"]), job("good", ["--help"])], Slots.choose(1, []), look)
+    assert seen == ["bad", "good"]
+
+
 def test_a_run_that_another_process_is_at_is_left_alone() -> None:
     Path("logs").mkdir()
     with Path("logs/busy.lock").open("w") as lock:

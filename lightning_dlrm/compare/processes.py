@@ -86,7 +86,7 @@ def work_off(jobs: Sequence[Job], slots: Slots, done: Callable[[Job], None]) -> 
     Args:
         jobs: in the order in which they begin.
         slots: where, and how many at a time.
-        done: called after each job that succeeded.
+        done: called after each job that succeeded; a UserError of it counts as the job's failure.
 
     Raises:
         UserError: some have failed, or another call is at work on one of the runs.
@@ -110,7 +110,10 @@ def work_off(jobs: Sequence[Job], slots: Slots, done: Callable[[Job], None]) -> 
                         if code:
                             failed.append((each.job, f"ended with code {code}: {_last_words(each.job.log)}"))
                         else:
-                            done(each.job)
+                            try:
+                                done(each.job)
+                            except UserError as error:
+                                failed.append((each.job, f"left no usable results: {error}"))
                         progress.done(each.job)
                     else:
                         _next_command(each, slots.environments[each.slot])
