@@ -112,6 +112,18 @@ def test_a_validation_in_the_fit_scores_the_same_average(tmp_path: Path) -> None
     assert other.results == in_fit
 
 
+def test_the_module_that_was_trained_is_evaluated_by_its_averages_too(tmp_path: Path) -> None:
+    module = module_of(averaging=Averaging(decay=0.8))
+    trainer_of(tmp_path / "run", max_steps=14).fit(module, ToyData())
+    trained = {name: value.clone() for name, value in module.network.state_dict().items()}
+    _, expected = evaluated(module_of(), tmp_path / "run")
+    trainer_of(tmp_path / "evaluation").test(module, ToyData(), verbose=False)
+    assert module.results == expected
+    assert all(torch.equal(value, trained[name]) for name, value in module.network.state_dict().items())
+    # A checkpoint's averages are not averaged with the fit's once more.
+    assert evaluated(module, tmp_path / "run")[1] == expected
+
+
 def test_resumed_to_the_last_bit(tmp_path: Path) -> None:
     def fit(name: str, stop: int | None, checkpoint: str | None = None) -> None:
         callbacks: list[pl.Callback] = [] if stop is None else [Stop(stop)]

@@ -32,6 +32,7 @@ from lightning_dlrm.compare.results import compare
 from lightning_dlrm.compare.runs import arms_of, read_run
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.models import tables
 from lightning_dlrm.objectives.metrics import exact_auc
 from lightning_dlrm.tracking.dashboard import Dashboard
 
@@ -325,6 +326,22 @@ def test_a_sharded_run_shows_what_each_rank_held() -> None:
     assert TINY["embedding_dim"] * sum(cost.rows for cost in sharding.costs) == dlrm.size.tables
     assert sharding.batch_size == 200
     assert breakdown(arms_of([read_run(path)]), Path("operators.json")) == ({}, ["DLRM: its tables lie on 2 ranks"])
+
+
+def test_steps_are_taken_apart_as_they_were_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    dlrm, _ = planned()
+    path = leave_run(dlrm, 1, Path("out"), 1.0)
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    config["model"]["kernels"] = "plain"
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    asked = []
+    monkeypatch.setattr(tables, "choose", lambda kernels, *_: asked.append(kernels) or "plain")
+    found, notes = breakdown(arms_of([read_run(path)]), Path("operators.json"))
+    assert found["DLRM"]["matrix products"] > 0 and not notes and set(asked) == {"plain"}
+    config["trainer"]["precision"] = "bf16-true"
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    found, notes = breakdown(arms_of([read_run(path)]), Path("operators.json"))
+    assert not found and notes[0].endswith("and its precision is bf16-true")
 
 
 def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,13 @@ def test_a_finished_run_resumed_keeps_its_results(tmp_path: Path) -> None:
     trainer_of(run).fit(toy_module(), ToyData(), ckpt_path=newest_checkpoint(run / "checkpoints"))
     assert kept == {name: (run / name).read_text() for name in kept}
     assert json.loads(kept["summary.json"])["final"]["step"] == 14
+    # Killed after its last checkpoint: it is finished by the same command, though nothing is left to train.
+    (run / "summary.json").unlink()
+    trainer_of(run).fit(toy_module(), ToyData(), ckpt_path=newest_checkpoint(run / "checkpoints"))
+    before, after = (json.loads(text) for text in (kept["summary.json"], (run / "summary.json").read_text()))
+    assert after["best"] == before["best"] and after["final"].keys() == before["final"].keys()
+    told = [name for name in before["final"] if not name.startswith(("speed/", "memory/"))]
+    assert all(after["final"][name] == before["final"][name] for name in told)
 
 
 def test_a_fit_without_validation_leaves_a_checkpoint(tmp_path: Path) -> None:

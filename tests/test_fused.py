@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_dlrm.contracts.lookup import RowGradient, Table, gather_rows
+from lightning_dlrm.contracts import lookup
+from lightning_dlrm.contracts.lookup import RowGradient, Table, gather_rows, put_rows
 from lightning_dlrm.models import fused
 from lightning_dlrm.models.layers import DenseLayers, DotInteraction
 from lightning_dlrm.models.memory import empty_table, keep_freed_memory
@@ -95,6 +96,59 @@ def test_gathered_rows_are_the_rows(dtype: torch.dtype, width: int, index: torch
     for rows in ([], [999], [5, 5, 0, 999, 5], torch.randint(0, 1000, (700,)).tolist()):
         picked = torch.tensor(rows, dtype=index)
         assert torch.equal(gather_rows(weight, picked), weight[picked.long()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (16,), (64,), (2, 2)])
+def test_put_rows_are_there_and_others_stay(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    for rows in (torch.tensor([], dtype=torch.int64), torch.tensor([999]), torch.randperm(9000)[:8500]):
+        weight, values = torch.randn(9000, *shape).to(dtype), torch.randn(len(rows), *shape).to(dtype)
+        if len(rows):
+            values[0] = torch.nan
+        expected = weight.clone()
+        expected[rows] = values
+        put_rows(weight, rows, values)
+        assert torch.equal(weight.view(bits), expected.view(bits))
+
+
+@pytest.mark.parametrize(
+    "rule", [rules.SGD(0.5, l2=0.1), rules.Adagrad(0.1), rules.RowWiseAdagrad(0.1), rules.Adam(0.1)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_an_update_block_by_block_is_that_of_all_rows_at_once(
+    monkeypatch: pytest.MonkeyPatch, rule: rules.UpdateRule, dtype: torch.dtype, weighted: bool
+) -> None:
+    """Bit for bit, on ragged and empty bags, duplicate and out-of-order ids; the last block is not full."""
+    torch.manual_seed(1)
+    lengths = torch.tensor([3, 0, 1, 40, 0, 7, 2])
+    bag_N = torch.repeat_interleave(torch.arange(7), lengths)
+    ids, grad_BD = torch.randint(0, 60, (len(bag_N),), dtype=torch.int32), torch.randn(7, 4).to(dtype)
+    factors = torch.randn(len(bag_N)) if weighted else None
+    dense = torch.zeros(60, 4, dtype=torch.float64)
+    each = grad_BD.double()[bag_N] * (1.0 if factors is None else factors.double()[:, None])
+    dense.index_add_(0, ids.long(), each)
+
+    def updated(block_bytes: int) -> list[Tensor]:
+        monkeypatch.setattr(lookup, "_BLOCK_BYTES", block_bytes)
+        tables = EmbeddingTables([Table.of_column("A", 60)], 4, seed=1)
+        gradient = RowGradient.from_lookups(ids, grad_BD, bag_N, factors)
+        blocks = [(len(block.rows), block.values) for block in gradient.blocks()]
+        assert len(blocks) == -(-len(gradient.rows) * 16 // block_bytes)
+        assert torch.equal(torch.cat([values for _, values in blocks]), gradient.values)
+        torch.testing.assert_close(gradient.values, dense[gradient.rows].float(), rtol=1e-5, atol=1e-5)
+        assert [rows for rows, _ in blocks] == [len(block.rows) for block in gradient.blocks()], "summed or not"
+        optimizer = CTROptimizer([], [tables], rules.SGD(1.0), rule)
+        for _ in range(2):
+            optimizer.zero_grad()
+            tables.add_gradient(RowGradient.from_lookups(ids, grad_BD, bag_N, factors))
+            optimizer.step()
+        return [tables.weight.detach(), *optimizer.table_state[0].values()]
+
+    for found, expected in zip(updated(5 * 16), updated(2**22), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,30 @@ def test_replayed_steps_train_as_eager_ones() -> None:
     assert optimizer.param_groups[0]["steps"].item() == len(batches)
 
 
+def test_rows_of_a_replayed_gradient_are_summed_anew_at_each_step() -> None:
+    """Norms of gradients, and messages about them, ask for the sums that the fused update leaves out."""
+    pytest.importorskip("triton", reason="triton is not installed: recorded steps are not tested")
+    network, optimizer = made()
+    lookup = optimizer.lookups[0]
+
+    def record(work):
+        work()
+
+        def replay() -> None:
+            # As a graph does: what it writes lies where it was.
+            lookup.gradient().lookups[1].mul_(2)
+
+        return replay
+
+    graphs = GraphedStep(network, loss_of, optimizer, record=record)
+    batch = draw_batch(WORKLOAD, 8, 0)
+    graphs.forward_backward(batch)
+    before = optimizer.gradient_norm(), lookup.gradient().values.clone()
+    graphs.forward_backward(batch)
+    torch.testing.assert_close(lookup.gradient().values, 2 * before[1])
+    assert optimizer.gradient_norm() > before[0]
+
+
 def test_graphs_are_refused_in_one_line_where_they_cannot_be() -> None:
     network = WORKLOAD.network()
     with pytest.raises(UserError, match="cuda_graphs needs tables on the GPU with the fused kernels"):

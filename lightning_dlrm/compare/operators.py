@@ -20,12 +20,14 @@ from lightning_dlrm.cli.lightning import SettingsCommand
 from lightning_dlrm.compare.runs import Arm, Run
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.models.fbgemm_tables import use_fbgemm
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG
 
 WARM_UP, STEPS = 3, 11
+_PRECISIONS = ("32-true", "32", "64-true", "64", "bf16-mixed", "bf16")
 _STEP = "compare_step_"
 
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -85,6 +87,9 @@ def breakdown(arms: Sequence[Arm], cache: Path) -> tuple[dict[str, dict[str, flo
 def _obstacle(run: Run) -> str:
     if run.final[names.RANKS] > 1:
         return f"its tables lie on {run.final[names.RANKS]} ranks"
+    precision = str(run.config["trainer"].get("precision") or "32-true")
+    if precision not in _PRECISIONS:
+        return f"only steps in {', '.join(_PRECISIONS)} are measured, and its precision is {precision}"
     needed, free = run.final[names.BYTES_PER_RANK], psutil.virtual_memory().available
     if needed * 1.5 > free:
         return f"its tables need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
@@ -106,7 +111,10 @@ def measure(run: Run) -> dict[str, float]:
         if precision.startswith("64"):
             torch.set_default_dtype(torch.float64)
             stack.callback(torch.set_default_dtype, torch.float32)
-        network = module.make_network(module.schema.features, module.seed).to(device)
+        module.configure_model()
+        network = module.network.to(device)
+        if module.kernels == "fbgemm":
+            use_fbgemm(network, type(module.table_rule).__name__, vars(module.table_rule))
         optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), module.dense_rule, module.table_rule)
         mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
         # The profiler's library tells of its start and stop otherwise.

@@ -95,12 +95,11 @@ def read_run(path: Path, name: str | None = None) -> Run:
     Raises:
         UserError: it is none, its fit has not ended, or its summary lacks a figure.
     """
-    folder = RunFolder(path)
     config = _read(path / CONFIG, f"{path} is no run folder: give what fit left with --run_dir")
     again = f"python -m lightning_dlrm fit --config {path / CONFIG} --run_dir {path} --resume auto"
     summary = _read(path / SUMMARY, f"the run {path} is not finished; end it with: {again}")
     final = summary.get("final", {})
-    history = _history(folder)
+    history = RunFolder(path).lines()
     if history and history[-1][names.STEP] > final.get(names.STEP, 0):
         raise UserError(
             f"the run {path} is not finished: it has gone on to step {history[-1][names.STEP]} since its summary of "
@@ -125,17 +124,6 @@ def _read(path: Path, missing: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is not what fit writes; train the run again")
     return content
-
-
-def _history(folder: RunFolder) -> list[dict[str, float]]:
-    lines = []
-    for line in folder.metrics.read_text().splitlines() if folder.metrics.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            # The last line of a run that was killed while it wrote.
-            continue
-    return lines
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:

@@ -4,8 +4,9 @@ Shape suffixes: B samples, F tables, D table width, R rows held here, N looked-u
 U distinct rows among them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_dlrm.contracts.batch import SparseIds
+
+_BLOCK_BYTES = 2**21
+"""Of a gradient's values: what is summed and applied before the processor's caches lose it."""
 
 
 def gather_rows(weight_RD: Tensor, rows_N: Tensor) -> Tensor:
@@ -22,6 +26,16 @@ def gather_rows(weight_RD: Tensor, rows_N: Tensor) -> Tensor:
         return weight_RD.index_select(0, rows_N)
     starts_N = torch.arange(len(rows_N), dtype=rows_N.dtype)
     return functional.embedding_bag(rows_N, weight_RD, starts_N, mode="sum")
+
+
+def put_rows(weight: Tensor, rows_U: Tensor, values: Tensor) -> None:
+    """``weight[rows_U] = values`` for distinct rows, in place; both contiguous. On a CPU elements are copied one by
+    one, so many whole rows go as elements of 16 bytes where they can: in two thirds of the time at 64 floats a row."""
+    if weight.device.type == "cpu" and values.nbytes >= 2**20 and weight.dim() == 2:
+        at_16_bytes = weight.storage_offset() == values.storage_offset() == 0
+        if at_16_bytes and values.stride(0) * values.element_size() % 16 == 0:
+            weight, values = weight.view(torch.complex128), values.view(torch.complex128)
+    weight.index_copy_(0, rows_U, values)
 
 
 @dataclass(frozen=True)
@@ -53,15 +67,7 @@ class SortedLookups:
 
         For the arguments see ``RowGradient.from_lookups``.
         """
-        if grad_BD.dtype in (torch.bfloat16, torch.float16):
-            grad_BD = grad_BD.float()
-        return functional.embedding_bag(
-            self.order if bag_N is None else bag_N[self.order],
-            grad_BD,
-            torch.cumsum(self.counts, 0) - self.counts,
-            mode="sum",
-            per_sample_weights=None if weights_N is None else weights_N[self.order].to(grad_BD.dtype),
-        )
+        return LookupGradient.of(self, grad_BD, bag_N, weights_N).values
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class RowGradient:
     def from_lookups(
         rows_N: Tensor, grad_BD: Tensor, bag_N: Tensor | None = None, weights_N: Tensor | None = None
     ) -> "RowGradient":
-        """Sums the gradients of looked-up vectors by row.
+        """The gradients of looked-up vectors, by row; summed where somebody asks for ``values`` or ``blocks``.
 
         Args:
             rows_N: the row of each index.
@@ -95,8 +101,7 @@ class RowGradient:
             bag_N: the output vector each index went into; None when index i went into vector i.
             weights_N: the factor each index's vector had in its sum; None means 1.
         """
-        lookups = SortedLookups.of(rows_N)
-        return RowGradient(lookups.rows.long(), lookups.sum_gradients(grad_BD, bag_N, weights_N))
+        return LookupGradient.of(SortedLookups.of(rows_N), grad_BD, bag_N, weights_N)
 
     @staticmethod
     def sum(parts: "Sequence[RowGradient]") -> "RowGradient":
@@ -105,9 +110,85 @@ class RowGradient:
             return parts[0]
         return RowGradient.from_lookups(torch.cat([p.rows for p in parts]), torch.cat([p.values for p in parts]))
 
+    def blocks(self) -> "Iterator[RowGradient]":
+        """The same, some rows at a time: on a CPU so few that their values stay in its caches."""
+        size = self._rows_of_a_block(self.values)
+        if len(self.rows) <= size:
+            yield self
+            return
+        for rows, values in zip(self.rows.split(size), self.values.split(size), strict=True):
+            yield RowGradient(rows, values)
+
     def squared_norm(self) -> Tensor:
         """Sum of squares, a 0-dim tensor."""
         return self.values.square().sum()
+
+    def _rows_of_a_block(self, vectors: Tensor) -> int:
+        """How many rows a block has, if their gradients are as long as these; all on other devices than a CPU, and
+        where two blocks would be enough."""
+        rows = len(self.rows)
+        if vectors.device.type != "cpu":
+            return max(rows, 1)
+        size = max(_BLOCK_BYTES // max(vectors.shape[1] * vectors.element_size(), 1), 1)
+        return size if rows > 2 * size else max(rows, 1)
+
+
+class LookupGradient(RowGradient):
+    """A RowGradient that is summed by row only where somebody asks for its sums; its rows are known at once.
+
+    Where nearly every index looks up another row, the sums take as much memory as all looked-up vectors: an
+    update by ``blocks`` never writes them there.
+
+    Args:
+        rows: int64 [U], distinct, ascending.
+        starts: int64 [U]: where the indices of each row begin among those of all rows, row after row.
+        bags: int64 [N]: the output vector that each of these indices went into.
+        factors: [N]: what its vector was multiplied by; None means 1.
+        output: [B, D], float32 at least: the gradient of each output vector.
+    """
+
+    starts: Tensor
+    bags: Tensor
+    factors: Tensor | None
+    output: Tensor
+
+    def __init__(self, rows: Tensor, starts: Tensor, bags: Tensor, factors: Tensor | None, output: Tensor) -> None:
+        # The base is frozen.
+        self.__dict__.update(rows=rows, starts=starts, bags=bags, factors=factors, output=output)
+
+    @staticmethod
+    def of(lookups: SortedLookups, grad_BD: Tensor, bag_N: Tensor | None, weights_N: Tensor | None) -> "LookupGradient":
+        """For the arguments see ``RowGradient.from_lookups``."""
+        output = grad_BD.to(torch.promote_types(grad_BD.dtype, torch.float32))
+        return LookupGradient(
+            rows=lookups.rows.long(),
+            starts=torch.cumsum(lookups.counts, 0) - lookups.counts,
+            bags=lookups.order if bag_N is None else bag_N[lookups.order],
+            factors=None if weights_N is None else weights_N[lookups.order].to(output.dtype),
+            output=output,
+        )
+
+    @cached_property
+    def values(self) -> Tensor:
+        return functional.embedding_bag(
+            self.bags, self.output, self.starts, mode="sum", per_sample_weights=self.factors
+        )
+
+    def blocks(self) -> Iterator[RowGradient]:
+        """See RowGradient.blocks; each is summed when it is asked, and no sum is kept here."""
+        size = self._rows_of_a_block(self.output)
+        if len(self.rows) <= size:
+            yield self
+            return
+        if "values" in self.__dict__:
+            yield from super().blocks()
+            return
+        ends = [*self.starts[size::size].tolist(), len(self.bags)]
+        start = 0
+        for rows, starts, end in zip(self.rows.split(size), self.starts.split(size), ends, strict=True):
+            factors = None if self.factors is None else self.factors[start:end]
+            yield LookupGradient(rows, starts - start, self.bags[start:end], factors, self.output)
+            start = end
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.kernels.choice import choose
+from lightning_dlrm.models.fused_tables import UnsummedGradient
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
@@ -75,7 +76,7 @@ class GraphedStep:
         self._steps = 0
         self._forward: Replay
         self._update: Replay | None = None
-        self._gradients: list[Any] = []
+        self._gradients: list[UnsummedGradient | None] = []
         self._rates: dict[str, tuple[Tensor, Tensor]] = {}
         self._out: tuple[Tensor, Tensor]
 
@@ -98,7 +99,8 @@ class GraphedStep:
             self._fill(batch)
         self._forward()
         for lookup, gradient in zip(self._optimizer.lookups, self._gradients, strict=True):
-            lookup.replace_gradient(gradient)
+            if gradient is not None:
+                lookup.replace_gradient(gradient.anew())
         loss, logits_B = self._out
         # The next replay writes over them, and metrics look at them later.
         return loss.clone(), logits_B.clone()
@@ -161,7 +163,9 @@ class GraphedStep:
             logits_B = self._network(self._batch.dense, self._batch.ids)
             loss = self._loss(logits_B, self._batch)
         loss.backward()
-        self._gradients = [lookup.gradient() for lookup in self._optimizer.lookups]
+        gradients = [lookup.gradient() for lookup in self._optimizer.lookups]
+        assert all(gradient is None or isinstance(gradient, UnsummedGradient) for gradient in gradients)
+        self._gradients = cast(list[UnsummedGradient | None], gradients)
         self._out = loss.detach(), logits_B.detach()
 
     def _recorded(self, work: Callable[[], None]) -> Replay:

@@ -20,7 +20,7 @@ from lightning_dlrm.engine.graphs import GraphedStep, SideStream
 from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
-from lightning_dlrm.models.fbgemm_tables import use_fbgemm
+from lightning_dlrm.models.fbgemm_tables import FBGEMMTables, use_fbgemm
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.objectives.curves import ClickCurves, click_curves
@@ -97,6 +97,8 @@ class CTRModule(pl.LightningModule):
         self.averaging = averaging
         self.averages: WeightAverages | None = None
         self._saved_averages: tuple[dict[str, Any], CheckpointReader] | None = None
+        self._steps_done = 0
+        """Optimiser steps that the weights have seen, also when another trainer evaluates them."""
         self.schema = schema
         self.seed = seed
         self.network: CTRNetwork
@@ -178,13 +180,42 @@ class CTRModule(pl.LightningModule):
             ours.clip_gradient_norm(gradient_clip_val)
 
     def on_fit_start(self) -> None:
-        device = self.trainer.strategy.root_device
+        self._check_kernels()
+        self._check_graphs()
+        # Another fit has another optimiser.
+        self._graphs, self._replayed = None, False
+        # Not before the weights are where they will be trained.
+        if self.averaging is not None:
+            start = self.averaging.start_share
+            self.averages = WeightAverages(
+                self.network, self.averaging, int(start * self._total_steps()) if start else 0
+            )
+            if self._saved_averages is not None:
+                self.averages.load(*self._saved_averages)
+                self._saved_averages = None
+
+    def _check_kernels(self) -> None:
+        """
+        Raises:
+            UserError: the kernels that are asked for do not work here, or some tables do not use them.
+        """
         for lookup in self.network.lookups():
+            if self.kernels in ("triton", "fbgemm") and type(lookup) not in (EmbeddingTables, FBGEMMTables):
+                raise UserError(
+                    f"kernels is {self.kernels}, which takes whole tables on one device, and some here are "
+                    f"{type(lookup).__name__}: set kernels to auto"
+                )
             if isinstance(lookup, EmbeddingTables) and self.kernels != "fbgemm":
                 choose(self.kernels, lookup.weight.device.type, lookup.weight.dtype)
+
+    def _check_graphs(self) -> None:
+        """
+        Raises:
+            UserError: steps are to be recorded, and this fit's cannot be.
+        """
         if not self.cuda_graphs:
             return
-        trainer = self.trainer
+        trainer, device = self.trainer, self.trainer.strategy.root_device
         asked = {
             f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}": trainer.accumulate_grad_batches > 1,
             f"trainer.gradient_clip_val {trainer.gradient_clip_val}": bool(trainer.gradient_clip_val),
@@ -243,15 +274,7 @@ class CTRModule(pl.LightningModule):
         loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "announce") and any(lookup.LOOKS_AHEAD for lookup in self.network.lookups()):
             loader.announce = lambda batch: self.network.announce(batch.ids)
-        # Not before the weights are where they will be trained.
-        if self.averaging is not None:
-            start = self.averaging.start_share
-            self.averages = WeightAverages(
-                self.network, self.averaging, int(start * self._total_steps()) if start else 0
-            )
-            if self._saved_averages is not None:
-                self.averages.load(*self._saved_averages)
-                self._saved_averages = None
+        self._steps_done = self.trainer.global_step
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.averages is not None:
@@ -308,6 +331,7 @@ class CTRModule(pl.LightningModule):
             self.guard.remember_gradients(self.network, step)
         if self.averages is not None:
             self.averages.before_step(step - 1)
+        self._steps_done = step
 
     def _is_logged(self, step: int) -> bool:
         """Whether figures are read from the device at this step anyway."""
@@ -332,17 +356,33 @@ class CTRModule(pl.LightningModule):
         return {"row": batch.rows, "probability": probability_B}
 
     def on_validation_epoch_start(self) -> None:
-        if self.averages is not None:
-            self.averages.put_in(self.trainer.global_step)
+        self._put_averages_in()
 
     def on_validation_epoch_end(self) -> None:
         # Before anything is saved.
-        if self.averages is not None:
-            self.averages.take_out()
+        self._take_averages_out()
         self._finish_evaluation(names.VALIDATION)
 
+    def on_test_epoch_start(self) -> None:
+        self._put_averages_in()
+
     def on_test_epoch_end(self) -> None:
+        self._take_averages_out()
         self._finish_evaluation(names.TEST)
+
+    def on_predict_epoch_start(self) -> None:
+        self._put_averages_in()
+
+    def on_predict_epoch_end(self) -> None:
+        self._take_averages_out()
+
+    def _put_averages_in(self) -> None:
+        if self.averages is not None:
+            self.averages.put_in(self._steps_done)
+
+    def _take_averages_out(self) -> None:
+        if self.averages is not None:
+            self.averages.take_out()
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         self._metrics(stage).update(self.network(batch.dense, batch.ids), _labels(batch))
@@ -452,7 +492,10 @@ class CTRModule(pl.LightningModule):
         averages = checkpoint.get(AVERAGES)
         if self.trainer.training:
             self._keep_averages(averages, reader)
-        elif averages is not None:
+        else:
+            # Those of an earlier fit: the weights are about to be others.
+            self.averages = None
+        if averages is not None and not self.trainer.training:
             names_here = {f"network.{name}": value for name, value in averages["dense"].items()}
             checkpoint["state_dict"] = averaged_dense(averages | {"dense": names_here}, checkpoint["state_dict"])
         with torch.no_grad():

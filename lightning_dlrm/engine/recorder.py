@@ -92,7 +92,6 @@ class Recorder(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.samples = state_dict[names.SAMPLES]
-        # A finished run that is resumed has nothing to do, and keeps its figures.
         self.latest = dict(state_dict["latest"])
         if state_dict["window"]:
             logits, labels = state_dict["window"]
@@ -102,6 +101,7 @@ class Recorder(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Rank 0 has chosen it.
         self.folder.path = trainer.strategy.broadcast(self.folder.path)
+        self._start = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = self._logged_step = trainer.global_step
@@ -148,14 +148,22 @@ class Recorder(pl.Callback):
         self._evaluation_seconds += time.perf_counter() - self._evaluation_start
         self._log(trainer, {**pl_module.results, names.TRAINING_SECONDS: self._training_seconds()})
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not when training ends: of a run that had reached its end before it was resumed, none begins.
         assert isinstance(pl_module, CTRModule)
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not self.samples:
             return
-        if self.samples == self._start_samples and self.latest:
-            return
-        self.latest |= self._speed(trainer, pl_module) | describe(trainer, pl_module)
-        final = {names.STEP: self._step, names.SAMPLES: self.samples, **self.latest, **fingerprints(pl_module)}
+        step = trainer.global_step
+        if self._start is not None and self.samples > self._start_samples:
+            self.latest |= self._speed(trainer, pl_module) | describe(trainer, pl_module)
+        else:
+            kept = self.folder.final()
+            if kept.get(names.STEP) == step:
+                self.latest = kept
+                return
+            # It was killed after its last checkpoint.
+            self.latest = _peak_memory() | describe(trainer, pl_module) | self.latest
+        final = {names.STEP: step, names.SAMPLES: self.samples, **self.latest, **fingerprints(pl_module)}
         best = {} if self.checkpoints is None else self.checkpoints.best
         self.folder.write_summary(final, best)
 

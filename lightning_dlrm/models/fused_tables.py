@@ -37,6 +37,11 @@ class UnsummedGradient(RowGradient):
     """The arguments ``rows_N``, ``grad_BD``, ``bag_N`` and ``weights_N``."""
     table_rows: int
 
+    def anew(self) -> "UnsummedGradient":
+        """The same, to be summed once more: its tensors hold the gradient of another step by now."""
+        rows_N, grad_BD, bag_N, weights_N = self.lookups
+        return UnsummedGradient(rows_N, self.table_rows, grad_BD, bag_N, weights_N)
+
     @cached_property
     def _summed(self) -> RowGradient:
         rows_N, grad_BD, bag_N, weights_N = self.lookups

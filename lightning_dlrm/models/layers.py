@@ -130,6 +130,8 @@ class DotInteraction(nn.Module):
         vectors_BVD = vectors_BVD.unflatten(1, (-1, self.width)) if vectors_BVD.dim() == 2 else vectors_BVD
         if beside_Bd is None:
             beside_Bd = vectors_BVD.new_empty(len(vectors_BVD), 0)
+        if not self.pairs.numel():  # of one vector
+            return beside_Bd
         return pair_products(vectors_BVD, beside_Bd, self.pairs, self.mirrored, self._squares)
 
     def multiply_adds(self) -> int:

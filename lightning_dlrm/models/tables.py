@@ -88,21 +88,20 @@ class EmbeddingTables(EmbeddingLookup):
             rows_BF = ids.values + self.row_offsets
             vectors = _LookupRows.apply(self.weight, rows_BF.view(-1), None, _flat(ids.weights), None, self)
         else:
-            bag_N = ids.bag_of_each()
-            vectors = _LookupRows.apply(self.weight, self._rows(ids, bag_N), ids.offsets, ids.weights, bag_N, self)
+            vectors = _LookupRows.apply(self.weight, self._rows(ids), ids.offsets, ids.weights, ids.bag_of_each(), self)
         return vectors.view(len(ids), ids.tables, self.width)
 
     def each(self, ids: SparseIds) -> Tensor:
         """See EmbeddingLookup.each."""
-        return _LookupRows.apply(self.weight, self._rows(ids, ids.bag_of_each()), None, None, None, self)
+        return _LookupRows.apply(self.weight, self._rows(ids), None, None, None, self)
 
     @staticmethod
     def _place() -> torch.device | None:
         """Where ``weight`` is built; None for torch's default device."""
         return None
 
-    def _rows(self, ids: SparseIds, bag_N: Tensor) -> Tensor:
-        return ids.values.view(-1) + self.row_offsets[bag_N % max(ids.tables, 1)]
+    def _rows(self, ids: SparseIds) -> Tensor:
+        return ids.values.view(-1) + torch.repeat_interleave(self.row_offsets.repeat(len(ids)), ids.lengths().view(-1))
 
     def extra_repr(self) -> str:
         return f"tables={len(self.pieces)}, rows={self.weight.shape[0]}, width={self.width}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, gather_rows
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, gather_rows, put_rows
 from lightning_dlrm.models.fbgemm_tables import FBGEMMGradient
 from lightning_dlrm.models.fused_tables import UnsummedGradient, fused_update
 from lightning_dlrm.models.memory import keep_freed_memory
@@ -180,20 +180,22 @@ def _update_rows(
     learning_rate: Tensor,
     step: Tensor,
 ) -> None:
-    """Applies a rule to the touched rows: gather, update, put back. Rows are distinct, so none is lost."""
+    """Applies a rule to the touched rows, a block at a time: gather, update, put back. Rows are distinct, so none is
+    lost."""
     if isinstance(gradient, FBGEMMGradient):
         gradient.move(state, float(learning_rate))
         return
     if isinstance(gradient, UnsummedGradient) and type(rule) in _FUSED:
         fused_update(weight, gradient, state, _FUSED[type(rule)], vars(rule), learning_rate, step)
         return
-    rows = gradient.rows
-    touched = gather_rows(weight, rows)
-    touched_state = {slot: values.index_select(0, rows) for slot, values in state.items()}
-    rule.apply([touched], [gradient.values], [touched_state], learning_rate, step)
-    weight.index_copy_(0, rows, touched)
-    for slot, values in touched_state.items():
-        state[slot].index_copy_(0, rows, values)
+    for block in gradient.blocks():
+        rows = block.rows
+        touched = gather_rows(weight, rows)
+        touched_state = {slot: values.index_select(0, rows) for slot, values in state.items()}
+        rule.apply([touched], [block.values], [touched_state], learning_rate, step)
+        put_rows(weight, rows, touched)
+        for slot, values in touched_state.items():
+            put_rows(state[slot], rows, values)
 
 
 _FUSED: dict[type[UpdateRule], str] = {

@@ -119,6 +119,12 @@ class RunFolder:
         """``summary.json``: the figures at the end of the run, and those of its best validation."""
         self.write_json(SUMMARY, {"final": final, "best": best})
 
+    def final(self) -> dict[str, Any]:
+        """What ``summary.json`` has of the end of the run; nothing where there is none."""
+        path = self.path / SUMMARY
+        found: dict[str, Any] = json.loads(path.read_text())["final"] if path.exists() else {}
+        return found
+
     def cut_back(self, step: int) -> None:
         """Drops the lines of ``metrics.jsonl`` after ``step``: a resumed run writes them again."""
         if not self.metrics.exists():
