@@ -170,18 +170,22 @@ class LookupGradient(RowGradient):
 
     @cached_property
     def values(self) -> Tensor:
-        return functional.embedding_bag(
+        sums_UD = functional.embedding_bag(
             self.bags, self.output, self.starts, mode="sum", per_sample_weights=self.factors
         )
+        # Nobody asks for them again, and their memory is in the caches.
+        for name in ("starts", "bags", "factors", "output"):
+            del self.__dict__[name]
+        return sums_UD
 
     def blocks(self) -> Iterator[RowGradient]:
         """See RowGradient.blocks; each is summed when it is asked, and no sum is kept here."""
+        if "values" in self.__dict__:
+            yield from super().blocks()
+            return
         size = self._rows_of_a_block(self.output)
         if len(self.rows) <= size:
             yield self
-            return
-        if "values" in self.__dict__:
-            yield from super().blocks()
             return
         ends = [*self.starts[size::size].tolist(), len(self.bags)]
         start = 0

@@ -189,10 +189,10 @@ def _update_rows(
         fused_update(weight, gradient, state, _FUSED[type(rule)], vars(rule), learning_rate, step)
         return
     for block in gradient.blocks():
-        rows = block.rows
+        rows, sums = block.rows, block.values
         touched = gather_rows(weight, rows)
         touched_state = {slot: values.index_select(0, rows) for slot, values in state.items()}
-        rule.apply([touched], [block.values], [touched_state], learning_rate, step)
+        rule.apply([touched], [sums], [touched_state], learning_rate, step)
         put_rows(weight, rows, touched)
         for slot, values in touched_state.items():
             put_rows(state[slot], rows, values)
