@@ -166,6 +166,8 @@ def test_a_fit_is_timed_step_by_step(tmp_path: Path) -> None:
     [
         (["step", "--batch-size", "0"], "--batch-size is 0"),
         (["lookup", "--tables", "-1"], "--tables is -1"),
+        (["lookup", "--bag", "5", "1"], "--bag is 5 1"),
+        (["lookup", "--json", "nowhere/rows.json"], "there is no folder nowhere"),
         (["paper", "--batches", "2"], "give as many batches"),
         (["gpu"], "finds no CUDA device"),
         (["paper", "--plot", "figure.doc"], "named like no figure"),

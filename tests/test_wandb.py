@@ -117,6 +117,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(run.parent)
         place = ["--wandb.project", "p", "--wandb.group", "figure 5", "--wandb.tags", "[night, dlrm]"]
         fit = [*FIT, *QUICK[:2], *place, "--wandb.log_model", "true", "--trainer.val_check_interval", "4"]
+        fit += ["--log_norms", "true"]
         assert main([*fit, "--run_dir", "run", "--trainer.max_steps", "8"]) == 0
         assert main([*fit, "--run_dir", "run", "--resume", "auto", "--trainer.max_steps", "16"]) == 0
         again = ["--config", "run/config.yaml", "--ckpt_path", "run/checkpoints/best"]
@@ -210,6 +211,8 @@ def test_the_dataset_is_referred_to_and_the_weights_are_uploaded(
     best = finished_run / "checkpoints/best"
     (weights,) = [artifact for artifact in of_type(runs[1], "artifact") if artifact["type"] == "model"]
     assert "best" in weights["aliases"]
+    assert "validation/auc" in json.loads(weights["metadata"])
+    assert any("_norm/" in key for key in merged(runs[1], "summary")), "norms were logged, more than an artifact takes"
     files = {entry["path"] for entry in weights["manifest"]["contents"]}
     assert files == {str(path.relative_to(best)) for path in best.rglob("*") if path.is_file()}
     assert not [artifact for artifact in of_type(runs[2], "artifact") if artifact["type"] == "model"]

@@ -5,6 +5,7 @@ import importlib
 from pathlib import Path
 
 from lightning_dlrm.bench.measurement import machine, render, write_json
+from lightning_dlrm.contracts.errors import UserError
 
 WORKS: dict[str, str] = {
     "lookup": "the tables alone: lookup, backward, update",
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: an option is out of range, or a file cannot be read or written.
     """
+    if args.json is not None and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
     print(machine())
     rows = importlib.import_module(f"lightning_dlrm.bench.{args.work}").run(args)
     print(render(rows))

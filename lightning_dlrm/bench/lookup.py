@@ -15,6 +15,7 @@ from lightning_dlrm.bench.contenders import PlainBatch, PlainTables, Workload, d
 from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread, time_rounds
 from lightning_dlrm.bench.options import add_device_arguments, check, finisher
 from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import Table
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         UserError: an option is out of range, or there is no such device.
     """
     device = check(args)
+    if args.bag is not None and not 0 <= args.bag[0] <= args.bag[1]:
+        raise UserError(f"bench: --bag is {args.bag[0]} {args.bag[1]}; give the fewest ids of a bag, then the most")
     bags = None if args.bag is None else (args.bag[0], args.bag[1])
     workload = Workload(tables=(args.rows,) * args.tables, dense=1, width=args.width, bottom=(args.width,), bags=bags)
     batches = [draw_batch(workload, args.batch_size, seed) for seed in range(_BATCHES)]

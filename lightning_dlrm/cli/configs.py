@@ -30,8 +30,22 @@ def find_config(name: str) -> Path:
             return candidate
     known = sorted(str(p.relative_to(shipped_configs())) for p in shipped_configs().rglob("*.yaml"))
     raise UserError(
-        f"no configuration {name}, neither here nor among the shipped ones: {', '.join(known)}{nearest(name, known)}"
+        f"no configuration {name}, neither here nor among the shipped ones: {', '.join(known)}"
+        # All end alike, which must not count as likeness.
+        f"{nearest(name.removesuffix('.yaml') + '.yaml', known, cutoff=0.8)}"
     )
+
+
+def _find_run_config(name: str) -> Path:
+    path = find_config(name)
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "arms" in content:
+        raise UserError(
+            f"{name} is an experiment of several runs: python -m lightning_dlrm compare --config {name} --output DIR"
+        )
+    if "method" in content and "parameters" in content:
+        raise UserError(f"{name} is a W&B sweep, which makes fit commands: wandb sweep {path}")
+    return path
 
 
 def _check_yaml(path: Path) -> None:
@@ -44,13 +58,17 @@ def _check_yaml(path: Path) -> None:
 
 
 def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
-    """Puts paths in place of the names after ``--config``."""
+    """Puts paths in place of the names after ``--config``, which are for a run's configurations.
+
+    Raises:
+        UserError: there is none of this name, or it is for another command.
+    """
     resolved = list(arguments)
     for i, argument in enumerate(arguments):
         if argument in ("--config", "-c") and i + 1 < len(arguments):
-            resolved[i + 1] = str(find_config(arguments[i + 1]))
+            resolved[i + 1] = str(_find_run_config(arguments[i + 1]))
         elif argument.startswith("--config="):
-            resolved[i] = f"--config={find_config(argument.removeprefix('--config='))}"
+            resolved[i] = f"--config={_find_run_config(argument.removeprefix('--config='))}"
     return resolved
 
 
@@ -62,7 +80,7 @@ def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """``; did you mean X?``, or nothing where no known word is like it."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]}?" if matches else ""

@@ -37,11 +37,13 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"data: {match[1]}" if match[1].startswith("the following") else f"data.{match[1]}"
     if match := re.search(r"([\w.]+): Expected a <class '[\w.]*Sequence'>\. Got value: (.*)", message):
         return f"{key}.{match[1]}: {match[2].strip()} is no list; write [{match[2].strip()}]"
+    if given and "Expected a <class 'tuple'>" in message:
+        return f"{key}: {given[1].strip()} is no list; write [{given[1].strip()}]"
     if given and (literals := re.findall(r"typing\.Literal\[(.*?)\]", message)):
         allowed = dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
         return f"{key}: {given[1].strip()} is none of {', '.join(allowed)}"
     if given and (match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message)):
-        expected = re.sub(r"<class '(\w+)'>", r"\1", match[1]).replace(", ", " or ")
+        expected = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1]).replace(", ", " or ")
         return f"{key}: {given[1].strip()} is no {expected}"
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
     return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))

@@ -149,7 +149,7 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
         if options.discard_checkpoints:
             shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
 
-    print(f"{len(names)} runs, {len(names) - len(jobs)} of them finished before; their words are in {output / 'logs'}")
+    print(f"{len(names)} runs, {len(names) - len(jobs)} of them finished before; their output: {output / 'logs'}")
     work_off(jobs, Slots.choose(options.parallel, _gpus(arms)), scored)
     finished = [
         Arm(name=arm.name, runs=[read_run(output / "runs" / names[arm.name, seed]) for seed in experiment.seeds])
@@ -227,7 +227,9 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
     warnings = check_data(runs, options.force)
     arms = arms_of(runs)
     if len(arms) < 2:
-        raise UserError(f"{len(runs)} runs, all of one configuration; give runs of at least two to compare")
+        raise UserError(
+            f"the runs given ({len(runs)}) are all of one configuration; give runs of at least two to compare"
+        )
     _make(output)
     jobs = []
     for run in runs:

@@ -119,6 +119,10 @@ def work_off(jobs: Sequence[Job], slots: Slots, done: Callable[[Job], None]) -> 
                         _next_command(each, slots.environments[each.slot])
                 progress.show([each.job for each in running])
                 time.sleep(POLL_SECONDS if running else 0)
+        except KeyboardInterrupt:
+            progress.close()
+            print("interrupted: stopping the runs; the same command goes on where they were", file=sys.stderr, flush=True)
+            raise
         finally:
             progress.close()
             _stop(running)
@@ -221,7 +225,7 @@ class _Progress:
             desc="compare",
             total=int(total) if total != float("inf") else None,
             initial=int(sum(self._seen.values())),
-            unit=f" {self._unit}",
+            unit=" samples" if self._unit == "samples" else "run",
             unit_scale=self._unit == "samples",
             # Starts and evaluations show no samples: the mean over all of it is what the rest will take.
             smoothing=0,
@@ -240,7 +244,9 @@ class _Progress:
             self._seen[job.name] = min(trained_samples(job.run), job.samples)
             share = f" {100 * self._seen[job.name] / job.samples:.0f}%" if 0 < job.samples < float("inf") else ""
             at.append(f"{job.name}{share}")
-        self._bar.set_postfix_str(f"{self._finished}/{len(self._jobs)} runs done, now {', '.join(at)}", False)
+        # The names come last: a line too long is cut at its end.
+        state = [f"{self._finished}/{len(self._jobs)} runs done"] if self._unit == "samples" else []
+        self._bar.set_postfix_str(", ".join([*state, *at]), False)
         # Also where nothing has moved, as the time has.
         now = int(sum(self._seen.values())) if self._unit == "samples" else self._finished
         self._bar.update(now - self._bar.n)

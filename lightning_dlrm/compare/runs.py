@@ -181,13 +181,21 @@ def differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
     Returns:
         Full key -> name of a configuration -> its value; a key that it does not have is left out.
     """
-    keys = dict.fromkeys(key for setting in settings.values() for key in setting)
+    keys = list(dict.fromkeys(key for setting in settings.values() for key in setting))
+    # What only a later one has stands with its section.
+    sections = list(dict.fromkeys(_section(key) for key in keys))
+    keys.sort(key=lambda key: sections.index(_section(key)))
     found = {}
     for key in keys:
         values = {name: setting[key] for name, setting in settings.items() if key in setting}
         if len(values) < len(settings) or any(value != next(iter(values.values())) for value in values.values()):
             found[key] = values
     return found
+
+
+def _section(key: str) -> str:
+    """Of ``model.network.init_args.top_mlp``: ``model.network``."""
+    return ".".join(key.split(".")[:2])
 
 
 def data_differences(runs: Sequence[Run]) -> list[str]:

@@ -51,7 +51,9 @@ class RunFolder:
         if path is None:
             return cls._create_numbered(model)
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--run_dir {path} is a file; give a folder that is empty or not there yet")
+        if path.exists() and any(path.iterdir()):
             raise UserError(
                 f"the run folder {path} exists and is not empty; continue that run with --resume auto, "
                 "or choose another --run_dir"

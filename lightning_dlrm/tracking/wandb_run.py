@@ -21,6 +21,9 @@ from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import WANDB, RunFolder
 
 _BEST = {"auc": "max", "accuracy": "max", "log_loss": "min", "normalized_entropy": "min"}
+_OF_EACH_TENSOR = tuple(
+    f"{name}/" for name in (names.GRADIENT_NORM, names.ROW_NORM, names.ROW_GRADIENT_NORM, names.TABLES)
+)
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -217,7 +220,9 @@ class WandbExtras(pl.Callback):
         best = self._folder.checkpoints / "best"
         if not self._log_model or not best.exists():
             return
-        artifact = wandb.Artifact(f"{self._folder.path.name}-weights", "model", metadata=dict(self._run.summary))
+        # W&B takes 100 entries of an artifact; those of every tensor and table stay with the run.
+        metadata = {k: v for k, v in dict(self._run.summary).items() if not k.startswith(_OF_EACH_TENSOR)}
+        artifact = wandb.Artifact(f"{self._folder.path.name}-weights", "model", metadata=metadata)
         # A copy of the tables for the upload would take as much disk once more.
         artifact.add_dir(str(best.resolve()), policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=["best"])
