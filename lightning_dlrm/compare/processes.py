@@ -121,7 +121,9 @@ def work_off(jobs: Sequence[Job], slots: Slots, done: Callable[[Job], None]) -> 
                 time.sleep(POLL_SECONDS if running else 0)
         except KeyboardInterrupt:
             progress.close()
-            print("interrupted: stopping the runs; the same command goes on where they were", file=sys.stderr, flush=True)
+            print(
+                "interrupted: stopping the runs; the same command goes on where they were", file=sys.stderr, flush=True
+            )
             raise
         finally:
             progress.close()
