@@ -353,10 +353,11 @@ def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPa
     published = []
     monkeypatch.setattr(comparing, "choose_mode", lambda mode: ("online", ""))
     monkeypatch.setattr(comparing, "publish", lambda board: published.append(board) or {"report": "https://w/r"})
-    said = comparing._dashboard({"project": "p", "mode": "auto"}, "tiny-out", comparison)
+    settings = {"project": "p", "entity": "team", "mode": "auto"}
+    said = comparing._dashboard(settings, "tiny-out", comparison)
     assert said == "W&B report: https://w/r"
     assert published == [
-        Dashboard(project="p", group="tiny-out", findings=[pair.sentence for pair in comparison.pairs])
+        Dashboard(project="p", entity="team", group="tiny-out", findings=[pair.sentence for pair in comparison.pairs])
     ]
 
     def refuse(board: Dashboard) -> None:
@@ -364,7 +365,7 @@ def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(comparing, "publish", refuse)
     assert "no workspace and no report (no extra); later: python -m" in comparing._dashboard(
-        {"project": "p", "mode": "auto"}, "tiny-out", comparison
+        settings, "tiny-out", comparison
     )
 
 
