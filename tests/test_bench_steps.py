@@ -72,7 +72,11 @@ def test_operations_of_the_parts_are_the_models(model: str) -> None:
 
 def test_the_losses_that_a_gpu_is_asked_for_are_compared() -> None:
     """On a CPU through Triton's interpreter, and without graphs."""
-    pytest.importorskip("triton", reason="triton is not installed: fused kernels are not compared")
+    pytest.importorskip(
+        "triton",
+        "3.9",
+        reason="needs Triton 3.9, whose interpreter runs with NumPy 2.4: fused kernels are not compared",
+    )
     workload = Workload(tables=(30, 3), dense=5, width=8, bottom=(16, 8), top=(12,))
     targets = loss_targets(workload, CPU, 16, 3)
     assert [target.met for target in targets] == [True, True, True]
