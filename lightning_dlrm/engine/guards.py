@@ -13,6 +13,9 @@ from lightning_dlrm.models.network import CTRNetwork
 
 log = logging.getLogger("lightning_dlrm")
 
+_SUMMED_AT_ONCE = 1 << 22
+"""Elements."""
+
 
 @dataclass(frozen=True)
 class Position:
@@ -102,8 +105,10 @@ def refuse_bad_weights(network: CTRNetwork, step: int, advice: str) -> None:
         UserError: some weight is NaN or infinite.
     """
     for name, parameter in network.named_parameters():
-        # The sum of a table costs one pass over it; NaN and infinities carry through.
-        if parameter.numel() and not math.isfinite(parameter.detach().sum(dtype=torch.float64).item()):
+        # The sum of a table costs one pass over it; NaN and infinities carry through. Part by part, since a CPU first
+        # makes a copy in float64 of what it sums.
+        parts = parameter.detach().flatten().split(_SUMMED_AT_ONCE)
+        if parameter.numel() and not math.isfinite(sum(part.sum(dtype=torch.float64) for part in parts).item()):
             raise UserError(f"weights of {name} are not finite after step {step}, so nothing is saved; {advice}")
 
 
