@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lightning_dlrm.cli import plain
 from lightning_dlrm.cli.configs import nearest
 from lightning_dlrm.contracts.errors import UserError
 
@@ -30,7 +31,13 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or 2 after a mistake of the user's."""
+    """Runs one command; returns the exit code: 0, or 2 after a mistake of the user's.
+
+    Args:
+        arguments: of the command line; None for this program's own.
+    """
+    if arguments is None:
+        plain.begin(sys.argv[1:])
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
@@ -83,8 +90,6 @@ def _run(command: str, arguments: list[str]) -> int:
 
 
 def _run_plain_command(command: str, arguments: list[str]) -> int:
-    from lightning_dlrm.cli import plain
-
     parser = argparse.ArgumentParser(
         prog=f"python -m lightning_dlrm {command}",
         description=COMMANDS[command],

@@ -82,9 +82,11 @@ def test_memory_is_that_of_all_processes(tmp_path: Path) -> None:
     child = "import time; held = bytearray(b'1') * 100_000_000; time.sleep(0.7)"
     program = "import subprocess, sys; held = bytearray(b'1') * 60_000_000\n"
     program += f"subprocess.run([sys.executable, '-c', {child!r}])"
-    run, _ = preprocess._run_process([sys.executable, "-c", program], None)
-    assert 160e6 < run.peak_bytes < 230e6
-    assert run.seconds > 0.7
+    footprint = preprocess._Footprint(None)
+    seconds, _ = preprocess._run_process([sys.executable, "-c", program], footprint)
+    assert 160e6 < footprint.peak_bytes < 230e6
+    assert seconds > 0.7
+    assert len(footprint.cpu_of) == 2 and footprint.cpu_s > 0
 
 
 @pytest.mark.parametrize(

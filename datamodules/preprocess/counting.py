@@ -68,7 +68,7 @@ def count_column(job: ColumnJob) -> dict[str, Any]:
     reserved = encoding.protocol.reserved_of(table, encoding.min_count)
     with scratch_folder(encoding, table.name) as scratch:
         spread, missing_rows = _spread_values(encoding, table, scratch)
-        totals = [_group(spread.place(part)) for part in range(spread.parts)]
+        totals = [_group(spread, part) for part in range(spread.parts)]
         first_id = max(reserved.values(), default=-1) + 1
         kept, rare_values, rare_rows = _assign(spread, totals, encoding.min_count, first_id, reserved)
         rows = max(first_id + kept, 1)
@@ -219,10 +219,10 @@ def _values_of(encoding: Encoding, table: Table, segment: Segment) -> np.ndarray
 
 
 class _Spread:
-    """A column's distinct values of every segment, in files by ranges of value.
+    """A column's distinct values of every segment, by ranges of value, and what becomes of them.
 
-    File ``part`` has the entries of its range in the order of the segments; ``counts``, ``ids`` and the
-    like have one item for each of them.
+    The ``entries`` of a range are in the order of the segments; ``inverse`` and ``ids`` have one item for each of
+    them. A single range stays in memory, several are files.
     """
 
     def __init__(self, scratch: Path, bounds: np.ndarray):
@@ -230,9 +230,42 @@ class _Spread:
         self.parts = len(bounds) + 1
         self.lengths: list[int] = []
         """Entries of each segment."""
+        self._held: dict[str, np.ndarray] = {}
 
-    def place(self, part: int) -> Path:
-        return self.scratch / f"{part:04d}"
+    def add(self, part: int, entries: np.ndarray) -> None:
+        """More ``entries`` of a range."""
+        if self.parts == 1:
+            self._held["entries"] = np.concatenate([self._held.get("entries", entries[:0]), entries])
+            return
+        # Opened anew: of Terabyte's large columns there are hundreds, and the threads of a Dask worker share
+        # what a process may have open.
+        with self._place(part, "entries").open("ab") as file:
+            entries.tofile(file)
+
+    def put(self, part: int, name: str, items: np.ndarray) -> None:
+        """Keeps something of a range."""
+        if self.parts == 1:
+            self._held[name] = items
+        else:
+            items.tofile(self._place(part, name))
+
+    def get(self, part: int, name: str, kind: np.dtype, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """Items ``begin`` to ``end`` of it."""
+        if self.parts == 1:
+            return self._held[name][begin:end]
+        return read_items(self._place(part, name), kind, begin, end)
+
+    def take(self, part: int, name: str, kind: np.dtype) -> np.ndarray:
+        """All of it, for the last time."""
+        items = self.get(part, name, kind)
+        if self.parts == 1:
+            del self._held[name]
+        else:
+            self._place(part, name).unlink()
+        return items
+
+    def _place(self, part: int, name: str) -> Path:
+        return self.scratch / f"{part:04d}.{name}"
 
     def order(self, values: np.ndarray | range) -> tuple[np.ndarray | slice, np.ndarray]:
         """How to bring values range by range, and where each range then ends."""
@@ -262,10 +295,7 @@ def _spread_values(encoding: Encoding, table: Table, scratch: Path) -> tuple[_Sp
         order, ends = spread.order(entries["value"])
         entries = entries[order]
         for part, (start, end) in enumerate(pairwise([0, *ends])):
-            # Opened anew: of Terabyte's large columns there are hundreds, and the threads of a Dask worker share
-            # what a process may have open.
-            with spread.place(part).open("ab") as file:
-                entries[start:end].tofile(file)
+            spread.add(part, entries[start:end])
     return spread, missing_rows
 
 
@@ -298,17 +328,16 @@ def counted_rows(encoding: Encoding, opened: OpenSegment) -> np.ndarray | slice:
     return rows_of(encoding.rule, opened, ("train",))
 
 
-def _group(place: Path) -> np.ndarray:
+def _group(spread: _Spread, part: int) -> np.ndarray:
     """Finds equal values of a range.
 
-    Writes ``.groups`` (``_RUN``: the values in ascending order and their counts) and ``.inverse``
+    Of its ``entries`` become ``groups`` (``_RUN``: the values in ascending order and their counts) and ``inverse``
     (int32: for each entry the position of its value in them).
 
     Returns:
         int64: the counts.
     """
-    entries = np.fromfile(place, _ENTRY)
-    place.unlink()
+    entries = spread.take(part, "entries", _ENTRY)
     # One sort of 64-bit integers, which numpy does with vector instructions, brings values and positions.
     packed = entries["value"].astype(np.uint64) << np.uint64(32) | np.arange(len(entries), dtype=np.uint64)
     packed.sort()
@@ -322,8 +351,8 @@ def _group(place: Path) -> np.ndarray:
     groups["count"] = np.add.reduceat(entries["count"][order], starts, dtype=np.int64) if len(starts) else 0
     inverse = np.empty(len(entries), np.int32)
     inverse[order] = np.cumsum(first, dtype=np.int32) - 1
-    groups.tofile(place.with_suffix(".groups"))
-    inverse.tofile(place.with_suffix(".inverse"))
+    spread.put(part, "groups", groups)
+    spread.put(part, "inverse", inverse)
     return groups["count"].copy()
 
 
@@ -332,8 +361,9 @@ def _assign(
 ) -> tuple[int, int, int]:
     """Gives every value its id: by descending count over all ranges, ties by value.
 
-    Writes per range ``.ids`` (int32, of each entry), ``.run`` (``_RUN``, the values in the order of
-    their ids) with ``.edges`` (int64, where in it each row group of the vocabulary begins), and ``.rare``.
+    Of ``groups`` and ``inverse`` become ``ids`` (int32, of each entry), ``run`` (``_RUN``, the values in the order of
+    their ids) with ``run_ids`` and ``edges`` (int64, where in it each row group of the vocabulary begins), and
+    ``rare``.
 
     Returns:
         Values with an id of their own, other values counted, and rows with these.
@@ -349,8 +379,7 @@ def _assign(
     edges = np.arange(first_id, first_id + kept + _IDS_AT_ONCE, _IDS_AT_ONCE)
     rare_values = rare_rows = 0
     for part, total in enumerate(totals):
-        place = spread.place(part)
-        groups = np.fromfile(place.with_suffix(".groups"), _RUN)
+        groups = spread.take(part, "groups", _RUN)
         chosen = np.flatnonzero(total >= min_count)
         chosen = chosen[by_frequency(total[chosen])]
         position = np.searchsorted(all_counts, total[chosen])
@@ -364,12 +393,11 @@ def _assign(
         of_group[rare] = reserved.get("rare", 0)
         of_group[chosen] = ids
         rare_values, rare_rows = rare_values + len(rare), rare_rows + int(total[rare].sum())
-        inverse = np.fromfile(place.with_suffix(".inverse"), np.int32)
-        of_group[inverse].tofile(place.with_suffix(".ids"))
-        groups[chosen].tofile(place.with_suffix(".run"))
-        groups[rare].tofile(place.with_suffix(".rare"))
-        np.searchsorted(ids, edges).tofile(place.with_suffix(".edges"))
-        np.asarray(ids, np.int32).tofile(place.with_suffix(".run_ids"))
+        spread.put(part, "ids", of_group[spread.take(part, "inverse", _ID)])
+        spread.put(part, "run", groups[chosen])
+        spread.put(part, "run_ids", ids.astype(_ID))
+        spread.put(part, "edges", np.searchsorted(ids, edges))
+        spread.put(part, "rare", groups[rare])
     return kept, rare_values, rare_rows
 
 
@@ -417,23 +445,22 @@ def _write_vocabulary(
         if "rare" in reserved and not lists_rare:
             of_reserved[reserved["rare"]] += rare_rows
         write(pa.nulls(first_id, pa.uint32()), of_reserved, np.arange(first_id))
-        edges = [np.fromfile(spread.place(part).with_suffix(".edges"), np.int64) for part in range(spread.parts)]
+        edges = [spread.get(part, "edges", np.dtype(np.int64)) for part in range(spread.parts)]
         for number, start in enumerate(range(first_id, first_id + kept, _IDS_AT_ONCE)):
             window = np.empty(min(_IDS_AT_ONCE, first_id + kept - start), _RUN)
             for part in range(spread.parts):
                 begin, end = edges[part][number], edges[part][number + 1]
-                ids = read_items(spread.place(part).with_suffix(".run_ids"), _ID, begin, end)
-                window[ids - start] = read_items(spread.place(part).with_suffix(".run"), _RUN, begin, end)
+                ids = spread.get(part, "run_ids", _ID, begin, end)
+                window[ids - start] = spread.get(part, "run", _RUN, begin, end)
             write(pa.array(window["value"]), window["count"], np.arange(start, start + len(window)))
         for part in range(spread.parts) if lists_rare else ():
-            rare = np.fromfile(spread.place(part).with_suffix(".rare"), _RUN)
+            rare = spread.get(part, "rare", _RUN)
             write(pa.array(rare["value"]), rare["count"], np.full(len(rare), reserved["rare"]))
 
 
 def _write_ids(encoding: Encoding, table: Table, spread: _Spread, missing_id: int, modulus: int | None) -> None:
     """Brings the ids of the entries back into the order of the segments."""
     out = _IdsWriter(spread.scratch)
-    places = [spread.place(part).with_suffix(".ids") for part in range(spread.parts)]
     begins = np.zeros(spread.parts, np.int64)
     all_lengths = iter(spread.lengths)
     for some in _segments_at_once(table, load_segments(encoding.segments)):
@@ -445,8 +472,8 @@ def _write_ids(encoding: Encoding, table: Table, spread: _Spread, missing_id: in
         )
         stops = begins + np.diff(ends, prepend=0)
         parts = [
-            read_items(place, _ID, begin, stop)
-            for place, begin, stop in zip(places, begins.tolist(), stops.tolist(), strict=True)
+            spread.get(part, "ids", _ID, begin, stop)
+            for part, (begin, stop) in enumerate(zip(begins.tolist(), stops.tolist(), strict=True))
         ]
         begins = stops
         ids = np.empty(sum(lengths), _ID)

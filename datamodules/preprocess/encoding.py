@@ -65,6 +65,6 @@ def scratch_folder(encoding: Encoding, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_items(place: Path, kind: np.dtype, begin: int, end: int) -> np.ndarray:
-    """Items ``begin`` to ``end`` of a file."""
-    return np.fromfile(place, kind, end - begin, offset=begin * kind.itemsize)
+def read_items(place: Path, kind: np.dtype, begin: int, end: int | None) -> np.ndarray:
+    """Items ``begin`` to ``end`` of a file, None for its end."""
+    return np.fromfile(place, kind, -1 if end is None else end - begin, offset=begin * kind.itemsize)

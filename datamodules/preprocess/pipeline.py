@@ -73,7 +73,7 @@ from lightning_dlrm.contracts.schema import (
 
 BAD_ROWS_FILE = "bad_rows.tsv"
 
-_VERSION = 1
+_VERSION = 2
 """Counts up whenever the same input would give other bytes, so that no run goes on with files of another release."""
 
 # Below this much input the workers would take longer to start than to work, and nothing is worth keeping.

@@ -20,6 +20,7 @@ from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExec
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,11 +117,20 @@ def open_workers(workers: int, scheduler: str | None, folder: Path, goes_on: str
             yield Workers(executor=executor, count=workers, goes_on=goes_on)
 
 
+def serve_processes() -> None:
+    """Starts a server that loads the libraries, once for all workers and while this process loads them too; worker
+    processes will be forked from it. For programs alone, as it decides about all of their processes."""
+    multiprocessing.set_start_method("forkserver")
+    forkserver.set_forkserver_preload(["datamodules.preprocess.pipeline", "numpy.ma"])  # pyarrow loads that when used
+    forkserver.ensure_running()
+
+
 @contextmanager
 def _processes(workers: int) -> Iterator[Executor]:
-    # Spawned, not forked: pyarrow's threads do not survive a fork. The pipe's writing end is here
+    # Not forked from this process: pyarrow's threads do not survive that. The pipe's writing end is here
     # alone, so that it closes with this process however it ends, and no worker outlives it.
-    context = multiprocessing.get_context("spawn")
+    served = multiprocessing.get_start_method(allow_none=True) == "forkserver"
+    context = multiprocessing.get_context("forkserver" if served else "spawn")
     reader, writer = context.Pipe(duplex=False)
     executor = ProcessPoolExecutor(workers, context, initializer=_live_as_long_as, initargs=(reader,))
     try:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -11,10 +10,10 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 import psutil
 from tqdm import tqdm
@@ -33,9 +32,9 @@ Times, in turns and each in a process of its own, so that memory is measured too
   peer      with --peer, the preprocessing of a checkout of facebookresearch/dlrm, on the first rows; its start not
             included. It fails on NumPy 2: name an interpreter that has numpy<2 with --peer-python.
 
-Peak memory is that of all processes of a contender together, sampled 50 times a second, pages that they share counted
-once; disk is what the working folder held at most, the input apart. Prints a prediction for the real data sets, too,
-if there are enough rows.
+Memory, CPU time and disk come from one more run of each, which is not timed, as looking costs time: the peak memory of
+all processes together, sampled 50 times a second, pages that they share counted once; what the working folder held at
+most, the input apart. Prints a prediction for the real data sets, too, if there are enough rows.
 
 examples:
   python -m lightning_dlrm bench preprocess
@@ -162,15 +161,44 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     return rows
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What one process with all its children took."""
+@dataclass
+class _Footprint:
+    """What a process and all below it take, as far as it was seen."""
 
-    seconds: float
-    cpu_s: float
-    """Of all processes together."""
-    peak_bytes: int
-    peak_disk_bytes: int
+    folder: Path | None
+    """Whose size is watched."""
+    peak_bytes: int = 0
+    peak_disk_bytes: int = 0
+    cpu_of: dict[int, float] = field(default_factory=dict)
+    """Process -> its CPU time in seconds."""
+    looks: int = 0
+
+    @property
+    def cpu_s(self) -> float:
+        """Of all processes together."""
+        return sum(self.cpu_of.values())
+
+    def look(self, process: psutil.Process) -> None:
+        memory = 0
+        for member in _family(process):
+            try:
+                found, cpu = member.memory_full_info(), member.cpu_times()
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue  # it has just ended
+            # Of a page that n of them share, an nth each, where it is known.
+            memory += getattr(found, "pss", found.rss)
+            self.cpu_of[member.pid] = cpu.user + cpu.system
+        self.peak_bytes = max(self.peak_bytes, memory)
+        if self.folder is not None and self.looks % _DISK_SAMPLES == 0:
+            self.peak_disk_bytes = max(self.peak_disk_bytes, bytes_below(self.folder))
+        self.looks += 1
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 @dataclass
@@ -184,7 +212,8 @@ class _Ours:
     output: Path | None = None
     """Of the latest run."""
 
-    def __call__(self) -> _Run:
+    def __call__(self, footprint: _Footprint | None = None) -> float:
+        """Seconds of a run."""
         if self.output is not None:
             shutil.rmtree(self.folder)
         self.folder.mkdir()
@@ -192,7 +221,7 @@ class _Ours:
         command = [sys.executable, "-m", "lightning_dlrm", "preprocess"]
         command += ["--dataset", self.dataset, "--protocol", self.protocol]
         command += ["--input", str(self.raw), "--output", str(self.output)]
-        return _run_process(command, self.folder)[0]
+        return _run_process(command, footprint)[0]
 
     def schema(self) -> DatasetSchema:
         """Of the dataset that the latest run made."""
@@ -222,31 +251,39 @@ class _Script:
     folder: Path | None = None
     """Where it writes; emptied before each run."""
 
-    def __call__(self) -> _Run:
+    def __call__(self, footprint: _Footprint | None = None) -> float:
+        """Seconds, as a run tells."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
         command = [self.python, "-c", textwrap.dedent(self.program), *self.arguments]
-        run, output = _run_process(command, self.folder)
-        return replace(run, seconds=float(output))
+        return float(_run_process(command, footprint)[1])
 
 
 def _measure(ours: _Ours, name: Implementation, other: _Script, args: argparse.Namespace) -> list[Measurement]:
     """Rows of ours and of another, timed in turns."""
-    runs: dict[Implementation, list[_Run]] = {"ours": [], name: []}
+    contenders: dict[Implementation, _Ours | _Script] = {"ours": ours, name: other}
+    seconds: dict[Implementation, list[float]] = {who: [] for who in contenders}
     stages = []
-    turns = [who for round_ in range(args.rounds) for who in list(runs)[:: 1 if round_ % 2 == 0 else -1]]
-    for who in tqdm(turns, desc="Measuring", unit=" runs", disable=None):
-        runs[who].append(ours() if who == "ours" else other())
-        if who == "ours":
-            stages.append(ours.stage_seconds())
+    turns = [who for round_ in range(args.rounds) for who in list(contenders)[:: 1 if round_ % 2 == 0 else -1]]
+    with tqdm(total=len(turns) + len(contenders), desc="Measuring", unit=" runs", disable=None) as bar:
+        for who in turns:
+            seconds[who].append(contenders[who]())
+            if who == "ours":
+                stages.append(ours.stage_seconds())
+            bar.update()
+        footprints = {who: _Footprint(contender.folder) for who, contender in contenders.items()}
+        for who, contender in contenders.items():
+            contender(footprints[who])
+            bar.update()
     schema = ours.schema()
-    row = _row("ours", sum(split.rows for split in schema.splits.values()), runs["ours"], args)
-    row_of_other = _row(name, other.samples, runs[name], args)
+    rows = sum(split.rows for split in schema.splits.values())
+    row = _row("ours", rows, seconds["ours"], footprints["ours"], args)
+    row_of_other = _row(name, other.samples, seconds[name], footprints[name], args)
     extra = {
         f"speed_over_{name}": row.samples_per_s / row_of_other.samples_per_s,
         **row.extra,
-        "peak_disk_bytes": float(max(run.peak_disk_bytes for run in runs["ours"])),
+        "peak_disk_bytes": float(footprints["ours"].peak_disk_bytes),
         "output_bytes": float(ours.output_bytes()),
         "largest_table_rows": float(max(schema.features.table_rows)),
         **{f"{stage}_s": statistics.median(of_run[stage] for of_run in stages) for stage in _STAGES},
@@ -254,8 +291,10 @@ def _measure(ours: _Ours, name: Implementation, other: _Script, args: argparse.N
     return [replace(row, extra=extra), row_of_other]
 
 
-def _row(name: Implementation, samples: int, runs: Sequence[_Run], args: argparse.Namespace) -> Measurement:
-    median, spread = median_and_spread([run.seconds for run in runs])
+def _row(
+    name: Implementation, samples: int, seconds: Sequence[float], footprint: _Footprint, args: argparse.Namespace
+) -> Measurement:
+    median, spread = median_and_spread(seconds)
     return Measurement(
         work="preprocess",
         case=f"{samples:,} rows, {args.dataset}, {args.protocol}",
@@ -266,24 +305,19 @@ def _row(name: Implementation, samples: int, runs: Sequence[_Run], args: argpars
         samples=samples,
         median_s=median,
         spread_s=spread,
-        extra={
-            "peak_bytes": float(max(run.peak_bytes for run in runs)),
-            "cpu_s": statistics.median(run.cpu_s for run in runs),
-        },
+        extra={"peak_bytes": float(footprint.peak_bytes), "cpu_s": footprint.cpu_s},
     )
 
 
-def _run_process(command: Sequence[str], folder: Path | None) -> tuple[_Run, str]:
-    """Runs a program to its end, watching it, and what it printed.
+def _run_process(command: Sequence[str], footprint: _Footprint | None) -> tuple[float, str]:
+    """Runs a program to its end: the seconds that it took, and what it printed.
 
     Args:
-        folder: whose size is watched.
+        footprint: to be taken; None leaves the program alone.
 
     Raises:
         UserError: it cannot be run, or fails; tells the last line of its error output.
     """
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    peak = peak_disk = samples = 0
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         start = perf_counter()
         try:
@@ -291,44 +325,21 @@ def _run_process(command: Sequence[str], folder: Path | None) -> tuple[_Run, str
         except OSError as error:
             raise UserError(f"cannot run {command[0]} ({error.strerror})") from error
         try:
-            while True:
-                try:
-                    code = process.wait(timeout=_SAMPLE_S)
-                    break
-                except psutil.TimeoutExpired:
-                    peak = max(peak, _memory(process))
-                    if folder is not None and samples % _DISK_SAMPLES == 0:
-                        peak_disk = max(peak_disk, bytes_below(folder))
-                    samples += 1
+            while footprint is not None and process.poll() is None:
+                footprint.look(process)
+                sleep(_SAMPLE_S)
+            code = process.wait()
         except BaseException:
             process.terminate()
             process.wait()
             raise
         seconds = perf_counter() - start
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         output.seek(0)
         errors.seek(0)
         if code:
             lines = errors.read().strip().splitlines() or [f"exit code {code}"]
             raise UserError(f"{' '.join(command[:4])} failed: {lines[-1]}")
-        cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return _Run(seconds, cpu_s, peak, peak_disk), output.read()
-
-
-def _memory(process: psutil.Process) -> int:
-    """Resident bytes of a process and all below it; of a page that n of them share, an nth each, where it is known."""
-    total = 0
-    try:
-        family = [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0
-    for member in family:
-        try:
-            memory = member.memory_full_info()
-            total += getattr(memory, "pss", memory.rss)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue  # it has just ended
-    return total
+        return seconds, output.read()
 
 
 def _lines(path: Path) -> int:

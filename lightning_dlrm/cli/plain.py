@@ -2,7 +2,7 @@
 
 import argparse
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -15,6 +15,14 @@ _COMMANDS = {
     "dashboard": ("lightning_dlrm.cli.dashboard", "add_arguments", "run"),
     "bench": ("lightning_dlrm.bench.command", "add_arguments", "run"),
 }
+
+
+def begin(arguments: Sequence[str]) -> None:
+    """Begins what a program's command line needs beside this process, before that loads anything."""
+    if arguments[:1] == ["preprocess"] and "--input" in arguments:
+        from datamodules.preprocess.workers import serve_processes
+
+        serve_processes()
 
 
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> Run:
