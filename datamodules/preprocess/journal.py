@@ -47,13 +47,16 @@ def remove_partial_files(folder: Path) -> None:
                 (Path(root) / name).unlink(missing_ok=True)
 
 
-def record(path: Path, facts: Mapping[str, Any], files: tuple[Path, ...] = ()) -> dict[str, Any]:
+def record(
+    path: Path, facts: Mapping[str, Any], files: tuple[Path, ...] = (), known: Mapping[Path, str] | None = None
+) -> dict[str, Any]:
     """Notes that a step is finished.
 
     Args:
         path: of the record, without its suffix.
         facts: JSON values to remember.
         files: what the step has written, each whole and in its place; below the folder of ``path``'s parent.
+        known: the SHA-256 of some of them, where it has been taken already.
 
     Returns:
         The facts.
@@ -64,7 +67,7 @@ def record(path: Path, facts: Mapping[str, Any], files: tuple[Path, ...] = ()) -
             {
                 "path": os.path.relpath(file, path.parent),
                 "bytes": file.stat().st_size,
-                "sha256": file_sha256(file),
+                "sha256": (known or {}).get(file) or file_sha256(file),
             }
             for file in files
         ],

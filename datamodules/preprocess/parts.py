@@ -101,7 +101,8 @@ def encode_part(job: PartJob) -> tuple[DataFile, int | None]:
             place = encoding.result / file.path
             place.parent.mkdir(parents=True, exist_ok=True)
             (scratch / file.path).replace(place)
-        facts = record(job.record_path, {"file": asdict(file), "positives": split.positives}, (place,))
+        facts = {"file": asdict(file), "positives": split.positives}
+        record(job.record_path, facts, (place,), {place: file.sha256})
     file = DataFile(**{**facts["file"], "row_groups": tuple(facts["file"]["row_groups"])})
     return file, facts["positives"]
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
 
 REPORT_FILE = "report.json"
 """How a dataset was made: inputs, options, times. Beside dataset.json, as it differs from run to run."""
+
+_FLUSHED_AT_ONCE = 16  # a disk answers each only when it is done
 
 
 class Target:
@@ -137,8 +140,8 @@ class Target:
                 copy = self._folder.with_name(f".{self._folder.name}.copy")
                 shutil.rmtree(copy, ignore_errors=True)
                 result = Path(shutil.copytree(result, copy))
-            for path in (*result.rglob("*"), result):
-                flush(path)
+            with ThreadPoolExecutor(_FLUSHED_AT_ONCE) as pool:
+                list(pool.map(flush, (*result.rglob("*"), result)))
             try:
                 result.rename(self._folder)
             except OSError as error:
