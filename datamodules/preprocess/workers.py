@@ -10,6 +10,7 @@ way of handing out work), it runs under Slurm, Kubernetes and SSH, and a laptop 
 Spark would bring a runtime each and no executor of the standard library's kind.
 """
 
+import gc
 import multiprocessing
 import os
 import secrets
@@ -146,6 +147,8 @@ def _live_as_long_as(reader: Connection) -> None:
 
     import pyarrow as pa
 
+    # What is loaded stays; to look through it for garbage again and again takes time.
+    gc.freeze()
     # Ctrl-C reaches every process of the terminal; the one that started the workers answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The processes share the cores out; threads of each would only stand in each other's way.
