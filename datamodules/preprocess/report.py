@@ -41,7 +41,8 @@ def render_report(schema: DatasetSchema, stages: Sequence[StageTime]) -> str:
         f"{max(stage.peak_bytes for stage in stages) / 1e9:,.2f} GB of memory at most"
     )
     if report.get("bad_rows"):
-        lines.append(f"{report['bad_rows']:,} bad rows were left out; bad_rows.tsv lists them")
+        were = "row was" if report["bad_rows"] == 1 else "rows were"
+        lines.append(f"{report['bad_rows']:,} bad {were} left out, see bad_rows.tsv")
     return "\n".join(lines)
 
 
