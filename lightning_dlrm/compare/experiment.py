@@ -110,7 +110,7 @@ class _ArmCommand(SettingsCommand):
     document: Mapping[str, Any]
 
     def before_instantiate_classes(self) -> None:
-        self.document = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        self.document = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         super().before_instantiate_classes()
 
 

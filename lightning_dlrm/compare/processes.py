@@ -3,21 +3,19 @@
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
 from tqdm import tqdm
 
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.interrupts import leaving_in_order
 from lightning_dlrm.engine.progress import Lines
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import RunFolder
@@ -94,7 +92,7 @@ def work_off(jobs: Sequence[Job], slots: Slots, done: Callable[[Job], None]) -> 
     waiting, free, running = deque(jobs), deque(range(len(slots.environments))), list[_Running]()
     failed: list[tuple[Job, str]] = []
     progress = _Progress(jobs)
-    with _stopped_by_signals():
+    with leaving_in_order():
         try:
             while waiting or running:
                 while waiting and free:
@@ -179,21 +177,6 @@ def _stop(running: Sequence[_Running]) -> None:
             except subprocess.TimeoutExpired:
                 each.process.kill()
         _close(each)
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP leave through the same doors as Ctrl-C."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _last_words(log: Path) -> str:
