@@ -343,7 +343,7 @@ class CTRCommand(LightningCLI):
     def _facts(self) -> dict[str, Any]:
         """The resolved configuration and where the code comes from."""
         text = self._parser(self.subcommand).dump(self._settings(), format="json", skip_unset=False)
-        return {**json.loads(text), "lightning_dlrm": {"version": _version(), "git_commit": _git_commit()}}
+        return {**json.loads(text), "lightning_dlrm": code_version()}
 
     # --- running --------------------------------------------------------------------------------
 
@@ -490,6 +490,11 @@ def _quieten() -> None:
     logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         log.setLevel(logging.WARNING)
+
+
+def code_version() -> dict[str, str | None]:
+    """Of this project: which release, and of a checkout which commit."""
+    return {"version": _version(), "git_commit": _git_commit()}
 
 
 def _version() -> str:
