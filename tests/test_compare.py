@@ -24,7 +24,7 @@ from datamodules.generate.demo import DemoSettings
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.compare import command as comparing
-from lightning_dlrm.compare import operators
+from lightning_dlrm.compare import operators, processes
 from lightning_dlrm.compare.anatomy import anatomy
 from lightning_dlrm.compare.experiment import PlannedArm, plan_arms, read_experiment
 from lightning_dlrm.compare.operators import breakdown
@@ -514,6 +514,25 @@ def test_samples_so_far_are_read_from_half_written_lines(tmp_path: Path) -> None
     assert trained_samples(tmp_path) == 0
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples": 200}\n{"step": 2, "sam')
     assert trained_samples(tmp_path) == 200
+
+
+def test_the_bar_is_full_when_all_is_scored(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/metrics.jsonl").write_text('{"step": 2, "samples": 50}\n')
+    fitted = Job(name="a", commands=[], run=tmp_path / "a", log=tmp_path / "log", samples=100.0, scored=60.0)
+    progress = processes._Progress([fitted])
+    with (tmp_path / "log").open("wb") as log:
+        running = processes._Running(job=fitted, slot=0, waiting=[["predict"]], log=log, lock=log)
+        progress.show([running])
+        assert "a 50%" in str(progress._bar) and " 31%" in str(progress._bar)
+        (tmp_path / "a/metrics.jsonl").write_text('{"step": 4, "samples": 100}\n')
+        running.waiting.clear()
+        progress.show([running])
+        assert "0/1 runs, a: scoring" in str(progress._bar) and " 62%" in str(progress._bar)
+    progress.done(fitted)
+    progress.show([])
+    assert "100%" in str(progress._bar) and "1/1 runs" in str(progress._bar)
+    progress.close()
 
 
 @pytest.mark.slow
