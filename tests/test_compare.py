@@ -55,6 +55,7 @@ def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factor
     monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "compare-cache"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setattr(operators, "PAUSE_SECONDS", 0.0)
 
 
 def write_experiment(**changes: Any) -> Path:

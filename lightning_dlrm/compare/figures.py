@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter
 from lightning_dlrm.cli.palette import OKABE_ITO, filling
 from lightning_dlrm.cli.plan import draw as draw_plan
 from lightning_dlrm.compare.anatomy import Anatomy
-from lightning_dlrm.compare.operators import ALL_KINDS, STEPS
+from lightning_dlrm.compare.operators import ALL_KINDS, ROUNDS, STEPS
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
 from lightning_dlrm.compare.runs import Arm
 from lightning_dlrm.compare.statistics import METRICS
@@ -336,8 +336,8 @@ class _Drawing:
             "operators",
             "Where the time of a step goes",
             "One training step by kind of operator, forward, backward and update together, from PyTorch's profiler: "
-            f"the fastest of {STEPS} steps at the runs' batch size, on the machine that made this report, outside "
-            "Lightning.",
+            f"of each kind the least of {ROUNDS * STEPS} steps at the runs' batch size, on the machine that made this "
+            "report, outside Lightning.",
         )
 
     def plans(self, anatomies: Mapping[str, Anatomy]) -> list[Picture]:

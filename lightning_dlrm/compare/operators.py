@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
 
 log = logging.getLogger("lightning_dlrm")
 
-WARM_UP, STEPS = 3, 20
+ROUNDS, WARM_UP, STEPS = 5, 2, 5
+"""Each round has some steps that do not count, and some that do."""
+PAUSE_SECONDS = 0.5
+"""Between rounds, so that a burst of other work on the machine does not cover all of them."""
 _PRECISIONS = ("32-true", "32", "64-true", "64", "bf16-mixed", "bf16")
 _STEP = "compare_step_"
 
@@ -104,7 +108,7 @@ def _key(arm: Arm) -> str:
     """Stands for all that the times depend on."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     machine = (platform.node(), platform.machine(), torch.backends.cpu.get_cpu_capability(), *gpus)
-    code = (STEPS, code_version(), torch.__version__, torch.get_num_threads())
+    code = (ROUNDS, WARM_UP, STEPS, code_version(), torch.__version__, torch.get_num_threads())
     told = json.dumps([arm.settings, arm["data_fingerprint"], machine, code], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
@@ -122,9 +126,9 @@ def _obstacle(run: Run) -> str:
 
 
 def measure(run: Run) -> dict[str, float]:
-    """Of a run's configuration and data: kind -> milliseconds, of the fastest of some steps.
+    """Of a run's configuration and data: kind -> milliseconds of a step, the least of some steps.
 
-    What else the machine does makes steps longer, never shorter; all kinds are of one step, so that they add up.
+    The least, since what else the machine does makes steps longer, and never shorter.
     """
     command = SettingsCommand(["--config", str(run.path / CONFIG)], run=False)
     module, trainer = command.model, command.config.trainer
@@ -134,7 +138,7 @@ def measure(run: Run) -> dict[str, float]:
     precision = str(trainer.precision)
     data = command.datamodule
     data.prepare_data()
-    batches = list(itertools.islice(_endless(data), WARM_UP + STEPS))
+    batches = [batch.to(device) for batch in itertools.islice(_endless(data), WARM_UP + STEPS)]
     with contextlib.ExitStack() as stack:
         if precision.startswith("64"):
             torch.set_default_dtype(torch.float64)
@@ -147,13 +151,17 @@ def measure(run: Run) -> dict[str, float]:
         mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
         # The profiler's library tells of its start and stop otherwise.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        with profile(activities=_activities(on_gpu)) as profiled:
-            for number, batch in enumerate(batches):
-                with record_function(f"{_STEP}{number}"):
-                    _step(module, network, optimizer, batch.to(device), mixed)
-                    if on_gpu:
-                        torch.cuda.synchronize()
-    return min(_by_step(profiled, on_gpu)[WARM_UP:], key=lambda step: sum(step.values()))
+        steps = []
+        for _ in range(ROUNDS):
+            with profile(activities=_activities(on_gpu)) as profiled:
+                for number, batch in enumerate(batches):
+                    with record_function(f"{_STEP}{number}"):
+                        _step(module, network, optimizer, batch, mixed)
+                        if on_gpu:
+                            torch.cuda.synchronize()
+            steps += _by_step(profiled, on_gpu)[WARM_UP:]
+            time.sleep(PAUSE_SECONDS)
+    return {kind: min(step[kind] for step in steps) for kind in ALL_KINDS}
 
 
 def _endless(data: Any) -> Any:
