@@ -228,9 +228,11 @@ def _few(members: Sequence[str]) -> str:
 
 
 def told(value: Any) -> str:
-    """A setting's value for a table: of a class its name; a dash for what a model does not have, or leaves out."""
+    """A setting's value for a table: of a class its name, of layers 512-256; a dash for what a model does not have."""
     if value in (None, False):
         return "-"
+    if isinstance(value, list) and value:
+        return "-".join(map(str, value))
     return value.rpartition(".")[2] if isinstance(value, str) else str(value)
 
 
