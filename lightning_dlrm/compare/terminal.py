@@ -13,7 +13,7 @@ from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.sparkline import sparkline
 
 SPARK_WIDTH = 12
-"""Tables of four arms fit into 80 columns."""
+"""So the closing table fits into 80 columns."""
 
 
 def arms_table(arms: Sequence[PlannedArm], compared: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> str:
