@@ -67,8 +67,10 @@ COMPARISON_TABLES = ("verdicts", "parameters", "operators", "load")
 
 
 def comparison_figure(name: str) -> str:
+    """Under which a comparison's figure is logged."""
     return f"comparison/{name}"
 
 
 def comparison_table(name: str) -> str:
+    """Under which a comparison's table is logged."""
     return f"comparison/{name}_table"
