@@ -650,8 +650,8 @@ def test_a_flipped_bit_that_still_decodes_is_told(tmp_path: Path, threads: int) 
     schema = make_dataset(tmp_path / "data", WIDE, 2005)
     path = tmp_path / "data" / schema.splits["train"].files[5].path
     content = path.read_bytes()
-    column = pq.ParquetFile(path).metadata.row_group(2).column(3)
-    at = (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size
+    column = pq.ParquetFile(path).metadata.row_group(2).column(1)  # I1, whose last byte is a position in its dictionary
+    at = column.dictionary_page_offset + column.total_compressed_size
     path.write_bytes(content[: at - 1] + bytes([content[at - 1] ^ 1]) + content[at:])
     with pytest.raises(UserError, match=r"part-00005\.parquet is altered: row group 2 cannot be decoded .* restore"):
         list(training_loader((tmp_path / "data", schema), threads=threads))
