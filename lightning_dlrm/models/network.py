@@ -10,6 +10,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.models.embeddings import Embeddings
 from lightning_dlrm.models.layers import MissingValues
+from lightning_dlrm.models.linear import LinearTerms
 
 Missing: TypeAlias = Literal["zero", "learned"]
 """What stands for a missing dense value: see MissingValues."""
@@ -67,6 +68,10 @@ class CTRNetwork(nn.Module):
     def lookups(self) -> list[EmbeddingLookup]:
         """All that hold table rows, in the order in which the model was put together."""
         return [module for module in self.modules() if isinstance(module, EmbeddingLookup)]
+
+    def wide_lookups(self) -> list[EmbeddingLookup]:
+        """Those of them that hold linear terms' weights."""
+        return [module.lookup for module in self.modules() if isinstance(module, LinearTerms)]
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """All other weights."""
