@@ -9,6 +9,7 @@ import torch
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import RowGradient, Table
+from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
@@ -178,9 +179,11 @@ def test_linear_terms_take_a_rule_of_their_own() -> None:
         make_wide(adam())[1].load_state_dict(optimizer.state_dict())
 
 
-def test_a_rule_for_linear_terms_that_are_not_there_is_refused() -> None:
+def test_a_rule_for_linear_terms_that_cannot_have_one_is_refused() -> None:
     with pytest.raises(UserError, match=r"wide_optimizer is given, but this DLRM has no linear terms"):
         toy_module(wide_rule=Adagrad(0.1))
+    with pytest.raises(UserError, match="kernels fbgemm gives all tables one rule: leave wide_optimizer out"):
+        CTRModule(wide_dlrm, SGD(0.1), SGD(0.1), wide_optimizer=Adagrad(0.1), kernels="fbgemm", schema=toy_schema())
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
