@@ -137,6 +137,14 @@ class CTRModule(pl.LightningModule):
         """What the parts of all training steps so far took."""
         self._began = 0.0
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes here which hook is running, some fifty times a step; torch would look each time whether it
+        # is a weight.
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def configure_model(self) -> None:
         # Lightning calls this once for every fit, validate, test and predict.
         if not hasattr(self, "network"):

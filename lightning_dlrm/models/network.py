@@ -1,6 +1,7 @@
 """What every click-through-rate model here is: tables, dense layers, one logit a sample."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -42,16 +43,18 @@ class CTRNetwork(nn.Module):
             ids: of every table.
         """
         # What vectors wait for is under way while dense layers compute.
-        for embeddings in self._embeddings():
+        for embeddings in self._embeddings:
             embeddings.start(ids)
         return self.logits(self.missing(dense_BI), ids)
 
     def announce(self, ids: SparseIds) -> None:
         """Hears of the ids of a later ``forward``, while an earlier batch is under way; it comes with ``ids.ahead``."""
-        for embeddings in self._embeddings():
+        for embeddings in self._embeddings:
             embeddings.announce(ids)
 
+    @cached_property
     def _embeddings(self) -> list[Embeddings]:
+        # Asked at every step; a network keeps them, whatever becomes of the lookups inside.
         return [module for module in self.modules() if isinstance(module, Embeddings)]
 
     def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:

@@ -110,7 +110,11 @@ class CTROptimizer(torch.optim.Optimizer):
                 lookup.update(gradient, state, partial(_update_rows, rule=rule, learning_rate=rate, step=steps))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
+        if set_to_none:
+            for parameter in self.param_groups[0]["params"]:
+                parameter.grad = None
+        else:
+            super().zero_grad(set_to_none)
         for lookup in self.lookups:
             lookup.clear_gradient()
 
