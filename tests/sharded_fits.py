@@ -58,7 +58,12 @@ def many_lookups(features: Features, seed: int) -> DLRM:
     return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
 
 
-NETWORKS: dict[str, Any] = {"dlrm": toy_dlrm, "dcn": toy_dcn, "many": many_lookups}
+def means(features: Features, seed: int) -> DLRM:
+    tables = TableSettings(dims={"C2": 2}, project=True, pooling="mean")
+    return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
+
+
+NETWORKS: dict[str, Any] = {"dlrm": toy_dlrm, "dcn": toy_dcn, "many": many_lookups, "means": means}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,8 @@ class Fit:
     network: str = "dlrm"
     resume_from: str | None = None
     wire: Any = "full"
+    pooled: tuple[str, ...] = ()
+    """Tables that are summed where their rows are."""
     recorded: bool = False
     """Whether every step is logged, as a fit of the command line would; else only losses are kept."""
     trainer: tuple[tuple[str, Any], ...] = ()
@@ -94,6 +101,17 @@ PARITY = (
         plan="auto",
         trainer=(("accumulate_grad_batches", 3), ("gradient_clip_val", 0.05)),
     ),
+    Fit(name="pooled_ranges_weighted", rule="adam", plan="ranges", hot="weighted", pooled=("C1", "C2", "C3", "C4")),
+    Fit(
+        name="pooled_mixed_means",
+        rule="row_wise",
+        plan="mixed",
+        hot="multi",
+        pooled=("C2", "C4"),
+        network="means",
+        recorded=True,
+        trainer=(("accumulate_grad_batches", 2), ("gradient_clip_val", 0.05)),
+    ),
 )
 FIRST_STEP = Fit(name="float32", rule="plain_sgd", plan="mixed", precision="32-true", steps=1)
 BF16 = Fit(name="bf16", rule="row_wise", plan="ranges", precision="bf16-mixed", steps=10, wire="bf16")
@@ -101,7 +119,7 @@ HALF = Fit(name="half", rule="row_wise", plan="mixed", hot="multi", steps=STEPS 
 RESUMED = Fit(name="resumed", rule="row_wise", plan="ranges", hot="multi", resume_from="half/checkpoints/last")
 
 
-def plan_of(kind: str, ranks: int) -> Plan | None:
+def plan_of(kind: str, ranks: int, pooled: tuple[str, ...] = ()) -> Plan | None:
     """Whole tables; ranges on all ranks; or both, with the first rank left empty where there are three."""
     if kind == "auto":
         return None
@@ -118,7 +136,7 @@ def plan_of(kind: str, ranks: int) -> Plan | None:
             for owner, a, b in zip(owners, cuts, cuts[1:], strict=False)
             if a < b
         ]
-    return Plan(ranks=ranks, pieces=tuple(pieces))
+    return Plan(ranks=ranks, pieces=tuple(pieces), pooled=pooled)
 
 
 def global_batch(index: int, hot: str) -> Batch:
@@ -234,7 +252,7 @@ def run(fit: Fit, parent: Path, ranks: int) -> None:
     options: dict[str, Any] = dict(fit.trainer)
     micro = options.get("accumulate_grad_batches", 1)
     if ranks > 1:
-        plan = plan_of(fit.plan, ranks)
+        plan = plan_of(fit.plan, ranks, fit.pooled)
         if plan is not None:
             folder.path.mkdir(exist_ok=True)
             folder.write_text(f"plan-{Ranks().rank}.yaml", yaml.safe_dump(plan.document()))

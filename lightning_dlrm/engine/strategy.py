@@ -39,7 +39,8 @@ class EmbeddingShardedDDP(DDPStrategy):
     take any memory. Gradients of both kinds equal those of one process on the global batch.
 
     Args:
-        plan: YAML file made by the command plan; by default the plan that it would print.
+        plan: YAML file made by the command plan, with its choice of tables to pool where their rows are; by
+            default the plan that it would print.
         memory_per_rank: what tables and their optimiser state may take, such as 80GiB, or one amount for
             each rank, separated by commas; None for no limit. Of no effect on a plan from a file.
         wire: type of vectors and gradients while they travel: that of the weights, or bf16.
@@ -168,9 +169,11 @@ class EmbeddingShardedDDP(DDPStrategy):
             loads = table_loads(module.network, module)
             if self._plan_file is not None:
                 plan = read_plan(Path(self._plan_file))
-                plan.check({load.name: load.rows for load in loads}, ranks.ranks)
+                unpoolable = [load.name for load in loads if not load.may_pool]
+                plan.check({load.name: load.rows for load in loads}, ranks.ranks, unpoolable)
             else:
-                plan = make_plan(loads, ranks.ranks, batch_size_of(module.trainer), self._memory)
+                value_bytes = (self._wire or module.network.lookups()[0].weight.dtype).itemsize
+                plan = make_plan(loads, ranks.ranks, batch_size_of(module.trainer), self._memory, value_bytes)
             held = [cost.bytes for cost in rank_costs(plan, loads, batch_size=1)]
             log.info(
                 "tables: %s pieces over %s ranks; the largest share is %.3f GiB with optimiser state, %.2f x the mean",
@@ -198,7 +201,8 @@ def table_loads(
         skew: of every table's traffic; see TableLoad.
         indices: column -> mean number of ids in a sample's bag; by default what the data's schema says, or 1.
     """
-    indices = module.data_schema().indices if indices is None else indices
+    schema = module.data_schema()
+    indices = schema.indices if indices is None else indices
     loads = []
     for lookup in network.lookups():
         row = torch.empty(1, lookup.width, dtype=lookup.weight.dtype, device="meta")
@@ -211,6 +215,8 @@ def table_loads(
                 width=lookup.width,
                 bytes_per_row=bytes_per_row,
                 indices_per_sample=indices.get(table.name.partition("/")[0], 1.0),
+                factors=bool(schema.by_role("weights")),
+                may_pool=lookup.may_pool,
                 skew=skew,
             )
             for table in lookup.tables

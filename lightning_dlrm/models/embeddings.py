@@ -206,6 +206,10 @@ class Embeddings(nn.Module):
         )
         self.widths = tuple(embedding_dim if self.settings.project else width for width in narrow.values())
         self.pooling_weights = _pooling_weights(self.settings.pooling_weights, columns, seed)
+        if self.pooling_weights is not None:
+            # They are asked for one by one, and become factors only in ``forward``.
+            for lookup in (self.pooling_weights, *(group.lookup for group in self.groups)):
+                lookup.may_pool = False
         # One lookup holds one table of every column, in their order.
         self._is_plain = [len(group.members) for group in self.groups] == [len(columns)] and not self.multiply_adds()
 

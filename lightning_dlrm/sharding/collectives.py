@@ -92,9 +92,9 @@ class Ranks:
         work = dist.all_to_all_single(arriving, values, list(received), list(sent), group=self._group, async_op=True)
         return Travelling(values, arriving, work)
 
-    def all_to_all_counts(self, counts_R: Tensor) -> "Travelling":
-        """int64 [ranks] -> int64 [ranks]: what each rank has counted for this one."""
-        return self.all_to_all(counts_R, [1] * self.ranks, [1] * self.ranks)
+    def all_to_all_counts(self, counts: Tensor) -> "Travelling":
+        """int64 [ranks, ...] -> the same: what each rank has counted for this one."""
+        return self.all_to_all(counts, [1] * self.ranks, [1] * self.ranks)
 
     def each_does(self, action: Callable[[], Any]) -> list[Any]:
         """Every rank acts and hears what all of them got, as JSON values.
