@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ from lightning_dlrm.sharding.plan import (
     DistinctRows,
     Piece,
     Plan,
+    RankCost,
     TableLoad,
     imbalance,
     make_plan,
     parse_memory,
     place_tables,
     rank_costs,
+    table_costs,
 )
 
 # Criteo Terabyte with at most 40M rows a table (MLPerf v2).
@@ -190,6 +193,41 @@ def test_bytes_sent_are_those_of_a_hand_count() -> None:
     assert [c.work for c in costs] == pytest.approx([18, 30, 0])
 
 
+def test_bags_are_summed_where_that_is_fewer_bytes() -> None:
+    """Against draws: 400 bags of 20 ids for each of two ranks, from a table cut in the middle, and from a whole one."""
+    tables = [
+        TableLoad(name="A", rows=4000, width=8, bytes_per_row=32, skew=0.0, indices_per_sample=20, factors=True),
+        TableLoad(name="B", rows=50, width=8, bytes_per_row=32, skew=0.0, indices_per_sample=20),
+        TableLoad(name="C", rows=1000, width=8, bytes_per_row=32, skew=0.0),
+        TableLoad(name="D", rows=4000, width=8, bytes_per_row=32, skew=0.0, indices_per_sample=20, may_pool=False),
+    ]
+    halves = [[("A", 0, 2000, 0), ("A", 2000, 4000, 1)], [("B", 0, 50, 0)], [("C", 0, 1000, 1)], [("D", 0, 4000, 0)]]
+    pieces = tuple(Piece(table=n, start=a, stop=b, rank=r) for of_table in halves for n, a, b, r in of_table)
+    costs = {cost.name: cost for cost in table_costs(Plan(ranks=2, pieces=pieces), tables, 800)}
+    drawn = np.random.default_rng(0).integers(0, 4000, (2, 400, 20))
+    expected_rows, expected_sums = [], []
+    for asks, holds in ((0, 1), (1, 0)):
+        there = (drawn[asks] >= 2000) == holds
+        expected_rows.append(len(set(drawn[asks][there].tolist())) * (4 + 2 * 8 * 4))
+        expected_sums.append(there.sum() * (4 + 4) + there.any(1).sum() * 2 * 8 * 4)
+    assert costs["A"].sent_rows.sum() == pytest.approx(sum(expected_rows), rel=0.03)
+    assert costs["A"].sent_sums.sum() == pytest.approx(sum(expected_sums), rel=0.03)
+    assert costs["B"].sent_rows.tolist() == pytest.approx([50 * 32, 50 * (4 + 32)])
+    assert costs["B"].sent_sums.tolist() == pytest.approx([400 * 32, 400 * (20 * 4 + 32)])
+    assert np.isinf(costs["D"].sent_sums).all()
+    plan = make_plan(tables, 2, 800)
+    assert plan.pooled == ("A",)
+    (as_rows, as_sums) = (rank_costs(replace(plan, pooled=names), tables, 800) for names in ((), ("A",)))
+    chosen = {cost.name: cost for cost in table_costs(plan, tables, 800)}["A"]
+    for rank, (rows, sums) in enumerate(zip(as_rows, as_sums, strict=True)):
+        saved = chosen.sent_rows[rank] - chosen.sent_sums[rank]
+        assert sent(rows) - sent(sums) == pytest.approx(saved) and sent(sums) < sent(rows)
+
+
+def sent(cost: RankCost) -> float:
+    return cost.sent_ids + cost.sent_vectors + cost.sent_gradients
+
+
 def test_what_does_not_fit_says_by_how_much() -> None:
     with pytest.raises(UserError, match=r"take 20,000 bytes .* 2 ranks have 12,000: 8,000 bytes .* too few; 2 more"):
         make_plan(loads((1000,), 4), 2, 8, memory=6000)
@@ -213,6 +251,8 @@ def test_a_plan_is_written_and_read_back() -> None:
         ({"ranks": 2, "tables": {"C1": [[0, 5, 0], [6, 9, 1]]}}, "one from row 5 on was expected"),
         ({"ranks": 2, "tables": {"C1": [[0, 5, 2]]}}, "on rank 2, but ranks are 2"),
         ({"ranks": 2, "tables": {"C1": [0, 5, 1]}}, "not of the form"),
+        ({"ranks": 2, "tables": {"C1": [[0, 5, 1]]}, "pooled": ["C2"]}, "pooled names C2, of which it has no pieces"),
+        ({"ranks": 2, "tables": {"C1": [[0, 5, 1]]}, "pooled": 3}, "not of the form"),
         ([], "not of the form"),
     ],
 )
@@ -308,6 +348,18 @@ def test_the_command_counts_the_ids_of_a_bag(capsys: pytest.CaptureFixture[str])
     rank = json.loads(capsys.readouterr().out)["per_rank"][0]["sent_bytes_per_step"]
     # As many rows of others as gradients of theirs: 16 elements of 2 bytes, and an id of 4.
     assert rank["gradients"] == pytest.approx(rank["ids"] / 4 * 16 * 2)
+    # Bags of ten ids are sent as their sums, but for a model's own factors.
+    random = ["--data", "RandomData", "--data.tables=[1000,50000]", "--data.indices=[1,10]"]
+    wide = ["plan", "--config", "dlrm.yaml", *random, "--ranks", "2"]
+    assert main([*wide, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    of_table = found["sent_bytes_per_step"]["C2"]
+    assert found["pooled"] == ["C2"] and of_table["as_sums"] < of_table["as_rows"]
+    assert main(wide) == 0
+    assert "sums\n" in capsys.readouterr().out
+    assert main([*wide, "--json", "--model.network.tables.pooling_weights=learned"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pooled"] == [] and found["sent_bytes_per_step"]["C2"]["as_sums"] is None
     for bad, said in (("1,2", "gives 2 figures, the data have 26"), ("many", "expected numbers"), ("-1", "-1.0 ind")):
         assert main([*command, "--indices", bad]) == 2
         assert said in capsys.readouterr().err

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from jsonargparse import DefaultHelpFormatter
@@ -28,6 +29,7 @@ from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.plan import (
     Plan,
     RankCost,
+    TableCost,
     TableLoad,
     imbalance,
     make_plan,
@@ -36,6 +38,7 @@ from lightning_dlrm.sharding.plan import (
     place_tables,
     rank_costs,
     read_plan,
+    table_costs,
 )
 
 EXAMPLES = """\
@@ -127,21 +130,26 @@ def run(arguments: Sequence[str]) -> int:
     if settings.counted:
         loads = _counted(loads, command.datamodule.folder)
     batch_size = getattr(command.datamodule, "batch_size", DEFAULT_BATCH_SIZE)
+    element_bytes = 2 if settings.wire == "bf16" else network.lookups()[0].weight.element_size()
     if settings.device_memory is not None:
         return _place(settings, network, loads, batch_size)
     if settings.plan is not None:
         plan = read_plan(Path(settings.plan))
-        plan.check({load.name: load.rows for load in loads}, plan.ranks)
+        unpoolable = [load.name for load in loads if not load.may_pool]
+        plan.check({load.name: load.rows for load in loads}, plan.ranks, unpoolable)
     else:
         memory = None if settings.memory_per_rank is None else parse_memory(settings.memory_per_rank)
-        plan = make_plan(loads, settings.ranks, batch_size, memory)
-    element_bytes = 2 if settings.wire == "bf16" else network.lookups()[0].weight.element_size()
+        plan = make_plan(loads, settings.ranks, batch_size, memory, element_bytes)
     costs = rank_costs(plan, loads, batch_size, element_bytes)
+    of_tables = table_costs(plan, loads, batch_size, element_bytes)
     if settings.output is not None:
         _write(Path(settings.output), yaml.safe_dump(plan.document(), default_flow_style=None, sort_keys=False))
     if settings.plot is not None:
         draw(plan, loads, costs, batch_size, Path(settings.plot))
-    print(json.dumps(figures(plan, costs, batch_size), indent=1) if settings.json else describe(plan, loads, costs))
+    if settings.json:
+        print(json.dumps(figures(plan, costs, of_tables, batch_size), indent=1))
+    else:
+        print(describe(plan, loads, costs, of_tables))
     return 0
 
 
@@ -219,7 +227,7 @@ def parse_indices(text: str | None, features: Features) -> dict[str, float] | No
     return dict(zip(columns, given if len(given) > 1 else given * len(columns), strict=True))
 
 
-def figures(plan: Plan, costs: Sequence[RankCost], batch_size: int) -> dict[str, Any]:
+def figures(plan: Plan, costs: Sequence[RankCost], of_tables: Sequence[TableCost], batch_size: int) -> dict[str, Any]:
     """Everything that is printed, and the pieces."""
     return {
         "ranks": plan.ranks,
@@ -241,12 +249,20 @@ def figures(plan: Plan, costs: Sequence[RankCost], batch_size: int) -> dict[str,
             }
             for cost in costs
         ],
+        "sent_bytes_per_step": {
+            cost.name: {
+                "as_rows": float(cost.sent_rows.sum()),
+                "as_sums": float(cost.sent_sums.sum()) if np.isfinite(cost.sent_sums).all() else None,
+            }
+            for cost in of_tables
+        },
+        "pooled": list(plan.pooled),
         "tables": plan.document()["tables"],
     }
 
 
-def describe(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost]) -> str:
-    """The plan as two tables, of ranks and of the tables that are cut, and its balance in a line."""
+def describe(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], of_tables: Sequence[TableCost]) -> str:
+    """The plan as tables of ranks, of the tables that are cut, and of those with bags; and its balance in a line."""
     lines: list[tuple[str, ...]] = [
         ("rank", "pieces", "rows", "GiB", "rows asked", "ids out", "vectors out", "gradients out")
     ]
@@ -257,7 +273,7 @@ def describe(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost]) 
         lines.append(_line("largest", _summary(costs, max)))
     text = [
         _aligned(lines),
-        "rows asked: by all ranks for a global batch; out: KiB that a rank sends in a training step",
+        "rows asked: by all ranks for a global batch, or sums of them; out: KiB that a rank sends in a training step",
     ]
     cut = [load for load in loads if len(plan.tables[load.name]) > 1]
     if cut:
@@ -268,6 +284,18 @@ def describe(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost]) 
             ranks = len({piece.rank for piece in pieces})
             rows.append((load.name, f"{load.rows:,}", str(len(pieces)), str(ranks), f"{sizes[0]:,}", f"{max(sizes):,}"))
         text += ["", _aligned(rows)]
+    bags = [(load, cost) for load, cost in zip(loads, of_tables, strict=True) if load.indices_per_sample > 1]
+    if bags and plan.ranks > 1:
+        ways: list[tuple[str, ...]] = [("table", "ids in a bag", "KiB as rows", "KiB as sums", "sent as")]
+        for load, cost in bags:
+            as_rows, as_sums = cost.sent_rows.sum() / 1024, cost.sent_sums.sum() / 1024
+            sums = f"{as_sums:,.1f}" if math.isfinite(as_sums) else "impossible"
+            how = "sums" if load.name in plan.pooled else "rows"
+            ways.append((load.name, f"{load.indices_per_sample:.3g}", f"{as_rows:,.1f}", sums, how))
+        text += ["", _aligned(ways)]
+        text.append(
+            "KiB: ids, vectors and gradients of all ranks in a training step; sums: of a bag's rows on one rank"
+        )
     text += [
         "",
         f"{len(loads)} tables, {len(loads) - len(cut)} whole, in {len(plan.pieces)} pieces on {plan.ranks} ranks; "

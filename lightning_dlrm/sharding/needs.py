@@ -119,7 +119,10 @@ class RowMap(nn.Module):
         # A unit is found by a key: a row's number, counted rank after rank and table after table, or a sample's where
         # the table is pooled. As many keys as samples come before those of a cell for each pooled one before it.
         pooled = [table.name in plan.pooled for table in tables] * ranks
-        rows_before = [0, *itertools.accumulate(0 if p else n for p, n in zip(pooled, itertools.chain(*cell_rows), strict=True))]
+        rows_before = [
+            0,
+            *itertools.accumulate(0 if p else n for p, n in zip(pooled, itertools.chain(*cell_rows), strict=True)),
+        ]
         slots_before = [0, *itertools.accumulate(pooled)]
         self._slots = slots_before[-1]
         # int32 halves the time to sort rows; it reaches past any published table set.

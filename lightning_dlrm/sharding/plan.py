@@ -10,7 +10,8 @@ its tail large and idle.
 
 Where bags hold several ids, a rank may send sums in place of rows: of each bag, one for each rank
 that holds some of its rows. A plan names the tables that are pooled so: those for which sums are
-fewer bytes than distinct rows.
+fewer bytes than distinct rows. It is balanced by rows all the same: a table's sums are more, the more
+ranks share it, so that what they come to is known only once the table is cut.
 """
 
 import bisect
