@@ -63,7 +63,18 @@ def means(features: Features, seed: int) -> DLRM:
     return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
 
 
-NETWORKS: dict[str, Any] = {"dlrm": toy_dlrm, "dcn": toy_dcn, "many": many_lookups, "means": means}
+def some_on_host(features: Features, seed: int) -> DLRM:
+    tables = TableSettings(on_host=["C2", "C4"])
+    return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
+
+
+NETWORKS: dict[str, Any] = {
+    "dlrm": toy_dlrm,
+    "dcn": toy_dcn,
+    "many": many_lookups,
+    "means": means,
+    "host": some_on_host,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +112,14 @@ PARITY = (
         plan="auto",
         trainer=(("accumulate_grad_batches", 3), ("gradient_clip_val", 0.05)),
     ),
-    Fit(name="pooled_ranges_weighted", rule="adam", plan="ranges", hot="weighted", pooled=("C1", "C2", "C3", "C4")),
+    Fit(
+        name="pooled_ranges_weighted",
+        rule="adam",
+        plan="ranges",
+        hot="weighted",
+        pooled=("C1", "C2", "C3", "C4"),
+        recorded=True,
+    ),
     Fit(
         name="pooled_mixed_means",
         rule="row_wise",
@@ -111,6 +129,16 @@ PARITY = (
         network="means",
         recorded=True,
         trainer=(("accumulate_grad_batches", 2), ("gradient_clip_val", 0.05)),
+    ),
+    Fit(name="host_auto", rule="adagrad", plan="auto", network="host", recorded=True),
+    Fit(
+        name="host_pooled_weighted",
+        rule="adam",
+        plan="mixed",
+        hot="weighted",
+        pooled=("C1", "C4"),
+        network="host",
+        trainer=(("accumulate_grad_batches", 2),),
     ),
 )
 FIRST_STEP = Fit(name="float32", rule="plain_sgd", plan="mixed", precision="32-true", steps=1)

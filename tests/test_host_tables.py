@@ -20,7 +20,6 @@ from lightning_dlrm.models.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.models.host_tables import HostTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD
-from tests import sharded_fits
 from tests.sharded_fits import HALF, PARITY, RESUMED, RULES, Fit, global_batch, metrics, run
 from tests.test_sharded import tables
 from tests.toy import toy_schema
@@ -107,19 +106,12 @@ def contents(network: DLRM, optimizer: CTROptimizer) -> dict[str, list]:
     return found
 
 
-def on_host(features: Features, seed: int) -> DLRM:
-    return placed(features, seed, ["C2", "C4"])
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"trainer": (("accumulate_grad_batches", 3),)}],
     ids=["plain", "accumulated"],
 )
-def test_a_fit_with_its_checkpoint_is_that_with_tables_on_the_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
-    monkeypatch.setitem(sharded_fits.NETWORKS, "host", on_host)
+def test_a_fit_with_its_checkpoint_is_that_with_tables_on_the_device(tmp_path: Path, options: dict[str, Any]) -> None:
     fits = [
         Fit(name=name, rule="row_wise", plan="auto", network=name, hot="multi", **options) for name in ("dlrm", "host")
     ]
@@ -133,10 +125,7 @@ def test_a_fit_with_its_checkpoint_is_that_with_tables_on_the_device(
 
 
 @pytest.mark.parametrize("places", [("host", "dlrm"), ("dlrm", "host"), ("host", "host")])
-def test_a_checkpoint_opens_wherever_the_tables_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: tuple[str, str]
-) -> None:
-    monkeypatch.setitem(sharded_fits.NETWORKS, "host", on_host)
+def test_a_checkpoint_opens_wherever_the_tables_are(tmp_path: Path, places: tuple[str, str]) -> None:
     whole = next(fit for fit in PARITY if (fit.rule, fit.hot) == (RESUMED.rule, RESUMED.hot))
     first, second = (Fit(**vars(fit) | {"network": place}) for fit, place in zip((HALF, RESUMED), places, strict=True))
     for fit in (whole, first, second):

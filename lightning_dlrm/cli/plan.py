@@ -240,6 +240,7 @@ def figures(plan: Plan, costs: Sequence[RankCost], of_tables: Sequence[TableCost
                 "pieces": cost.pieces,
                 "rows": cost.rows,
                 "bytes": cost.bytes,
+                "host_bytes": cost.host_bytes,
                 "rows_asked_per_batch": cost.work,
                 "sent_bytes_per_step": {
                     "ids": cost.sent_ids,
@@ -263,14 +264,16 @@ def figures(plan: Plan, costs: Sequence[RankCost], of_tables: Sequence[TableCost
 
 def describe(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], of_tables: Sequence[TableCost]) -> str:
     """The plan as tables of ranks, of the tables that are cut, and of those with bags; and its balance in a line."""
+    host = any(cost.host_bytes for cost in costs)
+    sizes = ("GiB", "of it on host") if host else ("GiB",)
     lines: list[tuple[str, ...]] = [
-        ("rank", "pieces", "rows", "GiB", "rows asked", "ids out", "vectors out", "gradients out")
+        ("rank", "pieces", "rows", *sizes, "rows asked", "ids out", "vectors out", "gradients out")
     ]
-    lines += [_line(str(cost.rank), cost) for cost in costs[:_RANKS_SHOWN]]
+    lines += [_line(str(cost.rank), cost, host) for cost in costs[:_RANKS_SHOWN]]
     if len(costs) > _RANKS_SHOWN:
         lines.append(("...",) * len(lines[0]))
-        lines.append(_line("mean", _summary(costs, statistics.fmean)))
-        lines.append(_line("largest", _summary(costs, max)))
+        lines.append(_line("mean", _summary(costs, statistics.fmean), host))
+        lines.append(_line("largest", _summary(costs, max), host))
     text = [
         _aligned(lines),
         "rows asked: by all ranks for a global batch, or sums of them; out: KiB that a rank sends in a training step",
@@ -280,9 +283,9 @@ def describe(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], 
         rows = [("table", "rows", "pieces", "ranks", "first piece", "largest piece")]
         for load in cut:
             pieces = plan.tables[load.name]
-            sizes = [piece.rows for piece in pieces]
+            first, largest = pieces[0].rows, max(piece.rows for piece in pieces)
             ranks = len({piece.rank for piece in pieces})
-            rows.append((load.name, f"{load.rows:,}", str(len(pieces)), str(ranks), f"{sizes[0]:,}", f"{max(sizes):,}"))
+            rows.append((load.name, f"{load.rows:,}", str(len(pieces)), str(ranks), f"{first:,}", f"{largest:,}"))
         text += ["", _aligned(rows)]
     bags = [(load, cost) for load, cost in zip(loads, of_tables, strict=True) if load.indices_per_sample > 1]
     if bags and plan.ranks > 1:
@@ -305,13 +308,14 @@ def describe(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], 
     return "\n".join(text)
 
 
-def _line(name: str, cost: RankCost) -> tuple[str, ...]:
+def _line(name: str, cost: RankCost, host: bool) -> tuple[str, ...]:
     sent = (cost.sent_ids, cost.sent_vectors, cost.sent_gradients)
     return (
         name,
         f"{cost.pieces:,}",
         f"{cost.rows:,}",
         f"{cost.bytes / 2**30:.3f}",
+        *([f"{cost.host_bytes / 2**30:.3f}"] if host else []),
         f"{cost.work:,.0f}",
         *(f"{amount / 1024:,.1f}" for amount in sent),
     )
@@ -323,6 +327,7 @@ def _summary(costs: Sequence[RankCost], of: Any) -> RankCost:
         pieces=math.ceil(of([c.pieces for c in costs])),
         rows=math.ceil(of([c.rows for c in costs])),
         bytes=math.ceil(of([c.bytes for c in costs])),
+        host_bytes=math.ceil(of([c.host_bytes for c in costs])),
         work=of([c.work for c in costs]),
         sent_ids=of([c.sent_ids for c in costs]),
         sent_vectors=of([c.sent_vectors for c in costs]),

@@ -20,6 +20,7 @@ from lightning_dlrm.models.host_tables import HostTables
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
+from lightning_dlrm.sharding.host_lookup import ShardedHostTables
 from lightning_dlrm.sharding.lookup import ShardedTables
 from lightning_dlrm.sharding.plan import Plan, TableLoad, imbalance, make_plan, parse_memory, rank_costs, read_plan
 from lightning_dlrm.tracking import names
@@ -42,7 +43,8 @@ class EmbeddingShardedDDP(DDPStrategy):
         plan: YAML file made by the command plan, with its choice of tables to pool where their rows are; by
             default the plan that it would print.
         memory_per_rank: what tables and their optimiser state may take, such as 80GiB, or one amount for
-            each rank, separated by commas; None for no limit. Of no effect on a plan from a file.
+            each rank, separated by commas; None for no limit. Those in host memory (tables.on_host) do not
+            count. Of no effect on a plan from a file.
         wire: type of vectors and gradients while they travel: that of the weights, or bf16.
         timeout_seconds: a rank that does not answer for so long ends the run. Saving a checkpoint may
             take longer.
@@ -123,6 +125,8 @@ class EmbeddingShardedDDP(DDPStrategy):
             names.ROWS_PER_RANK: max(cost.rows for cost in costs),
             names.BYTES_PER_RANK: max(cost.bytes for cost in costs),
         }
+        if any(load.on_host for load in loads):
+            figures[names.HOST_BYTES] = max(cost.host_bytes for cost in costs)
         for load in loads:
             most = max(cost.bytes_of_table.get(load.name, 0) for cost in costs)
             figures |= {
@@ -217,6 +221,7 @@ def table_loads(
                 indices_per_sample=indices.get(table.name.partition("/")[0], 1.0),
                 factors=bool(schema.by_role("weights")),
                 may_pool=lookup.may_pool,
+                on_host=lookup.ON_HOST,
                 skew=skew,
             )
             for table in lookup.tables
@@ -255,10 +260,6 @@ def _replace_tables(
 ) -> None:
     for module in list(network.modules()):
         for name, child in module.named_children():
-            if isinstance(child, HostTables):
-                raise UserError(
-                    "tables.on_host keeps tables in the host memory of one device; several ranks have them in pieces, "
-                    "each in its own memory: leave it empty"
-                )
             if isinstance(child, EmbeddingTables):
-                setattr(module, name, ShardedTables.of(child, plan, ranks, wire, device))
+                kind = ShardedHostTables if isinstance(child, HostTables) else ShardedTables
+                setattr(module, name, kind.of(child, plan, ranks, wire, device))

@@ -134,10 +134,13 @@ class Travelling:
         self._arriving, self._work = arriving, work
 
     def arrived(self) -> Tensor:
-        """What the other ranks have sent; waits for it. On a GPU the caller's stream does, not the caller."""
+        """What the other ranks have sent; waits for it. On a GPU the caller's stream does, not the caller.
+
+        Several threads may ask, each with a stream of its own.
+        """
         if self._work is not None:
             self._work.wait()
-            self._leaving = self._work = None
+            self._leaving = None
         return self._arriving
 
 

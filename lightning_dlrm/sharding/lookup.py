@@ -57,6 +57,8 @@ class Request:
         """How many units of this rank each one needs; likewise."""
         self.vectors: Travelling | None = None
         self.gradients: Travelling | None = None
+        self.fetched: Any = None
+        """What has been begun here for what it asks of this rank."""
 
     def send_ids(self) -> None:
         """Begins to tell the owners what is needed, where that has not begun."""
@@ -68,12 +70,21 @@ class Request:
         if self.needs.factors is not None:
             self._factors = self._ranks.all_to_all(self.needs.factors, entries, asked_entries)
 
+    def entries(self) -> Tensor:
+        """What the ranks have told of the rows that they need, rank after rank; waits for it."""
+        assert self._ids is not None
+        return self._ids.arrived()
+
     @cached_property
     def here(self) -> Asked:
         """The rows of ``weight`` that the ranks need, rank after rank; waits for them."""
-        assert self._ids is not None
         factors = None if self._factors is None else self._factors.arrived()
-        return Asked.of(self._ids.arrived(), factors, self.needs.bags is not None)
+        return Asked.of(self.entries(), factors, self.pooled)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether some of what is asked for are sums."""
+        return self.needs.bags is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +151,13 @@ class ShardedTables(EmbeddingLookup):
         self._asked_2C = torch.zeros(2, plan.ranks * len(tables), dtype=torch.int64, device=device)
         self._factor_bytes = 0
         rows_held = sum(piece.stop - piece.start for piece in self.pieces)
-        weight_RD = empty_table((rows_held, width), dtype, torch.device(device))
+        weight_RD = empty_table((rows_held, width), dtype, self._place(torch.device(device)))
         self.weight = nn.Parameter(weight_RD, requires_grad=trainable)
         fill_initial_rows(weight_RD, self.tables, self.pieces, seed)
 
-    @staticmethod
+    @classmethod
     def of(
+        cls,
         tables: EmbeddingTables,
         plan: Plan,
         ranks: Ranks,
@@ -154,9 +166,14 @@ class ShardedTables(EmbeddingLookup):
     ) -> "ShardedTables":
         """Takes the place of tables that were built under ``rows_elsewhere``."""
         weight = tables.weight
-        return ShardedTables(
+        return cls(
             tables.tables, tables.width, tables.seed, plan, ranks, wire, weight.dtype, device, weight.requires_grad
         )
+
+    @staticmethod
+    def _place(device: torch.device) -> torch.device:
+        """Where ``weight`` is, where the device is this one."""
+        return device
 
     def announce(self, ids: SparseIds) -> None:
         """See EmbeddingLookup.announce."""
@@ -237,13 +254,17 @@ class ShardedTables(EmbeddingLookup):
     def _send_vectors(self, request: Request) -> None:
         self._send_ids(request)
         start = time.perf_counter()
-        asked = request.here
+        self._await(request)
         self._count(start)
-        request.vectors = self.ranks.all_to_all(self._on_wire(self._units(asked)), request.asked, request.asks)
+        request.vectors = self.ranks.all_to_all(self._on_wire(self._units(request)), request.asked, request.asks)
 
-    def _units(self, asked: Asked) -> Tensor:
+    def _await(self, request: Request) -> None:
+        """Waits until what is asked for is known, and at hand."""
+        _ = request.here
+
+    def _units(self, request: Request) -> Tensor:
         """[V, D]: the rows, or the sums of them, that the ranks need."""
-        return sum_units(self.weight.detach(), asked.rows, asked)
+        return sum_units(self.weight.detach(), request.here.rows, request.here)
 
     def _send_gradients(self, request: Request, values_UD: Tensor) -> None:
         # A rank's loss is ranks x its part of the mean over the global batch: DDP averages the dense

@@ -59,6 +59,8 @@ class TableLoad:
     """Whether each index has a factor in its bag's sum."""
     may_pool: bool = True
     """Whether a bag's rows may be summed where they are: see EmbeddingLookup.may_pool."""
+    on_host: bool = False
+    """Whether its rows stay in host memory, whatever the device."""
     skew: float = 1.0
     """Exponent of Zipf's law; 0 where all rows are drawn alike."""
     counts: NDArray | None = field(default=None, compare=False, repr=False)
@@ -278,7 +280,7 @@ def make_plan(
         ranks: how many.
         batch_size: samples of a global batch.
         memory: bytes that the tables and their optimiser state may take, on every rank or on each;
-            None where that is no limit.
+            None where that is no limit. Tables in host memory are spread by themselves, and have no limit.
         value_bytes: of one element on the wire.
 
     Raises:
@@ -287,8 +289,20 @@ def make_plan(
     if ranks < 1 or batch_size < 1:
         raise UserError(f"a plan needs 1 rank or more and a batch of 1 or more; got {ranks} and {batch_size}")
     limits = _limits(memory, ranks)
-    _check_room(tables, limits)
-    traffic = [DistinctRows(table, batch_size / ranks) for table in tables]
+    pieces: dict[str, list[Piece]] = {table.name: [] for table in tables}
+    for on_host, room in ((False, limits), (True, [math.inf] * ranks)):
+        placed = [table for table in tables if table.on_host == on_host]
+        if placed:
+            _check_room(placed, room)
+            for piece in _balanced(placed, room, batch_size).pieces:
+                pieces[piece.table].append(piece)
+    plan = Plan(ranks=ranks, pieces=tuple(itertools.chain(*pieces.values())))
+    return replace(plan, pooled=_worth_pooling(table_costs(plan, tables, batch_size, value_bytes)))
+
+
+def _balanced(tables: Sequence[TableLoad], limits: Sequence[float], batch_size: int) -> Plan:
+    """Of the coarsest cut that leaves the ranks in balance, if there is one."""
+    traffic = [DistinctRows(table, batch_size / len(limits)) for table in tables]
     best, best_imbalance = None, math.inf
     for chunks in _CHUNKS_PER_RANK:
         plan, imbalance = _spread(tables, traffic, limits, chunks)
@@ -298,7 +312,7 @@ def make_plan(
         if best_imbalance <= _GOOD_IMBALANCE:
             break
     assert best is not None
-    return replace(best, pooled=_worth_pooling(table_costs(best, tables, batch_size, value_bytes)))
+    return best
 
 
 def _limits(memory: int | Sequence[int] | None, ranks: int) -> list[float]:
@@ -454,6 +468,8 @@ class RankCost:
     rows: int = 0
     bytes: int = 0
     """Weights and optimiser state."""
+    host_bytes: int = 0
+    """Of them, those of tables in host memory."""
     work: float = 0.0
     """Rows that all ranks ask of this one for a global batch, distinct ones of each rank's slice; of a pooled table,
     sums."""
@@ -476,7 +492,7 @@ def rank_costs(plan: Plan, tables: Sequence[TableLoad], batch_size: int, value_b
         value_bytes: of one element on the wire.
     """
     totals: list[dict[str, Any]] = [
-        {"pieces": 0, "rows": 0, "bytes": 0, "work": 0.0, "of": {}} for _ in range(plan.ranks)
+        {"pieces": 0, "rows": 0, "bytes": 0, "host": 0, "work": 0.0, "of": {}} for _ in range(plan.ranks)
     ]
     sent_KR = np.zeros((3, plan.ranks))
     for table in tables:
@@ -488,6 +504,7 @@ def rank_costs(plan: Plan, tables: Sequence[TableLoad], batch_size: int, value_b
             total["pieces"] += len(pieces)
             total["rows"] += rows
             total["bytes"] += rows * table.bytes_per_row
+            total["host"] += rows * table.bytes_per_row * table.on_host
             total["work"] += asked[rank].vectors * plan.ranks
             total["of"][table.name] = rows * table.bytes_per_row
     return [
@@ -496,6 +513,7 @@ def rank_costs(plan: Plan, tables: Sequence[TableLoad], batch_size: int, value_b
             pieces=total["pieces"],
             rows=total["rows"],
             bytes=total["bytes"],
+            host_bytes=total["host"],
             work=total["work"],
             sent_ids=float(sent_KR[0, rank]),
             sent_vectors=float(sent_KR[1, rank]),
