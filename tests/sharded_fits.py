@@ -63,6 +63,10 @@ def means(features: Features, seed: int) -> DLRM:
     return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
 
 
+def with_dropout(features: Features, seed: int) -> DLRM:
+    return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], dropout=0.5)
+
+
 def some_on_host(features: Features, seed: int) -> DLRM:
     tables = TableSettings(on_host=["C2", "C4"])
     return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
@@ -74,6 +78,7 @@ NETWORKS: dict[str, Any] = {
     "many": many_lookups,
     "means": means,
     "host": some_on_host,
+    "dropout": with_dropout,
 }
 
 
@@ -145,6 +150,20 @@ FIRST_STEP = Fit(name="float32", rule="plain_sgd", plan="mixed", precision="32-t
 BF16 = Fit(name="bf16", rule="row_wise", plan="ranges", precision="bf16-mixed", steps=10, wire="bf16")
 HALF = Fit(name="half", rule="row_wise", plan="mixed", hot="multi", steps=STEPS // 2)
 RESUMED = Fit(name="resumed", rule="row_wise", plan="ranges", hot="multi", resume_from="half/checkpoints/last")
+
+
+DROPOUT = (
+    Fit(name="dropout", rule="sgd", plan="auto", network="dropout", steps=20),
+    Fit(name="dropout_half", rule="sgd", plan="auto", network="dropout", steps=10),
+    Fit(
+        name="dropout_resumed",
+        rule="sgd",
+        plan="auto",
+        network="dropout",
+        steps=20,
+        resume_from="dropout_half/checkpoints/last",
+    ),
+)
 
 
 def plan_of(kind: str, ranks: int, pooled: tuple[str, ...] = ()) -> Plan | None:
@@ -322,6 +341,7 @@ def run_all(parent: Path) -> None:
     for ranks in (4, 3, 2):
         fits = [FIRST_STEP, *(fit for fit, of_ranks in CASES if of_ranks == ranks)]
         fits += [HALF, BF16] if ranks == 4 else [RESUMED]
+        fits += DROPOUT if ranks == 2 else ()
         for_ranks = parent / str(ranks)
         for_ranks.mkdir()
         if ranks < 4:

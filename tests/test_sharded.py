@@ -27,6 +27,7 @@ from tests.ranks import ROOT, run_ranks, start_ranks
 from tests.sharded_fits import (
     BF16,
     CASES,
+    DROPOUT,
     FIRST_STEP,
     HALF,
     PARITY,
@@ -161,6 +162,12 @@ def test_saved_on_four_ranks_opened_on_fewer(folder: Path, ranks: int) -> None:
     expected = metrics(folder / "1" / whole.name, "train/loss")[STEPS // 2 :]
     found = metrics(folder / str(ranks) / RESUMED.name, "train/loss")
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
+def test_each_rank_goes_on_with_its_own_random_numbers(folder: Path) -> None:
+    """Their slices differ in size, so that they have drawn differently many."""
+    whole, resumed = (metrics(folder / "2" / fit.name, "train/loss") for fit in (DROPOUT[0], DROPOUT[2]))
+    assert torch.equal(resumed, whole[10:]) and len(resumed) == 10
 
 
 def test_bf16_in_the_matrix_products_and_on_the_wire(folder: Path) -> None:

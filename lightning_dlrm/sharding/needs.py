@@ -181,7 +181,8 @@ class RowMap(nn.Module):
             owner_rows_N: the row of each index as its owner numbers it.
         """
         order_N = lookups.order
-        factors_N = None if ids.weights is None else ids.weights.detach().reshape(-1)
+        # As datasets have them; under 64-true Lightning makes float64 of those that were not announced.
+        factors_N = None if ids.weights is None else ids.weights.detach().reshape(-1).float()
         starts_U = lookups.counts.cumsum(0) - lookups.counts
         # By ascending key from here on.
         first_N = torch.zeros_like(pooled_N).index_fill_(0, starts_U, True)
