@@ -53,7 +53,8 @@ examples:
 
 --device-memory is for one device that has no room for all tables: it tells which of them stay in host memory, as
 model.network.tables.on_host, and --output writes that as a configuration. For several ranks, --output writes the
-plan for a run to keep to:
+plan for a run to keep to; without one, it makes the plan that this shows without --counted and --skew. Under "pooled",
+the file has the tables whose bags are summed where their rows are:
   trainer:
     strategy:
       class_path: EmbeddingShardedDDP
@@ -370,7 +371,7 @@ def draw(
     held.set_ylabel("weights and\noptimiser state, GiB")
     held.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     work.bar(ranks, [cost.work for cost in costs], width, color=OKABE_ITO[0])
-    work.set_ylabel("rows asked\nfor a batch")
+    work.set_ylabel("rows, or sums,\nasked for a batch")
     bottom = [0.0] * plan.ranks
     for number, (name, amounts) in enumerate(
         (

@@ -462,6 +462,11 @@ class CTRModule(pl.LightningModule):
             for piece in lookup.pieces
         ]
 
+    def dense_tensors(self) -> list[Tensor]:
+        """All other weights and their optimiser state."""
+        weights, state = self.network.dense_parameters(), self._optimizer().state
+        return [*weights, *(values for weight in weights for values in state[weight].values())]
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is of this model and data, and reads the tables in place.
 

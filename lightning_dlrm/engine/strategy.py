@@ -41,7 +41,8 @@ class EmbeddingShardedDDP(DDPStrategy):
 
     Args:
         plan: YAML file made by the command plan, with its choice of tables to pool where their rows are; by
-            default the plan that it would print.
+            default the plan that it would print, for ids drawn in proportion to 1 / (row + 1). Where a run logs
+            a parallel/work_imbalance far above 1, a plan of ``plan --counted`` is better balanced.
         memory_per_rank: what tables and their optimiser state may take, such as 80GiB, or one amount for
             each rank, separated by commas; None for no limit. Those in host memory (tables.on_host) do not
             count. Of no effect on a plan from a file.
@@ -180,11 +181,13 @@ class EmbeddingShardedDDP(DDPStrategy):
                 plan = make_plan(loads, ranks.ranks, batch_size_of(module.trainer), self._memory, value_bytes)
             held = [cost.bytes for cost in rank_costs(plan, loads, batch_size=1)]
             log.info(
-                "tables: %s pieces over %s ranks; the largest share is %.3f GiB with optimiser state, %.2f x the mean",
+                "tables: %s pieces over %s ranks; the largest share is %.3f GiB with optimiser state, %.2f x the mean"
+                "%s",
                 len(plan.pieces),
                 ranks.ranks,
                 max(held) / 2**30,
                 imbalance(held),
+                f"; bags summed where their rows are: {', '.join(plan.pooled)}" if plan.pooled else "",
             )
             return plan.document()
 
