@@ -22,7 +22,16 @@ from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
 from lightning_dlrm.sharding.host_lookup import ShardedHostTables
 from lightning_dlrm.sharding.lookup import ShardedTables
-from lightning_dlrm.sharding.plan import Plan, TableLoad, imbalance, make_plan, parse_memory, rank_costs, read_plan
+from lightning_dlrm.sharding.plan import (
+    Plan,
+    TableLoad,
+    imbalance,
+    make_plan,
+    parse_memory,
+    rank_costs,
+    read_plan,
+    refuse_cut_tables,
+)
 from lightning_dlrm.tracking import names
 
 log = logging.getLogger("lightning_dlrm")
@@ -172,6 +181,7 @@ class EmbeddingShardedDDP(DDPStrategy):
 
         def make() -> dict[str, Any]:
             loads = table_loads(module.network, module)
+            refuse_cut_tables(loads)
             if self._plan_file is not None:
                 plan = read_plan(Path(self._plan_file))
                 unpoolable = [load.name for load in loads if not load.may_pool]
@@ -215,10 +225,13 @@ def table_loads(
         row = torch.empty(1, lookup.width, dtype=lookup.weight.dtype, device="meta")
         kept = [row, *(module.table_rule.state(row).values() if lookup.weight.requires_grad else ())]
         bytes_per_row = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        # Of a table that is cut between a device and its host, each lookup has a part.
+        held = {piece.name: piece.stop - piece.start for piece in lookup.pieces}
+        whole = not isinstance(lookup, EmbeddingTables)
         loads += [
             TableLoad(
                 name=table.name,
-                rows=table.rows,
+                rows=table.rows if whole else held[table.name],
                 width=lookup.width,
                 bytes_per_row=bytes_per_row,
                 indices_per_sample=indices.get(table.name.partition("/")[0], 1.0),

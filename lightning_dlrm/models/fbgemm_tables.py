@@ -38,7 +38,7 @@ class FBGEMMTables(EmbeddingTables):
         with rows_elsewhere():
             super().__init__(whole.tables, whole.width, whole.seed, whole.weight.requires_grad)
         self._refuse(rule, settings)
-        self.weight = whole.weight
+        self.weight, self.pieces = whole.weight, whole.pieces
         self.row_offsets = whole.row_offsets
         # In a tuple: its parameters are our weight and state once more, and no weights of the network.
         self._held = (_table_batched(whole, _OPTIMISERS[rule], settings),)
@@ -142,7 +142,7 @@ def _table_batched(whole: EmbeddingTables, optimiser: str, settings: Mapping[str
     where = EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST
     on = ComputeDevice.CUDA if cuda else ComputeDevice.CPU
     batched = SplitTableBatchedEmbeddingBagsCodegen(
-        [(table.rows, whole.width, where, on) for table in whole.tables],
+        [(piece.stop - piece.start, whole.width, where, on) for piece in whole.pieces],
         optimizer=getattr(EmbOptimType, optimiser),
         eps=settings.get("epsilon", 0.0),
         device=whole.weight.device,

@@ -171,20 +171,17 @@ class HostRows(EmbeddingLookup):
 
 
 class HostTables(HostRows, EmbeddingTables):
-    """Whole tables in host memory.
+    """Tables in host memory; for the arguments see EmbeddingTables."""
 
-    Args:
-        tables: in the order of the ids of a batch.
-        width: D.
-        seed: of the initial rows.
-        trainable: whether the rows are learned; else they stay as they start.
-
-    Raises:
-        UserError: no width, or a table without rows.
-    """
-
-    def __init__(self, tables: Sequence[Table], width: int, seed: int = 0, trainable: bool = True) -> None:
-        super().__init__(tables, width, seed, trainable)
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        width: int,
+        seed: int = 0,
+        trainable: bool = True,
+        ranges: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        super().__init__(tables, width, seed, trainable, ranges)
         offsets = [piece.offset for piece in self.pieces]
         self._host_offsets = torch.tensor(offsets, dtype=self.row_offsets.dtype, device="cpu")
 

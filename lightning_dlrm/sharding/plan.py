@@ -288,6 +288,7 @@ def make_plan(
     """
     if ranks < 1 or batch_size < 1:
         raise UserError(f"a plan needs 1 rank or more and a batch of 1 or more; got {ranks} and {batch_size}")
+    refuse_cut_tables(tables)
     limits = _limits(memory, ranks)
     pieces: dict[str, list[Piece]] = {table.name: [] for table in tables}
     for on_host, room in ((False, limits), (True, [math.inf] * ranks)):
@@ -298,6 +299,19 @@ def make_plan(
                 pieces[piece.table].append(piece)
     plan = Plan(ranks=ranks, pieces=tuple(itertools.chain(*pieces.values())))
     return replace(plan, pooled=_worth_pooling(table_costs(plan, tables, batch_size, value_bytes)))
+
+
+def refuse_cut_tables(tables: Sequence[TableLoad]) -> None:
+    """
+    Raises:
+        UserError: a table is there twice: in part on the device, in part in host memory.
+    """
+    names = [table.name for table in tables]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"tables.on_host cuts table {twice[0]} between the device and host memory, which is for one device; "
+            "several ranks keep a table in one or the other: give on_host a list of columns"
+        )
 
 
 def _balanced(tables: Sequence[TableLoad], limits: Sequence[float], batch_size: int) -> Plan:
