@@ -20,6 +20,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.sharding.plan import (
     DistinctRows,
     Piece,
+    Places,
     Plan,
     RankCost,
     TableLoad,
@@ -292,6 +293,11 @@ def asked_rows(*indices: int) -> float:
     return sum(1000 * (1 - math.exp(-2048 * number / 1000)) for number in indices)
 
 
+def asked_heads(places: Places, tables: list[TableLoad]) -> float:
+    """Rows of a batch that need not be fetched, for the device has them."""
+    return sum(DistinctRows(table, 64).below(places.cut.get(table.name, 0)) for table in tables)
+
+
 def test_tables_stay_in_host_memory_only_where_they_must() -> None:
     tables = loads((1_000_000, 500, 200_000, 10, 40_000), 4)
     size = {table.name: table.bytes for table in tables}
@@ -305,10 +311,20 @@ def test_tables_stay_in_host_memory_only_where_they_must() -> None:
             assert memory == 500
             continue
         host = sum(size[name] for name in places.on_host)
-        fetched = [DistinctRows(table, 64).below(table.rows) for table in tables if table.name in places.on_host]
-        assert list(places.fetched.values()) == fetched and places.bus_bytes == pytest.approx(20 * sum(fetched))
-        assert places.host_bytes == host
-        assert sum(size.values()) - host + 3 * 20 * sum(fetched) <= places.device_bytes + 60 <= memory + 60
+        fetched = [
+            DistinctRows(table, 64).between(places.cut.get(table.name, 0), table.rows)
+            for table in tables
+            if table.name in places.on_host
+        ]
+        # What room is left goes to first rows.
+        kept = 20 * sum(places.cut.values())
+        assert kept == 0 or memory - places.device_bytes <= 20 * len(places.cut) + 3 * 20 * asked_heads(places, tables)
+        assert all(0 < first < table.rows for table in tables if (first := places.cut.get(table.name)))
+        assert list(places.fetched.values()) == pytest.approx(fetched) and places.bus_bytes == pytest.approx(
+            20 * sum(fetched)
+        )
+        assert places.host_bytes == host - kept
+        assert sum(size.values()) - host + kept + 3 * 20 * sum(fetched) <= places.device_bytes + 60 <= memory + 60
         # None of them would fit as well.
         without = {name: places.at_hand_bytes - 3 * math.ceil(20 * rows) for name, rows in places.fetched.items()}
         assert all(sum(size.values()) - host + size[name] + without[name] > memory for name in places.on_host)
@@ -321,9 +337,13 @@ def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
 ) -> None:
     output, command = tmp_path / "places.yaml", ["plan", "--config", "dlrm.yaml", "--device-memory", "1GiB"]
     assert main([*command, "--output", str(output)]) == 0
-    assert "--model.network.tables.on_host '[C3,C12]'" in capsys.readouterr().out
+    assert "--model.network.tables.on_host '{C3: " in capsys.readouterr().out
+    on_host = yaml.safe_load(output.read_text())["model"]["network"]["init_args"]["tables"]["on_host"]
+    assert list(on_host) == ["C3", "C12"] and 0 < on_host["C3"] < 10_131_227 and 0 < on_host["C12"] < 8_351_593
     assert main([*command, "--config", str(output), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["on_host"] == ["C3", "C12"]
+    assert sorted(json.loads(capsys.readouterr().out)["on_host"]) == ["C12", "C3"]
+    assert main(["plan", "--config", "dlrm.yaml", "--config", str(output), "--ranks", "2"]) == 2
+    assert "cuts table C3 between the device and host memory" in capsys.readouterr().err
     for more in (["--ranks", "2"], ["--plot", "plan.png"]):
         assert main([*command, *more]) == 2
         assert f"--device-memory is for one device, {more[0]} for several ranks" in capsys.readouterr().err

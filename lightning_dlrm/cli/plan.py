@@ -182,11 +182,18 @@ def _place(settings: Any, network: CTRNetwork, loads: Sequence[TableLoad], batch
     ):
         if given:
             raise UserError(f"--device-memory is for one device, {option} for several ranks: give one of them")
+    # A table that the configuration cuts already is there twice.
+    whole: dict[str, TableLoad] = {}
+    for load in loads:
+        rows = load.rows + (whole[load.name].rows if load.name in whole else 0)
+        whole[load.name] = dataclasses.replace(load, rows=rows)
+    loads = list(whole.values())
     groups = [module for module in network.modules() if isinstance(module, WidthGroup)]
     movable = {member.table.name for group in groups for member in group.members}
     places = place_tables(loads, movable, batch_size, parse_bytes(settings.device_memory))
     columns = list(dict.fromkeys(name.partition("/")[0] for name in places.on_host))
-    document = {"model": {"network": {"init_args": {"tables": {"on_host": columns}}}}}
+    on_host = {column: places.cut.get(column, 0) for column in columns} if places.cut else columns
+    document = {"model": {"network": {"init_args": {"tables": {"on_host": on_host}}}}}
     if settings.output is not None:
         header = f"# Tables in host memory, so that the others fit into {settings.device_memory} of a device.\n"
         _write(Path(settings.output), header + yaml.safe_dump(document, default_flow_style=None, sort_keys=False))
@@ -197,14 +204,18 @@ def _place(settings: Any, network: CTRNetwork, loads: Sequence[TableLoad], batch
     for load in sorted(loads, key=lambda load: -load.bytes):
         fetched = places.fetched.get(load.name)
         size, moved = f"{load.bytes / 2**30:.3f}", "" if fetched is None else f"{fetched:,.0f}"
-        lines.append((load.name, f"{load.rows:,}", size, moved, "device" if fetched is None else "host"))
+        place = "device" if fetched is None else "host"
+        if load.name in places.cut:
+            place = f"host from row {places.cut[load.name]:,}"
+        lines.append((load.name, f"{load.rows:,}", size, moved, place))
     print(_aligned(lines))
     print("rows fetched: before each step, from host memory, and written back after it\n")
     print(
         f"device: {places.device_bytes / 2**30:.3f} GiB, of which {places.at_hand_bytes / 2**30:.3f} for rows at hand; "
         f"host: {places.host_bytes / 2**30:.3f} GiB; a step moves {places.bus_bytes / 2**20:,.1f} MiB either way"
     )
-    print(f"--model.network.tables.on_host '[{','.join(columns)}]'")
+    option = yaml.safe_dump(on_host, default_flow_style=True, sort_keys=False, width=math.inf).strip()
+    print(f"--model.network.tables.on_host '{option}'")
     return 0
 
 

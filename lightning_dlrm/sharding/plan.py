@@ -612,6 +612,8 @@ class Places:
 
     on_host: tuple[str, ...]
     """Names of tables."""
+    cut: Mapping[str, int]
+    """Of them, those of which the device holds the first rows, and how many."""
     device_bytes: int
     """Tables on the device with their optimiser state, and room for the rows at hand of the others."""
     at_hand_bytes: int
@@ -630,7 +632,8 @@ def place_tables(tables: Sequence[TableLoad], movable: Iterable[str], batch_size
     """Chooses which tables stay in host memory where one device has no room for all.
 
     Those of which a batch needs the fewest rows for the memory that they take go first; what room is
-    left at the end is given back to those that fit.
+    left at the end is given back to those that fit, and then in equal parts to the first rows of those
+    that do not, which are expected to be the busiest.
 
     Args:
         tables: of the network.
@@ -642,7 +645,8 @@ def place_tables(tables: Sequence[TableLoad], movable: Iterable[str], batch_size
         UserError: there is not enough of it; it says by how many bytes.
     """
     movable = set(movable)
-    rows = {table.name: DistinctRows(table, batch_size).below(table.rows) for table in tables}
+    traffic = {table.name: DistinctRows(table, batch_size) for table in tables}
+    rows = {table.name: traffic[table.name].below(table.rows) for table in tables}
     of_name = {table.name: table for table in tables}
 
     def needed(host: set[str]) -> tuple[int, int]:
@@ -668,11 +672,21 @@ def place_tables(tables: Sequence[TableLoad], movable: Iterable[str], batch_size
             f"{memory:,}: {missing:,} bytes ({_human(missing)}) too few; {_human(at_hand)} are "
             "for the rows of three batches at hand: a smaller batch, or a smaller width, needs less"
         )
+    # A column's table among several is whole: an id reads a row of each.
+    cuttable = [table for table in tables if table.name in host and "/" not in table.name]
+    # None of them has room for all of its rows.
+    cut = {table.name: -missing // len(cuttable) // table.bytes_per_row for table in cuttable}
+    cut = {name: first for name, first in cut.items() if first}
+    for name, first in cut.items():
+        rows[name] -= traffic[name].below(first)
+    device_bytes, at_hand = needed(host)
+    device_bytes += sum(first * of_name[name].bytes_per_row for name, first in cut.items())
     return Places(
         on_host=tuple(table.name for table in tables if table.name in host),
+        cut=cut,
         device_bytes=device_bytes,
         at_hand_bytes=at_hand,
-        host_bytes=sum(of_name[name].bytes for name in host),
+        host_bytes=sum(of_name[name].bytes - cut.get(name, 0) * of_name[name].bytes_per_row for name in host),
         fetched={table.name: rows[table.name] for table in tables if table.name in host},
         bus_bytes=sum(rows[name] * of_name[name].bytes_per_row for name in host),
     )
