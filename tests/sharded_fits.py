@@ -72,12 +72,18 @@ def some_on_host(features: Features, seed: int) -> DLRM:
     return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
 
 
+def cut(features: Features, seed: int) -> DLRM:
+    tables = TableSettings(on_host={"C2": 10, "C4": 100})
+    return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
+
+
 NETWORKS: dict[str, Any] = {
     "dlrm": toy_dlrm,
     "dcn": toy_dcn,
     "many": many_lookups,
     "means": means,
     "host": some_on_host,
+    "cut": cut,
     "dropout": with_dropout,
 }
 

@@ -138,14 +138,17 @@ def test_a_fit_with_its_checkpoint_is_that_with_tables_on_the_device(tmp_path: P
         assert all(torch.equal(found[name], expected[name]) for name in expected) and expected.keys() == found.keys()
 
 
-@pytest.mark.parametrize("places", [("host", "dlrm"), ("dlrm", "host"), ("host", "host")])
+@pytest.mark.parametrize("places", [("host", "dlrm"), ("dlrm", "host"), ("host", "cut"), ("cut", "dlrm")])
 def test_a_checkpoint_opens_wherever_the_tables_are(tmp_path: Path, places: tuple[str, str]) -> None:
     whole = next(fit for fit in PARITY if (fit.rule, fit.hot) == (RESUMED.rule, RESUMED.hot))
     first, second = (Fit(**vars(fit) | {"network": place}) for fit, place in zip((HALF, RESUMED), places, strict=True))
     for fit in (whole, first, second):
         run(fit, tmp_path, 1)
     expected = metrics(tmp_path / whole.name, "train/loss")[HALF.steps :]
-    assert torch.equal(metrics(tmp_path / RESUMED.name, "train/loss"), expected)
+    found = metrics(tmp_path / RESUMED.name, "train/loss")
+    # Of a table in two parts, a bag's sum is rounded otherwise.
+    assert "cut" in places or torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
 
 
 def test_rows_are_fetched_before_they_are_needed_and_written_back_after(monkeypatch: pytest.MonkeyPatch) -> None:
