@@ -301,6 +301,8 @@ class SlicedData(pl.LightningDataModule):
 
 def run(fit: Fit, parent: Path, ranks: int) -> None:
     """Trains in ``parent / fit.name``, alone or as one of several ranks."""
+    # Fits follow each other in one process.
+    torch.manual_seed(1)
     folder = RunFolder(parent / fit.name)
     options: dict[str, Any] = dict(fit.trainer)
     micro = options.get("accumulate_grad_batches", 1)

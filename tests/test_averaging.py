@@ -124,6 +124,21 @@ def test_the_module_that_was_trained_is_evaluated_by_its_averages_too(tmp_path: 
     assert evaluated(module, tmp_path / "run")[1] == expected
 
 
+def test_an_error_in_a_validation_leaves_the_trained_weights(tmp_path: Path) -> None:
+    class Failing(pl.Callback):
+        def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyError("full disk")
+
+    weights = Weights()
+    module = module_of(averaging=Averaging(decay=0.8))
+    trainer = trainer_of(tmp_path / "run", callbacks=[weights, Failing()], max_steps=14)
+    with pytest.raises(KeyError):
+        trainer.fit(module, ToyData())
+    found = module.network.state_dict()
+    assert all(torch.equal(value, weights.after[-1][name]) for name, value in found.items())
+    trainer_of(tmp_path / "evaluation").test(module, ToyData(), verbose=False)
+
+
 def test_resumed_to_the_last_bit(tmp_path: Path) -> None:
     def fit(name: str, stop: int | None, checkpoint: str | None = None) -> None:
         callbacks: list[pl.Callback] = [] if stop is None else [Stop(stop)]

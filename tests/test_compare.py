@@ -24,17 +24,21 @@ from datamodules.generate.demo import DemoSettings
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.compare import command as comparing
+from lightning_dlrm.compare import operators, processes
 from lightning_dlrm.compare.anatomy import anatomy
 from lightning_dlrm.compare.experiment import PlannedArm, plan_arms, read_experiment
 from lightning_dlrm.compare.operators import breakdown
 from lightning_dlrm.compare.processes import Job, Slots, trained_samples, work_off
 from lightning_dlrm.compare.results import compare
-from lightning_dlrm.compare.runs import arms_of, read_run
+from lightning_dlrm.compare.runs import arms_of, data_differences, read_run, settings_of
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.models import tables
 from lightning_dlrm.objectives.metrics import exact_auc
+from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
+from lightning_dlrm.tracking.wandb_comparison import ComparisonPage
+from tests.test_wandb import merged, of_type, read_back
 
 REPOSITORY = Path(__file__).parents[1]
 DEMO = {"train_rows": 2000, "validation_rows": 500, "test_rows": 400, "max_table_rows": 50}
@@ -51,6 +55,7 @@ def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factor
     monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "compare-cache"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setattr(operators, "PAUSE_SECONDS", 0.0)
 
 
 def write_experiment(**changes: Any) -> Path:
@@ -76,7 +81,7 @@ def write_experiment(**changes: Any) -> Path:
 
 def planned(overlays: tuple[str, ...] = (), options: tuple[str, ...] = (), **changes: Any) -> list[PlannedArm]:
     experiment = read_experiment(write_experiment(**changes))
-    return plan_arms(experiment, overlays, options, Path("overlays"))[0]
+    return plan_arms(experiment, overlays, options)[0]
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -113,7 +118,7 @@ def test_paper_s_experiment_has_the_paper_s_settings() -> None:
     experiment = read_experiment(find_config("figure5.yaml"))
     assert len(experiment.seeds) == 5
     kaggle = ["--data.path", "demo", "--data.class_path", "Criteo"]
-    arms, notes = plan_arms(experiment, ["criteo_kaggle.yaml"], kaggle, Path("overlays"))
+    arms, notes = plan_arms(experiment, ["criteo_kaggle.yaml"], kaggle)
     assert any("model" in note for note in notes)
     found = {arm.name: arm.document for arm in arms}
     assert set(found) == {"dlrm_sgd", "dcn_sgd", "dlrm_adagrad", "dcn_adagrad"}
@@ -124,7 +129,7 @@ def test_paper_s_experiment_has_the_paper_s_settings() -> None:
         assert document["model"]["schedule"] is None
     assert {arm.size.total for arm in arms} == {540_677_217, 540_558_554}
     with pytest.raises(UserError, match="CriteoKaggle reads 'kaggle'"):
-        plan_arms(experiment, ["criteo_kaggle.yaml"], [], Path("overlays"))
+        plan_arms(experiment, ["criteo_kaggle.yaml"], [])
 
 
 @pytest.mark.parametrize(
@@ -161,6 +166,18 @@ def test_a_wrong_command_is_one_line(arguments: list[str], message: str, capsys:
     write_experiment()
     error = error_of(capsys, *arguments)
     assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_dry_run_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    write_experiment()
+    before = sorted(Path().iterdir())
+    Path("over.yaml").write_text("{trainer: {max_steps: 3}}")
+    assert main(["compare", "--config", "tiny.yaml", "--config", "over.yaml", "--output", "out", "--dry-run"]) == 0
+    assert "seeds 1, 2: 4 runs" in capsys.readouterr().out
+    paths = [leave_run(arm, 1, Path("kept"), 1.0) for arm in planned()]
+    assert main(["compare", *map(str, paths), "--dry-run"]) == 0
+    assert capsys.readouterr().out == "DLRM: dlrm-1\nDCN: dcn-1\n"
+    assert sorted(Path().iterdir()) == sorted([*before, *paths, Path("kept"), Path("over.yaml")])
 
 
 # --- runs that are there -------------------------------------------------------------------------------
@@ -278,6 +295,20 @@ def test_other_data_are_refused_unless_forced(
     assert all("2 and 2 seeds" in pair["reason"] for pair in pairs), "other samples cannot be taken in pairs"
 
 
+def test_sizes_of_demo_data_say_nothing_beside_other_data() -> None:
+    dlrm, _ = planned()
+    _, dcn = planned(options=("--data.demo.test_rows", "300"))
+    runs = [leave_run(arm, 1, Path("out"), 1.0) for arm in (dlrm, dcn)]
+    config = yaml.safe_load((runs[0] / "config.yaml").read_text())
+    config["data"]["init_args"]["path"] = "real"
+    (runs[0] / "config.yaml").write_text(yaml.safe_dump(config))
+    told = data_differences([read_run(run) for run in runs])
+    assert told[-1] == "data.init_args.path: real, demo" and not any("test_rows" in line for line in told)
+    before = settings_of(config)
+    config["data"]["init_args"]["demo"]["test_rows"] = 1
+    assert settings_of(config) == before, "nor do they make another configuration"
+
+
 def test_what_is_missing_in_a_run_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     dlrm, dcn = planned()
     one, two = leave_run(dlrm, 1, Path("out"), 1.0), leave_run(dcn, 1, Path("out"), 1.0)
@@ -344,18 +375,82 @@ def test_steps_are_taken_apart_as_they_were_trained(monkeypatch: pytest.MonkeyPa
     assert not found and notes[0].endswith("and its precision is bf16-true")
 
 
+def test_times_are_kept_for_what_they_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    dlrm, _ = planned()
+    arms = arms_of([read_run(leave_run(dlrm, 1, Path("out"), 1.0))])
+    measured = []
+    times = dict.fromkeys(operators.ALL_KINDS, 1.0)
+    monkeypatch.setattr(operators, "measure", lambda run: measured.append(run.name) or times)
+    for _ in range(2):
+        assert breakdown(arms, Path("operators.json")) == ({"DLRM": times}, [])
+    assert len(measured) == 1
+    monkeypatch.setattr(operators, "code_version", lambda: {"version": "9", "git_commit": None})
+    breakdown(arms, Path("operators.json"))
+    assert len(measured) == 2
+    monkeypatch.setattr(torch, "__version__", "9")
+    breakdown(arms, Path("operators.json"))
+    Path("operators.json").write_text('{"half": {"matrix')
+    breakdown(arms, Path("operators.json"))
+    assert len(measured) == 4 and json.loads(Path("operators.json").read_text())
+
+
+def test_what_was_found_is_logged_beside_the_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read back by W&B's own reader: the report's figures, one of two ranks' load among them, and the numbers."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    paths = [leave_run(arm, 1, Path("out"), 1.0) for arm in planned()]
+    for path in paths:
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        config["wandb"] |= {"project": "p", "group": "g"}
+        (path / "config.yaml").write_text(yaml.safe_dump(config))
+    summary = json.loads((paths[1] / "summary.json").read_text())
+    summary["final"]["parallel/ranks"] = 2
+    (paths[1] / "summary.json").write_text(json.dumps(summary))
+    note_source(read_run(paths[1]), "test", Path("out/scores/dcn-1"))
+    assert main(["compare", *map(str, paths), "--output", "out"]) == 0
+    said = capsys.readouterr().out
+    assert "send it with: wandb sync out/wandb/offline-run-*\n" in said and "dashboard --project p --group g" in said
+
+    (run,) = Path("out/wandb").glob("offline-run-*")
+    records = read_back(run)
+    head = of_type(records, "run")[0]
+    assert (head["project"], head["run_group"], head["job_type"], head["display_name"]) == ("p", "g", "compare", "out")
+    logged = merged(records, "summary")
+    for name in names.COMPARISON_FIGURES:
+        assert logged[f"{names.comparison_figure(name)}._type"] == "images/separated", name
+    drawn = {}
+    for name in names.COMPARISON_TABLES:
+        table = json.loads((run / "files" / logged[f"{names.comparison_table(name)}.path"]).read_text())
+        drawn[name] = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row["metric"] for row in drawn["verdicts"]] == ["auc", "log_loss"]
+    counts = [row["parameters"] for row in drawn["parameters"] if row["configuration"] == "DLRM"]
+    assert sum(counts) == summary_of(paths[0])["parameters/total"]
+    assert {row["configuration"] for row in drawn["operators"]} == {"DLRM"}
+    assert [row["rank"] for row in drawn["load"] if row["configuration"] == "DCN"] == [0, 1]
+    (report,) = [artifact for artifact in of_type(records, "artifact") if artifact["type"] == "report"]
+    assert {entry["path"] for entry in report["manifest"]["contents"]} == {"report.html", "report.json"}
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    final: dict[str, Any] = json.loads((run / "summary.json").read_text())["final"]
+    return final
+
+
 def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPatch) -> None:
     arms = planned()
     runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm in arms for seed in (1, 2)]
     labels = shared_labels(runs, "test")
     scores = {run.name: read_scores(Path("out/scores") / run.name, *labels.values()) for run in runs}
     comparison = compare(arms_of(runs), scores, title="t", split="test")
+    report = comparing._Report(comparison=comparison, page=ComparisonPage(figures={}, tables={}, files=[]))
     published = []
     monkeypatch.setattr(comparing, "choose_mode", lambda mode: ("online", ""))
+    monkeypatch.setattr(comparing, "send_comparison", lambda page, output, place, *_: f"https://w/{place.group}")
     monkeypatch.setattr(comparing, "publish", lambda board: published.append(board) or {"report": "https://w/r"})
-    settings = {"project": "p", "entity": "team", "mode": "auto"}
-    said = comparing._dashboard(settings, "tiny-out", comparison)
-    assert said == "W&B report: https://w/r"
+    settings = {"project": "p", "entity": "team", "mode": "auto", "group": "tiny-out"}
+    said = comparing._to_wandb(report, settings, Path("out"))
+    assert said == "W&B comparison: https://w/tiny-out\nW&B report: https://w/r"
     assert published == [
         Dashboard(project="p", entity="team", group="tiny-out", findings=[pair.sentence for pair in comparison.pairs])
     ]
@@ -364,9 +459,8 @@ def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPa
         raise UserError("no extra")
 
     monkeypatch.setattr(comparing, "publish", refuse)
-    assert "no workspace and no report (no extra); later: python -m" in comparing._dashboard(
-        settings, "tiny-out", comparison
-    )
+    said = comparing._to_wandb(report, settings, Path("out"))
+    assert "no workspace and no report (no extra); later: python -m" in said
 
 
 # --- processes -----------------------------------------------------------------------------------------
@@ -421,6 +515,25 @@ def test_samples_so_far_are_read_from_half_written_lines(tmp_path: Path) -> None
     assert trained_samples(tmp_path) == 0
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples": 200}\n{"step": 2, "sam')
     assert trained_samples(tmp_path) == 200
+
+
+def test_the_bar_is_full_when_all_is_scored(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/metrics.jsonl").write_text('{"step": 2, "samples": 50}\n')
+    fitted = Job(name="a", commands=[], run=tmp_path / "a", log=tmp_path / "log", samples=100.0, scored=60.0)
+    progress = processes._Progress([fitted])
+    with (tmp_path / "log").open("wb") as log:
+        running = processes._Running(job=fitted, slot=0, waiting=[["predict"]], log=log, lock=log)
+        progress.show([running])
+        assert "a 50%" in str(progress._bar) and " 31%" in str(progress._bar)
+        (tmp_path / "a/metrics.jsonl").write_text('{"step": 4, "samples": 100}\n')
+        running.waiting.clear()
+        progress.show([running])
+        assert "0/1 runs, a: scoring" in str(progress._bar) and " 62%" in str(progress._bar)
+    progress.done(fitted)
+    progress.show([])
+    assert "100%" in str(progress._bar) and "1/1 runs" in str(progress._bar)
+    progress.close()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from lightning_dlrm.__main__ import main
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard, build_report, build_workspace
 
-SECTIONS = ["quality", "training", "speed", "system", "parallel"]
+SECTIONS = ["comparison", "quality", "training", "speed", "system", "parallel"]
 
 
 @pytest.fixture(autouse=True)
@@ -64,12 +64,31 @@ def test_every_metric_that_is_drawn_is_one_that_runs_have() -> None:
                 assert pattern.removesuffix("/.*") in ours or pattern.startswith("system/")
 
 
+def test_both_show_what_a_comparison_logs() -> None:
+    """Its figures, the operators' stacked bar, parameters and load of each rank among them, and their numbers."""
+    board = Dashboard(project="p", entity="me", group="g")
+    shown = panels_of(build_workspace(board))["comparison"]
+    figures = [key for panel in shown for key in panel.get("mediaKeys", [])]
+    assert figures == [names.comparison_figure(name) for name in names.COMPARISON_FIGURES]
+    assert {"comparison/operators", "comparison/parameters", "comparison/load"} <= set(figures)
+    for text in (json.dumps(shown), json.dumps(spec(build_report(Dashboard(project="p", group="g"))))):
+        for name in names.COMPARISON_TABLES:
+            assert f'"{names.comparison_table(name)}"' in text
+        for key in figures:
+            assert f'"mediaKeys": ["{key}"]' in text
+
+
 def test_the_report_opens_with_the_findings() -> None:
     report = build_report(
         Dashboard(project="p", group="g", findings=["dcn is better than dlrm by AUC: 0.00100 higher."])
     )
     text = json.dumps(spec(report))
-    assert text.index("dcn is better than dlrm") < text.index("Quality") < text.index("Parallel")
+    assert (
+        text.index("dcn is better than dlrm")
+        < text.index("Comparison")
+        < text.index("Quality")
+        < text.index("Parallel")
+    )
     assert text.count('"panel-grid"') == len(SECTIONS) + 1
 
 

@@ -10,6 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from lightning_dlrm.cli.report import final_report
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder
@@ -160,6 +161,19 @@ def test_a_finished_run_resumed_keeps_its_results(tmp_path: Path) -> None:
     assert after["best"] == before["best"] and after["final"].keys() == before["final"].keys()
     told = [name for name in before["final"] if not name.startswith(("speed/", "memory/"))]
     assert all(after["final"][name] == before["final"][name] for name in told)
+
+
+def test_a_fit_killed_before_it_logged_anything_ends_with_what_is_known(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = {"every": 2, "log_every_n_steps": 100, "limit_val_batches": 0}
+    with pytest.raises(InterruptedError):
+        trainer_of(run, callbacks=[StopAt(3)], **options).fit(toy_module(), ToyData())
+    trainer_of(run, max_steps=2, **options).fit(toy_module(), ToyData(), ckpt_path=run / "checkpoints/last")
+    final = json.loads((run / "summary.json").read_text())["final"]
+    assert final["samples"] == 100 and "speed/data_wait_share" not in final
+    assert final["speed/samples_per_s"] == pytest.approx(100 / final["speed/training_s"])
+    said = final_report(RunFolder(run), final, {}, toy_schema(), None)
+    assert said.startswith("\nno validation was made\n") and "samples/s" in said and "waiting" not in said
 
 
 def test_a_fit_without_validation_leaves_a_checkpoint(tmp_path: Path) -> None:

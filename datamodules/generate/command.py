@@ -18,9 +18,9 @@ from datamodules.generate.trace import (
     save_profiles,
 )
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
-from datamodules.interrupts import leaving_in_order
 from datamodules.parquet import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.interrupts import leaving_in_order
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 
 GENERATE_HELP = "make data instead of reading any: demo data with a known best score, random data, traces, raw text"
@@ -239,7 +239,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UserError: an option is out of range, the output folder holds something else, or its disk cannot hold all.
-        SystemExit: with code 143, on SIGTERM.
+        SystemExit: on SIGTERM and SIGHUP.
     """
     with leaving_in_order():
         code: int = args.run_kind(args)

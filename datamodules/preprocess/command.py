@@ -9,7 +9,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-from datamodules.interrupts import leaving_in_order
 from datamodules.parquet import Folder, check_sizes, load_schema, part_files, verify
 from datamodules.preprocess.figure import check_figure, draw
 from datamodules.preprocess.inspection import render, summary
@@ -21,6 +20,7 @@ from datamodules.preprocess.protocols import PROTOCOLS
 from datamodules.preprocess.report import render_report
 from datamodules.preprocess.skew import all_skews
 from datamodules.preprocess.splits import DATASETS
+from lightning_dlrm.contracts.interrupts import leaving_in_order
 
 _PREPROCESS_DESCRIPTION = """\
 Reads raw Criteo files and makes a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in
@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UserError: see ``pipeline.preprocess``.
-        SystemExit: with code 143, on SIGTERM.
+        SystemExit: on SIGTERM and SIGHUP.
     """
     warning = order_warning(args.dataset, args.input)
     if warning:

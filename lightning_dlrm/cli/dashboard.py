@@ -9,8 +9,8 @@ examples:
   python -m lightning_dlrm dashboard
   python -m lightning_dlrm dashboard --project ads --entity team --group figure5
 
-Both are new ones at each call, built by code: sections quality, training, speed, system, parallel, with the samples
-trained on as the x axis.
+Both are new ones at each call, built by code: sections comparison (what compare found), quality, training, speed,
+system, parallel, with the samples trained on as the x axis.
 """
 
 

@@ -336,14 +336,14 @@ class CTRCommand(LightningCLI):
 
     def _facts_of_all_ranks(self) -> dict[str, Any]:
         """Every setting by its key; what may differ from rank to rank is left out."""
-        document = json.loads(self._parser(self.subcommand).dump(self._settings(), format="json", skip_none=False))
+        document = json.loads(self._parser(self.subcommand).dump(self._settings(), format="json", skip_unset=False))
         facts = flat(document)
         return {key: value for key, value in facts.items() if not key.startswith(("config", "wandb.", "run_dir"))}
 
     def _facts(self) -> dict[str, Any]:
         """The resolved configuration and where the code comes from."""
-        text = self._parser(self.subcommand).dump(self._settings(), format="json", skip_none=False)
-        return {**json.loads(text), "lightning_dlrm": {"version": _version(), "git_commit": _git_commit()}}
+        text = self._parser(self.subcommand).dump(self._settings(), format="json", skip_unset=False)
+        return {**json.loads(text), "lightning_dlrm": code_version()}
 
     # --- running --------------------------------------------------------------------------------
 
@@ -354,7 +354,7 @@ class CTRCommand(LightningCLI):
         # What this call resumed from is no part of the configuration: others take it back with --config.
         settings = self._settings().clone()
         settings.ckpt_path = settings.resume = settings.run_dir = None
-        self.run_folder.write_text(CONFIG, self._parser(self.subcommand).dump(settings, skip_none=False))
+        self.run_folder.write_text(CONFIG, self._parser(self.subcommand).dump(settings, skip_unset=False))
         log.info("run folder: %s", self.run_folder.path)
         assert isinstance(self.model, CTRModule)
         log.info(size_note(self.model.size))
@@ -490,6 +490,11 @@ def _quieten() -> None:
     logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         log.setLevel(logging.WARNING)
+
+
+def code_version() -> dict[str, str | None]:
+    """Of this project: which release, and of a checkout which commit."""
+    return {"version": _version(), "git_commit": _git_commit()}
 
 
 def _version() -> str:

@@ -39,6 +39,8 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"{key}.{match[1]}: {match[2].strip()} is no list; write [{match[2].strip()}]"
     if given and "Expected a <class 'tuple'>" in message:
         return f"{key}: {given[1].strip()} is no list; write [{given[1].strip()}]"
+    if given and "Expected a <class 'bool'>" in message:
+        return f"{key}: {given[1].strip()} is neither true nor false"
     if given and (literals := re.findall(r"typing\.Literal\[(.*?)\]", message)):
         allowed = dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
         return f"{key}: {given[1].strip()} is none of {', '.join(allowed)}"

@@ -49,11 +49,7 @@ def final_report(
     facts: list[tuple[str, str | None]] = [(title, _course(history, name)) for name, title in courses]
     facts += [
         ("parameters", size_words(final[names.PARAMETERS_TABLES], final[names.PARAMETERS_DENSE])),
-        (
-            "speed",
-            f"{final[names.SAMPLES_PER_SECOND]:,.0f} samples/s; "
-            f"{100 * final[names.DATA_WAIT_SHARE]:.1f}% of the time waiting for data",
-        ),
+        ("speed", _speed(final)),
         (
             "training",
             f"{final[names.SAMPLES]:,} samples in {final[names.TRAINING_SECONDS]:,.0f} s; "
@@ -63,9 +59,9 @@ def final_report(
         ("W&B", wandb),
     ]
     lines += ["", *(f"{title:16s}{words}" for title, words in facts if words)]
-    auc = final.get(f"{names.VALIDATION}/auc")
-    if schema.dataset == "demo" and auc is not None:
-        lines += ["", demo_result(auc, final[names.OPTIMUM_AUC])]
+    auc, optimum = final.get(f"{names.VALIDATION}/auc"), final.get(names.OPTIMUM_AUC)
+    if schema.dataset == "demo" and auc is not None and optimum is not None:
+        lines += ["", demo_result(auc, optimum)]
     if (folder.checkpoints / "best").exists():
         again = f"--config {folder.path / CONFIG} --ckpt_path {folder.checkpoints / 'best'}"
         lines += [
@@ -89,7 +85,15 @@ def _scores(final: Mapping[str, float], best: Mapping[str, float]) -> list[str]:
         if values[0] is not None:
             at_end, at_best, known = ("" if value is None else f"{value:.6f}" for value in values)
             rows.append((metric.replace("_", " "), at_end, at_best, known))
+    if len(rows) == 1:
+        return ["no validation was made"]
     return [f"{a:22s}{b:>12s}{c:>18s}{d:>18s}".rstrip() for a, b, c, d in rows]
+
+
+def _speed(final: Mapping[str, float]) -> str:
+    """Without the wait for data where that was never logged: a fit killed before, at its very end, and resumed."""
+    speed, wait = f"{final[names.SAMPLES_PER_SECOND]:,.0f} samples/s", final.get(names.DATA_WAIT_SHARE)
+    return speed if wait is None else f"{speed}; {100 * wait:.1f}% of the time waiting for data"
 
 
 def _course(history: Sequence[Mapping[str, float]], name: str) -> str:

@@ -4,10 +4,13 @@ import argparse
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.compare.anatomy import anatomy
@@ -22,10 +25,11 @@ from lightning_dlrm.compare.experiment import (
 )
 from lightning_dlrm.compare.figures import draw_all
 from lightning_dlrm.compare.operators import breakdown
+from lightning_dlrm.compare.page import page_of
 from lightning_dlrm.compare.processes import Job, Slots, work_off
 from lightning_dlrm.compare.report import write_report
 from lightning_dlrm.compare.results import Comparison, check_data, compare
-from lightning_dlrm.compare.runs import Arm, Run, arms_of, read_run
+from lightning_dlrm.compare.runs import Arm, arms_of, read_run
 from lightning_dlrm.compare.scores import (
     Split,
     note_source,
@@ -38,7 +42,8 @@ from lightning_dlrm.compare.terminal import arms_table, closing_words
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tracking.dashboard import Dashboard, publish
 from lightning_dlrm.tracking.run_folder import SUMMARY
-from lightning_dlrm.tracking.wandb_run import choose_mode
+from lightning_dlrm.tracking.wandb_comparison import JOB_TYPE, ComparisonPage, send_comparison
+from lightning_dlrm.tracking.wandb_run import RunPlace, choose_mode
 
 EXAMPLES = """\
 examples:
@@ -65,9 +70,9 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"unknown option {unknown[0]}; compare --help lists them")
     if not (options.config or rest):
         raise UserError("nothing to compare: give run folders, or an experiment such as --config figure5.yaml")
-    if options.output is None:
+    if options.output is None and not options.dry_run:
         raise UserError("compare needs a folder for its report: give --output DIR")
-    output = Path(options.output)
+    output = Path(options.output or "")
     if options.config:
         return _run_experiment(options, rest, output)
     return _run_given([Path(path) for path in rest], options, output)
@@ -94,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="remove a run's checkpoints once it is scored; at the paper's size they take 4 to 9 GiB a run",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check an experiment, show its arms, and end")
+    parser.add_argument("--dry-run", action="store_true", help="check all, show what is compared, and end")
     return parser
 
 
@@ -124,13 +129,13 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
         )
     experiment = read_experiment(experiments[0], options.seeds)
     overlays = [str(path) for path in configs if path != experiments[0]]
-    _make(output)
-    arms, notes = plan_arms(experiment, overlays, rest, output / "configurations" / "overlays")
+    arms, notes = plan_arms(experiment, overlays, rest)
     for note in notes:
         print(note)
     print(arms_table(arms, compared_settings(arms), experiment.seeds))
     if options.dry_run:
         return 0
+    _make(output)
     files = keep_configurations(arms, output / "configurations")
     arms[0].command.datamodule.prepare_data()
     group = f"{experiment.name}-{output.resolve().name}"
@@ -155,27 +160,10 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
         Arm(name=arm.name, runs=[read_run(output / "runs" / names[arm.name, seed]) for seed in experiment.seeds])
         for arm in arms
     ]
-    comparison = _report(finished, options, output, title=_title(experiment, arms))
-    print(_dashboard(arms[0].document["wandb"], group, comparison))
+    labels = shared_labels([run for arm in finished for run in arm.runs], options.split)
+    report = _report(finished, labels, options, output, title=_title(experiment, arms))
+    print(_to_wandb(report, arms[0].document["wandb"] | {"group": group}, output, runs_too=True))
     return 0
-
-
-def _dashboard(settings: Mapping[str, Any], group: str, comparison: Comparison) -> str:
-    """Saves the runs' workspace and report at W&B, where they are online; says where, or how to do it later."""
-    later = f"python -m lightning_dlrm dashboard --project {settings['project']} --group {group}"
-    mode, reason = choose_mode(settings["mode"])
-    if mode == "disabled":
-        return "W&B: disabled"
-    if mode == "offline":
-        return f"W&B: offline ({reason}); for a workspace and a report there, once the runs are sent: {later}"
-    findings = [pair.sentence for pair in comparison.pairs]
-    try:
-        where = {"project": settings["project"], "entity": settings["entity"] or "", "group": group}
-        saved = publish(Dashboard(**where, findings=findings))
-    except UserError as error:
-        # The report is there; a page of W&B's is no reason to fail.
-        return f"W&B: no workspace and no report ({error}); later: {later}"
-    return "\n".join(f"W&B {name}: {address}" for name, address in saved.items())
 
 
 def _job(arm: PlannedArm, seed: int, name: str, config: Path, output: Path, split: Split, group: str) -> Job:
@@ -191,7 +179,9 @@ def _job(arm: PlannedArm, seed: int, name: str, config: Path, output: Path, spli
             "--wandb.group", group, "--wandb.name", name, "--wandb.tags", f"[{arm.name}]",
         ]  # fmt: skip
         commands = [fit, predict_command(run, split, scores)]
-    return Job(name=name, commands=commands, run=run, log=output / "logs" / f"{name}.log", samples=samples)
+    scored = arm.schema.splits[split].rows if split in arm.schema.splits else 0
+    log = output / "logs" / f"{name}.log"
+    return Job(name=name, commands=commands, run=run, log=log, samples=samples, scored=scored)
 
 
 def _scores(output: Path, name: str) -> Path:
@@ -230,13 +220,18 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
         raise UserError(
             f"the runs given ({len(runs)}) are all of one configuration; give runs of at least two to compare"
         )
+    for arm in arms:
+        print(f"{arm.name}: {', '.join(run.name for run in arm.runs)}")
+    if options.dry_run:
+        return 0
     _make(output)
+    labels = shared_labels(runs, options.split)
     jobs = []
     for run in runs:
         command = scoring_command(run, options.split, _scores(output, run.name))
         if command is not None:
-            log = output / "logs" / f"{run.name}.log"
-            jobs.append(Job(name=run.name, commands=[command], run=run.path, log=log))
+            log, scored = output / "logs" / f"{run.name}.log", len(labels[run.final["data_fingerprint"]])
+            jobs.append(Job(name=run.name, commands=[command], run=run.path, log=log, scored=scored))
     by_name = {run.name: run for run in runs}
     if jobs:
         print(f"scoring {len(jobs)} of {len(runs)} runs on their {options.split} split")
@@ -245,24 +240,82 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
     title = (
         f"{' / '.join(arm.name for arm in arms)} on {runs[0].final['dataset']} (protocol {runs[0].final['protocol']})"
     )
-    _report(arms, options, output, title=title, warnings=warnings)
+    report = _report(arms, labels, options, output, title=title, warnings=warnings)
+    places = [run.config["wandb"] for run in runs]
+    if any(place[key] != places[0][key] for place in places for key in ("project", "entity", "group")):
+        print("W&B: no page of this comparison, as its runs are of several projects or groups")
+    else:
+        print(_to_wandb(report, places[0], output))
     return 0
 
 
+# --- report -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    """What was found, and what W&B shows of it."""
+
+    comparison: Comparison
+    page: ComparisonPage
+
+
 def _report(
-    arms: Sequence[Arm], options: argparse.Namespace, output: Path, *, title: str, warnings: Sequence[str] = ()
-) -> Comparison:
-    runs: list[Run] = [run for arm in arms for run in arm.runs]
-    labels = shared_labels(runs, options.split)
+    arms: Sequence[Arm],
+    labels: Mapping[str, NDArray[np.int8]],
+    options: argparse.Namespace,
+    output: Path,
+    *,
+    title: str,
+    warnings: Sequence[str] = (),
+) -> _Report:
+    runs = [run for arm in arms for run in arm.runs]
     scores = {run.name: read_scores(_scores(output, run.name), labels[run.final["data_fingerprint"]]) for run in runs}
     comparison = compare(arms, scores, title=title, split=options.split, warnings=warnings)
     anatomies = {arm.name: anatomy(arm.runs[0]) for arm in arms}
     times, notes = breakdown(arms, output / "operators.json")
     pictures = draw_all(comparison, anatomies, times, output / "figures")
-    write_report(comparison, pictures, anatomies, notes, output / "report.html")
-    comparison.write_json(output / "report.json")
+    html, document = output / "report.html", output / "report.json"
+    write_report(comparison, pictures, anatomies, notes, html)
+    comparison.write_json(document)
     print(closing_words(comparison, output))
-    return comparison
+    return _Report(comparison=comparison, page=page_of(comparison, pictures, anatomies, times, [html, document]))
+
+
+def _to_wandb(report: _Report, settings: Mapping[str, Any], output: Path, runs_too: bool = False) -> str:
+    """Logs the comparison as a run beside those it is of and, where W&B is online, saves their workspace and report.
+
+    Args:
+        report: of the comparison.
+        settings: of the runs: project, entity, group and mode.
+        output: of the comparison.
+        runs_too: those runs are in the same folder, and may be offline too.
+
+    Returns:
+        Where all that is, or how to get it there.
+    """
+    mode, reason = choose_mode(settings["mode"])
+    if mode == "disabled":
+        return "W&B: disabled"
+    project, entity, group = settings["project"], settings["entity"], settings["group"]
+    place = RunPlace(project=project, entity=entity, group=group, name=output.resolve().name, job_type=JOB_TYPE)
+    where = send_comparison(report.page, output, place, mode, reason)
+    later = f"python -m lightning_dlrm dashboard --project {project} --group {group}"
+    if mode == "offline":
+        sent = f"{output / 'runs/*/wandb/offline-run-*'} " if runs_too else ""
+        told = [f"W&B: offline ({reason}); send it with: wandb sync {sent}{output / 'wandb/offline-run-*'}"]
+        return "\n".join([*told, *([f"  then, for a workspace and a report there: {later}"] if group else [])])
+    told = [f"W&B comparison: {where}"]
+    if group is None:
+        return told[0]
+    findings = [pair.sentence for pair in report.comparison.pairs]
+    try:
+        saved = publish(Dashboard(project=project, entity=entity or "", group=group, findings=findings))
+        told += [f"W&B {name}: {address}" for name, address in saved.items()]
+    except UserError as error:
+        # The report is there; a page of W&B's is no reason to fail.
+        told.append(f"W&B: no workspace and no report ({error}); later: {later}")
+    return "\n".join(told)
 
 
 def _make(output: Path) -> None:

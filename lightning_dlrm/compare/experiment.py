@@ -1,5 +1,6 @@
 """An experiment as its YAML says: arms, seeds, what is compared, and what all share."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from lightning_dlrm.cli.configs import find_config, flat, nearest
+from lightning_dlrm.cli.configs import find_config, nearest
 from lightning_dlrm.cli.lightning import SettingsCommand
-from lightning_dlrm.compare.runs import NO_PART_OF_A_CONFIGURATION, differing, within
+from lightning_dlrm.compare.runs import differing, settings_of, within
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.engine.module import CTRModule
@@ -54,8 +55,8 @@ class PlannedArm:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """By full keys, without what may differ between runs of one arm."""
-        return {k: v for k, v in flat(self.document).items() if not within(k, NO_PART_OF_A_CONFIGURATION)}
+        """See ``settings_of``."""
+        return settings_of(self.document)
 
 
 def is_experiment(path: Path) -> bool:
@@ -110,19 +111,18 @@ class _ArmCommand(SettingsCommand):
     document: Mapping[str, Any]
 
     def before_instantiate_classes(self) -> None:
-        self.document = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        self.document = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         super().before_instantiate_classes()
 
 
 def plan_arms(
-    experiment: Experiment, overlays: Sequence[str], options: Sequence[str], folder: Path
+    experiment: Experiment, overlays: Sequence[str], options: Sequence[str]
 ) -> tuple[list[PlannedArm], list[str]]:
     """Puts each arm's configuration together: its own files, the experiment's settings, the overlays, the options.
 
     Args:
         overlays: names of further configurations.
         options: of the command line, such as ``--data.path DIR``.
-        folder: what is laid over the arms is written there.
 
     Returns:
         The arms; and what of the overlays was left out because the experiment keeps it, a line for each.
@@ -130,36 +130,37 @@ def plan_arms(
     Raises:
         UserError: the configuration of an arm is wrong, or the arms differ in what is not compared.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    shared = [_write(folder / f"{experiment.name}.yaml", experiment.settings)] if experiment.settings else []
     notes = []
+    documents = {"settings.yaml": experiment.settings} if experiment.settings else {}
     for number, overlay in enumerate(overlays):
         path = find_config(overlay)
         document, left_out = without(yaml.safe_load(path.read_text(encoding="utf-8")), experiment.kept)
         if left_out:
             notes.append(f"{overlay}: {', '.join(left_out)} left as the arms of {experiment.name} have it")
         if document:
-            shared.append(_write(folder / f"{number}-{path.name}", document))
-    arms = []
-    for name, files in experiment.arms.items():
-        configs = [part for file in (*files, *shared) for part in ("--config", file)]
-        try:
-            command = _ArmCommand([*configs, *options], run=False)
-        except UserError as error:
-            raise UserError(f"arm {name}: {error}") from error
-        assert isinstance(command.model, CTRModule)
-        arms.append(
-            PlannedArm(
-                name=name,
-                document=command.document,
-                size=command.model.size,
-                schema=command.datamodule.schema,
-                samples=_training_samples(command),
-                command=command,
-            )
-        )
+            documents[f"{number}-{path.name}"] = document
+    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+        shared = [_write(Path(folder, name), document) for name, document in documents.items()]
+        arms = [_plan_arm(name, [*files, *shared], options) for name, files in experiment.arms.items()]
     _check(experiment, arms)
     return arms, notes
+
+
+def _plan_arm(name: str, files: Sequence[str], options: Sequence[str]) -> PlannedArm:
+    configs = [part for file in files for part in ("--config", file)]
+    try:
+        command = _ArmCommand([*configs, *options], run=False)
+    except UserError as error:
+        raise UserError(f"arm {name}: {error}") from error
+    assert isinstance(command.model, CTRModule)
+    return PlannedArm(
+        name=name,
+        document=command.document,
+        size=command.model.size,
+        schema=command.datamodule.schema,
+        samples=_training_samples(command),
+        command=command,
+    )
 
 
 def without(document: Mapping[str, Any], kept: Sequence[str], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
@@ -237,15 +238,12 @@ def keep_configurations(arms: Sequence[PlannedArm], folder: Path) -> dict[str, P
     Raises:
         UserError: the folder is of an experiment with other settings.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for arm in arms:
         path = folder / f"{arm.name}.yaml"
         if path.exists():
-            before = {
-                key: value
-                for key, value in flat(yaml.safe_load(path.read_text())).items()
-                if not within(key, NO_PART_OF_A_CONFIGURATION)
-            }
+            before = settings_of(yaml.safe_load(path.read_text()))
             changed = differing({"there": before, "here": arm.settings})
             if changed:
                 told = "; ".join(f"{key}: {_told(values)}" for key, values in list(changed.items())[:5])

@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter
 from lightning_dlrm.cli.palette import OKABE_ITO, filling
 from lightning_dlrm.cli.plan import draw as draw_plan
 from lightning_dlrm.compare.anatomy import Anatomy
-from lightning_dlrm.compare.operators import ALL_KINDS
+from lightning_dlrm.compare.operators import ALL_KINDS, ROUNDS, STEPS
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
 from lightning_dlrm.compare.runs import Arm
 from lightning_dlrm.compare.statistics import METRICS
@@ -36,6 +36,8 @@ SHOWN_MARKS = 8
 class Picture:
     """A figure and what it shows."""
 
+    name: str
+    """In ``names.COMPARISON_FIGURES``."""
     path: Path
     title: str
     caption: str
@@ -114,6 +116,7 @@ class _Drawing:
                 for arm in self._comparison.arms:
                     self._course(axes, arm, x, f"{split}/{metric}", arm.name, factor=factor)
                 axes.xaxis.set_major_formatter(EngFormatter())
+                axes.locator_params(axis="x", nbins=4)
                 if split == names.VALIDATION:
                     axes.set_xlabel(label)
             row[0].set_ylabel(f"{'training' if split == names.TRAIN else split} {METRIC_TITLES[metric]}")
@@ -333,7 +336,8 @@ class _Drawing:
             "operators",
             "Where the time of a step goes",
             "One training step by kind of operator, forward, backward and update together, from PyTorch's profiler: "
-            "medians of 11 steps at the runs' batch size, on the machine that made this report, outside Lightning.",
+            f"of each kind the least of {ROUNDS * STEPS} steps at the runs' batch size, on the machine that made this "
+            "report, outside Lightning.",
         )
 
     def plans(self, anatomies: Mapping[str, Anatomy]) -> list[Picture]:
@@ -347,6 +351,7 @@ class _Drawing:
             draw_plan(found.plan, found.loads, found.costs, found.batch_size, path, self._warning())
             pictures.append(
                 Picture(
+                    name="load",
                     path=path,
                     title=f"Load of each rank: {arm}",
                     caption="What each rank holds, is asked for, and sends in a training step, by the plan.",
@@ -377,7 +382,7 @@ class _Drawing:
             )
         path = self._folder / f"{name}.png"
         figure.savefig(path, dpi=150)
-        return Picture(path=path, title=title, caption=caption)
+        return Picture(name=name, path=path, title=title, caption=caption)
 
 
 def _distinct(anatomies: Mapping[str, Anatomy]) -> dict[str, Anatomy]:

@@ -1,12 +1,18 @@
-"""Where the time of a training step goes, by kind of operator: measured on this machine, outside Lightning."""
+"""Where the time of a training step goes, by kind of operator: measured on this machine, outside Lightning.
+
+``bench paper`` asks something else: how long each part of a DLRM takes, which is held against what the part must
+compute and move. Kinds of operators are what networks of other parts have in common.
+"""
 
 import bisect
 import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
-import statistics
+import platform
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +22,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lightning_dlrm.cli.lightning import SettingsCommand
+from lightning_dlrm.cli.lightning import SettingsCommand, code_version
 from lightning_dlrm.compare.runs import Arm, Run
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.engine.module import CTRModule
@@ -24,9 +30,14 @@ from lightning_dlrm.models.fbgemm_tables import use_fbgemm
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.tracking import names
-from lightning_dlrm.tracking.run_folder import CONFIG
+from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
 
-WARM_UP, STEPS = 3, 11
+log = logging.getLogger("lightning_dlrm")
+
+ROUNDS, WARM_UP, STEPS = 5, 2, 5
+"""Each round has some steps that do not count, and some that do."""
+PAUSE_SECONDS = 0.5
+"""Between rounds, so that a burst of other work on the machine does not cover all of them."""
 _PRECISIONS = ("32-true", "32", "64-true", "64", "bf16-mixed", "bf16")
 _STEP = "compare_step_"
 
@@ -69,19 +80,37 @@ def breakdown(arms: Sequence[Arm], cache: Path) -> tuple[dict[str, dict[str, flo
     Returns:
         Arm -> kind -> milliseconds; and for each arm that was not measured, why.
     """
-    known: dict[str, Any] = json.loads(cache.read_text()) if cache.is_file() else {}
+    known = _known(cache)
     found, notes = {}, []
     for arm in arms:
-        key = hashlib.sha256(json.dumps(arm.settings, sort_keys=True).encode()).hexdigest()[:16]
+        key = _key(arm)
         if key not in known:
             why_not = _obstacle(arm.runs[0])
             if why_not:
                 notes.append(f"{arm.name}: {why_not}")
                 continue
+            log.info("a step of %s, operator by operator", arm.name)
             known[key] = measure(arm.runs[0])
-            cache.write_text(json.dumps(known, indent=1))
+            RunFolder(cache.parent).write_json(cache.name, known)
         found[arm.name] = known[key]
     return found, notes
+
+
+def _known(cache: Path) -> dict[str, dict[str, float]]:
+    try:
+        known: dict[str, dict[str, float]] = json.loads(cache.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known
+
+
+def _key(arm: Arm) -> str:
+    """Stands for all that the times depend on."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    machine = (platform.node(), platform.machine(), torch.backends.cpu.get_cpu_capability(), *gpus)
+    code = (ROUNDS, WARM_UP, STEPS, code_version(), torch.__version__, torch.get_num_threads())
+    told = json.dumps([arm.settings, arm["data_fingerprint"], machine, code], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _obstacle(run: Run) -> str:
@@ -97,7 +126,10 @@ def _obstacle(run: Run) -> str:
 
 
 def measure(run: Run) -> dict[str, float]:
-    """Of a run's configuration and data: kind -> milliseconds a step, the medians of some steps."""
+    """Of a run's configuration and data: kind -> milliseconds of a step, the least of some steps.
+
+    The least, since what else the machine does makes steps longer, and never shorter.
+    """
     command = SettingsCommand(["--config", str(run.path / CONFIG)], run=False)
     module, trainer = command.model, command.config.trainer
     assert isinstance(module, CTRModule)
@@ -106,7 +138,7 @@ def measure(run: Run) -> dict[str, float]:
     precision = str(trainer.precision)
     data = command.datamodule
     data.prepare_data()
-    batches = list(itertools.islice(_endless(data), WARM_UP + STEPS))
+    batches = [batch.to(device) for batch in itertools.islice(_endless(data), WARM_UP + STEPS)]
     with contextlib.ExitStack() as stack:
         if precision.startswith("64"):
             torch.set_default_dtype(torch.float64)
@@ -119,14 +151,17 @@ def measure(run: Run) -> dict[str, float]:
         mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
         # The profiler's library tells of its start and stop otherwise.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        with profile(activities=_activities(on_gpu)) as profiled:
-            for number, batch in enumerate(batches):
-                with record_function(f"{_STEP}{number}"):
-                    _step(module, network, optimizer, batch.to(device), mixed)
-                    if on_gpu:
-                        torch.cuda.synchronize()
-    measured = _by_step(profiled, on_gpu)[WARM_UP:]
-    return {kind: statistics.median(step[kind] for step in measured) for kind in ALL_KINDS}
+        steps = []
+        for _ in range(ROUNDS):
+            with profile(activities=_activities(on_gpu)) as profiled:
+                for number, batch in enumerate(batches):
+                    with record_function(f"{_STEP}{number}"):
+                        _step(module, network, optimizer, batch, mixed)
+                        if on_gpu:
+                            torch.cuda.synchronize()
+            steps += _by_step(profiled, on_gpu)[WARM_UP:]
+            time.sleep(PAUSE_SECONDS)
+    return {kind: min(step[kind] for step in steps) for kind in ALL_KINDS}
 
 
 def _endless(data: Any) -> Any:

@@ -3,21 +3,19 @@
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
 from tqdm import tqdm
 
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.interrupts import leaving_in_order
 from lightning_dlrm.engine.progress import Lines
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import RunFolder
@@ -41,6 +39,8 @@ class Job:
     """What the processes say goes there."""
     samples: float = 0.0
     """That its fit trains on; infinity where that is not known."""
+    scored: float = 0.0
+    """That its last command scores."""
 
 
 @dataclass(kw_only=True)
@@ -94,7 +94,7 @@ def work_off(jobs: Sequence[Job], slots: Slots, done: Callable[[Job], None]) -> 
     waiting, free, running = deque(jobs), deque(range(len(slots.environments))), list[_Running]()
     failed: list[tuple[Job, str]] = []
     progress = _Progress(jobs)
-    with _stopped_by_signals():
+    with leaving_in_order():
         try:
             while waiting or running:
                 while waiting and free:
@@ -117,7 +117,7 @@ def work_off(jobs: Sequence[Job], slots: Slots, done: Callable[[Job], None]) -> 
                         progress.done(each.job)
                     else:
                         _next_command(each, slots.environments[each.slot])
-                progress.show([each.job for each in running])
+                progress.show(running)
                 time.sleep(POLL_SECONDS if running else 0)
         except KeyboardInterrupt:
             progress.close()
@@ -181,21 +181,6 @@ def _stop(running: Sequence[_Running]) -> None:
         _close(each)
 
 
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP leave through the same doors as Ctrl-C."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _last_words(log: Path) -> str:
     """Of a process: its error in one line, or what it said last."""
     said = [line.strip() for line in _tail(log).splitlines() if line.strip()]
@@ -213,22 +198,23 @@ def _tail(path: Path) -> str:
 
 
 class _Progress:
-    """One bar over all runs: samples trained on, time left, and what runs now."""
+    """One bar over all runs: samples trained on and scored, time left, and what runs now."""
+
+    # Names come last: a line too long for the terminal is cut at its end.
+    FORMAT = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}, {rate_fmt}"
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
         self._finished = 0
         self._seen = {job.name: min(trained_samples(job.run), job.samples) for job in jobs}
-        # Scoring alone is counted in runs.
-        self._unit = "samples" if any(job.samples for job in jobs) else "runs"
-        total = sum(job.samples for job in jobs) if self._unit == "samples" else len(jobs)
+        total = sum(job.samples + job.scored for job in jobs)
         bar = tqdm if sys.stderr.isatty() else Lines
         self._bar = bar(
-            desc="compare",
             total=int(total) if total != float("inf") else None,
             initial=int(sum(self._seen.values())),
-            unit=" samples" if self._unit == "samples" else "run",
-            unit_scale=self._unit == "samples",
+            unit=" samples",
+            unit_scale=True,
+            bar_format=self.FORMAT,
             # Starts and evaluations show no samples: the mean over all of it is what the rest will take.
             smoothing=0,
             dynamic_ncols=True,
@@ -238,20 +224,18 @@ class _Progress:
     def done(self, job: Job) -> None:
         self._finished += 1
         if job.samples != float("inf"):
-            self._seen[job.name] = job.samples
+            self._seen[job.name] = job.samples + job.scored
 
-    def show(self, running: Sequence[Job]) -> None:
+    def show(self, running: Sequence[_Running]) -> None:
         at = []
-        for job in running:
+        for each in running:
+            job = each.job
             self._seen[job.name] = min(trained_samples(job.run), job.samples)
             share = f" {100 * self._seen[job.name] / job.samples:.0f}%" if 0 < job.samples < float("inf") else ""
-            at.append(f"{job.name}{share}")
-        # The names come last: a line too long is cut at its end.
-        state = [f"{self._finished}/{len(self._jobs)} runs done"] if self._unit == "samples" else []
-        self._bar.set_postfix_str(", ".join([*state, *at]), False)
+            at.append(f"{job.name}{share if each.waiting else ': scoring'}")
+        self._bar.set_postfix_str(", ".join([f"{self._finished}/{len(self._jobs)} runs", *at]), False)
         # Also where nothing has moved, as the time has.
-        now = int(sum(self._seen.values())) if self._unit == "samples" else self._finished
-        self._bar.update(now - self._bar.n)
+        self._bar.update(int(sum(self._seen.values())) - self._bar.n)
         self._bar.refresh()
 
     def close(self) -> None:

@@ -25,14 +25,10 @@ DATA = ("dataset", "protocol", "encoding_fingerprint", "data_fingerprint")
 """Of a run's summary: what must be equal in runs that are compared."""
 
 NEEDED = (
-    f"{names.VALIDATION}/auc",
-    f"{names.VALIDATION}/log_loss",
-    names.SAMPLES,
-    names.TRAINING_SECONDS,
-    names.PARAMETERS_TOTAL,
-    names.FLOPS_TRAINING,
-    *DATA,
-)
+    f"{names.VALIDATION}/auc", f"{names.VALIDATION}/log_loss", names.SAMPLES, names.TRAINING_SECONDS,
+    names.SAMPLES_PER_SECOND, names.PARAMETERS_TABLES, names.PARAMETERS_DENSE, names.PARAMETERS_TOTAL,
+    names.FLOPS_FORWARD, names.FLOPS_TRAINING, names.RANKS, names.BYTES_PER_RANK, *DATA,
+)  # fmt: skip
 """Of a run's summary: without these there is nothing to compare."""
 
 
@@ -60,8 +56,8 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The configuration by full keys, without what may differ between its runs."""
-        return {key: value for key, value in flat(self.config).items() if not within(key, NO_PART_OF_A_CONFIGURATION)}
+        """See ``settings_of``."""
+        return settings_of(self.config)
 
     def curve(self, x: str, y: str) -> tuple[list[float], list[float]]:
         """Two figures of every logged step that has both."""
@@ -87,6 +83,15 @@ class Arm:
     def __getitem__(self, name: str) -> Any:
         """A figure that does not depend on the seed, such as ``parameters/total``."""
         return self.runs[0].final[name]
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration by full keys, without what may differ between its runs, and what it does not use."""
+    settings = flat(config)
+    left_out: tuple[str, ...] = NO_PART_OF_A_CONFIGURATION
+    if settings.get("data.init_args.path") != "demo":
+        left_out = (*left_out, "data.init_args.demo")
+    return {key: value for key, value in settings.items() if not within(key, left_out)}
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
@@ -209,9 +214,11 @@ def data_differences(runs: Sequence[Run]) -> list[str]:
             sides = "; ".join(f"{value} in {_few(members)}" for value, members in values.items())
             lines.append(f"{name.replace('_', ' ')}: {sides}")
     if lines:
-        data = {run.name: {k: v for k, v in run.settings.items() if k.startswith("data.")} for run in runs}
-        for key, by_run in differing(data).items():
-            if key.startswith(("data.init_args.path", "data.init_args.demo", "data.class_path")):
+        for key, by_run in differing({run.name: run.settings for run in runs}).items():
+            # Sizes of demo data say nothing beside other data.
+            if within(key, ("data.class_path", "data.init_args.path", "data.init_args.demo")) and len(by_run) == len(
+                runs
+            ):
                 lines.append(f"{key}: {', '.join(dict.fromkeys(str(value) for value in by_run.values()))}")
     return lines
 
@@ -221,9 +228,11 @@ def _few(members: Sequence[str]) -> str:
 
 
 def told(value: Any) -> str:
-    """A setting's value for a table: of a class its name; a dash for what a model does not have, or leaves out."""
+    """A setting's value for a table: of a class its name, of layers 512-256; a dash for what a model does not have."""
     if value in (None, False):
         return "-"
+    if isinstance(value, list) and value:
+        return "-".join(map(str, value))
     return value.rpartition(".")[2] if isinstance(value, str) else str(value)
 
 

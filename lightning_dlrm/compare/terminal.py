@@ -12,12 +12,13 @@ from lightning_dlrm.compare.runs import Arm, told
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.sparkline import sparkline
 
-SPARK_WIDTH = 20
+SPARK_WIDTH = 12
+"""So the closing table fits into 80 columns."""
 
 
 def arms_table(arms: Sequence[PlannedArm], compared: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> str:
     """Parameters and FLOPs of each side, and the settings in which they differ."""
-    rows: list[tuple[str, ...]] = [("arm", "tables", "dense", "total", "FLOPs forward", "training", "samples a run")]
+    rows: list[tuple[str, ...]] = [("arm", "tables", "dense", "total", "forward", "training", "samples")]
     for arm in arms:
         size = arm.size
         counts = (
@@ -25,7 +26,12 @@ def arms_table(arms: Sequence[PlannedArm], compared: Mapping[str, Mapping[str, A
         )  # fmt: skip
         samples = f"{arm.samples:,.0f}" if arm.samples != float("inf") else "unbounded"
         rows.append((arm.name, *(f"{count:,}" for count in counts), samples))
-    lines = [*table(rows), "parameters; FLOPs per sample; tables and order of the samples alike under a seed", ""]
+    lines = [
+        *table(rows),
+        "tables, dense, total: parameters; forward, training: FLOPs per sample",
+        "samples: trained on in a run; in the same order for all arms under a seed",
+        "",
+    ]
     differ: list[tuple[str, ...]] = [("differs", *(arm.name for arm in arms))]
     for key, values in compared.items():
         cells = [told(values.get(arm.name)) for arm in arms]
@@ -40,15 +46,15 @@ def closing_words(comparison: Comparison, output: Path) -> str:
     """Figures of each configuration, the course of its validation, and the verdicts."""
     lines = [f"WARNING: {warning}" for warning in comparison.warnings]
     columns = ("auc", "log_loss", "accuracy", "calibration")
-    rows: list[tuple[str, ...]] = [
-        ("", "seeds", *(METRIC_TITLES[name] for name in columns), "samples/s", "validation AUC")
-    ]
+    rows: list[tuple[str, ...]] = [("", *(METRIC_TITLES[name] for name in columns), "samples/s", "validation")]
     for arm in comparison.arms:
         values = [np.mean(comparison.values(arm, name)) for name in columns]
         speed = np.median([run.final[names.SAMPLES_PER_SECOND] for run in arm.runs])
         course = sparkline(mean_course(arm, f"{names.VALIDATION}/auc"), SPARK_WIDTH)
-        rows.append((arm.name, str(len(arm.runs)), *(f"{value:.5f}" for value in values), f"{speed:,.0f}", course))
-    lines += ["", *table(rows), f"mean over the seeds, on the {comparison.split} split", ""]
+        rows.append((arm.name, *(f"{value:.5f}" for value in values), f"{speed:,.0f}", course))
+    seeds = ", ".join(dict.fromkeys(str(len(arm.runs)) for arm in comparison.arms))
+    lines += ["", *table(rows)]
+    lines += [f"means over the seeds ({seeds}), on the {comparison.split} split; validation: the course of the AUC", ""]
     lines += [pair.sentence for pair in comparison.pairs]
     lines += ["", f"report: {output / 'report.html'}"]
     return "\n".join(lines)

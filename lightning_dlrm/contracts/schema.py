@@ -213,7 +213,8 @@ class DatasetSchema:
             if not folder.is_dir():
                 raise UserError(
                     f"no dataset folder at {folder}: expected a folder with {SCHEMA_FILE}; make one with "
-                    f"'python -m lightning_dlrm preprocess', or use --data.path demo"
+                    "'python -m lightning_dlrm preprocess', or one of demo data with 'python -m lightning_dlrm "
+                    "generate demo'"
                 )
             if not path.is_file():
                 raise UserError(

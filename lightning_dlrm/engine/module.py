@@ -361,27 +361,31 @@ class CTRModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         # Before anything is saved.
-        self._take_averages_out()
+        self.give_weights_back()
         self._finish_evaluation(names.VALIDATION)
 
     def on_test_epoch_start(self) -> None:
         self._put_averages_in()
 
     def on_test_epoch_end(self) -> None:
-        self._take_averages_out()
+        self.give_weights_back()
         self._finish_evaluation(names.TEST)
 
     def on_predict_epoch_start(self) -> None:
         self._put_averages_in()
 
     def on_predict_epoch_end(self) -> None:
-        self._take_averages_out()
+        self.give_weights_back()
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [_WeightsBack()] if self.averaging is not None else []
 
     def _put_averages_in(self) -> None:
         if self.averages is not None:
             self.averages.put_in(self._steps_done)
 
-    def _take_averages_out(self) -> None:
+    def give_weights_back(self) -> None:
+        """Of an evaluation that takes averages: the weights as trained, also where it ends before its end."""
         if self.averages is not None:
             self.averages.take_out()
 
@@ -565,6 +569,14 @@ class CTRModule(pl.LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, CTROptimizer)
         return optimizer
+
+
+class _WeightsBack(pl.Callback):
+    """Lightning tells callbacks alone of an error or of Ctrl-C."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        assert isinstance(pl_module, CTRModule)
+        pl_module.give_weights_back()
 
 
 def _labels(batch: Batch) -> Tensor:

@@ -161,8 +161,10 @@ class Recorder(pl.Callback):
             if kept.get(names.STEP) == step:
                 self.latest = kept
                 return
-            # It was killed after its last checkpoint.
-            self.latest = _peak_memory() | describe(trainer, pl_module) | self.latest
+            # It was killed after its last checkpoint, whose step was not logged perhaps.
+            seconds = self._training_seconds()
+            speed = {names.TRAINING_SECONDS: seconds, names.SAMPLES_PER_SECOND: self.samples / max(seconds, 1e-9)}
+            self.latest = speed | _peak_memory() | describe(trainer, pl_module) | self.latest
         final = {names.STEP: step, names.SAMPLES: self.samples, **self.latest, **fingerprints(pl_module)}
         best = {} if self.checkpoints is None else self.checkpoints.best
         self.folder.write_summary(final, best)

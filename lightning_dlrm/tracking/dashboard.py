@@ -55,7 +55,7 @@ class Dashboard:
 
 
 def build_workspace(dashboard: Dashboard) -> "Workspace":
-    """The workspace, not saved yet: quality, training, speed, system, parallel.
+    """The workspace, not saved yet: comparison, quality, training, speed, system, parallel.
 
     Raises:
         UserError: the extra is not installed.
@@ -65,7 +65,7 @@ def build_workspace(dashboard: Dashboard) -> "Workspace":
     from wandb_workspaces import expr
 
     sections = [
-        ws.Section(name=name, panels=panels, is_open=name in ("quality", "training"))
+        ws.Section(name=name, panels=panels, is_open=name in ("comparison", "quality", "training"))
         for name, panels in _panels().items()
     ]
     return ws.Workspace(
@@ -178,6 +178,19 @@ def _panels() -> dict[str, list[Any]]:
 
     best_auc = wr.SummaryMetric(f"{names.VALIDATION}/auc.max")
     return {
+        # Of the run that compare itself logs.
+        "comparison": [
+            *(
+                wr.MediaBrowser(
+                    title=title, num_columns=1, media_keys=[names.comparison_figure(name)], layout=wr.Layout(w=12, h=12)
+                )
+                for name, title in names.COMPARISON_FIGURES.items()
+            ),
+            *(
+                wr.WeavePanelSummaryTable(table_name=names.comparison_table(name), layout=wr.Layout(w=12, h=12))
+                for name in names.COMPARISON_TABLES
+            ),
+        ],
         "quality": [
             *(course(metric) for metric in names.METRICS),
             wr.BarPlot(title="best validation AUC", metrics=[best_auc], title_x="AUC"),

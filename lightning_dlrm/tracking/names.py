@@ -49,3 +49,29 @@ SAMPLES_TO_TARGET = "samples_to_target"
 
 SAMPLES = "samples"
 STEP = "step"
+
+COMPARISON_FIGURES = {
+    "figure5": "accuracy while training",
+    "differences": "differences",
+    "results": "results of every seed",
+    "accuracy": "accuracy",
+    "log_loss": "log loss",
+    "auc": "AUC",
+    "calibration": "calibration",
+    "cost": "time and memory",
+    "parameters": "parameters of tables and dense parts",
+    "operators": "where the time of a step goes, by kind of operator",
+    "load": "load of each rank, where tables are sharded",
+}
+"""Of a comparison: what each shows."""
+COMPARISON_TABLES = ("verdicts", "parameters", "operators", "load")
+
+
+def comparison_figure(name: str) -> str:
+    """Under which a comparison's figure is logged."""
+    return f"comparison/{name}"
+
+
+def comparison_table(name: str) -> str:
+    """Under which a comparison's table is logged."""
+    return f"comparison/{name}_table"

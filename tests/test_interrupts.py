@@ -1,0 +1,30 @@
+"""Contract: what cleans up after an error cleans up after SIGTERM and SIGHUP too, and nohup keeps its word."""
+
+import os
+import signal
+
+import pytest
+
+from lightning_dlrm.contracts.interrupts import leaving_in_order
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_leave_through_the_door_of_errors(number: signal.Signals) -> None:
+    before, cleaned = signal.getsignal(number), []
+    with pytest.raises(SystemExit) as left, leaving_in_order():
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            cleaned.append(number)
+    assert left.value.code == 128 + number and cleaned == [number]
+    assert signal.getsignal(number) is before
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with leaving_in_order():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
