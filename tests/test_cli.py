@@ -28,6 +28,7 @@ TINY_DEMO = [
     "--data.demo.max_table_rows=1000",
 ]
 FIT = ["fit", "--config", "dlrm.yaml", "--config", "small.yaml", *TINY_DEMO]
+STOP_EARLY = "--trainer.callbacks=EarlyStopping --trainer.callbacks.monitor="
 QUICK = ["--data.batch_size=256", "--trainer.log_every_n_steps=1", "--wandb.mode=disabled"]
 
 
@@ -233,6 +234,17 @@ def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixtu
     assert losses("other") == losses("run")
 
 
+def test_lightnings_early_stopping_from_the_configuration() -> None:
+    """With a threshold that the first validation reaches, of the several that the fit would have."""
+    Path("stop.yaml").write_text(
+        "trainer:\n  val_check_interval: 2\n  callbacks:\n    - class_path: EarlyStopping\n      init_args:\n"
+        "        monitor: validation/log_loss\n        stopping_threshold: 10.0\n"
+    )
+    assert main([*FIT, *QUICK, "--config", "stop.yaml", "--run_dir", "run"]) == 0
+    assert list(losses("run")) == [1, 2]
+    assert json.loads(Path("run", "summary.json").read_text())["best"]["step"] == 2
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [
@@ -242,6 +254,8 @@ def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixtu
         ("--stop_at_auc=0.8 --trainer.limit_val_batches=0", "trainer.limit_val_batches is 0"),
         ("--checkpoint.every_n_steps=-1", "checkpoint.every_n_steps is -1"),
         ("--trainer.callbacks=WeightAveraging", "set model.averaging.decay"),
+        (f"{STOP_EARLY}validation/loss", "EarlyStopping's monitor is validation/loss; expected one of validation/auc"),
+        (f"{STOP_EARLY}validation/auc", "EarlyStopping's mode is min, and of validation/auc more is better"),
     ],
 )
 def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,7 @@ def test_it_builds(name: str, capsys: pytest.CaptureFixture) -> None:
     ("options", "message"),
     [
         (["--model.table_optimizer", "torch.optim.Adam"], "torch.optim.Adam is none of this project's, and cannot"),
+        (["--model.wide_optimizer", "Ftrl"], "no class Ftrl; known ones: SGD, Adagrad, RowWiseAdagrad, Adam"),
         (["--model.loss", "torch.nn.BCELoss"], "torch.nn.BCELoss is none of this project's; choose one of LogLoss"),
         (["--model.loss", "FocalLoss", "--model.loss.gamma", "-1"], "gamma is -1.0"),
         (["--model.network.tables.pooling", "max"], "pooling: max is none of sum, mean"),

@@ -13,12 +13,13 @@ import torch
 from lightning_dlrm.cli.report import final_report
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
+from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder
 from lightning_dlrm.objectives.metrics import click_metrics
-from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
+from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad
 from lightning_dlrm.optim.schedules import WarmupQuadraticDecay, WarmupThenDecay
 from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
-from tests.toy import ToyData, ToyLoader, optimizer_of, toy_dcn, toy_dlrm, toy_module, toy_schema
+from tests.toy import ToyData, ToyLoader, optimizer_of, toy_dcn, toy_dlrm, toy_module, toy_schema, wide_dlrm
 
 
 def trainer_of(
@@ -97,6 +98,19 @@ def test_repeated_fit_gives_the_same_bits(tmp_path: Path) -> None:
     for name in ("a", "b"):
         trainer_of(tmp_path / name).fit(toy_module(), ToyData())
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_linear_terms_with_a_rule_of_their_own_are_resumed_to_the_last_bit(tmp_path: Path) -> None:
+    def module() -> CTRModule:
+        return toy_module(wide_dlrm, schedule=WarmupQuadraticDecay(5, 10, 15), wide_rule=Adam(0.01))
+
+    trainer_of(tmp_path / "whole", every=1).fit(module(), ToyData())
+    with pytest.raises(InterruptedError):
+        trainer_of(tmp_path / "run", every=1, callbacks=[StopAt(9)]).fit(module(), ToyData())
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    trainer_of(tmp_path / "run", every=1).fit(module(), ToyData(), ckpt_path=newest)
+    assert all_but_speed(tmp_path / "run") == all_but_speed(tmp_path / "whole")
+    assert lines(tmp_path / "run")[-2]["learning_rate/wide"] < 0.01
 
 
 @pytest.mark.parametrize("stop", [1, 9, 14, 23])

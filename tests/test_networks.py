@@ -292,10 +292,11 @@ def test_tables_of_every_kind_have_names_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("network", "options", "message"),
     [
-        (DLRM, {"interaction": "projection"}, "needs projection; it is missing"),
+        (DLRM, {"interaction": "projection"}, "needs projection, which is missing: give two lists"),
         (DLRM, {"interaction": "projection", "projection": [[32], [20]]}, "ends in 20 and embedding_dim is 16"),
-        (DLRM, {"interaction": "projection", "projection": [[32]]}, "1 branches; expected two"),
-        (DLRM, {"interaction": "cross", "cross": "matrix"}, "needs cross_layers"),
+        (DLRM, {"interaction": "projection", "projection": [[32]]}, r"projection is \[\[32\]\]; expected two"),
+        (DLRM, {"interaction": "cross", "cross": "matrix"}, "needs cross_layers, which is missing: give a number"),
+        (DLRM, {"interaction": "cross", "cross_layers": 2}, "needs cross, which is missing: give vector, matrix"),
         (DLRM, {"cross": "matrix"}, "cross needs interaction: cross; got dot"),
         (DLRM, {"cross_rank": 3}, "cross_rank needs interaction: cross; got dot"),
         (DLRM, {"interaction": "cat", "projection": [[16], [16]]}, "projection needs interaction: projection; got cat"),

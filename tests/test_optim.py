@@ -9,11 +9,13 @@ import torch
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import RowGradient, Table
+from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
 from lightning_dlrm.optim.schedules import Constant, Cosine, WarmupQuadraticDecay, WarmupThenDecay
-from tests.toy import optimizer_of, toy_batch, toy_dlrm, toy_schema
+from tests.toy import optimizer_of, toy_batch, toy_dlrm, toy_module, toy_schema, wide_dlrm
 
 
 def make(dense_rule: UpdateRule, table_rule: UpdateRule):
@@ -135,6 +137,53 @@ def test_state_of_other_rules_is_refused() -> None:
     state = make(SGD(0.1), Adagrad(0.1))[1].state_dict()
     with pytest.raises(UserError, match="choose the same rules"):
         make(SGD(0.1), RowWiseAdagrad(0.1))[1].load_state_dict(state)
+
+
+def test_linear_terms_take_a_rule_of_their_own() -> None:
+    """One step moves them as it moves them where all tables have that rule, and everything else as without it; a loaded
+    state goes on as the one that was saved."""
+
+    def make_wide(table_rule: UpdateRule, wide_rule: UpdateRule | None = None):
+        module = toy_module(wide_dlrm, table_rule, SGD(0.1), wide_rule=wide_rule)
+        network = wide_dlrm(toy_schema().features, 3).double()
+        return network, module.make_optimizer(network)
+
+    def step(network: CTRNetwork, optimizer: CTROptimizer, seed: int) -> dict[str, torch.Tensor]:
+        optimizer.zero_grad()
+        backward(network, seed)
+        optimizer.step()
+        return {name: value.clone() for name, value in network.state_dict().items()}
+
+    adam, adagrad = (lambda: Adam(0.01)), (lambda: Adagrad(0.2))
+    network, optimizer = make_wide(adam(), adagrad())
+    ours, as_tables, as_wide = (
+        step(*made, 0) for made in ((network, optimizer), make_wide(adam()), make_wide(adagrad()))
+    )
+    for name, value in ours.items():
+        assert torch.equal(value, (as_wide if name == "wide.lookup.weight" else as_tables)[name]), name
+    assert not torch.equal(as_wide["wide.lookup.weight"], as_tables["wide.lookup.weight"])
+    assert [(group["name"], float(group["lr"])) for group in optimizer.param_groups] == [
+        ("dense", 0.1), ("tables", 0.01), ("wide", 0.2)
+    ]  # fmt: skip
+
+    again, resumed = make_wide(adam(), adagrad())
+    again.load_state_dict(network.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for state, saved in zip(resumed.table_state, optimizer.table_state, strict=True):
+        for slot, values in state.items():
+            values.copy_(saved[slot])
+    went_on = step(network, optimizer, 1)
+    for name, value in step(again, resumed, 1).items():
+        assert torch.equal(value, went_on[name]), name
+    with pytest.raises(UserError, match=r"and wide: Adagrad .*; this run asks for dense: SGD .* and tables: Adam"):
+        make_wide(adam())[1].load_state_dict(optimizer.state_dict())
+
+
+def test_a_rule_for_linear_terms_that_cannot_have_one_is_refused() -> None:
+    with pytest.raises(UserError, match=r"wide_optimizer is given, but this DLRM has no linear terms"):
+        toy_module(wide_rule=Adagrad(0.1))
+    with pytest.raises(UserError, match="kernels fbgemm gives all tables one rule: leave wide_optimizer out"):
+        CTRModule(wide_dlrm, SGD(0.1), SGD(0.1), wide_optimizer=Adagrad(0.1), kernels="fbgemm", schema=toy_schema())
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])

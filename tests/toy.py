@@ -101,6 +101,10 @@ def toy_dlrm(features: Features, seed: int) -> DLRM:
     return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8])
 
 
+def wide_dlrm(features: Features, seed: int) -> DLRM:
+    return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], wide=True)
+
+
 def toy_dcn(features: Features, seed: int) -> DCN:
     return DCN(features, seed, embedding_dim=4, cross_layers=2, deep=[8])
 
@@ -112,12 +116,14 @@ def toy_module(
     schedule: Schedule | None = None,
     schema: DatasetSchema | None = None,
     seed: int = 3,
+    wide_rule: UpdateRule | None = None,
 ) -> CTRModule:
     return CTRModule(
         network,
         table_rule or RowWiseAdagrad(0.1),
         dense_rule or Adagrad(0.05),
         schedule,
+        wide_optimizer=wide_rule,
         schema=schema or toy_schema(),
         seed=seed,
     )

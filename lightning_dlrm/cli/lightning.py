@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 from jsonargparse import ActionConfigFile
-from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -32,6 +32,7 @@ from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
 from lightning_dlrm.engine.diagnostics import CurveWriter, NormRecorder
 from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.engine.profiler import NoProfiler
 from lightning_dlrm.engine.progress import RunProgress
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
@@ -242,6 +243,7 @@ class CTRCommand(LightningCLI):
         trainer["callbacks"] = [*_listed(trainer.get("callbacks")), *callbacks]
         trainer["plugins"] = [*_listed(trainer.get("plugins")), FolderCheckpointIO()]
         trainer["default_root_dir"] = trainer.get("default_root_dir") or str(self.run_folder.path)
+        trainer["profiler"] = trainer.get("profiler") or NoProfiler()
         built: pl.Trainer = self._instantiate_trainer(trainer | kwargs, [])
         if isinstance(built.strategy, EmbeddingShardedDDP):
             built.strategy.facts = self._facts_of_all_ranks()
@@ -272,6 +274,8 @@ class CTRCommand(LightningCLI):
                     f"trainer.callbacks: the averages of {type(callback).__name__} would not be in the checkpoints, "
                     "which take table rows where they are: set model.averaging.decay, such as 0.99, instead"
                 )
+            if isinstance(callback, EarlyStopping):
+                _check_early_stopping(callback)
         try:
             # Of a strategy a copy: a trainer sets the accelerator in it, which the next trainer would refuse.
             strategy = copy.copy(settings["strategy"])
@@ -465,6 +469,22 @@ def add_matching_arguments(parser: Any) -> None:
         "--by", default="dense", help="what is to be met: total, dense (parameters), or flops (forward)"
     )
     parser.add_argument("--output", default=None, help="the new configuration's file")
+
+
+def _check_early_stopping(callback: EarlyStopping) -> None:
+    """
+    Raises:
+        UserError: it would look for a metric that there is not, or stop where it should go on.
+    """
+    metrics = [f"{names.VALIDATION}/{name}" for name in names.METRICS]
+    if callback.monitor not in metrics:
+        raise UserError(
+            f"trainer.callbacks: EarlyStopping's monitor is {callback.monitor}; expected one of {', '.join(metrics)}"
+        )
+    if callback.mode == "min" and callback.monitor in (f"{names.VALIDATION}/auc", f"{names.VALIDATION}/accuracy"):
+        raise UserError(
+            f"trainer.callbacks: EarlyStopping's mode is min, and of {callback.monitor} more is better: set mode to max"
+        )
 
 
 def _listed(given: Any) -> list[Any]:

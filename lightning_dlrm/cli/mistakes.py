@@ -26,7 +26,7 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"unknown key {key}{_nearest_key(key, known)}"
     if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
         name = match[1] or match[2]
-        names = [known.__name__ for known in KNOWN_CLASSES]
+        names = _fitting(_BASES.get(key.rpartition(".")[2], "object"))
         return f"no class {name}; known ones: {', '.join(names)}{nearest(name, names)}"
     if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss|Schedule)", message):
         return _explain_class(message, match[1])
@@ -55,12 +55,27 @@ def _explain_class(message: str, base: str) -> str:
     """A class of another library where one of ours is needed."""
     key = re.search(r'Parser key "([\w.]+)"', message)
     given = re.search(r"Import path ([\w.]+) does", message) or re.search(r"Given value: (\S+)", message)
-    fitting = [known.__name__ for known in KNOWN_CLASSES if base in (parent.__name__ for parent in known.__mro__)]
     why = ", and cannot update single rows of a table" if base == "UpdateRule" else ""
     return (
         f"{key[1] if key else 'class'}: {given[1] if given else 'this class'} is none of this project's{why}; "
-        f"choose one of {', '.join(fitting)}"
+        f"choose one of {', '.join(_fitting(base))}"
     )
+
+
+_BASES = {
+    "network": "CTRNetwork",
+    "loss": "Loss",
+    "schedule": "Schedule",
+    "table_optimizer": "UpdateRule",
+    "dense_optimizer": "UpdateRule",
+    "wide_optimizer": "UpdateRule",
+}
+"""Of the classes that some settings take."""
+
+
+def _fitting(base: str) -> list[str]:
+    """Names of this project's classes that are of a base."""
+    return [known.__name__ for known in KNOWN_CLASSES if base in (parent.__name__ for parent in known.__mro__)]
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:

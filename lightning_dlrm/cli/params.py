@@ -67,7 +67,7 @@ def count(module: CTRModule) -> dict[str, int]:
     with torch.device("meta"):
         network = module.make_network(module.schema.features, module.seed)
     tables = [lookup.weight for lookup in network.lookups()]
-    trained = [weight for weight in tables if weight.requires_grad]
+    trained = [lookup for lookup in network.lookups() if lookup.weight.requires_grad]
     dense = network.dense_parameters()
     return {
         "tables": size.tables,
@@ -76,7 +76,9 @@ def count(module: CTRModule) -> dict[str, int]:
         "flops_per_sample_forward": size.flops_per_sample_forward,
         "flops_per_sample_training": size.flops_per_sample_training,
         "bytes_weights": sum(p.numel() * p.element_size() for p in (*tables, *dense)),
-        "bytes_optimizer_tables": _state_bytes(module.table_rule, trained),
+        "bytes_optimizer_tables": sum(
+            _state_bytes(module.rule_of(lookup, network), [lookup.weight]) for lookup in trained
+        ),
         "bytes_optimizer_dense": _state_bytes(module.dense_rule, dense),
     }
 

@@ -147,7 +147,7 @@ def measure(run: Run) -> dict[str, float]:
         network = module.network.to(device)
         if module.kernels == "fbgemm":
             use_fbgemm(network, type(module.table_rule).__name__, vars(module.table_rule))
-        optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), module.dense_rule, module.table_rule)
+        optimizer = module.make_optimizer(network)
         mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
         # The profiler's library tells of its start and stop otherwise.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -45,6 +45,8 @@ class CTRModule(pl.LightningModule):
         schedule: of both learning rates: Constant, Cosine, WarmupThenDecay or WarmupQuadraticDecay.
         loss: what is minimised: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
             whatever it is.
+        wide_optimizer: rule for linear terms' weights of ids, where they are not to have that of the tables (Cheng et
+            al. 2016, section 3.3, train the wide and the deep part by two).
         kernels: what looks up and updates table rows. plain: torch, on any device; triton: fused kernels for a
             CUDA device; auto: triton on a CUDA device, else plain; fbgemm: FBGEMM's, where it is installed.
         cuda_graphs: launch a whole step at once, for a CUDA device; batches of another size than the first (an epoch's
@@ -67,13 +69,17 @@ class CTRModule(pl.LightningModule):
         loss: Loss | None = None,
         averaging: Averaging | None = None,
         *,
+        wide_optimizer: UpdateRule | None = None,
         kernels: Kernels | Literal["fbgemm"] = "auto",
         cuda_graphs: bool = False,
         schema: DatasetSchema,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for option, rule in (("table_optimizer", table_optimizer), ("dense_optimizer", dense_optimizer)):
+        rules = {"table_optimizer": table_optimizer, "dense_optimizer": dense_optimizer}
+        if wide_optimizer is not None:
+            rules["wide_optimizer"] = wide_optimizer
+        for option, rule in rules.items():
             if not isinstance(rule, UpdateRule):
                 name = getattr(rule, "__name__", type(rule).__name__)
                 raise UserError(
@@ -83,6 +89,7 @@ class CTRModule(pl.LightningModule):
         self.make_network = network
         self.table_rule = table_optimizer
         self.dense_rule = dense_optimizer
+        self.wide_rule = wide_optimizer
         self.schedule = schedule or Constant()
         self.loss = loss or LogLoss()
         self.kernels = kernels
@@ -106,7 +113,17 @@ class CTRModule(pl.LightningModule):
         self.metrics = nn.ModuleDict({stage: ClickMetrics(Ranks) for stage in (names.VALIDATION, names.TEST)})
         with torch.device("meta"):
             # Nothing is allocated, and a network that does not fit the data is refused before they are prepared.
-            self.size: ModelSize = model_size(network(schema.features, seed))
+            made = network(schema.features, seed)
+            self.size: ModelSize = model_size(made)
+        if wide_optimizer is not None and not made.wide_lookups():
+            raise UserError(
+                f"wide_optimizer is given, but this {type(made).__name__} has no linear terms: set network.wide to "
+                "true where the model has that option, or leave wide_optimizer out"
+            )
+        if wide_optimizer is not None and kernels == "fbgemm":
+            raise UserError(
+                "kernels fbgemm gives all tables one rule: leave wide_optimizer out, or set kernels to auto"
+            )
         self.guard = LossGuard(
             f"lower the learning rates (dense {dense_optimizer.learning_rate:g}, tables "
             f"{table_optimizer.learning_rate:g}), warm up longer, or set trainer.gradient_clip_val; what was saved "
@@ -120,6 +137,14 @@ class CTRModule(pl.LightningModule):
         self.seconds = dict.fromkeys((names.FORWARD_SHARE, names.BACKWARD_SHARE, names.UPDATE_SHARE), 0.0)
         """What the parts of all training steps so far took."""
         self._began = 0.0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes here which hook is running, some fifty times a step; torch would look each time whether it
+        # is a weight.
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def configure_model(self) -> None:
         # Lightning calls this once for every fit, validate, test and predict.
@@ -141,13 +166,28 @@ class CTRModule(pl.LightningModule):
             raise UserError(
                 "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp"
             )
-        optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), self.dense_rule, self.table_rule)
+        optimizer = self.make_optimizer(network)
         total = self._total_steps() if self.schedule.needs_total_steps else None
-        factors = [_factor(self.schedule, rule.learning_rate, total) for rule in (self.dense_rule, self.table_rule)]
+        factors = [_factor(self.schedule, rule.learning_rate, total) for rule in optimizer.rules.values()]
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"},
         }
+
+    def make_optimizer(self, network: CTRNetwork) -> CTROptimizer:
+        """Of a network that ``make_network`` made."""
+        return CTROptimizer(
+            network.dense_parameters(),
+            network.lookups(),
+            self.dense_rule,
+            self.table_rule,
+            self.wide_rule,
+            network.wide_lookups(),
+        )
+
+    def rule_of(self, lookup: EmbeddingLookup, network: CTRNetwork) -> UpdateRule:
+        """Of a lookup of such a network."""
+        return self.wide_rule if self.wide_rule is not None and lookup in network.wide_lookups() else self.table_rule
 
     def _total_steps(self) -> int:
         """Optimiser steps of the whole fit.
@@ -412,7 +452,8 @@ class CTRModule(pl.LightningModule):
         samples, clicks = np.sum(ranks.all_gather(np.array(here)), axis=0).tolist()
         if ranks.rank > 0:
             return
-        rates = {"dense": self.dense_rule.learning_rate, "tables": self.table_rule.learning_rate}
+        rules = {"dense": self.dense_rule, "tables": self.table_rule, "wide": self.wide_rule}
+        rates = {name: rule.learning_rate for name, rule in rules.items() if rule is not None}
         warn_of_chance(self.results[f"{names.VALIDATION}/auc"], clicks, samples, self._batch_size, rates)
 
     def _metrics(self, stage: str) -> ClickMetrics:

@@ -223,7 +223,7 @@ def table_loads(
     loads = []
     for lookup in network.lookups():
         row = torch.empty(1, lookup.width, dtype=lookup.weight.dtype, device="meta")
-        kept = [row, *(module.table_rule.state(row).values() if lookup.weight.requires_grad else ())]
+        kept = [row, *(module.rule_of(lookup, network).state(row).values() if lookup.weight.requires_grad else ())]
         bytes_per_row = sum(tensor.numel() * tensor.element_size() for tensor in kept)
         # Of a table that is cut between a device and its host, each lookup has a part.
         held = {piece.name: piece.stop - piece.start for piece in lookup.pieces}

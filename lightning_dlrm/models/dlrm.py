@@ -136,11 +136,18 @@ def _check_options(interaction: str, options: Mapping[str, tuple[str, Any]]) -> 
     Raises:
         UserError: no such interaction, an option of another one, or one that is missing.
     """
-    needs = {"dot": (), "cat": (), "projection": ("projection",), "cross": ("cross", "cross_layers")}
+    needs: dict[str, dict[str, str]] = {
+        "dot": {},
+        "cat": {},
+        "projection": {"projection": "two lists of widths, such as [[512, 64], [512, 64]]"},
+        "cross": {"cross": "vector, matrix, low_rank or mixture", "cross_layers": "a number, such as 3"},
+    }
     if interaction not in needs:
         raise UserError(f"interaction {interaction!r} is none of {', '.join(needs)}")
     for name, (owner, value) in options.items():
         if value is not None and owner != interaction:
             raise UserError(f"{name} needs interaction: {owner}; got {interaction}")
         if value is None and name in needs[interaction]:
-            raise UserError(f"interaction: {interaction} needs {name}; it is missing")
+            raise UserError(
+                f"interaction: {interaction} needs {name}, which is missing: give {needs[interaction][name]}"
+            )

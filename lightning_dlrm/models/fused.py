@@ -109,8 +109,12 @@ class _PairProducts(torch.autograd.Function):
         vectors_BVD, mirrored = ctx.saved_tensors
         grad_Bn, vectors = grads[0], vectors_BVD.shape[1]
         # Picked from the whole gradient: a slice would have to be copied first.
-        picked = (mirrored + ctx.beside).expand(len(grad_Bn), -1)
-        grad_BVV = grad_Bn.to(vectors_BVD.dtype).gather(1, picked).view(-1, vectors, vectors)
+        picked, factors_Bn = mirrored + ctx.beside, grad_Bn.to(vectors_BVD.dtype)
+        if factors_Bn.element_size() == 2:
+            # A CPU picks columns of two bytes four times as slowly by index_select, and wider ones a little faster.
+            grad_BVV = factors_Bn.gather(1, picked.expand(len(factors_Bn), -1)).view(-1, vectors, vectors)
+        else:
+            grad_BVV = factors_Bn.index_select(1, picked).view(-1, vectors, vectors)
         diagonal = grad_BVV.diagonal(dim1=1, dim2=2)
         if ctx.squares:
             # A product of a vector with itself changes with both of its factors.

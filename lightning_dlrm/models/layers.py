@@ -154,7 +154,7 @@ class ProjectionInteraction(nn.Module):
     def __init__(self, vectors: int, width: int, branches: Sequence[Sequence[int]]) -> None:
         super().__init__()
         if len(branches) != 2:
-            raise UserError(f"projection has {len(branches)} branches; expected two lists of widths")
+            raise UserError(f"projection is {branches}; expected two lists of widths, such as [[512, 64], [512, 64]]")
         for branch in branches:
             if not branch or branch[-1] % width:
                 raise UserError(

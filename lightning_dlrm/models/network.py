@@ -1,6 +1,7 @@
 """What every click-through-rate model here is: tables, dense layers, one logit a sample."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.models.embeddings import Embeddings
 from lightning_dlrm.models.layers import MissingValues
+from lightning_dlrm.models.linear import LinearTerms
 
 Missing: TypeAlias = Literal["zero", "learned"]
 """What stands for a missing dense value: see MissingValues."""
@@ -41,16 +43,18 @@ class CTRNetwork(nn.Module):
             ids: of every table.
         """
         # What vectors wait for is under way while dense layers compute.
-        for embeddings in self._embeddings():
+        for embeddings in self._embeddings:
             embeddings.start(ids)
         return self.logits(self.missing(dense_BI), ids)
 
     def announce(self, ids: SparseIds) -> None:
         """Hears of the ids of a later ``forward``, while an earlier batch is under way; it comes with ``ids.ahead``."""
-        for embeddings in self._embeddings():
+        for embeddings in self._embeddings:
             embeddings.announce(ids)
 
+    @cached_property
     def _embeddings(self) -> list[Embeddings]:
+        # Asked at every step; a network keeps them, whatever becomes of the lookups inside.
         return [module for module in self.modules() if isinstance(module, Embeddings)]
 
     def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
@@ -67,6 +71,10 @@ class CTRNetwork(nn.Module):
     def lookups(self) -> list[EmbeddingLookup]:
         """All that hold table rows, in the order in which the model was put together."""
         return [module for module in self.modules() if isinstance(module, EmbeddingLookup)]
+
+    def wide_lookups(self) -> list[EmbeddingLookup]:
+        """Those of them that hold linear terms' weights."""
+        return [module.lookup for module in self.modules() if isinstance(module, LinearTerms)]
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """All other weights."""

@@ -20,8 +20,8 @@ from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, Updat
 class CTROptimizer(torch.optim.Optimizer):
     """Updates dense layers from their ``.grad`` and tables from their RowGradient.
 
-    A ``torch.optim.Optimizer`` with two groups, ``dense`` and ``tables``, so that schedulers and
-    Lightning's automatic optimisation treat it as one. Learning rates and the number of steps are
+    A ``torch.optim.Optimizer`` with two groups, ``dense`` and ``tables``, or a third, ``wide``, so that
+    schedulers and Lightning's automatic optimisation treat it as one. Learning rates and the number of steps are
     0-dim tensors.
 
     The state of the tables is as large as the tables themselves can be. It is kept apart, in
@@ -32,6 +32,8 @@ class CTROptimizer(torch.optim.Optimizer):
         lookups: of the tables; those whose rows stay as they are are passed over.
         dense_rule: of the dense layers.
         table_rule: of the tables' rows.
+        wide_rule: of the rows of ``wide``; None where they have table_rule as well.
+        wide: those of ``lookups`` that hold linear terms.
     """
 
     def __init__(
@@ -40,25 +42,35 @@ class CTROptimizer(torch.optim.Optimizer):
         lookups: Sequence[EmbeddingLookup],
         dense_rule: UpdateRule,
         table_rule: UpdateRule,
+        wide_rule: UpdateRule | None = None,
+        wide: Sequence[EmbeddingLookup] = (),
     ) -> None:
-        self.lookups = tuple(lookup for lookup in lookups if lookup.weight.requires_grad)
+        of_wide = set(wide) if wide_rule is not None else set()
+        trained = [lookup for lookup in lookups if lookup.weight.requires_grad]
+        by_group = {
+            "tables": [lookup for lookup in trained if lookup not in of_wide],
+            "wide": [lookup for lookup in trained if lookup in of_wide],
+        }
+        # Group by group, as the base class numbers the weights.
+        self.lookups = (*by_group["tables"], *by_group["wide"])
+        self._group_of = {lookup: name for name, members in by_group.items() for lookup in members}
         self.rules = {"dense": dense_rule, "tables": table_rule}
-        groups = (
-            ("dense", list(dense), dense_rule),
-            ("tables", [lookup.weight for lookup in self.lookups], table_rule),
-        )
+        if wide_rule is not None:
+            self.rules["wide"] = wide_rule
+        weights_of = {name: [lookup.weight for lookup in members] for name, members in by_group.items()}
+        weights_of["dense"] = list(dense)
         # Whoever trains makes the same tensors at every step.
         keep_freed_memory()
         super().__init__(
             [
-                {"name": name, "params": weights, "lr": _learning_rate(rule), "steps": _no_steps()}
-                for name, weights, rule in groups
+                {"name": name, "params": weights_of[name], "lr": _learning_rate(rule), "steps": _no_steps()}
+                for name, rule in self.rules.items()
             ],
             {},
         )
         for parameter in dense:
             self.state[parameter] = dense_rule.state(parameter.detach())
-        self.table_state = [table_rule.state(lookup.weight.detach()) for lookup in self.lookups]
+        self.table_state = [self.rules[self._group_of[lookup]].state(lookup.weight.detach()) for lookup in self.lookups]
         """For each of ``lookups``: slot name -> tensor."""
         self.replay: Callable[[], None] | None = None
         """Does ``update_weights`` in its place for the next step, where it was recorded."""
@@ -93,11 +105,16 @@ class CTROptimizer(torch.optim.Optimizer):
         for lookup, state in zip(self.lookups, self.table_state, strict=True):
             gradient = lookup.gradient()
             if gradient is not None:
-                rule, (rate, steps) = self.rules["tables"], rates["tables"]
+                name = self._group_of[lookup]
+                rule, (rate, steps) = self.rules[name], rates[name]
                 lookup.update(gradient, state, partial(_update_rows, rule=rule, learning_rate=rate, step=steps))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
+        if set_to_none:
+            for parameter in self.param_groups[0]["params"]:
+                parameter.grad = None
+        else:
+            super().zero_grad(set_to_none)
         for lookup in self.lookups:
             lookup.clear_gradient()
 
@@ -153,9 +170,13 @@ class CTROptimizer(torch.optim.Optimizer):
                 f"{_words(self._rule_settings())}: choose the same rules and settings, or start a new run"
             )
         # Where rows are held, and so in how many weights, is no matter of the checkpoint.
-        dense, tables = state_dict["param_groups"]
-        here = range(len(dense["params"]), len(dense["params"]) + len(self.lookups))
-        super().load_state_dict(state_dict | {"param_groups": [dense, tables | {"params": list(here)}]})
+        dense, *of_tables = state_dict["param_groups"]
+        numbers = itertools.count(len(dense["params"]))
+        of_tables = [
+            saved | {"params": list(itertools.islice(numbers, len(group["params"])))}
+            for saved, group in zip(of_tables, self.param_groups[1:], strict=True)
+        ]
+        super().load_state_dict(state_dict | {"param_groups": [dense, *of_tables]})
         for group in self.param_groups:
             group.setdefault("steps", _no_steps())
         # The base class would cast the state to the weights' own precision.
