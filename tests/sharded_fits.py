@@ -58,7 +58,34 @@ def many_lookups(features: Features, seed: int) -> DLRM:
     return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
 
 
-NETWORKS: dict[str, Any] = {"dlrm": toy_dlrm, "dcn": toy_dcn, "many": many_lookups}
+def means(features: Features, seed: int) -> DLRM:
+    tables = TableSettings(dims={"C2": 2}, project=True, pooling="mean")
+    return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
+
+
+def with_dropout(features: Features, seed: int) -> DLRM:
+    return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], dropout=0.5)
+
+
+def some_on_host(features: Features, seed: int) -> DLRM:
+    tables = TableSettings(on_host=["C2", "C4"])
+    return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
+
+
+def cut(features: Features, seed: int) -> DLRM:
+    tables = TableSettings(on_host={"C2": 10, "C4": 100})
+    return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
+
+
+NETWORKS: dict[str, Any] = {
+    "dlrm": toy_dlrm,
+    "dcn": toy_dcn,
+    "many": many_lookups,
+    "means": means,
+    "host": some_on_host,
+    "cut": cut,
+    "dropout": with_dropout,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +101,8 @@ class Fit:
     network: str = "dlrm"
     resume_from: str | None = None
     wire: Any = "full"
+    pooled: tuple[str, ...] = ()
+    """Tables that are summed where their rows are."""
     recorded: bool = False
     """Whether every step is logged, as a fit of the command line would; else only losses are kept."""
     trainer: tuple[tuple[str, Any], ...] = ()
@@ -94,6 +123,34 @@ PARITY = (
         plan="auto",
         trainer=(("accumulate_grad_batches", 3), ("gradient_clip_val", 0.05)),
     ),
+    Fit(
+        name="pooled_ranges_weighted",
+        rule="adam",
+        plan="ranges",
+        hot="weighted",
+        pooled=("C1", "C2", "C3", "C4"),
+        recorded=True,
+    ),
+    Fit(
+        name="pooled_mixed_means",
+        rule="row_wise",
+        plan="mixed",
+        hot="multi",
+        pooled=("C2", "C4"),
+        network="means",
+        recorded=True,
+        trainer=(("accumulate_grad_batches", 2), ("gradient_clip_val", 0.05)),
+    ),
+    Fit(name="host_auto", rule="adagrad", plan="auto", network="host", recorded=True),
+    Fit(
+        name="host_pooled_weighted",
+        rule="adam",
+        plan="mixed",
+        hot="weighted",
+        pooled=("C1", "C4"),
+        network="host",
+        trainer=(("accumulate_grad_batches", 2),),
+    ),
 )
 FIRST_STEP = Fit(name="float32", rule="plain_sgd", plan="mixed", precision="32-true", steps=1)
 BF16 = Fit(name="bf16", rule="row_wise", plan="ranges", precision="bf16-mixed", steps=10, wire="bf16")
@@ -101,7 +158,21 @@ HALF = Fit(name="half", rule="row_wise", plan="mixed", hot="multi", steps=STEPS 
 RESUMED = Fit(name="resumed", rule="row_wise", plan="ranges", hot="multi", resume_from="half/checkpoints/last")
 
 
-def plan_of(kind: str, ranks: int) -> Plan | None:
+DROPOUT = (
+    Fit(name="dropout", rule="sgd", plan="auto", network="dropout", steps=20),
+    Fit(name="dropout_half", rule="sgd", plan="auto", network="dropout", steps=10),
+    Fit(
+        name="dropout_resumed",
+        rule="sgd",
+        plan="auto",
+        network="dropout",
+        steps=20,
+        resume_from="dropout_half/checkpoints/last",
+    ),
+)
+
+
+def plan_of(kind: str, ranks: int, pooled: tuple[str, ...] = ()) -> Plan | None:
     """Whole tables; ranges on all ranks; or both, with the first rank left empty where there are three."""
     if kind == "auto":
         return None
@@ -118,7 +189,7 @@ def plan_of(kind: str, ranks: int) -> Plan | None:
             for owner, a, b in zip(owners, cuts, cuts[1:], strict=False)
             if a < b
         ]
-    return Plan(ranks=ranks, pieces=tuple(pieces))
+    return Plan(ranks=ranks, pieces=tuple(pieces), pooled=pooled)
 
 
 def global_batch(index: int, hot: str) -> Batch:
@@ -230,11 +301,13 @@ class SlicedData(pl.LightningDataModule):
 
 def run(fit: Fit, parent: Path, ranks: int) -> None:
     """Trains in ``parent / fit.name``, alone or as one of several ranks."""
+    # Fits follow each other in one process.
+    torch.manual_seed(1)
     folder = RunFolder(parent / fit.name)
     options: dict[str, Any] = dict(fit.trainer)
     micro = options.get("accumulate_grad_batches", 1)
     if ranks > 1:
-        plan = plan_of(fit.plan, ranks)
+        plan = plan_of(fit.plan, ranks, fit.pooled)
         if plan is not None:
             folder.path.mkdir(exist_ok=True)
             folder.write_text(f"plan-{Ranks().rank}.yaml", yaml.safe_dump(plan.document()))
@@ -276,6 +349,7 @@ def run_all(parent: Path) -> None:
     for ranks in (4, 3, 2):
         fits = [FIRST_STEP, *(fit for fit, of_ranks in CASES if of_ranks == ranks)]
         fits += [HALF, BF16] if ranks == 4 else [RESUMED]
+        fits += DROPOUT if ranks == 2 else ()
         for_ranks = parent / str(ranks)
         for_ranks.mkdir()
         if ranks < 4:

@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,16 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.sharding.plan import (
     DistinctRows,
     Piece,
+    Places,
     Plan,
+    RankCost,
     TableLoad,
     imbalance,
     make_plan,
     parse_memory,
     place_tables,
     rank_costs,
+    table_costs,
 )
 
 # Criteo Terabyte with at most 40M rows a table (MLPerf v2).
@@ -190,6 +194,41 @@ def test_bytes_sent_are_those_of_a_hand_count() -> None:
     assert [c.work for c in costs] == pytest.approx([18, 30, 0])
 
 
+def test_bags_are_summed_where_that_is_fewer_bytes() -> None:
+    """Against draws: 400 bags of 20 ids for each of two ranks, from a table cut in the middle, and from a whole one."""
+    tables = [
+        TableLoad(name="A", rows=4000, width=8, bytes_per_row=32, skew=0.0, indices_per_sample=20, factors=True),
+        TableLoad(name="B", rows=50, width=8, bytes_per_row=32, skew=0.0, indices_per_sample=20),
+        TableLoad(name="C", rows=1000, width=8, bytes_per_row=32, skew=0.0),
+        TableLoad(name="D", rows=4000, width=8, bytes_per_row=32, skew=0.0, indices_per_sample=20, may_pool=False),
+    ]
+    halves = [[("A", 0, 2000, 0), ("A", 2000, 4000, 1)], [("B", 0, 50, 0)], [("C", 0, 1000, 1)], [("D", 0, 4000, 0)]]
+    pieces = tuple(Piece(table=n, start=a, stop=b, rank=r) for of_table in halves for n, a, b, r in of_table)
+    costs = {cost.name: cost for cost in table_costs(Plan(ranks=2, pieces=pieces), tables, 800)}
+    drawn = np.random.default_rng(0).integers(0, 4000, (2, 400, 20))
+    expected_rows, expected_sums = [], []
+    for asks, holds in ((0, 1), (1, 0)):
+        there = (drawn[asks] >= 2000) == holds
+        expected_rows.append(len(set(drawn[asks][there].tolist())) * (4 + 2 * 8 * 4))
+        expected_sums.append(there.sum() * (4 + 4) + there.any(1).sum() * 2 * 8 * 4)
+    assert costs["A"].sent_rows.sum() == pytest.approx(sum(expected_rows), rel=0.03)
+    assert costs["A"].sent_sums.sum() == pytest.approx(sum(expected_sums), rel=0.03)
+    assert costs["B"].sent_rows.tolist() == pytest.approx([50 * 32, 50 * (4 + 32)])
+    assert costs["B"].sent_sums.tolist() == pytest.approx([400 * 32, 400 * (20 * 4 + 32)])
+    assert np.isinf(costs["D"].sent_sums).all()
+    plan = make_plan(tables, 2, 800)
+    assert plan.pooled == ("A",)
+    (as_rows, as_sums) = (rank_costs(replace(plan, pooled=names), tables, 800) for names in ((), ("A",)))
+    chosen = {cost.name: cost for cost in table_costs(plan, tables, 800)}["A"]
+    for rank, (rows, sums) in enumerate(zip(as_rows, as_sums, strict=True)):
+        saved = chosen.sent_rows[rank] - chosen.sent_sums[rank]
+        assert sent(rows) - sent(sums) == pytest.approx(saved) and sent(sums) < sent(rows)
+
+
+def sent(cost: RankCost) -> float:
+    return cost.sent_ids + cost.sent_vectors + cost.sent_gradients
+
+
 def test_what_does_not_fit_says_by_how_much() -> None:
     with pytest.raises(UserError, match=r"take 20,000 bytes .* 2 ranks have 12,000: 8,000 bytes .* too few; 2 more"):
         make_plan(loads((1000,), 4), 2, 8, memory=6000)
@@ -213,6 +252,8 @@ def test_a_plan_is_written_and_read_back() -> None:
         ({"ranks": 2, "tables": {"C1": [[0, 5, 0], [6, 9, 1]]}}, "one from row 5 on was expected"),
         ({"ranks": 2, "tables": {"C1": [[0, 5, 2]]}}, "on rank 2, but ranks are 2"),
         ({"ranks": 2, "tables": {"C1": [0, 5, 1]}}, "not of the form"),
+        ({"ranks": 2, "tables": {"C1": [[0, 5, 1]]}, "pooled": ["C2"]}, "pooled names C2, of which it has no pieces"),
+        ({"ranks": 2, "tables": {"C1": [[0, 5, 1]]}, "pooled": 3}, "not of the form"),
         ([], "not of the form"),
     ],
 )
@@ -252,6 +293,11 @@ def asked_rows(*indices: int) -> float:
     return sum(1000 * (1 - math.exp(-2048 * number / 1000)) for number in indices)
 
 
+def asked_heads(places: Places, tables: list[TableLoad]) -> float:
+    """Rows of a batch that need not be fetched, for the device has them."""
+    return sum(DistinctRows(table, 64).below(places.cut.get(table.name, 0)) for table in tables)
+
+
 def test_tables_stay_in_host_memory_only_where_they_must() -> None:
     tables = loads((1_000_000, 500, 200_000, 10, 40_000), 4)
     size = {table.name: table.bytes for table in tables}
@@ -265,10 +311,20 @@ def test_tables_stay_in_host_memory_only_where_they_must() -> None:
             assert memory == 500
             continue
         host = sum(size[name] for name in places.on_host)
-        fetched = [DistinctRows(table, 64).below(table.rows) for table in tables if table.name in places.on_host]
-        assert list(places.fetched.values()) == fetched and places.bus_bytes == pytest.approx(20 * sum(fetched))
-        assert places.host_bytes == host
-        assert sum(size.values()) - host + 3 * 20 * sum(fetched) <= places.device_bytes + 60 <= memory + 60
+        fetched = [
+            DistinctRows(table, 64).between(places.cut.get(table.name, 0), table.rows)
+            for table in tables
+            if table.name in places.on_host
+        ]
+        # What room is left goes to first rows.
+        kept = 20 * sum(places.cut.values())
+        assert kept == 0 or memory - places.device_bytes <= 20 * len(places.cut) + 3 * 20 * asked_heads(places, tables)
+        assert all(0 < first < table.rows for table in tables if (first := places.cut.get(table.name)))
+        assert list(places.fetched.values()) == pytest.approx(fetched) and places.bus_bytes == pytest.approx(
+            20 * sum(fetched)
+        )
+        assert places.host_bytes == host - kept
+        assert sum(size.values()) - host + kept + 3 * 20 * sum(fetched) <= places.device_bytes + 60 <= memory + 60
         # None of them would fit as well.
         without = {name: places.at_hand_bytes - 3 * math.ceil(20 * rows) for name, rows in places.fetched.items()}
         assert all(sum(size.values()) - host + size[name] + without[name] > memory for name in places.on_host)
@@ -281,9 +337,13 @@ def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
 ) -> None:
     output, command = tmp_path / "places.yaml", ["plan", "--config", "dlrm.yaml", "--device-memory", "1GiB"]
     assert main([*command, "--output", str(output)]) == 0
-    assert "--model.network.tables.on_host '[C3,C12]'" in capsys.readouterr().out
+    assert "--model.network.tables.on_host '{C3: " in capsys.readouterr().out
+    on_host = yaml.safe_load(output.read_text())["model"]["network"]["init_args"]["tables"]["on_host"]
+    assert list(on_host) == ["C3", "C12"] and 0 < on_host["C3"] < 10_131_227 and 0 < on_host["C12"] < 8_351_593
     assert main([*command, "--config", str(output), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["on_host"] == ["C3", "C12"]
+    assert sorted(json.loads(capsys.readouterr().out)["on_host"]) == ["C12", "C3"]
+    assert main(["plan", "--config", "dlrm.yaml", "--config", str(output), "--ranks", "2"]) == 2
+    assert "cuts table C3 between the device and host memory" in capsys.readouterr().err
     for more in (["--ranks", "2"], ["--plot", "plan.png"]):
         assert main([*command, *more]) == 2
         assert f"--device-memory is for one device, {more[0]} for several ranks" in capsys.readouterr().err
@@ -308,6 +368,18 @@ def test_the_command_counts_the_ids_of_a_bag(capsys: pytest.CaptureFixture[str])
     rank = json.loads(capsys.readouterr().out)["per_rank"][0]["sent_bytes_per_step"]
     # As many rows of others as gradients of theirs: 16 elements of 2 bytes, and an id of 4.
     assert rank["gradients"] == pytest.approx(rank["ids"] / 4 * 16 * 2)
+    # Bags of ten ids are sent as their sums, but for a model's own factors.
+    random = ["--data", "RandomData", "--data.tables=[1000,50000]", "--data.indices=[1,10]"]
+    wide = ["plan", "--config", "dlrm.yaml", *random, "--ranks", "2"]
+    assert main([*wide, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    of_table = found["sent_bytes_per_step"]["C2"]
+    assert found["pooled"] == ["C2"] and of_table["as_sums"] < of_table["as_rows"]
+    assert main(wide) == 0
+    assert "sums\n" in capsys.readouterr().out
+    assert main([*wide, "--json", "--model.network.tables.pooling_weights=learned"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pooled"] == [] and found["sent_bytes_per_step"]["C2"]["as_sums"] is None
     for bad, said in (("1,2", "gives 2 figures, the data have 26"), ("many", "expected numbers"), ("-1", "-1.0 ind")):
         assert main([*command, "--indices", bad]) == 2
         assert said in capsys.readouterr().err

@@ -166,6 +166,7 @@ def test_the_folder_holds_the_blocks_and_the_schema_was_known_before(made: tuple
     assert DatasetSchema.load(folder) == schema
     verify(folder, schema)
     planned = random_schema(SETTINGS)
+    assert schema.indices == planned.indices and planned.indices
     assert planned.encoding_fingerprint == schema.encoding_fingerprint and planned.columns == schema.columns
     assert {n: s.rows for n, s in schema.splits.items()} == {"train": BLOCK_ROWS + 700, "validation": 500}
     assert schema.features.tables == {"C1": 1, "C2": 7, "C3": 50_000, "C4": 2_000} and schema.features.dense == 3

@@ -1,6 +1,7 @@
 """Contract: with tables in pieces over ranks, a fit is that of one process on the same global batches: losses,
 gradients, tables and optimiser state, whatever the plan, the slices and the number of ranks."""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,24 @@ from lightning_dlrm.contracts.lookup import Table, TablePiece
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.lookup import ShardedTables
-from lightning_dlrm.sharding.plan import Piece, Plan
+from lightning_dlrm.sharding.plan import Piece, Plan, imbalance
 from tests.ranks import ROOT, run_ranks, start_ranks
-from tests.sharded_fits import BF16, CASES, FIRST_STEP, HALF, PARITY, RESUMED, STEPS, Fit, metrics, run
+from tests.sharded_fits import (
+    BF16,
+    CASES,
+    DROPOUT,
+    FIRST_STEP,
+    HALF,
+    PARITY,
+    RESUMED,
+    STEPS,
+    Fit,
+    global_batch,
+    metrics,
+    plan_of,
+    run,
+    slice_of,
+)
 from tests.toy import TABLES, toy_dlrm, toy_schema
 
 SLOTS = {"sgd": (), "adagrad": ("sum",), "row_wise": ("sum",), "adam": ("mean", "square")}
@@ -38,7 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (top / "1").mkdir()
     (top / "1" / HALF.name).symlink_to(top / "4" / HALF.name)
     for fit in (*PARITY, FIRST_STEP, RESUMED, BF16):
-        run(fit, top / "1", 1)
+        # Alone, all tables are on the device.
+        run(replace(fit, network="dlrm") if fit.network == "host" else fit, top / "1", 1)
     return top
 
 
@@ -63,6 +81,56 @@ def test_a_fit_in_float64_is_that_of_one_process(folder: Path, fit: Fit, ranks: 
         torch.testing.assert_close(tables(found, slot), tables(alone, slot), rtol=0, atol=1e-6)
     dense = [CheckpointReader(path / "checkpoints/last").rest()["state_dict"] for path in (found, alone)]
     torch.testing.assert_close(*dense, rtol=0, atol=1e-6)
+
+
+RECORDED = [(fit, ranks) for fit, ranks in CASES if fit.recorded]
+
+
+@pytest.mark.parametrize(("fit", "ranks"), RECORDED, ids=lambda value: getattr(value, "name", str(value)))
+def test_traffic_of_each_table_is_logged(folder: Path, fit: Fit, ranks: int) -> None:
+    """In metrics.jsonl and the summary, as counted here one index at a time."""
+    run_folder, micro = folder / str(ranks) / fit.name, dict(fit.trainer).get("accumulate_grad_batches", 1)
+    final = json.loads((run_folder / "summary.json").read_text())["final"]
+    assert (metrics(run_folder, "parallel/exchange_ms_per_step") > 0).all()
+    plan = plan_of(fit.plan, ranks, fit.pooled)
+    if plan is None:
+        return
+    width = {name: 2 if fit.network == "means" and name == "C2" else 4 for name in TABLES}
+    for table, name in enumerate(TABLES):
+        held = [sum(p.rows for p in plan.tables[name] if p.rank == rank) for rank in range(ranks)]
+        assert final[f"parallel/tables/{name}/rows_per_rank"] == max(held)
+        state = {"adagrad": width[name], "row_wise": 1, "adam": 2 * width[name]}[fit.rule]
+        assert final[f"parallel/tables/{name}/bytes_per_rank"] == max(held) * 8 * (width[name] + state)
+        asked, moved, busiest = [], [], []
+        for step in range(STEPS):
+            of_owners, moved_here = [0] * ranks, 0
+            for index, rank in itertools.product(range(step * micro + 1, (step + 1) * micro + 1), range(ranks)):
+                ids = slice_of(global_batch(index, fit.hot), index, rank, ranks).ids
+                for owner, (units, entries) in enumerate(counted(plan, name, table, ids)):
+                    of_owners[owner] += units
+                    if owner != rank:
+                        factor = 4 * (ids.weights is not None and bool(fit.pooled))
+                        moved_here += entries * (4 + factor) + units * 2 * 8 * width[name]
+            asked.append(sum(of_owners))
+            moved.append(moved_here)
+            busiest.append(imbalance(of_owners))
+        for key, expected in (("asked_rows_per_step", asked), ("moved_bytes_per_step", moved)):
+            assert metrics(run_folder, f"parallel/tables/{name}/{key}").tolist() == expected
+        found = metrics(run_folder, f"parallel/tables/{name}/work_imbalance")
+        torch.testing.assert_close(found, torch.tensor(busiest, dtype=torch.float64))
+        assert final[f"parallel/tables/{name}/moved_bytes_per_step"] == moved[-1]
+
+
+def counted(plan: Plan, name: str, table: int, ids: SparseIds) -> list[tuple[int, int]]:
+    """Of each rank: the vectors of a table, and the rows for them, that a batch needs."""
+    units: list[set] = [set() for _ in range(plan.ranks)]
+    entries: list[set] = [set() for _ in range(plan.ranks)]
+    for index, (row, bag) in enumerate(zip(ids.values.flatten().tolist(), ids.bag_of_each().tolist(), strict=True)):
+        if bag % ids.tables == table:
+            (rank,) = (p.rank for p in plan.tables[name] if p.start <= row < p.stop)
+            units[rank].add(bag if name in plan.pooled else row)
+            entries[rank].add(index if name in plan.pooled else row)
+    return [(len(a), len(b)) for a, b in zip(units, entries, strict=True)]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -94,6 +162,12 @@ def test_saved_on_four_ranks_opened_on_fewer(folder: Path, ranks: int) -> None:
     expected = metrics(folder / "1" / whole.name, "train/loss")[STEPS // 2 :]
     found = metrics(folder / str(ranks) / RESUMED.name, "train/loss")
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
+def test_each_rank_goes_on_with_its_own_random_numbers(folder: Path) -> None:
+    """Their slices differ in size, so that they have drawn differently many."""
+    whole, resumed = (metrics(folder / "2" / fit.name, "train/loss") for fit in (DROPOUT[0], DROPOUT[2]))
+    assert torch.equal(resumed, whole[10:]) and len(resumed) == 10
 
 
 def test_bf16_in_the_matrix_products_and_on_the_wire(folder: Path) -> None:

@@ -68,7 +68,11 @@ def make_once(planned: DatasetSchema, folder: Path, write: Write, progress: bool
         ):
             further = write(writer, bar)
             return writer.finish(
-                dataset=planned.dataset, protocol=planned.protocol, settings=planned.settings, **further
+                dataset=planned.dataset,
+                protocol=planned.protocol,
+                settings=planned.settings,
+                indices=planned.indices,
+                **further,
             )
     except (UserError, OSError) as error:
         # Another process may have finished the same folder first; its rows are these rows.

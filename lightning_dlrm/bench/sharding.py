@@ -19,10 +19,12 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.models.host_tables import HostTables
 from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD
 from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.sharding.host_lookup import ShardedHostTables
 from lightning_dlrm.sharding.lookup import ShardedTables
 from lightning_dlrm.sharding.plan import TableLoad, make_plan
 
@@ -35,10 +37,14 @@ of this machine over gloo, plain SGD, drawn ids (cube-skewed), the same slices f
             gradients, and torch.optim.SGD
   peer      every rank has all tables, and their gradients are not exchanged at all: trains wrongly, but no right way
             with copied tables can be faster
+  host      with --host: ours, but rows stay in host memory, are copied to the device for each batch, and back after
+            its update. Here the device is the CPU itself, so that this shows what the copies and their bookkeeping cost
+            where no bus is slower than the memory and nothing computes beside it; on a GPU they run beside its work
 
 examples:
   python -m lightning_dlrm bench sharding
   python -m lightning_dlrm bench sharding --ranks 4 --batch-size 8192 --max-rows 1000000
+  python -m lightning_dlrm bench sharding --ranks 1 --threads 2 --host
 """
 
 _KAGGLE = (
@@ -55,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=2048, metavar="N", help="global (default: %(default)s)")
     parser.add_argument("--max-rows", type=int, default=max(_KAGGLE), metavar="N", help="cap of a table's rows")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="of a round (default: %(default)s)")
+    parser.add_argument("--host", action="store_true", help="time tables in host memory too")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="the median counts (default: %(default)s)")
 
 
@@ -102,7 +109,7 @@ def _measure(rank: int, options: dict[str, Any], address: str, results: Any) -> 
     batches = [_slice(tables, options, rank, index) for index in range(_BATCHES)]
     steps: dict[str, Callable[[tuple[Tensor, SparseIds, Tensor], SparseIds], None]] = {}
     held: dict[str, int] = {}
-    for name in ("ours", "baseline", "peer"):
+    for name in ("ours", "baseline", "peer", *(["host"] if options["host"] else [])):
         steps[name], held[name] = _contender(name, tables, options)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     # The first round is for warming up.
@@ -139,13 +146,16 @@ def _contender(
     (owner,) = [module for module in network.modules() for child in module.children() if _is_tables(child)]
     (attribute,) = [attribute for attribute, child in owner.named_children() if _is_tables(child)]
     whole = getattr(owner, attribute)
-    if name == "ours":
+    if options["ranks"] == 1 and name == "host":
+        lookup: nn.Module = HostTables(whole.tables, _WIDTH, whole.seed)
+    elif options["ranks"] > 1 and name in ("ours", "host"):
         ranks = Ranks()
         loads = [
             TableLoad(name=table, rows=rows, width=_WIDTH, bytes_per_row=4 * _WIDTH) for table, rows in tables.items()
         ]
         plan = make_plan(loads, ranks.ranks, options["batch_size"])
-        lookup: nn.Module = ShardedTables.of(whole, plan, ranks, None, torch.device("cpu"))
+        kind = ShardedTables if name == "ours" else ShardedHostTables
+        lookup = kind.of(whole, plan, ranks, None, torch.device("cpu"))
     elif name == "baseline":
         lookup = _EmbeddingBag(whole)
     else:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from jsonargparse import DefaultHelpFormatter
@@ -28,6 +29,7 @@ from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.plan import (
     Plan,
     RankCost,
+    TableCost,
     TableLoad,
     imbalance,
     make_plan,
@@ -36,6 +38,7 @@ from lightning_dlrm.sharding.plan import (
     place_tables,
     rank_costs,
     read_plan,
+    table_costs,
 )
 
 EXAMPLES = """\
@@ -50,7 +53,8 @@ examples:
 
 --device-memory is for one device that has no room for all tables: it tells which of them stay in host memory, as
 model.network.tables.on_host, and --output writes that as a configuration. For several ranks, --output writes the
-plan for a run to keep to:
+plan for a run to keep to; without one, it makes the plan that this shows without --counted and --skew. Under "pooled",
+the file has the tables whose bags are summed where their rows are:
   trainer:
     strategy:
       class_path: EmbeddingShardedDDP
@@ -127,21 +131,26 @@ def run(arguments: Sequence[str]) -> int:
     if settings.counted:
         loads = _counted(loads, command.datamodule.folder)
     batch_size = getattr(command.datamodule, "batch_size", DEFAULT_BATCH_SIZE)
+    element_bytes = 2 if settings.wire == "bf16" else network.lookups()[0].weight.element_size()
     if settings.device_memory is not None:
         return _place(settings, network, loads, batch_size)
     if settings.plan is not None:
         plan = read_plan(Path(settings.plan))
-        plan.check({load.name: load.rows for load in loads}, plan.ranks)
+        unpoolable = [load.name for load in loads if not load.may_pool]
+        plan.check({load.name: load.rows for load in loads}, plan.ranks, unpoolable)
     else:
         memory = None if settings.memory_per_rank is None else parse_memory(settings.memory_per_rank)
-        plan = make_plan(loads, settings.ranks, batch_size, memory)
-    element_bytes = 2 if settings.wire == "bf16" else network.lookups()[0].weight.element_size()
+        plan = make_plan(loads, settings.ranks, batch_size, memory, element_bytes)
     costs = rank_costs(plan, loads, batch_size, element_bytes)
+    of_tables = table_costs(plan, loads, batch_size, element_bytes)
     if settings.output is not None:
         _write(Path(settings.output), yaml.safe_dump(plan.document(), default_flow_style=None, sort_keys=False))
     if settings.plot is not None:
         draw(plan, loads, costs, batch_size, Path(settings.plot))
-    print(json.dumps(figures(plan, costs, batch_size), indent=1) if settings.json else describe(plan, loads, costs))
+    if settings.json:
+        print(json.dumps(figures(plan, costs, of_tables, batch_size), indent=1))
+    else:
+        print(describe(plan, loads, costs, of_tables))
     return 0
 
 
@@ -173,11 +182,18 @@ def _place(settings: Any, network: CTRNetwork, loads: Sequence[TableLoad], batch
     ):
         if given:
             raise UserError(f"--device-memory is for one device, {option} for several ranks: give one of them")
+    # A table that the configuration cuts already is there twice.
+    whole: dict[str, TableLoad] = {}
+    for load in loads:
+        rows = load.rows + (whole[load.name].rows if load.name in whole else 0)
+        whole[load.name] = dataclasses.replace(load, rows=rows)
+    loads = list(whole.values())
     groups = [module for module in network.modules() if isinstance(module, WidthGroup)]
     movable = {member.table.name for group in groups for member in group.members}
     places = place_tables(loads, movable, batch_size, parse_bytes(settings.device_memory))
     columns = list(dict.fromkeys(name.partition("/")[0] for name in places.on_host))
-    document = {"model": {"network": {"init_args": {"tables": {"on_host": columns}}}}}
+    on_host = {column: places.cut.get(column, 0) for column in columns} if places.cut else columns
+    document = {"model": {"network": {"init_args": {"tables": {"on_host": on_host}}}}}
     if settings.output is not None:
         header = f"# Tables in host memory, so that the others fit into {settings.device_memory} of a device.\n"
         _write(Path(settings.output), header + yaml.safe_dump(document, default_flow_style=None, sort_keys=False))
@@ -188,14 +204,18 @@ def _place(settings: Any, network: CTRNetwork, loads: Sequence[TableLoad], batch
     for load in sorted(loads, key=lambda load: -load.bytes):
         fetched = places.fetched.get(load.name)
         size, moved = f"{load.bytes / 2**30:.3f}", "" if fetched is None else f"{fetched:,.0f}"
-        lines.append((load.name, f"{load.rows:,}", size, moved, "device" if fetched is None else "host"))
+        place = "device" if fetched is None else "host"
+        if load.name in places.cut:
+            place = f"host from row {places.cut[load.name]:,}"
+        lines.append((load.name, f"{load.rows:,}", size, moved, place))
     print(_aligned(lines))
     print("rows fetched: before each step, from host memory, and written back after it\n")
     print(
         f"device: {places.device_bytes / 2**30:.3f} GiB, of which {places.at_hand_bytes / 2**30:.3f} for rows at hand; "
         f"host: {places.host_bytes / 2**30:.3f} GiB; a step moves {places.bus_bytes / 2**20:,.1f} MiB either way"
     )
-    print(f"--model.network.tables.on_host '[{','.join(columns)}]'")
+    option = yaml.safe_dump(on_host, default_flow_style=True, sort_keys=False, width=math.inf).strip()
+    print(f"--model.network.tables.on_host '{option}'")
     return 0
 
 
@@ -219,7 +239,7 @@ def parse_indices(text: str | None, features: Features) -> dict[str, float] | No
     return dict(zip(columns, given if len(given) > 1 else given * len(columns), strict=True))
 
 
-def figures(plan: Plan, costs: Sequence[RankCost], batch_size: int) -> dict[str, Any]:
+def figures(plan: Plan, costs: Sequence[RankCost], of_tables: Sequence[TableCost], batch_size: int) -> dict[str, Any]:
     """Everything that is printed, and the pieces."""
     return {
         "ranks": plan.ranks,
@@ -232,6 +252,7 @@ def figures(plan: Plan, costs: Sequence[RankCost], batch_size: int) -> dict[str,
                 "pieces": cost.pieces,
                 "rows": cost.rows,
                 "bytes": cost.bytes,
+                "host_bytes": cost.host_bytes,
                 "rows_asked_per_batch": cost.work,
                 "sent_bytes_per_step": {
                     "ids": cost.sent_ids,
@@ -241,33 +262,55 @@ def figures(plan: Plan, costs: Sequence[RankCost], batch_size: int) -> dict[str,
             }
             for cost in costs
         ],
+        "sent_bytes_per_step": {
+            cost.name: {
+                "as_rows": float(cost.sent_rows.sum()),
+                "as_sums": float(cost.sent_sums.sum()) if np.isfinite(cost.sent_sums).all() else None,
+            }
+            for cost in of_tables
+        },
+        "pooled": list(plan.pooled),
         "tables": plan.document()["tables"],
     }
 
 
-def describe(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost]) -> str:
-    """The plan as two tables, of ranks and of the tables that are cut, and its balance in a line."""
+def describe(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], of_tables: Sequence[TableCost]) -> str:
+    """The plan as tables of ranks, of the tables that are cut, and of those with bags; and its balance in a line."""
+    host = any(cost.host_bytes for cost in costs)
+    sizes = ("GiB", "of it on host") if host else ("GiB",)
     lines: list[tuple[str, ...]] = [
-        ("rank", "pieces", "rows", "GiB", "rows asked", "ids out", "vectors out", "gradients out")
+        ("rank", "pieces", "rows", *sizes, "rows asked", "ids out", "vectors out", "gradients out")
     ]
-    lines += [_line(str(cost.rank), cost) for cost in costs[:_RANKS_SHOWN]]
+    lines += [_line(str(cost.rank), cost, host) for cost in costs[:_RANKS_SHOWN]]
     if len(costs) > _RANKS_SHOWN:
         lines.append(("...",) * len(lines[0]))
-        lines.append(_line("mean", _summary(costs, statistics.fmean)))
-        lines.append(_line("largest", _summary(costs, max)))
+        lines.append(_line("mean", _summary(costs, statistics.fmean), host))
+        lines.append(_line("largest", _summary(costs, max), host))
     text = [
         _aligned(lines),
-        "rows asked: by all ranks for a global batch; out: KiB that a rank sends in a training step",
+        "rows asked: by all ranks for a global batch, or sums of them; out: KiB that a rank sends in a training step",
     ]
     cut = [load for load in loads if len(plan.tables[load.name]) > 1]
     if cut:
         rows = [("table", "rows", "pieces", "ranks", "first piece", "largest piece")]
         for load in cut:
             pieces = plan.tables[load.name]
-            sizes = [piece.rows for piece in pieces]
+            first, largest = pieces[0].rows, max(piece.rows for piece in pieces)
             ranks = len({piece.rank for piece in pieces})
-            rows.append((load.name, f"{load.rows:,}", str(len(pieces)), str(ranks), f"{sizes[0]:,}", f"{max(sizes):,}"))
+            rows.append((load.name, f"{load.rows:,}", str(len(pieces)), str(ranks), f"{first:,}", f"{largest:,}"))
         text += ["", _aligned(rows)]
+    bags = [(load, cost) for load, cost in zip(loads, of_tables, strict=True) if load.indices_per_sample > 1]
+    if bags and plan.ranks > 1:
+        ways: list[tuple[str, ...]] = [("table", "ids in a bag", "KiB as rows", "KiB as sums", "sent as")]
+        for load, cost in bags:
+            as_rows, as_sums = cost.sent_rows.sum() / 1024, cost.sent_sums.sum() / 1024
+            sums = f"{as_sums:,.1f}" if math.isfinite(as_sums) else "impossible"
+            how = "sums" if load.name in plan.pooled else "rows"
+            ways.append((load.name, f"{load.indices_per_sample:.3g}", f"{as_rows:,.1f}", sums, how))
+        text += ["", _aligned(ways)]
+        text.append(
+            "KiB: ids, vectors and gradients of all ranks in a training step; sums: of a bag's rows on one rank"
+        )
     text += [
         "",
         f"{len(loads)} tables, {len(loads) - len(cut)} whole, in {len(plan.pieces)} pieces on {plan.ranks} ranks; "
@@ -277,13 +320,14 @@ def describe(plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost]) 
     return "\n".join(text)
 
 
-def _line(name: str, cost: RankCost) -> tuple[str, ...]:
+def _line(name: str, cost: RankCost, host: bool) -> tuple[str, ...]:
     sent = (cost.sent_ids, cost.sent_vectors, cost.sent_gradients)
     return (
         name,
         f"{cost.pieces:,}",
         f"{cost.rows:,}",
         f"{cost.bytes / 2**30:.3f}",
+        *([f"{cost.host_bytes / 2**30:.3f}"] if host else []),
         f"{cost.work:,.0f}",
         *(f"{amount / 1024:,.1f}" for amount in sent),
     )
@@ -295,6 +339,7 @@ def _summary(costs: Sequence[RankCost], of: Any) -> RankCost:
         pieces=math.ceil(of([c.pieces for c in costs])),
         rows=math.ceil(of([c.rows for c in costs])),
         bytes=math.ceil(of([c.bytes for c in costs])),
+        host_bytes=math.ceil(of([c.host_bytes for c in costs])),
         work=of([c.work for c in costs]),
         sent_ids=of([c.sent_ids for c in costs]),
         sent_vectors=of([c.sent_vectors for c in costs]),
@@ -337,7 +382,7 @@ def draw(
     held.set_ylabel("weights and\noptimiser state, GiB")
     held.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     work.bar(ranks, [cost.work for cost in costs], width, color=OKABE_ITO[0])
-    work.set_ylabel("rows asked\nfor a batch")
+    work.set_ylabel("rows, or sums,\nasked for a batch")
     bottom = [0.0] * plan.ranks
     for number, (name, amounts) in enumerate(
         (

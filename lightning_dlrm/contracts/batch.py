@@ -72,6 +72,20 @@ class SparseIds:
             weights=None if self.weights is None else self.weights[source_N],
         )
 
+    def within(self, starts_F: Tensor, stops_F: Tensor) -> "SparseIds":
+        """The ids of a range of each table's rows, counted from its first; bags lose the others."""
+        bag_N, values_N = self.bag_of_each(), self.values.reshape(-1)
+        table_N = bag_N % max(self.tables, 1)
+        start_N = starts_F.index_select(0, table_N)
+        kept_N = (values_N >= start_N) & (values_N < stops_F.index_select(0, table_N))
+        ends_b = torch.bincount(bag_N[kept_N], minlength=len(self) * self.tables).cumsum(0)
+        return SparseIds(
+            values=(values_N - start_N)[kept_N].to(self.values.dtype),
+            tables=self.tables,
+            offsets=torch.cat([ends_b.new_zeros(1), ends_b]),
+            weights=None if self.weights is None else self.weights.reshape(-1)[kept_N],
+        )
+
     def map(self, change: Callable[[Tensor | None], Any]) -> "SparseIds":
         """The same ids with other tensors."""
         return SparseIds(

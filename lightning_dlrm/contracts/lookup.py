@@ -254,6 +254,9 @@ class EmbeddingLookup(nn.Module):
     """What the rows of ``weight`` are, in order."""
     LOOKS_AHEAD: ClassVar[bool] = False
     """Whether ``announce`` and ``start`` do anything."""
+    may_pool: bool = True
+    """Whether every call is ``forward`` with the factors that the ids had when they were announced or begun, none of
+    them learned: then rows may be summed where they lie, before the call."""
     ON_HOST: ClassVar[bool] = False
     """Whether ``weight`` stays in host memory, whatever the device."""
 

@@ -87,7 +87,9 @@ class RunCheckpoints(Checkpoint):
         pieces = pl_module.table_pieces()
         here = sum(tensor.nbytes for piece in pieces for tensor in piece.tensors.values())
         sizes = np.stack(Ranks().all_gather(np.array([here, staging_bytes(pieces)])))
-        log.info("a checkpoint takes %.3f GiB; last and best are kept", int(sizes[:, 0].sum()) / 2**30)
+        # Of rank 0: dense weights and their optimiser state.
+        rest = sum(tensor.nbytes for tensor in pl_module.dense_tensors())
+        log.info("a checkpoint takes %.3f GiB; last and best are kept", (int(sizes[:, 0].sum()) + rest) / 2**30)
         if staging := int(sizes[:, 1].max()):
             log.info("saving it takes up to %.3f GiB of page-locked memory in each rank", staging / 2**30)
 

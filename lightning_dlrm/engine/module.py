@@ -18,6 +18,7 @@ from lightning_dlrm.engine.averaging import KEY as AVERAGES
 from lightning_dlrm.engine.averaging import Averaging, WeightAverages, average_rows, averaged_dense
 from lightning_dlrm.engine.graphs import GraphedStep, SideStream
 from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
+from lightning_dlrm.engine.random_state import random_states, restore_random_states
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
 from lightning_dlrm.models.fbgemm_tables import FBGEMMTables, use_fbgemm
@@ -487,7 +488,7 @@ class CTRModule(pl.LightningModule):
             "step": checkpoint["global_step"],
             "epoch": checkpoint["epoch"],
         }
-        checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
+        checkpoint["random_state"] = random_states(self.device)
 
     def table_pieces(self, with_state: bool = True) -> list[PieceTensors]:
         """What this rank holds of the tables, of their optimiser state and averages; views of the live tensors."""
@@ -505,6 +506,11 @@ class CTRModule(pl.LightningModule):
             for lookup in self.network.lookups()
             for piece in lookup.pieces
         ]
+
+    def dense_tensors(self) -> list[Tensor]:
+        """All other weights and their optimiser state."""
+        weights, state = self.network.dense_parameters(), self._optimizer().state
+        return [*weights, *(values for weight in weights for values in state[weight].values())]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is of this model and data, and reads the tables in place.
@@ -555,7 +561,7 @@ class CTRModule(pl.LightningModule):
         for state in checkpoint.get("optimizer_states", []):
             state["read_table_rows"] = reader.read_rows
         if "random_state" in checkpoint:
-            torch.set_rng_state(checkpoint["random_state"]["cpu"])
+            restore_random_states(checkpoint["random_state"], self.device)
 
     def _keep_averages(self, averages: dict[str, Any] | None, reader: CheckpointReader) -> None:
         """

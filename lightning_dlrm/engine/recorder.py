@@ -284,9 +284,8 @@ def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
     else:
         held = {names.ROWS_PER_RANK: sum(load.rows for load in loads)}
         held |= {names.BYTES_PER_RANK: sum(load.bytes for load in loads)}
-    on_host = {table.name for lookup in module.network.lookups() if lookup.ON_HOST for table in lookup.tables}
-    if on_host:
-        held[names.HOST_BYTES] = sum(load.bytes for load in loads if load.name in on_host)
+        if on_host := sum(load.bytes for load in loads if load.on_host):
+            held[names.HOST_BYTES] = on_host
     facts: dict[str, float] = {
         names.PARAMETERS_TABLES: size.tables,
         names.PARAMETERS_DENSE: size.dense,

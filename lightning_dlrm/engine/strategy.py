@@ -20,8 +20,18 @@ from lightning_dlrm.models.host_tables import HostTables
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
+from lightning_dlrm.sharding.host_lookup import ShardedHostTables
 from lightning_dlrm.sharding.lookup import ShardedTables
-from lightning_dlrm.sharding.plan import Plan, TableLoad, imbalance, make_plan, parse_memory, rank_costs, read_plan
+from lightning_dlrm.sharding.plan import (
+    Plan,
+    TableLoad,
+    imbalance,
+    make_plan,
+    parse_memory,
+    rank_costs,
+    read_plan,
+    refuse_cut_tables,
+)
 from lightning_dlrm.tracking import names
 
 log = logging.getLogger("lightning_dlrm")
@@ -39,9 +49,12 @@ class EmbeddingShardedDDP(DDPStrategy):
     take any memory. Gradients of both kinds equal those of one process on the global batch.
 
     Args:
-        plan: YAML file made by the command plan; by default the plan that it would print.
+        plan: YAML file made by the command plan, with its choice of tables to pool where their rows are; by
+            default the plan that it would print, for ids drawn in proportion to 1 / (row + 1). Where a run logs
+            a parallel/work_imbalance far above 1, a plan of ``plan --counted`` is better balanced.
         memory_per_rank: what tables and their optimiser state may take, such as 80GiB, or one amount for
-            each rank, separated by commas; None for no limit. Of no effect on a plan from a file.
+            each rank, separated by commas; None for no limit. Those in host memory (tables.on_host) do not
+            count. Of no effect on a plan from a file.
         wire: type of vectors and gradients while they travel: that of the weights, or bf16.
         timeout_seconds: a rank that does not answer for so long ends the run. Saving a checkpoint may
             take longer.
@@ -122,6 +135,8 @@ class EmbeddingShardedDDP(DDPStrategy):
             names.ROWS_PER_RANK: max(cost.rows for cost in costs),
             names.BYTES_PER_RANK: max(cost.bytes for cost in costs),
         }
+        if any(load.on_host for load in loads):
+            figures[names.HOST_BYTES] = max(cost.host_bytes for cost in costs)
         for load in loads:
             most = max(cost.bytes_of_table.get(load.name, 0) for cost in costs)
             figures |= {
@@ -166,18 +181,23 @@ class EmbeddingShardedDDP(DDPStrategy):
 
         def make() -> dict[str, Any]:
             loads = table_loads(module.network, module)
+            refuse_cut_tables(loads)
             if self._plan_file is not None:
                 plan = read_plan(Path(self._plan_file))
-                plan.check({load.name: load.rows for load in loads}, ranks.ranks)
+                unpoolable = [load.name for load in loads if not load.may_pool]
+                plan.check({load.name: load.rows for load in loads}, ranks.ranks, unpoolable)
             else:
-                plan = make_plan(loads, ranks.ranks, batch_size_of(module.trainer), self._memory)
+                value_bytes = (self._wire or module.network.lookups()[0].weight.dtype).itemsize
+                plan = make_plan(loads, ranks.ranks, batch_size_of(module.trainer), self._memory, value_bytes)
             held = [cost.bytes for cost in rank_costs(plan, loads, batch_size=1)]
             log.info(
-                "tables: %s pieces over %s ranks; the largest share is %.3f GiB with optimiser state, %.2f x the mean",
+                "tables: %s pieces over %s ranks; the largest share is %.3f GiB with optimiser state, %.2f x the mean"
+                "%s",
                 len(plan.pieces),
                 ranks.ranks,
                 max(held) / 2**30,
                 imbalance(held),
+                f"; bags summed where their rows are: {', '.join(plan.pooled)}" if plan.pooled else "",
             )
             return plan.document()
 
@@ -198,19 +218,26 @@ def table_loads(
         skew: of every table's traffic; see TableLoad.
         indices: column -> mean number of ids in a sample's bag; by default what the data's schema says, or 1.
     """
-    indices = module.data_schema().indices if indices is None else indices
+    schema = module.data_schema()
+    indices = schema.indices if indices is None else indices
     loads = []
     for lookup in network.lookups():
         row = torch.empty(1, lookup.width, dtype=lookup.weight.dtype, device="meta")
         kept = [row, *(module.rule_of(lookup, network).state(row).values() if lookup.weight.requires_grad else ())]
         bytes_per_row = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        # Of a table that is cut between a device and its host, each lookup has a part.
+        held = {piece.name: piece.stop - piece.start for piece in lookup.pieces}
+        whole = not isinstance(lookup, EmbeddingTables)
         loads += [
             TableLoad(
                 name=table.name,
-                rows=table.rows,
+                rows=table.rows if whole else held[table.name],
                 width=lookup.width,
                 bytes_per_row=bytes_per_row,
                 indices_per_sample=indices.get(table.name.partition("/")[0], 1.0),
+                factors=bool(schema.by_role("weights")),
+                may_pool=lookup.may_pool,
+                on_host=lookup.ON_HOST,
                 skew=skew,
             )
             for table in lookup.tables
@@ -249,10 +276,6 @@ def _replace_tables(
 ) -> None:
     for module in list(network.modules()):
         for name, child in module.named_children():
-            if isinstance(child, HostTables):
-                raise UserError(
-                    "tables.on_host keeps tables in the host memory of one device; several ranks have them in pieces, "
-                    "each in its own memory: leave it empty"
-                )
             if isinstance(child, EmbeddingTables):
-                setattr(module, name, ShardedTables.of(child, plan, ranks, wire, device))
+                kind = ShardedHostTables if isinstance(child, HostTables) else ShardedTables
+                setattr(module, name, kind.of(child, plan, ranks, wire, device))

@@ -97,7 +97,9 @@ class TableSettings:
         pooling_weights: a factor for each row, beside those that come with the ids. learned: starts at 1.
             Or a file made by torch.save of a dictionary table name -> float [rows]: those factors, fixed.
         on_host: columns whose tables stay in host memory, with their optimiser state, or all: for tables that
-            one device has no room for. The command plan with --device-memory tells which.
+            one device has no room for. The command plan with --device-memory tells which. Or column -> row, such as
+            {C3: 1000000}, from which on the rows of its table do, while those before, which should be the more
+            frequent ones, are on the device; on one device.
         initial_bound: b; rows start U(-b, b) in place of U(-1/sqrt(rows), 1/sqrt(rows)).
     """
 
@@ -107,7 +109,7 @@ class TableSettings:
     quotient_remainder: QuotientRemainder | None = None
     pooling: Literal["sum", "mean"] = "sum"
     pooling_weights: str | None = None
-    on_host: Sequence[str] | str = ()
+    on_host: Mapping[str, int] | Sequence[str] | str = ()
     initial_bound: float | None = None
 
     def __post_init__(self) -> None:
@@ -120,18 +122,32 @@ class TableSettings:
         if isinstance(self.on_host, str) and self.on_host != "all":
             raise UserError(f"tables.on_host {self.on_host!r} is neither all nor a list of columns such as [C3, C12]")
 
-    def host_columns(self, columns: Mapping[str, int]) -> set[str]:
-        """The columns whose tables stay in host memory.
+    def host_rows(self, columns: Mapping[str, int]) -> dict[str, int]:
+        """Column -> the first row of its table that stays in host memory, with all after it.
 
         Raises:
-            UserError: one of them is no column.
+            UserError: one of them is no column, or has no such row.
         """
         if self.on_host == "all":
-            return set(columns)
+            return dict.fromkeys(columns, 0)
         unknown = [name for name in self.on_host if name not in columns]
         if unknown:
             raise UserError(f"tables.on_host names {unknown[0]}, which is no table; tables: {', '.join(columns)}")
-        return set(self.on_host)
+        if not isinstance(self.on_host, Mapping):
+            return dict.fromkeys(self.on_host, 0)
+        for name, row in self.on_host.items():
+            if not 0 <= row < columns[name]:
+                raise UserError(
+                    f"tables.on_host keeps the rows of {name} from {row} on in host memory; expected 0 to "
+                    f"{columns[name] - 1}, for the table has {columns[name]} rows"
+                )
+            trick = self.quotient_remainder
+            if row and trick is not None and columns[name] > trick.threshold:
+                raise UserError(
+                    f"tables.on_host cuts the table of {name}, in place of which quotient_remainder puts two: "
+                    "give it 0, for both of them"
+                )
+        return dict(self.on_host)
 
     def widths(self, tables: Mapping[str, int], embedding_dim: int) -> dict[str, int]:
         """Table name -> width of its vector before projection.
@@ -163,6 +179,14 @@ class _Member:
     column: int
     table: Table
     divisor: int = 1
+    start: int = 0
+    """The first of the table's rows that its lookup holds."""
+    stop: int | None = None
+    """The row after the last one; None for all."""
+
+    @property
+    def range(self) -> tuple[int, int]:
+        return self.start, self.table.rows if self.stop is None else self.stop
 
 
 class Embeddings(nn.Module):
@@ -188,11 +212,16 @@ class Embeddings(nn.Module):
         self.embedding_dim = embedding_dim
         self.names = tuple(columns)
         narrow = self.settings.widths(columns, embedding_dim)
-        on_host = self.settings.host_columns(columns)
+        on_host = self.settings.host_rows(columns)
         groups: dict[tuple[int, bool], list[_Member]] = {} if columns else {(embedding_dim, False): []}
         for column, (name, rows) in enumerate(columns.items()):
             for width, member in self._members(column, name, rows, narrow[name]):
-                groups.setdefault((width, name in on_host), []).append(member)
+                first = on_host.get(name, rows)
+                if first > 0:
+                    here = member if name not in on_host else dataclasses.replace(member, stop=first)
+                    groups.setdefault((width, False), []).append(here)
+                if name in on_host:
+                    groups.setdefault((width, True), []).append(dataclasses.replace(member, start=first))
         made = nn.ModuleList(
             WidthGroup(members, width, seed, len(columns), HostTables if host else EmbeddingTables)
             for (width, host), members in groups.items()
@@ -205,7 +234,13 @@ class Embeddings(nn.Module):
             for width in narrow.values()
         )
         self.widths = tuple(embedding_dim if self.settings.project else width for width in narrow.values())
+        self._cut = {column for column, name in enumerate(self.names) if on_host.get(name)}
+        """Columns whose table is in two lookups."""
         self.pooling_weights = _pooling_weights(self.settings.pooling_weights, columns, seed)
+        if self.pooling_weights is not None:
+            # They are asked for one by one, and become factors only in ``forward``.
+            for lookup in (self.pooling_weights, *(group.lookup for group in self.groups)):
+                lookup.may_pool = False
         # One lookup holds one table of every column, in their order.
         self._is_plain = [len(group.members) for group in self.groups] == [len(columns)] and not self.multiply_adds()
 
@@ -267,12 +302,18 @@ class Embeddings(nn.Module):
             for vector_BD, member in zip(vectors_BGD.unbind(1), group.members, strict=True):
                 parts[member.column].append(vector_BD)
         return torch.cat(
-            [project(self._combined(part)) for part, project in zip(parts, self.projections, strict=True)], dim=1
+            [
+                project(self._combined(column, part))
+                for column, (part, project) in enumerate(zip(parts, self.projections, strict=True))
+            ],
+            dim=1,
         )
 
-    def _combined(self, parts: Sequence[Tensor]) -> Tensor:
+    def _combined(self, column: int, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
             return parts[0]
+        if column in self._cut:
+            return parts[0] + parts[1]
         assert self.settings.quotient_remainder is not None
         return self.settings.quotient_remainder.combine(*parts)
 
@@ -308,13 +349,19 @@ class WidthGroup(nn.Module):
     columns: Tensor
     divisors: Tensor
     rows: Tensor
+    starts: Tensor
+    stops: Tensor
 
     def __init__(
         self, members: Sequence[_Member], width: int, seed: int, columns: int, kind: type[EmbeddingTables]
     ) -> None:
         super().__init__()
         self.members = tuple(members)
-        self.lookup = kind([member.table for member in members], width, seed)
+        ranges = [member.range for member in members]
+        self.lookup = kind([member.table for member in members], width, seed, ranges=ranges)
+        self.cuts = any(
+            start or stop < member.table.rows for member, (start, stop) in zip(members, ranges, strict=True)
+        )
         self.takes_all = [member.column for member in members] == list(range(columns))
         # Only a quotient and a remainder read the same column.
         self.splits_ids = len({member.column for member in members}) < len(members)
@@ -325,9 +372,12 @@ class WidthGroup(nn.Module):
                 [member.column for member in members],
                 [member.divisor for member in members],
                 [member.table.rows for member in members],
+                [start for start, _ in ranges],
+                [stop for _, stop in ranges],
             )
         )
-        for name, values in zip(("columns", "divisors", "rows"), self._host_constants, strict=True):
+        names = ("columns", "divisors", "rows", "starts", "stops")
+        for name, values in zip(names, self._host_constants, strict=True):
             self.register_buffer(name, values.to(torch.get_default_device()), persistent=False)
 
     def forward(self, ids: SparseIds) -> Tensor:
@@ -336,8 +386,10 @@ class WidthGroup(nn.Module):
 
     def ids_of(self, ids: SparseIds) -> SparseIds:
         """What its lookup is asked for, with the ``ahead`` of the columns' ids; on either side of a device's bus."""
-        columns, divisors, rows = (
-            self._host_constants if ids.values.device.type == "cpu" else (self.columns, self.divisors, self.rows)
+        columns, divisors, rows, starts, stops = (
+            self._host_constants
+            if ids.values.device.type == "cpu"
+            else (self.columns, self.divisors, self.rows, self.starts, self.stops)
         )
         asked = ids
         if not self.takes_all:
@@ -346,6 +398,8 @@ class WidthGroup(nn.Module):
             table = asked.bag_of_each().view(asked.values.shape) % len(self.members)
             values = torch.div(asked.values, divisors[table], rounding_mode="floor") % rows[table]
             asked = dataclasses.replace(asked, values=values.to(asked.values.dtype))
+        if self.cuts:
+            asked = asked.within(starts, stops)
         return dataclasses.replace(asked, ahead=ids.ahead)
 
 

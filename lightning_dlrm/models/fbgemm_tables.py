@@ -38,7 +38,7 @@ class FBGEMMTables(EmbeddingTables):
         with rows_elsewhere():
             super().__init__(whole.tables, whole.width, whole.seed, whole.weight.requires_grad)
         self._refuse(rule, settings)
-        self.weight = whole.weight
+        self.weight, self.pieces = whole.weight, whole.pieces
         self.row_offsets = whole.row_offsets
         # In a tuple: its parameters are our weight and state once more, and no weights of the network.
         self._held = (_table_batched(whole, _OPTIMISERS[rule], settings),)
@@ -98,26 +98,23 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_RD: Tensor, weights_N: Tensor | None, ids: SparseIds, owner: FBGEMMTables) -> Tensor:
         ctx.owner, ctx.ids = owner, ids
-        ctx.save_for_backward(weight_RD, weights_N)
+        ctx.save_for_backward(weights_N)
         return owner.batched(ids).detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None]:
-        weight_RD, weights_N = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
+        # Factors are constants: learned ones are tables of width 1, which FBGEMM has not.
+        (weights_N,) = ctx.saved_tensors
         owner, ids = ctx.owner, ctx.ids
         grad_BD = grads[0].contiguous().view(-1, owner.width)
         bag_N = ids.bag_of_each()
         rows_N = ids.values.flatten() + owner.row_offsets[bag_N % max(ids.tables, 1)]
         flat_N = None if weights_N is None else weights_N.flatten()
         if ctx.needs_input_grad[0]:
-            gradient = FBGEMMGradient(rows_N, weight_RD.shape[0], grad_BD, bag_N, flat_N)
+            gradient = FBGEMMGradient(rows_N, len(owner.weight), grad_BD, bag_N, flat_N)
             gradient.__dict__["source"] = owner, ids
             owner.add_gradient(gradient)
-        grad_weights_N = None
-        if ctx.needs_input_grad[1] and weights_N is not None:
-            products_ND = weight_RD.index_select(0, rows_N) * grad_BD.index_select(0, bag_N)
-            grad_weights_N = products_ND.sum(1).view(weights_N.shape).to(weights_N.dtype)
-        return None, grad_weights_N, None, None
+        return None, None, None, None
 
 
 def use_fbgemm(network: nn.Module, rule: str, settings: Mapping[str, float]) -> None:
@@ -145,7 +142,7 @@ def _table_batched(whole: EmbeddingTables, optimiser: str, settings: Mapping[str
     where = EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST
     on = ComputeDevice.CUDA if cuda else ComputeDevice.CPU
     batched = SplitTableBatchedEmbeddingBagsCodegen(
-        [(table.rows, whole.width, where, on) for table in whole.tables],
+        [(piece.stop - piece.start, whole.width, where, on) for piece in whole.pieces],
         optimizer=getattr(EmbOptimType, optimiser),
         eps=settings.get("epsilon", 0.0),
         device=whole.weight.device,

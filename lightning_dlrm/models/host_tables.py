@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.lookup import RowGradient, SortedLookups, Table
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, SortedLookups, Table
 from lightning_dlrm.models.pooling import pool_rows
 from lightning_dlrm.models.tables import EmbeddingTables
 
@@ -71,48 +71,23 @@ class RowsAtHand:
         )
 
 
-class HostTables(EmbeddingTables):
-    """Whole tables in host memory; ``weight`` stays there whatever device the module is moved to.
+class HostRows(EmbeddingLookup):
+    """What a lookup is whose ``weight`` stays in host memory whatever device the module is moved to.
 
     Arithmetic, that of the update rule too, is done on the device, by the same code as for other tables.
     Between an update and ``settle``, ``weight`` may lack the update's rows.
-
-    Args:
-        tables: in the order of the ids of a batch.
-        width: D.
-        seed: of the initial rows.
-        trainable: whether the rows are learned; else they stay as they start.
-
-    Raises:
-        UserError: no width, or a table without rows.
     """
 
     LOOKS_AHEAD: ClassVar[bool] = True
     ON_HOST: ClassVar[bool] = True
 
-    def __init__(self, tables: Sequence[Table], width: int, seed: int = 0, trainable: bool = True) -> None:
-        super().__init__(tables, width, seed, trainable)
-        offsets = [piece.offset for piece in self.pieces]
-        self._host_offsets = torch.tensor(offsets, dtype=self.row_offsets.dtype, device="cpu")
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._state: Mapping[str, Tensor] = {}
-        self._begun: weakref.WeakSet[_Begun] = weakref.WeakSet()
+        self._begun: weakref.WeakSet[Begun] = weakref.WeakSet()
         self._held: list[RowsAtHand] = []
         """Of the micro-batches whose gradients are waiting for an update."""
         self._written: Future | None = None
-
-    def announce(self, ids: SparseIds) -> None:
-        """See EmbeddingLookup.announce."""
-        ids.ahead[self] = self._begin(ids)
-
-    def forward(self, ids: SparseIds) -> Tensor:
-        """See EmbeddingLookup.forward."""
-        bag_N = None if ids.offsets is None else ids.bag_of_each()
-        weights_N = None if ids.weights is None else ids.weights.reshape(-1)
-        return self._pool(ids, ids.offsets, bag_N, weights_N).view(len(ids), ids.tables, self.width)
-
-    def each(self, ids: SparseIds) -> Tensor:
-        """See EmbeddingLookup.each."""
-        return self._pool(ids, None, None, None)
 
     def clear_gradient(self) -> None:
         super().clear_gradient()
@@ -145,30 +120,27 @@ class HostTables(EmbeddingTables):
             self._written.result()
             self._written = None
 
-    def _pool(self, ids: SparseIds, offsets: Tensor | None, bag_N: Tensor | None, weights_N: Tensor | None) -> Tensor:
-        begun = ids.ahead.pop(self, None) or self._begin(ids)
-        rows = begun.rows()
-        anchor = torch.empty(0, device=rows.weight.device, requires_grad=self.weight.requires_grad)
-        return pool_rows(anchor, rows.weight, rows.lookups, offsets, bag_N, weights_N, partial(self._take, rows))
+    def device(self) -> torch.device:
+        """Where the arithmetic is done."""
+        raise TypeError(f"{type(self).__name__} does not define device")
 
-    def _take(self, rows: RowsAtHand, values_UD: Tensor) -> None:
-        self.add_gradient(RowGradient(rows.lookups.rows.long(), values_UD))
-        self._held.append(rows)
+    def begin(self, rows_on_host: Callable[[], Tensor]) -> "Begun":
+        """Asks for rows of ``weight``.
 
-    def _begin(self, ids: SparseIds) -> "_Begun":
-        """Asks for the rows of a batch."""
-        values, offsets = ids.values.cpu(), None if ids.offsets is None else ids.offsets.cpu()
-        begun = _Begun(_hands.submit(self._fetch_batch, values, offsets))
+        Args:
+            rows_on_host: called by the thread that fetches them, gives the row of each index in host memory.
+        """
+        begun = Begun(_hands.submit(self._fetch_batch, rows_on_host))
         self._begun.add(begun)
         return begun
 
-    def _fetch_batch(self, values: Tensor, offsets: Tensor | None) -> Callable[[], RowsAtHand]:
-        ids = SparseIds(values=values, tables=len(self.tables), offsets=offsets)
-        if offsets is None:
-            rows_N = (values + self._host_offsets).view(-1)
-        else:
-            rows_N = values + self._host_offsets[ids.bag_of_each() % max(len(self.tables), 1)]
-        host, copies = SortedLookups.of(rows_N), self._copies()
+    def hold(self, rows: RowsAtHand, gradient: RowGradient) -> None:
+        """Takes the gradient of rows at hand, and keeps them for the update."""
+        self.add_gradient(gradient)
+        self._held.append(rows)
+
+    def _fetch_batch(self, rows_on_host: Callable[[], Tensor]) -> Callable[[], RowsAtHand]:
+        host, copies = SortedLookups.of(rows_on_host()), self._copies()
         lookups = copies.to_device({"rows": host.rows, "counts": host.counts, "order": host.order})
         fetched = _fetch({"": self.weight.detach(), **self._state}, host.rows, copies)
 
@@ -185,9 +157,9 @@ class HostTables(EmbeddingTables):
                 (self._state[slot] if slot else self.weight).index_copy_(0, rows.host_rows.long(), values)
 
     def _copies(self) -> "Copies":
-        return Copies.of(self.row_offsets.device)
+        return Copies.of(self.device())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HostTables":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HostRows":
         """Takes part in changes of type, but not of device."""
         weight = self._parameters.pop("weight")
         super()._apply(fn, recurse)
@@ -197,6 +169,60 @@ class HostTables(EmbeddingTables):
         self._parameters["weight"] = weight
         return self
 
+
+class HostTables(HostRows, EmbeddingTables):
+    """Tables in host memory; for the arguments see EmbeddingTables."""
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        width: int,
+        seed: int = 0,
+        trainable: bool = True,
+        ranges: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        super().__init__(tables, width, seed, trainable, ranges)
+        offsets = [piece.offset for piece in self.pieces]
+        self._host_offsets = torch.tensor(offsets, dtype=self.row_offsets.dtype, device="cpu")
+
+    def announce(self, ids: SparseIds) -> None:
+        """See EmbeddingLookup.announce."""
+        ids.ahead[self] = self._ask(ids)
+
+    def forward(self, ids: SparseIds) -> Tensor:
+        """See EmbeddingLookup.forward."""
+        bag_N = None if ids.offsets is None else ids.bag_of_each()
+        weights_N = None if ids.weights is None else ids.weights.reshape(-1)
+        return self._pool(ids, ids.offsets, bag_N, weights_N).view(len(ids), ids.tables, self.width)
+
+    def each(self, ids: SparseIds) -> Tensor:
+        """See EmbeddingLookup.each."""
+        return self._pool(ids, None, None, None)
+
+    def device(self) -> torch.device:
+        """See HostRows.device."""
+        return self.row_offsets.device
+
+    def _pool(self, ids: SparseIds, offsets: Tensor | None, bag_N: Tensor | None, weights_N: Tensor | None) -> Tensor:
+        begun = ids.ahead.pop(self, None) or self._ask(ids)
+        rows = begun.rows()
+        anchor = torch.empty(0, device=rows.weight.device, requires_grad=self.weight.requires_grad)
+        return pool_rows(anchor, rows.weight, rows.lookups, offsets, bag_N, weights_N, partial(self._take, rows))
+
+    def _take(self, rows: RowsAtHand, values_UD: Tensor) -> None:
+        self.hold(rows, RowGradient(rows.lookups.rows.long(), values_UD))
+
+    def _ask(self, ids: SparseIds) -> "Begun":
+        values, offsets = ids.values.cpu(), None if ids.offsets is None else ids.offsets.cpu()
+
+        def rows_on_host() -> Tensor:
+            host_ids = SparseIds(values=values, tables=len(self.tables), offsets=offsets)
+            if offsets is None:
+                return (values + self._host_offsets).view(-1)
+            return values + self._host_offsets[host_ids.bag_of_each() % max(len(self.tables), 1)]
+
+        return self.begin(rows_on_host)
+
     @staticmethod
     def _place() -> torch.device | None:
         # Lightning builds networks with the accelerator as default device; sizes are counted on the meta device.
@@ -204,7 +230,7 @@ class HostTables(EmbeddingTables):
         return torch.device("meta" if meta else "cpu")
 
 
-class _Begun:
+class Begun:
     """Rows on their way to the device."""
 
     def __init__(self, fetched: "Future[Callable[[], RowsAtHand]]") -> None:
@@ -238,6 +264,10 @@ class Copies:
         """Begins to copy; what it returns gives the copies to the caller's stream."""
         copied = {name: tensor.clone() for name, tensor in tensors.items()}
         return lambda: copied
+
+    def on_host(self, made: Callable[[], Tensor]) -> Tensor:
+        """What is made on the device, beside what it computes for others; waits for it."""
+        return made().cpu()
 
     def computed(self) -> Any:
         """What ``to_host`` waits for: all that the caller's stream has been given so far."""
@@ -285,6 +315,10 @@ class CudaCopies(Copies):
             return copied
 
         return taken
+
+    def on_host(self, made: Callable[[], Tensor]) -> Tensor:
+        with torch.cuda.stream(self._stream):
+            return made().cpu()
 
     def computed(self) -> Any:
         return torch.cuda.current_stream(self._device).record_event()

@@ -40,13 +40,15 @@ def rows_elsewhere() -> Iterator[None]:
 
 
 class EmbeddingTables(EmbeddingLookup):
-    """Whole tables, held here.
+    """Tables, held here.
 
     Args:
         tables: in the order of the ids of a batch.
         width: D, the length of every vector.
         seed: of the initial rows.
         trainable: whether the rows are learned; else they stay as they start.
+        ranges: of each table the rows that are held, from the first to the one after the last, whose ids then
+            count from the first of them; None for all.
 
     Raises:
         UserError: no width, or a table without rows.
@@ -56,7 +58,14 @@ class EmbeddingTables(EmbeddingLookup):
     kernels: Kernels = "auto"
     """Which code looks up and updates the rows."""
 
-    def __init__(self, tables: Sequence[Table], width: int, seed: int = 0, trainable: bool = True) -> None:
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        width: int,
+        seed: int = 0,
+        trainable: bool = True,
+        ranges: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         super().__init__()
         if width < 1:
             raise UserError(f"embedding_dim is {width}; expected at least 1")
@@ -65,9 +74,9 @@ class EmbeddingTables(EmbeddingLookup):
             raise UserError(f"tables without rows: {', '.join(empty)}; every table needs at least 1 row")
         self.seed = seed
         pieces, total = [], 0
-        for table in tables:
-            pieces.append(TablePiece(name=table.name, table_rows=table.rows, start=0, stop=table.rows, offset=total))
-            total += table.rows
+        for table, (start, stop) in zip(tables, ranges or [(0, table.rows) for table in tables], strict=True):
+            pieces.append(TablePiece(name=table.name, table_rows=table.rows, start=start, stop=stop, offset=total))
+            total += stop - start
         self.tables = tuple(tables)
         self.pieces = tuple(pieces)
         device = torch.device("meta") if _rows_elsewhere.get() else self._place()

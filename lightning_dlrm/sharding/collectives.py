@@ -92,9 +92,9 @@ class Ranks:
         work = dist.all_to_all_single(arriving, values, list(received), list(sent), group=self._group, async_op=True)
         return Travelling(values, arriving, work)
 
-    def all_to_all_counts(self, counts_R: Tensor) -> "Travelling":
-        """int64 [ranks] -> int64 [ranks]: what each rank has counted for this one."""
-        return self.all_to_all(counts_R, [1] * self.ranks, [1] * self.ranks)
+    def all_to_all_counts(self, counts: Tensor) -> "Travelling":
+        """int64 [ranks, ...] -> the same: what each rank has counted for this one."""
+        return self.all_to_all(counts, [1] * self.ranks, [1] * self.ranks)
 
     def each_does(self, action: Callable[[], Any]) -> list[Any]:
         """Every rank acts and hears what all of them got, as JSON values.
@@ -134,10 +134,13 @@ class Travelling:
         self._arriving, self._work = arriving, work
 
     def arrived(self) -> Tensor:
-        """What the other ranks have sent; waits for it. On a GPU the caller's stream does, not the caller."""
+        """What the other ranks have sent; waits for it. On a GPU the caller's stream does, not the caller.
+
+        Several threads may ask, each with a stream of its own.
+        """
         if self._work is not None:
             self._work.wait()
-            self._leaving = self._work = None
+            self._leaving = None
         return self._arriving
 
 

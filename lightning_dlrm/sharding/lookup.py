@@ -1,75 +1,90 @@
 """Embedding tables in pieces on all ranks: the sharded twin of ``EmbeddingTables``.
 
 A rank asks the owners for the distinct rows that its samples need, gets their vectors back, and in
-the backward pass sends each row's summed gradient to its owner, who sums over the ranks.
+the backward pass sends each row's summed gradient to its owner, who sums over the ranks. Of tables that
+the plan pools, it asks for sums: each owner of some of a bag's rows adds them up, and gets the bag's
+gradient back.
 
 Everything travels while something else is computed: the ids of an announced batch during the one before
 it, vectors during the dense layers between ``start`` and ``forward``, gradients during the backward pass
 of those layers. All of it is begun by the ranks' main threads at the same points of a step, so that
 every rank makes the same calls in the same order.
 
-Shape suffixes: B samples, F tables, D width, R rows held here, N indices of all bags, P pieces, W ranks,
-U distinct rows that this rank needs, Q rows that all ranks ask of this one.
+Shape suffixes: B samples, F tables, D width, R rows held here, N indices of all bags, W ranks, U units (distinct
+rows, or sums) that this rank needs, V units that all ranks ask of this one.
 """
 
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, SortedLookups, Table, TablePiece
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, Table
 from lightning_dlrm.models.memory import empty_table
 from lightning_dlrm.models.pooling import pool_rows
 from lightning_dlrm.models.tables import EmbeddingTables, fill_initial_rows
 from lightning_dlrm.sharding.collectives import Ranks, Travelling
+from lightning_dlrm.sharding.needs import Asked, Needs, RowMap
 from lightning_dlrm.sharding.plan import Plan
 
 
 class Request:
-    """The rows that this rank needs for a batch, and those that it is asked for, as far as they are known.
+    """What this rank needs for a batch, and what it is asked for, as far as that is known.
 
     Args:
-        lookups: of this rank's indices; rows are numbered rank after rank, as they lie there.
-        at_owner_U: the same rows as their owners number them.
-        asks_P: how many rows of each piece this rank needs.
-        asks_W: how many rows of each rank.
+        needs: of this rank.
         ranks: who takes part.
     """
 
-    def __init__(
-        self, lookups: SortedLookups, at_owner_U: Tensor, asks_P: Tensor, asks_W: Tensor, ranks: Ranks
-    ) -> None:
-        self.lookups = lookups
-        self.asks_P = asks_P
-        self._at_owner_U, self._asks_W, self._ranks = at_owner_U, asks_W, ranks
-        self._counts = ranks.all_to_all_counts(asks_W)
+    def __init__(self, needs: Needs, ranks: Ranks) -> None:
+        self.needs = needs
+        self._ranks = ranks
+        self._asks_W2 = needs.of_ranks(ranks.ranks)
+        self._counts = ranks.all_to_all_counts(self._asks_W2)
         self._ids: Travelling | None = None
+        self._factors: Travelling | None = None
         self.asks: list[int] = []
-        """How many rows of each rank this one needs; known once the ids are sent."""
+        """How many units of each rank this one needs; known once the ids are sent."""
         self.asked: list[int] = []
-        """How many rows held here each rank needs; likewise."""
+        """How many units of this rank each one needs; likewise."""
         self.vectors: Travelling | None = None
         self.gradients: Travelling | None = None
+        self.fetched: Any = None
+        """What has been begun here for what it asks of this rank."""
 
     def send_ids(self) -> None:
-        """Begins to tell the owners which rows are needed, where that has not begun."""
-        if self._ids is None:
-            self.asks, self.asked = torch.stack([self._asks_W, self._counts.arrived()]).tolist()
-            self._ids = self._ranks.all_to_all(self._at_owner_U, self.asks, self.asked)
+        """Begins to tell the owners what is needed, where that has not begun."""
+        if self._ids is not None:
+            return
+        counts = torch.stack([self._asks_W2, self._counts.arrived()]).permute(0, 2, 1)
+        (self.asks, entries), (self.asked, asked_entries) = counts.tolist()
+        self._ids = self._ranks.all_to_all(self.needs.entries, entries, asked_entries)
+        if self.needs.factors is not None:
+            self._factors = self._ranks.all_to_all(self.needs.factors, entries, asked_entries)
 
-    @property
-    def rows(self) -> Tensor:
-        """[Q]: the rows of ``weight`` that the ranks need, rank after rank; waits for them."""
+    def entries(self) -> Tensor:
+        """What the ranks have told of the rows that they need, rank after rank; waits for it."""
         assert self._ids is not None
         return self._ids.arrived()
+
+    @cached_property
+    def here(self) -> Asked:
+        """The rows of ``weight`` that the ranks need, rank after rank; waits for them."""
+        factors = None if self._factors is None else self._factors.arrived()
+        return Asked.of(self.entries(), factors, self.pooled)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether some of what is asked for are sums."""
+        return self.needs.bags is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +92,7 @@ class TableTraffic:
     """What one table's exchanges in training came to, over all ranks."""
 
     rows: NDArray
-    """[W]: distinct rows of each rank's slices that each rank was asked for."""
+    """[W]: distinct rows of each rank's slices that each rank was asked for, or where it is pooled, sums."""
     bytes: float
     """Sent from rank to rank: ids, vectors and gradients."""
 
@@ -112,13 +127,6 @@ class ShardedTables(EmbeddingLookup):
 
     LOOKS_AHEAD: ClassVar[bool] = True
 
-    table_offsets: Tensor
-    piece_starts: Tensor
-    piece_shifts: Tensor
-    piece_bounds: Tensor
-    rank_starts: Tensor
-    rank_bounds: Tensor
-
     def __init__(
         self,
         tables: Sequence[Table],
@@ -136,52 +144,20 @@ class ShardedTables(EmbeddingLookup):
         self.ranks = ranks
         self._wire = wire
         self._announced: Request | None = None
-        held: list[list[TablePiece]] = [[] for _ in range(plan.ranks)]
-        rows_held = [0] * plan.ranks
-        table_offsets, piece_starts, owners, offsets = [], [], [], []
-        total = 0
-        for table in tables:
-            table_offsets.append(total)
-            for piece in plan.tables[table.name]:
-                offset = rows_held[piece.rank]
-                held[piece.rank].append(
-                    TablePiece(
-                        name=table.name, table_rows=table.rows, start=piece.start, stop=piece.stop, offset=offset
-                    )
-                )
-                piece_starts.append(total + piece.start)
-                owners.append(piece.rank)
-                offsets.append(offset)
-                rows_held[piece.rank] += piece.rows
-            total += table.rows
-        self.pieces = tuple(held[ranks.rank])
-        self.all_pieces = tuple((rank, piece) for rank, of_rank in enumerate(held) for piece in of_rank)
-        """The pieces of all ranks and their ranks, rank after rank, as they lie there."""
+        self.rows = RowMap(tables, plan, device)
+        self.pieces = self.rows.held[ranks.rank]
         self._seconds = 0.0
-        # Counted on the device, where nobody waits for it.
-        self._asked_P = torch.zeros(len(self.all_pieces), dtype=torch.int64, device=device)
-        rank_starts = [0, *itertools.accumulate(rows_held)]
-        shifts = [
-            rank_starts[owner] + offset - start
-            for owner, offset, start in zip(owners, offsets, piece_starts, strict=True)
-        ]
-        # int32 halves the time to sort rows; it reaches past any published table set.
-        index = torch.int32 if total <= torch.iinfo(torch.int32).max else torch.int64
-        for buffer, values in (
-            ("table_offsets", table_offsets),
-            ("piece_starts", piece_starts),
-            ("piece_shifts", shifts),
-            ("piece_bounds", [*(rank_starts[rank] + piece.offset for rank, piece in self.all_pieces), rank_starts[-1]]),
-            ("rank_starts", rank_starts),
-            ("rank_bounds", [0, *itertools.accumulate(map(len, held))]),
-        ):
-            self.register_buffer(buffer, torch.tensor(values, dtype=index, device=device), persistent=False)
-        weight_RD = empty_table((rows_held[ranks.rank], width), dtype, torch.device(device))
+        # Units and entries of each table on each rank, counted on the device, where nobody waits for it.
+        self._asked_2C = torch.zeros(2, plan.ranks * len(tables), dtype=torch.int64, device=device)
+        self._factor_bytes = 0
+        rows_held = sum(piece.stop - piece.start for piece in self.pieces)
+        weight_RD = empty_table((rows_held, width), dtype, self._place(torch.device(device)))
         self.weight = nn.Parameter(weight_RD, requires_grad=trainable)
         fill_initial_rows(weight_RD, self.tables, self.pieces, seed)
 
-    @staticmethod
+    @classmethod
     def of(
+        cls,
         tables: EmbeddingTables,
         plan: Plan,
         ranks: Ranks,
@@ -190,22 +166,28 @@ class ShardedTables(EmbeddingLookup):
     ) -> "ShardedTables":
         """Takes the place of tables that were built under ``rows_elsewhere``."""
         weight = tables.weight
-        return ShardedTables(
+        return cls(
             tables.tables, tables.width, tables.seed, plan, ranks, wire, weight.dtype, device, weight.requires_grad
         )
 
+    @staticmethod
+    def _place(device: torch.device) -> torch.device:
+        """Where ``weight`` is, where the device is this one."""
+        return device
+
     def announce(self, ids: SparseIds) -> None:
         """See EmbeddingLookup.announce."""
-        device = self.table_offsets.device
+        device = self.rows.table_offsets.device
         here = ids.map(lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True))
-        self._announced = ids.ahead[self] = self._ask(here)
+        self._announced = ids.ahead[self] = Request(self.rows.needs(here), self.ranks)
 
     def start(self, ids: SparseIds) -> None:
         """See EmbeddingLookup.start."""
-        request = ids.ahead.pop(self, None) or self._ask(ids)
+        request = ids.ahead.pop(self, None) or Request(self.rows.needs(ids), self.ranks)
         # Figures are divided by training steps, to which a validation's exchanges do not belong.
         if self.training:
-            self._asked_P += request.asks_P
+            self._asked_2C += request.needs.of_cells
+            self._factor_bytes = 0 if request.needs.factors is None else request.needs.factors.element_size()
         ids.ahead[self] = request, _SendVectors.apply(self.weight, request, self)
 
     def forward(self, ids: SparseIds) -> Tensor:
@@ -227,8 +209,10 @@ class ShardedTables(EmbeddingLookup):
         if self._announced is not None:
             self._send_ids(self._announced)
             self._announced = None
+        if (bags := request.needs.bags) is not None:
+            offsets, bag_N, weights_N = bags.offsets, bags.bags, bags.factors
         return pool_rows(
-            anchor, rows_UD, request.lookups, offsets, bag_N, weights_N, partial(self._send_gradients, request)
+            anchor, rows_UD, request.needs.lookups, offsets, bag_N, weights_N, partial(self._send_gradients, request)
         )
 
     def over_ranks(self, value: Tensor) -> Tensor:
@@ -237,43 +221,30 @@ class ShardedTables(EmbeddingLookup):
 
     def measure(self) -> Traffic:
         """What training's exchanges came to since the last call; all ranks call it together."""
-        asked_WP = np.stack(self.ranks.all_gather(self._asked_P.cpu().numpy().copy()))
-        owner_P = np.array([rank for rank, _ in self.all_pieces])
-        away_WP = asked_WP * (owner_P != np.arange(self.ranks.ranks)[:, None])
+        ranks = self.ranks.ranks
+        asked = np.stack(self.ranks.all_gather(self._asked_2C.cpu().numpy().copy())).reshape(ranks, 2, ranks, -1)
+        """Of each rank, units and entries that it asked for, of each rank and table."""
+        away_W2WF = asked * ~np.eye(ranks, dtype=bool)[:, None, :, None]
         value_bytes = self.width * (self._wire or self.weight.dtype).itemsize
-        id_bytes = self.table_offsets.element_size()
+        entry_bytes = self.rows.table_offsets.element_size() + self._factor_bytes
+        values_WWF, ids_WWF = away_W2WF[:, 0] * float(value_bytes), away_W2WF[:, 1] * float(entry_bytes)
         # Ids and gradients are sent by the rank that needs a row, vectors by the one that holds it.
-        sent_W = away_WP.sum(1) * float(id_bytes + value_bytes)
-        np.add.at(sent_W, owner_P, away_WP.sum(0) * value_bytes)
-        rows = {table.name: np.zeros(self.ranks.ranks) for table in self.tables}
-        moved = dict.fromkeys(rows, 0.0)
-        for i, (rank, piece) in enumerate(self.all_pieces):
-            rows[piece.name][rank] += asked_WP[:, i].sum()
-            moved[piece.name] += float(away_WP[:, i].sum()) * (id_bytes + 2 * value_bytes)
+        sent_W = (ids_WWF + values_WWF).sum((1, 2)) + values_WWF.sum((0, 2))
+        moved_F = (ids_WWF + 2 * values_WWF).sum((0, 1))
+        rows_WF = asked[:, 0].sum(0)
         seconds, self._seconds = self._seconds, 0.0
-        self._asked_P.zero_()
+        self._asked_2C.zero_()
         return Traffic(
             seconds=seconds,
             sent_bytes=sent_W,
-            tables={name: TableTraffic(rows=rows[name], bytes=moved[name]) for name in rows},
+            tables={
+                table.name: TableTraffic(rows=rows_WF[:, i].astype(float), bytes=float(moved_F[i]))
+                for i, table in enumerate(self.tables)
+            },
         )
 
     def extra_repr(self) -> str:
         return f"pieces={len(self.pieces)}, rows={self.weight.shape[0]}, width={self.width}"
-
-    def _ask(self, ids: SparseIds) -> Request:
-        """Finds out which rows a batch needs, and begins to tell each rank how many of its own."""
-        if ids.offsets is None:
-            rows_N = (ids.values + self.table_offsets).view(-1)
-        else:
-            rows_N = ids.values + self.table_offsets[ids.bag_of_each() % max(ids.tables, 1)]
-        # The number of each index's row, counted rank after rank.
-        piece_N = torch.searchsorted(self.piece_starts, rows_N, right=True, out_int32=True) - 1
-        lookups = SortedLookups.of(rows_N + self.piece_shifts.index_select(0, piece_N))
-        bounds_P = torch.searchsorted(lookups.rows, self.piece_bounds)
-        asks_W = bounds_P.index_select(0, self.rank_bounds).diff()
-        at_owner_U = lookups.rows - torch.repeat_interleave(self.rank_starts[:-1], asks_W)
-        return Request(lookups, at_owner_U, bounds_P.diff(), asks_W, self.ranks)
 
     def _send_ids(self, request: Request) -> None:
         start = time.perf_counter()
@@ -283,10 +254,17 @@ class ShardedTables(EmbeddingLookup):
     def _send_vectors(self, request: Request) -> None:
         self._send_ids(request)
         start = time.perf_counter()
-        rows = request.rows
+        self._await(request)
         self._count(start)
-        vectors = self.weight.detach().index_select(0, rows)
-        request.vectors = self.ranks.all_to_all(self._on_wire(vectors), request.asked, request.asks)
+        request.vectors = self.ranks.all_to_all(self._on_wire(self._units(request)), request.asked, request.asks)
+
+    def _await(self, request: Request) -> None:
+        """Waits until what is asked for is known, and at hand."""
+        _ = request.here
+
+    def _units(self, request: Request) -> Tensor:
+        """[V, D]: the rows, or the sums of them, that the ranks need."""
+        return sum_units(self.weight.detach(), request.here.rows, request.here)
 
     def _send_gradients(self, request: Request, values_UD: Tensor) -> None:
         # A rank's loss is ranks x its part of the mean over the global batch: DDP averages the dense
@@ -295,7 +273,8 @@ class ShardedTables(EmbeddingLookup):
         request.gradients = self.ranks.all_to_all(values_UD, request.asks, request.asked)
 
     def _take_gradients(self, request: Request) -> None:
-        self.add_gradient(RowGradient.from_lookups(request.rows, self._received(request.gradients)))
+        asked, grad_VD = request.here, self._received(request.gradients)
+        self.add_gradient(RowGradient.from_lookups(asked.rows, grad_VD, asked.units, asked.factors))
 
     def _on_wire(self, values: Tensor) -> Tensor:
         return values if self._wire is None else values.to(self._wire)
@@ -310,6 +289,15 @@ class ShardedTables(EmbeddingLookup):
     def _count(self, start: float) -> None:
         if self.training:
             self._seconds += time.perf_counter() - start
+
+
+def sum_units(weight_RD: Tensor, rows_E: Tensor, asked: Asked) -> Tensor:
+    """[V, D]: of the rows of ``weight_RD`` that stand for those asked for, each one or their sums."""
+    if asked.starts is None:
+        return weight_RD.index_select(0, rows_E)
+    factors_E = None if asked.factors is None else asked.factors.to(weight_RD.dtype)
+    starts_V = asked.starts.to(rows_E.dtype)
+    return functional.embedding_bag(rows_E, weight_RD, starts_V, mode="sum", per_sample_weights=factors_E)
 
 
 class _SendVectors(torch.autograd.Function):

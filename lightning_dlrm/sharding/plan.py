@@ -7,6 +7,11 @@ rows. (Those of the whole batch would pass over what the exchange costs: the row
 needs travel to every rank.) A table's row i is expected to be drawn in proportion to
 (i + 1)^-skew (Zipf's law), so that a piece at the head of a table can be small and busy, and one at
 its tail large and idle.
+
+Where bags hold several ids, a rank may send sums in place of rows: of each bag, one for each rank
+that holds some of its rows. A plan names the tables that are pooled so: those for which sums are
+fewer bytes than distinct rows. It is balanced by rows all the same: a table's sums are more, the more
+ranks share it, so that what they come to is known only once the table is cut.
 """
 
 import bisect
@@ -14,7 +19,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,8 @@ from lightning_dlrm.contracts.errors import UserError
 
 ID_BYTES = 4
 """Of a row id on the wire."""
+FACTOR_BYTES = 4
+"""Of an index's factor on the wire."""
 
 _CHUNKS_PER_RANK = (1, 2, 4, 8)
 _GOOD_IMBALANCE = 1.1
@@ -48,6 +55,12 @@ class TableLoad:
     """Weights and optimiser state."""
     indices_per_sample: float = 1.0
     """Mean number of rows that a sample looks up."""
+    factors: bool = False
+    """Whether each index has a factor in its bag's sum."""
+    may_pool: bool = True
+    """Whether a bag's rows may be summed where they are: see EmbeddingLookup.may_pool."""
+    on_host: bool = False
+    """Whether its rows stay in host memory, whatever the device."""
     skew: float = 1.0
     """Exponent of Zipf's law; 0 where all rows are drawn alike."""
     counts: NDArray | None = field(default=None, compare=False, repr=False)
@@ -85,21 +98,32 @@ class DistinctRows:
         total = math.fsum(size * share for size, share in zip(sizes, shares, strict=True))
         draws = samples * table.indices_per_sample
         if table.counts is not None:
-            missed = np.expm1(table.counts * (-draws / max(int(table.counts.sum()), 1)))
+            lookups = max(int(table.counts.sum()), 1)
+            missed = np.expm1(table.counts * (-draws / lookups))
             found = (-np.add.reduceat(missed, edges[:-1])).tolist()
+            drawn = (np.add.reduceat(table.counts, edges[:-1]) / lookups).tolist()
         else:
             found = [-size * math.expm1(-draws * share / total) for size, share in zip(sizes, shares, strict=True)]
+            drawn = [size * share / total for size, share in zip(sizes, shares, strict=True)]
         self._edges = edges
         self._below = [0.0, *itertools.accumulate(found)]
+        self._share_below = [0.0, *itertools.accumulate(drawn)]
 
     def below(self, row: int) -> float:
         """Among the rows 0 to ``row`` - 1."""
-        i = min(bisect.bisect_right(self._edges, row) - 1, len(self._edges) - 2)
-        a, b = self._edges[i], self._edges[i + 1]
-        return self._below[i] + (self._below[i + 1] - self._below[i]) * (row - a) / (b - a)
+        return self._at(self._below, row)
 
     def between(self, start: int, stop: int) -> float:
         return self.below(stop) - self.below(start)
+
+    def share(self, start: int, stop: int) -> float:
+        """Of the draws, those from the rows ``start`` to ``stop`` - 1."""
+        return self._at(self._share_below, stop) - self._at(self._share_below, start)
+
+    def _at(self, sums: Sequence[float], row: int) -> float:
+        i = min(bisect.bisect_right(self._edges, row) - 1, len(self._edges) - 2)
+        a, b = self._edges[i], self._edges[i + 1]
+        return sums[i] + (sums[i + 1] - sums[i]) * (row - a) / (b - a)
 
     def row_after(self, start: int, count: float) -> int:
         """The last row with at most ``count`` distinct ones between ``start`` and it; at least one row on."""
@@ -131,14 +155,18 @@ class Plan:
     """Where every row of every table is.
 
     Raises:
-        UserError: a rank out of range, or pieces that do not follow each other.
+        UserError: a rank out of range, pieces that do not follow each other, or a pooled table that is none.
     """
 
     ranks: int
     pieces: tuple[Piece, ...]
     """Table by table, each by ascending rows."""
+    pooled: tuple[str, ...] = ()
+    """Tables of which ranks send sums of a bag's rows in place of rows."""
 
     def __post_init__(self) -> None:
+        if unknown := [name for name in self.pooled if name not in self.tables]:
+            raise UserError(f"plan: pooled names {unknown[0]}, of which it has no pieces; give names of its tables")
         for name, pieces in self.tables.items():
             expected = 0
             for piece in pieces:
@@ -159,12 +187,22 @@ class Plan:
             found.setdefault(piece.table, []).append(piece)
         return {name: tuple(pieces) for name, pieces in found.items()}
 
-    def check(self, table_rows: Mapping[str, int], ranks: int) -> None:
+    def check(self, table_rows: Mapping[str, int], ranks: int, unpoolable: Iterable[str] = ()) -> None:
         """Compares a plan that was written down with the model and the ranks at hand.
+
+        Args:
+            table_rows: of the model.
+            ranks: at hand.
+            unpoolable: tables that cannot be pooled: see EmbeddingLookup.may_pool.
 
         Raises:
             UserError: they differ.
         """
+        if wrong := sorted(set(self.pooled) & set(unpoolable)):
+            raise UserError(
+                f"the plan has table {wrong[0]} among its pooled ones, but the model has factors of its own for the "
+                "rows (tables.pooling_weights): make a plan with this model, or take the table out of pooled"
+            )
         if ranks != self.ranks:
             raise UserError(f"the plan is for {self.ranks} ranks, this run has {ranks}: make a plan for {ranks}")
         planned = {name: pieces[-1].stop for name, pieces in self.tables.items()}
@@ -179,6 +217,7 @@ class Plan:
         """As YAML and JSON keep it: per table a list of [first row, row after the last, rank]."""
         return {
             "ranks": self.ranks,
+            "pooled": list(self.pooled),
             "tables": {name: [[p.start, p.stop, p.rank] for p in pieces] for name, pieces in self.tables.items()},
         }
 
@@ -196,12 +235,13 @@ class Plan:
                 for start, stop, rank in rows
             ]
             ranks = int(document["ranks"])
+            pooled = tuple(str(name) for name in document.get("pooled", ()))
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise UserError(
                 f"the plan is not of the form 'ranks: 2, tables: {{C1: [[0, 100, 1]]}}' ({error!r}); "
                 "make one with 'python -m lightning_dlrm plan --output FILE'"
             ) from error
-        return Plan(ranks=ranks, pieces=tuple(pieces))
+        return Plan(ranks=ranks, pieces=tuple(pieces), pooled=pooled)
 
 
 def read_plan(path: Path) -> Plan:
@@ -222,7 +262,11 @@ def read_plan(path: Path) -> Plan:
 
 
 def make_plan(
-    tables: Sequence[TableLoad], ranks: int, batch_size: int, memory: int | Sequence[int] | None = None
+    tables: Sequence[TableLoad],
+    ranks: int,
+    batch_size: int,
+    memory: int | Sequence[int] | None = None,
+    value_bytes: int = 4,
 ) -> Plan:
     """Spreads tables over ranks.
 
@@ -236,16 +280,43 @@ def make_plan(
         ranks: how many.
         batch_size: samples of a global batch.
         memory: bytes that the tables and their optimiser state may take, on every rank or on each;
-            None where that is no limit.
+            None where that is no limit. Tables in host memory are spread by themselves, and have no limit.
+        value_bytes: of one element on the wire.
 
     Raises:
         UserError: the tables do not fit; it says by how many bytes, and what would help.
     """
     if ranks < 1 or batch_size < 1:
         raise UserError(f"a plan needs 1 rank or more and a batch of 1 or more; got {ranks} and {batch_size}")
+    refuse_cut_tables(tables)
     limits = _limits(memory, ranks)
-    _check_room(tables, limits)
-    traffic = [DistinctRows(table, batch_size / ranks) for table in tables]
+    pieces: dict[str, list[Piece]] = {table.name: [] for table in tables}
+    for on_host, room in ((False, limits), (True, [math.inf] * ranks)):
+        placed = [table for table in tables if table.on_host == on_host]
+        if placed:
+            _check_room(placed, room)
+            for piece in _balanced(placed, room, batch_size).pieces:
+                pieces[piece.table].append(piece)
+    plan = Plan(ranks=ranks, pieces=tuple(itertools.chain(*pieces.values())))
+    return replace(plan, pooled=_worth_pooling(table_costs(plan, tables, batch_size, value_bytes)))
+
+
+def refuse_cut_tables(tables: Sequence[TableLoad]) -> None:
+    """
+    Raises:
+        UserError: a table is there twice: in part on the device, in part in host memory.
+    """
+    names = [table.name for table in tables]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"tables.on_host cuts table {twice[0]} between the device and host memory, which is for one device; "
+            "several ranks keep a table in one or the other: give on_host a list of columns"
+        )
+
+
+def _balanced(tables: Sequence[TableLoad], limits: Sequence[float], batch_size: int) -> Plan:
+    """Of the coarsest cut that leaves the ranks in balance, if there is one."""
+    traffic = [DistinctRows(table, batch_size / len(limits)) for table in tables]
     best, best_imbalance = None, math.inf
     for chunks in _CHUNKS_PER_RANK:
         plan, imbalance = _spread(tables, traffic, limits, chunks)
@@ -381,6 +452,28 @@ def _joined(placed: Iterable[tuple[int, int, int, int]], tables: Sequence[TableL
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What one rank's slice of a batch is expected to need of a table's rows on one rank."""
+
+    ids: float
+    """Rows that it names: distinct ones, or where bags are summed there, those of all indices."""
+    vectors: float
+    """That it gets, and gradients that it sends: of these rows, or of these sums."""
+
+
+def _asked(table: TableLoad, pieces: Iterable[Piece], traffic: DistinctRows, samples: float, pooled: bool) -> Asked:
+    """Of the pieces that one rank has."""
+    if not pooled:
+        rows = math.fsum(traffic.between(piece.start, piece.stop) for piece in pieces)
+        return Asked(ids=rows, vectors=rows)
+    share = min(math.fsum(traffic.share(piece.start, piece.stop) for piece in pieces), 1.0)
+    indices = table.indices_per_sample
+    # Of bags with as many ids each; where they differ, fewer have some of these rows.
+    touched = min(1 - (1 - share) ** indices, indices * share)
+    return Asked(ids=samples * indices * share, vectors=samples * touched)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankCost:
     """What a plan asks of one rank; bytes sent are those of one training step."""
 
@@ -389,14 +482,17 @@ class RankCost:
     rows: int = 0
     bytes: int = 0
     """Weights and optimiser state."""
+    host_bytes: int = 0
+    """Of them, those of tables in host memory."""
     work: float = 0.0
-    """Rows that all ranks ask of this one for a global batch, distinct ones of each rank's slice."""
+    """Rows that all ranks ask of this one for a global batch, distinct ones of each rank's slice; of a pooled table,
+    sums."""
     sent_ids: float = 0.0
-    """Bytes: ids of rows of others that this rank's samples need."""
+    """Bytes: ids of rows of others that this rank's samples need, with their factors where these sum them."""
     sent_vectors: float = 0.0
-    """Bytes: rows held here that samples of others need."""
+    """Bytes: rows held here that samples of others need, or sums of them."""
     sent_gradients: float = 0.0
-    """Bytes: gradients of the rows of others."""
+    """Bytes: gradients of the rows of others, or of their sums."""
     bytes_of_table: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -409,41 +505,105 @@ def rank_costs(plan: Plan, tables: Sequence[TableLoad], batch_size: int, value_b
         batch_size: samples of a global batch.
         value_bytes: of one element on the wire.
     """
-    ranks = plan.ranks
     totals: list[dict[str, Any]] = [
-        {"pieces": 0, "rows": 0, "bytes": 0, "work": 0.0, "vectors": 0.0, "ids": 0.0, "gradients": 0.0, "of": {}}
-        for _ in range(ranks)
+        {"pieces": 0, "rows": 0, "bytes": 0, "host": 0, "work": 0.0, "of": {}} for _ in range(plan.ranks)
     ]
-    asked_ids = asked_values = 0.0
+    sent_KR = np.zeros((3, plan.ranks))
     for table in tables:
-        slice_ = DistinctRows(table, batch_size / ranks)
-        for piece in plan.tables[table.name]:
-            # Distinct rows that each rank's slice needs from this piece.
-            asked = slice_.between(piece.start, piece.stop)
-            total = totals[piece.rank]
-            total["pieces"] += 1
-            total["rows"] += piece.rows
-            total["bytes"] += piece.rows * table.bytes_per_row
-            total["work"] += asked * ranks
-            total["of"][table.name] = total["of"].get(table.name, 0) + piece.rows * table.bytes_per_row
-            total["ids"] += asked * ID_BYTES
-            total["vectors"] += asked * table.width * value_bytes
-            asked_ids += asked * ID_BYTES
-            asked_values += asked * table.width * value_bytes
+        pooled = table.name in plan.pooled
+        asked = _asked_of_ranks(plan, table, batch_size, pooled)
+        sent_KR += _sent(table, asked, plan.ranks, value_bytes, pooled)
+        for rank, pieces in _by_rank(plan.tables[table.name]).items():
+            total, rows = totals[rank], sum(piece.rows for piece in pieces)
+            total["pieces"] += len(pieces)
+            total["rows"] += rows
+            total["bytes"] += rows * table.bytes_per_row
+            total["host"] += rows * table.bytes_per_row * table.on_host
+            total["work"] += asked[rank].vectors * plan.ranks
+            total["of"][table.name] = rows * table.bytes_per_row
     return [
         RankCost(
             rank=rank,
             pieces=total["pieces"],
             rows=total["rows"],
             bytes=total["bytes"],
+            host_bytes=total["host"],
             work=total["work"],
-            sent_ids=asked_ids - total["ids"],
-            sent_vectors=total["vectors"] * (ranks - 1),
-            sent_gradients=asked_values - total["vectors"],
+            sent_ids=float(sent_KR[0, rank]),
+            sent_vectors=float(sent_KR[1, rank]),
+            sent_gradients=float(sent_KR[2, rank]),
             bytes_of_table=total["of"],
         )
         for rank, total in enumerate(totals)
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableCost:
+    """What one table's exchanges of a training step move from rank to rank: ids, vectors and gradients."""
+
+    name: str
+    sent_rows: NDArray
+    """[ranks]: bytes that each rank sends where distinct rows travel."""
+    sent_sums: NDArray
+    """[ranks]: likewise, where sums do; infinite where the bags cannot be summed where the rows are."""
+
+
+def table_costs(plan: Plan, tables: Sequence[TableLoad], batch_size: int, value_bytes: int = 4) -> list[TableCost]:
+    """Of each table both ways, whichever the plan has chosen; for the arguments see ``rank_costs``."""
+
+    def sent(table: TableLoad, pooled: bool) -> NDArray:
+        asked = _asked_of_ranks(plan, table, batch_size, pooled)
+        return _sent(table, asked, plan.ranks, value_bytes, pooled).sum(0)
+
+    nowhere = np.full(plan.ranks, np.inf)
+    return [
+        TableCost(
+            name=table.name,
+            sent_rows=sent(table, False),
+            sent_sums=sent(table, True) if table.may_pool else nowhere,
+        )
+        for table in tables
+    ]
+
+
+def _worth_pooling(costs: Sequence[TableCost]) -> tuple[str, ...]:
+    """The tables of which sums are fewer bytes than rows; none that would have the busiest rank send more."""
+    sent_R = np.sum([cost.sent_rows for cost in costs], axis=0)
+    chosen = set()
+    for cost in sorted(costs, key=lambda cost: (cost.sent_sums.sum() - cost.sent_rows.sum(), cost.name)):
+        changed_R = sent_R - cost.sent_rows + cost.sent_sums
+        if cost.sent_sums.sum() < cost.sent_rows.sum() and changed_R.max() <= sent_R.max():
+            chosen.add(cost.name)
+            sent_R = changed_R
+    return tuple(cost.name for cost in costs if cost.name in chosen)
+
+
+def _asked_of_ranks(plan: Plan, table: TableLoad, batch_size: int, pooled: bool) -> dict[int, Asked]:
+    samples = batch_size / plan.ranks
+    traffic = DistinctRows(table, samples)
+    return {
+        rank: _asked(table, pieces, traffic, samples, pooled)
+        for rank, pieces in _by_rank(plan.tables[table.name]).items()
+    }
+
+
+def _sent(table: TableLoad, asked: Mapping[int, Asked], ranks: int, value_bytes: int, pooled: bool) -> NDArray:
+    """[3, ranks]: bytes of ids, vectors and gradients that each rank sends to others."""
+    here_IR = np.zeros((2, ranks))
+    for rank, of_rank in asked.items():
+        id_bytes = ID_BYTES + (FACTOR_BYTES if pooled and table.factors else 0)
+        here_IR[:, rank] = of_rank.ids * id_bytes, of_rank.vectors * table.width * value_bytes
+    ids_R, values_R = here_IR
+    # A rank asks all others, and is asked by them.
+    return np.stack([ids_R.sum() - ids_R, values_R * (ranks - 1), values_R.sum() - values_R])
+
+
+def _by_rank(pieces: Iterable[Piece]) -> dict[int, list[Piece]]:
+    found: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.rank, []).append(piece)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,6 +612,8 @@ class Places:
 
     on_host: tuple[str, ...]
     """Names of tables."""
+    cut: Mapping[str, int]
+    """Of them, those of which the device holds the first rows, and how many."""
     device_bytes: int
     """Tables on the device with their optimiser state, and room for the rows at hand of the others."""
     at_hand_bytes: int
@@ -470,7 +632,8 @@ def place_tables(tables: Sequence[TableLoad], movable: Iterable[str], batch_size
     """Chooses which tables stay in host memory where one device has no room for all.
 
     Those of which a batch needs the fewest rows for the memory that they take go first; what room is
-    left at the end is given back to those that fit.
+    left at the end is given back to those that fit, and then in equal parts to the first rows of those
+    that do not, which are expected to be the busiest.
 
     Args:
         tables: of the network.
@@ -482,7 +645,8 @@ def place_tables(tables: Sequence[TableLoad], movable: Iterable[str], batch_size
         UserError: there is not enough of it; it says by how many bytes.
     """
     movable = set(movable)
-    rows = {table.name: DistinctRows(table, batch_size).below(table.rows) for table in tables}
+    traffic = {table.name: DistinctRows(table, batch_size) for table in tables}
+    rows = {table.name: traffic[table.name].below(table.rows) for table in tables}
     of_name = {table.name: table for table in tables}
 
     def needed(host: set[str]) -> tuple[int, int]:
@@ -508,11 +672,21 @@ def place_tables(tables: Sequence[TableLoad], movable: Iterable[str], batch_size
             f"{memory:,}: {missing:,} bytes ({_human(missing)}) too few; {_human(at_hand)} are "
             "for the rows of three batches at hand: a smaller batch, or a smaller width, needs less"
         )
+    # A column's table among several is whole: an id reads a row of each.
+    cuttable = [table for table in tables if table.name in host and "/" not in table.name]
+    # None of them has room for all of its rows.
+    cut = {table.name: -missing // len(cuttable) // table.bytes_per_row for table in cuttable}
+    cut = {name: first for name, first in cut.items() if first}
+    for name, first in cut.items():
+        rows[name] -= traffic[name].below(first)
+    device_bytes, at_hand = needed(host)
+    device_bytes += sum(first * of_name[name].bytes_per_row for name, first in cut.items())
     return Places(
         on_host=tuple(table.name for table in tables if table.name in host),
+        cut=cut,
         device_bytes=device_bytes,
         at_hand_bytes=at_hand,
-        host_bytes=sum(of_name[name].bytes for name in host),
+        host_bytes=sum(of_name[name].bytes - cut.get(name, 0) * of_name[name].bytes_per_row for name in host),
         fetched={table.name: rows[table.name] for table in tables if table.name in host},
         bus_bytes=sum(rows[name] * of_name[name].bytes_per_row for name in host),
     )

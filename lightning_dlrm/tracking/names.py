@@ -33,6 +33,7 @@ ASKED_ROWS = "asked_rows_per_step"
 MOVED_BYTES = "moved_bytes_per_step"
 IMBALANCE = "work_imbalance"
 HOST_BYTES = "parallel/host_bytes"
+"""Of ``BYTES_PER_RANK``, those of tables in host memory; on the rank that holds most of them."""
 SAMPLES_PER_SECOND = "speed/samples_per_s"
 # Of the time of training, which they add up to; on a GPU, of the time that the host spends there.
 DATA_WAIT_SHARE = "speed/data_wait_share"
