@@ -255,7 +255,13 @@ def test_lightnings_early_stopping_from_the_configuration() -> None:
         ("--checkpoint.every_n_steps=-1", "checkpoint.every_n_steps is -1"),
         ("--trainer.callbacks=WeightAveraging", "set model.averaging.decay"),
         (f"{STOP_EARLY}validation/loss", "EarlyStopping's monitor is validation/loss; expected one of validation/auc"),
+        (f"{STOP_EARLY}validation/calibration", "EarlyStopping's monitor is validation/calibration; expected one of"),
         (f"{STOP_EARLY}validation/auc", "EarlyStopping's mode is min, and of validation/auc more is better"),
+        (
+            f"{STOP_EARLY}validation/log_loss --trainer.callbacks.mode=max",
+            "EarlyStopping's mode is max, and of validation/log_loss less is better",
+        ),
+        (f"{STOP_EARLY}validation/log_loss --trainer.limit_val_batches=0", "trainer.limit_val_batches is 0"),
     ],
 )
 def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -275,7 +275,7 @@ class CTRCommand(LightningCLI):
                     "which take table rows where they are: set model.averaging.decay, such as 0.99, instead"
                 )
             if isinstance(callback, EarlyStopping):
-                _check_early_stopping(callback)
+                _check_early_stopping(callback, settings["limit_val_batches"])
         try:
             # Of a strategy a copy: a trainer sets the accelerator in it, which the next trainer would refuse.
             strategy = copy.copy(settings["strategy"])
@@ -471,19 +471,26 @@ def add_matching_arguments(parser: Any) -> None:
     parser.add_argument("--output", default=None, help="the new configuration's file")
 
 
-def _check_early_stopping(callback: EarlyStopping) -> None:
+def _check_early_stopping(callback: EarlyStopping, limit_val_batches: float | None) -> None:
     """
     Raises:
         UserError: it would look for a metric that there is not, or stop where it should go on.
     """
-    metrics = [f"{names.VALIDATION}/{name}" for name in names.METRICS]
-    if callback.monitor not in metrics:
+    if limit_val_batches == 0:
         raise UserError(
-            f"trainer.callbacks: EarlyStopping's monitor is {callback.monitor}; expected one of {', '.join(metrics)}"
+            "trainer.callbacks: EarlyStopping looks at validations, and trainer.limit_val_batches is 0: leave one of "
+            "them out"
         )
-    if callback.mode == "min" and callback.monitor in (f"{names.VALIDATION}/auc", f"{names.VALIDATION}/accuracy"):
+    modes = {f"{names.VALIDATION}/{metric}": mode for metric, mode in names.BETTER.items()}
+    if callback.monitor not in modes:
         raise UserError(
-            f"trainer.callbacks: EarlyStopping's mode is min, and of {callback.monitor} more is better: set mode to max"
+            f"trainer.callbacks: EarlyStopping's monitor is {callback.monitor}; expected one of {', '.join(modes)}"
+        )
+    mode = modes[callback.monitor]
+    if callback.mode != mode:
+        raise UserError(
+            f"trainer.callbacks: EarlyStopping's mode is {callback.mode}, and of {callback.monitor} "
+            f"{'more' if mode == 'max' else 'less'} is better: set mode to {mode}"
         )
 
 
