@@ -2,6 +2,7 @@
 predictions, kills and resumes, exit codes, and one clear line for each mistake."""
 
 import json
+import logging
 import math
 import os
 import random
@@ -14,6 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from sklearn.metrics import roc_auc_score
 
 from lightning_dlrm.__main__ import COMMANDS, main
@@ -243,6 +245,18 @@ def test_lightnings_early_stopping_from_the_configuration() -> None:
     assert main([*FIT, *QUICK, "--config", "stop.yaml", "--run_dir", "run"]) == 0
     assert list(losses("run")) == [1, 2]
     assert json.loads(Path("run", "summary.json").read_text())["best"]["step"] == 2
+
+
+def test_a_profiler_is_heard_and_kept_in_the_configuration(caplog: pytest.LogCaptureFixture) -> None:
+    profilers = logging.getLogger("pytorch_lightning.profilers")
+    profilers.addHandler(caplog.handler)
+    try:
+        assert main([*FIT, *QUICK, "--trainer.profiler=simple", "--run_dir", "run"]) == 0
+        assert main(["fit", "--config", "run/config.yaml", "--run_dir", "again"]) == 0
+    finally:
+        profilers.removeHandler(caplog.handler)
+    assert caplog.text.count("FIT Profiler Report") == caplog.text.count("CTRModule.optimizer_step ") == 2
+    assert yaml.safe_load(Path("again/config.yaml").read_text())["trainer"]["profiler"] == "simple"
 
 
 @pytest.mark.parametrize(

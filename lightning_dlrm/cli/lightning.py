@@ -513,8 +513,9 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Says at this level that a rank has died, before it ends the others.
-    logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
+    # These say at this level that a rank has died, before it ends the others, and what a profiler has found.
+    for name in ("lightning_fabric.strategies.launchers.subprocess_script", "pytorch_lightning.profilers"):
+        logging.getLogger(name).setLevel(logging.INFO)
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         log.setLevel(logging.WARNING)
 
