@@ -191,7 +191,7 @@ def test_a_rule_for_linear_terms_that_cannot_have_one_is_refused() -> None:
 def test_memory_and_advice_count_linear_terms_with_their_own_rule() -> None:
     module = toy_module(wide_dlrm, SGD(0.1), SGD(0.2), wide_rule=Adam(0.01))
     loads = {load.name: load.bytes_per_row for load in table_loads(wide_dlrm(toy_schema().features, 3), module)}
-    assert loads == {name: 4 * 4 for name in TABLES} | {f"{name}/linear": 4 * 3 for name in TABLES}
+    assert loads == dict.fromkeys(TABLES, 4 * 4) | {f"{name}/linear": 4 * 3 for name in TABLES}
     assert count(module)["bytes_optimizer_tables"] == 4 * 2 * sum(TABLES.values())
     assert "(dense 0.2, tables 0.1, wide 0.01)" in module.guard.advice
 
