@@ -9,8 +9,8 @@ from contextlib import contextmanager
 def leaving_in_order() -> Iterator[None]:
     """Lets SIGTERM, as a scheduler sends it, and SIGHUP, as a closed terminal does, clean up as an error does.
 
-    A signal that this process was started to ignore, as ``nohup`` does with SIGHUP, stays ignored. The end of a
-    session sends both: the second does not end the cleaning up.
+    A signal that this process was started to ignore, as ``nohup`` does with SIGHUP, stays ignored. Where both
+    come, as they may when a machine shuts down, the second does not end the cleaning up.
 
     Raises:
         SystemExit: with code 128 + the signal's number, such as 143 on SIGTERM.
