@@ -37,7 +37,7 @@ from lightning_dlrm.engine.progress import RunProgress
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
-from lightning_dlrm.engine.target import StopAtAUC
+from lightning_dlrm.engine.target import StayStopped, StopAtAUC
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
 from lightning_dlrm.sharding.collectives import lost_rank
 from lightning_dlrm.tracking import names
@@ -223,6 +223,8 @@ class CTRCommand(LightningCLI):
                 callbacks.insert(2, NormRecorder(self.recorder))
             if settings.stop_at_auc is not None:
                 callbacks.insert(0, StopAtAUC(settings.stop_at_auc, self.recorder))
+            stopping = [given for given in _listed(trainer.get("callbacks")) if isinstance(given, EarlyStopping)]
+            callbacks = [*(StayStopped(given) for given in stopping), *callbacks]
         else:
             callbacks = [EvaluationWriter(self.run_folder), PredictionWriter(self.run_folder)]
         if trainer.get("enable_progress_bar") is not False:
@@ -480,6 +482,11 @@ def _check_early_stopping(callback: EarlyStopping, limit_val_batches: float | No
         raise UserError(
             "trainer.callbacks: EarlyStopping looks at validations, and trainer.limit_val_batches is 0: leave one of "
             "them out"
+        )
+    if callback._check_on_train_epoch_end:
+        raise UserError(
+            "trainer.callbacks: EarlyStopping's check_on_train_epoch_end comes after a validation's checkpoint is "
+            "saved, which would be without its count: leave it out"
         )
     modes = {f"{names.VALIDATION}/{metric}": mode for metric, mode in names.BETTER.items()}
     if callback.monitor not in modes:
