@@ -449,6 +449,10 @@ class CTRModule(pl.LightningModule):
         metrics.reset()
 
     def _warn_of_chance(self, metrics: ClickMetrics) -> None:
+        optimum = self.data_schema().optimum.get(names.VALIDATION)
+        if optimum is not None and optimum.auc <= 0.5:
+            # Of labels that depend on nothing.
+            return
         here = [
             sum(len(labels) for labels in metrics.labels),
             sum(int((labels > 0).sum()) for labels in metrics.labels),
