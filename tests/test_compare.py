@@ -258,7 +258,7 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
     assert html.index("<h2>Verdicts</h2>") < html.index("<table>") and "is better than DCN by AUC" in html
 
 
-def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("lightning_dlrm.compare.command.draw_all", lambda *found: [])
     dlrm, dcn = planned()
     paths = [leave_run(dlrm, 1, Path("out"), 5.0), leave_run(dcn, 1, Path("out"), 0.0)]
@@ -266,6 +266,12 @@ def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     pairs = json.loads(Path("out/report.json").read_text())["pairs"]
     assert [pair["verdict"] for pair in pairs] == ["not_distinguishable"] * 2
     assert all("one seed of DLRM and of DCN" in pair["reason"] for pair in pairs)
+    said, html = capsys.readouterr().out, " ".join(Path("out/report.html").read_text().split())
+    for text in (said, html):
+        assert "DLRM and DCN by AUC: no verdict" in text.replace("<strong>", "").replace("</strong>", "")
+        assert "one seed a side says nothing of what another seed would give; train more seeds (--seeds)" in text
+        assert "not distinguishable" not in text and "over the seeds" not in text
+    assert "one seed each, on the test split" in said and "another choice of seeds" not in html
     assert all(pair["low"] > 0 or pair["high"] < 0 for pair in pairs), "the samples alone would have decided"
 
 
@@ -280,6 +286,9 @@ def test_other_data_are_refused_unless_forced(
     assert "of different data" in error and "data fingerprint: " in error and "dlrm-1, dlrm-2" in error
     assert "data.init_args.demo.test_rows: 400, 300" in error and not Path("out/report.json").exists()
 
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    summary["final"][names.OPTIMUM_AUC] = 0.8123
+    (runs[0] / "summary.json").write_text(json.dumps(summary))
     titles: dict[str, str] = {}
 
     def save(figure: Figure, path: Path, **options: Any) -> None:
@@ -288,8 +297,18 @@ def test_other_data_are_refused_unless_forced(
 
     monkeypatch.setattr(Figure, "savefig", save)
     assert main(["compare", *arguments, "--force"]) == 0
-    assert "WARNING: data fingerprint" in capsys.readouterr().out
-    assert "these runs are of different data" in Path("out/report.html").read_text()
+    said, html = capsys.readouterr().out, " ".join(Path("out/report.html").read_text().split())
+    assert "WARNING: data fingerprint" in said and "these runs are of different data" in html
+    one, two = (
+        f"demo (protocol demo, fingerprint {read_run(run).final['data_fingerprint'][:12]})" for run in runs[::2]
+    )
+    assert f"<h1>DLRM on {one} / DCN on {two}</h1>" in html
+    for text in (said, html):
+        assert f"400 of {one} for DLRM; 300 of {two} for DCN" in text
+        assert "AUC of DLRM and of DCN, each on its own data," in text and "no sample is common to both" in text
+        assert "is better than" not in text
+    # One run's summary knows the planted model's score, the other's does not.
+    assert html.count("is demo data: generated clicks") == 1 and f"{one} is demo data" in html and "0.8123" in html
     assert len(titles) >= 9 and all("WARNING: different data" in title for title in titles.values()), titles
     pairs = json.loads(Path("out/report.json").read_text())["pairs"]
     assert all("2 and 2 seeds" in pair["reason"] for pair in pairs), "other samples cannot be taken in pairs"

@@ -29,7 +29,7 @@ from lightning_dlrm.compare.page import page_of
 from lightning_dlrm.compare.processes import Job, Slots, work_off
 from lightning_dlrm.compare.report import write_report
 from lightning_dlrm.compare.results import Comparison, check_data, compare
-from lightning_dlrm.compare.runs import Arm, arms_of, read_run
+from lightning_dlrm.compare.runs import Arm, arms_of, by_data, read_run
 from lightning_dlrm.compare.scores import (
     Split,
     note_source,
@@ -237,8 +237,8 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
         print(f"scoring {len(jobs)} of {len(runs)} runs on their {options.split} split")
         slots = Slots.choose(options.parallel, [])
         work_off(jobs, slots, lambda job: note_source(by_name[job.name], options.split, _scores(output, job.name)))
-    title = (
-        f"{' / '.join(arm.name for arm in arms)} on {runs[0].final['dataset']} (protocol {runs[0].final['protocol']})"
+    title = " / ".join(
+        f"{' / '.join(arm.name for arm in of_data)} on {data}" for data, of_data in by_data(arms).items()
     )
     report = _report(arms, labels, options, output, title=title, warnings=warnings)
     places = [run.config["wandb"] for run in runs]

@@ -104,7 +104,7 @@ class _Drawing:
             "Accuracy while training",
             "As in Figure 5 of Naumov et al. (2019): accuracy on the training samples (thin, over the last 65,536 "
             "of them, each scored before its step) and on the validation split (thick), after the first twentieth of "
-            "the run. Lines are means over the seeds, bands reach from the lowest seed to the highest.",
+            f"the run. {self._lines()}",
         )
 
     def curves(self, metric: str) -> Picture:
@@ -127,8 +127,8 @@ class _Drawing:
             f"{METRIC_TITLES[metric][0].upper()}{METRIC_TITLES[metric][1:]} against samples, time and operations",
             "Above over the last 65,536 training samples, below on the validation split. Time is that of training, "
             "without validations and checkpoints, on the machine at hand; operations are those of matrix products and "
-            "interactions, forward and backward. Means over the seeds, bands from the lowest seed to the highest, "
-            "after the first twentieth of the run.",
+            "interactions, forward and backward. After the first twentieth of the run. "
+            f"{self._lines()}",
         )
 
     def _abscissae(self) -> list[tuple[str, str, Any]]:
@@ -202,8 +202,13 @@ class _Drawing:
             figure,
             "differences",
             "Differences",
-            f"On the {comparison.split} split, with 95% intervals that count seeds and samples: filled where the "
-            "interval leaves out 0, open where the two are not distinguishable.",
+            f"On the {comparison.split} split, with 95% intervals that count "
+            + (
+                "the samples only, as there is one seed a side: open, as one seed decides nothing."
+                if comparison.one_seed
+                else "seeds and samples (of one seed the samples only): filled where the interval leaves out 0, open "
+                "where the two are not distinguishable, or a side has one seed."
+            ),
         )
 
     def results(self) -> Picture:
@@ -232,8 +237,10 @@ class _Drawing:
             figure,
             "results",
             "Results of every seed",
-            f"On the {comparison.split} split: a mark for each run; below it the mean and its 95% interval over the "
-            "seeds (Student's t).",
+            f"On the {comparison.split} split: a mark for each run"
+            + (
+                "." if comparison.one_seed else "; below it the mean and its 95% interval over the seeds (Student's t)."
+            ),
         )
 
     def calibration(self) -> Picture:
@@ -257,8 +264,9 @@ class _Drawing:
             figure,
             "calibration",
             "Calibration",
-            f"The samples of the {self._comparison.split} split in 20 groups of equal size by their probability, all "
-            "seeds together; bars are Wilson's 95% intervals. On the grey line clicks are as frequent as predicted.",
+            f"The samples of the {self._comparison.split} split in 20 groups of equal size by their probability"
+            + ("; " if self._comparison.one_seed else ", all seeds together; ")
+            + "bars are Wilson's 95% intervals. On the grey line clicks are as frequent as predicted.",
         )
 
     # --- cost -------------------------------------------------------------------------------------
@@ -365,6 +373,12 @@ class _Drawing:
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
 
+    def _lines(self) -> str:
+        """What the lines of a course are."""
+        if self._comparison.one_seed:
+            return "Each line is of one run."
+        return "Lines are means over the seeds, bands reach from the lowest seed to the highest."
+
     def _warning(self) -> str:
         warnings = self._comparison.warnings
         return f"WARNING: different data ({'; '.join(warnings)})" if warnings else ""
@@ -382,6 +396,8 @@ class _Drawing:
             )
         path = self._folder / f"{name}.png"
         figure.savefig(path, dpi=150)
+        if self._comparison.warnings:
+            caption += " The runs are of different data: each is scored on its own."
         return Picture(name=name, path=path, title=title, caption=caption)
 
 
