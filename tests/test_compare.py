@@ -30,7 +30,7 @@ from lightning_dlrm.compare.experiment import PlannedArm, plan_arms, read_experi
 from lightning_dlrm.compare.operators import breakdown
 from lightning_dlrm.compare.processes import Job, Slots, trained_samples, work_off
 from lightning_dlrm.compare.results import compare
-from lightning_dlrm.compare.runs import arms_of, data_differences, read_run, settings_of
+from lightning_dlrm.compare.runs import arms_of, data_differences, read_run, settings_of, told
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.models import tables
@@ -175,8 +175,11 @@ def test_a_dry_run_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--config", "tiny.yaml", "--config", "over.yaml", "--output", "out", "--dry-run"]) == 0
     assert "seeds 1, 2: 4 runs" in capsys.readouterr().out
     paths = [leave_run(arm, 1, Path("kept"), 1.0) for arm in planned()]
-    assert main(["compare", *map(str, paths), "--dry-run"]) == 0
+    scored = ["--output", "kept", "--dry-run"]
+    assert main(["compare", *map(str, paths), *scored]) == 0
     assert capsys.readouterr().out == "DLRM: dlrm-1\nDCN: dcn-1\n"
+    # Without --output there are no scores yet.
+    assert "no checkpoints/best to score" in error_of(capsys, *map(str, paths), "--dry-run")
     assert sorted(Path().iterdir()) == sorted([*before, *paths, Path("kept"), Path("over.yaml")])
 
 
@@ -321,8 +324,8 @@ def test_sizes_of_demo_data_say_nothing_beside_other_data() -> None:
     config = yaml.safe_load((runs[0] / "config.yaml").read_text())
     config["data"]["init_args"]["path"] = "real"
     (runs[0] / "config.yaml").write_text(yaml.safe_dump(config))
-    told = data_differences([read_run(run) for run in runs])
-    assert told[-1] == "data.init_args.path: real, demo" and not any("test_rows" in line for line in told)
+    lines = data_differences([read_run(run) for run in runs])
+    assert lines[-1] == "data.init_args.path: real, demo" and not any("test_rows" in line for line in lines)
     before = settings_of(config)
     config["data"]["init_args"]["demo"]["test_rows"] = 1
     assert settings_of(config) == before, "nor do they make another configuration"
@@ -360,6 +363,11 @@ def test_runs_are_grouped_by_configuration_whatever_their_seed() -> None:
     assert [(arm.name, arm.seeds) for arm in arms_of(runs)] == [("DLRM", (1, 2)), ("DCN", (1, 2))]
     with pytest.raises(UserError, match="one configuration and one seed"):
         arms_of([*runs, runs[0]])
+
+
+def test_a_setting_of_0_is_a_number_in_tables() -> None:
+    values = [0, 0.0, None, False, True, [512, 256], "models.DLRM"]
+    assert [told(value) for value in values] == ["0", "0.0", "-", "-", "True", "512-256", "DLRM"]
 
 
 def test_a_sharded_run_shows_what_each_rank_held() -> None:

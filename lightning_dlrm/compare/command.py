@@ -222,13 +222,13 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
         )
     for arm in arms:
         print(f"{arm.name}: {', '.join(run.name for run in arm.runs)}")
+    commands = [scoring_command(run, options.split, _scores(output, run.name)) for run in runs]
+    labels = shared_labels(runs, options.split)
     if options.dry_run:
         return 0
     _make(output)
-    labels = shared_labels(runs, options.split)
     jobs = []
-    for run in runs:
-        command = scoring_command(run, options.split, _scores(output, run.name))
+    for run, command in zip(runs, commands, strict=True):
         if command is not None:
             log, scored = output / "logs" / f"{run.name}.log", len(labels[run.final["data_fingerprint"]])
             jobs.append(Job(name=run.name, commands=[command], run=run.path, log=log, scored=scored))

@@ -240,7 +240,7 @@ def _few(members: Sequence[str]) -> str:
 
 def told(value: Any) -> str:
     """A setting's value for a table: of a class its name, of layers 512-256; a dash for what a model does not have."""
-    if value in (None, False):
+    if value is None or value is False:
         return "-"
     if isinstance(value, list) and value:
         return "-".join(map(str, value))
