@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import wandb
 import yaml
 from matplotlib.figure import Figure
 
@@ -37,7 +39,8 @@ from lightning_dlrm.models import tables
 from lightning_dlrm.objectives.metrics import exact_auc
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
-from lightning_dlrm.tracking.wandb_comparison import ComparisonPage
+from lightning_dlrm.tracking.wandb_comparison import ComparisonPage, send_comparison
+from lightning_dlrm.tracking.wandb_run import RunPlace
 from tests.test_wandb import merged, of_type, read_back
 
 REPOSITORY = Path(__file__).parents[1]
@@ -473,7 +476,7 @@ def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPa
     report = comparing._Report(comparison=comparison, page=ComparisonPage(figures={}, tables={}, files=[]))
     published = []
     monkeypatch.setattr(comparing, "choose_mode", lambda mode: ("online", ""))
-    monkeypatch.setattr(comparing, "send_comparison", lambda page, output, place, *_: f"https://w/{place.group}")
+    monkeypatch.setattr(comparing, "send_comparison", lambda page, output, place, *_: (f"https://w/{place.group}", ""))
     monkeypatch.setattr(comparing, "publish", lambda board: published.append(board) or {"report": "https://w/r"})
     settings = {"project": "p", "entity": "team", "mode": "auto", "group": "tiny-out"}
     said = comparing._to_wandb(report, settings, Path("out"))
@@ -488,6 +491,36 @@ def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(comparing, "publish", refuse)
     said = comparing._to_wandb(report, settings, Path("out"))
     assert "no workspace and no report (no extra); later: python -m" in said
+
+
+def test_a_server_that_refuses_the_page_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def init(**options: Any) -> Any:
+        started.append(options["mode"])
+        if options["mode"] == "online":
+            raise wandb.errors.CommError("permission\n denied")
+        return real(**options)
+
+    real = wandb.init
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(comparing, "choose_mode", lambda mode: ("online", ""))
+    monkeypatch.setattr(comparing, "publish", lambda board: pytest.fail("there is nothing there to publish"))
+    Path("out").mkdir()
+    report: Any = SimpleNamespace(page=ComparisonPage(figures={}, tables={}, files=[]))
+    settings = {"project": "p", "entity": None, "mode": "auto", "group": "g"}
+    said = comparing._to_wandb(report, settings, Path("out"))
+    assert said.startswith("W&B: offline (permission denied); send it with: wandb sync out/wandb/offline-run-*\n")
+    assert started == ["online", "offline"] and wandb.run is None
+
+
+def test_a_page_that_cannot_be_logged_leaves_no_run_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("out").mkdir()
+    page = ComparisonPage(figures={}, tables={}, files=[Path("nosuch.html")])
+    with pytest.raises(ValueError, match="nosuch"):
+        send_comparison(page, Path("out"), RunPlace(project="p", name="out"), "offline")
+    assert wandb.run is None
 
 
 # --- processes -----------------------------------------------------------------------------------------

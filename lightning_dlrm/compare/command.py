@@ -299,9 +299,9 @@ def _to_wandb(report: _Report, settings: Mapping[str, Any], output: Path, runs_t
         return "W&B: disabled"
     project, entity, group = settings["project"], settings["entity"], settings["group"]
     place = RunPlace(project=project, entity=entity, group=group, name=output.resolve().name, job_type=JOB_TYPE)
-    where = send_comparison(report.page, output, place, mode, reason)
+    where, reason = send_comparison(report.page, output, place, mode, reason)
     later = f"python -m lightning_dlrm dashboard --project {project} --group {group}"
-    if mode == "offline":
+    if reason:
         sent = f"{output / 'runs/*/wandb/offline-run-*'} " if runs_too else ""
         told = [f"W&B: offline ({reason}); send it with: wandb sync {sent}{output / 'wandb/offline-run-*'}"]
         return "\n".join([*told, *([f"  then, for a workspace and a report there: {later}"] if group else [])])
