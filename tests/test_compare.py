@@ -29,6 +29,7 @@ from lightning_dlrm.compare import command as comparing
 from lightning_dlrm.compare import operators, processes
 from lightning_dlrm.compare.anatomy import anatomy
 from lightning_dlrm.compare.experiment import PlannedArm, plan_arms, read_experiment
+from lightning_dlrm.compare.figures import PAGE_WIDTH, draw_all
 from lightning_dlrm.compare.operators import breakdown
 from lightning_dlrm.compare.processes import Job, Slots, trained_samples, work_off
 from lightning_dlrm.compare.results import compare
@@ -422,6 +423,28 @@ def test_times_are_kept_for_what_they_depend_on(monkeypatch: pytest.MonkeyPatch)
     Path("operators.json").write_text('{"half": {"matrix')
     breakdown(arms, Path("operators.json"))
     assert len(measured) == 4 and json.loads(Path("operators.json").read_text())
+
+
+def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [leave_run(arm, 1, Path("out"), 1.0) for arm in planned()]
+    for path in paths:
+        last = (path / "metrics.jsonl").read_text().splitlines()[-1]
+        (path / "metrics.jsonl").write_text(last + "\n")
+    runs = [read_run(path) for path in paths]
+    labels = shared_labels(runs, "test")
+    scores = {run.name: read_scores(Path("out/scores") / run.name, *labels.values()) for run in runs}
+    arms = arms_of(runs)
+    drawn: dict[str, Figure] = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.stem: figure}))
+    comparison = compare(arms, scores, title="t", split="test")
+    pictures = draw_all(comparison, {arm.name: anatomy(arm.runs[0]) for arm in arms}, {}, Path("figures"))
+    assert {picture.name: picture.width for picture in pictures}["figure5"] == PAGE_WIDTH
+    for axes in drawn["auc"].axes:
+        marks = [line for line in axes.lines if line.get_marker() != "None"]
+        assert len({line.get_markersize() for line in marks}) == len(marks) == 2
+        assert all(line.get_fillstyle() == "none" for line in marks)
+    tables, dense = ({bar.get_facecolor() for bar in axes.patches} for axes in drawn["parameters"].axes)
+    assert len(tables) == 2 and len(dense) > 2 and not tables & dense
 
 
 def test_what_was_found_is_logged_beside_the_runs(

@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from lightning_dlrm.compare.anatomy import Anatomy
-from lightning_dlrm.compare.figures import Picture
+from lightning_dlrm.compare.figures import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
 from lightning_dlrm.compare.runs import Arm, by_data, differing, told
 from lightning_dlrm.tracking import names
@@ -65,9 +65,11 @@ def write_report(
 def _embedded(picture: Picture) -> Markup:
     """A figure with its file inside."""
     data = base64.b64encode(picture.path.read_bytes()).decode()
+    share = min(1.0, picture.width / PAGE_WIDTH)
+    title, caption = escape(picture.title), escape(picture.caption)
     return Markup(
-        f'<figure><img alt="{escape(picture.title)}: {escape(picture.caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption><strong>{escape(picture.title)}.</strong> {escape(picture.caption)}</figcaption></figure>"
+        f'<figure><img style="width: {share:.0%}" alt="{title}: {caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption><strong>{title}.</strong> {caption}</figcaption></figure>"
     )
 
 
@@ -110,7 +112,7 @@ def _seeds_note(comparison: Comparison) -> str:
 
 def _split_note(comparison: Comparison) -> str:
     """What was scored, and how far the best reachable score is, where that is known."""
-    note = f"On {comparison.scored} by the weights of each run's best validation AUC."
+    note = f"On {comparison.scored}, by the weights of each run's best validation AUC."
     data = by_data(comparison.arms)
     for title, arms in data.items():
         optimum = arms[0].runs[0].final.get(names.OPTIMUM_AUC)

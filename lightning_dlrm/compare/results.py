@@ -134,7 +134,7 @@ class Comparison:
         if len(data) == 1:
             return f"the {next(iter(counts.values())):,} samples of the {self.split} split"
         told = [f"{counts[title]:,} of {title} for {', '.join(a.name for a in arms)}" for title, arms in data.items()]
-        return f"the samples of the {self.split} splits of different data: {'; '.join(told)};"
+        return f"the samples of the {self.split} splits of different data ({'; '.join(told)})"
 
     @property
     def runs(self) -> list[Run]:

@@ -55,8 +55,8 @@ def closing_words(comparison: Comparison, output: Path) -> str:
     seeds = ", ".join(dict.fromkeys(str(len(arm.runs)) for arm in comparison.arms))
     lines += ["", *table(rows)]
     of = "one seed each" if comparison.one_seed else f"means over the seeds ({seeds})"
-    on = comparison.scored if comparison.warnings else f"the {comparison.split} split;"
-    lines += [f"{of}, on {on} validation: the course of the AUC", ""]
+    on = comparison.scored if comparison.warnings else f"the {comparison.split} split"
+    lines += [f"{of}, on {on}; validation: the course of the AUC", ""]
     lines += [pair.sentence for pair in comparison.pairs]
     lines += ["", f"report: {output / 'report.html'}"]
     return "\n".join(lines)
