@@ -282,6 +282,16 @@ def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys
     assert all(pair["low"] > 0 or pair["high"] < 0 for pair in pairs), "the samples alone would have decided"
 
 
+def test_one_seed_on_one_side_is_named() -> None:
+    dlrm, dcn = planned()
+    runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm, seed in ((dlrm, 1), (dlrm, 2), (dcn, 1))]
+    (labels,) = shared_labels(runs, "test").values()
+    scores = {run.name: read_scores(Path("out/scores") / run.name, labels) for run in runs}
+    for pair in compare(arms_of(runs), scores, title="t", split="test").pairs:
+        assert pair.verdict == "not_distinguishable" and pair.reason.endswith("the interval leaves its seeds out")
+        assert "no verdict: one seed of DCN says nothing" in pair.sentence and pair.word == "none: one seed"
+
+
 def test_other_data_are_refused_unless_forced(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

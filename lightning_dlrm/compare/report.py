@@ -77,13 +77,14 @@ def _verdict_note(comparison: Comparison) -> str:
     """What the intervals of the verdicts count."""
     pairs = comparison.pairs
     notes = []
-    if not all(pair.single for pair in pairs):
+    judged = sum(not pair.single for pair in pairs)
+    if judged:
         notes.append(
             "Each is about configurations, not single runs: the interval counts what another choice of seeds and of "
-            f"test samples would have changed. Each of the {len(pairs)} intervals holds the true difference 19 times "
+            f"test samples would have changed. Each of these {judged} intervals holds the true difference 19 times "
             "out of 20; of many of them some will miss it."
         )
-    if any(pair.single for pair in pairs):
+    if judged < len(pairs):
         notes.append(
             "Where a side has one seed there is no verdict: the interval leaves out what other seeds of it would have "
             "changed, which may be more than it counts."
