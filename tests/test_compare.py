@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import wandb
 import yaml
 from matplotlib.figure import Figure
 
@@ -27,17 +29,19 @@ from lightning_dlrm.compare import command as comparing
 from lightning_dlrm.compare import operators, processes
 from lightning_dlrm.compare.anatomy import anatomy
 from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, plan_arms, read_experiment
+from lightning_dlrm.compare.figures import PAGE_WIDTH, draw_all
 from lightning_dlrm.compare.operators import breakdown
 from lightning_dlrm.compare.processes import Job, Slots, trained_samples, work_off
 from lightning_dlrm.compare.results import compare
-from lightning_dlrm.compare.runs import arms_of, data_differences, read_run, settings_of
+from lightning_dlrm.compare.runs import arms_of, data_differences, read_run, settings_of, told
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.models import tables
 from lightning_dlrm.objectives.metrics import exact_auc
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
-from lightning_dlrm.tracking.wandb_comparison import ComparisonPage
+from lightning_dlrm.tracking.wandb_comparison import ComparisonPage, send_comparison
+from lightning_dlrm.tracking.wandb_run import RunPlace
 from tests.test_wandb import merged, of_type, read_back
 
 REPOSITORY = Path(__file__).parents[1]
@@ -175,8 +179,11 @@ def test_a_dry_run_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--config", "tiny.yaml", "--config", "over.yaml", "--output", "out", "--dry-run"]) == 0
     assert "seeds 1, 2: 4 runs" in capsys.readouterr().out
     paths = [leave_run(arm, 1, Path("kept"), 1.0) for arm in planned()]
-    assert main(["compare", *map(str, paths), "--dry-run"]) == 0
+    scored = ["--output", "kept", "--dry-run"]
+    assert main(["compare", *map(str, paths), *scored]) == 0
     assert capsys.readouterr().out == "DLRM: dlrm-1\nDCN: dcn-1\n"
+    # Without --output there are no scores yet.
+    assert "no checkpoints/best to score" in error_of(capsys, *map(str, paths), "--dry-run")
     assert sorted(Path().iterdir()) == sorted([*before, *paths, Path("kept"), Path("over.yaml")])
 
 
@@ -258,7 +265,7 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
     assert html.index("<h2>Verdicts</h2>") < html.index("<table>") and "is better than DCN by AUC" in html
 
 
-def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("lightning_dlrm.compare.command.draw_all", lambda *found: [])
     dlrm, dcn = planned()
     paths = [leave_run(dlrm, 1, Path("out"), 5.0), leave_run(dcn, 1, Path("out"), 0.0)]
@@ -266,7 +273,23 @@ def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     pairs = json.loads(Path("out/report.json").read_text())["pairs"]
     assert [pair["verdict"] for pair in pairs] == ["not_distinguishable"] * 2
     assert all("one seed of DLRM and of DCN" in pair["reason"] for pair in pairs)
+    said, html = capsys.readouterr().out, " ".join(Path("out/report.html").read_text().split())
+    for text in (said, html):
+        assert "DLRM and DCN by AUC: no verdict" in text.replace("<strong>", "").replace("</strong>", "")
+        assert "one seed a side says nothing of what another seed would give; train more seeds (--seeds)" in text
+        assert "not distinguishable" not in text and "over the seeds" not in text
+    assert "one seed each, on the test split" in said and "another choice of seeds" not in html
     assert all(pair["low"] > 0 or pair["high"] < 0 for pair in pairs), "the samples alone would have decided"
+
+
+def test_one_seed_on_one_side_is_named() -> None:
+    dlrm, dcn = planned()
+    runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm, seed in ((dlrm, 1), (dlrm, 2), (dcn, 1))]
+    (labels,) = shared_labels(runs, "test").values()
+    scores = {run.name: read_scores(Path("out/scores") / run.name, labels) for run in runs}
+    for pair in compare(arms_of(runs), scores, title="t", split="test").pairs:
+        assert pair.verdict == "not_distinguishable" and pair.reason.endswith("the interval leaves its seeds out")
+        assert "no verdict: one seed of DCN says nothing" in pair.sentence and pair.word == "none: one seed"
 
 
 def test_other_data_are_refused_unless_forced(
@@ -280,6 +303,9 @@ def test_other_data_are_refused_unless_forced(
     assert "of different data" in error and "data fingerprint: " in error and "dlrm-1, dlrm-2" in error
     assert "data.init_args.demo.test_rows: 400, 300" in error and not Path("out/report.json").exists()
 
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    summary["final"][names.OPTIMUM_AUC] = 0.8123
+    (runs[0] / "summary.json").write_text(json.dumps(summary))
     titles: dict[str, str] = {}
 
     def save(figure: Figure, path: Path, **options: Any) -> None:
@@ -288,8 +314,18 @@ def test_other_data_are_refused_unless_forced(
 
     monkeypatch.setattr(Figure, "savefig", save)
     assert main(["compare", *arguments, "--force"]) == 0
-    assert "WARNING: data fingerprint" in capsys.readouterr().out
-    assert "these runs are of different data" in Path("out/report.html").read_text()
+    said, html = capsys.readouterr().out, " ".join(Path("out/report.html").read_text().split())
+    assert "WARNING: data fingerprint" in said and "these runs are of different data" in html
+    one, two = (
+        f"demo (protocol demo, fingerprint {read_run(run).final['data_fingerprint'][:12]})" for run in runs[::2]
+    )
+    assert f"<h1>DLRM on {one} / DCN on {two}</h1>" in html
+    for text in (said, html):
+        assert f"400 of {one} for DLRM; 300 of {two} for DCN" in text
+        assert "AUC of DLRM and of DCN, each on its own data," in text and "no sample is common to both" in text
+        assert "is better than" not in text
+    # One run's summary knows the planted model's score, the other's does not.
+    assert html.count("is demo data: generated clicks") == 1 and f"{one} is demo data" in html and "0.8123" in html
     assert len(titles) >= 9 and all("WARNING: different data" in title for title in titles.values()), titles
     pairs = json.loads(Path("out/report.json").read_text())["pairs"]
     assert all("2 and 2 seeds" in pair["reason"] for pair in pairs), "other samples cannot be taken in pairs"
@@ -302,8 +338,8 @@ def test_sizes_of_demo_data_say_nothing_beside_other_data() -> None:
     config = yaml.safe_load((runs[0] / "config.yaml").read_text())
     config["data"]["init_args"]["path"] = "real"
     (runs[0] / "config.yaml").write_text(yaml.safe_dump(config))
-    told = data_differences([read_run(run) for run in runs])
-    assert told[-1] == "data.init_args.path: real, demo" and not any("test_rows" in line for line in told)
+    lines = data_differences([read_run(run) for run in runs])
+    assert lines[-1] == "data.init_args.path: real, demo" and not any("test_rows" in line for line in lines)
     before = settings_of(config)
     config["data"]["init_args"]["demo"]["test_rows"] = 1
     assert settings_of(config) == before, "nor do they make another configuration"
@@ -356,6 +392,11 @@ def test_runs_are_grouped_by_configuration_whatever_their_seed() -> None:
         arms_of([*runs, runs[0]])
 
 
+def test_a_setting_of_0_is_a_number_in_tables() -> None:
+    values = [0, 0.0, None, False, True, [512, 256], "models.DLRM"]
+    assert [told(value) for value in values] == ["0", "0.0", "-", "-", "True", "512-256", "DLRM"]
+
+
 def test_a_sharded_run_shows_what_each_rank_held() -> None:
     dlrm, _ = planned()
     path = leave_run(dlrm, 1, Path("out"), 1.0)
@@ -405,6 +446,28 @@ def test_times_are_kept_for_what_they_depend_on(monkeypatch: pytest.MonkeyPatch)
     Path("operators.json").write_text('{"half": {"matrix')
     breakdown(arms, Path("operators.json"))
     assert len(measured) == 4 and json.loads(Path("operators.json").read_text())
+
+
+def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [leave_run(arm, 1, Path("out"), 1.0) for arm in planned()]
+    for path in paths:
+        last = (path / "metrics.jsonl").read_text().splitlines()[-1]
+        (path / "metrics.jsonl").write_text(last + "\n")
+    runs = [read_run(path) for path in paths]
+    labels = shared_labels(runs, "test")
+    scores = {run.name: read_scores(Path("out/scores") / run.name, *labels.values()) for run in runs}
+    arms = arms_of(runs)
+    drawn: dict[str, Figure] = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.stem: figure}))
+    comparison = compare(arms, scores, title="t", split="test")
+    pictures = draw_all(comparison, {arm.name: anatomy(arm.runs[0]) for arm in arms}, {}, Path("figures"))
+    assert {picture.name: picture.width for picture in pictures}["figure5"] == PAGE_WIDTH
+    for axes in drawn["auc"].axes:
+        marks = [line for line in axes.lines if line.get_marker() != "None"]
+        assert len({line.get_markersize() for line in marks}) == len(marks) == 2
+        assert all(line.get_fillstyle() == "none" for line in marks)
+    tables, dense = ({bar.get_facecolor() for bar in axes.patches} for axes in drawn["parameters"].axes)
+    assert len(tables) == 2 and len(dense) > 2 and not tables & dense
 
 
 def test_what_was_found_is_logged_beside_the_runs(
@@ -459,7 +522,7 @@ def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPa
     report = comparing._Report(comparison=comparison, page=ComparisonPage(figures={}, tables={}, files=[]))
     published = []
     monkeypatch.setattr(comparing, "choose_mode", lambda mode: ("online", ""))
-    monkeypatch.setattr(comparing, "send_comparison", lambda page, output, place, *_: f"https://w/{place.group}")
+    monkeypatch.setattr(comparing, "send_comparison", lambda page, output, place, *_: (f"https://w/{place.group}", ""))
     monkeypatch.setattr(comparing, "publish", lambda board: published.append(board) or {"report": "https://w/r"})
     settings = {"project": "p", "entity": "team", "mode": "auto", "group": "tiny-out"}
     said = comparing._to_wandb(report, settings, Path("out"))
@@ -474,6 +537,36 @@ def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(comparing, "publish", refuse)
     said = comparing._to_wandb(report, settings, Path("out"))
     assert "no workspace and no report (no extra); later: python -m" in said
+
+
+def test_a_server_that_refuses_the_page_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def init(**options: Any) -> Any:
+        started.append(options["mode"])
+        if options["mode"] == "online":
+            raise wandb.errors.CommError("permission\n denied")
+        return real(**options)
+
+    real = wandb.init
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(comparing, "choose_mode", lambda mode: ("online", ""))
+    monkeypatch.setattr(comparing, "publish", lambda board: pytest.fail("there is nothing there to publish"))
+    Path("out").mkdir()
+    report: Any = SimpleNamespace(page=ComparisonPage(figures={}, tables={}, files=[]))
+    settings = {"project": "p", "entity": None, "mode": "auto", "group": "g"}
+    said = comparing._to_wandb(report, settings, Path("out"))
+    assert said.startswith("W&B: offline (permission denied); send it with: wandb sync out/wandb/offline-run-*\n")
+    assert started == ["online", "offline"] and wandb.run is None
+
+
+def test_a_page_that_cannot_be_logged_leaves_no_run_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("out").mkdir()
+    page = ComparisonPage(figures={}, tables={}, files=[Path("nosuch.html")])
+    with pytest.raises(ValueError, match="nosuch"):
+        send_comparison(page, Path("out"), RunPlace(project="p", name="out"), "offline")
+    assert wandb.run is None
 
 
 # --- processes -----------------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
 """Looks that figures share: colours of Okabe and Ito, which colour-blind people can tell apart, and a hatch beside each
 for black and white."""
 
+from collections.abc import Sequence
+
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+TOL_MUTED = ("#DDCC77", "#882255", "#44AA99", "#332288", "#999933", "#CC6677", "#88CCEE", "#117733")
+"""Of Paul Tol's muted scheme: for the parts of what has a colour of OKABE_ITO itself."""
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "---")
 
 
-def filling(number: int) -> dict[str, str]:
+def filling(number: int, colors: Sequence[str] = OKABE_ITO) -> dict[str, str]:
     """Options of the n-th bar."""
     return {
-        "color": OKABE_ITO[number % len(OKABE_ITO)], "hatch": HATCHES[number % len(HATCHES)], "edgecolor": "white"
+        "color": colors[number % len(colors)], "hatch": HATCHES[number % len(HATCHES)], "edgecolor": "white"
     }  # fmt: skip

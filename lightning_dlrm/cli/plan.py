@@ -41,6 +41,9 @@ from lightning_dlrm.sharding.plan import (
     table_costs,
 )
 
+PLOT_WIDTH = 10.0
+"""Inches."""
+
 EXAMPLES = """\
 examples:
   python -m lightning_dlrm plan --config dlrm.yaml --ranks 8
@@ -362,7 +365,7 @@ def draw(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 8), layout="constrained")
+    figure = Figure(figsize=(PLOT_WIDTH, 8), layout="constrained")
     held, work, sent = figure.subplots(3, 1, sharex=True)
     ranks, width = [cost.rank for cost in costs], 0.8 if plan.ranks <= 64 else 1.0
 

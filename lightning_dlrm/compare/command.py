@@ -29,7 +29,7 @@ from lightning_dlrm.compare.page import page_of
 from lightning_dlrm.compare.processes import Job, Slots, work_off
 from lightning_dlrm.compare.report import write_report
 from lightning_dlrm.compare.results import Comparison, check_data, compare
-from lightning_dlrm.compare.runs import Arm, arms_of, read_run
+from lightning_dlrm.compare.runs import Arm, arms_of, by_data, read_run
 from lightning_dlrm.compare.scores import (
     Split,
     note_source,
@@ -222,13 +222,13 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
         )
     for arm in arms:
         print(f"{arm.name}: {', '.join(run.name for run in arm.runs)}")
+    commands = [scoring_command(run, options.split, _scores(output, run.name)) for run in runs]
+    labels = shared_labels(runs, options.split)
     if options.dry_run:
         return 0
     _make(output)
-    labels = shared_labels(runs, options.split)
     jobs = []
-    for run in runs:
-        command = scoring_command(run, options.split, _scores(output, run.name))
+    for run, command in zip(runs, commands, strict=True):
         if command is not None:
             log, scored = output / "logs" / f"{run.name}.log", len(labels[run.final["data_fingerprint"]])
             jobs.append(Job(name=run.name, commands=[command], run=run.path, log=log, scored=scored))
@@ -237,8 +237,8 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
         print(f"scoring {len(jobs)} of {len(runs)} runs on their {options.split} split")
         slots = Slots.choose(options.parallel, [])
         work_off(jobs, slots, lambda job: note_source(by_name[job.name], options.split, _scores(output, job.name)))
-    title = (
-        f"{' / '.join(arm.name for arm in arms)} on {runs[0].final['dataset']} (protocol {runs[0].final['protocol']})"
+    title = " / ".join(
+        f"{' / '.join(arm.name for arm in of_data)} on {data}" for data, of_data in by_data(arms).items()
     )
     report = _report(arms, labels, options, output, title=title, warnings=warnings)
     places = [run.config["wandb"] for run in runs]
@@ -299,9 +299,9 @@ def _to_wandb(report: _Report, settings: Mapping[str, Any], output: Path, runs_t
         return "W&B: disabled"
     project, entity, group = settings["project"], settings["entity"], settings["group"]
     place = RunPlace(project=project, entity=entity, group=group, name=output.resolve().name, job_type=JOB_TYPE)
-    where = send_comparison(report.page, output, place, mode, reason)
+    where, reason = send_comparison(report.page, output, place, mode, reason)
     later = f"python -m lightning_dlrm dashboard --project {project} --group {group}"
-    if mode == "offline":
+    if reason:
         sent = f"{output / 'runs/*/wandb/offline-run-*'} " if runs_too else ""
         told = [f"W&B: offline ({reason}); send it with: wandb sync {sent}{output / 'wandb/offline-run-*'}"]
         return "\n".join([*told, *([f"  then, for a workspace and a report there: {later}"] if group else [])])

@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from lightning_dlrm.cli.palette import OKABE_ITO, filling
+from lightning_dlrm.cli.palette import OKABE_ITO, TOL_MUTED, filling
+from lightning_dlrm.cli.plan import PLOT_WIDTH as PLAN_WIDTH
 from lightning_dlrm.cli.plan import draw as draw_plan
 from lightning_dlrm.compare.anatomy import Anatomy
 from lightning_dlrm.compare.operators import ALL_KINDS, ROUNDS, STEPS
@@ -28,6 +29,8 @@ LINES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 1)), (0, (5, 1))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FIRST_SHOWN = 0.05
 """Share of a run that curves leave out at its beginning."""
+PAGE_WIDTH = 11.0
+"""Inches of a figure that fills the report's width; narrower ones are shown smaller, for letters of one size."""
 SHOWN_MARKS = 8
 """Markers along a curve."""
 
@@ -39,6 +42,8 @@ class Picture:
     name: str
     """In ``names.COMPARISON_FIGURES``."""
     path: Path
+    width: float
+    """Inches."""
     title: str
     caption: str
 
@@ -87,7 +92,7 @@ class _Drawing:
     def figure5(self) -> Picture:
         """Training and validation accuracy against samples, a panel for each optimiser."""
         panels = self._panels()
-        figure = Figure(figsize=(5.2 * len(panels) + 0.4, 4.4), layout="constrained")
+        figure = Figure(figsize=(max(PAGE_WIDTH, 5.2 * len(panels) + 0.4), 4.4), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for panel, (title, arms) in zip(axes, panels.items(), strict=True):
             for arm in arms:
@@ -104,12 +109,12 @@ class _Drawing:
             "Accuracy while training",
             "As in Figure 5 of Naumov et al. (2019): accuracy on the training samples (thin, over the last 65,536 "
             "of them, each scored before its step) and on the validation split (thick), after the first twentieth of "
-            "the run. Lines are means over the seeds, bands reach from the lowest seed to the highest.",
+            f"the run. {self._lines()}",
         )
 
     def curves(self, metric: str) -> Picture:
         """One metric, training and validation, against samples, time and operations."""
-        figure = Figure(figsize=(11, 6.2), layout="constrained")
+        figure = Figure(figsize=(PAGE_WIDTH, 6.2), layout="constrained")
         rows = figure.subplots(2, 3, sharey="row")
         for row, split in zip(rows, (names.TRAIN, names.VALIDATION), strict=True):
             for axes, (x, label, factor) in zip(row, self._abscissae(), strict=True):
@@ -127,8 +132,8 @@ class _Drawing:
             f"{METRIC_TITLES[metric][0].upper()}{METRIC_TITLES[metric][1:]} against samples, time and operations",
             "Above over the last 65,536 training samples, below on the validation split. Time is that of training, "
             "without validations and checkpoints, on the machine at hand; operations are those of matrix products and "
-            "interactions, forward and backward. Means over the seeds, bands from the lowest seed to the highest, "
-            "after the first twentieth of the run.",
+            "interactions, forward and backward. After the first twentieth of the run. "
+            f"{self._lines()}",
         )
 
     def _abscissae(self) -> list[tuple[str, str, Any]]:
@@ -166,6 +171,10 @@ class _Drawing:
             style |= {"marker": "" if length > 1 else ".", "linewidth": 0.9, "alpha": 0.75}
         else:
             style |= {"linewidth": 1.8, "markersize": 4, "markevery": max(1, length // SHOWN_MARKS)}
+        if length == 1 and not thin:
+            # One validation each, often at one place: marks that lie on each other are all to be seen.
+            style |= {"fillstyle": "none", "markersize": 7 + 2 * list(self._styles).index(arm.name)}
+            axes.vlines(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=style["markersize"])
         axes.plot(xs, ys.mean(0), label=label, **style)
         if len(arm.runs) > 1:
             axes.fill_between(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=0)
@@ -176,7 +185,7 @@ class _Drawing:
         """The interval of every difference."""
         comparison = self._comparison
         count = len(comparison.pairs) // len(METRICS)
-        figure = Figure(figsize=(11, 1.7 + 0.42 * count), layout="constrained")
+        figure = Figure(figsize=(PAGE_WIDTH, 1.7 + 0.42 * count), layout="constrained")
         panels = figure.subplots(1, len(METRICS))
         for axes, metric in zip(panels, METRICS, strict=True):
             pairs = [pair for pair in comparison.pairs if pair.metric == metric]
@@ -202,15 +211,20 @@ class _Drawing:
             figure,
             "differences",
             "Differences",
-            f"On the {comparison.split} split, with 95% intervals that count seeds and samples: filled where the "
-            "interval leaves out 0, open where the two are not distinguishable.",
+            f"On the {comparison.split} split, with 95% intervals that count "
+            + (
+                "the samples only, as there is one seed a side: open, as one seed decides nothing."
+                if comparison.one_seed
+                else "seeds and samples (of one seed the samples only): filled where the interval leaves out 0, open "
+                "where the two are not distinguishable, or a side has one seed."
+            ),
         )
 
     def results(self) -> Picture:
         """Every run's result, with mean and interval."""
         comparison = self._comparison
         shown = ("auc", "log_loss", "accuracy")
-        figure = Figure(figsize=(11, 1.6 + 0.42 * len(comparison.arms)), layout="constrained")
+        figure = Figure(figsize=(PAGE_WIDTH, 1.6 + 0.42 * len(comparison.arms)), layout="constrained")
         panels = figure.subplots(1, len(shown), sharey=True)
         for axes, metric in zip(panels, shown, strict=True):
             for row, arm in enumerate(comparison.arms):
@@ -232,8 +246,10 @@ class _Drawing:
             figure,
             "results",
             "Results of every seed",
-            f"On the {comparison.split} split: a mark for each run; below it the mean and its 95% interval over the "
-            "seeds (Student's t).",
+            f"On the {comparison.split} split: a mark for each run"
+            + (
+                "." if comparison.one_seed else "; below it the mean and its 95% interval over the seeds (Student's t)."
+            ),
         )
 
     def calibration(self) -> Picture:
@@ -257,8 +273,9 @@ class _Drawing:
             figure,
             "calibration",
             "Calibration",
-            f"The samples of the {self._comparison.split} split in 20 groups of equal size by their probability, all "
-            "seeds together; bars are Wilson's 95% intervals. On the grey line clicks are as frequent as predicted.",
+            f"The samples of the {self._comparison.split} split in 20 groups of equal size by their probability"
+            + ("; " if self._comparison.one_seed else ", all seeds together; ")
+            + "bars are Wilson's 95% intervals. On the grey line clicks are as frequent as predicted.",
         )
 
     # --- cost -------------------------------------------------------------------------------------
@@ -271,7 +288,7 @@ class _Drawing:
             (names.SAMPLES_PER_SECOND, "samples/s", 1.0),
             (names.PEAK_MEMORY, "peak memory of the process, GiB", 2.0**30),
         ]
-        figure = Figure(figsize=(11, 1.5 + 0.42 * len(arms)), layout="constrained")
+        figure = Figure(figsize=(PAGE_WIDTH, 1.5 + 0.42 * len(arms)), layout="constrained")
         panels = figure.subplots(1, len(shown), sharey=True)
         for axes, (name, label, unit) in zip(panels, shown, strict=True):
             for row, arm in enumerate(arms):
@@ -296,7 +313,7 @@ class _Drawing:
         distinct = _distinct(anatomies)
         tables = list(dict.fromkeys(name for anatomy in distinct.values() for name in anatomy.tables))
         shown = tables if len(tables) <= 40 else sorted(tables, key=lambda t: -_most(distinct, t))[:40]
-        figure = Figure(figsize=(11, 4.6), layout="constrained")
+        figure = Figure(figsize=(PAGE_WIDTH, 4.6), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
         width = 0.8 / len(distinct)
         for i, (title, anatomy) in enumerate(distinct.items()):
@@ -353,6 +370,7 @@ class _Drawing:
                 Picture(
                     name="load",
                     path=path,
+                    width=PLAN_WIDTH,
                     title=f"Load of each rank: {arm}",
                     caption="What each rank holds, is asked for, and sends in a training step, by the plan.",
                 )
@@ -364,6 +382,12 @@ class _Drawing:
     def _legend(self, figure: Figure, axes: Axes) -> None:
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+
+    def _lines(self) -> str:
+        """What the lines of a course are."""
+        if self._comparison.one_seed:
+            return "Each line is of one run."
+        return "Lines are means over the seeds, bands reach from the lowest seed to the highest."
 
     def _warning(self) -> str:
         warnings = self._comparison.warnings
@@ -382,7 +406,9 @@ class _Drawing:
             )
         path = self._folder / f"{name}.png"
         figure.savefig(path, dpi=150)
-        return Picture(name=name, path=path, title=title, caption=caption)
+        if self._comparison.warnings:
+            caption += " The runs are of different data: each is scored on its own."
+        return Picture(name=name, path=path, width=figure.get_figwidth(), title=title, caption=caption)
 
 
 def _distinct(anatomies: Mapping[str, Anatomy]) -> dict[str, Anatomy]:
@@ -406,7 +432,8 @@ def _stack(axes: Axes, bars: Sequence[str], amounts: Mapping[str, Sequence[float
     bottom = np.zeros(len(bars))
     highest = max(float(np.sum([values[i] for values in amounts.values()])) for i in range(len(bars)))
     for i, (name, values) in enumerate(amounts.items()):
-        look: dict[str, Any] = filling(i)
+        # The configurations have the other colours.
+        look: dict[str, Any] = filling(i, TOL_MUTED)
         axes.bar(range(len(bars)), values, 0.6, bottom, label=name, **look)
         for x, value in enumerate(values):
             if value > 0.06 * highest:

@@ -40,7 +40,7 @@ def page_of(
 
 
 def _verdicts(comparison: Comparison) -> Table:
-    keys = ("a", "b", "metric", "difference", "low", "high", "verdict")
+    keys = ("a", "b", "metric", "difference", "low", "high", "verdict", "reason")
     return Table(columns=keys, rows=[[pair[key] for key in keys] for pair in comparison.document()["pairs"]])
 
 

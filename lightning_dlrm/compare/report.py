@@ -9,9 +9,9 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from lightning_dlrm.compare.anatomy import Anatomy
-from lightning_dlrm.compare.figures import Picture
+from lightning_dlrm.compare.figures import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
-from lightning_dlrm.compare.runs import Arm, differing, told
+from lightning_dlrm.compare.runs import Arm, by_data, differing, told
 from lightning_dlrm.tracking import names
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -34,8 +34,8 @@ def write_report(
         operator_notes: for each configuration whose operators were not measured, why.
         path: of the HTML file.
     """
+    data = by_data(comparison.arms)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    run = comparison.runs[0]
     paired = any(pair.difference.paired for pair in comparison.pairs)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=comparison.title,
@@ -51,8 +51,13 @@ def write_report(
         parameters=_parameters(comparison.arms, anatomies),
         settings=_settings(comparison.arms),
         runs=_runs(comparison),
-        data_note=f"Data: {run.final['dataset']}, protocol {run.final['protocol']}, fingerprint "
-        f"{run.final['data_fingerprint'][:12]}.",
+        data_note=" ".join(
+            f"Data{'' if len(data) == 1 else ' of ' + ', '.join(arm.name for arm in arms)}: {arms[0]['dataset']}, "
+            f"protocol {arms[0]['protocol']}, fingerprint {arms[0]['data_fingerprint'][:12]}."
+            for arms in data.values()
+        ),
+        verdict_note=_verdict_note(comparison),
+        seeds_note=_seeds_note(comparison),
     )
     path.write_text(text, encoding="utf-8")
 
@@ -60,22 +65,63 @@ def write_report(
 def _embedded(picture: Picture) -> Markup:
     """A figure with its file inside."""
     data = base64.b64encode(picture.path.read_bytes()).decode()
+    share = min(1.0, picture.width / PAGE_WIDTH)
+    title, caption = escape(picture.title), escape(picture.caption)
     return Markup(
-        f'<figure><img alt="{escape(picture.title)}: {escape(picture.caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption><strong>{escape(picture.title)}.</strong> {escape(picture.caption)}</figcaption></figure>"
+        f'<figure><img style="width: {share:.0%}" alt="{title}: {caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption><strong>{title}.</strong> {caption}</figcaption></figure>"
     )
+
+
+def _verdict_note(comparison: Comparison) -> str:
+    """What the intervals of the verdicts count."""
+    pairs = comparison.pairs
+    notes = []
+    judged = sum(not pair.single for pair in pairs)
+    if judged:
+        notes.append(
+            "Each is about configurations, not single runs: the interval counts what another choice of seeds and of "
+            f"test samples would have changed. Each of these {judged} intervals holds the true difference 19 times "
+            "out of 20; of many of them some will miss it."
+        )
+    if judged < len(pairs):
+        notes.append(
+            "Where a side has one seed there is no verdict: the interval leaves out what other seeds of it would have "
+            "changed, which may be more than it counts."
+        )
+    if not all(pair.same_data for pair in pairs):
+        notes.append(
+            "Where the data differ, no sample was scored by both sides: the interval takes them as independent, and "
+            "says how far their scores lie apart, each on its own data; it does not say which model is better."
+        )
+    else:
+        notes.append(
+            "What is found holds for these data and these settings: rates tuned for one side, or longer training, can "
+            "turn it."
+        )
+    return " ".join(notes)
+
+
+def _seeds_note(comparison: Comparison) -> str:
+    """What the figures of each configuration are."""
+    if comparison.one_seed:
+        return "Each configuration has one run: the figures are that run's, and how much seeds scatter is not known."
+    several = "Means over the seeds ± half of the 95% interval over the seeds (Student's t)"
+    alone = any(len(arm.runs) == 1 for arm in comparison.arms)
+    return f"{several}; of a configuration with one seed its figure alone." if alone else f"{several}."
 
 
 def _split_note(comparison: Comparison) -> str:
     """What was scored, and how far the best reachable score is, where that is known."""
-    samples = len(comparison.scores[comparison.runs[0].name].labels)
-    note = (
-        f"On the {samples:,} samples of the {comparison.split} split, by the weights of each run's best validation AUC."
-    )
-    optimum = comparison.runs[0].final.get(names.OPTIMUM_AUC)
-    if optimum is not None:
+    note = f"On {comparison.scored}, by the weights of each run's best validation AUC."
+    data = by_data(comparison.arms)
+    for title, arms in data.items():
+        optimum = arms[0].runs[0].final.get(names.OPTIMUM_AUC)
+        if optimum is None:
+            continue
+        which = "Demo data" if len(data) == 1 else f"{title} is demo data"
         note += (
-            f" Demo data: generated clicks of a planted model, whose best reachable validation AUC is {optimum:.4f}; "
+            f" {which}: generated clicks of a planted model, whose best reachable validation AUC is {optimum:.4f}; "
             "they say nothing of real clicks."
         )
     return note

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_dlrm.compare.runs import Arm, Run, data_differences
+from lightning_dlrm.compare.runs import Arm, Run, by_data, data_differences
 from lightning_dlrm.compare.scores import Scores, Split
 from lightning_dlrm.compare.statistics import (
     HIGHER_IS_BETTER,
@@ -38,6 +38,13 @@ METRIC_TITLES: Mapping[str, str] = {
 }
 
 
+OTHER_DATA = (
+    "their data differ, so no sample is common to both, the interval takes the sides as independent, and the "
+    "difference is of data and models together"
+)
+"""What an interval says where --force compared runs of different data."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """Two configurations under one metric."""
@@ -50,11 +57,26 @@ class Pair:
     verdict: Verdict
     reason: str
     """Why the verdict is what it is, in words."""
+    single: Sequence[str]
+    """Sides with one seed only."""
+    same_data: bool
+    """Both sides were trained and scored on the same data."""
+
+    @property
+    def word(self) -> str:
+        """The verdict for a table."""
+        given = "none: one seed" if self.single else self.verdict.replace("_", " ")
+        return given if self.same_data else f"{given} (different data)"
 
     @property
     def headline(self) -> str:
         """The verdict in a few words."""
         title = METRIC_TITLES[self.metric]
+        if self.single:
+            return f"{self.a} and {self.b} by {title}: no verdict"
+        if not self.same_data:
+            found = "are not distinguishable" if self.verdict == "not_distinguishable" else "differ"
+            return f"{title} of {self.a} and of {self.b}, each on its own data, {found}"
         if self.verdict == "not_distinguishable":
             return f"{self.a} and {self.b} are not distinguishable by {title}"
         winner, loser = (self.a, self.b) if self.verdict == "a_better" else (self.b, self.a)
@@ -64,8 +86,17 @@ class Pair:
     def details(self) -> str:
         """What the verdict rests on."""
         interval = self.difference.interval
+        span = f"{interval.value:+.5f}, 95% interval {interval.low:+.5f} to {interval.high:+.5f}"
+        if self.single:
+            seeds = "one seed a side" if len(self.single) == 2 else f"one seed of {self.single[0]}"
+            text = (
+                f"{seeds} says nothing of what another seed would give; train more seeds (--seeds) (difference {span}, "
+                f"which leaves {'the seeds' if len(self.single) == 2 else 'its seeds'} out)"
+            )
+            return text if self.same_data else f"{text}; {OTHER_DATA}"
+        if not self.same_data:
+            return f"{self.a} minus {self.b} {span}; {OTHER_DATA}"
         if self.verdict == "not_distinguishable":
-            span = f"{interval.value:+.5f}, 95% interval {interval.low:+.5f} to {interval.high:+.5f}"
             return f"{self.reason} (difference {span})"
         near, far = sorted((abs(interval.low), abs(interval.high)))
         word = "higher" if HIGHER_IS_BETTER[self.metric] else "lower"
@@ -89,6 +120,21 @@ class Comparison:
     pairs: Sequence[Pair]
     warnings: Sequence[str]
     """Why the runs should not be compared; empty unless --force was given."""
+
+    @property
+    def one_seed(self) -> bool:
+        """Every configuration has a single run."""
+        return all(len(arm.runs) == 1 for arm in self.arms)
+
+    @property
+    def scored(self) -> str:
+        """Which samples were scored, in words."""
+        data = by_data(self.arms)
+        counts = {title: len(self.scores[arms[0].runs[0].name].labels) for title, arms in data.items()}
+        if len(data) == 1:
+            return f"the {next(iter(counts.values())):,} samples of the {self.split} split"
+        told = [f"{counts[title]:,} of {title} for {', '.join(a.name for a in arms)}" for title, arms in data.items()]
+        return f"the samples of the {self.split} splits of different data ({'; '.join(told)})"
 
     @property
     def runs(self) -> list[Run]:
@@ -195,9 +241,10 @@ def _pair(metric: Metric, a: Arm, b: Arm, parts: Mapping[str, list[Components]])
     single = [arm.name for arm in (a, b) if len(arm.seeds) < 2]
     if single:
         given: Verdict = "not_distinguishable"
+        counts = "counts the test samples only" if len(single) == 2 else "leaves its seeds out"
         reason = (
             f"one seed of {' and of '.join(single)} says nothing of how much another seed would have changed, and the "
-            "interval counts the test samples only"
+            f"interval {counts}"
         )
     else:
         given = verdict(metric, found.interval)
@@ -205,4 +252,8 @@ def _pair(metric: Metric, a: Arm, b: Arm, parts: Mapping[str, list[Components]])
         how = f"{len(a.seeds)} seeds in pairs" if found.paired else f"{len(a.seeds)} and {len(b.seeds)} seeds"
         leaves = "holds" if given == "not_distinguishable" else "leaves out"
         reason = f"the interval {leaves} 0 with {how}; {100 * share:.0f}% of the variance is the seeds'"
-    return Pair(a=a.name, b=b.name, metric=metric, difference=found, verdict=given, reason=reason)
+    if not same:
+        reason += f"; {OTHER_DATA}"
+    return Pair(
+        a=a.name, b=b.name, metric=metric, difference=found, verdict=given, reason=reason, single=single, same_data=same
+    )

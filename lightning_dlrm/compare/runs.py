@@ -227,13 +227,24 @@ def data_differences(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
+def by_data(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
+    """Configurations by what they were trained on: dataset and protocol, and where these are alike the fingerprint."""
+    groups: dict[tuple[str, ...], list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault((arm["data_fingerprint"], arm["dataset"], arm["protocol"]), []).append(arm)
+    titles = [f"{group[0]['dataset']} (protocol {group[0]['protocol']})" for group in groups.values()]
+    if len(set(titles)) < len(titles):
+        titles = [f"{title[:-1]}, fingerprint {key[0][:12]})" for title, key in zip(titles, groups, strict=True)]
+    return dict(zip(titles, groups.values(), strict=True))
+
+
 def _few(members: Sequence[str]) -> str:
     return ", ".join(members[:3]) + (f" and {len(members) - 3} more" if len(members) > 3 else "")
 
 
 def told(value: Any) -> str:
     """A setting's value for a table: of a class its name, of layers 512-256; a dash for what a model does not have."""
-    if value in (None, False):
+    if value is None or value is False:
         return "-"
     if isinstance(value, list) and value:
         return "-".join(map(str, value))

@@ -54,7 +54,9 @@ def closing_words(comparison: Comparison, output: Path) -> str:
         rows.append((arm.name, *(f"{value:.5f}" for value in values), f"{speed:,.0f}", course))
     seeds = ", ".join(dict.fromkeys(str(len(arm.runs)) for arm in comparison.arms))
     lines += ["", *table(rows)]
-    lines += [f"means over the seeds ({seeds}), on the {comparison.split} split; validation: the course of the AUC", ""]
+    of = "one seed each" if comparison.one_seed else f"means over the seeds ({seeds})"
+    on = comparison.scored if comparison.warnings else f"the {comparison.split} split"
+    lines += [f"{of}, on {on}; validation: the course of the AUC", ""]
     lines += [pair.sentence for pair in comparison.pairs]
     lines += ["", f"report: {output / 'report.html'}"]
     return "\n".join(lines)

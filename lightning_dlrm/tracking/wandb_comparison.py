@@ -39,7 +39,7 @@ class ComparisonPage:
 
 def send_comparison(
     page: ComparisonPage, output: Path, place: RunPlace, mode: Literal["online", "offline"], reason: str = ""
-) -> str:
+) -> tuple[str, str]:
     """Logs a page in one run, which a later call goes on with.
 
     Args:
@@ -50,13 +50,23 @@ def send_comparison(
         reason: see ``choose_mode``.
 
     Returns:
-        The page's address, or how it gets there.
+        The page's address, or how it gets there; and the reason for being offline, empty where the run is online.
     """
     folder = RunFolder(output)
-    logger, _ = start_wandb(
+    logger, reason = start_wandb(
         output, place, mode=mode, reason=reason, run_id=training_run_id(folder), config={"comparison": place.name}
     )
-    run: wandb.Run = logger.experiment
+    succeeded = False
+    try:
+        _log(page, logger.experiment)
+        where = whereabouts([logger], folder) or ""
+        succeeded = True
+    finally:
+        finish_wandb(succeeded)
+    return where, reason
+
+
+def _log(page: ComparisonPage, run: wandb.Run) -> None:
     shown: dict[str, Any] = {
         names.comparison_figure(name): [wandb.Image(str(path), caption=caption) for path, caption in pictures]
         for name, pictures in page.figures.items()
@@ -69,6 +79,3 @@ def send_comparison(
     for path in page.files:
         report.add_file(str(path))
     run.log_artifact(report)
-    where = whereabouts([logger], folder) or ""
-    finish_wandb(True)
-    return where
