@@ -234,6 +234,20 @@ def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixtu
     assert losses("other") == losses("run")
 
 
+def test_a_refused_resume_leaves_the_run_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, *QUICK, "--run_dir", "run", "--trainer.max_steps=2"]) == 0
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    other_model = ["fit", "--config", "dcn.yaml", *FIT[3:]]
+    for refused, said in [
+        (other_model, "is of a DLRM, this run trains a DCN"),
+        ([*FIT, "--model.dense_optimizer.learning_rate=0.5"], "learning_rate"),
+        ([*FIT, "--trainer.accumulate_grad_batches=3"], "validate between steps"),
+    ]:
+        assert main([*refused, *QUICK, "--run_dir", "run", "--resume=auto", "--trainer.max_steps=4"]) == 2
+        assert said in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
 def test_lightnings_early_stopping_from_the_configuration() -> None:
     """With a threshold that the first validation reaches, of the several that the fit would have."""
     Path("stop.yaml").write_text(

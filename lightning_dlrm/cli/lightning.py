@@ -352,13 +352,13 @@ class CTRCommand(LightningCLI):
     # --- running --------------------------------------------------------------------------------
 
     def before_fit(self) -> None:
-        assert self.run_folder is not None
+        assert self.run_folder is not None and self.recorder is not None
         if not self.trainer.is_global_zero:
             return
         # What this call resumed from is no part of the configuration: others take it back with --config.
         settings = self._settings().clone()
         settings.ckpt_path = settings.resume = settings.run_dir = None
-        self.run_folder.write_text(CONFIG, self._parser(self.subcommand).dump(settings, skip_unset=False))
+        self.recorder.configuration = self._parser(self.subcommand).dump(settings, skip_unset=False)
         log.info("run folder: %s", self.run_folder.path)
         assert isinstance(self.model, CTRModule)
         log.info(size_note(self.model.size))
