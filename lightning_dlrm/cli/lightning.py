@@ -495,8 +495,15 @@ def _listed(given: Any) -> list[Any]:
 
 
 def _as_seed(given: bool | int) -> int:
-    """What LightningCLI makes of ``seed_everything``: true means the environment's choice."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if isinstance(given, bool) else given
+    """What LightningCLI makes of ``seed_everything``: true means the environment's choice.
+
+    Raises:
+        UserError: NumPy takes no such seed.
+    """
+    seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if isinstance(given, bool) else given
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed_everything is {seed}; give a number from 0 to {2**32 - 1}")
+    return seed
 
 
 def _quieten() -> None:
