@@ -248,15 +248,29 @@ def test_a_refused_resume_leaves_the_run_as_it_is(capsys: pytest.CaptureFixture[
         assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 
 
-def test_lightnings_early_stopping_from_the_configuration() -> None:
-    """With a threshold that the first validation reaches, of the several that the fit would have."""
+@pytest.mark.parametrize(
+    ("rule", "ends", "said"),
+    [
+        # A threshold that the first validation reaches, of the several that the fit would have.
+        ("stopping_threshold: 10.0", 2, "validation/log_loss has reached the threshold 10.0"),
+        ("patience: 1, min_delta: 10.0", 4, "validation/log_loss not better for 1 validation (best 0."),
+    ],
+)
+def test_lightnings_early_stopping_from_the_configuration(
+    rule: str, ends: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("stop.yaml").write_text(
-        "trainer:\n  val_check_interval: 2\n  callbacks:\n    - class_path: EarlyStopping\n      init_args:\n"
-        "        monitor: validation/log_loss\n        stopping_threshold: 10.0\n"
+        "trainer:\n  val_check_interval: 2\n  callbacks:\n    - class_path: EarlyStopping\n"
+        f"      init_args: {{monitor: validation/log_loss, {rule}}}\n"
     )
     assert main([*FIT, *QUICK, "--config", "stop.yaml", "--run_dir", "run"]) == 0
-    assert list(losses("run")) == [1, 2]
-    assert json.loads(Path("run", "summary.json").read_text())["best"]["step"] == 2
+    assert list(losses("run")) == list(range(1, ends + 1))
+    assert json.loads(Path("run", "summary.json").read_text())["final"]["step"] == ends
+    assert f"stopped early at step {ends}: {said}" in capsys.readouterr().out
+    # At the fit's own end it ended nothing.
+    options = ["--config", "stop.yaml", "--run_dir", "bounded", f"--trainer.max_steps={ends}"]
+    assert main([*FIT, *QUICK, *options]) == 0
+    assert "stopped early" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -352,6 +366,12 @@ def test_a_mistake_gets_one_clear_line(arguments: list[str], message: str, capsy
     assert err.splitlines()[-1] == errors[0]
     assert list(Path().iterdir()) == [], "nothing is left behind"
     assert "Traceback" not in err + out
+
+
+def test_bench_gpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["bench", "gpu"]) == 2
+    assert capsys.readouterr().err == "error: bench gpu needs a CUDA device, and torch finds none here\n"
 
 
 def test_misspelt_keys_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,14 +26,14 @@ import lightning_dlrm
 from lightning_dlrm.cli.configs import flat, resolve_config_arguments
 from lightning_dlrm.cli.mistakes import explain, known_keys
 from lightning_dlrm.cli.predictions import PredictionWriter
-from lightning_dlrm.cli.report import demo_note, final_report, size_note
+from lightning_dlrm.cli.report import demo_note, early_stop_note, final_report, size_note
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
 from lightning_dlrm.engine.diagnostics import CurveWriter, NormRecorder
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.profiler import NoProfiler
-from lightning_dlrm.engine.progress import RunProgress
+from lightning_dlrm.engine.progress import RunProgress, total_steps
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
@@ -375,6 +375,9 @@ class CTRCommand(LightningCLI):
         if self.trainer.is_global_zero and not self.trainer.interrupted:
             best = self.recorder.checkpoints.best if self.recorder.checkpoints else {}
             final = {names.SAMPLES: self.recorder.samples, **self.recorder.latest}
+            for callback in self.trainer.early_stopping_callbacks:
+                if note := early_stop_note(callback, self.trainer.global_step, total_steps(self.trainer)):
+                    print(note)
             wandb = whereabouts(self.trainer.loggers, self.run_folder)
             print(final_report(self.run_folder, final, best, self._schema(), wandb))
 
