@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -197,15 +198,26 @@ def test_killed_and_resumed_the_losses_are_those_of_an_undisturbed_run() -> None
     assert finals[0]["best"] == finals[1]["best"]
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_exit_codes_after_signals(sent: signal.Signals, code: int) -> None:
-    options = [*FIT, *QUICK, "--trainer.max_epochs=100", "--run_dir", "run"]
+@pytest.mark.parametrize(("sent", "code", "every"), [(signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 2)])
+def test_exit_codes_after_signals(sent: signal.Signals, code: int, every: int) -> None:
+    options = [*FIT, *QUICK, "--trainer.max_epochs=100", "--run_dir", "run", f"--checkpoint.every_n_steps={every}"]
+    options += ["--trainer.val_check_interval=null", "--model.schedule=Constant"]
+    options += ["--trainer.check_val_every_n_epoch=100"]
     process = subprocess.Popen(command(*options), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     wait_for_step(process, "run", 3)
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err, err
+    again = re.search(r"interrupted at step \d+; go on with: python -m lightning_dlrm (.*)\n", err)
+    assert bool(again) == bool(every), err
+    if again is None:
+        assert re.search(r"interrupted at step \d+, before the first checkpoint\n", err), err
+    else:
+        # As it says, but not to the end.
+        ends = max(losses("run")) + 1
+        assert main([*again[1].split(), f"--trainer.max_steps={ends}"]) == 0
+        assert list(losses("run")) == list(range(1, ends + 1))
 
 
 def test_sigterm_ends_an_evaluation() -> None:
@@ -228,6 +240,8 @@ def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixtu
         # The last one has nothing left to train. A schedule over the length of the fit would change with it.
         options = ["--run_dir", "run", "--resume=auto", f"--trainer.max_steps={steps}", "--model.schedule=Constant"]
         assert main([*FIT, *QUICK, *options]) == 0
+    said = capsys.readouterr().out
+    assert said.count("already finished at step 4; nothing to do\n") == said.count("already finished") == 1
     assert main(["validate", "--config", "run/config.yaml"]) == 2
     assert "validate needs trained weights" in capsys.readouterr().err
     assert main(["fit", "--config", "run/config.yaml", "--run_dir", "other"]) == 0

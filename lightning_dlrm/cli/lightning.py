@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import warnings
@@ -375,6 +376,8 @@ class CTRCommand(LightningCLI):
         if self.trainer.is_global_zero and not self.trainer.interrupted:
             best = self.recorder.checkpoints.best if self.recorder.checkpoints else {}
             final = {names.SAMPLES: self.recorder.samples, **self.recorder.latest}
+            if not self.recorder.trained:
+                print(f"already finished at step {self.trainer.global_step:,}; nothing to do")
             for callback in self.trainer.early_stopping_callbacks:
                 if note := early_stop_note(callback, self.trainer.global_step, total_steps(self.trainer)):
                     print(note)
@@ -404,9 +407,11 @@ class CTRCommand(LightningCLI):
             succeeded = True
         # Lightning leaves with 0 after SIGTERM and with 1 after Ctrl-C; schedulers and shells expect 128 + signal.
         except SIGTERMException:
+            self._say_how_to_go_on()
             raise SystemExit(128 + signal.SIGTERM) from None
         except SystemExit:
             if self.trainer.interrupted:
+                self._say_how_to_go_on()
                 raise SystemExit(128 + signal.SIGINT) from None
             raise
         except RuntimeError as error:
@@ -420,6 +425,19 @@ class CTRCommand(LightningCLI):
             finish_wandb(succeeded)
             if not succeeded and self._made_folder and self.run_folder is not None:
                 self.run_folder.remove_unless_begun()
+
+    def _say_how_to_go_on(self) -> None:
+        if self.subcommand != "fit" or self.run_folder is None or not self.trainer.is_global_zero:
+            return
+        step, folder = f"{self.trainer.global_step:,}", self.run_folder
+        if newest_checkpoint(folder.checkpoints) is None:
+            log.info("interrupted at step %s, before the first checkpoint", step)
+            return
+        config, path = (shlex.quote(str(given)) for given in (folder.path / CONFIG, folder.path))
+        log.info(
+            "interrupted at step %s; go on with: python -m lightning_dlrm fit --config %s --run_dir %s --resume auto",
+            *(step, config, path),
+        )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)

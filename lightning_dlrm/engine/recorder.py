@@ -83,6 +83,11 @@ class Recorder(pl.Callback):
         """Of training, before this run was resumed."""
         self._step = self._logged_step = 0
 
+    @property
+    def trained(self) -> bool:
+        """Whether this fit has trained on anything; not so where the run was at its end already."""
+        return self._start is not None and self.samples > self._start_samples
+
     def state_dict(self) -> dict[str, Any]:
         self._extend_window()
         return {
@@ -161,7 +166,7 @@ class Recorder(pl.Callback):
         if not trainer.is_global_zero or not self.samples:
             return
         step = trainer.global_step
-        if self._start is not None and self.samples > self._start_samples:
+        if self.trained:
             self.latest |= self._speed(trainer, pl_module) | describe(trainer, pl_module)
         else:
             kept = self.folder.final()
