@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.plan import Piece, Plan
 from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
 from tests.ranks import environment
-from tests.toy import TABLES, toy_dcn, toy_dlrm, toy_module, toy_schema
+from tests.toy import TABLES, toy_dcn, toy_dlrm, toy_module, toy_schema, wide_dlrm
 
 STEPS = 50
 GLOBAL_BATCH = 24
@@ -85,6 +85,7 @@ NETWORKS: dict[str, Any] = {
     "host": some_on_host,
     "cut": cut,
     "dropout": with_dropout,
+    "wide": wide_dlrm,
 }
 
 
@@ -95,6 +96,7 @@ class Fit:
     name: str
     rule: str
     plan: str
+    wide_rule: str | None = None
     hot: str = "one"
     precision: Any = "64-true"
     steps: int = STEPS
@@ -117,6 +119,7 @@ PARITY = (
     Fit(name="row_wise_whole_multi", rule="row_wise", plan="whole", hot="multi"),
     Fit(name="adam_mixed", rule="adam", plan="mixed"),
     Fit(name="many_lookups_weighted", rule="adam", plan="auto", hot="weighted", network="many"),
+    Fit(name="wide", rule="row_wise", wide_rule="adam", plan="auto", network="wide"),
     Fit(
         name="clipped_accumulated",
         rule="row_wise",
@@ -156,6 +159,8 @@ FIRST_STEP = Fit(name="float32", rule="plain_sgd", plan="mixed", precision="32-t
 BF16 = Fit(name="bf16", rule="row_wise", plan="ranges", precision="bf16-mixed", steps=10, wire="bf16")
 HALF = Fit(name="half", rule="row_wise", plan="mixed", hot="multi", steps=STEPS // 2)
 RESUMED = Fit(name="resumed", rule="row_wise", plan="ranges", hot="multi", resume_from="half/checkpoints/last")
+WIDE_HALF = Fit(name="wide_half", rule="row_wise", wide_rule="adam", plan="auto", network="wide", steps=STEPS // 2)
+WIDE_RESUMED = replace(WIDE_HALF, name="wide_resumed", steps=STEPS, resume_from="wide_half/checkpoints/last")
 
 
 DROPOUT = (
@@ -316,7 +321,8 @@ def run(fit: Fit, parent: Path, ranks: int) -> None:
     folder.path.mkdir(exist_ok=True)
     checkpoints = RunCheckpoints(folder, 0)
     rule: UpdateRule = RULES[fit.rule]()
-    module = toy_module(NETWORKS[fit.network], rule, RULES[fit.rule]())
+    wide_rule = None if fit.wide_rule is None else RULES[fit.wide_rule]()
+    module = toy_module(NETWORKS[fit.network], rule, RULES[fit.rule](), wide_rule=wide_rule)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=fit.steps,
@@ -348,12 +354,13 @@ def run_all(parent: Path) -> None:
     """Every fit on its ranks, in folders 2, 3 and 4; those on 2 and 3 resume from the checkpoint of 4."""
     for ranks in (4, 3, 2):
         fits = [FIRST_STEP, *(fit for fit, of_ranks in CASES if of_ranks == ranks)]
-        fits += [HALF, BF16] if ranks == 4 else [RESUMED]
+        fits += [HALF, WIDE_HALF, BF16] if ranks == 4 else [RESUMED, WIDE_RESUMED]
         fits += DROPOUT if ranks == 2 else ()
         for_ranks = parent / str(ranks)
         for_ranks.mkdir()
         if ranks < 4:
-            (for_ranks / HALF.name).symlink_to(parent / "4" / HALF.name)
+            for half in (HALF, WIDE_HALF):
+                (for_ranks / half.name).symlink_to(parent / "4" / half.name)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

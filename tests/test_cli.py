@@ -2,6 +2,7 @@
 predictions, kills and resumes, exit codes, and one clear line for each mistake."""
 
 import json
+import logging
 import math
 import os
 import random
@@ -15,6 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from sklearn.metrics import roc_auc_score
 
 from lightning_dlrm.__main__ import COMMANDS, main
@@ -263,28 +265,49 @@ def test_a_refused_resume_leaves_the_run_as_it_is(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    ("rule", "ends", "said"),
+    ("interval", "options", "steps", "said"),
     [
-        # A threshold that the first validation reaches, of the several that the fit would have.
-        ("stopping_threshold: 10.0", 2, "validation/log_loss has reached the threshold 10.0"),
-        ("patience: 1, min_delta: 10.0", 4, "validation/log_loss not better for 1 validation (best 0."),
+        (2, {"stopping_threshold": 10.0}, 2, "validation/log_loss has reached the threshold 10.0"),
+        (1.0, {"patience": 1, "min_delta": 10.0}, 64, "validation/log_loss not better for 1 validation (best 0."),
     ],
+    ids=["threshold", "patience"],
 )
 def test_lightnings_early_stopping_from_the_configuration(
-    rule: str, ends: int, said: str, capsys: pytest.CaptureFixture[str]
+    interval: float, options: dict[str, float], steps: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("stop.yaml").write_text(
-        "trainer:\n  val_check_interval: 2\n  callbacks:\n    - class_path: EarlyStopping\n"
-        f"      init_args: {{monitor: validation/log_loss, {rule}}}\n"
-    )
+    """It ends the fit before its length, which a resumption does not change."""
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "validation/log_loss", **options}}
+    trainer = {
+        "val_check_interval": interval, "check_val_every_n_epoch": 1, "max_epochs": 4, "callbacks": [stopping],
+    }  # fmt: skip
+    Path("stop.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
     assert main([*FIT, *QUICK, "--config", "stop.yaml", "--run_dir", "run"]) == 0
-    assert list(losses("run")) == list(range(1, ends + 1))
-    assert json.loads(Path("run", "summary.json").read_text())["final"]["step"] == ends
-    assert f"stopped early at step {ends}: {said}" in capsys.readouterr().out
-    # At the fit's own end it ended nothing.
-    options = ["--config", "stop.yaml", "--run_dir", "bounded", f"--trainer.max_steps={ends}"]
-    assert main([*FIT, *QUICK, *options]) == 0
+    assert f"stopped early at step {steps}: {said}" in capsys.readouterr().out
+    summary = json.loads(Path("run", "summary.json").read_text())
+    assert summary["final"]["step"] == steps == max(losses("run"))
+    before = losses("run")
+    # At the fit's own end it ends nothing.
+    bounded = ["--config", "stop.yaml", "--run_dir", "bounded", f"--trainer.max_steps={steps}"]
+    assert main([*FIT, *QUICK, *bounded]) == 0
     assert "stopped early" not in capsys.readouterr().out
+    assert main(["fit", "--config", "run/config.yaml", "--run_dir", "run", "--resume", "auto"]) == 0
+    assert losses("run") == before and json.loads(Path("run", "summary.json").read_text()) == summary
+
+
+def test_a_profiler_is_heard_and_kept_in_the_configuration(caplog: pytest.LogCaptureFixture) -> None:
+    profilers = logging.getLogger("pytorch_lightning.profilers")
+    profilers.addHandler(caplog.handler)
+    try:
+        for name, command in {
+            "run": [*FIT, *QUICK, "--trainer.profiler=simple"],
+            "again": ["fit", "--config", "run/config.yaml"],
+        }.items():
+            caplog.clear()
+            assert main([*command, "--run_dir", name]) == 0
+            assert "FIT Profiler Report" in caplog.text and "CTRModule.optimizer_step" in caplog.text
+    finally:
+        profilers.removeHandler(caplog.handler)
+    assert yaml.safe_load(Path("again/config.yaml").read_text())["trainer"]["profiler"] == "simple"
 
 
 @pytest.mark.parametrize(
@@ -297,7 +320,14 @@ def test_lightnings_early_stopping_from_the_configuration(
         ("--checkpoint.every_n_steps=-1", "checkpoint.every_n_steps is -1"),
         ("--trainer.callbacks=WeightAveraging", "set model.averaging.decay"),
         (f"{STOP_EARLY}validation/loss", "EarlyStopping's monitor is validation/loss; expected one of validation/auc"),
+        (f"{STOP_EARLY}validation/calibration", "EarlyStopping's monitor is validation/calibration; expected one of"),
         (f"{STOP_EARLY}validation/auc", "EarlyStopping's mode is min, and of validation/auc more is better"),
+        (
+            f"{STOP_EARLY}validation/log_loss --trainer.callbacks.mode=max",
+            "EarlyStopping's mode is max, and of validation/log_loss less is better",
+        ),
+        (f"{STOP_EARLY}validation/log_loss --trainer.limit_val_batches=0", "trainer.limit_val_batches is 0"),
+        (f"{STOP_EARLY}validation/log_loss --trainer.callbacks.check_on_train_epoch_end=true", "leave it out"),
     ],
 )
 def test_a_failed_start_leaves_the_name_free(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.compare import command as comparing
 from lightning_dlrm.compare import operators, processes
 from lightning_dlrm.compare.anatomy import anatomy
-from lightning_dlrm.compare.experiment import PlannedArm, plan_arms, read_experiment
+from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, plan_arms, read_experiment
 from lightning_dlrm.compare.operators import breakdown
 from lightning_dlrm.compare.processes import Job, Slots, trained_samples, work_off
 from lightning_dlrm.compare.results import compare
@@ -307,6 +307,19 @@ def test_sizes_of_demo_data_say_nothing_beside_other_data() -> None:
     before = settings_of(config)
     config["data"]["init_args"]["demo"]["test_rows"] = 1
     assert settings_of(config) == before, "nor do they make another configuration"
+
+
+def test_runs_from_before_an_option_are_of_the_same_configuration() -> None:
+    arms = planned()
+    config = keep_configurations(arms, Path("out"))["dlrm"]
+    runs = [leave_run(arms[0], seed, Path("scores"), 1.0) for seed in (1, 2)]
+    for path in (config, runs[0] / "config.yaml"):
+        earlier = yaml.safe_load(path.read_text())
+        assert earlier["model"].pop("wide_optimizer", "missing") is None
+        path.write_text(yaml.safe_dump(earlier))
+    keep_configurations(arms, Path("out"))
+    (arm,) = arms_of([read_run(run) for run in runs])
+    assert arm.seeds == (1, 2)
 
 
 def test_what_is_missing_in_a_run_is_named(capsys: pytest.CaptureFixture[str]) -> None:

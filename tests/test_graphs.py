@@ -16,7 +16,7 @@ from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.optim.optimizer import CTROptimizer
-from lightning_dlrm.optim.rules import SGD, Adam
+from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, UpdateRule
 
 WORKLOAD = Workload(tables=(40, 3), dense=4, width=8, bottom=(8,), top=(6,), bags=(0, 5))
 
@@ -25,14 +25,18 @@ def loss_of(logits, batch):
     return nn.functional.binary_cross_entropy_with_logits(logits, batch.label.float(), reduction="mean")
 
 
-def made() -> tuple[CTRNetwork, CTROptimizer]:
-    network = WORKLOAD.network()
+def made(wide_rule: UpdateRule | None = None) -> tuple[CTRNetwork, CTROptimizer]:
+    wide = wide_rule is not None
+    network = DLRM(WORKLOAD.features, 1, embedding_dim=8, bottom_mlp=[8], top_mlp=[6], wide=wide)
     for lookup in network.lookups():
         lookup.kernels = "triton"
-    return network, CTROptimizer(network.dense_parameters(), network.lookups(), Adam(0.01), Adam(0.01))
+    return network, CTROptimizer(
+        network.dense_parameters(), network.lookups(), Adam(0.01), Adam(0.01), wide_rule, network.wide_lookups()
+    )
 
 
-def test_replayed_steps_train_as_eager_ones() -> None:
+@pytest.mark.parametrize("wide_rule", [None, Adagrad(0.1)], ids=["two rules", "three rules"])
+def test_replayed_steps_train_as_eager_ones(wide_rule: UpdateRule | None) -> None:
     pytest.importorskip(
         "triton", "3.9", reason="needs Triton 3.9, whose interpreter runs with NumPy 2.4: recorded steps are not tested"
     )
@@ -42,8 +46,8 @@ def test_replayed_steps_train_as_eager_ones() -> None:
         recorded.append(work)
         return work
 
-    network, optimizer = made()
-    eager, eager_optimizer = made()
+    network, optimizer = made(wide_rule)
+    eager, eager_optimizer = made(wide_rule)
     graphs = GraphedStep(network, loss_of, optimizer, record=record)
     # More ids than there is room for in the seventh; the eighth is of another size.
     sizes = [8] * EAGER_STEPS + [8, 8, 8, 8, 5, 8]
@@ -73,7 +77,7 @@ def test_replayed_steps_train_as_eager_ones() -> None:
     assert len(recorded) == 4  # forward and update, and both again for the larger batch
     for ours, theirs in zip(network.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert optimizer.param_groups[0]["steps"].item() == len(batches)
+    assert all(group["steps"].item() == len(batches) for group in optimizer.param_groups)
 
 
 def test_rows_of_a_replayed_gradient_are_summed_anew_at_each_step() -> None:

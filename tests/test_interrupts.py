@@ -20,6 +20,19 @@ def test_signals_leave_through_the_door_of_errors(number: signal.Signals) -> Non
     assert signal.getsignal(number) is before
 
 
+def test_a_second_signal_does_not_end_the_cleaning_up() -> None:
+    before, cleaned = [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)], []
+    with pytest.raises(SystemExit) as left, leaving_in_order():
+        try:
+            os.kill(os.getpid(), signal.SIGHUP)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+                cleaned.append(number)
+    assert left.value.code == 128 + signal.SIGHUP and cleaned == [signal.SIGTERM, signal.SIGHUP]
+    assert [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)] == before
+
+
 def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -7,15 +7,17 @@ import math
 import pytest
 import torch
 
+from lightning_dlrm.cli.params import count
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import RowGradient, Table
 from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.engine.strategy import table_loads
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
 from lightning_dlrm.optim.schedules import Constant, Cosine, WarmupQuadraticDecay, WarmupThenDecay
-from tests.toy import optimizer_of, toy_batch, toy_dlrm, toy_module, toy_schema, wide_dlrm
+from tests.toy import TABLES, optimizer_of, toy_batch, toy_dlrm, toy_module, toy_schema, wide_dlrm
 
 
 def make(dense_rule: UpdateRule, table_rule: UpdateRule):
@@ -184,6 +186,14 @@ def test_a_rule_for_linear_terms_that_cannot_have_one_is_refused() -> None:
         toy_module(wide_rule=Adagrad(0.1))
     with pytest.raises(UserError, match="kernels fbgemm gives all tables one rule: leave wide_optimizer out"):
         CTRModule(wide_dlrm, SGD(0.1), SGD(0.1), wide_optimizer=Adagrad(0.1), kernels="fbgemm", schema=toy_schema())
+
+
+def test_memory_and_advice_count_linear_terms_with_their_own_rule() -> None:
+    module = toy_module(wide_dlrm, SGD(0.1), SGD(0.2), wide_rule=Adam(0.01))
+    loads = {load.name: load.bytes_per_row for load in table_loads(wide_dlrm(toy_schema().features, 3), module)}
+    assert loads == dict.fromkeys(TABLES, 4 * 4) | {f"{name}/linear": 4 * 3 for name in TABLES}
+    assert count(module)["bytes_optimizer_tables"] == 4 * 2 * sum(TABLES.values())
+    assert "(dense 0.2, tables 0.1, wide 0.01)" in module.guard.advice
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])

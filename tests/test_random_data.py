@@ -228,6 +228,9 @@ def test_bags_dense_features_weights_and_labels_are_as_asked(made: tuple[Path, D
     rate = 0.25
     assert abs(np.mean(columns["label"]) - rate) < 5 * math.sqrt(rate * (1 - rate) / len(columns["label"]))
     assert made[1].splits["train"].positives == sum(columns["label"])
+    # Labels depend on nothing: no scores are better than one for all, that of the click rate.
+    best = made[1].optimum["validation"]
+    assert best.auc == 0.5 and best.log_loss == pytest.approx(stats.bernoulli.entropy(rate))
 
 
 def test_single_ids_are_categorical_and_bags_multi_hot() -> None:

@@ -33,6 +33,8 @@ from tests.sharded_fits import (
     PARITY,
     RESUMED,
     STEPS,
+    WIDE_HALF,
+    WIDE_RESUMED,
     Fit,
     global_batch,
     metrics,
@@ -53,17 +55,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     top = tmp_path_factory.mktemp("sharded")
     run_ranks(["-m", "tests.sharded_fits", str(top)], 1, 400)
     (top / "1").mkdir()
-    (top / "1" / HALF.name).symlink_to(top / "4" / HALF.name)
-    for fit in (*PARITY, FIRST_STEP, RESUMED, BF16):
+    for half in (HALF, WIDE_HALF):
+        (top / "1" / half.name).symlink_to(top / "4" / half.name)
+    for fit in (*PARITY, FIRST_STEP, RESUMED, WIDE_RESUMED, BF16):
         # Alone, all tables are on the device.
         run(replace(fit, network="dlrm") if fit.network == "host" else fit, top / "1", 1)
     return top
 
 
 def tables(run_folder: Path, slot: str = "weight") -> dict[str, Tensor]:
-    """Whole tables of a run's checkpoint, by name."""
+    """Those whole tables of a run's checkpoint that have the slot, by name."""
     reader, found = CheckpointReader(run_folder / "checkpoints/last"), {}
-    for name, entry in reader.manifest.tables.items():
+    having = {name: entry for name, entry in reader.manifest.tables.items() if slot in entry.shapes}
+    for name, entry in having.items():
         found[name] = torch.empty(entry.shapes[slot], dtype=torch.float64)
         piece = TablePiece(name=name, table_rows=entry.shapes[slot][0], start=0, stop=entry.shapes[slot][0], offset=0)
         reader.read_rows(piece, slot, found[name])
@@ -77,7 +81,12 @@ def test_a_fit_in_float64_is_that_of_one_process(folder: Path, fit: Fit, ranks: 
     torch.testing.assert_close(metrics(found, "train/loss"), metrics(alone, "train/loss"), rtol=1e-10, atol=0)
     assert fit.recorded == (len(metrics(alone, "train/auc")) == STEPS)
     torch.testing.assert_close(metrics(found, "train/auc"), metrics(alone, "train/auc"), rtol=0, atol=0)
-    for slot in ("weight", *SLOTS[fit.rule]):
+    of_tables = [name for name in tables(alone) if fit.wide_rule is None or not name.endswith("/linear")]
+    of_wide = [name for name in tables(alone) if name not in of_tables]
+    slots = {"weight": [*of_tables, *of_wide]} | dict.fromkeys(SLOTS[fit.rule], of_tables)
+    slots |= dict.fromkeys(() if fit.wide_rule is None else SLOTS[fit.wide_rule], of_wide)
+    for slot, members in slots.items():
+        assert set(tables(alone, slot)) == set(members)
         torch.testing.assert_close(tables(found, slot), tables(alone, slot), rtol=0, atol=1e-6)
     dense = [CheckpointReader(path / "checkpoints/last").rest()["state_dict"] for path in (found, alone)]
     torch.testing.assert_close(*dense, rtol=0, atol=1e-6)
@@ -156,11 +165,11 @@ def _initial_tables() -> dict[str, Tensor]:
     return {piece.name: piece.of(lookup.weight.detach()) for piece in lookup.pieces}
 
 
+@pytest.mark.parametrize(("resumed", "whole"), [(RESUMED, "row_wise_whole_multi"), (WIDE_RESUMED, "wide")])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_saved_on_four_ranks_opened_on_fewer(folder: Path, ranks: int) -> None:
-    whole = next(fit for fit in PARITY if (fit.rule, fit.hot) == (RESUMED.rule, RESUMED.hot))
-    expected = metrics(folder / "1" / whole.name, "train/loss")[STEPS // 2 :]
-    found = metrics(folder / str(ranks) / RESUMED.name, "train/loss")
+def test_saved_on_four_ranks_opened_on_fewer(folder: Path, ranks: int, resumed: Fit, whole: str) -> None:
+    expected = metrics(folder / "1" / whole, "train/loss")[STEPS // 2 :]
+    found = metrics(folder / str(ranks) / resumed.name, "train/loss")
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
 
 

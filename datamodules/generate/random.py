@@ -10,6 +10,7 @@ and a dataset of fewer rows is the beginning of one of more. The same settings g
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from lightning_dlrm.contracts.schema import (
     WEIGHTS_SUFFIX,
     Column,
     DatasetSchema,
+    Optimum,
     Split,
     SplitName,
 )
@@ -228,6 +230,12 @@ def label_block(click_rate: float, seed: int, split: int, number: int, rows: int
     return (halves(stream(seed, _LABEL, 0, split, number), rows) < round(click_rate * 2**32)).astype(np.int8)
 
 
+def chance(click_rate: float) -> Optimum:
+    """The best scores where labels depend on nothing: those of the click rate for every sample."""
+    other = 1 - click_rate
+    return Optimum(auc=0.5, log_loss=-click_rate * math.log(click_rate) - other * math.log(other))
+
+
 def dense_block(seed: int, column: int, split: int, number: int, rows: int) -> NDArray[np.float32]:
     """Standard normal values of a block's first rows."""
     return normal_quantile(uniforms(stream(seed, _DENSE, column, split, number), rows)).astype(np.float32)
@@ -268,7 +276,7 @@ def generate_random(settings: RandomSettings, folder: Path, progress: bool = Tru
                 rows = min(BLOCK_ROWS, total - start)
                 writer.write(split, source.block(split, start // BLOCK_ROWS, rows))
                 bar.update(rows)
-        return {}
+        return {"optimum": dict.fromkeys(settings.split_rows, chance(settings.click_rate))}
 
     return make_once(random_schema(settings), folder, write, progress)
 

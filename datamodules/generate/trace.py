@@ -38,7 +38,7 @@ from tqdm import tqdm
 from datamodules.filesystems import failures_told
 from datamodules.generate.draws import exp, log, stream
 from datamodules.generate.folder import cache_folder, make_once
-from datamodules.generate.random import dense_block, label_block
+from datamodules.generate.random import chance, dense_block, label_block
 from datamodules.parquet import DatasetWriter, Folder, load_schema, read_groups
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema, Split, SplitName
@@ -501,6 +501,6 @@ def generate_trace(
                 if first < last:
                     writer.write(split, {name: values[first:last] for name, values in block.items()})
             bar.update(size)
-        return {}
+        return {"optimum": dict.fromkeys(settings.split_rows, chance(settings.click_rate))}
 
     return make_once(trace_schema(source, settings), folder, write, progress)

@@ -38,7 +38,7 @@ from lightning_dlrm.engine.progress import RunProgress, total_steps
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
-from lightning_dlrm.engine.target import StopAtAUC
+from lightning_dlrm.engine.target import StayStopped, StopAtAUC
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
 from lightning_dlrm.sharding.collectives import lost_rank
 from lightning_dlrm.tracking import names
@@ -224,6 +224,8 @@ class CTRCommand(LightningCLI):
                 callbacks.insert(2, NormRecorder(self.recorder))
             if settings.stop_at_auc is not None:
                 callbacks.insert(0, StopAtAUC(settings.stop_at_auc, self.recorder))
+            stopping = [given for given in _listed(trainer.get("callbacks")) if isinstance(given, EarlyStopping)]
+            callbacks = [*(StayStopped(given) for given in stopping), *callbacks]
         else:
             callbacks = [EvaluationWriter(self.run_folder), PredictionWriter(self.run_folder)]
         if trainer.get("enable_progress_bar") is not False:
@@ -276,7 +278,7 @@ class CTRCommand(LightningCLI):
                     "which take table rows where they are: set model.averaging.decay, such as 0.99, instead"
                 )
             if isinstance(callback, EarlyStopping):
-                _check_early_stopping(callback)
+                _check_early_stopping(callback, settings["limit_val_batches"])
         try:
             # Of a strategy a copy: a trainer sets the accelerator in it, which the next trainer would refuse.
             strategy = copy.copy(settings["strategy"])
@@ -492,19 +494,31 @@ def add_matching_arguments(parser: Any) -> None:
     parser.add_argument("--output", default=None, help="the new configuration's file")
 
 
-def _check_early_stopping(callback: EarlyStopping) -> None:
+def _check_early_stopping(callback: EarlyStopping, limit_val_batches: float | None) -> None:
     """
     Raises:
         UserError: it would look for a metric that there is not, or stop where it should go on.
     """
-    metrics = [f"{names.VALIDATION}/{name}" for name in names.METRICS]
-    if callback.monitor not in metrics:
+    if limit_val_batches == 0:
         raise UserError(
-            f"trainer.callbacks: EarlyStopping's monitor is {callback.monitor}; expected one of {', '.join(metrics)}"
+            "trainer.callbacks: EarlyStopping looks at validations, and trainer.limit_val_batches is 0: leave one of "
+            "them out"
         )
-    if callback.mode == "min" and callback.monitor in (f"{names.VALIDATION}/auc", f"{names.VALIDATION}/accuracy"):
+    if callback._check_on_train_epoch_end:
         raise UserError(
-            f"trainer.callbacks: EarlyStopping's mode is min, and of {callback.monitor} more is better: set mode to max"
+            "trainer.callbacks: EarlyStopping's check_on_train_epoch_end comes after a validation's checkpoint is "
+            "saved, which would be without its count: leave it out"
+        )
+    modes = {f"{names.VALIDATION}/{metric}": mode for metric, mode in names.BETTER.items()}
+    if callback.monitor not in modes:
+        raise UserError(
+            f"trainer.callbacks: EarlyStopping's monitor is {callback.monitor}; expected one of {', '.join(modes)}"
+        )
+    mode = modes[callback.monitor]
+    if callback.mode != mode:
+        raise UserError(
+            f"trainer.callbacks: EarlyStopping's mode is {callback.mode}, and of {callback.monitor} "
+            f"{'more' if mode == 'max' else 'less'} is better: set mode to {mode}"
         )
 
 
@@ -534,8 +548,9 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Says at this level that a rank has died, before it ends the others.
-    logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
+    # These say at this level that a rank has died, before it ends the others, and what a profiler has found.
+    for name in ("lightning_fabric.strategies.launchers.subprocess_script", "pytorch_lightning.profilers"):
+        logging.getLogger(name).setLevel(logging.INFO)
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         log.setLevel(logging.WARNING)
 

@@ -86,8 +86,12 @@ class Arm:
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration by full keys, without what may differ between its runs, and what it does not use."""
-    settings = flat(config)
+    """A configuration by full keys, without what may differ between its runs, and what it does not use.
+
+    Options that are not given are left out, so that a run from before there was such an option is of the same
+    configuration.
+    """
+    settings = {key: value for key, value in flat(config).items() if value is not None}
     left_out: tuple[str, ...] = NO_PART_OF_A_CONFIGURATION
     if settings.get("data.init_args.path") != "demo":
         left_out = (*left_out, "data.init_args.demo")

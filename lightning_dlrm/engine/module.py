@@ -42,7 +42,7 @@ class CTRModule(pl.LightningModule):
         network: makes the network from the dataset's features and the seed, such as DLRM or DCN.
         table_optimizer: rule for the embedding tables: SGD, Adagrad, RowWiseAdagrad or Adam.
         dense_optimizer: rule for all other weights.
-        schedule: of both learning rates: Constant, Cosine, WarmupThenDecay or WarmupQuadraticDecay.
+        schedule: of all learning rates: Constant, Cosine, WarmupThenDecay or WarmupQuadraticDecay.
         loss: what is minimised: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
             whatever it is.
         wide_optimizer: rule for linear terms' weights of ids, where they are not to have that of the tables (Cheng et
@@ -124,9 +124,9 @@ class CTRModule(pl.LightningModule):
             raise UserError(
                 "kernels fbgemm gives all tables one rule: leave wide_optimizer out, or set kernels to auto"
             )
+        rates = ", ".join(f"{name} {rate:g}" for name, rate in self.learning_rates().items())
         self.guard = LossGuard(
-            f"lower the learning rates (dense {dense_optimizer.learning_rate:g}, tables "
-            f"{table_optimizer.learning_rate:g}), warm up longer, or set trainer.gradient_clip_val; what was saved "
+            f"lower the learning rates ({rates}), warm up longer, or set trainer.gradient_clip_val; what was saved "
             "before is untouched"
         )
         self._batch_size = 0
@@ -184,6 +184,11 @@ class CTRModule(pl.LightningModule):
             self.wide_rule,
             network.wide_lookups(),
         )
+
+    def learning_rates(self) -> dict[str, float]:
+        """Of each group of the optimiser, as given; the schedule changes them."""
+        rules = {"dense": self.dense_rule, "tables": self.table_rule, "wide": self.wide_rule}
+        return {name: rule.learning_rate for name, rule in rules.items() if rule is not None}
 
     def rule_of(self, lookup: EmbeddingLookup, network: CTRNetwork) -> UpdateRule:
         """Of a lookup of such a network."""
@@ -444,6 +449,10 @@ class CTRModule(pl.LightningModule):
         metrics.reset()
 
     def _warn_of_chance(self, metrics: ClickMetrics) -> None:
+        optimum = self.data_schema().optimum.get(names.VALIDATION)
+        if optimum is not None and optimum.auc <= 0.5:
+            # Of labels that depend on nothing.
+            return
         here = [
             sum(len(labels) for labels in metrics.labels),
             sum(int((labels > 0).sum()) for labels in metrics.labels),
@@ -452,9 +461,8 @@ class CTRModule(pl.LightningModule):
         samples, clicks = np.sum(ranks.all_gather(np.array(here)), axis=0).tolist()
         if ranks.rank > 0:
             return
-        rules = {"dense": self.dense_rule, "tables": self.table_rule, "wide": self.wide_rule}
-        rates = {name: rule.learning_rate for name, rule in rules.items() if rule is not None}
-        warn_of_chance(self.results[f"{names.VALIDATION}/auc"], clicks, samples, self._batch_size, rates)
+        auc = self.results[f"{names.VALIDATION}/auc"]
+        warn_of_chance(auc, clicks, samples, self._batch_size, self.learning_rates())
 
     def _metrics(self, stage: str) -> ClickMetrics:
         metrics = self.metrics[stage]

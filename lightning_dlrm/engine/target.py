@@ -1,10 +1,12 @@
-"""MLPerf's way of training: to a target score, and how long that takes."""
+"""Fits that end before their length: at a target score, as MLPerf trains and times them, or by EarlyStopping."""
 
 import logging
 import time
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import MONITOR
@@ -65,3 +67,21 @@ class StopAtAUC(pl.Callback):
 
     def _seconds(self) -> float:
         return self._seconds_before + (0.0 if self._start is None else time.perf_counter() - self._start)
+
+
+class StayStopped(pl.Callback):
+    """A fit that EarlyStopping has ended trains no further when it is resumed.
+
+    Args:
+        stopping: must come before what saves checkpoints in the list of callbacks.
+    """
+
+    def __init__(self, stopping: EarlyStopping) -> None:
+        self.stopping = stopping
+        # At the end of an epoch that validates, the checkpoint of the validation would be without the verdict on it.
+        stopping._check_on_train_epoch_end = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.stopping.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
+            log.info("EarlyStopping has ended this fit: to train on, take it out of trainer.callbacks")
+            trainer.should_stop = True

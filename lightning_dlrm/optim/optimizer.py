@@ -111,6 +111,7 @@ class CTROptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         if set_to_none:
+            # Tables' weights have no ``.grad``, and the base class opens a record for the profiler at every step.
             for parameter in self.param_groups[0]["params"]:
                 parameter.grad = None
         else:

@@ -6,6 +6,8 @@ VALIDATION = "validation"
 TEST = "test"
 METRICS = ("auc", "log_loss", "normalized_entropy", "accuracy", "calibration")
 """Of an evaluation, after its name and a slash."""
+BETTER = {"auc": "max", "log_loss": "min", "normalized_entropy": "min", "accuracy": "max"}
+"""Of those that are better the larger or the smaller they are; calibration is best at 1."""
 PRECISION_RECALL = "precision_recall"
 CALIBRATION_CURVE = "calibration_curve"
 LEARNING_RATE = "learning_rate"

@@ -20,7 +20,6 @@ from lightning_dlrm.contracts.schema import SCHEMA_FILE
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import WANDB, RunFolder
 
-_BEST = {"auc": "max", "accuracy": "max", "log_loss": "min", "normalized_entropy": "min"}
 _OF_EACH_TENSOR = tuple(
     f"{name}/" for name in (names.GRADIENT_NORM, names.ROW_NORM, names.ROW_GRADIENT_NORM, names.TABLES)
 )
@@ -152,7 +151,7 @@ def _define_metrics(run: wandb.Run) -> None:
     run.define_metric(names.SAMPLES)
     run.define_metric("*", step_metric=names.SAMPLES)
     for metric in names.METRICS:
-        name, best = f"{names.VALIDATION}/{metric}", _BEST.get(metric)
+        name, best = f"{names.VALIDATION}/{metric}", names.BETTER.get(metric)
         run.define_metric(name, step_metric=names.SAMPLES, summary=f"{best},last" if best else "last")
 
 
