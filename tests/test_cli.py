@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -199,15 +200,26 @@ def test_killed_and_resumed_the_losses_are_those_of_an_undisturbed_run() -> None
     assert finals[0]["best"] == finals[1]["best"]
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_exit_codes_after_signals(sent: signal.Signals, code: int) -> None:
-    options = [*FIT, *QUICK, "--trainer.max_epochs=100", "--run_dir", "run"]
+@pytest.mark.parametrize(("sent", "code", "every"), [(signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 2)])
+def test_exit_codes_after_signals(sent: signal.Signals, code: int, every: int) -> None:
+    options = [*FIT, *QUICK, "--trainer.max_epochs=100", "--run_dir", "run", f"--checkpoint.every_n_steps={every}"]
+    options += ["--trainer.val_check_interval=null", "--model.schedule=Constant"]
+    options += ["--trainer.check_val_every_n_epoch=100"]
     process = subprocess.Popen(command(*options), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     wait_for_step(process, "run", 3)
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err, err
+    again = re.search(r"interrupted at step \d+; go on with: python -m lightning_dlrm (.*)\n", err)
+    assert bool(again) == bool(every), err
+    if again is None:
+        assert re.search(r"interrupted at step \d+, before the first checkpoint\n", err), err
+    else:
+        # As it says, but not to the end.
+        ends = max(losses("run")) + 1
+        assert main([*again[1].split(), f"--trainer.max_steps={ends}"]) == 0
+        assert list(losses("run")) == list(range(1, ends + 1))
 
 
 def test_sigterm_ends_an_evaluation() -> None:
@@ -230,19 +242,38 @@ def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixtu
         # The last one has nothing left to train. A schedule over the length of the fit would change with it.
         options = ["--run_dir", "run", "--resume=auto", f"--trainer.max_steps={steps}", "--model.schedule=Constant"]
         assert main([*FIT, *QUICK, *options]) == 0
+    said = capsys.readouterr().out
+    assert said.count("already finished at step 4; nothing to do\n") == said.count("already finished") == 1
     assert main(["validate", "--config", "run/config.yaml"]) == 2
     assert "validate needs trained weights" in capsys.readouterr().err
     assert main(["fit", "--config", "run/config.yaml", "--run_dir", "other"]) == 0
     assert losses("other") == losses("run")
 
 
+def test_a_refused_resume_leaves_the_run_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, *QUICK, "--run_dir", "run", "--trainer.max_steps=2"]) == 0
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    other_model = ["fit", "--config", "dcn.yaml", *FIT[3:]]
+    for refused, said in [
+        (other_model, "is of a DLRM, this run trains a DCN"),
+        ([*FIT, "--model.dense_optimizer.learning_rate=0.5"], "learning_rate"),
+        ([*FIT, "--trainer.accumulate_grad_batches=3"], "validate between steps"),
+    ]:
+        assert main([*refused, *QUICK, "--run_dir", "run", "--resume=auto", "--trainer.max_steps=4"]) == 2
+        assert said in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize(
-    ("interval", "options", "steps"),
-    [(2, {"stopping_threshold": 10.0}, 2), (1.0, {"patience": 1, "min_delta": 10.0}, 64)],
+    ("interval", "options", "steps", "said"),
+    [
+        (2, {"stopping_threshold": 10.0}, 2, "validation/log_loss has reached the threshold 10.0"),
+        (1.0, {"patience": 1, "min_delta": 10.0}, 64, "validation/log_loss not better for 1 validation (best 0."),
+    ],
     ids=["threshold", "patience"],
 )
 def test_lightnings_early_stopping_from_the_configuration(
-    interval: float, options: dict[str, float], steps: int
+    interval: float, options: dict[str, float], steps: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It ends the fit before its length, which a resumption does not change."""
     stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "validation/log_loss", **options}}
@@ -251,9 +282,14 @@ def test_lightnings_early_stopping_from_the_configuration(
     }  # fmt: skip
     Path("stop.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
     assert main([*FIT, *QUICK, "--config", "stop.yaml", "--run_dir", "run"]) == 0
+    assert f"stopped early at step {steps}: {said}" in capsys.readouterr().out
     summary = json.loads(Path("run", "summary.json").read_text())
     assert summary["final"]["step"] == steps == max(losses("run"))
     before = losses("run")
+    # At the fit's own end it ends nothing.
+    bounded = ["--config", "stop.yaml", "--run_dir", "bounded", f"--trainer.max_steps={steps}"]
+    assert main([*FIT, *QUICK, *bounded]) == 0
+    assert "stopped early" not in capsys.readouterr().out
     assert main(["fit", "--config", "run/config.yaml", "--run_dir", "run", "--resume", "auto"]) == 0
     assert losses("run") == before and json.loads(Path("run", "summary.json").read_text()) == summary
 
@@ -339,6 +375,11 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         (["fit", "--config", "dlrm.yaml", "--model.network.embeding_dim", "3"], "did you mean embedding_dim?"),
         (["fit", "--config", "dlrm.yaml", "--data.pth", "x"], "did you mean path?"),
         (["fit", "--config", "dlrm.yaml", "--model.network", "DLMR"], "no class DLMR"),
+        (["fit", "--config", "dlrm.yaml", "--model.netwrok.embedding_dim", "3"], "mean model.network.embedding_dim?"),
+        (["fit", "--config", "small.yaml"], "put a model before it: --config dlrm.yaml --config small.yaml"),
+        (["fit", "small.yaml"], "did you mean --config small.yaml?"),
+        (["fit", "--config", "dlrm.yaml", "--seed_everything", "-3"], "seed_everything is -3; give a number from 0"),
+        (["fit", "--config", "dlrm.yaml", "--seed_everything", str(2**32)], "seed_everything is 4294967296; give"),
         (["fit", "--config", "dlrm.yaml", "--trainer.max_steps", "many"], "trainer.max_steps: Expected a int"),
         (["fit", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),
         (["fit", "--config", "dlrm.yaml", "--data.path", "."], "is not a dataset folder: it has no dataset.json"),
@@ -369,6 +410,12 @@ def test_a_mistake_gets_one_clear_line(arguments: list[str], message: str, capsy
     assert err.splitlines()[-1] == errors[0]
     assert list(Path().iterdir()) == [], "nothing is left behind"
     assert "Traceback" not in err + out
+
+
+def test_bench_gpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["bench", "gpu"]) == 2
+    assert capsys.readouterr().err == "error: bench gpu needs a CUDA device, and torch finds none here\n"
 
 
 def test_misspelt_keys_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:

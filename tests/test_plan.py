@@ -280,8 +280,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert sum(rank["bytes"] for rank in found["per_rank"]) == 4 * 540_201_232
     assert found["tables"] == yaml.safe_load(plan.read_text())["tables"]
     assert figure.read_bytes().startswith(b"\x89PNG")
-    assert main([*command, "--plan", str(plan)]) == 0
-    assert "on 8 ranks" in capsys.readouterr().out
+    assert main([*command, "--plan", str(plan), "--plot", str(figure), "--output", str(tmp_path / "again.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "on 8 ranks" in said
+    assert f"plan written to {tmp_path / 'again.yaml'}\ndrawing written to {figure}\n" in said
     assert main([*command, "--ranks", "2", "--memory-per-rank", "1GiB"]) == 2
     assert "bytes (12.7 MiB) too few" in capsys.readouterr().err
     assert main([*command, "--plan", str(tmp_path / "none.yaml")]) == 2
@@ -337,7 +339,8 @@ def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
 ) -> None:
     output, command = tmp_path / "places.yaml", ["plan", "--config", "dlrm.yaml", "--device-memory", "1GiB"]
     assert main([*command, "--output", str(output)]) == 0
-    assert "--model.network.tables.on_host '{C3: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--model.network.tables.on_host '{C3: " in said and f"configuration written to {output}\n" in said
     on_host = yaml.safe_load(output.read_text())["model"]["network"]["init_args"]["tables"]["on_host"]
     assert list(on_host) == ["C3", "C12"] and 0 < on_host["C3"] < 10_131_227 and 0 < on_host["C12"] < 8_351_593
     assert main([*command, "--config", str(output), "--json"]) == 0

@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     Raises:
         UserError: there is no CUDA device, or a target is missed.
     """
+    if not torch.cuda.is_available():
+        raise UserError("bench gpu needs a CUDA device, and torch finds none here")
     device = check(args)
     wanted = args.only or ["losses", *RUNS]
     print(torch.cuda.get_device_name(device))

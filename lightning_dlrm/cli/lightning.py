@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import warnings
@@ -26,14 +27,14 @@ import lightning_dlrm
 from lightning_dlrm.cli.configs import flat, resolve_config_arguments
 from lightning_dlrm.cli.mistakes import explain, known_keys
 from lightning_dlrm.cli.predictions import PredictionWriter
-from lightning_dlrm.cli.report import demo_note, final_report, size_note
+from lightning_dlrm.cli.report import demo_note, early_stop_note, final_report, size_note
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
 from lightning_dlrm.engine.diagnostics import CurveWriter, NormRecorder
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.profiler import NoProfiler
-from lightning_dlrm.engine.progress import RunProgress
+from lightning_dlrm.engine.progress import RunProgress, total_steps
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
@@ -354,13 +355,13 @@ class CTRCommand(LightningCLI):
     # --- running --------------------------------------------------------------------------------
 
     def before_fit(self) -> None:
-        assert self.run_folder is not None
+        assert self.run_folder is not None and self.recorder is not None
         if not self.trainer.is_global_zero:
             return
         # What this call resumed from is no part of the configuration: others take it back with --config.
         settings = self._settings().clone()
         settings.ckpt_path = settings.resume = settings.run_dir = None
-        self.run_folder.write_text(CONFIG, self._parser(self.subcommand).dump(settings, skip_unset=False))
+        self.recorder.configuration = self._parser(self.subcommand).dump(settings, skip_unset=False)
         log.info("run folder: %s", self.run_folder.path)
         assert isinstance(self.model, CTRModule)
         log.info(size_note(self.model.size))
@@ -377,6 +378,11 @@ class CTRCommand(LightningCLI):
         if self.trainer.is_global_zero and not self.trainer.interrupted:
             best = self.recorder.checkpoints.best if self.recorder.checkpoints else {}
             final = {names.SAMPLES: self.recorder.samples, **self.recorder.latest}
+            if not self.recorder.trained:
+                print(f"already finished at step {self.trainer.global_step:,}; nothing to do")
+            for callback in self.trainer.early_stopping_callbacks:
+                if note := early_stop_note(callback, self.trainer.global_step, total_steps(self.trainer)):
+                    print(note)
             wandb = whereabouts(self.trainer.loggers, self.run_folder)
             print(final_report(self.run_folder, final, best, self._schema(), wandb))
 
@@ -403,9 +409,11 @@ class CTRCommand(LightningCLI):
             succeeded = True
         # Lightning leaves with 0 after SIGTERM and with 1 after Ctrl-C; schedulers and shells expect 128 + signal.
         except SIGTERMException:
+            self._say_how_to_go_on()
             raise SystemExit(128 + signal.SIGTERM) from None
         except SystemExit:
             if self.trainer.interrupted:
+                self._say_how_to_go_on()
                 raise SystemExit(128 + signal.SIGINT) from None
             raise
         except RuntimeError as error:
@@ -419,6 +427,19 @@ class CTRCommand(LightningCLI):
             finish_wandb(succeeded)
             if not succeeded and self._made_folder and self.run_folder is not None:
                 self.run_folder.remove_unless_begun()
+
+    def _say_how_to_go_on(self) -> None:
+        if self.subcommand != "fit" or self.run_folder is None or not self.trainer.is_global_zero:
+            return
+        step, folder = f"{self.trainer.global_step:,}", self.run_folder
+        if newest_checkpoint(folder.checkpoints) is None:
+            log.info("interrupted at step %s, before the first checkpoint", step)
+            return
+        config, path = (shlex.quote(str(given)) for given in (folder.path / CONFIG, folder.path))
+        log.info(
+            "interrupted at step %s; go on with: python -m lightning_dlrm fit --config %s --run_dir %s --resume auto",
+            *(step, config, path),
+        )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
@@ -509,8 +530,15 @@ def _listed(given: Any) -> list[Any]:
 
 
 def _as_seed(given: bool | int) -> int:
-    """What LightningCLI makes of ``seed_everything``: true means the environment's choice."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if isinstance(given, bool) else given
+    """What LightningCLI makes of ``seed_everything``: true means the environment's choice.
+
+    Raises:
+        UserError: NumPy takes no such seed.
+    """
+    seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if isinstance(given, bool) else given
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed_everything is {seed}; give a number from 0 to {2**32 - 1}")
+    return seed
 
 
 def _quieten() -> None:

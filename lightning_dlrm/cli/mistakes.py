@@ -1,5 +1,6 @@
 """What is wrong with an option, in one line, from what the parsing library says in many."""
 
+import difflib
 import re
 from collections.abc import Sequence
 
@@ -18,6 +19,13 @@ def explain(message: str, known: Sequence[str]) -> str:
         return match[0]
     if match := re.search(r"[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*", message):
         return f"{key}.{match[0]}"
+    if re.search(r"arguments are required: [\w.]*\bmodel\.network\b", message):
+        return (
+            "no model is chosen: an overlay such as small.yaml has none; put a model before it: "
+            "--config dlrm.yaml --config small.yaml"
+        )
+    if match := re.search(r"unrecognized arguments: (?!-)(\S+\.ya?ml)\b", message):
+        return f"unrecognized argument {match[1]}; did you mean --config {match[1]}?"
     if match := re.search(
         r"Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)",
         message,
@@ -90,8 +98,20 @@ def known_keys(parser: ArgumentParser) -> list[str]:
 
 
 def _nearest_key(key: str, known: Sequence[str]) -> str:
-    """Also where only a section's name is misspelt: modle.network is near model.network."""
-    if suggestion := nearest(key, known):
-        return suggestion
+    """The nearest key, or the same one in the section whose name is misspelt: modle.network is near model.network."""
     parts = key.split(".")
-    return next((s for n in range(len(parts) - 1, 0, -1) if (s := nearest(".".join(parts[:n]), known))), "")
+    for n in range(1, len(parts)):
+        sections = {".".join(split[:n]) for name in known if len(split := name.split(".")) > n}
+        section = ".".join(parts[:n])
+        if section in sections:
+            continue
+        for meant in difflib.get_close_matches(section, sections, n=1):
+            corrected = ".".join([meant, *parts[n:]])
+            # A class's own settings are known only where it is chosen; those sections have a key for help.
+            if corrected in known or f"{meant}.help" in known:
+                return f"; did you mean {corrected}?"
+        break
+    named = [name for name in known if not name.endswith(".help")]
+    if suggestion := nearest(key, named):
+        return suggestion
+    return next((s for n in range(len(parts) - 1, 0, -1) if (s := nearest(".".join(parts[:n]), named))), "")

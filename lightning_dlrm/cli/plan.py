@@ -154,6 +154,9 @@ def run(arguments: Sequence[str]) -> int:
         print(json.dumps(figures(plan, costs, of_tables, batch_size), indent=1))
     else:
         print(describe(plan, loads, costs, of_tables))
+        for what, path in (("plan", settings.output), ("drawing", settings.plot)):
+            if path is not None:
+                print(f"{what} written to {path}")
     return 0
 
 
@@ -219,6 +222,8 @@ def _place(settings: Any, network: CTRNetwork, loads: Sequence[TableLoad], batch
     )
     option = yaml.safe_dump(on_host, default_flow_style=True, sort_keys=False, width=math.inf).strip()
     print(f"--model.network.tables.on_host '{option}'")
+    if settings.output is not None:
+        print(f"configuration written to {settings.output}")
     return 0
 
 

@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
+
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.models.accounting import ModelSize
 from lightning_dlrm.tracking import names
@@ -29,6 +32,26 @@ def size_note(size: ModelSize) -> str:
 def size_words(tables: float, dense: float) -> str:
     """Parameters in all, in tables and in dense layers."""
     return f"{tables + dense:,} ({tables:,} in tables, {dense:,} dense)"
+
+
+def early_stop_note(callback: EarlyStopping, step: int, total: float) -> str:
+    """Why a fit ended before its last step; nothing where it was not this callback that ended it.
+
+    Args:
+        callback: after the fit.
+        step: at which the fit ended.
+        total: steps that it would have taken.
+    """
+    metric, best, waited = callback.monitor, float(callback.best_score), callback.wait_count
+    reasons = {
+        EarlyStoppingReason.PATIENCE_EXHAUSTED: f"{metric} not better for {waited} validation{'s' * (waited > 1)} "
+        f"(best {best:.6f})",
+        EarlyStoppingReason.STOPPING_THRESHOLD: f"{metric} has reached the threshold {callback.stopping_threshold}",
+        EarlyStoppingReason.DIVERGENCE_THRESHOLD: f"{metric} is beyond the limit {callback.divergence_threshold}",
+        EarlyStoppingReason.NON_FINITE_METRIC: f"{metric} is not finite",
+    }
+    reason = reasons.get(callback.stopping_reason)
+    return f"stopped early at step {step:,}: {reason}" if reason and step < total else ""
 
 
 def final_report(

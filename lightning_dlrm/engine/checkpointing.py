@@ -82,7 +82,6 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step
-        _refuse_validation_amid_a_step(trainer)
         assert isinstance(pl_module, CTRModule)
         pieces = pl_module.table_pieces()
         here = sum(tensor.nbytes for piece in pieces for tensor in piece.tensors.values())
@@ -153,7 +152,7 @@ def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
     return isinstance(interval, int) and interval > 0 and (counted + 1) % interval == 0
 
 
-def _refuse_validation_amid_a_step(trainer: pl.Trainer) -> None:
+def refuse_validation_amid_a_step(trainer: pl.Trainer) -> None:
     """A checkpoint between the micro-batches of a step would lose the first of them.
 
     Raises:

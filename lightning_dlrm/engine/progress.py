@@ -46,7 +46,7 @@ class RunProgress(ProgressBar):
     ) -> None:
         # Not before: other callbacks have words for the start.
         if self._fit_bar is None:
-            self._fit_bar = self._bar("fit", _total_steps(trainer), trainer.global_step)
+            self._fit_bar = self._bar("fit", total_steps(trainer), trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -144,7 +144,8 @@ class Lines(tqdm):
         self.disable = True
 
 
-def _total_steps(trainer: pl.Trainer) -> float:
+def total_steps(trainer: pl.Trainer) -> float:
+    """That a fit takes if nothing ends it before; infinite where it has no bound."""
     if trainer.max_steps != -1:
         return trainer.max_steps
     if trainer.max_epochs in (None, -1):

@@ -16,13 +16,13 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import Batch
-from lightning_dlrm.engine.checkpointing import RunCheckpoints
+from lightning_dlrm.engine.checkpointing import RunCheckpoints, refuse_validation_amid_a_step
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP, table_loads
 from lightning_dlrm.objectives.metrics import click_metrics
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
-from lightning_dlrm.tracking.run_folder import RunFolder
+from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -66,6 +66,8 @@ class Recorder(pl.Callback):
         """Samples trained on since the first step of the run, over all ranks."""
         self.latest: dict[str, float] = {}
         """The newest value of everything that was logged."""
+        self.configuration: str | None = None
+        """For ``config.yaml``, which is written once nothing refuses the fit any more."""
         self.samples_per_second = 0.0
         """Since the last logged step."""
         self._window: tuple[Tensor, Tensor] = torch.empty(0), torch.empty(0, dtype=torch.int8)
@@ -80,6 +82,11 @@ class Recorder(pl.Callback):
         self._seconds_before = 0.0
         """Of training, before this run was resumed."""
         self._step = self._logged_step = 0
+
+    @property
+    def trained(self) -> bool:
+        """Whether this fit has trained on anything; not so where the run was at its end already."""
+        return self._start is not None and self.samples > self._start_samples
 
     def state_dict(self) -> dict[str, Any]:
         self._extend_window()
@@ -104,9 +111,14 @@ class Recorder(pl.Callback):
         self._start = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.checkpoints is not None:
+            refuse_validation_amid_a_step(trainer)
         self._step = self._logged_step = trainer.global_step
         if trainer.is_global_zero:
+            # Not before: a checkpoint that is refused leaves the folder of its run as it is.
             self.folder.cut_back(self._step)
+            if self.configuration is not None:
+                self.folder.write_text(CONFIG, self.configuration)
         if self._step:
             log.info("resumed at step %d (%s samples)", self._step, f"{self.samples:,}")
         assert isinstance(pl_module, CTRModule)
@@ -154,7 +166,7 @@ class Recorder(pl.Callback):
         if not trainer.is_global_zero or not self.samples:
             return
         step = trainer.global_step
-        if self._start is not None and self.samples > self._start_samples:
+        if self.trained:
             self.latest |= self._speed(trainer, pl_module) | describe(trainer, pl_module)
         else:
             kept = self.folder.final()
