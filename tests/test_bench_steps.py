@@ -173,7 +173,7 @@ def test_a_fit_is_timed_step_by_step(tmp_path: Path) -> None:
         (["lookup", "--bag", "5", "1"], "--bag is 5 1"),
         (["lookup", "--json", "nowhere/rows.json"], "there is no folder nowhere"),
         (["paper", "--batches", "2"], "give as many batches"),
-        (["gpu"], "finds no CUDA device"),
+        (["gpu"], "bench gpu needs a CUDA device"),
         (["paper", "--plot", "figure.doc"], "named like no figure"),
         (["step", "--peer", "nowhere"], "no checkout of facebookresearch/dlrm"),
         (["step", "--model", "dcn", "--max-rows", "0"], "--max-rows is 0"),
