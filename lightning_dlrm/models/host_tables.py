@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, SortedLookups, Table
-from lightning_dlrm.models.pooling import pool_rows
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, SortedLookups
+from lightning_dlrm.models.pooling import PoolingLookup, pool_rows
 from lightning_dlrm.models.tables import EmbeddingTables
 
 _hands = ThreadPoolExecutor(1, thread_name_prefix="host tables")
@@ -170,34 +170,17 @@ class HostRows(EmbeddingLookup):
         return self
 
 
-class HostTables(HostRows, EmbeddingTables):
+class HostTables(HostRows, PoolingLookup, EmbeddingTables):
     """Tables in host memory; for the arguments see EmbeddingTables."""
 
-    def __init__(
-        self,
-        tables: Sequence[Table],
-        width: int,
-        seed: int = 0,
-        trainable: bool = True,
-        ranges: Sequence[tuple[int, int]] | None = None,
-    ) -> None:
-        super().__init__(tables, width, seed, trainable, ranges)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         offsets = [piece.offset for piece in self.pieces]
         self._host_offsets = torch.tensor(offsets, dtype=self.row_offsets.dtype, device="cpu")
 
     def announce(self, ids: SparseIds) -> None:
         """See EmbeddingLookup.announce."""
         ids.ahead[self] = self._ask(ids)
-
-    def forward(self, ids: SparseIds) -> Tensor:
-        """See EmbeddingLookup.forward."""
-        bag_N = None if ids.offsets is None else ids.bag_of_each()
-        weights_N = None if ids.weights is None else ids.weights.reshape(-1)
-        return self._pool(ids, ids.offsets, bag_N, weights_N).view(len(ids), ids.tables, self.width)
-
-    def each(self, ids: SparseIds) -> Tensor:
-        """See EmbeddingLookup.each."""
-        return self._pool(ids, None, None, None)
 
     def device(self) -> torch.device:
         """See HostRows.device."""

@@ -10,7 +10,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_dlrm.contracts.lookup import SortedLookups
+from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, SortedLookups
+
+
+class PoolingLookup(EmbeddingLookup):
+    """A lookup that has a batch's distinct rows at hand before it makes vectors of them."""
+
+    def forward(self, ids: SparseIds) -> Tensor:
+        """See EmbeddingLookup.forward."""
+        bag_N = None if ids.offsets is None else ids.bag_of_each()
+        weights_N = None if ids.weights is None else ids.weights.reshape(-1)
+        return self._pool(ids, ids.offsets, bag_N, weights_N).view(len(ids), ids.tables, self.width)
+
+    def each(self, ids: SparseIds) -> Tensor:
+        """See EmbeddingLookup.each."""
+        return self._pool(ids, None, None, None)
+
+    def _pool(self, ids: SparseIds, offsets: Tensor | None, bag_N: Tensor | None, weights_N: Tensor | None) -> Tensor:
+        """[bags, D]: as ``pool_rows``, whose arguments these are."""
+        raise TypeError(f"{type(self).__name__} does not define _pool")
 
 
 def pool_rows(

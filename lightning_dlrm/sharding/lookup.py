@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, Table
+from lightning_dlrm.contracts.lookup import RowGradient, Table
 from lightning_dlrm.models.memory import empty_table
-from lightning_dlrm.models.pooling import pool_rows
+from lightning_dlrm.models.pooling import PoolingLookup, pool_rows
 from lightning_dlrm.models.tables import EmbeddingTables, fill_initial_rows
 from lightning_dlrm.sharding.collectives import Ranks, Travelling
 from lightning_dlrm.sharding.needs import Asked, Needs, RowMap
@@ -108,7 +108,7 @@ class Traffic:
     tables: Mapping[str, TableTraffic]
 
 
-class ShardedTables(EmbeddingLookup):
+class ShardedTables(PoolingLookup):
     """Those pieces of tables of one width that a plan gives to this rank.
 
     Every rank calls ``forward`` and the backward pass the same number of times, also with an empty
@@ -189,16 +189,6 @@ class ShardedTables(EmbeddingLookup):
             self._asked_2C += request.needs.of_cells
             self._factor_bytes = 0 if request.needs.factors is None else request.needs.factors.element_size()
         ids.ahead[self] = request, _SendVectors.apply(self.weight, request, self)
-
-    def forward(self, ids: SparseIds) -> Tensor:
-        """See EmbeddingLookup.forward."""
-        bag_N = None if ids.offsets is None else ids.bag_of_each()
-        weights_N = None if ids.weights is None else ids.weights.reshape(-1)
-        return self._pool(ids, ids.offsets, bag_N, weights_N).view(len(ids), ids.tables, self.width)
-
-    def each(self, ids: SparseIds) -> Tensor:
-        """See EmbeddingLookup.each."""
-        return self._pool(ids, None, None, None)
 
     def _pool(self, ids: SparseIds, offsets: Tensor | None, bag_N: Tensor | None, weights_N: Tensor | None) -> Tensor:
         if not isinstance(ids.ahead.get(self), tuple):
