@@ -378,7 +378,10 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         (["fit", "--config", "dlrm.yaml", "--model.netwrok.embedding_dim", "3"], "mean model.network.embedding_dim?"),
         (["fit", "--config", "small.yaml"], "put a model before it: --config dlrm.yaml --config small.yaml"),
         (["fit", "small.yaml"], "did you mean --config small.yaml?"),
-        (["fit", "--config", "dlrm.yaml", "--seed_everything", "-3"], "seed_everything is -3; give a number from 0"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--seed_everything", "-3"],
+            "error: seed_everything is -3; give a number from 0",
+        ),
         (["fit", "--config", "dlrm.yaml", "--seed_everything", str(2**32)], "seed_everything is 4294967296; give"),
         (["fit", "--config", "dlrm.yaml", "--trainer.max_steps", "many"], "trainer.max_steps: Expected a int"),
         (["fit", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),

@@ -56,6 +56,8 @@ def explain(message: str, known: Sequence[str]) -> str:
         expected = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1]).replace(", ", " or ")
         return f"{key}: {given[1].strip()} is no {expected}"
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
+    # Between two settings, ours says what is wrong.
+    line = re.sub(r"Call to compute_fn of link .*? failed: ", "", line)
     return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
 
 
