@@ -21,6 +21,7 @@ from typing import Any
 import fsspec
 import psutil
 import pytest
+from distributed import LocalCluster
 
 from datamodules.preprocess import command, counting, parts, pipeline, staging
 from datamodules.preprocess.journal import written_aside
@@ -66,14 +67,12 @@ def test_worker_processes(tmp_path: Path, days: list[Path], undisturbed: dict[st
 
 
 def test_dask_cluster(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes]) -> None:
-    distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         make(days, tmp_path / "out", workers=None, scheduler=cluster.scheduler_address)
     assert folder_bytes(tmp_path / "out") == undisturbed
 
 
 def test_no_scheduler(tmp_path: Path, days: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
     monkeypatch.setattr("datamodules.preprocess.workers._CONNECT_TIMEOUT_S", 1)
     with pytest.raises(UserError, match=r"no Dask scheduler at tcp://127.0.0.1:9 .*dask scheduler"):
         make(days, tmp_path / "out", workers=None, scheduler="tcp://127.0.0.1:9")
