@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from datamodules.parquet import DatasetWriter, Values
 from datamodules.preprocess.estimate import size_words, time_words
+from lightning_dlrm.contracts.cache import cache_root
 from lightning_dlrm.contracts.errors import UserError, one_line
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, Column, DatasetSchema
 
@@ -24,15 +24,11 @@ Write = Callable[[DatasetWriter, "tqdm[Any]"], dict[str, Any]]
 def cache_folder(kind: str, key: Any) -> Path:
     """Where the cache keeps generated data, there or not.
 
-    The cache is ``$LIGHTNING_DLRM_CACHE``, by default ``~/.cache/lightning_dlrm``.
-
     Args:
         kind: of data, the beginning of the folder's name.
         key: all that the data depend on, JSON values.
     """
-    root = os.environ.get("LIGHTNING_DLRM_CACHE")
-    cache = Path(root).expanduser() if root else Path.home() / ".cache" / "lightning_dlrm"
-    return cache / f"{kind}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+    return cache_root() / f"{kind}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def make_once(planned: DatasetSchema, folder: Path, write: Write, progress: bool = True) -> DatasetSchema:

@@ -7,13 +7,17 @@ U distinct rows among them.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_dlrm.contracts.batch import SparseIds
+
+Kernels = Literal["auto", "plain", "native", "triton"]
+"""Which code looks up and updates table rows: plain torch, compiled C on a CPU, or Triton on a CUDA device. ``auto``:
+the one for the tables' device, with float32 or bfloat16 tables, where it works here; else plain."""
 
 _BLOCK_BYTES = 2**21
 """Of a gradient's values: what is summed and applied before the processor's caches lose it."""
@@ -67,7 +71,8 @@ class SortedLookups:
 
         For the arguments see ``RowGradient.from_lookups``.
         """
-        return LookupGradient.of(self, grad_BD, bag_N, weights_N).values
+        output = grad_BD.to(torch.promote_types(grad_BD.dtype, torch.float32))
+        return Segments.of_sorted(self, bag_N, weights_N).sums(output)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class RowGradient:
     def from_lookups(
         rows_N: Tensor, grad_BD: Tensor, bag_N: Tensor | None = None, weights_N: Tensor | None = None
     ) -> "RowGradient":
-        """The gradients of looked-up vectors, by row; summed where somebody asks for ``values`` or ``blocks``.
+        """The gradients of looked-up vectors, by row; sorted and summed where somebody asks for it.
 
         Args:
             rows_N: the row of each index.
@@ -101,7 +106,7 @@ class RowGradient:
             bag_N: the output vector each index went into; None when index i went into vector i.
             weights_N: the factor each index's vector had in its sum; None means 1.
         """
-        return LookupGradient.of(SortedLookups.of(rows_N), grad_BD, bag_N, weights_N)
+        return LookupGradient(rows_N, grad_BD, bag_N, weights_N)
 
     @staticmethod
     def sum(parts: "Sequence[RowGradient]") -> "RowGradient":
@@ -133,66 +138,100 @@ class RowGradient:
         return size if rows > 2 * size else max(rows, 1)
 
 
-class LookupGradient(RowGradient):
-    """A RowGradient that is summed by row only where somebody asks for its sums; its rows are known at once.
+class Segments(NamedTuple):
+    """Lookups, row after row, and what is summed for each row."""
 
-    Where nearly every index looks up another row, the sums take as much memory as all looked-up vectors: an
-    update by ``blocks`` never writes them there.
-
-    Args:
-        rows: int64 [U], distinct, ascending.
-        starts: int64 [U]: where the indices of each row begin among those of all rows, row after row.
-        bags: int64 [N]: the output vector that each of these indices went into.
-        factors: [N]: what its vector was multiplied by; None means 1.
-        output: [B, D], float32 at least: the gradient of each output vector.
-    """
-
+    rows: Tensor
+    """int64 [U], distinct, ascending."""
     starts: Tensor
+    """int64 [U]: where the indices of each row begin among those of all rows."""
     bags: Tensor
+    """int64 [N]: the output vector that each of these indices went into."""
     factors: Tensor | None
-    output: Tensor
-
-    def __init__(self, rows: Tensor, starts: Tensor, bags: Tensor, factors: Tensor | None, output: Tensor) -> None:
-        # The base is frozen.
-        self.__dict__.update(rows=rows, starts=starts, bags=bags, factors=factors, output=output)
+    """[N]: what its vector was multiplied by; None means 1."""
 
     @staticmethod
-    def of(lookups: SortedLookups, grad_BD: Tensor, bag_N: Tensor | None, weights_N: Tensor | None) -> "LookupGradient":
+    def of(rows_N: Tensor, bag_N: Tensor | None, weights_N: Tensor | None) -> "Segments":
         """For the arguments see ``RowGradient.from_lookups``."""
-        output = grad_BD.to(torch.promote_types(grad_BD.dtype, torch.float32))
-        return LookupGradient(
+        lookups = SortedLookups.of(rows_N)
+        return Segments.of_sorted(lookups, bag_N, weights_N)
+
+    @staticmethod
+    def of_sorted(lookups: SortedLookups, bag_N: Tensor | None, weights_N: Tensor | None) -> "Segments":
+        """The same, of lookups that are sorted already."""
+        return Segments(
             rows=lookups.rows.long(),
             starts=torch.cumsum(lookups.counts, 0) - lookups.counts,
             bags=lookups.order if bag_N is None else bag_N[lookups.order],
-            factors=None if weights_N is None else weights_N[lookups.order].to(output.dtype),
-            output=output,
+            factors=None if weights_N is None else weights_N[lookups.order],
         )
+
+    def sums(self, output_BD: Tensor) -> Tensor:
+        """[U, D]: of each row, by a segment sum."""
+        factors = None if self.factors is None else self.factors.to(output_BD.dtype)
+        return functional.embedding_bag(self.bags, output_BD, self.starts, mode="sum", per_sample_weights=factors)
+
+    def blocks(self, size: int) -> "Iterator[Segments]":
+        """Of at most as many rows, one after the other."""
+        ends = [*self.starts[size::size].tolist(), len(self.bags)]
+        start = 0
+        for rows, starts, end in zip(self.rows.split(size), self.starts.split(size), ends, strict=True):
+            factors = None if self.factors is None else self.factors[start:end]
+            yield Segments(rows, starts - start, self.bags[start:end], factors)
+            start = end
+
+
+class LookupGradient(RowGradient):
+    """A RowGradient that is sorted and summed by row only where somebody asks for its rows or their sums.
+
+    Where nearly every index looks up another row, the sums take as much memory as all looked-up vectors: an
+    update by ``blocks``, or by a kernel that sums while it updates, never writes them there.
+
+    For the arguments see ``RowGradient.from_lookups``.
+    """
+
+    output: Tensor
+    """[B, D], float32 at least: the gradient of each output vector; there until somebody asked for ``values``."""
+
+    def __init__(self, rows_N: Tensor, grad_BD: Tensor, bag_N: Tensor | None, weights_N: Tensor | None) -> None:
+        output = grad_BD.to(torch.promote_types(grad_BD.dtype, torch.float32))
+        # The base is frozen.
+        self.__dict__.update(output=output, _lookups=(rows_N, bag_N, weights_N))
+
+    @property
+    def summed(self) -> bool:
+        """Whether somebody asked for ``values``."""
+        return "values" in self.__dict__
+
+    def segments(self, sort: Callable[[Tensor, Tensor | None, Tensor | None], Segments] = Segments.of) -> Segments:
+        """The lookups by row, until they are summed; ``sort`` makes them, where nobody asked before."""
+        if "_segments" not in self.__dict__:
+            self.__dict__["_segments"] = sort(*self.__dict__.pop("_lookups"))
+        return self.__dict__["_segments"]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        return self.segments().rows
 
     @cached_property
     def values(self) -> Tensor:
-        sums_UD = functional.embedding_bag(
-            self.bags, self.output, self.starts, mode="sum", per_sample_weights=self.factors
-        )
+        sums_UD, _ = self.segments().sums(self.output), self.rows
         # Nobody asks for them again, and their memory is in the caches.
-        for name in ("starts", "bags", "factors", "output"):
+        for name in ("_segments", "output"):
             del self.__dict__[name]
         return sums_UD
 
     def blocks(self) -> Iterator[RowGradient]:
         """See RowGradient.blocks; each is summed when it is asked, and no sum is kept here."""
-        if "values" in self.__dict__:
+        if self.summed:
             yield from super().blocks()
             return
         size = self._rows_of_a_block(self.output)
         if len(self.rows) <= size:
             yield self
             return
-        ends = [*self.starts[size::size].tolist(), len(self.bags)]
-        start = 0
-        for rows, starts, end in zip(self.rows.split(size), self.starts.split(size), ends, strict=True):
-            factors = None if self.factors is None else self.factors[start:end]
-            yield LookupGradient(rows, starts - start, self.bags[start:end], factors, self.output)
-            start = end
+        for block in self.segments().blocks(size):
+            yield RowGradient(block.rows, block.sums(self.output))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +291,8 @@ class EmbeddingLookup(nn.Module):
     """The F tables, in the order of the ids."""
     pieces: tuple[TablePiece, ...]
     """What the rows of ``weight`` are, in order."""
+    kernels: Kernels = "auto"
+    """Which code looks up and updates the rows."""
     LOOKS_AHEAD: ClassVar[bool] = False
     """Whether ``announce`` and ``start`` do anything."""
     may_pool: bool = True

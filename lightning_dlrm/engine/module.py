@@ -151,7 +151,7 @@ class CTRModule(pl.LightningModule):
         if not hasattr(self, "network"):
             self.network = self.make_network(self.schema.features, self.seed)
             for lookup in self.network.lookups():
-                if isinstance(lookup, EmbeddingTables) and self.kernels != "fbgemm":
+                if self.kernels != "fbgemm":
                     lookup.kernels = self.kernels
 
     def configure_optimizers(self) -> Any:

@@ -1,4 +1,4 @@
-"""Which code looks up and updates table rows: plain torch, the reference, or the fused kernels for GPUs."""
+"""Which code looks up and updates table rows: plain torch, the reference, or the kernels for CPUs or for GPUs."""
 
 import importlib.util
 import logging
@@ -9,15 +9,14 @@ from typing import Literal, get_args
 import torch
 
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.lookup import Kernels
+from lightning_dlrm.kernels import native
 
 log = logging.getLogger("lightning_dlrm")
 
-Kernels = Literal["auto", "plain", "triton"]
-"""``auto``: triton on a CUDA device with float32 or bfloat16 tables, else plain."""
-
 
 @cache
-def choose(asked: Kernels, device: str, dtype: torch.dtype) -> Literal["plain", "triton"]:
+def choose(asked: Kernels, device: str, dtype: torch.dtype) -> Literal["plain", "native", "triton"]:
     """The kernels for tables of a type on a kind of device; says in the log which they are, once.
 
     Raises:
@@ -25,19 +24,36 @@ def choose(asked: Kernels, device: str, dtype: torch.dtype) -> Literal["plain", 
     """
     if asked not in get_args(Kernels):
         raise UserError(f"kernels {asked!r} is none of {', '.join(get_args(Kernels))}")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    mistake = None
-    if dtype not in (torch.float32, torch.bfloat16):
-        mistake = f"the tables are {dtype}, and the fused kernels take float32 and bfloat16"
-    elif device != "cuda" and not interpreted:
-        mistake = f"the tables are on {device}, and the fused kernels need a CUDA device"
-    elif importlib.util.find_spec("triton") is None:
-        mistake = "triton is not installed; torch for CUDA brings it"
-    if asked == "triton" and mistake is not None:
-        raise UserError(f"kernels is triton, but {mistake}: set it to auto or plain")
-    if asked == "plain" or mistake is not None or (asked == "auto" and device != "cuda"):
-        if device == "cuda":
-            log.info("table rows on cuda: plain kernels (%s)", "as asked" if mistake is None else mistake)
+    for_device = {"cpu": "native", "cuda": "triton"}.get(device, "plain")
+    wanted = for_device if asked == "auto" else asked
+    mistake, broken = None, False
+    if wanted != "plain" and dtype not in (torch.float32, torch.bfloat16):
+        mistake = f"the tables are {dtype}, and these kernels take float32 and bfloat16"
+    elif wanted == "triton":
+        mistake = _triton_mistake(device)
+    elif wanted == "native" and device != "cpu":
+        mistake = f"the tables are on {device}, and the native kernels need a CPU"
+    elif wanted == "native":
+        try:
+            native.library()
+        except native.NativeError as error:
+            mistake, broken = str(error), error.broken
+    if mistake is not None and asked != "auto":
+        raise UserError(f"kernels is {asked}, but {mistake}: set it to auto or plain")
+    level = logging.WARNING if broken else logging.INFO
+    if mistake is not None or wanted == "plain":
+        log.log(level, "table rows on %s: plain torch (%s)", device, mistake or "as asked")
         return "plain"
-    log.info("table rows on %s: fused Triton kernels", device)
-    return "triton"
+    if wanted == "triton":
+        log.info("table rows on %s: fused Triton kernels", device)
+        return "triton"
+    log.info("table rows on %s: native kernels", device)
+    return "native"
+
+
+def _triton_mistake(device: str) -> str | None:
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tables are on {device}, and the fused kernels need a CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; torch for CUDA brings it"
+    return None

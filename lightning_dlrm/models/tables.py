@@ -17,7 +17,8 @@ from torch.nn import functional
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, Table, TablePiece, gather_rows
-from lightning_dlrm.kernels.choice import Kernels, choose
+from lightning_dlrm.kernels import native
+from lightning_dlrm.kernels.choice import choose
 from lightning_dlrm.models.fused_tables import FusedLookup
 from lightning_dlrm.models.memory import empty_table
 
@@ -55,8 +56,6 @@ class EmbeddingTables(EmbeddingLookup):
     """
 
     row_offsets: Tensor
-    kernels: Kernels = "auto"
-    """Which code looks up and updates the rows."""
 
     def __init__(
         self,
@@ -91,8 +90,12 @@ class EmbeddingTables(EmbeddingLookup):
 
     def forward(self, ids: SparseIds) -> Tensor:
         """See EmbeddingLookup.forward."""
-        if choose(self.kernels, self.weight.device.type, self.weight.dtype) == "triton":
+        kernels = choose(self.kernels, self.weight.device.type, self.weight.dtype)
+        if kernels == "triton":
             vectors = FusedLookup.apply(self.weight, _flat(ids.weights), ids, self.row_offsets, self)
+        elif kernels == "native" and ids.values.dtype == self.row_offsets.dtype == torch.int32:
+            weights_N = _flat(ids.weights)
+            vectors = _LookupIds.apply(self.weight, ids.values, ids.offsets, weights_N, self.row_offsets, self)
         elif ids.offsets is None:
             rows_BF = ids.values + self.row_offsets
             vectors = _LookupRows.apply(self.weight, rows_BF.view(-1), None, _flat(ids.weights), None, self)
@@ -158,6 +161,29 @@ class _LookupRows(torch.autograd.Function):
             grad_ND = grad_BD if bag_N is None else grad_BD.index_select(0, bag_N)
             grad_weights_N = (weight_RD.index_select(0, rows_N) * grad_ND).sum(1).to(weights_N.dtype)
         return None, None, None, grad_weights_N, None, None
+
+
+class _LookupIds(torch.autograd.Function):
+    """The same of ids, by the native kernel, which finds their rows and bags on the way."""
+
+    backward = _LookupRows.backward
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight_RD: Tensor,
+        values_N: Tensor,
+        offsets: Tensor | None,
+        weights_N: Tensor | None,
+        row_offsets_F: Tensor,
+        owner: EmbeddingLookup,
+    ) -> Tensor:
+        vectors_BD, rows_N, bag_N = native.lookup(weight_RD, values_N, offsets, row_offsets_F, weights_N)
+        ctx.owner = owner
+        ctx.save_for_backward(
+            rows_N, None if offsets is None else bag_N, weights_N, weight_RD if ctx.needs_input_grad[3] else None
+        )
+        return vectors_BD
 
 
 def fill_initial_rows(weight_RD: Tensor, tables: Sequence[Table], pieces: Sequence[TablePiece], seed: int) -> None:

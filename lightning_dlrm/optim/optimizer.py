@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, gather_rows, put_rows
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, Kernels, RowGradient, gather_rows, put_rows
+from lightning_dlrm.kernels import native
+from lightning_dlrm.kernels.choice import choose
 from lightning_dlrm.models.fbgemm_tables import FBGEMMGradient
 from lightning_dlrm.models.fused_tables import UnsummedGradient, fused_update
 from lightning_dlrm.models.memory import keep_freed_memory
@@ -107,7 +109,8 @@ class CTROptimizer(torch.optim.Optimizer):
             if gradient is not None:
                 name = self._group_of[lookup]
                 rule, (rate, steps) = self.rules[name], rates[name]
-                lookup.update(gradient, state, partial(_update_rows, rule=rule, learning_rate=rate, step=steps))
+                change = partial(_update_rows, rule=rule, learning_rate=rate, step=steps, kernels=lookup.kernels)
+                lookup.update(gradient, state, change)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         if set_to_none:
@@ -201,14 +204,19 @@ def _update_rows(
     rule: UpdateRule,
     learning_rate: Tensor,
     step: Tensor,
+    kernels: Kernels,
 ) -> None:
-    """Applies a rule to the touched rows, a block at a time: gather, update, put back. Rows are distinct, so none is
-    lost."""
+    """Applies a rule to the touched rows: by a kernel that knows it, or a block at a time: gather, update, put back.
+    Rows are distinct, so none is lost."""
     if isinstance(gradient, FBGEMMGradient):
         gradient.move(state, float(learning_rate))
         return
     if isinstance(gradient, UnsummedGradient) and type(rule) in _FUSED:
         fused_update(weight, gradient, state, _FUSED[type(rule)], vars(rule), learning_rate, step)
+        return
+    known = _FUSED.get(type(rule))
+    if known is not None and choose(kernels, weight.device.type, weight.dtype) == "native":
+        native.update(weight, gradient, state, known, vars(rule), float(learning_rate), float(step))
         return
     for block in gradient.blocks():
         rows, sums = block.rows, block.values
@@ -226,7 +234,7 @@ _FUSED: dict[type[UpdateRule], str] = {
     RowWiseAdagrad: "row_wise_adagrad",
     Adam: "adam",
 }
-"""Rules that a fused kernel knows, and their names there."""
+"""Rules that the kernels know, and their names there."""
 
 
 def _words(rules: dict[str, dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ Shape suffixes: D width, E entries, V units that all ranks ask of this one.
 import torch
 from torch import Tensor
 
-from lightning_dlrm.contracts.lookup import LookupGradient
+from lightning_dlrm.contracts.lookup import RowGradient
 from lightning_dlrm.models.host_tables import HostRows, RowsAtHand
 from lightning_dlrm.sharding.lookup import Request, ShardedTables, sum_units
 from lightning_dlrm.sharding.needs import Asked
@@ -45,4 +45,5 @@ class ShardedHostTables(HostRows, ShardedTables):
     def _take_gradients(self, request: Request) -> None:
         rows, asked = request.fetched, request.here
         grad_VD = self._received(request.gradients)
-        self.hold(rows, LookupGradient.of(rows.lookups, grad_VD, asked.units, asked.factors))
+        values_UD = rows.lookups.sum_gradients(grad_VD, asked.units, asked.factors)
+        self.hold(rows, RowGradient(rows.lookups.rows.long(), values_UD))

@@ -166,9 +166,11 @@ class ShardedTables(PoolingLookup):
     ) -> "ShardedTables":
         """Takes the place of tables that were built under ``rows_elsewhere``."""
         weight = tables.weight
-        return cls(
+        sharded = cls(
             tables.tables, tables.width, tables.seed, plan, ranks, wire, weight.dtype, device, weight.requires_grad
         )
+        sharded.kernels = tables.kernels
+        return sharded
 
     @staticmethod
     def _place(device: torch.device) -> torch.device:

@@ -1,0 +1,317 @@
+"""Lookup, sort and update of table rows on a CPU: ``native.c``, compiled when it is first needed.
+
+The library is kept in the cache, one for each source, compiler and processor, and runs in torch's own threads. Its
+results do not depend on how many there are.
+
+Shape suffixes: B bags (output vectors), F tables, D width, R rows of all tables, N indices of all bags, U distinct
+rows.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_dlrm.contracts.cache import cache_root
+from lightning_dlrm.contracts.lookup import LookupGradient, RowGradient, Segments
+
+_SOURCE = Path(__file__).with_name("native.c")
+# No flag that lets results differ from the formulas as written.
+_FLAGS = "-std=c11 -O3 -march=native -fPIC -shared -fno-math-errno -fno-trapping-math -ffp-contract=off"
+_THREADS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+_RULES = ("sgd", "adagrad", "row_wise_adagrad", "adam")
+_DIGIT = 9
+"""Most bits that are sorted by in one pass: as many counters stay in the first cache."""
+_ALONE = 2**12
+"""Indices from which on a second thread is worth waking."""
+
+
+class NativeError(Exception):
+    """The kernels cannot be had here; says why.
+
+    Args:
+        why: ends "..., but".
+        broken: a compiler is there, and failed.
+    """
+
+    def __init__(self, why: str, broken: bool = False) -> None:
+        super().__init__(why)
+        self.broken = broken
+
+
+class _Lookup(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "ids", "offsets", "tables", "factors")),
+        *((name, ctypes.c_void_p) for name in ("vectors", "rows", "bags")),
+        *((name, ctypes.c_int64) for name in ("bag_count", "table_count", "width", "row_count")),
+        ("half", ctypes.c_bool),
+        ("wrong", ctypes.c_int64),
+        ("next", ctypes.c_int64),
+    ]
+
+
+class _Sort(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("rows", "bags", "factors", "scratch", "counts")),
+        *((name, ctypes.c_void_p) for name in ("sorted_rows", "starts", "sorted_bags", "sorted_factors")),
+        *((name, ctypes.c_int64) for name in ("count", "bits", "digit", "distinct")),
+    ]
+
+
+class _Update(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "first", "second", "rows", "starts", "bags")),
+        *((name, ctypes.c_void_p) for name in ("factors", "gradient")),
+        *((name, ctypes.c_int64) for name in ("distinct", "count", "width")),
+        ("half", ctypes.c_bool),
+        ("rule", ctypes.c_int),
+        *((name, ctypes.c_float) for name in ("rate", "kept", "l2", "epsilon")),
+        *((name, ctypes.c_float) for name in ("share1", "beta2", "share2", "correction2", "adam_rate")),
+        ("next", ctypes.c_int64),
+    ]
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The kernels; compiles them where the cache has none.
+
+    Raises:
+        NativeError: they cannot be had here.
+    """
+    if sys.platform != "linux":
+        raise NativeError(f"the native kernels are for Linux, and this is {sys.platform}")
+    torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    missing = [name for name in _THREADS if not hasattr(torch_library, name)]
+    if missing:
+        raise NativeError(f"torch here has no {missing[0]}, by which the native kernels would use its threads")
+    try:
+        native = ctypes.CDLL(str(_compiled()))
+    except OSError as error:
+        raise NativeError(f"the native kernels cannot be kept or loaded: {error}", broken=True) from error
+    native.use_threads.argtypes = [ctypes.c_void_p] * len(_THREADS)
+    native.use_threads(*(ctypes.cast(getattr(torch_library, name), ctypes.c_void_p) for name in _THREADS))
+    for name, arguments in {"look_up": _Lookup, "sort_lookups": _Sort, "update_rows": _Update}.items():
+        getattr(native, name).argtypes = [ctypes.POINTER(arguments), ctypes.c_int]
+        getattr(native, name).restype = None
+    return native
+
+
+def compiler() -> list[str]:
+    """The command of the C compiler: ``$CC``, or the first of cc, gcc and clang that there is.
+
+    Raises:
+        NativeError: there is none.
+    """
+    asked = shlex.split(os.environ.get("CC", ""))
+    found = [name for name in ([asked[0]] if asked else ["cc", "gcc", "clang"]) if shutil.which(name)]
+    if not found:
+        raise NativeError(
+            f"CC is {asked[0]}, which is not there" if asked else "no C compiler is installed (cc, gcc or clang)"
+        )
+    return [found[0], *asked[1:]]
+
+
+def lookup(
+    weight_RD: Tensor, values_N: Tensor, offsets: Tensor | None, tables_F: Tensor, factors_N: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The (weighted) sum of each bag's rows, zeros for an empty one, by a kernel that fetches rows ahead.
+
+    Args:
+        weight_RD: float32 or bfloat16.
+        values_N: int32, the id of each index within its table.
+        offsets: int64 [B + 1], where each bag begins; None for one id each.
+        tables_F: int32, where each table begins; bag b is of table b % F.
+        factors_N: a factor for each index; None means 1.
+
+    Returns:
+        [B, D], of the weight's type; int32 [N], the row of each index; int64 [N], its bag, or [0] without ``offsets``.
+
+    Raises:
+        IndexError: an id is outside the tables.
+    """
+    return torch.ops.lightning_dlrm.lookup(weight_RD, values_N, offsets, tables_F, factors_N)
+
+
+def sort(rows_N: Tensor, bag_N: Tensor | None, weights_N: Tensor | None, table_rows: int) -> Segments:
+    """``Segments.of``, by a radix sort where rows are int32; all are below ``table_rows``."""
+    if rows_N.dtype != torch.int32:
+        return Segments.of(rows_N, bag_N, weights_N)
+    count, threads = len(rows_N), _threads(len(rows_N))
+    bits = max((table_rows - 1).bit_length(), 1)
+    digit = -(-bits // -(-bits // _DIGIT))
+    rows_N = rows_N.contiguous()
+    bag_N = None if bag_N is None else bag_N.long().contiguous()
+    weights_N = None if weights_N is None else weights_N.float().contiguous()
+    scratch, counts = torch.empty(2 * count, dtype=torch.int64), torch.empty(threads << digit, dtype=torch.int32)
+    sorted_rows, starts, bags = (torch.empty(count, dtype=torch.int64) for _ in range(3))
+    factors = None if weights_N is None else torch.empty(count)
+    all_ = _Sort(
+        rows=_at(rows_N),
+        bags=_at(bag_N),
+        factors=_at(weights_N),
+        scratch=_at(scratch),
+        counts=_at(counts),
+        sorted_rows=_at(sorted_rows),
+        starts=_at(starts),
+        sorted_bags=_at(bags),
+        sorted_factors=_at(factors),
+        count=count,
+        bits=bits,
+        digit=digit,
+    )
+    library().sort_lookups(all_, threads)
+    return Segments(sorted_rows[: all_.distinct], starts[: all_.distinct], bags, factors)
+
+
+def update(
+    weight_RD: Tensor,
+    gradient: RowGradient,
+    state: Mapping[str, Tensor],
+    rule: str,
+    settings: Mapping[str, float],
+    learning_rate: float,
+    step: float,
+) -> None:
+    """Sums the gradients of each distinct row and moves the row and its state along them, in place.
+
+    Bit for bit ``UpdateRule.apply`` of the sums for SGD and Adagrad; for the others but for torch's square roots, which
+    are not always rounded to nearest, and for the mean squares of rows of less than eight.
+
+    Args:
+        weight_RD: float32 or bfloat16, contiguous.
+        gradient: of its rows.
+        state: the rule's slots, float32 [R, D] or [R], contiguous.
+        rule: ``sgd``, ``adagrad``, ``row_wise_adagrad`` or ``adam``.
+        settings: of the rule.
+        learning_rate: of this step.
+        step: its number, from 1.
+    """
+    rows, width = weight_RD.shape
+    starts = bags = factors = None
+    if isinstance(gradient, LookupGradient) and not gradient.summed:
+        touched, starts, bags, factors = gradient.segments(partial(sort, table_rows=rows))
+        output = gradient.output
+    else:
+        touched, output = gradient.rows, gradient.values
+    output, factors = output.float().contiguous(), None if factors is None else factors.float()
+    beta1, beta2 = settings.get("beta1", 0.0), settings.get("beta2", 0.0)
+    count = len(touched if bags is None else bags)
+    first, second = (*state.values(), None, None)[:2]
+    all_ = _Update(
+        weight=_at(weight_RD),
+        first=_at(first),
+        second=_at(second),
+        rows=_at(touched),
+        starts=_at(starts),
+        bags=_at(bags),
+        factors=_at(factors),
+        gradient=_at(output),
+        distinct=len(touched),
+        count=count,
+        width=width,
+        half=weight_RD.dtype == torch.bfloat16,
+        rule=_RULES.index(rule),
+        rate=learning_rate,
+        kept=1 - learning_rate * settings["weight_decay"],
+        l2=settings["l2"],
+        epsilon=settings.get("epsilon", 0.0),
+        share1=1 - beta1,
+        beta2=beta2,
+        share2=1 - beta2,
+        correction2=1 - beta2**step,
+        adam_rate=learning_rate / (1 - beta1**step),
+    )
+    library().update_rows(all_, _threads(count))
+
+
+def _look_up(
+    weight_RD: Tensor, values_N: Tensor, offsets: Tensor | None, tables_F: Tensor, factors_N: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    values_N = values_N.flatten()
+    count, bags = len(values_N), len(values_N) if offsets is None else len(offsets) - 1
+    # The plain path rounds factors to the weight's type as well.
+    factors_N = None if factors_N is None else factors_N.flatten().to(weight_RD.dtype).float()
+    vectors_BD = torch.empty(bags, weight_RD.shape[1], dtype=weight_RD.dtype)
+    rows_N = torch.empty(count, dtype=torch.int32)
+    bag_N = torch.empty(0 if offsets is None else count, dtype=torch.int64)
+    all_ = _Lookup(
+        weight=_at(weight_RD),
+        ids=_at(values_N),
+        offsets=_at(offsets),
+        tables=_at(tables_F),
+        factors=_at(factors_N),
+        vectors=_at(vectors_BD),
+        rows=_at(rows_N),
+        bags=None if offsets is None else _at(bag_N),
+        bag_count=bags,
+        table_count=len(tables_F),
+        width=weight_RD.shape[1],
+        row_count=weight_RD.shape[0],
+        half=weight_RD.dtype == torch.bfloat16,
+    )
+    library().look_up(all_, _threads(count))
+    if all_.wrong >= 0:
+        raise IndexError(
+            f"id {values_N[all_.wrong]} at place {all_.wrong} is outside the tables, which have {weight_RD.shape[0]:,} "
+            "rows together"
+        )
+    return vectors_BD, rows_N, bag_N
+
+
+# An operator of torch, so that whoever records or counts a step's operators sees it.
+_operators = torch.library.Library("lightning_dlrm", "DEF")
+_operators.define(
+    "lookup(Tensor weight, Tensor values, Tensor? offsets, Tensor tables, Tensor? factors) -> (Tensor, Tensor, Tensor)"
+)
+_operators.impl("lookup", _look_up, "CPU")
+
+
+def _threads(count: int) -> int:
+    return torch.get_num_threads() if count >= _ALONE else 1
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _compiled() -> Path:
+    """The library's file in the cache. Written elsewhere first, so that processes at the same time are safe."""
+    command = [*compiler(), *_FLAGS.split()]
+    version = _run([command[0], "--version"]).stdout
+    key = hashlib.sha256("\n".join([_SOURCE.read_text(), *command, version, _processor()]).encode()).hexdigest()
+    path = cache_root() / f"native-{key[:16]}.so"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".native-") as folder:
+        made = Path(folder) / path.name
+        done = _run([*command, str(_SOURCE), "-o", str(made), "-lm"])
+        if done.returncode or not made.exists():
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            told = next((line for line in lines if "error" in line), lines[0] if lines else "it wrote nothing")
+            raise NativeError(f"the C compiler {command[0]} failed: {told.strip()}", broken=True)
+        made.replace(path)
+    return path
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+
+
+def _processor() -> str:
+    """What the compiler sees of this processor."""
+    told = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else ""
+    # Frequencies and the like change from one moment to the next.
+    kept = [line for line in told.splitlines() if line.lower().startswith(("vendor", "cpu ", "model", "flags", "feat"))]
+    return "\n".join([platform.machine(), *(line for line in kept if "MHz" not in line)])
