@@ -292,7 +292,7 @@ class EmbeddingLookup(nn.Module):
         return self.weight.shape[1]
 
     def add_lookups(self, rows_N: Tensor, grad_BD: Tensor, bag_N: Tensor | None, weights_N: Tensor | None) -> None:
-        """Called by the backward pass of rows that are held here; for the arguments see ``RowGradient.from_lookups``."""
+        """Called by the backward pass of rows that are held here; the arguments are those of ``from_lookups``."""
         self.add_gradient(RowGradient.from_lookups(rows_N, grad_BD, bag_N, weights_N))
 
     def add_gradient(self, gradient: RowGradient) -> None:

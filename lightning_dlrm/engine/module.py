@@ -1,5 +1,6 @@
 """The one LightningModule: any network, any rules, any dataset."""
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,7 +9,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
@@ -18,6 +18,7 @@ from lightning_dlrm.engine.averaging import KEY as AVERAGES
 from lightning_dlrm.engine.averaging import Averaging, WeightAverages, average_rows, averaged_dense
 from lightning_dlrm.engine.graphs import GraphedStep, SideStream
 from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
+from lightning_dlrm.engine.overhead import pass_over_idle_hooks
 from lightning_dlrm.engine.random_state import random_states, restore_random_states
 from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
 from lightning_dlrm.kernels.choice import Kernels, choose
@@ -28,7 +29,7 @@ from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.objectives.curves import ClickCurves, click_curves
 from lightning_dlrm.objectives.losses import LogLoss, Loss
 from lightning_dlrm.objectives.metrics import ClickMetrics
-from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.optimizer import CTROptimizer, ScheduledRates
 from lightning_dlrm.optim.rules import UpdateRule
 from lightning_dlrm.optim.schedules import Constant, Schedule
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors
@@ -174,11 +175,11 @@ class CTRModule(pl.LightningModule):
             )
         optimizer = self.make_optimizer(network)
         total = self._total_steps() if self.schedule.needs_total_steps else None
-        factors = [_factor(self.schedule, rule.learning_rate, total) for rule in optimizer.rules.values()]
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"},
-        }
+        rates = ScheduledRates(optimizer, self.schedule, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step()
 
     def make_optimizer(self, network: CTRNetwork) -> CTROptimizer:
         """Of a network that ``make_network`` made."""
@@ -281,6 +282,8 @@ class CTRModule(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """To a GPU in a stream of its own, beside the steps that still compute."""
+        if device.type == batch.dense.device.type == "cpu":
+            return batch
         if device.type != "cuda":
             return batch.to(device)
         if self._side_stream is None:
@@ -333,6 +336,7 @@ class CTRModule(pl.LightningModule):
             loader.announce = lambda batch: self.network.announce(batch.ids)
         self._steps_done = self.trainer.global_step
         self._recorded = self._recorder()
+        pass_over_idle_hooks(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.averages is not None:
@@ -356,12 +360,15 @@ class CTRModule(pl.LightningModule):
         loss, logits_B = self._forward_backward(batch)
         self._count(names.FORWARD_SHARE, began)
         trainer = self.trainer
-        self.guard.watch(
-            loss.detach(), logits_B.detach(), Position(trainer.global_step + 1, trainer.current_epoch, batch_idx)
-        )
         self._batch_size = batch.global_size * trainer.accumulate_grad_batches
-        scaled = loss * self._short_step_factor(batch_idx)
-        return {"loss": scaled, "logits": logits_B.detach(), "step_loss": loss.detach()}
+        step_loss, logits_B = loss.detach(), logits_B.detach()
+        self.guard.watch(step_loss, logits_B, Position(trainer.global_step + 1, trainer.current_epoch, batch_idx))
+        if trainer.accumulate_grad_batches > 1:
+            loss = loss * self._short_step_factor(batch_idx)
+        return {"loss": loss, "logits": logits_B, "step_loss": step_loss}
+
+    # Lightning asks at every step for the names of its arguments, which Python would find out anew.
+    training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
 
     def on_before_backward(self, loss: Tensor) -> None:
         self._began = time.perf_counter()
@@ -644,11 +651,6 @@ def _labels(batch: Batch) -> Tensor:
     if batch.label is None:
         raise UserError("these rows have no labels: train and evaluate on a split that has them; 'predict' needs none")
     return batch.label
-
-
-def _factor(schedule: Schedule, base: float, total_steps: int | None) -> Callable[[int], float]:
-    """LambdaLR counts steps from 0 and wants a factor."""
-    return lambda step: schedule.learning_rate(step + 1, base, total_steps) / base
 
 
 def _few(items: set[str]) -> str:

@@ -141,7 +141,7 @@ def _caught(lookups: Sequence[EmbeddingLookup]) -> Iterator[list[tuple[Embedding
 
 
 def _owned(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients that may be changed in place, each for itself, as autograd leaves them: as their weight lies in memory, and
+    """Gradients that may be changed in place, each for itself, as autograd leaves them: laid out as their weight, and
     no two in the same place."""
     places: set[int] = set()
     owned: list[Tensor | None] = []
@@ -193,7 +193,7 @@ def _repeater(graph_module: fx.GraphModule) -> Callable[..., list[Any]]:
             lines.append(f"{node.name} = {text(node.args[0])}[{node.args[1]}]")
         else:
             # The function inside an operation's object, whose call would cost as much again as a small operation.
-            operation = constant(node.target._op)  # type: ignore[union-attr]
+            operation = constant(node.target._op)
             given = [*map(text, node.args), *(f"{name}={text(value)}" for name, value in node.kwargs.items())]
             lines.append(f"{node.name} = {operation}({', '.join(given)})")
         if node.op == "call_function" and node in ends:
