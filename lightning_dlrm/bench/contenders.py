@@ -19,6 +19,7 @@ from lightning_dlrm.bench.options import autocast
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.graphs import GraphedStep
+from lightning_dlrm.engine.recorded import RecordedStep
 from lightning_dlrm.models.cross import CrossKind
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
@@ -120,7 +121,7 @@ def _no_mark(label: str) -> None:
 
 
 class OurStep:
-    """Forward, loss, backward and update, as ``fit`` makes them.
+    """Forward, loss, backward and update, as ``fit`` makes them: on a CPU repeated as soon as one was recorded.
 
     Args:
         graphs: as under ``cuda_graphs``; a step with marks is eager all the same.
@@ -132,7 +133,11 @@ class OurStep:
             network.dense_parameters(), network.lookups(), SGD(LEARNING_RATE), SGD(LEARNING_RATE)
         )
         self._precision, self._device = precision, device
-        self._graphs = GraphedStep(network, _mean_loss, self.optimizer, self._uncached_autocast) if graphs else None
+        self._recorded: GraphedStep | RecordedStep | None = None
+        if graphs:
+            self._recorded = GraphedStep(network, _mean_loss, self.optimizer, self._uncached_autocast)
+        elif device.type == "cpu":
+            self._recorded = RecordedStep(network, _mean_loss, self.optimizer, eager_steps=1)
 
     def _uncached_autocast(self) -> AbstractContextManager[object]:
         enabled = self._precision == "bf16-mixed"
@@ -143,9 +148,11 @@ class OurStep:
         mark("data")
         batch = batch.to(self._device)
         self.optimizer.replay = None
-        if self._graphs is not None and mark is _no_mark and self._graphs.takes(batch):
-            loss, _ = self._graphs.forward_backward(batch)
-            self.optimizer.replay = self._graphs.update
+        if self._recorded is not None and mark is _no_mark and self._recorded.takes(batch):
+            with autocast(self._device, self._precision):
+                loss, _ = self._recorded.forward_backward(batch)
+            if isinstance(self._recorded, GraphedStep):
+                self.optimizer.replay = self._recorded.update
             self.optimizer.step()
             return loss
         mark("update")

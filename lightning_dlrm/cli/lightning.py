@@ -33,7 +33,7 @@ from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
 from lightning_dlrm.engine.diagnostics import CurveWriter, NormRecorder
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.engine.profiler import NoProfiler
+from lightning_dlrm.engine.overhead import NoProfiler
 from lightning_dlrm.engine.progress import RunProgress, total_steps
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP

@@ -332,6 +332,10 @@ class EmbeddingLookup(nn.Module):
         """D."""
         return self.weight.shape[1]
 
+    def add_lookups(self, rows_N: Tensor, grad_BD: Tensor, bag_N: Tensor | None, weights_N: Tensor | None) -> None:
+        """Called by the backward pass of rows that are held here; the arguments are those of ``from_lookups``."""
+        self.add_gradient(RowGradient.from_lookups(rows_N, grad_BD, bag_N, weights_N))
+
     def add_gradient(self, gradient: RowGradient) -> None:
         """Called by the backward pass: once per micro-batch."""
         self._gradients.append(gradient)

@@ -1,5 +1,6 @@
 """The one LightningModule: any network, any rules, any dataset."""
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,7 +9,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
@@ -18,7 +18,9 @@ from lightning_dlrm.engine.averaging import KEY as AVERAGES
 from lightning_dlrm.engine.averaging import Averaging, WeightAverages, average_rows, averaged_dense
 from lightning_dlrm.engine.graphs import GraphedStep, SideStream
 from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
+from lightning_dlrm.engine.overhead import pass_over_idle_hooks
 from lightning_dlrm.engine.random_state import random_states, restore_random_states
+from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
 from lightning_dlrm.models.fbgemm_tables import FBGEMMTables, use_fbgemm
@@ -27,7 +29,7 @@ from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.objectives.curves import ClickCurves, click_curves
 from lightning_dlrm.objectives.losses import LogLoss, Loss
 from lightning_dlrm.objectives.metrics import ClickMetrics
-from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.optimizer import CTROptimizer, ScheduledRates
 from lightning_dlrm.optim.rules import UpdateRule
 from lightning_dlrm.optim.schedules import Constant, Schedule
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors
@@ -51,6 +53,9 @@ class CTRModule(pl.LightningModule):
             CUDA device; auto: triton on a CUDA device, else plain; fbgemm: FBGEMM's, where it is installed.
         cuda_graphs: launch a whole step at once, for a CUDA device; batches of another size than the first (an epoch's
             last one) are trained on without. It needs the fused kernels.
+        record_steps: on a CPU, in one process, record the operations of a step after the first hundred, and repeat
+            them in the later ones: the same numbers, sooner. Steps with accumulated gradients or bags of ids, networks
+            of your own and tables in host memory are made as ever.
         averaging: take an average of many steps' weights for validations, tests and predictions; None for the
             last step's.
         schema: of the dataset; taken from the data.
@@ -72,6 +77,7 @@ class CTRModule(pl.LightningModule):
         wide_optimizer: UpdateRule | None = None,
         kernels: Kernels | Literal["fbgemm"] = "auto",
         cuda_graphs: bool = False,
+        record_steps: bool = True,
         schema: DatasetSchema,
         seed: int = 0,
     ) -> None:
@@ -94,7 +100,8 @@ class CTRModule(pl.LightningModule):
         self.loss = loss or LogLoss()
         self.kernels = kernels
         self.cuda_graphs = cuda_graphs
-        self._graphs: GraphedStep | None = None
+        self.record_steps = record_steps
+        self._recorded: GraphedStep | RecordedStep | None = None
         self._replayed = False
         """Whether this step's forward and backward pass were replayed."""
         self._side_stream: SideStream | None = None
@@ -168,11 +175,11 @@ class CTRModule(pl.LightningModule):
             )
         optimizer = self.make_optimizer(network)
         total = self._total_steps() if self.schedule.needs_total_steps else None
-        factors = [_factor(self.schedule, rule.learning_rate, total) for rule in optimizer.rules.values()]
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"},
-        }
+        rates = ScheduledRates(optimizer, self.schedule, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step()
 
     def make_optimizer(self, network: CTRNetwork) -> CTROptimizer:
         """Of a network that ``make_network`` made."""
@@ -229,7 +236,7 @@ class CTRModule(pl.LightningModule):
         self._check_kernels()
         self._check_graphs()
         # Another fit has another optimiser.
-        self._graphs, self._replayed = None, False
+        self._recorded, self._replayed = None, False
         # Not before the weights are where they will be trained.
         if self.averaging is not None:
             start = self.averaging.start_share
@@ -275,6 +282,8 @@ class CTRModule(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """To a GPU in a stream of its own, beside the steps that still compute."""
+        if device.type == batch.dense.device.type == "cpu":
+            return batch
         if device.type != "cuda":
             return batch.to(device)
         if self._side_stream is None:
@@ -286,29 +295,34 @@ class CTRModule(pl.LightningModule):
             super().backward(loss, *args, **kwargs)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
-        if self._graphs is None:
-            optimizer.zero_grad()
-        elif not self._replayed:
-            # Recorded kernels write gradients where they are.
-            optimizer.zero_grad(set_to_none=False)
+        if not self._replayed:
+            # Kernels of a CUDA graph write gradients where they are.
+            optimizer.zero_grad(set_to_none=not isinstance(self._recorded, GraphedStep))
 
-    def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss and logits; where the step is replayed, its gradients are made with them."""
-        optimizer = self._optimizer() if self.cuda_graphs else None
-        if optimizer is not None and self._graphs is None:
-            plugin = self.trainer.precision_plugin
-            half = plugin.precision == "bf16-mixed"
-            self._graphs = GraphedStep(
+    def _recorder(self) -> GraphedStep | RecordedStep | None:
+        """What makes this fit's steps by replaying one, where that is asked for and possible."""
+        trainer, optimizer = self.trainer, self._optimizer()
+        if self.cuda_graphs:
+            half = trainer.precision_plugin.precision == "bf16-mixed"
+            return GraphedStep(
                 self.network,
                 self._batch_loss,
                 optimizer,
                 lambda: torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False),
             )
-        self._replayed = self._graphs is not None and self._graphs.takes(batch)
-        if optimizer is not None and self._graphs is not None:
-            optimizer.replay = self._graphs.update if self._replayed else None
-        if self._graphs is not None and self._replayed:
-            return self._graphs.forward_backward(batch)
+        here = self.device.type == "cpu" and trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
+        if self.record_steps and here and self.kernels != "fbgemm" and is_recordable(self.network, self.loss):
+            return RecordedStep(self.network, self._batch_loss, optimizer)
+        return None
+
+    def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and logits; where the step is replayed, its gradients are made with them."""
+        recorded = self._recorded
+        self._replayed = recorded is not None and recorded.takes(batch)
+        if isinstance(recorded, GraphedStep):
+            self._optimizer().replay = recorded.update if self._replayed else None
+        if recorded is not None and self._replayed:
+            return recorded.forward_backward(batch)
         logits_B = self.network(batch.dense, batch.ids)
         return self._batch_loss(logits_B, batch), logits_B
 
@@ -321,6 +335,8 @@ class CTRModule(pl.LightningModule):
         if hasattr(loader, "announce") and any(lookup.LOOKS_AHEAD for lookup in self.network.lookups()):
             loader.announce = lambda batch: self.network.announce(batch.ids)
         self._steps_done = self.trainer.global_step
+        self._recorded = self._recorder()
+        pass_over_idle_hooks(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.averages is not None:
@@ -344,12 +360,15 @@ class CTRModule(pl.LightningModule):
         loss, logits_B = self._forward_backward(batch)
         self._count(names.FORWARD_SHARE, began)
         trainer = self.trainer
-        self.guard.watch(
-            loss.detach(), logits_B.detach(), Position(trainer.global_step + 1, trainer.current_epoch, batch_idx)
-        )
         self._batch_size = batch.global_size * trainer.accumulate_grad_batches
-        scaled = loss * self._short_step_factor(batch_idx)
-        return {"loss": scaled, "logits": logits_B.detach(), "step_loss": loss.detach()}
+        step_loss, logits_B = loss.detach(), logits_B.detach()
+        self.guard.watch(step_loss, logits_B, Position(trainer.global_step + 1, trainer.current_epoch, batch_idx))
+        if trainer.accumulate_grad_batches > 1:
+            loss = loss * self._short_step_factor(batch_idx)
+        return {"loss": loss, "logits": logits_B, "step_loss": step_loss}
+
+    # Lightning asks at every step for the names of its arguments, which Python would find out anew.
+    training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
 
     def on_before_backward(self, loss: Tensor) -> None:
         self._began = time.perf_counter()
@@ -632,11 +651,6 @@ def _labels(batch: Batch) -> Tensor:
     if batch.label is None:
         raise UserError("these rows have no labels: train and evaluate on a split that has them; 'predict' needs none")
     return batch.label
-
-
-def _factor(schedule: Schedule, base: float, total_steps: int | None) -> Callable[[int], float]:
-    """LambdaLR counts steps from 0 and wants a factor."""
-    return lambda step: schedule.learning_rate(step + 1, base, total_steps) / base
 
 
 def _few(items: set[str]) -> str:

@@ -30,6 +30,8 @@ class RunProgress(ProgressBar):
         self._recorder = recorder
         self._enabled = True
         self._fit_bar: tqdm | None = None
+        self._told_step = 0
+        """The last logged step whose figures the bar shows."""
         self._evaluation_bar: tqdm | None = None
 
     def disable(self) -> None:
@@ -39,7 +41,7 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._fit_bar = None
+        self._fit_bar, self._told_step = None, trainer.global_step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -53,9 +55,9 @@ class RunProgress(ProgressBar):
     ) -> None:
         assert self._fit_bar is not None
         recorder = self._recorder
-        if recorder is not None and names.TRAIN_LOSS in recorder.latest:
+        if recorder is not None and recorder.logged_step > self._told_step:
             # No refresh here: the bar redraws on its own clock.
-            latest = recorder.latest
+            self._told_step, latest = recorder.logged_step, recorder.latest
             self._fit_bar.set_postfix_str(
                 f"{recorder.samples_per_second:,.0f} samples/s, data wait {latest[names.DATA_WAIT_SHARE]:.0%}, "
                 f"loss {latest[names.TRAIN_LOSS]:.4f}",

@@ -76,12 +76,14 @@ class Recorder(pl.Callback):
         """Logits and labels of this rank's slice, and global size, of each batch since then."""
         self._recent_size = 0
         """Samples of those batches, over all ranks."""
-        self._rates: dict[str, float] = {}
+        self._rates: list[tuple[str, float]] = []
         self._losses: list[Tensor] = []
         self._start: float | None = None
         self._seconds_before = 0.0
         """Of training, before this run was resumed."""
-        self._step = self._logged_step = 0
+        self._step = 0
+        self.logged_step = 0
+        """The last one whose training metrics were logged."""
 
     @property
     def trained(self) -> bool:
@@ -113,7 +115,7 @@ class Recorder(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.checkpoints is not None:
             refuse_validation_amid_a_step(trainer)
-        self._step = self._logged_step = trainer.global_step
+        self._step = self.logged_step = trainer.global_step
         if trainer.is_global_zero:
             # Not before: a checkpoint that is refused leaves the folder of its run as it is.
             self.folder.cut_back(self._step)
@@ -148,7 +150,7 @@ class Recorder(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         # Afterwards they are those of the next step.
-        self._rates = {f"{names.LEARNING_RATE}/{group['name']}": float(group["lr"]) for group in optimizer.param_groups}
+        self._rates = [(group["name"], float(group["lr"])) for group in optimizer.param_groups]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._evaluation_start = time.perf_counter()
@@ -192,7 +194,7 @@ class Recorder(pl.Callback):
         # A rank's loss is ranks x its part of the mean over the global batch.
         loss = torch.stack(losses).mean().double().cpu().numpy()
         mean_loss = float(np.mean(Ranks().all_gather(loss.reshape(1))))
-        steps, self._logged_step = self._step - self._logged_step, self._step
+        steps, self.logged_step = self._step - self.logged_step, self._step
         strategy = trainer.strategy
         exchanges = strategy.measure_exchanges(steps) if isinstance(strategy, EmbeddingShardedDDP) else {}
         if not trainer.is_global_zero:
@@ -206,7 +208,7 @@ class Recorder(pl.Callback):
                 names.SAMPLES_PER_SECOND: self.samples_per_second,
                 names.TRAINING_SECONDS: self._training_seconds(),
                 **shares,
-                **self._rates,
+                **{f"{names.LEARNING_RATE}/{group}": rate for group, rate in self._rates},
                 **exchanges,
             },
         )

@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LINE = 64, AHEAD = 24, BAGS_A_CHUNK = 64, ROWS_A_CHUNK = 128, SMALL_WIDTH = 256 };
+enum { LINE = 64, AHEAD = 24, BAGS_A_CHUNK = 512, ROWS_A_CHUNK = 512, SMALL_WIDTH = 256 };
 
 #define INLINE static inline __attribute__((always_inline))
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, Table, TablePiece, gather_rows
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, Table, TablePiece, gather_rows
 from lightning_dlrm.kernels import native
 from lightning_dlrm.kernels.choice import choose
 from lightning_dlrm.models.fused_tables import FusedLookup
@@ -155,7 +155,7 @@ class _LookupRows(torch.autograd.Function):
         rows_N, bag_N, weights_N, weight_RD = ctx.saved_tensors
         grad_BD = grads[0].contiguous()
         if ctx.needs_input_grad[0]:
-            ctx.owner.add_gradient(RowGradient.from_lookups(rows_N, grad_BD, bag_N, weights_N))
+            ctx.owner.add_lookups(rows_N, grad_BD, bag_N, weights_N)
         grad_weights_N = None
         if weight_RD is not None:
             grad_ND = grad_BD if bag_N is None else grad_BD.index_select(0, bag_N)

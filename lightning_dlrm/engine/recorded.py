@@ -1,0 +1,211 @@
+"""For CPUs: the forward and backward pass of a training step, recorded once and then repeated operation by operation.
+
+On a small batch, modules, autograd and the checks before each of some hundred small operations take as long as a third
+of the arithmetic. A recorded step calls the same operations in the same order, so that it gives the same bits.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lightning_dlrm.contracts.batch import Batch, SparseIds
+from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient
+from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.models.tables import EmbeddingTables
+from lightning_dlrm.optim.optimizer import CTROptimizer
+
+EAGER_STEPS = 100
+"""First steps of a fit that are made without: recording takes about a second, which a short fit would not get back."""
+
+
+class RecordedStep:
+    """Records a step while it makes it, and repeats it from then on.
+
+    A step is a list of operations on tensors: the batch's, and the weights where they are. Batches of another size than
+    the recorded one, such as the last of an epoch, and those with bags of ids, whose number changes, are not taken:
+    their steps are made eagerly.
+
+    Args:
+        network: one that ``is_recordable`` says yes to.
+        loss: of logits [B] and a batch: the scalar to minimise.
+        optimizer: of the network.
+        eager_steps: how many steps are made before one is recorded; None for EAGER_STEPS.
+    """
+
+    def __init__(
+        self,
+        network: CTRNetwork,
+        loss: Callable[[Tensor, Batch], Tensor],
+        optimizer: CTROptimizer,
+        eager_steps: int | None = None,
+    ) -> None:
+        self._network, self._loss = network, loss
+        self._dense: list[Tensor] = [p for p in optimizer.param_groups[0]["params"] if p.requires_grad]
+        self._lookups = optimizer.lookups
+        self._left = EAGER_STEPS if eager_steps is None else eager_steps
+        self._like: Batch | None = None
+        self._repeat: Callable[..., list[Any]]
+        self._of_lookup: list[EmbeddingLookup] = []
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether a batch's step is recorded or repeated; counts it if it is one of the first, which are not."""
+        if batch.ids.offsets is not None or batch.ids.weights is not None or batch.label is None:
+            return False
+        if self._like is None:
+            self._left -= 1
+            return self._left < 0
+        return len(batch) == len(self._like) and batch.global_size == self._like.global_size
+
+    def forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss, 0-dim, and the logits [B], both detached; gradients are then where a backward pass leaves them."""
+        if self._like is None:
+            made = self._record(batch)
+        else:
+            # Nothing is differentiated or cast here: that was recorded.
+            with torch.autocast("cpu", enabled=False), torch._C._AutoDispatchBelowAutograd():
+                made = self._repeat(batch.dense, batch.ids.values, batch.label)
+        loss, logits_B, gradients, of_rows = made
+        for parameter, gradient in zip(self._dense, gradients, strict=True):
+            parameter.grad = gradient
+        for lookup in self._lookups:
+            lookup.clear_gradient()
+        for lookup, pieces in zip(self._of_lookup, of_rows, strict=True):
+            lookup.add_gradient(RowGradient.from_lookups(*pieces))
+        return loss, logits_B
+
+    def _record(self, batch: Batch) -> list[Any]:
+        """Makes a batch's step, and keeps its operations."""
+        made: list[Any] = []
+
+        def make(dense_BI: Tensor, values_BF: Tensor, label_B: Tensor) -> list[Any]:
+            ids = SparseIds(values=values_BF, tables=batch.ids.tables)
+            here = Batch(label=label_B, dense=dense_BI, ids=ids, global_size=batch.global_size)
+            # The tracer turns this off; without, a weight that is used twice is cast, and its gradient rounded, twice.
+            torch.clear_autocast_cache()
+            torch.set_autocast_cache_enabled(True)
+            with _caught(self._lookups) as caught:
+                logits_B = self._network(dense_BI, ids)
+                loss = self._loss(logits_B, here)
+                # Rows' gradients come with those of the tables, which are None.
+                weights = [*self._dense, *(lookup.weight for lookup in self._lookups)]
+                # As Lightning makes it, outside of the context that casts.
+                with torch.autocast("cpu", enabled=False):
+                    gradients = torch.autograd.grad(loss, weights, allow_unused=True)[: len(self._dense)]
+            self._of_lookup = [lookup for lookup, _ in caught]
+            made.extend(
+                [
+                    loss.detach(),
+                    logits_B.detach(),
+                    _owned(gradients, self._dense),
+                    [pieces for _, pieces in caught],
+                ]
+            )
+            return made
+
+        self._repeat = _repeater(make_fx(make)(batch.dense, batch.ids.values, batch.label))
+        self._like = batch
+        return made
+
+
+def is_recordable(network: CTRNetwork, loss: Any) -> bool:
+    """Whether steps of a network do the same operations for every batch of a size, as far as can be told: those of this
+    project do, with their tables at hand and nobody listening to their layers."""
+    own = all(type(part).__module__.split(".")[0] == __name__.split(".")[0] for part in (network, loss))
+    at_hand = all(type(lookup) is EmbeddingTables for lookup in network.lookups())
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    heard = any(getattr(module, name) for module in network.modules() for name in hooks)
+    heard |= any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in network.parameters())
+    return own and at_hand and not heard and not torch.is_anomaly_enabled()
+
+
+@contextmanager
+def _caught(lookups: Sequence[EmbeddingLookup]) -> Iterator[list[tuple[EmbeddingLookup, tuple[Tensor | None, ...]]]]:
+    """What the backward pass inside tells the lookups, in its order; they do not hear of it themselves."""
+    caught: list[tuple[EmbeddingLookup, tuple[Tensor | None, ...]]] = []
+
+    def catch(lookup: EmbeddingLookup) -> Callable[..., None]:
+        return lambda *pieces: caught.append((lookup, pieces))
+
+    for lookup in lookups:
+        lookup.add_lookups = catch(lookup)  # type: ignore[method-assign]
+    try:
+        yield caught
+    finally:
+        for lookup in lookups:
+            del lookup.add_lookups
+
+
+def _owned(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients that may be changed in place, each for itself, as autograd leaves them: laid out as their weight, and
+    no two in the same place."""
+    places: set[int] = set()
+    owned: list[Tensor | None] = []
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        if gradient is not None:
+            place = gradient.untyped_storage().data_ptr()
+            if place in places or gradient.stride() != parameter.stride():
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            places.add(place)
+        owned.append(gradient)
+    return owned
+
+
+def _repeater(graph_module: fx.GraphModule) -> Callable[..., list[Any]]:
+    """A function that does a recorded graph's operations.
+
+    Its own source text in place of fx's, which looks every operation up by name at every call, and every weight among a
+    module's attributes: a tenth of a step of 128 samples.
+    """
+    constants: dict[str, Any] = {}
+    nodes = [node for node in graph_module.graph.nodes if not _is_idle(node)]
+    # The first node after which a value is not needed.
+    last = {value: node for node in nodes for value in node.all_input_nodes}
+    ends: dict[fx.Node, list[str]] = {}
+    for value, node in last.items():
+        ends.setdefault(node, []).append(value.name)
+
+    def constant(value: Any) -> str:
+        name = f"constant_{len(constants)}"
+        constants[name] = value
+        return name
+
+    def text(value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return value.name
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(text, value))}]"
+        return repr(value) if value is None or isinstance(value, (bool, int, str)) else constant(value)
+
+    arguments, lines = [], []
+    for node in nodes:
+        if node.op == "placeholder":
+            arguments.append(node.name)
+        elif node.op == "get_attr":
+            constants[node.name] = getattr(graph_module, str(node.target))
+        elif node.op == "output":
+            lines.append(f"return {text(node.args[0])}")
+        elif node.target is operator.getitem:
+            lines.append(f"{node.name} = {text(node.args[0])}[{node.args[1]}]")
+        else:
+            # The function inside an operation's object, whose call would cost as much again as a small operation.
+            operation = constant(node.target._op)
+            given = [*map(text, node.args), *(f"{name}={text(value)}" for name, value in node.kwargs.items())]
+            lines.append(f"{node.name} = {operation}({', '.join(given)})")
+        if node.op == "call_function" and node in ends:
+            lines.append(f"{' = '.join(ends[node])} = None")
+    parameters = ", ".join([*arguments, *(f"{name}={name}" for name in constants)])
+    exec("\n    ".join([f"def repeat({parameters}):", *lines]), constants)
+    repeat: Callable[..., list[Any]] = constants["repeat"]
+    return repeat
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """Whether nothing would be missed without an operation: nobody reads its result, and it changes nothing."""
+    if node.op != "call_function" or node.users:
+        return False
+    return node.target is operator.getitem or node.target is torch.ops.aten.detach.default

@@ -1,0 +1,203 @@
+"""A recorded step trains as an eager one, to the last bit, whatever the network."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from datamodules.synthetic import RandomData
+from lightning_dlrm.bench.contenders import Workload, draw_batch
+from lightning_dlrm.contracts.batch import Batch
+from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
+from lightning_dlrm.models.baselines import DeepFM, FactorizationMachine, LogisticRegression, WideAndDeep, XDeepFM
+from lightning_dlrm.models.dcn import DCN
+from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.models.embeddings import QuotientRemainder, TableSettings
+from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.objectives.losses import LogLoss
+from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.rules import SGD, RowWiseAdagrad
+
+TABLES = (400, 3, 50)
+WORKLOAD = Workload(tables=TABLES, dense=4, width=8)
+"""Its batches; networks are those below."""
+MLP = {"bottom_mlp": [16, 8], "top_mlp": [16]}
+
+NETWORKS: dict[str, Callable[[Features, int], CTRNetwork]] = {
+    "dlrm": partial(DLRM, embedding_dim=8, **MLP),
+    "dlrm, wide, dropout, learned missing values": partial(
+        DLRM, embedding_dim=8, wide=True, dropout=0.3, missing="learned", **MLP
+    ),
+    "dlrm, other interactions": partial(
+        DLRM, embedding_dim=8, interaction="projection", projection=[[16, 8], [8, 16]], **MLP
+    ),
+    "dlrm, mixture of crosses": partial(
+        DLRM,
+        embedding_dim=8,
+        interaction="cross",
+        cross="mixture",
+        cross_layers=2,
+        cross_rank=4,
+        cross_experts=2,
+        **MLP,
+    ),
+    "dlrm, narrow and replaced tables, learned pooling": partial(
+        DLRM,
+        embedding_dim=8,
+        tables=TableSettings(
+            dims={"C2": 4},
+            project=True,
+            quotient_remainder=QuotientRemainder(collisions=5, threshold=100),
+            pooling_weights="learned",
+        ),
+        **MLP,
+    ),
+    "dcn": partial(DCN, embedding_dim=8, cross="vector", cross_layers=2, deep=[16]),
+    "dcn v2, wide": partial(DCN, embedding_dim=8, cross="matrix", cross_layers=2, deep=[16], wide=True),
+    "logistic regression": LogisticRegression,
+    "factorisation machine": partial(FactorizationMachine, embedding_dim=8),
+    "wide and deep": partial(WideAndDeep, embedding_dim=8, deep=[16]),
+    "deepfm, normalised": partial(DeepFM, embedding_dim=8, deep=[16], batch_norm=True),
+    "xdeepfm": partial(XDeepFM, embedding_dim=8, deep=[16], cin_layers=[4, 4]),
+}
+
+
+def mean_loss(logits: Tensor, batch: Batch) -> Tensor:
+    return LogLoss().summed(logits, batch.label) / batch.global_size
+
+
+def train(
+    make: Callable[[Features, int], CTRNetwork], batches: list[Batch], precision: str, recorded: bool
+) -> tuple[list[Tensor], CTRNetwork, list[bool]]:
+    """The loss of each step, the network, and which steps were repeated."""
+    torch.manual_seed(1)
+    network = make(WORKLOAD.features, 1)
+    rule = RowWiseAdagrad(0.05)
+    optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), SGD(0.1), rule)
+    recorder = RecordedStep(network, mean_loss, optimizer, eager_steps=2)
+    losses, taken = [], []
+    for batch in batches:
+        taken.append(recorded and recorder.takes(batch))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            if taken[-1]:
+                loss, _ = recorder.forward_backward(batch)
+            else:
+                optimizer.zero_grad()
+                loss = mean_loss(network(batch.dense, batch.ids), batch)
+        if not taken[-1]:
+            loss.backward()
+        if len(losses) == 5:
+            # In place, as clipping does.
+            optimizer.clip_gradient_norm(0.01)
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses, network, taken
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_repeated_steps_train_as_eager_ones(network: str, precision: str) -> None:
+    # The sixth batch is smaller, the eighth has a missing value.
+    batches = [draw_batch(WORKLOAD, 20 if seed == 5 else 32, seed) for seed in range(10)]
+    batches[7].dense[3, 1] = float("nan")
+    losses, ours, taken = train(NETWORKS[network], batches, precision, recorded=True)
+    expected, eager, _ = train(NETWORKS[network], batches, precision, recorded=False)
+    assert taken == [False, False, True, True, True, False, True, True, True, True]
+    assert torch.equal(torch.stack(losses), torch.stack(expected))
+    for (name, weight), other in zip(ours.state_dict().items(), eager.state_dict().values(), strict=True):
+        assert torch.equal(weight, other), name
+
+
+def test_large_layers_take_other_kernels_and_repeat_them_too() -> None:
+    make = partial(DLRM, embedding_dim=8, bottom_mlp=[512, 512, 8], top_mlp=[512])
+    batches = [draw_batch(WORKLOAD, 64, seed) for seed in range(5)]
+    losses, *_ = train(make, batches, "float32", recorded=True)
+    expected, *_ = train(make, batches, "float32", recorded=False)
+    assert torch.equal(torch.stack(losses), torch.stack(expected))
+
+
+def test_bags_and_weighted_ids_are_not_taken() -> None:
+    workload = Workload(tables=TABLES, dense=4, width=8, bags=(0, 3))
+    network = NETWORKS["dlrm"](workload.features, 1)
+    optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), SGD(0.1), SGD(0.1))
+    recorder = RecordedStep(network, mean_loss, optimizer, eager_steps=0)
+    assert not recorder.takes(draw_batch(workload, 8, 1))
+    batch = draw_batch(WORKLOAD, 8, 1)
+    batch.ids.weights = torch.ones(8, len(TABLES))
+    assert not recorder.takes(batch)
+    batch.ids.weights = None
+    assert recorder.takes(batch)
+
+
+class OwnNetwork(DLRM):
+    """What a user may write: nobody knows whether it does the same at every step."""
+
+
+def test_only_networks_that_are_known_and_unheard_are_recorded() -> None:
+    loss = LogLoss()
+    network = NETWORKS["dlrm"](WORKLOAD.features, 1)
+    assert is_recordable(network, loss)
+    assert not is_recordable(OwnNetwork(WORKLOAD.features, 1, embedding_dim=8, **MLP), loss)
+    assert not is_recordable(network, mean_loss)
+    handle = network.top.register_forward_hook(lambda *_: None)
+    assert not is_recordable(network, loss)
+    handle.remove()
+    handle = network.top[0].weight.register_hook(lambda gradient: gradient)
+    assert not is_recordable(network, loss)
+    handle.remove()
+    assert is_recordable(network, loss)
+    with torch.autograd.set_detect_anomaly(True):
+        assert not is_recordable(network, loss)
+    on_host = DLRM(WORKLOAD.features, 1, embedding_dim=8, tables=TableSettings(on_host="all"), **MLP)
+    assert not is_recordable(on_host, loss)
+
+
+class Losses(pl.Callback):
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.replayed: list[bool] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(outputs["step_loss"])
+        self.replayed.append(module._replayed)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_fit_repeats_its_steps_and_its_numbers_stay(monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
+    monkeypatch.setattr("lightning_dlrm.engine.recorded.EAGER_STEPS", 3)
+    runs = []
+    for record in (True, False):
+        pl.seed_everything(1, verbose=False)
+        data = RandomData(tables=list(TABLES), dense=3, train_rows=200, validation_rows=32, test_rows=0, batch_size=16)
+        module = CTRModule(
+            partial(DLRM, embedding_dim=8, dropout=0.2, **MLP),
+            RowWiseAdagrad(0.05),
+            SGD(0.1),
+            schema=data.schema,
+            record_steps=record,
+        )
+        told = Losses()
+        trainer = pl.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            precision=precision,
+            gradient_clip_val=0.5,
+            val_check_interval=5,
+            callbacks=[told],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+        )
+        trainer.fit(module, data)
+        runs.append((torch.stack(told.losses), told.replayed, dict(module.network.named_parameters())))
+    (losses, replayed, weights), (expected, never, others) = runs
+    # 13 batches an epoch, the last of 8 rows.
+    assert replayed == [*[False] * 3, *[True] * 9, False, *[True] * 12, False] and not any(never)
+    assert torch.equal(losses, expected)
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
