@@ -63,28 +63,80 @@ def test_first_layers_input_needs_no_gradient() -> None:
     assert x.grad is None and all(parameter.grad is not None for parameter in layers.parameters())
 
 
+def pairs_one_by_one(first: Tensor, others: Tensor, squares: bool) -> Tensor:
+    vectors = [first, *others.unflatten(1, (-1, first.shape[1])).unbind(1)]
+    count = len(vectors)
+    pairs = [(i, j) for i, j in itertools.product(range(count), range(count)) if j < i or (squares and i == j)]
+    return torch.cat([first, *((vectors[i] * vectors[j]).sum(1, keepdim=True) for i, j in pairs)], dim=1)
+
+
 @pytest.mark.parametrize("squares", [False, True])
 @pytest.mark.parametrize("rows", [0, 6])
 def test_pair_products_equal_a_loop(squares: bool, rows: int) -> None:
     torch.manual_seed(1)
-    vectors = torch.randn(rows, 5, 3, dtype=torch.float64, requires_grad=True)
-    beside = torch.randn(rows, 2, dtype=torch.float64, requires_grad=True)
-    pairs = [(i, j) for i, j in itertools.product(range(5), range(5)) if j < i or (squares and i == j)]
-    plain = torch.cat([beside, *((vectors[:, i] * vectors[:, j]).sum(1, keepdim=True) for i, j in pairs)], dim=1)
-    ours = DotInteraction(5, 3, squares)(vectors, beside)
+    first = torch.randn(rows, 3, dtype=torch.float64, requires_grad=True)
+    others = torch.randn(rows, 4 * 3, dtype=torch.float64, requires_grad=True)
+    plain = pairs_one_by_one(first, others, squares)
+    ours = DotInteraction(5, 3, squares)(first, others)
     torch.testing.assert_close(ours, plain)
-    for found, expected in zip(gradients(ours, [vectors, beside]), gradients(plain, [vectors, beside]), strict=True):
+    for found, expected in zip(gradients(ours, [first, others]), gradients(plain, [first, others]), strict=True):
         torch.testing.assert_close(found, expected)
 
 
 def test_pair_products_in_half_precision_round_once() -> None:
     torch.manual_seed(1)
-    vectors, beside = torch.randn(7, 5, 3), torch.randn(7, 2, dtype=torch.bfloat16)
+    first, others = torch.randn(7, 3).bfloat16(), torch.randn(7, 4 * 3)
+    interaction = DotInteraction(5, 3)
+    interaction.kernels = "plain"
     with torch.autocast("cpu", torch.bfloat16):
-        found = DotInteraction(5, 3)(vectors, beside)
-    products = torch.bmm(vectors.bfloat16(), vectors.bfloat16().transpose(1, 2))
+        found = interaction(first, others)
+    vectors = torch.cat([first, others.bfloat16()], dim=1).view(7, 5, 3)
+    products = torch.bmm(vectors, vectors.transpose(1, 2))
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found[:, 2:], torch.stack([products[:, i, j] for i in range(5) for j in range(i)], dim=1))
+    assert torch.equal(found[:, 3:], torch.stack([products[:, i, j] for i in range(5) for j in range(i)], dim=1))
+
+
+@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "vectors", "width"), [(0, 3, 4), (1, 2, 1), (40, 27, 16), (7, 18, 20), (33, 5, 64), (3, 33, 3)]
+)
+@pytest.mark.parametrize(
+    ("of_first", "of_others"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+def test_native_pair_products_equal_a_loop(
+    rows: int, vectors: int, width: int, squares: bool, of_first: torch.dtype, of_others: torch.dtype
+) -> None:
+    interaction = DotInteraction(vectors, width, squares)
+    interaction.kernels = "native"
+    torch.manual_seed(1)
+    first = torch.randn(rows, width).to(of_first).requires_grad_()
+    # Not contiguous, as columns of something wider are.
+    wide = torch.randn(rows, (vectors - 1) * width + 1).to(of_others).requires_grad_()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (first, wide)]
+    ours = interaction(first, wide[:, 1:].contiguous())
+    plain = pairs_one_by_one(exact[0], exact[1][:, 1:], squares)
+    assert ours.dtype == of_first
+    # Sums are taken in float32, and rounded once.
+    rounding = 1e-5 if of_first == torch.float32 else 2**-8
+    torch.testing.assert_close(ours.double(), plain, rtol=rounding, atol=1e-5 * width)
+    grads = zip(gradients(ours, [first, wide]), gradients(plain, exact), strict=True)
+    for tensor, (found, expected) in zip((first, wide), grads, strict=True):
+        assert found.dtype == tensor.dtype
+        rounding = 1e-5 if of_first == torch.float32 else 2**-7
+        torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=(rounding * 4) * vectors)
+
+
+def test_pair_products_do_not_depend_on_the_number_of_threads() -> None:
+    torch.manual_seed(1)
+    interaction = DotInteraction(27, 16)
+    first, others = torch.randn(100, 16), torch.randn(100, 26 * 16)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.append(interaction(first, others))
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -24,6 +24,7 @@ from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
 from lightning_dlrm.models.fbgemm_tables import FBGEMMTables, use_fbgemm
+from lightning_dlrm.models.layers import DotInteraction
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.objectives.curves import ClickCurves, click_curves
@@ -157,9 +158,9 @@ class CTRModule(pl.LightningModule):
         # Lightning calls this once for every fit, validate, test and predict.
         if not hasattr(self, "network"):
             self.network = self.make_network(self.schema.features, self.seed)
-            for lookup in self.network.lookups():
-                if self.kernels != "fbgemm":
-                    lookup.kernels = self.kernels
+            for module in self.network.modules():
+                if isinstance(module, (EmbeddingLookup, DotInteraction)) and self.kernels != "fbgemm":
+                    module.kernels = self.kernels
 
     def configure_optimizers(self) -> Any:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:

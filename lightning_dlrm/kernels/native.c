@@ -1,10 +1,12 @@
-/* Rows of tables on a CPU: lookup, sort by row, and update, each in one pass over memory that is fetched ahead.
+/* Rows of tables on a CPU: lookup, sort by row, and update, each in one pass over memory that is fetched ahead; and dot
+   products of pairs of vectors.
 
    It computes what plain torch does in lightning_dlrm.contracts.lookup and lightning_dlrm.optim.rules: sums are taken
    index after index, and a product is fused with the addition after it where torch's kernels fuse them. Threads share
    work, never a sum, so their number changes no result.
 
-   Names: B bags (output vectors), F tables, D width, R rows of all tables, N indices of all bags, U distinct rows. */
+   Names: B bags (output vectors), F tables, D width, R rows of all tables, N indices of all bags, U distinct rows,
+   V vectors, P pairs of them. */
 
 #include <math.h>
 #include <stdbool.h>
@@ -394,4 +396,150 @@ static void move_chunks(void *what) {
 void update_rows(struct update *all, int threads) {
     all->next = 0;
     parallel(move_chunks, all, (unsigned)threads, 0);
+}
+
+/* ---- Dot products of pairs of vectors ----
+
+   Sums run over four rows and sixteen columns at once, in registers. Here products may be fused with the additions
+   after them: no order of sums is torch's. */
+
+#ifdef __clang__
+#pragma STDC FP_CONTRACT ON
+#else
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
+enum { LANES = 16, TILE = 4, SAMPLES_A_CHUNK = 16 };
+
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+struct pairs {
+    const char *first;   /* [B, D] */
+    const char *others;  /* [B, V - 1, D] */
+    char *out;           /* [B, D + P]: the first vectors, then the products (i, j), j < i; or the gradient of that */
+    char *grad_first;    /* out [B, D]; NULL where products are asked for */
+    char *grad_others;   /* out [B, V - 1, D] */
+    int64_t samples, vectors, width;
+    bool half_first, half_others; /* what is bfloat16; `out` is as `first` */
+    bool squares;                 /* whether there are products (i, i) */
+    int64_t next;
+};
+
+INLINE int64_t padded(int64_t count) {
+    return (count + LANES - 1) / LANES * LANES;
+}
+
+INLINE int64_t bytes_of(int64_t count, bool half) {
+    return count * (half ? 2 : 4);
+}
+
+INLINE void read_floats(float *to, const char *from, int64_t count, bool half) {
+    if (!half)
+        memcpy(to, from, (size_t)count * 4);
+    else
+        for (int64_t d = 0; d < count; d++)
+            to[d] = read_weight(from, d, true);
+}
+
+INLINE void write_floats(char *to, const float *from, int64_t count, bool half) {
+    if (!half)
+        memcpy(to, from, (size_t)count * 4);
+    else
+        for (int64_t d = 0; d < count; d++)
+            write_weight(to, d, true, from[d]);
+}
+
+/* Adds left[r * row + k * step] times right[k * stride :], LANES of it, to TILE sums r; over k. */
+INLINE void add_tile(lanes *sum, const float *left, int64_t row, int64_t step, const float *right, int64_t stride,
+                     int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; k++) {
+        const lanes across = *(const lanes *)(right + k * stride);
+        for (int r = 0; r < TILE; r++)
+            sum[r] += left[r * row + k * step] * across;
+    }
+}
+
+INLINE void put_tile(float *to, int64_t stride, const lanes *sum) {
+    for (int r = 0; r < TILE; r++)
+        *(lanes *)(to + r * stride) = sum[r];
+}
+
+INLINE void multiply_pairs(const struct pairs *a, int64_t sample, int64_t width, float *space) {
+    const int64_t vectors = a->vectors, across = padded(vectors);
+    float *rows = space, *columns = rows + across * width, *products = columns + across * width;
+    float *out = products + across * across;
+    read_floats(rows, a->first + sample * bytes_of(width, a->half_first), width, a->half_first);
+    read_floats(rows + width, a->others + sample * bytes_of((vectors - 1) * width, a->half_others),
+                (vectors - 1) * width, a->half_others);
+    for (int64_t d = 0; d < width; d++)
+        for (int64_t v = 0; v < vectors; v++)
+            columns[d * across + v] = rows[v * width + d];
+    for (int64_t i = 0; i < vectors; i += TILE)
+        for (int64_t j = 0; j < i + TILE; j += LANES) {
+            lanes sum[TILE] = {{0}};
+            add_tile(sum, rows + i * width, width, 1, columns + j, across, 0, width);
+            put_tile(products + i * across + j, across, sum);
+        }
+    memcpy(out, rows, (size_t)width * 4);
+    int64_t filled = width;
+    for (int64_t i = 0; i < vectors; i++) {
+        const int64_t pairs = a->squares ? i + 1 : i;
+        memcpy(out + filled, products + i * across, (size_t)pairs * 4);
+        filled += pairs;
+    }
+    write_floats(a->out + sample * bytes_of(filled, a->half_first), out, filled, a->half_first);
+}
+
+/* With L the gradients of the products, lower triangle of a matrix, those of the vectors X are L X + L' X. */
+INLINE void differentiate_pairs(const struct pairs *a, int64_t sample, int64_t width, float *space) {
+    const int64_t vectors = a->vectors, across = padded(width), down = padded(vectors);
+    float *rows = space, *lower = rows + down * across, *moved = lower + down * down, *given = moved + down * across;
+    read_floats(rows, a->first + sample * bytes_of(width, a->half_first), width, a->half_first);
+    const char *others = a->others + sample * bytes_of((vectors - 1) * width, a->half_others);
+    for (int64_t v = 1; v < vectors; v++)
+        read_floats(rows + v * across, others + bytes_of((v - 1) * width, a->half_others), width, a->half_others);
+    const int64_t count = width + vectors * (vectors - 1) / 2 + (a->squares ? vectors : 0);
+    read_floats(given, a->out + sample * bytes_of(count, a->half_first), count, a->half_first);
+    for (int64_t i = 0, next = width; i < vectors; i++) {
+        const int64_t pairs = a->squares ? i + 1 : i;
+        memcpy(lower + i * down, given + next, (size_t)pairs * 4);
+        next += pairs;
+    }
+    for (int64_t i = 0; i < vectors; i += TILE)
+        for (int64_t d = 0; d < across; d += LANES) {
+            lanes sum[TILE] = {{0}};
+            add_tile(sum, lower + i * down, down, 1, rows + d, across, 0, least(i + TILE, vectors));
+            add_tile(sum, lower + i, 1, down, rows + d, across, i, vectors);
+            put_tile(moved + i * across + d, across, sum);
+        }
+    for (int64_t d = 0; d < width; d++)
+        moved[d] += given[d];
+    write_floats(a->grad_first + sample * bytes_of(width, a->half_first), moved, width, a->half_first);
+    char *grad_others = a->grad_others + sample * bytes_of((vectors - 1) * width, a->half_others);
+    for (int64_t v = 1; v < vectors; v++)
+        write_floats(grad_others + bytes_of((v - 1) * width, a->half_others), moved + v * across, width,
+                     a->half_others);
+}
+
+static void pair_chunks(void *what) {
+    struct pairs *a = what;
+    const int64_t down = padded(a->vectors), across = padded(a->width);
+    /* What lies beyond the vectors is zero, and stays so. */
+    float *space = calloc((size_t)(3 * down * across + 2 * down * down + across), 4);
+    const int64_t chunks = (a->samples + SAMPLES_A_CHUNK - 1) / SAMPLES_A_CHUNK;
+    for (int64_t chunk; space && (chunk = take(&a->next)) < chunks;)
+        for (int64_t s = chunk * SAMPLES_A_CHUNK; s < least((chunk + 1) * SAMPLES_A_CHUNK, a->samples); s++) {
+            if (a->grad_first)
+                differentiate_pairs(a, s, a->width, space);
+            else if (a->width == 16)
+                multiply_pairs(a, s, 16, space);
+            else
+                multiply_pairs(a, s, a->width, space);
+        }
+    free(space);
+}
+
+void pair_products(struct pairs *all, int threads) {
+    all->next = 0;
+    parallel(pair_chunks, all, (unsigned)threads, 0);
 }

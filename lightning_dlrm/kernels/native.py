@@ -1,10 +1,10 @@
-"""Lookup, sort and update of table rows on a CPU: ``native.c``, compiled when it is first needed.
+"""Table rows and dot products of vectors on a CPU: ``native.c``, compiled when it is first needed.
 
 The library is kept in the cache, one for each source, compiler and processor, and runs in torch's own threads. Its
 results do not depend on how many there are.
 
 Shape suffixes: B bags (output vectors), F tables, D width, R rows of all tables, N indices of all bags, U distinct
-rows.
+rows, V vectors, P pairs of them, n any other.
 """
 
 import ctypes
@@ -82,6 +82,15 @@ class _Update(ctypes.Structure):
     ]
 
 
+class _Pairs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("first", "others", "out", "grad_first", "grad_others")),
+        *((name, ctypes.c_int64) for name in ("samples", "vectors", "width")),
+        *((name, ctypes.c_bool) for name in ("half_first", "half_others", "squares")),
+        ("next", ctypes.c_int64),
+    ]
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The kernels; compiles them where the cache has none.
@@ -101,7 +110,8 @@ def library() -> ctypes.CDLL:
         raise NativeError(f"the native kernels cannot be kept or loaded: {error}", broken=True) from error
     native.use_threads.argtypes = [ctypes.c_void_p] * len(_THREADS)
     native.use_threads(*(ctypes.cast(getattr(torch_library, name), ctypes.c_void_p) for name in _THREADS))
-    for name, arguments in {"look_up": _Lookup, "sort_lookups": _Sort, "update_rows": _Update}.items():
+    functions = {"look_up": _Lookup, "sort_lookups": _Sort, "update_rows": _Update, "pair_products": _Pairs}
+    for name, arguments in functions.items():
         getattr(native, name).argtypes = [ctypes.POINTER(arguments), ctypes.c_int]
         getattr(native, name).restype = None
     return native
@@ -269,12 +279,69 @@ def _look_up(
     return vectors_BD, rows_N, bag_N
 
 
-# An operator of torch, so that whoever records or counts a step's operators sees it.
+def pair_products(first_BD: Tensor, others_BVD: Tensor, squares: bool) -> Tensor:
+    """Each sample's first vector, then the dot products of its pairs of vectors (i, j), j < i, row by row.
+
+    Args:
+        first_BD: float32 or bfloat16; the result has its type, sums are taken in float32.
+        others_BVD: the other vectors, either type.
+        squares: also take the pairs (i, i).
+
+    Returns:
+        [B, D + P].
+    """
+    return torch.ops.lightning_dlrm.pair_products(first_BD, others_BVD, squares)
+
+
+def pair_gradients(first_BD: Tensor, others_BVD: Tensor, grad_Bn: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of both arguments of ``pair_products``, from that of its result."""
+    return torch.ops.lightning_dlrm.pair_gradients(first_BD, others_BVD, grad_Bn, squares)
+
+
+def _pair_products(first_BD: Tensor, others_BVD: Tensor, squares: bool) -> Tensor:
+    samples, others, width = others_BVD.shape
+    pairs = others * (others + 1) // 2 + (others + 1 if squares else 0)
+    out_Bn = first_BD.new_empty(samples, width + pairs)
+    _call_pairs(first_BD, others_BVD, squares, out_Bn)
+    return out_Bn
+
+
+def _pair_gradients(first_BD: Tensor, others_BVD: Tensor, grad_Bn: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
+    # Contiguous, whatever the arguments are.
+    grads = torch.empty(first_BD.shape, dtype=first_BD.dtype), torch.empty(others_BVD.shape, dtype=others_BVD.dtype)
+    _call_pairs(first_BD, others_BVD, squares, grad_Bn.contiguous(), *grads)
+    return grads
+
+
+def _call_pairs(first_BD: Tensor, others_BVD: Tensor, squares: bool, out_Bn: Tensor, *grads: Tensor) -> None:
+    first_BD, others_BVD = first_BD.contiguous(), others_BVD.contiguous()
+    grad_first, grad_others = (*grads, None, None)[:2]
+    all_ = _Pairs(
+        first=_at(first_BD),
+        others=_at(others_BVD),
+        out=_at(out_Bn),
+        grad_first=_at(grad_first),
+        grad_others=_at(grad_others),
+        samples=others_BVD.shape[0],
+        vectors=others_BVD.shape[1] + 1,
+        width=others_BVD.shape[2],
+        half_first=first_BD.dtype == torch.bfloat16,
+        half_others=others_BVD.dtype == torch.bfloat16,
+        squares=squares,
+    )
+    library().pair_products(all_, _threads(out_Bn.numel()))
+
+
+# Operators of torch, so that whoever records or counts a step's operators sees it.
 _operators = torch.library.Library("lightning_dlrm", "DEF")
 _operators.define(
     "lookup(Tensor weight, Tensor values, Tensor? offsets, Tensor tables, Tensor? factors) -> (Tensor, Tensor, Tensor)"
 )
+_operators.define("pair_products(Tensor first, Tensor others, bool squares) -> Tensor")
+_operators.define("pair_gradients(Tensor first, Tensor others, Tensor grad, bool squares) -> (Tensor, Tensor)")
 _operators.impl("lookup", _look_up, "CPU")
+_operators.impl("pair_products", _pair_products, "CPU")
+_operators.impl("pair_gradients", _pair_gradients, "CPU")
 
 
 def _threads(count: int) -> int:

@@ -111,12 +111,13 @@ class DLRM(CTRNetwork):
         """See CTRNetwork.logits."""
         bottom_BD = self.bottom(dense_BI)
         vectors_Bn = self.embeddings(ids)
-        joined_Bn = torch.cat([bottom_BD.to(vectors_Bn.dtype), vectors_Bn], dim=1)
         if isinstance(self.interaction, DotInteraction):
-            joined_Bn = self.interaction(joined_Bn, bottom_BD)
-        elif isinstance(self.interaction, ProjectionInteraction):
+            joined_Bn = self.interaction(bottom_BD, vectors_Bn)
+        else:
+            joined_Bn = torch.cat([bottom_BD.to(vectors_Bn.dtype), vectors_Bn], dim=1)
+        if isinstance(self.interaction, ProjectionInteraction):
             joined_Bn = torch.cat([bottom_BD, self.interaction(joined_Bn).to(bottom_BD.dtype)], dim=1)
-        elif self.interaction is not None:
+        elif isinstance(self.interaction, CrossNetwork):
             joined_Bn = self.interaction(joined_Bn)
         logits_B = self.top(joined_Bn).squeeze(1)
         return logits_B if self.wide is None else logits_B + self.wide(dense_BI, ids)

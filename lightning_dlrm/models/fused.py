@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_dlrm.kernels import native
+
 # Multiply-adds from which on oneDNN's kernel is worth its start; none without oneDNN.
 _LARGE_PRODUCT = 2**23 if torch.backends.mkldnn.is_available() else math.inf
 
@@ -43,6 +45,12 @@ def pair_products(vectors_BVD: Tensor, beside_Bd: Tensor, pairs: Tensor, mirrore
         squares: whether there are pairs (i, i).
     """
     products: Tensor = _PairProducts.apply(vectors_BVD, beside_Bd, pairs, mirrored, squares)
+    return products
+
+
+def native_pair_products(first_BD: Tensor, others_BVD: Tensor, squares: bool) -> Tensor:
+    """[B, D + P]: the same, beside the first of the vectors, by a kernel in C; see ``native.pair_products``."""
+    products: Tensor = _NativePairProducts.apply(first_BD, others_BVD, squares)
     return products
 
 
@@ -122,6 +130,19 @@ class _PairProducts(torch.autograd.Function):
         else:
             diagonal.zero_()
         return torch.bmm(grad_BVV, vectors_BVD), grad_Bn[:, : ctx.beside], None, None, None
+
+
+class _NativePairProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, first_BD: Tensor, others_BVD: Tensor, squares: bool) -> Tensor:
+        ctx.save_for_backward(first_BD, others_BVD)
+        ctx.squares = squares
+        return native.pair_products(first_BD, others_BVD, squares)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        first_BD, others_BVD = ctx.saved_tensors
+        return *native.pair_gradients(first_BD, others_BVD, grads[0], ctx.squares), None
 
 
 def _linear(x_Bd: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:

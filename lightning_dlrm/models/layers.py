@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.models.fused import dense_layers, pair_products
+from lightning_dlrm.contracts.lookup import Kernels
+from lightning_dlrm.kernels.choice import choose
+from lightning_dlrm.models.fused import dense_layers, native_pair_products, pair_products
 
 
 class DenseLayers(nn.Sequential):
@@ -114,6 +116,8 @@ class DotInteraction(nn.Module):
 
     pairs: Tensor
     mirrored: Tensor
+    kernels: Kernels = "auto"
+    """Which code multiplies."""
 
     def __init__(self, vectors: int, width: int, self_interaction: bool = False) -> None:
         super().__init__()
@@ -125,14 +129,17 @@ class DotInteraction(nn.Module):
         self.register_buffer("mirrored", mirrored.flatten(), persistent=False)
         self._squares = self_interaction
 
-    def forward(self, vectors_BVD: Tensor, beside_Bd: Tensor | None = None) -> Tensor:
-        """[B, V, D] or [B, V * D] -> [B, P]; with ``beside_Bd`` that and the products, side by side."""
-        vectors_BVD = vectors_BVD.unflatten(1, (-1, self.width)) if vectors_BVD.dim() == 2 else vectors_BVD
-        if beside_Bd is None:
-            beside_Bd = vectors_BVD.new_empty(len(vectors_BVD), 0)
+    def forward(self, first_BD: Tensor, others_Bn: Tensor) -> Tensor:
+        """[B, D] and the V - 1 other vectors, [B, (V - 1) D] -> [B, D + P]: the first one, then the products, in its
+        type."""
         if not self.pairs.numel():  # of one vector
-            return beside_Bd
-        return pair_products(vectors_BVD, beside_Bd, self.pairs, self.mirrored, self._squares)
+            return first_BD
+        others_BVD = others_Bn.unflatten(1, (-1, self.width))
+        kernels = choose(self.kernels, others_Bn.device.type, others_Bn.dtype)
+        if kernels == "native" and first_BD.dtype in (torch.float32, torch.bfloat16):
+            return native_pair_products(first_BD, others_BVD, self._squares)
+        vectors_BVD = torch.cat([first_BD.to(others_Bn.dtype)[:, None], others_BVD], dim=1)
+        return pair_products(vectors_BVD, first_BD, self.pairs, self.mirrored, self._squares)
 
     def multiply_adds(self) -> int:
         """Per sample; only the pairs that are kept count."""
