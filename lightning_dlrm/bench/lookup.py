@@ -5,7 +5,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from itertools import cycle
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,14 @@ from lightning_dlrm.bench.measurement import Implementation, Measurement, median
 from lightning_dlrm.bench.options import add_device_arguments, check, finisher
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import Table
+from lightning_dlrm.contracts.lookup import Kernels, Table
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import RowWiseAdagrad
 
 DESCRIPTION = """\
 Times lookup, backward and update of some tables, ids log-uniform (low ones come often), the same in each contender:
-  ours      one fused table, row-wise Adagrad
+  ours      one fused table, row-wise Adagrad, with the kernels of --kernels
   baseline  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.Adagrad
   peer      FBGEMM's table-batched embedding with its fused row-wise Adagrad, where it is installed
             (pip install 'lightning-dlrm[fbgemm]')
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bag", type=int, nargs=2, metavar=("MIN", "MAX"), help="ids of a bag, uniform (default: one id each)"
     )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="of a round (default: %(default)s)")
+    parser.add_argument("--kernels", default="auto", choices=get_args(Kernels), help="of ours (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> list[Measurement]:
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         return make
 
     makers: dict[Implementation, tuple[Callable[[Any, Tensor], None], list[Any]]] = {
-        "ours": (_Ours(workload, device), ids),
+        "ours": (_Ours(workload, device, args.kernels), ids),
         "baseline": (_Plain(workload, device), plain),
     }
     if importlib.util.find_spec("fbgemm_gpu") is not None:
@@ -126,9 +127,10 @@ def _floor(workload: Workload, batches: list[Any], rates: floors.MachineRates, p
 
 
 class _Ours:
-    def __init__(self, workload: Workload, device: torch.device) -> None:
+    def __init__(self, workload: Workload, device: torch.device, kernels: Kernels) -> None:
         tables = [Table.of_column(f"C{i}", rows) for i, rows in enumerate(workload.tables)]
         self.lookup = EmbeddingTables(tables, workload.width, seed=1).to(device)
+        self.lookup.kernels = kernels
         rule = RowWiseAdagrad(_LEARNING_RATE, epsilon=_EPSILON)
         self.optimizer = CTROptimizer([], [self.lookup], rule, rule)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.kernels.choice import choose
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -37,7 +38,7 @@ def add_peer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> torch.device:
-    """Checks the options of both functions above, and gives the device.
+    """Checks the options of both functions above, says which kernels ours has, and gives the device.
 
     Raises:
         UserError: a number is below 1, there is no such device, or no such checkout.
@@ -50,6 +51,8 @@ def check(args: argparse.Namespace) -> torch.device:
         raise UserError(f"--peer {peer} is no checkout of facebookresearch/dlrm: it has no dlrm_s_pytorch.py")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no CUDA device here: use --device cpu")
+    kernels = choose(getattr(args, "kernels", "auto"), args.device, torch.float32)
+    print(f"table rows of ours: {kernels} kernels")
     return torch.device(args.device)
 
 

@@ -24,7 +24,8 @@ from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
 from lightning_dlrm.models.fbgemm_tables import FBGEMMTables, use_fbgemm
-from lightning_dlrm.models.layers import DotInteraction
+from lightning_dlrm.models.layers import DenseLayers, DotInteraction
+from lightning_dlrm.models.host_tables import HostRows
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.objectives.curves import ClickCurves, click_curves
@@ -50,8 +51,9 @@ class CTRModule(pl.LightningModule):
             whatever it is.
         wide_optimizer: rule for linear terms' weights of ids, where they are not to have that of the tables (Cheng et
             al. 2016, section 3.3, train the wide and the deep part by two).
-        kernels: what looks up and updates table rows. plain: torch, on any device; triton: fused kernels for a
-            CUDA device; auto: triton on a CUDA device, else plain; fbgemm: FBGEMM's, where it is installed.
+        kernels: what looks up and updates table rows. plain: torch, on any device; native: C for a CPU, compiled by the
+            machine's C compiler when first used; triton: fused kernels for a CUDA device; auto: native on a CPU and
+            triton on a CUDA device where they work, else plain; fbgemm: FBGEMM's, where it is installed.
         cuda_graphs: launch a whole step at once, for a CUDA device; batches of another size than the first (an epoch's
             last one) are trained on without. It needs the fused kernels.
         record_steps: on a CPU, in one process, record the operations of a step after the first hundred, and repeat
@@ -159,7 +161,7 @@ class CTRModule(pl.LightningModule):
         if not hasattr(self, "network"):
             self.network = self.make_network(self.schema.features, self.seed)
             for module in self.network.modules():
-                if isinstance(module, (EmbeddingLookup, DotInteraction)) and self.kernels != "fbgemm":
+                if isinstance(module, (EmbeddingLookup, DenseLayers, DotInteraction)) and self.kernels != "fbgemm":
                     module.kernels = self.kernels
 
     def configure_optimizers(self) -> Any:
@@ -259,8 +261,9 @@ class CTRModule(pl.LightningModule):
                     f"kernels is {self.kernels}, which takes whole tables on one device, and some here are "
                     f"{type(lookup).__name__}: set kernels to auto"
                 )
-            if isinstance(lookup, EmbeddingTables) and self.kernels != "fbgemm":
-                choose(self.kernels, lookup.weight.device.type, lookup.weight.dtype)
+            if self.kernels != "fbgemm":
+                device = lookup.device() if isinstance(lookup, HostRows) else lookup.weight.device
+                choose(self.kernels, device.type, lookup.weight.dtype)
 
     def _check_graphs(self) -> None:
         """

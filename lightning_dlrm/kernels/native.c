@@ -138,6 +138,20 @@ INLINE void sum_bags(struct lookup *a, int64_t first, int64_t last, int64_t widt
     }
 }
 
+/* Where every bag is one row, without a factor. */
+INLINE void copy_rows(struct lookup *a, int64_t first, int64_t last, int64_t bytes) {
+    const int32_t *rows = a->rows;
+    const char *weight = a->weight;
+    char *vectors = a->vectors;
+    for (int64_t i = first; i < least(last, first + AHEAD); i++)
+        fetch(weight + rows[i] * bytes, bytes);
+    for (int64_t i = first; i < last; i++) {
+        if (i + AHEAD < last)
+            fetch(weight + rows[i + AHEAD] * bytes, bytes);
+        memcpy(vectors + i * bytes, weight + rows[i] * bytes, (size_t)bytes);
+    }
+}
+
 static void look_up_chunks(void *what) {
     struct lookup *a = what;
     const int64_t chunks = (a->bag_count + BAGS_A_CHUNK - 1) / BAGS_A_CHUNK;
@@ -147,7 +161,11 @@ static void look_up_chunks(void *what) {
         if (!find_rows(a, first, last))
             break;
         /* Widths that are known when this is compiled take half the time of others. */
-        if (a->factors)
+        if (!a->offsets && !a->factors && !a->half && a->width == 16)
+            copy_rows(a, first, last, 64);
+        else if (!a->offsets && !a->factors)
+            copy_rows(a, first, last, a->width * (a->half ? 2 : 4));
+        else if (a->factors)
             sum_bags(a, first, last, a->width, a->half, true, sum);
         else if (a->half)
             sum_bags(a, first, last, a->width, true, false, sum);
@@ -542,4 +560,79 @@ static void pair_chunks(void *what) {
 void pair_products(struct pairs *all, int threads) {
     all->next = 0;
     parallel(pair_chunks, all, (unsigned)threads, 0);
+}
+
+/* ---- The backward pass of a ReLU and of the bias before it ---- */
+
+enum { SIDE = 16, ROWS_A_SUM = 64 };
+
+struct relu {
+    char *grad;             /* in and out [B, D]: zero where the ReLU gave zero */
+    const char *activation; /* [B, D], of the ReLU */
+    char *turned;           /* out [D, B]: the same, transposed; or NULL */
+    float *sums;            /* out [sums of ROWS_A_SUM rows, D]; the first is then their total, the bias's gradient */
+    int64_t samples, width;
+    bool half; /* whether `grad`, `activation` and `turned` are bfloat16 */
+    int64_t next;
+};
+
+/* Keeps a row's gradient where the activation is positive, and adds it to the sums. */
+INLINE void differentiate_row(const struct relu *a, int64_t row, bool half, float *restrict sums) {
+    void *restrict grad = a->grad + bytes_of(row * a->width, half);
+    const void *restrict activation = a->activation + bytes_of(row * a->width, half);
+    for (int64_t d = 0; d < a->width; d++) {
+        const float given = read_weight(grad, d, half);
+        /* As torch: beside an activation that is no number the gradient stays. */
+        const float kept = read_weight(activation, d, half) <= 0 ? 0 : given;
+        write_weight(grad, d, half, kept);
+        sums[d] += kept;
+    }
+}
+
+INLINE void turn_square(const struct relu *a, int64_t row, int64_t column, int64_t rows, int64_t columns, bool half) {
+    float square[SIDE][SIDE], turned[SIDE][SIDE];
+    for (int64_t r = 0; r < rows; r++)
+        read_floats(square[r], a->grad + bytes_of((row + r) * a->width + column, half), columns, half);
+    for (int64_t c = 0; c < columns; c++)
+        for (int64_t r = 0; r < rows; r++)
+            turned[c][r] = square[r][c];
+    for (int64_t c = 0; c < columns; c++)
+        write_floats(a->turned + bytes_of((column + c) * a->samples + row, half), turned[c], rows, half);
+}
+
+INLINE void differentiate_rows(const struct relu *a, int64_t first, int64_t last, bool half, float *sums) {
+    for (int64_t row = first; row < last; row++)
+        differentiate_row(a, row, half, sums);
+    for (int64_t column = 0; a->turned && column < a->width; column += SIDE) {
+        const int64_t columns = least(SIDE, a->width - column);
+        if (last - first == SIDE && columns == SIDE)
+            turn_square(a, first, column, SIDE, SIDE, half);
+        else
+            turn_square(a, first, column, last - first, columns, half);
+    }
+}
+
+static void relu_chunks(void *what) {
+    struct relu *a = what;
+    const int64_t chunks = (a->samples + ROWS_A_SUM - 1) / ROWS_A_SUM;
+    for (int64_t chunk; (chunk = take(&a->next)) < chunks;) {
+        const int64_t first = chunk * ROWS_A_SUM, last = least(first + ROWS_A_SUM, a->samples);
+        float *sums = a->sums + chunk * a->width;
+        memset(sums, 0, (size_t)a->width * 4);
+        for (int64_t row = first; row < last; row += SIDE)
+            if (a->half)
+                differentiate_rows(a, row, least(row + SIDE, last), true, sums);
+            else
+                differentiate_rows(a, row, least(row + SIDE, last), false, sums);
+    }
+}
+
+void relu_gradients(struct relu *all, int threads) {
+    all->next = 0;
+    parallel(relu_chunks, all, (unsigned)threads, 0);
+    /* In the same order, whoever made them. */
+    const int64_t chunks = (all->samples + ROWS_A_SUM - 1) / ROWS_A_SUM;
+    for (int64_t chunk = 1; chunk < chunks; chunk++)
+        for (int64_t d = 0; d < all->width; d++)
+            all->sums[d] += all->sums[chunk * all->width + d];
 }

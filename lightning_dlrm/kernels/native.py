@@ -33,6 +33,8 @@ _THREADS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_
 _RULES = ("sgd", "adagrad", "row_wise_adagrad", "adam")
 _DIGIT = 9
 """Most bits that are sorted by in one pass: as many counters stay in the first cache."""
+_ROWS_A_SUM = 64
+"""ROWS_A_SUM of ``native.c``."""
 _ALONE = 2**12
 """Indices from which on a second thread is worth waking."""
 
@@ -91,6 +93,15 @@ class _Pairs(ctypes.Structure):
     ]
 
 
+class _Relu(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("grad", "activation", "turned", "sums")),
+        *((name, ctypes.c_int64) for name in ("samples", "width")),
+        ("half", ctypes.c_bool),
+        ("next", ctypes.c_int64),
+    ]
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The kernels; compiles them where the cache has none.
@@ -110,7 +121,13 @@ def library() -> ctypes.CDLL:
         raise NativeError(f"the native kernels cannot be kept or loaded: {error}", broken=True) from error
     native.use_threads.argtypes = [ctypes.c_void_p] * len(_THREADS)
     native.use_threads(*(ctypes.cast(getattr(torch_library, name), ctypes.c_void_p) for name in _THREADS))
-    functions = {"look_up": _Lookup, "sort_lookups": _Sort, "update_rows": _Update, "pair_products": _Pairs}
+    functions = {
+        "look_up": _Lookup,
+        "sort_lookups": _Sort,
+        "update_rows": _Update,
+        "pair_products": _Pairs,
+        "relu_gradients": _Relu,
+    }
     for name, arguments in functions.items():
         getattr(native, name).argtypes = [ctypes.POINTER(arguments), ctypes.c_int]
         getattr(native, name).restype = None
@@ -332,6 +349,39 @@ def _call_pairs(first_BD: Tensor, others_BVD: Tensor, squares: bool, out_Bn: Ten
     library().pair_products(all_, _threads(out_Bn.numel()))
 
 
+def relu_gradients(grad_Bd: Tensor, activation_Bd: Tensor, turned: bool) -> tuple[Tensor, Tensor]:
+    """The backward pass of a ReLU and of the bias before it.
+
+    Args:
+        grad_Bd: gradient of the ReLU's result, float32 or bfloat16, contiguous; in place that of its input.
+        activation_Bd: the ReLU's result, of the same type.
+        turned: whether that is wanted transposed, as well.
+
+    Returns:
+        [d, B], or [0] without ``turned``; float32 [d], the gradient of the bias.
+    """
+    return torch.ops.lightning_dlrm.relu_gradients(grad_Bd, activation_Bd, turned)
+
+
+def _relu_gradients(grad_Bd: Tensor, activation_Bd: Tensor, turned: bool) -> tuple[Tensor, Tensor]:
+    samples, width = grad_Bd.shape
+    activation_Bd = activation_Bd.contiguous()
+    turned_dB = grad_Bd.new_empty((width, samples) if turned else 0)
+    sums = torch.zeros(width) if not samples else torch.empty(-(-samples // _ROWS_A_SUM), width)
+    all_ = _Relu(
+        grad=_at(grad_Bd),
+        activation=_at(activation_Bd),
+        turned=_at(turned_dB) if turned else None,
+        sums=_at(sums),
+        samples=samples,
+        width=width,
+        half=grad_Bd.dtype == torch.bfloat16,
+    )
+    if samples:
+        library().relu_gradients(all_, _threads(grad_Bd.numel()))
+    return turned_dB, sums.view(-1, width)[0]
+
+
 # Operators of torch, so that whoever records or counts a step's operators sees it.
 _operators = torch.library.Library("lightning_dlrm", "DEF")
 _operators.define(
@@ -339,9 +389,11 @@ _operators.define(
 )
 _operators.define("pair_products(Tensor first, Tensor others, bool squares) -> Tensor")
 _operators.define("pair_gradients(Tensor first, Tensor others, Tensor grad, bool squares) -> (Tensor, Tensor)")
+_operators.define("relu_gradients(Tensor(a!) grad, Tensor activation, bool turned) -> (Tensor, Tensor)")
 _operators.impl("lookup", _look_up, "CPU")
 _operators.impl("pair_products", _pair_products, "CPU")
 _operators.impl("pair_gradients", _pair_gradients, "CPU")
+_operators.impl("relu_gradients", _relu_gradients, "CPU")
 
 
 def _threads(count: int) -> int:

@@ -31,6 +31,9 @@ class DenseLayers(nn.Sequential):
             (Srivastava et al. 2014, section 4; the others are scaled up by 1 / (1 - dropout)).
     """
 
+    kernels: Kernels = "auto"
+    """Which code makes the backward pass."""
+
     def __init__(
         self, widths: Sequence[int], linear_output: bool = False, batch_norm: bool = False, dropout: float = 0.0
     ) -> None:
@@ -59,7 +62,11 @@ class DenseLayers(nn.Sequential):
             return cast(Tensor, super().forward(x_Bd))
         linears = self.linears()
         return dense_layers(
-            x_Bd, [layer.weight for layer in linears], [layer.bias for layer in linears], self._linear_output
+            x_Bd,
+            [layer.weight for layer in linears],
+            [layer.bias for layer in linears],
+            self._linear_output,
+            by_native=choose(self.kernels, x_Bd.device.type, linears[0].weight.dtype) == "native",
         )
 
     def linears(self) -> list[nn.Linear]:

@@ -1,0 +1,288 @@
+"""The kernels in C do what plain torch does, and where they cannot be had it is said.
+
+Bit for bit, but for torch's square roots, which are not always rounded to nearest, the mean squares of rows of fewer
+than eight, and sums of bfloat16 rows, which torch's kernels round their own way.
+"""
+
+import logging
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.lookup import RowGradient, Segments, Table
+from lightning_dlrm.kernels import native
+from lightning_dlrm.kernels.choice import choose
+from lightning_dlrm.models.tables import EmbeddingTables
+from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
+
+try:
+    native.compiler()
+    HAS_COMPILER = True
+except native.NativeError:
+    HAS_COMPILER = False
+
+needs_compiler = pytest.mark.skipif(
+    not HAS_COMPILER, reason="needs a C compiler (cc, gcc or clang): the native kernels are not tested"
+)
+
+RULES = {
+    "sgd": SGD(0.3),
+    "sgd, l2, decay": SGD(0.3, l2=0.01, weight_decay=0.02),
+    "adagrad": Adagrad(0.1, initial_accumulator=0.1),
+    "adagrad, l2, decay": Adagrad(0.1, l2=0.01, weight_decay=0.02),
+    "row-wise adagrad": RowWiseAdagrad(0.1, epsilon=1e-6),
+    "row-wise adagrad, l2, decay": RowWiseAdagrad(0.1, l2=0.01, weight_decay=0.02),
+    "adam": Adam(0.05),
+    "adam, short memory, l2, decay": Adam(0.05, beta1=0.3, l2=0.01, weight_decay=0.02),
+}
+ROWS = (40, 3, 500)
+
+
+@pytest.fixture(autouse=True)
+def _forgets() -> Iterator[None]:
+    """What was chosen and loaded counts for one test."""
+    yield
+    choose.cache_clear()
+    native.library.cache_clear()
+
+
+def draw_ids(size: int, generator: torch.Generator, bags: bool, weighted: bool) -> SparseIds:
+    """Out of order, with duplicates, the last row of every table among them; bags of none to 9 ids."""
+    if not bags:
+        columns = [torch.randint(rows, (size,), generator=generator, dtype=torch.int32) for rows in ROWS]
+        values = torch.stack(columns, dim=1)
+        values[-1:] = torch.tensor(ROWS, dtype=torch.int32) - 1
+        return SparseIds(
+            values=values, tables=3, weights=torch.randn(values.shape, generator=generator) if weighted else None
+        )
+    lengths = torch.randint(10, (size * 3,), generator=generator)
+    lengths[::4] = 0
+    table = torch.arange(len(lengths)).repeat_interleave(lengths) % 3
+    values = (torch.rand(len(table), generator=generator) * torch.tensor(ROWS)[table]).int()
+    values[::17] = torch.tensor(ROWS, dtype=torch.int32)[table[::17]] - 1
+    return SparseIds(
+        values=values,
+        tables=3,
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        weights=torch.randn(len(table), generator=generator) if weighted else None,
+    )
+
+
+def train(
+    kernels: str, batches: list[SparseIds], rule: UpdateRule, width: int, dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+    """Vectors of each step, the rows at the end, and their state."""
+    lookup = EmbeddingTables([Table.of_column(f"C{i}", rows) for i, rows in enumerate(ROWS)], width, seed=1).to(dtype)
+    lookup.kernels = kernels
+    optimizer = CTROptimizer([], [lookup], rule, rule)
+    vectors = []
+    for step, ids in enumerate(batches):
+        optimizer.zero_grad()
+        out = lookup(ids)
+        vectors.append(out.detach())
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(step)).to(dtype))
+        optimizer.step()
+    return vectors, lookup.weight.detach(), optimizer.table_state[0]
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [1, 2, 7, 16, 17, 64, 300])
+@pytest.mark.parametrize("rule", RULES)
+def test_native_is_plain(rule: str, width: int) -> None:
+    """Several steps, one id each and bags, with factors and without, in one thread and in several."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        draw_ids(size, generator, bags, weighted)
+        for size, bags, weighted in [(400, True, False), (50, True, True), (90, False, False), (1, False, True)]
+    ]
+    plain, fast = (train(kernels, batches, RULES[rule], width) for kernels in ("plain", "native"))
+    if isinstance(RULES[rule], (Adam, RowWiseAdagrad)):
+        tolerance = {"rtol": 1e-5, "atol": 3e-6}
+    else:
+        # Only where this processor has what torch's kernels fuse products and sums by.
+        fused = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        tolerance = {"rtol": 0.0, "atol": 0.0} if fused else {"rtol": 1e-6, "atol": 1e-6}
+    for found, expected in zip(
+        [*fast[0], fast[1], *fast[2].values()], [*plain[0], plain[1], *plain[2].values()], strict=True
+    ):
+        torch.testing.assert_close(found, expected, **tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rule", ["sgd", "adam, short memory, l2, decay"])
+def test_tables_in_bfloat16(rule: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [draw_ids(100, generator, bags=True, weighted=weighted) for weighted in (False, True)]
+    plain, fast = (train(kernels, batches, RULES[rule], 16, torch.bfloat16) for kernels in ("plain", "native"))
+    torch.testing.assert_close(fast[1], plain[1], rtol=2**-7, atol=1e-4)
+    for found, expected in zip(fast[0], plain[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=2**-6, atol=1e-2)
+
+
+@needs_compiler
+def test_sums_of_bfloat16_rows_are_rounded_once_to_nearest() -> None:
+    weight = torch.randn(50, 33, generator=torch.Generator().manual_seed(1)).bfloat16()
+    ids = torch.arange(49, dtype=torch.int32)
+    vectors, rows, bags = native.lookup(
+        weight, ids, torch.tensor([0, 2, 2, 49]), torch.tensor([1], dtype=torch.int32), None
+    )
+    assert torch.equal(vectors[0], (weight[1].float() + weight[2].float()).bfloat16())
+    assert not vectors[1].any()
+    assert torch.equal(rows, ids + 1) and bags.tolist() == [0] * 2 + [2] * 47
+
+
+@needs_compiler
+def test_one_row_looked_up_many_times_in_several_threads() -> None:
+    """The same bits, whatever the number of threads."""
+    ids = SparseIds(values=torch.zeros(7000, 3, dtype=torch.int32), tables=3)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(train("native", [ids, ids], Adagrad(0.1), 16)[1])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0], train("plain", [ids, ids], Adagrad(0.1), 16)[1])
+
+
+@needs_compiler
+@pytest.mark.parametrize("count", [0, 1, 5000])
+@pytest.mark.parametrize("rows", [1, 2, 700, 2**31 - 1])
+def test_lookups_are_sorted_as_by_torch(rows: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    rows_N = torch.randint(rows, (count,), generator=generator, dtype=torch.int32)
+    rows_N[: count // 3] = rows - 1
+    bag_N, weights_N = torch.randint(9, (count,), generator=generator), torch.rand(count, generator=generator)
+    for given in ((None, None), (bag_N, None), (bag_N, weights_N)):
+        for found, expected in zip(native.sort(rows_N, *given, rows), Segments.of(rows_N, *given), strict=True):
+            assert (found is None and expected is None) or torch.equal(found, expected)
+
+
+@needs_compiler
+def test_empty_batches_and_summed_gradients() -> None:
+    nothing = SparseIds(values=torch.zeros(0, dtype=torch.int32), tables=3, offsets=torch.zeros(7, dtype=torch.int64))
+    none = SparseIds(values=torch.zeros(0, 3, dtype=torch.int32), tables=3)
+    vectors, weight, _ = train("native", [nothing, none], SGD(0.1), 4)
+    assert vectors[0].shape == (2, 3, 4) and not vectors[0].any()
+    assert torch.equal(weight, train("plain", [], SGD(0.1), 4)[1])
+    rows_N, grad_ND = torch.tensor([9, 2, 9, 9], dtype=torch.int32), torch.randn(4, 5)
+    for prepare in (lambda g: g, lambda g: (g.rows, g)[1], lambda g: RowGradient(g.rows, g.values)):
+        weight = torch.ones(10, 5)
+        native.update(weight, prepare(RowGradient.from_lookups(rows_N, grad_ND)), {}, "sgd", vars(SGD(0.5)), 0.5, 1.0)
+        expected = torch.ones(10, 5)
+        for row, grad_D in zip(rows_N.tolist(), grad_ND, strict=True):
+            expected[row] -= 0.5 * grad_D
+        torch.testing.assert_close(weight, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrong", [-1, 500])
+def test_an_id_outside_the_tables_is_an_error(wrong: int) -> None:
+    ids = draw_ids(2000, torch.Generator().manual_seed(0), bags=False, weighted=False)
+    ids.values[1234, 2 if wrong > 0 else 0] = wrong
+    with pytest.raises(IndexError, match=rf"id {wrong} at place 370\d is outside the tables, which have 543 rows"):
+        train("native", [ids], SGD(0.1), 4)
+
+
+@needs_compiler
+def test_learned_factors_get_their_gradient() -> None:
+    gradients = []
+    for kernels in ("plain", "native"):
+        ids = draw_ids(10, torch.Generator().manual_seed(0), bags=True, weighted=True)
+        ids.weights.requires_grad_()
+        lookup = EmbeddingTables([Table.of_column(f"C{i}", rows) for i, rows in enumerate(ROWS)], 8, seed=1)
+        lookup.kernels = kernels
+        lookup(ids).square().sum().backward()
+        gradients.append(ids.weights.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@needs_compiler
+def test_one_openmp_library_is_loaded() -> None:
+    """Two would let their threads wait in loops beside each other. In a process of its own, as others' libraries may
+    bring theirs."""
+    script = (
+        "from pathlib import Path; import torch; from lightning_dlrm.kernels import native; native.library();"
+        "print({line.split()[-1] for line in Path('/proc/self/maps').read_text().splitlines() if 'omp' in line})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.count("omp") == 1, done.stdout
+
+
+@needs_compiler
+def test_processes_that_compile_at_once_share_one_library(tmp_path: Path) -> None:
+    script = "from lightning_dlrm.kernels import native; print(native.library()._name)"
+    cache = tmp_path / "cache"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "LIGHTNING_DLRM_CACHE": str(cache)},
+        )
+        for _ in range(2)
+    ]
+    names = {process.communicate()[0].strip() for process in started}
+    assert [process.returncode for process in started] == [0, 0]
+    assert [str(path) for path in cache.iterdir()] == list(names)
+
+
+def test_without_a_compiler_auto_is_plain_and_native_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    choose.cache_clear()
+    native.library.cache_clear()
+    with caplog.at_level(logging.INFO, "lightning_dlrm"):
+        assert choose("auto", "cpu", torch.float32) == "plain"
+        assert choose("auto", "cpu", torch.float32) == "plain"
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert record.message == "table rows on cpu: plain torch (no C compiler is installed (cc, gcc or clang))"
+    with pytest.raises(
+        UserError, match=r"^kernels is native, but no C compiler is installed .*: set it to auto or plain$"
+    ):
+        choose("native", "cpu", torch.float32)
+    monkeypatch.setenv("CC", "mycc -m64")
+    with pytest.raises(UserError, match="CC is mycc, which is not there"):
+        choose("native", "cpu", torch.float32)
+
+
+def test_a_compiler_that_fails_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "broken-cc"
+    broken.write_text("#!/bin/sh\necho 'native.c: note: hm' >&2\necho 'native.c:1: error: no space' >&2\nexit 1\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path / "cache"))
+    choose.cache_clear()
+    native.library.cache_clear()
+    assert choose("auto", "cpu", torch.float32) == choose("auto", "cpu", torch.float32) == "plain"
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert record.message.endswith(f"plain torch (the C compiler {broken} failed: native.c:1: error: no space)")
+    with pytest.raises(
+        UserError, match=r"kernels is native, but the C compiler .* failed: native.c:1: error: no space"
+    ):
+        choose("native", "cpu", torch.float32)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_native_is_for_a_cpu_and_types_it_knows() -> None:
+    with pytest.raises(UserError, match="the tables are on cuda, and the native kernels need a CPU"):
+        choose("native", "cuda", torch.float32)
+    with pytest.raises(UserError, match="float64, and these kernels take float32 and bfloat16"):
+        choose("native", "cpu", torch.float64)
+    assert choose("auto", "cpu", torch.float64) == "plain"
