@@ -24,8 +24,8 @@ from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
 from lightning_dlrm.models.fbgemm_tables import FBGEMMTables, use_fbgemm
-from lightning_dlrm.models.layers import DenseLayers, DotInteraction
 from lightning_dlrm.models.host_tables import HostRows
+from lightning_dlrm.models.layers import DenseLayers, DotInteraction
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.objectives.curves import ClickCurves, click_curves

@@ -102,10 +102,7 @@ class _DenseLayers(torch.autograd.Function):
                     torch.ops.aten.threshold_backward.grad_input(grad_Bd, activation_Bd, 0, grad_input=grad_Bd)
                     grad_bias = grad_Bd.sum(0, dtype=ctx.parameter_dtype)
             grad_biases.append(grad_bias)
-            if turned_dB is None:
-                grad_weight = grad_Bd.t() @ x_Bd
-            else:
-                grad_weight = _linear(turned_dB, x_Bd.t(), None, relu=False)
+            grad_weight = grad_Bd.t() @ x_Bd if turned_dB is None else _linear(turned_dB, x_Bd.t(), None, relu=False)
             grad_weights.append(grad_weight.to(ctx.parameter_dtype))
             if layer or ctx.needs_input_grad[0]:
                 grad_Bd = _linear(grad_Bd, weights[layer].t(), None, relu=False)
@@ -165,8 +162,8 @@ class _NativePairProducts(torch.autograd.Function):
 def _is_faster_turned(x_Bd: Tensor, grad_Bd: Tensor) -> bool:
     """Whether the product g' x is to be made from a transposed copy of g.
 
-    oneDNN takes a quarter less time for it then than the BLAS for g as it is, in float32. In bfloat16 both are oneDNN's,
-    which gains a tenth, and loses as much where the width of x is odd.
+    In float32, oneDNN then takes a quarter less time than the BLAS for g as it is. In bfloat16 both are oneDNN's, which
+    gains a tenth, and loses as much where the width of x is odd.
     """
     if x_Bd.shape[1] * grad_Bd.numel() < _LARGE_PRODUCT:
         return False
