@@ -35,7 +35,7 @@ _DIGIT = 9
 """Most bits that are sorted by in one pass: as many counters stay in the first cache."""
 _ROWS_A_SUM = 64
 """ROWS_A_SUM of ``native.c``."""
-_ALONE = 2**12
+_ALONE = 2**10
 """Indices from which on a second thread is worth waking."""
 
 
