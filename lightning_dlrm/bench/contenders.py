@@ -19,7 +19,7 @@ from lightning_dlrm.bench.options import autocast
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.graphs import GraphedStep
-from lightning_dlrm.engine.recorded import RecordedStep
+from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
 from lightning_dlrm.models.cross import CrossKind
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
@@ -136,7 +136,7 @@ class OurStep:
         self._recorded: GraphedStep | RecordedStep | None = None
         if graphs:
             self._recorded = GraphedStep(network, _mean_loss, self.optimizer, self._uncached_autocast)
-        elif device.type == "cpu":
+        elif device.type == "cpu" and is_recordable(network, LogLoss()):
             self._recorded = RecordedStep(network, _mean_loss, self.optimizer, eager_steps=1)
 
     def _uncached_autocast(self) -> AbstractContextManager[object]:

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient
+from lightning_dlrm.kernels.choice import choose
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
@@ -116,7 +117,10 @@ def is_recordable(network: CTRNetwork, loss: Any) -> bool:
     """Whether steps of a network do the same operations for every batch of a size, as far as can be told: those of this
     project do, with their tables at hand and nobody listening to their layers."""
     own = all(type(part).__module__.split(".")[0] == __name__.split(".")[0] for part in (network, loss))
-    at_hand = all(type(lookup) is EmbeddingTables for lookup in network.lookups())
+    at_hand = all(
+        type(lookup) is EmbeddingTables and choose(lookup.kernels, "cpu", lookup.weight.dtype) != "triton"
+        for lookup in network.lookups()
+    )
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     heard = any(getattr(module, name) for module in network.modules() for name in hooks)
     heard |= any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in network.parameters())
