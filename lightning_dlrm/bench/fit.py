@@ -165,6 +165,8 @@ def _fit_command(args: argparse.Namespace, folder: Path, precision: str, run_dir
         "trainer.accelerator": "gpu" if args.device == "cuda" else "cpu",
         "trainer.precision": precision,
         "model.cuda_graphs": str(args.device == "cuda").lower(),
+        # As the configurations for real data.
+        "trainer.log_every_n_steps": 100,
         "trainer.max_epochs": -1,
         "trainer.max_steps": 100_000_000,
         "trainer.limit_val_batches": 0,

@@ -16,6 +16,11 @@ from lightning_dlrm.kernels import native
 # Multiply-adds from which on oneDNN's kernel is worth its start; none without oneDNN.
 _LARGE_PRODUCT = 2**23 if torch.backends.mkldnn.is_available() else math.inf
 
+_WORTH_A_CALL = 2**14
+"""Elements of a gradient from which on a kernel in C pays for its call."""
+_NARROW = 32
+"""Width of a layer's input up to which the BLAS takes half the time for its weights' gradient, transposed."""
+
 
 def dense_layers(
     x_Bd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], linear_output: bool, by_native: bool = False
@@ -94,7 +99,11 @@ class _DenseLayers(torch.autograd.Function):
                     # What follows is in place, and others may hold this one.
                     grad_Bd = grad_Bd.clone(memory_format=torch.contiguous_format)
                 activation_Bd = activations[layer + 1]
-                if ctx.by_native and grad_Bd.dtype in (torch.float32, torch.bfloat16):
+                if (
+                    ctx.by_native
+                    and grad_Bd.numel() >= _WORTH_A_CALL
+                    and grad_Bd.dtype in (torch.float32, torch.bfloat16)
+                ):
                     turn = _is_faster_turned(x_Bd, grad_Bd)
                     turned_dB, grad_bias = native.relu_gradients(grad_Bd, activation_Bd, turn)
                     turned_dB, grad_bias = turned_dB if turn else None, grad_bias.to(ctx.parameter_dtype)
@@ -102,7 +111,12 @@ class _DenseLayers(torch.autograd.Function):
                     torch.ops.aten.threshold_backward.grad_input(grad_Bd, activation_Bd, 0, grad_input=grad_Bd)
                     grad_bias = grad_Bd.sum(0, dtype=ctx.parameter_dtype)
             grad_biases.append(grad_bias)
-            grad_weight = grad_Bd.t() @ x_Bd if turned_dB is None else _linear(turned_dB, x_Bd.t(), None, relu=False)
+            if turned_dB is not None:
+                grad_weight = _linear(turned_dB, x_Bd.t(), None, relu=False)
+            elif x_Bd.shape[1] < _NARROW:
+                grad_weight = (x_Bd.t() @ grad_Bd).t().contiguous()
+            else:
+                grad_weight = grad_Bd.t() @ x_Bd
             grad_weights.append(grad_weight.to(ctx.parameter_dtype))
             if layer or ctx.needs_input_grad[0]:
                 grad_Bd = _linear(grad_Bd, weights[layer].t(), None, relu=False)

@@ -106,8 +106,9 @@ class MissingValues(nn.Module):
 
     def forward(self, dense_BI: Tensor) -> Tensor:
         """[B, I], NaN where missing -> [B, I]."""
-        value = dense_BI.new_zeros(()) if self.value is None else self.value.to(dense_BI.dtype)
-        return torch.where(dense_BI.isnan(), value, dense_BI)
+        if self.value is None:
+            return dense_BI.masked_fill(dense_BI.isnan(), 0.0)
+        return torch.where(dense_BI.isnan(), self.value.to(dense_BI.dtype), dense_BI)
 
 
 class DotInteraction(nn.Module):

@@ -58,8 +58,9 @@ class UpdateRule:
             learning_rate: 0-dim.
             step: 0-dim, the number of this update of the model, from 1.
         """
-        exact = [weight.to(_precise(weight)) for weight in weights]
-        gradients = [gradient.to(weight.dtype) for gradient, weight in zip(gradients, exact, strict=True)]
+        # Asking is cheaper than calling ``to`` for each of a small model's tensors.
+        exact = [w if w.dtype in (torch.float32, torch.float64) else w.to(_precise(w)) for w in weights]
+        gradients = [g if g.dtype == w.dtype else g.to(w.dtype) for g, w in zip(gradients, exact, strict=True)]
         if self.l2:
             gradients = list(torch._foreach_add(gradients, exact, alpha=self.l2))
         if self.weight_decay:
@@ -268,7 +269,7 @@ class Adam(UpdateRule):
 def _in_one_pass(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
     """Whether kernels may be used that take the learning rate as a number: on a CPU it is at hand anyway, and each
     pass over all weights costs as much as a layer's forward pass on a small batch."""
-    return all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (*weights, *gradients))
+    return all(tensor.is_cpu and tensor.is_contiguous() for tensor in (*weights, *gradients))
 
 
 def _precise(weight: Tensor) -> torch.dtype:
