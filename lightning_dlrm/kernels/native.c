@@ -186,58 +186,94 @@ void look_up(struct lookup *all, int threads) {
     parallel(look_up_chunks, all, (unsigned)threads, 0);
 }
 
-/* ---- Sort by row: least significant digit first, stable ---- */
+/* ---- Sort by row: stable ----
+
+   By the highest bits first, all threads together, into buckets that stay in a core's caches; then each bucket by the
+   lower bits, the least significant ones first. Few numbers are one bucket. */
+
+enum { MOST_DIGIT = 9 };
 
 struct sort {
     const int32_t *rows;     /* [N] */
     const int64_t *bags;     /* [N], or NULL where index i went into bag i */
     const float *factors;    /* [N] or NULL */
-    uint64_t *scratch;       /* [2, N]: row and index of each, in one number */
-    int32_t *counts;         /* [threads, 2^digit] */
+    uint64_t *scratch;       /* [2, N]: the row of each index, and the index or its bag, in one number */
+    int32_t *counts;         /* [threads + 1, 2^high] */
     int64_t *sorted_rows;    /* out [U of N], distinct, ascending */
     int64_t *starts;         /* out [U of N]: where the indices of each row begin */
     int64_t *sorted_bags;    /* out [N], row after row */
     float *sorted_factors;   /* out [N] or NULL */
-    int64_t count, bits, digit;
+    int64_t count;
+    int64_t bits;     /* of the rows */
+    int64_t high;     /* bits that are sorted by first */
+    int64_t digit;    /* bits that buckets are sorted by at once */
     int64_t distinct; /* out: U */
+    int64_t next;
 };
 
-/* Where each thread's numbers of each bucket go, from how many there are. */
+/* Where each thread's numbers of each bucket go, and where the buckets begin, from how many there are. */
 static void turn_into_places(struct sort *a, int threads) {
-    int32_t place = 0;
-    for (int64_t bucket = 0; bucket < (int64_t)1 << a->digit; bucket++)
+    int32_t place = 0, *begins = a->counts + ((int64_t)threads << a->high);
+    for (int64_t bucket = 0; bucket < (int64_t)1 << a->high; bucket++) {
+        begins[bucket] = place;
         for (int thread = 0; thread < threads; thread++) {
-            int32_t *counted = a->counts + ((int64_t)thread << a->digit) + bucket;
+            int32_t *counted = a->counts + ((int64_t)thread << a->high) + bucket;
             const int32_t here = *counted;
             *counted = place;
             place += here;
         }
+    }
+}
+
+/* Sorts one bucket by the lowest `bits` bits of the rows; the result is in `from` after an even number of passes. */
+INLINE void sort_bucket(uint64_t *from, uint64_t *to, int64_t count, int64_t bits, int64_t digit) {
+    const uint64_t mask = ((uint64_t)1 << digit) - 1;
+    for (int64_t shift = 32; shift < 32 + bits; shift += digit) {
+        int32_t places[1 << MOST_DIGIT] = {0}, place = 0;
+        for (int64_t i = 0; i < count; i++)
+            places[from[i] >> shift & mask]++;
+        for (uint64_t value = 0; value <= mask; value++) {
+            const int32_t here = places[value];
+            places[value] = place;
+            place += here;
+        }
+        for (int64_t i = 0; i < count; i++)
+            to[places[from[i] >> shift & mask]++] = from[i];
+        uint64_t *swapped = from;
+        from = to;
+        to = swapped;
+    }
 }
 
 static void sort_part(void *what) {
     struct sort *a = what;
     const int thread = thread_number(), threads = thread_count();
     const int64_t begin = a->count * thread / threads, end = a->count * (thread + 1) / threads;
-    const uint64_t mask = ((uint64_t)1 << a->digit) - 1;
-    int32_t *places = a->counts + ((int64_t)thread << a->digit);
+    const int64_t buckets = (int64_t)1 << a->high, low = a->bits - a->high;
+    /* Looking them up afterwards would take as long as the sort. */
+    const bool bags_travel = a->bags && !a->factors;
+    int32_t *places = a->counts + ((int64_t)thread << a->high);
+    const int32_t *begins = a->counts + ((int64_t)threads << a->high);
     uint64_t *from = a->scratch, *to = a->scratch + a->count;
+    memset(places, 0, (size_t)buckets * sizeof *places);
     for (int64_t i = begin; i < end; i++)
-        from[i] = (uint64_t)(uint32_t)a->rows[i] << 32 | (uint64_t)i;
-    for (int64_t shift = 32; shift < 32 + a->bits; shift += a->digit) {
-        memset(places, 0, (mask + 1) * sizeof *places);
-        for (int64_t i = begin; i < end; i++)
-            places[from[i] >> shift & mask]++;
-        wait_for_all();
-        if (thread == 0)
-            turn_into_places(a, threads);
-        wait_for_all();
-        for (int64_t i = begin; i < end; i++)
-            to[places[from[i] >> shift & mask]++] = from[i];
-        wait_for_all();
-        uint64_t *swapped = from;
-        from = to;
-        to = swapped;
+        places[a->rows[i] >> low]++;
+    wait_for_all();
+    if (thread == 0)
+        turn_into_places(a, threads);
+    wait_for_all();
+    for (int64_t i = begin; i < end; i++) {
+        const uint64_t carried = bags_travel ? (uint64_t)a->bags[i] : (uint64_t)i;
+        from[places[a->rows[i] >> low]++] = (uint64_t)(uint32_t)a->rows[i] << 32 | carried;
     }
+    wait_for_all();
+    for (int64_t bucket; (bucket = take(&a->next)) < buckets;) {
+        const int64_t first = begins[bucket], last = bucket + 1 < buckets ? begins[bucket + 1] : a->count;
+        sort_bucket(from + first, to + first, last - first, low, a->digit);
+    }
+    if ((low + a->digit - 1) / a->digit % 2)
+        from = to;
+    wait_for_all();
     int32_t first_ones = 0;
     for (int64_t i = begin; i < end; i++)
         first_ones += i == 0 || from[i] >> 32 != from[i - 1] >> 32;
@@ -247,10 +283,10 @@ static void sort_part(void *what) {
     for (int before = 0; before < thread; before++)
         u += a->counts[before];
     for (int64_t i = begin; i < end; i++) {
-        const uint32_t index = (uint32_t)from[i];
-        a->sorted_bags[i] = a->bags ? a->bags[index] : (int64_t)index;
+        const uint32_t carried = (uint32_t)from[i];
+        a->sorted_bags[i] = a->bags && !bags_travel ? a->bags[carried] : (int64_t)carried;
         if (a->factors)
-            a->sorted_factors[i] = a->factors[index];
+            a->sorted_factors[i] = a->factors[carried];
         if (i == 0 || from[i] >> 32 != from[i - 1] >> 32) {
             a->sorted_rows[u] = (int64_t)(from[i] >> 32);
             a->starts[u++] = i;
@@ -261,6 +297,7 @@ static void sort_part(void *what) {
 }
 
 void sort_lookups(struct sort *all, int threads) {
+    all->next = 0;
     parallel(sort_part, all, (unsigned)threads, 0);
 }
 
@@ -581,34 +618,45 @@ INLINE void differentiate_row(const struct relu *a, int64_t row, bool half, floa
     void *restrict grad = a->grad + bytes_of(row * a->width, half);
     const void *restrict activation = a->activation + bytes_of(row * a->width, half);
     for (int64_t d = 0; d < a->width; d++) {
-        const float given = read_weight(grad, d, half);
         /* As torch: beside an activation that is no number the gradient stays. */
-        const float kept = read_weight(activation, d, half) <= 0 ? 0 : given;
-        write_weight(grad, d, half, kept);
-        sums[d] += kept;
+        const bool kept = !(read_weight(activation, d, half) <= 0);
+        const float given = read_weight(grad, d, half);
+        sums[d] += kept ? given : 0;
+        if (half)
+            ((uint16_t *)grad)[d] = kept ? ((uint16_t *)grad)[d] : 0;
+        else
+            ((float *)grad)[d] = kept ? given : 0;
     }
 }
 
-INLINE void turn_square(const struct relu *a, int64_t row, int64_t column, int64_t rows, int64_t columns, bool half) {
-    float square[SIDE][SIDE], turned[SIDE][SIDE];
-    for (int64_t r = 0; r < rows; r++)
-        read_floats(square[r], a->grad + bytes_of((row + r) * a->width + column, half), columns, half);
-    for (int64_t c = 0; c < columns; c++)
-        for (int64_t r = 0; r < rows; r++)
-            turned[c][r] = square[r][c];
-    for (int64_t c = 0; c < columns; c++)
-        write_floats(a->turned + bytes_of((column + c) * a->samples + row, half), turned[c], rows, half);
-}
+/* Elements are copied as they are, whatever they mean. */
+#define TURN_SQUARE(name, element)                                                                                     \
+    INLINE void name(const struct relu *a, int64_t row, int64_t column, int64_t rows, int64_t columns) {               \
+        const element *from = (const element *)a->grad + row * a->width + column;                                      \
+        element *to = (element *)a->turned + column * a->samples + row, turned[SIDE][SIDE];                            \
+        for (int64_t r = 0; r < rows; r++)                                                                             \
+            for (int64_t c = 0; c < columns; c++)                                                                      \
+                turned[c][r] = from[r * a->width + c];                                                                 \
+        for (int64_t c = 0; c < columns; c++)                                                                          \
+            memcpy(to + c * a->samples, turned[c], (size_t)rows * sizeof *to);                                         \
+    }
+TURN_SQUARE(turn_halves, uint16_t)
+TURN_SQUARE(turn_floats, uint32_t)
 
 INLINE void differentiate_rows(const struct relu *a, int64_t first, int64_t last, bool half, float *sums) {
     for (int64_t row = first; row < last; row++)
         differentiate_row(a, row, half, sums);
     for (int64_t column = 0; a->turned && column < a->width; column += SIDE) {
-        const int64_t columns = least(SIDE, a->width - column);
-        if (last - first == SIDE && columns == SIDE)
-            turn_square(a, first, column, SIDE, SIDE, half);
+        const int64_t columns = least(SIDE, a->width - column), rows = last - first;
+        const bool whole = rows == SIDE && columns == SIDE;
+        if (half && whole)
+            turn_halves(a, first, column, SIDE, SIDE);
+        else if (half)
+            turn_halves(a, first, column, rows, columns);
+        else if (whole)
+            turn_floats(a, first, column, SIDE, SIDE);
         else
-            turn_square(a, first, column, last - first, columns, half);
+            turn_floats(a, first, column, rows, columns);
     }
 }
 

@@ -33,6 +33,8 @@ _THREADS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_
 _RULES = ("sgd", "adagrad", "row_wise_adagrad", "adam")
 _DIGIT = 9
 """Most bits that are sorted by in one pass: as many counters stay in the first cache."""
+_A_BUCKET = 2**11
+"""Indices that are sorted together at least, and so by lower bits alone."""
 _ROWS_A_SUM = 64
 """ROWS_A_SUM of ``native.c``."""
 _ALONE = 2**10
@@ -67,7 +69,7 @@ class _Sort(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("rows", "bags", "factors", "scratch", "counts")),
         *((name, ctypes.c_void_p) for name in ("sorted_rows", "starts", "sorted_bags", "sorted_factors")),
-        *((name, ctypes.c_int64) for name in ("count", "bits", "digit", "distinct")),
+        *((name, ctypes.c_int64) for name in ("count", "bits", "high", "digit", "distinct", "next")),
     ]
 
 
@@ -176,11 +178,12 @@ def sort(rows_N: Tensor, bag_N: Tensor | None, weights_N: Tensor | None, table_r
         return Segments.of(rows_N, bag_N, weights_N)
     count, threads = len(rows_N), _threads(len(rows_N))
     bits = max((table_rows - 1).bit_length(), 1)
-    digit = -(-bits // -(-bits // _DIGIT))
+    high = min(max((count // _A_BUCKET).bit_length() - 1, 0), _DIGIT, bits)
+    digit = -(-(bits - high) // -(-(bits - high) // _DIGIT)) if bits > high else 1
     rows_N = rows_N.contiguous()
     bag_N = None if bag_N is None else bag_N.long().contiguous()
     weights_N = None if weights_N is None else weights_N.float().contiguous()
-    scratch, counts = torch.empty(2 * count, dtype=torch.int64), torch.empty(threads << digit, dtype=torch.int32)
+    scratch, counts = torch.empty(2 * count, dtype=torch.int64), torch.empty(threads + 1 << high, dtype=torch.int32)
     sorted_rows, starts, bags = (torch.empty(count, dtype=torch.int64) for _ in range(3))
     factors = None if weights_N is None else torch.empty(count)
     all_ = _Sort(
@@ -195,6 +198,7 @@ def sort(rows_N: Tensor, bag_N: Tensor | None, weights_N: Tensor | None, table_r
         sorted_factors=_at(factors),
         count=count,
         bits=bits,
+        high=high,
         digit=digit,
     )
     library().sort_lookups(all_, threads)
