@@ -135,6 +135,27 @@ def test_bags_and_weighted_ids_are_not_taken() -> None:
     assert recorder.takes(batch)
 
 
+def test_frozen_layers_and_new_listeners_are_noticed() -> None:
+    network = NETWORKS["dlrm"](WORKLOAD.features, 1)
+    optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), SGD(0.1), SGD(0.1))
+    recorder = RecordedStep(network, mean_loss, optimizer, eager_steps=0)
+    batch = draw_batch(WORKLOAD, 8, 1)
+    for frozen in (False, True, False):
+        network.bottom.requires_grad_(not frozen)
+        for _ in range(2):
+            assert recorder.takes(batch)
+            recorder.forward_backward(batch)
+            recorded = [weight.grad for weight in network.dense_parameters()]
+            optimizer.zero_grad()
+            mean_loss(network(batch.dense, batch.ids), batch).backward()
+            for found, weight in zip(recorded, network.dense_parameters(), strict=True):
+                assert (found is None) == (weight.grad is None)
+                assert found is None or torch.equal(found, weight.grad)
+    network.top.register_forward_hook(lambda *_: None)
+    recorder = RecordedStep(network, mean_loss, optimizer, eager_steps=0)
+    assert not recorder.takes(batch)
+
+
 class OwnNetwork(DLRM):
     """What a user may write: nobody knows whether it does the same at every step."""
 

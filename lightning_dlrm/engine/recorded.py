@@ -46,10 +46,12 @@ class RecordedStep:
         eager_steps: int | None = None,
     ) -> None:
         self._network, self._loss = network, loss
-        self._dense: list[Tensor] = [p for p in optimizer.param_groups[0]["params"] if p.requires_grad]
+        self._dense: list[Tensor] = optimizer.param_groups[0]["params"]
         self._lookups = optimizer.lookups
         self._left = EAGER_STEPS if eager_steps is None else eager_steps
         self._like: Batch | None = None
+        self._parts = [*network.modules()]
+        self._switches: list[bool] = []
         self._repeat: Callable[..., list[Any]]
         self._of_lookup: list[EmbeddingLookup] = []
 
@@ -57,9 +59,12 @@ class RecordedStep:
         """Whether a batch's step is recorded or repeated; counts it if it is one of the first, which are not."""
         if batch.ids.offsets is not None or batch.ids.weights is not None or batch.label is None:
             return False
+        if self._like is not None and self._switches != self._switches_now():
+            # A callback has frozen a layer, for instance: what was recorded holds no more.
+            self._like = None
         if self._like is None:
             self._left -= 1
-            return self._left < 0
+            return self._left < 0 and not _is_heard(self._network)
         return len(batch) == len(self._like) and batch.global_size == self._like.global_size
 
     def forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -79,9 +84,14 @@ class RecordedStep:
             lookup.add_gradient(RowGradient.from_lookups(*pieces))
         return loss, logits_B
 
+    def _switches_now(self) -> list[bool]:
+        """What changes a step without changing a tensor."""
+        return [part.training for part in self._parts] + [parameter.requires_grad for parameter in self._dense]
+
     def _record(self, batch: Batch) -> list[Any]:
         """Makes a batch's step, and keeps its operations."""
         made: list[Any] = []
+        self._switches = self._switches_now()
 
         def make(dense_BI: Tensor, values_BF: Tensor, label_B: Tensor) -> list[Any]:
             ids = SparseIds(values=values_BF, tables=batch.ids.tables)
@@ -93,10 +103,13 @@ class RecordedStep:
                 logits_B = self._network(dense_BI, ids)
                 loss = self._loss(logits_B, here)
                 # Rows' gradients come with those of the tables, which are None.
-                weights = [*self._dense, *(lookup.weight for lookup in self._lookups)]
+                trained = [weight for weight in self._dense if weight.requires_grad]
+                tables = [lookup.weight for lookup in self._lookups if lookup.weight.requires_grad]
                 # As Lightning makes it, outside of the context that casts.
                 with torch.autocast("cpu", enabled=False):
-                    gradients = torch.autograd.grad(loss, weights, allow_unused=True)[: len(self._dense)]
+                    found = torch.autograd.grad(loss, [*trained, *tables], allow_unused=True)
+                by_weight = dict(zip(trained, found, strict=False))
+                gradients = [by_weight.get(weight) for weight in self._dense]
             self._of_lookup = [lookup for lookup, _ in caught]
             made.extend(
                 [
@@ -121,10 +134,15 @@ def is_recordable(network: CTRNetwork, loss: Any) -> bool:
         type(lookup) is EmbeddingTables and choose(lookup.kernels, "cpu", lookup.weight.dtype) != "triton"
         for lookup in network.lookups()
     )
+    return own and at_hand and not _is_heard(network)
+
+
+def _is_heard(network: CTRNetwork) -> bool:
+    """Whether somebody listens to layers, weights or autograd, which a repeated step would pass over."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     heard = any(getattr(module, name) for module in network.modules() for name in hooks)
     heard |= any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in network.parameters())
-    return own and at_hand and not heard and not torch.is_anomaly_enabled()
+    return heard or torch.is_anomaly_enabled()
 
 
 @contextmanager
