@@ -286,3 +286,26 @@ def test_native_is_for_a_cpu_and_types_it_knows() -> None:
     with pytest.raises(UserError, match="float64, and these kernels take float32 and bfloat16"):
         choose("native", "cpu", torch.float64)
     assert choose("auto", "cpu", torch.float64) == "plain"
+
+
+@needs_compiler
+def test_strided_ids_and_factors_are_read_as_they_are() -> None:
+    tables = EmbeddingTables([Table.of_column("C1", 10)], 4, seed=1)
+    wide = torch.tensor([[1, 9], [2, 8], [3, 7]], dtype=torch.int32)
+    for weights in (None, torch.tensor([2.0]).expand(3, 1)):
+        ids = SparseIds(values=wide[:, :1], tables=1, weights=weights)
+        found = []
+        for kernels in ("native", "plain"):
+            tables.kernels = kernels
+            found.append(tables(ids))
+        assert torch.equal(*found)
+
+
+@needs_compiler
+@pytest.mark.parametrize("offsets", [[0, 1, 50_000_000], [0, 2, 1], [1, 1, 2], [0, 1, 1], [0, 5, 2]])
+def test_offsets_that_are_none_are_refused(offsets: list[int]) -> None:
+    tables = EmbeddingTables([Table.of_column("C1", 10)], 4, seed=1)
+    tables.kernels = "native"
+    ids = SparseIds(values=torch.tensor([1, 2], dtype=torch.int32), tables=1, offsets=torch.tensor(offsets))
+    with pytest.raises(IndexError, match="offsets"):
+        tables(ids)

@@ -222,3 +222,42 @@ def test_a_fit_repeats_its_steps_and_its_numbers_stay(monkeypatch: pytest.Monkey
     assert replayed == [*[False] * 3, *[True] * 9, False, *[True] * 12, False] and not any(never)
     assert torch.equal(losses, expected)
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+
+
+def fitted(record: bool, fits: int = 1, **options: Any) -> dict[str, Tensor]:
+    """The weights after fits of three epochs of 13 batches, the last of each of half the size."""
+    pl.seed_everything(1, verbose=False)
+    data = RandomData(tables=list(TABLES), dense=3, train_rows=200, validation_rows=0, test_rows=0, batch_size=16)
+    make = partial(DLRM, embedding_dim=8, **MLP)
+    kind = options.pop("kind", CTRModule)
+    module = kind(make, RowWiseAdagrad(0.05), SGD(0.1), schema=data.schema, record_steps=record)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    for _ in range(fits):
+        pl.Trainer(max_epochs=3, accelerator="cpu", **quiet, **options).fit(module, data)
+    return dict(module.network.named_parameters())
+
+
+class Penalised(CTRModule):
+    """What a user may write: a loss with a penalty on weights."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        out = super().training_step(batch, batch_idx)
+        out["loss"] = out["loss"] + 0.1 * self.network.top[0].weight.square().sum()
+        return out
+
+
+@pytest.mark.parametrize("case", ["accumulated later", "a callback's function, two fits", "own training step"])
+def test_whatever_a_fit_is_made_of_its_numbers_stay(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    monkeypatch.setattr("lightning_dlrm.engine.recorded.EAGER_STEPS", 3)
+    called = []
+    options: dict[str, Any] = {
+        "accumulated later": {"callbacks": [pl.callbacks.GradientAccumulationScheduler({1: 3})]},
+        "a callback's function, two fits": {
+            "callbacks": [pl.callbacks.LambdaCallback(on_train_batch_end=lambda *_: called.append(1)), pl.Callback()],
+            "fits": 2,
+        },
+        "own training step": {"kind": Penalised},
+    }[case]
+    weights, others = fitted(True, **options), fitted(False, **options)
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+    assert len(called) == (2 * 2 * 3 * 13 if "fits" in options else 0)

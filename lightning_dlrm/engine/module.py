@@ -18,7 +18,7 @@ from lightning_dlrm.engine.averaging import KEY as AVERAGES
 from lightning_dlrm.engine.averaging import Averaging, WeightAverages, average_rows, averaged_dense
 from lightning_dlrm.engine.graphs import GraphedStep, SideStream
 from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
-from lightning_dlrm.engine.overhead import pass_over_idle_hooks
+from lightning_dlrm.engine.overhead import give_hooks_back, pass_over_idle_hooks
 from lightning_dlrm.engine.random_state import random_states, restore_random_states
 from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
 from lightning_dlrm.kernels.choice import Kernels, choose
@@ -57,8 +57,8 @@ class CTRModule(pl.LightningModule):
         cuda_graphs: launch a whole step at once, for a CUDA device; batches of another size than the first (an epoch's
             last one) are trained on without. It needs the fused kernels.
         record_steps: on a CPU, in one process, record the operations of a step after the first hundred, and repeat
-            them in the later ones: the same numbers, sooner. Steps with accumulated gradients or bags of ids, networks
-            of your own and tables in host memory are made as ever.
+            them in the later ones: the same numbers, sooner. Steps with accumulated gradients or bags of ids, layers,
+            losses and modules of your own, layers with hooks and tables in host memory are made as ever.
         averaging: take an average of many steps' weights for validations, tests and predictions; None for the
             last step's.
         schema: of the dataset; taken from the data.
@@ -314,15 +314,22 @@ class CTRModule(pl.LightningModule):
                 optimizer,
                 lambda: torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False),
             )
-        here = self.device.type == "cpu" and trainer.world_size == 1 and trainer.accumulate_grad_batches == 1
-        if self.record_steps and here and self.kernels != "fbgemm" and is_recordable(self.network, self.loss):
-            return RecordedStep(self.network, self._batch_loss, optimizer)
+        # A subclass may add to the loss, say.
+        own_step = all(
+            getattr(type(self), name) is getattr(CTRModule, name)
+            for name in ("training_step", "backward", "_forward_backward", "_batch_loss")
+        )
+        here = own_step and self.device.type == "cpu" and trainer.world_size == 1 and self.kernels != "fbgemm"
+        if self.record_steps and here and is_recordable(self.network, self.loss):
+            return RecordedStep(self.network, self._batch_loss, optimizer, settings=vars(self.loss))
         return None
 
     def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss and logits; where the step is replayed, its gradients are made with them."""
         recorded = self._recorded
-        self._replayed = recorded is not None and recorded.takes(batch)
+        # Callbacks may change how many micro-batches a step has, from epoch to epoch.
+        whole_step = self.trainer.accumulate_grad_batches == 1
+        self._replayed = recorded is not None and whole_step and recorded.takes(batch)
         if isinstance(recorded, GraphedStep):
             self._optimizer().replay = recorded.update if self._replayed else None
         if recorded is not None and self._replayed:
@@ -347,6 +354,8 @@ class CTRModule(pl.LightningModule):
             self.averages.before_batch(self.trainer.global_step)
 
     def on_train_end(self) -> None:
+        self._recorded, self._replayed = None, False
+        give_hooks_back(self.trainer.callbacks)  # type: ignore[attr-defined]
         self._settle()
 
     def _settle(self) -> None:

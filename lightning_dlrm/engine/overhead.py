@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 
 from pytorch_lightning import Callback
 from pytorch_lightning.profilers import PassThroughProfiler
@@ -29,7 +30,13 @@ class NoProfiler(PassThroughProfiler):
 def pass_over_idle_hooks(callbacks: Iterable[Callback]) -> None:
     """Takes the hooks of every step from callbacks that leave them as they are: Lightning passes over what cannot be
     called, and would name, time and call each of them."""
-    for callback in callbacks:
-        for hook in _STEP_HOOKS:
-            if getattr(callback, hook).__func__ is getattr(Callback, hook):
-                setattr(callback, hook, None)
+    for callback, hook in product(callbacks, _STEP_HOOKS):
+        if getattr(getattr(callback, hook), "__func__", None) is getattr(Callback, hook):
+            setattr(callback, hook, None)
+
+
+def give_hooks_back(callbacks: Iterable[Callback]) -> None:
+    """Undoes ``pass_over_idle_hooks``."""
+    for callback, hook in product(callbacks, _STEP_HOOKS):
+        if vars(callback).get(hook, callback) is None:
+            delattr(callback, hook)

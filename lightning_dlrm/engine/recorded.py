@@ -5,12 +5,12 @@ of the arithmetic. A recorded step calls the same operations in the same order, 
 """
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_dlrm.contracts.batch import Batch, SparseIds
@@ -36,6 +36,7 @@ class RecordedStep:
         loss: of logits [B] and a batch: the scalar to minimise.
         optimizer: of the network.
         eager_steps: how many steps are made before one is recorded; None for EAGER_STEPS.
+        settings: what the loss depends on, beside the batch, and a callback may change.
     """
 
     def __init__(
@@ -44,14 +45,19 @@ class RecordedStep:
         loss: Callable[[Tensor, Batch], Tensor],
         optimizer: CTROptimizer,
         eager_steps: int | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._network, self._loss = network, loss
         self._dense: list[Tensor] = optimizer.param_groups[0]["params"]
         self._lookups = optimizer.lookups
         self._left = EAGER_STEPS if eager_steps is None else eager_steps
-        self._like: Batch | None = None
-        self._parts = [*network.modules()]
-        self._switches: list[bool] = []
+        self._longest = 0
+        self._like: tuple[Any, ...] | None = None
+        """Sizes and types of the recorded batch."""
+        self._parts, self._settings = [*network.modules()], settings or {}
+        self._dropouts = [part for part in self._parts if isinstance(part, nn.Dropout)]
+        self._hooks = [getattr(part, name) for part in self._parts for name in _HOOKS]
+        self._switches: list[Any] = []
         self._repeat: Callable[..., list[Any]]
         self._of_lookup: list[EmbeddingLookup] = []
 
@@ -59,13 +65,17 @@ class RecordedStep:
         """Whether a batch's step is recorded or repeated; counts it if it is one of the first, which are not."""
         if batch.ids.offsets is not None or batch.ids.weights is not None or batch.label is None:
             return False
-        if self._like is not None and self._switches != self._switches_now():
+        if any(self._hooks) or any(weight._backward_hooks for weight in self._dense):
+            return False
+        if self._like is not None:
+            if self._switches == self._switches_now():
+                return self._like == _signature(batch)
             # A callback has frozen a layer, for instance: what was recorded holds no more.
             self._like = None
-        if self._like is None:
-            self._left -= 1
-            return self._left < 0 and not _is_heard(self._network)
-        return len(batch) == len(self._like) and batch.global_size == self._like.global_size
+        self._left -= 1
+        self._longest = max(self._longest, len(batch))
+        # Not the last batch of an epoch, which is like no other.
+        return self._left < 0 and len(batch) == self._longest and not _is_heard(self._network)
 
     def forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss, 0-dim, and the logits [B], both detached; gradients are then where a backward pass leaves them."""
@@ -84,9 +94,15 @@ class RecordedStep:
             lookup.add_gradient(RowGradient.from_lookups(*pieces))
         return loss, logits_B
 
-    def _switches_now(self) -> list[bool]:
+    def _switches_now(self) -> list[Any]:
         """What changes a step without changing a tensor."""
-        return [part.training for part in self._parts] + [parameter.requires_grad for parameter in self._dense]
+        return [
+            *(part.training for part in self._parts),
+            *(part.p for part in self._dropouts),
+            *(weight.requires_grad for weight in self._dense),
+            *(lookup.weight.requires_grad for lookup in self._lookups),
+            *self._settings.values(),
+        ]
 
     def _record(self, batch: Batch) -> list[Any]:
         """Makes a batch's step, and keeps its operations."""
@@ -122,14 +138,15 @@ class RecordedStep:
             return made
 
         self._repeat = _repeater(make_fx(make)(batch.dense, batch.ids.values, batch.label))
-        self._like = batch
+        self._like = _signature(batch)
         return made
 
 
 def is_recordable(network: CTRNetwork, loss: Any) -> bool:
     """Whether steps of a network do the same operations for every batch of a size, as far as can be told: those of this
     project do, with their tables at hand and nobody listening to their layers."""
-    own = all(type(part).__module__.split(".")[0] == __name__.split(".")[0] for part in (network, loss))
+    known = {__name__.split(".")[0], "torch"}
+    own = all(type(part).__module__.split(".")[0] in known for part in (*network.modules(), loss))
     at_hand = all(
         type(lookup) is EmbeddingTables and choose(lookup.kernels, "cpu", lookup.weight.dtype) != "triton"
         for lookup in network.lookups()
@@ -137,12 +154,21 @@ def is_recordable(network: CTRNetwork, loss: Any) -> bool:
     return own and at_hand and not _is_heard(network)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _is_heard(network: CTRNetwork) -> bool:
     """Whether somebody listens to layers, weights or autograd, which a repeated step would pass over."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    heard = any(getattr(module, name) for module in network.modules() for name in hooks)
+    heard = any(getattr(module, name) for module in network.modules() for name in _HOOKS)
     heard |= any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in network.parameters())
     return heard or torch.is_anomaly_enabled()
+
+
+def _signature(batch: Batch) -> tuple[Any, ...]:
+    """What a recorded step depends on beside the numbers in a batch."""
+    assert batch.label is not None
+    tensors = (batch.dense, batch.ids.values, batch.label)
+    return batch.global_size, *(tensor.shape for tensor in tensors), *(tensor.dtype for tensor in tensors)
 
 
 @contextmanager

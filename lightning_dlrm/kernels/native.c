@@ -1,5 +1,5 @@
-/* Rows of tables on a CPU: lookup, sort by row, and update, each in one pass over memory that is fetched ahead; and dot
-   products of pairs of vectors.
+/* Rows of tables on a CPU: lookup, sort by row, and update, each in one pass over memory that is fetched ahead; dot
+   products of pairs of vectors; and the backward pass of ReLUs.
 
    It computes what plain torch does in lightning_dlrm.contracts.lookup and lightning_dlrm.optim.rules: sums are taken
    index after index, and a product is fused with the addition after it where torch's kernels fuse them. Threads share
@@ -11,10 +11,9 @@
 #include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
-enum { LINE = 64, AHEAD = 24, BAGS_A_CHUNK = 512, ROWS_A_CHUNK = 512, SMALL_WIDTH = 256 };
+enum { LINE = 64, AHEAD = 24, BAGS_A_CHUNK = 512, ROWS_A_CHUNK = 512 };
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -89,7 +88,7 @@ struct lookup {
     int64_t *bags;          /* out [N], the bag of each index; NULL for one id each */
     int64_t bag_count, table_count, width, row_count;
     bool half;
-    int64_t wrong; /* out: an index whose row does not exist, or -1 */
+    int64_t wrong; /* out: an index whose row does not exist, N where bags are out of order, or -1 */
     int64_t next;
 };
 
@@ -101,6 +100,10 @@ INLINE int64_t bag_begin(const struct lookup *a, int64_t bag) {
 INLINE bool find_rows(struct lookup *a, int64_t first, int64_t last) {
     int64_t table = first % a->table_count;
     for (int64_t bag = first; bag < last; bag++) {
+        if (bag_begin(a, bag) > bag_begin(a, bag + 1) || bag_begin(a, bag + 1) > bag_begin(a, a->bag_count)) {
+            __atomic_store_n(&a->wrong, bag_begin(a, a->bag_count), __ATOMIC_RELAXED);
+            return false;
+        }
         for (int64_t i = bag_begin(a, bag); i < bag_begin(a, bag + 1); i++) {
             const int64_t row = (int64_t)a->ids[i] + a->tables[table];
             if (row < 0 || row >= a->row_count) {
@@ -155,7 +158,7 @@ INLINE void copy_rows(struct lookup *a, int64_t first, int64_t last, int64_t byt
 static void look_up_chunks(void *what) {
     struct lookup *a = what;
     const int64_t chunks = (a->bag_count + BAGS_A_CHUNK - 1) / BAGS_A_CHUNK;
-    float small[SMALL_WIDTH], *sum = a->width > SMALL_WIDTH ? malloc((size_t)a->width * 4) : small;
+    float sum[a->width];
     for (int64_t chunk; (chunk = take(&a->next)) < chunks;) {
         const int64_t first = chunk * BAGS_A_CHUNK, last = least(first + BAGS_A_CHUNK, a->bag_count);
         if (!find_rows(a, first, last))
@@ -176,8 +179,6 @@ static void look_up_chunks(void *what) {
         else
             sum_bags(a, first, last, a->width, false, false, sum);
     }
-    if (sum != small)
-        free(sum);
 }
 
 void look_up(struct lookup *all, int threads) {
@@ -431,7 +432,7 @@ INLINE void move_rows_by(struct update *a, int64_t first, int64_t last, int rule
 static void move_chunks(void *what) {
     struct update *a = what;
     const int64_t chunks = (a->distinct + ROWS_A_CHUNK - 1) / ROWS_A_CHUNK;
-    float small[2 * SMALL_WIDTH], *sum = a->width > SMALL_WIDTH ? malloc((size_t)a->width * 8) : small;
+    float sum[2 * a->width];
     float *moved = sum + a->width;
     for (int64_t chunk; (chunk = take(&a->next)) < chunks;) {
         const int64_t first = chunk * ROWS_A_CHUNK, last = least(first + ROWS_A_CHUNK, a->distinct);
@@ -444,8 +445,6 @@ static void move_chunks(void *what) {
         else
             move_rows_by(a, first, last, ADAM, sum, moved);
     }
-    if (sum != small)
-        free(sum);
 }
 
 void update_rows(struct update *all, int threads) {
@@ -474,7 +473,8 @@ struct pairs {
     char *out;           /* [B, D + P]: the first vectors, then the products (i, j), j < i; or the gradient of that */
     char *grad_first;    /* out [B, D]; NULL where products are asked for */
     char *grad_others;   /* out [B, V - 1, D] */
-    int64_t samples, vectors, width;
+    float *spaces;       /* for each thread, `space` floats, all zero */
+    int64_t samples, vectors, width, space;
     bool half_first, half_others; /* what is bfloat16; `out` is as `first` */
     bool squares;                 /* whether there are products (i, i) */
     int64_t next;
@@ -578,11 +578,9 @@ INLINE void differentiate_pairs(const struct pairs *a, int64_t sample, int64_t w
 
 static void pair_chunks(void *what) {
     struct pairs *a = what;
-    const int64_t down = padded(a->vectors), across = padded(a->width);
-    /* What lies beyond the vectors is zero, and stays so. */
-    float *space = calloc((size_t)(3 * down * across + 2 * down * down + across), 4);
+    float *space = a->spaces + thread_number() * a->space;
     const int64_t chunks = (a->samples + SAMPLES_A_CHUNK - 1) / SAMPLES_A_CHUNK;
-    for (int64_t chunk; space && (chunk = take(&a->next)) < chunks;)
+    for (int64_t chunk; (chunk = take(&a->next)) < chunks;)
         for (int64_t s = chunk * SAMPLES_A_CHUNK; s < least((chunk + 1) * SAMPLES_A_CHUNK, a->samples); s++) {
             if (a->grad_first)
                 differentiate_pairs(a, s, a->width, space);
@@ -591,7 +589,6 @@ static void pair_chunks(void *what) {
             else
                 multiply_pairs(a, s, a->width, space);
         }
-    free(space);
 }
 
 void pair_products(struct pairs *all, int threads) {

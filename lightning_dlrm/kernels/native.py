@@ -1,4 +1,4 @@
-"""Table rows and dot products of vectors on a CPU: ``native.c``, compiled when it is first needed.
+"""Table rows, dot products of vectors and ReLUs on a CPU: ``native.c``, compiled when it is first needed.
 
 The library is kept in the cache, one for each source, compiler and processor, and runs in torch's own threads. Its
 results do not depend on how many there are.
@@ -88,8 +88,8 @@ class _Update(ctypes.Structure):
 
 class _Pairs(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("first", "others", "out", "grad_first", "grad_others")),
-        *((name, ctypes.c_int64) for name in ("samples", "vectors", "width")),
+        *((name, ctypes.c_void_p) for name in ("first", "others", "out", "grad_first", "grad_others", "spaces")),
+        *((name, ctypes.c_int64) for name in ("samples", "vectors", "width", "space")),
         *((name, ctypes.c_bool) for name in ("half_first", "half_others", "squares")),
         ("next", ctypes.c_int64),
     ]
@@ -119,8 +119,10 @@ def library() -> ctypes.CDLL:
         raise NativeError(f"torch here has no {missing[0]}, by which the native kernels would use its threads")
     try:
         native = ctypes.CDLL(str(_compiled()))
-    except OSError as error:
-        raise NativeError(f"the native kernels cannot be kept or loaded: {error}", broken=True) from error
+    except (OSError, RuntimeError) as error:
+        # Without a home, for instance.
+        told = f"the native kernels cannot be kept in the cache, or not be loaded from it: {error}"
+        raise NativeError(told, broken=True) from error
     native.use_threads.argtypes = [ctypes.c_void_p] * len(_THREADS)
     native.use_threads(*(ctypes.cast(getattr(torch_library, name), ctypes.c_void_p) for name in _THREADS))
     functions = {
@@ -142,7 +144,10 @@ def compiler() -> list[str]:
     Raises:
         NativeError: there is none.
     """
-    asked = shlex.split(os.environ.get("CC", ""))
+    try:
+        asked = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise NativeError(f"CC is {os.environ['CC']}, which is no command: {error}") from error
     found = [name for name in ([asked[0]] if asked else ["cc", "gcc", "clang"]) if shutil.which(name)]
     if not found:
         raise NativeError(
@@ -235,7 +240,9 @@ def update(
         output = gradient.output
     else:
         touched, output = gradient.rows, gradient.values
-    output, factors = output.float().contiguous(), None if factors is None else factors.float()
+    touched, output = touched.long().contiguous(), output.float().contiguous()
+    starts, bags = (None if x is None else x.long().contiguous() for x in (starts, bags))
+    factors = None if factors is None else factors.float().contiguous()
     beta1, beta2 = settings.get("beta1", 0.0), settings.get("beta2", 0.0)
     count = len(touched if bags is None else bags)
     first, second = (*state.values(), None, None)[:2]
@@ -269,10 +276,17 @@ def update(
 def _look_up(
     weight_RD: Tensor, values_N: Tensor, offsets: Tensor | None, tables_F: Tensor, factors_N: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values_N = values_N.flatten()
+    values_N, weight_RD = values_N.flatten().contiguous(), weight_RD.contiguous()
+    if offsets is not None:
+        offsets = offsets.long().contiguous()
+        if not (len(offsets) and offsets[0] == 0 and offsets[-1] == len(values_N)):
+            ends = f"{offsets[:1].tolist()} and {offsets[-1:].tolist()}"
+            raise IndexError(
+                f"offsets of bags begin and end with {ends}, expected 0 and the ids' number {len(values_N):,}"
+            )
     count, bags = len(values_N), len(values_N) if offsets is None else len(offsets) - 1
     # The plain path rounds factors to the weight's type as well.
-    factors_N = None if factors_N is None else factors_N.flatten().to(weight_RD.dtype).float()
+    factors_N = None if factors_N is None else factors_N.flatten().to(weight_RD.dtype).float().contiguous()
     vectors_BD = torch.empty(bags, weight_RD.shape[1], dtype=weight_RD.dtype)
     rows_N = torch.empty(count, dtype=torch.int32)
     bag_N = torch.empty(0 if offsets is None else count, dtype=torch.int64)
@@ -292,6 +306,8 @@ def _look_up(
         half=weight_RD.dtype == torch.bfloat16,
     )
     library().look_up(all_, _threads(count))
+    if all_.wrong == count:
+        raise IndexError("the offsets of bags do not ascend")
     if all_.wrong >= 0:
         raise IndexError(
             f"id {values_N[all_.wrong]} at place {all_.wrong} is outside the tables, which have {weight_RD.shape[0]:,} "
@@ -350,7 +366,11 @@ def _call_pairs(first_BD: Tensor, others_BVD: Tensor, squares: bool, out_Bn: Ten
         half_others=others_BVD.dtype == torch.bfloat16,
         squares=squares,
     )
-    library().pair_products(all_, _threads(out_Bn.numel()))
+    threads, vectors, width = _threads(out_Bn.numel()), all_.vectors + 15 & ~15, all_.width + 15 & ~15
+    # What lies beyond the vectors is zero, and stays so.
+    spaces = torch.zeros(threads, 3 * vectors * width + 2 * vectors * vectors + width)
+    all_.spaces, all_.space = _at(spaces), spaces.shape[1]
+    library().pair_products(all_, threads)
 
 
 def relu_gradients(grad_Bd: Tensor, activation_Bd: Tensor, turned: bool) -> tuple[Tensor, Tensor]:
@@ -411,7 +431,7 @@ def _at(tensor: Tensor | None) -> int | None:
 def _compiled() -> Path:
     """The library's file in the cache. Written elsewhere first, so that processes at the same time are safe."""
     command = [*compiler(), *_FLAGS.split()]
-    version = _run([command[0], "--version"]).stdout
+    version = _run([*compiler(), "--version"]).stdout
     key = hashlib.sha256("\n".join([_SOURCE.read_text(), *command, version, _processor()]).encode()).hexdigest()
     path = cache_root() / f"native-{key[:16]}.so"
     if path.exists():
@@ -424,6 +444,9 @@ def _compiled() -> Path:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             told = next((line for line in lines if "error" in line), lines[0] if lines else "it wrote nothing")
             raise NativeError(f"the C compiler {command[0]} failed: {told.strip()}", broken=True)
+        # Or a power cut could leave a part of it under its name.
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
         made.replace(path)
     return path
 

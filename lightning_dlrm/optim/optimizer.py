@@ -201,7 +201,7 @@ class CTROptimizer(torch.optim.Optimizer):
 class ScheduledRates:
     """Sets the learning rates of an optimiser's groups, step after step.
 
-    As LambdaLR of torch, whose state it reads and writes, at a third of its time, which is felt on small batches.
+    As LambdaLR of torch, whose state it reads too, at a third of its time, which is felt on small batches.
 
     Args:
         optimizer: whose rules have the rates that the schedule changes.
