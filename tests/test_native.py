@@ -250,7 +250,9 @@ def test_without_a_compiler_auto_is_plain_and_native_is_refused(
         assert choose("auto", "cpu", torch.float32) == "plain"
     (record,) = caplog.records
     assert record.levelno == logging.INFO
-    assert record.message == "table rows on cpu: plain torch (no C compiler is installed (cc, gcc or clang))"
+    assert (
+        record.message == "kernels on cpu: plain torch, which is slower: no C compiler is installed (cc, gcc or clang)"
+    )
     with pytest.raises(
         UserError, match=r"^kernels is native, but no C compiler is installed .*: set it to auto or plain$"
     ):
@@ -272,7 +274,7 @@ def test_a_compiler_that_fails_is_told_once(
     native.library.cache_clear()
     assert choose("auto", "cpu", torch.float32) == choose("auto", "cpu", torch.float32) == "plain"
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert record.message.endswith(f"plain torch (the C compiler {broken} failed: native.c:1: error: no space)")
+    assert record.message.endswith(f"which is slower: the C compiler {broken} failed: native.c:1: error: no space")
     with pytest.raises(
         UserError, match=r"kernels is native, but the C compiler .* failed: native.c:1: error: no space"
     ):

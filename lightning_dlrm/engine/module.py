@@ -51,8 +51,9 @@ class CTRModule(pl.LightningModule):
             whatever it is.
         wide_optimizer: rule for linear terms' weights of ids, where they are not to have that of the tables (Cheng et
             al. 2016, section 3.3, train the wide and the deep part by two).
-        kernels: what looks up and updates table rows. plain: torch, on any device; native: C for a CPU, compiled by the
-            machine's C compiler when first used; triton: fused kernels for a CUDA device; auto: native on a CPU and
+        kernels: what looks up and updates table rows, and on a CPU also multiplies pairs of vectors and makes the
+            backward pass of ReLUs. plain: torch, on any device; native: C for a CPU, compiled by the machine's C
+            compiler when first used, equal but for the order of some sums; triton: fused kernels for a CUDA device; auto: native on a CPU and
             triton on a CUDA device where they work, else plain; fbgemm: FBGEMM's, where it is installed.
         cuda_graphs: launch a whole step at once, for a CUDA device; batches of another size than the first (an epoch's
             last one) are trained on without. It needs the fused kernels.

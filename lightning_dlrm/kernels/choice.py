@@ -42,12 +42,13 @@ def choose(asked: Kernels, device: str, dtype: torch.dtype) -> Literal["plain", 
         raise UserError(f"kernels is {asked}, but {mistake}: set it to auto or plain")
     level = logging.WARNING if broken else logging.INFO
     if mistake is not None or wanted == "plain":
-        log.log(level, "table rows on %s: plain torch (%s)", device, mistake or "as asked")
+        slower = f", which is slower: {mistake}" if mistake else " (as asked)"
+        log.log(level, "kernels on %s: plain torch%s", device, slower)
         return "plain"
     if wanted == "triton":
-        log.info("table rows on %s: fused Triton kernels", device)
+        log.info("kernels on %s: Triton", device)
         return "triton"
-    log.info("table rows on %s: native kernels", device)
+    log.info("kernels on %s: native, in C", device)
     return "native"
 
 

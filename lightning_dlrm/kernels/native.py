@@ -121,7 +121,9 @@ def library() -> ctypes.CDLL:
         native = ctypes.CDLL(str(_compiled()))
     except (OSError, RuntimeError) as error:
         # Without a home, for instance.
-        told = f"the native kernels cannot be kept in the cache, or not be loaded from it: {error}"
+        told = (
+            f"the native kernels cannot be made, kept in the cache ($LIGHTNING_DLRM_CACHE) or loaded from it: {error}"
+        )
         raise NativeError(told, broken=True) from error
     native.use_threads.argtypes = [ctypes.c_void_p] * len(_THREADS)
     native.use_threads(*(ctypes.cast(getattr(torch_library, name), ctypes.c_void_p) for name in _THREADS))
@@ -147,11 +149,12 @@ def compiler() -> list[str]:
     try:
         asked = shlex.split(os.environ.get("CC", ""))
     except ValueError as error:
-        raise NativeError(f"CC is {os.environ['CC']}, which is no command: {error}") from error
+        raise NativeError(f"CC is {os.environ['CC']}, which is no command: {error}", broken=True) from error
     found = [name for name in ([asked[0]] if asked else ["cc", "gcc", "clang"]) if shutil.which(name)]
     if not found:
         raise NativeError(
-            f"CC is {asked[0]}, which is not there" if asked else "no C compiler is installed (cc, gcc or clang)"
+            f"CC is {asked[0]}, which is not there" if asked else "no C compiler is installed (cc, gcc or clang)",
+            broken=bool(asked),
         )
     return [found[0], *asked[1:]]
 
