@@ -53,8 +53,9 @@ class CTRModule(pl.LightningModule):
             al. 2016, section 3.3, train the wide and the deep part by two).
         kernels: what looks up and updates table rows, and on a CPU also multiplies pairs of vectors and makes the
             backward pass of ReLUs. plain: torch, on any device; native: C for a CPU, compiled by the machine's C
-            compiler when first used, equal but for the order of some sums; triton: fused kernels for a CUDA device; auto: native on a CPU and
-            triton on a CUDA device where they work, else plain; fbgemm: FBGEMM's, where it is installed.
+            compiler when first used, equal but for the order of some sums; triton: fused kernels for a CUDA device;
+            auto: native on a CPU and triton on a CUDA device where they work, else plain; fbgemm: FBGEMM's tables,
+            where it is installed.
         cuda_graphs: launch a whole step at once, for a CUDA device; batches of another size than the first (an epoch's
             last one) are trained on without. It needs the fused kernels.
         record_steps: on a CPU, in one process, record the operations of a step after the first hundred, and repeat
