@@ -40,6 +40,7 @@ SAMPLES_PER_SECOND = "speed/samples_per_s"
 # Of the time of training, which they add up to; on a GPU, of the time that the host spends there.
 DATA_WAIT_SHARE = "speed/data_wait_share"
 FORWARD_SHARE = "speed/forward_share"
+"""With the backward pass, where a recorded step is repeated: then the next is 0."""
 BACKWARD_SHARE = "speed/backward_share"
 UPDATE_SHARE = "speed/update_share"
 LIGHTNING_SHARE = "speed/lightning_share"
