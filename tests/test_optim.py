@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_dlrm.cli.params import count
 from lightning_dlrm.contracts.errors import UserError
@@ -343,3 +344,21 @@ def test_cosine_fits_any_length() -> None:
 def test_settings_out_of_range_are_refused(make, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_hooks_and_profilers_of_torch_see_each_step() -> None:
+    _, optimizer = make(SGD(0.1), SGD(0.1))
+    told: list[str] = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: told.append("before")),
+        optimizer.register_step_post_hook(lambda *_: told.append("after")),
+        register_optimizer_step_pre_hook(lambda *_: told.append("before any")),
+    ]
+    optimizer.step(lambda: told.append("step"))
+    assert told == ["before any", "before", "step", "after"]
+    for handle in handles:
+        handle.remove()
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert any("Optimizer.step#CTROptimizer" in event.name for event in profile.events())
+    assert len(told) == 4

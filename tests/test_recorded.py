@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loops.optimization.automatic import _AutomaticOptimization
 from torch import Tensor
 
 from datamodules.synthetic import RandomData
@@ -224,8 +225,9 @@ def test_a_fit_repeats_its_steps_and_its_numbers_stay(monkeypatch: pytest.Monkey
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
 
 
-def fitted(record: bool, fits: int = 1, **options: Any) -> dict[str, Tensor]:
-    """The weights after fits of three epochs of 13 batches, the last of each of half the size."""
+def fitted(record: bool, fits: int = 1, loops: list[Any] | None = None, **options: Any) -> dict[str, Tensor]:
+    """The weights after fits of three epochs of 13 batches, the last of each of half the size; adds to ``loops`` what
+    Lightning has counted."""
     pl.seed_everything(1, verbose=False)
     data = RandomData(tables=list(TABLES), dense=3, train_rows=200, validation_rows=0, test_rows=0, batch_size=16)
     make = partial(DLRM, embedding_dim=8, **MLP)
@@ -233,7 +235,10 @@ def fitted(record: bool, fits: int = 1, **options: Any) -> dict[str, Tensor]:
     module = kind(make, RowWiseAdagrad(0.05), SGD(0.1), schema=data.schema, record_steps=record)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
     for _ in range(fits):
-        pl.Trainer(max_epochs=3, accelerator="cpu", **quiet, **options).fit(module, data)
+        trainer = pl.Trainer(max_epochs=3, accelerator="cpu", **quiet, **options)
+        trainer.fit(module, data)
+        if loops is not None:
+            loops.append(trainer.fit_loop.state_dict())
     return dict(module.network.named_parameters())
 
 
@@ -261,3 +266,60 @@ def test_whatever_a_fit_is_made_of_its_numbers_stay(monkeypatch: pytest.MonkeyPa
     weights, others = fitted(True, **options), fitted(False, **options)
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
     assert len(called) == (2 * 2 * 3 * 13 if "fits" in options else 0)
+
+
+class Hears(pl.Callback):
+    """Counts the calls of a hook; ``clip`` sets a limit of the gradients' norm in the second epoch."""
+
+    def __init__(self, hook: str, clip: bool = False) -> None:
+        self.calls = 0
+        self._clip = clip
+        setattr(self, hook, self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.calls += 1
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        if self._clip and trainer.current_epoch == 1:
+            trainer.gradient_clip_val = 0.01
+
+
+@pytest.mark.parametrize(
+    "hook, clip, by_lightning",
+    [
+        # Three first steps, the one that is recorded, and the last batch of each epoch.
+        ("on_before_optimizer_step", False, 3 + 1 + 3),
+        ("on_train_batch_end", True, 3 + 1 + 1 + 26),
+        ("on_after_backward", False, 39),
+        ("on_before_zero_grad", False, 39),
+    ],
+)
+def test_repeated_steps_pass_over_lightnings_loop_where_nobody_hears(
+    monkeypatch: pytest.MonkeyPatch, hook: str, clip: bool, by_lightning: int
+) -> None:
+    monkeypatch.setattr("lightning_dlrm.engine.recorded.EAGER_STEPS", 3)
+    made, run = [], _AutomaticOptimization.run
+    monkeypatch.setattr(_AutomaticOptimization, "run", lambda self, *given: made.append(1) or run(self, *given))
+    loops: list[Any] = []
+    callback = Hears(hook, clip)
+    weights = fitted(True, loops=loops, callbacks=[callback])
+    assert len(made) == by_lightning
+    assert callback.calls == 39
+    others = fitted(False, loops=loops, callbacks=[Hears(hook, clip)])
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+    assert loops[0] == loops[1]
+
+
+def test_weights_that_are_put_elsewhere_are_noticed() -> None:
+    network = NETWORKS["dlrm"](WORKLOAD.features, 1)
+    optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), SGD(0.1), SGD(0.1))
+    recorder = RecordedStep(network, mean_loss, optimizer, eager_steps=0)
+    batch = draw_batch(WORKLOAD, 8, 1)
+    recorder.takes(batch)
+    recorder.forward_backward(batch)
+    assert recorder.repeats(batch)
+    weight = network.top[0].weight
+    weight.data = weight.detach() * 2
+    assert not recorder.repeats(batch) and recorder.takes(batch)
+    loss, _ = recorder.forward_backward(batch)
+    assert torch.equal(loss, mean_loss(network(batch.dense, batch.ids), batch))

@@ -18,7 +18,14 @@ from lightning_dlrm.engine.averaging import KEY as AVERAGES
 from lightning_dlrm.engine.averaging import Averaging, WeightAverages, average_rows, averaged_dense
 from lightning_dlrm.engine.graphs import GraphedStep, SideStream
 from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
-from lightning_dlrm.engine.overhead import give_hooks_back, pass_over_idle_hooks
+from lightning_dlrm.engine.overhead import (
+    give_hooks_back,
+    hears_of_parts,
+    lengthen_steps,
+    pass_over_idle_hooks,
+    shorten_steps,
+    tell_before_update,
+)
 from lightning_dlrm.engine.random_state import random_states, restore_random_states
 from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
 from lightning_dlrm.kernels.choice import Kernels, choose
@@ -316,15 +323,31 @@ class CTRModule(pl.LightningModule):
                 optimizer,
                 lambda: torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False),
             )
-        # A subclass may add to the loss, say.
-        own_step = all(
-            getattr(type(self), name) is getattr(CTRModule, name)
-            for name in ("training_step", "backward", "_forward_backward", "_batch_loss")
-        )
+        own_step = self._has_own("training_step", "backward", "_forward_backward", "_batch_loss")
         here = own_step and self.device.type == "cpu" and trainer.world_size == 1 and self.kernels != "fbgemm"
         if self.record_steps and here and is_recordable(self.network, self.loss):
             return RecordedStep(self.network, self._batch_loss, optimizer, settings=vars(self.loss))
         return None
+
+    def _has_own(self, *hooks: str) -> bool:
+        """Whether these are as they are here; a subclass may add to the loss, say."""
+        return all(getattr(getattr(self, hook), "__func__", None) is getattr(CTRModule, hook) for hook in hooks)
+
+    def _is_short(self, batch: Batch) -> bool:
+        """Whether a step is a repeated one, and that is all that it is."""
+        trainer, recorded = self.trainer, self._recorded
+        assert isinstance(recorded, RecordedStep)
+        return trainer.accumulate_grad_batches == 1 and not trainer.gradient_clip_val and recorded.repeats(batch)
+
+    def _short_step(self, optimizer: CTROptimizer, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """What Lightning does of such a step."""
+        assert isinstance(self._recorded, RecordedStep)
+        self._replayed = True
+        outputs = self._make_gradients(batch, batch_idx, self._recorded.forward_backward)
+        tell_before_update(self.trainer, optimizer)
+        optimizer.step()
+        self._count(names.UPDATE_SHARE, self._began)
+        return outputs
 
     def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss and logits; where the step is replayed, its gradients are made with them."""
@@ -350,6 +373,9 @@ class CTRModule(pl.LightningModule):
         self._steps_done = self.trainer.global_step
         self._recorded = self._recorder()
         pass_over_idle_hooks(self.trainer.callbacks)  # type: ignore[attr-defined]
+        own_hooks = self._has_own(*_HOOKS_WITHIN_A_STEP)
+        if isinstance(self._recorded, RecordedStep) and own_hooks and not hears_of_parts(self.trainer):
+            shorten_steps(self.trainer, self._is_short, self._short_step)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.averages is not None:
@@ -358,6 +384,7 @@ class CTRModule(pl.LightningModule):
     def on_train_end(self) -> None:
         self._recorded, self._replayed = None, False
         give_hooks_back(self.trainer.callbacks)  # type: ignore[attr-defined]
+        lengthen_steps(self.trainer)
         self._settle()
 
     def _settle(self) -> None:
@@ -371,9 +398,18 @@ class CTRModule(pl.LightningModule):
         The loss is the slice's sum times ranks / global size, so that the average over the ranks
         is the mean over the global batch whatever the slices' sizes.
         """
+        return self._make_gradients(batch, batch_idx, self._forward_backward)
+
+    # Lightning asks at every step for the names of its arguments, which Python would find out anew.
+    training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
+
+    def _make_gradients(
+        self, batch: Batch, batch_idx: int, make: Callable[[Batch], tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What a training step returns, of a loss and logits; watches them, and the time that they take."""
         began = time.perf_counter()
-        loss, logits_B = self._forward_backward(batch)
-        self._count(names.FORWARD_SHARE, began)
+        loss, logits_B = make(batch)
+        self._began = self._count(names.FORWARD_SHARE, began)
         trainer = self.trainer
         self._batch_size = batch.global_size * trainer.accumulate_grad_batches
         step_loss, logits_B = loss.detach(), logits_B.detach()
@@ -381,9 +417,6 @@ class CTRModule(pl.LightningModule):
         if trainer.accumulate_grad_batches > 1:
             loss = loss * self._short_step_factor(batch_idx)
         return {"loss": loss, "logits": logits_B, "step_loss": step_loss}
-
-    # Lightning asks at every step for the names of its arguments, which Python would find out anew.
-    training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
 
     def on_before_backward(self, loss: Tensor) -> None:
         self._began = time.perf_counter()
@@ -652,6 +685,16 @@ class CTRModule(pl.LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, CTROptimizer)
         return optimizer
+
+
+_HOOKS_WITHIN_A_STEP = (
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "configure_gradient_clipping",
+)
 
 
 class _WeightsBack(pl.Callback):

@@ -61,17 +61,18 @@ class RecordedStep:
         self._repeat: Callable[..., list[Any]]
         self._of_lookup: list[EmbeddingLookup] = []
 
+    def repeats(self, batch: Batch) -> bool:
+        """Whether a batch's step is like the one that was recorded."""
+        return self._like is not None and self._is_seen(batch) and self._like == _signature(batch) and self._holds()
+
     def takes(self, batch: Batch) -> bool:
         """Whether a batch's step is recorded or repeated; counts it if it is one of the first, which are not."""
-        if batch.ids.offsets is not None or batch.ids.weights is not None or batch.label is None:
+        if self.repeats(batch):
+            return True
+        if not self._is_seen(batch) or (self._like is not None and self._holds()):
             return False
-        if any(self._hooks) or any(weight._backward_hooks for weight in self._dense):
-            return False
-        if self._like is not None:
-            if self._switches == self._switches_now():
-                return self._like == _signature(batch)
-            # A callback has frozen a layer, for instance: what was recorded holds no more.
-            self._like = None
+        # A callback has frozen a layer, for instance: what was recorded holds no more.
+        self._like = None
         self._left -= 1
         self._longest = max(self._longest, len(batch))
         # Not the last batch of an epoch, which is like no other.
@@ -94,13 +95,25 @@ class RecordedStep:
             lookup.add_gradient(RowGradient.from_lookups(*pieces))
         return loss, logits_B
 
+    def _is_seen(self, batch: Batch) -> bool:
+        """Whether a recording would show all that such a batch's step does."""
+        if batch.ids.offsets is not None or batch.ids.weights is not None or batch.label is None:
+            return False
+        return not any(self._hooks) and not any(weight._backward_hooks for weight in self._dense)
+
+    def _holds(self) -> bool:
+        """Whether what was recorded is still what a step does."""
+        return self._switches == self._switches_now()
+
     def _switches_now(self) -> list[Any]:
-        """What changes a step without changing a tensor."""
+        """What changes a step without changing a number in a tensor."""
         return [
             *(part.training for part in self._parts),
             *(part.p for part in self._dropouts),
             *(weight.requires_grad for weight in self._dense),
             *(lookup.weight.requires_grad for lookup in self._lookups),
+            # Views of them are kept.
+            *(weight.data_ptr() for weight in self._dense),
             *self._settings.values(),
         ]
 
@@ -123,7 +136,8 @@ class RecordedStep:
                 tables = [lookup.weight for lookup in self._lookups if lookup.weight.requires_grad]
                 # As Lightning makes it, outside of the context that casts.
                 with torch.autocast("cpu", enabled=False):
-                    found = torch.autograd.grad(loss, [*trained, *tables], allow_unused=True)
+                    one = torch.ones((), dtype=loss.dtype)
+                    found = torch.autograd.grad(loss, [*trained, *tables], one, allow_unused=True)
                 by_weight = dict(zip(trained, found, strict=False))
                 gradients = [by_weight.get(weight) for weight in self._dense]
             self._of_lookup = [lookup for lookup, _ in caught]
@@ -209,10 +223,12 @@ def _repeater(graph_module: fx.GraphModule) -> Callable[..., list[Any]]:
     Its own source text in place of fx's, which looks every operation up by name at every call, and every weight among a
     module's attributes: a tenth of a step of 128 samples.
     """
+    nodes = _needed(graph_module.graph)
+    fixed = _done_once(graph_module, nodes)
     constants: dict[str, Any] = {}
-    nodes = [node for node in graph_module.graph.nodes if not _is_idle(node)]
+    names: dict[fx.Node, str] = {}
     # The first node after which a value is not needed.
-    last = {value: node for node in nodes for value in node.all_input_nodes}
+    last = {value: node for node in nodes for value in node.all_input_nodes if value not in fixed}
     ends: dict[fx.Node, list[str]] = {}
     for value, node in last.items():
         ends.setdefault(node, []).append(value.name)
@@ -224,24 +240,26 @@ def _repeater(graph_module: fx.GraphModule) -> Callable[..., list[Any]]:
 
     def text(value: Any) -> str:
         if isinstance(value, fx.Node):
-            return value.name
+            if value not in names:
+                names[value] = constant(fixed[value]) if value in fixed else value.name
+            return names[value]
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(map(text, value))}]"
         return repr(value) if value is None or isinstance(value, (bool, int, str)) else constant(value)
 
     arguments, lines = [], []
     for node in nodes:
+        if node in fixed:
+            continue
         if node.op == "placeholder":
             arguments.append(node.name)
-        elif node.op == "get_attr":
-            constants[node.name] = getattr(graph_module, str(node.target))
         elif node.op == "output":
             lines.append(f"return {text(node.args[0])}")
         elif node.target is operator.getitem:
             lines.append(f"{node.name} = {text(node.args[0])}[{node.args[1]}]")
         else:
             # The function inside an operation's object, whose call would cost as much again as a small operation.
-            operation = constant(node.target._op)
+            operation = constant(_overload(node)._op)
             given = [*map(text, node.args), *(f"{name}={text(value)}" for name, value in node.kwargs.items())]
             lines.append(f"{node.name} = {operation}({', '.join(given)})")
         if node.op == "call_function" and node in ends:
@@ -252,8 +270,63 @@ def _repeater(graph_module: fx.GraphModule) -> Callable[..., list[Any]]:
     return repeat
 
 
-def _is_idle(node: fx.Node) -> bool:
-    """Whether nothing would be missed without an operation: nobody reads its result, and it changes nothing."""
-    if node.op != "call_function" or node.users:
-        return False
-    return node.target is operator.getitem or node.target is torch.ops.aten.detach.default
+def _needed(graph: fx.Graph) -> list[fx.Node]:
+    """The operations, in order, without those that only show a tensor in another way to nobody."""
+    aten = torch.ops.aten
+    for node in graph.nodes:
+        if node.target is aten.detach.default:
+            # Nothing is differentiated when operations are repeated.
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is aten.view.default and node.args[0].target is aten.view.default:
+            node.update_arg(0, node.args[0].args[0])
+    for node in reversed(graph.nodes):
+        if not node.users and (node.target is operator.getitem or _is_view(node)):
+            graph.erase_node(node)
+    return list(graph.nodes)
+
+
+def _done_once(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> dict[fx.Node, Any]:
+    """What is the same at every step: weights, where they are, views of them, and numbers that come from no tensor."""
+    # What is handed out or written to has to be new each time, and so has what it is a view of.
+    new: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if node.op == "output" or (node in new and _is_view(node)):
+            new.update(node.all_input_nodes)
+        elif node.op == "call_function" and node.target is not operator.getitem:
+            new.update(_written(node))
+    fixed: dict[fx.Node, Any] = {}
+    numbers: set[fx.Node] = set()
+    for node in nodes:
+        if node.op == "get_attr":
+            fixed[node] = getattr(graph_module, str(node.target))
+        elif node.op == "call_function" and node.target is not operator.getitem and node not in new:
+            if numbers.issuperset(node.all_input_nodes) and _says_the_same(node):
+                numbers.add(node)
+            elif not (_is_view(node) and node.all_input_nodes[0] in fixed):
+                continue
+            arguments, options = fx.map_arg((node.args, node.kwargs), fixed.__getitem__)
+            fixed[node] = _overload(node)(*arguments, **options)
+    return fixed
+
+
+def _overload(node: fx.Node) -> torch._ops.OpOverload:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.target
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is not operator.getitem and _overload(node).is_view
+
+
+def _says_the_same(node: fx.Node) -> bool:
+    """Whether an operation gives the same for the same, and does nothing else."""
+    operation = _overload(node)
+    return not operation._schema.is_mutable and torch.Tag.nondeterministic_seeded not in operation.tags
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """What an operation changes in place."""
+    schema = _overload(node)._schema.arguments
+    given: dict[str, Any] = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
+    written = [argument.name for argument in schema if argument.alias_info is not None and argument.alias_info.is_write]
+    return [given[name] for name in written if name in given]

@@ -39,6 +39,8 @@ _ROWS_A_SUM = 64
 """ROWS_A_SUM of ``native.c``."""
 _ALONE = 2**10
 """Indices from which on a second thread is worth waking."""
+_SORTED_ALONE = 2**14
+"""The same for a sort, whose threads wait for each other five times."""
 
 
 class NativeError(Exception):
@@ -184,7 +186,7 @@ def sort(rows_N: Tensor, bag_N: Tensor | None, weights_N: Tensor | None, table_r
     """``Segments.of``, by a radix sort where rows are int32; all are below ``table_rows``."""
     if rows_N.dtype != torch.int32:
         return Segments.of(rows_N, bag_N, weights_N)
-    count, threads = len(rows_N), _threads(len(rows_N))
+    count, threads = len(rows_N), torch.get_num_threads() if len(rows_N) >= _SORTED_ALONE else 1
     bits = max((table_rows - 1).bit_length(), 1)
     high = min(max((count // _A_BUCKET).bit_length() - 1, 0), _DIGIT, bits)
     digit = -(-(bits - high) // -(-(bits - high) // _DIGIT)) if bits > high else 1

@@ -6,6 +6,7 @@ CIN layer.
 
 import hashlib
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Protocol, cast, runtime_checkable
 
@@ -107,7 +108,8 @@ class MissingValues(nn.Module):
     def forward(self, dense_BI: Tensor) -> Tensor:
         """[B, I], NaN where missing -> [B, I]."""
         if self.value is None:
-            return dense_BI.masked_fill(dense_BI.isnan(), 0.0)
+            # Infinities stay, so that the loss tells of them.
+            return dense_BI.nan_to_num(0.0, posinf=math.inf, neginf=-math.inf)
         return torch.where(dense_BI.isnan(), self.value.to(dense_BI.dtype), dense_BI)
 
 
