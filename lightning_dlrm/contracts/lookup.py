@@ -190,34 +190,36 @@ class LookupGradient(RowGradient):
     For the arguments see ``RowGradient.from_lookups``.
     """
 
+    lookups: tuple[Tensor, Tensor | None, Tensor | None]
+    """The row of each index, its output vector and its factor; there, as ``output``, until somebody asked for
+    ``values``."""
     output: Tensor
-    """[B, D], float32 at least: the gradient of each output vector; there until somebody asked for ``values``."""
+    """[B, D], float32 at least: the gradient of each output vector."""
 
     def __init__(self, rows_N: Tensor, grad_BD: Tensor, bag_N: Tensor | None, weights_N: Tensor | None) -> None:
         output = grad_BD.to(torch.promote_types(grad_BD.dtype, torch.float32))
         # The base is frozen.
-        self.__dict__.update(output=output, _lookups=(rows_N, bag_N, weights_N))
+        self.__dict__.update(output=output, lookups=(rows_N, bag_N, weights_N))
 
     @property
     def summed(self) -> bool:
         """Whether somebody asked for ``values``."""
         return "values" in self.__dict__
 
-    def segments(self, sort: Callable[[Tensor, Tensor | None, Tensor | None], Segments] = Segments.of) -> Segments:
-        """The lookups by row, until they are summed; ``sort`` makes them, where nobody asked before."""
-        if "_segments" not in self.__dict__:
-            self.__dict__["_segments"] = sort(*self.__dict__.pop("_lookups"))
-        return self.__dict__["_segments"]
+    @cached_property
+    def segments(self) -> Segments:
+        """The lookups by row."""
+        return Segments.of(*self.lookups)
 
     @cached_property
     def rows(self) -> Tensor:
-        return self.segments().rows
+        return self.segments.rows
 
     @cached_property
     def values(self) -> Tensor:
-        sums_UD, _ = self.segments().sums(self.output), self.rows
+        sums_UD, _ = self.segments.sums(self.output), self.rows
         # Nobody asks for them again, and their memory is in the caches.
-        for name in ("_segments", "output"):
+        for name in ("segments", "lookups", "output"):
             del self.__dict__[name]
         return sums_UD
 
@@ -230,7 +232,7 @@ class LookupGradient(RowGradient):
         if len(self.rows) <= size:
             yield self
             return
-        for block in self.segments().blocks(size):
+        for block in self.segments.blocks(size):
             yield RowGradient(block.rows, block.sums(self.output))
 
 

@@ -1,5 +1,5 @@
-/* Rows of tables on a CPU: lookup, sort by row, and update, each in one pass over memory that is fetched ahead; dot
-   products of pairs of vectors; and the backward pass of ReLUs.
+/* Rows of tables on a CPU: lookup and update, each in one pass over memory that is fetched ahead; dot products of pairs
+   of vectors; and the backward pass of ReLUs.
 
    It computes what plain torch does in lightning_dlrm.contracts.lookup and lightning_dlrm.optim.rules: sums are taken
    index after index, and a product is fused with the addition after it where torch's kernels fuse them. Threads share
@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { LINE = 64, AHEAD = 24, BAGS_A_CHUNK = 512, ROWS_A_CHUNK = 512 };
+enum { LINE = 64, AHEAD = 24, BAGS_A_CHUNK = 512, INDICES_A_CHUNK = 512, MOST_DIGIT = 9 };
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -187,33 +187,51 @@ void look_up(struct lookup *all, int threads) {
     parallel(look_up_chunks, all, (unsigned)threads, 0);
 }
 
-/* ---- Sort by row: stable ----
+/* ---- Update: indices are sorted by row, then each row's gradients are summed and move it ---- */
 
-   By the highest bits first, all threads together, into buckets that stay in a core's caches; then each bucket by the
-   lower bits, the least significant ones first. Few numbers are one bucket. */
+enum rule { SGD, ADAGRAD, ROW_WISE_ADAGRAD, ADAM };
 
-enum { MOST_DIGIT = 9 };
-
-struct sort {
-    const int32_t *rows;     /* [N] */
-    const int64_t *bags;     /* [N], or NULL where index i went into bag i */
-    const float *factors;    /* [N] or NULL */
-    uint64_t *scratch;       /* [2, N]: the row of each index, and the index or its bag, in one number */
-    int32_t *counts;         /* [threads + 1, 2^high] */
-    int64_t *sorted_rows;    /* out [U of N], distinct, ascending */
-    int64_t *starts;         /* out [U of N]: where the indices of each row begin */
-    int64_t *sorted_bags;    /* out [N], row after row */
-    float *sorted_factors;   /* out [N] or NULL */
-    int64_t count;
-    int64_t bits;     /* of the rows */
-    int64_t high;     /* bits that are sorted by first */
-    int64_t digit;    /* bits that buckets are sorted by at once */
-    int64_t distinct; /* out: U */
-    int64_t next;
+struct update {
+    char *weight;          /* [R, D] */
+    float *first, *second; /* [R, D], or [R] for row-wise Adagrad: the rule's state, or NULL */
+    const int32_t *rows;   /* [N] */
+    const int64_t *bags;   /* [N], whose gradient each index has; NULL where index i has gradient i */
+    const float *factors;  /* [N] or NULL */
+    const float *gradient; /* [B, D] */
+    uint64_t *scratch;     /* [2, N] */
+    int32_t *counts;       /* [threads + 1, 2^high] */
+    int64_t count, width;
+    int64_t bits;  /* of the rows; 0 where they ascend already */
+    int64_t high;  /* bits that are sorted by first */
+    int64_t digit; /* bits that buckets are sorted by at once */
+    bool half;
+    int rule;
+    float rate, kept, l2, epsilon;
+    float share1, beta2, share2, correction2, adam_rate; /* of Adam: 1 - b1, b2, 1 - b2, 1 - b2^t, lr / (1 - b1^t) */
+    int64_t next_bucket, next_chunk;
 };
 
+/* An index as it is sorted: its row, and its bag, or where there are factors its number. Looking bags up afterwards
+   would take as long as the sort. */
+INLINE uint64_t packed(const struct update *a, int64_t i) {
+    return (uint64_t)(uint32_t)a->rows[i] << 32 | (uint64_t)(a->bags && !a->factors ? a->bags[i] : i);
+}
+
+INLINE int64_t row_of(uint64_t index) {
+    return (int64_t)(index >> 32);
+}
+
+INLINE const float *gradient_of(const struct update *a, uint64_t index, int64_t width) {
+    const int64_t carried = (uint32_t)index;
+    return a->gradient + (a->bags && a->factors ? a->bags[carried] : carried) * width;
+}
+
+INLINE float factor_of(const struct update *a, uint64_t index) {
+    return a->factors[(uint32_t)index];
+}
+
 /* Where each thread's numbers of each bucket go, and where the buckets begin, from how many there are. */
-static void turn_into_places(struct sort *a, int threads) {
+static void turn_into_places(struct update *a, int threads) {
     int32_t place = 0, *begins = a->counts + ((int64_t)threads << a->high);
     for (int64_t bucket = 0; bucket < (int64_t)1 << a->high; bucket++) {
         begins[bucket] = place;
@@ -246,88 +264,36 @@ INLINE void sort_bucket(uint64_t *from, uint64_t *to, int64_t count, int64_t bit
     }
 }
 
-static void sort_part(void *what) {
-    struct sort *a = what;
+/* Stable. By the highest bits first, all threads together, into buckets that stay in a core's caches; then each bucket
+   by the lower bits, the least significant ones first. Few indices are one bucket. */
+static const uint64_t *sort_indices(struct update *a) {
     const int thread = thread_number(), threads = thread_count();
     const int64_t begin = a->count * thread / threads, end = a->count * (thread + 1) / threads;
     const int64_t buckets = (int64_t)1 << a->high, low = a->bits - a->high;
-    /* Looking them up afterwards would take as long as the sort. */
-    const bool bags_travel = a->bags && !a->factors;
-    int32_t *places = a->counts + ((int64_t)thread << a->high);
-    const int32_t *begins = a->counts + ((int64_t)threads << a->high);
     uint64_t *from = a->scratch, *to = a->scratch + a->count;
-    memset(places, 0, (size_t)buckets * sizeof *places);
-    for (int64_t i = begin; i < end; i++)
-        places[a->rows[i] >> low]++;
-    wait_for_all();
-    if (thread == 0)
-        turn_into_places(a, threads);
-    wait_for_all();
-    for (int64_t i = begin; i < end; i++) {
-        const uint64_t carried = bags_travel ? (uint64_t)a->bags[i] : (uint64_t)i;
-        from[places[a->rows[i] >> low]++] = (uint64_t)(uint32_t)a->rows[i] << 32 | carried;
+    if (a->high) {
+        int32_t *places = a->counts + ((int64_t)thread << a->high);
+        memset(places, 0, (size_t)buckets * sizeof *places);
+        for (int64_t i = begin; i < end; i++)
+            places[a->rows[i] >> low]++;
+        wait_for_all();
+        if (thread == 0)
+            turn_into_places(a, threads);
+        wait_for_all();
+        for (int64_t i = begin; i < end; i++)
+            from[places[a->rows[i] >> low]++] = packed(a, i);
+    } else {
+        for (int64_t i = begin; i < end; i++)
+            from[i] = packed(a, i);
     }
     wait_for_all();
-    for (int64_t bucket; (bucket = take(&a->next)) < buckets;) {
-        const int64_t first = begins[bucket], last = bucket + 1 < buckets ? begins[bucket + 1] : a->count;
+    const int32_t *begins = a->counts + ((int64_t)threads << a->high);
+    for (int64_t bucket; a->bits && (bucket = take(&a->next_bucket)) < buckets;) {
+        const int64_t first = a->high ? begins[bucket] : 0, last = bucket + 1 < buckets ? begins[bucket + 1] : a->count;
         sort_bucket(from + first, to + first, last - first, low, a->digit);
     }
-    if ((low + a->digit - 1) / a->digit % 2)
-        from = to;
     wait_for_all();
-    int32_t first_ones = 0;
-    for (int64_t i = begin; i < end; i++)
-        first_ones += i == 0 || from[i] >> 32 != from[i - 1] >> 32;
-    a->counts[thread] = first_ones;
-    wait_for_all();
-    int64_t u = 0;
-    for (int before = 0; before < thread; before++)
-        u += a->counts[before];
-    for (int64_t i = begin; i < end; i++) {
-        const uint32_t carried = (uint32_t)from[i];
-        a->sorted_bags[i] = a->bags && !bags_travel ? a->bags[carried] : (int64_t)carried;
-        if (a->factors)
-            a->sorted_factors[i] = a->factors[carried];
-        if (i == 0 || from[i] >> 32 != from[i - 1] >> 32) {
-            a->sorted_rows[u] = (int64_t)(from[i] >> 32);
-            a->starts[u++] = i;
-        }
-    }
-    if (thread == threads - 1)
-        a->distinct = u;
-}
-
-void sort_lookups(struct sort *all, int threads) {
-    all->next = 0;
-    parallel(sort_part, all, (unsigned)threads, 0);
-}
-
-/* ---- Update ---- */
-
-enum rule { SGD, ADAGRAD, ROW_WISE_ADAGRAD, ADAM };
-
-struct update {
-    char *weight;          /* [R, D] */
-    float *first, *second; /* [R, D], or [R] for row-wise Adagrad: the rule's state, or NULL */
-    const int64_t *rows;   /* [U], distinct */
-    const int64_t *starts; /* [U], where the indices of each row begin; NULL for one each */
-    const int64_t *bags;   /* [N], whose gradient each index has; NULL where index i has gradient i */
-    const float *factors;  /* [N] or NULL */
-    const float *gradient; /* [B, D] */
-    int64_t distinct, count, width;
-    bool half;
-    int rule;
-    float rate, kept, l2, epsilon;
-    float share1, beta2, share2, correction2, adam_rate; /* of Adam: 1 - b1, b2, 1 - b2, 1 - b2^t, lr / (1 - b1^t) */
-    int64_t next;
-};
-
-INLINE int64_t row_begin(const struct update *a, int64_t u) {
-    return !a->starts ? u : u < a->distinct ? a->starts[u] : a->count;
-}
-
-INLINE const float *gradient_of(const struct update *a, int64_t i, int64_t width) {
-    return a->gradient + (a->bags ? a->bags[i] : i) * width;
+    return (low + a->digit - 1) / a->digit % 2 ? to : from;
 }
 
 /* The mean square, in the order in which torch sums a row of eight or more. */
@@ -351,34 +317,38 @@ INLINE float mean_square(const float *g, int64_t width) {
     return sum / (float)width;
 }
 
-INLINE void move_rows(struct update *a, int64_t first, int64_t last, int64_t width, bool half, int rule, float *sum,
-                      float *moved) {
+/* Moves the rows whose indices begin among first to last. */
+INLINE void move_rows(struct update *a, const uint64_t *indices, int64_t first, int64_t last, int64_t width, bool half,
+                      int rule, float *sum, float *moved) {
     const int64_t bytes = width * (half ? 2 : 4);
     const int64_t slot = rule == SGD ? 0 : rule == ROW_WISE_ADAGRAD ? 1 : width;
-    for (int64_t u = first - AHEAD; u < last; u++) {
-        if (u + AHEAD < last) {
-            const int64_t row = a->rows[u + AHEAD];
+    int64_t begin = first, end, fetched = first;
+    while (begin < last && begin > 0 && row_of(indices[begin]) == row_of(indices[begin - 1]))
+        begin++;
+    for (; begin < last; begin = end) {
+        for (fetched = fetched < begin ? begin : fetched; fetched < least(begin + AHEAD, last); fetched++) {
+            const int64_t row = row_of(indices[fetched]);
             fetch(a->weight + row * bytes, bytes);
             if (rule != SGD)
                 fetch(a->first + row * slot, slot * 4);
             if (rule == ADAM)
                 fetch(a->second + row * slot, slot * 4);
-            fetch(gradient_of(a, row_begin(a, u + AHEAD), width), width * 4);
+            fetch(gradient_of(a, indices[fetched], width), width * 4);
         }
-        if (u < first)
-            continue;
-        const int64_t row = a->rows[u], begin = row_begin(a, u), end = row_begin(a, u + 1);
+        const int64_t row = row_of(indices[begin]);
+        for (end = begin + 1; end < a->count && row_of(indices[end]) == row;)
+            end++;
         char *place = a->weight + row * bytes;
-        const float *g = gradient_of(a, begin, width);
+        const float *g = gradient_of(a, indices[begin], width);
         if (end - begin > 1 || a->factors || a->l2 != 0) {
             for (int64_t d = 0; d < width; d++)
-                sum[d] = a->factors ? a->factors[begin] * g[d] : g[d];
+                sum[d] = a->factors ? factor_of(a, indices[begin]) * g[d] : g[d];
             for (int64_t i = begin + 1; i < end; i++) {
                 if (i + AHEAD < end)
-                    fetch(gradient_of(a, i + AHEAD, width), width * 4);
-                g = gradient_of(a, i, width);
+                    fetch(gradient_of(a, indices[i + AHEAD], width), width * 4);
+                g = gradient_of(a, indices[i], width);
                 for (int64_t d = 0; d < width; d++)
-                    sum[d] = a->factors ? FMA(a->factors[i], g[d], sum[d]) : sum[d] + g[d];
+                    sum[d] = a->factors ? FMA(factor_of(a, indices[i]), g[d], sum[d]) : sum[d] + g[d];
             }
             if (a->l2 != 0)
                 for (int64_t d = 0; d < width; d++)
@@ -418,38 +388,40 @@ INLINE void move_rows(struct update *a, int64_t first, int64_t last, int64_t wid
     }
 }
 
-INLINE void move_rows_by(struct update *a, int64_t first, int64_t last, int rule, float *sum, float *moved) {
+INLINE void move_rows_by(struct update *a, const uint64_t *indices, int64_t first, int64_t last, int rule, float *sum,
+                         float *moved) {
     if (a->half)
-        move_rows(a, first, last, a->width, true, rule, sum, moved);
+        move_rows(a, indices, first, last, a->width, true, rule, sum, moved);
     else if (a->width == 16)
-        move_rows(a, first, last, 16, false, rule, sum, moved);
+        move_rows(a, indices, first, last, 16, false, rule, sum, moved);
     else if (a->width == 64)
-        move_rows(a, first, last, 64, false, rule, sum, moved);
+        move_rows(a, indices, first, last, 64, false, rule, sum, moved);
     else
-        move_rows(a, first, last, a->width, false, rule, sum, moved);
+        move_rows(a, indices, first, last, a->width, false, rule, sum, moved);
 }
 
-static void move_chunks(void *what) {
+static void update_part(void *what) {
     struct update *a = what;
-    const int64_t chunks = (a->distinct + ROWS_A_CHUNK - 1) / ROWS_A_CHUNK;
+    const uint64_t *indices = sort_indices(a);
+    const int64_t chunks = (a->count + INDICES_A_CHUNK - 1) / INDICES_A_CHUNK;
     float sum[2 * a->width];
     float *moved = sum + a->width;
-    for (int64_t chunk; (chunk = take(&a->next)) < chunks;) {
-        const int64_t first = chunk * ROWS_A_CHUNK, last = least(first + ROWS_A_CHUNK, a->distinct);
+    for (int64_t chunk; (chunk = take(&a->next_chunk)) < chunks;) {
+        const int64_t first = chunk * INDICES_A_CHUNK, last = least(first + INDICES_A_CHUNK, a->count);
         if (a->rule == SGD)
-            move_rows_by(a, first, last, SGD, sum, moved);
+            move_rows_by(a, indices, first, last, SGD, sum, moved);
         else if (a->rule == ADAGRAD)
-            move_rows_by(a, first, last, ADAGRAD, sum, moved);
+            move_rows_by(a, indices, first, last, ADAGRAD, sum, moved);
         else if (a->rule == ROW_WISE_ADAGRAD)
-            move_rows_by(a, first, last, ROW_WISE_ADAGRAD, sum, moved);
+            move_rows_by(a, indices, first, last, ROW_WISE_ADAGRAD, sum, moved);
         else
-            move_rows_by(a, first, last, ADAM, sum, moved);
+            move_rows_by(a, indices, first, last, ADAM, sum, moved);
     }
 }
 
 void update_rows(struct update *all, int threads) {
-    all->next = 0;
-    parallel(move_chunks, all, (unsigned)threads, 0);
+    all->next_bucket = all->next_chunk = 0;
+    parallel(update_part, all, (unsigned)threads, 0);
 }
 
 /* ---- Dot products of pairs of vectors ----

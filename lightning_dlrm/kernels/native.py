@@ -17,14 +17,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.cache import cache_root
-from lightning_dlrm.contracts.lookup import LookupGradient, RowGradient, Segments
+from lightning_dlrm.contracts.lookup import LookupGradient, RowGradient
 
 _SOURCE = Path(__file__).with_name("native.c")
 # No flag that lets results differ from the formulas as written.
@@ -39,8 +39,6 @@ _ROWS_A_SUM = 64
 """ROWS_A_SUM of ``native.c``."""
 _ALONE = 2**10
 """Indices from which on a second thread is worth waking."""
-_SORTED_ALONE = 2**14
-"""The same for a sort, whose threads wait for each other five times."""
 
 
 class NativeError(Exception):
@@ -67,24 +65,16 @@ class _Lookup(ctypes.Structure):
     ]
 
 
-class _Sort(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("rows", "bags", "factors", "scratch", "counts")),
-        *((name, ctypes.c_void_p) for name in ("sorted_rows", "starts", "sorted_bags", "sorted_factors")),
-        *((name, ctypes.c_int64) for name in ("count", "bits", "high", "digit", "distinct", "next")),
-    ]
-
-
 class _Update(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "first", "second", "rows", "starts", "bags")),
-        *((name, ctypes.c_void_p) for name in ("factors", "gradient")),
-        *((name, ctypes.c_int64) for name in ("distinct", "count", "width")),
+        *((name, ctypes.c_void_p) for name in ("weight", "first", "second", "rows", "bags", "factors", "gradient")),
+        *((name, ctypes.c_void_p) for name in ("scratch", "counts")),
+        *((name, ctypes.c_int64) for name in ("count", "width", "bits", "high", "digit")),
         ("half", ctypes.c_bool),
         ("rule", ctypes.c_int),
         *((name, ctypes.c_float) for name in ("rate", "kept", "l2", "epsilon")),
         *((name, ctypes.c_float) for name in ("share1", "beta2", "share2", "correction2", "adam_rate")),
-        ("next", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("next_bucket", "next_chunk")),
     ]
 
 
@@ -131,7 +121,6 @@ def library() -> ctypes.CDLL:
     native.use_threads(*(ctypes.cast(getattr(torch_library, name), ctypes.c_void_p) for name in _THREADS))
     functions = {
         "look_up": _Lookup,
-        "sort_lookups": _Sort,
         "update_rows": _Update,
         "pair_products": _Pairs,
         "relu_gradients": _Relu,
@@ -182,39 +171,6 @@ def lookup(
     return torch.ops.lightning_dlrm.lookup(weight_RD, values_N, offsets, tables_F, factors_N)
 
 
-def sort(rows_N: Tensor, bag_N: Tensor | None, weights_N: Tensor | None, table_rows: int) -> Segments:
-    """``Segments.of``, by a radix sort where rows are int32; all are below ``table_rows``."""
-    if rows_N.dtype != torch.int32:
-        return Segments.of(rows_N, bag_N, weights_N)
-    count, threads = len(rows_N), torch.get_num_threads() if len(rows_N) >= _SORTED_ALONE else 1
-    bits = max((table_rows - 1).bit_length(), 1)
-    high = min(max((count // _A_BUCKET).bit_length() - 1, 0), _DIGIT, bits)
-    digit = -(-(bits - high) // -(-(bits - high) // _DIGIT)) if bits > high else 1
-    rows_N = rows_N.contiguous()
-    bag_N = None if bag_N is None else bag_N.long().contiguous()
-    weights_N = None if weights_N is None else weights_N.float().contiguous()
-    scratch, counts = torch.empty(2 * count, dtype=torch.int64), torch.empty(threads + 1 << high, dtype=torch.int32)
-    sorted_rows, starts, bags = (torch.empty(count, dtype=torch.int64) for _ in range(3))
-    factors = None if weights_N is None else torch.empty(count)
-    all_ = _Sort(
-        rows=_at(rows_N),
-        bags=_at(bag_N),
-        factors=_at(weights_N),
-        scratch=_at(scratch),
-        counts=_at(counts),
-        sorted_rows=_at(sorted_rows),
-        starts=_at(starts),
-        sorted_bags=_at(bags),
-        sorted_factors=_at(factors),
-        count=count,
-        bits=bits,
-        high=high,
-        digit=digit,
-    )
-    library().sort_lookups(all_, threads)
-    return Segments(sorted_rows[: all_.distinct], starts[: all_.distinct], bags, factors)
-
-
 def update(
     weight_RD: Tensor,
     gradient: RowGradient,
@@ -224,7 +180,7 @@ def update(
     learning_rate: float,
     step: float,
 ) -> None:
-    """Sums the gradients of each distinct row and moves the row and its state along them, in place.
+    """Sorts lookups by row, sums the gradients of each row and moves the row and its state along them, in place.
 
     Bit for bit ``UpdateRule.apply`` of the sums for SGD and Adagrad; for the others but for torch's square roots, which
     are not always rounded to nearest, and for the mean squares of rows of less than eight.
@@ -239,30 +195,37 @@ def update(
         step: its number, from 1.
     """
     rows, width = weight_RD.shape
-    starts = bags = factors = None
     if isinstance(gradient, LookupGradient) and not gradient.summed:
-        touched, starts, bags, factors = gradient.segments(partial(sort, table_rows=rows))
-        output = gradient.output
+        rows_N, bag_N, factors_N = gradient.lookups
+        output, bits = gradient.output, max((rows - 1).bit_length(), 1)
     else:
-        touched, output = gradient.rows, gradient.values
-    touched, output = touched.long().contiguous(), output.float().contiguous()
-    starts, bags = (None if x is None else x.long().contiguous() for x in (starts, bags))
-    factors = None if factors is None else factors.float().contiguous()
+        rows_N, bag_N, factors_N = gradient.rows, None, None
+        output, bits = gradient.values, 0
+    rows_N, output = rows_N.int().contiguous(), output.float().contiguous()
+    bag_N = None if bag_N is None else bag_N.long().contiguous()
+    factors_N = None if factors_N is None else factors_N.float().contiguous()
+    count = len(rows_N)
+    threads = _threads(count)
+    high = min(max((count // _A_BUCKET).bit_length() - 1, 0), _DIGIT, bits)
+    passes = max(-(-(bits - high) // _DIGIT), 1)
+    scratch, counts = torch.empty(2 * count, dtype=torch.int64), torch.empty(threads + 1 << high, dtype=torch.int32)
     beta1, beta2 = settings.get("beta1", 0.0), settings.get("beta2", 0.0)
-    count = len(touched if bags is None else bags)
     first, second = (*state.values(), None, None)[:2]
     all_ = _Update(
         weight=_at(weight_RD),
         first=_at(first),
         second=_at(second),
-        rows=_at(touched),
-        starts=_at(starts),
-        bags=_at(bags),
-        factors=_at(factors),
+        rows=_at(rows_N),
+        bags=_at(bag_N),
+        factors=_at(factors_N),
         gradient=_at(output),
-        distinct=len(touched),
+        scratch=_at(scratch),
+        counts=_at(counts),
         count=count,
         width=width,
+        bits=bits,
+        high=high,
+        digit=max(-(-(bits - high) // passes), 1),
         half=weight_RD.dtype == torch.bfloat16,
         rule=_RULES.index(rule),
         rate=learning_rate,
@@ -275,7 +238,7 @@ def update(
         correction2=1 - beta2**step,
         adam_rate=learning_rate / (1 - beta1**step),
     )
-    library().update_rows(all_, _threads(count))
+    library().update_rows(all_, threads)
 
 
 def _look_up(

@@ -265,7 +265,8 @@ def _update_rows(
         fused_update(weight, gradient, state, _FUSED[type(rule)], vars(rule), learning_rate, step)
         return
     known = _FUSED.get(type(rule))
-    if known is not None and choose(kernels, weight.device.type, weight.dtype) == "native":
+    has_short_rows = len(weight) <= torch.iinfo(torch.int32).max
+    if known is not None and has_short_rows and choose(kernels, weight.device.type, weight.dtype) == "native":
         native.update(weight, gradient, state, known, vars(rule), float(learning_rate), float(step))
         return
     for block in gradient.blocks():
