@@ -498,8 +498,8 @@ INLINE void multiply_pairs(const struct pairs *a, int64_t sample, int64_t width,
     read_floats(rows, a->first + sample * bytes_of(width, a->half_first), width, a->half_first);
     read_floats(rows + width, a->others + sample * bytes_of((vectors - 1) * width, a->half_others),
                 (vectors - 1) * width, a->half_others);
-    for (int64_t d = 0; d < width; d++)
-        for (int64_t v = 0; v < vectors; v++)
+    for (int64_t v = 0; v < vectors; v++)
+        for (int64_t d = 0; d < width; d++)
             columns[d * across + v] = rows[v * width + d];
     for (int64_t i = 0; i < vectors; i += TILE)
         for (int64_t j = 0; j < i + TILE; j += LANES) {
@@ -548,18 +548,25 @@ INLINE void differentiate_pairs(const struct pairs *a, int64_t sample, int64_t w
                      a->half_others);
 }
 
+INLINE void pairs_of_sample(const struct pairs *a, int64_t sample, int64_t width, float *space) {
+    if (a->grad_first)
+        differentiate_pairs(a, sample, width, space);
+    else
+        multiply_pairs(a, sample, width, space);
+}
+
 static void pair_chunks(void *what) {
     struct pairs *a = what;
     float *space = a->spaces + thread_number() * a->space;
     const int64_t chunks = (a->samples + SAMPLES_A_CHUNK - 1) / SAMPLES_A_CHUNK;
     for (int64_t chunk; (chunk = take(&a->next)) < chunks;)
         for (int64_t s = chunk * SAMPLES_A_CHUNK; s < least((chunk + 1) * SAMPLES_A_CHUNK, a->samples); s++) {
-            if (a->grad_first)
-                differentiate_pairs(a, s, a->width, space);
-            else if (a->width == 16)
-                multiply_pairs(a, s, 16, space);
+            if (a->width == 16)
+                pairs_of_sample(a, s, 16, space);
+            else if (a->width == 64)
+                pairs_of_sample(a, s, 64, space);
             else
-                multiply_pairs(a, s, a->width, space);
+                pairs_of_sample(a, s, a->width, space);
         }
 }
 
