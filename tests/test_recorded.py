@@ -229,7 +229,8 @@ def fitted(record: bool, fits: int = 1, loops: list[Any] | None = None, **option
     """The weights after fits of three epochs of 13 batches, the last of each of half the size; adds to ``loops`` what
     Lightning has counted."""
     pl.seed_everything(1, verbose=False)
-    data = RandomData(tables=list(TABLES), dense=3, train_rows=200, validation_rows=0, test_rows=0, batch_size=16)
+    make_data = options.pop("data", RandomData)
+    data = make_data(tables=list(TABLES), dense=3, train_rows=200, validation_rows=0, test_rows=0, batch_size=16)
     make = partial(DLRM, embedding_dim=8, **MLP)
     kind = options.pop("kind", CTRModule)
     module = kind(make, RowWiseAdagrad(0.05), SGD(0.1), schema=data.schema, record_steps=record)
@@ -239,6 +240,7 @@ def fitted(record: bool, fits: int = 1, loops: list[Any] | None = None, **option
         trainer.fit(module, data)
         if loops is not None:
             loops.append(trainer.fit_loop.state_dict())
+        assert module._on_before_batch_transfer.__func__ is pl.LightningModule._on_before_batch_transfer
     return dict(module.network.named_parameters())
 
 
@@ -308,6 +310,22 @@ def test_repeated_steps_pass_over_lightnings_loop_where_nobody_hears(
     others = fitted(False, loops=loops, callbacks=[Hears(hook, clip)])
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
     assert loops[0] == loops[1]
+
+
+class Doubles(RandomData):
+    """A dataset whose batches are changed after they were moved."""
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        batch.dense = batch.dense * 2
+        return batch
+
+
+def test_hooks_around_the_transfer_of_batches_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_dlrm.engine.recorded.EAGER_STEPS", 3)
+    plain = fitted(True)
+    weights, others = fitted(True, data=Doubles), fitted(False, data=Doubles)
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+    assert not torch.equal(weights["bottom.0.weight"], plain["bottom.0.weight"])
 
 
 def test_weights_that_are_put_elsewhere_are_noticed() -> None:

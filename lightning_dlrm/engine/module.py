@@ -19,10 +19,13 @@ from lightning_dlrm.engine.averaging import Averaging, WeightAverages, average_r
 from lightning_dlrm.engine.graphs import GraphedStep, SideStream
 from lightning_dlrm.engine.guards import LossGuard, Position, refuse_bad_weights, warn_of_chance
 from lightning_dlrm.engine.overhead import (
+    changes_batches,
     give_hooks_back,
+    give_transfers_back,
     hears_of_parts,
     lengthen_steps,
     pass_over_idle_hooks,
+    pass_over_transfers,
     shorten_steps,
     tell_before_update,
 )
@@ -158,9 +161,8 @@ class CTRModule(pl.LightningModule):
         self._began = 0.0
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning notes here which hook is running, some fifty times a step; torch would look each time whether it
-        # is a weight.
-        if name == "_current_fx_name":
+        # What is set at every step: torch would look each time whether it is a weight.
+        if name in _SET_AT_EVERY_STEP:
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -373,9 +375,19 @@ class CTRModule(pl.LightningModule):
         self._steps_done = self.trainer.global_step
         self._recorded = self._recorder()
         pass_over_idle_hooks(self.trainer.callbacks)  # type: ignore[attr-defined]
+        self._pass_over_transfers()
         own_hooks = self._has_own(*_HOOKS_WITHIN_A_STEP)
         if isinstance(self._recorded, RecordedStep) and own_hooks and not hears_of_parts(self.trainer):
             shorten_steps(self.trainer, self._is_short, self._short_step)
+
+    def _pass_over_transfers(self) -> None:
+        datamodules = [] if self.trainer.datamodule is None else [self.trainer.datamodule]  # type: ignore[attr-defined]
+        around = ("on_before_batch_transfer", "on_after_batch_transfer")
+        changed = changes_batches([self, *datamodules], *around) or changes_batches(
+            datamodules, "transfer_batch_to_device"
+        )
+        if self.device.type == "cpu" and self._has_own("transfer_batch_to_device") and not changed:
+            pass_over_transfers(self)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.averages is not None:
@@ -385,6 +397,7 @@ class CTRModule(pl.LightningModule):
         self._recorded, self._replayed = None, False
         give_hooks_back(self.trainer.callbacks)  # type: ignore[attr-defined]
         lengthen_steps(self.trainer)
+        give_transfers_back(self)
         self._settle()
 
     def _settle(self) -> None:
@@ -686,6 +699,9 @@ class CTRModule(pl.LightningModule):
         assert isinstance(optimizer, CTROptimizer)
         return optimizer
 
+
+# The first by Lightning, which notes some thirty times a step which hook is running.
+_SET_AT_EVERY_STEP = frozenset({"_current_fx_name", "_replayed", "_began", "_batch_size", "_steps_done"})
 
 _HOOKS_WITHIN_A_STEP = (
     "on_before_zero_grad",

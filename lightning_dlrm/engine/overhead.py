@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 from typing import Any
 
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.core.hooks import DataHooks
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.trainer.call import _call_callback_hooks, _call_lightning_module_hook
 
@@ -44,6 +45,31 @@ def give_hooks_back(callbacks: Iterable[Callback]) -> None:
     for callback, hook in product(callbacks, _STEP_HOOKS):
         if vars(callback).get(hook, callback) is None:
             delattr(callback, hook)
+
+
+def pass_over_transfers(module: LightningModule) -> None:
+    """Batches stay where they are, on a CPU, and nobody ``changes_batches``: Lightning would look for who does, three
+    times a step."""
+    module._on_before_batch_transfer = _same_batch  # type: ignore[method-assign]
+    module._apply_batch_transfer_handler = _same_batch  # type: ignore[method-assign]
+
+
+def give_transfers_back(module: LightningModule) -> None:
+    """Undoes ``pass_over_transfers``."""
+    for name in ("_on_before_batch_transfer", "_apply_batch_transfer_handler"):
+        vars(module).pop(name, None)
+
+
+def changes_batches(hooks_of: Iterable[Any], *hooks: str) -> bool:
+    """Whether a model or a datamodule has a hook of its own among these."""
+    return any(
+        getattr(getattr(one, hook), "__func__", None) is not getattr(DataHooks, hook)
+        for one, hook in product(hooks_of, hooks)
+    )
+
+
+def _same_batch(batch: Batch, *_: Any, **__: Any) -> Batch:
+    return batch
 
 
 def hears_of_parts(trainer: Trainer) -> bool:

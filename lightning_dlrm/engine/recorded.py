@@ -5,16 +5,18 @@ of the arithmetic. A recorded step calls the same operations in the same order, 
 """
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient
+from lightning_dlrm.kernels import native
 from lightning_dlrm.kernels.choice import choose
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.models.tables import EmbeddingTables
@@ -54,9 +56,8 @@ class RecordedStep:
         self._longest = 0
         self._like: tuple[Any, ...] | None = None
         """Sizes and types of the recorded batch."""
-        self._parts, self._settings = [*network.modules()], settings or {}
-        self._dropouts = [part for part in self._parts if isinstance(part, nn.Dropout)]
-        self._hooks = [getattr(part, name) for part in self._parts for name in _HOOKS]
+        self._settings = settings or {}
+        self._watch(network.modules())
         self._switches: list[Any] = []
         self._repeat: Callable[..., list[Any]]
         self._of_lookup: list[EmbeddingLookup] = []
@@ -95,6 +96,12 @@ class RecordedStep:
             lookup.add_gradient(RowGradient.from_lookups(*pieces))
         return loss, logits_B
 
+    def _watch(self, parts: Iterable[nn.Module]) -> None:
+        """Whose hooks and switches a step depends on."""
+        self._parts = [*parts]
+        self._dropouts = [part for part in self._parts if isinstance(part, nn.Dropout)]
+        self._hooks = [getattr(part, name) for part in self._parts for name in _HOOKS]
+
     def _is_seen(self, batch: Batch) -> bool:
         """Whether a recording would show all that such a batch's step does."""
         if batch.ids.offsets is not None or batch.ids.weights is not None or batch.label is None:
@@ -120,7 +127,7 @@ class RecordedStep:
     def _record(self, batch: Batch) -> list[Any]:
         """Makes a batch's step, and keeps its operations."""
         made: list[Any] = []
-        self._switches = self._switches_now()
+        called: dict[nn.Module, None] = {}
 
         def make(dense_BI: Tensor, values_BF: Tensor, label_B: Tensor) -> list[Any]:
             ids = SparseIds(values=values_BF, tables=batch.ids.tables)
@@ -151,8 +158,14 @@ class RecordedStep:
             )
             return made
 
-        self._repeat = _repeater(make_fx(make)(batch.dense, batch.ids.values, batch.label))
-        self._like = _signature(batch)
+        told = register_module_forward_pre_hook(lambda part, _: called.setdefault(part))
+        try:
+            self._repeat = _repeater(make_fx(make)(batch.dense, batch.ids.values, batch.label))
+        finally:
+            told.remove()
+        # Of the many others, such as layers within DenseLayers, only the weights are used.
+        self._watch(called)
+        self._switches, self._like = self._switches_now(), _signature(batch)
         return made
 
 
@@ -259,7 +272,7 @@ def _repeater(graph_module: fx.GraphModule) -> Callable[..., list[Any]]:
             lines.append(f"{node.name} = {text(node.args[0])}[{node.args[1]}]")
         else:
             # The function inside an operation's object, whose call would cost as much again as a small operation.
-            operation = constant(_overload(node)._op)
+            operation = constant(native.implementation(_overload(node)) or _overload(node)._op)
             given = [*map(text, node.args), *(f"{name}={text(value)}" for name, value in node.kwargs.items())]
             lines.append(f"{node.name} = {operation}({', '.join(given)})")
         if node.op == "call_function" and node in ends:
