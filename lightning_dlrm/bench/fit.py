@@ -20,7 +20,7 @@ from datamodules.stream.loader import TrainingLoader
 from lightning_dlrm.bench import floors, peer, roofline
 from lightning_dlrm.bench.contenders import LEARNING_RATE, OurStep, PlainBatch, PlainStep, Workload, plain_network
 from lightning_dlrm.bench.gate import Gate
-from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread, time_rounds
+from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread, time_rounds, times_as_fast
 from lightning_dlrm.bench.options import add_device_arguments, add_peer_arguments, check, finisher
 from lightning_dlrm.bench.worker import REPLIES, REQUESTS, Worker
 from lightning_dlrm.contracts.batch import Batch
@@ -35,7 +35,8 @@ run does but validations and checkpoints, in turns:
   baseline, plain loop  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, over the same stream
   peer, whole program   with --peer, dlrm_s_pytorch.py of a checkout of facebookresearch/dlrm with its own loader, in
                         float32, on the same rows; "data_wait" is the share of its time that its loader takes
-"of_bare_loop" is the fit's throughput as a share of the bare loop's.
+"of_bare_loop" is the fit's throughput as a share of the bare loop's. Quotients are medians of those of each round, in
+which the contenders run one after the other.
 
 Each contender has the model in memory: 2.2 GB apiece, three to five of them.
 
@@ -119,23 +120,24 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         print(rates)
         some = list(islice(loader(), 4))
         least = {precision: roofline.floor(workload, some, rates, precision) for precision in args.precision}
-        seconds = time_rounds({str(key): work for key, work in contenders.items()}, args.rounds + 1)
+        rounds = time_rounds({str(key): work for key, work in contenders.items()}, args.rounds + 1)
         waited = peer_worker.waited[1:] if args.peer is not None else []
     # The first round warms up.
-    medians = {key: median_and_spread([s / args.steps for s in seconds[str(key)][1:]]) for key in contenders}
+    seconds = {key: [s / args.steps for s in rounds[str(key)][1:]] for key in contenders}
     rows_out = []
-    for (name, case, precision), (median, spread) in medians.items():
+    for (name, case, precision), of_rounds in seconds.items():
+        median, spread = median_and_spread(of_rounds)
         extra = {}
         if (name, case) == ("ours", "fit"):
-            extra["of_bare_loop"] = medians["ours", "bare loop", precision][0] / median
-            extra["speed_over_baseline"] = medians["baseline", "plain loop", precision][0] / median
+            extra["of_bare_loop"] = times_as_fast(of_rounds, seconds["ours", "bare loop", precision])
+            extra["speed_over_baseline"] = times_as_fast(of_rounds, seconds["baseline", "plain loop", precision])
             if args.peer is not None:
-                extra["speed_over_peer"] = medians["peer", "whole program", "32-true"][0] / median
-                extra["speed_over_peer_without_data"] = (
-                    medians["peer", "whole program", "32-true"][0] - median_and_spread(waited)[0] / args.steps
-                ) / median
+                whole = seconds["peer", "whole program", "32-true"]
+                without = [all_ - data / args.steps for all_, data in zip(whole, waited, strict=True)]
+                extra["speed_over_peer"] = times_as_fast(of_rounds, whole)
+                extra["speed_over_peer_without_data"] = times_as_fast(of_rounds, without)
         elif name == "peer":
-            extra["data_wait"] = median_and_spread(waited)[0] / args.steps / median
+            extra["data_wait"] = sum(waited) / args.steps / sum(of_rounds)
         rows_out.append(
             Measurement(
                 work="fit",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_dlrm.bench import floors, roofline
 from lightning_dlrm.bench.contenders import PlainBatch, PlainTables, Workload, draw_batch
-from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread, time_rounds
+from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread, time_rounds, times_as_fast
 from lightning_dlrm.bench.options import add_device_arguments, check, finisher
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
@@ -95,10 +95,11 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     }
     rates = floors.measure(device, args.precision)
     print(rates)
-    seconds = time_rounds({str(key): work for key, work in contenders.items()}, args.rounds + 1)
-    of_step = {key: median_and_spread([s / args.steps for s in seconds[str(key)][1:]]) for key in contenders}
+    rounds = time_rounds({str(key): work for key, work in contenders.items()}, args.rounds + 1)
+    seconds = {key: [s / args.steps for s in rounds[str(key)][1:]] for key in contenders}
     rows = []
-    for (name, precision), (median, spread) in of_step.items():
+    for name, precision in contenders:
+        median, spread = median_and_spread(seconds[name, precision])
         others = [other for other in makers if other != "ours"] if name == "ours" else []
         rows.append(
             Measurement(
@@ -112,7 +113,10 @@ def run(args: argparse.Namespace) -> list[Measurement]:
                 median_s=median,
                 spread_s=spread,
                 floor_s=_floor(workload, batches, rates, precision),
-                extra={f"speed_over_{other}": of_step[other, precision][0] / median for other in others},
+                extra={
+                    f"speed_over_{other}": times_as_fast(seconds[name, precision], seconds[other, precision])
+                    for other in others
+                },
             )
         )
     return rows

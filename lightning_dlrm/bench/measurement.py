@@ -75,6 +75,12 @@ def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
     return statistics.median(seconds), max(seconds) - min(seconds)
 
 
+def times_as_fast(seconds: Sequence[float], other: Sequence[float]) -> float:
+    """How many times the other's time this one's goes into: the median of the rounds' quotients. What a machine has
+    beside a benchmark changes from minute to minute, and meets both of a round alike."""
+    return statistics.median(theirs / ours for ours, theirs in zip(seconds, other, strict=True))
+
+
 def peak_bytes() -> int:
     """The most resident memory that this process has had so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

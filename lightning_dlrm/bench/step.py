@@ -22,7 +22,7 @@ from lightning_dlrm.bench.contenders import (
     paper,
     plain_network,
 )
-from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread, time_rounds
+from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread, time_rounds, times_as_fast
 from lightning_dlrm.bench.options import add_device_arguments, add_peer_arguments, check, finisher
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
@@ -96,18 +96,18 @@ def measure(
 ) -> list[Measurement]:
     """Times contenders that each make ``args.steps`` steps; the first round, which warms up, does not count."""
     print(rates)
-    seconds = time_rounds({str(key): work for key, work in contenders.items()}, args.rounds + 1)
-    medians = {key: median_and_spread(seconds[str(key)][1:])[0] for key in contenders}
+    rounds = time_rounds({str(key): work for key, work in contenders.items()}, args.rounds + 1)
+    seconds = {key: [value / args.steps for value in rounds[str(key)][1:]] for key in contenders}
     rows = []
     for key in contenders:
         implementation, precision = key
-        median, spread = median_and_spread([value / args.steps for value in seconds[str(key)][1:]])
+        median, spread = median_and_spread(seconds[key])
         extra = {}
         if implementation == "ours":
             others = [other for other in contenders if other[0] != "ours"]
             # A peer in float32 only is what ours in any precision is faster than.
             extra = {
-                f"speed_over_{name}": medians[name, other] / medians[key]
+                f"speed_over_{name}": times_as_fast(seconds[key], seconds[name, other])
                 for name, other in others
                 if other == precision or name == "peer"
             }
