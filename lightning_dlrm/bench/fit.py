@@ -25,10 +25,11 @@ from lightning_dlrm.bench.options import add_device_arguments, add_peer_argument
 from lightning_dlrm.bench.worker import REPLIES, REQUESTS, Worker
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.recorded import EAGER_STEPS
 
 DESCRIPTION = """\
 Times training of the paper's DLRM (Kaggle's shape: 540 million parameters on the demo data), plain SGD, with all that a
-run does but validations and checkpoints, in turns:
+run does after its first 100 steps but validations and checkpoints, in turns:
   ours, fit             the command fit in a process of its own: Lightning, metrics every 100 steps, progress, W&B
                         offline, the stream
   ours, bare loop       the same step in a plain for loop over the same stream
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         for precision in args.precision:
             command = _fit_command(args, folder, precision, temporary / f"fit-{precision}")
             fit = stack.enter_context(Worker(command, temporary))
+            # As every step of a longer fit, of which the first ones are made otherwise.
+            fit(EAGER_STEPS)
             contenders["ours", "fit", precision] = partial(fit, args.steps)
             ours, theirs = (
                 OurStep(network, precision, device, graphs=device.type == "cuda"),
