@@ -17,7 +17,8 @@ enum { LINE = 64, AHEAD = 24, BAGS_A_CHUNK = 512, INDICES_A_CHUNK = 512, MOST_DI
 
 #define INLINE static inline __attribute__((always_inline))
 
-#ifdef __FP_FAST_FMAF
+/* Where it is one instruction, which clang does not tell by __FP_FAST_FMAF. */
+#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 #define FMA(a, b, c) fmaf(a, b, c)
 #else
 #define FMA(a, b, c) ((a) * (b) + (c))
@@ -40,6 +41,12 @@ void use_threads(void *gomp_parallel, void *gomp_barrier, void *omp_get_thread_n
 /* The next chunk of work that no thread has taken. */
 INLINE int64_t take(int64_t *next) {
     return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+}
+
+/* Where a thread's share of some work begins. Samples are shared out so, as torch's products share them out: each stays
+   with the thread that has it in its caches. */
+INLINE int64_t share_begins(int64_t count, int thread) {
+    return count * thread / thread_count();
 }
 
 INLINE int64_t least(int64_t a, int64_t b) {
@@ -435,7 +442,7 @@ void update_rows(struct update *all, int threads) {
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
-enum { LANES = 16, TILE = 4, SAMPLES_A_CHUNK = 16 };
+enum { LANES = 16, TILE = 4 };
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -449,7 +456,6 @@ struct pairs {
     int64_t samples, vectors, width, space;
     bool half_first, half_others; /* what is bfloat16; `out` is as `first` */
     bool squares;                 /* whether there are products (i, i) */
-    int64_t next;
 };
 
 INLINE int64_t padded(int64_t count) {
@@ -555,24 +561,22 @@ INLINE void pairs_of_sample(const struct pairs *a, int64_t sample, int64_t width
         multiply_pairs(a, sample, width, space);
 }
 
-static void pair_chunks(void *what) {
+static void pairs_of_share(void *what) {
     struct pairs *a = what;
-    float *space = a->spaces + thread_number() * a->space;
-    const int64_t chunks = (a->samples + SAMPLES_A_CHUNK - 1) / SAMPLES_A_CHUNK;
-    for (int64_t chunk; (chunk = take(&a->next)) < chunks;)
-        for (int64_t s = chunk * SAMPLES_A_CHUNK; s < least((chunk + 1) * SAMPLES_A_CHUNK, a->samples); s++) {
-            if (a->width == 16)
-                pairs_of_sample(a, s, 16, space);
-            else if (a->width == 64)
-                pairs_of_sample(a, s, 64, space);
-            else
-                pairs_of_sample(a, s, a->width, space);
-        }
+    const int thread = thread_number();
+    float *space = a->spaces + thread * a->space;
+    for (int64_t s = share_begins(a->samples, thread); s < share_begins(a->samples, thread + 1); s++) {
+        if (a->width == 16)
+            pairs_of_sample(a, s, 16, space);
+        else if (a->width == 64)
+            pairs_of_sample(a, s, 64, space);
+        else
+            pairs_of_sample(a, s, a->width, space);
+    }
 }
 
 void pair_products(struct pairs *all, int threads) {
-    all->next = 0;
-    parallel(pair_chunks, all, (unsigned)threads, 0);
+    parallel(pairs_of_share, all, (unsigned)threads, 0);
 }
 
 /* ---- The backward pass of a ReLU and of the bias before it ---- */
@@ -586,7 +590,6 @@ struct relu {
     float *sums;            /* out [sums of ROWS_A_SUM rows, D]; the first is then their total, the bias's gradient */
     int64_t samples, width;
     bool half; /* whether `grad`, `activation` and `turned` are bfloat16 */
-    int64_t next;
 };
 
 /* Keeps a row's gradient where the activation is positive, and adds it to the sums. */
@@ -606,40 +609,75 @@ INLINE void differentiate_row(const struct relu *a, int64_t row, bool half, floa
 }
 
 /* Elements are copied as they are, whatever they mean. */
-#define TURN_SQUARE(name, element)                                                                                     \
-    INLINE void name(const struct relu *a, int64_t row, int64_t column, int64_t rows, int64_t columns) {               \
-        const element *from = (const element *)a->grad + row * a->width + column;                                      \
-        element *to = (element *)a->turned + column * a->samples + row, turned[SIDE][SIDE];                            \
+#define TURN(name, element)                                                                                            \
+    INLINE void name(const element *from, int64_t width, element *to, int64_t samples, int64_t rows,                   \
+                     int64_t columns) {                                                                                \
+        element turned[SIDE][SIDE];                                                                                    \
         for (int64_t r = 0; r < rows; r++)                                                                             \
             for (int64_t c = 0; c < columns; c++)                                                                      \
-                turned[c][r] = from[r * a->width + c];                                                                 \
+                turned[c][r] = from[r * width + c];                                                                    \
         for (int64_t c = 0; c < columns; c++)                                                                          \
-            memcpy(to + c * a->samples, turned[c], (size_t)rows * sizeof *to);                                         \
+            memcpy(to + c * samples, turned[c], (size_t)rows * sizeof *to);                                            \
     }
-TURN_SQUARE(turn_halves, uint16_t)
-TURN_SQUARE(turn_floats, uint32_t)
+TURN(turn_halves, uint16_t)
+TURN(turn_floats, uint32_t)
+
+#ifdef __AVX512BW__
+/* A whole square in registers: four times, the first half of its rows is zipped with the second. Where vectors are
+   shorter, compilers make single moves of this. */
+#ifdef __clang__
+#define ZIP(vector, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ZIP(vector, a, b, ...) __builtin_shuffle(a, b, (vector){__VA_ARGS__})
+#endif
+#define TURN_SQUARE(name, element)                                                                                     \
+    INLINE void name(const element *from, int64_t width, element *to, int64_t samples) {                               \
+        typedef element vector __attribute__((vector_size(SIDE * sizeof(element)), aligned(sizeof(element))));         \
+        vector rows[SIDE], zipped[SIDE];                                                                               \
+        for (int r = 0; r < SIDE; r++)                                                                                 \
+            memcpy(rows + r, from + r * width, sizeof *rows);                                                          \
+        for (int round = 0; round < 4; round++) {                                                                      \
+            for (int r = 0; r < SIDE / 2; r++) {                                                                       \
+                const vector a = rows[r], b = rows[r + SIDE / 2];                                                      \
+                zipped[2 * r] = ZIP(vector, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);             \
+                zipped[2 * r + 1] = ZIP(vector, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);   \
+            }                                                                                                          \
+            memcpy(rows, zipped, sizeof rows);                                                                         \
+        }                                                                                                              \
+        for (int c = 0; c < SIDE; c++)                                                                                 \
+            memcpy(to + c * samples, rows + c, sizeof *rows);                                                          \
+    }
+TURN_SQUARE(turn_square_of_halves, uint16_t)
+TURN_SQUARE(turn_square_of_floats, uint32_t)
+#else
+#define turn_square_of_halves(from, width, to, samples) turn_halves(from, width, to, samples, SIDE, SIDE)
+#define turn_square_of_floats(from, width, to, samples) turn_floats(from, width, to, samples, SIDE, SIDE)
+#endif
 
 INLINE void differentiate_rows(const struct relu *a, int64_t first, int64_t last, bool half, float *sums) {
     for (int64_t row = first; row < last; row++)
         differentiate_row(a, row, half, sums);
     for (int64_t column = 0; a->turned && column < a->width; column += SIDE) {
         const int64_t columns = least(SIDE, a->width - column), rows = last - first;
+        const char *from = a->grad + bytes_of(first * a->width + column, half);
+        char *to = a->turned + bytes_of(column * a->samples + first, half);
         const bool whole = rows == SIDE && columns == SIDE;
         if (half && whole)
-            turn_halves(a, first, column, SIDE, SIDE);
+            turn_square_of_halves((const uint16_t *)from, a->width, (uint16_t *)to, a->samples);
         else if (half)
-            turn_halves(a, first, column, rows, columns);
+            turn_halves((const uint16_t *)from, a->width, (uint16_t *)to, a->samples, rows, columns);
         else if (whole)
-            turn_floats(a, first, column, SIDE, SIDE);
+            turn_square_of_floats((const uint32_t *)from, a->width, (uint32_t *)to, a->samples);
         else
-            turn_floats(a, first, column, rows, columns);
+            turn_floats((const uint32_t *)from, a->width, (uint32_t *)to, a->samples, rows, columns);
     }
 }
 
-static void relu_chunks(void *what) {
+static void relus_of_share(void *what) {
     struct relu *a = what;
-    const int64_t chunks = (a->samples + ROWS_A_SUM - 1) / ROWS_A_SUM;
-    for (int64_t chunk; (chunk = take(&a->next)) < chunks;) {
+    const int thread = thread_number();
+    const int64_t chunks = (a->samples + ROWS_A_SUM - 1) / ROWS_A_SUM, end = share_begins(chunks, thread + 1);
+    for (int64_t chunk = share_begins(chunks, thread); chunk < end; chunk++) {
         const int64_t first = chunk * ROWS_A_SUM, last = least(first + ROWS_A_SUM, a->samples);
         float *sums = a->sums + chunk * a->width;
         memset(sums, 0, (size_t)a->width * 4);
@@ -652,8 +690,7 @@ static void relu_chunks(void *what) {
 }
 
 void relu_gradients(struct relu *all, int threads) {
-    all->next = 0;
-    parallel(relu_chunks, all, (unsigned)threads, 0);
+    parallel(relus_of_share, all, (unsigned)threads, 0);
     /* In the same order, whoever made them. */
     const int64_t chunks = (all->samples + ROWS_A_SUM - 1) / ROWS_A_SUM;
     for (int64_t chunk = 1; chunk < chunks; chunk++)

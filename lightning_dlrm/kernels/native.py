@@ -84,7 +84,6 @@ class _Pairs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("first", "others", "out", "grad_first", "grad_others", "spaces")),
         *((name, ctypes.c_int64) for name in ("samples", "vectors", "width", "space")),
         *((name, ctypes.c_bool) for name in ("half_first", "half_others", "squares")),
-        ("next", ctypes.c_int64),
     ]
 
 
@@ -93,7 +92,6 @@ class _Relu(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("grad", "activation", "turned", "sums")),
         *((name, ctypes.c_int64) for name in ("samples", "width")),
         ("half", ctypes.c_bool),
-        ("next", ctypes.c_int64),
     ]
 
 
