@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
@@ -15,7 +16,8 @@ def test_one_line_a_step(tmp_path: Path) -> None:
     logger.log_metrics({"train/loss": 0.5}, step=1)
     logger.log_metrics({"train/loss": 0.4}, step=2)
     logger.log_metrics({"validation/auc": 0.7, "validation/calibration": math.nan}, step=2)
-    logger.log_metrics({"train/loss": 0.3}, step=3)
+    # As callbacks of Lightning log them.
+    logger.log_metrics({"train/loss": torch.tensor(0.3, dtype=torch.float64)}, step=3)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         {"step": 1, "train/loss": 0.5},
         {"step": 2, "train/loss": 0.4, "validation/auc": 0.7, "validation/calibration": None},

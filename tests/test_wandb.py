@@ -22,6 +22,7 @@ from datamodules.criteo import Criteo
 from datamodules.generate.demo import DemoSettings
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import shipped_configs
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.diagnostics import NormRecorder
 from lightning_dlrm.tracking.run_folder import RunFolder
 from lightning_dlrm.tracking.wandb_run import RunPlace, WandbExtras, choose_mode, start_wandb
@@ -49,6 +50,16 @@ class TestMode:
         monkeypatch.setenv("WANDB_MODE", "disabled")
         assert choose_mode("auto") == ("disabled", "")
         assert choose_mode("offline")[0] == "offline", "the option is nearer than the environment"
+
+    def test_a_wrong_mode_in_the_environment_is_refused_and_an_empty_one_is_none(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("WANDB_MODE", "nonsense")
+        with pytest.raises(UserError, match="WANDB_MODE is nonsense; set it to online, offline or disabled"):
+            choose_mode("auto")
+        monkeypatch.setenv("WANDB_MODE", "")
+        assert choose_mode("auto") == ("offline", "no API key")
+        assert "WANDB_MODE" not in os.environ, "W&B would refuse it"
 
     @pytest.mark.parametrize("where", ["environment", "netrc"])
     def test_with_a_key_online_where_the_server_answers(

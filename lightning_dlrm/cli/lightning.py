@@ -263,6 +263,13 @@ class CTRCommand(LightningCLI):
             raise UserError(f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}; give 1 or more")
         if settings["log_every_n_steps"] is not None and settings["log_every_n_steps"] < 1:
             raise UserError(f"trainer.log_every_n_steps is {settings['log_every_n_steps']}; give 1 or more")
+        if (settings["gradient_clip_val"] or 0) < 0:
+            raise UserError(
+                f"trainer.gradient_clip_val is {settings['gradient_clip_val']}; give 0 (no clipping) or more"
+            )
+        if str(settings["precision"]) in ("16", "16-mixed"):
+            # On a CPU Lightning would take bf16-mixed in its place.
+            raise UserError(f"trainer.precision {settings['precision']} scales the loss; use bf16-mixed")
         if self._settings().get("stop_at_auc") is not None and settings["limit_val_batches"] == 0:
             raise UserError(
                 "stop_at_auc looks at validations, and trainer.limit_val_batches is 0: leave one of them out"

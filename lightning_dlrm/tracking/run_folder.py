@@ -192,6 +192,7 @@ def _make(path: Path) -> None:
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    if hasattr(value, "item"):
+        # Lightning's LearningRateMonitor logs the rates as they are, as tensors.
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import wandb
 from pytorch_lightning.loggers import WandbLogger
 
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SCHEMA_FILE
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import WANDB, RunFolder
@@ -42,9 +43,17 @@ def choose_mode(mode: Mode, seconds: float = 3.0) -> tuple[Literal["online", "of
 
     Returns:
         The mode, and the reason for ``offline`` in a few words.
+
+    Raises:
+        UserError: WANDB_MODE is none of W&B's modes.
     """
+    wanted = os.environ.get("WANDB_MODE", "").lower()
+    if not wanted:
+        # W&B takes an empty one for a wrong one.
+        os.environ.pop("WANDB_MODE", None)
+    elif wanted not in ("online", "offline", "disabled", "dryrun"):
+        raise UserError(f"WANDB_MODE is {wanted}; set it to online, offline or disabled, or leave it out")
     if mode == "auto":
-        wanted = os.environ.get("WANDB_MODE", "").lower()
         if wanted == "disabled":
             return "disabled", ""
         if wanted in ("offline", "dryrun"):
