@@ -108,10 +108,7 @@ def test_pair_products_in_half_precision_round_once() -> None:
 def test_native_pair_products_equal_a_loop(
     rows: int, vectors: int, width: int, squares: bool, of_first: torch.dtype, of_others: torch.dtype
 ) -> None:
-    try:
-        native.library()
-    except native.NativeError as error:
-        pytest.skip(f"the native kernels are not tested: {error}")
+    _need_native()
     interaction = DotInteraction(vectors, width, squares)
     interaction.kernels = "native"
     torch.manual_seed(1)
@@ -250,3 +247,24 @@ def test_large_tables_are_ordinary_tensors() -> None:
     assert large.sum() == 3 * 2**20 and large.is_contiguous() and large.clone().shape == (2**19, 3)
     assert empty_table((2**19, 3), torch.float32, torch.device("meta")).is_meta
     keep_freed_memory()
+
+
+def _need_native() -> None:
+    try:
+        native.library()
+    except native.NativeError as error:
+        pytest.skip(f"the native kernels are not tested: {error}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_native", [False, True])
+@pytest.mark.parametrize("size", [4, 256])
+def test_what_is_no_number_reaches_the_loss(dtype: torch.dtype, by_native: bool, size: int) -> None:
+    """Through small layers and large ones, which other kernels make."""
+    if by_native:
+        _need_native()
+    x_Bd = torch.randn(size, 256).to(dtype)
+    weights = [torch.randn(256, 256).to(dtype) for _ in range(2)]
+    weights[0][5, 7] = float("nan")
+    biases = [torch.zeros(256, dtype=dtype)] * 2
+    assert fused.dense_layers(x_Bd, weights, biases, linear_output=True, by_native=by_native).isnan().all()

@@ -9,13 +9,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loops.optimization.automatic import _AutomaticOptimization
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from datamodules.synthetic import RandomData
 from lightning_dlrm.bench.contenders import Workload, draw_batch
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
+from lightning_dlrm.engine.recorded import RecordedStep, _repeater, is_recordable
 from lightning_dlrm.models.baselines import DeepFM, FactorizationMachine, LogisticRegression, WideAndDeep, XDeepFM
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
@@ -253,7 +254,9 @@ class Penalised(CTRModule):
         return out
 
 
-@pytest.mark.parametrize("case", ["accumulated later", "a callback's function, two fits", "own training step"])
+@pytest.mark.parametrize(
+    "case", ["accumulated later", "a callback's function, two fits", "own training step", "own hook", "profiler"]
+)
 def test_whatever_a_fit_is_made_of_its_numbers_stay(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     monkeypatch.setattr("lightning_dlrm.engine.recorded.EAGER_STEPS", 3)
     called = []
@@ -264,6 +267,8 @@ def test_whatever_a_fit_is_made_of_its_numbers_stay(monkeypatch: pytest.MonkeyPa
             "fits": 2,
         },
         "own training step": {"kind": Penalised},
+        "own hook": {"kind": Observes},
+        "profiler": {"profiler": "simple"},
     }[case]
     weights, others = fitted(True, **options), fitted(False, **options)
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
@@ -320,6 +325,50 @@ class Doubles(RandomData):
         return batch
 
 
+class Fails(pl.Callback):
+    """Ends the first fit by an error, after some repeated steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.steps += 1
+        if self.steps == 8:
+            raise RuntimeError("as planned")
+
+
+def test_what_an_error_ends_leaves_nothing_for_the_next_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_dlrm.engine.recorded.EAGER_STEPS", 3)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    found = []
+    for fails in (True, False):
+        pl.seed_everything(1, verbose=False)
+        options = {"tables": list(TABLES), "dense": 3, "train_rows": 200, "validation_rows": 0, "test_rows": 0}
+        data = RandomData(**options, batch_size=16)
+        first, second = (
+            CTRModule(partial(DLRM, embedding_dim=8, **MLP), SGD(0.1), SGD(0.1), schema=data.schema) for _ in range(2)
+        )
+        trainer = pl.Trainer(max_epochs=2, accelerator="cpu", callbacks=[Fails()] if fails else [], **quiet)
+        if fails:
+            with pytest.raises(RuntimeError, match="as planned"):
+                trainer.fit(first, data)
+            assert "run" not in vars(trainer.fit_loop.epoch_loop.automatic_optimization)
+            assert "_on_before_batch_transfer" not in vars(first)
+        pl.seed_everything(2, verbose=False)
+        trainer = pl.Trainer(max_epochs=2, accelerator="cpu", **quiet)
+        trainer.fit(second, data)
+        found.append(torch.cat([weight.flatten() for weight in second.network.parameters()]))
+    assert torch.equal(*found)
+
+
+class Observes(CTRModule):
+    """What a user may write: a hook within a step that changes gradients."""
+
+    def on_after_backward(self) -> None:
+        super().on_after_backward()
+        self.network.top[0].weight.grad *= 0.5
+
+
 def test_hooks_around_the_transfer_of_batches_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_dlrm.engine.recorded.EAGER_STEPS", 3)
     plain = fitted(True)
@@ -341,3 +390,21 @@ def test_weights_that_are_put_elsewhere_are_noticed() -> None:
     assert not recorder.repeats(batch) and recorder.takes(batch)
     loss, _ = recorder.forward_backward(batch)
     assert torch.equal(loss, mean_loss(network(batch.dense, batch.ids), batch))
+
+
+def test_what_is_written_or_handed_out_is_made_anew() -> None:
+    """Repeated, a step gives each time what it gave first, and nobody shares what another may change."""
+
+    def step(x: Tensor) -> list[Tensor]:
+        ones = torch.ones(3)
+        kept = torch.ones(3) * 2
+        written = torch.ones(3)
+        written.mul_(x)
+        return [x + kept, ones, written, torch.rand(3)]
+
+    repeat = _repeater(make_fx(step)(torch.ones(3)))
+    first, second = repeat(torch.ones(3) * 2), repeat(torch.ones(3) * 3)
+    assert first[0].tolist() == [4] * 3 and second[0].tolist() == [5] * 3
+    assert first[1].data_ptr() != second[1].data_ptr()
+    assert first[2].tolist() == [2] * 3 and second[2].tolist() == [3] * 3
+    assert not torch.equal(first[3], second[3])

@@ -394,11 +394,15 @@ class CTRModule(pl.LightningModule):
             self.averages.before_batch(self.trainer.global_step)
 
     def on_train_end(self) -> None:
+        self.end_steps()
+        self._settle()
+
+    def end_steps(self) -> None:
+        """Leaves the trainer and this model as they were before training, also where it ends before its end."""
         self._recorded, self._replayed = None, False
         give_hooks_back(self.trainer.callbacks)  # type: ignore[attr-defined]
         lengthen_steps(self.trainer)
         give_transfers_back(self)
-        self._settle()
 
     def _settle(self) -> None:
         """Afterwards the tables' rows are where they belong."""
@@ -503,7 +507,7 @@ class CTRModule(pl.LightningModule):
         self.give_weights_back()
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [_WeightsBack()] if self.averaging is not None else []
+        return [_CleansUp()]
 
     def _put_averages_in(self) -> None:
         if self.averages is not None:
@@ -713,12 +717,13 @@ _HOOKS_WITHIN_A_STEP = (
 )
 
 
-class _WeightsBack(pl.Callback):
+class _CleansUp(pl.Callback):
     """Lightning tells callbacks alone of an error or of Ctrl-C."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         assert isinstance(pl_module, CTRModule)
         pl_module.give_weights_back()
+        pl_module.end_steps()
 
 
 def _labels(batch: Batch) -> Tensor:

@@ -74,7 +74,7 @@ def _same_batch(batch: Batch, *_: Any, **__: Any) -> Batch:
 
 def hears_of_parts(trainer: Trainer) -> bool:
     """Whether somebody beside the model follows the parts of a step: callbacks with hooks within it, a profiler, or a
-    strategy or precision that is not Lightning's."""
+    strategy or precision that is not Lightning's. Callbacks that come later are not asked."""
     within = ("on_before_zero_grad", "on_before_backward", "on_after_backward")
     heard = any(callable(getattr(callback, hook)) for callback, hook in product(trainer.callbacks, within))  # type: ignore[attr-defined]
     plugins = (trainer.strategy, trainer.precision_plugin)

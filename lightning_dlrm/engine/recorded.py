@@ -160,9 +160,11 @@ class RecordedStep:
 
         told = register_module_forward_pre_hook(lambda part, _: called.setdefault(part))
         try:
-            self._repeat = _repeater(make_fx(make)(batch.dense, batch.ids.values, batch.label))
+            graph_module = make_fx(make)(batch.dense, batch.ids.values, batch.label)
         finally:
             told.remove()
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            self._repeat = _repeater(graph_module)
         # Of the many others, such as layers within DenseLayers, only the weights are used.
         self._watch(called)
         self._switches, self._like = self._switches_now(), _signature(batch)

@@ -87,6 +87,10 @@ class _Pairs(ctypes.Structure):
     ]
 
 
+class _ReluOfHalves(ctypes.Structure):
+    _fields_ = [("values", ctypes.c_void_p), ("count", ctypes.c_int64)]
+
+
 class _Relu(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("grad", "activation", "turned", "sums")),
@@ -122,6 +126,7 @@ def library() -> ctypes.CDLL:
         "look_up": _Lookup,
         "update_rows": _Update,
         "pair_products": _Pairs,
+        "relu_of_halves": _ReluOfHalves,
         "relu_gradients": _Relu,
     }
     for name, arguments in functions.items():
@@ -340,6 +345,17 @@ def _call_pairs(first_BD: Tensor, others_BVD: Tensor, squares: bool, out_Bn: Ten
     library().pair_products(all_, threads)
 
 
+def relu_of_halves(values: Tensor) -> Tensor:
+    """The ReLU of bfloat16, contiguous; in place. What is no number stays."""
+    return torch.ops.lightning_dlrm.relu_of_halves(values)
+
+
+def _relu_of_halves(values: Tensor) -> Tensor:
+    all_ = _ReluOfHalves(values=_at(values), count=values.numel())
+    library().relu_of_halves(all_, _threads(values.numel()))
+    return values
+
+
 def relu_gradients(grad_Bd: Tensor, activation_Bd: Tensor, turned: bool) -> tuple[Tensor, Tensor]:
     """The backward pass of a ReLU and of the bias before it.
 
@@ -380,11 +396,13 @@ _operators.define(
 )
 _operators.define("pair_products(Tensor first, Tensor others, bool squares) -> Tensor")
 _operators.define("pair_gradients(Tensor first, Tensor others, Tensor grad, bool squares) -> (Tensor, Tensor)")
+_operators.define("relu_of_halves(Tensor(a!) values) -> Tensor(a!)")
 _operators.define("relu_gradients(Tensor(a!) grad, Tensor activation, bool turned) -> (Tensor, Tensor)")
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "lookup": _look_up,
     "pair_products": _pair_products,
     "pair_gradients": _pair_gradients,
+    "relu_of_halves": _relu_of_halves,
     "relu_gradients": _relu_gradients,
 }
 for _name, _implementation in _IMPLEMENTATIONS.items():

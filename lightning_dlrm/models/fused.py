@@ -16,8 +16,6 @@ from lightning_dlrm.kernels import native
 # Multiply-adds from which on oneDNN's kernel is worth its start; none without oneDNN.
 _LARGE_PRODUCT = 2**23 if torch.backends.mkldnn.is_available() else math.inf
 
-_HAS_HALF_PRODUCTS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""Whether oneDNN multiplies in bfloat16 on this processor."""
 _WORTH_A_CALL = 2**14
 """Elements of a gradient from which on a kernel in C pays for its call."""
 _NARROW = 32
@@ -79,8 +77,8 @@ class _DenseLayers(torch.autograd.Function):
         weights, biases = parameters[:layers], parameters[layers:]
         activations = [x_Bd]
         for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            relu = layer < layers - 1 or not linear_output
-            activations.append(_linear(activations[-1], weight, bias, relu))
+            y_Bd = _linear(activations[-1], weight, bias)
+            activations.append(_relu(y_Bd, by_native) if layer < layers - 1 or not linear_output else y_Bd)
         ctx.linear_output, ctx.by_native = linear_output, by_native
         ctx.save_for_backward(*activations, *weights)
         return activations[-1]
@@ -114,14 +112,14 @@ class _DenseLayers(torch.autograd.Function):
                     grad_bias = grad_Bd.sum(0, dtype=ctx.parameter_dtype)
             grad_biases.append(grad_bias)
             if turned_dB is not None:
-                grad_weight = _linear(turned_dB, x_Bd.t(), None, relu=False)
+                grad_weight = _linear(turned_dB, x_Bd.t(), None)
             elif x_Bd.shape[1] < _NARROW:
                 grad_weight = (x_Bd.t() @ grad_Bd).t().contiguous()
             else:
                 grad_weight = grad_Bd.t() @ x_Bd
             grad_weights.append(grad_weight.to(ctx.parameter_dtype))
             if layer or ctx.needs_input_grad[0]:
-                grad_Bd = _linear(grad_Bd, weights[layer].t(), None, relu=False)
+                grad_Bd = _linear(grad_Bd, weights[layer].t(), None)
         grad_input = grad_Bd.to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
         return grad_input, None, None, *reversed(grad_weights), *reversed(grad_biases)
 
@@ -186,21 +184,18 @@ def _is_faster_turned(x_Bd: Tensor, grad_Bd: Tensor) -> bool:
     return x_Bd.dtype == torch.float32 or x_Bd.shape[1] % 4 == 0
 
 
-def _linear(x_Bd: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    """x W' + b, with or without a ReLU."""
-    if x_Bd.device.type == "cpu" and _is_for_onednn(x_Bd, weight, relu):
-        y_Bd: Tensor = torch.ops.mkldnn._linear_pointwise(x_Bd, weight, bias, "relu" if relu else "none", [], "")
+def _linear(x_Bd: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + b."""
+    if x_Bd.device.type == "cpu" and x_Bd.dtype == torch.float32 and len(x_Bd) * weight.numel() >= _LARGE_PRODUCT:
+        # oneDNN's kernel: a few hundredths faster than the BLAS behind addmm, and a quarter where the width is odd. Its
+        # own ReLU is not used: it makes zeros of what is no number, which nobody would hear of.
+        y_Bd: Tensor = torch.ops.mkldnn._linear_pointwise(x_Bd, weight, bias, "none", [], "")
         return y_Bd
-    y_Bd = functional.linear(x_Bd, weight, bias)
-    return y_Bd.relu_() if relu else y_Bd
+    return functional.linear(x_Bd, weight, bias)
 
 
-def _is_for_onednn(x_Bd: Tensor, weight: Tensor, relu: bool) -> bool:
-    """Whether oneDNN's kernel with the bias and the ReLU inside takes less time.
-
-    In float32, than the BLAS behind addmm a tenth less, and a quarter where the width is odd. In bfloat16 torch takes
-    oneDNN's anyway, but with the ReLU apart.
-    """
-    if x_Bd.dtype == torch.float32:
-        return len(x_Bd) * weight.numel() >= _LARGE_PRODUCT
-    return x_Bd.dtype == torch.bfloat16 and relu and _HAS_HALF_PRODUCTS
+def _relu(y_Bd: Tensor, by_native: bool) -> Tensor:
+    """In place."""
+    if by_native and y_Bd.dtype == torch.bfloat16 and y_Bd.numel() >= _WORTH_A_CALL:
+        return native.relu_of_halves(y_Bd)
+    return y_Bd.relu_()
