@@ -55,7 +55,8 @@ class RunProgress(ProgressBar):
     ) -> None:
         assert self._fit_bar is not None
         recorder = self._recorder
-        if recorder is not None and recorder.logged_step > self._told_step:
+        # Only rank 0 has metrics to show.
+        if trainer.is_global_zero and recorder is not None and recorder.logged_step > self._told_step:
             # No refresh here: the bar redraws on its own clock.
             self._told_step, latest = recorder.logged_step, recorder.latest
             self._fit_bar.set_postfix_str(
