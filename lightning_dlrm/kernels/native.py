@@ -340,7 +340,7 @@ def _call_pairs(first_BD: Tensor, others_BVD: Tensor, squares: bool, out_Bn: Ten
     )
     threads, vectors, width = _threads(out_Bn.numel()), all_.vectors + 15 & ~15, all_.width + 15 & ~15
     # What lies beyond the vectors is zero, and stays so.
-    spaces = torch.zeros(threads, 3 * vectors * width + 2 * vectors * vectors + width)
+    spaces = torch.zeros(threads, 3 * vectors * width + 2 * vectors * vectors + width, dtype=torch.float32)
     all_.spaces, all_.space = _at(spaces), spaces.shape[1]
     library().pair_products(all_, threads)
 
@@ -374,7 +374,8 @@ def _relu_gradients(grad_Bd: Tensor, activation_Bd: Tensor, turned: bool) -> tup
     samples, width = grad_Bd.shape
     activation_Bd = activation_Bd.contiguous()
     turned_dB = grad_Bd.new_empty((width, samples) if turned else 0)
-    sums = torch.empty(-(-samples // _ROWS_A_SUM), width) if samples else torch.zeros(1, width)
+    parts = -(-samples // _ROWS_A_SUM) if samples else 1
+    sums = torch.zeros(parts, width, dtype=torch.float32)
     all_ = _Relu(
         grad=_at(grad_Bd),
         activation=_at(activation_Bd),
