@@ -27,10 +27,10 @@ from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoin
 from lightning_dlrm.engine.recorder import Recorder
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.models.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.plan import Piece, Plan
+from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
 from tests.ranks import environment
 from tests.toy import TABLES, toy_dcn, toy_dlrm, toy_module, toy_schema, wide_dlrm

@@ -13,7 +13,7 @@ from lightning_dlrm.bench.measurement import Measurement
 from lightning_dlrm.bench.options import check
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.graphs import EAGER_STEPS
-from lightning_dlrm.models.tables import EmbeddingTables
+from lightning_dlrm.tables.tables import EmbeddingTables
 
 DESCRIPTION = """\
 Runs on a CUDA device, and fails with a list of what is missed:
@@ -24,7 +24,7 @@ Runs on a CUDA device, and fails with a list of what is missed:
     at 15 million samples/s or more), bench lookup, and bench fit (10 million samples/s from Parquet), in bfloat16.
 
 The rates are asked of an H100; on another GPU look at the figures alone. The tests of the fused kernels on the device:
-pytest -m gpu tests/test_gpu.py
+pytest -m gpu tests/kernels/test_gpu.py
 
 examples:
   python -m lightning_dlrm bench gpu --json gpu.json

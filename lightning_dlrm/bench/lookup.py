@@ -17,9 +17,9 @@ from lightning_dlrm.bench.options import add_device_arguments, check, finisher
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import Kernels, Table
-from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import RowWiseAdagrad
+from lightning_dlrm.tables.tables import EmbeddingTables
 
 DESCRIPTION = """\
 Times lookup, backward and update of some tables, ids log-uniform (low ones come often), the same in each contender:

@@ -19,14 +19,14 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.models.host_tables import HostTables
-from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.host_lookup import ShardedHostTables
 from lightning_dlrm.sharding.lookup import ShardedTables
 from lightning_dlrm.sharding.plan import TableLoad, make_plan
+from lightning_dlrm.tables.host_tables import HostTables
+from lightning_dlrm.tables.tables import EmbeddingTables, rows_elsewhere
 
 DESCRIPTION = """\
 Times whole training steps of the paper's DLRM at Kaggle's table sizes (540 million parameters), on several processes

@@ -24,7 +24,6 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
-from lightning_dlrm.models.embeddings import WidthGroup
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.plan import (
     Plan,
@@ -40,6 +39,7 @@ from lightning_dlrm.sharding.plan import (
     read_plan,
     table_costs,
 )
+from lightning_dlrm.tables.embeddings import WidthGroup
 
 PLOT_WIDTH = 10.0
 """Inches."""

@@ -26,9 +26,9 @@ from lightning_dlrm.cli.lightning import SettingsCommand, code_version
 from lightning_dlrm.compare.runs import Arm, Run
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.models.fbgemm_tables import use_fbgemm
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.tables.fbgemm_tables import use_fbgemm
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
 

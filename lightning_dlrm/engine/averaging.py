@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, TablePiece
 from lightning_dlrm.models.network import CTRNetwork
-from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
+from lightning_dlrm.tables.tables import EmbeddingTables
 
 AVERAGE, AVERAGED_STEPS = "average", "averaged_steps"
 """Slots of a table in a checkpoint: the average [R, D], and int32 [R], how many steps are in it."""

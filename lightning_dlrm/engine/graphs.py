@@ -15,10 +15,10 @@ from torch import Tensor
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.kernels.choice import choose
-from lightning_dlrm.models.fused_tables import UnsummedGradient
 from lightning_dlrm.models.network import CTRNetwork
-from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.tables.fused_tables import UnsummedGradient
+from lightning_dlrm.tables.tables import EmbeddingTables
 
 log = logging.getLogger("lightning_dlrm")
 

@@ -33,11 +33,8 @@ from lightning_dlrm.engine.random_state import random_states, restore_random_sta
 from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
-from lightning_dlrm.models.fbgemm_tables import FBGEMMTables, use_fbgemm
-from lightning_dlrm.models.host_tables import HostRows
 from lightning_dlrm.models.layers import DenseLayers, DotInteraction
 from lightning_dlrm.models.network import CTRNetwork
-from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.objectives.curves import ClickCurves, click_curves
 from lightning_dlrm.objectives.losses import LogLoss, Loss
 from lightning_dlrm.objectives.metrics import ClickMetrics
@@ -46,6 +43,9 @@ from lightning_dlrm.optim.rules import UpdateRule
 from lightning_dlrm.optim.schedules import Constant, Schedule
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors
 from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.tables.fbgemm_tables import FBGEMMTables, use_fbgemm
+from lightning_dlrm.tables.host_tables import HostRows
+from lightning_dlrm.tables.tables import EmbeddingTables
 from lightning_dlrm.tracking import names
 
 

@@ -19,8 +19,8 @@ from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient
 from lightning_dlrm.kernels import native
 from lightning_dlrm.kernels.choice import choose
 from lightning_dlrm.models.network import CTRNetwork
-from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.tables.tables import EmbeddingTables
 
 EAGER_STEPS = 100
 """First steps of a fit that are made without: recording takes about a second, which a short fit would not get back."""

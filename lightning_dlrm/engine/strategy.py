@@ -16,9 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.models.host_tables import HostTables
 from lightning_dlrm.models.network import CTRNetwork
-from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
 from lightning_dlrm.sharding.host_lookup import ShardedHostTables
 from lightning_dlrm.sharding.lookup import ShardedTables
@@ -32,6 +30,8 @@ from lightning_dlrm.sharding.plan import (
     read_plan,
     refuse_cut_tables,
 )
+from lightning_dlrm.tables.host_tables import HostTables
+from lightning_dlrm.tables.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.tracking import names
 
 log = logging.getLogger("lightning_dlrm")

@@ -13,11 +13,11 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import Table
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.models.embeddings import Embeddings, TableSettings
 from lightning_dlrm.models.layers import CompressedInteraction, DenseLayers, PairwiseSum, initialise
 from lightning_dlrm.models.linear import LinearTerms, scalar_tables
 from lightning_dlrm.models.network import CTRNetwork, Missing
-from lightning_dlrm.models.tables import EmbeddingTables
+from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
+from lightning_dlrm.tables.tables import EmbeddingTables
 
 
 class FieldVectors(nn.Module):

@@ -10,10 +10,10 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossKind, make_cross
-from lightning_dlrm.models.embeddings import Embeddings, TableSettings
 from lightning_dlrm.models.layers import DenseLayers, initialise
 from lightning_dlrm.models.linear import LinearTerms
 from lightning_dlrm.models.network import CTRNetwork, Missing
+from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
 
 
 class DCN(CTRNetwork):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.lookup import Table
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.models.tables import EmbeddingTables
+from lightning_dlrm.tables.tables import EmbeddingTables
 
 
 class LinearTerms(nn.Module):

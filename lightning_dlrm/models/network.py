@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup
-from lightning_dlrm.models.embeddings import Embeddings
 from lightning_dlrm.models.layers import MissingValues
 from lightning_dlrm.models.linear import LinearTerms
+from lightning_dlrm.tables.embeddings import Embeddings
 
 Missing: TypeAlias = Literal["zero", "learned"]
 """What stands for a missing dense value: see MissingValues."""

@@ -14,11 +14,11 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, Kernels, RowGradient, gather_rows, put_rows
 from lightning_dlrm.kernels import native
 from lightning_dlrm.kernels.choice import choose
-from lightning_dlrm.models.fbgemm_tables import FBGEMMGradient
-from lightning_dlrm.models.fused_tables import UnsummedGradient, fused_update
-from lightning_dlrm.models.memory import keep_freed_memory
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
 from lightning_dlrm.optim.schedules import Schedule
+from lightning_dlrm.tables.fbgemm_tables import FBGEMMGradient
+from lightning_dlrm.tables.fused_tables import UnsummedGradient, fused_update
+from lightning_dlrm.tables.memory import keep_freed_memory
 
 
 class CTROptimizer(torch.optim.Optimizer):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.models.memory import empty_table
+from lightning_dlrm.tables.memory import empty_table
 
 
 class UpdateRule:

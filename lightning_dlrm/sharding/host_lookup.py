@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.lookup import RowGradient
-from lightning_dlrm.models.host_tables import HostRows, RowsAtHand
 from lightning_dlrm.sharding.lookup import Request, ShardedTables, sum_units
 from lightning_dlrm.sharding.needs import Asked
+from lightning_dlrm.tables.host_tables import HostRows, RowsAtHand
 
 
 class ShardedHostTables(HostRows, ShardedTables):

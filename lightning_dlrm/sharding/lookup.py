@@ -28,12 +28,12 @@ from torch.nn import functional
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.lookup import RowGradient, Table
-from lightning_dlrm.models.memory import empty_table
-from lightning_dlrm.models.pooling import PoolingLookup, pool_rows
-from lightning_dlrm.models.tables import EmbeddingTables, fill_initial_rows
 from lightning_dlrm.sharding.collectives import Ranks, Travelling
 from lightning_dlrm.sharding.needs import Asked, Needs, RowMap
 from lightning_dlrm.sharding.plan import Plan
+from lightning_dlrm.tables.memory import empty_table
+from lightning_dlrm.tables.pooling import PoolingLookup, pool_rows
+from lightning_dlrm.tables.tables import EmbeddingTables, fill_initial_rows
 
 
 class Request:

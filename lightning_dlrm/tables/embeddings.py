@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, Table
-from lightning_dlrm.models.host_tables import HostTables
-from lightning_dlrm.models.tables import EmbeddingTables
+from lightning_dlrm.tables.host_tables import HostTables
+from lightning_dlrm.tables.tables import EmbeddingTables
 
 
 @dataclass(frozen=True, kw_only=True)

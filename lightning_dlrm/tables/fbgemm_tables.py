@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.models.fused_tables import UnsummedGradient
-from lightning_dlrm.models.tables import EmbeddingTables, rows_elsewhere
+from lightning_dlrm.tables.fused_tables import UnsummedGradient
+from lightning_dlrm.tables.tables import EmbeddingTables, rows_elsewhere
 
 _OPTIMISERS = {"SGD": "EXACT_SGD", "Adagrad": "EXACT_ADAGRAD", "RowWiseAdagrad": "EXACT_ROWWISE_ADAGRAD"}
 """Our rules that FBGEMM has too, with the same formulas."""

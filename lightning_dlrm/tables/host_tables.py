@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient, SortedLookups
-from lightning_dlrm.models.pooling import PoolingLookup, pool_rows
-from lightning_dlrm.models.tables import EmbeddingTables
+from lightning_dlrm.tables.pooling import PoolingLookup, pool_rows
+from lightning_dlrm.tables.tables import EmbeddingTables
 
 _hands = ThreadPoolExecutor(1, thread_name_prefix="host tables")
 """Whoever touches tables in host memory during training; a thread that starts with its first work."""

@@ -19,8 +19,8 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, Table, TablePiece, gather_rows
 from lightning_dlrm.kernels import native
 from lightning_dlrm.kernels.choice import choose
-from lightning_dlrm.models.fused_tables import FusedLookup
-from lightning_dlrm.models.memory import empty_table
+from lightning_dlrm.tables.fused_tables import FusedLookup
+from lightning_dlrm.tables.memory import empty_table
 
 BLOCK_ROWS = 65_536
 """Initial rows are drawn block by block, so that any piece of a table can be made anywhere."""

@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from lightning_dlrm.__main__ import COMMANDS, main
 from lightning_dlrm.contracts.schema import DatasetSchema
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 SAMPLE = REPOSITORY.parent / "shared/criteo_terabyte_sample/day_0"
 TINY_DEMO = [
     "--data.demo.train_rows=8192",

@@ -36,15 +36,15 @@ from lightning_dlrm.compare.results import compare
 from lightning_dlrm.compare.runs import arms_of, data_differences, read_run, settings_of, told
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.models import tables
 from lightning_dlrm.objectives.metrics import exact_auc
+from lightning_dlrm.tables import tables
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
 from lightning_dlrm.tracking.wandb_comparison import ComparisonPage, send_comparison
 from lightning_dlrm.tracking.wandb_run import RunPlace
-from tests.test_wandb import merged, of_type, read_back
+from tests.tracking.test_wandb import merged, of_type, read_back
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 DEMO = {"train_rows": 2000, "validation_rows": 500, "test_rows": 400, "max_table_rows": 50}
 TINY = {"embedding_dim": 4}
 NETWORKS = {

@@ -1,6 +1,6 @@
 """Contract: no configuration is called different from itself, and a defect is seen; real fits on planted clicks.
 
-The whole simulation (200 comparisons) is marked slow: pytest -m slow -s tests/test_compare_simulation.py
+The whole simulation (200 comparisons) is marked slow: pytest -m slow -s tests/compare/test_compare_simulation.py
 """
 
 from collections import Counter

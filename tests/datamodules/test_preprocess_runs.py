@@ -81,14 +81,14 @@ def test_no_scheduler(tmp_path: Path, days: list[Path], monkeypatch: pytest.Monk
 
 def killed_and_resumed(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes], kills: int, seed: int) -> None:
     code = (
-        "import sys; from pathlib import Path; from tests.test_preprocess_runs import make; "
+        "import sys; from pathlib import Path; from tests.datamodules.test_preprocess_runs import make; "
         "make([Path(day) for day in sys.argv[2:]], Path(sys.argv[1]), workers=2)"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "out"), *map(str, days)]
     rng = random.Random(seed)
 
     def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(words, cwd=Path(__file__).parents[1], start_new_session=True)
+        return subprocess.Popen(words, cwd=Path(__file__).parents[2], start_new_session=True)
 
     began = time.monotonic()
     assert start().wait() == 0
@@ -354,7 +354,7 @@ def test_dead_worker_is_told_and_the_next_run_goes_on(tmp_path: Path) -> None:
     raw.write_text(text * 60)  # 12 MB: worth keeping what is done of it
     words = ["preprocess", "--dataset", "kaggle", "--protocol", "dlrm", "--input", raw, "--workers", "2"]
     command_line = [sys.executable, "-m", "lightning_dlrm", *map(str, words), "--output"]
-    place = {"cwd": Path(__file__).parents[1], "stderr": subprocess.PIPE, "text": True}
+    place = {"cwd": Path(__file__).parents[2], "stderr": subprocess.PIPE, "text": True}
     run = subprocess.Popen([*command_line, str(tmp_path / "out")], **place)  # type: ignore[call-overload]
     while run.poll() is None:
         workers = [worker for server in psutil.Process(run.pid).children() for worker in server.children()]

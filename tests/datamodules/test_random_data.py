@@ -182,7 +182,7 @@ def test_fewer_rows_are_the_beginning_of_more() -> None:
 
 def test_other_processes_write_the_same_bytes(made: tuple[Path, DatasetSchema], tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from tests.test_random_data import *;"
+        "import sys; from pathlib import Path; from tests.datamodules.test_random_data import *;"
         "print(generate_random(SETTINGS, Path(sys.argv[1])).data_fingerprint)"
     )
     processes = [
@@ -190,7 +190,7 @@ def test_other_processes_write_the_same_bytes(made: tuple[Path, DatasetSchema], 
             [sys.executable, "-c", program, str(tmp_path / name)],
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
         )
         for name in ("one", "two")
     ]

@@ -214,13 +214,13 @@ def test_a_column_that_never_repeats_goes_round_when_its_table_is_used_up() -> N
 def test_traces_are_the_same_in_every_process() -> None:
     """The digest is the first release's: another means other data under the same profile and seed."""
     program = (
-        "import hashlib; from tests.test_trace import *;"
+        "import hashlib; from tests.datamodules.test_trace import *;"
         "profile = make_profile(zipf_by_hand(), 2_000);"
         "print(hashlib.sha256(generated(profile, 200_000, seed=9).tobytes()).hexdigest()[:16])"
     )
     command = [sys.executable, "-c", program]
     processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) for _ in range(2)
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for _ in range(2)
     ]
     assert [process.communicate(timeout=120)[0].strip() for process in processes] == ["b97e48c081d4b2db"] * 2
     profile = make_profile(zipf_by_hand(), 2_000)

@@ -16,7 +16,7 @@ from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.optim.rules import Adagrad, RowWiseAdagrad
-from tests.test_fit import trainer_of
+from tests.engine.test_fit import trainer_of
 from tests.toy import ToyData, toy_schema
 
 

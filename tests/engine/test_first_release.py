@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_dlrm.optim.schedules import WarmupQuadraticDecay
-from tests.test_fit import losses, trainer_of
+from tests.engine.test_fit import losses, trainer_of
 from tests.toy import ToyData, toy_module
 
 LATER = {21: 0.6562156677246094, 30: 0.628713846206665, 40: 0.6447031497955322}
@@ -18,7 +18,7 @@ LATER = {21: 0.6562156677246094, 30: 0.628713846206665, 40: 0.6447031497955322}
 
 def test_its_checkpoint_goes_on_as_it_did(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
-    shutil.copytree(Path(__file__).parent / "first_release/dlrm", checkpoint)
+    shutil.copytree(Path(__file__).parents[1] / "frozen/first_release/dlrm", checkpoint)
     module = toy_module(schedule=WarmupQuadraticDecay(5, 10, 15))
     trainer_of(tmp_path / "run", max_steps=40, max_epochs=-1).fit(module, ToyData(), ckpt_path=checkpoint)
     found = losses(tmp_path / "run")

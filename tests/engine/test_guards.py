@@ -16,14 +16,14 @@ from lightning_dlrm.engine.guards import warn_of_chance
 from lightning_dlrm.engine.recorder import Recorder
 from lightning_dlrm.engine.target import StopAtAUC
 from lightning_dlrm.models.baselines import DeepFM
-from lightning_dlrm.models.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.objectives.metrics import exact_auc
 from lightning_dlrm.optim import rules
 from lightning_dlrm.optim.rules import SGD, Adam
 from lightning_dlrm.optim.schedules import Cosine
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
+from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.tracking.run_folder import RunFolder
-from tests.test_fit import StopAt, lines, losses, trainer_of
+from tests.engine.test_fit import StopAt, lines, losses, trainer_of
 from tests.toy import ToyData, ToyLoader, toy_dlrm, toy_module
 
 

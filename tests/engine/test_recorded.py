@@ -20,11 +20,11 @@ from lightning_dlrm.engine.recorded import RecordedStep, _repeater, is_recordabl
 from lightning_dlrm.models.baselines import DeepFM, FactorizationMachine, LogisticRegression, WideAndDeep, XDeepFM
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.models.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.losses import LogLoss
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, RowWiseAdagrad
+from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
 
 TABLES = (400, 3, 50)
 WORKLOAD = Workload(tables=TABLES, dense=4, width=8)

@@ -5,11 +5,11 @@ import torch
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import Table
-from lightning_dlrm.models.fbgemm_tables import FBGEMMTables, use_fbgemm
-from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
-from tests.test_kernels import ROWS, one_hot, ragged
+from lightning_dlrm.tables.fbgemm_tables import FBGEMMTables, use_fbgemm
+from lightning_dlrm.tables.tables import EmbeddingTables
+from tests.kernels.test_kernels import ROWS, one_hot, ragged
 
 
 def tables(width: int = 8) -> torch.nn.Module:

@@ -12,10 +12,10 @@ from lightning_dlrm.contracts.lookup import RowGradient, Table, gather_rows, put
 from lightning_dlrm.kernels import native
 from lightning_dlrm.models import fused
 from lightning_dlrm.models.layers import DenseLayers, DotInteraction
-from lightning_dlrm.models.memory import empty_table, keep_freed_memory
-from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim import rules
 from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.tables.memory import empty_table, keep_freed_memory
+from lightning_dlrm.tables.tables import EmbeddingTables
 
 
 def gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:

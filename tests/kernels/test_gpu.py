@@ -1,6 +1,6 @@
 """What only a CUDA device can show: fused kernels compiled, steps recorded as graphs, batches copied beside them.
 
-Run with ``pytest -m gpu tests/test_gpu.py``; speeds are ``bench gpu``'s.
+Run with ``pytest -m gpu tests/kernels/test_gpu.py``; speeds are ``bench gpu``'s.
 """
 
 import json
@@ -13,7 +13,7 @@ from datamodules.generate.random import RandomSettings, generate_random
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.bench.contenders import OurStep, Workload, draw_batch
 from lightning_dlrm.bench.gpu import loss_targets
-from tests.test_kernels import RULES, assert_alike, one_hot, ragged
+from tests.kernels.test_kernels import RULES, assert_alike, one_hot, ragged
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -16,9 +16,9 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import Table
 from lightning_dlrm.kernels.choice import choose
-from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
+from lightning_dlrm.tables.tables import EmbeddingTables
 
 ROWS = (40, 3, 500)
 """A small table has rows whose indices fill many blocks."""

@@ -21,9 +21,9 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import RowGradient, Segments, Table
 from lightning_dlrm.kernels import native
 from lightning_dlrm.kernels.choice import choose
-from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
+from lightning_dlrm.tables.tables import EmbeddingTables
 
 try:
     native.compiler()

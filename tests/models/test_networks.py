@@ -25,11 +25,11 @@ from lightning_dlrm.models.baselines import (
 )
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.models.embeddings import MixedDimensions, QuotientRemainder, TableSettings
 from lightning_dlrm.models.layers import BatchNorm, CompressedInteraction, DenseLayers, PairwiseSum
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.losses import LogLoss
 from lightning_dlrm.optim.rules import Adagrad, Adam
+from lightning_dlrm.tables.embeddings import MixedDimensions, QuotientRemainder, TableSettings
 from tests.toy import optimizer_of, toy_batch, toy_schema
 
 SMALL = Features(dense=2, tables={"A": 4, "B": 30, "C": 1})

@@ -81,7 +81,7 @@ _RANK = """
 import json, torch, torch.distributed as dist
 from lightning_dlrm.objectives.metrics import ClickMetrics
 from lightning_dlrm.sharding.collectives import Ranks
-from tests.test_metrics import drawn
+from tests.objectives.test_metrics import drawn
 
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()

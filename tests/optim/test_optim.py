@@ -14,10 +14,10 @@ from lightning_dlrm.contracts.lookup import RowGradient, Table
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.strategy import table_loads
 from lightning_dlrm.models.network import CTRNetwork
-from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
 from lightning_dlrm.optim.schedules import Constant, Cosine, WarmupQuadraticDecay, WarmupThenDecay
+from lightning_dlrm.tables.tables import EmbeddingTables
 from tests.toy import TABLES, optimizer_of, toy_batch, toy_dlrm, toy_module, toy_schema, wide_dlrm
 
 

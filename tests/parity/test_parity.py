@@ -18,13 +18,13 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossNetwork, LowRankCross, MatrixCross, MixtureCross, VectorCross
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.models.embeddings import MixedDimensions, QuotientRemainder, TableSettings
 from lightning_dlrm.models.layers import PairwiseSum
 from lightning_dlrm.models.published import published_names
 from lightning_dlrm.objectives.losses import LogLoss, Loss, WeightedLogLoss
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
 from lightning_dlrm.optim.schedules import Constant, Schedule, WarmupQuadraticDecay
+from lightning_dlrm.tables.embeddings import MixedDimensions, QuotientRemainder, TableSettings
 
 FOLDER = Path(os.environ.get("PARITY_DIR") or Path(__file__).parent / "golden")
 CASES = sorted(FOLDER.glob("*.npz"))

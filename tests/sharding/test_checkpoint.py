@@ -84,7 +84,7 @@ def test_a_link_outlives_what_it_was_made_from(tmp_path: Path) -> None:
 KILLED = """
 import itertools, sys
 from pathlib import Path
-from tests.test_checkpoint import write
+from tests.sharding.test_checkpoint import write
 folder = Path(sys.argv[1])
 for step in itertools.count(1):
     write(folder, *range(0, 101, 5), step=step)
@@ -98,7 +98,7 @@ def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None
     for _ in range(4):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(folder)],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -211,7 +211,7 @@ import torch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.sharding import checkpoint
 from lightning_dlrm.sharding.collectives import Ranks, lost_rank, set_timeout
-from tests.test_checkpoint import pieces
+from tests.sharding.test_checkpoint import pieces
 torch.distributed.init_process_group("gloo")
 ranks, folder = Ranks(patient=True), Path(sys.argv[1])
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.lookup import RowGradient, Table, TablePiece
-from lightning_dlrm.models.pooling import pool_rows
-from lightning_dlrm.models.tables import EmbeddingTables
 from lightning_dlrm.sharding.lookup import sum_units
 from lightning_dlrm.sharding.needs import Asked, Needs, RowMap
 from lightning_dlrm.sharding.plan import Piece, Plan
+from lightning_dlrm.tables.pooling import pool_rows
+from lightning_dlrm.tables.tables import EmbeddingTables
 
 RANKS, WIDTH = 3, 2
 

@@ -80,13 +80,14 @@ def test_terabyte_is_balanced(ranks: int, skew: float) -> None:
 
 def test_every_time_the_same() -> None:
     script = (
-        "import hashlib; from tests.test_plan import loads; from lightning_dlrm.sharding.plan import make_plan;"
+        "import hashlib; from tests.sharding.test_plan import loads;"
+        "from lightning_dlrm.sharding.plan import make_plan;"
         "print(hashlib.sha256(repr(make_plan(loads(), 64, 65536)).encode()).hexdigest())"
     )
     found = {
         subprocess.run(
             [sys.executable, "-c", script],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])},
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])},
             capture_output=True,
             text=True,
             check=True,
@@ -98,7 +99,7 @@ def test_every_time_the_same() -> None:
 
 def test_planning_needs_no_torch() -> None:
     script = "import sys, lightning_dlrm.sharding.plan; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.models.embeddings import Embeddings, MixedDimensions, QuotientRemainder, TableSettings
+from lightning_dlrm.tables.embeddings import Embeddings, MixedDimensions, QuotientRemainder, TableSettings
 
 COLUMNS = {"A": 4, "B": 30, "C": 7}
 BAGS = [[[1], [29, 3, 3], []], [[], [7], [6, 0]], [[0, 3], [], [5]]]

@@ -14,14 +14,14 @@ from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.lookup import Table
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.models import host_tables
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.models.embeddings import QuotientRemainder, TableSettings
-from lightning_dlrm.models.host_tables import HostTables
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD
+from lightning_dlrm.tables import host_tables
+from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
+from lightning_dlrm.tables.host_tables import HostTables
 from tests.sharded_fits import HALF, PARITY, RESUMED, RULES, Fit, global_batch, metrics, run
-from tests.test_sharded import tables
+from tests.sharding.test_sharded import tables
 from tests.toy import toy_schema
 
 

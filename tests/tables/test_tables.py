@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import RowGradient, Table, TablePiece
-from lightning_dlrm.models.tables import BLOCK_ROWS, EmbeddingTables, fill_initial_rows
+from lightning_dlrm.tables.tables import BLOCK_ROWS, EmbeddingTables, fill_initial_rows
 
 TABLES = {"A": 4, "B": 30, "C": 1}
 
