@@ -195,7 +195,7 @@ class EmbeddingShardedDDP(DDPStrategy):
             )
             return plan.document()
 
-        return Plan.of_document(ranks.first_does(make))
+        return Plan.of_document(ranks.run_on_rank_zero(make))
 
 
 StrategyRegistry.register(NAME, EmbeddingShardedDDP, description="DDP with embedding tables in pieces over all ranks")
