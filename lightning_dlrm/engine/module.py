@@ -456,7 +456,7 @@ class CTRModule(pl.LightningModule):
         step = self.trainer.global_step + 1
         if self._is_logged(step):
             # Together, so that every rank ends with the same words.
-            Ranks().each_does(self.guard.check)
+            Ranks().run_on_all_ranks(self.guard.check)
         if self._is_logged(step) or not self.guard.has_gradients:
             self.guard.remember_gradients(self.network, step)
         if self.averages is not None:
@@ -567,7 +567,7 @@ class CTRModule(pl.LightningModule):
             self.guard.check()
             refuse_bad_weights(self.network, checkpoint["global_step"], self.guard.advice)
 
-        Ranks().each_does(refuse_bad_state)
+        Ranks().run_on_all_ranks(refuse_bad_state)
         for key in self._table_keys():
             del checkpoint["state_dict"][key]
         if self.averages is not None:
