@@ -1,8 +1,11 @@
 """Commands as a user types them: real processes, in an empty folder, of a wheel that is built and unpacked here."""
 
+import fcntl
 import os
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import zipfile
 from dataclasses import dataclass
@@ -55,6 +58,7 @@ class Shell:
             )
             return Finished(done.returncode, done.stdout.decode(errors="replace"))
         ours, theirs = os.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
         process = subprocess.Popen(
             arguments, cwd=self.folder, env=self.environment, stdin=theirs, stdout=theirs, stderr=theirs
         )
