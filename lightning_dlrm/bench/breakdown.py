@@ -36,7 +36,7 @@ _TORCH_WORDS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Kind -> first words of its operators; torch's other operators are elementwise, or sums."""
 _OUR_WORDS: Mapping[str, tuple[str, ...]] = {
-    ROWS: ("lookup", "look", "row", "rows", "tables", "embedding", "embeddings", "sort", "gather", "scatter", "pool"),
+    ROWS: ("lookup", "update", "row", "rows", "tables", "embedding", "embeddings", "sort", "gather", "scatter", "pool"),
     PRODUCTS: ("mlp", "layers", "linear", "pair", "pairs", "products", "interaction", "cross"),
     ELEMENTWISE: ("relu", "loss"),
 }
