@@ -73,13 +73,12 @@ class StayStopped(pl.Callback):
     """A fit that EarlyStopping has ended trains no further when it is resumed.
 
     Args:
-        stopping: must come before what saves checkpoints in the list of callbacks.
+        stopping: must come before what saves checkpoints in the list of callbacks, and be made with
+            ``check_on_train_epoch_end=False``: the checkpoint of a validation holds the verdict on it.
     """
 
     def __init__(self, stopping: EarlyStopping) -> None:
         self.stopping = stopping
-        # At the end of an epoch that validates, the checkpoint of the validation would be without the verdict on it.
-        stopping._check_on_train_epoch_end = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.stopping.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
