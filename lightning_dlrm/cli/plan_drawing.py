@@ -6,7 +6,9 @@ from typing import Any
 
 from lightning_dlrm.cli.palette import OKABE_ITO, filling
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.sharding.plan import Plan, RankCost, TableLoad
+from lightning_dlrm.sharding.costs import RankCost
+from lightning_dlrm.sharding.loads import TableLoad
+from lightning_dlrm.sharding.plan import Plan
 
 PLOT_WIDTH = 10.0
 """Inches."""

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from lightning_dlrm.sharding.plan import Places, Plan, RankCost, TableCost, TableLoad, imbalance
+from lightning_dlrm.sharding.costs import RankCost, TableCost
+from lightning_dlrm.sharding.loads import TableLoad, imbalance
+from lightning_dlrm.sharding.offload import HostPlacement
+from lightning_dlrm.sharding.plan import Plan
 
 _RANKS_SHOWN = 16
 
@@ -97,7 +100,7 @@ def describe_plan(
     return "\n".join(text)
 
 
-def describe_places(places: Places, loads: Sequence[TableLoad]) -> str:
+def describe_places(places: HostPlacement, loads: Sequence[TableLoad]) -> str:
     """Return a table of where each table is held, and the memory and traffic of one device and its host.
 
     Args:
@@ -114,7 +117,7 @@ def describe_places(places: Places, loads: Sequence[TableLoad]) -> str:
         lines.append((load.name, f"{load.rows:,}", size, moved, place))
     return (
         f"{aligned(lines)}\nrows fetched: before each step, from host memory, and written back after it\n\n"
-        f"device: {places.device_bytes / 2**30:.3f} GiB, of which {places.at_hand_bytes / 2**30:.3f} for rows at hand; "
+        f"device: {places.device_bytes / 2**30:.3f} GiB, of which {places.cached_bytes / 2**30:.3f} for cached rows; "
         f"host: {places.host_bytes / 2**30:.3f} GiB; a step moves {places.bus_bytes / 2**20:,.1f} MiB either way"
     )
 

@@ -42,13 +42,14 @@ from lightning_dlrm.cli.trainer_settings import (
 from lightning_dlrm.cli.version import code_version
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
-from lightning_dlrm.engine.diagnostics import CurveWriter, NormRecorder
+from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.engine.norms import NormLogger
 from lightning_dlrm.engine.overhead import NoProfiler
 from lightning_dlrm.engine.progress import RunProgress, total_steps
-from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
+from lightning_dlrm.engine.result_files import CurveWriter, EvaluationWriter
+from lightning_dlrm.engine.stopping import FinalValidation, StayStopped, StopAtAUC, StopOnSigterm
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
-from lightning_dlrm.engine.target import StayStopped, StopAtAUC
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
 from lightning_dlrm.sharding.collectives import lost_rank
 from lightning_dlrm.tracking import names
@@ -80,7 +81,7 @@ class Job:
     module: CTRModule
     datamodule: Any
     folder: RunFolder
-    metrics_logger: Recorder | None
+    metrics_logger: MetricsLogger | None
     made_folder: bool = False
 
     def latest_metrics(self) -> dict[str, float]:
@@ -172,7 +173,7 @@ def instantiate(command: str, parser: CommandParser, settings: Namespace) -> tup
         checkpoints = None
         if trainer_settings["enable_checkpointing"] is not False:
             checkpoints = RunCheckpoints(folder, settings.checkpoint.every_n_steps)
-        metrics_logger = Recorder(folder, checkpoints)
+        metrics_logger = MetricsLogger(folder, checkpoints)
     job = Job(
         command=command,
         parser=parser,
@@ -195,7 +196,7 @@ def build_callbacks(job: Job, trainer_settings: dict[str, Any]) -> list[pl.Callb
             callbacks.append(StopAtAUC(settings.stop_at_auc, metrics_logger))
         callbacks += [FinalValidation(), metrics_logger]
         if settings.log_norms:
-            callbacks.append(NormRecorder(metrics_logger))
+            callbacks.append(NormLogger(metrics_logger))
         if metrics_logger.checkpoints is not None:
             callbacks.append(metrics_logger.checkpoints)
     else:

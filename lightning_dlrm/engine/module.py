@@ -33,7 +33,7 @@ from lightning_dlrm.engine.random_state import random_states, restore_random_sta
 from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
-from lightning_dlrm.models.layers import DenseLayers, DotInteraction
+from lightning_dlrm.models.layers import MLP, DotInteraction
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.curves import ClickCurves, click_curves
 from lightning_dlrm.objectives.losses import LogLoss, Loss
@@ -172,7 +172,7 @@ class CTRModule(pl.LightningModule):
         if not hasattr(self, "network"):
             self.network = self.make_network(self.schema.features, self.seed)
             for module in self.network.modules():
-                if isinstance(module, (EmbeddingLookup, DenseLayers, DotInteraction)) and self.kernels != "fbgemm":
+                if isinstance(module, (EmbeddingLookup, MLP, DotInteraction)) and self.kernels != "fbgemm":
                     module.kernels = self.kernels
 
     def configure_optimizers(self) -> Any:
