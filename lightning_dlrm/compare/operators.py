@@ -15,9 +15,9 @@ import psutil
 import torch
 
 from lightning_dlrm.bench.breakdown import KINDS, by_kind, profile_steps
-from lightning_dlrm.cli.lightning import SettingsCommand, code_version
+from lightning_dlrm.cli.settings import build_model_and_data
+from lightning_dlrm.cli.version import code_version
 from lightning_dlrm.compare.runs import Arm, Run
-from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
 
@@ -91,13 +91,12 @@ def measure(run: Run) -> dict[str, float]:
 
     The least, because other work on the machine makes steps longer, and never shorter.
     """
-    command = SettingsCommand(["--config", str(run.path / CONFIG)], run=False)
-    module, trainer = command.model, command.config.trainer
-    assert isinstance(module, CTRModule)
+    built = build_model_and_data(["--config", str(run.path / CONFIG)])
+    module, trainer = built.module, built.settings.trainer
     on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
     device = torch.device("cuda" if on_gpu else "cpu")
     precision = str(trainer.precision)
-    data = command.datamodule
+    data = built.datamodule
     data.prepare_data()
     batches = [batch.to(device) for batch in itertools.islice(_endless(data), WARM_UP + STEPS)]
     with contextlib.ExitStack() as stack:
