@@ -13,6 +13,8 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.models.layers import MLP
+from lightning_dlrm.objectives.losses import LogLoss
 from tests.front_door.conftest import TINY
 
 BATCHES = 32
@@ -63,6 +65,28 @@ class StopEarly(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if len(Spy.batches) >= 3:
             trainer.should_stop = True
+
+
+class Nothing(LogLoss):
+    """A loss that is 0 whatever is predicted."""
+
+    def summed(self, logits_B: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+        return logits_B.sum() * 0
+
+
+class Intervene(pl.Callback):
+    """Replaces the loss and registers a hook in mid-fit."""
+
+    calls: ClassVar[int] = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == 12:
+            pl_module.loss = Nothing()
+            layer = next(module for module in pl_module.network.modules() if isinstance(module, MLP))
+            layer.register_forward_hook(self.count)
+
+    def count(self, *args: Any) -> None:
+        Intervene.calls += 1
 
 
 @pytest.fixture(autouse=True)
@@ -313,6 +337,14 @@ trainer:
     run("validate", "--config", "run/config.yaml", "--ckpt_path", "kept/top.ckpt", "--run_dir", "again")
     best = json.loads(Path("run/summary.json").read_text())["best"]
     assert json.loads(Path("again/validate.json").read_text())["validation/auc"] == best["validation/auc"]
+
+
+def test_a_callback_of_the_users_own_adds_a_hook_and_replaces_the_loss() -> None:
+    fit(f"--trainer.callbacks+={__name__}.Intervene")
+    found = metrics("run")
+    assert found[12]["train/loss"] > 0 and all(found[step]["train/loss"] == 0 for step in range(16, BATCHES + 1, 4))
+    # Also in two validations of one batch.
+    assert Intervene.calls == BATCHES - 12 + 2
 
 
 @pytest.mark.parametrize("bar", ["RichProgressBar", "TQDMProgressBar"])
