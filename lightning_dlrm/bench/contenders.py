@@ -5,7 +5,6 @@ Shape suffixes: B samples, I dense features, F tables, V vectors, D width, P pai
 
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,8 +17,7 @@ from datamodules.generate.random import PRESETS
 from lightning_dlrm.bench.options import autocast
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.engine.graphs import GraphedStep
-from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
+from lightning_dlrm.engine.compilation import compile_score
 from lightning_dlrm.models.cross import CrossKind
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
@@ -121,40 +119,25 @@ def _no_mark(label: str) -> None:
 
 
 class OurStep:
-    """Forward, loss, backward and update, as ``fit`` makes them: on a CPU repeated as soon as one was recorded.
+    """Forward, loss, backward and update, as ``fit`` makes them.
 
     Args:
-        graphs: as under ``cuda_graphs``; a step with marks is eager all the same.
+        compile: compile the network's score, as ``model.compile`` does.
     """
 
-    def __init__(self, network: CTRNetwork, precision: str, device: torch.device, graphs: bool = False) -> None:
+    def __init__(self, network: CTRNetwork, precision: str, device: torch.device, compile: bool = False) -> None:
         self.network = network
         self.optimizer = CTROptimizer(
             network.dense_parameters(), network.lookups(), SGD(LEARNING_RATE), SGD(LEARNING_RATE)
         )
         self._precision, self._device = precision, device
-        self._recorded: GraphedStep | RecordedStep | None = None
-        if graphs:
-            self._recorded = GraphedStep(network, _mean_loss, self.optimizer, self._uncached_autocast)
-        elif device.type == "cpu" and is_recordable(network, LogLoss()):
-            self._recorded = RecordedStep(network, _mean_loss, self.optimizer, eager_steps=1)
-
-    def _uncached_autocast(self) -> AbstractContextManager[object]:
-        enabled = self._precision == "bf16-mixed"
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        if compile:
+            compile_score(network, "default")
 
     def __call__(self, batch: Batch, mark: Mark = _no_mark) -> Tensor:
         """The step's loss, of a batch that may still be in the host's memory."""
         mark("data")
         batch = batch.to(self._device)
-        self.optimizer.replay = None
-        if self._recorded is not None and mark is _no_mark and self._recorded.takes(batch):
-            with autocast(self._device, self._precision):
-                loss, _ = self._recorded.forward_backward(batch)
-            if isinstance(self._recorded, GraphedStep):
-                self.optimizer.replay = self._recorded.update
-            self.optimizer.step()
-            return loss
         mark("update")
         self.optimizer.zero_grad()
         mark("")

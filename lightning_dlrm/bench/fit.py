@@ -25,11 +25,10 @@ from lightning_dlrm.bench.options import add_device_arguments, add_peer_argument
 from lightning_dlrm.bench.worker import REPLIES, REQUESTS, Worker
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.engine.recorded import EAGER_STEPS
 
 DESCRIPTION = """\
 Times training of the paper's DLRM (Kaggle's shape: 540 million parameters on the demo data), plain SGD, with all that a
-run does after its first 100 steps but validations and checkpoints, in turns:
+run does but validations and checkpoints, in turns:
   ours, fit             the command fit in a process of its own: Lightning, metrics every 100 steps, progress, W&B
                         offline, the stream
   ours, bare loop       the same step in a plain for loop over the same stream
@@ -46,6 +45,8 @@ examples:
   python -m lightning_dlrm bench fit --batch-size 128 --steps 200 --peer ~/dlrm --peer-python ~/numpy1/bin/python
 """
 
+WARM_UP_STEPS = 20
+"""Steps of the fit before the first round: caches fill, and ``model.compile`` compiles."""
 _PEER_ROWS = 262_144
 
 
@@ -105,10 +106,10 @@ def run(args: argparse.Namespace) -> list[Measurement]:
             command = _fit_command(args, folder, precision, temporary / f"fit-{precision}")
             fit = stack.enter_context(Worker(command, temporary))
             # As every step of a longer fit, of which the first ones are made otherwise.
-            fit(EAGER_STEPS)
+            fit(WARM_UP_STEPS)
             contenders["ours", "fit", precision] = partial(fit, args.steps)
             ours, theirs = (
-                OurStep(network, precision, device, graphs=device.type == "cuda"),
+                OurStep(network, precision, device),
                 PlainStep(plain, precision, device),
             )
             contenders["ours", "bare loop", precision] = _loop(args, ours, _endless(loader(), device), device)
@@ -170,7 +171,6 @@ def _fit_command(args: argparse.Namespace, folder: Path, precision: str, run_dir
         "data.batch_size": args.batch_size,
         "trainer.accelerator": "gpu" if args.device == "cuda" else "cpu",
         "trainer.precision": precision,
-        "model.cuda_graphs": str(args.device == "cuda").lower(),
         # As the configurations for real data.
         "trainer.log_every_n_steps": 100,
         "trainer.max_epochs": -1,

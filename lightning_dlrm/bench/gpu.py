@@ -12,14 +12,13 @@ from lightning_dlrm.bench.contenders import OurStep, Workload, draw_batch, kaggl
 from lightning_dlrm.bench.measurement import Measurement
 from lightning_dlrm.bench.options import check
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.engine.graphs import EAGER_STEPS
 from lightning_dlrm.tables.tables import EmbeddingTables
 
 DESCRIPTION = """\
 Runs on a CUDA device, and fails with a list of what is missed:
 
-  - float32 with fused kernels and CUDA graphs gives the losses of plain eager float32, on the first step to 1e-6;
-  - bfloat16 with fused kernels and graphs keeps the mean loss of every 100 steps within 2e-3 of it, for 1,000 steps;
+  - float32 with fused kernels gives the losses of plain eager float32, on the first step to 1e-6;
+  - bfloat16 with fused kernels keeps the mean loss of every 100 steps within 2e-3 of it, for 1,000 steps;
   - bench paper (1,000 batches of section 5.2 in under 1.0 s), bench step of DLRM, DCN v1 and v2 at batch 65,536 (DLRM
     at 15 million samples/s or more), bench lookup, and bench fit (10 million samples/s from Parquet), in bfloat16.
 
@@ -98,7 +97,7 @@ def loss_targets(workload: Workload, device: torch.device, batch_size: int, step
         for lookup in network.lookups():
             assert isinstance(lookup, EmbeddingTables)
             lookup.kernels = "triton" if fused else "plain"
-        step = OurStep(network, precision, device, graphs=fused and device.type == "cuda")
+        step = OurStep(network, precision, device)
         batches = (draw_batch(workload, batch_size, seed) for seed in range(steps))
         return torch.stack([step(batch) for batch in batches]).double().cpu()
 
@@ -106,16 +105,8 @@ def loss_targets(workload: Workload, device: torch.device, batch_size: int, step
     first = abs(fused[0] / exact[0] - 1).item()
     windows = [part.mean() for part in exact.split(_WINDOW)], [part.mean() for part in half.split(_WINDOW)]
     drift = max(abs(mine / plain - 1).item() for plain, mine in zip(*windows, strict=True))
-    later = min(EAGER_STEPS, steps - 1)
-    replayed = abs(fused[later] / exact[later] - 1).item()
     return [
         Target("fused float32: first loss against eager", "1e-6", f"{first:.1e}", first <= 1e-6),
-        Target(
-            f"fused float32: loss of step {later + 1}, the first in a graph",
-            "1e-6",
-            f"{replayed:.1e}",
-            replayed <= 1e-6,
-        ),
         Target(f"fused bfloat16: means of {_WINDOW} losses, {steps} steps", "2e-3", f"{drift:.1e}", drift <= 2e-3),
     ]
 

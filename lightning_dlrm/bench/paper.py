@@ -139,7 +139,7 @@ def _makers(
     makers: dict[tuple[Implementation, str], tuple[Any, Callable[[Any], Any]]] = {}
     for precision in args.precision:
         makers["ours", precision] = (
-            OurStep(network, precision, device, graphs=device.type == "cuda"),
+            OurStep(network, precision, device),
             lambda batch: batch,
         )
         makers["baseline", precision] = PlainStep(plain, precision, device), PlainBatch.of

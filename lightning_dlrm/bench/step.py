@@ -30,7 +30,7 @@ from lightning_dlrm.contracts.errors import UserError
 DESCRIPTION = """\
 Times whole training steps, plain SGD for all weights, on the same drawn batches that are in memory (on the device)
 already, in turns:
-  ours      the step of fit, without Lightning; on a CUDA device as under model.cuda_graphs
+  ours      the step of fit, without Lightning
   baseline  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, an eager loop
   peer      with --peer, the network and loss of a checkout of facebookresearch/dlrm, in float32
 
@@ -139,9 +139,7 @@ def _contenders(
     of_plain = [PlainBatch.of(batch) for batch in of_ours]
     contenders: dict[tuple[Implementation, str], Callable[[], object]] = {}
     for precision in args.precision:
-        contenders["ours", precision] = repeat(
-            args, OurStep(network, precision, device, graphs=device.type == "cuda"), of_ours, device
-        )
+        contenders["ours", precision] = repeat(args, OurStep(network, precision, device), of_ours, device)
         contenders["baseline", precision] = repeat(args, PlainStep(plain, precision, device), of_plain, device)
     return contenders
 

@@ -33,7 +33,6 @@ from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
 from lightning_dlrm.engine.diagnostics import CurveWriter, NormRecorder
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.engine.overhead import NoProfiler
 from lightning_dlrm.engine.progress import RunProgress, total_steps
 from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
@@ -246,7 +245,6 @@ class CTRCommand(LightningCLI):
         trainer["callbacks"] = [*_listed(trainer.get("callbacks")), *callbacks]
         trainer["plugins"] = [*_listed(trainer.get("plugins")), FolderCheckpointIO()]
         trainer["default_root_dir"] = trainer.get("default_root_dir") or str(self.run_folder.path)
-        trainer["profiler"] = trainer.get("profiler") or NoProfiler()
         built: pl.Trainer = self._instantiate_trainer(trainer | kwargs, [])
         if isinstance(built.strategy, EmbeddingShardedDDP):
             built.strategy.facts = self._facts_of_all_ranks()

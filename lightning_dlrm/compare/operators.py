@@ -28,7 +28,6 @@ from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.optim.optimizer import CTROptimizer
-from lightning_dlrm.tables.fbgemm_tables import use_fbgemm
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
 
@@ -145,8 +144,6 @@ def measure(run: Run) -> dict[str, float]:
             stack.callback(torch.set_default_dtype, torch.float32)
         module.configure_model()
         network = module.network.to(device)
-        if module.kernels == "fbgemm":
-            use_fbgemm(network, type(module.table_rule).__name__, vars(module.table_rule))
         optimizer = module.make_optimizer(network)
         mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
         # The profiler's library tells of its start and stop otherwise.

@@ -272,7 +272,7 @@ def _by_batch(of_ranks: list[NDArray], counts: list[NDArray]) -> Iterator[Tensor
 
 def _parts(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
     """Seconds that the fit has spent in the parts of its steps and in waiting for training batches."""
-    return {names.DATA_WAIT_SHARE: getattr(trainer.train_dataloader, "wait_seconds", 0.0), **module.seconds}
+    return {names.DATA_WAIT_SHARE: getattr(trainer.train_dataloader, "wait_seconds", 0.0), **module.timer.seconds}
 
 
 def _shares(parts: dict[str, float], before: dict[str, float], seconds: float) -> dict[str, float]:
