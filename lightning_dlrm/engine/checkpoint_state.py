@@ -36,7 +36,7 @@ def add_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:
         module.guard.check()
         refuse_bad_weights(module.network, checkpoint["global_step"], module.guard.advice)
 
-    Ranks().each_does(refuse_bad_state)
+    Ranks().run_on_all_ranks(refuse_bad_state)
     for key in _table_keys(module):
         del checkpoint["state_dict"][key]
     if (averages := module.averages) is not None:

@@ -54,7 +54,7 @@ class LossGuard(pl.Callback):
         is_logged = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if is_logged:
             # Together, so that every rank ends with the same message.
-            Ranks().each_does(self.check)
+            Ranks().run_on_all_ranks(self.check)
         if is_logged or not self._largest[1]:
             self.remember_gradients(pl_module.network, step)  # type: ignore[arg-type]
 

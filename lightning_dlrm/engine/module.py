@@ -20,7 +20,7 @@ from lightning_dlrm.engine.timing import StepTimer
 from lightning_dlrm.engine.transfer import SideStream
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
-from lightning_dlrm.models.layers import DenseLayers, DotInteraction
+from lightning_dlrm.models.layers import MLP, DotInteraction
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.curves import ClickCurves
 from lightning_dlrm.objectives.losses import LogLoss, Loss
@@ -120,7 +120,7 @@ class CTRModule(pl.LightningModule):
             return
         self.network = self.make_network(self.schema.features, self.seed)
         for module in self.network.modules():
-            if isinstance(module, (EmbeddingLookup, DenseLayers, DotInteraction)):
+            if isinstance(module, (EmbeddingLookup, MLP, DotInteraction)):
                 module.kernels = self.kernels
         if self.compile_mode is not None:
             compile_score(self.network, self.compile_mode)
