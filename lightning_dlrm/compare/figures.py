@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from lightning_dlrm.cli.palette import OKABE_ITO, TOL_MUTED, filling
-from lightning_dlrm.cli.plan import PLOT_WIDTH as PLAN_WIDTH
-from lightning_dlrm.cli.plan import draw as draw_plan
+from lightning_dlrm.cli.plan_drawing import PLOT_WIDTH as PLAN_WIDTH
+from lightning_dlrm.cli.plan_drawing import draw as draw_plan
 from lightning_dlrm.compare.anatomy import Anatomy
 from lightning_dlrm.compare.operators import ALL_KINDS, ROUNDS, STEPS
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison

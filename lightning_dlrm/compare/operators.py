@@ -22,7 +22,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lightning_dlrm.cli.lightning import SettingsCommand, code_version
+from lightning_dlrm.cli.settings import build_model_and_data
+from lightning_dlrm.cli.version import code_version
 from lightning_dlrm.compare.runs import Arm, Run
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.engine.module import CTRModule
@@ -129,13 +130,12 @@ def measure(run: Run) -> dict[str, float]:
 
     The least, since what else the machine does makes steps longer, and never shorter.
     """
-    command = SettingsCommand(["--config", str(run.path / CONFIG)], run=False)
-    module, trainer = command.model, command.config.trainer
-    assert isinstance(module, CTRModule)
+    built = build_model_and_data(["--config", str(run.path / CONFIG)])
+    module, trainer = built.module, built.settings.trainer
     on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
     device = torch.device("cuda" if on_gpu else "cpu")
     precision = str(trainer.precision)
-    data = command.datamodule
+    data = built.datamodule
     data.prepare_data()
     batches = [batch.to(device) for batch in itertools.islice(_endless(data), WARM_UP + STEPS)]
     with contextlib.ExitStack() as stack:
