@@ -33,6 +33,11 @@ def all_micro_batches(trainer: pl.Trainer) -> set[int]:
     return set(schedule.scheduling.values()) if schedule else {trainer.accumulate_grad_batches}
 
 
+def steps_of_epochs(trainer: pl.Trainer, batches: int) -> int:
+    """Return the optimizer steps of ``max_epochs`` epochs of so many batches."""
+    return sum(-(-batches // micro_batches(trainer, epoch)) for epoch in range(trainer.max_epochs or 0))
+
+
 def fit_length(trainer: pl.Trainer) -> FitLength:
     """Return the length of a fit whose training batches are known to the trainer."""
     bounds = [FitLength(math.inf, "no bound")]
@@ -40,8 +45,7 @@ def fit_length(trainer: pl.Trainer) -> FitLength:
         bounds.append(FitLength(trainer.max_steps, f"trainer.max_steps {trainer.max_steps:,}"))
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
     if epochs not in (None, -1) and math.isfinite(batches):
-        steps = sum(math.ceil(batches / micro_batches(trainer, epoch)) for epoch in range(epochs or 0))
-        bounds.append(FitLength(steps, f"trainer.max_epochs {epochs:,}"))
+        bounds.append(FitLength(steps_of_epochs(trainer, int(batches)), f"trainer.max_epochs {epochs:,}"))
     return min(bounds)
 
 
