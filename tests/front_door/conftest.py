@@ -10,6 +10,7 @@ import threading
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,13 @@ def _read_all(descriptor: int, chunks: list[bytes]) -> None:
         if not chunk:
             return
         chunks.append(chunk)
+
+
+def asked_for(request: pytest.FixtureRequest, name: str) -> list[Any]:
+    """Return the values of a parameter that this session runs a module's tests with."""
+    items: list[Any] = request.session.items
+    calls = [item.callspec.params for item in items if item.fspath == request.fspath and hasattr(item, "callspec")]
+    return [call[name] for call in calls if name in call]
 
 
 @pytest.fixture(scope="session")
