@@ -16,7 +16,8 @@ from lightning_dlrm.bench.measurement import Implementation, Measurement, median
 from lightning_dlrm.bench.options import add_device_arguments, check, finisher
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import Kernels, Table
+from lightning_dlrm.contracts.lookup import Table
+from lightning_dlrm.kernels.choice import Kernels
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import RowWiseAdagrad
 from lightning_dlrm.tables.tables import EmbeddingTables
