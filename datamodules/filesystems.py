@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def is_remote(place: str) -> bool:
-    """Whether it is an address rather than a path."""
+    """Return whether a place is a URL rather than a path."""
     return "://" in place
 
 
 def in_process_only(place: str) -> bool:
-    """Whether other processes would not find it."""
+    """Return whether only this process can read a place."""
     return place.startswith("memory://")
 
 
 def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
-    """The fsspec file system of an address, and the path in it.
+    """Return the fsspec file system of a URL, and the path in it.
 
     Raises:
         UserError: fsspec does not know it, or its package is not installed.
@@ -49,14 +49,14 @@ def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
 
 
 @contextmanager
-def failures_told(
+def failures_as_user_errors(
     place: str,
     what: str = "cannot be read",
     remedy: str = "check the path and your access to it",
     *,
     passing: tuple[type[Exception], ...] = (),
 ) -> Iterator[None]:
-    """Failures of a file system, each of which has errors of its own, as one line that names the place.
+    """Turn failures of a file system, each of which has exceptions of its own, into a UserError that names the place.
 
     A full disk is left as it is.
 
@@ -78,7 +78,7 @@ def failures_told(
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, of Python or of pyarrow, says that a disk or a quota is full."""
+    """Return whether an error, of Python or of pyarrow, means that a disk or a quota is full."""
     if not isinstance(error, OSError):
         return False
     return error.errno in (errno.ENOSPC, errno.EDQUOT) or f"[errno {errno.ENOSPC}]" in str(error).lower()

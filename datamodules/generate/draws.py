@@ -30,7 +30,7 @@ _ZIPF_HEAD = 4096
 
 
 def stream(seed: int, purpose: int, *counter: int) -> np.random.Philox:
-    """A random stream of its own, to be asked for raw 64-bit output.
+    """Return a random stream of raw 64-bit output for one purpose.
 
     Args:
         seed: 0 to 2**64 - 1.
@@ -44,7 +44,7 @@ def stream(seed: int, purpose: int, *counter: int) -> np.random.Philox:
 
 
 def uniforms(stream: np.random.Philox, count: int) -> Floats:
-    """Multiples of 2**-52, plus half of that, in (0, 1)."""
+    """Return multiples of 2**-52, plus half of that, in (0, 1)."""
     values = (stream.random_raw(count) >> np.uint64(12)).astype(np.float64)
     values += 0.5
     values *= 2.0**-52
@@ -52,18 +52,18 @@ def uniforms(stream: np.random.Philox, count: int) -> Floats:
 
 
 def halves(stream: np.random.Philox, count: int) -> NDArray[np.uint64]:
-    """32-bit integers, two of each word of output, the lower half first."""
+    """Return 32-bit integers, two of each word of output, the lower half first."""
     words = stream.random_raw(-(-count // 2))
     return np.stack([words & np.uint64(2**32 - 1), words >> np.uint64(32)], axis=1).ravel()[:count]
 
 
 def integers(bits: NDArray[np.uint64], below: int) -> NDArray[np.int64]:
-    """Turns 32-bit integers into 0 ... below - 1; chances differ by less than below / 2**32 of themselves."""
+    """Turn 32-bit integers into 0 ... below - 1; probabilities differ by less than below / 2**32 of themselves."""
     return ((bits * np.uint64(below)) >> np.uint64(32)).astype(np.int64)
 
 
 def log(x: Floats) -> Floats:
-    """Natural logarithm of positive numbers, within 2e-16 of its size or 1e-15."""
+    """Return the natural logarithm of positive numbers, within 2e-16 of its size or 1e-15."""
     mantissa, exponent = np.frexp(x)
     low = mantissa < math.sqrt(0.5)
     mantissa = np.where(low, mantissa * 2.0, mantissa)
@@ -80,7 +80,7 @@ def log(x: Floats) -> Floats:
 
 
 def exp(x: Floats) -> Floats:
-    """e to the power of x, -700 < x < 700, within 1e-15 of its size."""
+    """Return e to the power of x, -700 < x < 700, within 1e-15 of its size."""
     turns = np.rint(x * _LOG2_E)
     rest = x - turns * _LN2_HIGH
     rest -= turns * _LN2_LOW
@@ -96,7 +96,7 @@ def exp(x: Floats) -> Floats:
 
 
 def normal_quantile(p: Floats) -> Floats:
-    """The standard normal value below which a share ``p`` in (0, 1) lies, within 2 in 10^7."""
+    """Return the standard normal value below which a share ``p`` in (0, 1) lies, within 2 in 10^7."""
     middle = p - 0.5
     square = 0.180625 - middle * middle
     values = middle * _ratio(square, _CENTRE)
@@ -183,7 +183,7 @@ class Zipf:
 
 
 def _ratio(x: Floats, coefficients: tuple[tuple[float, ...], tuple[float, ...]]) -> Floats:
-    """The quotient of two polynomials, constant terms first."""
+    """Return the quotient of two polynomials, constant terms first."""
     above, below = (np.full_like(x, terms[-1]) for terms in coefficients)
     for value, terms in zip((above, below), coefficients, strict=True):
         for term in terms[-2::-1]:
@@ -197,7 +197,8 @@ def _scalar(function: Callable[[Floats], Floats], x: float) -> float:
 
 
 def _normal_share(value: float) -> float:
-    """The share of a standard normal law below a value: the inverse of ``normal_quantile``, by halving."""
+    """Return the share of a standard normal distribution below a value: the inverse of ``normal_quantile``, by
+    bisection."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -11,8 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from datamodules.parquet import DatasetWriter, Values
 from datamodules.preprocess.estimate import size_words, time_words
+from datamodules.writer import DatasetWriter, Values
 from lightning_dlrm.contracts.cache import cache_root
 from lightning_dlrm.contracts.errors import UserError, one_line
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, Column, DatasetSchema
@@ -22,7 +22,7 @@ Write = Callable[[DatasetWriter, "tqdm[Any]"], dict[str, Any]]
 
 
 def cache_folder(kind: str, key: Any) -> Path:
-    """Where the cache keeps generated data, there or not.
+    """Return the folder of generated data in the cache, whether it exists or not.
 
     Args:
         kind: of data, the beginning of the folder's name.
@@ -32,7 +32,7 @@ def cache_folder(kind: str, key: Any) -> Path:
 
 
 def make_once(planned: DatasetSchema, folder: Path, write: Write, progress: bool = True) -> DatasetSchema:
-    """Writes a dataset, or finds it written already.
+    """Write a dataset, or find it written already.
 
     Args:
         planned: its schema but for files, positives and optimum; its settings must hold all that the rows depend
@@ -113,7 +113,7 @@ class _EstimatingWriter(DatasetWriter):
 
 
 def checked_estimate(place: Path, rows: int, size: float, seconds: float, written: int = 0) -> str:
-    """Says what rows will take, and sees that the disk can hold them.
+    """Describe what rows will take, and check that the disk can hold them.
 
     Args:
         place: what is made there.
@@ -137,7 +137,7 @@ def checked_estimate(place: Path, rows: int, size: float, seconds: float, writte
 
 
 def _existing(planned: DatasetSchema, folder: Path) -> DatasetSchema | None:
-    """The schema in ``folder`` if it is the planned one, else None."""
+    """Return the schema in ``folder`` if it is the planned one, else None."""
     if not (Path(folder) / SCHEMA_FILE).is_file():
         return None
     found = DatasetSchema.load(folder)

@@ -68,7 +68,7 @@ class BadLineError(Exception):
 
 
 def piece_of_plain(source: RawFile, index: int, piece_bytes: int) -> bytes:
-    """The lines that begin in a piece of a plain file, each with its line feed.
+    """Return the lines that begin in a piece of a plain file, each with its line feed.
 
     Raises:
         UserError: the file cannot be read.
@@ -84,7 +84,7 @@ def piece_of_plain(source: RawFile, index: int, piece_bytes: int) -> bytes:
 
 
 def _begin_of_line(source: RawFile, offset: int) -> int:
-    """Where the first line begins from an offset on; that of a line without end is where it became too long."""
+    """Return where the first line begins from an offset on; an endless line ends where it became too long."""
     if offset == 0 or offset >= source.size:
         return min(offset, source.size)
     place = offset - 1  # a line begins here if the byte before it ends another
@@ -97,7 +97,7 @@ def _begin_of_line(source: RawFile, offset: int) -> int:
 
 
 def pieces_of_text(source: RawFile, piece_bytes: int) -> Iterator[bytes]:
-    """The same pieces, one after the other, of a file that can only be read from its beginning.
+    """Yield the same pieces of a file that can only be read from its beginning.
 
     Raises:
         UserError: the file is truncated or corrupt, or cannot be read.
@@ -133,7 +133,7 @@ def pieces_of_text(source: RawFile, piece_bytes: int) -> Iterator[bytes]:
 
 
 def parse(text: bytes, labelled: bool = True) -> pa.Table:
-    """The rows of whole lines, each with its line feed, as ``RAW_SCHEMA``.
+    """Parse whole lines, each with its line feed, to rows of ``RAW_SCHEMA``.
 
     Args:
         labelled: whether lines begin with the label; if not, the table lacks it.
@@ -172,7 +172,7 @@ def parse(text: bytes, labelled: bool = True) -> pa.Table:
 
 
 def parse_good(text: bytes, labelled: bool = True, first: int = 0) -> tuple[list[pa.Table], list[tuple[int, str]]]:
-    """The good rows of whole lines, and of each bad one where it is and what is wrong with it.
+    """Parse the good rows of whole lines, and return the place and fault of each bad one.
 
     Pieces with a bad line are halved until only few lines stand beside it, so that the exact look
     does not go over millions of good ones.
@@ -203,8 +203,8 @@ def columns_of(labelled: bool) -> tuple[str, ...]:
 
 
 def _pair_values() -> np.ndarray:
-    """uint16 [65536]: the byte that two hexadecimal digits spell, at the two characters read as
-    one uint16 of this machine's byte order; 0xFFFF where they are not hexadecimal."""
+    """Return uint16 [65536]: the byte that two hexadecimal digits spell, at the two characters read as one uint16 of
+    this machine's byte order; 0xFFFF if they are not hexadecimal."""
     table = np.full(1 << 16, 0xFFFF, np.uint16)
     digits = "0123456789abcdefABCDEF"
     pairs = [high + low for high in digits for low in digits]
@@ -216,7 +216,7 @@ _PAIR_VALUES = _pair_values()
 
 
 def _dictionary_of_hashes(digits: pa.FixedSizeBinaryArray) -> pa.DictionaryArray | None:
-    """uint32 values of 8 hexadecimal digits each, nulls kept; None if a digit is not hexadecimal."""
+    """Return uint32 values of 8 hexadecimal digits each, nulls kept; None if a digit is not hexadecimal."""
     words = pa.Array.from_buffers(pa.uint64(), len(digits), digits.buffers(), digits.null_count, digits.offset)
     encoded = words.dictionary_encode()
     pairs = np.take(_PAIR_VALUES, encoded.dictionary.to_numpy().view(np.uint16))
@@ -227,14 +227,14 @@ def _dictionary_of_hashes(digits: pa.FixedSizeBinaryArray) -> pa.DictionaryArray
 
 
 def count_lines(text: bytes) -> int:
-    """Line feeds; twice as fast as ``bytes.count``, in steps that stay in the cache."""
+    """Count line feeds, twice as fast as ``bytes.count``, in steps that stay in the cache."""
     characters = np.frombuffer(text, np.uint8)
     steps = range(0, len(text), _COUNTED_AT_ONCE)
     return sum(int(np.count_nonzero(characters[at : at + _COUNTED_AT_ONCE] == ord("\n"))) for at in steps)
 
 
 def _first_bad_line(text: bytes, labelled: bool) -> BadLineError:
-    """What is wrong with the first bad line, by a slow and exact look at each."""
+    """Find the fault of the first bad line by a slow and exact check of each."""
     for number, line in enumerate(text.removesuffix(b"\n").split(b"\n")):
         fault = _fault(line.removesuffix(b"\r"), labelled)
         if fault:
@@ -248,7 +248,7 @@ _FAULT_REMEDY = "correct or remove the line, or download the file again"
 
 
 def _fault(line: bytes, labelled: bool) -> str | None:
-    """What is wrong with a line and what to do; None for a good one."""
+    """Return what is wrong with a line and what to do; None for a good line."""
     if b"\0" in line:
         return "binary data, expected text; unpack the archive or download the file again"
     fields = line.split(b"\t")

@@ -35,7 +35,7 @@ class Estimate:
     """Of them those that the dataset itself takes."""
 
     def checked(self, folder: Path, output: Path | None, workers: int) -> str:
-        """Sees that the disk can hold it, and says what it will take.
+        """Check that the disk can hold the run, and describe what it will take.
 
         Args:
             folder: the working folder.
@@ -65,7 +65,7 @@ class Estimate:
 
 
 def estimate(files: Sequence[RawFile], multi_hot: bool) -> Estimate:
-    """Looks at the beginning of the first file of each compression; the others are taken to be like it.
+    """Estimate a run from the beginning of the first file of each compression; other files are assumed to be alike.
 
     Raises:
         UserError: one cannot be read.
@@ -88,7 +88,7 @@ def estimate(files: Sequence[RawFile], multi_hot: bool) -> Estimate:
 
 
 def _sample(file: RawFile) -> tuple[float, float, int]:
-    """Bytes of text and lines for each stored byte, and the fields of the first line."""
+    """Return bytes of text and lines for each stored byte, and the fields of the first line."""
     with file.text() as text:
         try:
             sample = text.read(_SAMPLE_BYTES)
@@ -101,12 +101,12 @@ def _sample(file: RawFile) -> tuple[float, float, int]:
 
 
 def size_words(size: float) -> str:
-    """Bytes for people."""
+    """Format a number of bytes."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 def time_words(seconds: float) -> str:
-    """A time for people."""
+    """Format a duration."""
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -37,7 +37,7 @@ _FORMATS = (".png", ".pdf", ".svg")
 
 
 def check_figure(schema: DatasetSchema, path: Path) -> None:
-    """Sees that ``draw`` will have something to draw, before long work.
+    """Check before long work that ``draw`` will have something to draw.
 
     Raises:
         UserError: there are no tables, or the file has another ending than those of figures.
@@ -49,7 +49,7 @@ def check_figure(schema: DatasetSchema, path: Path) -> None:
 
 
 def draw(skews: Sequence[Skew], title: str, path: Path) -> None:
-    """Writes the figure.
+    """Write the figure.
 
     Args:
         skews: of every table, at least one.

@@ -24,13 +24,13 @@ _PARTIAL = ".partial"
 
 
 def fingerprint(content: Any) -> str:
-    """Of JSON values."""
+    """Return a SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A name to write to, no one else's, that becomes ``path`` when the context is left without an error."""
+    """Yield a unique name to write to, which becomes ``path`` if the context ends without an error."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PARTIAL}")
     try:
         yield partial
@@ -40,7 +40,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Removes what killed processes left of ``written_aside`` below a folder."""
+    """Remove what killed processes left of ``written_aside`` below a folder."""
     for root, _, names in os.walk(folder):
         for name in names:
             if name.startswith(".") and name.endswith(_PARTIAL):
@@ -50,7 +50,7 @@ def remove_partial_files(folder: Path) -> None:
 def record(
     path: Path, facts: Mapping[str, Any], files: tuple[Path, ...] = (), known: Mapping[Path, str] | None = None
 ) -> dict[str, Any]:
-    """Notes that a step is finished.
+    """Record that a step is finished.
 
     Args:
         path: of the record, without its suffix.
@@ -79,7 +79,7 @@ def record(
 
 
 def recorded(path: Path) -> dict[str, Any] | None:
-    """The facts of a finished step, None if it is not finished.
+    """Return the facts of a finished step, None if it is not finished.
 
     Args:
         path: of the record, without its suffix.
@@ -92,7 +92,7 @@ def recorded(path: Path) -> dict[str, Any] | None:
 
 
 def find_records(folder: Path) -> list[Path]:
-    """All records below a folder, each without its suffix."""
+    """Return all records below a folder, each without its suffix."""
     return sorted(
         Path(root) / name.removesuffix(_SUFFIX)
         for root, _, names in os.walk(folder)
@@ -102,7 +102,7 @@ def find_records(folder: Path) -> list[Path]:
 
 
 def discard_damaged(path: Path) -> bool:
-    """Removes a record if a file of it is missing or altered; says whether it did.
+    """Remove a record if a file of it is missing or altered; return whether it was removed.
 
     Args:
         path: of the record, without its suffix.
@@ -121,7 +121,7 @@ def discard_damaged(path: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path, output: str) -> Iterator[None]:
-    """Holds a folder for this process; the lock goes with it, however it ends.
+    """Lock a folder for this process; the lock ends with the process at the latest.
 
     Raises:
         UserError: the folder cannot be written, or another run holds it.

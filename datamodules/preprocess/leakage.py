@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from datamodules.parquet import Folder, read_groups
+from datamodules.folder import Folder
+from datamodules.parquet import read_groups
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SPLITS, Column, DatasetSchema
 
@@ -34,7 +35,7 @@ _ENTRY = np.dtype([("hash", np.uint64), ("count", np.uint32)])
 
 
 def equal_rows(folder: str | Path | Folder, schema: DatasetSchema, progress: bool = True) -> dict[str, Any]:
-    """Counts rows of equal features, as JSON values.
+    """Count rows of equal features; return JSON values.
 
     ``within`` has for each split its ``rows``, the ``distinct`` ones, and ``repeats``: rows whose features an earlier
     row of the split has, with their ``share``. ``between`` has for each pair of ``splits`` the ``distinct`` features
@@ -72,7 +73,8 @@ def equal_rows(folder: str | Path | Folder, schema: DatasetSchema, progress: boo
 
 
 def content_hashes(table: pa.Table, columns: Sequence[Column]) -> Hashes:
-    """A 64-bit hash of the values of ``columns`` in each row, [rows]. Null is a value of its own; -0.0 equals 0.0."""
+    """Return a 64-bit hash of the values of ``columns`` in each row, [rows]. Null is a value of its own; -0.0 equals
+    0.0."""
     hashes = np.full(table.num_rows, 0x9E3779B97F4A7C15, np.uint64)
     for column in columns:
         values = table.column(column.name).combine_chunks()
@@ -101,8 +103,8 @@ def _mix_lists(hashes: Hashes, lists: pa.ListArray) -> None:
 
 
 def _mix(hashes: Hashes, values: Hashes) -> None:
-    """Takes one more value of each row into its hash, in place. For a given value this is one to one in the hash, and
-    for a given hash one to one in the value, so that rows that differ in one column never meet."""
+    """Mix one more value of each row into its hash, in place. This is one to one in the hash for a given value, and one
+    to one in the value for a given hash, so that rows that differ in one column never have equal hashes."""
     hashes ^= values
     hashes *= np.uint64(0xBF58476D1CE4E5B9)
     hashes ^= hashes >> np.uint64(32)
@@ -132,7 +134,7 @@ class _Runs:
             self.end()
 
     def end(self) -> None:
-        """Writes what waits for its run to be full."""
+        """Write the pending hashes as a run."""
         if not self._waiting_rows:
             return
         hashes, counts = np.unique(np.concatenate(self._waiting), return_counts=True)
@@ -150,7 +152,7 @@ class _Runs:
         self._written += len(run)
 
     def range(self, number: int) -> tuple[Hashes, NDArray[np.int64]]:
-        """The hashes of a range in ascending order, and how often each occurs."""
+        """Return the hashes of a range in ascending order, and how often each occurs."""
         pieces = [np.empty(0, _ENTRY)]
         for cuts in self._cuts:
             start, stop = int(cuts[number]), int(cuts[number + 1])
@@ -176,7 +178,7 @@ class _Tally:
         self._shared = {pair: np.zeros(3, np.int64) for pair in combinations(splits, 2)}
 
     def add(self, distinct: Mapping[str, tuple[Hashes, NDArray[np.int64]]]) -> None:
-        """Counts a range: for each split the hashes in it, and how often each occurs."""
+        """Count a range: for each split the hashes in it, and how often each occurs."""
         for split, (_, counts) in distinct.items():
             self._rows[split] += int(counts.sum())
             self._distinct[split] += len(counts)
@@ -212,7 +214,7 @@ class _Tally:
 
 
 def render_equal_rows(facts: Mapping[str, Any]) -> list[str]:
-    """The facts of ``equal_rows`` as lines of text."""
+    """Format the facts of ``equal_rows`` as lines of text."""
     lines = ["rows of equal features (label apart)"]
     for split, within in facts["within"].items():
         lines.append(f"  within {split}: {within['repeats']:,} repeat an earlier row ({within['share']:.3%})")

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from datamodules.parquet import Folder, load_schema
+from datamodules.folder import Folder, load_schema
 from datamodules.preprocess.multi_hot import DISTRIBUTIONS, Distribution, MultiHot
 from datamodules.preprocess.protocols import PROTOCOLS, Protocol, find_protocol
 from datamodules.preprocess.splits import DATASETS, Dataset
@@ -70,7 +70,7 @@ class Options:
 
     @property
     def threshold(self) -> int:
-        """The threshold in force."""
+        """The threshold in force: ``min_count``, or the protocol's own."""
         return self.rules.min_count if self.min_count is None else self.min_count
 
     @property
@@ -78,7 +78,7 @@ class Options:
         return MultiHot(distribution=self.multi_hot_distribution, seed=self.seed) if self.multi_hot else None
 
     def settings(self) -> dict[str, Any]:
-        """What of them the schema keeps: those that shape the encoding."""
+        """Return the options that shape the encoding, as the schema keeps them."""
         settings: dict[str, Any] = {}
         if self.max_rows is not None:
             settings["max_rows"] = self.max_rows
@@ -93,14 +93,14 @@ class Options:
         return settings
 
     def document(self) -> dict[str, Any]:
-        """All of them as JSON values."""
+        """Return all options as JSON values."""
         return {**asdict(self), "min_count": self.threshold}
 
 
 def options_of(
     vocabulary: Folder | None, *, dataset: Dataset | None, protocol: str | None, **others: Any
 ) -> tuple[Options, DatasetSchema | None]:
-    """The options, and the schema of the dataset whose vocabulary is used.
+    """Return the options, and the schema of the dataset whose vocabulary is used.
 
     With a vocabulary that dataset decides about everything but ``on_bad_row``.
 
@@ -128,5 +128,5 @@ def options_of(
                 f"{known.get(name, getattr(default, name))}; leave the option out"
             )
     known.pop("minimum", None)
-    options = Options(**known, on_bad_row=others["on_bad_row"], encoding_of=schema.encoding_fingerprint)
+    options = Options(**known, on_bad_row=others.get("on_bad_row", "fail"), encoding_of=schema.encoding_fingerprint)
     return options, schema

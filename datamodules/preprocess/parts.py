@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.parquet import ROWS_PER_FILE, SplitWriter, arrow_table
 from datamodules.preprocess.encoding import Encoding, read_items, scratch_folder
 from datamodules.preprocess.journal import record, recorded
 from datamodules.preprocess.protocols import Table
 from datamodules.preprocess.segments import OpenSegment, load_segments, rows_of
+from datamodules.writer import ROWS_PER_FILE, SplitWriter, arrow_table
 from lightning_dlrm.contracts.schema import CRITEO_DENSE, CRITEO_LABEL, SPLITS, Column, DataFile, SplitName
 
 
@@ -26,7 +26,7 @@ class RowsJob:
 
 
 def rows_per_split(job: RowsJob) -> np.ndarray:
-    """int64 [segments, splits]: the rows of each segment in each split of ``SPLITS``."""
+    """Count the rows of each segment in each split of ``SPLITS``: int64 [segments, splits]."""
     result = np.zeros((job.stop - job.start, len(SPLITS)), np.int64)
     for i, segment in enumerate(load_segments(job.encoding.segments)[job.start : job.stop]):
         with OpenSegment(segment) as opened:
@@ -53,7 +53,7 @@ class PartJob:
 
 
 def part_jobs(encoding: Encoding, columns: tuple[Column, ...], rows: np.ndarray) -> Iterator[PartJob]:
-    """The part files of all splits.
+    """Yield the part files of all splits.
 
     Args:
         rows: int64 [segments, splits], as ``rows_per_split``.
@@ -74,7 +74,7 @@ def part_jobs(encoding: Encoding, columns: tuple[Column, ...], rows: np.ndarray)
 
 
 def encode_part(job: PartJob) -> tuple[DataFile, int | None]:
-    """Writes one part file.
+    """Write one part file.
 
     Returns:
         The file, and its rows with label 1, None of rows without labels.
@@ -115,7 +115,7 @@ class _Ids:
         self._ends = {table.name: np.fromfile(encoding.ends(table), np.int64) for table in encoding.protocol.tables()}
 
     def of(self, table: Table, segment: int) -> np.ndarray:
-        """int32 [d + 1]"""
+        """Return the ids of a segment's distinct values, int32 [d + 1]."""
         begin, end = self._ends[table.name][segment : segment + 2]
         return read_items(self._encoding.ids(table), np.dtype(np.int32), begin, end)
 
@@ -128,7 +128,7 @@ def _encoded(
     ids: _Ids,
     columns: Sequence[Column],
 ) -> dict[str, Any]:
-    """The columns of some rows of a segment, as ``parquet.arrow_table`` takes them."""
+    """Return the columns of some rows of a segment, as ``writer.arrow_table`` takes them."""
     protocol = encoding.protocol
     arrays: dict[str, Any] = {}
     if opened.labels is not None:

@@ -60,20 +60,20 @@ class Stage:
             self._bar = tqdm(total=1.0, desc=name, bar_format=_BAR, file=stream, leave=True)
 
     def advance(self, rows: float) -> None:
-        """Counts more rows as done; a part of a row where the stage takes several steps a row."""
+        """Count more rows as done; a fraction of a row if the stage takes several steps a row."""
         with self._lock:
             self.rows += rows
             self._fraction = self.rows / self._total_rows if self._total_rows else 0.0
             self._show()
 
     def reached(self, rows: int, fraction: float) -> None:
-        """Says how many rows are done and which share of the stage that is, where its rows are not known before."""
+        """Set how many rows are done and which share of the stage that is, if its rows are not known before."""
         with self._lock:
             self.rows, self._fraction = rows, fraction
             self._show()
 
     def measured(self, memory: int, disk: int) -> None:
-        """Bytes in use now."""
+        """Set the bytes in use now."""
         with self._lock:
             self.memory, self.disk = memory, disk
             self.peak = max(self.peak, memory)
@@ -124,7 +124,7 @@ class Progress:
         """The working folder, whose size is shown."""
 
     def note(self, text: str) -> None:
-        """Tells the user a line."""
+        """Show a line."""
         if self._stream is not None:
             print(text, file=self._stream, flush=True)
 
@@ -132,7 +132,7 @@ class Progress:
     def stage(
         self, name: str, total_rows: int | None = None, poll: Callable[[], tuple[int, float]] | None = None
     ) -> Iterator[Stage]:
-        """Times a stage.
+        """Show and time a stage.
 
         Args:
             total_rows: which ``Stage.advance`` will reach; None if they are not known.
@@ -166,7 +166,7 @@ class Progress:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process and all below it; what they share counts for each."""
+    """Return the resident memory of this process and its descendants; shared memory counts for each."""
     total = 0
     this = psutil.Process()
     for process in (this, *this.children(recursive=True)):
@@ -178,7 +178,7 @@ def resident_bytes() -> int:
 
 
 def bytes_below(folder: Path) -> int:
-    """Size of all files in a folder, also while files come and go."""
+    """Return the size of all files in a folder, also while files come and go."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:

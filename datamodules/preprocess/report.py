@@ -13,7 +13,7 @@ from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 
 
 def write_report(path: Path, schema: DatasetSchema, run: Mapping[str, Any], stages: Sequence[StageTime]) -> None:
-    """Writes the report as JSON.
+    """Write the report as JSON.
 
     Args:
         run: what decides about the dataset's bytes; a later run compares it with its own.
@@ -31,7 +31,7 @@ def write_report(path: Path, schema: DatasetSchema, run: Mapping[str, Any], stag
 
 
 def render_report(schema: DatasetSchema, stages: Sequence[StageTime]) -> str:
-    """The same for people."""
+    """Format the report as text."""
     report = schema.report
     rows = sum(split.rows for split in schema.splits.values())
     read = sum(count for _, count in report["rows_per_file"])
@@ -66,7 +66,7 @@ def _split_lines(schema: DatasetSchema) -> list[str]:
 
 
 def _column_lines(schema: DatasetSchema) -> list[str]:
-    """Missing values of the raw columns, and what thresholds and moduli left of the tables."""
+    """Format missing values of the raw columns, and what thresholds and moduli left of the tables."""
     report = schema.report
     rows = sum(count for _, count in report["rows_per_file"])
     body = []

@@ -11,7 +11,7 @@ from typing import IO, Any, Literal, cast
 
 import pyarrow as pa
 
-from datamodules.filesystems import failures_told, file_system, is_remote
+from datamodules.filesystems import failures_as_user_errors, file_system, is_remote
 from datamodules.preprocess.journal import fingerprint
 from lightning_dlrm.contracts.errors import UserError, one_line
 
@@ -37,11 +37,11 @@ class RawFile:
 
     @property
     def key(self) -> str:
-        """Tells this state of this file from any other."""
+        """Identifies this state of this file."""
         return fingerprint(asdict(self))[:16]
 
     def read(self, start: int, stop: int) -> bytes:
-        """Stored bytes ``start`` to ``stop``, fewer at the end of the file.
+        """Return the stored bytes ``start`` to ``stop``, fewer at the end of the file.
 
         Raises:
             UserError: they cannot be read.
@@ -56,7 +56,7 @@ class RawFile:
 
     @contextmanager
     def text(self) -> Iterator["Text"]:
-        """The uncompressed text, to be read from its beginning."""
+        """Open the uncompressed text for reading from its beginning."""
         with _named(self.path):
             stored = self._opened()
         with closing(stored):
@@ -83,7 +83,7 @@ class Text:
             self._file = stored
 
     def read(self, size: int) -> bytes:
-        """The next bytes, as many as asked for unless the file ends.
+        """Return the next bytes, as many as requested unless the file ends.
 
         Raises:
             ValueError: the file is truncated or corrupt; says which.
@@ -98,7 +98,7 @@ class Text:
                 raise ValueError(f"truncated {name}: its end is missing") from None
             except (gzip.BadGzipFile, zlib.error, pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno and not isinstance(error, gzip.BadGzipFile):
-                    with failures_told(self.source.path):
+                    with failures_as_user_errors(self.source.path):
                         raise
                 words = one_line(error)
                 if "runcated" in words:
@@ -112,7 +112,7 @@ class Text:
 
 
 def find_files(paths: Sequence[str]) -> list[RawFile]:
-    """Looks the inputs up.
+    """Find the input files.
 
     Raises:
         UserError: there are none, one is missing, unreadable, a folder, given twice, or not compressed as its
@@ -181,8 +181,8 @@ def _compression(path: str, start: bytes) -> Compression:
 
 @contextmanager
 def _named(path: str) -> Iterator[None]:
-    """Failures of a file system as one line that names the file."""
-    with failures_told(path):
+    """Turn failures of a file system into one line that names the file."""
+    with failures_as_user_errors(path):
         try:
             yield
         except FileNotFoundError as error:

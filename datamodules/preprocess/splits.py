@@ -51,7 +51,7 @@ class SplitRule:
         return bool(self.spans) and self.negative_sampling_rate == 1.0
 
     def split_of(self, start: int, rows: int, labels: np.ndarray | None) -> np.ndarray:
-        """The split of some rows.
+        """Return the split of some rows.
 
         Args:
             start: the position of the first, counted over all input files.
@@ -91,8 +91,8 @@ Splitter: TypeAlias = Callable[[Dataset, Sequence[int]], tuple[Span, ...]]
 
 
 def halves_of_last_day(first: SplitName, second: SplitName) -> Splitter:
-    """All days but the last train; the last one's halves go to the splits named, the first half
-    having one more row if they are odd.
+    """Return a splitter: all days but the last train; the halves of the last go to the given splits, the first half
+    with one more row if they are odd.
 
     Terabyte's days are its files. Kaggle, and a single file of Terabyte, are cut by position into
     seven days of n // 7 rows, of which the first n % 7 have one more.
@@ -121,7 +121,7 @@ def halves_of_last_day(first: SplitName, second: SplitName) -> Splitter:
 
 
 def one_in_ten(dataset: Dataset, file_rows: Sequence[int]) -> tuple[Span, ...]:
-    """Random 8:1:1; needs ten rows, so that no split is empty.
+    """Split at random 8:1:1; this needs ten rows, so that no split is empty.
 
     Raises:
         UserError: there are fewer.
@@ -132,7 +132,7 @@ def one_in_ten(dataset: Dataset, file_rows: Sequence[int]) -> tuple[Span, ...]:
 
 
 def mixed(seed: int, stream: int, values: np.ndarray) -> np.ndarray:
-    """Random bits of each value by integer mixing (the finaliser of SplitMix64, twice).
+    """Return random bits of each value by integer mixing (the finaliser of SplitMix64, twice).
 
     Args:
         seed: 0 to 2**63 - 1.

@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from datamodules.filesystems import failures_told, file_system, is_remote
-from datamodules.parquet import flush
+from datamodules.filesystems import failures_as_user_errors, file_system, is_remote
 from datamodules.preprocess.journal import find_records, fingerprint, locked
+from datamodules.writer import flush
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
 
@@ -46,10 +46,10 @@ class Target:
         # Elsewhere, several outputs of one name may meet.
         mark = "" if self._beside else f"-{fingerprint(self._path if self.remote else str(self._folder))[:8]}"
         self.work = (parent if work is None else work.absolute()) / f".{name}{mark}.preprocess"
-        self.goes_on = f"The same command goes on from what is finished, which waits in {self.work}"
+        self.resume_hint = f"The same command resumes the run; its finished steps are in {self.work}"
 
     def finished(self, run: Mapping[str, Any]) -> DatasetSchema | None:
-        """The dataset, if it was made already by this run.
+        """Return the schema of the dataset if this run has made it already, else None.
 
         Args:
             run: what decides about its bytes, as ``REPORT_FILE`` keeps it under ``run``.
@@ -83,14 +83,14 @@ class Target:
         return None if self.remote else next(parent for parent in self._folder.parents if parent.exists())
 
     def remove_leftovers(self) -> None:
-        """Removes the working folder beside a finished dataset, whose run was killed while it did so."""
+        """Remove the working folder of a finished dataset, left by a run that was killed while removing it."""
         if self._beside and self.work.exists():
             with suppress(UserError), locked(self.work, self.output):
                 shutil.rmtree(self.work, ignore_errors=True)
 
     @contextmanager
     def working_folder(self, worth_keeping: bool) -> Iterator[Path]:
-        """Holds the working folder for this run.
+        """Lock the working folder for this run.
 
         It is removed afterwards if the dataset is delivered, or nothing in it is worth keeping. (Killed
         runs leave theirs in any case.)
@@ -116,13 +116,13 @@ class Target:
                             parent.rmdir()
 
     def deliver(self, result: Path) -> None:
-        """Gives the finished dataset its place: renamed there, or, where it has to be copied, dataset.json last.
+        """Move the finished dataset to its place: by renaming, or, if it has to be copied, with dataset.json last.
 
         Raises:
             UserError: the place was taken meanwhile, or cannot be written to.
             OSError: its disk is full.
         """
-        with self._reached(f". {self.goes_on}"):
+        with self._reached(f". {self.resume_hint}"):
             self._deliver(result)
         (self.work / "delivered").touch()
 
@@ -149,15 +149,15 @@ class Target:
             flush(self._folder.parent)
 
     def _reached(self, then: str = "") -> AbstractContextManager[None]:
-        """Tells failures of the place; full disks pass.
+        """Turn failures of the place into UserErrors; full disks pass.
 
         Args:
             then: what to add.
         """
-        return failures_told(self.output, "cannot be reached", f"check the place and your access to it{then}")
+        return failures_as_user_errors(self.output, "cannot be reached", f"check the place and your access to it{then}")
 
     def _names(self) -> set[str]:
-        """What the target holds; its own name if it is a file."""
+        """Return the names in the target; its own name if it is a file."""
         with self._reached():
             if not self.remote:
                 if self._folder.is_dir():
@@ -176,7 +176,7 @@ class Target:
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """The first difference between two runs, in words."""
+    """Describe the first difference between two runs."""
     options, now = found.get("options", {}), wanted["options"]
     for name in now | options:
         if options.get(name) != now.get(name):

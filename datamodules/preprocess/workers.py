@@ -54,11 +54,11 @@ class Workers:
     executor: Executor
     count: int
     """How many jobs run at once."""
-    goes_on: str
+    resume_hint: str
     """What to tell a user whose run was broken off."""
 
     def map(self, function: Callable[[T], R], jobs: Iterable[T]) -> Iterator[R]:
-        """Results in the order of the jobs, of which some are handed over beforehand.
+        """Yield results in the order of the jobs, of which some are submitted in advance.
 
         Unlike ``Executor.map``, which would take all jobs at once; Terabyte has tens of thousands.
 
@@ -81,46 +81,46 @@ class Workers:
         if isinstance(error, UserError):
             return error
         if is_disk_full(error):
-            return UserError(f"the disk is full ({one_line(error)}); make room. {self.goes_on}")
+            return UserError(f"the disk is full ({one_line(error)}); make room. {self.resume_hint}")
         if isinstance(error, BrokenProcessPool):
             return UserError(
                 "a worker process died, killed by the system for lack of memory or by hand (in a script of your own: "
-                f"is the call under 'if __name__ == \"__main__\":'?). {self.goes_on}"
+                f"is the call under 'if __name__ == \"__main__\":'?). {self.resume_hint}"
             )
         if isinstance(error, CancelledError) or type(error).__module__.startswith("distributed"):
             return UserError(
                 f"the cluster lost a worker or its scheduler ({type(error).__name__}: {one_line(error)[:200]}). "
-                f"{self.goes_on}"
+                f"{self.resume_hint}"
             )
         return error
 
 
 @contextmanager
-def open_workers(workers: int, scheduler: str | None, folder: Path, goes_on: str) -> Iterator[Workers]:
-    """Workers for as long as the context lasts; what they have not begun by then is given up.
+def open_workers(workers: int, scheduler: str | None, folder: Path, resume_hint: str) -> Iterator[Workers]:
+    """Open workers for the duration of the context; jobs that have not begun by then are cancelled.
 
     Args:
         workers: how many processes; one works in this process.
         scheduler: the address of a Dask scheduler, which then does the work.
         folder: the working folder, which all workers must see.
-        goes_on: what to tell a user whose run was broken off.
+        resume_hint: what to tell a user whose run was broken off.
 
     Raises:
         UserError: there is no such scheduler, it has no workers, or they do not see the folder.
     """
     if scheduler is not None:
         with _dask(scheduler, folder) as (executor, count):
-            yield Workers(executor=executor, count=count, goes_on=goes_on)
+            yield Workers(executor=executor, count=count, resume_hint=resume_hint)
     elif workers == 1:
-        yield Workers(executor=InProcess(), count=1, goes_on=goes_on)
+        yield Workers(executor=InProcess(), count=1, resume_hint=resume_hint)
     else:
         with _processes(workers) as executor:
-            yield Workers(executor=executor, count=workers, goes_on=goes_on)
+            yield Workers(executor=executor, count=workers, resume_hint=resume_hint)
 
 
 def serve_processes() -> None:
-    """Starts a server that loads the libraries, once for all workers and while this process loads them too; worker
-    processes will be forked from it. For programs alone, as it decides about all of their processes."""
+    """Start a server that loads the libraries once, in parallel with this process, and forks the worker processes. For
+    programs only, as it sets the start method of all their processes."""
     multiprocessing.set_start_method("forkserver")
     forkserver.set_forkserver_preload(["datamodules.preprocess.pipeline", "numpy.ma"])  # pyarrow loads that when used
     forkserver.ensure_running()

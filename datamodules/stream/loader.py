@@ -9,10 +9,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.parquet import Folder, part_files
+from datamodules.folder import Folder, part_files
 from datamodules.stream.memory import available_memory
 from datamodules.stream.order import Order, Shuffle
-from datamodules.stream.reader import Decoder, Held, Rows, Source, Window, batches_at_once, hold, read_batches
+from datamodules.stream.reader import batches_at_once, read_batches
+from datamodules.stream.rows import Decoder, Rows
+from datamodules.stream.sources import Held, Source, Window, hold
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema, SplitName
@@ -51,7 +53,7 @@ class Loader:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | Folder,
         schema: DatasetSchema,
         splits: Sequence[SplitName],
         *,
@@ -78,7 +80,8 @@ class Loader:
             self._require_memory(copies)
 
     def __len__(self) -> int:
-        """Global batches of an epoch. (Without a length Lightning fetches ahead and loses a batch on resume.)"""
+        """Return the global batches of an epoch. (Without a length Lightning prefetches a batch and loses it on
+        resume.)"""
         return -(-sum(file.rows for file in self._files) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -89,7 +92,7 @@ class Loader:
         return Order(groups, batch_size=self.batch_size, shuffle=shuffle, seed=seed, epoch=epoch, lanes=lanes)
 
     def _held_range(self) -> tuple[int, int]:
-        """Positions of the first row that is kept in memory, and of the one after the last."""
+        """Return the positions of the first row that is kept in memory, and of the one after the last."""
         edges = self._order("none", lanes=self._world).edges
         return int(edges[self._rank]), int(edges[self._rank + 1])
 
@@ -177,7 +180,7 @@ class TrainingLoader(Loader):
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | Folder,
         schema: DatasetSchema,
         splits: Sequence[SplitName],
         *,
@@ -204,7 +207,7 @@ class TrainingLoader(Loader):
         return self._count(self._iterate(order, self._batch), self._epoch, self._batch)
 
     def limit_epoch(self, batches: int) -> None:
-        """Ends every epoch after so many batches, as a trainer does that takes fewer than there are."""
+        """End every epoch after so many batches, like a trainer that takes fewer than there are."""
         self._epoch_batches = batches
 
     def _held_range(self) -> tuple[int, int]:
@@ -224,11 +227,11 @@ class TrainingLoader(Loader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position (of the next batch that will be handed out) and what it is a position in."""
+        """Return the position (of the next batch to be served) and the order that it belongs to."""
         return {"epoch": self._epoch, "batch": self._batch, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Moves to a position.
+        """Move to a position.
 
         Raises:
             UserError: the position is one in another order of samples.
@@ -288,7 +291,7 @@ class BackgroundIterator:
         return self._taken.popleft()
 
     def close(self) -> None:
-        """Ends the thread; what it had ready is lost."""
+        """End the thread and discard its items."""
         self._taken.clear()
         self._finalizer()
 
@@ -304,7 +307,7 @@ class _Waiting:
         self._changed = threading.Condition()
 
     def put(self, items: list[Any] | BaseException) -> None:
-        """Adds items, or the error in whose place they would have come."""
+        """Add items, or the error raised in their place."""
         count, size = (0, 0) if isinstance(items, BaseException) else (len(items), sum(item.nbytes for item in items))
         with self._changed:
             self._lists.append((items, count, size))
@@ -320,7 +323,7 @@ class _Waiting:
             return items
 
     def wait_for_room(self) -> bool:
-        """Whether another list is wanted; returns when it is known."""
+        """Wait until another list is wanted or the iterator is stopped; return whether one is wanted."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._stopped or (self._count < self._ahead and self._bytes < self._bytes_ahead)

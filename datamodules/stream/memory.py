@@ -6,7 +6,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int | None:
-    """Bytes that can be taken without swapping, within the limit of a container; None where the system tells none."""
+    """Return the bytes that can be allocated without swapping, within a container's limit; None if the system does not
+    say."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     except OSError:

@@ -14,8 +14,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from datamodules.folder import load_schema
 from datamodules.generate.demo import DemoSettings, demo_folder, generate_demo
-from datamodules.parquet import load_schema
 from datamodules.stream.loader import TrainingLoader
 from lightning_dlrm.bench import floors, peer, roofline
 from lightning_dlrm.bench.contenders import LEARNING_RATE, OurStep, PlainBatch, PlainStep, Workload, plain_network

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from datamodules.folder import check_sizes, load_schema, part_files
 from datamodules.generate.demo import DemoSettings, demo_folder, generate_demo
-from datamodules.parquet import check_sizes, load_schema, part_files
 from datamodules.stream.loader import TrainingLoader
 from datamodules.stream.order import Shuffle
 from lightning_dlrm.bench.measurement import Measurement, median_and_spread, peak_bytes, time_rounds

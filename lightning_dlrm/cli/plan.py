@@ -16,7 +16,7 @@ from jsonargparse import DefaultHelpFormatter
 from pytorch_lightning.cli import LightningArgumentParser
 from tqdm import tqdm
 
-from datamodules.parquet import load_schema
+from datamodules.folder import load_schema
 from datamodules.preprocess.skew import lookup_counts
 from lightning_dlrm.cli.lightning import SettingsCommand
 from lightning_dlrm.cli.palette import OKABE_ITO, filling

@@ -13,8 +13,8 @@ import torch
 
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
 from datamodules.generate.demo import DemoSettings, demo_folder
-from datamodules.parquet import DatasetWriter
 from datamodules.stream.loader import TrainingLoader
+from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema

@@ -17,9 +17,9 @@ import scipy.sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 
+from datamodules.folder import verify
 from datamodules.generate import command, demo
 from datamodules.generate.demo import BLOCK_ROWS, DemoSettings, PlantedModel, demo_folder, demo_schema, generate_demo
-from datamodules.parquet import verify
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, DatasetSchema
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules.parquet import DatasetWriter
 from datamodules.preprocess import command, leakage
 from datamodules.preprocess.skew import all_skews
+from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema, Optimum
 

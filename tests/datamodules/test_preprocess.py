@@ -25,9 +25,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules import parquet
-from datamodules.parquet import Folder
-from datamodules.preprocess import command, counting, estimate, parts, progress
+from datamodules import writer as writing
+from datamodules.folder import Folder
+from datamodules.preprocess import command, counting, estimate, lookup, parts, progress
 from datamodules.preprocess.criteo_tsv import BadLineError, parse
 from datamodules.preprocess.multi_hot import MLPERF_SIZES
 from datamodules.preprocess.pipeline import order_warning, preprocess
@@ -133,8 +133,8 @@ def test_spilling_needs_few_open_files(tmp_path: Path, monkeypatch: pytest.Monke
 def test_part_files_are_cut_where_the_writer_cuts_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str
 ) -> None:
-    monkeypatch.setattr(parquet, "ROW_GROUP_ROWS", 16)
-    for module in (parquet, parts):
+    monkeypatch.setattr(writing, "ROW_GROUP_ROWS", 16)
+    for module in (writing, parts):
         monkeypatch.setattr(module, "ROWS_PER_FILE", 64)
     lines = generated_lines(1000)
     schema = preprocess(
@@ -562,19 +562,19 @@ def test_known_values_are_looked_up_as_by_a_dict(tmp_path: Path) -> None:
     table = pa.table({"hash": pa.concat_arrays([pa.nulls(2, pa.uint32()), pa.array(hashes)]), "id": [0, 1, *ids]})
     table = table.cast(pa.schema([("hash", pa.uint32()), ("id", pa.int32())]))
     pq.write_table(table.take(generator.permutation(len(table))), tmp_path / "C1.parquet", row_group_size=700)
-    known = counting._known_values(Folder(tmp_path), "C1.parquet")
+    known = lookup._known_values(Folder(tmp_path), "C1.parquet")
     wanted = np.concatenate([hashes, generator.integers(0, 2**32, 5000).astype(np.uint32), hashes[:9]])
     of = dict(zip(hashes.tolist(), ids.tolist(), strict=True))
-    found = counting._look_up(known, wanted, unknown=1)
+    found = lookup._look_up(known, wanted, unknown=1)
     assert found[0].dtype == np.int32 and found[0].tolist() == [of.get(value, 1) for value in wanted.tolist()]
     assert found[1].tolist() == [value in of for value in wanted.tolist()]
-    nothing = counting._look_up(known[:0], wanted, unknown=1)
+    nothing = lookup._look_up(known[:0], wanted, unknown=1)
     assert (nothing[0] == 1).all() and not nothing[1].any()
     with pytest.raises(UserError, match=r"C2.parquet is missing"):
-        counting._known_values(Folder(tmp_path), "C2.parquet")
+        lookup._known_values(Folder(tmp_path), "C2.parquet")
     (tmp_path / "C2.parquet").write_bytes((tmp_path / "C1.parquet").read_bytes()[:-9])
     with pytest.raises(UserError, match=r"C2.parquet is altered"):
-        counting._known_values(Folder(tmp_path), "C2.parquet")
+        lookup._known_values(Folder(tmp_path), "C2.parquet")
 
 
 def test_disk_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
+from datamodules.folder import verify
 from datamodules.generate import command, draws, folder
 from datamodules.generate.draws import Gaussian, Uniform, Zipf, stream, uniforms
 from datamodules.generate.random import (
@@ -31,7 +32,6 @@ from datamodules.generate.random import (
     random_schema,
 )
 from datamodules.generate.tsv import TsvSettings, generate_tsv
-from datamodules.parquet import verify
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 

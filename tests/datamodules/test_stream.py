@@ -25,13 +25,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules import parquet
+from datamodules import writer as writing
 from datamodules.criteo import Criteo
-from datamodules.parquet import DatasetWriter, Folder
+from datamodules.folder import Folder
 from datamodules.stream import loader as loader_module
-from datamodules.stream import memory, reader
+from datamodules.stream import memory, reader, sources
+from datamodules.stream import rows as decoded
 from datamodules.stream.loader import BackgroundIterator, Loader, TrainingLoader
 from datamodules.stream.order import Order, _shares, bijection, permutation
+from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema
@@ -69,8 +71,8 @@ def make_arrays(columns: tuple[Column, ...], count: int, seed: int) -> dict[str,
 
 def make_dataset(folder: Path, columns: tuple[Column, ...], rows: int, seed: int = 0) -> DatasetSchema:
     with pytest.MonkeyPatch.context() as patch, DatasetWriter(folder, columns) as writer:
-        patch.setattr(parquet, "ROW_GROUP_ROWS", GROUP_ROWS)
-        patch.setattr(parquet, "ROWS_PER_FILE", FILE_ROWS)
+        patch.setattr(writing, "ROW_GROUP_ROWS", GROUP_ROWS)
+        patch.setattr(writing, "ROWS_PER_FILE", FILE_ROWS)
         writer.write("train", make_arrays(columns, rows, seed))
         writer.write("test", make_arrays(columns, rows // 3, seed + 1))
         return writer.finish(dataset="mine", protocol="own")
@@ -429,8 +431,8 @@ from lightning_dlrm.contracts.schema import DatasetSchema
 folder, state, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 schema, read = DatasetSchema.load(folder), []
-whole_read = reader.Decoder._read
-reader.Decoder._read = lambda self, group: read.append(group) or whole_read(self, group)
+whole_read = decoded.Decoder._read
+decoded.Decoder._read = lambda self, group: read.append(group) or whole_read(self, group)
 
 def served(loader):
     read.clear()
@@ -532,9 +534,9 @@ def test_memory_is_bounded_by_two_row_groups_a_lane(
     wide: tuple[Path, DatasetSchema], monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     """And by the rows that are fetched at once. Rows that were overwritten too early would be other rows."""
-    windows: list[reader.Window] = []
+    windows: list[sources.Window] = []
 
-    class Watched(reader.Window):
+    class Watched(sources.Window):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             windows.append(self)
@@ -554,13 +556,13 @@ def test_cached_rows_are_decoded_once_and_the_log_says_how_much(
     wide: tuple[Path, DatasetSchema], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     groups: list[int] = []
-    read = reader.Decoder._read
+    read = decoded.Decoder._read
 
-    def watched(self: reader.Decoder, group: int) -> Any:
+    def watched(self: decoded.Decoder, group: int) -> Any:
         groups.append(group)
         return read(self, group)
 
-    monkeypatch.setattr(reader.Decoder, "_read", watched)
+    monkeypatch.setattr(decoded.Decoder, "_read", watched)
     loader = training_loader(wide, cache="memory", shuffle="full")
     with caplog.at_level("INFO", logger="lightning_dlrm"):
         epochs = [served(iter(loader)) for _ in range(3)]
@@ -589,7 +591,7 @@ def test_rows_that_do_not_fit_into_memory_are_refused(
 def hold_all(folder: Path, schema: DatasetSchema) -> reader.Rows:
     files = schema.splits["train"].files
     order = Order([file.row_groups for file in files], batch_size=1, shuffle="none")
-    return reader.hold(reader.Decoder(Folder(folder), schema, files), order, 0, order.rows, 1)
+    return reader.hold(decoded.Decoder(Folder(folder), schema, files), order, 0, order.rows, 1)
 
 
 def test_available_memory_heeds_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,22 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from datamodules.folder import verify
 from datamodules.generate import command, fit, lru
 from datamodules.generate.lru import LruStack
-from datamodules.generate.trace import (
-    BLOCK_ACCESSES,
-    CLASS_LOW,
-    Profile,
-    Profiler,
-    TraceGenerator,
-    TraceSettings,
-    TraceSource,
-    generate_trace,
-    phase_end,
-    save_profiles,
-    trace_schema,
-)
-from datamodules.parquet import DatasetWriter, verify
+from datamodules.generate.profiles import CLASS_LOW, Profile, Profiler, TraceSource, phase_end, save_profiles
+from datamodules.generate.trace import BLOCK_ACCESSES, TraceGenerator, TraceSettings, generate_trace, trace_schema
+from datamodules.writer import DatasetWriter
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema
