@@ -10,7 +10,7 @@ from datamodules.folder import Folder, check_sizes, load_schema, part_files
 from datamodules.parquet import open_part
 from datamodules.stream.loader import Cache, Loader, TrainingLoader
 from datamodules.stream.order import LANES, Shuffle
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema, SplitName
 
 # A footer takes some 10 ms to check. Footers of further files are checked when the files are opened.
@@ -60,10 +60,11 @@ class FolderData(pl.LightningDataModule):
         super().__init__()
         counts = {"batch_size": batch_size, "evaluation_batch_size": evaluation_batch_size, "threads": threads}
         for name, count in counts.items():
-            if count < 1:
-                raise UserError(f"data: {name} is {count}; give at least 1")
-        if shuffle == "full" and cache != "memory":
-            raise UserError("data: shuffle full needs all rows in memory: set data.cache to memory, or shuffle window")
+            require(count >= 1, f"data: {name} is {count}; give at least 1")
+        require(
+            shuffle != "full" or cache == "memory",
+            "data: shuffle full needs all rows in memory: set data.cache to memory, or shuffle window",
+        )
         self.folder = Folder(folder)
         self.batch_size, self.evaluation_batch_size, self.shuffle = batch_size, evaluation_batch_size, shuffle
         self.seed, self.predict_split = seed or 0, predict_split
@@ -120,11 +121,11 @@ class FolderData(pl.LightningDataModule):
         """Return shuffled batches; Lightning keeps the loader's position in checkpoints."""
         self._require(["train"])
         _, world = self._rank_and_world
-        if world > LANES and self.shuffle == "window":
-            raise UserError(
-                f"{world} ranks, but data.shuffle window reads {LANES} lanes, and each rank needs one: use at most "
-                f"{LANES} ranks, or data.shuffle full with data.cache memory, or none"
-            )
+        require(
+            world <= LANES or self.shuffle != "window",
+            f"{world} ranks, but data.shuffle window reads {LANES} lanes, and each rank needs one: use at most "
+            f"{LANES} ranks, or data.shuffle full with data.cache memory, or none",
+        )
         loader = TrainingLoader(
             self.folder,
             self.schema,
@@ -188,8 +189,7 @@ class FolderData(pl.LightningDataModule):
             if name not in has:
                 found = ", ".join(f"{name} ({rows:,} rows)" for name, rows in has.items()) or "no rows at all"
                 raise UserError(f"{self.folder} has no rows in its {name} split: it has {found}; choose another split")
-        if not splits:
-            raise UserError(f"{self.folder} has no rows at all; make the dataset again")
+        require(splits, f"{self.folder} has no rows at all; make the dataset again")
 
     def _accepted(self, schema: DatasetSchema) -> DatasetSchema:
         """Return the schema, or raise a UserError if the datamodule does not read such data."""

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from datamodules.clicks import FolderData
 from datamodules.generate.demo import DemoSettings, demo_folder, demo_schema, generate_demo
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import DatasetSchema
 
 DEMO = "demo"
@@ -45,11 +45,11 @@ class Criteo(FolderData):
         generate_demo(self.demo, folder)
 
     def _accepted(self, schema: DatasetSchema) -> DatasetSchema:
-        if self.kind is not None and schema.dataset != self.kind:
-            raise UserError(
-                f"{self.path} holds the dataset {schema.dataset!r}, {type(self).__name__} reads {self.kind!r}: "
-                "give its dataset folder with --data.path, or use the datamodule Criteo, which reads any"
-            )
+        require(
+            self.kind is None or schema.dataset == self.kind,
+            f"{self.path} holds the dataset {schema.dataset!r}, {type(self).__name__} reads {self.kind!r}: "
+            "give its dataset folder with --data.path, or use the datamodule Criteo, which reads any",
+        )
         return schema
 
 

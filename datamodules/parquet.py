@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from datamodules.folder import REMEDY, Folder, check_sizes
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import WEIGHTS_SUFFIX, Column, DataFile, DatasetSchema
 
 ARROW_TYPES: Mapping[str, pa.DataType] = {
@@ -88,8 +88,10 @@ def check_weights(where: str, weights: pa.Array | pa.ChunkedArray, ids: pa.Array
             f"{where}: row {row} has {found} weights for {expected} ids; give each id one weight, "
             "and an empty bag an empty list"
         )
-    if pc.any(pc.is_null(pc.list_flatten(weights), nan_is_null=True)).as_py():
-        raise UserError(f"{where}: a weight is null or NaN; give each id a number, such as 1")
+    require(
+        not pc.any(pc.is_null(pc.list_flatten(weights), nan_is_null=True)).as_py(),
+        f"{where}: a weight is null or NaN; give each id a number, such as 1",
+    )
 
 
 def count_values(part: pq.ParquetFile, columns: Sequence[Column]) -> int:
@@ -173,11 +175,11 @@ def _check_ids(path: str, schema: DatasetSchema, metadata: pq.FileMetaData) -> N
                     f"{place} has no statistics, so its ids cannot be checked; write the file with statistics, as "
                     "DatasetWriter does"
                 )
-            if statistics.min < 0 or statistics.max >= column.cardinality:
-                raise UserError(
-                    f"{place} has ids from {statistics.min} to {statistics.max}, its table has rows 0 to "
-                    f"{column.cardinality - 1}; make the dataset again"
-                )
+            require(
+                statistics.min >= 0 and statistics.max < column.cardinality,
+                f"{place} has ids from {statistics.min} to {statistics.max}, its table has rows 0 to "
+                f"{column.cardinality - 1}; make the dataset again",
+            )
 
 
 def _fits(found: pa.DataType, column: Column) -> bool:

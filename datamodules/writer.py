@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamodules.parquet import ARROW_TYPES, check_weights, weighted_column
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SPLITS, Column, DataFile, DatasetSchema, Split, file_sha256
 
 # A lane of the stream decodes and shuffles one row group at a time, so 48 lanes hold 48 of them: 130 MB at 165 bytes
@@ -136,10 +136,10 @@ class DatasetWriter:
         return schema
 
     def _check_target(self) -> None:
-        if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
-            raise UserError(
-                f"{self.folder} exists and is not an empty folder; name a new folder, or remove it if it is not needed"
-            )
+        require(
+            not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())),
+            f"{self.folder} exists and is not an empty folder; name a new folder, or remove it if it is not needed",
+        )
 
     def _remove_leftovers(self) -> None:
         """Remove working folders of processes that were killed on this machine."""

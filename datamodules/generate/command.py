@@ -13,7 +13,7 @@ from datamodules.generate.random import PRESETS, Law, RandomSettings, generate_r
 from datamodules.generate.trace import TraceSettings, generate_trace
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
 from datamodules.writer import DatasetWriter
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.interrupts import leaving_in_order
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 
@@ -248,8 +248,7 @@ def run(args: argparse.Namespace) -> int:
         SystemExit: on SIGTERM and SIGHUP.
     """
     with leaving_in_order():
-        code: int = args.run_kind(args)
-    return code
+        return args.run_kind(args)
 
 
 def _run_demo(args: argparse.Namespace) -> int:
@@ -278,23 +277,33 @@ def _run_random(args: argparse.Namespace) -> int:
 
 
 def _run_trace(args: argparse.Namespace) -> int:
-    if args.source is None and args.profile is None:
-        raise UserError("generate trace: nothing to follow; give --from DIR, or --profile FILE of an earlier run")
+    require(
+        args.source is not None or args.profile is not None,
+        "generate trace: nothing to follow; give --from DIR, or --profile FILE of an earlier run",
+    )
     saves = args.source is not None and args.profile is not None
-    if args.output is None and not saves:
-        raise UserError("generate trace: nothing to make; give --output DIR, or --from DIR and --profile FILE")
-    if args.output is None and args.plot is not None:
-        raise UserError("generate trace: --plot draws what was generated beside its original; give --output DIR too")
+    require(
+        args.output is not None or saves,
+        "generate trace: nothing to make; give --output DIR, or --from DIR and --profile FILE",
+    )
+    require(
+        args.output is not None or args.plot is None,
+        "generate trace: --plot draws what was generated beside its original; give --output DIR too",
+    )
     # What would fail after an hour's work is refused before.
-    if saves and args.profile.exists():
-        raise UserError(f"{args.profile} exists; name a new file, or leave --from out to generate from it")
+    require(
+        not saves or not args.profile.exists(),
+        f"{args.profile} exists; name a new file, or leave --from out to generate from it",
+    )
     if args.plot is not None:
         fit.check_plot(args.plot)
     if args.output is not None:
         DatasetWriter(args.output, ())
-    for file in (args.plot, args.profile if saves else None):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UserError(f"cannot write {file}: there is no folder {file.parent}; make it, or choose another file")
+    for file in filter(None, (args.plot, args.profile if saves else None)):
+        require(
+            file.absolute().parent.is_dir(),
+            f"cannot write {file}: there is no folder {file.parent}; make it, or choose another file",
+        )
     source = TraceSource(args.source or args.profile, args.column, args.split)
     settings = TraceSettings(
         train_rows=source.length if args.rows is None else args.rows,
@@ -304,10 +313,10 @@ def _run_trace(args: argparse.Namespace) -> int:
         click_rate=args.click_rate,
         seed=args.seed,
     )
-    if settings.train_rows < LEAST_ACCESSES:
-        raise UserError(
-            f"generate trace: --rows is {settings.train_rows}; give at least {LEAST_ACCESSES:,}, to measure the fit"
-        )
+    require(
+        settings.train_rows >= LEAST_ACCESSES,
+        f"generate trace: --rows is {settings.train_rows}; give at least {LEAST_ACCESSES:,}, to measure the fit",
+    )
     profiles = source.profiles()
     if saves:
         save_profiles(profiles, args.profile)

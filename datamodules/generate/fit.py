@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.generate.profiles import CLASS_LOW, Profile, phase_end
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 
 CACHE_SHARES = (0.001, 0.01, 0.1, 0.5)
 """Sizes of the LRU caches whose hit rates are compared, as shares of the original's distinct rows."""
@@ -84,10 +84,10 @@ def check_plot(path: Path) -> None:
             f"--plot needs {error.name}, which is not installed; install it with: pip install 'lightning-dlrm[trace]'"
         ) from error
     kinds = sorted(FigureCanvasBase.filetypes)
-    if path.suffix.removeprefix(".") not in kinds:
-        raise UserError(
-            f"{path} is no kind of picture that can be drawn; give it one of the endings {', '.join(kinds)}"
-        )
+    require(
+        path.suffix.removeprefix(".") in kinds,
+        f"{path} is no kind of picture that can be drawn; give it one of the endings {', '.join(kinds)}",
+    )
 
 
 def plot(originals: Sequence[Profile], generated: Sequence[Profile], path: Path) -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from datamodules.preprocess.estimate import size_words, time_words
 from datamodules.writer import DatasetWriter, Values
 from lightning_dlrm.contracts.cache import cache_root
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, Column, DatasetSchema
 
 Write = Callable[[DatasetWriter, "tqdm[Any]"], dict[str, Any]]
@@ -128,11 +128,10 @@ def checked_estimate(place: Path, rows: int, size: float, seconds: float, writte
     parent = next(parent for parent in place.absolute().parents if parent.exists())
     free = shutil.disk_usage(parent).free + written
     words = f"{rows:,} rows: some {size_words(size)} of disk"
-    if size > free:
-        raise UserError(
-            f"{words} are needed for {place}, {size_words(free)} are free; make room, choose another place, or "
-            "fewer rows"
-        )
+    require(
+        size <= free,
+        f"{words} are needed for {place}, {size_words(free)} are free; make room, choose another place, or fewer rows",
+    )
     return f"{words} ({size_words(free)} are free) and {time_words(seconds)}"
 
 

@@ -27,7 +27,7 @@ from datamodules.filesystems import failures_as_user_errors
 from datamodules.folder import Folder, load_schema
 from datamodules.generate.draws import exp, log
 from datamodules.parquet import read_groups
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SplitName
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ class Profile:
         with every access."""
         first = self._last_octave()
         start, seen = self.counts[:first].sum(), self.counts[:first, 0].sum()
-        slope = log(np.array([self.distinct / seen])) / log(np.array([self.accesses / start]))
-        return float(slope[0])
+        return float((log(np.array([self.distinct / seen])) / log(np.array([self.accesses / start])))[0])
 
     def beginning(self, accesses: int) -> NDArray[np.float64]:
         """Return how many of the first accesses are of each class, [classes]; within a phase, in proportion."""
@@ -205,17 +204,19 @@ class TraceSource:
 
     def __init__(self, path: str | Path, columns: Sequence[str] | None = None, split: SplitName = "train") -> None:
         self.path, self.split = Folder(path), split
-        self._saved: list[Profile] | None = None
+        self._saved: dict[str, Profile] | None = None
         file, text = self.path.local, None
         with failures_as_user_errors(str(path)):
-            if file is not None and not file.exists():
-                raise UserError(f"there is nothing at {path}; give a dataset folder, or a file of trace profiles")
+            require(
+                file is None or file.exists(),
+                f"there is nothing at {path}; give a dataset folder, or a file of trace profiles",
+            )
             if file is not None and file.is_file():
                 text = file.read_bytes()
         if file is not None and text is not None:
             self._saved = _read_profiles(file, text)
             self.identity = f"profile {hashlib.sha256(text).hexdigest()}"
-            tables = {profile.column: profile.rows for profile in self._saved}
+            tables = {name: profile.rows for name, profile in self._saved.items()}
         else:
             self.schema = load_schema(self.path)
             if not self.schema.splits.get(split) or not self.schema.splits[split].rows:
@@ -223,16 +224,17 @@ class TraceSource:
                 raise UserError(f"{self.path} has no rows in its {split} split; it has {has}: choose another split")
             self.identity = f"data {self.schema.data_fingerprint} {split}"
             tables = dict(self.schema.features.tables)
-        if not tables:
-            raise UserError(f"{self.path} has no categorical or multi-hot columns, so there are no accesses to profile")
+        require(tables, f"{self.path} has no categorical or multi-hot columns, so there are no accesses to profile")
         for name in columns or ():
-            if name not in tables:
-                raise UserError(
-                    f"{self.path} has no categorical or multi-hot column {name}; it has {', '.join(tables)}"
-                )
+            require(
+                name in tables,
+                f"{self.path} has no categorical or multi-hot column {name}; it has {', '.join(tables)}",
+            )
         self.tables = {name: tables[name] for name in (dict.fromkeys(columns) if columns else tables)}
         """Rows of each chosen column's table."""
-        self.length = self._length()
+        self.length = (
+            self.schema.splits[split].rows if self._saved is None else self._saved[next(iter(self.tables))].accesses
+        )
         """Rows of the split, or accesses of the first chosen profile."""
 
     def profiles(self, progress: bool = True) -> list[Profile]:
@@ -245,8 +247,7 @@ class TraceSource:
             UserError: a column has too few accesses, or its files are missing or altered, or numba is not installed.
         """
         if self._saved is not None:
-            by_name = {profile.column: profile for profile in self._saved}
-            return [by_name[name] for name in self.tables]
+            return [self._saved[name] for name in self.tables]
         rows = self.schema.splits[self.split].rows
         with tqdm(
             total=rows * len(self.tables),
@@ -269,12 +270,6 @@ class TraceSource:
                 profiles.append(profiler.profile())
         return profiles
 
-    def _length(self) -> int:
-        if self._saved is None:
-            return self.schema.splits[self.split].rows
-        first = next(iter(self.tables))
-        return next(profile.accesses for profile in self._saved if profile.column == first)
-
     def _accesses(self, name: str) -> Iterator[tuple[NDArray[np.int32], int]]:
         """Yield the ids of a column, row group by row group, and the number of rows they belong to."""
         chosen = [column for column in self.schema.columns if column.name == name]
@@ -296,14 +291,14 @@ def save_profiles(profiles: Sequence[Profile], path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; choose a file that you may write") from error
 
 
-def _read_profiles(path: Path, text: bytes) -> list[Profile]:
+def _read_profiles(path: Path, text: bytes) -> dict[str, Profile]:
     try:
         document = json.loads(text)
         if document["trace_profiles"] != PROFILE_VERSION:
             raise ValueError(f"it is of version {document['trace_profiles']}, this release reads {PROFILE_VERSION}")
-        return [Profile.from_json(entry) for entry in document["columns"]]
+        return {profile.column: profile for profile in map(Profile.from_json, document["columns"])}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
-            f"{path} is no file of trace profiles ({type(error).__name__}: {error}); "
+            f"{path} is not a file of trace profiles ({type(error).__name__}: {error}); "
             "make one with 'python -m lightning_dlrm generate trace --from DIR --profile FILE'"
         ) from error

@@ -25,7 +25,7 @@ from datamodules.generate.folder import cache_folder, make_once
 from datamodules.generate.settings import SEED_RANGE, SplitRows, check_settings
 from datamodules.preprocess.multi_hot import MLPERF_SIZES
 from datamodules.writer import DatasetWriter
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import (
     SPLITS,
     WEIGHTS_SUFFIX,
@@ -104,10 +104,8 @@ class RandomSettings(SplitRows):
                 object.__setattr__(self, name, tuple(value))
         counts = ("train_rows", "validation_rows", "test_rows", "dense")
         check_settings("random data", self, {name: (getattr(self, name) >= 0, "0 or more") for name in counts})
-        if not self.split_rows:
-            raise UserError("random data: no split has rows; give train_rows, validation_rows or test_rows")
-        if not self.tables and not self.dense:
-            raise UserError("random data: no tables and no dense features; give at least one of them")
+        require(self.split_rows, "random data: no split has rows; give train_rows, validation_rows or test_rows")
+        require(self.tables or self.dense, "random data: no tables and no dense features; give at least one of them")
         self._check_tables()
         checks = {
             "law": (self.law in get_args(Law), f"one of {', '.join(get_args(Law))}"),
@@ -121,8 +119,7 @@ class RandomSettings(SplitRows):
 
     def _check_tables(self) -> None:
         for number, rows in enumerate(self.tables, 1):
-            if not 1 <= rows < 2**31:
-                raise UserError(f"random data: table C{number} has {rows} rows; give each 1 to {2**31 - 1}")
+            require(1 <= rows < 2**31, f"random data: table C{number} has {rows} rows; give each 1 to {2**31 - 1}")
         for name in ("indices", "min_indices"):
             if isinstance(value := getattr(self, name), tuple) and len(value) != len(self.tables):
                 raise UserError(
@@ -130,16 +127,16 @@ class RandomSettings(SplitRows):
                     "give one for each, or one for all"
                 )
         for number, (rows, (least, most)) in enumerate(zip(self.tables, self.bag_sizes, strict=True), 1):
-            if not 0 <= least <= most or most < 1:
-                raise UserError(
-                    f"random data: bags of table C{number} hold {least} to {most} ids; "
-                    "expected 0 <= min_indices <= indices and indices at least 1"
-                )
-            if most > rows:
-                raise UserError(
-                    f"random data: bags of table C{number} hold up to {most} ids, but it has only {rows} rows; "
-                    "give fewer indices, or a number for each table"
-                )
+            require(
+                0 <= least <= most and most >= 1,
+                f"random data: bags of table C{number} hold {least} to {most} ids; "
+                "expected 0 <= min_indices <= indices and indices at least 1",
+            )
+            require(
+                most <= rows,
+                f"random data: bags of table C{number} hold up to {most} ids, but it has only {rows} rows; "
+                "give fewer indices, or a number for each table",
+            )
 
     @classmethod
     def of(cls, preset: Preset | None = None, **given: Any) -> "RandomSettings":
@@ -148,13 +145,14 @@ class RandomSettings(SplitRows):
         Raises:
             UserError: there is no such preset, or something was given that has no effect or is out of range.
         """
-        if preset is not None and preset not in PRESETS:
-            raise UserError(f"random data: preset {preset!r} is none of {', '.join(PRESETS)}")
+        require(preset is None or preset in PRESETS, f"random data: preset {preset!r} is none of {', '.join(PRESETS)}")
         chosen = PRESETS[preset] if preset else {}
         settings = cls(**{**chosen, **{name: value for name, value in given.items() if value is not None}})
         for name, law in (("exponent", "zipf"), ("mean", "gaussian"), ("deviation", "gaussian")):
-            if given.get(name) is not None and settings.law != law:
-                raise UserError(f"random data: {name} is of law {law}, but law is {settings.law}; leave one out")
+            require(
+                given.get(name) is None or settings.law == law,
+                f"random data: {name} is of law {law}, but law is {settings.law}; leave one out",
+            )
         return settings
 
     @property

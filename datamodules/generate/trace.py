@@ -28,7 +28,7 @@ from datamodules.generate.profiles import CLASS_LOW, Profile, TraceSource, lru_s
 from datamodules.generate.random import chance_scores, dense_block, label_block
 from datamodules.generate.settings import SEED_RANGE, SplitRows, check_settings
 from datamodules.writer import DatasetWriter
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import Column, DatasetSchema, Split
 
 GENERATOR_VERSION = 1
@@ -124,8 +124,7 @@ class TraceSettings(SplitRows):
     def __post_init__(self) -> None:
         counts = ("train_rows", "validation_rows", "test_rows", "dense")
         check_settings("trace data", self, {name: (getattr(self, name) >= 0, "0 or more") for name in counts})
-        if not self.split_rows:
-            raise UserError("trace data: no split has rows; give train_rows, validation_rows or test_rows")
+        require(self.split_rows, "trace data: no split has rows; give train_rows, validation_rows or test_rows")
         checks = {
             "click_rate": (0 < self.click_rate < 1, "a probability between 0 and 1"),
             "seed": (0 <= self.seed < 2**64, SEED_RANGE),

@@ -33,7 +33,7 @@ from datamodules.generate import demo
 from datamodules.generate.demo import AD, BLOCK_ROWS, VISITOR, Draw, Feature, PlantedModel
 from datamodules.generate.folder import checked_estimate
 from datamodules.generate.settings import SEED_RANGE, check_settings
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE
 
 TsvDataset = Literal["kaggle", "terabyte"]
@@ -318,19 +318,18 @@ def _hashes(ids: NDArray[np.int32], column: int) -> NDArray[np.uint32]:
 
 
 def _check_outputs(settings: TsvSettings, outputs: Sequence[Path]) -> None:
-    if not outputs:
-        raise UserError("no output file; give at least one")
-    if settings.rows < len(outputs):
-        raise UserError(f"{settings.rows} rows for {len(outputs)} files; give at least a row for each")
+    require(outputs, "no output file; give at least one")
+    require(
+        settings.rows >= len(outputs),
+        f"{settings.rows} rows for {len(outputs)} files; give at least a row for each",
+    )
     for path in outputs:
-        if path.exists():
-            raise UserError(f"{path} exists; name a new file, or remove it if it is not needed")
-        if path.suffix in _UNKNOWN_COMPRESSIONS:
-            raise UserError(
-                f"{path}: {path.suffix} is not written; name it .gz or .zst, or with neither for plain text"
-            )
-    if len({path.resolve() for path in outputs}) < len(outputs):
-        raise UserError("an output file is given twice; name each once")
+        require(not path.exists(), f"{path} exists; name a new file, or remove it if it is not needed")
+        require(
+            path.suffix not in _UNKNOWN_COMPRESSIONS,
+            f"{path}: {path.suffix} is not written; name it .gz or .zst, or with neither for plain text",
+        )
+    require(len({path.resolve() for path in outputs}) >= len(outputs), "an output file is given twice; name each once")
 
 
 @contextmanager

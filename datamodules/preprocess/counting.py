@@ -55,14 +55,14 @@ def count_column(job: CountJob) -> dict[str, Any]:
     done = recorded(encoding.record_of(table))
     if done:
         return done
-    reserved = encoding.protocol.reserved_of(table, encoding.min_count)
+    reserved = encoding.protocol.reserved_of(table, encoding.options.threshold)
     with scratch_folder(encoding, table.name) as scratch:
         spread, missing_rows = _spread_values(encoding, table, scratch)
         totals = [_group(spread, part) for part in range(spread.parts)]
         first_id = max(reserved.values(), default=-1) + 1
-        kept, rare_values, rare_rows = _assign(spread, totals, encoding.min_count, first_id, reserved)
+        kept, rare_values, rare_rows = _assign(spread, totals, encoding.options.threshold, first_id, reserved)
         rows = max(first_id + kept, 1)
-        modulus = encoding.max_rows if encoding.protocol.modulo == "id" else None
+        modulus = encoding.options.max_rows if encoding.protocol.modulo == "id" else None
         if modulus is not None and modulus >= rows:
             modulus = None  # changes nothing, and might not fit an id's type
         _write_vocabulary(

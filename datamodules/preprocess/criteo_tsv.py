@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from datamodules.preprocess.sources import RawFile
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, CRITEO_LABEL
 
 COLUMNS = (CRITEO_LABEL, *CRITEO_DENSE, *CRITEO_CATEGORICAL)
@@ -78,8 +78,10 @@ def piece_of_plain(source: RawFile, index: int, piece_bytes: int) -> bytes:
     if start == stop:
         return b""
     text = source.read(start, stop)
-    if len(text) < stop - start:
-        raise UserError(f"{source.path} became shorter while it was read; start again with the whole file")
+    require(
+        len(text) >= stop - start,
+        f"{source.path} became shorter while it was read; start again with the whole file",
+    )
     return text if text.endswith(b"\n") else text + b"\n"
 
 

@@ -1,4 +1,4 @@
-"""What the stages ``counting`` and ``parts`` share: what they are to do, and where their files lie."""
+"""What the stages ``counting``, ``lookup`` and ``parts`` share: options, places of files, ids of distinct values."""
 
 import os
 import shutil
@@ -12,31 +12,28 @@ from pathlib import Path
 import numpy as np
 
 from datamodules.preprocess.journal import written_aside
-from datamodules.preprocess.multi_hot import MultiHot
-from datamodules.preprocess.protocols import Protocol, Table, find_protocol, hash_modulo
+from datamodules.preprocess.options import Options
+from datamodules.preprocess.protocols import Protocol, Table, hash_modulo
 from datamodules.preprocess.segments import OpenSegment
 from datamodules.preprocess.splits import SplitRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """What count and encode need to know beside the rows."""
+    """How rows are encoded, and where the files of the stages are."""
 
-    protocol_name: str
+    options: Options
     segments: Path
-    """A file that lists the segments: too many to send with every job."""
+    """A file that lists the segments; a list would be too long to send with every job."""
     rule: SplitRule
     folder: Path
     """``encode/<options>``."""
-    min_count: int
-    max_rows: int | None
     minimum: Mapping[str, int]
     """Of each integer column, over all files."""
-    multi_hot: MultiHot | None = None
 
     @property
     def protocol(self) -> Protocol:
-        return find_protocol(self.protocol_name)
+        return self.options.rules
 
     @property
     def result(self) -> Path:
@@ -85,7 +82,7 @@ def distinct_values(encoding: Encoding, table: Table, opened: OpenSegment) -> tu
     if table.missing_as_value:
         values = np.append(values, np.uint32(0))
     if encoding.protocol.modulo == "hash":
-        values = hash_modulo(values, encoding.max_rows)
+        values = hash_modulo(values, encoding.options.max_rows)
     return values, codes
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datamodules.preprocess.progress import bytes_below
 from datamodules.preprocess.sources import RawFile
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 
 _SAMPLE_BYTES = 4 << 20
 
@@ -48,18 +48,18 @@ class Estimate:
         needed = self.rows * self.row_bytes
         free = shutil.disk_usage(folder).free + bytes_below(folder)
         words = f"about {self.rows:,.0f} rows: some {size_words(needed)} of disk"
-        if needed > free:
-            raise UserError(
-                f"{words} are needed, {size_words(free)} are free at {folder.parent}; make room, or choose another "
-                "place with --work and --output"
-            )
+        require(
+            needed <= free,
+            f"{words} are needed, {size_words(free)} are free at {folder.parent}; make room, or choose another "
+            "place with --work and --output",
+        )
         if output is not None and output.stat().st_dev != folder.stat().st_dev:
             dataset, room = self.rows * self.result_row_bytes, shutil.disk_usage(output).free
-            if dataset > room:
-                raise UserError(
-                    f"some {size_words(dataset)} of disk are needed for the dataset, {size_words(room)} are "
-                    f"free at {output}; make room, or choose another --output"
-                )
+            require(
+                dataset <= room,
+                f"some {size_words(dataset)} of disk are needed for the dataset, {size_words(room)} are "
+                f"free at {output}; make room, or choose another --output",
+            )
         seconds = self.rows / (_ROWS_PER_WORKER_S * min(workers, _WORKERS_PER_DISK))
         return f"{words} ({size_words(free)} are free) and {time_words(seconds)} with {workers} workers"
 

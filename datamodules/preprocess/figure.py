@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from datamodules.preprocess.skew import SHARES, Skew
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema
 
 if TYPE_CHECKING:
@@ -42,10 +42,11 @@ def check_figure(schema: DatasetSchema, path: Path) -> None:
     Raises:
         UserError: there are no tables, or the file has another ending than those of figures.
     """
-    if not schema.features.tables:
-        raise UserError("the dataset has no categorical or multi-hot columns, so there are no tables to plot")
-    if path.suffix not in _FORMATS:
-        raise UserError(f"{path} is named like no figure; end its name with {', '.join(_FORMATS)}")
+    require(
+        schema.features.tables,
+        "the dataset has no categorical or multi-hot columns, so there are no tables to plot",
+    )
+    require(path.suffix in _FORMATS, f"{path} is named like no figure; end its name with {', '.join(_FORMATS)}")
 
 
 def draw(skews: Sequence[Skew], title: str, path: Path) -> None:

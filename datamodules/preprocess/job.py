@@ -56,7 +56,7 @@ from datamodules.preprocess.staging import StageJob, segment_path, stage
 from datamodules.preprocess.target import REPORT_FILE
 from datamodules.preprocess.workers import Workers
 from datamodules.writer import data_file
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import CRITEO_DENSE, SPLITS, Column, DataFile, DatasetSchema, Split, SplitName
 
 BAD_ROWS_FILE = "bad_rows.tsv"
@@ -168,14 +168,11 @@ class Job:
         options = self.options
         staged = self._stage(pool)
         encoding = Encoding(
-            protocol_name=options.protocol,
+            options=options,
             segments=self.encode_folder / "segments",
             rule=self._rule(staged),
             folder=self.encode_folder,
-            min_count=options.threshold,
-            max_rows=options.max_rows,
             minimum=self._minimum(staged),
-            multi_hot=options.bags,
         )
         save_segments(encoding.segments, staged.segments)
         counted = self._count(pool, encoding, staged)
@@ -227,17 +224,13 @@ class Job:
                 for index, facts in enumerate(of_job, job.index or 0):
                     staged.add(job, index, facts)
             for path, count in staged.lines.items():
-                if not count:
-                    raise UserError(
-                        f"{path} is empty; expected Criteo lines of {len(COLUMNS)} fields: download it again"
-                    )
+                require(count, f"{path} is empty; expected Criteo lines of {len(COLUMNS)} fields: download it again")
             shown.reached(staged.all_rows, 1.0)
         return staged
 
     def _rule(self, staged: _Staged) -> SplitRule:
         if self.known is not None:
-            if not staged.all_rows:
-                raise UserError("the input has no rows to encode; give a file with Criteo lines")
+            require(staged.all_rows, "the input has no rows to encode; give a file with Criteo lines")
             return SplitRule(spans=(Span(split="test", start=0, stop=staged.all_rows),))
         return SplitRule(
             spans=self.options.rules.split(self.options.dataset, list(staged.rows.values())),
@@ -300,8 +293,10 @@ class Job:
                 positives[job.split] += of_part or 0
                 shown.advance(file.rows)
         for split in SPLITS:
-            if split not in files and self.known is None:
-                raise UserError(f"no rows are left in the {split} split; give more input, or keep more negatives")
+            require(
+                split in files or self.known is not None,
+                f"no rows are left in the {split} split; give more input, or keep more negatives",
+            )
         return {
             split: Split(
                 rows=sum(file.rows for file in files[split]),

@@ -61,8 +61,9 @@ def record(
     Returns:
         The facts.
     """
-    content: dict[str, Any] = {
-        "facts": dict(facts),
+    kept = dict(facts)
+    content = {
+        "facts": kept,
         "files": [
             {
                 "path": os.path.relpath(file, path.parent),
@@ -74,8 +75,7 @@ def record(
     }
     with written_aside(path.with_name(path.name + _SUFFIX)) as partial:
         partial.write_text(json.dumps(content))
-    facts_kept: dict[str, Any] = content["facts"]
-    return facts_kept
+    return kept
 
 
 def recorded(path: Path) -> dict[str, Any] | None:
@@ -85,8 +85,7 @@ def recorded(path: Path) -> dict[str, Any] | None:
         path: of the record, without its suffix.
     """
     try:
-        facts: dict[str, Any] = json.loads(path.with_name(path.name + _SUFFIX).read_text())["facts"]
-        return facts
+        return json.loads(path.with_name(path.name + _SUFFIX).read_text())["facts"]
     except (OSError, ValueError, KeyError):
         return None
 
@@ -131,7 +130,7 @@ def locked(folder: Path, output: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
     except FileNotFoundError:
-        raise busy from None  # removed between the two calls, by the run that finished
+        raise busy from None  # the run that finished removed it between the two calls
     except OSError as error:
         raise UserError(f"cannot write to {folder.parent} ({error.strerror}); choose another --output") from error
     with lock:

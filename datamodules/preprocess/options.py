@@ -7,7 +7,7 @@ from datamodules.folder import Folder, load_schema
 from datamodules.preprocess.multi_hot import DISTRIBUTIONS, Distribution, MultiHot
 from datamodules.preprocess.protocols import PROTOCOLS, Protocol, find_protocol
 from datamodules.preprocess.splits import DATASETS, Dataset
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema
 
 OnBadRow = Literal["fail", "skip"]
@@ -35,34 +35,41 @@ class Options:
 
     def __post_init__(self) -> None:
         protocol = find_protocol(self.protocol)
-        if self.dataset not in DATASETS:
-            raise UserError(f"unknown dataset {self.dataset!r}; known: {', '.join(DATASETS)}")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise UserError(f"max_rows is {self.max_rows}, expected at least 1; leave it out to keep every value")
+        require(self.dataset in DATASETS, f"unknown dataset {self.dataset!r}; known: {', '.join(DATASETS)}")
+        require(
+            self.max_rows is None or self.max_rows >= 1,
+            f"max_rows is {self.max_rows}, expected at least 1; leave it out to keep every value",
+        )
         if self.max_rows is not None and protocol.modulo is None:
             takers = " and ".join(name for name, other in PROTOCOLS.items() if other.modulo)
             raise UserError(f"protocol {protocol.name} has no max_rows, {takers} have; use min_count to shrink tables")
-        if self.min_count is not None and self.min_count < 1:
-            raise UserError(f"min_count is {self.min_count}, expected at least 1, which keeps every value")
-        if not 0 < self.negative_sampling_rate <= 1:
-            raise UserError(
-                f"negative_sampling_rate is {self.negative_sampling_rate}, expected a share of the rows to keep, more "
-                "than 0 and at most 1"
-            )
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed is {self.seed}; give a number from 0 to 2**63 - 1")
-        if self.multi_hot not in (None, "mlperf"):
-            raise UserError(f"unknown multi_hot {self.multi_hot!r}; known: mlperf")
-        if self.multi_hot and self.dataset != "terabyte":
-            raise UserError("multi_hot mlperf is made of Terabyte's rows; with Kaggle's leave it out")
-        if self.multi_hot_distribution not in DISTRIBUTIONS:
-            raise UserError(
-                f"unknown multi_hot_distribution {self.multi_hot_distribution!r}; known: {', '.join(DISTRIBUTIONS)}"
-            )
-        if self.multi_hot_distribution != "uniform" and not self.multi_hot:
-            raise UserError("multi_hot_distribution is given without multi_hot; give both, or neither")
-        if self.on_bad_row not in get_args(OnBadRow):
-            raise UserError(f"unknown on_bad_row {self.on_bad_row!r}; known: {', '.join(get_args(OnBadRow))}")
+        require(
+            self.min_count is None or self.min_count >= 1,
+            f"min_count is {self.min_count}, expected at least 1, which keeps every value",
+        )
+        require(
+            0 < self.negative_sampling_rate <= 1,
+            f"negative_sampling_rate is {self.negative_sampling_rate}, expected a share of the rows to keep, more "
+            "than 0 and at most 1",
+        )
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}; give a number from 0 to 2**63 - 1")
+        require(self.multi_hot in (None, "mlperf"), f"unknown multi_hot {self.multi_hot!r}; known: mlperf")
+        require(
+            not self.multi_hot or self.dataset == "terabyte",
+            "multi_hot mlperf is made of Terabyte's rows; with Kaggle's leave it out",
+        )
+        require(
+            self.multi_hot_distribution in DISTRIBUTIONS,
+            f"unknown multi_hot_distribution {self.multi_hot_distribution!r}; known: {', '.join(DISTRIBUTIONS)}",
+        )
+        require(
+            self.multi_hot_distribution == "uniform" or self.multi_hot,
+            "multi_hot_distribution is given without multi_hot; give both, or neither",
+        )
+        require(
+            self.on_bad_row in get_args(OnBadRow),
+            f"unknown on_bad_row {self.on_bad_row!r}; known: {', '.join(get_args(OnBadRow))}",
+        )
 
     @property
     def rules(self) -> Protocol:
@@ -109,15 +116,14 @@ def options_of(
     """
     if vocabulary is None:
         for name, value in (("dataset", dataset), ("protocol", protocol)):
-            if value is None:
-                raise UserError(f"no {name} is given; give one (--{name})")
+            require(value is not None, f"no {name} is given; give one (--{name})")
         return Options(dataset=dataset, protocol=protocol, **others), None  # type: ignore[arg-type]
     schema = load_schema(vocabulary)
-    if schema.protocol not in PROTOCOLS or not schema.vocabulary:
-        raise UserError(
-            f"{vocabulary} has the protocol {schema.protocol!r} and {len(schema.vocabulary)} vocabularies; expected a "
-            "dataset folder that preprocess made"
-        )
+    require(
+        schema.protocol in PROTOCOLS and schema.vocabulary,
+        f"{vocabulary} has the protocol {schema.protocol!r} and {len(schema.vocabulary)} vocabularies; expected a "
+        "dataset folder that preprocess made",
+    )
     given = {"dataset": dataset, "protocol": protocol, **others}
     known = {"dataset": schema.dataset, "protocol": schema.protocol, **schema.settings}
     default = Options(dataset=schema.dataset, protocol=schema.protocol)  # type: ignore[arg-type]

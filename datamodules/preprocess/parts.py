@@ -143,8 +143,8 @@ def _encoded(
         of_rows = ids.of(table, number).take(codes[rows])
         column = tables[table.name]
         if column.role == "multi_hot":
-            assert encoding.multi_hot is not None
-            arrays[table.name] = encoding.multi_hot.bags(table.name, of_rows, column.cardinality)
+            assert encoding.options.bags is not None
+            arrays[table.name] = encoding.options.bags.bags(table.name, of_rows, column.cardinality)
         else:
             arrays[table.name] = of_rows
     return arrays

@@ -17,7 +17,7 @@ from datamodules.preprocess.splits import Dataset
 from datamodules.preprocess.staging import PIECE_BYTES
 from datamodules.preprocess.target import Target
 from datamodules.preprocess.workers import open_workers
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import DatasetSchema
 
 # For less input, workers take longer to start than to work, and no step is worth keeping for a later run.
@@ -76,10 +76,11 @@ def preprocess(
 
 
 def _check_workers(workers: int | None, scheduler: str | None) -> None:
-    if workers is not None and workers < 1:
-        raise UserError(f"workers is {workers}, expected at least 1")
-    if workers is not None and scheduler is not None:
-        raise UserError("both workers and a scheduler are given, but a cluster has workers of its own: leave one out")
+    require(workers is None or workers >= 1, f"workers is {workers}, expected at least 1")
+    require(
+        workers is None or scheduler is None,
+        "both workers and a scheduler are given, but a cluster has workers of its own: leave one out",
+    )
 
 
 def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -> DatasetSchema:

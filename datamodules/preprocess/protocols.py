@@ -22,7 +22,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from datamodules.preprocess.splits import Splitter, halves_of_last_day, one_in_ten
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE
 
 DenseTransform: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
@@ -220,6 +220,5 @@ def find_protocol(name: str) -> Protocol:
     Raises:
         UserError: there is none of this name.
     """
-    if name not in PROTOCOLS:
-        raise UserError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
+    require(name in PROTOCOLS, f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]

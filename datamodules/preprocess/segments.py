@@ -47,8 +47,7 @@ class OpenSegment:
         """Labels int8 [n]; None if rows have no labels."""
         if CRITEO_LABEL not in self._batch.schema.names:
             return None
-        labels: np.ndarray = self._batch.column(CRITEO_LABEL).to_numpy()
-        return labels
+        return self._batch.column(CRITEO_LABEL).to_numpy()
 
     def integers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return values int32 [n], 0 where missing, and whether each is missing, bool [n]."""
@@ -76,17 +75,7 @@ def load_segments(path: Path) -> list[Segment]:
 def save_segments(path: Path, segments: Sequence[Segment]) -> None:
     with written_aside(path) as partial:
         partial.write_text(
-            json.dumps(
-                [
-                    {
-                        "path": os.path.relpath(segment.path, path.parent),
-                        "start": segment.start,
-                        "rows": segment.rows,
-                        "distinct": dict(segment.distinct),
-                    }
-                    for segment in segments
-                ]
-            )
+            json.dumps([{**vars(segment), "path": os.path.relpath(segment.path, path.parent)} for segment in segments])
         )
 
 

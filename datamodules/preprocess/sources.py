@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from datamodules.filesystems import failures_as_user_errors, file_system, is_remote
 from datamodules.preprocess.journal import fingerprint
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 Compression = Literal["none", "gzip", "zstd"]
 
@@ -118,8 +118,7 @@ def find_files(paths: Sequence[str]) -> list[RawFile]:
         UserError: there are none, one is missing, unreadable, a folder, given twice, or not compressed as its
             name says.
     """
-    if not paths:
-        raise UserError("no input files; give at least one Criteo TSV file")
+    require(paths, "no input files; give at least one Criteo TSV file")
     seen: dict[str, str] = {}
     files = []
     for path in paths:
@@ -134,12 +133,12 @@ def find_files(paths: Sequence[str]) -> list[RawFile]:
 
 def _find_local(path: str) -> RawFile:
     place = Path(path)
-    if place.is_dir():
-        raise UserError(f"{path} is a folder; name the files in it")
-    if not place.exists():
-        raise UserError(f"{path} does not exist; check the path, or download the file")
-    if not place.is_file() or not os.access(place, os.R_OK):
-        raise UserError(f"{path} cannot be read; expected a readable file: check its type and permissions")
+    require(not place.is_dir(), f"{path} is a folder; name the files in it")
+    require(place.exists(), f"{path} does not exist; check the path, or download the file")
+    require(
+        place.is_file() and os.access(place, os.R_OK),
+        f"{path} cannot be read; expected a readable file: check its type and permissions",
+    )
     status = place.stat()
     with place.open("rb") as file:
         compression = _compression(path, file.read(4))
@@ -155,8 +154,7 @@ def _find_local(path: str) -> RawFile:
 def _find_remote(path: str) -> RawFile:
     system, inner = file_system(path)
     info = system.info(inner)
-    if info["type"] != "file":
-        raise UserError(f"{path} is a folder; name the files in it")
+    require(info["type"] == "file", f"{path} is a folder; name the files in it")
     start = system.cat_file(inner, start=0, end=4)
     stamp = str(system.checksum(inner))
     return RawFile(
@@ -171,11 +169,11 @@ def _find_remote(path: str) -> RawFile:
 def _compression(path: str, start: bytes) -> Compression:
     found: Compression = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), "none")
     expected = _SUFFIX.get(Path(path).suffix, "none")
-    if found == "none" and expected != "none" and start:
-        raise UserError(
-            f"{path} is named {Path(path).suffix} but is not {_NAMES[expected]}; rename it if it is plain text, or "
-            "download it again"
-        )
+    require(
+        found != "none" or expected == "none" or not start,
+        f"{path} is named {Path(path).suffix} but is not {_NAMES.get(expected)}; rename it if it is plain text, or "
+        "download it again",
+    )
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 
 from datamodules.mixing import GOLDEN, mix
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SPLITS, SplitName
 
 Dataset = Literal["kaggle", "terabyte"]
@@ -126,8 +126,10 @@ def one_in_ten(dataset: Dataset, file_rows: Sequence[int]) -> tuple[Span, ...]:
     Raises:
         UserError: there are fewer.
     """
-    if sum(file_rows) < 10:
-        raise UserError(f"too few rows: {sum(file_rows)} in all; a split 8:1:1 needs at least 10: give more input")
+    require(
+        sum(file_rows) >= 10,
+        f"too few rows: {sum(file_rows)} in all; a split 8:1:1 needs at least 10: give more input",
+    )
     return ()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from datamodules.filesystems import failures_as_user_errors, file_system, is_remote
 from datamodules.preprocess.journal import find_records, fingerprint, locked
 from datamodules.writer import flush
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
 
 REPORT_FILE = "report.json"
@@ -70,11 +70,11 @@ class Target:
                 f"{self.output} exists and is not an empty folder; name a new folder, or remove it if it is not needed"
             )
         difference = _difference(found, run)
-        if difference:
-            raise UserError(
-                f"{self.output} was made of other input or with other options: {difference}; name a new folder, or "
-                "remove this one to make it again"
-            )
+        require(
+            not difference,
+            f"{self.output} was made of other input or with other options: {difference}; name a new folder, or "
+            "remove this one to make it again",
+        )
         return DatasetSchema.from_json(self._read(SCHEMA_FILE), f"{self.output}/{SCHEMA_FILE}")
 
     @property
@@ -102,8 +102,10 @@ class Target:
             UserError: it cannot be made, or another run makes the same dataset, or the dataset's own place cannot
                 be written to.
         """
-        if self.parent is not None and not (self.parent.is_dir() and os.access(self.parent, os.W_OK)):
-            raise UserError(f"cannot write to {self.parent}; choose another --output")
+        require(
+            self.parent is None or (self.parent.is_dir() and os.access(self.parent, os.W_OK)),
+            f"cannot write to {self.parent}; choose another --output",
+        )
         new_parents = [parent for parent in self.work.parents if not parent.exists()]
         with locked(self.work, self.output):
             try:
@@ -170,8 +172,7 @@ class Target:
     def _read(self, name: str) -> bytes:
         with self._reached():
             if self.remote:
-                content: bytes = self._system.cat_file(f"{self._path}/{name}")
-                return content
+                return self._system.cat_file(f"{self._path}/{name}")
             return (self._folder / name).read_bytes()
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from datamodules.filesystems import is_disk_full
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -180,8 +180,7 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
         ) from error
     with client:
         threads = sum(client.nthreads().values())
-        if not threads:
-            raise UserError(f"the Dask scheduler at {scheduler} has no workers; start some: dask worker {scheduler}")
+        require(threads, f"the Dask scheduler at {scheduler} has no workers; start some: dask worker {scheduler}")
         token = folder / f"token-{secrets.token_hex(8)}"
         token.touch()
         try:

@@ -16,7 +16,7 @@ from datamodules.stream.reader import batches_at_once, read_batches
 from datamodules.stream.rows import Decoder, Rows
 from datamodules.stream.sources import Held, Source, Window, hold
 from lightning_dlrm.contracts.batch import Batch
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema, SplitName
 
 log = logging.getLogger("lightning_dlrm")
@@ -100,12 +100,12 @@ class Loader:
         start, stop = self._held_range()
         decoder, available = self._decoder(), available_memory()
         need = decoder.bytes_of(start, stop)
-        if available is not None and need * copies > available:
-            raise UserError(
-                f"data.cache is memory, but {stop - start:,} rows of the {'+'.join(self.splits)} split take "
-                f"{need * copies / 2**30:.1f} GiB{f' in {copies} ranks' if copies > 1 else ''}, and "
-                f"{available / 2**30:.1f} GiB are free: set data.cache to none"
-            )
+        require(
+            need * copies <= available,
+            f"data.cache is memory, but {stop - start:,} rows of the {'+'.join(self.splits)} split take "
+            f"{need * copies / 2**30:.1f} GiB{f' in {copies} ranks' if copies > 1 else ''}, and "
+            f"{available / 2**30:.1f} GiB are free: set data.cache to none",
+        )
 
     def _iterate(self, order: Order, first: int) -> "BackgroundIterator":
         def batches() -> Generator[list[Batch], None, None]:

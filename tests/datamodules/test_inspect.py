@@ -290,7 +290,7 @@ def test_a_planted_leak_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     assert "train and validation: 60 rows of validation (40.000%) are in train too, as 30 rows there (3.000%)" in out
     assert "within validation: 30 repeat an earlier row (20.000%)" in out
-    assert "suspect a leak" in out
+    assert "suggests a leak" in out
 
 
 def test_hash_tells_apart_rows_that_differ_in_one_value() -> None:
