@@ -1,5 +1,4 @@
-"""File systems, of this machine or behind an address that fsspec knows: how they are found, and what their failures
-say."""
+"""File systems of this machine and of fsspec: find them, and turn their failures into messages."""
 
 import errno
 from collections.abc import Iterator
@@ -26,9 +25,9 @@ def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
     """Return the fsspec file system of a URL, and the path in it.
 
     Raises:
-        UserError: fsspec does not know it, or its package is not installed.
+        UserError: fsspec does not know the file system, or its package is not installed.
     """
-    # Imported here: most data lie on this machine, and workers start the sooner without it.
+    # Imported here: most data are on this machine, and workers start faster without it.
     import fsspec
 
     kind = address.partition("://")[0]
@@ -38,13 +37,15 @@ def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
         raise UserError(f"{address} needs a package that is not installed: {one_line(error)}") from error
     except ValueError as error:
         if kind in fsspec.available_protocols():
-            raise _failure(address, "is not understood", error, "correct the address") from error
+            raise _failure(address, "is not a valid URL", error, "correct the URL") from error
         raise UserError(
-            f"{address}: {kind}:// is no kind of address that fsspec knows; known are s3://, gs://, hf://, https:// "
-            "and others, or a path on this machine"
+            f"{address}: fsspec does not know the protocol {kind}://; give a path, or a URL such as s3://, gs://, "
+            "hf:// or https://"
         ) from error
     except Exception as error:
-        raise _failure(address, "cannot be reached", error, "check the address, the network and your access") from error
+        raise _failure(
+            address, "cannot be reached", error, "check the URL, the network and your credentials"
+        ) from error
     return system, path
 
 
@@ -58,13 +59,13 @@ def failures_as_user_errors(
 ) -> Iterator[None]:
     """Turn failures of a file system, each of which has exceptions of its own, into a UserError that names the place.
 
-    A full disk is left as it is.
+    The exceptions of a full disk pass unchanged.
 
     Args:
-        place: a path or an address.
-        what: happened to it.
-        remedy: what to do about it.
-        passing: what else is left as it is.
+        place: a path or a URL.
+        what: what happened to the place.
+        remedy: what the user can do.
+        passing: further exceptions that pass unchanged.
 
     Raises:
         UserError: no permission, no network, no such bucket, a folder in place of a file, ...

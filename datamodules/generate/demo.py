@@ -4,8 +4,8 @@ The columns and table sizes are those of Criteo Kaggle, the shares of missing va
 is planted:
 
 - An id (and likewise a count of a dense column) of rank ``r`` is drawn with a chance of about
-  ``(1 + r / scale) ** (-1 - 1 / power)``, the Zipf-Mandelbrot law, by inverting its smooth distribution. The
-  commonest ids have the smallest numbers; the tail of a large table is seen once or never.
+  ``(1 + r / scale) ** (-1 - 1 / power)``, the Zipf-Mandelbrot law, by inverting its smooth distribution. The most
+  frequent ids have the smallest numbers; the tail of a large table is seen once or never.
 - A row has two sides, a visitor and an advertisement, and each column belongs to one of them. Every id has a
   linear effect and a short vector of tastes; those of rare ids shrink to one shared value. With u and v the
   sums of these vectors over either side,
@@ -52,10 +52,10 @@ from lightning_dlrm.contracts.schema import (
 )
 
 GENERATOR_VERSION = 1
-"""Counts up whenever the same settings would give other rows."""
+"""Incremented if the same settings would give other rows."""
 
 BLOCK_ROWS = 65_536
-"""Rows that share a random stream: the smallest piece that can be made alone."""
+"""Rows that share a random stream: the smallest piece that can be generated alone."""
 
 KAGGLE_CARDINALITIES = (
     1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,
@@ -227,7 +227,7 @@ class Feature:
     """How a column's values are drawn. They are ids of a table or, in a dense column, counts."""
 
     size: int
-    """Values are 0 ... size - 1, the commonest first."""
+    """Values are 0 ... size - 1, the most frequent first."""
     side: int
     """VISITOR or AD."""
     missing: float
@@ -238,7 +238,7 @@ class Feature:
     """Weight in the side's taste; at 0 the column has a linear effect only."""
     dense: bool
     squarings: int
-    """The power of the law is 2 ** squarings: the more, the heavier the tail."""
+    """The power of the law is 2 ** squarings: more squarings give a heavier tail."""
 
     @property
     def first(self) -> int:

@@ -24,8 +24,8 @@ _CENTRE = (3.3871327179, 50.434271938, 159.29113202, 59.109374720), (1.0, 17.895
 _SIDE = (1.4234372777, 2.7568153900, 1.3067284816, 0.17023821103), (1.0, 0.73700164250, 0.12021132975)
 _FAR = (6.6579051150, 3.0812263860, 0.42868294337, 0.017337203997), (1.0, 0.24197894225, 0.012258202635)
 
-# Of a Zipf law the chances of so many ids are summed one by one; beyond, each is an integral over its unit interval,
-# which is off by less than 1 in 10^7.
+# The probabilities of so many ids of a Zipf distribution are summed one by one; further ones are integrals over their
+# unit intervals, off by less than 1 in 10^7.
 _ZIPF_HEAD = 4096
 
 
@@ -34,10 +34,10 @@ def stream(seed: int, purpose: int, *counter: int) -> np.random.Philox:
 
     Args:
         seed: 0 to 2**64 - 1.
-        purpose: what it is for; different purposes never share output.
-        counter: up to three numbers that tell the streams of a purpose apart, such as column, split and block.
+        purpose: number of the stream's use; different purposes never share output.
+        counter: up to three numbers that identify a stream of the purpose, such as column, split and block.
     """
-    # As arrays: NumPy makes floats of a list with numbers from 2**63 on.
+    # Arrays, because NumPy makes floats of a list with numbers from 2**63 on.
     key = np.array([seed, purpose], dtype=np.uint64)
     # The counter's lowest word counts the output.
     return np.random.Philox(key=key, counter=np.array([0, *(0,) * (3 - len(counter)), *counter], dtype=np.uint64))
@@ -110,7 +110,7 @@ def normal_quantile(p: Floats) -> Floats:
 
 
 class Uniform:
-    """Ids 0 ... rows - 1, all with the same chance.
+    """Ids 0 ... rows - 1, all with the same probability.
 
     Args:
         rows: of the table.
@@ -124,11 +124,11 @@ class Uniform:
 
 
 class Gaussian:
-    """Ids 0 ... rows - 1 of a normal law that is cut off at both ends of the table.
+    """Ids 0 ... rows - 1 of a normal distribution that is truncated at both ends of the table.
 
     Args:
         rows: of the table.
-        mean, deviation: of the normal law before it is cut, as shares of the table's rows.
+        mean, deviation: of the normal distribution before truncation, as shares of the table's rows.
     """
 
     def __init__(self, rows: int, mean: float, deviation: float) -> None:
@@ -146,11 +146,11 @@ class Gaussian:
 
 
 class Zipf:
-    """Ids 0 ... rows - 1, id k with a chance proportional to (k + 1) ** -exponent.
+    """Ids 0 ... rows - 1, id k with a probability proportional to (k + 1) ** -exponent.
 
     Args:
         rows: of the table.
-        exponent: above 0, at most 10; the larger, the more the first ids are preferred.
+        exponent: above 0, at most 10; a larger exponent prefers the first ids more.
     """
 
     def __init__(self, rows: int, exponent: float) -> None:
@@ -161,7 +161,7 @@ class Zipf:
         """Mass of the first ids, 0 ... k together, while each id's is summed by itself."""
         # The mass of the ids beyond, up to the point x, is the integral of t ** -exponent from start to x, which is
         # scale * log(x / start), or with power = 1 - exponent, scale * ((x / start) ** power - 1) / power.
-        # So near to 1 as to lose digits in the division, the power makes no difference.
+        # If the exponent is so close to 1 that the division loses digits, the power makes no difference.
         self.power = 0.0 if abs(1.0 - exponent) < 1e-6 else 1.0 - exponent
         self.start = len(ranks) + 0.5
         self.scale = _scalar(exp, self.power * _scalar(log, self.start))

@@ -1,4 +1,4 @@
-"""Generated datasets as folders: made once, whole or not at all, also by several processes at a time."""
+"""Generated datasets as folders: made once, whole or not at all, also by several processes at the same time."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, Column, DatasetSchema
 
 Write = Callable[[DatasetWriter, "tqdm[Any]"], dict[str, Any]]
-"""Writes all rows and tells the bar how many; returns further fields of the schema, such as ``optimum``."""
+"""Writes all rows and updates the progress bar; returns further fields of the schema, such as ``optimum``."""
 
 
 def cache_folder(kind: str, key: Any) -> Path:
@@ -26,7 +26,7 @@ def cache_folder(kind: str, key: Any) -> Path:
 
     Args:
         kind: of data, the beginning of the folder's name.
-        key: all that the data depend on, JSON values.
+        key: JSON values of everything that the data depend on.
     """
     return cache_root() / f"{kind}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
 
@@ -35,17 +35,17 @@ def make_once(planned: DatasetSchema, folder: Path, write: Write, progress: bool
     """Write a dataset, or find it written already.
 
     Args:
-        planned: its schema but for files, positives and optimum; its settings must hold all that the rows depend
-            on beside their number.
-        folder: the dataset folder to make. If it holds the dataset of this schema, also because another process
-            finished it in the meantime, that one is kept.
+        planned: its schema without files, positives and optimum; its settings must hold everything that the rows
+            depend on, apart from their number.
+        folder: the dataset folder to make. If it holds the dataset of this schema already, or another process finishes
+            it first, that dataset is kept.
         write: writes the rows.
         progress: show a progress bar, on a terminal.
 
-    When the first row group is written, says what all will take.
+    After the first row group, the estimated time and size of the dataset are shown.
 
     Raises:
-        UserError: the folder holds something else, or its disk is full, or will be.
+        UserError: the folder holds something else, or its disk is too small.
     """
     if (existing := _existing(planned, folder)) is not None:
         return existing
@@ -82,12 +82,12 @@ def make_once(planned: DatasetSchema, folder: Path, write: Write, progress: bool
 
 
 class _EstimatingWriter(DatasetWriter):
-    """Tells from its first row group what all rows will take, and refuses if the disk cannot hold them.
+    """Estimates from its first row group what all rows will take, and fails if the disk cannot hold them.
 
     Args:
         folder, columns: as of the DatasetWriter.
         rows: of all splits.
-        show: the estimate, on standard error.
+        show: print the estimate on standard error.
 
     Raises:
         UserError: from ``write``, if the disk is too small.
@@ -116,14 +116,14 @@ def checked_estimate(place: Path, rows: int, size: float, seconds: float, writte
     """Describe what rows will take, and check that the disk can hold them.
 
     Args:
-        place: what is made there.
-        rows: of all that is made.
-        size: bytes of them.
-        seconds: to make them.
+        place: the file or folder to make.
+        rows: number of all rows.
+        size: estimated bytes of all rows.
+        seconds: estimated time for all rows.
         written: bytes that are on the disk already.
 
     Raises:
-        UserError: it cannot.
+        UserError: the disk is too small.
     """
     parent = next(parent for parent in place.absolute().parents if parent.exists())
     free = shutil.disk_usage(parent).free + written

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PROFILE_VERSION = 1
 LEAST_ACCESSES = 1_000
-"""A profile of fewer says little."""
+"""A profile of fewer accesses is not significant."""
 
 # Classes of distances: 0 for a first access, then each distance alone, from 64 on 32 classes to an octave.
 CLASS_LOW: NDArray[np.int64] = np.concatenate(
@@ -123,7 +123,7 @@ class Profile:
             low = np.array(phase["distances_from"], dtype=np.int64)
             classes = np.searchsorted(CLASS_LOW, low)
             if not np.array_equal(CLASS_LOW[classes], low):
-                raise ValueError("no such classes of distances")
+                raise ValueError("its classes of distances are unknown")
             row[classes] = phase["counts"]
         profile = cls(str(document["column"]), int(document["table_rows"]), counts)
         ends = np.cumsum(counts.sum(axis=1))
@@ -134,12 +134,12 @@ class Profile:
         ):  # fmt: skip
             raise ValueError("its counts do not add up")
         if profile.accesses < LEAST_ACCESSES or not counts[0, 0] or profile.distinct > profile.rows:
-            raise ValueError("no column has such counts")
+            raise ValueError("no column can have its counts")
         return profile
 
 
 class Profiler:
-    """Makes the profile of a column's accesses, given piece by piece.
+    """Builds the profile of a column's accesses, given piece by piece.
 
     Args:
         column: its name.
@@ -158,7 +158,7 @@ class Profiler:
         """Add the next accesses.
 
         Raises:
-            UserError: an id is none of the table's.
+            UserError: an id is not a row of the table.
         """
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.rows:
             raise UserError(
@@ -194,12 +194,12 @@ class TraceSource:
     """Columns to profile in a dataset, or profiles that were saved.
 
     Args:
-        path: a dataset folder (also an address that fsspec knows), or a file of profiles.
-        columns: which ones; None for all that have a table.
-        split: of the dataset; a file's profiles are of the split that they were made of.
+        path: a dataset folder (a path or a URL), or a file of profiles.
+        columns: names of the columns; None for all that have a table.
+        split: of the dataset; without effect on a file of profiles.
 
     Raises:
-        UserError: there is neither at ``path``, or it lacks a column or the split.
+        UserError: ``path`` is neither, or lacks a column or the split.
     """
 
     def __init__(self, path: str | Path, columns: Sequence[str] | None = None, split: SplitName = "train") -> None:
@@ -209,7 +209,7 @@ class TraceSource:
         with failures_as_user_errors(str(path)):
             require(
                 file is None or file.exists(),
-                f"there is nothing at {path}; give a dataset folder, or a file of trace profiles",
+                f"{path} does not exist; give a dataset folder, or a file of trace profiles",
             )
             if file is not None and file.is_file():
                 text = file.read_bytes()

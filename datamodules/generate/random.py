@@ -1,8 +1,8 @@
-"""Random data: tables of any number and size, ids by a law, and clicks that depend on nothing.
+"""Random data: tables of any number and size, ids by a law, and clicks independent of the features.
 
-For measuring, not for learning: no model can do better than the share of clicks. Dense features are standard normal.
-Ids follow a uniform, a Gaussian or a Zipf law *within each table's size*. Every id is drawn alone, so a bag may hold
-one twice.
+For benchmarks, not for learning: no model can do better than the share of clicks. Dense features are standard normal.
+Ids follow a uniform, a Gaussian or a Zipf law *within each table's size*. Ids are drawn independently, so a bag may
+hold an id twice.
 
 Each column draws from random streams of its own, block by block of rows, so any block of any column can be made alone,
 and a dataset of fewer rows is the beginning of one of more. The same settings give the same rows everywhere (see
@@ -37,7 +37,7 @@ from lightning_dlrm.contracts.schema import (
 )
 
 GENERATOR_VERSION = 1
-"""Counts up whenever the same settings would give other rows."""
+"""Incremented if the same settings would give other rows."""
 
 BLOCK_ROWS = 16_384
 """Rows that share a random stream."""
@@ -168,7 +168,7 @@ class RandomRows:
     """The rows of some settings, block by block, without any files.
 
     Args:
-        settings: what to make; their row counts are of no effect.
+        settings: what to generate; row counts have no effect.
     """
 
     def __init__(self, settings: RandomSettings) -> None:
@@ -181,10 +181,10 @@ class RandomRows:
     def block(self, split: SplitName, number: int, rows: int = BLOCK_ROWS) -> dict[str, Any]:
         """Return the first ``rows`` rows of a block: those from ``number * BLOCK_ROWS`` on of a split of any length.
 
-        A block may also be asked for more rows; they are then none of a dataset, but as good as any.
+        More rows than BLOCK_ROWS are possible too; no dataset has such a block.
 
         Returns:
-            by column name: label int8, dense float32 and categorical int32, each [rows]; bags as pairs of int32 ids
+            By column name: label int8, dense float32 and categorical int32, each [rows]; bags as pairs of int32 ids
             [N] and int64 offsets [rows + 1], their weights of float32 weights [N] and the same offsets.
         """
         place = SPLITS.index(split), number

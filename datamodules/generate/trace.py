@@ -48,7 +48,7 @@ class TraceGenerator:
     Args:
         profile: whose trace.
         seed: 0 to 2**64 - 1.
-        number: tells the columns of a dataset apart, so that equal profiles give different traces.
+        number: of the column, so that equal profiles give different traces.
 
     Raises:
         UserError: numba is not installed.
@@ -59,7 +59,7 @@ class TraceGenerator:
         self._seed, self._number, self._block = seed, number, 0
         self._phases = profile.phases()
         self._left = self._new = 0
-        """Accesses of the present phase that are to come, and how many of them find new rows."""
+        """Remaining accesses of the current phase, and how many of them find new rows."""
 
     @property
     def distinct(self) -> int:
@@ -72,7 +72,7 @@ class TraceGenerator:
         chance, half = words[:BLOCK_ACCESSES] >> np.uint64(12), words[BLOCK_ACCESSES:]
         place, choice = half >> np.uint64(32), half & np.uint64(2**32 - 1)
         if not self._block:
-            choice[0] = 0  # The first access of all is to a new row.
+            choice[0] = 0  # the very first access is to a new row
         self._block += 1
         distances, done = np.empty(BLOCK_ACCESSES, dtype=np.int32), 0
         while done < BLOCK_ACCESSES:

@@ -167,7 +167,7 @@ def generate_tsv(settings: TsvSettings, outputs: Sequence[Path], progress: bool 
     Args:
         settings: what to make.
         outputs: the files, in order; compressed where their names end with .gz or .zst. Rows are spread over them
-            equally, the first ones having one more where that is not even.
+            equally; if they do not divide evenly, the first files have one row more.
         progress: show a progress bar, on a terminal.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a dataset folder holds, as a table for people or as JSON for machines."""
+"""The facts of a dataset folder, as tables or as JSON."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,16 +13,15 @@ from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema
 def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any]:
     """Return the facts of a dataset as JSON values.
 
-    ``columns`` gives for each, where known, ``missing`` (share of the rows read), ``most_frequent`` (share
-    of the lookups that go to the most frequent id) and ``ids_for_90`` (the least number of ids that
-    90% of them go to); None where it is not known.
+    ``columns`` has for each column ``missing`` (share of the rows read), ``most_frequent`` (share of the lookups of the
+    most frequent id) and ``ids_for_90`` (the smallest number of ids that 90% of the lookups go to); None if unknown.
 
     Raises:
-        UserError: a vocabulary is no readable Parquet file.
+        UserError: a vocabulary is not a readable Parquet file.
     """
     rows = sum(split.rows for split in schema.splits.values())
     rows_per_file = schema.report.get("rows_per_file")
-    # Missing values are counted as they are read; a sample of the rows may be all that is kept.
+    # Missing values are counted in the rows that were read, of which sampling may drop some.
     rows_read = sum(count for _, count in rows_per_file) if rows_per_file else rows
     missing: Mapping[str, int] = schema.report.get("missing", {})
     skews = {column.name: vocabulary_skew(folder, schema, column) for column in schema.columns}

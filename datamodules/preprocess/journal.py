@@ -1,9 +1,9 @@
-"""What is finished: a small record beside each file of a working folder, so that a killed run goes on.
+"""Records of finished files in a working folder, so that a killed run can be resumed.
 
-A file is written under another name, closed and renamed; then its record, in the same way. So a
-record means a whole file, whenever the process was killed, and records of many processes, also on
-several machines, never meet in one file. After a machine lost power a file may still be short:
-records hold checksums, and ``discard_damaged`` compares them before a run goes on.
+A file is written under another name, closed and renamed; then its record is written in the same way. So a record means
+a complete file, whenever the process was killed, and processes on any number of machines never write the same record.
+After a power failure a file may still be short: records hold checksums, and ``discard_damaged`` compares them before a
+run resumes.
 """
 
 import fcntl
@@ -55,8 +55,8 @@ def record(
     Args:
         path: of the record, without its suffix.
         facts: JSON values to remember.
-        files: what the step has written, each whole and in its place; below the folder of ``path``'s parent.
-        known: the SHA-256 of some of them, where it has been taken already.
+        files: the files that the step has written, complete and in their place, below ``path``'s parent.
+        known: the SHA-256 of some of them, if it has been computed already.
 
     Returns:
         The facts.
@@ -123,7 +123,7 @@ def locked(folder: Path, output: str) -> Iterator[None]:
     """Lock a folder for this process; the lock ends with the process at the latest.
 
     Raises:
-        UserError: the folder cannot be written, or another run holds it.
+        UserError: the folder is not writable, or another run has locked it.
     """
     busy = UserError(f"another run is making {output}; wait for it, or choose another --output")
     try:

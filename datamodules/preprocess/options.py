@@ -1,4 +1,4 @@
-"""What to make of raw files: the options of ``preprocess``, checked."""
+"""The options of ``preprocess`` that the dataset depends on, and their checks."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -15,12 +15,13 @@ OnBadRow = Literal["fail", "skip"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Everything beside the rows that decides about a byte of the dataset."""
+    """Everything that the bytes of the dataset depend on, apart from the rows."""
 
     dataset: Dataset
     protocol: str
     max_rows: int | None = None
-    """Rows of the largest table; what is taken modulo them is the protocol's."""
+    """Rows of the largest table: ``dlrm`` takes hashes modulo it before counting, ``mlperf`` takes ids modulo it; None
+    keeps every value."""
     min_count: int | None = None
     """Rarer values share one id; None for the protocol's own threshold."""
     negative_sampling_rate: float = 1.0
@@ -109,10 +110,10 @@ def options_of(
 ) -> tuple[Options, DatasetSchema | None]:
     """Return the options, and the schema of the dataset whose vocabulary is used.
 
-    With a vocabulary that dataset decides about everything but ``on_bad_row``.
+    With a vocabulary, its dataset decides about every option except ``on_bad_row``.
 
     Raises:
-        UserError: an option is out of range, missing, or at odds with the vocabulary.
+        UserError: an option is out of range, missing, or contradicts the vocabulary.
     """
     if vocabulary is None:
         for name, value in (("dataset", dataset), ("protocol", protocol)):

@@ -1,4 +1,4 @@
-"""Raw input files wherever they lie: on this machine, or behind an address that fsspec knows."""
+"""Raw input files, given as paths or as URLs that fsspec knows."""
 
 import gzip
 import os
@@ -25,14 +25,14 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class RawFile:
-    """A raw file as it was found: another size or time of change makes it another one."""
+    """A raw file in a certain state: a file with another size or modification time is another raw file."""
 
     path: str
     name: str
     size: int
     """Bytes, as stored."""
     stamp: str
-    """The time of the last change, or what fsspec has in its stead."""
+    """The modification time, or what fsspec has instead."""
     compression: Compression
 
     @property
@@ -44,7 +44,7 @@ class RawFile:
         """Return the stored bytes ``start`` to ``stop``, fewer at the end of the file.
 
         Raises:
-            UserError: they cannot be read.
+            UserError: the file cannot be read.
         """
         with _named(self.path):
             if is_remote(self.path):
@@ -86,8 +86,8 @@ class Text:
         """Return the next bytes, as many as requested unless the file ends.
 
         Raises:
-            ValueError: the file is truncated or corrupt; says which.
-            UserError: it cannot be read.
+            ValueError: the file is truncated or corrupt.
+            UserError: the file cannot be read.
         """
         name = _NAMES.get(self.source.compression)
         pieces, missing = [], size
@@ -115,8 +115,8 @@ def find_files(paths: Sequence[str]) -> list[RawFile]:
     """Find the input files.
 
     Raises:
-        UserError: there are none, one is missing, unreadable, a folder, given twice, or not compressed as its
-            name says.
+        UserError: there are no files, or a file is missing, unreadable, a folder, given twice, or not compressed as its
+            suffix says.
     """
     require(paths, "no input files; give at least one Criteo TSV file")
     seen: dict[str, str] = {}

@@ -22,7 +22,7 @@ _TRAIN = SPLITS.index("train")
 _TEST = SPLITS.index("test")
 _VALIDATION = SPLITS.index("validation")
 
-# Streams of random numbers, so that the split and the sampling of a row have nothing to do with each other.
+# Streams of random numbers, so that the split and the sampling of a row are independent.
 _SPLIT_STREAM, _SAMPLING_STREAM = 1, 2
 
 
@@ -37,10 +37,10 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitRule:
-    """Says of every row where it goes."""
+    """Assigns every row to a split."""
 
     spans: tuple[Span, ...] = ()
-    """By position; empty for random 8:1:1: of every ten rows one tests and one validates."""
+    """Rows by position; empty for random 8:1:1: of every ten rows, one goes to test and one to validation."""
     seed: int = 0
     negative_sampling_rate: float = 1.0
     """The share of training rows with label 0 that is kept."""
@@ -138,7 +138,7 @@ def mixed(seed: int, stream: int, values: np.ndarray) -> np.ndarray:
 
     Args:
         seed: 0 to 2**63 - 1.
-        stream: tells uses apart.
+        stream: number of the use.
         values: uint64 [n].
 
     Returns:

@@ -1,4 +1,4 @@
-"""Where a dataset goes, on this machine or elsewhere, and the working folder in which it is made."""
+"""The place of a dataset, a path or a URL, and the working folder in which it is made."""
 
 import json
 import os
@@ -16,21 +16,21 @@ from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
 
 REPORT_FILE = "report.json"
-"""How a dataset was made: inputs, options, times. Beside dataset.json, as it differs from run to run."""
+"""How a dataset was made: inputs, options, times. Not part of dataset.json, because it differs from run to run."""
 
-_FLUSHED_AT_ONCE = 16  # a disk answers each only when it is done
+_FLUSHED_AT_ONCE = 16  # each flush waits for the disk
 
 
 class Target:
-    """Where the dataset goes.
+    """The place of the dataset, and its working folder.
 
     Args:
-        output: a path, or an address that fsspec knows.
-        work: where the working folder is made; None for beside ``output``, or in the current folder if
-            that is an address.
+        output: a path, or a URL that fsspec knows.
+        work: the parent of the working folder; None for the parent of ``output``, or the current folder if ``output``
+            is a URL.
 
     Raises:
-        UserError: fsspec does not know the address.
+        UserError: fsspec does not know the URL.
     """
 
     def __init__(self, output: str, work: Path | None):
@@ -43,7 +43,7 @@ class Target:
             self._folder = Path(output).absolute()
             name, parent = self._folder.name, self._folder.parent
         self._beside = work is None and not self.remote
-        # Elsewhere, several outputs of one name may meet.
+        # In another parent, outputs of the same name need different working folders.
         mark = "" if self._beside else f"-{fingerprint(self._path if self.remote else str(self._folder))[:8]}"
         self.work = (parent if work is None else work.absolute()) / f".{name}{mark}.preprocess"
         self.resume_hint = f"The same command resumes the run; its finished steps are in {self.work}"
@@ -52,10 +52,10 @@ class Target:
         """Return the schema of the dataset if this run has made it already, else None.
 
         Args:
-            run: what decides about its bytes, as ``REPORT_FILE`` keeps it under ``run``.
+            run: everything that its bytes depend on, as ``REPORT_FILE`` keeps it under ``run``.
 
         Raises:
-            UserError: there is something else.
+            UserError: the place holds something else.
         """
         names = self._names()
         if not names or (SCHEMA_FILE not in names and (self.work / "uploading").exists()):
@@ -79,7 +79,7 @@ class Target:
 
     @property
     def parent(self) -> Path | None:
-        """The existing folder in or below which the dataset will lie; None behind an address."""
+        """The nearest existing parent of the dataset; None for a URL."""
         return None if self.remote else next(parent for parent in self._folder.parents if parent.exists())
 
     def remove_leftovers(self) -> None:
@@ -92,15 +92,15 @@ class Target:
     def working_folder(self, worth_keeping: bool) -> Iterator[Path]:
         """Lock the working folder for this run.
 
-        It is removed afterwards if the dataset is delivered, or nothing in it is worth keeping. (Killed
-        runs leave theirs in any case.)
+        It is removed afterwards if the dataset is delivered, or nothing in it is worth keeping. (Killed runs always
+        leave it.)
 
         Args:
-            worth_keeping: whether finished steps took long enough to be kept when the run is broken off.
+            worth_keeping: whether to keep finished steps if the run is interrupted.
 
         Raises:
-            UserError: it cannot be made, or another run makes the same dataset, or the dataset's own place cannot
-                be written to.
+            UserError: the folder cannot be made, another run makes the same dataset, or the dataset's place is not
+                writable.
         """
         require(
             self.parent is None or (self.parent.is_dir() and os.access(self.parent, os.W_OK)),
@@ -121,7 +121,7 @@ class Target:
         """Move the finished dataset to its place: by renaming, or, if it has to be copied, with dataset.json last.
 
         Raises:
-            UserError: the place was taken meanwhile, or cannot be written to.
+            UserError: the place was taken in the meantime, or is not writable.
             OSError: its disk is full.
         """
         with self._reached(f". {self.resume_hint}"):
@@ -147,14 +147,16 @@ class Target:
             try:
                 result.rename(self._folder)
             except OSError as error:
-                raise UserError(f"{self.output} came into being meanwhile ({error.strerror}); move it away") from error
+                raise UserError(
+                    f"{self.output} was created in the meantime ({error.strerror}); move it away"
+                ) from error
             flush(self._folder.parent)
 
     def _reached(self, then: str = "") -> AbstractContextManager[None]:
         """Turn failures of the place into UserErrors; full disks pass.
 
         Args:
-            then: what to add.
+            then: end of the message.
         """
         return failures_as_user_errors(self.output, "cannot be reached", f"check the place and your access to it{then}")
 

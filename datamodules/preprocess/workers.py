@@ -1,13 +1,11 @@
-"""Where the work is done: in this process, in processes of this machine, or on a Dask cluster.
+"""Workers: this process, processes of this machine, or a Dask cluster.
 
-All three are a ``concurrent.futures.Executor``, and jobs leave their results in files, so that only
-names and small numbers travel. Processes rather than threads: parsing and Parquet let go of the
-interpreter, but a good part of the time is numpy between them, in thousands of short calls, and one
-code then serves a cluster too.
+All three are a ``concurrent.futures.Executor``, and jobs write their results to files, so that only names and small
+numbers are sent between processes. Processes rather than threads: parsing and Parquet release the interpreter lock, but
+much of the time is spent in thousands of short numpy calls between them, and the same code serves a cluster.
 
-Dask's distributed is the cluster because its client is such an executor as it stands (no second
-way of handing out work), it runs under Slurm, Kubernetes and SSH, and a laptop can be one. Ray and
-Spark would bring a runtime each and no executor of the standard library's kind.
+The cluster is Dask's distributed because its client provides such an executor and it runs under Slurm, Kubernetes, SSH
+and on one machine. Ray and Spark would each bring a runtime, and no executor of the standard library's kind.
 """
 
 import gc
@@ -36,7 +34,7 @@ _CONNECT_TIMEOUT_S = 30
 
 
 class InProcess(Executor):
-    """An executor that does the work at once, in the process that hands it over."""
+    """An executor that runs each job when it is submitted, in the same process."""
 
     def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
         future: Future[R] = Future()
@@ -49,18 +47,18 @@ class InProcess(Executor):
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Where jobs are handed to."""
+    """An executor, and how to use it."""
 
     executor: Executor
     count: int
-    """How many jobs run at once."""
+    """Number of jobs that run at the same time."""
     resume_hint: str
-    """What to tell a user whose run was broken off."""
+    """Tells users how to resume an interrupted run; the end of error messages."""
 
     def map(self, function: Callable[[T], R], jobs: Iterable[T]) -> Iterator[R]:
         """Yield results in the order of the jobs, of which some are submitted in advance.
 
-        Unlike ``Executor.map``, which would take all jobs at once; Terabyte has tens of thousands.
+        ``Executor.map`` would submit all jobs at once; Terabyte has tens of thousands.
 
         Raises:
             UserError: a worker died, or its disk is full.
@@ -84,8 +82,8 @@ class Workers:
             return UserError(f"the disk is full ({one_line(error)}); make room. {self.resume_hint}")
         if isinstance(error, BrokenProcessPool):
             return UserError(
-                "a worker process died, killed by the system for lack of memory or by hand (in a script of your own: "
-                f"is the call under 'if __name__ == \"__main__\":'?). {self.resume_hint}"
+                "a worker process died: it was killed, perhaps for lack of memory (in your own script, put the call "
+                f"under 'if __name__ == \"__main__\":'). {self.resume_hint}"
             )
         if isinstance(error, CancelledError) or type(error).__module__.startswith("distributed"):
             return UserError(
@@ -102,11 +100,11 @@ def open_workers(workers: int, scheduler: str | None, folder: Path, resume_hint:
     Args:
         workers: how many processes; one works in this process.
         scheduler: the address of a Dask scheduler, which then does the work.
-        folder: the working folder, which all workers must see.
-        resume_hint: what to tell a user whose run was broken off.
+        folder: the working folder, which all workers must be able to open.
+        resume_hint: tells users how to resume an interrupted run.
 
     Raises:
-        UserError: there is no such scheduler, it has no workers, or they do not see the folder.
+        UserError: the scheduler does not answer, it has no workers, or they cannot open the folder.
     """
     if scheduler is not None:
         with _dask(scheduler, folder) as (executor, count):
@@ -128,8 +126,8 @@ def serve_processes() -> None:
 
 @contextmanager
 def _processes(workers: int) -> Iterator[Executor]:
-    # Not forked from this process: pyarrow's threads do not survive that. The pipe's writing end is here
-    # alone, so that it closes with this process however it ends, and no worker outlives it.
+    # Not forked from this process, because pyarrow's threads do not survive a fork. Only this process holds the pipe's
+    # writing end, so it closes when this process ends for any reason, and no worker outlives it.
     served = multiprocessing.get_start_method(allow_none=True) == "forkserver"
     context = multiprocessing.get_context("forkserver" if served else "spawn")
     reader, writer = context.Pipe(duplex=False)
@@ -147,11 +145,11 @@ def _live_as_long_as(reader: Connection) -> None:
 
     import pyarrow as pa
 
-    # What is loaded stays; to look through it for garbage again and again takes time.
+    # Loaded modules stay; scanning them for garbage takes time.
     gc.freeze()
-    # Ctrl-C reaches every process of the terminal; the one that started the workers answers it.
+    # Ctrl-C reaches every process of the terminal; the process that started the workers handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The processes share the cores out; threads of each would only stand in each other's way.
+    # There is a process for each core; further threads would compete with them.
     pa.set_cpu_count(1)
 
     def wait() -> None:
@@ -195,10 +193,10 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
         blind = [address for address, found in seen.items() if not found]
         if blind:
             raise UserError(
-                f"the worker {blind[0]} does not see {folder}: all workers must share the file system of the output "
+                f"the worker {blind[0]} cannot open {folder}: all workers must share the file system of the output "
                 "(or of --work)"
             )
-        # A job that fails is not tried again. (One whose worker dies is, by Dask, as often as the scheduler allows.)
+        # Failed jobs are not retried. (Dask retries a job whose worker dies, as often as the scheduler allows.)
         executor = client.get_executor(pure=False, retries=0)
         try:
             yield executor, threads

@@ -1,4 +1,4 @@
-"""The loaders that Lightning iterates: a background thread over the reader, and a position to resume from."""
+"""The loaders that Lightning iterates: batches from a background thread, and a position to resume from."""
 
 import logging
 import threading
@@ -28,27 +28,27 @@ _BYTES_AHEAD = 256 * 2**20
 
 
 class Loader:
-    """Splits of a dataset folder, batch by batch; each iteration gives every row once.
+    """Splits of a dataset folder, batch by batch; each iteration serves every row once.
 
-    Rank r of W reads the r-th of W contiguous ranges of the rows, in file order, so that at most one
-    row group is read twice for each rank. All ranks have the same number of batches; a slice may be
-    empty. (Which rows make up a global batch depends on W; which rows are given does not.)
+    Rank r of W reads the r-th of W contiguous ranges of the rows, in file order, so that at most one row group is read
+    twice for each rank. All ranks have the same number of batches; a slice may be empty. (The rows of a global batch
+    depend on W; the rows of an epoch do not.)
 
     Args:
         folder: the dataset folder, a path or a URL.
         schema: its schema.
         splits: one split of the schema, or several, one after the other.
         batch_size: rows of a global batch, over all ranks.
-        rank, world: whose slice of every batch, of how many.
-        rows: fill ``Batch.rows``; rows are numbered on from split to split.
-        cache: ``memory`` to decode the rows once, when they are first asked for, and keep them.
-        threads: how many threads decode.
+        rank, world: the rank whose slices of batches are served, and the world size.
+        rows: fill ``Batch.rows``; the numbers continue from split to split.
+        cache: ``memory`` to decode the rows once, when they are first needed, and keep them.
+        threads: number of threads that decode.
         verify: compare the checksums of pages, at 15 ns a row or about 5% of the reader's speed.
         pin: put batches into page-locked memory, from which a GPU copies faster.
         copies: ranks that share this machine's memory.
 
     Raises:
-        UserError: the rows to keep do not fit into memory.
+        UserError: the rows to cache do not fit into memory.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Loader:
         self._cached = cache == "memory"
         self._held: Rows | None = None
         self._spare: Rows | None = None
-        """Room that an iteration has left: memory that was touched before costs no page faults."""
+        """Buffer of an earlier iteration: memory that was used before costs no page faults."""
         if self._cached:
             self._require_memory(copies)
 
@@ -109,7 +109,7 @@ class Loader:
 
     def _iterate(self, order: Order, first: int) -> "BackgroundIterator":
         def batches() -> Generator[list[Batch], None, None]:
-            # Taken, since another iteration may begin before this one ends.
+            # Set to None, because another iteration may begin before this one ends.
             room, self._spare = self._spare, None
             source = self._source(order, room)
             try:
@@ -165,16 +165,15 @@ class Loader:
 
 
 class TrainingLoader(Loader):
-    """A loader with an order for every epoch and a position that moves on through them.
+    """A loader with an order for every epoch, and a position in them that a run resumes from.
 
-    Iterating starts at the position and ends with the epoch; the next iteration goes on with the
-    next epoch. The position is what ``state_dict`` holds, so that a run resumes with the batch that
-    would have come next, on any number of ranks. Global batch k holds the same rows on any number of
-    ranks.
+    An iteration starts at the position and ends with the epoch; the next iteration serves the next epoch.
+    ``state_dict`` holds the position, so that a run resumes with the next batch, on any number of ranks. Global batch k
+    holds the same rows on any number of ranks.
 
     Args:
         shuffle: ``window``, ``full`` (which needs the cache) or ``none``; see ``datamodules.stream.order``.
-        seed: chooses the orders.
+        seed: of the orders.
         options: those of ``Loader``.
     """
 
@@ -195,9 +194,9 @@ class TrainingLoader(Loader):
         self._epoch_batches = len(self)
         self._epoch = self._batch = 0
         self.wait_seconds = 0.0
-        """Time that whoever iterates has waited for batches, since the loader was made."""
+        """Time that the training loop has waited for batches since the loader was made."""
         self.announce: Callable[[Batch], None] | None = None
-        """Is told of each batch while the one before it is handed out; not of an epoch's first one."""
+        """Called with each batch before the previous one is served; not with the first batch of an epoch."""
 
     def __iter__(self) -> Iterator[Batch]:
         if self._batch >= self._epoch_batches:
@@ -234,13 +233,13 @@ class TrainingLoader(Loader):
         """Move to a position.
 
         Raises:
-            UserError: the position is one in another order of samples.
+            UserError: the position belongs to another order of samples.
         """
         for name, mine in self._identity().items():
             if state.get(name) != mine:
                 raise UserError(
-                    f"the checkpoint stopped amid data with {name.replace('_', ' ')} {state.get(name)}, this run has "
-                    f"{mine}: resume with the same data, seed, shuffle and batch size, or start a new run"
+                    f"the checkpoint is from the middle of an epoch with {name.replace('_', ' ')} {state.get(name)}, "
+                    f"this run has {mine}: resume with the same data, seed, shuffle and batch size, or start a new run"
                 )
         self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
@@ -257,14 +256,13 @@ class TrainingLoader(Loader):
 class BackgroundIterator:
     """Runs an iterator in a thread, a bounded number of items and bytes ahead.
 
-    An error in the thread is raised where its item would have come. The thread ends when the
-    iterator is exhausted, closed or dropped, and at the latest with the interpreter.
+    An error in the thread is raised in place of its item. The thread ends when the iterator is exhausted, closed or
+    garbage-collected, and at the latest with the interpreter.
 
     Args:
-        source: makes the iterator over lists of items, each of which is handed over at once, since passing from
-            thread to thread costs more than a small batch; called in the thread, which must be its only user. Items
-            tell their size as ``nbytes``.
-        ahead: no list is made while so many items wait to be handed over,
+        source: makes the iterator over lists of items, in the thread. Lists, because passing one item between threads
+            costs more than a small batch. Items have their size as ``nbytes``.
+        ahead: no list is made while so many items are waiting,
         bytes_ahead: or so many bytes of them.
     """
 
@@ -273,7 +271,7 @@ class BackgroundIterator:
         self._taken: deque[Any] = deque()
         thread = threading.Thread(target=_produce, args=(source, self._waiting), name="batch reader", daemon=True)
         thread.start()
-        # Also runs before the interpreter ends: a thread inside pyarrow would crash then.
+        # Also runs before the interpreter ends, because a thread inside pyarrow would crash then.
         self._finalizer = weakref.finalize(self, _stop, thread, self._waiting)
 
     def __iter__(self) -> "BackgroundIterator":
@@ -297,7 +295,7 @@ class BackgroundIterator:
 
 
 class _Waiting:
-    """Lists of items between the thread that makes them and the one that takes them."""
+    """The queue of item lists between the background thread and its consumer."""
 
     def __init__(self, ahead: int, bytes_ahead: int) -> None:
         self._ahead, self._bytes_ahead = ahead, bytes_ahead
@@ -336,7 +334,7 @@ class _Waiting:
             self._changed.notify_all()
 
 
-# The thread's function knows nothing of the iterator, which could not be dropped otherwise.
+# A function without a reference to the iterator, which could not be garbage-collected otherwise.
 def _produce(source: Callable[[], Generator[list[Any], None, None]], waiting: _Waiting) -> None:
     try:
         iterator = source()
@@ -345,7 +343,7 @@ def _produce(source: Callable[[], Generator[list[Any], None, None]], waiting: _W
                 waiting.put(next(iterator))
         finally:
             iterator.close()
-    except BaseException as error:  # the end, a StopIteration, among them
+    except BaseException as error:  # including StopIteration, the end
         waiting.put(error)
 
 

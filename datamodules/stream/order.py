@@ -1,6 +1,6 @@
 """The order in which a split's rows are served: arithmetic on (schema, seed, epoch), nothing else.
 
-No file is opened and no process is asked: every rank computes the same order, and any batch of it
+No file is opened and ranks do not communicate: every rank computes the same order, and any batch of it
 can be addressed by its index, so the position of a run is an epoch and a batch index.
 
 An order is a sequence of row groups, cut into lanes: ranges of the sequence's rows that advance
@@ -21,10 +21,9 @@ batch is drawn from up to 48 row groups all over the split, and W ranks together
 Because a lane finishes one file before it opens the next, a reader holds few footers.
 
 ``full`` is one permutation of all rows of the split, in one lane, for data held in memory. It is
-computed row by row, so it takes no memory of its own.
+computed row by row, so it takes no memory.
 
-Orders come from our own integer mixing, so they stay the same from one release of a library to the
-next.
+Orders come from our own integer mixing, so they stay the same with every release of a library.
 """
 
 from collections.abc import Sequence
@@ -45,15 +44,15 @@ _FEISTEL_ROUNDS = 4
 class Order:
     """The global batches of one epoch.
 
-    Rows have two kinds of numbers: their place in the sequence, which is what ``bounds`` speaks of,
-    and their position in the split, which ``split_rows`` gives for it.
+    Rows have two kinds of numbers: their place in the sequence, which ``bounds`` returns, and their position in the
+    split, which ``split_rows`` returns for a place.
 
     Args:
         files: rows of every row group of every file of the split, in order.
         batch_size: rows of a global batch, over all ranks.
         shuffle: ``none``, ``window`` or ``full``.
-        seed, epoch: choose one of the shuffled orders; of no effect with ``none``.
-        lanes: how many lanes advance together; by default 48 with ``window``, else one.
+        seed, epoch: identify a shuffled order; without effect with ``none``.
+        lanes: number of lanes that advance together; by default 48 with ``window``, else one.
     """
 
     def __init__(
@@ -163,7 +162,7 @@ def permutation(n: int, key: int) -> np.ndarray:
     index.
 
     NumPy sorts 16 bits by counting, in 9 ns a row. Of the 16,384 rows of a row group one in five shares its bits
-    with another, and comes beside it in the order of the file.
+    with another row, and the two are adjacent in the order of the file.
     """
     bits = mix(np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(key))
     order = np.argsort(bits.astype(np.uint16), kind="stable")

@@ -19,7 +19,7 @@ _BLOCK_ROWS = 16_384
 
 def batches_at_once(order: Order, world: int) -> int:
     """Return how many batches are fetched together."""
-    # In file order, a damaged file is told where its rows would come.
+    # In file order, one at a time: the error of a damaged file comes in place of its first batch.
     return 1 if order.shuffle == "none" else max(1, _BLOCK_ROWS * world // order.batch_size)
 
 
@@ -32,7 +32,7 @@ def read_batches(
         source: of the rows of ``order``.
         order: of one epoch.
         first: the first global batch to read.
-        rank, world: whose slice, of how many.
+        rank, world: the rank whose slices are served, and the world size.
         rows: fill ``Batch.rows``.
 
     Raises:
@@ -54,7 +54,7 @@ def read_batches(
 
 def _to_batches(rows: Rows, sizes: Sequence[int], global_sizes: Sequence[int]) -> list[Batch]:
     """Split rows into consecutive batches of the given sizes, as views."""
-    # Torch splits in a fraction of the time that NumPy's slices and a conversion of each would take.
+    # torch.split takes a fraction of the time of NumPy slices and a conversion of each.
     labels = [None] * len(sizes) if rows.label is None else torch.from_numpy(rows.label).split(sizes)
     dense = torch.from_numpy(rows.dense).split(sizes)
     return [

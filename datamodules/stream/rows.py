@@ -101,7 +101,7 @@ class Decoder:
         self.value_type = WEIGHTED_IDS if self.weights else _INT32
         """Of ``Rows.values``."""
         self._where = [(i, group) for i, file in enumerate(self.files) for group in range(len(file.row_groups))]
-        # pyarrow does not promise that a ParquetFile serves several threads at once, so each takes one of its own.
+        # pyarrow does not promise that a ParquetFile is thread-safe, so each thread has its own.
         self._idle: OrderedDict[int, list[pq.ParquetFile]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -150,7 +150,7 @@ class Decoder:
     def _read(self, group: int) -> dict[str, pa.Array]:
         index, group = self._where[group]
         part = self._borrow(index)
-        # One thread: a wider pool would take the cores that compute.
+        # One thread, because a wider pool would take cores from training.
         table = read_group(self.folder, self.files[index], part, group, self.schema.columns, threads=False)
         self._give_back(index, part)
         return {name: _whole(column) for name, column in zip(table.column_names, table.columns, strict=True)}
@@ -201,8 +201,8 @@ def take_bags(values: np.ndarray, ends: np.ndarray, index: np.ndarray) -> tuple[
 
 def _side_by_side(columns: Sequence[np.ndarray], count: int, dtype: np.dtype) -> np.ndarray:
     """Return [count, columns], row by row in memory, from one array for each column."""
-    # Columns that lie a multiple of 4 KiB apart share a few sets of the cache, where they evict each other: the
-    # transposition would take three times as long.
+    # Columns at distances of a multiple of 4 KiB share a few sets of the cache and evict each other: the transposition
+    # would take three times as long.
     block = _room((len(columns), count + (16 - count) % 1024), dtype)[:, :count]
     for row, column in zip(block, columns, strict=True):
         row[:] = column
@@ -215,7 +215,7 @@ def take_rows(array: np.ndarray, index: np.ndarray, out: np.ndarray | None = Non
     """Return the rows of an array at ``index``."""
     if out is None:
         out = _room((len(index), *array.shape[1:]), array.dtype)
-    # Any mode but "clip" would write to a copy first.
+    # Other modes than "clip" write to a copy first.
     return array.take(index, axis=0, out=out, mode="clip")
 
 

@@ -43,19 +43,19 @@ class Window:
     """The rows of a rank's lanes from those being served to the end of the last decoded row group.
 
     Every lane has a ring of rows. A row group is decoded as its rows come within reach, and laid
-    behind those of its lane, permuted as the order says; the rows of batches are then gathered from
-    all rings. All lanes finish their row groups at nearly the same time. So that the consumer does
-    not wait while all of them decode the next, they do so one by one, from 0.6 of a row group ahead
-    of the batch down to 0.1.
+    behind those of its lane, permuted by the order; the rows of batches are then gathered from all
+    rings. All lanes finish their row groups at nearly the same time. So that the consumer does not
+    wait while all of them decode the next, they decode one after the other, from 0.6 of a row group
+    ahead of the batch down to 0.1.
 
     Args:
-        read: gives the rows of a row group; called from several threads.
-        empty: makes room for rows.
+        read: decodes a row group; called from several threads.
+        empty: allocates rows.
         order: of one epoch.
-        rank, world: whose lanes, of how many.
-        at_once: most batches that are fetched at once.
-        threads: how many decode, the calling one among them.
-        room: memory to use, where it is large enough; a closed window's ``room``.
+        rank, world: the rank whose lanes are read, and the world size.
+        at_once: maximum of batches that are fetched at once.
+        threads: number of threads that decode, the calling one included.
+        room: memory to use if it is large enough; a closed window's ``room``.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class Window:
             order.edges[lanes.start + 1 : lanes.stop + 1],
         )
         largest = int(order.group_rows.max(initial=0))
-        # A lone lane is read in file order: as many row groups ahead as other threads can decode meanwhile.
+        # A single lane is read in file order: each further thread decodes a row group ahead.
         ahead = 0.1 + 0.5 * np.arange(1, len(lanes) + 1) / len(lanes) if len(lanes) > 1 else np.array([threads - 1])
         self._reach_L = (ahead * largest).astype(np.int64)
-        # Of a batch, a lane has within a few rows of its share.
+        # A batch takes from a lane its share of rows, give or take a few.
         batch_rows_L = at_once * order.batch_size * (self._lane_ends_L - begins_L) // max(order.rows, 1) + 4
         self._capacity_L = np.minimum(batch_rows_L + self._reach_L + largest, self._lane_ends_L - begins_L)
         self._ring_starts_L = np.cumsum(self._capacity_L) - self._capacity_L
@@ -91,9 +91,9 @@ class Window:
         self._bags: list[dict[int, tuple[np.ndarray, np.ndarray]]] = [{} for _ in lanes]
         """For each lane, by the place of the first row: values and ends of multi-hot columns, as in ``Rows``."""
         self._begun_L: np.ndarray | None = None
-        """Places up to which the lanes are decoded, or about to be."""
+        """Places up to which the lanes are decoded, or being decoded."""
         self._loads: list[_Load] = []
-        """Those not known to be done."""
+        """Loads that may be unfinished."""
         self._pool = ThreadPoolExecutor(threads - 1, "row group decoder") if threads > 1 else None
 
     def fetch(self, bounds: np.ndarray) -> Rows:
@@ -149,7 +149,7 @@ class Window:
             self._bags[lane][begin] = take_bags(rows.values, rows.ends, taken)
         ring, capacity = int(self._ring_starts_L[lane]), int(self._capacity_L[lane])
         slot = begin % capacity
-        # The ring may end amid them.
+        # The ring may end in the middle of them.
         for part, at in ((taken[: capacity - slot], ring + slot), (taken[capacity - slot :], ring)):
             for ring_array, decoded in zip(self._rings.arrays, rows.arrays, strict=True):
                 take_rows(decoded, part, out=ring_array[at : at + len(part)])
@@ -167,7 +167,7 @@ class Window:
 
     def _gather_bags(self, bounds: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return values and ends of the rows of batches, given the number of values of each row."""
-        # The rank may have no row of these batches, and so no piece.
+        # If the rank has no rows of these batches, there are no pieces.
         pieces = [np.empty_like(self._rings.values)]
         for bags, begin, stop in zip(self._bags, bounds[0, :, 0].tolist(), bounds[-1, :, 1].tolist(), strict=True):
             for first in sorted(bags):
@@ -187,7 +187,7 @@ class Window:
 
 @dataclass(frozen=True)
 class _Load:
-    """A row group on its way into a ring."""
+    """A row group being decoded into a ring."""
 
     lane: int
     begin: int
@@ -230,7 +230,7 @@ def hold(decoder: Decoder, order: Order, start: int, stop: int, threads: int) ->
     Args:
         decoder: of the split.
         order: any order of the split.
-        threads: how many decode.
+        threads: number of threads that decode.
     """
     held = decoder.empty(stop - start)
 

@@ -365,7 +365,7 @@ def test_nothing_is_imported_that_only_a_plot_needs() -> None:
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("tables.doc", r"tables.doc is named like no figure; end its name with .png"), ("no/tables.png", "cannot write")],
+    [("tables.doc", r"tables.doc does not have the suffix of a figure"), ("no/tables.png", "cannot write")],
 )
 def test_plot_mistakes(folder: Path, file: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):

@@ -691,7 +691,7 @@ def test_what_is_wrong_behind_a_url_is_one_line(url: str, monkeypatch: pytest.Mo
             "memory://bucket/nowhere",
             r"no dataset folder at memory://bucket/nowhere: there is no .*nowhere/dataset.json",
         ),
-        ("nosuch://x/y", r"nosuch://x/y: nosuch:// is no kind of address that fsspec knows"),
+        ("nosuch://x/y", r"nosuch://x/y: fsspec does not know the protocol nosuch://"),
         ("absent://x/y", r"absent://x/y needs a package that is not installed: Install absentfs"),
     ):
         with pytest.raises(UserError, match=message):

@@ -177,7 +177,7 @@ def test_dlrm_says_that_it_needs_dense_features(capsys: pytest.CaptureFixture[st
         (["--data=TraceData"], "data: the following arguments are required: source"),
         (
             ["--data=TraceData", "--data.source=nowhere"],
-            "there is nothing at nowhere; give a dataset folder, or a file",
+            "nowhere does not exist; give a dataset folder, or a file",
         ),
         (["--data=TraceData", "--data.source=source", "--data.columns=[C9]"], "no categorical or multi-hot column C9"),
     ],
