@@ -198,8 +198,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: see ``pipeline.preprocess``.
         SystemExit: on SIGTERM and SIGHUP.
     """
-    warning = order_warning(args.dataset, args.input)
-    if warning:
+    if warning := order_warning(args.dataset, args.input):
         print(warning, file=sys.stderr)
     progress = Progress()
     names = [name.strip("-").replace("-", "_") for options in _OPTIONS.values() for name in options]

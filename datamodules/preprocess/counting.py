@@ -7,7 +7,6 @@ vocabularies together are never in memory.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -21,7 +20,7 @@ from datamodules.preprocess.encoding import Encoding, IdsWriter, distinct_values
 from datamodules.preprocess.journal import record, recorded, written_aside
 from datamodules.preprocess.protocols import Table, by_frequency
 from datamodules.preprocess.segments import OpenSegment, Segment, load_segments, rows_of
-from lightning_dlrm.contracts.schema import SPLITS
+from lightning_dlrm.contracts.schema import SPLITS, SplitName
 
 _VALUES_AT_ONCE = 1 << 22  # of a column's distinct values in all segments: 200 MB while they are sorted
 _IDS_AT_ONCE = 1 << 20  # a row group of a vocabulary
@@ -33,15 +32,7 @@ _ID = np.dtype(np.int32)
 _RUN = np.dtype([("value", np.uint32), ("count", np.int64)])
 
 
-@dataclass(frozen=True, kw_only=True)
-class CountJob:
-    """A column to count."""
-
-    encoding: Encoding
-    table: Table
-
-
-def count_column(job: CountJob) -> dict[str, Any]:
+def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
     """Count a categorical column; write its vocabulary and the ids of every segment's distinct values.
 
     The values are spread over files by ranges, so that each range can be sorted in memory; within a
@@ -51,9 +42,7 @@ def count_column(job: CountJob) -> dict[str, Any]:
         ``cardinality`` (rows of the table), ``distinct`` (values counted), ``kept`` (of them with an id
         of their own), ``rare_rows``, ``missing_rows`` (of those counted).
     """
-    encoding, table = job.encoding, job.table
-    done = recorded(encoding.record_of(table))
-    if done:
+    if done := recorded(encoding.record_of(table)):
         return done
     reserved = encoding.protocol.reserved_of(table, encoding.options.threshold)
     with scratch_folder(encoding, table.name) as scratch:
@@ -146,12 +135,13 @@ def _spread_values(encoding: Encoding, table: Table, scratch: Path) -> tuple[_Sp
     segments = load_segments(encoding.segments)
     spread = _Spread(scratch, _bounds(encoding, table, segments))
     missing_rows = 0
+    counted: Sequence[SplitName] = SPLITS if encoding.protocol.counts == "all rows" else ("train",)
     for some in _segments_at_once(table, segments):
         found = []
         for segment in some:
             with OpenSegment(segment) as opened:
                 values, codes = distinct_values(encoding, table, opened)
-                rows = counted_rows(encoding, opened)
+                rows = rows_of(encoding.rule, opened, counted)
                 counts = np.bincount(codes[rows], minlength=len(values) + 1)
                 missing_rows += int(counts[len(values) :].sum())
                 found.append(np.empty(len(values), _ENTRY))
@@ -185,13 +175,6 @@ def _bounds(encoding: Encoding, table: Table, segments: Sequence[Segment]) -> np
             samples.append(values[:: max(len(values) * len(looked_at) // _SAMPLED_VALUES, 1)])
     sample = np.sort(np.concatenate(samples))
     return np.unique(sample[np.arange(1, parts) * len(sample) // parts])
-
-
-def counted_rows(encoding: Encoding, opened: OpenSegment) -> np.ndarray | slice:
-    """Return the rows of a segment that the vocabulary counts."""
-    if encoding.protocol.counts == "all rows":
-        return rows_of(encoding.rule, opened, SPLITS)
-    return rows_of(encoding.rule, opened, ("train",))
 
 
 def _group(spread: _Spread, part: int) -> np.ndarray:

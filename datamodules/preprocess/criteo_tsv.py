@@ -166,8 +166,7 @@ def parse(text: bytes, labelled: bool = True) -> pa.Table:
             raise _first_bad_line(text, labelled)
     columns = {name: table.column(name) for name in table.column_names}
     for name in CRITEO_CATEGORICAL:
-        hashes = _dictionary_of_hashes(columns[name].combine_chunks())
-        if hashes is None:
+        if (hashes := _dictionary_of_hashes(columns[name].combine_chunks())) is None:
             raise _first_bad_line(text, labelled)
         columns[name] = hashes
     return pa.table(columns, schema=RAW_SCHEMA if labelled else RAW_SCHEMA.remove(0))
@@ -238,8 +237,7 @@ def count_lines(text: bytes) -> int:
 def _first_bad_line(text: bytes, labelled: bool) -> BadLineError:
     """Find the fault of the first bad line by a slow and exact check of each."""
     for number, line in enumerate(text.removesuffix(b"\n").split(b"\n")):
-        fault = _fault(line.removesuffix(b"\r"), labelled)
-        if fault:
+        if fault := _fault(line.removesuffix(b"\r"), labelled):
             return BadLineError(number, fault)
     return BadLineError(
         0, f"this or one of the next {text.count(10):,} lines is no Criteo line; download the file again"
@@ -256,27 +254,22 @@ def _fault(line: bytes, labelled: bool) -> str | None:
     fields = line.split(b"\t")
     columns = columns_of(labelled)
     if len(fields) != len(columns):
-        hint = ""
-        if labelled and len(fields) == len(COLUMNS) - 1:
-            hint = " (rows without labels, such as Kaggle's test.txt, are encoded with --vocabulary)"
+        unlabelled = labelled and len(fields) == len(COLUMNS) - 1
+        hint = " (rows without labels, such as Kaggle's test.txt, are encoded with --vocabulary)" if unlabelled else ""
         return (
             f"{len(fields)} fields, expected {len(columns)} between tabs: {'label, ' if labelled else ''}13 integers, "
             f"26 hashes{hint}; {_FAULT_REMEDY}"
         )
     for name, field in zip(columns, fields, strict=True):
-        expected = None
         if name == CRITEO_LABEL:
-            if field not in (b"0", b"1"):
-                expected = "the label 0 or 1"
-        elif not field:
-            continue
+            good, expected = field in (b"0", b"1"), "the label 0 or 1"
         elif name in CRITEO_DENSE:
-            # Criteo's numbers have a few digits; the limit keeps int() from a line of millions.
-            if not re.fullmatch(rb"-?[0-9]{1,20}", field) or not -(1 << 31) <= int(field) < 1 << 31:
-                expected = "an integer of 32 bits, or nothing"
-        elif not re.fullmatch(rb"[0-9a-fA-F]{8}", field):
-            expected = "8 hexadecimal digits, or nothing"
-        if expected:
+            # Criteo's numbers have a few digits; the limit keeps int() from a field of millions of digits.
+            digits = re.fullmatch(rb"-?[0-9]{1,20}", field)
+            good, expected = bool(digits) and -(1 << 31) <= int(field) < 1 << 31, "an integer of 32 bits, or nothing"
+        else:
+            good, expected = bool(re.fullmatch(rb"[0-9a-fA-F]{8}", field)), "8 hexadecimal digits, or nothing"
+        if not good and (field or name == CRITEO_LABEL):
             return f"{name} is {_shown(field)}, expected {expected}; {_FAULT_REMEDY}"
     return None
 

@@ -23,7 +23,7 @@ Each finished file has a record beside it, see ``journal``.
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from datamodules.folder import Folder
-from datamodules.preprocess.counting import CountJob, count_column
+from datamodules.preprocess.counting import count_column
 from datamodules.preprocess.criteo_tsv import COLUMNS
 from datamodules.preprocess.description import columns_of_dataset, report_of, settings_of
 from datamodules.preprocess.encoding import Encoding
@@ -44,10 +44,11 @@ from datamodules.preprocess.journal import (
     remove_partial_files,
     written_aside,
 )
-from datamodules.preprocess.lookup import LookupJob, look_up_column
+from datamodules.preprocess.lookup import look_up_column
 from datamodules.preprocess.options import Options
-from datamodules.preprocess.parts import RowsJob, encode_part, part_jobs, rows_per_split
+from datamodules.preprocess.parts import encode_part, part_jobs, rows_per_split
 from datamodules.preprocess.progress import Progress
+from datamodules.preprocess.protocols import Table
 from datamodules.preprocess.report import write_report
 from datamodules.preprocess.segments import Segment, save_segments
 from datamodules.preprocess.sources import RawFile
@@ -157,8 +158,7 @@ class Job:
         steps = (*stage_folders, self.encode_folder / "ids", self.encode_folder / "parts")
         for folder in (*steps, self.encode_folder / "result"):
             folder.mkdir(parents=True, exist_ok=True)
-        records = [record for folder in steps for record in find_records(folder)]
-        if records:
+        if records := [record for folder in steps for record in find_records(folder)]:
             damaged = sum(pool.map(discard_damaged, records))
             again = f"; {damaged} were damaged and are made again" if damaged else ""
             self.progress.note(f"resuming: {len(records) - damaged} steps of an earlier run are finished{again}")
@@ -252,25 +252,13 @@ class Job:
         weights = {table.name: 1 + sum(s.distinct.get(table.source, 0) for s in staged.segments) for table in tables}
         # The longest first, so that no worker is left alone with one at the end.
         tables = tuple(sorted(tables, key=lambda table: -weights[table.name]))
-        if self.known is None:
-            results = pool.map(count_column, [CountJob(encoding=encoding, table=table) for table in tables])
+        if self.known is None or self.vocabulary is None:
+            count: Callable[[Table], dict[str, Any]] = partial(count_column, encoding)
         else:
-            assert self.vocabulary is not None
-            columns = {column.name: column for column in self.known.columns}
-            jobs = [
-                LookupJob(
-                    encoding=encoding,
-                    table=table,
-                    vocabulary=self.vocabulary.absolute,
-                    file=self.known.vocabulary[table.name].path,
-                    column=columns[table.name],
-                )
-                for table in tables
-            ]
-            results = pool.map(look_up_column, jobs)
+            count = partial(look_up_column, encoding, self.vocabulary.absolute, self.known)
         counted = {}
         with self.progress.stage("count", staged.all_rows) as shown:
-            for table, facts in zip(tables, results, strict=True):
+            for table, facts in zip(tables, pool.map(count, tables), strict=True):
                 counted[table.name] = facts
                 shown.advance(staged.all_rows * weights[table.name] / sum(weights.values()))
         return counted
@@ -279,11 +267,8 @@ class Job:
         self, pool: Workers, encoding: Encoding, columns: tuple[Column, ...], staged: _Staged
     ) -> dict[str, Split]:
         count = len(staged.segments)
-        jobs = [
-            RowsJob(encoding=encoding, start=start, stop=min(start + _SEGMENTS_A_JOB, count))
-            for start in range(0, count, _SEGMENTS_A_JOB)
-        ]
-        rows = np.concatenate(list(pool.map(rows_per_split, jobs)))
+        some = [range(start, min(start + _SEGMENTS_A_JOB, count)) for start in range(0, count, _SEGMENTS_A_JOB)]
+        rows = np.concatenate(list(pool.map(partial(rows_per_split, encoding), some)))
         files: dict[SplitName, list[DataFile]] = {}
         positives = dict.fromkeys(SPLITS, 0)
         with self.progress.stage("encode", int(rows.sum())) as shown:

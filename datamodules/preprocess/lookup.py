@@ -1,7 +1,6 @@
 """Encode categorical columns by the vocabulary of another dataset: the alternative to ``counting``."""
 
 import shutil
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,62 +11,51 @@ from datamodules.preprocess.encoding import Encoding, IdsWriter, distinct_values
 from datamodules.preprocess.journal import record, recorded, written_aside
 from datamodules.preprocess.protocols import Table
 from datamodules.preprocess.segments import OpenSegment, load_segments
-from lightning_dlrm.contracts.schema import Column
+from lightning_dlrm.contracts.schema import DatasetSchema
 
 _COPIED_AT_ONCE = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class LookupJob:
-    """A column to look up in the vocabulary of another dataset."""
-
-    encoding: Encoding
-    table: Table
-    vocabulary: str
-    """The folder of the other dataset."""
-    file: str
-    """The column's vocabulary in that folder."""
-    column: Column
-    """The column of the other dataset."""
-
-
-def look_up_column(job: LookupJob) -> dict[str, Any]:
+def look_up_column(encoding: Encoding, vocabulary: str, known: DatasetSchema, table: Table) -> dict[str, Any]:
     """Write the ids of every segment's distinct values by the vocabulary of another dataset, and copy the vocabulary.
 
     A value that the vocabulary lacks gets the id ``unknown``; without one, ``rare``; without either, the last id: that
     of the rarest value, whose row was trained least.
 
+    Args:
+        encoding: the encoding.
+        vocabulary: the folder of the other dataset.
+        known: its schema.
+        table: the column.
+
     Returns:
         ``cardinality`` and ``unknown_rows``.
     """
-    encoding, table = job.encoding, job.table
-    done = recorded(encoding.record_of(table))
-    if done:
+    if done := recorded(encoding.record_of(table)):
         return done
-    reserved = job.column.reserved
-    unknown = reserved.get("unknown", reserved.get("rare", job.column.cardinality - 1))
-    folder = Folder(job.vocabulary)
-    known = _known_values(folder, job.file)
-    unknown_rows = 0
+    folder, file = Folder(vocabulary), known.vocabulary[table.name].path
+    (column,) = (column for column in known.columns if column.name == table.name)
+    unknown = column.reserved.get("unknown", column.reserved.get("rare", column.cardinality - 1))
+    known_values, unknown_rows = _known_values(folder, file), 0
     with scratch_folder(encoding, table.name) as scratch:
-        out = IdsWriter(scratch, encoding, table, reserved.get("missing", 0))
+        out = IdsWriter(scratch, encoding, table, column.reserved.get("missing", 0))
         for segment in load_segments(encoding.segments):
             with OpenSegment(segment) as opened:
                 values, codes = distinct_values(encoding, table, opened)
-                ids, found = _look_up(known, values, unknown)
+                ids, found = _look_up(known_values, values, unknown)
                 unknown_rows += int(np.bincount(codes, minlength=len(values))[: len(values)][~found].sum())
                 out.write(ids)
         out.finish()
     encoding.vocabulary(table).parent.mkdir(parents=True, exist_ok=True)
     with (
         written_aside(encoding.vocabulary(table)) as partial,
-        folder.open(job.file) as source,
+        folder.open(file) as source,
         partial.open("wb") as copy,
     ):
         shutil.copyfileobj(source, copy, _COPIED_AT_ONCE)
     return record(
         encoding.record_of(table),
-        {"cardinality": job.column.cardinality, "unknown_rows": unknown_rows},
+        {"cardinality": column.cardinality, "unknown_rows": unknown_rows},
         encoding.files_of(table),
     )
 

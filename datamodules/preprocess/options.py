@@ -36,7 +36,15 @@ class Options:
 
     def __post_init__(self) -> None:
         protocol = find_protocol(self.protocol)
-        require(self.dataset in DATASETS, f"unknown dataset {self.dataset!r}; known: {', '.join(DATASETS)}")
+        known = {
+            "dataset": DATASETS,
+            "multi_hot": (None, "mlperf"),
+            "multi_hot_distribution": DISTRIBUTIONS,
+            "on_bad_row": get_args(OnBadRow),
+        }
+        for name, values in known.items():
+            found = getattr(self, name)
+            require(found in values, f"unknown {name} {found!r}; known: {', '.join(filter(None, values))}")
         require(
             self.max_rows is None or self.max_rows >= 1,
             f"max_rows is {self.max_rows}, expected at least 1; leave it out to keep every value",
@@ -54,22 +62,13 @@ class Options:
             "than 0 and at most 1",
         )
         require(0 <= self.seed < 2**63, f"seed is {self.seed}; give a number from 0 to 2**63 - 1")
-        require(self.multi_hot in (None, "mlperf"), f"unknown multi_hot {self.multi_hot!r}; known: mlperf")
         require(
             not self.multi_hot or self.dataset == "terabyte",
             "multi_hot mlperf is made of Terabyte's rows; with Kaggle's leave it out",
         )
         require(
-            self.multi_hot_distribution in DISTRIBUTIONS,
-            f"unknown multi_hot_distribution {self.multi_hot_distribution!r}; known: {', '.join(DISTRIBUTIONS)}",
-        )
-        require(
             self.multi_hot_distribution == "uniform" or self.multi_hot,
             "multi_hot_distribution is given without multi_hot; give both, or neither",
-        )
-        require(
-            self.on_bad_row in get_args(OnBadRow),
-            f"unknown on_bad_row {self.on_bad_row!r}; known: {', '.join(get_args(OnBadRow))}",
         )
 
     @property
@@ -87,18 +86,16 @@ class Options:
 
     def settings(self) -> dict[str, Any]:
         """Return the options that shape the encoding, as the schema keeps them."""
-        settings: dict[str, Any] = {}
-        if self.max_rows is not None:
-            settings["max_rows"] = self.max_rows
-        if max(self.threshold, self.rules.min_count) > 1:
-            settings["min_count"] = self.threshold
-        if self.negative_sampling_rate < 1:
-            settings["negative_sampling_rate"] = self.negative_sampling_rate
-        if self.multi_hot:
-            settings |= {"multi_hot": self.multi_hot, "multi_hot_distribution": self.multi_hot_distribution}
-        if self.multi_hot or self.negative_sampling_rate < 1 or self.protocol == "bars":
-            settings["seed"] = self.seed
-        return settings
+        values, sampled, bags = self.document(), self.negative_sampling_rate < 1, self.multi_hot is not None
+        shaping = {
+            "max_rows": self.max_rows is not None,
+            "min_count": max(self.threshold, self.rules.min_count) > 1,
+            "negative_sampling_rate": sampled,
+            "multi_hot": bags,
+            "multi_hot_distribution": bags,
+            "seed": bags or sampled or self.protocol == "bars",
+        }
+        return {name: values[name] for name, shapes in shaping.items() if shapes}
 
     def document(self) -> dict[str, Any]:
         """Return all options as JSON values."""
@@ -122,7 +119,7 @@ def options_of(
     schema = load_schema(vocabulary)
     require(
         schema.protocol in PROTOCOLS and schema.vocabulary,
-        f"{vocabulary} has the protocol {schema.protocol!r} and {len(schema.vocabulary)} vocabularies; expected a "
+        f"{vocabulary} has the protocol {schema.protocol!r} and {len(schema.vocabulary)} vocabularies; give a "
         "dataset folder that preprocess made",
     )
     given = {"dataset": dataset, "protocol": protocol, **others}

@@ -16,22 +16,13 @@ from datamodules.writer import ROWS_PER_FILE, SplitWriter, arrow_table
 from lightning_dlrm.contracts.schema import CRITEO_DENSE, CRITEO_LABEL, SPLITS, Column, DataFile, SplitName
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowsJob:
-    """Which segments to count the rows of."""
-
-    encoding: Encoding
-    start: int
-    stop: int
-
-
-def rows_per_split(job: RowsJob) -> np.ndarray:
+def rows_per_split(encoding: Encoding, numbers: range) -> np.ndarray:
     """Count the rows of each segment in each split of ``SPLITS``: int64 [segments, splits]."""
-    result = np.zeros((job.stop - job.start, len(SPLITS)), np.int64)
-    for i, segment in enumerate(load_segments(job.encoding.segments)[job.start : job.stop]):
+    result = np.zeros((len(numbers), len(SPLITS)), np.int64)
+    for i, segment in enumerate(load_segments(encoding.segments)[numbers.start : numbers.stop]):
         with OpenSegment(segment) as opened:
             for j, split in enumerate(SPLITS):
-                rows = rows_of(job.encoding.rule, opened, (split,))
+                rows = rows_of(encoding.rule, opened, (split,))
                 result[i, j] = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
     return result
 
@@ -80,8 +71,7 @@ def encode_part(job: PartJob) -> tuple[DataFile, int | None]:
         The file, and its rows with label 1, None of rows without labels.
     """
     encoding = job.encoding
-    facts = recorded(job.record_path)
-    if facts is None:
+    if (facts := recorded(job.record_path)) is None:
         segments = load_segments(encoding.segments)
         with scratch_folder(encoding, job.record_path.name) as scratch, ExitStack() as stack:
             writer = SplitWriter(scratch, job.split, job.columns, first_part=job.part)

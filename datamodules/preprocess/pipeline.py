@@ -89,8 +89,7 @@ def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -
         "options": job.options.document(),
         "inputs": [{"name": file.name, "bytes": file.size, "stamp": file.stamp} for file in job.files],
     }
-    finished = target.finished(run)
-    if finished is not None:
+    if (finished := target.finished(run)) is not None:
         target.remove_leftovers()
         job.progress.note(f"{target.output} is finished already: same input, same options; nothing to do")
         return finished

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar per stage on a terminal, else a plain line now and then."""
+"""Progress of a long job: a bar for each stage on a terminal, otherwise a line at growing intervals."""
 
 import os
 import sys
@@ -22,15 +22,15 @@ _BAR = "{desc:<7}{percentage:3.0f}%|{bar:20}| [{elapsed}<{remaining}{postfix}]"
 
 @dataclass(frozen=True, kw_only=True)
 class StageTime:
-    """What a stage took."""
+    """Time, memory and disk that a stage took."""
 
     name: str
     rows: int
     seconds: float
     peak_bytes: int = 0
-    """Resident memory of this process and its workers on this machine together, at most."""
+    """Maximum of the resident memory of this process and its workers on this machine together."""
     disk_bytes: int = 0
-    """What the working folder held at its end."""
+    """Size of the working folder at the end of the stage."""
 
     def __str__(self) -> str:
         rate = self.rows / self.seconds if self.seconds else 0.0
@@ -41,18 +41,15 @@ class StageTime:
 
 
 class Stage:
-    """One stage's display; ``advance`` may be called from any thread."""
+    """The display of a stage; its methods may be called from any thread."""
 
     def __init__(self, name: str, total_rows: int | None, stream: TextIO | None):
         self.name = name
-        self.rows = 0.0
+        self.rows = self._fraction = 0.0
         self.memory = self.peak = self.disk = 0
         """Bytes: now, at most, and in the working folder."""
-        self._fraction = 0.0
-        self._total_rows = total_rows
-        self._stream = stream
-        self._start = time.monotonic()
-        self._line_after = _FIRST_LINE_AFTER_S
+        self._total_rows, self._stream = total_rows, stream
+        self._start, self._line_after = time.monotonic(), _FIRST_LINE_AFTER_S
         self._line_at = self._start + self._line_after
         self._lock = threading.Lock()
         self._bar: tqdm | None = None
@@ -114,7 +111,7 @@ class Progress:
     """The stages of a job, shown as they run and timed.
 
     Args:
-        show: on standard error; or only time them.
+        show: show the stages on standard error; otherwise only time them.
     """
 
     def __init__(self, show: bool = True):
@@ -135,8 +132,8 @@ class Progress:
         """Show and time a stage.
 
         Args:
-            total_rows: which ``Stage.advance`` will reach; None if they are not known.
-            poll: asked now and then for the rows done and the share of the stage that they are.
+            total_rows: the rows that ``Stage.advance`` will reach; None if they are not known.
+            poll: called at intervals for the rows done and their share of the stage.
         """
         stage = Stage(name, total_rows, self._stream)
         stop = threading.Event()

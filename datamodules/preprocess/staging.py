@@ -67,8 +67,7 @@ def stage(job: StageJob) -> list[dict[str, Any]]:
     if job.index is not None:
         path = segment_path(job.folder, job.index)
         return [recorded(path) or _stage(job, path, piece_of_plain(job.source, job.index, job.piece_bytes))]
-    done = recorded(job.folder / "whole")
-    if done:
+    if done := recorded(job.folder / "whole"):
         found = [recorded(segment_path(job.folder, index)) for index in range(done["segments"])]
         if None not in found:  # None: it was damaged since
             return [facts for facts in found if facts]

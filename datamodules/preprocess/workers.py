@@ -182,7 +182,7 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
         token = folder / f"token-{secrets.token_hex(8)}"
         token.touch()
         try:
-            seen = client.run(_sees, str(token))
+            seen = client.run(Path.exists, token)
         except Exception as error:
             raise UserError(
                 f"the workers of {scheduler} cannot do the work ({type(error).__name__}: {one_line(error)}); install "
@@ -190,8 +190,7 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
             ) from error
         finally:
             token.unlink()
-        blind = [address for address, found in seen.items() if not found]
-        if blind:
+        if blind := [address for address, found in seen.items() if not found]:
             raise UserError(
                 f"the worker {blind[0]} cannot open {folder}: all workers must share the file system of the output "
                 "(or of --work)"
@@ -202,7 +201,3 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
             yield executor, threads
         finally:
             executor.shutdown(wait=False)
-
-
-def _sees(path: str) -> bool:
-    return Path(path).exists()

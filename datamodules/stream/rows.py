@@ -6,7 +6,7 @@ Shape suffixes: n rows, I dense columns, F tables, N multi-hot indices.
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,28 +56,27 @@ class Rows:
 
     def slice(self, start: int, stop: int) -> "Rows":
         """Return the rows ``start`` to ``stop - 1``, as views."""
-        values, ends = self.values, self.ends
-        if values is not None and ends is not None:
-            values, ends = values[ends[start] : ends[stop]], ends[start : stop + 1] - ends[start]
-        return Rows(
-            label=None if self.label is None else self.label[start:stop],
-            dense=self.dense[start:stop],
-            ids=self.ids[start:stop],
-            values=values,
-            ends=ends,
-        )
+        rows = self._each(lambda array: array[start:stop])
+        if self.values is not None and self.ends is not None:
+            rows.values = self.values[self.ends[start] : self.ends[stop]]
+            rows.ends = self.ends[start : stop + 1] - self.ends[start]
+        return rows
 
     def take(self, index: np.ndarray) -> "Rows":
         """Return the rows at int64 ``index``, in that order."""
-        values, ends = self.values, self.ends
-        if values is not None and ends is not None:
-            values, ends = take_bags(values, ends, index)
+        rows = self._each(lambda array: take_rows(array, index))
+        if self.values is not None and self.ends is not None:
+            rows.values, rows.ends = take_bags(self.values, self.ends, index)
+        return rows
+
+    def _each(self, choose: Callable[[np.ndarray], np.ndarray]) -> "Rows":
+        """Return rows chosen alike from each of ``arrays``, still without bags (``values`` keeps its type)."""
         return Rows(
-            label=None if self.label is None else take_rows(self.label, index),
-            dense=take_rows(self.dense, index),
-            ids=take_rows(self.ids, index),
-            values=values,
-            ends=ends,
+            label=None if self.label is None else choose(self.label),
+            dense=choose(self.dense),
+            ids=choose(self.ids),
+            values=self.values,
+            ends=self.ends,
         )
 
 
@@ -153,7 +152,11 @@ class Decoder:
         # One thread, because a wider pool would take cores from training.
         table = read_group(self.folder, self.files[index], part, group, self.schema.columns, threads=False)
         self._give_back(index, part)
-        return {name: _whole(column) for name, column in zip(table.column_names, table.columns, strict=True)}
+        # A row group mostly has the values of a column in one chunk.
+        return {
+            name: column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+            for name, column in zip(table.column_names, table.columns, strict=True)
+        }
 
     def _borrow(self, index: int) -> pq.ParquetFile:
         with self._lock:
@@ -223,11 +226,6 @@ def _room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Return an uninitialised array from Arrow's pool, which reuses freed memory; NumPy would map it anew."""
     size = math.prod(shape) * dtype.itemsize
     return np.frombuffer(pa.allocate_buffer(size), dtype).reshape(shape)
-
-
-def _whole(column: pa.ChunkedArray) -> pa.Array:
-    """Return the values in one array; a row group mostly has them so."""
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
 def _floats(column: pa.Array) -> np.ndarray:

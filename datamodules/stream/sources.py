@@ -7,36 +7,12 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 
 from datamodules.stream.order import Order, ranges
 from datamodules.stream.rows import Decoder, Rows, take_bags, take_rows
-
-
-class Source(Protocol):
-    """Where the rows of an order come from."""
-
-    def fetch(self, bounds: np.ndarray) -> Rows:
-        """Return the rows of consecutive batches, batch by batch and within it lane by lane.
-
-        Args:
-            bounds: int64 [K, L, 2] as ``Order.bounds`` gives them. The next call asks for what follows.
-
-        Raises:
-            UserError: a file is missing, altered or cannot be decoded.
-        """
-        ...
-
-    def close(self) -> None:
-        """End its threads."""
-        ...
-
-    @property
-    def room(self) -> Rows | None:
-        """Memory that the next source may reuse, once this one is closed."""
-        ...
 
 
 class Window:
@@ -86,7 +62,7 @@ class Window:
         self._ring_starts_L = np.cumsum(self._capacity_L) - self._capacity_L
         rows = int(self._capacity_L.sum())
         self.room: Rows | None = room if room is not None and len(room) >= rows else empty(rows)
-        """See ``Source``."""
+        """Memory that the next window may reuse, once this one is closed."""
         self._rings = self.room.slice(0, rows)
         self._bags: list[dict[int, tuple[np.ndarray, np.ndarray]]] = [{} for _ in lanes]
         """For each lane, by the place of the first row: values and ends of multi-hot columns, as in ``Rows``."""
@@ -97,7 +73,14 @@ class Window:
         self._pool = ThreadPoolExecutor(threads - 1, "row group decoder") if threads > 1 else None
 
     def fetch(self, bounds: np.ndarray) -> Rows:
-        """See ``Source``."""
+        """Return the rows of consecutive batches, batch by batch and within it lane by lane.
+
+        Args:
+            bounds: int64 [K, L, 2] as ``Order.bounds`` returns them; each call continues where the previous one ended.
+
+        Raises:
+            UserError: a file is missing, altered or cannot be decoded.
+        """
         begins_L, stops_L = bounds[0, :, 0], bounds[-1, :, 1]
         if self._begun_L is None:
             self._begun_L = begins_L.copy()
@@ -110,7 +93,7 @@ class Window:
         return self._gather(bounds)
 
     def close(self) -> None:
-        """See ``Source``."""
+        """End the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -207,13 +190,13 @@ class Held:
     """
 
     room = None
-    """See ``Source``."""
+    """No memory to reuse: these rows are kept."""
 
     def __init__(self, rows: Rows, first: int, order: Order) -> None:
         self._rows, self._first, self._order = rows, first, order
 
     def fetch(self, bounds: np.ndarray) -> Rows:
-        """See ``Source``."""
+        """Return the rows of consecutive batches; see ``Window.fetch``."""
         if self._order.shuffle == "none" and len(bounds) == 1:
             ((begin, stop),) = (bounds[0] - self._first).tolist()
             return self._rows.slice(begin, stop)
@@ -221,7 +204,10 @@ class Held:
         return self._rows.take(self._order.split_rows(places) - self._first)
 
     def close(self) -> None:
-        """See ``Source``."""
+        """Do nothing: there are no threads."""
+
+
+Source: TypeAlias = Window | Held
 
 
 def hold(decoder: Decoder, order: Order, start: int, stop: int, threads: int) -> Rows:
