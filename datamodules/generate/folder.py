@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from datamodules.preprocess.estimate import size_words, time_words
+from datamodules.preprocess.estimate import format_duration, format_size
 from datamodules.writer import DatasetWriter, Values
 from lightning_dlrm.contracts.cache import cache_root
 from lightning_dlrm.contracts.errors import UserError, one_line, require
@@ -97,13 +97,13 @@ class _EstimatingWriter(DatasetWriter):
         super().__init__(folder, columns)
         self._rows, self._show = rows, show
         self._start = time.monotonic()
-        self._told = False
+        self._estimated = False
 
     def write(self, split: str, arrays: Mapping[str, Values]) -> None:
         super().write(split, arrays)
-        if self._told or not self.rows_on_disk:
+        if self._estimated or not self.rows_on_disk:
             return
-        self._told = True
+        self._estimated = True
         times, seconds = self._rows / self.rows_on_disk, time.monotonic() - self._start
         words = checked_estimate(
             self.folder, self._rows, self.bytes_on_disk * times, seconds * times, self.bytes_on_disk
@@ -127,12 +127,12 @@ def checked_estimate(place: Path, rows: int, size: float, seconds: float, writte
     """
     parent = next(parent for parent in place.absolute().parents if parent.exists())
     free = shutil.disk_usage(parent).free + written
-    words = f"{rows:,} rows: some {size_words(size)} of disk"
+    words = f"{rows:,} rows: some {format_size(size)} of disk"
     require(
         size <= free,
-        f"{words} are needed for {place}, {size_words(free)} are free; make room, choose another place, or fewer rows",
+        f"{words} are needed for {place}, {format_size(free)} are free; make room, choose another place, or fewer rows",
     )
-    return f"{words} ({size_words(free)} are free) and {time_words(seconds)}"
+    return f"{words} ({format_size(free)} are free) and {format_duration(seconds)}"
 
 
 def _existing(planned: DatasetSchema, folder: Path) -> DatasetSchema | None:

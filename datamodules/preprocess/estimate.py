@@ -47,21 +47,21 @@ class Estimate:
         """
         needed = self.rows * self.row_bytes
         free = shutil.disk_usage(folder).free + bytes_below(folder)
-        words = f"about {self.rows:,.0f} rows: some {size_words(needed)} of disk"
+        words = f"about {self.rows:,.0f} rows: some {format_size(needed)} of disk"
         require(
             needed <= free,
-            f"{words} are needed, {size_words(free)} are free at {folder.parent}; make room, or choose another "
+            f"{words} are needed, {format_size(free)} are free at {folder.parent}; make room, or choose another "
             "place with --work and --output",
         )
         if output is not None and output.stat().st_dev != folder.stat().st_dev:
             dataset, room = self.rows * self.result_row_bytes, shutil.disk_usage(output).free
             require(
                 dataset <= room,
-                f"some {size_words(dataset)} of disk are needed for the dataset, {size_words(room)} are "
+                f"some {format_size(dataset)} of disk are needed for the dataset, {format_size(room)} are "
                 f"free at {output}; make room, or choose another --output",
             )
         seconds = self.rows / (_ROWS_PER_WORKER_S * min(workers, _WORKERS_PER_DISK))
-        return f"{words} ({size_words(free)} are free) and {time_words(seconds)} with {workers} workers"
+        return f"{words} ({format_size(free)} are free) and {format_duration(seconds)} with {workers} workers"
 
 
 def estimate(files: Sequence[RawFile], multi_hot: bool) -> Estimate:
@@ -100,12 +100,12 @@ def _sample(file: RawFile) -> tuple[float, float, int]:
     return len(sample) / max(stored, 1), sample.count(b"\n") / max(stored, 1), fields
 
 
-def size_words(size: float) -> str:
+def format_size(size: float) -> str:
     """Format a number of bytes."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
-def time_words(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a duration."""
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"

@@ -14,7 +14,7 @@ from datamodules.stream.memory import available_memory
 from datamodules.stream.order import Order, Shuffle
 from datamodules.stream.reader import batches_at_once, read_batches
 from datamodules.stream.rows import Decoder, Rows
-from datamodules.stream.sources import Held, Source, Window, hold
+from datamodules.stream.sources import CachedRows, Source, Window, cache_rows
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema, SplitName
@@ -72,11 +72,11 @@ class Loader:
         self._rank, self._world, self._rows, self._threads, self._pin = rank, world, rows, threads, pin
         self._files = tuple(part_files(schema, self.splits))
         self._verify = verify
-        self._cached = cache == "memory"
-        self._held: Rows | None = None
-        self._spare: Rows | None = None
+        self._caches = cache == "memory"
+        self._cached_rows: Rows | None = None
+        self._spare_buffer: Rows | None = None
         """Buffer of an earlier iteration: memory that was used before costs no page faults."""
-        if self._cached:
+        if self._caches:
             self._require_memory(copies)
 
     def __len__(self) -> int:
@@ -91,13 +91,13 @@ class Loader:
         groups = [file.row_groups for file in self._files]
         return Order(groups, batch_size=self.batch_size, shuffle=shuffle, seed=seed, epoch=epoch, lanes=lanes)
 
-    def _held_range(self) -> tuple[int, int]:
+    def _cached_range(self) -> tuple[int, int]:
         """Return the positions of the first row that is kept in memory, and of the one after the last."""
         edges = self._order("none", lanes=self._world).edges
         return int(edges[self._rank]), int(edges[self._rank + 1])
 
     def _require_memory(self, copies: int) -> None:
-        start, stop = self._held_range()
+        start, stop = self._cached_range()
         decoder, available = self._decoder(), available_memory()
         need = decoder.bytes_of(start, stop)
         require(
@@ -110,8 +110,8 @@ class Loader:
     def _iterate(self, order: Order, first: int) -> "BackgroundIterator":
         def batches() -> Generator[list[Batch], None, None]:
             # Set to None, because another iteration may begin before this one ends.
-            room, self._spare = self._spare, None
-            source = self._source(order, room)
+            buffer, self._spare_buffer = self._spare_buffer, None
+            source = self._source(order, buffer)
             try:
                 for several in read_batches(
                     source, order, first=first, rank=self._rank, world=self._world, rows=self._rows
@@ -119,22 +119,22 @@ class Loader:
                     yield [batch.pin_memory() for batch in several] if self._pin else several
             finally:
                 source.close()
-                self._spare = source.room
+                self._spare_buffer = source.buffer
 
         return BackgroundIterator(batches, _BATCHES_AHEAD, _BYTES_AHEAD)
 
-    def _source(self, order: Order, room: Rows | None) -> Source:
+    def _source(self, order: Order, buffer: Rows | None) -> Source:
         decoder = self._decoder()
         read: Callable[[int], Rows] = decoder
-        if self._cached:
-            start, _ = self._held_range()
-            held = self._hold(decoder, order)
+        if self._caches:
+            start, _ = self._cached_range()
+            rows = self._decode_all(decoder, order)
             if order.shuffle != "window":
-                return Held(held, start, order)
+                return CachedRows(rows, start, order)
 
             def read(group: int) -> Rows:
                 first = int(order.group_starts[group])
-                return held.slice(first, first + int(order.group_rows[group]))
+                return rows.slice(first, first + int(order.group_rows[group]))
 
         return Window(
             read,
@@ -144,24 +144,24 @@ class Loader:
             world=self._world,
             at_once=batches_at_once(order, self._world),
             threads=self._threads,
-            room=room,
+            buffer=buffer,
         )
 
     def _decoder(self) -> Decoder:
         return Decoder(self.folder, self.schema, self._files, self._verify)
 
-    def _hold(self, decoder: Decoder, order: Order) -> Rows:
-        if self._held is None:
+    def _decode_all(self, decoder: Decoder, order: Order) -> Rows:
+        if self._cached_rows is None:
             began = time.perf_counter()
-            self._held = hold(decoder, order, *self._held_range(), self._threads)
+            self._cached_rows = cache_rows(decoder, order, *self._cached_range(), self._threads)
             log.info(
                 "%s: %s rows kept in memory, %.1f MB, decoded in %.1f s",
                 "+".join(self.splits),
-                f"{len(self._held):,}",
-                self._held.nbytes / 1e6,
+                f"{len(self._cached_rows):,}",
+                self._cached_rows.nbytes / 1e6,
                 time.perf_counter() - began,
             )
-        return self._held
+        return self._cached_rows
 
 
 class TrainingLoader(Loader):
@@ -188,7 +188,7 @@ class TrainingLoader(Loader):
         **options: Any,
     ) -> None:
         super().__init__(folder, schema, splits, **options)
-        assert shuffle != "full" or self._cached
+        assert shuffle != "full" or self._caches
         self._shuffle: Shuffle = shuffle
         self._seed = seed
         self._epoch_batches = len(self)
@@ -209,7 +209,7 @@ class TrainingLoader(Loader):
         """End every epoch after so many batches, like a trainer that takes fewer than there are."""
         self._epoch_batches = batches
 
-    def _held_range(self) -> tuple[int, int]:
+    def _cached_range(self) -> tuple[int, int]:
         # Any rank may need any row in some epoch.
         return 0, sum(file.rows for file in self._files)
 
@@ -267,19 +267,19 @@ class BackgroundIterator:
     """
 
     def __init__(self, source: Callable[[], Generator[list[Any], None, None]], ahead: int, bytes_ahead: int) -> None:
-        self._waiting = _Waiting(ahead, bytes_ahead)
+        self._queue = _Queue(ahead, bytes_ahead)
         self._taken: deque[Any] = deque()
-        thread = threading.Thread(target=_produce, args=(source, self._waiting), name="batch reader", daemon=True)
+        thread = threading.Thread(target=_produce, args=(source, self._queue), name="batch reader", daemon=True)
         thread.start()
         # Also runs before the interpreter ends, because a thread inside pyarrow would crash then.
-        self._finalizer = weakref.finalize(self, _stop, thread, self._waiting)
+        self._finalizer = weakref.finalize(self, _stop, thread, self._queue)
 
     def __iter__(self) -> "BackgroundIterator":
         return self
 
     def __next__(self) -> Any:
         while self._finalizer.alive and not self._taken:
-            items = self._waiting.get()
+            items = self._queue.get()
             if isinstance(items, BaseException):
                 self.close()
                 raise items
@@ -294,7 +294,7 @@ class BackgroundIterator:
         self._finalizer()
 
 
-class _Waiting:
+class _Queue:
     """The queue of item lists between the background thread and its consumer."""
 
     def __init__(self, ahead: int, bytes_ahead: int) -> None:
@@ -320,7 +320,7 @@ class _Waiting:
             self._changed.notify_all()
             return items
 
-    def wait_for_room(self) -> bool:
+    def wait_until_wanted(self) -> bool:
         """Wait until another list is wanted or the iterator is stopped; return whether one is wanted."""
         with self._changed:
             self._changed.wait_for(
@@ -335,19 +335,19 @@ class _Waiting:
 
 
 # A function without a reference to the iterator, which could not be garbage-collected otherwise.
-def _produce(source: Callable[[], Generator[list[Any], None, None]], waiting: _Waiting) -> None:
+def _produce(source: Callable[[], Generator[list[Any], None, None]], queue: _Queue) -> None:
     try:
         iterator = source()
         try:
-            while waiting.wait_for_room():
-                waiting.put(next(iterator))
+            while queue.wait_until_wanted():
+                queue.put(next(iterator))
         finally:
             iterator.close()
     except BaseException as error:  # including StopIteration, the end
-        waiting.put(error)
+        queue.put(error)
 
 
-def _stop(thread: threading.Thread, waiting: _Waiting) -> None:
-    waiting.stop()
+def _stop(thread: threading.Thread, queue: _Queue) -> None:
+    queue.stop()
     if thread is not threading.current_thread():
         thread.join()

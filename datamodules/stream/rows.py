@@ -206,10 +206,10 @@ def _side_by_side(columns: Sequence[np.ndarray], count: int, dtype: np.dtype) ->
     """Return [count, columns], row by row in memory, from one array for each column."""
     # Columns at distances of a multiple of 4 KiB share a few sets of the cache and evict each other: the transposition
     # would take three times as long.
-    block = _room((len(columns), count + (16 - count) % 1024), dtype)[:, :count]
+    block = _allocate((len(columns), count + (16 - count) % 1024), dtype)[:, :count]
     for row, column in zip(block, columns, strict=True):
         row[:] = column
-    rows = _room((count, len(columns)), dtype)
+    rows = _allocate((count, len(columns)), dtype)
     rows[:] = block.T
     return rows
 
@@ -217,12 +217,12 @@ def _side_by_side(columns: Sequence[np.ndarray], count: int, dtype: np.dtype) ->
 def take_rows(array: np.ndarray, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Return the rows of an array at ``index``."""
     if out is None:
-        out = _room((len(index), *array.shape[1:]), array.dtype)
+        out = _allocate((len(index), *array.shape[1:]), array.dtype)
     # Other modes than "clip" write to a copy first.
     return array.take(index, axis=0, out=out, mode="clip")
 
 
-def _room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Return an uninitialised array from Arrow's pool, which reuses freed memory; NumPy would map it anew."""
     size = math.prod(shape) * dtype.itemsize
     return np.frombuffer(pa.allocate_buffer(size), dtype).reshape(shape)

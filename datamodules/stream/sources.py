@@ -31,7 +31,7 @@ class Window:
         rank, world: the rank whose lanes are read, and the world size.
         at_once: maximum of batches that are fetched at once.
         threads: number of threads that decode, the calling one included.
-        room: memory to use if it is large enough; a closed window's ``room``.
+        buffer: memory to use if it is large enough; a closed window's ``buffer``.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Window:
         world: int,
         at_once: int,
         threads: int,
-        room: Rows | None = None,
+        buffer: Rows | None = None,
     ) -> None:
         self._read, self._order = read, order
         lanes = order.lanes_of(rank, world)
@@ -61,9 +61,9 @@ class Window:
         self._capacity_L = np.minimum(batch_rows_L + self._reach_L + largest, self._lane_ends_L - begins_L)
         self._ring_starts_L = np.cumsum(self._capacity_L) - self._capacity_L
         rows = int(self._capacity_L.sum())
-        self.room: Rows | None = room if room is not None and len(room) >= rows else empty(rows)
+        self.buffer: Rows | None = buffer if buffer is not None and len(buffer) >= rows else empty(rows)
         """Memory that the next window may reuse, once this one is closed."""
-        self._rings = self.room.slice(0, rows)
+        self._rings = self.buffer.slice(0, rows)
         self._bags: list[dict[int, tuple[np.ndarray, np.ndarray]]] = [{} for _ in lanes]
         """For each lane, by the place of the first row: values and ends of multi-hot columns, as in ``Rows``."""
         self._begun_L: np.ndarray | None = None
@@ -180,7 +180,7 @@ class _Load:
     """Of ``run``, in the pool."""
 
 
-class Held:
+class CachedRows:
     """Rows held in memory, in file order.
 
     Args:
@@ -189,7 +189,7 @@ class Held:
         order: ``none`` or ``full``.
     """
 
-    room = None
+    buffer = None
     """No memory to reuse: these rows are kept."""
 
     def __init__(self, rows: Rows, first: int, order: Order) -> None:
@@ -207,10 +207,10 @@ class Held:
         """Do nothing: there are no threads."""
 
 
-Source: TypeAlias = Window | Held
+Source: TypeAlias = Window | CachedRows
 
 
-def hold(decoder: Decoder, order: Order, start: int, stop: int, threads: int) -> Rows:
+def cache_rows(decoder: Decoder, order: Order, start: int, stop: int, threads: int) -> Rows:
     """Decode the rows at the positions ``start`` to ``stop - 1`` of a split.
 
     Args:
@@ -218,20 +218,20 @@ def hold(decoder: Decoder, order: Order, start: int, stop: int, threads: int) ->
         order: any order of the split.
         threads: number of threads that decode.
     """
-    held = decoder.empty(stop - start)
+    cached = decoder.empty(stop - start)
 
     def load(group: int) -> Rows:
         rows, first = decoder(group), int(order.group_starts[group])
         rows = rows.slice(max(start - first, 0), min(stop - first, len(rows)))
         at = max(first - start, 0)
-        for array, decoded in zip(held.arrays, rows.arrays, strict=True):
+        for array, decoded in zip(cached.arrays, rows.arrays, strict=True):
             array[at : at + len(rows)] = decoded
         return rows if decoder.multi_hot else decoder.empty(0)
 
     groups = np.flatnonzero((order.group_starts < stop) & (order.group_starts + order.group_rows > start))
     with ThreadPoolExecutor(threads) as pool:
         bags = list(pool.map(load, groups.tolist()))
-    if held.values is not None:
-        held.values = np.concatenate([held.values, *(rows.values for rows in bags if rows.values is not None)])
-        held.ends = np.append(0, np.cumsum(held.ids.sum(axis=1, dtype=np.int64)))
-    return held
+    if cached.values is not None:
+        cached.values = np.concatenate([cached.values, *(rows.values for rows in bags if rows.values is not None)])
+        cached.ends = np.append(0, np.cumsum(cached.ids.sum(axis=1, dtype=np.int64)))
+    return cached

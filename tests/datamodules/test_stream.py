@@ -569,7 +569,7 @@ def test_cached_rows_are_decoded_once_and_the_log_says_how_much(
     assert sorted(groups) == list(range(-(-2005 // GROUP_ROWS)))
     # A label of 1 byte, and 2 floats and 3 ids of 4 bytes each.
     assert re.fullmatch(r"train: 2,005 rows kept in memory, 0\.0 MB, decoded in \d+\.\d s", caplog.messages[0])
-    assert loader._held is not None and loader._held.nbytes == 2005 * 21
+    assert loader._cached_rows is not None and loader._cached_rows.nbytes == 2005 * 21
     assert len(caplog.messages) == 1 and epochs[0] != epochs[1] != epochs[2]
 
 
@@ -591,7 +591,7 @@ def test_rows_that_do_not_fit_into_memory_are_refused(
 def hold_all(folder: Path, schema: DatasetSchema) -> reader.Rows:
     files = schema.splits["train"].files
     order = Order([file.row_groups for file in files], batch_size=1, shuffle="none")
-    return reader.hold(decoded.Decoder(Folder(folder), schema, files), order, 0, order.rows, 1)
+    return sources.cache_rows(decoded.Decoder(Folder(folder), schema, files), order, 0, order.rows, 1)
 
 
 def test_available_memory_heeds_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
