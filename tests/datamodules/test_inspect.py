@@ -344,8 +344,7 @@ def test_values_that_share_an_id_are_counted_together(tmp_path: Path) -> None:
     assert skew.lookups == 12 and skew.most_frequent == 9 / 12 and skew.ids_for == {0.5: 1, 0.9: 2, 0.99: 2}
 
 
-@pytest.mark.parametrize("name", ["folder", "uneven"])
-@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+@pytest.mark.parametrize(("name", "ending"), [("folder", "png"), ("uneven", "svg"), ("uneven", "pdf")])
 def test_plot_writes_a_figure(
     name: str, ending: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,7 +69,7 @@ def chances(law: str, rows: int) -> np.ndarray:
     return masses / math.fsum(masses)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 50, 5_000, 300_000])
+@pytest.mark.parametrize("rows", [1, 2, 3, 50, 20_000])
 @pytest.mark.parametrize("law", LAWS)
 def test_ids_follow_the_law_within_the_tables_size(law: str, rows: int) -> None:
     """Chi-square over cells of at least 25 expected ids; a right generator fails one seed in 1,000."""
