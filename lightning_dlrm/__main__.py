@@ -96,12 +96,11 @@ def _run(command: str, arguments: list[str]) -> int:
         return comparing.run(arguments)
     if command in ("params", "plan"):
         module = importlib.import_module(f"lightning_dlrm.cli.{command}")
-        code: int = module.run(arguments)
+        code: int = module.run(arguments, COMMANDS[command])
         return code
-    from lightning_dlrm.cli.lightning import CTRCommand
+    from lightning_dlrm.cli import run
 
-    CTRCommand([command, *arguments])
-    return 0
+    return run.run(command, arguments, COMMANDS[command])
 
 
 def _run_plain_command(command: str, arguments: list[str]) -> int:
