@@ -93,7 +93,7 @@ def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ["C1", "categorical", "1,234", "0.00%"] in words
     assert ["C2", "categorical", "3", "60.00%", "3", "0", "missing"] in words
     assert ["all", "tables", "1,237"] in words
-    for text in ("max_rows 5000", "raw.txt (220 rows)", "AUC 0.8125", "as it is", "every file has its checksum"):
+    for text in ("max_rows 5000", "raw.txt (220 rows)", "AUC 0.8125", "as it is", "the checksums of all files match"):
         assert text in out, text
     assert DatasetSchema.load(folder).encoding_fingerprint[:16] in out
 
