@@ -369,7 +369,7 @@ def test_a_wrong_file_is_not_skipped_line_by_line(tmp_path: Path) -> None:
 
 
 @cache
-def gzip_bytes(rows: int = 3000) -> bytes:
+def gzip_bytes(rows: int = 1500) -> bytes:
     return gzip.compress("".join("\t".join(line) + "\n" for line in generated_lines(rows)).encode())
 
 
