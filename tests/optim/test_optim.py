@@ -10,14 +10,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_dlrm.cli.params import count
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import RowGradient, Table
-from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.contracts.gradient import RowGradient
 from lightning_dlrm.engine.strategy import table_loads
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
 from lightning_dlrm.optim.schedules import Constant, Cosine, WarmupQuadraticDecay, WarmupThenDecay
-from lightning_dlrm.tables.tables import EmbeddingTables
+from lightning_dlrm.tables.lookup import EmbeddingTables
+from lightning_dlrm.tables.table import Table
 from tests.toy import TABLES, optimizer_of, toy_batch, toy_dlrm, toy_module, toy_schema, wide_dlrm
 
 
@@ -164,7 +164,7 @@ def test_linear_terms_take_a_rule_of_their_own() -> None:
     )
     for name, value in ours.items():
         assert torch.equal(value, (as_wide if name == "wide.tables.weight" else as_tables)[name]), name
-    assert not torch.equal(as_wide["wide.tables.weight"], as_tables["wide.lookup.weight"])
+    assert not torch.equal(as_wide["wide.tables.weight"], as_tables["wide.tables.weight"])
     assert [(group["name"], float(group["lr"])) for group in optimizer.param_groups] == [
         ("dense", 0.1), ("tables", 0.01), ("wide", 0.2)
     ]  # fmt: skip
@@ -185,8 +185,6 @@ def test_linear_terms_take_a_rule_of_their_own() -> None:
 def test_a_rule_for_linear_terms_that_cannot_have_one_is_refused() -> None:
     with pytest.raises(UserError, match=r"wide_optimizer is given, but this DLRM has no linear terms"):
         toy_module(wide_rule=Adagrad(0.1))
-    with pytest.raises(UserError, match="kernels fbgemm gives all tables one rule: leave wide_optimizer out"):
-        CTRModule(wide_dlrm, SGD(0.1), SGD(0.1), wide_optimizer=Adagrad(0.1), kernels="fbgemm", schema=toy_schema())
 
 
 def test_memory_and_advice_count_linear_terms_with_their_own_rule() -> None:
