@@ -11,8 +11,6 @@ _ALONE = 2**10
 """Indices from which on a second thread is worth waking."""
 
 _operators = torch.library.Library("lightning_dlrm", "FRAGMENT")
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
-"""Name of each operator -> what it does on a CPU."""
 
 
 def register(
@@ -37,7 +35,6 @@ def register(
     torch.library.register_fake(f"lightning_dlrm::{name}", results, lib=_operators)
     if differentiate is not None:
         torch.library.register_autograd(f"lightning_dlrm::{name}", differentiate, setup_context=save, lib=_operators)
-    IMPLEMENTATIONS[name] = implementation
 
 
 def nothing(*arguments: Any) -> None:
