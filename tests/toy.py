@@ -117,6 +117,7 @@ def toy_module(
     schema: DatasetSchema | None = None,
     seed: int = 3,
     wide_rule: UpdateRule | None = None,
+    **options: Any,
 ) -> CTRModule:
     return CTRModule(
         network,
@@ -124,6 +125,7 @@ def toy_module(
         dense_rule or Adagrad(0.05),
         schedule,
         wide_optimizer=wide_rule,
+        **options,
         schema=schema or toy_schema(),
         seed=seed,
     )

@@ -169,7 +169,7 @@ def _contender(
 
     def step(batch: tuple[Tensor, SparseIds, Tensor], upcoming: SparseIds) -> None:
         dense, ids, label = batch
-        network.announce(upcoming)
+        network.prefetch(upcoming)
         loss = nn.functional.binary_cross_entropy_with_logits(wrapped(dense, ids), label, reduction="sum") * factor
         optimizer.zero_grad()
         loss.backward()

@@ -45,7 +45,6 @@ from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoin
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.norms import NormLogger
-from lightning_dlrm.engine.overhead import NoProfiler
 from lightning_dlrm.engine.progress import RunProgress, total_steps
 from lightning_dlrm.engine.result_files import CurveWriter, EvaluationWriter
 from lightning_dlrm.engine.stopping import FinalValidation, StayStopped, StopAtAUC, StopOnSigterm
@@ -235,7 +234,6 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
         "callbacks": callbacks,
         "plugins": [*as_list(trainer_settings["plugins"]), FolderCheckpointIO()],
         "logger": False,
-        "profiler": trainer_settings["profiler"] or NoProfiler(),
     }
     try:
         trainer = RunTrainer(job.folder, **(trainer_settings | ours))

@@ -163,8 +163,8 @@ def test_linear_terms_take_a_rule_of_their_own() -> None:
         step(*made, 0) for made in ((network, optimizer), make_wide(adam()), make_wide(adagrad()))
     )
     for name, value in ours.items():
-        assert torch.equal(value, (as_wide if name == "wide.lookup.weight" else as_tables)[name]), name
-    assert not torch.equal(as_wide["wide.lookup.weight"], as_tables["wide.lookup.weight"])
+        assert torch.equal(value, (as_wide if name == "wide.tables.weight" else as_tables)[name]), name
+    assert not torch.equal(as_wide["wide.tables.weight"], as_tables["wide.lookup.weight"])
     assert [(group["name"], float(group["lr"])) for group in optimizer.param_groups] == [
         ("dense", 0.1), ("tables", 0.01), ("wide", 0.2)
     ]  # fmt: skip
