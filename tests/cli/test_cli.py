@@ -433,11 +433,6 @@ def test_misspelt_keys_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"did you mean {meant}" in capsys.readouterr().err
 
 
-def test_a_fit_of_no_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*FIT, *QUICK, "--trainer.max_steps=0"]) == 2
-    assert "nothing was trained: trainer.max_steps is 0" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
