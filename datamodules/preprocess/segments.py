@@ -19,7 +19,7 @@ from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_LABEL, SP
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Rows that were staged together."""
+    """A file of staged rows."""
 
     path: Path
     start: int

@@ -265,13 +265,13 @@ def test_a_very_frequent_row_takes_no_more_memory(tmp_path: Path, monkeypatch: p
         writer.write("train", {"C1": ids})
         schema = writer.finish(dataset="mine", protocol="own")
     sizes = []
-    read_range = leakage._Runs.range
+    read_range = leakage._SortedRuns.range
 
-    def watched(runs: leakage._Runs, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def watched(runs: leakage._SortedRuns, number: int) -> tuple[np.ndarray, np.ndarray]:
         sizes.append(sum(int(cuts[number + 1] - cuts[number]) for cuts in runs._cuts))
         return read_range(runs, number)
 
-    monkeypatch.setattr(leakage._Runs, "range", watched)
+    monkeypatch.setattr(leakage._SortedRuns, "range", watched)
     facts = leakage.equal_rows(tmp_path / "data", schema, progress=False)
     distinct = len(np.unique(ids))
     assert facts["within"]["train"] == {
