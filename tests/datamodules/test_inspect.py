@@ -128,7 +128,7 @@ def test_addresses_are_inspected_like_folders(folder: Path, capsys: pytest.Captu
     path = "/inspected/train/part-00000.parquet"
     memory.pipe(path, memory.cat(path)[:-1] + b"x")
     assert run_inspect("memory://inspected") == 0
-    assert "checksums were not compared (--verify" in capsys.readouterr().out
+    assert "--verify compares their checksums too" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"memory://inspected/train/part-00000.parquet is altered: its sha256"):
         run_inspect("memory://inspected", "--verify")
     with pytest.raises(UserError, match="no dataset folder at memory://nothing"):
