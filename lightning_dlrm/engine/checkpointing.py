@@ -37,6 +37,9 @@ class FolderCheckpointIO(CheckpointIO):
     Every rank saves, each what it has.
     """
 
+    HOLDS_TABLES = True
+    """Whether tables are written piece by piece; CTRModule needs a plugin that does so."""
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         rest = {key: value for key, value in checkpoint.items() if key not in ("tables", "header")}
         save_checkpoint(Path(path), checkpoint["tables"], rest, checkpoint["header"], Ranks(patient=True))
