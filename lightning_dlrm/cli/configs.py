@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 import lightning_dlrm
-from lightning_dlrm.cli.retired import log_updates, update_document, update_options
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.retired import log_updates, update_document, update_options
 
 
 def shipped_configs() -> Path:
@@ -44,8 +44,6 @@ def _find_run_config(name: str) -> Path:
         raise UserError(
             f"{name} is an experiment of several runs: python -m lightning_dlrm compare --config {name} --output DIR"
         )
-    if "method" in content and "parameters" in content:
-        raise UserError(f"{name} is a W&B sweep, which makes fit commands: wandb sweep {path}")
     return path
 
 

@@ -370,7 +370,6 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         (["fit", "--config", "dlmr.yaml"], "did you mean dlrm.yaml?"),
         (["fit", "--config", "dlrm"], "did you mean dlrm.yaml?"),
         (["fit", "--config", "figure5.yaml"], "lightning_dlrm compare --config figure5.yaml"),
-        (["fit", "--config", "sweep.yaml"], "wandb sweep"),
         (["fit", "--config", "dlrm.yaml", "--trainer.max_step", "3"], "did you mean trainer.max_steps?"),
         (["fit", "--config", "dlrm.yaml", "--model.network.embeding_dim", "3"], "did you mean embedding_dim?"),
         (["fit", "--config", "dlrm.yaml", "--data.pth", "x"], "did you mean path?"),
