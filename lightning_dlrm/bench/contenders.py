@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -130,7 +131,10 @@ class OurStep:
     def __init__(self, network: CTRNetwork, precision: str, device: torch.device, graphs: bool = False) -> None:
         self.network = network
         self.optimizer = CTROptimizer(
-            network.dense_parameters(), network.lookups(), SGD(LEARNING_RATE), SGD(LEARNING_RATE)
+            network.dense_parameters(),
+            network.lookups(),
+            partial(torch.optim.SGD, lr=LEARNING_RATE),
+            SGD(LEARNING_RATE),
         )
         self._precision, self._device = precision, device
         self._recorded: GraphedStep | RecordedStep | None = None

@@ -38,9 +38,10 @@ from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.curves import ClickCurves, click_curves
 from lightning_dlrm.objectives.losses import LogLoss, Loss
 from lightning_dlrm.objectives.metrics import ClickMetrics
-from lightning_dlrm.optim.optimizer import CTROptimizer, ScheduledRates
+from lightning_dlrm.optim.dense import DenseOptimizer
+from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import UpdateRule
-from lightning_dlrm.optim.schedules import Constant, Schedule
+from lightning_dlrm.optim.schedules import Constant, Schedule, make_schedule, needs_total_steps, schedule_name
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tables.fbgemm_tables import FBGEMMTables, use_fbgemm
@@ -55,8 +56,11 @@ class CTRModule(pl.LightningModule):
     Args:
         network: makes the network from the dataset's features and the seed, such as DLRM or DCN.
         table_optimizer: rule for the embedding tables: SGD, Adagrad, RowWiseAdagrad or Adam.
-        dense_optimizer: rule for all other weights.
-        schedule: of all learning rates: Constant, Cosine, WarmupThenDecay or WarmupQuadraticDecay.
+        dense_optimizer: makes the optimizer of all other parameters: a class of torch.optim with its settings, from
+            Python ``functools.partial(torch.optim.Adagrad, lr=0.01)``. Its state has the parameters' precision.
+        schedule: makes the schedule of all learning rates, stepped after each optimizer step: Constant, Cosine,
+            WarmupThenDecay, WarmupQuadraticDecay, or any torch.optim.lr_scheduler.LRScheduler; ``total_steps`` is
+            filled in. None for constant rates.
         loss: what is minimised: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
             whatever it is.
         wide_optimizer: rule for linear terms' weights of ids, where they are not to have that of the tables (Cheng et
@@ -84,7 +88,7 @@ class CTRModule(pl.LightningModule):
         self,
         network: Callable[[Features, int], CTRNetwork],
         table_optimizer: UpdateRule,
-        dense_optimizer: UpdateRule,
+        dense_optimizer: DenseOptimizer,
         schedule: Schedule | None = None,
         loss: Loss | None = None,
         averaging: Averaging | None = None,
@@ -97,7 +101,7 @@ class CTRModule(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        rules = {"table_optimizer": table_optimizer, "dense_optimizer": dense_optimizer}
+        rules = {"table_optimizer": table_optimizer}
         if wide_optimizer is not None:
             rules["wide_optimizer"] = wide_optimizer
         for option, rule in rules.items():
@@ -109,9 +113,9 @@ class CTRModule(pl.LightningModule):
                 )
         self.make_network = network
         self.table_rule = table_optimizer
-        self.dense_rule = dense_optimizer
+        self.dense_optimizer = dense_optimizer
         self.wide_rule = wide_optimizer
-        self.schedule = schedule or Constant()
+        self.schedule = schedule or Constant
         self.loss = loss or LogLoss()
         self.kernels = kernels
         self.cuda_graphs = cuda_graphs
@@ -146,6 +150,7 @@ class CTRModule(pl.LightningModule):
             raise UserError(
                 "kernels fbgemm gives all tables one rule: leave wide_optimizer out, or set kernels to auto"
             )
+        self._learning_rates = self._try_optimizer(made)
         rates = ", ".join(f"{name} {rate:g}" for name, rate in self.learning_rates().items())
         self.guard = LossGuard(
             f"lower the learning rates ({rates}), warm up longer, or set trainer.gradient_clip_val; what was saved "
@@ -188,19 +193,15 @@ class CTRModule(pl.LightningModule):
                 "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp"
             )
         optimizer = self.make_optimizer(network)
-        total = self._total_steps() if self.schedule.needs_total_steps else None
-        rates = ScheduledRates(optimizer, self.schedule, total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step()
+        schedule = make_schedule(self.schedule, optimizer, self._total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def make_optimizer(self, network: CTRNetwork) -> CTROptimizer:
         """Of a network that ``make_network`` made."""
         return CTROptimizer(
             network.dense_parameters(),
             network.lookups(),
-            self.dense_rule,
+            self.dense_optimizer,
             self.table_rule,
             self.wide_rule,
             network.wide_lookups(),
@@ -208,8 +209,18 @@ class CTRModule(pl.LightningModule):
 
     def learning_rates(self) -> dict[str, float]:
         """Of each group of the optimiser, as given; the schedule changes them."""
-        rules = {"dense": self.dense_rule, "tables": self.table_rule, "wide": self.wide_rule}
-        return {name: rule.learning_rate for name, rule in rules.items() if rule is not None}
+        return self._learning_rates
+
+    def _try_optimizer(self, network: CTRNetwork) -> dict[str, float]:
+        """Make optimizer and schedule of a network on the meta device, and return the learning rate of each group.
+
+        Raises:
+            UserError: a setting is out of range, before the data are prepared.
+        """
+        optimizer = self.make_optimizer(network)
+        rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
+        make_schedule(self.schedule, optimizer, lambda: _TRIED_STEPS)
+        return rates
 
     def rule_of(self, lookup: EmbeddingLookup, network: CTRNetwork) -> UpdateRule:
         """Of a lookup of such a network."""
@@ -224,7 +235,9 @@ class CTRModule(pl.LightningModule):
         batches = getattr(trainer.datamodule, "training_batches", None)  # type: ignore[attr-defined]
         bounded = trainer.max_epochs not in (None, -1)
         if not (bounded and batches is not None) and trainer.max_steps == -1:
-            needing = f"the schedule {type(self.schedule).__name__}" if self.schedule.needs_total_steps else "averaging"
+            needing = (
+                "averaging" if not needs_total_steps(self.schedule) else f"the schedule {schedule_name(self.schedule)}"
+            )
             raise UserError(f"{needing} needs to know the fit's length: set trainer.max_steps")
         if not (bounded and batches is not None):
             return trainer.max_steps
@@ -602,7 +615,8 @@ class CTRModule(pl.LightningModule):
     def dense_tensors(self) -> list[Tensor]:
         """All other weights and their optimiser state."""
         weights, state = self.network.dense_parameters(), self._optimizer().state
-        return [*weights, *(values for weight in weights for values in state[weight].values())]
+        kept = (values for weight in weights for values in state[weight].values())
+        return [*weights, *(values for values in kept if torch.is_tensor(values))]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is of this model and data, and reads the tables in place.
@@ -703,6 +717,9 @@ class CTRModule(pl.LightningModule):
         assert isinstance(optimizer, CTROptimizer)
         return optimizer
 
+
+_TRIED_STEPS = 1000
+"""Length of the fit whose schedule is tried; any will do."""
 
 # The first by Lightning, which notes some thirty times a step which hook is running.
 _SET_AT_EVERY_STEP = frozenset({"_current_fx_name", "_replayed", "_began", "_batch_size", "_steps_done"})
