@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints
-from lightning_dlrm.engine.recorder import Recorder
+from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
@@ -329,7 +329,7 @@ def run(fit: Fit, parent: Path, ranks: int) -> None:
         precision=fit.precision,
         log_every_n_steps=1 if fit.recorded else STEPS,
         limit_val_batches=0,
-        callbacks=[Recorder(folder, checkpoints) if fit.recorded else Losses(folder), checkpoints],
+        callbacks=[MetricsLogger(folder, checkpoints) if fit.recorded else Losses(folder), checkpoints],
         logger=[JsonLinesLogger(folder)] if fit.recorded else False,
         plugins=[FolderCheckpointIO()],
         use_distributed_sampler=False,

@@ -22,10 +22,11 @@ from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD
+from lightning_dlrm.sharding.balance import make_plan
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.host_lookup import ShardedHostTables
+from lightning_dlrm.sharding.loads import TableLoad
 from lightning_dlrm.sharding.lookup import ShardedTables
-from lightning_dlrm.sharding.plan import TableLoad, make_plan
 from lightning_dlrm.tables.host_tables import HostTables
 from lightning_dlrm.tables.tables import EmbeddingTables, rows_elsewhere
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 import lightning_dlrm
+from lightning_dlrm.cli.retired import log_updates, update_document, update_options
 from lightning_dlrm.contracts.errors import UserError
 
 
@@ -58,18 +59,28 @@ def _check_yaml(path: Path) -> None:
 
 
 def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
-    """Puts paths in place of the names after ``--config``, which are for a run's configurations.
+    """Return the arguments with the configurations after ``--config`` found, and everything in today's form.
+
+    A name becomes a path. A file with settings of an earlier release becomes the text of an updated document.
 
     Raises:
-        UserError: there is none of this name, or it is for another command.
+        UserError: there is no configuration of this name, or it is for another command.
     """
-    resolved = list(arguments)
-    for i, argument in enumerate(arguments):
-        if argument in ("--config", "-c") and i + 1 < len(arguments):
-            resolved[i + 1] = str(_find_run_config(arguments[i + 1]))
+    resolved, notes = update_options(arguments)
+    log_updates("command line", notes)
+    for i, argument in enumerate(resolved):
+        if argument in ("--config", "-c") and i + 1 < len(resolved):
+            resolved[i + 1] = _resolve_run_config(resolved[i + 1])
         elif argument.startswith("--config="):
-            resolved[i] = f"--config={_find_run_config(argument.removeprefix('--config='))}"
+            resolved[i] = f"--config={_resolve_run_config(argument.removeprefix('--config='))}"
     return resolved
+
+
+def _resolve_run_config(name: str) -> str:
+    path = _find_run_config(name)
+    document, notes = update_document(yaml.safe_load(path.read_text(encoding="utf-8")))
+    log_updates(name, notes)
+    return yaml.safe_dump(document, sort_keys=False) if notes else str(path)
 
 
 def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

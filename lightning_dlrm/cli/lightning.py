@@ -31,14 +31,15 @@ from lightning_dlrm.cli.report import demo_note, early_stop_note, final_report, 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
-from lightning_dlrm.engine.diagnostics import CurveWriter, NormRecorder
+from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.engine.norms import NormLogger
 from lightning_dlrm.engine.overhead import NoProfiler
 from lightning_dlrm.engine.progress import RunProgress, total_steps
-from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder, StopOnSigterm
+from lightning_dlrm.engine.result_files import CurveWriter, EvaluationWriter
+from lightning_dlrm.engine.stopping import FinalValidation, StayStopped, StopAtAUC, StopOnSigterm
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
-from lightning_dlrm.engine.target import StayStopped, StopAtAUC
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
 from lightning_dlrm.sharding.collectives import lost_rank
 from lightning_dlrm.tracking import names
@@ -113,7 +114,7 @@ class CTRCommand(LightningCLI):
     """Adds the run folder, resuming, W&B and our checkpoints to LightningCLI."""
 
     run_folder: RunFolder | None = None
-    recorder: Recorder | None = None
+    metrics: MetricsLogger | None = None
     _made_folder = False
 
     def __init__(self, arguments: Sequence[str], run: bool = True) -> None:
@@ -218,18 +219,18 @@ class CTRCommand(LightningCLI):
             checkpoints = None
             if trainer.get("enable_checkpointing") is not False:
                 checkpoints = RunCheckpoints(self.run_folder, settings.checkpoint.every_n_steps)
-            self.recorder = Recorder(self.run_folder, checkpoints)
-            callbacks = [FinalValidation(), self.recorder, *([checkpoints] if checkpoints else [])]
+            self.metrics = MetricsLogger(self.run_folder, checkpoints)
+            callbacks = [FinalValidation(), self.metrics, *([checkpoints] if checkpoints else [])]
             if settings.log_norms:
-                callbacks.insert(2, NormRecorder(self.recorder))
+                callbacks.insert(2, NormLogger(self.metrics))
             if settings.stop_at_auc is not None:
-                callbacks.insert(0, StopAtAUC(settings.stop_at_auc, self.recorder))
+                callbacks.insert(0, StopAtAUC(settings.stop_at_auc, self.metrics))
             stopping = [given for given in _listed(trainer.get("callbacks")) if isinstance(given, EarlyStopping)]
             callbacks = [*(StayStopped(given) for given in stopping), *callbacks]
         else:
             callbacks = [EvaluationWriter(self.run_folder), PredictionWriter(self.run_folder)]
         if trainer.get("enable_progress_bar") is not False:
-            callbacks.append(RunProgress(self.recorder))
+            callbacks.append(RunProgress(self.metrics))
         if self.subcommand != "predict":
             callbacks.append(CurveWriter(self.run_folder))
         callbacks.append(StopOnSigterm())
@@ -346,7 +347,7 @@ class CTRCommand(LightningCLI):
         return [*ours, logger]
 
     def _final_figures(self) -> dict[str, float]:
-        return {} if self.recorder is None else self.recorder.latest
+        return {} if self.metrics is None else self.metrics.latest
 
     def _facts_of_all_ranks(self) -> dict[str, Any]:
         """Every setting by its key; what may differ from rank to rank is left out."""
@@ -362,13 +363,13 @@ class CTRCommand(LightningCLI):
     # --- running --------------------------------------------------------------------------------
 
     def before_fit(self) -> None:
-        assert self.run_folder is not None and self.recorder is not None
+        assert self.run_folder is not None and self.metrics is not None
         if not self.trainer.is_global_zero:
             return
         # What this call resumed from is no part of the configuration: others take it back with --config.
         settings = self._settings().clone()
         settings.ckpt_path = settings.resume = settings.run_dir = None
-        self.recorder.configuration = self._parser(self.subcommand).dump(settings, skip_unset=False)
+        self.metrics.configuration = self._parser(self.subcommand).dump(settings, skip_unset=False)
         log.info("run folder: %s", self.run_folder.path)
         assert isinstance(self.model, CTRModule)
         log.info(size_note(self.model.size))
@@ -376,16 +377,16 @@ class CTRCommand(LightningCLI):
             log.info(demo_note())
 
     def after_fit(self) -> None:
-        assert self.recorder is not None and self.run_folder is not None
-        if self.recorder.samples == 0:
+        assert self.metrics is not None and self.run_folder is not None
+        if self.metrics.samples == 0:
             raise UserError(
                 f"nothing was trained: trainer.max_steps is {self.trainer.max_steps} and trainer.max_epochs is "
                 f"{self.trainer.max_epochs}; ask for at least one step"
             )
         if self.trainer.is_global_zero and not self.trainer.interrupted:
-            best = self.recorder.checkpoints.best if self.recorder.checkpoints else {}
-            final = {names.SAMPLES: self.recorder.samples, **self.recorder.latest}
-            if not self.recorder.trained:
+            best = self.metrics.checkpoints.best if self.metrics.checkpoints else {}
+            final = {names.SAMPLES: self.metrics.samples, **self.metrics.latest}
+            if not self.metrics.trained:
                 print(f"already finished at step {self.trainer.global_step:,}; nothing to do")
             for callback in self.trainer.early_stopping_callbacks:
                 if note := early_stop_note(callback, self.trainer.global_step, total_steps(self.trainer)):

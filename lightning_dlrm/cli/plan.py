@@ -25,20 +25,11 @@ from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.models.network import CTRNetwork
-from lightning_dlrm.sharding.plan import (
-    Plan,
-    RankCost,
-    TableCost,
-    TableLoad,
-    imbalance,
-    make_plan,
-    parse_bytes,
-    parse_memory,
-    place_tables,
-    rank_costs,
-    read_plan,
-    table_costs,
-)
+from lightning_dlrm.sharding.balance import make_plan
+from lightning_dlrm.sharding.costs import RankCost, TableCost, rank_costs, table_costs
+from lightning_dlrm.sharding.loads import TableLoad, imbalance, parse_bytes, parse_memory
+from lightning_dlrm.sharding.offload import place_tables
+from lightning_dlrm.sharding.plan import Plan, read_plan
 from lightning_dlrm.tables.embeddings import WidthGroup
 
 PLOT_WIDTH = 10.0
@@ -217,7 +208,7 @@ def _place(settings: Any, network: CTRNetwork, loads: Sequence[TableLoad], batch
     print(_aligned(lines))
     print("rows fetched: before each step, from host memory, and written back after it\n")
     print(
-        f"device: {places.device_bytes / 2**30:.3f} GiB, of which {places.at_hand_bytes / 2**30:.3f} for rows at hand; "
+        f"device: {places.device_bytes / 2**30:.3f} GiB, of which {places.cached_bytes / 2**30:.3f} for cached rows; "
         f"host: {places.host_bytes / 2**30:.3f} GiB; a step moves {places.bus_bytes / 2**20:,.1f} MiB either way"
     )
     option = yaml.safe_dump(on_host, default_flow_style=True, sort_keys=False, width=math.inf).strip()

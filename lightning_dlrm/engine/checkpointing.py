@@ -111,7 +111,7 @@ class RunCheckpoints(Checkpoint):
             self.best = {names.STEP: trainer.global_step, **pl_module.results}
         self._save(trainer)
         if improved:
-            Ranks(patient=True).first_does(lambda: link_checkpoint(self.folder / LAST, self.folder / BEST))
+            Ranks(patient=True).run_on_rank_zero(lambda: link_checkpoint(self.folder / LAST, self.folder / BEST))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Where no validation ended the fit.

@@ -33,7 +33,7 @@ from lightning_dlrm.engine.random_state import random_states, restore_random_sta
 from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
-from lightning_dlrm.models.layers import DenseLayers, DotInteraction
+from lightning_dlrm.models.layers import MLP, DotInteraction
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.curves import ClickCurves, click_curves
 from lightning_dlrm.objectives.losses import LogLoss, Loss
@@ -177,7 +177,7 @@ class CTRModule(pl.LightningModule):
         if not hasattr(self, "network"):
             self.network = self.make_network(self.schema.features, self.seed)
             for module in self.network.modules():
-                if isinstance(module, (EmbeddingLookup, DenseLayers, DotInteraction)) and self.kernels != "fbgemm":
+                if isinstance(module, (EmbeddingLookup, MLP, DotInteraction)) and self.kernels != "fbgemm":
                     module.kernels = self.kernels
 
     def configure_optimizers(self) -> Any:
@@ -469,7 +469,7 @@ class CTRModule(pl.LightningModule):
         step = self.trainer.global_step + 1
         if self._is_logged(step):
             # Together, so that every rank ends with the same words.
-            Ranks().each_does(self.guard.check)
+            Ranks().run_on_all_ranks(self.guard.check)
         if self._is_logged(step) or not self.guard.has_gradients:
             self.guard.remember_gradients(self.network, step)
         if self.averages is not None:
@@ -580,7 +580,7 @@ class CTRModule(pl.LightningModule):
             self.guard.check()
             refuse_bad_weights(self.network, checkpoint["global_step"], self.guard.advice)
 
-        Ranks().each_does(refuse_bad_state)
+        Ranks().run_on_all_ranks(refuse_bad_state)
         for key in self._table_keys():
             del checkpoint["state_dict"][key]
         if self.averages is not None:

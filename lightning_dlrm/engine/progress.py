@@ -1,4 +1,4 @@
-"""The progress display: a bar on a terminal, a line now and then elsewhere."""
+"""The progress display: a bar on a terminal, a line every few seconds elsewhere."""
 
 import math
 import sys
@@ -9,29 +9,29 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm
 
-from lightning_dlrm.engine.recorder import Recorder
+from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.tracking import names
 
-# Without steps/s, as samples/s are told; so it fits into 80 columns.
+# Without steps/s, since samples/s are shown; so it fits into 80 columns.
 FIT_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 LINE_SECONDS = 10.0
-"""Between two lines where there is no terminal: redraws would fill a log."""
+"""Between two lines without a terminal: redraws would fill a log."""
 
 
 class RunProgress(ProgressBar):
     """Steps, time left, samples/s, wait for data and loss of a fit; batches of an evaluation.
 
     Args:
-        recorder: where the figures come from; None outside a fit.
+        metrics: the callback whose metrics are shown; None outside a fit.
     """
 
-    def __init__(self, recorder: Recorder | None) -> None:
+    def __init__(self, metrics: MetricsLogger | None) -> None:
         super().__init__()
-        self._recorder = recorder
+        self._metrics = metrics
         self._enabled = True
         self._fit_bar: tqdm | None = None
-        self._told_step = 0
-        """The last logged step whose figures the bar shows."""
+        self._shown_step = 0
+        """The logged step whose metrics the bar shows."""
         self._evaluation_bar: tqdm | None = None
 
     def disable(self) -> None:
@@ -41,12 +41,12 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._fit_bar, self._told_step = None, trainer.global_step
+        self._fit_bar, self._shown_step = None, trainer.global_step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # Not before: other callbacks have words for the start.
+        # Not in on_train_start, where other callbacks print.
         if self._fit_bar is None:
             self._fit_bar = self._bar("fit", total_steps(trainer), trainer.global_step)
 
@@ -54,13 +54,13 @@ class RunProgress(ProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self._fit_bar is not None
-        recorder = self._recorder
+        metrics = self._metrics
         # Only rank 0 has metrics to show.
-        if trainer.is_global_zero and recorder is not None and recorder.logged_step > self._told_step:
+        if trainer.is_global_zero and metrics is not None and metrics.logged_step > self._shown_step:
             # No refresh here: the bar redraws on its own clock.
-            self._told_step, latest = recorder.logged_step, recorder.latest
+            self._shown_step, latest = metrics.logged_step, metrics.latest
             self._fit_bar.set_postfix_str(
-                f"{recorder.samples_per_second:,.0f} samples/s, data wait {latest[names.DATA_WAIT_SHARE]:.0%}, "
+                f"{latest[names.SAMPLES_PER_SECOND]:,.0f} samples/s, data wait {latest[names.DATA_WAIT_SHARE]:.0%}, "
                 f"loss {latest[names.TRAIN_LOSS]:.4f}",
                 False,
             )
@@ -130,7 +130,7 @@ class RunProgress(ProgressBar):
 
 
 class Lines(tqdm):
-    """Prints a line every few seconds in place of redrawing one."""
+    """Prints a line every few seconds instead of redrawing a bar."""
 
     def __init__(self, **options: Any) -> None:
         self._printed = time.monotonic()

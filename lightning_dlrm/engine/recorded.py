@@ -165,7 +165,7 @@ class RecordedStep:
             told.remove()
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self._repeat = _repeater(graph_module)
-        # Of the many others, such as layers within DenseLayers, only the weights are used.
+        # Of the many others, such as layers within MLP, only the weights are used.
         self._watch(called)
         self._switches, self._like = self._switches_now(), _signature(batch)
         return made

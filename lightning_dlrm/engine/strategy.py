@@ -17,19 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.sharding.balance import make_plan, refuse_cut_tables
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
+from lightning_dlrm.sharding.costs import rank_costs
 from lightning_dlrm.sharding.host_lookup import ShardedHostTables
+from lightning_dlrm.sharding.loads import TableLoad, imbalance, parse_memory
 from lightning_dlrm.sharding.lookup import ShardedTables
-from lightning_dlrm.sharding.plan import (
-    Plan,
-    TableLoad,
-    imbalance,
-    make_plan,
-    parse_memory,
-    rank_costs,
-    read_plan,
-    refuse_cut_tables,
-)
+from lightning_dlrm.sharding.plan import Plan, read_plan
 from lightning_dlrm.tables.host_tables import HostTables
 from lightning_dlrm.tables.tables import EmbeddingTables, rows_elsewhere
 from lightning_dlrm.tracking import names
@@ -201,7 +195,7 @@ class EmbeddingShardedDDP(DDPStrategy):
             )
             return plan.document()
 
-        return Plan.of_document(ranks.first_does(make))
+        return Plan.of_document(ranks.run_on_rank_zero(make))
 
 
 StrategyRegistry.register(NAME, EmbeddingShardedDDP, description="DDP with embedding tables in pieces over all ranks")

@@ -60,9 +60,9 @@ INLINE void fetch(const void *at, int64_t bytes) {
         __builtin_prefetch(line, 0, 2);
 }
 
-/* A weight is float32, or where `half` bfloat16. */
-INLINE float read_weight(const void *row, int64_t d, bool half) {
-    if (!half)
+/* A weight is float32, or where `bf16` bfloat16. */
+INLINE float read_weight(const void *row, int64_t d, bool bf16) {
+    if (!bf16)
         return ((const float *)row)[d];
     uint32_t bits = (uint32_t)((const uint16_t *)row)[d] << 16;
     float value;
@@ -71,8 +71,8 @@ INLINE float read_weight(const void *row, int64_t d, bool half) {
 }
 
 /* Rounds to nearest, ties to even. */
-INLINE void write_weight(void *row, int64_t d, bool half, float value) {
-    if (!half) {
+INLINE void write_weight(void *row, int64_t d, bool bf16, float value) {
+    if (!bf16) {
         ((float *)row)[d] = value;
         return;
     }
@@ -94,7 +94,7 @@ struct lookup {
     int32_t *rows;          /* out [N] */
     int64_t *bags;          /* out [N], the bag of each index; NULL for one id each */
     int64_t bag_count, table_count, width, row_count;
-    bool half;
+    bool bf16;
     int64_t wrong; /* out: an index whose row does not exist, N where bags are out of order, or -1 */
     int64_t next;
 };
@@ -126,9 +126,9 @@ INLINE bool find_rows(struct lookup *a, int64_t first, int64_t last) {
     return true;
 }
 
-INLINE void sum_bags(struct lookup *a, int64_t first, int64_t last, int64_t width, bool half, bool weighted,
+INLINE void sum_bags(struct lookup *a, int64_t first, int64_t last, int64_t width, bool bf16, bool weighted,
                      float *sum) {
-    const int64_t bytes = width * (half ? 2 : 4), begin = bag_begin(a, first), end = bag_begin(a, last);
+    const int64_t bytes = width * (bf16 ? 2 : 4), begin = bag_begin(a, first), end = bag_begin(a, last);
     for (int64_t i = begin; i < least(end, begin + AHEAD); i++)
         fetch(a->weight + a->rows[i] * bytes, bytes);
     for (int64_t bag = first, i = begin; bag < last; bag++) {
@@ -139,12 +139,12 @@ INLINE void sum_bags(struct lookup *a, int64_t first, int64_t last, int64_t widt
                 fetch(a->weight + a->rows[i + AHEAD] * bytes, bytes);
             const char *row = a->weight + a->rows[i] * bytes;
             for (int64_t d = 0; d < width; d++) {
-                const float value = read_weight(row, d, half);
+                const float value = read_weight(row, d, bf16);
                 sum[d] = weighted ? FMA(a->factors[i], value, sum[d]) : sum[d] + value;
             }
         }
         for (int64_t d = 0; d < width; d++)
-            write_weight(a->vectors + bag * bytes, d, half, sum[d]);
+            write_weight(a->vectors + bag * bytes, d, bf16, sum[d]);
     }
 }
 
@@ -171,13 +171,13 @@ static void look_up_chunks(void *what) {
         if (!find_rows(a, first, last))
             break;
         /* Widths that are known when this is compiled take half the time of others. */
-        if (!a->offsets && !a->factors && !a->half && a->width == 16)
+        if (!a->offsets && !a->factors && !a->bf16 && a->width == 16)
             copy_rows(a, first, last, 64);
         else if (!a->offsets && !a->factors)
-            copy_rows(a, first, last, a->width * (a->half ? 2 : 4));
+            copy_rows(a, first, last, a->width * (a->bf16 ? 2 : 4));
         else if (a->factors)
-            sum_bags(a, first, last, a->width, a->half, true, sum);
-        else if (a->half)
+            sum_bags(a, first, last, a->width, a->bf16, true, sum);
+        else if (a->bf16)
             sum_bags(a, first, last, a->width, true, false, sum);
         else if (a->width == 16)
             sum_bags(a, first, last, 16, false, false, sum);
@@ -211,9 +211,9 @@ struct update {
     int64_t bits;  /* of the rows; 0 where they ascend already */
     int64_t high;  /* bits that are sorted by first */
     int64_t digit; /* bits that buckets are sorted by at once */
-    bool half;
+    bool bf16;
     int rule;
-    float rate, kept, l2, epsilon;
+    float rate, decay_factor, l2, epsilon;
     float share1, beta2, share2, correction2, adam_rate; /* of Adam: 1 - b1, b2, 1 - b2, 1 - b2^t, lr / (1 - b1^t) */
     int64_t next_bucket, next_chunk;
 };
@@ -325,9 +325,9 @@ INLINE float mean_square(const float *g, int64_t width) {
 }
 
 /* Moves the rows whose indices begin among first to last. */
-INLINE void move_rows(struct update *a, const uint64_t *indices, int64_t first, int64_t last, int64_t width, bool half,
+INLINE void move_rows(struct update *a, const uint64_t *indices, int64_t first, int64_t last, int64_t width, bool bf16,
                       int rule, float *sum, float *moved) {
-    const int64_t bytes = width * (half ? 2 : 4);
+    const int64_t bytes = width * (bf16 ? 2 : 4);
     const int64_t slot = rule == SGD ? 0 : rule == ROW_WISE_ADAGRAD ? 1 : width;
     int64_t begin = first, end, fetched = first;
     while (begin < last && begin > 0 && row_of(indices[begin]) == row_of(indices[begin - 1]))
@@ -359,13 +359,13 @@ INLINE void move_rows(struct update *a, const uint64_t *indices, int64_t first, 
             }
             if (a->l2 != 0)
                 for (int64_t d = 0; d < width; d++)
-                    sum[d] = FMA(a->l2, read_weight(place, d, half), sum[d]);
+                    sum[d] = FMA(a->l2, read_weight(place, d, bf16), sum[d]);
             g = sum;
         }
-        float *w = half ? moved : (float *)place;
-        if (half || a->kept != 1)
+        float *w = bf16 ? moved : (float *)place;
+        if (bf16 || a->decay_factor != 1)
             for (int64_t d = 0; d < width; d++)
-                w[d] = read_weight(place, d, half) * a->kept;
+                w[d] = read_weight(place, d, bf16) * a->decay_factor;
         if (rule == SGD) {
             for (int64_t d = 0; d < width; d++)
                 w[d] = FMA(-a->rate, g[d], w[d]);
@@ -389,7 +389,7 @@ INLINE void move_rows(struct update *a, const uint64_t *indices, int64_t first, 
                 w[d] -= means[d] / (sqrtf(squares[d] / a->correction2) + a->epsilon) * a->adam_rate;
             }
         }
-        if (half)
+        if (bf16)
             for (int64_t d = 0; d < width; d++)
                 write_weight(place, d, true, w[d]);
     }
@@ -397,7 +397,7 @@ INLINE void move_rows(struct update *a, const uint64_t *indices, int64_t first, 
 
 INLINE void move_rows_by(struct update *a, const uint64_t *indices, int64_t first, int64_t last, int rule, float *sum,
                          float *moved) {
-    if (a->half)
+    if (a->bf16)
         move_rows(a, indices, first, last, a->width, true, rule, sum, moved);
     else if (a->width == 16)
         move_rows(a, indices, first, last, 16, false, rule, sum, moved);
@@ -454,28 +454,28 @@ struct pairs {
     char *grad_others;   /* out [B, V - 1, D] */
     float *spaces;       /* for each thread, `space` floats, all zero */
     int64_t samples, vectors, width, space;
-    bool half_first, half_others; /* what is bfloat16; `out` is as `first` */
-    bool squares;                 /* whether there are products (i, i) */
+    bool bf16_first, bf16_others; /* what is bfloat16; `out` is as `first` */
+    bool self_interaction;        /* whether there are products (i, i) */
 };
 
 INLINE int64_t padded(int64_t count) {
     return (count + LANES - 1) / LANES * LANES;
 }
 
-INLINE int64_t bytes_of(int64_t count, bool half) {
-    return count * (half ? 2 : 4);
+INLINE int64_t bytes_of(int64_t count, bool bf16) {
+    return count * (bf16 ? 2 : 4);
 }
 
-INLINE void read_floats(float *to, const char *from, int64_t count, bool half) {
-    if (!half)
+INLINE void read_floats(float *to, const char *from, int64_t count, bool bf16) {
+    if (!bf16)
         memcpy(to, from, (size_t)count * 4);
     else
         for (int64_t d = 0; d < count; d++)
             to[d] = read_weight(from, d, true);
 }
 
-INLINE void write_floats(char *to, const float *from, int64_t count, bool half) {
-    if (!half)
+INLINE void write_floats(char *to, const float *from, int64_t count, bool bf16) {
+    if (!bf16)
         memcpy(to, from, (size_t)count * 4);
     else
         for (int64_t d = 0; d < count; d++)
@@ -501,9 +501,9 @@ INLINE void multiply_pairs(const struct pairs *a, int64_t sample, int64_t width,
     const int64_t vectors = a->vectors, across = padded(vectors);
     float *rows = space, *columns = rows + across * width, *products = columns + across * width;
     float *out = products + across * across;
-    read_floats(rows, a->first + sample * bytes_of(width, a->half_first), width, a->half_first);
-    read_floats(rows + width, a->others + sample * bytes_of((vectors - 1) * width, a->half_others),
-                (vectors - 1) * width, a->half_others);
+    read_floats(rows, a->first + sample * bytes_of(width, a->bf16_first), width, a->bf16_first);
+    read_floats(rows + width, a->others + sample * bytes_of((vectors - 1) * width, a->bf16_others),
+                (vectors - 1) * width, a->bf16_others);
     for (int64_t v = 0; v < vectors; v++)
         for (int64_t d = 0; d < width; d++)
             columns[d * across + v] = rows[v * width + d];
@@ -516,25 +516,25 @@ INLINE void multiply_pairs(const struct pairs *a, int64_t sample, int64_t width,
     memcpy(out, rows, (size_t)width * 4);
     int64_t filled = width;
     for (int64_t i = 0; i < vectors; i++) {
-        const int64_t pairs = a->squares ? i + 1 : i;
+        const int64_t pairs = a->self_interaction ? i + 1 : i;
         memcpy(out + filled, products + i * across, (size_t)pairs * 4);
         filled += pairs;
     }
-    write_floats(a->out + sample * bytes_of(filled, a->half_first), out, filled, a->half_first);
+    write_floats(a->out + sample * bytes_of(filled, a->bf16_first), out, filled, a->bf16_first);
 }
 
 /* With L the gradients of the products, lower triangle of a matrix, those of the vectors X are L X + L' X. */
 INLINE void differentiate_pairs(const struct pairs *a, int64_t sample, int64_t width, float *space) {
     const int64_t vectors = a->vectors, across = padded(width), down = padded(vectors);
     float *rows = space, *lower = rows + down * across, *moved = lower + down * down, *given = moved + down * across;
-    read_floats(rows, a->first + sample * bytes_of(width, a->half_first), width, a->half_first);
-    const char *others = a->others + sample * bytes_of((vectors - 1) * width, a->half_others);
+    read_floats(rows, a->first + sample * bytes_of(width, a->bf16_first), width, a->bf16_first);
+    const char *others = a->others + sample * bytes_of((vectors - 1) * width, a->bf16_others);
     for (int64_t v = 1; v < vectors; v++)
-        read_floats(rows + v * across, others + bytes_of((v - 1) * width, a->half_others), width, a->half_others);
-    const int64_t count = width + vectors * (vectors - 1) / 2 + (a->squares ? vectors : 0);
-    read_floats(given, a->out + sample * bytes_of(count, a->half_first), count, a->half_first);
+        read_floats(rows + v * across, others + bytes_of((v - 1) * width, a->bf16_others), width, a->bf16_others);
+    const int64_t count = width + vectors * (vectors - 1) / 2 + (a->self_interaction ? vectors : 0);
+    read_floats(given, a->out + sample * bytes_of(count, a->bf16_first), count, a->bf16_first);
     for (int64_t i = 0, next = width; i < vectors; i++) {
-        const int64_t pairs = a->squares ? i + 1 : i;
+        const int64_t pairs = a->self_interaction ? i + 1 : i;
         memcpy(lower + i * down, given + next, (size_t)pairs * 4);
         next += pairs;
     }
@@ -547,11 +547,11 @@ INLINE void differentiate_pairs(const struct pairs *a, int64_t sample, int64_t w
         }
     for (int64_t d = 0; d < width; d++)
         moved[d] += given[d];
-    write_floats(a->grad_first + sample * bytes_of(width, a->half_first), moved, width, a->half_first);
-    char *grad_others = a->grad_others + sample * bytes_of((vectors - 1) * width, a->half_others);
+    write_floats(a->grad_first + sample * bytes_of(width, a->bf16_first), moved, width, a->bf16_first);
+    char *grad_others = a->grad_others + sample * bytes_of((vectors - 1) * width, a->bf16_others);
     for (int64_t v = 1; v < vectors; v++)
-        write_floats(grad_others + bytes_of((v - 1) * width, a->half_others), moved + v * across, width,
-                     a->half_others);
+        write_floats(grad_others + bytes_of((v - 1) * width, a->bf16_others), moved + v * across, width,
+                     a->bf16_others);
 }
 
 INLINE void pairs_of_sample(const struct pairs *a, int64_t sample, int64_t width, float *space) {
@@ -581,13 +581,13 @@ void pair_products(struct pairs *all, int threads) {
 
 /* ---- ReLU of bfloat16, for which torch takes four times as long ---- */
 
-struct relu_of_halves {
+struct relu_bf16 {
     uint16_t *values; /* in and out [N] */
     int64_t count;
 };
 
 static void relu_of_share(void *what) {
-    const struct relu_of_halves *a = what;
+    const struct relu_bf16 *a = what;
     const int thread = thread_number();
     const int64_t end = share_begins(a->count, thread + 1);
     /* Negative numbers have the highest bit. What is no number stays, as under torch. */
@@ -595,7 +595,7 @@ static void relu_of_share(void *what) {
         a->values[i] = a->values[i] >= 0x8000 && a->values[i] <= 0xff80 ? 0 : a->values[i];
 }
 
-void relu_of_halves(struct relu_of_halves *all, int threads) {
+void relu_bf16(struct relu_bf16 *all, int threads) {
     parallel(relu_of_share, all, (unsigned)threads, 0);
 }
 
@@ -606,41 +606,41 @@ enum { SIDE = 16, ROWS_A_SUM = 64 };
 struct relu {
     char *grad;             /* in and out [B, D]: zero where the ReLU gave zero */
     const char *activation; /* [B, D], of the ReLU */
-    char *turned;           /* out [D, B]: the same, transposed; or NULL */
+    char *transposed;       /* out [D, B]: the same, transposed; or NULL */
     float *sums;            /* out [sums of ROWS_A_SUM rows, D]; the first is then their total, the bias's gradient */
     int64_t samples, width;
-    bool half; /* whether `grad`, `activation` and `turned` are bfloat16 */
+    bool bf16; /* whether `grad`, `activation` and `transposed` are bfloat16 */
 };
 
 /* Keeps a row's gradient where the activation is positive, and adds it to the sums. */
-INLINE void differentiate_row(const struct relu *a, int64_t row, bool half, float *restrict sums) {
-    void *restrict grad = a->grad + bytes_of(row * a->width, half);
-    const void *restrict activation = a->activation + bytes_of(row * a->width, half);
+INLINE void differentiate_row(const struct relu *a, int64_t row, bool bf16, float *restrict sums) {
+    void *restrict grad = a->grad + bytes_of(row * a->width, bf16);
+    const void *restrict activation = a->activation + bytes_of(row * a->width, bf16);
     for (int64_t d = 0; d < a->width; d++) {
         /* As torch: beside an activation that is no number the gradient stays. */
-        const bool kept = !(read_weight(activation, d, half) <= 0);
-        const float given = read_weight(grad, d, half);
-        sums[d] += kept ? given : 0;
-        if (half)
-            ((uint16_t *)grad)[d] = kept ? ((uint16_t *)grad)[d] : 0;
+        const bool passes = !(read_weight(activation, d, bf16) <= 0);
+        const float given = read_weight(grad, d, bf16);
+        sums[d] += passes ? given : 0;
+        if (bf16)
+            ((uint16_t *)grad)[d] = passes ? ((uint16_t *)grad)[d] : 0;
         else
-            ((float *)grad)[d] = kept ? given : 0;
+            ((float *)grad)[d] = passes ? given : 0;
     }
 }
 
 /* Elements are copied as they are, whatever they mean. */
-#define TURN(name, element)                                                                                            \
+#define TRANSPOSE(name, element)                                                                                       \
     INLINE void name(const element *from, int64_t width, element *to, int64_t samples, int64_t rows,                   \
                      int64_t columns) {                                                                                \
-        element turned[SIDE][SIDE];                                                                                    \
+        element transposed[SIDE][SIDE];                                                                                \
         for (int64_t r = 0; r < rows; r++)                                                                             \
             for (int64_t c = 0; c < columns; c++)                                                                      \
-                turned[c][r] = from[r * width + c];                                                                    \
+                transposed[c][r] = from[r * width + c];                                                                \
         for (int64_t c = 0; c < columns; c++)                                                                          \
-            memcpy(to + c * samples, turned[c], (size_t)rows * sizeof *to);                                            \
+            memcpy(to + c * samples, transposed[c], (size_t)rows * sizeof *to);                                        \
     }
-TURN(turn_halves, uint16_t)
-TURN(turn_floats, uint32_t)
+TRANSPOSE(transpose_bf16, uint16_t)
+TRANSPOSE(transpose_float, uint32_t)
 
 #ifdef __AVX512BW__
 /* A whole square in registers: four times, the first half of its rows is zipped with the second. Where vectors are
@@ -650,7 +650,7 @@ TURN(turn_floats, uint32_t)
 #else
 #define ZIP(vector, a, b, ...) __builtin_shuffle(a, b, (vector){__VA_ARGS__})
 #endif
-#define TURN_SQUARE(name, element)                                                                                     \
+#define TRANSPOSE_SQUARE(name, element)                                                                                \
     INLINE void name(const element *from, int64_t width, element *to, int64_t samples) {                               \
         typedef element vector __attribute__((vector_size(SIDE * sizeof(element)), aligned(sizeof(element))));         \
         vector rows[SIDE], zipped[SIDE];                                                                               \
@@ -667,29 +667,29 @@ TURN(turn_floats, uint32_t)
         for (int c = 0; c < SIDE; c++)                                                                                 \
             memcpy(to + c * samples, rows + c, sizeof *rows);                                                          \
     }
-TURN_SQUARE(turn_square_of_halves, uint16_t)
-TURN_SQUARE(turn_square_of_floats, uint32_t)
+TRANSPOSE_SQUARE(transpose_square_bf16, uint16_t)
+TRANSPOSE_SQUARE(transpose_square_float, uint32_t)
 #else
-#define turn_square_of_halves(from, width, to, samples) turn_halves(from, width, to, samples, SIDE, SIDE)
-#define turn_square_of_floats(from, width, to, samples) turn_floats(from, width, to, samples, SIDE, SIDE)
+#define transpose_square_bf16(from, width, to, samples) transpose_bf16(from, width, to, samples, SIDE, SIDE)
+#define transpose_square_float(from, width, to, samples) transpose_float(from, width, to, samples, SIDE, SIDE)
 #endif
 
-INLINE void differentiate_rows(const struct relu *a, int64_t first, int64_t last, bool half, float *sums) {
+INLINE void differentiate_rows(const struct relu *a, int64_t first, int64_t last, bool bf16, float *sums) {
     for (int64_t row = first; row < last; row++)
-        differentiate_row(a, row, half, sums);
-    for (int64_t column = 0; a->turned && column < a->width; column += SIDE) {
+        differentiate_row(a, row, bf16, sums);
+    for (int64_t column = 0; a->transposed && column < a->width; column += SIDE) {
         const int64_t columns = least(SIDE, a->width - column), rows = last - first;
-        const char *from = a->grad + bytes_of(first * a->width + column, half);
-        char *to = a->turned + bytes_of(column * a->samples + first, half);
+        const char *from = a->grad + bytes_of(first * a->width + column, bf16);
+        char *to = a->transposed + bytes_of(column * a->samples + first, bf16);
         const bool whole = rows == SIDE && columns == SIDE;
-        if (half && whole)
-            turn_square_of_halves((const uint16_t *)from, a->width, (uint16_t *)to, a->samples);
-        else if (half)
-            turn_halves((const uint16_t *)from, a->width, (uint16_t *)to, a->samples, rows, columns);
+        if (bf16 && whole)
+            transpose_square_bf16((const uint16_t *)from, a->width, (uint16_t *)to, a->samples);
+        else if (bf16)
+            transpose_bf16((const uint16_t *)from, a->width, (uint16_t *)to, a->samples, rows, columns);
         else if (whole)
-            turn_square_of_floats((const uint32_t *)from, a->width, (uint32_t *)to, a->samples);
+            transpose_square_float((const uint32_t *)from, a->width, (uint32_t *)to, a->samples);
         else
-            turn_floats((const uint32_t *)from, a->width, (uint32_t *)to, a->samples, rows, columns);
+            transpose_float((const uint32_t *)from, a->width, (uint32_t *)to, a->samples, rows, columns);
     }
 }
 
@@ -702,7 +702,7 @@ static void relus_of_share(void *what) {
         float *sums = a->sums + chunk * a->width;
         memset(sums, 0, (size_t)a->width * 4);
         for (int64_t row = first; row < last; row += SIDE)
-            if (a->half)
+            if (a->bf16)
                 differentiate_rows(a, row, least(row + SIDE, last), true, sums);
             else
                 differentiate_rows(a, row, least(row + SIDE, last), false, sums);

@@ -60,7 +60,7 @@ class _Lookup(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight", "ids", "offsets", "tables", "factors")),
         *((name, ctypes.c_void_p) for name in ("vectors", "rows", "bags")),
         *((name, ctypes.c_int64) for name in ("bag_count", "table_count", "width", "row_count")),
-        ("half", ctypes.c_bool),
+        ("bf16", ctypes.c_bool),
         ("wrong", ctypes.c_int64),
         ("next", ctypes.c_int64),
     ]
@@ -71,9 +71,9 @@ class _Update(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight", "first", "second", "rows", "bags", "factors", "gradient")),
         *((name, ctypes.c_void_p) for name in ("scratch", "counts")),
         *((name, ctypes.c_int64) for name in ("count", "width", "bits", "high", "digit")),
-        ("half", ctypes.c_bool),
+        ("bf16", ctypes.c_bool),
         ("rule", ctypes.c_int),
-        *((name, ctypes.c_float) for name in ("rate", "kept", "l2", "epsilon")),
+        *((name, ctypes.c_float) for name in ("rate", "decay_factor", "l2", "epsilon")),
         *((name, ctypes.c_float) for name in ("share1", "beta2", "share2", "correction2", "adam_rate")),
         *((name, ctypes.c_int64) for name in ("next_bucket", "next_chunk")),
     ]
@@ -83,19 +83,19 @@ class _Pairs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("first", "others", "out", "grad_first", "grad_others", "spaces")),
         *((name, ctypes.c_int64) for name in ("samples", "vectors", "width", "space")),
-        *((name, ctypes.c_bool) for name in ("half_first", "half_others", "squares")),
+        *((name, ctypes.c_bool) for name in ("bf16_first", "bf16_others", "self_interaction")),
     ]
 
 
-class _ReluOfHalves(ctypes.Structure):
+class _ReluBF16(ctypes.Structure):
     _fields_ = [("values", ctypes.c_void_p), ("count", ctypes.c_int64)]
 
 
 class _Relu(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("grad", "activation", "turned", "sums")),
+        *((name, ctypes.c_void_p) for name in ("grad", "activation", "transposed", "sums")),
         *((name, ctypes.c_int64) for name in ("samples", "width")),
-        ("half", ctypes.c_bool),
+        ("bf16", ctypes.c_bool),
     ]
 
 
@@ -126,7 +126,7 @@ def library() -> ctypes.CDLL:
         "look_up": _Lookup,
         "update_rows": _Update,
         "pair_products": _Pairs,
-        "relu_of_halves": _ReluOfHalves,
+        "relu_bf16": _ReluBF16,
         "relu_gradients": _Relu,
     }
     for name, arguments in functions.items():
@@ -230,10 +230,10 @@ def update(
         bits=bits,
         high=high,
         digit=max(-(-(bits - high) // passes), 1),
-        half=weight_RD.dtype == torch.bfloat16,
+        bf16=weight_RD.dtype == torch.bfloat16,
         rule=_RULES.index(rule),
         rate=learning_rate,
-        kept=1 - learning_rate * settings["weight_decay"],
+        decay_factor=1 - learning_rate * settings["weight_decay"],
         l2=settings["l2"],
         epsilon=settings.get("epsilon", 0.0),
         share1=1 - beta1,
@@ -275,7 +275,7 @@ def _look_up(
         table_count=len(tables_F),
         width=weight_RD.shape[1],
         row_count=weight_RD.shape[0],
-        half=weight_RD.dtype == torch.bfloat16,
+        bf16=weight_RD.dtype == torch.bfloat16,
     )
     library().look_up(all_, _threads(count))
     if all_.wrong == count:
@@ -288,41 +288,45 @@ def _look_up(
     return vectors_BD, rows_N, bag_N
 
 
-def pair_products(first_BD: Tensor, others_BVD: Tensor, squares: bool) -> Tensor:
+def pair_products(first_BD: Tensor, others_BVD: Tensor, self_interaction: bool) -> Tensor:
     """Each sample's first vector, then the dot products of its pairs of vectors (i, j), j < i, row by row.
 
     Args:
         first_BD: float32 or bfloat16; the result has its type, sums are taken in float32.
         others_BVD: the other vectors, either type.
-        squares: also take the pairs (i, i).
+        self_interaction: also take the pairs (i, i).
 
     Returns:
         [B, D + P].
     """
-    return torch.ops.lightning_dlrm.pair_products(first_BD, others_BVD, squares)
+    return torch.ops.lightning_dlrm.pair_products(first_BD, others_BVD, self_interaction)
 
 
-def pair_gradients(first_BD: Tensor, others_BVD: Tensor, grad_Bn: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
+def pair_gradients(
+    first_BD: Tensor, others_BVD: Tensor, grad_Bn: Tensor, self_interaction: bool
+) -> tuple[Tensor, Tensor]:
     """The gradients of both arguments of ``pair_products``, from that of its result."""
-    return torch.ops.lightning_dlrm.pair_gradients(first_BD, others_BVD, grad_Bn, squares)
+    return torch.ops.lightning_dlrm.pair_gradients(first_BD, others_BVD, grad_Bn, self_interaction)
 
 
-def _pair_products(first_BD: Tensor, others_BVD: Tensor, squares: bool) -> Tensor:
+def _pair_products(first_BD: Tensor, others_BVD: Tensor, self_interaction: bool) -> Tensor:
     samples, others, width = others_BVD.shape
-    pairs = others * (others + 1) // 2 + (others + 1 if squares else 0)
+    pairs = others * (others + 1) // 2 + (others + 1 if self_interaction else 0)
     out_Bn = first_BD.new_empty(samples, width + pairs)
-    _call_pairs(first_BD, others_BVD, squares, out_Bn)
+    _call_pairs(first_BD, others_BVD, self_interaction, out_Bn)
     return out_Bn
 
 
-def _pair_gradients(first_BD: Tensor, others_BVD: Tensor, grad_Bn: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
+def _pair_gradients(
+    first_BD: Tensor, others_BVD: Tensor, grad_Bn: Tensor, self_interaction: bool
+) -> tuple[Tensor, Tensor]:
     # Contiguous, whatever the arguments are.
     grads = torch.empty(first_BD.shape, dtype=first_BD.dtype), torch.empty(others_BVD.shape, dtype=others_BVD.dtype)
-    _call_pairs(first_BD, others_BVD, squares, grad_Bn.contiguous(), *grads)
+    _call_pairs(first_BD, others_BVD, self_interaction, grad_Bn.contiguous(), *grads)
     return grads
 
 
-def _call_pairs(first_BD: Tensor, others_BVD: Tensor, squares: bool, out_Bn: Tensor, *grads: Tensor) -> None:
+def _call_pairs(first_BD: Tensor, others_BVD: Tensor, self_interaction: bool, out_Bn: Tensor, *grads: Tensor) -> None:
     first_BD, others_BVD = first_BD.contiguous(), others_BVD.contiguous()
     grad_first, grad_others = (*grads, None, None)[:2]
     all_ = _Pairs(
@@ -334,9 +338,9 @@ def _call_pairs(first_BD: Tensor, others_BVD: Tensor, squares: bool, out_Bn: Ten
         samples=others_BVD.shape[0],
         vectors=others_BVD.shape[1] + 1,
         width=others_BVD.shape[2],
-        half_first=first_BD.dtype == torch.bfloat16,
-        half_others=others_BVD.dtype == torch.bfloat16,
-        squares=squares,
+        bf16_first=first_BD.dtype == torch.bfloat16,
+        bf16_others=others_BVD.dtype == torch.bfloat16,
+        self_interaction=self_interaction,
     )
     threads, vectors, width = _threads(out_Bn.numel()), all_.vectors + 15 & ~15, all_.width + 15 & ~15
     # What lies beyond the vectors is zero, and stays so.
@@ -345,49 +349,49 @@ def _call_pairs(first_BD: Tensor, others_BVD: Tensor, squares: bool, out_Bn: Ten
     library().pair_products(all_, threads)
 
 
-def relu_of_halves(values: Tensor) -> Tensor:
+def relu_bf16(values: Tensor) -> Tensor:
     """The ReLU of bfloat16, contiguous; in place. What is no number stays."""
-    return torch.ops.lightning_dlrm.relu_of_halves(values)
+    return torch.ops.lightning_dlrm.relu_bf16(values)
 
 
-def _relu_of_halves(values: Tensor) -> Tensor:
-    all_ = _ReluOfHalves(values=_at(values), count=values.numel())
-    library().relu_of_halves(all_, _threads(values.numel()))
+def _relu_bf16(values: Tensor) -> Tensor:
+    all_ = _ReluBF16(values=_at(values), count=values.numel())
+    library().relu_bf16(all_, _threads(values.numel()))
     return values
 
 
-def relu_gradients(grad_Bd: Tensor, activation_Bd: Tensor, turned: bool) -> tuple[Tensor, Tensor]:
+def relu_gradients(grad_Bd: Tensor, activation_Bd: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     """The backward pass of a ReLU and of the bias before it.
 
     Args:
         grad_Bd: gradient of the ReLU's result, float32 or bfloat16, contiguous; in place that of its input.
         activation_Bd: the ReLU's result, of the same type.
-        turned: whether that is wanted transposed, as well.
+        transposed: whether that is wanted transposed, as well.
 
     Returns:
-        [d, B], or [0] without ``turned``; float32 [d], the gradient of the bias.
+        [d, B], or [0] without ``transposed``; float32 [d], the gradient of the bias.
     """
-    return torch.ops.lightning_dlrm.relu_gradients(grad_Bd, activation_Bd, turned)
+    return torch.ops.lightning_dlrm.relu_gradients(grad_Bd, activation_Bd, transposed)
 
 
-def _relu_gradients(grad_Bd: Tensor, activation_Bd: Tensor, turned: bool) -> tuple[Tensor, Tensor]:
+def _relu_gradients(grad_Bd: Tensor, activation_Bd: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     samples, width = grad_Bd.shape
     activation_Bd = activation_Bd.contiguous()
-    turned_dB = grad_Bd.new_empty((width, samples) if turned else 0)
+    transposed_dB = grad_Bd.new_empty((width, samples) if transposed else 0)
     parts = -(-samples // _ROWS_A_SUM) if samples else 1
     sums = torch.zeros(parts, width, dtype=torch.float32)
     all_ = _Relu(
         grad=_at(grad_Bd),
         activation=_at(activation_Bd),
-        turned=_at(turned_dB) if turned else None,
+        transposed=_at(transposed_dB) if transposed else None,
         sums=_at(sums),
         samples=samples,
         width=width,
-        half=grad_Bd.dtype == torch.bfloat16,
+        bf16=grad_Bd.dtype == torch.bfloat16,
     )
     if samples:
         library().relu_gradients(all_, _threads(grad_Bd.numel()))
-    return turned_dB, sums[0]
+    return transposed_dB, sums[0]
 
 
 # Operators of torch, so that whoever records or counts a step's operators sees it.
@@ -395,15 +399,15 @@ _operators = torch.library.Library("lightning_dlrm", "DEF")
 _operators.define(
     "lookup(Tensor weight, Tensor values, Tensor? offsets, Tensor tables, Tensor? factors) -> (Tensor, Tensor, Tensor)"
 )
-_operators.define("pair_products(Tensor first, Tensor others, bool squares) -> Tensor")
-_operators.define("pair_gradients(Tensor first, Tensor others, Tensor grad, bool squares) -> (Tensor, Tensor)")
-_operators.define("relu_of_halves(Tensor(a!) values) -> Tensor(a!)")
-_operators.define("relu_gradients(Tensor(a!) grad, Tensor activation, bool turned) -> (Tensor, Tensor)")
+_operators.define("pair_products(Tensor first, Tensor others, bool self_interaction) -> Tensor")
+_operators.define("pair_gradients(Tensor first, Tensor others, Tensor grad, bool self_interaction) -> (Tensor, Tensor)")
+_operators.define("relu_bf16(Tensor(a!) values) -> Tensor(a!)")
+_operators.define("relu_gradients(Tensor(a!) grad, Tensor activation, bool transposed) -> (Tensor, Tensor)")
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "lookup": _look_up,
     "pair_products": _pair_products,
     "pair_gradients": _pair_gradients,
-    "relu_of_halves": _relu_of_halves,
+    "relu_bf16": _relu_bf16,
     "relu_gradients": _relu_gradients,
 }
 for _name, _implementation in _IMPLEMENTATIONS.items():

@@ -13,7 +13,8 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import Table
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.models.layers import CompressedInteraction, DenseLayers, PairwiseSum, initialise
+from lightning_dlrm.models import layers
+from lightning_dlrm.models.layers import CompressedInteraction, PairwiseSum, initialise
 from lightning_dlrm.models.linear import LinearTerms, scalar_tables
 from lightning_dlrm.models.network import CTRNetwork, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
@@ -186,7 +187,7 @@ class MLP(CTRNetwork):
         super().__init__(features.dense, missing)
         self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
         width = sum(self.embeddings.widths) + features.dense
-        self.deep = DenseLayers([width, *deep, 1], linear_output=True, batch_norm=batch_norm)
+        self.deep = layers.MLP([width, *deep, 1], linear_output=True, batch_norm=batch_norm)
         initialise(self, seed)
 
     def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
@@ -251,7 +252,7 @@ class DeepFM(CTRNetwork):
         self.linear = LinearTerms(features, seed)
         self.fields = FieldVectors(features, embedding_dim, seed, tables, "DeepFM")
         self.pairs = PairwiseSum()
-        self.deep = DenseLayers(
+        self.deep = layers.MLP(
             [self.fields.fields * embedding_dim, *deep, 1], linear_output=True, batch_norm=batch_norm
         )
         initialise(self, seed)
@@ -299,8 +300,8 @@ class XDeepFM(CTRNetwork):
         self.linear = LinearTerms(features, seed)
         self.fields = FieldVectors(features, embedding_dim, seed, tables, "XDeepFM")
         self.cin = CompressedInteraction(self.fields.fields, embedding_dim, cin_layers)
-        self.cin_output = DenseLayers([self.cin.outputs, 1], linear_output=True)
-        self.deep = DenseLayers(
+        self.cin_output = layers.MLP([self.cin.outputs, 1], linear_output=True)
+        self.deep = layers.MLP(
             [self.fields.fields * embedding_dim, *deep, 1], linear_output=True, batch_norm=batch_norm
         )
         initialise(self, seed)

@@ -10,7 +10,7 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossKind, make_cross
-from lightning_dlrm.models.layers import DenseLayers, initialise
+from lightning_dlrm.models.layers import MLP, initialise
 from lightning_dlrm.models.linear import LinearTerms
 from lightning_dlrm.models.network import CTRNetwork, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
@@ -63,8 +63,8 @@ class DCN(CTRNetwork):
         self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
         width = sum(self.embeddings.widths) + features.dense
         self.cross = make_cross(cross, width, cross_layers, cross_rank, cross_experts)
-        self.deep = DenseLayers([width, *deep], batch_norm=batch_norm, dropout=dropout)
-        self.logit = DenseLayers([self.deep.widths[-1] + (0 if self.stacked else width), 1], linear_output=True)
+        self.deep = MLP([width, *deep], batch_norm=batch_norm, dropout=dropout)
+        self.logit = MLP([self.deep.widths[-1] + (0 if self.stacked else width), 1], linear_output=True)
         self.wide = LinearTerms(features, seed) if wide else None
         initialise(self, seed)
 

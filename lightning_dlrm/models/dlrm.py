@@ -10,7 +10,7 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossKind, CrossNetwork, make_cross
-from lightning_dlrm.models.layers import DenseLayers, DotInteraction, ProjectionInteraction, initialise
+from lightning_dlrm.models.layers import MLP, DotInteraction, ProjectionInteraction, initialise
 from lightning_dlrm.models.linear import LinearTerms
 from lightning_dlrm.models.network import CTRNetwork, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
@@ -84,7 +84,7 @@ class DLRM(CTRNetwork):
                 "cross_experts": ("cross", cross_experts),
             },
         )
-        self.bottom = DenseLayers([features.dense, *bottom_mlp])
+        self.bottom = MLP([features.dense, *bottom_mlp])
         self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
         if interaction in ("dot", "projection"):
             self.embeddings.require_one_width(f"interaction {interaction}", ", or choose interaction: cat or cross")
@@ -103,7 +103,7 @@ class DLRM(CTRNetwork):
                 assert cross is not None and cross_layers is not None
                 self.interaction = make_cross(cross, joined, cross_layers, cross_rank, cross_experts)
             width = joined
-        self.top = DenseLayers([width, *top_mlp, 1], linear_output=True, dropout=dropout)
+        self.top = MLP([width, *top_mlp, 1], linear_output=True, dropout=dropout)
         self.wide = LinearTerms(features, seed) if wide else None
         initialise(self, seed)
 

@@ -22,7 +22,7 @@ _NARROW = 32
 """Width of a layer's input up to which the BLAS takes half the time for its weights' gradient, transposed."""
 
 
-def dense_layers(
+def fused_mlp(
     x_Bd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], linear_output: bool, by_native: bool = False
 ) -> Tensor:
     """relu(x W' + b), layer after layer; the last one without the ReLU where ``linear_output``.
@@ -37,11 +37,13 @@ def dense_layers(
         linear_output: whether the last layer has no ReLU.
         by_native: whether the kernels in C may be used.
     """
-    out: Tensor = _DenseLayers.apply(x_Bd, linear_output, by_native, *weights, *biases)
+    out: Tensor = _FusedMLP.apply(x_Bd, linear_output, by_native, *weights, *biases)
     return out
 
 
-def pair_products(vectors_BVD: Tensor, beside_Bd: Tensor, pairs: Tensor, mirrored: Tensor, squares: bool) -> Tensor:
+def pair_products(
+    vectors_BVD: Tensor, beside_Bd: Tensor, pairs: Tensor, mirrored: Tensor, self_interaction: bool
+) -> Tensor:
     """[B, d + P]: ``beside_Bd``, then the dot products of pairs (i, j), j <= i, of vectors, in its type.
 
     Args:
@@ -49,20 +51,20 @@ def pair_products(vectors_BVD: Tensor, beside_Bd: Tensor, pairs: Tensor, mirrore
         beside_Bd: columns to stand beside the products; there may be none.
         pairs: int64 [P]: i * V + j of each pair.
         mirrored: int64 [V * V]: at i * V + j and j * V + i the pair (i, j)'s place in ``pairs``; anything
-            on the diagonal without ``squares``.
-        squares: whether there are pairs (i, i).
+            on the diagonal without ``self_interaction``.
+        self_interaction: whether there are pairs (i, i).
     """
-    products: Tensor = _PairProducts.apply(vectors_BVD, beside_Bd, pairs, mirrored, squares)
+    products: Tensor = _PairProducts.apply(vectors_BVD, beside_Bd, pairs, mirrored, self_interaction)
     return products
 
 
-def native_pair_products(first_BD: Tensor, others_BVD: Tensor, squares: bool) -> Tensor:
+def native_pair_products(first_BD: Tensor, others_BVD: Tensor, self_interaction: bool) -> Tensor:
     """[B, D + P]: the same, beside the first of the vectors, by a kernel in C; see ``native.pair_products``."""
-    products: Tensor = _NativePairProducts.apply(first_BD, others_BVD, squares)
+    products: Tensor = _NativePairProducts.apply(first_BD, others_BVD, self_interaction)
     return products
 
 
-class _DenseLayers(torch.autograd.Function):
+class _FusedMLP(torch.autograd.Function):
     """One node of the graph for all layers. A weight's gradient is dW = g' x, its input's dx = g W."""
 
     @staticmethod
@@ -91,7 +93,7 @@ class _DenseLayers(torch.autograd.Function):
         grad_weights: list[Tensor] = []
         grad_biases: list[Tensor] = []
         for layer in reversed(range(layers)):
-            x_Bd, turned_dB = activations[layer], None
+            x_Bd, transposed_dB = activations[layer], None
             if layer == layers - 1 and ctx.linear_output:
                 grad_bias = grad_Bd.sum(0, dtype=ctx.parameter_dtype)
             else:
@@ -104,15 +106,15 @@ class _DenseLayers(torch.autograd.Function):
                     and grad_Bd.numel() >= _WORTH_A_CALL
                     and grad_Bd.dtype in (torch.float32, torch.bfloat16)
                 ):
-                    turn = _is_faster_turned(x_Bd, grad_Bd)
-                    turned_dB, grad_bias = native.relu_gradients(grad_Bd, activation_Bd, turn)
-                    turned_dB, grad_bias = turned_dB if turn else None, grad_bias.to(ctx.parameter_dtype)
+                    transpose = _is_faster_transposed(x_Bd, grad_Bd)
+                    transposed_dB, grad_bias = native.relu_gradients(grad_Bd, activation_Bd, transpose)
+                    transposed_dB, grad_bias = transposed_dB if transpose else None, grad_bias.to(ctx.parameter_dtype)
                 else:
                     torch.ops.aten.threshold_backward.grad_input(grad_Bd, activation_Bd, 0, grad_input=grad_Bd)
                     grad_bias = grad_Bd.sum(0, dtype=ctx.parameter_dtype)
             grad_biases.append(grad_bias)
-            if turned_dB is not None:
-                grad_weight = _linear(turned_dB, x_Bd.t(), None)
+            if transposed_dB is not None:
+                grad_weight = _linear(transposed_dB, x_Bd.t(), None)
             elif x_Bd.shape[1] < _NARROW:
                 grad_weight = (x_Bd.t() @ grad_Bd).t().contiguous()
             else:
@@ -129,10 +131,10 @@ class _PairProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, vectors_BVD: Tensor, beside_Bd: Tensor, pairs: Tensor, mirrored: Tensor, squares: bool
+        ctx: Any, vectors_BVD: Tensor, beside_Bd: Tensor, pairs: Tensor, mirrored: Tensor, self_interaction: bool
     ) -> Tensor:
         ctx.save_for_backward(vectors_BVD, mirrored)
-        ctx.beside, ctx.squares = beside_Bd.shape[1], squares
+        ctx.beside, ctx.self_interaction = beside_Bd.shape[1], self_interaction
         products_BVV = torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2))
         if products_BVV.device.type == "cpu" and products_BVV.dtype in (torch.bfloat16, torch.float16):
             # A CPU picks columns of two bytes seven times as slowly as it picks wider ones.
@@ -152,7 +154,7 @@ class _PairProducts(torch.autograd.Function):
         else:
             grad_BVV = factors_Bn.index_select(1, picked).view(-1, vectors, vectors)
         diagonal = grad_BVV.diagonal(dim1=1, dim2=2)
-        if ctx.squares:
+        if ctx.self_interaction:
             # A product of a vector with itself changes with both of its factors.
             diagonal.mul_(2)
         else:
@@ -162,18 +164,18 @@ class _PairProducts(torch.autograd.Function):
 
 class _NativePairProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, first_BD: Tensor, others_BVD: Tensor, squares: bool) -> Tensor:
+    def forward(ctx: Any, first_BD: Tensor, others_BVD: Tensor, self_interaction: bool) -> Tensor:
         ctx.save_for_backward(first_BD, others_BVD)
-        ctx.squares = squares
-        return native.pair_products(first_BD, others_BVD, squares)
+        ctx.self_interaction = self_interaction
+        return native.pair_products(first_BD, others_BVD, self_interaction)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         first_BD, others_BVD = ctx.saved_tensors
-        return *native.pair_gradients(first_BD, others_BVD, grads[0], ctx.squares), None
+        return *native.pair_gradients(first_BD, others_BVD, grads[0], ctx.self_interaction), None
 
 
-def _is_faster_turned(x_Bd: Tensor, grad_Bd: Tensor) -> bool:
+def _is_faster_transposed(x_Bd: Tensor, grad_Bd: Tensor) -> bool:
     """Whether the product g' x is to be made from a transposed copy of g.
 
     In float32, oneDNN then takes a quarter less time than the BLAS for g as it is. In bfloat16 both are oneDNN's, which
@@ -197,5 +199,5 @@ def _linear(x_Bd: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _relu(y_Bd: Tensor, by_native: bool) -> Tensor:
     """In place."""
     if by_native and y_Bd.dtype == torch.bfloat16 and y_Bd.numel() >= _WORTH_A_CALL:
-        return native.relu_of_halves(y_Bd)
+        return native.relu_bf16(y_Bd)
     return y_Bd.relu_()

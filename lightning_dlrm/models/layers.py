@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import Kernels
 from lightning_dlrm.kernels.choice import choose
-from lightning_dlrm.models.fused import dense_layers, native_pair_products, pair_products
+from lightning_dlrm.models.fused import fused_mlp, native_pair_products, pair_products
 
 
-class DenseLayers(nn.Sequential):
+class MLP(nn.Sequential):
     """Linear layers with a ReLU after each; after the last one too unless ``linear_output``.
 
     Args:
@@ -62,7 +62,7 @@ class DenseLayers(nn.Sequential):
         if not self._is_plain:
             return cast(Tensor, super().forward(x_Bd))
         linears = self.linears()
-        return dense_layers(
+        return fused_mlp(
             x_Bd,
             [layer.weight for layer in linears],
             [layer.bias for layer in linears],
@@ -137,7 +137,7 @@ class DotInteraction(nn.Module):
         mirrored = torch.zeros(vectors, vectors, dtype=torch.int64, device="cpu")
         mirrored[i, j] = mirrored[j, i] = torch.arange(len(i), device="cpu")
         self.register_buffer("mirrored", mirrored.flatten(), persistent=False)
-        self._squares = self_interaction
+        self._self_interaction = self_interaction
 
     def forward(self, first_BD: Tensor, others_Bn: Tensor) -> Tensor:
         """[B, D] and the V - 1 other vectors, [B, (V - 1) D] -> [B, D + P]: the first one, then the products, in its
@@ -147,9 +147,9 @@ class DotInteraction(nn.Module):
         others_BVD = others_Bn.unflatten(1, (-1, self.width))
         kernels = choose(self.kernels, others_Bn.device.type, others_Bn.dtype)
         if kernels == "native" and first_BD.dtype in (torch.float32, torch.bfloat16):
-            return native_pair_products(first_BD, others_BVD, self._squares)
+            return native_pair_products(first_BD, others_BVD, self._self_interaction)
         vectors_BVD = torch.cat([first_BD.to(others_Bn.dtype)[:, None], others_BVD], dim=1)
-        return pair_products(vectors_BVD, first_BD, self.pairs, self.mirrored, self._squares)
+        return pair_products(vectors_BVD, first_BD, self.pairs, self.mirrored, self._self_interaction)
 
     def multiply_adds(self) -> int:
         """Per sample; only the pairs that are kept count."""
@@ -179,7 +179,7 @@ class ProjectionInteraction(nn.Module):
                     f"its output is cut into vectors, so end in a multiple of {width}"
                 )
         self.width = width
-        self.left, self.right = (DenseLayers([vectors * width, *branch]) for branch in branches)
+        self.left, self.right = (MLP([vectors * width, *branch]) for branch in branches)
         self.outputs = branches[0][-1] // width * (branches[1][-1] // width)
 
     def forward(self, joined_Bn: Tensor) -> Tensor:

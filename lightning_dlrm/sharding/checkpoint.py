@@ -121,9 +121,9 @@ def save_checkpoint(
         _publish(partial, folder)
 
     try:
-        ranks.first_does(_told_as_save_error(folder, begin))
-        written = ranks.each_does(_told_as_save_error(folder, write_pieces))
-        ranks.first_does(_told_as_save_error(folder, finish))
+        ranks.run_on_rank_zero(_told_as_save_error(folder, begin))
+        written = ranks.run_on_all_ranks(_told_as_save_error(folder, write_pieces))
+        ranks.run_on_rank_zero(_told_as_save_error(folder, finish))
     except UserError:
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)

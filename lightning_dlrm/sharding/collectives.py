@@ -1,4 +1,4 @@
-"""What the ranks say to each other."""
+"""Collective operations between the ranks of a fit."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -74,33 +74,33 @@ class Ranks:
             dist.all_reduce(total, group=self._group)
         return total
 
-    def all_to_all(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> "Travelling":
-        """Begins to give each rank its part of ``values`` and to get this rank's part of theirs.
+    def all_to_all(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> "AsyncCollective":
+        """Start to send a part of ``values`` to each rank and to receive this rank's part of theirs.
 
         Args:
-            values: [sum of sent, ...], by ascending rank of whom it is for.
-            sent: how much of it is for each rank.
-            received: how much comes from each rank.
+            values: [sum of sent, ...], by ascending receiving rank.
+            sent: how many rows each rank receives from this one.
+            received: how many rows this rank receives from each.
 
         Returns:
-            [sum of received, ...], by ascending rank of whom it is from, once it has arrived.
+            [sum of received, ...], by ascending sending rank, once it has been waited for.
         """
         if self.ranks == 1:
-            return Travelling(values, values, None)
+            return AsyncCollective(values, values, None)
         values = values.contiguous()
         arriving = values.new_empty((sum(received), *values.shape[1:]))
         work = dist.all_to_all_single(arriving, values, list(received), list(sent), group=self._group, async_op=True)
-        return Travelling(values, arriving, work)
+        return AsyncCollective(values, arriving, work)
 
-    def all_to_all_counts(self, counts: Tensor) -> "Travelling":
-        """int64 [ranks, ...] -> the same: what each rank has counted for this one."""
+    def all_to_all_counts(self, counts: Tensor) -> "AsyncCollective":
+        """int64 [ranks, ...] -> the same shape: what each rank has counted for this one."""
         return self.all_to_all(counts, [1] * self.ranks, [1] * self.ranks)
 
-    def each_does(self, action: Callable[[], Any]) -> list[Any]:
-        """Every rank acts and hears what all of them got, as JSON values.
+    def run_on_all_ranks(self, action: Callable[[], Any]) -> list[Any]:
+        """Run an action on every rank and return the results of all ranks, which are JSON values.
 
         Raises:
-            UserError: some rank's action raised one; every rank raises the first of them.
+            UserError: the action raised one on some rank; every rank raises the first of them.
         """
         try:
             result = {"value": action()}
@@ -112,36 +112,41 @@ class Ranks:
                 raise UserError(result["error"])
         return [result["value"] for result in results]
 
-    def first_does(self, action: Callable[[], Any]) -> Any:
-        """Rank 0 acts; every rank waits for it, and gets the JSON value that it returned.
+    def run_on_rank_zero(self, action: Callable[[], Any]) -> Any:
+        """Run an action on rank 0 and return its result, a JSON value, on every rank.
 
         Raises:
             UserError: the action raised one; every rank raises it.
         """
-        return self.each_does(action if self.rank == 0 else lambda: None)[0]
+        return self.run_on_all_ranks(action if self.rank == 0 else lambda: None)[0]
 
     def _to_wire(self, values: NDArray) -> Tensor:
         device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
         return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(device)
 
 
-class Travelling:
-    """What is on its way from and to the other ranks."""
+class AsyncCollective:
+    """A collective operation that has been started.
 
-    def __init__(self, leaving: Tensor, arriving: Tensor, work: Any) -> None:
-        # Kept as long as it is being sent.
-        self._leaving: Tensor | None = leaving
-        self._arriving, self._work = arriving, work
+    Args:
+        sent: the tensor that is sent; kept alive until it has been.
+        received: the tensor that is filled.
+        work: torch's handle of the operation; None if it is done already.
+    """
 
-    def arrived(self) -> Tensor:
-        """What the other ranks have sent; waits for it. On a GPU the caller's stream does, not the caller.
+    def __init__(self, sent: Tensor, received: Tensor, work: Any) -> None:
+        self._sent: Tensor | None = sent
+        self._received, self._work = received, work
 
-        Several threads may ask, each with a stream of its own.
+    def wait(self) -> Tensor:
+        """Wait for the operation and return the received tensor. On a GPU the caller's stream waits, not the caller.
+
+        Several threads may wait, each with a stream of its own.
         """
         if self._work is not None:
             self._work.wait()
-            self._leaving = None
-        return self._arriving
+            self._sent = None
+        return self._received
 
 
 def set_timeout(seconds: float) -> None:

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.lookup import RowGradient, Table
-from lightning_dlrm.sharding.collectives import Ranks, Travelling
+from lightning_dlrm.sharding.collectives import AsyncCollective, Ranks
 from lightning_dlrm.sharding.needs import Asked, Needs, RowMap
 from lightning_dlrm.sharding.plan import Plan
 from lightning_dlrm.tables.memory import empty_table
@@ -49,14 +49,14 @@ class Request:
         self._ranks = ranks
         self._asks_W2 = needs.of_ranks(ranks.ranks)
         self._counts = ranks.all_to_all_counts(self._asks_W2)
-        self._ids: Travelling | None = None
-        self._factors: Travelling | None = None
+        self._ids: AsyncCollective | None = None
+        self._factors: AsyncCollective | None = None
         self.asks: list[int] = []
         """How many units of each rank this one needs; known once the ids are sent."""
         self.asked: list[int] = []
         """How many units of this rank each one needs; likewise."""
-        self.vectors: Travelling | None = None
-        self.gradients: Travelling | None = None
+        self.vectors: AsyncCollective | None = None
+        self.gradients: AsyncCollective | None = None
         self.fetched: Any = None
         """What has been begun here for what it asks of this rank."""
 
@@ -64,7 +64,7 @@ class Request:
         """Begins to tell the owners what is needed, where that has not begun."""
         if self._ids is not None:
             return
-        counts = torch.stack([self._asks_W2, self._counts.arrived()]).permute(0, 2, 1)
+        counts = torch.stack([self._asks_W2, self._counts.wait()]).permute(0, 2, 1)
         (self.asks, entries), (self.asked, asked_entries) = counts.tolist()
         self._ids = self._ranks.all_to_all(self.needs.entries, entries, asked_entries)
         if self.needs.factors is not None:
@@ -73,12 +73,12 @@ class Request:
     def entries(self) -> Tensor:
         """What the ranks have told of the rows that they need, rank after rank; waits for it."""
         assert self._ids is not None
-        return self._ids.arrived()
+        return self._ids.wait()
 
     @cached_property
     def here(self) -> Asked:
         """The rows of ``weight`` that the ranks need, rank after rank; waits for them."""
-        factors = None if self._factors is None else self._factors.arrived()
+        factors = None if self._factors is None else self._factors.wait()
         return Asked.of(self.entries(), factors, self.pooled)
 
     @property
@@ -271,10 +271,10 @@ class ShardedTables(PoolingLookup):
     def _on_wire(self, values: Tensor) -> Tensor:
         return values if self._wire is None else values.to(self._wire)
 
-    def _received(self, values: Travelling | None) -> Tensor:
+    def _received(self, values: AsyncCollective | None) -> Tensor:
         assert values is not None
         start = time.perf_counter()
-        arrived = values.arrived()
+        arrived = values.wait()
         self._count(start)
         return arrived.to(torch.promote_types(arrived.dtype, self.weight.dtype))
 

@@ -14,8 +14,10 @@ import torch
 from lightning_dlrm.cli.report import final_report
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
+from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.engine.recorder import EvaluationWriter, FinalValidation, Recorder
+from lightning_dlrm.engine.result_files import EvaluationWriter
+from lightning_dlrm.engine.stopping import FinalValidation
 from lightning_dlrm.objectives.metrics import click_metrics
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adam, RowWiseAdagrad
@@ -42,7 +44,7 @@ def trainer_of(
     }
     return pl.Trainer(
         logger=JsonLinesLogger(run),
-        callbacks=[FinalValidation(), Recorder(run, checkpoints), checkpoints, *(callbacks or [])],
+        callbacks=[FinalValidation(), MetricsLogger(run, checkpoints), checkpoints, *(callbacks or [])],
         plugins=[FolderCheckpointIO()],
         **(defaults | options),
     )

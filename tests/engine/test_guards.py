@@ -14,8 +14,8 @@ import torch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, newest_checkpoint
 from lightning_dlrm.engine.guards import warn_of_chance
-from lightning_dlrm.engine.recorder import Recorder
-from lightning_dlrm.engine.target import StopAtAUC
+from lightning_dlrm.engine.metrics_logger import MetricsLogger
+from lightning_dlrm.engine.stopping import StopAtAUC
 from lightning_dlrm.models.baselines import DeepFM
 from lightning_dlrm.objectives.metrics import exact_auc
 from lightning_dlrm.optim import rules
@@ -101,7 +101,7 @@ def test_chance_is_told_from_skill_by_the_number_of_samples() -> None:
 def with_target(folder: Path, target: float, **options: Any) -> pl.Trainer:
     """As the command line puts the callbacks together."""
     trainer = trainer_of(folder, **options)
-    recorder = next(c for c in trainer.callbacks if isinstance(c, Recorder))
+    recorder = next(c for c in trainer.callbacks if isinstance(c, MetricsLogger))
     trainer.callbacks.insert(0, StopAtAUC(target, recorder))
     return trainer
 
@@ -134,7 +134,7 @@ def test_a_target_that_is_not_reached_is_null(tmp_path: Path) -> None:
     final = json.loads((tmp_path / "run/summary.json").read_text())["final"]
     assert final["time_to_target_s"] is None and final["samples_to_target"] is None
     with pytest.raises(UserError, match=r"stop_at_auc is 0\.3"):
-        StopAtAUC(0.3, Recorder(RunFolder(tmp_path), None))
+        StopAtAUC(0.3, MetricsLogger(RunFolder(tmp_path), None))
 
 
 def many_lookups(features: Any, seed: int) -> DeepFM:

@@ -11,7 +11,7 @@ from lightning_dlrm.contracts import lookup
 from lightning_dlrm.contracts.lookup import RowGradient, Table, gather_rows, put_rows
 from lightning_dlrm.kernels import native
 from lightning_dlrm.models import fused
-from lightning_dlrm.models.layers import DenseLayers, DotInteraction
+from lightning_dlrm.models.layers import MLP, DotInteraction
 from lightning_dlrm.optim import rules
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.tables.memory import empty_table, keep_freed_memory
@@ -34,7 +34,7 @@ def test_dense_layers_equal_autograd(
     # So that both kernels take part.
     monkeypatch.setattr(fused, "_LARGE_PRODUCT", min(fused._LARGE_PRODUCT, 300 * 64))
     torch.manual_seed(1)
-    layers = DenseLayers([37, 64, 11, 1], linear_output=linear_output).to(dtype)
+    layers = MLP([37, 64, 11, 1], linear_output=linear_output).to(dtype)
     x = torch.randn(rows, 37, dtype=dtype, requires_grad=True)
     ours, plain = layers(x), nn.Sequential.forward(layers, x)
     torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
@@ -46,7 +46,7 @@ def test_dense_layers_equal_autograd(
 
 def test_dense_layers_under_autocast_cast_as_torch_does() -> None:
     torch.manual_seed(1)
-    layers, x = DenseLayers([13, 64, 8]), torch.randn(50, 13)
+    layers, x = MLP([13, 64, 8]), torch.randn(50, 13)
     with torch.autocast("cpu", torch.bfloat16):
         ours, plain = layers(x), nn.Sequential.forward(layers, x)
     assert ours.dtype == plain.dtype == torch.bfloat16
@@ -59,7 +59,7 @@ def test_dense_layers_under_autocast_cast_as_torch_does() -> None:
 
 
 def test_first_layers_input_needs_no_gradient() -> None:
-    layers, x = DenseLayers([3, 4]), torch.randn(2, 3)
+    layers, x = MLP([3, 4]), torch.randn(2, 3)
     layers(x).sum().backward()
     assert x.grad is None and all(parameter.grad is not None for parameter in layers.parameters())
 
@@ -267,4 +267,4 @@ def test_what_is_no_number_reaches_the_loss(dtype: torch.dtype, by_native: bool,
     weights = [torch.randn(256, 256).to(dtype) for _ in range(2)]
     weights[0][5, 7] = float("nan")
     biases = [torch.zeros(256, dtype=dtype)] * 2
-    assert fused.dense_layers(x_Bd, weights, biases, linear_output=True, by_native=by_native).isnan().all()
+    assert fused.fused_mlp(x_Bd, weights, biases, linear_output=True, by_native=by_native).isnan().all()

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.models import baselines
 from lightning_dlrm.models.accounting import model_size
 from lightning_dlrm.models.baselines import (
-    MLP,
     DeepFM,
     FactorizationMachine,
     LogisticRegression,
@@ -25,7 +25,7 @@ from lightning_dlrm.models.baselines import (
 )
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.models.layers import BatchNorm, CompressedInteraction, DenseLayers, PairwiseSum
+from lightning_dlrm.models.layers import MLP, BatchNorm, CompressedInteraction, PairwiseSum
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.losses import LogLoss
 from lightning_dlrm.optim.rules import Adagrad, Adam
@@ -55,7 +55,7 @@ NETWORKS: dict[str, tuple[type[CTRNetwork], dict[str, Any]]] = {
     "LogisticRegression": (LogisticRegression, {"missing": "learned"}),
     "MatrixFactorization": (MatrixFactorization, {"columns": None, "embedding_dim": 4}),
     "FactorizationMachine": (FactorizationMachine, {"embedding_dim": 4}),
-    "MLP": (MLP, {"embedding_dim": 4, "deep": [6]}),
+    "MLP": (baselines.MLP, {"embedding_dim": 4, "deep": [6]}),
     "WideAndDeep": (WideAndDeep, {"embedding_dim": 4, "deep": [6], "batch_norm": True}),
     "DeepFM": (DeepFM, {"embedding_dim": 4, "deep": [6]}),
     "XDeepFM": (XDeepFM, {"embedding_dim": 4, "cin_layers": [3, 2], "deep": [6], "tables": MIXED}),
@@ -190,7 +190,7 @@ def fields(network: Any, dense: Tensor, ids: SparseIds) -> list[Tensor]:
     return vectors + [dense[:, i, None] * network.dense[i] for i in range(dense.shape[1])]
 
 
-def layers(x: Tensor, stack: DenseLayers) -> Tensor:
+def layers(x: Tensor, stack: MLP) -> Tensor:
     """Linear layers with ReLUs between them."""
     linears = stack.linears()
     for i, layer in enumerate(linears):
@@ -270,7 +270,7 @@ def test_projection_interaction_is_that_of_torchrec() -> None:
 
 
 def test_batch_norm_follows_every_hidden_layer_and_bears_one_sample() -> None:
-    stack = DenseLayers([3, 8, 4, 1], linear_output=True, batch_norm=True)
+    stack = MLP([3, 8, 4, 1], linear_output=True, batch_norm=True)
     assert [type(layer) for layer in stack] == [nn.Linear, BatchNorm, nn.ReLU] * 2 + [nn.Linear]
     x = torch.randn(64, 3)
     hidden = stack[0](x)
@@ -305,8 +305,8 @@ def test_tables_of_every_kind_have_names_of_their_own() -> None:
         (XDeepFM, {"cin_layers": []}, "cin_layers is"),
         (MatrixFactorization, {"columns": ["A"]}, "two columns among A, B, C"),
         (MatrixFactorization, {"columns": ["A", "Z"]}, "two columns among A, B, C"),
-        (MLP, {"missing": "mean"}, "neither zero nor learned"),
-        (MLP, {"deep": [0]}, "each 1 or wider"),
+        (baselines.MLP, {"missing": "mean"}, "neither zero nor learned"),
+        (baselines.MLP, {"deep": [0]}, "each 1 or wider"),
     ],
 )
 def test_what_does_not_fit_is_refused(network: type, options: dict, message: str) -> None:
@@ -331,8 +331,8 @@ def test_a_wide_part_adds_a_logistic_regression(narrow: str, wide: str) -> None:
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_dropout_leaves_out_hidden_outputs_in_training_only(batch_norm: bool) -> None:
     torch.manual_seed(1)
-    layers = DenseLayers([3, 4000, 1], linear_output=True, batch_norm=batch_norm, dropout=0.25)
-    plain = DenseLayers([3, 4000, 1], linear_output=True, batch_norm=batch_norm)
+    layers = MLP([3, 4000, 1], linear_output=True, batch_norm=batch_norm, dropout=0.25)
+    plain = MLP([3, 4000, 1], linear_output=True, batch_norm=batch_norm)
     plain.load_state_dict({k.replace("3.", "2.") if not batch_norm else k.replace("4.", "3."): v
                            for k, v in layers.state_dict().items()})  # fmt: skip
     x = torch.randn(5, 3)
@@ -342,7 +342,7 @@ def test_dropout_leaves_out_hidden_outputs_in_training_only(batch_norm: bool) ->
     kept = hidden[hidden != 0]
     assert len(kept) / (nn.Sequential(*list(plain)[:-1]).train()(x) != 0).sum().item() == pytest.approx(0.75, abs=0.03)
     with pytest.raises(UserError, match=r"dropout is 1\.0; expected 0 or more, below 1"):
-        DenseLayers([3, 1], dropout=1.0)
+        MLP([3, 1], dropout=1.0)
 
 
 def test_initial_rows_within_the_bound_given() -> None:

@@ -228,13 +228,13 @@ try:
 except UserError as error:
     print(error)
 set_timeout(2)
-Ranks().each_does(lambda: None)
+Ranks().run_on_all_ranks(lambda: None)
 if ranks.rank == 1:
     time.sleep(6)
 else:
     start = time.monotonic()
     try:
-        Ranks().each_does(lambda: None)
+        Ranks().run_on_all_ranks(lambda: None)
     except RuntimeError as error:
         print("given up:", lost_rank(error), time.monotonic() - start < 5)
 """

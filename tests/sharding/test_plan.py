@@ -17,20 +17,11 @@ from hypothesis import strategies as st
 
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.sharding.plan import (
-    DistinctRows,
-    Piece,
-    Places,
-    Plan,
-    RankCost,
-    TableLoad,
-    imbalance,
-    make_plan,
-    parse_memory,
-    place_tables,
-    rank_costs,
-    table_costs,
-)
+from lightning_dlrm.sharding.balance import make_plan
+from lightning_dlrm.sharding.costs import RankCost, rank_costs, table_costs
+from lightning_dlrm.sharding.loads import DistinctRows, TableLoad, imbalance, parse_memory
+from lightning_dlrm.sharding.offload import HostPlacement, place_tables
+from lightning_dlrm.sharding.plan import Piece, Plan
 
 # Criteo Terabyte with at most 40M rows a table (MLPerf v2).
 TERABYTE = (
@@ -81,7 +72,7 @@ def test_terabyte_is_balanced(ranks: int, skew: float) -> None:
 def test_every_time_the_same() -> None:
     script = (
         "import hashlib; from tests.sharding.test_plan import loads;"
-        "from lightning_dlrm.sharding.plan import make_plan;"
+        "from lightning_dlrm.sharding.balance import make_plan;"
         "print(hashlib.sha256(repr(make_plan(loads(), 64, 65536)).encode()).hexdigest())"
     )
     found = {
@@ -98,7 +89,8 @@ def test_every_time_the_same() -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    script = "import sys, lightning_dlrm.sharding.plan; assert 'torch' not in sys.modules"
+    planning = "lightning_dlrm.sharding.balance, lightning_dlrm.sharding.offload"
+    script = f"import sys, {planning}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
 
 
@@ -296,7 +288,7 @@ def asked_rows(*indices: int) -> float:
     return sum(1000 * (1 - math.exp(-2048 * number / 1000)) for number in indices)
 
 
-def asked_heads(places: Places, tables: list[TableLoad]) -> float:
+def asked_heads(places: HostPlacement, tables: list[TableLoad]) -> float:
     """Rows of a batch that need not be fetched, for the device has them."""
     return sum(DistinctRows(table, 64).below(places.cut.get(table.name, 0)) for table in tables)
 
@@ -329,7 +321,7 @@ def test_tables_stay_in_host_memory_only_where_they_must() -> None:
         assert places.host_bytes == host - kept
         assert sum(size.values()) - host + kept + 3 * 20 * sum(fetched) <= places.device_bytes + 60 <= memory + 60
         # None of them would fit as well.
-        without = {name: places.at_hand_bytes - 3 * math.ceil(20 * rows) for name, rows in places.fetched.items()}
+        without = {name: places.cached_bytes - 3 * math.ceil(20 * rows) for name, rows in places.fetched.items()}
         assert all(sum(size.values()) - host + size[name] + without[name] > memory for name in places.on_host)
     with pytest.raises(UserError, match=r"takes 400 bytes .* the device has 300: 100 bytes"):
         place_tables(loads((10, 10), 4, 0.0), ["C1"], 1000, 300)

@@ -21,8 +21,9 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.lookup import Table, TablePiece
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.sharding.loads import imbalance
 from lightning_dlrm.sharding.lookup import ShardedTables
-from lightning_dlrm.sharding.plan import Piece, Plan, imbalance
+from lightning_dlrm.sharding.plan import Piece, Plan
 from tests.ranks import ROOT, run_ranks, start_ranks
 from tests.sharded_fits import (
     BF16,

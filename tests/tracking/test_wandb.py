@@ -23,7 +23,7 @@ from datamodules.generate.demo import DemoSettings
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import shipped_configs
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.engine.diagnostics import NormRecorder
+from lightning_dlrm.engine.norms import NormLogger
 from lightning_dlrm.tracking.run_folder import RunFolder
 from lightning_dlrm.tracking.wandb_run import RunPlace, WandbExtras, choose_mode, start_wandb
 from tests.cli.test_cli import FIT, QUICK
@@ -257,8 +257,8 @@ def test_norms_are_those_of_the_step(tmp_path: Path) -> None:
     """Against autograd over plain dense tables."""
     module = toy_module()
     trainer = trainer_of(tmp_path / "run", max_steps=2)
-    recorder = next(c for c in trainer.callbacks if type(c).__name__ == "Recorder")
-    trainer.callbacks.insert(2, NormRecorder(recorder))
+    recorder = next(c for c in trainer.callbacks if type(c).__name__ == "MetricsLogger")
+    trainer.callbacks.insert(2, NormLogger(recorder))
     trainer.fit(module, ToyData())
     first = lines(tmp_path / "run")[0]
     assert first["step"] == 1 and first["samples"] == 50

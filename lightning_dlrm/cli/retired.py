@@ -1,0 +1,172 @@
+"""Settings of earlier releases: old configuration files and commands keep working, and a log line says what changed.
+
+Every configuration file and every command line passes through ``update_document`` and ``update_options`` before it is
+parsed. Two tables say what they change:
+
+- ``REMOVED``: an option that is gone. Its key is left out.
+- ``CHANGED``: an option whose value has another form now. Its ``rewrite`` gets the old value (a class, a dictionary
+  with ``class_path`` and ``init_args``, or a plain value, as YAML has it) and returns the new one; a value that is
+  already in the new form is returned as it is. ``renamed`` does the same for options inside it on the command line,
+  such as ``--model.dense_optimizer.learning_rate``.
+
+To retire an option, add an entry here; nothing else needs to know about the old form.
+"""
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+log = logging.getLogger("lightning_dlrm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovedOption:
+    """An option of an earlier release that is ignored.
+
+    Args:
+        key: full key, such as ``model.record_steps``.
+        replacement: what to use in its place.
+    """
+
+    key: str
+    replacement: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangedOption:
+    """An option whose value has another form than in an earlier release.
+
+    Args:
+        key: full key, such as ``model.dense_optimizer``.
+        rewrite: old value -> new value; returns a value in the new form unchanged.
+        renamed: options inside the value on the command line, old name -> new name, both relative to ``key``.
+        note: what the log says when something was changed.
+    """
+
+    key: str
+    rewrite: Callable[[Any], Any]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    note: str
+
+
+REMOVED: tuple[RemovedOption, ...] = (
+    RemovedOption(key="model.record_steps", replacement="model.compile"),
+    RemovedOption(key="model.cuda_graphs", replacement="model.compile"),
+)
+CHANGED: tuple[ChangedOption, ...] = ()
+
+
+def update_document(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return a configuration in today's form, and the notes for the log.
+
+    Args:
+        document: content of a configuration file; it is not modified.
+
+    Returns:
+        The configuration, and a line for each kind of change; without changes an equal copy and no line.
+    """
+    updated = copy.deepcopy(dict(document))
+    removed = [option for option in REMOVED if _is_retired(option) and _pop(updated, option.key.split("."))]
+    notes = _removal_notes(removed)
+    for option in CHANGED:
+        *path, last = option.key.split(".")
+        section = _section(updated, path)
+        if section is None or last not in section:
+            continue
+        value = option.rewrite(copy.deepcopy(section[last]))
+        if value != section[last]:
+            section[last] = value
+            notes.append(option.note)
+    return updated, notes
+
+
+def update_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return command-line arguments in today's form, and the notes for the log; see ``update_document``."""
+    updated: list[str] = []
+    removed: dict[str, RemovedOption] = {}
+    notes: list[str] = []
+    by_key = {option.key: option for option in REMOVED}
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--"):
+            updated.append(argument)
+            continue
+        key = name.removeprefix("--")
+        if not equals and waiting and not waiting[0].startswith("--"):
+            value = waiting.pop(0)
+            given = [name, value]
+        else:
+            given = [argument]
+        if key in by_key and _is_retired(by_key[key]):
+            removed[key] = by_key[key]
+            continue
+        changed = _changed_option(key, value)
+        if changed is not None:
+            given, note = changed
+            notes.append(note)
+        updated += given
+    return updated, [*_removal_notes(list(removed.values())), *dict.fromkeys(notes)]
+
+
+def log_updates(source: str, notes: Sequence[str]) -> None:
+    """Log what was changed in ``source``, such as a file's name, a line for each kind of change."""
+    for note in notes:
+        log.info("%s: %s", source, note)
+
+
+def _is_retired(option: RemovedOption) -> bool:
+    """Whether ``CTRModule`` does not have the option any more."""
+    # Not at the top of the file: commands without a model start without torch.
+    from lightning_dlrm.engine.module import CTRModule
+
+    return option.key not in {f"model.{name}" for name in inspect.signature(CTRModule).parameters}
+
+
+def _removal_notes(removed: Sequence[RemovedOption]) -> list[str]:
+    keys: dict[str, list[str]] = {}
+    for option in removed:
+        keys.setdefault(option.replacement, []).append(option.key)
+    return [
+        f"{' and '.join(found)} of an earlier release {'is' if len(found) == 1 else 'are'} ignored: "
+        f"use {replacement} instead"
+        for replacement, found in keys.items()
+    ]
+
+
+def _changed_option(key: str, value: str) -> tuple[list[str], str] | None:
+    """An option in today's form as arguments, and the note; None if it has today's form already."""
+    for option in CHANGED:
+        inner = key.removeprefix(f"{option.key}.")
+        if inner != key and inner in option.renamed:
+            return [f"--{option.key}.{option.renamed[inner]}={value}"], option.note
+        if key == option.key:
+            old = yaml.safe_load(value)
+            new = option.rewrite(copy.deepcopy(old))
+            if new != old:
+                return [f"--{key}={yaml.safe_dump(new, default_flow_style=True).strip()}"], option.note
+    return None
+
+
+def _section(document: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None:
+    for name in path:
+        inner = document.get(name)
+        if not isinstance(inner, dict):
+            return None
+        document = inner
+    return document
+
+
+def _pop(document: dict[str, Any], path: Sequence[str]) -> bool:
+    """Remove a key; whether it was there."""
+    section = _section(document, path[:-1])
+    if section is None or path[-1] not in section:
+        return False
+    del section[path[-1]]
+    return True

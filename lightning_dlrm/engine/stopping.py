@@ -1,0 +1,124 @@
+"""How a fit ends: with a validation, at a target score, by EarlyStopping, or on SIGTERM."""
+
+import logging
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.checkpointing import MONITOR
+from lightning_dlrm.engine.metrics_logger import MetricsLogger
+from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.tracking import names
+
+log = logging.getLogger("lightning_dlrm")
+
+
+class FinalValidation(pl.Callback):
+    """Makes the last step of a fit a validation step, wherever in an epoch it falls."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        last_step = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+        bounded = trainer.max_epochs is not None and trainer.max_epochs != -1
+        last_epoch = bounded and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+        if last_step or (last_epoch and trainer.is_last_batch):
+            # Lightning validates before it stops, also in an epoch that it would pass over.
+            trainer.should_stop = True
+            if trainer.check_val_every_n_epoch is not None:
+                trainer.check_val_every_n_epoch = 1
+
+
+class StopAtAUC(pl.Callback):
+    """Ends a fit after the first validation that reaches a target AUC.
+
+    The summary gets ``time_to_target_s`` and ``samples_to_target``, null if the target was not reached. The time is
+    that of the fit, with its validations and checkpoints, over resumptions.
+
+    Args:
+        target: AUC.
+        metrics: the callback that writes the summary; must come later in the list of callbacks.
+
+    Raises:
+        UserError: the target is not above 0.5 and at most 1.
+    """
+
+    def __init__(self, target: float, metrics: MetricsLogger) -> None:
+        if not 0.5 < target <= 1:
+            raise UserError(f"stop_at_auc is {target}; expected a number above 0.5, at most 1")
+        self.target = target
+        self._metrics = metrics
+        self._seconds_before = 0.0
+        self._start: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds_before = state_dict["seconds"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start = time.perf_counter()
+        for name in (names.TIME_TO_TARGET, names.SAMPLES_TO_TARGET):
+            self._metrics.latest.setdefault(name, float("nan"))
+        if self._metrics.latest.get(MONITOR, 0.0) >= self.target:
+            # The resumed run reached its target before.
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        assert isinstance(pl_module, CTRModule)
+        auc = pl_module.results[MONITOR]
+        if not auc >= self.target:
+            return
+        seconds, samples = self._seconds(), self._metrics.samples
+        self._metrics.latest |= {names.TIME_TO_TARGET: seconds, names.SAMPLES_TO_TARGET: samples}
+        log.info(
+            "stop_at_auc: validation AUC %.5f reaches %g after %.1f s and %s samples",
+            *(auc, self.target, seconds, f"{samples:,}"),
+        )
+        trainer.should_stop = True
+
+    def _seconds(self) -> float:
+        return self._seconds_before + (0.0 if self._start is None else time.perf_counter() - self._start)
+
+
+class StayStopped(pl.Callback):
+    """Ends a resumed fit at its start if EarlyStopping ended it before.
+
+    Args:
+        stopping: must come before the callback that saves checkpoints in the list of callbacks.
+    """
+
+    def __init__(self, stopping: EarlyStopping) -> None:
+        self.stopping = stopping
+        # At the end of an epoch that validates, the checkpoint of the validation would be without the verdict on it.
+        stopping._check_on_train_epoch_end = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.stopping.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
+            log.info("EarlyStopping has ended this fit: to train on, take it out of trainer.callbacks")
+            trainer.should_stop = True
+
+
+class StopOnSigterm(pl.Callback):
+    """Ends an evaluation at its next batch after SIGTERM; Lightning itself checks for it in training only."""
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._check(trainer)
+
+    def on_test_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._check(trainer)
+
+    def on_predict_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._check(trainer)
+
+    def _check(self, trainer: pl.Trainer) -> None:
+        if trainer.received_sigterm:
+            raise SIGTERMException

@@ -1,0 +1,243 @@
+"""Making plans: arithmetic on the tables' sizes and their traffic, without torch.
+
+A plan balances two quantities: bytes (parameters and optimizer state), and work, which is the number of rows that all
+ranks request of one rank for a global batch. Work counts the distinct rows of each rank's slice, not of the whole
+batch, since a row that every slice needs is sent to every rank. Row i of a table is drawn in proportion to
+(i + 1)^-skew (Zipf's law), so a piece at the head of a table can be small and busy, and a piece at its tail large and
+idle.
+
+If bags hold several ids, a rank may send sums instead of rows: for each bag, one sum of the rows that the rank holds.
+A plan pools the tables for which sums take fewer bytes than distinct rows. The balance counts rows even for these: the
+number of sums depends on how many ranks share a table, which is known only after the table is cut.
+"""
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.sharding.costs import pooled_tables, table_costs
+from lightning_dlrm.sharding.loads import DistinctRows, TableLoad, format_bytes
+from lightning_dlrm.sharding.plan import Piece, Plan
+
+_CHUNKS_PER_RANK = (1, 2, 4, 8)
+_GOOD_IMBALANCE = 1.1
+# A rank with this many times its fair load gets no more while other ranks have less.
+_FULL = 1.02
+# The smallest share of a fair load that is worth cutting a piece for.
+_LEAST_CUT = 0.02
+
+
+def make_plan(
+    tables: Sequence[TableLoad],
+    ranks: int,
+    batch_size: int,
+    memory: int | Sequence[int] | None = None,
+    value_bytes: int = 4,
+) -> Plan:
+    """Distribute tables over ranks.
+
+    Each piece, the heaviest first, goes to the least loaded rank. The load of a rank is the larger of its bytes and
+    its work, each as a share of the mean over the ranks. A piece that would overload that rank is cut to the size that
+    fits. Tables start whole, and are cut in smaller pieces only if the ranks are out of balance otherwise.
+
+    Args:
+        tables: in the order of the ids of a batch.
+        ranks: world size.
+        batch_size: samples of a global batch.
+        memory: bytes that tables and their optimizer state may take: one amount for every rank, or one for each; None
+            for no limit. Tables in host memory are distributed separately, without a limit.
+        value_bytes: bytes of one element of a vector or gradient that is sent.
+
+    Raises:
+        UserError: the tables do not fit; the message has the missing bytes and what would help.
+    """
+    if ranks < 1 or batch_size < 1:
+        raise UserError(f"a plan needs 1 rank or more and a batch of 1 or more; got {ranks} and {batch_size}")
+    refuse_cut_tables(tables)
+    limits = _limits(memory, ranks)
+    pieces: dict[str, list[Piece]] = {table.name: [] for table in tables}
+    for on_host, room in ((False, limits), (True, [math.inf] * ranks)):
+        placed = [table for table in tables if table.on_host == on_host]
+        if placed:
+            _check_room(placed, room)
+            for piece in _balanced(placed, room, batch_size).pieces:
+                pieces[piece.table].append(piece)
+    plan = Plan(ranks=ranks, pieces=tuple(itertools.chain(*pieces.values())))
+    return replace(plan, pooled=pooled_tables(table_costs(plan, tables, batch_size, value_bytes)))
+
+
+def refuse_cut_tables(tables: Sequence[TableLoad]) -> None:
+    """Check that no table is split between the device and host memory.
+
+    Raises:
+        UserError: a table is listed twice: its first rows on the device, the others in host memory.
+    """
+    names = [table.name for table in tables]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"tables.on_host cuts table {twice[0]} between the device and host memory, which is for one device; "
+            "several ranks keep a table in one or the other: give on_host a list of columns"
+        )
+
+
+def _balanced(tables: Sequence[TableLoad], limits: Sequence[float], batch_size: int) -> Plan:
+    """Return the plan with the fewest cuts that is balanced, or else the best balanced one."""
+    traffic = [DistinctRows(table, batch_size / len(limits)) for table in tables]
+    best, best_imbalance = None, math.inf
+    for chunks in _CHUNKS_PER_RANK:
+        plan, imbalance = _distribute(tables, traffic, limits, chunks)
+        # More pieces must pay: they make more messages and smaller lookups.
+        if imbalance < 0.98 * best_imbalance:
+            best, best_imbalance = plan, imbalance
+        if best_imbalance <= _GOOD_IMBALANCE:
+            break
+    assert best is not None
+    return best
+
+
+def _limits(memory: int | Sequence[int] | None, ranks: int) -> list[float]:
+    if memory is None:
+        return [math.inf] * ranks
+    limits = [memory] * ranks if isinstance(memory, int) else list(memory)
+    if len(limits) != ranks:
+        raise UserError(f"memory is given for {len(limits)} ranks, but there are {ranks}: give one figure, or {ranks}")
+    if min(limits) < 0:
+        raise UserError(f"memory per rank is {min(limits)} bytes; expected 0 or more")
+    return [float(limit) for limit in limits]
+
+
+def _check_room(tables: Sequence[TableLoad], limits: Sequence[float]) -> None:
+    needed, room = sum(table.bytes for table in tables), sum(limits)
+    if needed <= room:
+        return
+    missing, largest = needed - int(room), max(limits)
+    more = f"{math.ceil(missing / largest)} more ranks of {format_bytes(largest)}" if largest else "ranks with memory"
+    raise UserError(
+        f"the tables and their optimizer state take {needed:,} bytes ({format_bytes(needed)}), the {len(limits)} ranks "
+        f"have {int(room):,}: {missing:,} bytes ({format_bytes(missing)}) too few; {more} would hold them, or "
+        f"{format_bytes(needed / len(limits))} on each rank, or an optimizer with less state (RowWiseAdagrad), or a "
+        "smaller width"
+    )
+
+
+def _fair_bytes(total: int, limits: Sequence[float]) -> list[float]:
+    """Split bytes equally over ranks, but give no rank more than its limit; the other ranks share the rest."""
+    shares, left, open_ranks = [0.0] * len(limits), float(total), len(limits)
+    for rank in sorted(range(len(limits)), key=lambda r: (limits[r], r)):
+        shares[rank] = min(limits[rank], left / open_ranks)
+        left -= shares[rank]
+        open_ranks -= 1
+    return shares
+
+
+@dataclass
+class _Loads:
+    """Bytes and work of each rank so far, its fair share and its limit: arrays [ranks]."""
+
+    limits: NDArray
+    fair_bytes: NDArray
+    fair_work: float
+    bytes: NDArray
+    work: NDArray
+
+    def shares(self, size: float = 0.0, work: float = 0.0) -> NDArray:
+        """[ranks]: the load of each rank, if a piece were added to it."""
+        return np.maximum((self.bytes + size) / self.fair_bytes, (self.work + work) / self.fair_work)
+
+    def room(self, rank: int, share: float = math.inf) -> float:
+        """Bytes that fit on a rank within its limit and a share of its fair load."""
+        return min(share * self.fair_bytes[rank], self.limits[rank]) - self.bytes[rank]
+
+
+def _distribute(
+    tables: Sequence[TableLoad], traffic: Sequence[DistinctRows], limits: Sequence[float], chunks: int
+) -> tuple[Plan, float]:
+    """Return a plan and its imbalance; no piece has more than 1 / ``chunks`` of a rank's fair load."""
+    ranks = len(limits)
+    fair_bytes = _fair_bytes(sum(table.bytes for table in tables), limits)
+    fair_work = sum(t.below(table.rows) for t, table in zip(traffic, tables, strict=True)) / ranks
+    largest_bytes, largest_work = max(fair_bytes) / chunks, max(fair_work / chunks, 1e-9)
+
+    def weighed(i: int, start: int, stop: int) -> tuple[float, int, int, int]:
+        size, work = (stop - start) * tables[i].bytes_per_row, traffic[i].between(start, stop)
+        return -max(size / largest_bytes, work / largest_work), i, start, stop
+
+    waiting = [
+        weighed(i, start, stop)
+        for i, (table, t) in enumerate(zip(tables, traffic, strict=True))
+        for start, stop in _cut(table, t, largest_bytes, largest_work)
+    ]
+    heapq.heapify(waiting)
+    loads = _Loads(
+        np.array(limits), np.maximum(fair_bytes, 1e-9), max(fair_work, 1e-9), np.zeros(ranks), np.zeros(ranks)
+    )
+    placed: list[tuple[int, int, int, int]] = []
+    while waiting:
+        _, i, start, stop = heapq.heappop(waiting)
+        rank, rows = _choose_rank(loads, tables[i], traffic[i], start, stop)
+        if rows < 1:
+            raise UserError(
+                f"the ranks' memory is full, and {(stop - start) * tables[i].bytes_per_row:,} bytes of table "
+                f"{tables[i].name} fit on no rank: give each rank "
+                f"{format_bytes(sum(t.bytes for t in tables) / ranks * 1.01)}, or more ranks"
+            )
+        if start + rows < stop:
+            heapq.heappush(waiting, weighed(i, start + rows, stop))
+        loads.bytes[rank] += rows * tables[i].bytes_per_row
+        loads.work[rank] += traffic[i].between(start, start + rows)
+        placed.append((i, start, start + rows, rank))
+    return Plan(ranks=ranks, pieces=tuple(_joined(placed, tables))), float(loads.shares().max())
+
+
+def _choose_rank(loads: _Loads, table: TableLoad, traffic: DistinctRows, start: int, stop: int) -> tuple[int, int]:
+    """Return the rank for a piece, and how many of its rows that rank takes; 0 rows if no rank has room."""
+    rows = stop - start
+    size, work = rows * table.bytes_per_row, traffic.between(start, stop)
+    share_R = loads.shares(size, work)
+    share_R[loads.bytes + size > loads.limits] = np.inf
+    chosen = int(share_R.argmin())
+    if share_R[chosen] > _FULL:
+        emptiest = int(loads.shares().argmin())
+        busy = traffic.row_after(start, _FULL * loads.fair_work - loads.work[emptiest]) - start
+        fitting = min(int(loads.room(emptiest, _FULL) // table.bytes_per_row), busy)
+        if 1 <= fitting < rows:
+            part_bytes = fitting * table.bytes_per_row / loads.fair_bytes.max()
+            if max(part_bytes, traffic.between(start, start + fitting) / loads.fair_work) >= _LEAST_CUT:
+                return emptiest, fitting
+    if share_R[chosen] == np.inf:
+        chosen = int((loads.limits - loads.bytes).argmax())
+        rows = int(loads.room(chosen) // table.bytes_per_row)
+    return chosen, rows
+
+
+def _cut(table: TableLoad, traffic: DistinctRows, most_bytes: float, most_work: float) -> Iterable[tuple[int, int]]:
+    """Yield row ranges of about equal weight, none above either limit."""
+    start = 0
+    while start < table.rows:
+        left_bytes = (table.rows - start) * table.bytes_per_row
+        left_work = traffic.between(start, table.rows)
+        # Equal parts of the remaining rows, so that the last range is not tiny.
+        parts_bytes, parts_work = math.ceil(left_bytes / most_bytes), math.ceil(left_work / most_work - 1e-9)
+        rows = math.ceil((table.rows - start) / max(parts_bytes, 1))
+        stop = min(start + rows, traffic.row_after(start, left_work / max(parts_work, 1)), table.rows)
+        if max(parts_bytes, parts_work) <= 1:
+            stop = table.rows
+        yield start, stop
+        start = stop
+
+
+def _joined(placed: Iterable[tuple[int, int, int, int]], tables: Sequence[TableLoad]) -> list[Piece]:
+    """Return pieces by ascending rows; neighbours on one rank become one piece."""
+    pieces: list[Piece] = []
+    for i, start, stop, rank in sorted(placed):
+        name = tables[i].name
+        if pieces and (pieces[-1].table, pieces[-1].stop, pieces[-1].rank) == (name, start, rank):
+            start = pieces.pop().start
+        pieces.append(Piece(table=name, start=start, stop=stop, rank=rank))
+    return pieces
