@@ -17,7 +17,6 @@ RENAMED = {
 """Settings of the rules -> arguments of torch.optim's classes."""
 STATE_NAMES = {"sum": "sum", "mean": "exp_avg", "square": "exp_avg_sq"}
 """State of the rules -> state of torch.optim's classes."""
-NOTE = "update rules for dense layers are classes of torch.optim now; model.dense_optimizer is read as those"
 
 _RULES = "lightning_dlrm.optim.rules."
 _RATES = {"SGD": 0.1, "Adagrad": 0.01, "Adam": 1e-3}

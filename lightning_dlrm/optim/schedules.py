@@ -40,6 +40,8 @@ def make_schedule(schedule: Schedule, optimizer: Optimizer, total_steps: Callabl
     settings = {"total_steps": total_steps()} if needs_total_steps(schedule) else {}
     try:
         made = schedule(optimizer, **settings)
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"schedule {schedule_name(schedule)}: {' '.join(str(error).split())}") from error
     if not isinstance(made, LRScheduler):
