@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from lightning_dlrm.cli import plain
 from lightning_dlrm.cli.configs import nearest
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None for this program's own.
     """
     if arguments is None:
+        search_current_folder_last()
         plain.begin(sys.argv[1:])
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -57,6 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def search_current_folder_last() -> None:
+    """Move the current folder to the end of ``sys.path``, or add it there.
+
+    So custom classes in the current folder are found, and a folder with the name of a package, such as
+    ``datamodules`` in a project of the user's own, does not replace that package.
+    """
+    here = Path.cwd()
+    # A checkout that is not installed has the packages in the current folder.
+    if here == Path(__file__).resolve().parents[1] or sys.flags.safe_path:
+        return
+    sys.path[:] = [*(folder for folder in sys.path if Path(folder).resolve() != here), str(here)]
 
 
 def _user_error_in(error: BaseException | None) -> UserError | None:
@@ -81,12 +96,11 @@ def _run(command: str, arguments: list[str]) -> int:
         return comparing.run(arguments)
     if command in ("params", "plan"):
         module = importlib.import_module(f"lightning_dlrm.cli.{command}")
-        code: int = module.run(arguments)
+        code: int = module.run(arguments, COMMANDS[command])
         return code
-    from lightning_dlrm.cli.lightning import CTRCommand
+    from lightning_dlrm.cli import run
 
-    CTRCommand([command, *arguments])
-    return 0
+    return run.run(command, arguments, COMMANDS[command])
 
 
 def _run_plain_command(command: str, arguments: list[str]) -> int:

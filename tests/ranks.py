@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["lightning_dlrm.cli.lightning", "datamodules.criteo", "tests.toy"])
+_FORKS.set_forkserver_preload(["lightning_dlrm.cli.run", "datamodules.criteo", "tests.toy"])
 
 
 class RankProcess:

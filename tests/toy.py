@@ -120,6 +120,7 @@ def toy_module(
     schema: DatasetSchema | None = None,
     seed: int = 3,
     wide_rule: UpdateRule | None = None,
+    **options: Any,
 ) -> CTRModule:
     return CTRModule(
         network,
@@ -127,6 +128,7 @@ def toy_module(
         as_dense(dense or Adagrad(0.05)),
         schedule,
         wide_optimizer=wide_rule,
+        **options,
         schema=schema or toy_schema(),
         seed=seed,
     )

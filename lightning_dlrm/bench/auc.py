@@ -6,13 +6,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_dlrm.bench.measurement import Measurement, median_and_spread, peak_bytes, time_rounds
+from lightning_dlrm.bench.measurement import Implementation, Measurement, peak_bytes, time_rounds
+from lightning_dlrm.bench.options import DEFAULT, add_rounds, check_numbers
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import exact_auc
 
 DESCRIPTION = """\
-Times the exact AUC of drawn logits and labels: ours of as many as asked for, and scikit-learn's of at most 5,000,000
-(it needs some 100 bytes a sample). Prints the difference of the two on those, and the process's peak memory.
+Times the exact AUC of drawn logits and labels: ours of --samples, and scikit-learn's of at most 5,000,000 samples (it
+needs about 100 bytes a sample). Prints the difference of the two on the same samples, and the process's peak memory.
 
 examples:
   python -m lightning_dlrm bench auc
@@ -24,19 +25,20 @@ _BATCH = 16_384
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", type=int, default=90_000_000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--click-rate", type=float, default=0.035, metavar="P", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="the median counts (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=90_000_000, metavar="N", help=DEFAULT)
+    parser.add_argument("--click-rate", type=float, default=0.035, metavar="P", help=DEFAULT)
+    add_rounds(parser, 3)
 
 
 def run(args: argparse.Namespace) -> list[Measurement]:
-    """Times the AUC as ``add_arguments`` was told.
+    """Time the AUC.
 
     Raises:
         UserError: an option is out of range.
     """
-    if args.samples < 2 or args.rounds < 1 or not 0 < args.click_rate < 1:
-        raise UserError("bench auc needs --samples of 2 or more, --rounds of 1 or more, --click-rate between 0 and 1")
+    check_numbers(args)
+    if args.samples < 2 or not 0 < args.click_rate < 1:
+        raise UserError("bench auc needs --samples of 2 or more, and a --click-rate between 0 and 1")
     generator = torch.Generator().manual_seed(1)
     # In batches, as an evaluation collects them.
     sizes = [_BATCH] * (args.samples // _BATCH) + [args.samples % _BATCH]
@@ -65,18 +67,20 @@ def _scikit_learn(logits: Tensor, labels: Tensor) -> Callable[[], float]:
 
 
 def _row(
-    args: argparse.Namespace, implementation: str, samples: int, seconds: list[float], extra: dict[str, float]
+    args: argparse.Namespace,
+    implementation: Implementation,
+    samples: int,
+    seconds: list[float],
+    extra: dict[str, float],
 ) -> Measurement:
-    median, spread = median_and_spread(seconds)
-    return Measurement(
+    return Measurement.of_rounds(
+        seconds,
         work="auc",
         case=f"{samples:,} samples, click rate {args.click_rate:g}",
-        implementation="ours" if implementation == "ours" else "peer",
+        implementation=implementation,
         device="cpu",
         precision="32-true",
         batch_size=_BATCH,
         samples=samples,
-        median_s=median,
-        spread_s=spread,
         extra=extra,
     )

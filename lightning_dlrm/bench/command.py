@@ -1,4 +1,4 @@
-"""The subcommand ``bench``: each kind of work is a subcommand of its own, in a module of its own."""
+"""The command ``bench``: each benchmark is a subcommand with a module of its own."""
 
 import argparse
 import importlib
@@ -10,24 +10,24 @@ from lightning_dlrm.contracts.errors import UserError
 WORKS: dict[str, str] = {
     "lookup": "the tables alone: lookup, backward, update",
     "step": "a training step on batches in memory",
-    "fit": "the whole fit from a dataset folder, against bare loops",
+    "fit": "a whole fit from a dataset folder, against bare loops",
     "paper": "the benchmark of the DLRM paper's section 5.2, by operator and as a roofline",
-    "gpu": "all that is asked of one GPU, checked and timed in one call",
-    "auc": "the exact AUC of as many predictions as Terabyte's held-out day has",
+    "gpu": "all targets for one GPU, checked and timed in one call",
+    "auc": "the exact AUC at the size of Terabyte's held-out day",
     "sharding": "training steps with tables in pieces on several processes, against copied tables",
-    "trace": "profiling a column's accesses, and generating accesses like them",
+    "trace": "profiling a column's accesses, and generating accesses from the profile",
     "loader": "batches of the stream, against bare Parquet decoding of the same files",
     "preprocess": "raw TSV to the final dataset folder: speed, memory, disk",
 }
 """Subcommand -> what it measures. Module ``lightning_dlrm.bench.<subcommand>`` has ``DESCRIPTION``,
-``add_arguments(parser)`` and ``run(args)``, which gives the rows."""
+``add_arguments(parser)`` and ``run(args)``, which returns the rows."""
 
 _ON_CPUS = ("loader", "preprocess")
-"""Works that read data: no other device or precision takes part."""
+"""Benchmarks that read data, without a device or a precision."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the kinds of work and their options to a parser; ``run`` takes what it parses."""
+    """Add the benchmarks and their options to a parser; ``run`` takes the parsed options."""
     works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
     for name, text in WORKS.items():
         module = importlib.import_module(f"lightning_dlrm.bench.{name}")
@@ -40,14 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         module.add_arguments(work)
         if name in _ON_CPUS:
-            # One command line for all works that a script may go through.
-            work.add_argument("--device", default="cpu", choices=("cpu",), help="the only one for this work")
-            work.add_argument("--precision", default="32-true", choices=("32-true",), help="the only one for this work")
-        work.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there, as a list of objects")
+            # Scripts may call every benchmark with the same options.
+            work.add_argument("--device", default="cpu", choices=("cpu",), help="cpu only")
+            work.add_argument("--precision", default="32-true", choices=("32-true",), help="32-true only")
+        work.add_argument(
+            "--json", type=Path, metavar="FILE", help="also write the rows to a file, as a list of objects"
+        )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures as ``add_arguments`` was told, prints a table, and returns the exit code.
+    """Measure, print a table, and return the exit code.
 
     Raises:
         UserError: an option is out of range, or a file cannot be read or written.

@@ -1,11 +1,10 @@
-"""The training steps that benchmarks compare: ours as ``fit`` makes them, and plain ones as most published code does.
+"""The training steps that benchmarks compare: ours as ``fit`` makes them, and plain ones as in most published code.
 
 Shape suffixes: B samples, I dense features, F tables, V vectors, D width, P pairs, n any other.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -16,11 +15,9 @@ from torch import Tensor, nn
 
 from datamodules.generate.demo import KAGGLE_CARDINALITIES
 from datamodules.generate.random import PRESETS
-from lightning_dlrm.bench.options import autocast
+from lightning_dlrm.bench.options import autocast, finisher
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.engine.graphs import GraphedStep
-from lightning_dlrm.engine.recorded import RecordedStep, is_recordable
 from lightning_dlrm.models.cross import CrossKind
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
@@ -30,25 +27,25 @@ from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD
 
 LEARNING_RATE = 0.1
-"""Of plain SGD, for all weights, in every contender."""
+"""Learning rate of plain SGD, for all parameters, in every contender."""
 
 Model = Literal["dlrm", "dcn", "dcn_v2"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A model and what it is fed."""
+    """A model and the shape of its batches."""
 
     tables: tuple[int, ...]
-    """Rows of each."""
+    """Rows of each table."""
     dense: int
     width: int
     bottom: tuple[int, ...] = ()
-    """Widths of the bottom MLP, or none."""
+    """Widths of the bottom MLP; empty for a model without one."""
     top: tuple[int, ...] = ()
-    """Hidden widths of the top MLP, or of the deep network."""
+    """Hidden widths of the top MLP or of the deep network."""
     bags: tuple[int, int] | None = None
-    """Fewest and most ids of a bag, uniform; None for one id each, log-uniform."""
+    """Fewest and most ids of a bag, with uniform ids; None for one log-uniform id a bag."""
     model: Model = "dlrm"
 
     @property
@@ -56,7 +53,7 @@ class Workload:
         return Features(dense=self.dense, tables={f"C{i}": rows for i, rows in enumerate(self.tables, 1)})
 
     def network(self) -> CTRNetwork:
-        """Ours."""
+        """Return our network."""
         if self.model == "dlrm":
             return DLRM(self.features, 1, embedding_dim=self.width, bottom_mlp=self.bottom, top_mlp=self.top)
         cross: CrossKind = "vector" if self.model == "dcn" else "matrix"
@@ -64,18 +61,14 @@ class Workload:
 
 
 def kaggle(max_rows: int | None = None, model: Model = "dlrm") -> Workload:
-    """The models at Criteo Kaggle's table sizes, 540 million parameters.
-
-    Args:
-        max_rows: cap of a table's rows.
-    """
+    """Return a model at Criteo Kaggle's table sizes, 540 million parameters; tables are cut to ``max_rows``."""
     rows = tuple(min(rows, max_rows or rows) for rows in KAGGLE_CARDINALITIES)
     bottom = (512, 256, 64, 16) if model == "dlrm" else ()
     return Workload(tables=rows, dense=13, width=16, bottom=bottom, top=(512, 256), model=model)
 
 
 def paper(max_rows: int | None = None) -> Workload:
-    """The single-socket benchmark of Naumov et al. 2019, section 5.2."""
+    """Return the single-socket benchmark of Naumov et al. 2019, section 5.2; tables are cut to ``max_rows``."""
     preset = PRESETS["paper"]
     return Workload(
         tables=tuple(min(rows, max_rows or rows) for rows in preset["tables"]),
@@ -88,12 +81,12 @@ def paper(max_rows: int | None = None) -> Workload:
 
 
 def log_uniform(rows: int, count: int, generator: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """int32 [count]: ids of a table whose logarithms are uniform, so that low ids come often."""
+    """Draw ids of a table, int32 [count], whose logarithms are uniform, so that low ids are frequent."""
     return np.minimum(rows ** generator.random(count) - 1, rows - 1).astype(np.int32)
 
 
 def draw_batch(workload: Workload, size: int, seed: int) -> Batch:
-    """A batch of a workload: the same for the same seed."""
+    """Draw a batch of a workload; a seed always gives the same batch."""
     generator = np.random.default_rng(seed)
     offsets = None
     if workload.bags is None:
@@ -113,57 +106,36 @@ def draw_batch(workload: Workload, size: int, seed: int) -> Batch:
     )
 
 
-Mark = Callable[[str], object]
-"""Told what the time counts for that follows; see ``Timeline``."""
-
-
-def _no_mark(label: str) -> None:
+def _no_mark(part: str) -> None:
     pass
 
 
-class OurStep:
-    """Forward, loss, backward and update, as ``fit`` makes them: on a CPU repeated as soon as one was recorded.
+class _Step:
+    """One training step: forward, loss, backward and update, without Lightning."""
 
-    Args:
-        graphs: as under ``cuda_graphs``; a step with marks is eager all the same.
-    """
-
-    def __init__(self, network: CTRNetwork, precision: str, device: torch.device, graphs: bool = False) -> None:
-        self.network = network
-        self.optimizer = CTROptimizer(
-            network.dense_parameters(),
-            network.lookups(),
-            partial(torch.optim.SGD, lr=LEARNING_RATE),
-            SGD(LEARNING_RATE),
-        )
+    def __init__(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, precision: str, device: torch.device
+    ) -> None:
+        self.network, self.optimizer = network, optimizer
         self._precision, self._device = precision, device
-        self._recorded: GraphedStep | RecordedStep | None = None
-        if graphs:
-            self._recorded = GraphedStep(network, _mean_loss, self.optimizer, self._uncached_autocast)
-        elif device.type == "cpu" and is_recordable(network, LogLoss()):
-            self._recorded = RecordedStep(network, _mean_loss, self.optimizer, eager_steps=1)
 
-    def _uncached_autocast(self) -> AbstractContextManager[object]:
-        enabled = self._precision == "bf16-mixed"
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+    def loss(self, batch: Any) -> Tensor:
+        """Return the mean loss of a batch on the device, a 0-dim tensor."""
+        raise NotImplementedError
 
-    def __call__(self, batch: Batch, mark: Mark = _no_mark) -> Tensor:
-        """The step's loss, of a batch that may still be in the host's memory."""
+    def __call__(self, batch: Any, mark: Callable[[str], object] = _no_mark) -> Tensor:
+        """Train on a batch, which may still be in host memory, and return its loss.
+
+        Args:
+            mark: called where another part of the step begins: see ``breakdown.mark``.
+        """
         mark("data")
         batch = batch.to(self._device)
-        self.optimizer.replay = None
-        if self._recorded is not None and mark is _no_mark and self._recorded.takes(batch):
-            with autocast(self._device, self._precision):
-                loss, _ = self._recorded.forward_backward(batch)
-            if isinstance(self._recorded, GraphedStep):
-                self.optimizer.replay = self._recorded.update
-            self.optimizer.step()
-            return loss
         mark("update")
         self.optimizer.zero_grad()
         mark("")
         with autocast(self._device, self._precision):
-            loss = _mean_loss(self.network(batch.dense, batch.ids), batch)
+            loss = self.loss(batch)
         loss.backward()
         mark("update")
         self.optimizer.step()
@@ -171,49 +143,58 @@ class OurStep:
         return loss.detach()
 
 
-def _mean_loss(logits_B: Tensor, batch: Batch) -> Tensor:
-    assert batch.label is not None
-    return LogLoss().summed(logits_B, batch.label) / batch.global_size
+class OurStep(_Step):
+    """The step of ``fit``."""
+
+    def __init__(self, network: CTRNetwork, precision: str, device: torch.device) -> None:
+        dense = partial(torch.optim.SGD, lr=LEARNING_RATE)
+        optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), dense, SGD(LEARNING_RATE))
+        super().__init__(network, optimizer, precision, device)
+
+    def loss(self, batch: Batch) -> Tensor:
+        assert batch.label is not None
+        return LogLoss().summed(self.network(batch.dense, batch.ids), batch.label) / batch.global_size
 
 
-class PlainStep:
-    """The same with one sparse ``nn.EmbeddingBag`` for each table and ``torch.optim.SGD``, eagerly."""
+class PlainStep(_Step):
+    """The step with one sparse ``nn.EmbeddingBag`` for each table and ``torch.optim.SGD``."""
 
     def __init__(self, network: nn.Module, precision: str, device: torch.device) -> None:
-        self.network = network
-        self.optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
-        self._precision, self._device = precision, device
+        super().__init__(network, torch.optim.SGD(network.parameters(), lr=LEARNING_RATE), precision, device)
 
-    def __call__(self, batch: "PlainBatch", mark: Mark = _no_mark) -> Tensor:
-        """The step's loss, of a batch that may still be in the host's memory."""
-        mark("data")
-        batch = batch.to(self._device)
-        mark("update")
-        self.optimizer.zero_grad()
-        mark("")
-        with autocast(self._device, self._precision):
-            logits = self.network(batch.dense, batch.ids)
-            loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), batch.label)
-        loss.backward()
-        mark("update")
-        self.optimizer.step()
-        mark("")
-        return loss.detach()
+    def loss(self, batch: "PlainBatch") -> Tensor:
+        logits = self.network(batch.dense, batch.ids)
+        return nn.functional.binary_cross_entropy_with_logits(logits.float(), batch.label)
+
+
+def repeat(
+    step: Callable[[Any], object], batches: Iterator[Any], steps: int, device: torch.device
+) -> Callable[[], None]:
+    """Return a function that makes some steps on the next batches of an endless iterator, and waits for their end."""
+    finish = finisher(device)
+
+    def make() -> None:
+        for _ in range(steps):
+            step(next(batches))
+        finish()
+
+    return make
 
 
 @dataclass(frozen=True)
 class PlainBatch:
-    """A batch as code with one ``nn.EmbeddingBag`` for each table reads it."""
+    """A batch in the form that networks with one ``nn.EmbeddingBag`` for each table take."""
 
     label: Tensor
     """float32 [B]."""
     dense: Tensor
     """float32 [B, I]."""
     ids: list[tuple[Tensor, Tensor]]
-    """Of each table: int64 ids, and where each sample's begin."""
+    """For each table: int64 ids, and the offset of each sample's first id."""
 
     @staticmethod
     def of(batch: Batch) -> "PlainBatch":
+        """Return our batch in this form."""
         assert batch.label is not None
         ids: list[tuple[Tensor, Tensor]] = []
         if batch.ids.offsets is None:
@@ -244,12 +225,12 @@ class PlainTables(nn.Module):
         )
 
     def forward(self, ids: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """F tensors [B, D]."""
+        """Return F tensors [B, D]."""
         return [bag(values, starts) for bag, (values, starts) in zip(self.bags, ids, strict=True)]
 
 
 class PlainDLRM(nn.Module):
-    """DLRM in torch's own words (Naumov et al. 2019, section 2)."""
+    """DLRM from torch's own modules (Naumov et al. 2019, section 2)."""
 
     def __init__(self, workload: Workload) -> None:
         super().__init__()
@@ -260,7 +241,7 @@ class PlainDLRM(nn.Module):
         self.top = _plain_mlp([workload.width + pairs, *workload.top], 1)
 
     def forward(self, dense_BI: Tensor, ids: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Logits [B]."""
+        """Return logits [B]."""
         bottom_BD = self.bottom(dense_BI)
         vectors_BVD = torch.stack([bottom_BD, *(vector.to(bottom_BD.dtype) for vector in self.tables(ids))], dim=1)
         products_BVV = torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2))
@@ -269,7 +250,7 @@ class PlainDLRM(nn.Module):
 
 
 class PlainDCN(nn.Module):
-    """Deep & Cross in torch's own words (Wang et al. 2017, section 2; with matrices, Wang et al. 2021, equation 1)."""
+    """Deep & Cross Network from torch's own modules: Wang et al. 2017, section 2, or 2021, equation 1 (matrices)."""
 
     def __init__(self, workload: Workload) -> None:
         super().__init__()
@@ -282,7 +263,7 @@ class PlainDCN(nn.Module):
         self.logit = nn.Linear(width + workload.top[-1], 1)
 
     def forward(self, dense_BI: Tensor, ids: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Logits [B]."""
+        """Return logits [B]."""
         base_Bn = torch.cat([*self.tables(ids), dense_BI], dim=1)
         crossed_Bn = base_Bn
         for weight, bias in zip(self.cross, self.biases, strict=True):

@@ -1,4 +1,4 @@
-"""The figures of ``bench paper``, readable in black and white as well."""
+"""Figures of ``bench paper``, which are also readable in black and white."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,19 +28,26 @@ _MARKERS = ("o", "s", "^", "D", "v")
 
 
 def check_figure(path: Path) -> None:
-    """Sees that a figure can be written, before long work.
+    """Check that a figure can be written, before long work.
 
     Raises:
-        UserError: the file has another ending than those of figures, or there is no such folder.
+        UserError: the file has no suffix of a figure, or its folder does not exist.
     """
     if path.suffix not in _FORMATS:
-        raise UserError(f"{path} is named like no figure; end its name with {', '.join(_FORMATS)}")
+        raise UserError(f"{path} has no suffix of a figure; end its name with {', '.join(_FORMATS)}")
     if not path.parent.is_dir():
-        raise UserError(f"{path.parent} is no folder; make it, or write the figure elsewhere")
+        raise UserError(f"the folder {path.parent} does not exist; make it, or write the figure elsewhere")
 
 
-def draw_breakdown(columns: Mapping[str, Mapping[str, float]], device: str, path: Path) -> None:
-    """Stacked bars: contender -> operator -> seconds of a step."""
+def draw_breakdown(columns: Mapping[str, Mapping[str, float]], device: str, title: str, path: Path) -> None:
+    """Draw the time of a step as stacked bars.
+
+    Args:
+        columns: contender -> operator -> seconds of a step.
+        device: device, for the label.
+        title: name of the benchmark.
+        path: file of the figure; its suffix is the format.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 1.6 + 0.55 * len(columns)), layout="constrained")
@@ -65,20 +72,23 @@ def draw_breakdown(columns: Mapping[str, Mapping[str, float]], device: str, path
         axes.text(begins[name], row, f" {duration(begins[name] / 1e3)}", va="center")
     axes.set_xlim(0, max(begins.values()) * 1.12)
     axes.set_xlabel(f"milliseconds of a training step on {device}")
-    axes.set_title("DLRM paper, section 5.2: a step by operator")
+    axes.set_title(f"{title}: time of a step by operator")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
 
 
-def draw_roofline(precisions: Mapping[str, Mapping[Part, tuple[Cost, float]]], rates: MachineRates, path: Path) -> None:
-    """The machine's roofs, and where each part of ours lies below them.
+def draw_roofline(
+    precisions: Mapping[str, Mapping[Part, tuple[Cost, float]]], rates: MachineRates, title: str, path: Path
+) -> None:
+    """Draw the machine's roofs, and below them each part of our model.
 
     Args:
         precisions: precision -> part -> its cost and the seconds that it takes.
-        rates: the roofs.
-        path: what to write; its ending tells the format.
+        rates: rates of the machine.
+        title: name of the benchmark.
+        path: file of the figure; its suffix is the format.
     """
     from matplotlib.figure import Figure
 
@@ -110,9 +120,9 @@ def draw_roofline(precisions: Mapping[str, Mapping[Part, tuple[Cost, float]]], r
             )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("operations for each byte between processor and memory")
+    axes.set_xlabel("operations per byte between processor and memory")
     axes.set_ylabel("GFLOP/s")
-    axes.set_title("DLRM paper, section 5.2: parts of ours, forward and backward, below the machine's roofs")
+    axes.set_title(f"{title}: parts of our model, profiled separately, below the machine's roofs")
     axes.grid(True, which="major", color="0.9")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     _save(figure, path)

@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,43 +14,58 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from datamodules.generate.demo import DemoSettings, demo_folder, generate_demo
-from datamodules.parquet import load_schema
 from datamodules.stream.loader import TrainingLoader
 from lightning_dlrm.bench import floors, peer, roofline
-from lightning_dlrm.bench.contenders import LEARNING_RATE, OurStep, PlainBatch, PlainStep, Workload, plain_network
+from lightning_dlrm.bench.contenders import (
+    LEARNING_RATE,
+    OurStep,
+    PlainBatch,
+    PlainStep,
+    Workload,
+    plain_network,
+    repeat,
+)
 from lightning_dlrm.bench.gate import Gate
-from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread, time_rounds, times_as_fast
-from lightning_dlrm.bench.options import add_device_arguments, add_peer_arguments, check, finisher
+from lightning_dlrm.bench.measurement import Implementation, Measurement, time_rounds, times_as_fast
+from lightning_dlrm.bench.options import (
+    add_data,
+    add_device_arguments,
+    add_peer_python,
+    add_steps,
+    check,
+    finisher,
+    open_dataset,
+)
 from lightning_dlrm.bench.worker import REPLIES, REQUESTS, Worker
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.engine.recorded import EAGER_STEPS
 
 DESCRIPTION = """\
-Times training of the paper's DLRM (Kaggle's shape: 540 million parameters on the demo data), plain SGD, with all that a
-run does after its first 100 steps but validations and checkpoints, in turns:
+Times training of the paper's DLRM (Kaggle's shape: 540 million parameters on the demo data) with plain SGD and with all
+that a run does but validations and checkpoints, in turns:
   ours, fit             the command fit in a process of its own: Lightning, metrics every 100 steps, progress, W&B
                         offline, the stream
   ours, bare loop       the same step in a plain for loop over the same stream
   baseline, plain loop  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, over the same stream
   peer, whole program   with --peer, dlrm_s_pytorch.py of a checkout of facebookresearch/dlrm with its own loader, in
                         float32, on the same rows; "data_wait" is the share of its time that its loader takes
-"of_bare_loop" is the fit's throughput as a share of the bare loop's. Quotients are medians of those of each round, in
+"of_bare_loop" is the throughput of the fit as a share of the bare loop's. Quotients are medians over the rounds, in
 which the contenders run one after the other.
 
-Each contender has the model in memory: 2.2 GB apiece, three to five of them.
+Each contender has the model in memory: 2.2 GB for each of three to five contenders.
 
 examples:
   python -m lightning_dlrm bench fit --precision 32-true bf16-mixed
   python -m lightning_dlrm bench fit --batch-size 128 --steps 200 --peer ~/dlrm --peer-python ~/numpy1/bin/python
 """
 
+WARM_UP_STEPS = 20
+"""Steps of a fit before the first round."""
 _PEER_ROWS = 262_144
 
 
 class StepGate(pl.Callback):
-    """Stops a fit after as many steps as the benchmark asked for, until it asks for more."""
+    """Callback that lets a fit wait after the steps that the benchmark has requested, until it requests more."""
 
     def __init__(self) -> None:
         self._gate: Gate | None = None
@@ -63,25 +78,25 @@ class StepGate(pl.Callback):
             trainer.should_stop = True
 
 
+Key = tuple[Implementation, str, str]
+"""Implementation, what is timed, and precision."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a dataset folder (default: the demo data of fit)")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of a round (default: %(default)s)")
-    add_peer_arguments(parser)
+    add_data(parser)
+    add_steps(parser)
+    add_peer_python(parser)
 
 
 def run(args: argparse.Namespace) -> list[Measurement]:
-    """Times the loops as ``add_arguments`` was told.
+    """Time the loops.
 
     Raises:
         UserError: an option is out of range, there is no such device, or a contender fails.
     """
     device = check(args)
-    folder = args.data
-    if folder is None:
-        folder = demo_folder(DemoSettings())
-        generate_demo(DemoSettings(), folder)
-    schema = load_schema(folder)
+    folder, schema = open_dataset(args.data)
     workload = Workload(
         tables=schema.features.table_rows,
         dense=schema.features.dense,
@@ -89,78 +104,102 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         bottom=(512, 256, 64, 16),
         top=(512, 256),
     )
-
-    def loader() -> TrainingLoader:
-        return TrainingLoader(
-            folder, schema, ["train"], shuffle="window", seed=1, batch_size=args.batch_size, pin=device.type == "cuda"
-        )
-
+    # A loader has a position, so every loop needs its own.
+    loader = partial(
+        TrainingLoader,
+        folder,
+        schema,
+        ["train"],
+        shuffle="window",
+        seed=1,
+        batch_size=args.batch_size,
+        pin=device.type == "cuda",
+    )
     if len(loader()) < 2:
         raise UserError(f"{folder} has less than two batches of {args.batch_size:,} rows to train on")
-    contenders: dict[tuple[Implementation, str, str], Callable[[], object]] = {}
+    waited: list[float] = []
     with contextlib.ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-fit-")))
-        network, plain = workload.network().to(device), plain_network(workload).to(device)
+        contenders = _loops(args, workload, loader, device)
         for precision in args.precision:
             command = _fit_command(args, folder, precision, temporary / f"fit-{precision}")
             fit = stack.enter_context(Worker(command, temporary))
-            # As every step of a longer fit, of which the first ones are made otherwise.
-            fit(EAGER_STEPS)
+            fit(WARM_UP_STEPS)
             contenders["ours", "fit", precision] = partial(fit, args.steps)
-            ours, theirs = (
-                OurStep(network, precision, device, graphs=device.type == "cuda"),
-                PlainStep(plain, precision, device),
-            )
-            contenders["ours", "bare loop", precision] = _loop(args, ours, _endless(loader(), device), device)
-            batches = map(PlainBatch.of, _endless(loader(), device))
-            contenders["baseline", "plain loop", precision] = _loop(args, theirs, batches, device)
         if args.peer is not None:
             rows = list(islice(loader(), max(2, _PEER_ROWS // args.batch_size)))
             (temporary / "peer").mkdir()
-            peer_worker = stack.enter_context(peer.fit_worker(args, workload, rows, temporary / "peer"))
-            contenders["peer", "whole program", "32-true"] = partial(peer_worker, args.steps)
+            worker = stack.enter_context(peer.fit_worker(args, workload, rows, temporary / "peer"))
+            contenders["peer", "whole program", "32-true"] = partial(worker, args.steps)
+            waited = worker.waited
         rates = floors.measure(device, args.precision)
         print(rates)
         some = list(islice(loader(), 4))
-        least = {precision: roofline.floor(workload, some, rates, precision) for precision in args.precision}
-        rounds = time_rounds({str(key): work for key, work in contenders.items()}, args.rounds + 1)
-        waited = peer_worker.waited[1:] if args.peer is not None else []
+        floor = {precision: roofline.floor(workload, some, rates, precision) for precision in args.precision}
+        seconds = time_rounds(contenders, args.rounds, warm_up=1, steps=args.steps)
     # The first round warms up.
-    seconds = {key: [s / args.steps for s in rounds[str(key)][1:]] for key in contenders}
-    rows_out = []
-    for (name, case, precision), of_rounds in seconds.items():
-        median, spread = median_and_spread(of_rounds)
-        extra = {}
-        if (name, case) == ("ours", "fit"):
-            extra["of_bare_loop"] = times_as_fast(of_rounds, seconds["ours", "bare loop", precision])
-            extra["speed_over_baseline"] = times_as_fast(of_rounds, seconds["baseline", "plain loop", precision])
-            if args.peer is not None:
-                whole = seconds["peer", "whole program", "32-true"]
-                without = [all_ - data / args.steps for all_, data in zip(whole, waited, strict=True)]
-                extra["speed_over_peer"] = times_as_fast(of_rounds, whole)
-                extra["speed_over_peer_without_data"] = times_as_fast(of_rounds, without)
-        elif name == "peer":
-            extra["data_wait"] = sum(waited) / args.steps / sum(of_rounds)
-        rows_out.append(
-            Measurement(
-                work="fit",
-                case=f"{case}, batch {args.batch_size:,}, {precision}, {args.device}",
-                implementation=name,
-                device=args.device,
-                precision=precision,
-                batch_size=args.batch_size,
-                samples=args.batch_size,
-                median_s=median,
-                spread_s=spread,
-                floor_s=least.get(precision),
-                extra=extra,
-            )
+    waits = [of_round / args.steps for of_round in waited[1:]]
+    return [
+        Measurement.of_rounds(
+            of_rounds,
+            work="fit",
+            case=f"{case}, batch {args.batch_size:,}, {precision}, {args.device}",
+            implementation=name,
+            device=args.device,
+            precision=precision,
+            batch_size=args.batch_size,
+            samples=args.batch_size,
+            floor_s=floor.get(precision),
+            extra=_extra((name, case, precision), seconds, waits),
         )
-    return rows_out
+        for (name, case, precision), of_rounds in sorted(seconds.items(), key=lambda item: _ORDER[item[0][1]])
+    ]
+
+
+_ORDER = {"fit": 0, "bare loop": 1, "plain loop": 2, "whole program": 3}
+
+
+def _loops(
+    args: argparse.Namespace, workload: Workload, loader: Callable[[], TrainingLoader], device: torch.device
+) -> dict[Key, Callable[[], object]]:
+    """Return the loops of this process: ours without Lightning, and the baseline's."""
+    network, plain = workload.network().to(device), plain_network(workload).to(device)
+    loops: dict[Key, Callable[[], object]] = {}
+    for precision in args.precision:
+        ours, theirs = OurStep(network, precision, device), PlainStep(plain, precision, device)
+        loops["ours", "bare loop", precision] = repeat(ours, _endless(loader(), device), args.steps, device)
+        batches = map(PlainBatch.of, _endless(loader(), device))
+        loops["baseline", "plain loop", precision] = repeat(theirs, batches, args.steps, device)
+    return loops
+
+
+def _extra(key: Key, seconds: Mapping[Key, Sequence[float]], waits: Sequence[float]) -> dict[str, float]:
+    """Return the quotients of a contender's row.
+
+    Args:
+        key: contender.
+        seconds: contender -> seconds of a step in each round.
+        waits: seconds of a step that the peer's loader takes, in each round.
+    """
+    name, case, precision = key
+    whole = seconds.get(("peer", "whole program", "32-true"))
+    if name == "peer":
+        return {"data_wait": sum(waits) / sum(seconds[key])}
+    if case != "fit":
+        return {}
+    extra = {
+        "of_bare_loop": times_as_fast(seconds[key], seconds["ours", "bare loop", precision]),
+        "speed_over_baseline": times_as_fast(seconds[key], seconds["baseline", "plain loop", precision]),
+    }
+    if whole is not None:
+        without = [step - wait for step, wait in zip(whole, waits, strict=True)]
+        extra["speed_over_peer"] = times_as_fast(seconds[key], whole)
+        extra["speed_over_peer_without_data"] = times_as_fast(seconds[key], without)
+    return extra
 
 
 def _fit_command(args: argparse.Namespace, folder: Path, precision: str, run_dir: Path) -> list[str]:
-    """The command as a user gives it; validations and checkpoints, which no other contender makes, left out."""
+    """Return the command as a user gives it, without validations and checkpoints, which no other contender makes."""
     command = [sys.executable, "-m", "lightning_dlrm", "fit", "--config", "dlrm.yaml", "--data.path", str(folder)]
     for group in ("table", "dense"):
         command += [f"--model.{group}_optimizer=SGD", f"--model.{group}_optimizer.learning_rate={LEARNING_RATE}"]
@@ -170,8 +209,7 @@ def _fit_command(args: argparse.Namespace, folder: Path, precision: str, run_dir
         "data.batch_size": args.batch_size,
         "trainer.accelerator": "gpu" if args.device == "cuda" else "cpu",
         "trainer.precision": precision,
-        "model.cuda_graphs": str(args.device == "cuda").lower(),
-        # As the configurations for real data.
+        # As in the configurations for real data.
         "trainer.log_every_n_steps": 100,
         "trainer.max_epochs": -1,
         "trainer.max_steps": 100_000_000,
@@ -186,15 +224,3 @@ def _endless(loader: TrainingLoader, device: torch.device) -> Iterator[Batch]:
     while True:
         for batch in loader:
             yield batch.to(device)
-
-
-def _loop(
-    args: argparse.Namespace, step: Callable[[Any], object], batches: Iterator[Any], device: torch.device
-) -> Callable[[], None]:
-    def make() -> None:
-        for _ in range(args.steps):
-            step(next(batches))
-        finish()
-
-    finish = finisher(device)
-    return make

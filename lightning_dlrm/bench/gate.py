@@ -1,4 +1,4 @@
-"""How a benchmark steers a training loop in a process of its own: so many steps, then wait.
+"""How a benchmark controls a training loop in another process: it makes the requested steps, then it waits.
 
 Standard library only: the interpreter of another project imports this as well.
 """
@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 
 class Gate:
-    """The loop's side: it calls ``passed`` after each step, and waits inside when its steps are done.
+    """The loop's side: the loop calls ``passed`` after each step, which waits when the requested steps are done.
 
     Args:
-        requests: file descriptor to read from: how many steps to make, a number a line.
+        requests: file descriptor to read from: numbers of steps, one on each line.
         replies: file descriptor to write to: one line after the first step, and one after all of each request.
-        finish: waits until the steps' work is done, where a device does it later.
+        finish: waits until the device has done the work of the steps.
     """
 
     def __init__(self, requests: int, replies: int, finish: Callable[[], object] = lambda: None) -> None:
@@ -25,10 +25,10 @@ class Gate:
         self._left = 1
         self._start = time.perf_counter()
         self.waited = 0.0
-        """Seconds that the loop says it has waited for data; it adds to this itself."""
+        """Seconds that the loop has waited for data; the loop adds to it."""
 
     def passed(self) -> bool:
-        """Called after each step; False when the loop is to end."""
+        """Count a step; return False if the loop must end."""
         self._left -= 1
         if self._left:
             return True

@@ -2,27 +2,27 @@
 
 import argparse
 import functools
+import statistics
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 
-from datamodules.generate.demo import DemoSettings, demo_folder, generate_demo
-from datamodules.parquet import check_sizes, load_schema, part_files
+from datamodules.parquet import check_sizes, part_files
 from datamodules.stream.loader import TrainingLoader
-from datamodules.stream.order import Shuffle
-from lightning_dlrm.bench.measurement import Measurement, median_and_spread, peak_bytes, time_rounds
+from lightning_dlrm.bench.measurement import Measurement, peak_bytes, time_rounds
+from lightning_dlrm.bench.options import add_data, add_rounds, check_numbers, open_dataset
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DataFile
 
 DESCRIPTION = """\
-Times the training split of a dataset, whole epochs of it: ours as batches in shuffled order, and as a baseline a bare
-pyarrow.parquet.ParquetFile.read_row_group of all columns of the same files, on as many threads, which makes no batches.
-Both verify the pages' checksums, or, where it says "unverified", neither does. "of_baseline" is ours against the
-baseline of the same rounds and threads. Beside that, the time to the first batch, and what a first epoch adds to the
-process's peak memory.
+Times whole epochs of a dataset's training split: ours as batches in shuffled order, and as the baseline a bare
+pyarrow.parquet.ParquetFile.read_row_group of all columns of the same files, on as many threads, without batches. Both
+verify the checksums of pages, or, in rows named "unverified", neither does. "of_baseline" is the throughput of ours as
+a share of the baseline's with as many threads. Also prints the time to the first batch, and what a first epoch adds to
+the process's peak memory.
 
 examples:
   python -m lightning_dlrm bench loader
@@ -30,99 +30,90 @@ examples:
 """
 
 
+Key = tuple[str, int, int]
+"""Case, threads, and batch size; 0 for bare decoding."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a dataset folder (default: the demo data of fit)")
-    parser.add_argument(
-        "--batch-sizes",
-        "--batch-size",
-        type=int,
-        nargs="+",
-        default=[2048, 128, 16_384],
-        metavar="N",
-        help="default: 2048 128 16384",
-    )
+    add_data(parser)
+    sizes = [2048, 128, 16_384]
+    names = ("--batch-sizes", "--batch-size")
+    parser.add_argument(*names, type=int, nargs="+", default=sizes, metavar="N", help="default: 2048 128 16384")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="the median counts (default: %(default)s)")
+    add_rounds(parser)
 
 
 def run(args: argparse.Namespace) -> list[Measurement]:
-    """Times the loader as ``add_arguments`` was told.
+    """Time the loader.
 
     Raises:
         UserError: an option is out of range, or the data cannot be read.
     """
-    if min(args.rounds, *args.threads, *args.batch_sizes) < 1:
-        raise UserError("bench loader needs --rounds, --threads and --batch-sizes of 1 or more")
-    folder = args.data
-    if folder is None:
-        folder = demo_folder(DemoSettings())
-        generate_demo(DemoSettings(), folder)
-    schema = load_schema(folder)
+    check_numbers(args)
+    folder, schema = open_dataset(args.data)
     files = tuple(part_files(schema, ["train"]))
     if not files:
         raise UserError(f"{folder} has no training rows; give another --data DIR")
     check_sizes(folder, files)
     samples = sum(file.rows for file in files)
-    first, *others = args.batch_sizes
-
-    def loader(batch_size: int, threads: int = 1, shuffle: Shuffle = "window", **options: Any) -> TrainingLoader:
-        return TrainingLoader(
-            folder,
-            schema,
-            ["train"],
-            shuffle=shuffle,
-            seed=1,
-            batch_size=batch_size,
-            threads=threads,
-            **options,
-        )
+    first = args.batch_sizes[0]
+    loader = functools.partial(TrainingLoader, folder, schema, ["train"], seed=1)
 
     before = peak_bytes()
-    _epoch(loader(first))
+    _epoch(loader(shuffle="window", batch_size=first, threads=1))
     peak = peak_bytes() - before
-    one = args.threads[0]
-    epochs = {("shuffle window", threads, first): loader(first, threads) for threads in args.threads}
-    epochs |= {("shuffle window", one, size): loader(size, one) for size in others}
-    epochs |= {("shuffle window, unverified", n, first): loader(first, n, verify=False) for n in args.threads}
-    epochs["shuffle none", one, first] = loader(first, one, "none")
-    shuffle: Shuffle
-    for shuffle in ("window", "full"):
-        cached = loader(first, one, shuffle, cache="memory")
-        _epoch(cached)
-        epochs[f"shuffle {shuffle}, cache memory", one, first] = cached
-    contenders = {
+    contenders: dict[Key, Callable[[], object]] = {
         (bare, n, 0): functools.partial(_decode, folder, files, n, verify)
-        for bare, verify in (("bare decoding", True), ("bare decoding, unverified", False))
+        for bare, verify in ((_BARE, True), (f"{_BARE}, unverified", False))
         for n in args.threads
     }
-    contenders |= {key: functools.partial(_epoch, value) for key, value in epochs.items()}
-    rounds = time_rounds({str(key): contender for key, contender in contenders.items()}, args.rounds)
-    seconds = {key: rounds[str(key)] for key in contenders}
+    contenders |= {key: functools.partial(_epoch, value) for key, value in _loaders(args, loader).items()}
+    seconds = time_rounds(contenders, args.rounds)
+    medians = {key: statistics.median(of_rounds) for key, of_rounds in seconds.items()}
     rows = []
-    for key in contenders:
+    for key, of_rounds in seconds.items():
         case, threads, batch_size = key
         extra = {}
         if batch_size:
-            alike = "bare decoding" + (", unverified" if "unverified" in case else "")
-            bare, ours = (median_and_spread(seconds[k])[0] for k in ((alike, threads, 0), key))
-            extra["of_baseline"] = bare / ours
-        if key == ("shuffle window", one, first):
+            alike = f"{_BARE}, unverified" if "unverified" in case else _BARE
+            extra["of_baseline"] = medians[alike, threads, 0] / medians[key]
+        if key == ("shuffle window", args.threads[0], first):
             extra["peak_bytes"] = peak
-        rows.append(_row(case, threads, batch_size, samples, seconds[key], extra))
+        rows.append(_row(key, samples, of_rounds, extra))
     for threads in args.threads:
-        waits = [_first_batch(loader(first, threads)) for _ in range(args.rounds)]
-        rows.append(_row("first batch", threads, first, first, waits, {}))
+        waits = [_first_batch(loader(shuffle="window", batch_size=first, threads=threads)) for _ in range(args.rounds)]
+        rows.append(_row(("first batch", threads, first), first, waits, {}))
     return rows
 
 
-def _row(
-    case: str, threads: int, batch_size: int, samples: int, seconds: list[float], extra: dict[str, float]
-) -> Measurement:
-    median, spread = median_and_spread(seconds)
+_BARE = "bare decoding"
+
+
+def _loaders(args: argparse.Namespace, loader: Callable[..., TrainingLoader]) -> dict[Key, TrainingLoader]:
+    """Return the loaders to time: of every number of threads and batch size, unverified, unshuffled, and cached."""
+    (first, *others), one = args.batch_sizes, args.threads[0]
+    window = functools.partial(loader, shuffle="window")
+    loaders: dict[Key, TrainingLoader] = {
+        ("shuffle window", n, first): window(batch_size=first, threads=n) for n in args.threads
+    }
+    loaders |= {("shuffle window", one, size): window(batch_size=size, threads=one) for size in others}
+    for n in args.threads:
+        loaders["shuffle window, unverified", n, first] = window(batch_size=first, threads=n, verify=False)
+    loaders["shuffle none", one, first] = loader(shuffle="none", batch_size=first, threads=one)
+    for shuffle in ("window", "full"):
+        cached = loader(shuffle=shuffle, batch_size=first, threads=one, cache="memory")
+        _epoch(cached)
+        loaders[f"shuffle {shuffle}, cache memory", one, first] = cached
+    return loaders
+
+
+def _row(key: Key, samples: int, seconds: Sequence[float], extra: Mapping[str, float]) -> Measurement:
+    case, threads, batch_size = key
     words = [case, f"{threads} thread{'s' if threads > 1 else ''}"]
     if batch_size:
         words.append(f"batches of {batch_size:,}")
-    return Measurement(
+    return Measurement.of_rounds(
+        seconds,
         work="loader",
         case=", ".join(words),
         implementation="ours" if batch_size else "baseline",
@@ -130,8 +121,6 @@ def _row(
         precision="32-true",
         batch_size=batch_size,
         samples=samples,
-        median_s=median,
-        spread_s=spread,
         extra={"threads": threads, **extra},
     )
 
@@ -148,7 +137,7 @@ def _first_batch(loader: TrainingLoader) -> float:
 
 
 def _decode(folder: Path, files: tuple[DataFile, ...], threads: int, verify: bool) -> None:
-    """All row groups, each thread every so many of them."""
+    """Decode all row groups; thread i of n takes every n-th row group."""
 
     def decode(mine: list[tuple[DataFile, int]]) -> None:
         parts = {

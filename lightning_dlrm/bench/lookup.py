@@ -3,7 +3,8 @@
 import argparse
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle
 from typing import Any, cast, get_args
 
@@ -11,119 +12,106 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.bench import floors, roofline
-from lightning_dlrm.bench.contenders import PlainBatch, PlainTables, Workload, draw_batch
-from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread, time_rounds, times_as_fast
-from lightning_dlrm.bench.options import add_device_arguments, check, finisher
-from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.bench.contenders import PlainBatch, PlainTables, Workload, draw_batch, repeat
+from lightning_dlrm.bench.measurement import Implementation, Measurement, time_rounds
+from lightning_dlrm.bench.options import DEFAULT, add_device_arguments, add_steps, check
+from lightning_dlrm.bench.step import DRAWN_BATCHES, StepKey, speeds_of_ours
+from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import Kernels, Table
+from lightning_dlrm.contracts.lookup import Table
+from lightning_dlrm.kernels.choice import Kernels
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import RowWiseAdagrad
 from lightning_dlrm.tables.tables import EmbeddingTables
 
 DESCRIPTION = """\
-Times lookup, backward and update of some tables, ids log-uniform (low ones come often), the same in each contender:
+Times lookup, backward and update of embedding tables with log-uniform ids (low ids are frequent), in turns:
   ours      one fused table, row-wise Adagrad, with the kernels of --kernels
   baseline  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.Adagrad
   peer      FBGEMM's table-batched embedding with its fused row-wise Adagrad, where it is installed
             (pip install 'lightning-dlrm[fbgemm]')
 
-With bf16-mixed, vectors become bfloat16 and their gradients come so, as under autocast; tables stay float32.
+With bf16-mixed, vectors and their gradients are bfloat16, as under autocast; tables stay float32.
 
 examples:
   python -m lightning_dlrm bench lookup
   python -m lightning_dlrm bench lookup --bag 1 100 --tables 8 --width 64
 """
 
-_BATCHES = 8
 _LEARNING_RATE = 0.01
 _EPSILON = 1e-8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser)
-    parser.add_argument("--tables", type=int, default=26, metavar="N", help="default: %(default)s")
-    parser.add_argument("--rows", type=int, default=1_000_000, metavar="N", help="of each table (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=16, metavar="D", help="default: %(default)s")
+    parser.add_argument("--tables", type=int, default=26, metavar="N", help=DEFAULT)
+    parser.add_argument("--rows", type=int, default=1_000_000, metavar="N", help=f"rows of each table ({DEFAULT})")
+    parser.add_argument("--width", type=int, default=16, metavar="D", help=DEFAULT)
     parser.add_argument(
         "--bag", type=int, nargs=2, metavar=("MIN", "MAX"), help="ids of a bag, uniform (default: one id each)"
     )
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of a round (default: %(default)s)")
-    parser.add_argument("--kernels", default="auto", choices=get_args(Kernels), help="of ours (default: %(default)s)")
+    add_steps(parser)
+    parser.add_argument("--kernels", default="auto", choices=get_args(Kernels), help=f"kernels of ours ({DEFAULT})")
 
 
 def run(args: argparse.Namespace) -> list[Measurement]:
-    """Times the steps as ``add_arguments`` was told.
+    """Time lookup, backward and update.
 
     Raises:
         UserError: an option is out of range, or there is no such device.
     """
     device = check(args)
     if args.bag is not None and not 0 <= args.bag[0] <= args.bag[1]:
-        raise UserError(f"bench: --bag is {args.bag[0]} {args.bag[1]}; give the fewest ids of a bag, then the most")
+        raise UserError(
+            f"bench lookup: --bag is {args.bag[0]} {args.bag[1]}; give the fewest ids of a bag, then the most"
+        )
     bags = None if args.bag is None else (args.bag[0], args.bag[1])
     workload = Workload(tables=(args.rows,) * args.tables, dense=1, width=args.width, bottom=(args.width,), bags=bags)
-    batches = [draw_batch(workload, args.batch_size, seed) for seed in range(_BATCHES)]
-    ids = [batch.ids.map(lambda tensor: None if tensor is None else tensor.to(device)) for batch in batches]
-    plain = [PlainBatch.of(batch.to(device)).ids for batch in batches]
-    grad = torch.randn(args.batch_size, args.tables, args.width, device=device) * 1e-3
-    finish = finisher(device)
+    batches = [draw_batch(workload, args.batch_size, seed).to(device) for seed in range(DRAWN_BATCHES)]
+    contenders = _contenders(args, workload, batches, device)
+    rates = floors.measure(device, args.precision)
+    print(rates)
+    seconds = time_rounds(contenders, args.rounds, warm_up=1, steps=args.steps)
+    return [
+        Measurement.of_rounds(
+            of_rounds,
+            work="lookup",
+            case=f"{args.tables} x {args.rows:,} x {args.width}, batch {args.batch_size:,}, {precision}, {device}",
+            implementation=name,
+            device=args.device,
+            precision=precision,
+            batch_size=args.batch_size,
+            samples=args.batch_size,
+            floor_s=_floor(workload, batches, rates, precision),
+            extra=speeds_of_ours(name, precision, seconds),
+        )
+        for (name, precision), of_rounds in seconds.items()
+    ]
 
-    def steps(step: Callable[[Any, Tensor], None], source: list[Any], precision: str) -> Callable[[], None]:
-        endless = cycle(source)
-        given = grad.bfloat16() if precision == "bf16-mixed" else grad
 
-        def make() -> None:
-            for _ in range(args.steps):
-                step(next(endless), given)
-            finish()
-
-        return make
-
-    makers: dict[Implementation, tuple[Callable[[Any, Tensor], None], list[Any]]] = {
-        "ours": (_Ours(workload, device, args.kernels), ids),
+def _contenders(
+    args: argparse.Namespace, workload: Workload, batches: Sequence[Batch], device: torch.device
+) -> dict[StepKey, Callable[[], None]]:
+    plain = [PlainBatch.of(batch).ids for batch in batches]
+    makers: dict[Implementation, tuple[Callable[[Tensor, Any], None], list[Any]]] = {
+        "ours": (_Ours(workload, device, args.kernels), [batch.ids for batch in batches]),
         "baseline": (_Plain(workload, device), plain),
     }
     if importlib.util.find_spec("fbgemm_gpu") is not None:
         makers["peer"] = _Fbgemm(workload, device), [_table_major(of_tables) for of_tables in plain]
     else:
-        print("FBGEMM is not installed: not among the contenders")
-    contenders = {
-        (name, precision): steps(step, source, precision)
+        print("FBGEMM is not installed, and not among the contenders")
+    grad = torch.randn(args.batch_size, args.tables, args.width, device=device) * 1e-3
+    grads = {"32-true": grad, "bf16-mixed": grad.bfloat16()}
+    return {
+        (name, precision): repeat(partial(step, grads[precision]), cycle(source), args.steps, device)
         for precision in args.precision
         for name, (step, source) in makers.items()
     }
-    rates = floors.measure(device, args.precision)
-    print(rates)
-    rounds = time_rounds({str(key): work for key, work in contenders.items()}, args.rounds + 1)
-    seconds = {key: [s / args.steps for s in rounds[str(key)][1:]] for key in contenders}
-    rows = []
-    for name, precision in contenders:
-        median, spread = median_and_spread(seconds[name, precision])
-        others = [other for other in makers if other != "ours"] if name == "ours" else []
-        rows.append(
-            Measurement(
-                work="lookup",
-                case=f"{args.tables} x {args.rows:,} x {args.width}, batch {args.batch_size:,}, {precision}, {device}",
-                implementation=name,
-                device=args.device,
-                precision=precision,
-                batch_size=args.batch_size,
-                samples=args.batch_size,
-                median_s=median,
-                spread_s=spread,
-                floor_s=_floor(workload, batches, rates, precision),
-                extra={
-                    f"speed_over_{other}": times_as_fast(seconds[name, precision], seconds[other, precision])
-                    for other in others
-                },
-            )
-        )
-    return rows
 
 
 def _floor(workload: Workload, batches: list[Any], rates: floors.MachineRates, precision: str) -> float:
-    """Of the tables' lookup and backward, and of their rows' update: weights and their accumulators."""
+    """Return the least seconds of lookup and backward, and of the update of rows and their accumulators."""
     tables = roofline.costs(workload, batches, precision)["tables"]
     distinct = sum(roofline.distinct_rows(workload, batch) for batch in batches) / len(batches)
     flops, moved = 5 * distinct * workload.width, distinct * 4 * (3 * workload.width + 2)
@@ -138,7 +126,7 @@ class _Ours:
         rule = RowWiseAdagrad(_LEARNING_RATE, epsilon=_EPSILON)
         self.optimizer = CTROptimizer([], [self.lookup], torch.optim.SGD, rule)
 
-    def __call__(self, ids: SparseIds, grad_BFD: Tensor) -> None:
+    def __call__(self, grad_BFD: Tensor, ids: SparseIds) -> None:
         self.optimizer.zero_grad()
         self.lookup(ids).to(grad_BFD.dtype).backward(grad_BFD)
         self.optimizer.step()
@@ -146,12 +134,12 @@ class _Ours:
 
 class _Plain:
     def __init__(self, workload: Workload, device: torch.device) -> None:
-        # torch advises to check the gradients' ids.
+        # torch warns that it does not check the ids of sparse gradients.
         warnings.filterwarnings("ignore", message="Sparse invariant checks")
         self.tables = PlainTables(workload.tables, workload.width).to(device)
         self.optimizer = torch.optim.Adagrad(self.tables.parameters(), lr=_LEARNING_RATE, eps=_EPSILON)
 
-    def __call__(self, ids: list[tuple[Tensor, Tensor]], grad_BFD: Tensor) -> None:
+    def __call__(self, grad_BFD: Tensor, ids: list[tuple[Tensor, Tensor]]) -> None:
         self.optimizer.zero_grad()
         torch.stack(self.tables(ids), dim=1).to(grad_BFD.dtype).backward(grad_BFD)
         self.optimizer.step()
@@ -178,15 +166,15 @@ class _Fbgemm:
         )
         cast(Any, self.tables).init_embedding_weights_uniform(-1e-3, 1e-3)
 
-    def __call__(self, ids: tuple[Tensor, Tensor], grad_BFD: Tensor) -> None:
+    def __call__(self, grad_BFD: Tensor, ids: tuple[Tensor, Tensor]) -> None:
         values, offsets = ids
-        # Its vectors are [B, F * D]; its backward pass updates the rows.
+        # The vectors are [B, F * D]; the backward pass updates the rows.
         vectors = self.tables(values, offsets)
         vectors.to(grad_BFD.dtype).backward(grad_BFD.view(vectors.shape))
 
 
 def _table_major(of_tables: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """All tables' ids one after the other, and where each bag begins, as FBGEMM reads them."""
+    """Return the ids of all tables one after the other, and the offset of each bag, as FBGEMM takes them."""
     begins, offsets = 0, []
     for values, starts in of_tables:
         offsets.append(starts + begins)

@@ -1,4 +1,4 @@
-"""What a benchmark measures: rounds that alternate between the contenders, the median, a table and JSON rows."""
+"""Timing in rounds that alternate between the contenders, and its results as a table and as JSON rows."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from datamodules.preprocess.inspection import aligned
 from lightning_dlrm.contracts.errors import UserError
@@ -25,69 +25,86 @@ class Measurement:
     work: str
     """The subcommand, such as ``loader``."""
     case: str
-    """What was timed, in a few words."""
+    """What was timed, for people."""
     implementation: Implementation
     device: str
     precision: str
     batch_size: int
-    """Samples of a batch; 0 where there are no batches."""
+    """Samples of a batch; 0 if there are no batches."""
     samples: int
-    """Handled in ``median_s``."""
+    """Number of samples that take ``median_s``."""
     median_s: float
-    """Seconds, the median of the rounds."""
+    """Median of the rounds, seconds."""
     spread_s: float
     """Slowest round minus fastest, seconds."""
     floor_s: float | None = None
-    """The least time that the machine allows, seconds, where it is known."""
+    """Least time that the machine allows, seconds; None if unknown."""
     extra: Mapping[str, float] = field(default_factory=dict)
-    """More figures of this row, such as ``peak_bytes``."""
+    """Further numbers of this row, such as ``peak_bytes``."""
     shown: bool = True
-    """Whether the row is in the table for a terminal too; where not, another table has it."""
+    """Whether the table for a terminal has the row; rows that another table prints are not shown."""
+
+    @classmethod
+    def of_rounds(cls, seconds: Sequence[float], **fields: Any) -> "Measurement":
+        """Return a row with the median and the spread of the seconds of each round, and other fields."""
+        return cls(median_s=statistics.median(seconds), spread_s=max(seconds) - min(seconds), **fields)
 
     @property
     def samples_per_s(self) -> float:
         return self.samples / self.median_s
 
     def row(self) -> dict[str, object]:
-        """The row as JSON has it: one flat object."""
+        """Return the row as one flat JSON object."""
         fields = asdict(self)
         del fields["shown"]
         return {**fields.pop("extra"), **fields, "samples_per_s": self.samples_per_s}
 
 
-def time_rounds(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round.
+Key = TypeVar("Key")
 
-    Every round times all of them, so that what else the machine does meets them alike, and every
-    second round goes backwards, so that none always follows the same one.
+
+def time_rounds(
+    contenders: Mapping[Key, Callable[[], object]], rounds: int, *, warm_up: int = 0, steps: int = 1
+) -> dict[Key, list[float]]:
+    """Time contenders in rounds.
+
+    Every round times all contenders, so that other work on the machine slows all of them down, and every second round
+    goes backwards, so that no contender always follows the same one.
+
+    Args:
+        contenders: name -> what is timed.
+        rounds: number of rounds that count.
+        warm_up: number of rounds before them that do not count.
+        steps: number of equal steps that a contender makes in a round.
+
+    Returns:
+        Name -> seconds of one step in each round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_ in range(rounds):
+    seconds: dict[Key, list[float]] = {name: [] for name in contenders}
+    for round_ in range(warm_up + rounds):
         for name in list(contenders)[:: 1 if round_ % 2 == 0 else -1]:
             start = time.perf_counter()
             contenders[name]()
-            seconds[name].append(time.perf_counter() - start)
+            if round_ >= warm_up:
+                seconds[name].append((time.perf_counter() - start) / steps)
     return seconds
 
 
-def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
-    """The two figures that a row keeps of its rounds."""
-    return statistics.median(seconds), max(seconds) - min(seconds)
-
-
 def times_as_fast(seconds: Sequence[float], other: Sequence[float]) -> float:
-    """How many times the other's time this one's goes into: the median of the rounds' quotients. What a machine has
-    beside a benchmark changes from minute to minute, and meets both of a round alike."""
+    """Return how many times the first contender's time fits into the other's: the median of the rounds' quotients.
+
+    What else a machine does changes from minute to minute, and slows both times of a round down alike.
+    """
     return statistics.median(theirs / ours for ours, theirs in zip(seconds, other, strict=True))
 
 
 def peak_bytes() -> int:
-    """The most resident memory that this process has had so far."""
+    """Return the peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def render(rows: Sequence[Measurement]) -> str:
-    """The rows as a table for a terminal."""
+    """Return the rows as a table for a terminal."""
     cells = [("case", "implementation", "median", "spread", "samples/s", "floor", "x floor", "")]
     for row in (row for row in rows if row.shown):
         floor, ratio = "", ""
@@ -109,7 +126,7 @@ def render(rows: Sequence[Measurement]) -> str:
 
 
 def write_json(rows: Sequence[Measurement], path: Path) -> None:
-    """Writes the rows as a list of flat objects.
+    """Write the rows as a list of flat objects.
 
     Raises:
         UserError: the file cannot be written.
@@ -121,7 +138,7 @@ def write_json(rows: Sequence[Measurement], path: Path) -> None:
 
 
 def machine() -> str:
-    """The processor, its cores for this process, memory, and the versions that matter; one line."""
+    """Return one line with the processor, the cores of this process, the memory, and versions of packages."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "pytorch-lightning", "pyarrow", "numpy"))
@@ -146,7 +163,7 @@ def _version(package: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Three digits and a unit."""
+    """Return a time with three digits and a unit."""
     if seconds >= 1:
         return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"

@@ -1,26 +1,22 @@
 """``bench paper``: the single-socket benchmark of Naumov et al. 2019, section 5.2, by operator and as a roofline."""
 
 import argparse
-import contextlib
 import statistics
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from datamodules.preprocess.inspection import aligned
-from lightning_dlrm.bench import floors, peer, roofline, step
-from lightning_dlrm.bench.contenders import OurStep, PlainBatch, PlainStep, Workload, draw_batch, paper, plain_network
+from lightning_dlrm.bench import floors, roofline, step
+from lightning_dlrm.bench.breakdown import Times, by_part, mark, marked_parts, profile_steps
+from lightning_dlrm.bench.contenders import draw_batch, paper
 from lightning_dlrm.bench.figures import check_figure, draw_breakdown, draw_roofline
-from lightning_dlrm.bench.measurement import Implementation, Measurement, duration, median_and_spread
-from lightning_dlrm.bench.options import add_device_arguments, add_peer_arguments, check
+from lightning_dlrm.bench.measurement import Measurement, duration
+from lightning_dlrm.bench.options import DEFAULT, add_device_arguments, add_max_rows, add_peer_python, check
 from lightning_dlrm.bench.roofline import Part
-from lightning_dlrm.bench.timeline import Timeline
+from lightning_dlrm.bench.step import StepKey
 from lightning_dlrm.contracts.errors import UserError
 
 DESCRIPTION = """\
@@ -29,8 +25,11 @@ bottom MLP 512-512-64, top MLP 1024-1024-1024-1, 1,000 batches of 2,048, plain S
 62 s on a V100. Prints
 
   - the total time of ours, a plain baseline and, with --peer, facebookresearch/dlrm, in turns;
-  - a step by operator, measured apart with marks between them (on a CUDA device, of the eager step);
-  - for each part of the model its operations, memory traffic, what bounds it here, and how near it comes to that.
+  - a step by operator, measured separately with PyTorch's profiler (on a CUDA device, the time of kernels);
+  - for each part of the model its operations, memory traffic, what bounds it here, and its share of that bound.
+
+With --max-rows, or another batch size, this is no longer the published benchmark, and no time for 1,000 batches is
+given; the time for 1,000 batches is projected if --batches is less.
 
 examples:
   python -m lightning_dlrm bench paper --batches 100 --precision 32-true bf16-mixed --plot paper.png
@@ -45,160 +44,138 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
     "MLP": ("bottom MLP forward", "bottom MLP backward", "top MLP forward", "top MLP backward"),
     "interaction": ("interaction forward", "interaction backward"),
     "loss": ("loss",),
-    "optimiser": ("update",),
+    "optimizer": ("update",),
 }
-"""Operator -> the labels of a timeline that it is made of."""
+"""Operator -> the parts of a step that it consists of: see ``breakdown.marked_parts``."""
 
-_PUBLISHED_BATCHES = 1000
-_BATCHES = 8
+_PUBLISHED_BATCHES, _PUBLISHED_BATCH_SIZE = 1000, 2048
+
+Profile = Mapping[str, Sequence[float]]
+"""Part of a step -> its seconds in each step."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser)
     parser.add_argument(
-        "--batches", type=int, default=_PUBLISHED_BATCHES, metavar="N", help="in all rounds (default: %(default)s)"
+        "--batches",
+        type=int,
+        default=_PUBLISHED_BATCHES,
+        metavar="N",
+        help=f"batches of all rounds ({DEFAULT})",
     )
-    parser.add_argument("--max-rows", type=int, default=2**31 - 1, metavar="N", help="cap of a table's rows")
+    add_max_rows(parser)
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw the operators there, and the roofline beside it, its name with -roofline; .png, .pdf or .svg",
+        help="draw the operators in this .png, .pdf or .svg, and the roofline beside it with -roofline in its name",
     )
-    add_peer_arguments(parser)
+    add_peer_python(parser)
 
 
 def run(args: argparse.Namespace) -> list[Measurement]:
-    """Times the benchmark as ``add_arguments`` was told.
+    """Time the benchmark.
 
     Raises:
         UserError: an option is out of range, there is no such device, or the peer fails.
     """
     device = check(args)
     if args.batches < args.rounds:
-        raise UserError(f"--batches is {args.batches} and --rounds {args.rounds}: give as many batches at least")
+        raise UserError(f"--batches is {args.batches} and --rounds {args.rounds}: give at least as many batches")
     if args.plot is not None:
         check_figure(args.plot)
     workload = paper(args.max_rows)
-    batches = [draw_batch(workload, args.batch_size, seed) for seed in range(_BATCHES)]
+    title = "DLRM paper, section 5.2"
+    if workload != paper():
+        title += f", tables cut to {args.max_rows:,} rows"
+    published = workload == paper() and args.batch_size == _PUBLISHED_BATCH_SIZE
+    batches = [draw_batch(workload, args.batch_size, seed) for seed in range(step.DRAWN_BATCHES)]
     if device.type == "cuda":
         batches = [batch.pin_memory() for batch in batches]
-    args.model, args.steps = "paper", args.batches // args.rounds
-    with contextlib.ExitStack() as stack:
-        makers = _makers(args, workload, device)
-        contenders: dict[tuple[Implementation, str], Callable[[], object]] = {
-            (name, precision): step.repeat(args, make, list(map(prepare, batches)), device)
-            for (name, precision), (make, prepare) in makers.items()
-        }
-        if args.peer is not None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-paper-")))
-            contenders["peer", "32-true"] = partial(
-                stack.enter_context(peer.step_worker(args, workload, batches, folder)), args.steps
-            )
-        rates = floors.measure(device, args.precision)
-        totals = step.measure(args, workload, batches, contenders, device, rates)
-    totals = [
-        replace(
-            row,
-            work="paper",
-            case=f"a batch of {args.batch_size:,}, {row.precision}, {args.device}",
-            extra={f"seconds_for_{_PUBLISHED_BATCHES}": row.median_s * _PUBLISHED_BATCHES, **row.extra},
-        )
-        for row in totals
-    ]
-    profiles = {
-        key: _profile(make, list(map(prepare, batches)), device, args.rounds) for key, (make, prepare) in makers.items()
-    }
+    steps = step.make_steps(args, workload, batches, device)
+    rates = floors.measure(device, args.precision)
+    count = args.batches // args.rounds
+    totals = step.time_steps(args, title, workload, batches, steps, count, rates)
+    if published:
+        name = "seconds_for_1000" if args.batches >= _PUBLISHED_BATCHES else "projected_seconds_for_1000"
+        totals = [replace(row, extra={name: row.median_s * _PUBLISHED_BATCHES, **row.extra}) for row in totals]
+    profiles: dict[StepKey, Profile] = {}
+    for key, (contender, given) in steps.items():
+        some = list(islice(cycle(given), args.rounds + 1))
+
+        def make(number: int, contender: Any = contender, some: Sequence[Any] = some) -> None:
+            contender(some[number], mark)
+
+        with marked_parts(contender.network):
+            # The first step warms up.
+            profiles[key] = _profile(profile_steps(make, len(some), device)[1:])
     costs = {precision: roofline.costs(workload, batches, precision) for precision in args.precision}
     print(render_operators(profiles))
     print(render_roofline(profiles, costs, rates))
     if args.plot is not None:
-        operators = {key: _by_operator(profile) for key, profile in profiles.items()}
-        draw_breakdown(
-            {f"{name}, {precision}": o for (name, precision), o in operators.items()}, args.device, args.plot
-        )
+        columns = {f"{name}, {precision}": _medians(profile) for (name, precision), profile in profiles.items()}
+        draw_breakdown(columns, args.device, title, args.plot)
         second = args.plot.with_stem(args.plot.stem + "-roofline")
-        draw_roofline({p: _parts(profiles["ours", p], costs[p]) for p in args.precision}, rates, second)
+        draw_roofline({p: _parts(profiles["ours", p], costs[p]) for p in args.precision}, rates, title, second)
         print(f"figures: {args.plot}, {second}")
-    return totals + [
-        _operator_row(args, key, operator, seconds)
-        for key, profile in profiles.items()
-        for operator, seconds in _by_operator(profile, every=True).items()
-    ]
+    return totals + _operator_rows(args, profiles)
 
 
-Profile = Mapping[str, Sequence[float]]
-"""Label of a timeline -> its seconds in each step."""
+def _profile(steps: Sequence[Times]) -> Profile:
+    parts = [by_part(times) for times in steps]
+    return {part: [of_step.get(part, 0.0) for of_step in parts] for part in parts[0]}
 
 
-def _makers(
-    args: argparse.Namespace, workload: Workload, device: torch.device
-) -> dict[tuple[Implementation, str], tuple[Any, Callable[[Any], Any]]]:
-    """The steps, and what makes of a batch what they take."""
-    network, plain = workload.network().to(device), plain_network(workload).to(device)
-    makers: dict[tuple[Implementation, str], tuple[Any, Callable[[Any], Any]]] = {}
-    for precision in args.precision:
-        makers["ours", precision] = (
-            OurStep(network, precision, device, graphs=device.type == "cuda"),
-            lambda batch: batch,
-        )
-        makers["baseline", precision] = PlainStep(plain, precision, device), PlainBatch.of
-    return makers
+def _by_operator(profile: Profile) -> dict[str, list[float]]:
+    """Operator -> its seconds in each step."""
+    return {operator: _summed(profile, parts) for operator, parts in OPERATORS.items()}
 
 
-def _profile(make: Any, batches: Sequence[Any], device: torch.device, rounds: int) -> Profile:
-    """Each label's seconds in each of some steps, after a first one that does not count."""
-    timeline = Timeline(make.network, device)
-    steps: list[dict[str, float]] = []
-    for batch, _ in zip(cycle(batches), range(rounds + 1), strict=False):
-        make(batch, timeline.mark)
-        steps.append(timeline.take())
-    timeline.close()
-    return {label: [of_step.get(label, 0.0) for of_step in steps[1:]] for label in steps[1]}
+def _medians(profile: Profile) -> dict[str, float]:
+    """Operator -> median seconds of a step."""
+    return {operator: statistics.median(seconds) for operator, seconds in _by_operator(profile).items()}
 
 
-def _by_operator(profile: Profile, every: bool = False) -> dict[str, Any]:
-    """Operator -> median seconds of a step, or the seconds of every step."""
-    sums = {
-        operator: [sum(values) for values in zip(*(profile[label] for label in labels), strict=True)]
-        for operator, labels in OPERATORS.items()
-    }
-    return sums if every else {operator: statistics.median(values) for operator, values in sums.items()}
+def _summed(profile: Profile, parts: Sequence[str]) -> list[float]:
+    return [sum(values) for values in zip(*(profile[part] for part in parts), strict=True)]
 
 
 def _parts(profile: Profile, costs: Mapping[Part, roofline.Cost]) -> dict[Part, tuple[roofline.Cost, float]]:
-    """Each part's cost and the median seconds that it took."""
-    labels = {part: (f"{part} forward", f"{part} backward") for part in costs} | {"update": ("update",)}
+    """Part of the model -> its cost, and the median seconds of its forward and backward pass."""
     return {
         part: (
             cost,
-            statistics.median(sum(values) for values in zip(*(profile[name] for name in labels[part]), strict=True)),
+            statistics.median(
+                _summed(profile, ("update",) if part == "update" else (f"{part} forward", f"{part} backward"))
+            ),
         )
         for part, cost in costs.items()
     }
 
 
-def _operator_row(
-    args: argparse.Namespace, key: tuple[Implementation, str], operator: str, seconds: list[float]
-) -> Measurement:
-    median, spread = median_and_spread(seconds)
-    return Measurement(
-        work="paper",
-        case=f"{operator}, {key[1]}, {args.device}",
-        implementation=key[0],
-        device=args.device,
-        precision=key[1],
-        batch_size=args.batch_size,
-        samples=args.batch_size,
-        median_s=max(median, 1e-9),
-        spread_s=spread,
-        shown=False,
-    )
+def _operator_rows(args: argparse.Namespace, profiles: Mapping[StepKey, Profile]) -> list[Measurement]:
+    rows = []
+    for (implementation, precision), profile in profiles.items():
+        for operator, seconds in _by_operator(profile).items():
+            row = Measurement.of_rounds(
+                seconds,
+                work="paper",
+                case=f"{operator}, {precision}, {args.device}",
+                implementation=implementation,
+                device=args.device,
+                precision=precision,
+                batch_size=args.batch_size,
+                samples=args.batch_size,
+                shown=False,
+            )
+            # An operator that takes no time would have an infinite rate.
+            rows.append(replace(row, median_s=max(row.median_s, 1e-9)))
+    return rows
 
 
-def render_operators(profiles: Mapping[tuple[Implementation, str], Profile]) -> str:
-    """Milliseconds of a step by operator, a column for each contender."""
-    columns = {key: _by_operator(profile) for key, profile in profiles.items()}
+def render_operators(profiles: Mapping[StepKey, Profile]) -> str:
+    """Return a table of the time of a step by operator, with a column for each contender."""
+    columns = {key: _medians(profile) for key, profile in profiles.items()}
     cells = [("operator", *(f"{name} {precision}" for name, precision in columns))]
     for operator in OPERATORS:
         sums = {key: sum(column.values()) for key, column in columns.items()}
@@ -213,11 +190,11 @@ def render_operators(profiles: Mapping[tuple[Implementation, str], Profile]) -> 
 
 
 def render_roofline(
-    profiles: Mapping[tuple[Implementation, str], Profile],
+    profiles: Mapping[StepKey, Profile],
     costs: Mapping[str, Mapping[Part, roofline.Cost]],
     rates: floors.MachineRates,
 ) -> str:
-    """What bounds each part of ours, and the share that it reaches of what the bound allows."""
+    """Return a table of what bounds each part of ours, and the share of that bound that it reaches."""
     cells = [("part of ours", "precision", "MFLOP", "MB", "FLOP/byte", "bound by", "floor", "takes", "reaches")]
     for precision, of_parts in costs.items():
         for part, (cost, seconds) in _parts(profiles["ours", precision], of_parts).items():

@@ -1,4 +1,4 @@
-"""facebookresearch/dlrm as a contender: its network and its whole program, each in a process of its own."""
+"""facebookresearch/dlrm as a contender: its network, and its whole program, each in another process."""
 
 import argparse
 import json
@@ -55,8 +55,8 @@ _STEP = """
                 break
 """
 
-# Its loop as it is; the optimiser's step, which ends an iteration, is where it can be stopped, and the time of its
-# loader is told apart.
+# The program's own loop, unchanged: the gate is in the optimizer's step, which ends an iteration, and the time of the
+# loader is measured separately.
 _FIT = """
     import time
     from torch.utils.data import dataloader
@@ -84,13 +84,13 @@ _FIT = """
 
 
 def step_worker(args: argparse.Namespace, workload: Workload, batches: Sequence[Batch], folder: Path) -> Worker:
-    """Trains its network on batches in memory, over and over, with its loss and plain SGD.
+    """Start a worker that trains the peer's network on batches in memory, repeatedly, with its loss and plain SGD.
 
     Args:
-        folder: an empty one, for the batches.
+        folder: empty folder for the batches.
 
     Raises:
-        UserError: it fails.
+        UserError: the program fails.
     """
     plain = [PlainBatch.of(batch) for batch in batches]
     torch.save([(b.dense, *_stacked(b), b.label[:, None]) for b in plain], folder / "batches.pt")
@@ -108,15 +108,15 @@ def step_worker(args: argparse.Namespace, workload: Workload, batches: Sequence[
 
 
 def fit_worker(args: argparse.Namespace, workload: Workload, batches: Sequence[Batch], folder: Path) -> Worker:
-    """Runs its whole program on the given rows, as its ``bench/dlrm_s_criteo_kaggle.sh`` does.
+    """Start a worker that runs the peer's whole program, with the options of its ``bench/dlrm_s_criteo_kaggle.sh``.
 
     Args:
-        workload: of Kaggle's shape: 13 dense features, 26 tables of one id each.
-        batches: the rows that it trains on, of any batch size; it goes through them over and over.
-        folder: an empty one, for the rows as it reads them.
+        workload: workload of Kaggle's shape: 13 dense features, 26 tables of one id each.
+        batches: rows to train on repeatedly, in batches of any size.
+        folder: empty folder for the rows in the peer's format.
 
     Raises:
-        UserError: it fails.
+        UserError: the program fails, or cannot read such data.
     """
     if (workload.dense, len(workload.tables)) != (13, 26) or any(batch.ids.offsets is not None for batch in batches):
         raise UserError(
@@ -133,7 +133,7 @@ def fit_worker(args: argparse.Namespace, workload: Workload, batches: Sequence[B
         y=label.astype(np.int32),
         counts=np.array(workload.tables),
     )
-    # Days; it trains on all but the last one.
+    # Rows of each day; the program trains on all days but the last.
     rows = len(label) - 2
     np.savez(folder / "train_day_count.npz", total_per_file=np.array([rows, 0, 0, 0, 0, 0, 2]))
     arguments = {
@@ -162,7 +162,7 @@ def _worker(args: argparse.Namespace, program: str, settings: dict[str, object],
 
 
 def _stacked(batch: PlainBatch) -> tuple[object, object]:
-    """Starts and ids of all tables; as one tensor each where the bags allow it, as its loader has them."""
+    """Return offsets and ids of all tables: one tensor each if all tables have as many ids, as in the peer's loader."""
     starts, ids = [starts for _, starts in batch.ids], [ids for ids, _ in batch.ids]
     if len({len(values) for values in ids}) > 1:
         return starts, ids

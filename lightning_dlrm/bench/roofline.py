@@ -1,8 +1,8 @@
 """What the parts of a model cost: operations, memory traffic, and the least time of both on this machine.
 
-A multiply-add counts two operations, an addition one. Traffic is what has to pass between processor and memory at
-least: every weight, activation and gradient once each time a pass reads or writes it, and of the tables only the
-distinct rows of the batch. Caches may keep some of it, so a small part can be faster than its "floor".
+A multiply-add counts two operations, an addition one. Traffic is the least that passes between processor and memory:
+every parameter, activation and gradient once for each pass that reads or writes it, and of the tables the distinct rows
+of the batch. Caches may hold some of it, so a small part can be faster than its floor.
 """
 
 import itertools
@@ -20,19 +20,19 @@ Part = Literal["tables", "bottom MLP", "interaction", "top MLP", "update"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 _EXACT = 4
-"""Bytes of a weight, of its gradient, and of a looked-up vector, in either precision."""
+"""Bytes of an element of parameters, their gradients, and looked-up vectors, in either precision."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training step."""
+    """Operations and memory traffic of one training step."""
 
     flops: float
     bytes: float
 
     @property
     def intensity(self) -> float:
-        """Operations for each byte."""
+        """Operations per byte."""
         return self.flops / self.bytes
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -40,7 +40,7 @@ class Cost:
 
 
 def costs(workload: Workload, batches: Sequence[Batch], precision: str) -> dict[Part, Cost]:
-    """What each part of a model costs in one step with plain SGD, forward and backward, on average over batches."""
+    """Return the cost of each part of a model in a step with plain SGD, forward and backward: the mean over batches."""
     each = [_costs(workload, batch, precision) for batch in batches]
     count = len(each)
     return {
@@ -50,13 +50,13 @@ def costs(workload: Workload, batches: Sequence[Batch], precision: str) -> dict[
 
 
 def floor(workload: Workload, batches: Sequence[Batch], rates: MachineRates, precision: str) -> float:
-    """Seconds that a step takes at least: its parts one after the other."""
+    """Return the least seconds of a step, whose parts run one after the other."""
     return sum(rates.floor(c.flops, c.bytes, precision) for c in costs(workload, batches, precision).values())
 
 
 def distinct_rows(workload: Workload, batch: Batch) -> int:
-    """Rows of all tables that a batch looks up, each counted once."""
-    starts = torch.tensor([0, *itertools.accumulate(workload.tables)][:-1])
+    """Return the number of distinct rows that a batch looks up in all tables."""
+    starts = torch.tensor([0, *itertools.accumulate(workload.tables)][:-1], device=batch.ids.values.device)
     table_of_each = batch.ids.bag_of_each() % len(workload.tables)
     return len(torch.unique(batch.ids.values.view(-1) + starts[table_of_each]))
 
@@ -93,7 +93,11 @@ def _costs(workload: Workload, batch: Batch, precision: str) -> dict[Part, Cost]
 
 
 def _mlp(widths: Sequence[int], size: int, number: int) -> Cost:
-    """Forward: inputs and weights to outputs. Backward: outputs' gradients and both again to both their gradients."""
+    """Return the cost of an MLP.
+
+    Forward reads inputs and weights and writes outputs. Backward reads both and the outputs' gradients, and writes the
+    gradients of both.
+    """
     flops = moved = 0
     for width_in, width_out in itertools.pairwise(widths):
         flops += 6 * size * width_in * width_out
@@ -102,7 +106,7 @@ def _mlp(widths: Sequence[int], size: int, number: int) -> Cost:
 
 
 def _weights(workload: Workload) -> int:
-    """Dense weights, biases left out."""
+    """Return the number of dense weights without biases."""
     joined = len(workload.tables) + 1
     if workload.model == "dlrm":
         chains: tuple[tuple[int, ...], ...] = (

@@ -14,9 +14,10 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_dlrm.bench.measurement import Measurement, median_and_spread
+from lightning_dlrm.bench.contenders import kaggle
+from lightning_dlrm.bench.measurement import Measurement
+from lightning_dlrm.bench.options import DEFAULT, add_max_rows, add_rounds, add_steps, check_numbers
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dlrm import DLRM
@@ -31,17 +32,17 @@ from lightning_dlrm.tables.host_tables import HostTables
 from lightning_dlrm.tables.tables import EmbeddingTables, rows_elsewhere
 
 DESCRIPTION = """\
-Times whole training steps of the paper's DLRM at Kaggle's table sizes (540 million parameters), on several processes
-of this machine over gloo, plain SGD, drawn ids (cube-skewed), the same slices for each contender:
+Times whole training steps of the paper's DLRM at Kaggle's table sizes (540 million parameters) with plain SGD, in
+several processes on this machine over gloo. Ids are skewed, and the contenders have the same slices:
 
   ours      tables in pieces on all ranks, dense layers under DDP
   baseline  every rank has all tables: one fused nn.EmbeddingBag(sparse=True) under DDP, which exchanges the sparse
             gradients, and torch.optim.SGD
-  peer      every rank has all tables, and their gradients are not exchanged at all: trains wrongly, but no right way
+  peer      every rank has all tables, and table gradients are not exchanged: the result is wrong, but no correct way
             with copied tables can be faster
-  host      with --host: ours, but rows stay in host memory, are copied to the device for each batch, and back after
-            its update. Here the device is the CPU itself, so that this shows what the copies and their bookkeeping cost
-            where no bus is slower than the memory and nothing computes beside it; on a GPU they run beside its work
+  host      with --host: ours with rows in host memory, which are copied to the device for each batch, and back after
+            the update. The device is the CPU itself, so this is the cost of the copies without a bus and without
+            overlap; on a GPU they overlap with its work
 
 examples:
   python -m lightning_dlrm bench sharding
@@ -49,57 +50,47 @@ examples:
   python -m lightning_dlrm bench sharding --ranks 1 --threads 2 --host
 """
 
-_KAGGLE = (
-    *(1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306, 10, 5652),
-    *(2173, 4, 7046547, 18, 15, 286181, 105, 142572),
-)
 _BATCHES = 8
 _WIDTH = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each process (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=2048, metavar="N", help="global (default: %(default)s)")
-    parser.add_argument("--max-rows", type=int, default=max(_KAGGLE), metavar="N", help="cap of a table's rows")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of a round (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help=f"processes ({DEFAULT})")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help=f"threads of each process ({DEFAULT})")
+    parser.add_argument("--batch-size", type=int, default=2048, metavar="N", help=f"global batch ({DEFAULT})")
+    add_max_rows(parser)
+    add_steps(parser)
     parser.add_argument("--host", action="store_true", help="time tables in host memory too")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="the median counts (default: %(default)s)")
+    add_rounds(parser)
 
 
 def run(args: argparse.Namespace) -> list[Measurement]:
-    """Times the steps as ``add_arguments`` was told.
+    """Time the steps.
 
     Raises:
         UserError: an option is out of range.
     """
-    for name in ("ranks", "threads", "batch_size", "max_rows", "steps", "rounds"):
-        if getattr(args, name) < 1:
-            raise UserError(f"bench sharding: --{name.replace('_', '-')} is {getattr(args, name)}; give 1 or more")
+    check_numbers(args)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
     torch.multiprocessing.spawn(_measure, (vars(args), address, results), nprocs=args.ranks)
     seconds, held = results.get()
-    rows = []
-    for name, of_rounds in seconds.items():
-        median, spread = median_and_spread(of_rounds)
-        rows.append(
-            Measurement(
-                work="sharding",
-                case=f"{args.ranks} ranks x {args.threads} threads, batch {args.batch_size:,}, DLRM",
-                implementation=name,
-                device="cpu",
-                precision="32-true",
-                batch_size=args.batch_size,
-                samples=args.batch_size * args.steps,
-                median_s=median,
-                spread_s=spread,
-                extra={"table_bytes_per_rank": held[name]},
-            )
+    return [
+        Measurement.of_rounds(
+            of_rounds,
+            work="sharding",
+            case=f"{args.ranks} ranks x {args.threads} threads, batch {args.batch_size:,}, DLRM",
+            implementation=name,
+            device="cpu",
+            precision="32-true",
+            batch_size=args.batch_size,
+            samples=args.batch_size * args.steps,
+            extra={"table_bytes_per_rank": held[name]},
         )
-    return rows
+        for name, of_rounds in seconds.items()
+    ]
 
 
 def _measure(rank: int, options: dict[str, Any], address: str, results: Any) -> None:
@@ -107,14 +98,14 @@ def _measure(rank: int, options: dict[str, Any], address: str, results: Any) -> 
     dist.init_process_group(
         "gloo", init_method=address, rank=rank, world_size=options["ranks"], timeout=timedelta(minutes=5)
     )
-    tables = {f"C{i}": min(rows, options["max_rows"]) for i, rows in enumerate(_KAGGLE, start=1)}
+    tables = dict(kaggle(options["max_rows"]).features.tables)
     batches = [_slice(tables, options, rank, index) for index in range(_BATCHES)]
     steps: dict[str, Callable[[tuple[Tensor, SparseIds, Tensor], SparseIds], None]] = {}
     held: dict[str, int] = {}
     for name in ("ours", "baseline", "peer", *(["host"] if options["host"] else [])):
         steps[name], held[name] = _contender(name, tables, options)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    # The first round is for warming up.
+    # The first round warms up.
     for round_ in range(options["rounds"] + 1):
         for name in list(steps)[:: 1 if round_ % 2 == 0 else -1]:
             dist.barrier()
@@ -130,7 +121,7 @@ def _measure(rank: int, options: dict[str, Any], address: str, results: Any) -> 
 
 
 def _slice(tables: dict[str, int], options: dict[str, Any], rank: int, index: int) -> tuple[Tensor, SparseIds, Tensor]:
-    """This rank's slice of a drawn batch: dense values, ids, labels."""
+    """Return this rank's slice of a drawn batch: dense values, ids, labels."""
     generator = torch.Generator().manual_seed(index * options["ranks"] + rank)
     size = options["batch_size"] * (rank + 1) // options["ranks"] - options["batch_size"] * rank // options["ranks"]
     sizes = torch.tensor(list(tables.values()))
@@ -142,7 +133,7 @@ def _slice(tables: dict[str, int], options: dict[str, Any], rank: int, index: in
 def _contender(
     name: str, tables: dict[str, int], options: dict[str, Any]
 ) -> tuple[Callable[[tuple[Tensor, SparseIds, Tensor], SparseIds], None], int]:
-    """What trains one step on a slice, hearing of the next one's ids, and the bytes of tables that this rank holds."""
+    """Return a function that trains on a slice and prefetches the next one, and the bytes of this rank's tables."""
     with rows_elsewhere():
         network = DLRM(Features(dense=13, tables=tables), seed=1, embedding_dim=_WIDTH)
     (owner,) = [module for module in network.modules() for child in module.children() if _is_tables(child)]
@@ -181,8 +172,7 @@ def _contender(
 
     def step(batch: tuple[Tensor, SparseIds, Tensor], upcoming: SparseIds) -> None:
         dense, ids, label = batch
-        # As the stream does.
-        network.announce(upcoming)
+        network.prefetch(upcoming)
         loss = nn.functional.binary_cross_entropy_with_logits(wrapped(dense, ids), label, reduction="sum") * factor
         optimizer.zero_grad()
         loss.backward()
@@ -196,7 +186,7 @@ def _is_tables(module: nn.Module) -> bool:
 
 
 class _EmbeddingBag(nn.Module):
-    """All tables in one nn.EmbeddingBag with sparse gradients, as torch offers it."""
+    """All tables in one nn.EmbeddingBag with sparse gradients."""
 
     LOOKS_AHEAD = False
     offsets: Tensor

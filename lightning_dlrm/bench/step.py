@@ -21,21 +21,29 @@ from lightning_dlrm.bench.contenders import (
     kaggle,
     paper,
     plain_network,
+    repeat,
 )
-from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread, time_rounds, times_as_fast
-from lightning_dlrm.bench.options import add_device_arguments, add_peer_arguments, check, finisher
+from lightning_dlrm.bench.measurement import Implementation, Measurement, time_rounds, times_as_fast
+from lightning_dlrm.bench.options import (
+    DEFAULT,
+    add_device_arguments,
+    add_max_rows,
+    add_peer_python,
+    add_steps,
+    check,
+)
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 
 DESCRIPTION = """\
-Times whole training steps, plain SGD for all weights, on the same drawn batches that are in memory (on the device)
-already, in turns:
-  ours      the step of fit, without Lightning; on a CUDA device as under model.cuda_graphs
+Times whole training steps with plain SGD for all parameters. All contenders train on the same drawn batches, which are
+in memory (on the device) already, in turns:
+  ours      the step of fit, without Lightning
   baseline  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, an eager loop
   peer      with --peer, the network and loss of a checkout of facebookresearch/dlrm, in float32
 
-The floor is the sum over the model's parts of what their operations or their memory traffic take at least, at rates
-measured in the same run.
+The floor is a sum over the parts of the model: the least time that the operations or the memory traffic of each part
+take, at rates measured in the same run.
 
 examples:
   python -m lightning_dlrm bench step --precision 32-true bf16-mixed
@@ -49,7 +57,10 @@ MODELS: Mapping[str, Callable[[int | None], Workload]] = {
     "dcn_v2": partial(kaggle, model="dcn_v2"),
     "paper": paper,
 }
-_BATCHES = 8
+DRAWN_BATCHES = 8
+
+StepKey = tuple[Implementation, str]
+"""Implementation and precision of a contender."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,15 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="dlrm",
         choices=MODELS,
         help="dlrm, dcn, dcn_v2: at Kaggle's table sizes, log-uniform ids; paper: section 5.2 of Naumov et al. 2019 "
-        "(default: %(default)s)",
+        f"({DEFAULT})",
     )
-    parser.add_argument("--max-rows", type=int, default=2**31 - 1, metavar="N", help="cap of a table's rows")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of a round (default: %(default)s)")
-    add_peer_arguments(parser)
+    add_max_rows(parser)
+    add_steps(parser)
+    add_peer_python(parser)
 
 
 def run(args: argparse.Namespace) -> list[Measurement]:
-    """Times the steps as ``add_arguments`` was told.
+    """Time the steps.
 
     Raises:
         UserError: an option is out of range, there is no such device, or the peer fails.
@@ -76,86 +87,85 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     workload = MODELS[args.model](args.max_rows)
     if args.peer is not None and workload.model != "dlrm":
         raise UserError(f"--peer has DLRM only; leave it out for --model {args.model}")
-    batches = [draw_batch(workload, args.batch_size, seed) for seed in range(_BATCHES)]
+    batches = [draw_batch(workload, args.batch_size, seed).to(device) for seed in range(DRAWN_BATCHES)]
+    steps = make_steps(args, workload, batches, device)
+    rates = floors.measure(device, args.precision)
+    return time_steps(args, args.model, workload, batches, steps, args.steps, rates)
+
+
+def make_steps(
+    args: argparse.Namespace, workload: Workload, batches: Sequence[Batch], device: torch.device
+) -> dict[StepKey, tuple[Any, list[Any]]]:
+    """Return our steps and the baseline's in every precision, each with the batches that it takes.
+
+    The steps of an implementation share one network.
+    """
+    network, plain = workload.network().to(device), plain_network(workload).to(device)
+    plain_batches = [PlainBatch.of(batch) for batch in batches]
+    steps: dict[StepKey, tuple[Any, list[Any]]] = {}
+    for precision in args.precision:
+        steps["ours", precision] = OurStep(network, precision, device), list(batches)
+        steps["baseline", precision] = PlainStep(plain, precision, device), plain_batches
+    return steps
+
+
+def time_steps(
+    args: argparse.Namespace,
+    case: str,
+    workload: Workload,
+    batches: Sequence[Batch],
+    steps: Mapping[StepKey, tuple[Any, list[Any]]],
+    count: int,
+    rates: floors.MachineRates,
+) -> list[Measurement]:
+    """Time our steps, the baseline's, and with ``--peer`` the peer's.
+
+    Args:
+        args: options: device, batch size, rounds, peer; ``work`` is the name in the rows.
+        case: what is timed, for the rows.
+        workload: model and shape of the batches.
+        batches: batches of all contenders.
+        steps: see ``make_steps``.
+        count: steps of a round.
+        rates: rates of the machine, for the floor.
+    """
+    print(rates)
+    device = torch.device(args.device)
+    contenders = {key: repeat(step, cycle(given), count, device) for key, (step, given) in steps.items()}
     with contextlib.ExitStack() as stack:
-        contenders = _contenders(args, workload, batches, device)
         if args.peer is not None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-step-")))
             worker = stack.enter_context(peer.step_worker(args, workload, batches, folder))
-            contenders["peer", "32-true"] = partial(worker, args.steps)
-        return measure(args, workload, batches, contenders, device, floors.measure(device, args.precision))
-
-
-def measure(
-    args: argparse.Namespace,
-    workload: Workload,
-    batches: Sequence[Batch],
-    contenders: Mapping[tuple[Implementation, str], Callable[[], object]],
-    device: torch.device,
-    rates: floors.MachineRates,
-) -> list[Measurement]:
-    """Times contenders that each make ``args.steps`` steps; the first round, which warms up, does not count."""
-    print(rates)
-    rounds = time_rounds({str(key): work for key, work in contenders.items()}, args.rounds + 1)
-    seconds = {key: [value / args.steps for value in rounds[str(key)][1:]] for key in contenders}
-    rows = []
-    for key in contenders:
-        implementation, precision = key
-        median, spread = median_and_spread(seconds[key])
-        extra = {}
-        if implementation == "ours":
-            others = [other for other in contenders if other[0] != "ours"]
-            # A peer in float32 only is what ours in any precision is faster than.
-            extra = {
-                f"speed_over_{name}": times_as_fast(seconds[key], seconds[name, other])
-                for name, other in others
-                if other == precision or name == "peer"
-            }
-        floor = roofline.floor(workload, batches, rates, precision) if precision in rates.flops else None
-        rows.append(
-            Measurement(
-                work="step",
-                case=f"{args.model}, batch {args.batch_size:,}, {precision}, {args.device}",
-                implementation=implementation,
-                device=args.device,
-                precision=precision,
-                batch_size=args.batch_size,
-                samples=args.batch_size,
-                median_s=median,
-                spread_s=spread,
-                floor_s=floor,
-                extra=extra,
-            )
+            contenders["peer", "32-true"] = partial(worker, count)
+        seconds = time_rounds(contenders, args.rounds, warm_up=1, steps=count)
+    return [
+        Measurement.of_rounds(
+            of_rounds,
+            work=args.work,
+            case=f"{case}, batch {args.batch_size:,}, {precision}, {args.device}",
+            implementation=implementation,
+            device=args.device,
+            precision=precision,
+            batch_size=args.batch_size,
+            samples=args.batch_size,
+            floor_s=roofline.floor(workload, batches, rates, precision) if precision in rates.flops else None,
+            extra=speeds_of_ours(implementation, precision, seconds),
         )
-    return rows
+        for (implementation, precision), of_rounds in seconds.items()
+    ]
 
 
-def _contenders(
-    args: argparse.Namespace, workload: Workload, batches: Sequence[Batch], device: torch.device
-) -> dict[tuple[Implementation, str], Callable[[], object]]:
-    """Ours and the baseline's, in every precision; of each one network."""
-    network, plain = workload.network().to(device), plain_network(workload).to(device)
-    of_ours = [batch.to(device) for batch in batches]
-    of_plain = [PlainBatch.of(batch) for batch in of_ours]
-    contenders: dict[tuple[Implementation, str], Callable[[], object]] = {}
-    for precision in args.precision:
-        contenders["ours", precision] = repeat(
-            args, OurStep(network, precision, device, graphs=device.type == "cuda"), of_ours, device
-        )
-        contenders["baseline", precision] = repeat(args, PlainStep(plain, precision, device), of_plain, device)
-    return contenders
+def speeds_of_ours(
+    implementation: Implementation, precision: str, seconds: Mapping[StepKey, Sequence[float]]
+) -> dict[str, float]:
+    """Return how many times as fast ours is as each other contender; nothing for the others.
 
-
-def repeat(
-    args: argparse.Namespace, step: Callable[[Any], object], batches: Sequence[Any], device: torch.device
-) -> Callable[[], None]:
-    """What makes ``args.steps`` steps on batches, over and over, and waits until they are done."""
-    endless = cycle(batches)
-    finish = finisher(device)
-
-    def make() -> None:
-        for _ in range(args.steps):
-            step(next(endless))
-        finish()
-
-    return make
+    Precisions are compared with themselves, but a peer has float32 only.
+    """
+    if implementation != "ours":
+        return {}
+    return {
+        f"speed_over_{name}": times_as_fast(seconds["ours", precision], of_other)
+        for (name, other), of_other in seconds.items()
+        if name != "ours" and (other == precision or (name, precision) not in seconds)
+    }

@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.generate.trace import BLOCK_ACCESSES, Profile, Profiler, TraceGenerator
-from lightning_dlrm.bench.measurement import Implementation, Measurement, median_and_spread, time_rounds
+from lightning_dlrm.bench.measurement import Implementation, Measurement, time_rounds
+from lightning_dlrm.bench.options import DEFAULT, add_rounds, check_numbers
 from lightning_dlrm.contracts.errors import UserError
 
 DESCRIPTION = """\
-Times the profiling of a column's accesses and the generation of accesses like them: uniform ones, which are the worst
-for any LRU stack, and skewed ones. The baseline keeps its stack in a Python list, as published generators do, and gets
-few accesses of the same kind, on a stack that holds the whole table.
+Times the profiling of a column's accesses and the generation of accesses from the profile: uniform accesses, which are
+the worst case for an LRU stack, and skewed ones. The baseline keeps its stack in a Python list, as published generators
+do, and gets a few accesses of the same kind, on a stack that holds the whole table.
 
 examples:
   python -m lightning_dlrm bench trace
@@ -26,21 +27,21 @@ _PIECE = 16_384  # a row group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--table-rows", type=int, default=1_000_000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--accesses", type=int, default=10_000_000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="the median counts (default: %(default)s)")
+    parser.add_argument("--table-rows", type=int, default=1_000_000, metavar="N", help=DEFAULT)
+    parser.add_argument("--accesses", type=int, default=10_000_000, metavar="N", help=DEFAULT)
+    add_rounds(parser, 3)
 
 
 def run(args: argparse.Namespace) -> list[Measurement]:
-    """Times both directions as ``add_arguments`` was told.
+    """Time profiling and generation.
 
     Raises:
         UserError: an option is out of range, or numba is not installed.
     """
-    if not 1 <= args.table_rows < 2**31 or args.accesses < BLOCK_ACCESSES or args.rounds < 1:
+    check_numbers(args)
+    if args.table_rows >= 2**31 or args.accesses < BLOCK_ACCESSES:
         raise UserError(
-            f"bench trace needs --table-rows of 1 to {2**31 - 1}, --accesses of {BLOCK_ACCESSES} or more and --rounds "
-            "of 1 or more"
+            f"bench trace needs --table-rows of at most {2**31 - 1} and --accesses of at least {BLOCK_ACCESSES}"
         )
     uniform = np.random.default_rng(1).random(args.accesses)
     kinds = {
@@ -59,23 +60,20 @@ def run(args: argparse.Namespace) -> list[Measurement]:
             ("generated", "ours", len(ids)): partial(_generate, profile, len(ids)),
             ("generated", "baseline", len(few)): partial(_list_accesses, distances.tolist(), stack),
         }
-        seconds = time_rounds({str(key): work for key, work in contenders.items()}, args.rounds)
-        for key in contenders:
-            what, implementation, accesses = key
-            median, spread = median_and_spread(seconds[str(key)])
-            measurements.append(
-                Measurement(
-                    work="trace",
-                    case=f"{kind} accesses {what}, {profile.distinct:,} distinct rows",
-                    implementation=implementation,
-                    device="cpu",
-                    precision="",
-                    batch_size=0,
-                    samples=accesses,
-                    median_s=median,
-                    spread_s=spread,
-                )
+        seconds = time_rounds(contenders, args.rounds)
+        measurements += [
+            Measurement.of_rounds(
+                of_rounds,
+                work="trace",
+                case=f"{kind} accesses {what}, {profile.distinct:,} distinct rows",
+                implementation=implementation,
+                device="cpu",
+                precision="",
+                batch_size=0,
+                samples=accesses,
             )
+            for (what, implementation, accesses), of_rounds in seconds.items()
+        ]
     return measurements
 
 
@@ -99,7 +97,7 @@ def _distances(ids: NDArray[np.int32], table_rows: int) -> NDArray[np.int32]:
 
 
 def _list_distances(ids: list[int], stack: list[int]) -> list[int]:
-    """Stack distances with the stack as a list, the latest row last."""
+    """Return stack distances; the stack is a list with the latest row last."""
     distances = []
     for row in ids:
         place = stack.index(row)

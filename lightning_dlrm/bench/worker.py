@@ -1,4 +1,4 @@
-"""A training loop in a process of its own that makes steps when it is told to."""
+"""A training loop in another process that makes steps on request."""
 
 import json
 import os
@@ -17,15 +17,16 @@ REQUESTS, REPLIES = "BENCH_REQUESTS", "BENCH_REPLIES"
 
 
 class Worker(AbstractContextManager["Worker"]):
-    """Starts a program whose loop goes through a ``Gate``, and is ready when its first step is done.
+    """Starts a program whose loop calls a ``Gate``, and waits until its first step is done.
 
     Args:
         command: program and arguments.
-        folder: where it runs.
-        environment: variables beside this process's own.
+        folder: working directory of the program.
+        environment: variables in addition to those of this process.
 
     Raises:
-        UserError: it cannot be run, or ends before its first step; tells the last line of its error output.
+        UserError: the program cannot be run, or ends before its first step; the message has the last line of its error
+            output.
     """
 
     def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> None:
@@ -53,7 +54,7 @@ class Worker(AbstractContextManager["Worker"]):
             os.close(replies)
         self._replies = os.fdopen(self._from)
         self.waited: list[float] = []
-        """Of each call: seconds that the loop waited for data, where it tells them."""
+        """Seconds that the loop waited for data in each call, if it reports them."""
         try:
             self._reply()
         except BaseException:
@@ -61,7 +62,7 @@ class Worker(AbstractContextManager["Worker"]):
             raise
 
     def __call__(self, steps: int) -> None:
-        """Makes steps, and returns when they are done.
+        """Make some steps, and return when they are done.
 
         Raises:
             UserError: the program has ended.
@@ -82,7 +83,7 @@ class Worker(AbstractContextManager["Worker"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the program: it reads the end of its requests; one that does not is ended after a while."""
+        """End the program by closing its requests; after a while it is killed."""
         os.close(self._to)
         try:
             self._process.wait(timeout=20 if kind is None else 1)

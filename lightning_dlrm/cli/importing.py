@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_dlrm.cli.lightning import SettingsCommand
+from lightning_dlrm.cli.settings import build_model_and_data
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
 from lightning_dlrm.engine.module import CTRModule
@@ -53,8 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     if output.exists():
         raise UserError(f"{output} exists; choose another --output")
     weights = read_published(source)
-    module = SettingsCommand(rest, run=False).model
-    assert isinstance(module, CTRModule)
+    module = build_model_and_data(rest).module
     module.configure_model()
     take_weights(module, weights, source)
     checkpoint = {

@@ -109,14 +109,8 @@ def _fitting(base: str) -> list[str]:
 
 
 def known_keys(parser: ArgumentParser) -> list[str]:
-    """All keys of a parser and of its subcommands."""
-    keys = []
-    for action in parser._actions:
-        if isinstance(action.choices, dict):
-            keys += [key for nested in action.choices.values() for key in known_keys(nested)]
-        else:
-            keys.append(action.dest)
-    return keys
+    """Return the keys of all options that a parser's help lists."""
+    return list(dict.fromkeys(re.findall(r"--([\w.-]+)", parser.format_help())))
 
 
 def _nearest_key(key: str, known: Sequence[str]) -> str:

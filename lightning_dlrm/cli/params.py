@@ -4,32 +4,59 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lightning_dlrm.cli import matching
-from lightning_dlrm.cli.lightning import ParamsCommand, add_matching_arguments
+from lightning_dlrm.cli.parser import CommandParser, build_model_parser
+from lightning_dlrm.cli.settings import build_model_and_data
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.optim.dense import dense_state_bytes
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str], description: str) -> int:
+    """Run the command; return its exit code."""
     matched = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_matching_arguments(matched)
+    _add_matching_arguments(matched)
     options, rest = matched.parse_known_args(arguments)
     if options.match is not None:
         return _match(options, rest)
-    command = ParamsCommand(arguments, run=False)
-    assert isinstance(command.model, CTRModule)
-    figures = count(command.model)
-    if command.config.json:
-        print(json.dumps(figures, indent=1))
+    built = build_model_and_data(arguments, _parser(description))
+    sizes = count(built.module)
+    if built.settings.json:
+        print(json.dumps(sizes, indent=1))
     else:
-        for name, value in figures.items():
+        for name, value in sizes.items():
             human = f"  {value / 2**30:8.3f} GiB" if name.startswith("bytes") else ""
             print(f"{name:28s}{value:>18,}{human}")
     return 0
+
+
+def _parser(description: str) -> CommandParser:
+    parser = build_model_parser("params", description)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_matching_arguments(parser)
+    return parser
+
+
+def _add_matching_arguments(parser: Any) -> None:
+    """Add the options that make one model cost what another does."""
+    parser.add_argument(
+        "--match",
+        nargs="+",
+        default=None,
+        help="configuration whose hidden layers are to be widened or narrowed, with its overlays: params --match "
+        "dcn.yaml --to dlrm.yaml --by dense --output matched.yaml (other options, such as --data.path, go to both)",
+    )
+    parser.add_argument(
+        "--to", nargs="+", default=None, help="configuration whose cost is to be met, with its overlays"
+    )
+    parser.add_argument(
+        "--by", default="dense", help="what is to be met: total, dense (parameters), or flops (forward)"
+    )
+    parser.add_argument("--output", default=None, help="the new configuration's file")
 
 
 def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -45,12 +72,11 @@ def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
             f"after {options.match[-1]}"
         )
     ours, theirs = (
-        ParamsCommand([*(f"--config={name}" for name in names), *rest], run=False)
+        build_model_and_data([*(f"--config={name}" for name in names), *rest], _parser(""))
         for names in (options.match, options.to)
     )
-    assert isinstance(ours.model, CTRModule) and isinstance(theirs.model, CTRModule)
-    goal = theirs.model.size
-    widths, size = matching.match(ours.model, vars(ours.config.model.network.init_args), goal, options.by)
+    goal = theirs.module.size
+    widths, size = matching.match(ours.module, vars(ours.settings.model.network.init_args), goal, options.by)
     name, goal_name = (" + ".join(names) for names in (options.match, options.to))
     lines = matching.describe(Path(options.match[0]).stem, Path(options.to[0]).stem, size, goal, options.by)
     header = [f"{name} with the hidden widths that come nearest to {goal_name} by {options.by}.", "", *lines]
@@ -61,7 +87,7 @@ def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def count(module: CTRModule) -> dict[str, int]:
-    """Parameters, FLOPs per sample, and bytes of the weights and of the optimiser's state."""
+    """Return the number of parameters, of FLOPs per sample, and of bytes of parameters and optimizer state."""
     size = module.size
     with torch.device("meta"):
         network = module.make_network(module.schema.features, module.seed)

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from lightning_dlrm.cli.lightning import SettingsCommand
+from lightning_dlrm.cli.settings import build_model_and_data
 from lightning_dlrm.compare.runs import Run
-from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.sharding.balance import make_plan
 from lightning_dlrm.sharding.costs import RankCost, rank_costs
@@ -41,9 +40,8 @@ class Anatomy:
 
 def anatomy(run: Run) -> Anatomy:
     """Of a run's configuration; nothing is allocated."""
-    command = SettingsCommand(["--config", str(run.path / CONFIG)], run=False)
-    module = command.model
-    assert isinstance(module, CTRModule)
+    built = build_model_and_data(["--config", str(run.path / CONFIG)])
+    module = built.module
     with torch.device("meta"):
         network = module.make_network(module.schema.features, module.seed)
     loads = table_loads(network, module)
@@ -51,7 +49,7 @@ def anatomy(run: Run) -> Anatomy:
     parts = {name: _count(child.parameters(), dense) for name, child in network.named_children()}
     parts["other"] = _count(network.parameters(recurse=False), dense)
     ranks = int(run.final[names.RANKS])
-    batch_size = getattr(command.datamodule, "batch_size", DEFAULT_BATCH_SIZE)
+    batch_size = getattr(built.datamodule, "batch_size", DEFAULT_BATCH_SIZE)
     return Anatomy(
         tables={load.name: load.rows * load.width for load in loads},
         dense={name: count for name, count in parts.items() if count},

@@ -43,7 +43,8 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tracking.dashboard import Dashboard, publish
 from lightning_dlrm.tracking.run_folder import SUMMARY
 from lightning_dlrm.tracking.wandb_comparison import JOB_TYPE, ComparisonPage, send_comparison
-from lightning_dlrm.tracking.wandb_run import RunPlace, choose_mode
+from lightning_dlrm.tracking.wandb_mode import choose_mode
+from lightning_dlrm.tracking.wandb_run import RunPlace
 
 EXAMPLES = """\
 examples:
@@ -137,7 +138,7 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
         return 0
     _make(output)
     files = keep_configurations(arms, output / "configurations")
-    arms[0].command.datamodule.prepare_data()
+    arms[0].built.datamodule.prepare_data()
     group = f"{experiment.name}-{output.resolve().name}"
     names = {(arm.name, seed): f"{arm.name}-{seed}" for arm in arms for seed in experiment.seeds}
     # Seed after seed, so that an interrupted experiment has whole rounds.
@@ -190,7 +191,7 @@ def _scores(output: Path, name: str) -> Path:
 
 def _gpus(arms: Sequence[PlannedArm]) -> list[str]:
     """Those to spread runs over: none where runs do not use them, or each run uses several."""
-    trainer: Any = arms[0].command.config.trainer
+    trainer: Any = arms[0].built.settings.trainer
     if trainer.accelerator not in ("auto", "gpu", "cuda") or str(trainer.devices) not in ("1", "auto"):
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

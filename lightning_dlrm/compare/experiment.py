@@ -9,11 +9,10 @@ from typing import Any
 import yaml
 
 from lightning_dlrm.cli.configs import find_config, nearest
-from lightning_dlrm.cli.lightning import SettingsCommand
+from lightning_dlrm.cli.settings import ModelAndData, build_model_and_data
 from lightning_dlrm.compare.runs import differing, settings_of, within
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
-from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.accounting import ModelSize
 
 _KEYS = {"arms": dict, "seeds": list, "compared": list, "kept": list, "settings": dict}
@@ -51,7 +50,7 @@ class PlannedArm:
     schema: DatasetSchema
     samples: float
     """That one run trains on; infinity where it has no end of its own."""
-    command: SettingsCommand
+    built: ModelAndData
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -105,16 +104,6 @@ def read_experiment(path: Path, seeds: Sequence[int] | None = None) -> Experimen
 _NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"
 
 
-class _ArmCommand(SettingsCommand):
-    """Keeps the configuration as it was before seeds were filled in, so that each run has its own."""
-
-    document: Mapping[str, Any]
-
-    def before_instantiate_classes(self) -> None:
-        self.document = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        super().before_instantiate_classes()
-
-
 def plan_arms(
     experiment: Experiment, overlays: Sequence[str], options: Sequence[str]
 ) -> tuple[list[PlannedArm], list[str]]:
@@ -149,17 +138,16 @@ def plan_arms(
 def _plan_arm(name: str, files: Sequence[str], options: Sequence[str]) -> PlannedArm:
     configs = [part for file in files for part in ("--config", file)]
     try:
-        command = _ArmCommand([*configs, *options], run=False)
+        built = build_model_and_data([*configs, *options])
     except UserError as error:
         raise UserError(f"arm {name}: {error}") from error
-    assert isinstance(command.model, CTRModule)
     return PlannedArm(
         name=name,
-        document=command.document,
-        size=command.model.size,
-        schema=command.datamodule.schema,
-        samples=_training_samples(command),
-        command=command,
+        document=built.document(),
+        size=built.module.size,
+        schema=built.datamodule.schema,
+        samples=_training_samples(built),
+        built=built,
     )
 
 
@@ -215,9 +203,9 @@ def compared_settings(arms: Sequence[PlannedArm]) -> dict[str, dict[str, Any]]:
     return differing({arm.name: arm.settings for arm in arms})
 
 
-def _training_samples(command: SettingsCommand) -> float:
-    """Of a whole fit with these settings."""
-    trainer, data = command.config.trainer, command.datamodule
+def _training_samples(built: ModelAndData) -> float:
+    """Return the number of samples of a whole fit with these settings."""
+    trainer, data = built.settings.trainer, built.datamodule
     split = data.schema.splits.get("train")
     batches, batch_size = data.training_batches, data.batch_size
     limit = trainer.limit_train_batches

@@ -15,11 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from lightning_dlrm.bench.breakdown import KINDS
 from lightning_dlrm.cli.palette import OKABE_ITO, TOL_MUTED, filling
-from lightning_dlrm.cli.plan import PLOT_WIDTH as PLAN_WIDTH
-from lightning_dlrm.cli.plan import draw as draw_plan
+from lightning_dlrm.cli.plan_drawing import PLOT_WIDTH as PLAN_WIDTH
+from lightning_dlrm.cli.plan_drawing import draw as draw_plan
 from lightning_dlrm.compare.anatomy import Anatomy
-from lightning_dlrm.compare.operators import ALL_KINDS, ROUNDS, STEPS
+from lightning_dlrm.compare.operators import ROUNDS, STEPS
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
 from lightning_dlrm.compare.runs import Arm
 from lightning_dlrm.compare.statistics import METRICS
@@ -345,7 +346,7 @@ class _Drawing:
         """Time of a training step by kind of operator, as a stacked bar."""
         figure = Figure(figsize=(2.2 + 1.7 * len(operators) + 2.2, 4.4), layout="constrained")
         axes = figure.subplots()
-        amounts = {kind: [operators[arm][kind] for arm in operators] for kind in ALL_KINDS}
+        amounts = {kind: [operators[arm][kind] for arm in operators] for kind in KINDS}
         _stack(axes, list(operators), amounts, "{:.2f}")
         axes.set_ylabel("milliseconds of a training step")
         return self._save(

@@ -89,13 +89,18 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration by full keys, without what may differ between its runs, and what it does not use.
 
     Options that are not given are left out, so that a run from before there was such an option is of the same
-    configuration.
+    configuration. Classes of this project go by their names alone: the modules that they are in may change.
     """
-    settings = {key: value for key, value in flat(config).items() if value is not None}
+    settings = {key: _class_name(value) for key, value in flat(config).items() if value is not None}
     left_out: tuple[str, ...] = NO_PART_OF_A_CONFIGURATION
     if settings.get("data.init_args.path") != "demo":
         left_out = (*left_out, "data.init_args.demo")
     return {key: value for key, value in settings.items() if not within(key, left_out)}
+
+
+def _class_name(value: Any) -> Any:
+    ours = isinstance(value, str) and value.startswith(("lightning_dlrm.", "datamodules."))
+    return value.rpartition(".")[2] if ours else value
 
 
 def read_run(path: Path, name: str | None = None) -> Run:

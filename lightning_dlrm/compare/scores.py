@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_dlrm.cli.lightning import SettingsCommand
 from lightning_dlrm.cli.predictions import read_predictions
+from lightning_dlrm.cli.settings import build_model_and_data
 from lightning_dlrm.compare.runs import Run
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import click_metrics
@@ -85,10 +85,7 @@ def read_labels(run: Run, split: Split) -> NDArray[np.int8]:
     Raises:
         UserError: the data have gone, are others by now, or have no such split or no labels in it.
     """
-    command = SettingsCommand(
-        ["--config", str(run.path / CONFIG), "--data.predict_split", split, "--trainer.devices", "1"], run=False
-    )
-    data = command.datamodule
+    data = build_model_and_data(["--config", str(run.path / CONFIG), "--data.predict_split", split]).datamodule
     data.prepare_data()
     if data.schema.data_fingerprint != run.final["data_fingerprint"]:
         raise UserError(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -235,3 +236,70 @@ def _dense_tensors(network: CTRNetwork) -> Iterator[tuple[str, Tensor]]:
 
 def _words(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+class AverageForEvaluation(pl.Callback):
+    """Keep averages of a module's parameters during a fit, and evaluate with them.
+
+    Args:
+        settings: see Averaging.
+    """
+
+    def __init__(self, settings: Averaging) -> None:
+        self.settings = settings
+        self.averages: WeightAverages | None = None
+        self.saved: tuple[dict[str, Any], CheckpointReader] | None = None
+        """State of a checkpoint that the next fit goes on from."""
+        self._steps_done = 0
+        """Optimizer steps that the parameters have seen, also when another trainer evaluates them."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not before: now the parameters are where they will be trained.
+        start = self.settings.start_share
+        first_step = int(start * pl_module.total_steps("averaging")) if start else 0  # type: ignore[operator]
+        self.averages = WeightAverages(pl_module.network, self.settings, first_step)  # type: ignore[arg-type]
+        if self.saved is not None:
+            self.averages.load(*self.saved)
+            self.saved = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps_done = trainer.global_step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        assert self.averages is not None
+        self.averages.before_batch(trainer.global_step)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+        assert self.averages is not None
+        self.averages.before_step(trainer.global_step)
+        self._steps_done = trainer.global_step + 1
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._put_in()
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._put_in()
+
+    def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._put_in()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Before anything is saved.
+        self._take_out()
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._take_out()
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._take_out()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._take_out()
+
+    def _put_in(self) -> None:
+        if self.averages is not None:
+            self.averages.put_in(self._steps_done)
+
+    def _take_out(self) -> None:
+        if self.averages is not None:
+            self.averages.take_out()

@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.checkpoint_state import dense_tensors, table_pieces
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.sharding.checkpoint import (
     CheckpointReader,
@@ -83,11 +84,11 @@ class RunCheckpoints(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step
         assert isinstance(pl_module, CTRModule)
-        pieces = pl_module.table_pieces()
+        pieces = table_pieces(pl_module)
         here = sum(tensor.nbytes for piece in pieces for tensor in piece.tensors.values())
         sizes = np.stack(Ranks().all_gather(np.array([here, staging_bytes(pieces)])))
         # Of rank 0: dense weights and their optimiser state.
-        rest = sum(tensor.nbytes for tensor in pl_module.dense_tensors())
+        rest = sum(tensor.nbytes for tensor in dense_tensors(pl_module))
         log.info("a checkpoint takes %.3f GiB; last and best are kept", (int(sizes[:, 0].sum()) + rest) / 2**30)
         if staging := int(sizes[:, 1].max()):
             log.info("saving it takes up to %.3f GiB of page-locked memory in each rank", staging / 2**30)

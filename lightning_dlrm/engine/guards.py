@@ -1,15 +1,17 @@
-"""Guard rails: a loss that is no number stops a fit, and predictions that say nothing draw a warning."""
+"""Guards of a fit: a loss or a parameter that is not finite ends it, and predictions at chance level draw a warning."""
 
 import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.sharding.collectives import Ranks
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -22,53 +24,59 @@ class Position:
     """Where a fit is."""
 
     step: int
-    """The optimiser step that the loss belongs to, from 1."""
+    """Optimizer step that the loss belongs to, from 1."""
     epoch: int
     """From 0."""
     batch: int
-    """Of the epoch, from 0."""
+    """Batch of the epoch, from 0."""
 
 
-class LossGuard:
-    """Keeps each step's loss and logits on the device until ``check`` looks at them together.
+class LossGuard(pl.Callback):
+    """End a fit when a loss is NaN or infinite, before it moves parameters at a logged step or is saved.
 
-    Between two checks nothing is computed or read, so that the guard costs no synchronisation.
+    Losses and logits stay on the device until ``check`` looks at them together, at logged steps and before a save: in
+    between nothing is computed or read, so that the guard never makes the host wait.
 
     Args:
         advice: what to do about a loss that is not finite, for the message.
     """
 
     MOST_KEPT = 1024
-    """Steps after which ``watch`` checks by itself."""
+    """Losses after which ``watch`` checks by itself."""
 
     def __init__(self, advice: str) -> None:
         self.advice = advice
         self._unseen: list[tuple[Position, Tensor, Tensor]] = []
         self._largest: tuple[int, dict[str, float]] = (0, {})
 
-    @property
-    def has_gradients(self) -> bool:
-        """Whether there are gradients for a message."""
-        return bool(self._largest[1])
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: object) -> None:
+        step = trainer.global_step + 1
+        is_logged = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if is_logged:
+            # Together, so that every rank ends with the same message.
+            Ranks().run_on_all_ranks(self.check)
+        if is_logged or not self._largest[1]:
+            self.remember_gradients(pl_module.network, step)  # type: ignore[arg-type]
 
     def watch(self, loss: Tensor, logits_B: Tensor, position: Position) -> None:
-        """Called at each step, with the loss of its batch (0-dim) and the batch's logits, both detached.
+        """Take the loss of a batch (0-dim) and its logits, both detached.
 
         Raises:
-            UserError: see ``check``, which nobody has called for a long time.
+            UserError: see ``check``; this one after ``MOST_KEPT`` losses without a check.
         """
         self._unseen.append((position, loss, logits_B))
         if len(self._unseen) >= self.MOST_KEPT:
             self.check()
 
     def remember_gradients(self, network: CTRNetwork, step: int) -> None:
-        """Keeps the largest gradients of a step, for a message later on; reads them from the device."""
+        """Keep the largest gradients of a step for a later message; reads them from the device."""
         self._largest = (step, gradient_sizes(network))
 
     def check(self) -> None:
-        """
+        """Look at every loss since the last check.
+
         Raises:
-            UserError: some loss since the last check was NaN or infinite.
+            UserError: a loss was NaN or infinite.
         """
         unseen, self._unseen = self._unseen, []
         if not unseen or torch.stack([loss for _, loss, _ in unseen]).isfinite().all():

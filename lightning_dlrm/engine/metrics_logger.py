@@ -195,7 +195,7 @@ class MetricsLogger(pl.Callback):
 
     def _mark(self, trainer: pl.Trainer, module: CTRModule) -> _Mark:
         waiting = getattr(trainer.train_dataloader, "wait_seconds", 0.0)
-        return _Mark(self._training_clock(), self.samples, {names.DATA_WAIT_SHARE: waiting, **module.seconds})
+        return _Mark(self._training_clock(), self.samples, {names.DATA_WAIT_SHARE: waiting, **module.timer.seconds})
 
     @staticmethod
     def _speed(since: _Mark, now: _Mark) -> dict[str, float]:

@@ -93,13 +93,12 @@ class StayStopped(pl.Callback):
     """Ends a resumed fit at its start if EarlyStopping ended it before.
 
     Args:
-        stopping: must come before the callback that saves checkpoints in the list of callbacks.
+        stopping: must come before the callback that saves checkpoints in the list of callbacks, and be made with
+            ``check_on_train_epoch_end=False``, so that the checkpoint of a validation holds the verdict on it.
     """
 
     def __init__(self, stopping: EarlyStopping) -> None:
         self.stopping = stopping
-        # At the end of an epoch that validates, the checkpoint of the validation would be without the verdict on it.
-        stopping._check_on_train_epoch_end = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.stopping.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:

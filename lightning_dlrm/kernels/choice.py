@@ -9,15 +9,18 @@ from typing import Literal, get_args
 import torch
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import Kernels
-from lightning_dlrm.kernels import native
+from lightning_dlrm.kernels import compiled
+
+Kernels = Literal["auto", "plain", "native", "triton"]
+"""Which code looks up and updates table rows: plain torch, compiled C on a CPU, or Triton on a CUDA device. ``auto``:
+the one for the tables' device, with float32 or bfloat16 tables, if it works there; else plain."""
 
 log = logging.getLogger("lightning_dlrm")
 
 
 @cache
 def choose(asked: Kernels, device: str, dtype: torch.dtype) -> Literal["plain", "native", "triton"]:
-    """The kernels for tables of a type on a kind of device; says in the log which they are, once.
+    """Return the kernels for tables of a dtype on a kind of device; log which they are, once.
 
     Raises:
         UserError: there is no such choice, or it does not work here.
@@ -35,8 +38,8 @@ def choose(asked: Kernels, device: str, dtype: torch.dtype) -> Literal["plain", 
         mistake = f"the tables are on {device}, and the native kernels need a CPU"
     elif wanted == "native":
         try:
-            native.library()
-        except native.NativeError as error:
+            compiled.library()
+        except compiled.NativeError as error:
             mistake, broken = str(error), error.broken
     if mistake is not None and asked != "auto":
         raise UserError(f"kernels is {asked}, but {mistake}: set it to auto or plain")

@@ -10,6 +10,7 @@
 
 #include <math.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -37,6 +38,11 @@ void use_threads(void *gomp_parallel, void *gomp_barrier, void *omp_get_thread_n
     thread_number = (int (*)(void))omp_get_thread_num;
     thread_count = (int (*)(void))omp_get_num_threads;
 }
+
+/* Begins a function that kernels/compiled.py calls: it reads in this file which arguments the structure has. */
+#define ENTRY(structure, function)                                                                                     \
+    const size_t function##_size = sizeof(struct structure);                                                           \
+    void function(struct structure *all, int threads)
 
 /* The next chunk of work that no thread has taken. */
 INLINE int64_t take(int64_t *next) {
@@ -95,8 +101,8 @@ struct lookup {
     int64_t *bags;          /* out [N], the bag of each index; NULL for one id each */
     int64_t bag_count, table_count, width, row_count;
     bool bf16;
-    int64_t wrong; /* out: an index whose row does not exist, N where bags are out of order, or -1 */
-    int64_t next;
+    int64_t wrong; /* in -1; out: an index whose row does not exist, or N where bags are out of order */
+    int64_t next;  /* 0 */
 };
 
 INLINE int64_t bag_begin(const struct lookup *a, int64_t bag) {
@@ -188,9 +194,7 @@ static void look_up_chunks(void *what) {
     }
 }
 
-void look_up(struct lookup *all, int threads) {
-    all->wrong = -1;
-    all->next = 0;
+ENTRY(lookup, look_up) {
     parallel(look_up_chunks, all, (unsigned)threads, 0);
 }
 
@@ -215,7 +219,7 @@ struct update {
     int rule;
     float rate, decay_factor, l2, epsilon;
     float share1, beta2, share2, correction2, adam_rate; /* of Adam: 1 - b1, b2, 1 - b2, 1 - b2^t, lr / (1 - b1^t) */
-    int64_t next_bucket, next_chunk;
+    int64_t next_bucket, next_chunk; /* 0 */
 };
 
 /* An index as it is sorted: its row, and its bag, or where there are factors its number. Looking bags up afterwards
@@ -426,8 +430,7 @@ static void update_part(void *what) {
     }
 }
 
-void update_rows(struct update *all, int threads) {
-    all->next_bucket = all->next_chunk = 0;
+ENTRY(update, update_rows) {
     parallel(update_part, all, (unsigned)threads, 0);
 }
 
@@ -575,7 +578,7 @@ static void pairs_of_share(void *what) {
     }
 }
 
-void pair_products(struct pairs *all, int threads) {
+ENTRY(pairs, pair_products) {
     parallel(pairs_of_share, all, (unsigned)threads, 0);
 }
 
@@ -595,7 +598,7 @@ static void relu_of_share(void *what) {
         a->values[i] = a->values[i] >= 0x8000 && a->values[i] <= 0xff80 ? 0 : a->values[i];
 }
 
-void relu_bf16(struct relu_bf16 *all, int threads) {
+ENTRY(relu_bf16, relu_bf16) {
     parallel(relu_of_share, all, (unsigned)threads, 0);
 }
 
@@ -709,7 +712,7 @@ static void relus_of_share(void *what) {
     }
 }
 
-void relu_gradients(struct relu *all, int threads) {
+ENTRY(relu, relu_gradients) {
     parallel(relus_of_share, all, (unsigned)threads, 0);
     /* In the same order, whoever made them. */
     const int64_t chunks = (all->samples + ROWS_A_SUM - 1) / ROWS_A_SUM;

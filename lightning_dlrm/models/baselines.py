@@ -44,9 +44,14 @@ class FieldVectors(nn.Module):
         if self.fields < 1:
             raise UserError(f"{user} needs columns or dense features; the dataset has none")
 
-    def forward(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """[B, V, D]; the columns first."""
-        vectors_BFD = self.embeddings(ids).unflatten(1, (-1, self.width))
+    def lookup(self, ids: SparseIds) -> Tensor:
+        """Return the columns' vectors side by side, [B, F * D]."""
+        vectors_Bn: Tensor = self.embeddings(ids)
+        return vectors_Bn
+
+    def forward(self, dense_BI: Tensor, vectors_Bn: Tensor) -> Tensor:
+        """Return the fields' vectors [B, V, D], the columns first, of what ``lookup`` returned."""
+        vectors_BFD = vectors_Bn.unflatten(1, (-1, self.width))
         scaled_BID = dense_BI[:, :, None] * self.dense
         return torch.cat([vectors_BFD, scaled_BID.to(vectors_BFD.dtype)], dim=1)
 
@@ -72,9 +77,10 @@ class LogisticRegression(CTRNetwork):
         super().__init__(features.dense, missing)
         self.linear = LinearTerms(features, seed)
 
-    def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """See CTRNetwork.logits."""
-        return self.linear(dense_BI, ids)
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        """See CTRNetwork.score."""
+        dense_BI = self.missing(dense_BI)
+        return self.linear(dense_BI, vectors["linear"])
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""
@@ -111,11 +117,15 @@ class MatrixFactorization(CTRNetwork):
 
     positions: Tensor
 
-    def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """See CTRNetwork.logits."""
+    def lookup(self, ids: SparseIds) -> dict[str, Tensor]:
+        """See CTRNetwork.lookup; vectors [B, 2, D] and biases [B, 2, 1] of the two columns."""
         pair = ids.of_tables(self.positions)
-        first_BD, second_BD = self.vectors(pair).unbind(1)
-        return self.mean + self.biases(pair).sum((1, 2)) + (first_BD * second_BD).sum(1)
+        return {"vectors": self.vectors(pair), "biases": self.biases(pair)}
+
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        """See CTRNetwork.score."""
+        first_BD, second_BD = vectors["vectors"].unbind(1)
+        return self.mean + vectors["biases"].sum((1, 2)) + (first_BD * second_BD).sum(1)
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""
@@ -148,9 +158,10 @@ class FactorizationMachine(CTRNetwork):
         self.pairs = PairwiseSum()
         initialise(self, seed)
 
-    def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """See CTRNetwork.logits."""
-        return self.linear(dense_BI, ids) + self.pairs(self.fields(dense_BI, ids))
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        """See CTRNetwork.score."""
+        dense_BI = self.missing(dense_BI)
+        return self.linear(dense_BI, vectors["linear"]) + self.pairs(self.fields(dense_BI, vectors["fields"]))
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""
@@ -190,9 +201,10 @@ class MLP(CTRNetwork):
         self.deep = layers.MLP([width, *deep, 1], linear_output=True, batch_norm=batch_norm)
         initialise(self, seed)
 
-    def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """See CTRNetwork.logits."""
-        vectors_Bn = self.embeddings(ids)
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        """See CTRNetwork.score."""
+        dense_BI = self.missing(dense_BI)
+        vectors_Bn = vectors["embeddings"]
         return self.deep(torch.cat([vectors_Bn, dense_BI.to(vectors_Bn.dtype)], dim=1)).squeeze(1)
 
     def multiply_adds(self) -> int:
@@ -213,9 +225,10 @@ class WideAndDeep(MLP):
         super().__init__(features, seed, **options)
         self.wide = LinearTerms(features, seed)
 
-    def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """See CTRNetwork.logits."""
-        return self.wide(dense_BI, ids) + super().logits(dense_BI, ids)
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        """See CTRNetwork.score."""
+        dense_BI = self.missing(dense_BI)
+        return self.wide(dense_BI, vectors["wide"]) + super().score(dense_BI, vectors)
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""
@@ -257,10 +270,15 @@ class DeepFM(CTRNetwork):
         )
         initialise(self, seed)
 
-    def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """See CTRNetwork.logits."""
-        vectors_BVD = self.fields(dense_BI, ids)
-        return self.linear(dense_BI, ids) + self.pairs(vectors_BVD) + self.deep(vectors_BVD.flatten(1)).squeeze(1)
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        """See CTRNetwork.score."""
+        dense_BI = self.missing(dense_BI)
+        vectors_BVD = self.fields(dense_BI, vectors["fields"])
+        return (
+            self.linear(dense_BI, vectors["linear"])
+            + self.pairs(vectors_BVD)
+            + self.deep(vectors_BVD.flatten(1)).squeeze(1)
+        )
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""
@@ -306,11 +324,12 @@ class XDeepFM(CTRNetwork):
         )
         initialise(self, seed)
 
-    def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """See CTRNetwork.logits."""
-        vectors_BVD = self.fields(dense_BI, ids)
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        """See CTRNetwork.score."""
+        dense_BI = self.missing(dense_BI)
+        vectors_BVD = self.fields(dense_BI, vectors["fields"])
         crosses_B = self.cin_output(self.cin(vectors_BVD)).squeeze(1)
-        return self.linear(dense_BI, ids) + crosses_B + self.deep(vectors_BVD.flatten(1)).squeeze(1)
+        return self.linear(dense_BI, vectors["linear"]) + crosses_B + self.deep(vectors_BVD.flatten(1)).squeeze(1)
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""

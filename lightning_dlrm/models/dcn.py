@@ -6,7 +6,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossKind, make_cross
@@ -68,14 +67,15 @@ class DCN(CTRNetwork):
         self.wide = LinearTerms(features, seed) if wide else None
         initialise(self, seed)
 
-    def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """See CTRNetwork.logits."""
-        vectors_Bn = self.embeddings(ids)
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        """See CTRNetwork.score."""
+        dense_BI = self.missing(dense_BI)
+        vectors_Bn = vectors["embeddings"]
         x0_Bd = torch.cat([vectors_Bn, dense_BI.to(vectors_Bn.dtype)], dim=1)
         crosses_Bd = self.cross(x0_Bd)
         joined_Bn = self.deep(crosses_Bd) if self.stacked else torch.cat([crosses_Bd, self.deep(x0_Bd)], dim=1)
         logits_B = self.logit(joined_Bn).squeeze(1)
-        return logits_B if self.wide is None else logits_B + self.wide(dense_BI, ids)
+        return logits_B if self.wide is None else logits_B + self.wide(dense_BI, vectors["wide"])
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""

@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossKind, CrossNetwork, make_cross
@@ -107,10 +106,11 @@ class DLRM(CTRNetwork):
         self.wide = LinearTerms(features, seed) if wide else None
         initialise(self, seed)
 
-    def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """See CTRNetwork.logits."""
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        """See CTRNetwork.score."""
+        dense_BI = self.missing(dense_BI)
         bottom_BD = self.bottom(dense_BI)
-        vectors_Bn = self.embeddings(ids)
+        vectors_Bn = vectors["embeddings"]
         if isinstance(self.interaction, DotInteraction):
             joined_Bn = self.interaction(bottom_BD, vectors_Bn)
         else:
@@ -120,7 +120,7 @@ class DLRM(CTRNetwork):
         elif isinstance(self.interaction, CrossNetwork):
             joined_Bn = self.interaction(joined_Bn)
         logits_B = self.top(joined_Bn).squeeze(1)
-        return logits_B if self.wide is None else logits_B + self.wide(dense_BI, ids)
+        return logits_B if self.wide is None else logits_B + self.wide(dense_BI, vectors["wide"])
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_dlrm.kernels import native
+from lightning_dlrm.kernels import dense
 
 # Multiply-adds from which on oneDNN's kernel is worth its start; none without oneDNN.
 _LARGE_PRODUCT = 2**23 if torch.backends.mkldnn.is_available() else math.inf
@@ -58,12 +58,6 @@ def pair_products(
     return products
 
 
-def native_pair_products(first_BD: Tensor, others_BVD: Tensor, self_interaction: bool) -> Tensor:
-    """[B, D + P]: the same, beside the first of the vectors, by a kernel in C; see ``native.pair_products``."""
-    products: Tensor = _NativePairProducts.apply(first_BD, others_BVD, self_interaction)
-    return products
-
-
 class _FusedMLP(torch.autograd.Function):
     """One node of the graph for all layers. A weight's gradient is dW = g' x, its input's dx = g W."""
 
@@ -107,7 +101,7 @@ class _FusedMLP(torch.autograd.Function):
                     and grad_Bd.dtype in (torch.float32, torch.bfloat16)
                 ):
                     transpose = _is_faster_transposed(x_Bd, grad_Bd)
-                    transposed_dB, grad_bias = native.relu_gradients(grad_Bd, activation_Bd, transpose)
+                    transposed_dB, grad_bias = dense.relu_gradients(grad_Bd, activation_Bd, transpose)
                     transposed_dB, grad_bias = transposed_dB if transpose else None, grad_bias.to(ctx.parameter_dtype)
                 else:
                     torch.ops.aten.threshold_backward.grad_input(grad_Bd, activation_Bd, 0, grad_input=grad_Bd)
@@ -162,19 +156,6 @@ class _PairProducts(torch.autograd.Function):
         return torch.bmm(grad_BVV, vectors_BVD), grad_Bn[:, : ctx.beside], None, None, None
 
 
-class _NativePairProducts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, first_BD: Tensor, others_BVD: Tensor, self_interaction: bool) -> Tensor:
-        ctx.save_for_backward(first_BD, others_BVD)
-        ctx.self_interaction = self_interaction
-        return native.pair_products(first_BD, others_BVD, self_interaction)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        first_BD, others_BVD = ctx.saved_tensors
-        return *native.pair_gradients(first_BD, others_BVD, grads[0], ctx.self_interaction), None
-
-
 def _is_faster_transposed(x_Bd: Tensor, grad_Bd: Tensor) -> bool:
     """Whether the product g' x is to be made from a transposed copy of g.
 
@@ -199,5 +180,6 @@ def _linear(x_Bd: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _relu(y_Bd: Tensor, by_native: bool) -> Tensor:
     """In place."""
     if by_native and y_Bd.dtype == torch.bfloat16 and y_Bd.numel() >= _WORTH_A_CALL:
-        return native.relu_bf16(y_Bd)
+        dense.relu_bf16(y_Bd)
+        return y_Bd
     return y_Bd.relu_()

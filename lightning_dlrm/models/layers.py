@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import Kernels
-from lightning_dlrm.kernels.choice import choose
-from lightning_dlrm.models.fused import fused_mlp, native_pair_products, pair_products
+from lightning_dlrm.kernels import dense
+from lightning_dlrm.kernels.choice import Kernels, choose
+from lightning_dlrm.models.fused import fused_mlp, pair_products
 
 
 class MLP(nn.Sequential):
@@ -147,7 +147,7 @@ class DotInteraction(nn.Module):
         others_BVD = others_Bn.unflatten(1, (-1, self.width))
         kernels = choose(self.kernels, others_Bn.device.type, others_Bn.dtype)
         if kernels == "native" and first_BD.dtype in (torch.float32, torch.bfloat16):
-            return native_pair_products(first_BD, others_BVD, self._self_interaction)
+            return dense.pair_products(first_BD, others_BVD, self._self_interaction)
         vectors_BVD = torch.cat([first_BD.to(others_Bn.dtype)[:, None], others_BVD], dim=1)
         return pair_products(vectors_BVD, first_BD, self.pairs, self.mirrored, self._self_interaction)
 

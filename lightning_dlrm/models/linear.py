@@ -28,13 +28,18 @@ class LinearTerms(nn.Module):
 
     def __init__(self, features: Features, seed: int) -> None:
         super().__init__()
-        self.lookup = EmbeddingTables(scalar_tables(features.tables, "linear"), 1, seed)
+        self.tables = EmbeddingTables(scalar_tables(features.tables, "linear"), 1, seed)
         self.bias = nn.Parameter(torch.zeros(()))
         self.weight = nn.Parameter(torch.zeros(features.dense))
 
-    def forward(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """[B]."""
-        return self.lookup(ids).sum((1, 2)) + dense_BI.to(self.weight.dtype) @ self.weight + self.bias
+    def lookup(self, ids: SparseIds) -> Tensor:
+        """Return the sum of the ids' weights, [B]."""
+        weights_BF1: Tensor = self.tables(ids)
+        return weights_BF1.sum((1, 2))
+
+    def forward(self, dense_BI: Tensor, weights_B: Tensor) -> Tensor:
+        """Return the linear terms [B] of dense features and of what ``lookup`` returned."""
+        return weights_B + dense_BI.to(self.weight.dtype) @ self.weight + self.bias
 
     def multiply_adds(self) -> int:
         """Per sample."""

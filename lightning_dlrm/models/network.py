@@ -1,8 +1,7 @@
 """What every click-through-rate model here is: tables, dense layers, one logit a sample."""
 
 from collections.abc import Mapping
-from functools import cached_property
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -17,66 +16,94 @@ Missing: TypeAlias = Literal["zero", "learned"]
 """What stands for a missing dense value: see MissingValues."""
 
 
+@runtime_checkable
+class UsesTables(Protocol):
+    """A layer of which one part reads tables, and the other computes with what they gave."""
+
+    def lookup(self, ids: SparseIds) -> Tensor:
+        """Read the tables: ids of all columns -> a tensor whose first dimension is the batch."""
+
+
 class CTRNetwork(nn.Module):
     """Base of the models. Shapes: B samples, I dense features.
+
+    A model defines ``score``. What its tables give comes from ``lookup``, which this class derives from the model's
+    children: ``forward(dense, ids)`` is ``score(dense, lookup(ids))``. Lookups run eagerly; ``score`` is what is
+    compiled or exported. A model that defines ``forward`` alone trains as well, without ``model.compile``.
 
     Args:
         dense: I.
         missing: what stands for a missing dense value.
+
+    Raises:
+        UserError: there is no such ``missing``.
     """
 
     HIDDEN_WIDTHS: ClassVar[Mapping[str, slice]] = {}
     """The arguments that are widths of hidden layers, and which of each list's widths may be changed
     without changing anything else: what ``params --match`` scales."""
 
-    def __init__(self, dense: int, missing: Missing) -> None:
+    def __init__(self, dense: int, missing: Missing = "zero") -> None:
         super().__init__()
         if missing not in ("zero", "learned"):
             raise UserError(f"missing {missing!r} is neither zero nor learned")
         self.missing = MissingValues(dense, learned=missing == "learned")
 
     def forward(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """Logits [B]; a probability exists only outside the loss.
+        """Return logits [B]; a probability exists only outside the loss.
 
         Args:
             dense_BI: NaN where a value is missing.
             ids: of every table.
         """
-        # What vectors wait for is under way while dense layers compute.
-        for embeddings in self._embeddings:
-            embeddings.start(ids)
-        return self.logits(self.missing(dense_BI), ids)
+        return self.score(dense_BI, self.lookup(ids))
 
-    def announce(self, ids: SparseIds) -> None:
-        """Hears of the ids of a later ``forward``, while an earlier batch is under way; it comes with ``ids.ahead``."""
-        for embeddings in self._embeddings:
-            embeddings.announce(ids)
+    def lookup(self, ids: SparseIds) -> dict[str, Tensor]:
+        """Return what the tables give for a batch's ids: name of the child that owns the tables -> tensor [B, ...]."""
+        vectors: dict[str, Tensor] = {}
+        for name, child in self.named_children():
+            if isinstance(child, Embeddings):
+                vectors[name] = child(ids)
+            elif isinstance(child, UsesTables):
+                vectors[name] = child.lookup(ids)
+        return vectors
 
-    @cached_property
-    def _embeddings(self) -> list[Embeddings]:
-        # Asked at every step; a network keeps them, whatever becomes of the lookups inside.
-        return [module for module in self.modules() if isinstance(module, Embeddings)]
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        """Return logits [B] from dense features and the vectors of ``lookup``; dense arithmetic only.
 
-    def logits(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """The model proper: as ``forward``, without missing values."""
-        raise TypeError(f"{type(self).__name__} does not define logits")
+        Args:
+            dense_BI: NaN where a value is missing.
+            vectors: what ``lookup`` returns.
+        """
+        raise TypeError(f"{type(self).__name__} defines neither score nor forward")
+
+    @property
+    def has_score(self) -> bool:
+        """Whether the model defines ``score``."""
+        return type(self).score is not CTRNetwork.score
+
+    def prefetch(self, ids: SparseIds) -> None:
+        """Begin to fetch the rows of a later ``forward`` while an earlier batch is computed."""
+        for module in self.modules():
+            if isinstance(module, Embeddings):
+                module.announce(ids)
 
     def multiply_adds(self) -> int:
-        """Multiply-adds of one sample's forward pass.
+        """Return the multiply-adds of one sample's forward pass.
 
         Matrix products, kept pairs and cross layers count; biases, activations and lookups do not.
         """
         raise TypeError(f"{type(self).__name__} does not define multiply_adds")
 
     def lookups(self) -> list[EmbeddingLookup]:
-        """All that hold table rows, in the order in which the model was put together."""
+        """Return every module that holds table rows, in the order in which the model was put together."""
         return [module for module in self.modules() if isinstance(module, EmbeddingLookup)]
 
     def wide_lookups(self) -> list[EmbeddingLookup]:
-        """Those of them that hold linear terms' weights."""
-        return [module.lookup for module in self.modules() if isinstance(module, LinearTerms)]
+        """Return those of ``lookups`` that hold the weights of linear terms."""
+        return [module.tables for module in self.modules() if isinstance(module, LinearTerms)]
 
     def dense_parameters(self) -> list[nn.Parameter]:
-        """All other weights."""
+        """Return every parameter outside the tables."""
         tables = {lookup.weight for lookup in self.lookups()}
         return [parameter for parameter in self.parameters() if parameter not in tables]

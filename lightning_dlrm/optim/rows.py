@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from lightning_dlrm.contracts.lookup import Kernels, RowGradient, gather_rows, put_rows
+from lightning_dlrm.contracts.lookup import LookupGradient, RowGradient, gather_rows, put_rows
 from lightning_dlrm.kernels import native
-from lightning_dlrm.kernels.choice import choose
+from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
 from lightning_dlrm.tables.fbgemm_tables import FBGEMMGradient
 from lightning_dlrm.tables.fused_tables import UnsummedGradient, fused_update
@@ -32,7 +32,23 @@ def update_rows(
     known = _FUSED.get(type(rule))
     has_short_rows = len(weight) <= torch.iinfo(torch.int32).max
     if known is not None and has_short_rows and choose(kernels, weight.device.type, weight.dtype) == "native":
-        native.update(weight, gradient, state, known, vars(rule), learning_rate, float(step))
+        if isinstance(gradient, LookupGradient) and not gradient.summed:
+            (rows_N, bags_N, factors_N), grad_BD, ascending = gradient.lookups, gradient.output, False
+        else:
+            (rows_N, bags_N, factors_N), grad_BD, ascending = (gradient.rows, None, None), gradient.values, True
+        native.update(
+            weight,
+            rows_N,
+            grad_BD,
+            bags_N,
+            factors_N,
+            ascending,
+            list(state.values()),
+            known,
+            vars(rule),
+            learning_rate,
+            float(step),
+        )
         return
     for block in gradient.blocks():
         rows, sums = block.rows, block.values

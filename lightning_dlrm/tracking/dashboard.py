@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tracking import names
-from lightning_dlrm.tracking.wandb_run import choose_mode, default_entity
+from lightning_dlrm.tracking.wandb_mode import choose_mode
+from lightning_dlrm.tracking.wandb_run import default_entity
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import Report

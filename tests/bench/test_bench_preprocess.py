@@ -10,7 +10,8 @@ import pytest
 
 from datamodules.generate.tsv import TsvSettings, generate_tsv
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.bench import preprocess
+from lightning_dlrm.bench import prediction, preprocess
+from lightning_dlrm.bench.footprint import Footprint, run_process
 from lightning_dlrm.bench.measurement import Measurement
 from lightning_dlrm.contracts.errors import UserError
 
@@ -18,7 +19,7 @@ from lightning_dlrm.contracts.errors import UserError
 def bench(*options: str) -> list[Measurement]:
     parser = argparse.ArgumentParser()
     preprocess.add_arguments(parser)
-    return preprocess.run(parser.parse_args(list(options)))
+    return preprocess.run(parser.parse_args(list(options), argparse.Namespace(work="preprocess")))
 
 
 @pytest.fixture
@@ -82,8 +83,8 @@ def test_memory_is_that_of_all_processes(tmp_path: Path) -> None:
     child = "import time; held = bytearray(b'1') * 100_000_000; time.sleep(0.7)"
     program = "import subprocess, sys; held = bytearray(b'1') * 60_000_000\n"
     program += f"subprocess.run([sys.executable, '-c', {child!r}])"
-    footprint = preprocess._Footprint(None)
-    seconds, _ = preprocess._run_process([sys.executable, "-c", program], footprint)
+    footprint = Footprint(None)
+    seconds, _ = run_process([sys.executable, "-c", program], footprint)
     assert 160e6 < footprint.peak_bytes < 230e6
     assert seconds > 0.7
     assert len(footprint.cpu_of) == 2 and footprint.cpu_s > 0
@@ -92,10 +93,10 @@ def test_memory_is_that_of_all_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rounds", "0"], "--rounds of 1 or more"),
+        (["--rounds", "0"], "--rounds is 0"),
         (["--input", "nowhere"], "--input nowhere is no file"),
         (["--input", "raw.gz"], "raw.gz is compressed"),
-        (["--peer", "."], r"--peer \. is no checkout"),
+        (["--peer", "."], r"--peer \. is not a checkout"),
         (["--folder", "nowhere"], "--folder nowhere is no folder"),
         (["--rows", "0"], "--rows is 0"),
         (["--rows", "200", "--protocol", "none"], "preprocess failed: .*unknown protocol 'none'"),
@@ -115,11 +116,11 @@ def test_peer_on_numpy_2_is_told(peer: Path) -> None:
 
 def test_prediction_is_arithmetic_on_the_costs() -> None:
     """Kaggle, worked out by hand: 1 and 10 nodes of 16 cores at 70% speed, the largest column 30% of all counting."""
-    cost = preprocess.Cost(
+    cost = prediction.Cost(
         core_s={"stage": 2e-6, "count": 1e-6, "encode": 3e-6}, disk_bytes=100, output_bytes=40, worker_bytes=2e8
     )
-    kaggle = preprocess._TARGETS[0]
-    one, ten = (preprocess.predict(cost, kaggle, nodes) for nodes in (1, 10))
+    kaggle = prediction.TARGETS[0]
+    one, ten = (prediction.predict(cost, kaggle, nodes) for nodes in (1, 10))
     rows = 45_840_617
     assert one["stage"] == pytest.approx(rows * 2e-6 / 11.2) and ten["stage"] == pytest.approx(rows * 2e-6 / 112)
     assert one["count"] == ten["count"] == pytest.approx(rows * 1e-6 * 10_131_227 / 33_762_577)
@@ -128,5 +129,5 @@ def test_prediction_is_arithmetic_on_the_costs() -> None:
     assert ten["total"] == pytest.approx(ten["stage"] + ten["count"] + ten["encode"])
     assert one["memory"] == ten["memory"] == 16 * 2e8
     assert (one["disk"], one["output"]) == (rows * 100, rows * 40)
-    text = preprocess.render_predictions(cost)
+    text = prediction.render_predictions(cost)
     assert text.startswith("prediction, not measured") and text.count("kaggle") == text.count("terabyte") == 2

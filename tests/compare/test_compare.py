@@ -433,7 +433,7 @@ def test_times_are_kept_for_what_they_depend_on(monkeypatch: pytest.MonkeyPatch)
     dlrm, _ = planned()
     arms = arms_of([read_run(leave_run(dlrm, 1, Path("out"), 1.0))])
     measured = []
-    times = dict.fromkeys(operators.ALL_KINDS, 1.0)
+    times = dict.fromkeys(operators.KINDS, 1.0)
     monkeypatch.setattr(operators, "measure", lambda run: measured.append(run.name) or times)
     for _ in range(2):
         assert breakdown(arms, Path("operators.json")) == ({"DLRM": times}, [])

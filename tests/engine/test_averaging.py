@@ -160,8 +160,6 @@ def test_other_averages_than_the_checkpoints_are_refused(tmp_path: Path) -> None
     for averaging, words in ((None, "has averages .* asks for none"), (Averaging(decay=0.5), "decay 0.9, .*decay 0.5")):
         with pytest.raises(UserError, match=words):
             trainer_of(tmp_path / "other", max_epochs=2).fit(module_of(averaging=averaging), ToyData(), ckpt_path=last)
-    with pytest.raises(UserError, match="set cuda_graphs to false"):
-        CTRModule(wide_dlrm, RowWiseAdagrad(), Adagrad(), averaging=Averaging(), cuda_graphs=True, schema=toy_schema())
     for wrong in ({"decay": 1.5}, {"decay": 0.9, "start_share": 1.0}):
         with pytest.raises(UserError, match="expected 0 to 1, and 0 to below 1"):
             Averaging(**wrong)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts import lookup
 from lightning_dlrm.contracts.lookup import RowGradient, Table, gather_rows, put_rows
-from lightning_dlrm.kernels import native
+from lightning_dlrm.kernels import compiled
 from lightning_dlrm.models import fused
 from lightning_dlrm.models.layers import MLP, DotInteraction
 from lightning_dlrm.optim import rules
@@ -251,8 +251,8 @@ def test_large_tables_are_ordinary_tensors() -> None:
 
 def _need_native() -> None:
     try:
-        native.library()
-    except native.NativeError as error:
+        compiled.library()
+    except compiled.NativeError as error:
         pytest.skip(f"the native kernels are not tested: {error}")
 
 

@@ -19,16 +19,17 @@ from torch import Tensor
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import RowGradient, Segments, Table
-from lightning_dlrm.kernels import native
+from lightning_dlrm.kernels import compiled, native
 from lightning_dlrm.kernels.choice import choose
 from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.rows import update_rows
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
 from lightning_dlrm.tables.tables import EmbeddingTables
 
 try:
-    native.compiler()
+    compiled.compiler()
     HAS_COMPILER = True
-except native.NativeError:
+except compiled.NativeError:
     HAS_COMPILER = False
 
 needs_compiler = pytest.mark.skipif(
@@ -53,7 +54,7 @@ def _forgets() -> Iterator[None]:
     """What was chosen and loaded counts for one test."""
     yield
     choose.cache_clear()
-    native.library.cache_clear()
+    compiled.library.cache_clear()
 
 
 def draw_ids(size: int, generator: torch.Generator, bags: bool, weighted: bool) -> SparseIds:
@@ -173,7 +174,7 @@ def test_each_row_moves_by_the_sum_of_its_lookups(rows: int, count: int) -> None
         weight[segments.rows] = 0
         for prepare in (lambda gradient: gradient, lambda gradient: (gradient.rows, gradient)[1]):
             gradient = prepare(RowGradient.from_lookups(rows_N, gradient_BD, bags, factors))
-            native.update(weight, gradient, {}, "sgd", vars(SGD(1.0)), 1.0, 1.0)
+            update_rows(weight, gradient, {}, SGD(1.0), torch.tensor(1.0), torch.tensor(1.0), "native")
         expected = (-segments.sums(gradient_BD)).to(dtype)
         expected = (expected.float() - segments.sums(gradient_BD)).to(dtype)
         torch.testing.assert_close(weight[segments.rows], expected, rtol=0.0, atol=0.0)
@@ -189,7 +190,8 @@ def test_empty_batches_and_summed_gradients() -> None:
     rows_N, grad_ND = torch.tensor([9, 2, 9, 9], dtype=torch.int32), torch.randn(4, 5)
     for prepare in (lambda g: g, lambda g: (g.rows, g)[1], lambda g: RowGradient(g.rows, g.values)):
         weight = torch.ones(10, 5)
-        native.update(weight, prepare(RowGradient.from_lookups(rows_N, grad_ND)), {}, "sgd", vars(SGD(0.5)), 0.5, 1.0)
+        gradient = prepare(RowGradient.from_lookups(rows_N, grad_ND))
+        update_rows(weight, gradient, {}, SGD(0.5), torch.tensor(0.5), torch.tensor(1.0), "native")
         expected = torch.ones(10, 5)
         for row, grad_D in zip(rows_N.tolist(), grad_ND, strict=True):
             expected[row] -= 0.5 * grad_D
@@ -223,7 +225,7 @@ def test_one_openmp_library_is_loaded() -> None:
     """Two would let their threads wait in loops beside each other. In a process of its own, as others' libraries may
     bring theirs."""
     script = (
-        "from pathlib import Path; import torch; from lightning_dlrm.kernels import native; native.library();"
+        "from pathlib import Path; import torch; from lightning_dlrm.kernels import compiled; compiled.library();"
         "print({line.split()[-1] for line in Path('/proc/self/maps').read_text().splitlines() if 'omp' in line})"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -232,7 +234,7 @@ def test_one_openmp_library_is_loaded() -> None:
 
 @needs_compiler
 def test_processes_that_compile_at_once_share_one_library(tmp_path: Path) -> None:
-    script = "from lightning_dlrm.kernels import native; print(native.library()._name)"
+    script = "from lightning_dlrm.kernels import compiled; print(compiled.library()._name)"
     cache = tmp_path / "cache"
     started = [
         subprocess.Popen(
@@ -245,7 +247,7 @@ def test_processes_that_compile_at_once_share_one_library(tmp_path: Path) -> Non
     ]
     names = {process.communicate()[0].strip() for process in started}
     assert [process.returncode for process in started] == [0, 0]
-    assert [str(path) for path in cache.iterdir()] == list(names)
+    assert [str(path) for path in (cache / "native").iterdir()] == list(names)
 
 
 def test_without_a_compiler_auto_is_plain_and_native_is_refused(
@@ -254,7 +256,7 @@ def test_without_a_compiler_auto_is_plain_and_native_is_refused(
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     choose.cache_clear()
-    native.library.cache_clear()
+    compiled.library.cache_clear()
     with caplog.at_level(logging.INFO, "lightning_dlrm"):
         assert choose("auto", "cpu", torch.float32) == "plain"
         assert choose("auto", "cpu", torch.float32) == "plain"
@@ -281,7 +283,7 @@ def test_a_compiler_that_fails_is_told_once(
     monkeypatch.setenv("CC", str(broken))
     monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path / "cache"))
     choose.cache_clear()
-    native.library.cache_clear()
+    compiled.library.cache_clear()
     assert choose("auto", "cpu", torch.float32) == choose("auto", "cpu", torch.float32) == "plain"
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert record.message.endswith(f"which is slower: the C compiler {broken} failed: native.c:1: error: no space")
@@ -289,7 +291,27 @@ def test_a_compiler_that_fails_is_told_once(
         UserError, match=r"kernels is native, but the C compiler .* failed: native.c:1: error: no space"
     ):
         choose("native", "cpu", torch.float32)
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache" / "native").iterdir())
+
+
+@needs_compiler
+@pytest.mark.parametrize("loose", ["folder", "library", "link"])
+def test_a_library_that_others_may_write_is_not_opened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, loose: str
+) -> None:
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path))
+    compiled.library.cache_clear()
+    library = Path(compiled.library()._name)
+    assert library.parent == tmp_path / "native" and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+    if loose == "link":
+        library.symlink_to(library.rename(tmp_path / "elsewhere.so"))
+    else:
+        (library if loose == "library" else library.parent).chmod(0o770)
+    compiled.library.cache_clear()
+    choose.cache_clear()
+    assert choose("auto", "cpu", torch.float32) == "plain"
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "may be written by others" in caplog.text and str(tmp_path / "native") in caplog.text
 
 
 def test_native_is_for_a_cpu_and_types_it_knows() -> None:

@@ -179,7 +179,7 @@ def test_an_empty_slice_has_no_logits(name: str) -> None:
 
 
 def linear(network: Any, dense: Tensor, ids: SparseIds) -> Tensor:
-    lookup = network.lookup
+    lookup = network.tables
     weights = [p.of(lookup.weight)[ids.values[:, f].long(), 0] for f, p in enumerate(lookup.pieces)]
     return sum(weights) + dense @ network.weight + network.bias
 

@@ -78,7 +78,7 @@ def test_steps_are_those_with_tables_on_the_device(kind: str, hot: str, rule: st
         upcoming = global_batch(0, hot)
         for index in range(8 * micro):
             batch, upcoming = upcoming, global_batch(index + 1, hot)
-            network.announce(upcoming.ids)
+            network.prefetch(upcoming.ids)
             # As batches are brought to a device: other tensors, the same ids.
             ids = batch.map(lambda tensor: tensor if tensor is None else tensor.clone()).ids
             loss = nn.functional.binary_cross_entropy_with_logits(
@@ -225,7 +225,7 @@ def test_steps_on_a_gpu_are_those_with_tables_on_it(rule: str) -> None:
         losses, upcoming = [], global_batch(0, "multi").pin_memory()
         for index in range(30):
             batch, upcoming = upcoming, global_batch(index + 1, "multi").pin_memory()
-            network.announce(upcoming.ids)
+            network.prefetch(upcoming.ids)
             moved = batch.to(device)
             loss = nn.functional.binary_cross_entropy_with_logits(network(moved.dense, moved.ids), moved.label.float())
             loss.backward()

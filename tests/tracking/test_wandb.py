@@ -25,7 +25,8 @@ from lightning_dlrm.cli.configs import shipped_configs
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.norms import NormLogger
 from lightning_dlrm.tracking.run_folder import RunFolder
-from lightning_dlrm.tracking.wandb_run import RunPlace, WandbExtras, choose_mode, start_wandb
+from lightning_dlrm.tracking.wandb_mode import choose_mode
+from lightning_dlrm.tracking.wandb_run import RunPlace, WandbExtras, start_wandb
 from tests.cli.test_cli import FIT, QUICK
 from tests.engine.test_fit import lines, trainer_of
 from tests.toy import ToyData, ToyLoader, toy_dlrm, toy_module

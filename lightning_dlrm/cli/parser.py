@@ -1,0 +1,174 @@
+"""The options of a fit, which all commands with a model share, on Lightning's public argument parser."""
+
+import os
+from argparse import SUPPRESS
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+import pytorch_lightning as pl
+from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from lightning_dlrm.cli.configs import resolve_config_arguments
+from lightning_dlrm.cli.mistakes import explain, known_keys
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.tracking.wandb_mode import Mode
+
+# A value whose type is not declared stays data: a configuration builds no other class than an option declares.
+set_parsing_settings(instantiate_subclass_spec_in_any=False)
+
+TRAINER_DEFAULTS = {
+    # The stream gives each rank its own rows, and fits need no validation before their first step.
+    "use_distributed_sampler": False,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """When ``checkpoints/last`` is saved.
+
+    Args:
+        every_n_steps: number of optimizer steps between two checkpoints; each validation saves one too. 0 saves
+            after validations only.
+    """
+
+    every_n_steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbSettings:
+    """Weights & Biases.
+
+    Args:
+        project: W&B project.
+        mode: auto goes online if there is an API key and the server answers, else offline.
+        entity: user or team; by default the account's own.
+        name: of the run; by default that of the run folder.
+        group: of the run, such as an experiment of several runs.
+        job_type: what the run does; by default train, validate or test.
+        tags: of the run, such as [baseline, night].
+        log_model: upload the best checkpoint as an artifact at the end of a fit.
+    """
+
+    project: str = "lightning_dlrm"
+    mode: Mode = "auto"
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    tags: tuple[str, ...] = ()
+    log_model: bool = False
+
+
+class CommandParser(LightningArgumentParser):
+    """A parser that raises ``UserError`` with one line, and takes no abbreviations: they hide misspelt keys."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(explain(message, known_keys(self)))
+
+
+def build_trainer_parser(command: str, description: str) -> CommandParser:
+    """Return the parser of ``fit``, ``validate``, ``test`` or ``predict``."""
+    parser = _build_parser(command, description)
+    parser.add_method_arguments(pl.Trainer, command, skip=set(LightningCLI.subcommands()[command]))
+    return parser
+
+
+def build_model_parser(command: str, description: str, **options: Any) -> CommandParser:
+    """Return the parser of a command that needs a configuration's model and data, and no Trainer.
+
+    Args:
+        command: its name.
+        description: shown by ``--help``.
+        options: of the parser, such as ``epilog``.
+    """
+    parser = _build_parser(command, description, **options)
+    # The config.yaml of a run has these two, as fit takes them; they say nothing about model and data.
+    parser.add_argument("--ckpt_path", type=str | None, default=None, help=SUPPRESS)
+    parser.add_argument("--weights_only", type=bool | None, default=None, help=SUPPRESS)
+    return parser
+
+
+def _build_parser(command: str, description: str, **options: Any) -> CommandParser:
+    parser = CommandParser(prog=f"python -m lightning_dlrm {command}", description=description, **options)
+    parser.add_argument(
+        "-c", "--config", action=ActionConfigFile, help="YAML file, here or one shipped; later ones overlay earlier"
+    )
+    parser.add_argument(
+        "--seed_everything",
+        type=bool | int,
+        default=1,
+        help="seed of initial weights and data; true takes PL_GLOBAL_SEED, or 0",
+    )
+    parser.add_lightning_class_args(pl.Trainer, "trainer")
+    parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
+    parser.add_lightning_class_args(CTRModule, "model")
+    parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
+    _add_run_options(parser)
+    parser.link_arguments("data.schema", "model.schema", apply_on="instantiate")
+    parser.link_arguments("seed_everything", "model.seed", compute_fn=seed_from)
+    return parser
+
+
+def _add_run_options(parser: CommandParser) -> None:
+    parser.add_argument("--run_dir", type=str | None, default=None, help="default runs/<date>-<model>-<n>")
+    parser.add_argument(
+        "--resume",
+        type=Literal["auto"] | None,
+        default=None,
+        help="auto: continue from the newest whole checkpoint in --run_dir, or start a new run if there is none",
+    )
+    parser.add_argument(
+        "--stop_at_auc",
+        type=float | None,
+        default=None,
+        help="end the fit after the first validation with this AUC or more; the summary says how long that took",
+    )
+    parser.add_argument(
+        "--log_norms",
+        type=bool,
+        default=False,
+        help="log the norms of every gradient, and of the table rows that a step updates and of their gradients",
+    )
+    parser.add_class_arguments(CheckpointSettings, "checkpoint")
+    parser.add_class_arguments(WandbSettings, "wandb")
+
+
+def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
+    """Return the settings that configurations and options give, and seed the random generators with them.
+
+    Raises:
+        UserError: a configuration or an option is wrong.
+    """
+    settings = parser.parse_args(resolve_config_arguments(arguments))
+    if settings.seed_everything is not False:
+        given = None if settings.seed_everything is True else settings.seed_everything
+        settings.seed_everything = pl.seed_everything(given, workers=True)
+    return settings
+
+
+def fill_data_seed(settings: Namespace) -> None:
+    """Give the datamodule the seed of everything, if it has a seed and none is set."""
+    data = settings.data.init_args
+    if data.get("seed", 0) is None:
+        data.seed = seed_from(settings.seed_everything)
+
+
+def seed_from(given: bool | int) -> int:
+    """Return the seed that an option ``seed_everything`` means: true stands for PL_GLOBAL_SEED, or 0.
+
+    Raises:
+        UserError: NumPy takes no such seed.
+    """
+    seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if isinstance(given, bool) else given
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed_everything is {seed}; give a number from 0 to {2**32 - 1}")
+    return seed

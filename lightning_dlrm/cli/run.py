@@ -1,0 +1,403 @@
+"""``fit``, ``validate``, ``test`` and ``predict``: parse, check, build, run, report, in this order.
+
+``run`` calls, from top to bottom:
+
+1. parse: ``build_trainer_parser`` and ``parse`` (parser.py)
+2. check: ``choose_checkpoint``
+3. build: ``instantiate``, ``build_callbacks``, ``build_trainer``, ``open_run_folder``, ``attach_loggers``
+4. run: ``log_start``, ``call_trainer``
+5. report: ``report_fit``, ``report_evaluation``
+"""
+
+import inspect
+import json
+import logging
+import shlex
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from jsonargparse import Namespace
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from lightning_dlrm.cli.configs import flat
+from lightning_dlrm.cli.log_levels import configure_logging
+from lightning_dlrm.cli.loggers import finish_loggers, make_loggers, wandb_address
+from lightning_dlrm.cli.parser import CommandParser, build_trainer_parser, fill_data_seed, parse
+from lightning_dlrm.cli.predictions import PredictionWriter
+from lightning_dlrm.cli.report import demo_note, early_stop_note, final_report, size_note
+from lightning_dlrm.cli.trainer_settings import (
+    as_list,
+    check_early_stopping_after_validation,
+    check_processes,
+    validate_trainer_settings,
+)
+from lightning_dlrm.cli.version import code_version
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
+from lightning_dlrm.engine.metrics_logger import MetricsLogger
+from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.engine.norms import NormLogger
+from lightning_dlrm.engine.progress import RunProgress, total_steps
+from lightning_dlrm.engine.result_files import CurveWriter, EvaluationWriter
+from lightning_dlrm.engine.stopping import FinalValidation, StayStopped, StopAtAUC, StopOnSigterm
+from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
+from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
+from lightning_dlrm.sharding.collectives import lost_rank
+from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS, RunFolder
+
+log = logging.getLogger("lightning_dlrm")
+
+EVALUATIONS = ("validate", "test", "predict")
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One command with everything that it needs.
+
+    Args:
+        command: fit, validate, test or predict.
+        parser: of its settings.
+        settings: as parsed, with the checkpoint and the seeds that were chosen.
+        module: the model.
+        datamodule: the data.
+        folder: of the run; its path is chosen by rank 0, and the callbacks of other ranks get it when they set up.
+        metrics_logger: what a fit has logged; None for evaluations.
+        made_folder: whether this command has made the run folder.
+    """
+
+    command: str
+    parser: CommandParser
+    settings: Namespace
+    module: CTRModule
+    datamodule: Any
+    folder: RunFolder
+    metrics_logger: MetricsLogger | None
+    made_folder: bool = False
+
+    def latest_metrics(self) -> dict[str, float]:
+        """Return what a fit has logged last, by name; nothing for an evaluation."""
+        return {} if self.metrics_logger is None else self.metrics_logger.latest
+
+
+def run(command: str, arguments: Sequence[str], description: str) -> int:
+    """Run a command of the Trainer; return its exit code.
+
+    Args:
+        command: fit, validate, test or predict.
+        arguments: its options.
+        description: of the command, for ``--help``.
+
+    Raises:
+        UserError: a setting is wrong, the data or a checkpoint do not fit, or another rank was lost.
+        SystemExit: with 128 + signal after SIGTERM or SIGINT.
+    """
+    configure_logging()
+    parser = build_trainer_parser(command, description)
+    settings = parse(parser, arguments)
+    choose_checkpoint(command, settings)
+    job, trainer_settings = instantiate(command, parser, settings)
+    trainer = build_trainer(job, trainer_settings, build_callbacks(job, trainer_settings))
+    with finishing(job, trainer):
+        if trainer.is_global_zero:
+            open_run_folder(job)
+            attach_loggers(job, trainer, trainer_settings["logger"])
+        log_start(job, trainer)
+        call_trainer(job, trainer)
+        if command == "fit":
+            report_fit(job, trainer)
+        elif command != "predict":
+            report_evaluation(job, trainer)
+    return 0
+
+
+# --- check -----------------------------------------------------------------------------------------
+
+
+def choose_checkpoint(command: str, settings: Namespace) -> None:
+    """Set ``ckpt_path`` to the checkpoint folder that the command opens, or to None if a fit starts from scratch.
+
+    Raises:
+        UserError: the options contradict each other, or the checkpoint does not exist.
+    """
+    path, run_dir = settings.ckpt_path, settings.run_dir
+    if command in EVALUATIONS:
+        if settings.resume is not None:
+            raise UserError(f"--resume is for fit; {command} takes --ckpt_path")
+        if path is None:
+            raise UserError(f"{command} needs trained weights: give --ckpt_path, such as runs/NAME/checkpoints/best")
+        in_run = path in ("best", "last") and run_dir is not None
+        folder = RunFolder(Path(run_dir)).checkpoints if in_run else Path()
+        settings.ckpt_path = str(resolve_checkpoint(folder / path))
+    elif settings.resume is None:
+        settings.ckpt_path = None if path is None else str(resolve_checkpoint(Path(path)))
+    elif run_dir is None:
+        raise UserError("--resume auto looks for checkpoints in a run folder: give it with --run_dir")
+    elif path is not None:
+        raise UserError("--resume auto and --ckpt_path both choose a checkpoint: give one of them")
+    else:
+        newest = newest_checkpoint(RunFolder(Path(run_dir)).checkpoints)
+        if newest is None:
+            log.info("no checkpoint in %s yet: starting afresh", run_dir)
+        else:
+            settings.ckpt_path = str(newest)
+
+
+# --- build -----------------------------------------------------------------------------------------
+
+
+def instantiate(command: str, parser: CommandParser, settings: Namespace) -> tuple[Job, dict[str, Any]]:
+    """Build the model, the data, and the objects among the Trainer's arguments; return these arguments.
+
+    Raises:
+        UserError: a setting is out of range, or the model does not fit the data.
+    """
+    fill_data_seed(settings)
+    to_build = settings.clone()
+    check_early_stopping_after_validation(to_build.trainer)
+    built = parser.instantiate(to_build)
+    trainer_settings = built.trainer.as_dict()
+    validate_trainer_settings(trainer_settings, settings.stop_at_auc)
+    folder = RunFolder(Path())
+    metrics_logger = None
+    if command == "fit":
+        checkpoints = None
+        if trainer_settings["enable_checkpointing"] is not False:
+            checkpoints = RunCheckpoints(folder, settings.checkpoint.every_n_steps)
+        metrics_logger = MetricsLogger(folder, checkpoints)
+    job = Job(
+        command=command,
+        parser=parser,
+        settings=settings,
+        module=built.model,
+        datamodule=built.data,
+        folder=folder,
+        metrics_logger=metrics_logger,
+    )
+    return job, trainer_settings
+
+
+def build_callbacks(job: Job, trainer_settings: dict[str, Any]) -> list[pl.Callback]:
+    """Return the callbacks of a command, in the order in which Lightning calls them."""
+    settings, metrics_logger = job.settings, job.metrics_logger
+    callbacks: list[pl.Callback] = as_list(trainer_settings["callbacks"])
+    if metrics_logger is not None:
+        callbacks += [StayStopped(given) for given in callbacks if isinstance(given, EarlyStopping)]
+        if settings.stop_at_auc is not None:
+            callbacks.append(StopAtAUC(settings.stop_at_auc, metrics_logger))
+        callbacks += [FinalValidation(), metrics_logger]
+        if settings.log_norms:
+            callbacks.append(NormLogger(metrics_logger))
+        if metrics_logger.checkpoints is not None:
+            callbacks.append(metrics_logger.checkpoints)
+    else:
+        callbacks += [EvaluationWriter(job.folder), PredictionWriter(job.folder)]
+    if trainer_settings["enable_progress_bar"] is not False:
+        callbacks.append(RunProgress(metrics_logger))
+    if job.command != "predict":
+        callbacks.append(CurveWriter(job.folder))
+    return [*callbacks, StopOnSigterm()]
+
+
+class RunTrainer(pl.Trainer):
+    """A Trainer whose files lie in the run folder, which is chosen after its settings have been checked.
+
+    Args:
+        folder: of the run; its path may be set later.
+        settings: of ``pl.Trainer``.
+    """
+
+    def __init__(self, folder: RunFolder, **settings: Any) -> None:
+        self._run_folder = None if settings["default_root_dir"] else folder
+        super().__init__(**settings)
+
+    @property
+    def default_root_dir(self) -> str:
+        return super().default_root_dir if self._run_folder is None else str(self._run_folder.path)
+
+
+def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
+    """Build the Trainer, without loggers: they need the run folder, which only one rank makes.
+
+    Raises:
+        UserError: Lightning refuses the settings, or they ask for training in several processes without sharding.
+    """
+    ours = {
+        "callbacks": callbacks,
+        "plugins": [*as_list(trainer_settings["plugins"]), FolderCheckpointIO()],
+        "logger": False,
+    }
+    try:
+        trainer = RunTrainer(job.folder, **(trainer_settings | ours))
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    check_processes(trainer, job.command, trainer_settings["sync_batchnorm"])
+    if isinstance(trainer.strategy, EmbeddingShardedDDP):
+        trainer.strategy.facts = facts_of_all_ranks(job)
+    return trainer
+
+
+def facts_of_all_ranks(job: Job) -> dict[str, Any]:
+    """Return every setting by its full key, without those that may differ from rank to rank."""
+    document = json.loads(job.parser.dump(job.settings, format="json", skip_unset=False))
+    return {k: v for k, v in flat(document).items() if not k.startswith(("config", "wandb.", "run_dir"))}
+
+
+def open_run_folder(job: Job) -> None:
+    """Choose the run folder, on rank 0.
+
+    Raises:
+        UserError: the folder belongs to another run or to no run, or cannot be made.
+    """
+    settings = job.settings
+    path = None if settings.run_dir is None else Path(settings.run_dir)
+    if job.command in EVALUATIONS:
+        owner = Path(settings.ckpt_path).resolve().parent.parent
+        if path is None and (owner / CONFIG).is_file():
+            path = owner
+        if path is not None and path.is_dir():
+            job.folder.path = path
+            return
+    elif settings.resume is not None and path is not None and path.is_dir():
+        job.folder.path = RunFolder.reopen(path).path
+        return
+    model = settings.model.network.class_path.rpartition(".")[2].lower()
+    job.folder.path = RunFolder.create(path, model).path
+    job.made_folder = True
+
+
+def attach_loggers(job: Job, trainer: pl.Trainer, given: Any) -> None:
+    """Give the Trainer its loggers and W&B's callback, on rank 0; a fast_dev_run logs nothing."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    document = json.loads(job.parser.dump(job.settings, format="json", skip_unset=False))
+    configuration = {**document, "lightning_dlrm": code_version()}
+    trainer.loggers = make_loggers(job.command, job.folder, given, job.settings.wandb, configuration)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            from lightning_dlrm.tracking.wandb_run import WandbExtras
+
+            extras = WandbExtras(job.folder, logger, job.latest_metrics, job.settings.wandb.log_model)
+            trainer.callbacks.append(extras)  # type: ignore[attr-defined]
+
+
+# --- run -------------------------------------------------------------------------------------------
+
+
+def log_start(job: Job, trainer: pl.Trainer) -> None:
+    """Log what a command is about to do, and keep the configuration of a fit."""
+    if not trainer.is_global_zero:
+        return
+    if job.command == "predict":
+        log.info("predictions go to %s", job.folder.path / PREDICTIONS)
+    if job.metrics_logger is None:
+        return
+    # What this command resumes from is not part of the configuration: later commands open it with --config.
+    settings = job.settings.clone()
+    settings.ckpt_path = settings.resume = settings.run_dir = None
+    job.metrics_logger.configuration = job.parser.dump(settings, skip_unset=False)
+    log.info("run folder: %s", job.folder.path)
+    log.info(size_note(job.module.size))
+    if job.datamodule.schema.dataset == "demo":
+        log.info(demo_note())
+
+
+def call_trainer(job: Job, trainer: pl.Trainer) -> None:
+    """Call the Trainer's method of the command's name."""
+    method = getattr(trainer, job.command)
+    options = inspect.signature(method).parameters.keys() - LightningCLI.subcommands()[job.command]
+    arguments = {name: job.settings[name] for name in options}
+    if job.command == "predict":
+        # They are in predictions.parquet; Lightning would keep them all in memory as well.
+        arguments["return_predictions"] = False
+    method(job.module, datamodule=job.datamodule, **arguments)
+
+
+@contextmanager
+def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
+    """End a command as schedulers and shells expect: exit codes, W&B's run closed, no empty run folder.
+
+    Lightning exits with 0 after SIGTERM and with 1 after Ctrl-C; they expect 128 + signal.
+    """
+    succeeded = False
+    try:
+        yield
+        succeeded = True
+    except SIGTERMException:
+        log_how_to_resume(job, trainer)
+        raise SystemExit(128 + signal.SIGTERM) from None
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        log_how_to_resume(job, trainer)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        raise UserError(
+            f"another rank has ended or does not answer ({' '.join(str(error).split())[:200]}): "
+            "see what it said; checkpoints saved before are whole: resume with --resume auto"
+        ) from error
+    finally:
+        finish_loggers(succeeded)
+        if not succeeded and job.made_folder:
+            job.folder.remove_unless_begun()
+
+
+def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
+    """Log the command that continues an interrupted fit."""
+    if job.command != "fit" or not trainer.is_global_zero:
+        return
+    step, folder = f"{trainer.global_step:,}", job.folder
+    if newest_checkpoint(folder.checkpoints) is None:
+        log.info("interrupted at step %s, before the first checkpoint", step)
+        return
+    config, path = (shlex.quote(str(given)) for given in (folder.path / CONFIG, folder.path))
+    log.info(
+        "interrupted at step %s; go on with: python -m lightning_dlrm fit --config %s --run_dir %s --resume auto",
+        *(step, config, path),
+    )
+
+
+# --- report ----------------------------------------------------------------------------------------
+
+
+def report_fit(job: Job, trainer: pl.Trainer) -> None:
+    """Print the scores of a fit and what can be done with it.
+
+    Raises:
+        UserError: no step was trained.
+    """
+    metrics_logger = job.metrics_logger
+    assert metrics_logger is not None
+    if metrics_logger.samples == 0:
+        raise UserError(
+            f"nothing was trained: trainer.max_steps is {trainer.max_steps} and trainer.max_epochs is "
+            f"{trainer.max_epochs}; ask for at least one step"
+        )
+    if not trainer.is_global_zero or trainer.interrupted:
+        return
+    best = metrics_logger.checkpoints.best if metrics_logger.checkpoints else {}
+    final = {names.SAMPLES: metrics_logger.samples, **metrics_logger.latest}
+    if not metrics_logger.trained:
+        print(f"already finished at step {trainer.global_step:,}; nothing to do")
+    for callback in trainer.early_stopping_callbacks:
+        if note := early_stop_note(callback, trainer.global_step, total_steps(trainer)):
+            print(note)
+    wandb = wandb_address(trainer.loggers, job.folder)
+    print(final_report(job.folder, final, best, job.datamodule.schema, wandb))
+
+
+def report_evaluation(job: Job, trainer: pl.Trainer) -> None:
+    """Print the metrics of ``validate`` or ``test``."""
+    if trainer.is_global_zero:
+        print("\n".join(f"{name:32s} {value:.6f}" for name, value in job.module.results.items()))
+        print(f"kept in {job.folder.path}")

@@ -1,0 +1,116 @@
+"""Settings of Lightning's Trainer that a run of this project refuses, each with what to set instead."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+from jsonargparse import Namespace
+from pytorch_lightning.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
+from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
+from lightning_dlrm.tracking import names
+
+
+def as_list(given: Any) -> list[Any]:
+    """Return a list of what Lightning takes as None, as one value, or as several."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | None) -> None:
+    """Check the Trainer's arguments before it is built.
+
+    Args:
+        trainer: the arguments; callbacks are instances.
+        stop_at_auc: the option.
+
+    Raises:
+        UserError: a value is out of range, or does not work with this project.
+    """
+    for name in ("accumulate_grad_batches", "log_every_n_steps"):
+        if trainer[name] is not None and trainer[name] < 1:
+            raise UserError(f"trainer.{name} is {trainer[name]}; give 1 or more")
+    if (trainer["gradient_clip_val"] or 0) < 0:
+        raise UserError(f"trainer.gradient_clip_val is {trainer['gradient_clip_val']}; give 0 (no clipping) or more")
+    if str(trainer["precision"]) in ("16", "16-mixed"):
+        # On a CPU Lightning would take bf16-mixed in its place.
+        raise UserError(f"trainer.precision {trainer['precision']} scales the loss; use bf16-mixed")
+    if stop_at_auc is not None and trainer["limit_val_batches"] == 0:
+        raise UserError("stop_at_auc needs validations, and trainer.limit_val_batches is 0: leave one of them out")
+    if trainer["reload_dataloaders_every_n_epochs"]:
+        raise UserError(
+            "trainer.reload_dataloaders_every_n_epochs: the stream orders every epoch by itself; leave it at 0"
+        )
+    for callback in as_list(trainer["callbacks"]):
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+            raise UserError(
+                f"trainer.callbacks: the averages of {type(callback).__name__} would not be in the checkpoints, "
+                "which take table rows where they are: set model.averaging.decay, such as 0.99, instead"
+            )
+        if isinstance(callback, EarlyStopping):
+            _check_early_stopping(callback, trainer["limit_val_batches"])
+
+
+def check_early_stopping_after_validation(trainer: Namespace) -> None:
+    """Make every EarlyStopping of a configuration look at validations, before their checkpoints are saved.
+
+    By default Lightning moves the check to the end of an epoch whose last step validates, after the checkpoint.
+
+    Args:
+        trainer: the Trainer's arguments, parsed and not instantiated; modified in place.
+
+    Raises:
+        UserError: a configuration asks for the check at the end of an epoch.
+    """
+    for callback in as_list(trainer.callbacks):
+        options = callback.get("init_args")
+        if options is None or "check_on_train_epoch_end" not in options:
+            continue
+        if options.check_on_train_epoch_end:
+            raise UserError(
+                "trainer.callbacks: EarlyStopping's check_on_train_epoch_end comes after a validation's checkpoint is "
+                "saved, which would be without its count: leave it out"
+            )
+        options.check_on_train_epoch_end = False
+
+
+def check_processes(trainer: pl.Trainer, command: str, sync_batchnorm: bool) -> None:
+    """
+    Raises:
+        UserError: several processes are asked for, and they do not work together.
+    """
+    if trainer.world_size == 1:
+        return
+    if sync_batchnorm and trainer.strategy.root_device.type != "cuda":
+        raise UserError("trainer.sync_batchnorm works on GPUs only; without it each rank normalises over its own slice")
+    if command == "fit" and not isinstance(trainer.strategy, EmbeddingShardedDDP):
+        raise UserError(
+            f"training in {trainer.world_size} processes needs --trainer.strategy {EMBEDDING_SHARDED_DDP}: "
+            "give it, or set --trainer.devices 1 and --trainer.num_nodes 1"
+        )
+
+
+def _check_early_stopping(callback: EarlyStopping, limit_val_batches: float | None) -> None:
+    """
+    Raises:
+        UserError: its metric does not exist, or it would stop when it should continue.
+    """
+    if limit_val_batches == 0:
+        raise UserError(
+            "trainer.callbacks: EarlyStopping needs validations, and trainer.limit_val_batches is 0: leave one of "
+            "them out"
+        )
+    modes = {f"{names.VALIDATION}/{metric}": mode for metric, mode in names.BETTER.items()}
+    if callback.monitor not in modes:
+        raise UserError(
+            f"trainer.callbacks: EarlyStopping's monitor is {callback.monitor}; expected one of {', '.join(modes)}"
+        )
+    mode = modes[callback.monitor]
+    if callback.mode != mode:
+        raise UserError(
+            f"trainer.callbacks: EarlyStopping's mode is {callback.mode}, and of {callback.monitor} "
+            f"{'more' if mode == 'max' else 'less'} is better: set mode to {mode}"
+        )

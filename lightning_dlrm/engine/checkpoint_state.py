@@ -1,0 +1,199 @@
+"""What a module adds to Lightning's checkpoint, and how it takes it back: tables piece by piece, without a copy."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.lookup import EmbeddingLookup
+from lightning_dlrm.engine.averaging import KEY as AVERAGES
+from lightning_dlrm.engine.averaging import average_rows, averaged_dense
+from lightning_dlrm.engine.guards import refuse_bad_weights
+from lightning_dlrm.engine.random_state import random_states, restore_random_states
+from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors
+from lightning_dlrm.sharding.collectives import Ranks
+
+if TYPE_CHECKING:
+    from lightning_dlrm.engine.module import CTRModule
+
+
+def add_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:
+    """Take the tables and their optimizer state out of Lightning's dictionary, and add pieces that are written apart.
+
+    Args:
+        module: under training.
+        checkpoint: Lightning's, changed in place.
+
+    Raises:
+        UserError: on all ranks, if a loss or a parameter of one is not finite: a bad state never replaces a good one.
+    """
+
+    def refuse_bad_state() -> None:
+        for lookup in module.network.lookups():
+            lookup.settle()
+        module.guard.check()
+        refuse_bad_weights(module.network, checkpoint["global_step"], module.guard.advice)
+
+    Ranks().run_on_all_ranks(refuse_bad_state)
+    for key in _table_keys(module):
+        del checkpoint["state_dict"][key]
+    if (averages := module.averages) is not None:
+        checkpoint[AVERAGES] = averages.state(checkpoint["global_step"])
+    checkpoint["tables"] = table_pieces(module, with_state=bool(checkpoint.get("optimizer_states")))
+    checkpoint["header"] = {
+        "model": type(module.network).__name__,
+        "encoding_fingerprint": module.schema.encoding_fingerprint,
+        "data_fingerprint": module.data_schema().data_fingerprint,
+        "step": checkpoint["global_step"],
+        "epoch": checkpoint["epoch"],
+    }
+    checkpoint["random_state"] = random_states(module.device)
+
+
+def table_pieces(module: "CTRModule", with_state: bool = True) -> list[PieceTensors]:
+    """Return what this rank holds of the tables, of their optimizer state and averages; views of the live tensors."""
+    slots: dict[EmbeddingLookup, dict[str, Tensor]] = {}
+    if with_state:
+        optimizer = optimizer_of(module)
+        slots = dict(zip(optimizer.lookups, optimizer.table_state, strict=True))
+    averages = {} if module.averages is None else module.averages.slots()
+
+    def tensors_of(lookup: EmbeddingLookup) -> dict[str, Tensor]:
+        return {"weight": lookup.weight, **slots.get(lookup, {}), **averages.get(lookup, {})}
+
+    return [
+        PieceTensors(piece, {name: piece.of(tensor) for name, tensor in tensors_of(lookup).items()})
+        for lookup in module.network.lookups()
+        for piece in lookup.pieces
+    ]
+
+
+def dense_tensors(module: "CTRModule") -> list[Tensor]:
+    """Return all other parameters and their optimizer state."""
+    parameters, state = module.network.dense_parameters(), optimizer_of(module).state
+    kept = (values for parameter in parameters for values in state[parameter].values())
+    return [*parameters, *(values for values in kept if torch.is_tensor(values))]
+
+
+def take_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:
+    """Check that a checkpoint is of this model and data, and read its tables in place.
+
+    Args:
+        module: about to be trained or evaluated.
+        checkpoint: Lightning's, as ``FolderCheckpointIO`` opens it; changed in place.
+
+    Raises:
+        UserError: it is of another model, dataset encoding, or (to train on) other data.
+    """
+    reader: CheckpointReader = checkpoint["tables"]
+    training = module.trainer.training
+    _check_header(module, reader, training)
+    if training and not checkpoint.get("optimizer_states"):
+        raise UserError(
+            f"checkpoint {reader.folder} holds weights only, so a fit cannot go on from it; validate, test and "
+            "predict take it"
+        )
+    _check_parameters(module, reader, checkpoint["state_dict"])
+    averages = checkpoint.get(AVERAGES)
+    if training:
+        _keep_averages(module, averages, reader)
+    elif module.averaging is not None:
+        # Those of an earlier fit: the parameters are about to be others.
+        module.averaging.averages = None
+    averaged = averages if not training else None
+    if averaged is not None:
+        names_here = {f"network.{name}": value for name, value in averaged["dense"].items()}
+        checkpoint["state_dict"] = averaged_dense(averaged | {"dense": names_here}, checkpoint["state_dict"])
+    with torch.no_grad():
+        for lookup in module.network.lookups():
+            for piece in lookup.pieces:
+                rows = piece.of(lookup.weight)
+                reader.read_rows(piece, "weight", rows)
+                if averaged is not None:
+                    average_rows(averaged, reader, piece, rows)
+    # Loading a parameter from itself costs nothing; leaving it out would be an incomplete state.
+    checkpoint["state_dict"] |= {key: lookup.weight for key, lookup in _table_keys(module).items()}
+    for state in checkpoint.get("optimizer_states", []):
+        state["read_table_rows"] = reader.read_rows
+    if "random_state" in checkpoint:
+        restore_random_states(checkpoint["random_state"], module.device)
+
+
+def optimizer_of(module: "CTRModule") -> CTROptimizer:
+    """Return the optimizer of a module under training."""
+    optimizer = module.optimizers(use_pl_optimizer=False)
+    assert isinstance(optimizer, CTROptimizer)
+    return optimizer
+
+
+def _check_parameters(module: "CTRModule", reader: CheckpointReader, state_dict: dict[str, Tensor]) -> None:
+    """
+    Raises:
+        UserError: the checkpoint has other tables, or other dense parameters.
+    """
+    theirs = set(reader.manifest.tables)
+    ours = {table.name for lookup in module.network.lookups() for table in lookup.tables}
+    if theirs != ours:
+        raise UserError(
+            f"checkpoint {reader.folder} has tables {_few(theirs)}, this run needs {_few(ours)}: "
+            "it is of another model or dataset"
+        )
+    table_keys = _table_keys(module)
+    dense = {k: tuple(v.shape) for k, v in module.state_dict().items() if k not in table_keys}
+    saved = {k: tuple(v.shape) for k, v in state_dict.items()}
+    if dense != saved:
+        key = min(k for k in dense.keys() | saved.keys() if dense.get(k) != saved.get(k))
+        raise UserError(
+            f"checkpoint {reader.folder} is of another model: {key} is {saved.get(key, 'missing')} there "
+            f"and {dense.get(key, 'missing')} here; use the configuration it was trained with"
+        )
+
+
+def _keep_averages(module: "CTRModule", averages: dict[str, Any] | None, reader: CheckpointReader) -> None:
+    """
+    Raises:
+        UserError: the checkpoint has averages and this run wants none, or the other way round.
+    """
+    if (averages is None) != (module.averaging is None):
+        has, wants = ("no averages", "some") if averages is None else ("averages", "none")
+        raise UserError(
+            f"checkpoint {reader.folder} has {has} of its weights and this run asks for {wants} "
+            "(model.averaging): resume with the configuration it was trained with, or start a new run"
+        )
+    if averages is not None and module.averaging is not None:
+        module.averaging.saved = averages, reader
+
+
+def _check_header(module: "CTRModule", reader: CheckpointReader, training: bool) -> None:
+    header, network = reader.header, type(module.network).__name__
+    if header["model"] != network:
+        raise UserError(
+            f"checkpoint {reader.folder} is of a {header['model']}, this run trains a "
+            f"{network}: use the configuration it was trained with"
+        )
+    encoding = module.schema.encoding_fingerprint
+    if header["encoding_fingerprint"] != encoding:
+        raise UserError(
+            f"checkpoint {reader.folder} was trained on data encoded otherwise (fingerprint "
+            f"{header['encoding_fingerprint'][:12]}, the data here have {encoding[:12]}): "
+            "encode the data with the vocabulary and protocol of the training data"
+        )
+    data = module.data_schema().data_fingerprint
+    if training and header["data_fingerprint"] != data:
+        raise UserError(
+            f"checkpoint {reader.folder} was trained on other rows (fingerprint {header['data_fingerprint'][:12]}, "
+            f"the data here have {data[:12]}): resume on the same dataset"
+        )
+
+
+def _table_keys(module: "CTRModule") -> dict[str, EmbeddingLookup]:
+    """Return the name in the module's state of each lookup's weight -> the lookup."""
+    modules = module.network.named_modules(prefix="network")
+    return {f"{name}.weight": lookup for name, lookup in modules if isinstance(lookup, EmbeddingLookup)}
+
+
+def _few(items: set[str]) -> str:
+    listed = sorted(items)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

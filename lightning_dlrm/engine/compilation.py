@@ -1,0 +1,95 @@
+"""``model.compile``: the dense arithmetic of a step under torch.compile, with a log of what that costs."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import pytorch_lightning as pl
+import torch
+import torch._dynamo
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.models.network import CTRNetwork
+
+log = logging.getLogger("lightning_dlrm")
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+
+def compile_mode(given: bool | str) -> CompileMode | None:
+    """Return the mode of torch.compile that ``model.compile`` asks for, or None for eager steps.
+
+    Raises:
+        UserError: torch.compile has no such mode.
+    """
+    if isinstance(given, bool):
+        return "default" if given else None
+    modes = get_args(CompileMode)
+    if given not in modes:
+        raise UserError(f"model.compile is {given!r}; expected true, false, {', '.join(modes[:-1])} or {modes[-1]}")
+    return given  # type: ignore[return-value]
+
+
+def compiled(function: Callable[..., Any], mode: CompileMode) -> Callable[..., Any]:
+    """Return a function that is compiled when it is first called, and anew when a guard finds a change.
+
+    By default random numbers are eager PyTorch's, so that dropout leaves out what it leaves out without compilation.
+    """
+    # By default torch.compile does not notice a hook that is registered after compilation.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    if mode == "default":
+        return torch.compile(function, options={"fallback_random": True})
+    return torch.compile(function, mode=mode)
+
+
+def compile_score(network: CTRNetwork, mode: CompileMode) -> None:
+    """Compile a network's ``score``; its lookups stay eager.
+
+    Raises:
+        UserError: the network defines ``forward`` alone.
+    """
+    if not network.has_score:
+        raise UserError(
+            f"model.compile compiles a network's score, and {type(network).__name__} defines forward alone: "
+            "define score(dense, vectors), or set model.compile to false"
+        )
+    network.score = compiled(network.score, mode)  # type: ignore[method-assign]
+
+
+class CompilationLog(pl.Callback):
+    """Log the time of every compilation during a fit, and their number at its end.
+
+    The first steps compile; later steps do when a batch size, a hook, a layer or the loss has changed.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        handler = torch._dynamo.callback.callback_handler
+        handler.register_start_callback(self._on_start)
+        handler.register_end_callback(self._on_end)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._unregister()
+        log.info("torch.compile: %d compilations took %.1f s", self.count, self.seconds)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._unregister()
+
+    def _unregister(self) -> None:
+        handler = torch._dynamo.callback.callback_handler
+        if self._on_start in handler.start_callbacks:
+            handler.remove_start_callback(self._on_start)
+            handler.remove_end_callback(self._on_end)
+
+    def _on_start(self, args: Any) -> None:
+        self._began = time.perf_counter()
+
+    def _on_end(self, args: Any) -> None:
+        seconds = time.perf_counter() - self._began
+        self.count, self.seconds = self.count + 1, self.seconds + seconds
+        log.info("torch.compile: compilation %d took %.1f s", self.count, seconds)

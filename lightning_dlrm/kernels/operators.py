@@ -1,0 +1,54 @@
+"""How the kernels in C become operators of torch, ``torch.ops.lightning_dlrm.*``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+_ALONE = 2**10
+"""Indices from which on a second thread is worth waking."""
+
+_operators = torch.library.Library("lightning_dlrm", "FRAGMENT")
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""Name of each operator -> what it does on a CPU."""
+
+
+def register(
+    schema: str,
+    implementation: Callable[..., Any],
+    results: Callable[..., Any],
+    differentiate: Callable[..., Any] | None = None,
+    save: Callable[..., None] | None = None,
+) -> None:
+    """Make a kernel an operator of torch.
+
+    Args:
+        schema: the operator's, with its name.
+        implementation: what it does on a CPU.
+        results: makes tensors of its results' shapes and dtypes, for fake tensors.
+        differentiate: the backward pass; None if the operator is not differentiable.
+        save: sets up the context of the backward pass.
+    """
+    name = schema.partition("(")[0]
+    _operators.define(schema)
+    _operators.impl(name, implementation, "CPU")
+    torch.library.register_fake(f"lightning_dlrm::{name}", results, lib=_operators)
+    if differentiate is not None:
+        torch.library.register_autograd(f"lightning_dlrm::{name}", differentiate, setup_context=save, lib=_operators)
+    IMPLEMENTATIONS[name] = implementation
+
+
+def nothing(*arguments: Any) -> None:
+    """The results of an operator that only changes its arguments."""
+
+
+def threads(count: int) -> int:
+    """Return how many threads work on as many indices or elements."""
+    return torch.get_num_threads() if count >= _ALONE else 1
+
+
+def count_change(*tensors: Tensor) -> None:
+    """Tell autograd that tensors have changed, so that it refuses those that it has saved."""
+    increment_version([tensor for tensor in tensors if not tensor.is_inference()])

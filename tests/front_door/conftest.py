@@ -1,0 +1,123 @@
+"""Commands as a user types them: real processes, in an empty folder, of a wheel that is built and unpacked here."""
+
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+TINY = """\
+# Demo data and a network that train within a second; everything else is as it ships.
+model:
+  network:
+    init_args: {embedding_dim: 4, bottom_mlp: [8, 4], top_mlp: [8]}
+data:
+  init_args:
+    batch_size: 64
+    demo: {train_rows: 2048, validation_rows: 512, test_rows: 256, max_table_rows: 100}
+checkpoint: {every_n_steps: 5}
+trainer: {val_check_interval: 20, log_every_n_steps: 4}
+"""
+
+
+@dataclass
+class Finished:
+    """What a process left: its exit code, and stdout and stderr together."""
+
+    code: int
+    output: str
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Starts commands in a folder with the installed wheel."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, arguments: list[str], terminal: bool = False, timeout: float = 300) -> Finished:
+        """Run a command to its end; its input and output are a pseudo-terminal, or nothing and a pipe."""
+        if not terminal:
+            done = subprocess.run(
+                arguments,
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+            )
+            return Finished(done.returncode, done.stdout.decode(errors="replace"))
+        ours, theirs = os.openpty()
+        process = subprocess.Popen(
+            arguments, cwd=self.folder, env=self.environment, stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
+        chunks: list[bytes] = []
+        reader = threading.Thread(target=_read_all, args=(ours, chunks))
+        reader.start()
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+            reader.join(10)
+            os.close(ours)
+        return Finished(code, b"".join(chunks).decode(errors="replace"))
+
+    def python(self, *arguments: str, terminal: bool = False) -> Finished:
+        """Run this interpreter."""
+        return self.run([sys.executable, *arguments], terminal)
+
+    def cli(self, *arguments: str, terminal: bool = False) -> Finished:
+        """Run ``python -m lightning_dlrm``."""
+        return self.python("-m", "lightning_dlrm", *arguments, terminal=terminal)
+
+
+def _read_all(descriptor: int, chunks: list[bytes]) -> None:
+    while True:
+        try:
+            chunk = os.read(descriptor, 65_536)
+        except OSError:  # Linux: the last process that has the terminal open has ended
+            return
+        if not chunk:
+            return
+        chunks.append(chunk)
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a wheel of this checkout is installed into."""
+    built, target = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site-packages")
+    build = "from hatchling.build import build_wheel; import sys; print(build_wheel(sys.argv[1]))"
+    made = subprocess.run([sys.executable, "-c", build, built], cwd=REPOSITORY, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def shell_environment(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a user who has nothing but the wheel and its dependencies."""
+    home = tmp_path_factory.mktemp("home")
+    unset = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "COLUMNS", "TRITON_INTERPRET")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    return kept | {
+        "PYTHONPATH": str(installed),
+        "LIGHTNING_DLRM_CACHE": str(tmp_path_factory.getbasetemp() / "cache"),
+        "NETRC": str(home / "netrc"),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def shell(shell_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """A shell in an empty folder, shared by the tests of a module."""
+    return Shell(tmp_path_factory.mktemp("work"), shell_environment)
