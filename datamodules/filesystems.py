@@ -1,5 +1,4 @@
-"""File systems, of this machine or behind an address that fsspec knows: how they are found, and what their failures
-say."""
+"""File systems of this machine and of fsspec: find them, and turn their failures into messages."""
 
 import errno
 from collections.abc import Iterator
@@ -13,22 +12,22 @@ if TYPE_CHECKING:
 
 
 def is_remote(place: str) -> bool:
-    """Whether it is an address rather than a path."""
+    """Return whether a place is a URL rather than a path."""
     return "://" in place
 
 
 def in_process_only(place: str) -> bool:
-    """Whether other processes would not find it."""
+    """Return whether only this process can read a place."""
     return place.startswith("memory://")
 
 
 def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
-    """The fsspec file system of an address, and the path in it.
+    """Return the fsspec file system of a URL, and the path in it.
 
     Raises:
-        UserError: fsspec does not know it, or its package is not installed.
+        UserError: fsspec does not know the file system, or its package is not installed.
     """
-    # Imported here: most data lie on this machine, and workers start the sooner without it.
+    # Imported here: most data are on this machine, and workers start faster without it.
     import fsspec
 
     kind = address.partition("://")[0]
@@ -38,33 +37,35 @@ def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
         raise UserError(f"{address} needs a package that is not installed: {one_line(error)}") from error
     except ValueError as error:
         if kind in fsspec.available_protocols():
-            raise _failure(address, "is not understood", error, "correct the address") from error
+            raise _failure(address, "is not a valid URL", error, "correct the URL") from error
         raise UserError(
-            f"{address}: {kind}:// is no kind of address that fsspec knows; known are s3://, gs://, hf://, https:// "
-            "and others, or a path on this machine"
+            f"{address}: fsspec does not know the protocol {kind}://; give a path, or a URL such as s3://, gs://, "
+            "hf:// or https://"
         ) from error
     except Exception as error:
-        raise _failure(address, "cannot be reached", error, "check the address, the network and your access") from error
+        raise _failure(
+            address, "cannot be reached", error, "check the URL, the network and your credentials"
+        ) from error
     return system, path
 
 
 @contextmanager
-def failures_told(
+def failures_as_user_errors(
     place: str,
     what: str = "cannot be read",
     remedy: str = "check the path and your access to it",
     *,
     passing: tuple[type[Exception], ...] = (),
 ) -> Iterator[None]:
-    """Failures of a file system, each of which has errors of its own, as one line that names the place.
+    """Turn failures of a file system, each of which has exceptions of its own, into a UserError that names the place.
 
-    A full disk is left as it is.
+    The exceptions of a full disk pass unchanged.
 
     Args:
-        place: a path or an address.
-        what: happened to it.
-        remedy: what to do about it.
-        passing: what else is left as it is.
+        place: a path or a URL.
+        what: what happened to the place.
+        remedy: what the user can do.
+        passing: further exceptions that pass unchanged.
 
     Raises:
         UserError: no permission, no network, no such bucket, a folder in place of a file, ...
@@ -78,7 +79,7 @@ def failures_told(
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, of Python or of pyarrow, says that a disk or a quota is full."""
+    """Return whether an error, of Python or of pyarrow, means that a disk or a quota is full."""
     if not isinstance(error, OSError):
         return False
     return error.errno in (errno.ENOSPC, errno.EDQUOT) or f"[errno {errno.ENOSPC}]" in str(error).lower()

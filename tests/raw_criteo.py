@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.parquet import verify
+from datamodules.folder import verify
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, SPLITS, DatasetSchema
 
 SAMPLE = Path(__file__).parents[2] / "shared/criteo_terabyte_sample/day_0"

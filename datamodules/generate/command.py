@@ -8,18 +8,12 @@ from typing import Any, get_args
 
 from datamodules.generate import fit
 from datamodules.generate.demo import DemoSettings, generate_demo
+from datamodules.generate.profiles import LEAST_ACCESSES, Profile, TraceSource, save_profiles
 from datamodules.generate.random import PRESETS, Law, RandomSettings, generate_random
-from datamodules.generate.trace import (
-    LEAST_ACCESSES,
-    Profile,
-    TraceSettings,
-    TraceSource,
-    generate_trace,
-    save_profiles,
-)
+from datamodules.generate.trace import TraceSettings, generate_trace
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
-from datamodules.parquet import DatasetWriter
-from lightning_dlrm.contracts.errors import UserError
+from datamodules.writer import DatasetWriter
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.interrupts import leaving_in_order
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 
@@ -86,164 +80,175 @@ then:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the kinds of data and their options to a parser; ``run`` takes what it parses."""
-    parser.description = GENERATE_HELP
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    demo = kinds.add_parser(
-        "demo",
-        help="click logs like Criteo Kaggle's, from a planted click model",
-        description=_DEMO_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_output(demo)
-    default = DemoSettings()
-    _add_rows(demo, default.train_rows, default.validation_rows, default.test_rows)
-    demo.add_argument(
-        "--seed", type=int, default=default.seed, help="of the planted model and of the rows (default: %(default)s)"
-    )
-    demo.add_argument(
-        "--max-table-rows", type=int, metavar="N", help="most rows a table may have (default: Kaggle's own sizes)"
-    )
-    demo.set_defaults(run_kind=_run_demo)
-    _add_random(kinds)
-    _add_trace(kinds)
-    _add_tsv(kinds)
+Option = tuple[str, dict[str, Any]]
+"""Name and settings of a command-line option, as ``ArgumentParser.add_argument`` takes them."""
+
+_OUTPUT: Option = ("--output", {"type": Path, "metavar": "DIR", "help": "folder to make; must not exist, or be empty"})
 
 
-def _add_output(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument(
-        "--output", required=required, type=Path, metavar="DIR", help="folder to make; must not exist, or be empty"
-    )
-
-
-def _add_rows(parser: argparse.ArgumentParser, train: int | None, validation: int, test: int) -> None:
-    for option, rows, split in (
+def _row_options(train: int | None, validation: int, test: int) -> list[Option]:
+    defaults = (
         ("--rows", train, "training"),
         ("--validation-rows", validation, "validation"),
         ("--test-rows", test, "test"),
-    ):
-        by_default = "as many as the split, or a saved profile, has" if rows is None else str(rows)
-        parser.add_argument(option, type=int, default=rows, metavar="N", help=f"{split} rows (default: {by_default})")
-
-
-def _add_random(kinds: Any) -> None:
-    random = kinds.add_parser(
-        "random",
-        help="any tables, dense features and bags; ids by a law",
-        description=_RANDOM_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = RandomSettings()
-    _add_output(random)
-    _add_rows(random, default.train_rows, default.validation_rows, default.test_rows)
-    numbers = {"type": _numbers, "metavar": "N[,N...]"}
-    # What is not given is None: a preset's, or the default.
-    random.add_argument("--preset", choices=PRESETS, help="begin with the shape of a known workload")
-    random.add_argument("--tables", **numbers, help="rows of each table (default: 26 tables of 100,000)")
-    random.add_argument("--dense", type=int, metavar="N", help=f"dense features (default: {default.dense})")
-    random.add_argument("--indices", **numbers, help="ids of a bag, for all tables or for each (default: 1)")
-    random.add_argument(
-        "--min-indices", **numbers, help="fewest ids of a bag, also 0: bags are of any size up to --indices"
-    )
-    random.add_argument("--law", choices=get_args(Law), help=f"of the ids (default: {default.law})")
-    random.add_argument(
-        "--exponent", type=float, help=f"of zipf: chance of id k ~ (k + 1) ** -exponent (default: {default.exponent})"
-    )
-    random.add_argument(
-        "--mean", type=float, help=f"of gaussian, as a share of the table's rows (default: {default.mean})"
-    )
-    random.add_argument(
-        "--deviation", type=float, help=f"of gaussian, as a share of the table's rows (default: {default.deviation})"
-    )
-    random.add_argument("--weights", action="store_true", help="a weight in (0, 1] for each id")
-    random.add_argument("--click-rate", type=float, help=f"chance of label 1 (default: {default.click_rate})")
-    random.add_argument("--seed", type=int, help=f"of the rows (default: {default.seed})")
-    random.set_defaults(run_kind=_run_random)
-
-
-def _add_trace(kinds: Any) -> None:
-    trace = kinds.add_parser(
-        "trace",
-        help="accesses like those of a dataset's columns",
-        description=_TRACE_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    trace.add_argument("--from", dest="source", metavar="DIR", help="dataset folder to profile, a path or an address")
-    trace.add_argument(
-        "--profile",
-        type=Path,
-        metavar="FILE",
-        help="with --from, JSON file to save profiles in; else to read them from",
-    )
-    trace.add_argument(
-        "--column",
-        action="append",
-        metavar="NAME",
-        help="column to follow; may be repeated (default: all with a table)",
-    )
-    trace.add_argument(
-        "--split", choices=SPLITS, default="train", help="of the dataset, to profile (default: %(default)s)"
-    )
-    _add_output(trace, required=False)
-    default = TraceSettings
-    _add_rows(trace, None, default.validation_rows, default.test_rows)
-    trace.add_argument(
-        "--dense", type=int, default=default.dense, metavar="N", help="dense features (default: %(default)s)"
-    )
-    trace.add_argument(
-        "--click-rate", type=float, default=default.click_rate, help="chance of label 1 (default: %(default)s)"
-    )
-    trace.add_argument("--seed", type=int, default=default.seed, help="of the rows (default: %(default)s)")
-    trace.add_argument("--plot", type=Path, metavar="FILE", help="draw the fit, such as fit.png")
-    trace.set_defaults(run_kind=_run_trace)
+    return [
+        (
+            name,
+            {
+                "type": int,
+                "default": rows,
+                "metavar": "N",
+                "help": f"{split} rows (default: {'those of the split or the profile' if rows is None else rows})",
+            },
+        )
+        for name, rows, split in defaults
+    ]
 
 
 def _numbers(text: str) -> int | tuple[int, ...]:
-    """``7`` or ``1,2,3``; also in brackets, as YAML writes lists."""
+    """Parse ``7`` or ``1,2,3``; also in brackets, as YAML writes lists."""
     try:
         numbers = tuple(int(part) for part in text.strip("[]").split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers, such as 1000,50000") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of whole numbers; separate them by commas, such as 1000,50000"
+        ) from None
     return numbers[0] if len(numbers) == 1 and "[" not in text else numbers
 
 
-def _add_tsv(kinds: Any) -> None:
-    tsv = kinds.add_parser(
-        "tsv",
-        help="raw text shaped like Criteo's click logs",
-        description=_TSV_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    tsv.add_argument(
-        "--output",
-        required=True,
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="files to make, over which the rows are spread in order; compressed if named .gz or .zst",
-    )
-    tsv.add_argument("--rows", required=True, type=int, metavar="N", help="rows of all files together")
-    tsv.add_argument(
-        "--dataset",
-        default="kaggle",
-        choices=TSV_DATASETS,
-        help="whose shares of missing values, distinct hashes and clicks to have (default: %(default)s)",
-    )
-    tsv.add_argument("--seed", type=int, default=0, help="of the planted model and of the rows (default: %(default)s)")
-    tsv.set_defaults(run_kind=_run_tsv)
+def _demo_options() -> list[Option]:
+    default = DemoSettings()
+    seed_help = "seed of the planted model and of the rows (default: %(default)s)"
+    most_help = "maximum of a table's rows (default: Kaggle's own sizes)"
+    return [
+        ("--output", {**_OUTPUT[1], "required": True}),
+        *_row_options(default.train_rows, default.validation_rows, default.test_rows),
+        ("--seed", {"type": int, "default": default.seed, "help": seed_help}),
+        ("--max-table-rows", {"type": int, "metavar": "N", "help": most_help}),
+    ]
+
+
+def _random_options() -> list[Option]:
+    default = RandomSettings()
+    numbers = {"type": _numbers, "metavar": "N[,N...]"}
+    # An option that is not given is None: the preset decides, or the default.
+    return [
+        ("--output", {**_OUTPUT[1], "required": True}),
+        *_row_options(default.train_rows, default.validation_rows, default.test_rows),
+        ("--preset", {"choices": PRESETS, "help": "start from the shape of a known workload"}),
+        ("--tables", {**numbers, "help": "rows of each table (default: 26 tables of 100,000)"}),
+        ("--dense", {"type": int, "metavar": "N", "help": f"number of dense features (default: {default.dense})"}),
+        ("--indices", {**numbers, "help": "ids of a bag, one number for all tables or one for each (default: 1)"}),
+        (
+            "--min-indices",
+            {**numbers, "help": "fewest ids of a bag, 0 or more: bags are of any size from it to --indices"},
+        ),
+        ("--law", {"choices": get_args(Law), "help": f"distribution of the ids (default: {default.law})"}),
+        (
+            "--exponent",
+            {
+                "type": float,
+                "help": f"of zipf: probability of id k ~ (k + 1) ** -exponent (default: {default.exponent})",
+            },
+        ),
+        ("--mean", {"type": float, "help": f"of gaussian, as a share of the table's rows (default: {default.mean})"}),
+        (
+            "--deviation",
+            {"type": float, "help": f"of gaussian, as a share of the table's rows (default: {default.deviation})"},
+        ),
+        ("--weights", {"action": "store_true", "help": "give each id a weight in (0, 1]"}),
+        ("--click-rate", {"type": float, "help": f"probability of label 1 (default: {default.click_rate})"}),
+        ("--seed", {"type": int, "help": f"seed of the rows (default: {default.seed})"}),
+    ]
+
+
+def _trace_options() -> list[Option]:
+    default = TraceSettings
+    file_help = "with --from, JSON file to save profiles in; otherwise the file to read them from"
+    return [
+        ("--from", {"dest": "source", "metavar": "DIR", "help": "dataset folder to profile, a path or a URL"}),
+        ("--profile", {"type": Path, "metavar": "FILE", "help": file_help}),
+        (
+            "--column",
+            {
+                "action": "append",
+                "metavar": "NAME",
+                "help": "column to trace; may be repeated (default: all with a table)",
+            },
+        ),
+        ("--split", {"choices": SPLITS, "default": "train", "help": "split to profile (default: %(default)s)"}),
+        _OUTPUT,
+        *_row_options(None, default.validation_rows, default.test_rows),
+        (
+            "--dense",
+            {
+                "type": int,
+                "default": default.dense,
+                "metavar": "N",
+                "help": "number of dense features (default: %(default)s)",
+            },
+        ),
+        (
+            "--click-rate",
+            {"type": float, "default": default.click_rate, "help": "probability of label 1 (default: %(default)s)"},
+        ),
+        ("--seed", {"type": int, "default": default.seed, "help": "seed of the rows (default: %(default)s)"}),
+        ("--plot", {"type": Path, "metavar": "FILE", "help": "draw the fit into this file, such as fit.png"}),
+    ]
+
+
+def _tsv_options() -> list[Option]:
+    output_help = "files to make; the rows are spread over them in order; compressed if named .gz or .zst"
+    dataset_help = "the dataset to imitate: its shares of missing values, distinct hashes and clicks (default: kaggle)"
+    seed_help = "seed of the planted model and of the rows (default: %(default)s)"
+    return [
+        ("--output", {"required": True, "nargs": "+", "type": Path, "metavar": "FILE", "help": output_help}),
+        ("--rows", {"required": True, "type": int, "metavar": "N", "help": "rows of all files together"}),
+        ("--dataset", {"default": "kaggle", "choices": TSV_DATASETS, "help": dataset_help}),
+        ("--seed", {"type": int, "default": 0, "help": seed_help}),
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the kinds of data and their options to a parser; ``run`` takes what it parses."""
+    parser.description = GENERATE_HELP
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for name, words, description, options, run_kind in (
+        (
+            "demo",
+            "click logs like Criteo Kaggle's, of a planted click model",
+            _DEMO_DESCRIPTION,
+            _demo_options(),
+            _run_demo,
+        ),
+        (
+            "random",
+            "any tables, dense features and bags; ids by a law",
+            _RANDOM_DESCRIPTION,
+            _random_options(),
+            _run_random,
+        ),
+        ("trace", "accesses like those of a dataset's columns", _TRACE_DESCRIPTION, _trace_options(), _run_trace),
+        ("tsv", "raw text shaped like Criteo's click logs", _TSV_DESCRIPTION, _tsv_options(), _run_tsv),
+    ):
+        kind = kinds.add_parser(
+            name, help=words, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        for option, settings in options:
+            kind.add_argument(option, **settings)
+        kind.set_defaults(run_kind=run_kind)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates as ``add_arguments`` was told, prints a summary, and returns the exit code.
+    """Generate data with the parsed options, print a summary, and return the exit code.
 
     Raises:
         UserError: an option is out of range, the output folder holds something else, or its disk cannot hold all.
         SystemExit: on SIGTERM and SIGHUP.
     """
     with leaving_in_order():
-        code: int = args.run_kind(args)
-    return code
+        return args.run_kind(args)
 
 
 def _run_demo(args: argparse.Namespace) -> int:
@@ -272,23 +277,33 @@ def _run_random(args: argparse.Namespace) -> int:
 
 
 def _run_trace(args: argparse.Namespace) -> int:
-    if args.source is None and args.profile is None:
-        raise UserError("generate trace: nothing to follow; give --from DIR, or --profile FILE of an earlier run")
+    require(
+        args.source is not None or args.profile is not None,
+        "generate trace: nothing to follow; give --from DIR, or --profile FILE of an earlier run",
+    )
     saves = args.source is not None and args.profile is not None
-    if args.output is None and not saves:
-        raise UserError("generate trace: nothing to make; give --output DIR, or --from DIR and --profile FILE")
-    if args.output is None and args.plot is not None:
-        raise UserError("generate trace: --plot draws what was generated beside its original; give --output DIR too")
+    require(
+        args.output is not None or saves,
+        "generate trace: nothing to make; give --output DIR, or --from DIR and --profile FILE",
+    )
+    require(
+        args.output is not None or args.plot is None,
+        "generate trace: --plot draws what was generated beside its original; give --output DIR too",
+    )
     # What would fail after an hour's work is refused before.
-    if saves and args.profile.exists():
-        raise UserError(f"{args.profile} exists; name a new file, or leave --from out to generate from it")
+    require(
+        not saves or not args.profile.exists(),
+        f"{args.profile} exists; name a new file, or leave --from out to generate from it",
+    )
     if args.plot is not None:
         fit.check_plot(args.plot)
     if args.output is not None:
         DatasetWriter(args.output, ())
-    for file in (args.plot, args.profile if saves else None):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UserError(f"cannot write {file}: there is no folder {file.parent}; make it, or choose another file")
+    for file in filter(None, (args.plot, args.profile if saves else None)):
+        require(
+            file.absolute().parent.is_dir(),
+            f"cannot write {file}: there is no folder {file.parent}; make it, or choose another file",
+        )
     source = TraceSource(args.source or args.profile, args.column, args.split)
     settings = TraceSettings(
         train_rows=source.length if args.rows is None else args.rows,
@@ -298,10 +313,10 @@ def _run_trace(args: argparse.Namespace) -> int:
         click_rate=args.click_rate,
         seed=args.seed,
     )
-    if settings.train_rows < LEAST_ACCESSES:
-        raise UserError(
-            f"generate trace: --rows is {settings.train_rows}; give at least {LEAST_ACCESSES:,}, to measure the fit"
-        )
+    require(
+        settings.train_rows >= LEAST_ACCESSES,
+        f"generate trace: --rows is {settings.train_rows}; give at least {LEAST_ACCESSES:,}, to measure the fit",
+    )
     profiles = source.profiles()
     if saves:
         save_profiles(profiles, args.profile)

@@ -4,8 +4,8 @@ The columns and table sizes are those of Criteo Kaggle, the shares of missing va
 is planted:
 
 - An id (and likewise a count of a dense column) of rank ``r`` is drawn with a chance of about
-  ``(1 + r / scale) ** (-1 - 1 / power)``, the Zipf-Mandelbrot law, by inverting its smooth distribution. The
-  commonest ids have the smallest numbers; the tail of a large table is seen once or never.
+  ``(1 + r / scale) ** (-1 - 1 / power)``, the Zipf-Mandelbrot law, by inverting its smooth distribution. The most
+  frequent ids have the smallest numbers; the tail of a large table is seen once or never.
 - A row has two sides, a visitor and an advertisement, and each column belongs to one of them. Every id has a
   linear effect and a short vector of tastes; those of rare ids shrink to one shared value. With u and v the
   sums of these vectors over either side,
@@ -37,8 +37,8 @@ from numpy.typing import NDArray
 
 from datamodules.generate.draws import stream
 from datamodules.generate.folder import cache_folder, make_once
-from datamodules.parquet import DatasetWriter
-from lightning_dlrm.contracts.errors import UserError
+from datamodules.generate.settings import SEED_RANGE, SplitRows, check_settings
+from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.schema import (
     CRITEO_CATEGORICAL,
     CRITEO_DENSE,
@@ -52,10 +52,10 @@ from lightning_dlrm.contracts.schema import (
 )
 
 GENERATOR_VERSION = 1
-"""Counts up whenever the same settings would give other rows."""
+"""Incremented if the same settings would give other rows."""
 
 BLOCK_ROWS = 65_536
-"""Rows that share a random stream: the smallest piece that can be made alone."""
+"""Rows that share a random stream: the smallest piece that can be generated alone."""
 
 KAGGLE_CARDINALITIES = (
     1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,
@@ -132,7 +132,7 @@ _WORDS_PER_ROW = (len(KAGGLE_DENSE) + len(KAGGLE_CATEGORICAL) + 1 + 1) // 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoSettings:
+class DemoSettings(SplitRows):
     """What demo data to make. The defaults are what ``--data.path demo`` stands for."""
 
     train_rows: int = 2_097_152
@@ -147,21 +147,12 @@ class DemoSettings:
     """Most rows a table may have; None for Kaggle's own sizes."""
 
     def __post_init__(self) -> None:
-        for name in ("train_rows", "validation_rows", "test_rows"):
-            rows = getattr(self, name)
-            if rows < 100:
-                raise UserError(f"demo data: {name} is {rows}; give at least 100, so that both labels occur")
-        if not 0 <= self.seed < 2**64:
-            raise UserError(f"demo data: seed is {self.seed}; give a number from 0 to 2**64 - 1")
-        if self.max_table_rows is not None and self.max_table_rows < 2:
-            raise UserError(
-                f"demo data: max_table_rows is {self.max_table_rows}; give at least 2, or leave it out for full tables"
-            )
-
-    @property
-    def split_rows(self) -> dict[SplitName, int]:
-        """Rows of each split."""
-        return {"train": self.train_rows, "validation": self.validation_rows, "test": self.test_rows}
+        counts = ("train_rows", "validation_rows", "test_rows")
+        checks = {name: (getattr(self, name) >= 100, "at least 100, so that both labels occur") for name in counts}
+        checks["seed"] = (0 <= self.seed < 2**64, SEED_RANGE)
+        largest = self.max_table_rows
+        checks["max_table_rows"] = (largest is None or largest >= 2, "at least 2, or leave it out for full tables")
+        check_settings("demo data", self, checks)
 
     @property
     def cardinalities(self) -> tuple[int, ...]:
@@ -170,7 +161,7 @@ class DemoSettings:
 
 
 def demo_schema(settings: DemoSettings) -> DatasetSchema:
-    """What ``generate_demo`` will return, without files, positives and optimum: nothing is generated."""
+    """Return the schema of demo data without generating them: without files, positives and optimum."""
     return DatasetSchema(
         dataset="demo",
         protocol="demo",
@@ -186,12 +177,12 @@ def demo_schema(settings: DemoSettings) -> DatasetSchema:
 
 
 def demo_folder(settings: DemoSettings) -> Path:
-    """Where the cache keeps this demo dataset, there or not."""
+    """Return the folder of this demo dataset in the cache, whether it exists or not."""
     return cache_folder("demo", [GENERATOR_VERSION, dataclasses.asdict(settings)])
 
 
 def generate_demo(settings: DemoSettings, folder: Path, progress: bool = True) -> DatasetSchema:
-    """Writes a demo dataset, whole or not at all, or finds it written already; see ``make_once``."""
+    """Write a demo dataset, whole or not at all, or find it written already; see ``make_once``."""
 
     def write(writer: DatasetWriter, bar: Any) -> dict[str, Any]:
         model = PlantedModel.plant(settings)
@@ -211,7 +202,7 @@ def generate_demo(settings: DemoSettings, folder: Path, progress: bool = True) -
 
 
 def best_scores(label: NDArray[np.int8], probability: NDArray[np.float64]) -> Optimum:
-    """AUC and log loss of the true click probabilities: no model can expect better on these rows."""
+    """Return AUC and log loss of the true click probabilities: no model can expect better scores on these rows."""
     positive, negative = np.sort(probability[label == 1]), np.sort(probability[label == 0])
     # A pair of equal probabilities counts one half.
     below = np.searchsorted(negative, positive, "left") + np.searchsorted(negative, positive, "right")
@@ -236,7 +227,7 @@ class Feature:
     """How a column's values are drawn. They are ids of a table or, in a dense column, counts."""
 
     size: int
-    """Values are 0 ... size - 1, the commonest first."""
+    """Values are 0 ... size - 1, the most frequent first."""
     side: int
     """VISITOR or AD."""
     missing: float
@@ -247,23 +238,23 @@ class Feature:
     """Weight in the side's taste; at 0 the column has a linear effect only."""
     dense: bool
     squarings: int
-    """The power of the law is 2 ** squarings: the more, the heavier the tail."""
+    """The power of the law is 2 ** squarings: more squarings give a heavier tail."""
 
     @property
     def first(self) -> int:
-        """The commonest value that is not missing."""
+        """The most frequent value that is not missing."""
         return 1 if self.missing and not self.dense else 0
 
     @cached_property
     def cut(self) -> float:
-        """The law's last point: where the values end, 0 < cut < 1."""
+        """The last point of the distribution, where the values end; 0 < cut < 1."""
         root = 1.0 + (self.size - self.first) / self.scale
         for _ in range(self.squarings):
             root = math.sqrt(root)
         return 1.0 / root
 
     def draw(self, uniform: NDArray[np.float64]) -> NDArray[np.int32]:
-        """Turns uniforms in (0, 1) into values; the lowest uniforms into missing ones.
+        """Turn uniforms in (0, 1) into values; the lowest uniforms become missing values.
 
         With v = (uniform - missing) / (1 - missing) in (0, 1), the value is
         first + floor(scale * ((1 - v * (1 - cut)) ** -power - 1)).
@@ -280,7 +271,7 @@ class Feature:
         return np.clip(value, 0, self.size - 1, out=value).astype(np.int32)
 
     def chances(self, values: int) -> NDArray[np.float64]:
-        """Chance of each of the values 0 ... values - 1, missing ones included."""
+        """Return the probability of each of the values 0 ... values - 1, missing ones included."""
         root = 1.0 + np.arange(values - self.first + 1) / self.scale
         for _ in range(self.squarings):
             root = np.sqrt(root)
@@ -292,7 +283,7 @@ class Feature:
 
 
 def dense_features(laws: Mapping[str, tuple[int, float, float, int, int]]) -> dict[str, Feature]:
-    """Columns of counts from their (side, share missing, scale, largest count, taste)."""
+    """Return columns of counts from their (side, share missing, scale, largest count, taste)."""
     return {
         name: Feature(largest + 1, side, missing, scale, taste, dense=True, squarings=1)
         for name, (side, missing, scale, largest, taste) in laws.items()
@@ -300,7 +291,7 @@ def dense_features(laws: Mapping[str, tuple[int, float, float, int, int]]) -> di
 
 
 def id_features(laws: Mapping[str, tuple[int, float, float, int]], sizes: Mapping[str, int]) -> dict[str, Feature]:
-    """Columns of ids from their (side, share missing, scale, taste) and table sizes."""
+    """Return columns of ids from their (side, share missing, scale, taste) and table sizes."""
     return {
         name: Feature(sizes[name], side, missing, scale, taste, dense=False, squarings=3)
         for name, (side, missing, scale, taste) in laws.items()
@@ -335,7 +326,7 @@ class PlantedModel:
 
     @classmethod
     def plant(cls, settings: DemoSettings) -> "PlantedModel":
-        """The model of ``settings.seed`` over tables of ``settings.cardinalities``."""
+        """Return the model of ``settings.seed`` over tables of ``settings.cardinalities``."""
         sizes = dict(zip(CRITEO_CATEGORICAL, settings.cardinalities, strict=True))
         return cls.plant_features(
             settings.seed, dense_features(KAGGLE_DENSE) | id_features(KAGGLE_CATEGORICAL, sizes), BIAS
@@ -343,7 +334,7 @@ class PlantedModel:
 
     @classmethod
     def plant_features(cls, seed: int, features: dict[str, Feature], bias: float) -> "PlantedModel":
-        """The model of a seed over the columns given: dense ones, then categorical ones."""
+        """Return the model of a seed over the given columns: dense ones, then categorical ones."""
         side_taste = {side: sum(f.taste for f in features.values() if f.side == side) for side in (VISITOR, AD)}
         effects = {}
         for number, (name, feature) in enumerate(features.items()):
@@ -358,7 +349,7 @@ class PlantedModel:
         return cls(seed, bias, features, effects)
 
     def block(self, split: SplitName, number: int, rows: int = BLOCK_ROWS) -> DemoBlock:
-        """The first ``rows`` rows of a block: rows ``number * BLOCK_ROWS`` and on of a split, however long it is."""
+        """Return the first ``rows`` rows of a block: those from ``number * BLOCK_ROWS`` on of a split of any length."""
         drawn = self.draw(split, number, rows)
         columns: dict[str, NDArray[Any]] = {CRITEO_LABEL: drawn.label}
         columns |= {name: _log_counts()[drawn.values[name]] for name in CRITEO_DENSE}
@@ -366,7 +357,7 @@ class PlantedModel:
         return DemoBlock(columns, drawn.probability)
 
     def draw(self, split: SplitName, number: int, rows: int = BLOCK_ROWS) -> Draw:
-        """The rows of ``block`` as counts and ids."""
+        """Return the rows of ``block`` as counts and ids."""
         raw = stream(self.seed, _ROWS, SPLITS.index(split), number).random_raw(_WORDS_PER_ROW * BLOCK_ROWS)
         raw = raw.reshape(_WORDS_PER_ROW, BLOCK_ROWS)[:, :rows]
         uniforms = [
@@ -379,7 +370,7 @@ class PlantedModel:
         return Draw(values, missing, label, probability)
 
     def log_odds(self, values: dict[str, NDArray[np.int32]]) -> NDArray[np.float32]:
-        """Log-odds of a click, [rows], from counts and ids by column name."""
+        """Return the log-odds of a click, [rows], from counts and ids by column name."""
         rows = len(values[CRITEO_DENSE[0]])
         log_odds = np.full(rows, self.bias, dtype=np.float32)
         tastes = np.zeros((2, FACTORS, rows), dtype=np.float32)
@@ -397,7 +388,8 @@ class PlantedModel:
 
 
 def _draw_effects(seed: int, number: int, feature: Feature) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Chances [V] of a column's known values and of the rest together, and their raw effects [1 + FACTORS, V]."""
+    """Return the probabilities [V] of a column's known values and of the rest together, and their raw effects [1 +
+    FACTORS, V]."""
     draws = stream(seed, _PLANT, 0, number)
     if feature.dense:
         signs = np.where(draws.random_raw(1 + FACTORS) >> np.uint64(63), 1.0, -1.0)
@@ -414,14 +406,15 @@ def _draw_effects(seed: int, number: int, feature: Feature) -> tuple[NDArray[np.
 
 
 def _standardised(values: NDArray[np.float64], chances: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shifts and scales to mean 0 and variance 1 under the chances. fsum rounds once: the same on every machine."""
+    """Shift and scale values to mean 0 and variance 1 under the probabilities. fsum rounds once: the same on every
+    machine."""
     centred = values - math.fsum(values * chances)
     return centred / math.sqrt(math.fsum(centred * centred * chances))
 
 
 @cache
 def _log_counts() -> NDArray[np.float32]:
-    """log(count + 1) of every count that a dense column may have."""
+    """Return log(count + 1) of every count that a dense column may have."""
     largest = max(largest for _, _, _, largest, _ in KAGGLE_DENSE.values())
     return np.array([math.log(count + 1) for count in range(largest + 1)], dtype=np.float32)
 

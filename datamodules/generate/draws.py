@@ -24,27 +24,27 @@ _CENTRE = (3.3871327179, 50.434271938, 159.29113202, 59.109374720), (1.0, 17.895
 _SIDE = (1.4234372777, 2.7568153900, 1.3067284816, 0.17023821103), (1.0, 0.73700164250, 0.12021132975)
 _FAR = (6.6579051150, 3.0812263860, 0.42868294337, 0.017337203997), (1.0, 0.24197894225, 0.012258202635)
 
-# Of a Zipf law the chances of so many ids are summed one by one; beyond, each is an integral over its unit interval,
-# which is off by less than 1 in 10^7.
+# The probabilities of so many ids of a Zipf distribution are summed one by one; further ones are integrals over their
+# unit intervals, off by less than 1 in 10^7.
 _ZIPF_HEAD = 4096
 
 
 def stream(seed: int, purpose: int, *counter: int) -> np.random.Philox:
-    """A random stream of its own, to be asked for raw 64-bit output.
+    """Return a random stream of raw 64-bit output for one purpose.
 
     Args:
         seed: 0 to 2**64 - 1.
-        purpose: what it is for; different purposes never share output.
-        counter: up to three numbers that tell the streams of a purpose apart, such as column, split and block.
+        purpose: number of the stream's use; different purposes never share output.
+        counter: up to three numbers that identify a stream of the purpose, such as column, split and block.
     """
-    # As arrays: NumPy makes floats of a list with numbers from 2**63 on.
+    # Arrays, because NumPy makes floats of a list with numbers from 2**63 on.
     key = np.array([seed, purpose], dtype=np.uint64)
     # The counter's lowest word counts the output.
     return np.random.Philox(key=key, counter=np.array([0, *(0,) * (3 - len(counter)), *counter], dtype=np.uint64))
 
 
 def uniforms(stream: np.random.Philox, count: int) -> Floats:
-    """Multiples of 2**-52, plus half of that, in (0, 1)."""
+    """Return multiples of 2**-52, plus half of that, in (0, 1)."""
     values = (stream.random_raw(count) >> np.uint64(12)).astype(np.float64)
     values += 0.5
     values *= 2.0**-52
@@ -52,18 +52,18 @@ def uniforms(stream: np.random.Philox, count: int) -> Floats:
 
 
 def halves(stream: np.random.Philox, count: int) -> NDArray[np.uint64]:
-    """32-bit integers, two of each word of output, the lower half first."""
+    """Return 32-bit integers, two of each word of output, the lower half first."""
     words = stream.random_raw(-(-count // 2))
     return np.stack([words & np.uint64(2**32 - 1), words >> np.uint64(32)], axis=1).ravel()[:count]
 
 
 def integers(bits: NDArray[np.uint64], below: int) -> NDArray[np.int64]:
-    """Turns 32-bit integers into 0 ... below - 1; chances differ by less than below / 2**32 of themselves."""
+    """Turn 32-bit integers into 0 ... below - 1; probabilities differ by less than below / 2**32 of themselves."""
     return ((bits * np.uint64(below)) >> np.uint64(32)).astype(np.int64)
 
 
 def log(x: Floats) -> Floats:
-    """Natural logarithm of positive numbers, within 2e-16 of its size or 1e-15."""
+    """Return the natural logarithm of positive numbers, within 2e-16 of its size or 1e-15."""
     mantissa, exponent = np.frexp(x)
     low = mantissa < math.sqrt(0.5)
     mantissa = np.where(low, mantissa * 2.0, mantissa)
@@ -80,7 +80,7 @@ def log(x: Floats) -> Floats:
 
 
 def exp(x: Floats) -> Floats:
-    """e to the power of x, -700 < x < 700, within 1e-15 of its size."""
+    """Return e to the power of x, -700 < x < 700, within 1e-15 of its size."""
     turns = np.rint(x * _LOG2_E)
     rest = x - turns * _LN2_HIGH
     rest -= turns * _LN2_LOW
@@ -96,7 +96,7 @@ def exp(x: Floats) -> Floats:
 
 
 def normal_quantile(p: Floats) -> Floats:
-    """The standard normal value below which a share ``p`` in (0, 1) lies, within 2 in 10^7."""
+    """Return the standard normal value below which a share ``p`` in (0, 1) lies, within 2 in 10^7."""
     middle = p - 0.5
     square = 0.180625 - middle * middle
     values = middle * _ratio(square, _CENTRE)
@@ -110,7 +110,7 @@ def normal_quantile(p: Floats) -> Floats:
 
 
 class Uniform:
-    """Ids 0 ... rows - 1, all with the same chance.
+    """Ids 0 ... rows - 1, all with the same probability.
 
     Args:
         rows: of the table.
@@ -124,11 +124,11 @@ class Uniform:
 
 
 class Gaussian:
-    """Ids 0 ... rows - 1 of a normal law that is cut off at both ends of the table.
+    """Ids 0 ... rows - 1 of a normal distribution that is truncated at both ends of the table.
 
     Args:
         rows: of the table.
-        mean, deviation: of the normal law before it is cut, as shares of the table's rows.
+        mean, deviation: of the normal distribution before truncation, as shares of the table's rows.
     """
 
     def __init__(self, rows: int, mean: float, deviation: float) -> None:
@@ -146,11 +146,11 @@ class Gaussian:
 
 
 class Zipf:
-    """Ids 0 ... rows - 1, id k with a chance proportional to (k + 1) ** -exponent.
+    """Ids 0 ... rows - 1, id k with a probability proportional to (k + 1) ** -exponent.
 
     Args:
         rows: of the table.
-        exponent: above 0, at most 10; the larger, the more the first ids are preferred.
+        exponent: above 0, at most 10; a larger exponent prefers the first ids more.
     """
 
     def __init__(self, rows: int, exponent: float) -> None:
@@ -161,7 +161,7 @@ class Zipf:
         """Mass of the first ids, 0 ... k together, while each id's is summed by itself."""
         # The mass of the ids beyond, up to the point x, is the integral of t ** -exponent from start to x, which is
         # scale * log(x / start), or with power = 1 - exponent, scale * ((x / start) ** power - 1) / power.
-        # So near to 1 as to lose digits in the division, the power makes no difference.
+        # If the exponent is so close to 1 that the division loses digits, the power makes no difference.
         self.power = 0.0 if abs(1.0 - exponent) < 1e-6 else 1.0 - exponent
         self.start = len(ranks) + 0.5
         self.scale = _scalar(exp, self.power * _scalar(log, self.start))
@@ -183,7 +183,7 @@ class Zipf:
 
 
 def _ratio(x: Floats, coefficients: tuple[tuple[float, ...], tuple[float, ...]]) -> Floats:
-    """The quotient of two polynomials, constant terms first."""
+    """Return the quotient of two polynomials, constant terms first."""
     above, below = (np.full_like(x, terms[-1]) for terms in coefficients)
     for value, terms in zip((above, below), coefficients, strict=True):
         for term in terms[-2::-1]:
@@ -197,7 +197,8 @@ def _scalar(function: Callable[[Floats], Floats], x: float) -> float:
 
 
 def _normal_share(value: float) -> float:
-    """The share of a standard normal law below a value: the inverse of ``normal_quantile``, by halving."""
+    """Return the share of a standard normal distribution below a value: the inverse of ``normal_quantile``, by
+    bisection."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2

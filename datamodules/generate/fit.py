@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.generate.trace import CLASS_LOW, Profile, phase_end
-from lightning_dlrm.contracts.errors import UserError
+from datamodules.generate.profiles import CLASS_LOW, Profile, phase_end
+from lightning_dlrm.contracts.errors import UserError, require
 
 CACHE_SHARES = (0.001, 0.01, 0.1, 0.5)
 """Sizes of the LRU caches whose hit rates are compared, as shares of the original's distinct rows."""
@@ -32,7 +32,7 @@ class Fit:
 
 
 def measure(original: Profile, generated: Profile) -> Fit:
-    """Compares two profiles over the shorter one's accesses."""
+    """Compare two profiles over the accesses of the shorter one."""
     accesses = min(original.accesses, generated.accesses)
     counts = [profile.beginning(accesses) for profile in (original, generated)]
     distribution = [np.cumsum(part[1:]) / accesses for part in counts]
@@ -55,7 +55,7 @@ def measure(original: Profile, generated: Profile) -> Fit:
 
 
 def render(fits: Sequence[Fit]) -> str:
-    """The fits as text, one block a column."""
+    """Format the fits as text, one block a column."""
     lines = []
     for fit in fits:
         lines += [
@@ -72,7 +72,7 @@ def render(fits: Sequence[Fit]) -> str:
 
 
 def check_plot(path: Path) -> None:
-    """Sees that ``plot`` can write such a picture.
+    """Check that ``plot`` can write a picture of this kind.
 
     Raises:
         UserError: matplotlib is not installed, or knows no such kind of picture.
@@ -84,14 +84,14 @@ def check_plot(path: Path) -> None:
             f"--plot needs {error.name}, which is not installed; install it with: pip install 'lightning-dlrm[trace]'"
         ) from error
     kinds = sorted(FigureCanvasBase.filetypes)
-    if path.suffix.removeprefix(".") not in kinds:
-        raise UserError(
-            f"{path} is no kind of picture that can be drawn; give it one of the endings {', '.join(kinds)}"
-        )
+    require(
+        path.suffix.removeprefix(".") in kinds,
+        f"{path} is no kind of picture that can be drawn; give it one of the endings {', '.join(kinds)}",
+    )
 
 
 def plot(originals: Sequence[Profile], generated: Sequence[Profile], path: Path) -> None:
-    """Draws stack distances, hit rates and distinct rows of each column, original and generated.
+    """Draw stack distances, hit rates and distinct rows of each column, original and generated.
 
     Args:
         originals, generated: profiles of the same columns, in the same order.

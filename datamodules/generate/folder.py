@@ -1,4 +1,4 @@
-"""Generated datasets as folders: made once, whole or not at all, also by several processes at a time."""
+"""Generated datasets as folders: made once, whole or not at all, also by several processes at the same time."""
 
 import hashlib
 import json
@@ -11,41 +11,41 @@ from typing import Any
 
 from tqdm import tqdm
 
-from datamodules.parquet import DatasetWriter, Values
-from datamodules.preprocess.estimate import size_words, time_words
+from datamodules.preprocess.estimate import format_duration, format_size
+from datamodules.writer import DatasetWriter, Values
 from lightning_dlrm.contracts.cache import cache_root
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, Column, DatasetSchema
 
 Write = Callable[[DatasetWriter, "tqdm[Any]"], dict[str, Any]]
-"""Writes all rows and tells the bar how many; returns further fields of the schema, such as ``optimum``."""
+"""Writes all rows and updates the progress bar; returns further fields of the schema, such as ``optimum``."""
 
 
 def cache_folder(kind: str, key: Any) -> Path:
-    """Where the cache keeps generated data, there or not.
+    """Return the folder of generated data in the cache, whether it exists or not.
 
     Args:
         kind: of data, the beginning of the folder's name.
-        key: all that the data depend on, JSON values.
+        key: JSON values of everything that the data depend on.
     """
     return cache_root() / f"{kind}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def make_once(planned: DatasetSchema, folder: Path, write: Write, progress: bool = True) -> DatasetSchema:
-    """Writes a dataset, or finds it written already.
+    """Write a dataset, or find it written already.
 
     Args:
-        planned: its schema but for files, positives and optimum; its settings must hold all that the rows depend
-            on beside their number.
-        folder: the dataset folder to make. If it holds the dataset of this schema, also because another process
-            finished it in the meantime, that one is kept.
+        planned: its schema without files, positives and optimum; its settings must hold everything that the rows
+            depend on, apart from their number.
+        folder: the dataset folder to make. If it holds the dataset of this schema already, or another process finishes
+            it first, that dataset is kept.
         write: writes the rows.
         progress: show a progress bar, on a terminal.
 
-    When the first row group is written, says what all will take.
+    After the first row group, the estimated time and size of the dataset are shown.
 
     Raises:
-        UserError: the folder holds something else, or its disk is full, or will be.
+        UserError: the folder holds something else, or its disk is too small.
     """
     if (existing := _existing(planned, folder)) is not None:
         return existing
@@ -82,12 +82,12 @@ def make_once(planned: DatasetSchema, folder: Path, write: Write, progress: bool
 
 
 class _EstimatingWriter(DatasetWriter):
-    """Tells from its first row group what all rows will take, and refuses if the disk cannot hold them.
+    """Estimates from its first row group what all rows will take, and fails if the disk cannot hold them.
 
     Args:
         folder, columns: as of the DatasetWriter.
         rows: of all splits.
-        show: the estimate, on standard error.
+        show: print the estimate on standard error.
 
     Raises:
         UserError: from ``write``, if the disk is too small.
@@ -97,13 +97,13 @@ class _EstimatingWriter(DatasetWriter):
         super().__init__(folder, columns)
         self._rows, self._show = rows, show
         self._start = time.monotonic()
-        self._told = False
+        self._estimated = False
 
     def write(self, split: str, arrays: Mapping[str, Values]) -> None:
         super().write(split, arrays)
-        if self._told or not self.rows_on_disk:
+        if self._estimated or not self.rows_on_disk:
             return
-        self._told = True
+        self._estimated = True
         times, seconds = self._rows / self.rows_on_disk, time.monotonic() - self._start
         words = checked_estimate(
             self.folder, self._rows, self.bytes_on_disk * times, seconds * times, self.bytes_on_disk
@@ -113,31 +113,30 @@ class _EstimatingWriter(DatasetWriter):
 
 
 def checked_estimate(place: Path, rows: int, size: float, seconds: float, written: int = 0) -> str:
-    """Says what rows will take, and sees that the disk can hold them.
+    """Describe what rows will take, and check that the disk can hold them.
 
     Args:
-        place: what is made there.
-        rows: of all that is made.
-        size: bytes of them.
-        seconds: to make them.
+        place: the file or folder to make.
+        rows: number of all rows.
+        size: estimated bytes of all rows.
+        seconds: estimated time for all rows.
         written: bytes that are on the disk already.
 
     Raises:
-        UserError: it cannot.
+        UserError: the disk is too small.
     """
     parent = next(parent for parent in place.absolute().parents if parent.exists())
     free = shutil.disk_usage(parent).free + written
-    words = f"{rows:,} rows: some {size_words(size)} of disk"
-    if size > free:
-        raise UserError(
-            f"{words} are needed for {place}, {size_words(free)} are free; make room, choose another place, or "
-            "fewer rows"
-        )
-    return f"{words} ({size_words(free)} are free) and {time_words(seconds)}"
+    words = f"{rows:,} rows: some {format_size(size)} of disk"
+    require(
+        size <= free,
+        f"{words} are needed for {place}, {format_size(free)} are free; make room, choose another place, or fewer rows",
+    )
+    return f"{words} ({format_size(free)} are free) and {format_duration(seconds)}"
 
 
 def _existing(planned: DatasetSchema, folder: Path) -> DatasetSchema | None:
-    """The schema in ``folder`` if it is the planned one, else None."""
+    """Return the schema in ``folder`` if it is the planned one, else None."""
     if not (Path(folder) / SCHEMA_FILE).is_file():
         return None
     found = DatasetSchema.load(folder)

@@ -45,7 +45,7 @@ class LruStack:
         return int(self._state[1])
 
     def distances(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The stack distance of each access, in order; 0 for the first access of a row."""
+        """Return the stack distance of each access, in order; 0 for the first access of a row."""
         assert self._slot_of is not None
         found, done = np.empty(len(ids), dtype=np.int32), 0
         while done < len(ids):
@@ -55,7 +55,7 @@ class LruStack:
         return found
 
     def accesses(self, distances: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The row at each distance, as it is accessed; a distance of 0 is for a row that was never accessed.
+        """Access the row at each distance and return it; a distance of 0 accesses a new row.
 
         Such rows are numbered 0, 1, 2 and on. A distance beyond the depth is taken for the depth, but for a new row
         where there is no other.
@@ -69,7 +69,7 @@ class LruStack:
 
     @staticmethod
     def choose(bits: NDArray[np.uint64], left: int, wanted: int) -> NDArray[np.bool_]:
-        """Which of the next accesses are among the ``wanted`` of ``left`` (Knuth's algorithm S, selection sampling).
+        """Choose ``wanted`` of the next ``left`` accesses at random (Knuth's algorithm S, selection sampling).
 
         Asked piece by piece until none is left, just so many are chosen, each choice having the same chance.
 
@@ -81,7 +81,7 @@ class LruStack:
         return chosen
 
     def _make_room(self) -> None:
-        """Moves the marked slots together, and gives the stack as many again and more."""
+        """Move the marked slots together, and at least double the free slots."""
         rows = self._row_at[np.unpackbits(self._marks.view(np.uint8), bitorder="little").view(np.bool_)]
         slots = max(_LEAST_SLOTS, 1 << (2 * len(rows) - 1).bit_length() if len(rows) else 0)
         self._row_at = np.empty(slots, dtype=np.int32)
@@ -104,7 +104,7 @@ _jit: Any = numba.njit(nogil=True)
 
 @_jit
 def _ones(word: np.uint64) -> np.int64:
-    """How many bits of a word are set; compiled to one instruction where there is one."""
+    """Count the set bits of a word; compiled to one instruction if the processor has one."""
     word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
     word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
     word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -113,7 +113,7 @@ def _ones(word: np.uint64) -> np.int64:
 
 @_jit
 def _flip(slot: int, change: int, marks: np.ndarray, tree: np.ndarray) -> None:
-    """Sets (change 1) or clears (-1) a slot's mark."""
+    """Set (change 1) or clear (-1) the mark of a slot."""
     marks[slot >> 6] ^= np.uint64(1) << np.uint64(slot & 63)
     node = (slot >> 9) + 1
     while node < len(tree):
@@ -123,7 +123,7 @@ def _flip(slot: int, change: int, marks: np.ndarray, tree: np.ndarray) -> None:
 
 @_jit
 def _marked_before(slot: int, marks: np.ndarray, tree: np.ndarray) -> int:
-    """How many slots before this one are marked."""
+    """Count the marked slots before a slot."""
     count = 0
     node = slot >> 9
     for word in range(node * _WORDS, slot >> 6):
@@ -137,7 +137,7 @@ def _marked_before(slot: int, marks: np.ndarray, tree: np.ndarray) -> int:
 
 @_jit
 def _marked(rank: int, marks: np.ndarray, tree: np.ndarray) -> int:
-    """The slot whose mark has so many before it."""
+    """Return the slot whose mark has ``rank`` marks before it."""
     block, step = 0, (len(tree) - 1)  # a power of 2
     while step:
         if block + step < len(tree) and tree[block + step] <= rank:
@@ -171,7 +171,7 @@ def _distances(
     tree: np.ndarray,
     state: np.ndarray,
 ) -> int:
-    """Fills ``found`` from ``start`` on until the slots are taken; returns how many are filled by then."""
+    """Fill ``found`` from ``start`` on until the slots are used up; return how many items are filled."""
     slot, depth = state
     stop = min(len(ids), start + len(row_at) - slot)
     for i in range(start, stop):
@@ -201,7 +201,7 @@ def _accesses(
     tree: np.ndarray,
     state: np.ndarray,
 ) -> int:
-    """Fills ``made`` from ``start`` on until the slots are taken; returns how many are filled by then."""
+    """Fill ``made`` from ``start`` on until the slots are used up; return how many items are filled."""
     slot, depth = state
     stop = min(len(distances), start + len(row_at) - slot)
     for i in range(start, stop):

@@ -1,8 +1,8 @@
-"""Random data: tables of any number and size, ids by a law, and clicks that depend on nothing.
+"""Random data: tables of any number and size, ids by a law, and clicks independent of the features.
 
-For measuring, not for learning: no model can do better than the share of clicks. Dense features are standard normal.
-Ids follow a uniform, a Gaussian or a Zipf law *within each table's size*. Every id is drawn alone, so a bag may hold
-one twice.
+For benchmarks, not for learning: no model can do better than the share of clicks. Dense features are standard normal.
+Ids follow a uniform, a Gaussian or a Zipf law *within each table's size*. Ids are drawn independently, so a bag may
+hold an id twice.
 
 Each column draws from random streams of its own, block by block of rows, so any block of any column can be made alone,
 and a dataset of fewer rows is the beginning of one of more. The same settings give the same rows everywhere (see
@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from datamodules.generate.demo import KAGGLE_CARDINALITIES
 from datamodules.generate.draws import Gaussian, Uniform, Zipf, halves, integers, normal_quantile, stream, uniforms
 from datamodules.generate.folder import cache_folder, make_once
-from datamodules.parquet import DatasetWriter
+from datamodules.generate.settings import SEED_RANGE, SplitRows, check_settings
 from datamodules.preprocess.multi_hot import MLPERF_SIZES
-from lightning_dlrm.contracts.errors import UserError
+from datamodules.writer import DatasetWriter
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import (
     SPLITS,
     WEIGHTS_SUFFIX,
@@ -36,7 +37,7 @@ from lightning_dlrm.contracts.schema import (
 )
 
 GENERATOR_VERSION = 1
-"""Counts up whenever the same settings would give other rows."""
+"""Incremented if the same settings would give other rows."""
 
 BLOCK_ROWS = 16_384
 """Rows that share a random stream."""
@@ -62,7 +63,7 @@ _LABEL, _DENSE, _LENGTHS, _IDS, _WEIGHTS = 2, 3, 4, 5, 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomSettings:
+class RandomSettings(SplitRows):
     """What random data to make."""
 
     tables: Sequence[int] = (100_000,) * 26
@@ -101,16 +102,24 @@ class RandomSettings:
         for name in ("tables", "indices", "min_indices"):
             if isinstance(value := getattr(self, name), Sequence):
                 object.__setattr__(self, name, tuple(value))
-        for name in ("train_rows", "validation_rows", "test_rows", "dense"):
-            if getattr(self, name) < 0:
-                raise UserError(f"random data: {name} is {getattr(self, name)}; give 0 or more")
-        if not any(self.split_rows.values()):
-            raise UserError("random data: no split has rows; give train_rows, validation_rows or test_rows")
-        if not self.tables and not self.dense:
-            raise UserError("random data: no tables and no dense features; give at least one of them")
+        counts = ("train_rows", "validation_rows", "test_rows", "dense")
+        check_settings("random data", self, {name: (getattr(self, name) >= 0, "0 or more") for name in counts})
+        require(self.split_rows, "random data: no split has rows; give train_rows, validation_rows or test_rows")
+        require(self.tables or self.dense, "random data: no tables and no dense features; give at least one of them")
+        self._check_tables()
+        checks = {
+            "law": (self.law in get_args(Law), f"one of {', '.join(get_args(Law))}"),
+            "exponent": (0 < self.exponent <= 10, "a number above 0, at most 10"),
+            "mean": (0 <= self.mean <= 1, "a share of the table's rows, 0 to 1"),
+            "deviation": (1e-9 <= self.deviation <= 1e9, "a share of the table's rows above 0, such as 0.15"),
+            "click_rate": (0 < self.click_rate < 1, "a probability between 0 and 1"),
+            "seed": (0 <= self.seed < 2**64, SEED_RANGE),
+        }
+        check_settings("random data", self, checks)
+
+    def _check_tables(self) -> None:
         for number, rows in enumerate(self.tables, 1):
-            if not 1 <= rows < 2**31:
-                raise UserError(f"random data: table C{number} has {rows} rows; give each 1 to {2**31 - 1}")
+            require(1 <= rows < 2**31, f"random data: table C{number} has {rows} rows; give each 1 to {2**31 - 1}")
         for name in ("indices", "min_indices"):
             if isinstance(value := getattr(self, name), tuple) and len(value) != len(self.tables):
                 raise UserError(
@@ -118,54 +127,33 @@ class RandomSettings:
                     "give one for each, or one for all"
                 )
         for number, (rows, (least, most)) in enumerate(zip(self.tables, self.bag_sizes, strict=True), 1):
-            if not 0 <= least <= most or most < 1:
-                raise UserError(
-                    f"random data: bags of table C{number} hold {least} to {most} ids; "
-                    "expected 0 <= min_indices <= indices and indices at least 1"
-                )
-            if most > rows:
-                raise UserError(
-                    f"random data: bags of table C{number} hold up to {most} ids, but it has only {rows} rows; "
-                    "give fewer indices, or a number for each table"
-                )
-        if self.law not in get_args(Law):
-            raise UserError(f"random data: law {self.law!r} is none of {', '.join(get_args(Law))}")
-        # So written that NaN is out of range.
-        for name, ok, expected in (
-            ("exponent", 0 < self.exponent <= 10, "a number above 0, at most 10"),
-            ("mean", 0 <= self.mean <= 1, "a share of the table's rows, 0 to 1"),
-            ("deviation", 1e-9 <= self.deviation <= 1e9, "a share of the table's rows above 0, such as 0.15"),
-            ("click_rate", 0 < self.click_rate < 1, "a chance between 0 and 1"),
-            ("seed", 0 <= self.seed < 2**64, "a number from 0 to 2**64 - 1"),
-        ):
-            if not ok:
-                raise UserError(f"random data: {name} is {getattr(self, name)}; give {expected}")
+            require(
+                0 <= least <= most and most >= 1,
+                f"random data: bags of table C{number} hold {least} to {most} ids; "
+                "expected 0 <= min_indices <= indices and indices at least 1",
+            )
+            require(
+                most <= rows,
+                f"random data: bags of table C{number} hold up to {most} ids, but it has only {rows} rows; "
+                "give fewer indices, or a number for each table",
+            )
 
     @classmethod
     def of(cls, preset: Preset | None = None, **given: Any) -> "RandomSettings":
-        """The settings of a preset, with those given in place of its own; None counts as not given.
+        """Return the settings of a preset with the given values in place of its own; None counts as not given.
 
         Raises:
             UserError: there is no such preset, or something was given that has no effect or is out of range.
         """
-        if preset is not None and preset not in PRESETS:
-            raise UserError(f"random data: preset {preset!r} is none of {', '.join(PRESETS)}")
+        require(preset is None or preset in PRESETS, f"random data: preset {preset!r} is none of {', '.join(PRESETS)}")
         chosen = PRESETS[preset] if preset else {}
         settings = cls(**{**chosen, **{name: value for name, value in given.items() if value is not None}})
         for name, law in (("exponent", "zipf"), ("mean", "gaussian"), ("deviation", "gaussian")):
-            if given.get(name) is not None and settings.law != law:
-                raise UserError(f"random data: {name} is of law {law}, but law is {settings.law}; leave one out")
+            require(
+                given.get(name) is None or settings.law == law,
+                f"random data: {name} is of law {law}, but law is {settings.law}; leave one out",
+            )
         return settings
-
-    @property
-    def split_rows(self) -> dict[SplitName, int]:
-        """Rows of each split that has any."""
-        rows: dict[SplitName, int] = {
-            "train": self.train_rows,
-            "validation": self.validation_rows,
-            "test": self.test_rows,
-        }
-        return {name: count for name, count in rows.items() if count}
 
     @property
     def bag_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -180,7 +168,7 @@ class RandomRows:
     """The rows of some settings, block by block, without any files.
 
     Args:
-        settings: what to make; their row counts are of no effect.
+        settings: what to generate; row counts have no effect.
     """
 
     def __init__(self, settings: RandomSettings) -> None:
@@ -191,12 +179,12 @@ class RandomRows:
         self._laws = [_law(settings, rows) for rows in settings.tables]
 
     def block(self, split: SplitName, number: int, rows: int = BLOCK_ROWS) -> dict[str, Any]:
-        """The first ``rows`` rows of a block: rows ``number * BLOCK_ROWS`` and on of a split, however long it is.
+        """Return the first ``rows`` rows of a block: those from ``number * BLOCK_ROWS`` on of a split of any length.
 
-        A block may also be asked for more rows; they are then none of a dataset, but as good as any.
+        More rows than BLOCK_ROWS are possible too; no dataset has such a block.
 
         Returns:
-            by column name: label int8, dense float32 and categorical int32, each [rows]; bags as pairs of int32 ids
+            By column name: label int8, dense float32 and categorical int32, each [rows]; bags as pairs of int32 ids
             [N] and int64 offsets [rows + 1], their weights of float32 weights [N] and the same offsets.
         """
         place = SPLITS.index(split), number
@@ -226,23 +214,23 @@ class RandomRows:
 
 
 def label_block(click_rate: float, seed: int, split: int, number: int, rows: int) -> NDArray[np.int8]:
-    """Labels of a block's first rows, 1 with a chance of ``click_rate``."""
+    """Return the labels of a block's first rows, 1 with a probability of ``click_rate``."""
     return (halves(stream(seed, _LABEL, 0, split, number), rows) < round(click_rate * 2**32)).astype(np.int8)
 
 
-def chance(click_rate: float) -> Optimum:
-    """The best scores where labels depend on nothing: those of the click rate for every sample."""
+def chance_scores(click_rate: float) -> Optimum:
+    """Return the best scores if labels depend on nothing: those of predicting the click rate for every sample."""
     other = 1 - click_rate
     return Optimum(auc=0.5, log_loss=-click_rate * math.log(click_rate) - other * math.log(other))
 
 
 def dense_block(seed: int, column: int, split: int, number: int, rows: int) -> NDArray[np.float32]:
-    """Standard normal values of a block's first rows."""
+    """Return standard normal values of a block's first rows."""
     return normal_quantile(uniforms(stream(seed, _DENSE, column, split, number), rows)).astype(np.float32)
 
 
 def random_schema(settings: RandomSettings) -> DatasetSchema:
-    """What ``generate_random`` will return, without files and positives: nothing is generated."""
+    """Return the schema of random data without generating them: without files and positives."""
     kept = dataclasses.asdict(settings)
     return DatasetSchema(
         dataset="random",
@@ -262,12 +250,12 @@ def random_schema(settings: RandomSettings) -> DatasetSchema:
 
 
 def random_folder(settings: RandomSettings) -> Path:
-    """Where the cache keeps this dataset, there or not."""
+    """Return the folder of this dataset in the cache, whether it exists or not."""
     return cache_folder("random", [GENERATOR_VERSION, dataclasses.asdict(settings)])
 
 
 def generate_random(settings: RandomSettings, folder: Path, progress: bool = True) -> DatasetSchema:
-    """Writes a dataset of random rows, whole or not at all, or finds it written already; see ``make_once``."""
+    """Write a dataset of random rows, whole or not at all, or find it written already; see ``make_once``."""
 
     def write(writer: DatasetWriter, bar: Any) -> dict[str, Any]:
         source = RandomRows(settings)
@@ -276,7 +264,7 @@ def generate_random(settings: RandomSettings, folder: Path, progress: bool = Tru
                 rows = min(BLOCK_ROWS, total - start)
                 writer.write(split, source.block(split, start // BLOCK_ROWS, rows))
                 bar.update(rows)
-        return {"optimum": dict.fromkeys(settings.split_rows, chance(settings.click_rate))}
+        return {"optimum": dict.fromkeys(settings.split_rows, chance_scores(settings.click_rate))}
 
     return make_once(random_schema(settings), folder, write, progress)
 

@@ -32,7 +32,8 @@ from tqdm import tqdm
 from datamodules.generate import demo
 from datamodules.generate.demo import AD, BLOCK_ROWS, VISITOR, Draw, Feature, PlantedModel
 from datamodules.generate.folder import checked_estimate
-from lightning_dlrm.contracts.errors import UserError
+from datamodules.generate.settings import SEED_RANGE, check_settings
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE
 
 TsvDataset = Literal["kaggle", "terabyte"]
@@ -152,21 +153,21 @@ class TsvSettings:
     """Of the planted model and of the rows, 0 to 2**64 - 1."""
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise UserError(f"--rows is {self.rows}; give at least 1")
-        if self.dataset not in TSV_DATASETS:
-            raise UserError(f"unknown dataset {self.dataset!r}; known: {', '.join(TSV_DATASETS)}")
-        if not 0 <= self.seed < 2**64:
-            raise UserError(f"--seed is {self.seed}; give a number from 0 to 2**64 - 1")
+        checks = {
+            "rows": (self.rows >= 1, "at least 1"),
+            "dataset": (self.dataset in TSV_DATASETS, f"one of {', '.join(TSV_DATASETS)}"),
+            "seed": (0 <= self.seed < 2**64, SEED_RANGE),
+        }
+        check_settings("tsv data", self, checks)
 
 
 def generate_tsv(settings: TsvSettings, outputs: Sequence[Path], progress: bool = True) -> list[int]:
-    """Writes raw text into files, each whole or not at all.
+    """Write raw text into files, each whole or not at all.
 
     Args:
         settings: what to make.
         outputs: the files, in order; compressed where their names end with .gz or .zst. Rows are spread over them
-            equally, the first ones having one more where that is not even.
+            equally; if they do not divide evenly, the first files have one row more.
         progress: show a progress bar, on a terminal.
 
     Returns:
@@ -209,7 +210,7 @@ def generate_tsv(settings: TsvSettings, outputs: Sequence[Path], progress: bool 
 def _estimate(
     settings: TsvSettings, outputs: Sequence[Path], text: bytes, line_ends: NDArray[np.int64], start: float
 ) -> str:
-    """What all rows will take, from a first block of them, begun at ``start``; see ``checked_estimate``."""
+    """Describe what all rows will take, from the first block, begun at ``start``; see ``checked_estimate``."""
     sizes = {".gz": len(gzip.compress(text, _GZIP_LEVEL)), ".zst": len(pa.compress(text, "zstd", asbytes=True))}
     times = settings.rows / (len(line_ends) - 1)
     size = sum(sizes.get(path.suffix, len(text)) for path in outputs) / len(outputs) * times
@@ -217,7 +218,7 @@ def _estimate(
 
 
 def planted_model(settings: TsvSettings) -> PlantedModel:
-    """The click model behind the rows."""
+    """Return the click model of the rows."""
     shape = _SHAPES[settings.dataset]
     sizes = dict(zip(CRITEO_CATEGORICAL, shape.cardinalities, strict=True)) | shape.drawn_from
     ids = {
@@ -228,7 +229,7 @@ def planted_model(settings: TsvSettings) -> PlantedModel:
 
 
 def _text_blocks(settings: TsvSettings) -> Iterator[tuple[bytes, NDArray[np.int64]]]:
-    """The rows as text, BLOCK_ROWS at a time, with 0 and the position after each line."""
+    """Yield the rows as text, BLOCK_ROWS at a time, with 0 and the position after each line."""
     model = planted_model(settings)
     signed = _SHAPES[settings.dataset].signed
     for start in range(0, settings.rows, BLOCK_ROWS):
@@ -242,7 +243,7 @@ _TAB, _NEWLINE = ord("\t"), ord("\n")
 
 
 def _text(draw: Draw, features: Mapping[str, Feature], signed: str) -> tuple[bytes, NDArray[np.int64]]:
-    """Lines of a block, and 0 and the position after each.
+    """Return the lines of a block, and 0 and the position after each line.
 
     The whole block is assembled at once: it starts out as tabs, and column after column puts a word of 8 bytes at its
     place in every line. An integer's word is filled up with tabs, which only fall where tabs or later columns are to
@@ -282,7 +283,7 @@ def _text(draw: Draw, features: Mapping[str, Feature], signed: str) -> tuple[byt
 
 @cache
 def _integer_words(signed: bool) -> tuple[NDArray[np.void], NDArray[np.int64]]:
-    """Texts of nothing and of the counts 0, 1, ..., each with a tab and filled up with tabs to a word, and their
+    """Return the texts of a missing value and of the counts 0, 1, ..., each padded with tabs to a word, and their
     lengths with one tab. In a signed column a count stands for the number below it, and 100 and 1,000, as rare ones,
     for -2 and -3."""
     largest = 65_535
@@ -296,18 +297,19 @@ def _integer_words(signed: bool) -> tuple[NDArray[np.void], NDArray[np.int64]]:
 
 @cache
 def _hexadecimal_pairs() -> NDArray[np.uint32]:
-    """Each 16-bit number's four digits, as the four bytes of an integer."""
+    """Return each 16-bit number's four digits, as the four bytes of an integer."""
     return np.frombuffer("".join(f"{number:04x}" for number in range(1 << 16)).encode(), np.uint32)
 
 
 def _hexadecimal(hashes: NDArray[np.uint32]) -> NDArray[np.void]:
-    """The 8 digits of each hash as a word."""
+    """Return the 8 digits of each hash as a word."""
     halves = hashes.astype(">u4").view(">u2")  # the high one first on any machine
     return _hexadecimal_pairs()[halves].view(f"V{_WORD}")
 
 
 def _hashes(ids: NDArray[np.int32], column: int) -> NDArray[np.uint32]:
-    """A 32-bit hash of each id, different for different ids: the finaliser of MurmurHash3, which is invertible."""
+    """Return a 32-bit hash of each id, different for different ids: the finaliser of MurmurHash3, which is
+    invertible."""
     mixed = ids.astype(np.uint32) ^ np.uint32((column + 1) * 0x9E3779B1 & 0xFFFFFFFF)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         mixed ^= mixed >> np.uint32(shift)
@@ -316,24 +318,24 @@ def _hashes(ids: NDArray[np.int32], column: int) -> NDArray[np.uint32]:
 
 
 def _check_outputs(settings: TsvSettings, outputs: Sequence[Path]) -> None:
-    if not outputs:
-        raise UserError("no output file; give at least one")
-    if settings.rows < len(outputs):
-        raise UserError(f"{settings.rows} rows for {len(outputs)} files; give at least a row for each")
+    require(outputs, "no output file; give at least one")
+    require(
+        settings.rows >= len(outputs),
+        f"{settings.rows} rows for {len(outputs)} files; give at least a row for each",
+    )
     for path in outputs:
-        if path.exists():
-            raise UserError(f"{path} exists; name a new file, or remove it if it is not needed")
-        if path.suffix in _UNKNOWN_COMPRESSIONS:
-            raise UserError(
-                f"{path}: {path.suffix} is not written; name it .gz or .zst, or with neither for plain text"
-            )
-    if len({path.resolve() for path in outputs}) < len(outputs):
-        raise UserError("an output file is given twice; name each once")
+        require(not path.exists(), f"{path} exists; name a new file, or remove it if it is not needed")
+        require(
+            path.suffix not in _UNKNOWN_COMPRESSIONS,
+            f"{path}: {path.suffix} is not written; name it .gz or .zst, or with neither for plain text",
+        )
+    require(len({path.resolve() for path in outputs}) >= len(outputs), "an output file is given twice; name each once")
 
 
 @contextmanager
 def _whole_file(path: Path) -> Iterator[Callable[[bytes], Any]]:
-    """Gives what writes text to a file, compressed as its name says; the file has its name only once it is whole.
+    """Yield a function that writes text to a file, compressed by the file's suffix; the file gets its name when it is
+    complete.
 
     Raises:
         UserError: the file cannot be written.

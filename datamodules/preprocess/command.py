@@ -1,19 +1,18 @@
-"""The subcommands ``preprocess`` and ``inspect``: their options, and what they print.
-
-Neither needs torch or Lightning, so they start at once.
-"""
+"""The subcommands ``preprocess`` and ``inspect``: their options and their output. Nothing here imports torch."""
 
 import argparse
 import json
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any, get_args
 
-from datamodules.parquet import Folder, check_sizes, load_schema, part_files, verify
+from datamodules.folder import Folder, check_sizes, load_schema, part_files, verify
 from datamodules.preprocess.figure import check_figure, draw
 from datamodules.preprocess.inspection import render, summary
 from datamodules.preprocess.leakage import equal_rows
 from datamodules.preprocess.multi_hot import DISTRIBUTIONS
+from datamodules.preprocess.options import OnBadRow
 from datamodules.preprocess.pipeline import order_warning, preprocess
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import PROTOCOLS
@@ -51,20 +50,20 @@ new rows:
   that of rare ones, or else the last id: of the rarest value, whose row was trained least.
 
 what to expect:
-  The same input gives the same bytes, whatever the workers. The order of rows is kept. A run that was broken off, even
-  by kill -9, goes on where it was with the same command; its files wait in .NAME.preprocess beside the output (below
-  --work, in .NAME-MARK.preprocess, where the mark tells outputs of one name apart). A finished dataset stays as it is.
+  The same input gives the same bytes, whatever the workers. The order of rows is kept. The same command
+  resumes an interrupted run, also after kill -9; its files are in .NAME.preprocess beside the output (with --work, in
+  .NAME-MARK.preprocess, where MARK keeps outputs of one name apart). A finished dataset stays as it is.
   On two cores Kaggle's 46 million rows take some minutes, in about 1 GB of memory; memory does not grow with rows, only
-  the disk does (an estimate is shown first). Wrong input is told with file and line, and the exit code is 2.
+  the disk does (an estimate is shown first). An error names the file and line of wrong input; the exit code is 2.
   DIR/report.json says what was read, what came out, and what it took.
 
-addresses:
-  Inputs, the output and --vocabulary may be s3://, gs://, hf:// and all else that fsspec knows, with the package that
-  it names installed (s3fs, gcsfs, huggingface_hub). For an output behind an address the working folder is made in the
-  current folder, or in --work. What is in memory:// is of one process, which then does all the work.
+URLs:
+  Inputs, the output and --vocabulary may be URLs that fsspec knows (s3://, gs://, hf://, ...) if the package for them
+  is installed (s3fs, gcsfs, huggingface_hub). The working folder of a remote output is made in the current folder, or
+  in --work. Files in memory:// exist in one process, which then does all the work.
 
 clusters:
-  --scheduler hands all work to a running Dask cluster (pip install 'lightning-dlrm[cluster]'; dask scheduler; dask
+  --scheduler runs all work on a Dask cluster (pip install 'lightning-dlrm[cluster]'; dask scheduler; dask
   worker ADDRESS). Its workers must share the file system of the output, or of --work, with this machine, and have
   this package.
 """
@@ -81,7 +80,7 @@ def _epilog() -> str:
 _INSPECT_DESCRIPTION = """\
 Prints a dataset's protocol, fingerprints, splits with label means, and columns: rows of each table, share of missing
 values, share of the most frequent id, the number of ids that 90% of the lookups go to, reserved ids; for planted (demo)
-data also the best scores any model can reach.
+data also the best scores that any model can reach.
 
 --leakage counts rows whose features (label apart) occur more than once, within a split and in two splits. It reads
 every row, some 2 million a second, in less than 1 GB of memory and 12 bytes a row of the temporary folder (TMPDIR).
@@ -96,154 +95,141 @@ examples:
 """
 
 
+_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "what to read and write": {
+        "--dataset": {
+            "choices": DATASETS,
+            "help": "where the files come from; decides how rows are split (needed unless --vocabulary is given)",
+        },
+        "--input": {
+            "required": True,
+            "nargs": "+",
+            "metavar": "PATH",
+            "help": "raw files or URLs, in the order of days (a shell lists day_* as day_1, day_10, day_11)",
+        },
+        "--output": {
+            "required": True,
+            "metavar": "DIR",
+            "help": "folder or URL to make; must not exist, or be empty",
+        },
+        "--work": {
+            "type": Path,
+            "metavar": "DIR",
+            "help": "where the working folder is made (default: beside the output)",
+        },
+        "--on-bad-row": {
+            "choices": get_args(OnBadRow),
+            "default": "fail",
+            "help": "what to do with a line that is not Criteo's: end the run, or skip the line and list it in "
+            "DIR/bad_rows.tsv with file, line and reason (default: %(default)s)",
+        },
+    },
+    "how to encode it": {
+        # No choices: find_protocol refuses an unknown protocol, as in Python.
+        "--protocol": {
+            "metavar": "NAME",
+            "help": f"how raw values become features (needed unless --vocabulary is given): {', '.join(PROTOCOLS)}",
+        },
+        "--vocabulary": {
+            "metavar": "DIR",
+            "help": "encode new rows like this dataset, which decides about --dataset and all options of this group",
+        },
+        "--min-count": {
+            "type": int,
+            "metavar": "N",
+            "help": "values seen fewer than N times share one id (default: the protocol's; 1 keeps every value)",
+        },
+        "--max-rows": {
+            "type": int,
+            "metavar": "N",
+            "help": "rows of the largest table: dlrm takes hashes modulo N before it counts them, mlperf takes ids "
+            "modulo N (default: no limit; the published Terabyte models use 10000000 and 40000000)",
+        },
+        "--negative-sampling-rate": {
+            "type": float,
+            "default": 1.0,
+            "metavar": "SHARE",
+            "help": "share of the training rows with label 0 that is kept (default: all)",
+        },
+        "--multi-hot": {
+            "choices": ("mlperf",),
+            "help": "terabyte: bags of the sizes of MLPerf DLRM v2, 214 ids a row; each begins with the row's own id",
+        },
+        "--multi-hot-distribution": {
+            "choices": DISTRIBUTIONS,
+            "default": "uniform",
+            "help": "distribution of the other ids of a bag (default: %(default)s)",
+        },
+        "--seed": {
+            "type": int,
+            "default": 0,
+            "help": "seed of random splits, sampling and bags (default: %(default)s)",
+        },
+    },
+    "where to run": {
+        "--workers": {"type": int, "metavar": "N", "help": "processes on this machine (default: one per core)"},
+        "--scheduler": {"metavar": "ADDRESS", "help": "a Dask scheduler, such as tcp://10.0.0.1:8786"},
+    },
+}
+
+_INSPECT_OPTIONS: dict[str, dict[str, Any]] = {
+    "folder": {"metavar": "DIR", "help": "the dataset folder, made by preprocess or generate; a path or a URL"},
+    "--verify": {"action": "store_true", "help": "read every file and compare its checksum (about 1 GB per second)"},
+    "--leakage": {"action": "store_true", "help": "count rows of equal features within splits and across them"},
+    "--plot": {"type": Path, "metavar": "FILE", "help": "draw table sizes and skew of ids: .png, .pdf or .svg"},
+    "--json": {"action": "store_true", "help": "print one JSON object instead of tables"},
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the description and the options of ``preprocess`` to a parser; ``run`` takes what it parses."""
+    """Add the description and the options of ``preprocess`` to a parser; ``run`` takes what it parses."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _PREPROCESS_DESCRIPTION, _epilog()
-    source = parser.add_argument_group("what to read and write")
-    source.add_argument(
-        "--dataset",
-        choices=DATASETS,
-        help="where the files come from; decides how rows are split (needed unless --vocabulary is given)",
-    )
-    source.add_argument(
-        "--input",
-        required=True,
-        nargs="+",
-        metavar="PATH",
-        help="raw files or addresses, in the order of days (mind that a shell lists day_* as day_1, day_10, day_11)",
-    )
-    source.add_argument(
-        "--output", required=True, metavar="DIR", help="folder or address to make; must not exist, or be empty"
-    )
-    source.add_argument(
-        "--work", type=Path, metavar="DIR", help="where the working folder is made (default: beside the output)"
-    )
-    source.add_argument(
-        "--on-bad-row",
-        choices=("fail", "skip"),
-        default="fail",
-        help="what a line that is not Criteo's does: end the run, or be left out and listed in DIR/bad_rows.tsv with "
-        "file, line and reason (default: %(default)s)",
-    )
-    encoding = parser.add_argument_group("how to encode it")
-    # No choices: an unknown protocol is answered by find_protocol, as in Python.
-    encoding.add_argument(
-        "--protocol",
-        metavar="NAME",
-        help=f"how raw values become features, needed unless --vocabulary is given: {', '.join(PROTOCOLS)}",
-    )
-    encoding.add_argument(
-        "--vocabulary",
-        metavar="DIR",
-        help="encode new rows as this dataset's; it decides about --dataset and all of these options",
-    )
-    encoding.add_argument(
-        "--min-count",
-        type=int,
-        metavar="N",
-        help="values seen fewer than N times share one id (default: the protocol's; 1 keeps every value)",
-    )
-    encoding.add_argument(
-        "--max-rows",
-        type=int,
-        metavar="N",
-        help="rows of the largest table: in dlrm, hashes are taken modulo N before they are counted, in mlperf ids are "
-        "after it (default: no limit; the published Terabyte models use 10000000 and 40000000)",
-    )
-    encoding.add_argument(
-        "--negative-sampling-rate",
-        type=float,
-        default=1.0,
-        metavar="SHARE",
-        help="share of the training rows with label 0 that is kept (default: all)",
-    )
-    encoding.add_argument(
-        "--multi-hot",
-        choices=("mlperf",),
-        help="terabyte: bags of the sizes of MLPerf DLRM v2, 214 ids a row, of which the first is the row's own",
-    )
-    encoding.add_argument(
-        "--multi-hot-distribution",
-        choices=DISTRIBUTIONS,
-        default="uniform",
-        help="of the other ids of a bag (default: %(default)s)",
-    )
-    encoding.add_argument(
-        "--seed", type=int, default=0, help="of random splits, sampling and bags (default: %(default)s)"
-    )
-    where = parser.add_argument_group("who does it")
-    where.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: one per core)")
-    where.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, such as tcp://10.0.0.1:8786")
+    for title, options in _OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, settings in options.items():
+            group.add_argument(name, **settings)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Preprocesses as ``add_arguments`` was told, prints a report, and returns the exit code.
+    """Preprocess with the parsed options, print a report, and return the exit code.
 
     Raises:
         UserError: see ``pipeline.preprocess``.
         SystemExit: on SIGTERM and SIGHUP.
     """
-    warning = order_warning(args.dataset, args.input)
-    if warning:
+    if warning := order_warning(args.dataset, args.input):
         print(warning, file=sys.stderr)
     progress = Progress()
+    names = [name.strip("-").replace("-", "_") for options in _OPTIONS.values() for name in options]
+    given = {name: getattr(args, name) for name in names if name != "input"}
     with leaving_in_order():
-        schema = preprocess(
-            args.dataset,
-            args.protocol,
-            args.input,
-            args.output,
-            args.max_rows,
-            progress,
-            min_count=args.min_count,
-            negative_sampling_rate=args.negative_sampling_rate,
-            multi_hot=args.multi_hot,
-            multi_hot_distribution=args.multi_hot_distribution,
-            vocabulary=args.vocabulary,
-            seed=args.seed,
-            on_bad_row=args.on_bad_row,
-            workers=args.workers,
-            scheduler=args.scheduler,
-            work=args.work,
-        )
+        schema = preprocess(inputs=args.input, progress=progress, **given)
     if progress.stages:
         print(render_report(schema, progress.stages))
-    known = args.vocabulary is None
-    command = (
-        f"fit --config dlrm.yaml --config criteo_{schema.dataset}.yaml --data.path {args.output}"
-        if known
-        else f"predict --config RUN/config.yaml --ckpt_path RUN/checkpoints/best --data.path {args.output}"
-    )
-    print(f"{'train on it' if known else 'score it'}: python -m lightning_dlrm {command}")
+    if args.vocabulary is None:
+        command = f"fit --config dlrm.yaml --config criteo_{schema.dataset}.yaml --data.path {args.output}"
+        print(f"train on it: python -m lightning_dlrm {command}")
+    else:
+        command = f"predict --config RUN/config.yaml --ckpt_path RUN/checkpoints/best --data.path {args.output}"
+        print(f"score it: python -m lightning_dlrm {command}")
     return 0
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the description and the options of ``inspect`` to a parser; ``run_inspect`` takes what it parses."""
+    """Add the description and the options of ``inspect`` to a parser; ``run_inspect`` takes what it parses."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = _INSPECT_DESCRIPTION
-    parser.add_argument(
-        "folder", metavar="DIR", help="the dataset folder, as preprocess or generate made it; a path or an address"
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="read every file and compare its checksum (about 1 GB per second)"
-    )
-    parser.add_argument(
-        "--leakage", action="store_true", help="count rows of equal features within splits and across them"
-    )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw table sizes and skew of ids: .png, .pdf or .svg"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    for name, settings in _INSPECT_OPTIONS.items():
+        parser.add_argument(name, **settings)
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Inspects as ``add_inspect_arguments`` was told and returns the exit code.
+    """Inspect a dataset with the parsed options and return the exit code.
 
     Raises:
-        UserError: there is no dataset in the folder, a file is missing or has another size, ``--verify`` finds one
-            altered, or see ``leakage.equal_rows`` and ``figure.draw``.
+        UserError: the folder holds no dataset, a file is missing or altered, or see ``leakage.equal_rows`` and
+            ``figure.draw``.
     """
     folder = Folder(args.folder)
     schema = load_schema(folder)
@@ -264,9 +250,9 @@ def run_inspect(args: argparse.Namespace) -> int:
         return 0
     print(render(facts))
     print(
-        "every file has its checksum"
+        "the checksums of all files match"
         if args.verify
-        else "every file has its size; checksums were not compared (--verify reads all bytes and does)"
+        else "the sizes of all files match; --verify compares their checksums too"
     )
     if args.plot is not None:
         print(f"{args.plot} shows table sizes and skew")

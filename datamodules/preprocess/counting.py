@@ -6,9 +6,7 @@ average. A worker holds the share of them that lies between two bounds; the rest
 vocabularies together are never in memory.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -16,16 +14,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from datamodules.parquet import Folder
-from datamodules.preprocess.encoding import Encoding, read_items, scratch_folder
+from datamodules.preprocess.encoding import Encoding, IdsWriter, distinct_values, read_items, scratch_folder
 from datamodules.preprocess.journal import record, recorded, written_aside
-from datamodules.preprocess.protocols import Table, by_frequency, hash_modulo
+from datamodules.preprocess.protocols import Table, by_frequency
 from datamodules.preprocess.segments import OpenSegment, Segment, load_segments, rows_of
-from lightning_dlrm.contracts.errors import UserError, one_line
-from lightning_dlrm.contracts.schema import SPLITS, Column
+from lightning_dlrm.contracts.schema import SPLITS, SplitName
 
 _VALUES_AT_ONCE = 1 << 22  # of a column's distinct values in all segments: 200 MB while they are sorted
 _IDS_AT_ONCE = 1 << 20  # a row group of a vocabulary
@@ -37,22 +32,8 @@ _ID = np.dtype(np.int32)
 _RUN = np.dtype([("value", np.uint32), ("count", np.int64)])
 
 
-@dataclass(frozen=True, kw_only=True)
-class ColumnJob:
-    """Which column to count, or to look up."""
-
-    encoding: Encoding
-    table: Table
-    vocabulary: str | None = None
-    """The folder of another dataset, whose ids are to be used."""
-    file: str = ""
-    """The column's vocabulary in it."""
-    column: Column | None = None
-    """The column there."""
-
-
-def count_column(job: ColumnJob) -> dict[str, Any]:
-    """Counts a categorical column; writes its vocabulary and the ids of every segment's distinct values.
+def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
+    """Count a categorical column; write its vocabulary and the ids of every segment's distinct values.
 
     The values are spread over files by ranges, so that each range can be sorted in memory; within a
     range ids are known once it is known how many values of each count the ranges before it have.
@@ -61,18 +42,16 @@ def count_column(job: ColumnJob) -> dict[str, Any]:
         ``cardinality`` (rows of the table), ``distinct`` (values counted), ``kept`` (of them with an id
         of their own), ``rare_rows``, ``missing_rows`` (of those counted).
     """
-    encoding, table = job.encoding, job.table
-    done = recorded(encoding.record_of(table))
-    if done:
+    if done := recorded(encoding.record_of(table)):
         return done
-    reserved = encoding.protocol.reserved_of(table, encoding.min_count)
+    reserved = encoding.protocol.reserved_of(table, encoding.options.threshold)
     with scratch_folder(encoding, table.name) as scratch:
         spread, missing_rows = _spread_values(encoding, table, scratch)
         totals = [_group(spread, part) for part in range(spread.parts)]
         first_id = max(reserved.values(), default=-1) + 1
-        kept, rare_values, rare_rows = _assign(spread, totals, encoding.min_count, first_id, reserved)
+        kept, rare_values, rare_rows = _assign(spread, totals, encoding.options.threshold, first_id, reserved)
         rows = max(first_id + kept, 1)
-        modulus = encoding.max_rows if encoding.protocol.modulo == "id" else None
+        modulus = encoding.options.max_rows if encoding.protocol.modulo == "id" else None
         if modulus is not None and modulus >= rows:
             modulus = None  # changes nothing, and might not fit an id's type
         _write_vocabulary(
@@ -86,136 +65,12 @@ def count_column(job: ColumnJob) -> dict[str, Any]:
         "rare_rows": rare_rows,
         "missing_rows": missing_rows,
     }
-    return record(
-        encoding.record_of(table), facts, (encoding.ids(table), encoding.ends(table), encoding.vocabulary(table))
-    )
-
-
-def look_up_column(job: ColumnJob) -> dict[str, Any]:
-    """Writes the ids of every segment's distinct values by the vocabulary of another dataset, and copies that.
-
-    A value that the vocabulary lacks gets the id ``unknown``; without one, ``rare``; without either,
-    the last id, that of the rarest value, whose row was trained least.
-
-    Returns:
-        ``cardinality`` and ``unknown_rows``.
-    """
-    encoding, table = job.encoding, job.table
-    done = recorded(encoding.record_of(table))
-    if done:
-        return done
-    assert job.vocabulary is not None and job.column is not None
-    reserved = job.column.reserved
-    unknown = reserved.get("unknown", reserved.get("rare", job.column.cardinality - 1))
-    folder = Folder(job.vocabulary)
-    known = _known_values(folder, job.file)
-    unknown_rows = 0
-    with scratch_folder(encoding, table.name) as scratch:
-        out = _IdsWriter(scratch)
-        for segment in load_segments(encoding.segments):
-            with OpenSegment(segment) as opened:
-                values, codes = _distinct(encoding, table, opened)
-                ids, found = _look_up(known, values, unknown)
-                unknown_rows += int(np.bincount(codes, minlength=len(values))[: len(values)][~found].sum())
-                out.write(ids if table.missing_as_value else np.append(ids, np.int32(reserved.get("missing", 0))))
-        out.finish(encoding, table)
-    encoding.vocabulary(table).parent.mkdir(parents=True, exist_ok=True)
-    with (
-        written_aside(encoding.vocabulary(table)) as partial,
-        folder.open(job.file) as source,
-        partial.open("wb") as copy,
-    ):
-        shutil.copyfileobj(source, copy, _COPIED_AT_ONCE)
-    return record(
-        encoding.record_of(table),
-        {"cardinality": job.column.cardinality, "unknown_rows": unknown_rows},
-        (encoding.ids(table), encoding.ends(table), encoding.vocabulary(table)),
-    )
-
-
-def _known_values(folder: Folder, path: str) -> np.ndarray:
-    """The hashes of a vocabulary and their ids, uint64 [n] of ``hash << 32 | id`` in ascending order: of Terabyte's
-    largest column 2.3 GB, which neither reading nor sorting holds twice.
-
-    Raises:
-        UserError: the file is missing or cannot be read.
-    """
-    try:
-        with folder.open_parquet(path, verify=True) as file:
-            known = np.empty(file.metadata.num_rows, np.uint64)
-            end = 0
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=["hash", "id"], use_threads=False)
-                table = table.filter(pc.is_valid(table.column("hash")))
-                part = known[end : end + table.num_rows]
-                part[:] = table.column("hash").to_numpy()
-                part <<= np.uint64(32)
-                part |= table.column("id").to_numpy().astype(np.uint64)
-                end += len(part)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder / path} is missing; restore the file, or give another --vocabulary") from error
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{folder / path} is altered: it cannot be decoded ({one_line(error)}); restore the file, or give another "
-            "--vocabulary"
-        ) from error
-    known = known[:end]
-    known.sort()
-    return known
-
-
-def _look_up(known: np.ndarray, values: np.ndarray, unknown: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids int32 [d] of values uint32 [d], and whether each is known, bool [d].
-
-    Args:
-        known: as ``_known_values`` gives them.
-        unknown: the id of values that are not.
-    """
-    ids, found = np.full(len(values), unknown, np.int32), np.zeros(len(values), bool)
-    if len(known):
-        ascending = np.argsort(values)  # a walk through a large vocabulary, where any other order would jump
-        wanted = values[ascending].astype(np.uint64) << np.uint64(32)
-        entry = known[np.minimum(np.searchsorted(known, wanted), len(known) - 1)]
-        found[ascending] = is_known = entry >> np.uint64(32) == wanted >> np.uint64(32)
-        ids[ascending[is_known]] = (entry[is_known] & np.uint64(0xFFFFFFFF)).astype(np.int32)
-    return ids, found
-
-
-class _IdsWriter:
-    """Writes the ids of the distinct values of one segment after the other, each ending with that of missing."""
-
-    def __init__(self, scratch: Path):
-        self._place = scratch / "all.ids"
-        self._file = self._place.open("wb")
-        self._ends = [0]
-
-    def write(self, ids: np.ndarray) -> None:
-        """int32 [d + 1]"""
-        assert ids.dtype == np.int32
-        self._file.write(ids.tobytes())
-        self._ends.append(self._ends[-1] + len(ids))
-
-    def finish(self, encoding: Encoding, table: Table) -> None:
-        self._file.close()
-        self._place.replace(encoding.ids(table))
-        with written_aside(encoding.ends(table)) as partial:
-            np.array(self._ends, np.int64).tofile(partial)
-
-
-def _distinct(encoding: Encoding, table: Table, opened: OpenSegment) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct values uint32 [d] as they are counted, and codes [n] into them; where missing ones
-    count as 0 the last value is that, else code d stands for missing. Values may repeat."""
-    values, codes = opened.categories(table)
-    if table.missing_as_value:
-        values = np.append(values, np.uint32(0))
-    if encoding.protocol.modulo == "hash":
-        values = hash_modulo(values, encoding.max_rows)
-    return values, codes
+    return record(encoding.record_of(table), facts, encoding.files_of(table))
 
 
 def _values_of(encoding: Encoding, table: Table, segment: Segment) -> np.ndarray:
     with OpenSegment(segment) as opened:
-        return _distinct(encoding, table, opened)[0].copy()
+        return distinct_values(encoding, table, opened)[0].copy()
 
 
 class _Spread:
@@ -233,7 +88,7 @@ class _Spread:
         self._held: dict[str, np.ndarray] = {}
 
     def add(self, part: int, entries: np.ndarray) -> None:
-        """More ``entries`` of a range."""
+        """Append ``entries`` to a range."""
         if self.parts == 1:
             self._held["entries"] = np.concatenate([self._held.get("entries", entries[:0]), entries])
             return
@@ -243,20 +98,20 @@ class _Spread:
             entries.tofile(file)
 
     def put(self, part: int, name: str, items: np.ndarray) -> None:
-        """Keeps something of a range."""
+        """Keep an array of a range."""
         if self.parts == 1:
             self._held[name] = items
         else:
             items.tofile(self._place(part, name))
 
     def get(self, part: int, name: str, kind: np.dtype, begin: int = 0, end: int | None = None) -> np.ndarray:
-        """Items ``begin`` to ``end`` of it."""
+        """Return the items ``begin`` to ``end`` of an array of a range."""
         if self.parts == 1:
             return self._held[name][begin:end]
         return read_items(self._place(part, name), kind, begin, end)
 
     def take(self, part: int, name: str, kind: np.dtype) -> np.ndarray:
-        """All of it, for the last time."""
+        """Return all of an array of a range and forget it."""
         items = self.get(part, name, kind)
         if self.parts == 1:
             del self._held[name]
@@ -268,7 +123,7 @@ class _Spread:
         return self.scratch / f"{part:04d}.{name}"
 
     def order(self, values: np.ndarray | range) -> tuple[np.ndarray | slice, np.ndarray]:
-        """How to bring values range by range, and where each range then ends."""
+        """Return the order that sorts values by range, and where each range then ends."""
         if self.parts == 1:
             return slice(None), np.array([len(values)])
         part = np.searchsorted(self.bounds, values, side="right")
@@ -276,16 +131,17 @@ class _Spread:
 
 
 def _spread_values(encoding: Encoding, table: Table, scratch: Path) -> tuple[_Spread, int]:
-    """Reads all segments once; also says how many counted rows are missing."""
+    """Read all segments once; also return how many counted rows are missing."""
     segments = load_segments(encoding.segments)
     spread = _Spread(scratch, _bounds(encoding, table, segments))
     missing_rows = 0
+    counted: Sequence[SplitName] = SPLITS if encoding.protocol.counts == "all rows" else ("train",)
     for some in _segments_at_once(table, segments):
         found = []
         for segment in some:
             with OpenSegment(segment) as opened:
-                values, codes = _distinct(encoding, table, opened)
-                rows = counted_rows(encoding, opened)
+                values, codes = distinct_values(encoding, table, opened)
+                rows = rows_of(encoding.rule, opened, counted)
                 counts = np.bincount(codes[rows], minlength=len(values) + 1)
                 missing_rows += int(counts[len(values) :].sum())
                 found.append(np.empty(len(values), _ENTRY))
@@ -300,14 +156,14 @@ def _spread_values(encoding: Encoding, table: Table, scratch: Path) -> tuple[_Sp
 
 
 def _segments_at_once(table: Table, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Consecutive segments with some ``_VALUES_AT_ONCE`` distinct values of a column together."""
+    """Yield consecutive segments with about ``_VALUES_AT_ONCE`` distinct values of a column together."""
     ends = np.cumsum([segment.distinct.get(table.source, 0) for segment in segments])
     for _, some in groupby(zip(ends // _VALUES_AT_ONCE, segments, strict=True), key=itemgetter(0)):
         yield [segment for _, segment in some]
 
 
 def _bounds(encoding: Encoding, table: Table, segments: Sequence[Segment]) -> np.ndarray:
-    """Bounds between ranges of some ``_VALUES_AT_ONCE`` entries each, from a sample of the values."""
+    """Return the bounds between ranges of about ``_VALUES_AT_ONCE`` entries each, from a sample of the values."""
     parts = -(-sum(segment.distinct.get(table.source, 0) for segment in segments) // _VALUES_AT_ONCE)
     if parts <= 1:
         return np.empty(0, np.uint32)
@@ -321,15 +177,8 @@ def _bounds(encoding: Encoding, table: Table, segments: Sequence[Segment]) -> np
     return np.unique(sample[np.arange(1, parts) * len(sample) // parts])
 
 
-def counted_rows(encoding: Encoding, opened: OpenSegment) -> np.ndarray | slice:
-    """Which rows of a segment the vocabulary is counted over."""
-    if encoding.protocol.counts == "all rows":
-        return rows_of(encoding.rule, opened, SPLITS)
-    return rows_of(encoding.rule, opened, ("train",))
-
-
 def _group(spread: _Spread, part: int) -> np.ndarray:
-    """Finds equal values of a range.
+    """Group the equal values of a range.
 
     Of its ``entries`` become ``groups`` (``_RUN``: the values in ascending order and their counts) and ``inverse``
     (int32: for each entry the position of its value in them).
@@ -359,7 +208,7 @@ def _group(spread: _Spread, part: int) -> np.ndarray:
 def _assign(
     spread: _Spread, totals: list[np.ndarray], min_count: int, first_id: int, reserved: Mapping[str, int]
 ) -> tuple[int, int, int]:
-    """Gives every value its id: by descending count over all ranges, ties by value.
+    """Assign every value its id: by descending count over all ranges, ties by value.
 
     Of ``groups`` and ``inverse`` become ``ids`` (int32, of each entry), ``run`` (``_RUN``, the values in the order of
     their ids) with ``run_ids`` and ``edges`` (int64, where in it each row group of the vocabulary begins), and
@@ -414,7 +263,7 @@ def _write_vocabulary(
     rare_rows: int,
     modulus: int | None,
 ) -> None:
-    """Writes the values in the order of ids: row i has id i (modulo the table's rows in ``mlperf``).
+    """Write the values in the order of ids: row i has id i (modulo the table's rows in ``mlperf``).
 
     Reserved ids come first and have no hash. Where rare values have an id apart from unknown ones,
     they follow at the end, so that they can be told apart in other rows too.
@@ -459,8 +308,8 @@ def _write_vocabulary(
 
 
 def _write_ids(encoding: Encoding, table: Table, spread: _Spread, missing_id: int, modulus: int | None) -> None:
-    """Brings the ids of the entries back into the order of the segments."""
-    out = _IdsWriter(spread.scratch)
+    """Write the ids of the entries in the order of the segments."""
+    out = IdsWriter(spread.scratch, encoding, table, missing_id)
     begins = np.zeros(spread.parts, np.int64)
     all_lengths = iter(spread.lengths)
     for some in _segments_at_once(table, load_segments(encoding.segments)):
@@ -481,5 +330,5 @@ def _write_ids(encoding: Encoding, table: Table, spread: _Spread, missing_id: in
         if modulus:
             ids %= modulus
         for of_segment in np.split(ids, np.cumsum(lengths)[:-1]):
-            out.write(of_segment if table.missing_as_value else np.append(of_segment, np.int32(missing_id)))
-    out.finish(encoding, table)
+            out.write(of_segment)
+    out.finish()

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from datamodules.preprocess.sources import RawFile
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, CRITEO_LABEL
 
 COLUMNS = (CRITEO_LABEL, *CRITEO_DENSE, *CRITEO_CATEGORICAL)
@@ -68,7 +68,7 @@ class BadLineError(Exception):
 
 
 def piece_of_plain(source: RawFile, index: int, piece_bytes: int) -> bytes:
-    """The lines that begin in a piece of a plain file, each with its line feed.
+    """Return the lines that begin in a piece of a plain file, each with its line feed.
 
     Raises:
         UserError: the file cannot be read.
@@ -78,13 +78,15 @@ def piece_of_plain(source: RawFile, index: int, piece_bytes: int) -> bytes:
     if start == stop:
         return b""
     text = source.read(start, stop)
-    if len(text) < stop - start:
-        raise UserError(f"{source.path} became shorter while it was read; start again with the whole file")
+    require(
+        len(text) >= stop - start,
+        f"{source.path} became shorter while it was read; start again with the whole file",
+    )
     return text if text.endswith(b"\n") else text + b"\n"
 
 
 def _begin_of_line(source: RawFile, offset: int) -> int:
-    """Where the first line begins from an offset on; that of a line without end is where it became too long."""
+    """Return where the first line begins from an offset on; an endless line ends where it became too long."""
     if offset == 0 or offset >= source.size:
         return min(offset, source.size)
     place = offset - 1  # a line begins here if the byte before it ends another
@@ -97,7 +99,7 @@ def _begin_of_line(source: RawFile, offset: int) -> int:
 
 
 def pieces_of_text(source: RawFile, piece_bytes: int) -> Iterator[bytes]:
-    """The same pieces, one after the other, of a file that can only be read from its beginning.
+    """Yield the same pieces of a file that can only be read from its beginning.
 
     Raises:
         UserError: the file is truncated or corrupt, or cannot be read.
@@ -133,7 +135,7 @@ def pieces_of_text(source: RawFile, piece_bytes: int) -> Iterator[bytes]:
 
 
 def parse(text: bytes, labelled: bool = True) -> pa.Table:
-    """The rows of whole lines, each with its line feed, as ``RAW_SCHEMA``.
+    """Parse whole lines, each with its line feed, to rows of ``RAW_SCHEMA``.
 
     Args:
         labelled: whether lines begin with the label; if not, the table lacks it.
@@ -164,15 +166,14 @@ def parse(text: bytes, labelled: bool = True) -> pa.Table:
             raise _first_bad_line(text, labelled)
     columns = {name: table.column(name) for name in table.column_names}
     for name in CRITEO_CATEGORICAL:
-        hashes = _dictionary_of_hashes(columns[name].combine_chunks())
-        if hashes is None:
+        if (hashes := _dictionary_of_hashes(columns[name].combine_chunks())) is None:
             raise _first_bad_line(text, labelled)
         columns[name] = hashes
     return pa.table(columns, schema=RAW_SCHEMA if labelled else RAW_SCHEMA.remove(0))
 
 
 def parse_good(text: bytes, labelled: bool = True, first: int = 0) -> tuple[list[pa.Table], list[tuple[int, str]]]:
-    """The good rows of whole lines, and of each bad one where it is and what is wrong with it.
+    """Parse the good rows of whole lines, and return the place and fault of each bad one.
 
     Pieces with a bad line are halved until only few lines stand beside it, so that the exact look
     does not go over millions of good ones.
@@ -203,8 +204,8 @@ def columns_of(labelled: bool) -> tuple[str, ...]:
 
 
 def _pair_values() -> np.ndarray:
-    """uint16 [65536]: the byte that two hexadecimal digits spell, at the two characters read as
-    one uint16 of this machine's byte order; 0xFFFF where they are not hexadecimal."""
+    """Return uint16 [65536]: the byte that two hexadecimal digits spell, at the two characters read as one uint16 of
+    this machine's byte order; 0xFFFF if they are not hexadecimal."""
     table = np.full(1 << 16, 0xFFFF, np.uint16)
     digits = "0123456789abcdefABCDEF"
     pairs = [high + low for high in digits for low in digits]
@@ -216,7 +217,7 @@ _PAIR_VALUES = _pair_values()
 
 
 def _dictionary_of_hashes(digits: pa.FixedSizeBinaryArray) -> pa.DictionaryArray | None:
-    """uint32 values of 8 hexadecimal digits each, nulls kept; None if a digit is not hexadecimal."""
+    """Return uint32 values of 8 hexadecimal digits each, nulls kept; None if a digit is not hexadecimal."""
     words = pa.Array.from_buffers(pa.uint64(), len(digits), digits.buffers(), digits.null_count, digits.offset)
     encoded = words.dictionary_encode()
     pairs = np.take(_PAIR_VALUES, encoded.dictionary.to_numpy().view(np.uint16))
@@ -227,17 +228,16 @@ def _dictionary_of_hashes(digits: pa.FixedSizeBinaryArray) -> pa.DictionaryArray
 
 
 def count_lines(text: bytes) -> int:
-    """Line feeds; twice as fast as ``bytes.count``, in steps that stay in the cache."""
+    """Count line feeds, twice as fast as ``bytes.count``, in steps that stay in the cache."""
     characters = np.frombuffer(text, np.uint8)
     steps = range(0, len(text), _COUNTED_AT_ONCE)
     return sum(int(np.count_nonzero(characters[at : at + _COUNTED_AT_ONCE] == ord("\n"))) for at in steps)
 
 
 def _first_bad_line(text: bytes, labelled: bool) -> BadLineError:
-    """What is wrong with the first bad line, by a slow and exact look at each."""
+    """Find the fault of the first bad line by a slow and exact check of each."""
     for number, line in enumerate(text.removesuffix(b"\n").split(b"\n")):
-        fault = _fault(line.removesuffix(b"\r"), labelled)
-        if fault:
+        if fault := _fault(line.removesuffix(b"\r"), labelled):
             return BadLineError(number, fault)
     return BadLineError(
         0, f"this or one of the next {text.count(10):,} lines is no Criteo line; download the file again"
@@ -248,33 +248,28 @@ _FAULT_REMEDY = "correct or remove the line, or download the file again"
 
 
 def _fault(line: bytes, labelled: bool) -> str | None:
-    """What is wrong with a line and what to do; None for a good one."""
+    """Return what is wrong with a line and what to do; None for a good line."""
     if b"\0" in line:
         return "binary data, expected text; unpack the archive or download the file again"
     fields = line.split(b"\t")
     columns = columns_of(labelled)
     if len(fields) != len(columns):
-        hint = ""
-        if labelled and len(fields) == len(COLUMNS) - 1:
-            hint = " (rows without labels, such as Kaggle's test.txt, are encoded with --vocabulary)"
+        unlabelled = labelled and len(fields) == len(COLUMNS) - 1
+        hint = " (rows without labels, such as Kaggle's test.txt, are encoded with --vocabulary)" if unlabelled else ""
         return (
             f"{len(fields)} fields, expected {len(columns)} between tabs: {'label, ' if labelled else ''}13 integers, "
             f"26 hashes{hint}; {_FAULT_REMEDY}"
         )
     for name, field in zip(columns, fields, strict=True):
-        expected = None
         if name == CRITEO_LABEL:
-            if field not in (b"0", b"1"):
-                expected = "the label 0 or 1"
-        elif not field:
-            continue
+            good, expected = field in (b"0", b"1"), "the label 0 or 1"
         elif name in CRITEO_DENSE:
-            # Criteo's numbers have a few digits; the limit keeps int() from a line of millions.
-            if not re.fullmatch(rb"-?[0-9]{1,20}", field) or not -(1 << 31) <= int(field) < 1 << 31:
-                expected = "an integer of 32 bits, or nothing"
-        elif not re.fullmatch(rb"[0-9a-fA-F]{8}", field):
-            expected = "8 hexadecimal digits, or nothing"
-        if expected:
+            # Criteo's numbers have a few digits; the limit keeps int() from a field of millions of digits.
+            digits = re.fullmatch(rb"-?[0-9]{1,20}", field)
+            good, expected = bool(digits) and -(1 << 31) <= int(field) < 1 << 31, "an integer of 32 bits, or nothing"
+        else:
+            good, expected = bool(re.fullmatch(rb"[0-9a-fA-F]{8}", field)), "8 hexadecimal digits, or nothing"
+        if not good and (field or name == CRITEO_LABEL):
             return f"{name} is {_shown(field)}, expected {expected}; {_FAULT_REMEDY}"
     return None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datamodules.preprocess.progress import bytes_below
 from datamodules.preprocess.sources import RawFile
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 
 _SAMPLE_BYTES = 4 << 20
 
@@ -35,7 +35,7 @@ class Estimate:
     """Of them those that the dataset itself takes."""
 
     def checked(self, folder: Path, output: Path | None, workers: int) -> str:
-        """Sees that the disk can hold it, and says what it will take.
+        """Check that the disk can hold the run, and describe what it will take.
 
         Args:
             folder: the working folder.
@@ -47,25 +47,25 @@ class Estimate:
         """
         needed = self.rows * self.row_bytes
         free = shutil.disk_usage(folder).free + bytes_below(folder)
-        words = f"about {self.rows:,.0f} rows: some {size_words(needed)} of disk"
-        if needed > free:
-            raise UserError(
-                f"{words} are needed, {size_words(free)} are free at {folder.parent}; make room, or choose another "
-                "place with --work and --output"
-            )
+        words = f"about {self.rows:,.0f} rows: some {format_size(needed)} of disk"
+        require(
+            needed <= free,
+            f"{words} are needed, {format_size(free)} are free at {folder.parent}; make room, or choose another "
+            "place with --work and --output",
+        )
         if output is not None and output.stat().st_dev != folder.stat().st_dev:
             dataset, room = self.rows * self.result_row_bytes, shutil.disk_usage(output).free
-            if dataset > room:
-                raise UserError(
-                    f"some {size_words(dataset)} of disk are needed for the dataset, {size_words(room)} are "
-                    f"free at {output}; make room, or choose another --output"
-                )
+            require(
+                dataset <= room,
+                f"some {format_size(dataset)} of disk are needed for the dataset, {format_size(room)} are "
+                f"free at {output}; make room, or choose another --output",
+            )
         seconds = self.rows / (_ROWS_PER_WORKER_S * min(workers, _WORKERS_PER_DISK))
-        return f"{words} ({size_words(free)} are free) and {time_words(seconds)} with {workers} workers"
+        return f"{words} ({format_size(free)} are free) and {format_duration(seconds)} with {workers} workers"
 
 
 def estimate(files: Sequence[RawFile], multi_hot: bool) -> Estimate:
-    """Looks at the beginning of the first file of each compression; the others are taken to be like it.
+    """Estimate a run from the beginning of the first file of each compression; other files are assumed to be alike.
 
     Raises:
         UserError: one cannot be read.
@@ -88,7 +88,7 @@ def estimate(files: Sequence[RawFile], multi_hot: bool) -> Estimate:
 
 
 def _sample(file: RawFile) -> tuple[float, float, int]:
-    """Bytes of text and lines for each stored byte, and the fields of the first line."""
+    """Return bytes of text and lines for each stored byte, and the fields of the first line."""
     with file.text() as text:
         try:
             sample = text.read(_SAMPLE_BYTES)
@@ -100,13 +100,13 @@ def _sample(file: RawFile) -> tuple[float, float, int]:
     return len(sample) / max(stored, 1), sample.count(b"\n") / max(stored, 1), fields
 
 
-def size_words(size: float) -> str:
-    """Bytes for people."""
+def format_size(size: float) -> str:
+    """Format a number of bytes."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
-def time_words(seconds: float) -> str:
-    """A time for people."""
+def format_duration(seconds: float) -> str:
+    """Format a duration."""
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

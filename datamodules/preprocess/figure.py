@@ -1,6 +1,6 @@
 """The figure of ``inspect --plot``: how large the tables are, and how few of their ids most lookups go to.
 
-Told apart by shape and line style, so that it reads in black and white as well.
+Tables and shares differ in shape and line style, so that the figure is readable in black and white.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from datamodules.preprocess.skew import SHARES, Skew
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema
 
 if TYPE_CHECKING:
@@ -37,23 +37,26 @@ _FORMATS = (".png", ".pdf", ".svg")
 
 
 def check_figure(schema: DatasetSchema, path: Path) -> None:
-    """Sees that ``draw`` will have something to draw, before long work.
+    """Check before long work that ``draw`` will have something to draw.
 
     Raises:
-        UserError: there are no tables, or the file has another ending than those of figures.
+        UserError: there are no tables, or the file's suffix is not that of a figure.
     """
-    if not schema.features.tables:
-        raise UserError("the dataset has no categorical or multi-hot columns, so there are no tables to plot")
-    if path.suffix not in _FORMATS:
-        raise UserError(f"{path} is named like no figure; end its name with {', '.join(_FORMATS)}")
+    require(
+        schema.features.tables,
+        "the dataset has no categorical or multi-hot columns, so there are no tables to plot",
+    )
+    require(
+        path.suffix in _FORMATS, f"{path} does not have the suffix of a figure; give it one of {', '.join(_FORMATS)}"
+    )
 
 
 def draw(skews: Sequence[Skew], title: str, path: Path) -> None:
-    """Writes the figure.
+    """Write the figure.
 
     Args:
         skews: of every table, at least one.
-        path: what to write; its ending tells the format.
+        path: the file to write; its suffix is the format.
 
     Raises:
         UserError: the file cannot be written.
@@ -95,7 +98,7 @@ def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:
             markersize=5,
             label=f"{share:.0%} of lookups go to so many ids",
         )
-    # The sizes are written behind the bars: a sixth of the width.
+    # The numbers to the right of the bars take a sixth of the width.
     right = max(sizes) * (max(sizes) / _LEAST) ** 0.17
     axes.set(xscale="log", xlim=(_LEAST, right), xlabel="rows of the table (bar) and most frequent ids (marks)")
     axes.set_yticks(rows, [skew.column.name for skew in shown])
@@ -118,7 +121,7 @@ def _draw_curves(axes: "Axes", skews: Sequence[Skew], named: Sequence[Skew]) -> 
         if skew.lookups:
             x, y = skew.curve
             axes.plot(100 * x, 100 * y, color=colour, linestyle=style, linewidth=1.8, label=skew.column.name, zorder=2)
-    # What is as good as nothing leaves no empty decades.
+    # Shares close to 0 are left out, because they would take empty decades.
     begins = [x[np.searchsorted(y, _SHOWN_SHARE)] for x, y in (skew.curve for skew in skews if skew.lookups)]
     least = min(begins, default=_SHOWN_SHARE)
     axes.set(

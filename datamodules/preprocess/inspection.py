@@ -1,28 +1,27 @@
-"""What a dataset folder holds, as a table for people or as JSON for machines."""
+"""The facts of a dataset folder, as tables or as JSON."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.parquet import Folder
+from datamodules.folder import Folder
 from datamodules.preprocess.leakage import render_equal_rows
 from datamodules.preprocess.skew import vocabulary_skew
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema
 
 
 def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any]:
-    """The facts of a dataset as JSON values.
+    """Return the facts of a dataset as JSON values.
 
-    ``columns`` gives for each, where known, ``missing`` (share of the rows read), ``most_frequent`` (share
-    of the lookups that go to the most frequent id) and ``ids_for_90`` (the least number of ids that
-    90% of them go to); None where it is not known.
+    ``columns`` has for each column ``missing`` (share of the rows read), ``most_frequent`` (share of the lookups of the
+    most frequent id) and ``ids_for_90`` (the smallest number of ids that 90% of the lookups go to); None if unknown.
 
     Raises:
-        UserError: a vocabulary is no readable Parquet file.
+        UserError: a vocabulary is not a readable Parquet file.
     """
     rows = sum(split.rows for split in schema.splits.values())
     rows_per_file = schema.report.get("rows_per_file")
-    # Missing values are counted as they are read; a sample of the rows may be all that is kept.
+    # Missing values are counted in the rows that were read, of which sampling may drop some.
     rows_read = sum(count for _, count in rows_per_file) if rows_per_file else rows
     missing: Mapping[str, int] = schema.report.get("missing", {})
     skews = {column.name: vocabulary_skew(folder, schema, column) for column in schema.columns}
@@ -66,7 +65,7 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
 
 
 def render(facts: Mapping[str, Any]) -> str:
-    """The facts of ``summary`` as text, and under ``leakage`` those of ``equal_rows``, if they are there."""
+    """Format the facts of ``summary`` as text, and under ``leakage`` those of ``equal_rows`` if there are any."""
     settings = "".join(
         f", {name} {'for each column' if isinstance(value, Mapping) else value}"
         for name, value in facts["settings"].items()
@@ -90,7 +89,7 @@ def render(facts: Mapping[str, Any]) -> str:
 
 
 def _transforms(facts: Mapping[str, Any]) -> list[str]:
-    """For each role what was done to its columns, with the columns' names where they differ."""
+    """Return for each role the transform of its columns, with the columns' names if transforms differ."""
     columns_of: dict[str, dict[str, list[str]]] = {}
     for column in facts["columns"]:
         if column["transform"]:
@@ -104,7 +103,7 @@ def _transforms(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _ranges(names: Sequence[str]) -> str:
-    """Names as people write them: three or more that count up become one, such as C1..C26.
+    """Join names; three or more consecutive ones become a range, such as C1..C26.
 
     >>> _ranges(["I1", "I2", "I3", "I5", "I6", "size", "C7"])
     'I1..I3, I5, I6, size, C7'
@@ -119,13 +118,13 @@ def _ranges(names: Sequence[str]) -> str:
 
 
 def _next_name(name: str) -> str | None:
-    """The name with the number at its end counted up; None without one."""
+    """Return the name with the number at its end incremented; None without a number."""
     stem = name.rstrip("0123456789")
     return f"{stem}{int(name[len(stem) :]) + 1}" if stem != name else None
 
 
 def _reserved(ids: Mapping[str, int]) -> str:
-    """Such as ``0 missing, 1 rare/unknown``."""
+    """Format reserved ids, such as ``0 missing, 1 rare/unknown``."""
     names: dict[int, list[str]] = {}
     for name, row in ids.items():
         names.setdefault(row, []).append(name)
@@ -170,8 +169,8 @@ def _percent(share: float | None) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
-    """Rows of text as lines, with the columns ``left`` flush left and the others flush right. Columns that have nothing
-    below their heads are left out."""
+    """Format rows of text as lines, with the columns ``left`` flush left and the others flush right; columns without
+    content below their headers are left out."""
     columns = []
     for number, column in enumerate(zip(*rows, strict=True)):
         width = max(map(len, column))

@@ -1,9 +1,9 @@
-"""What is finished: a small record beside each file of a working folder, so that a killed run goes on.
+"""Records of finished files in a working folder, so that a killed run can be resumed.
 
-A file is written under another name, closed and renamed; then its record, in the same way. So a
-record means a whole file, whenever the process was killed, and records of many processes, also on
-several machines, never meet in one file. After a machine lost power a file may still be short:
-records hold checksums, and ``discard_damaged`` compares them before a run goes on.
+A file is written under another name, closed and renamed; then its record is written in the same way. So a record means
+a complete file, whenever the process was killed, and processes on any number of machines never write the same record.
+After a power failure a file may still be short: records hold checksums, and ``discard_damaged`` compares them before a
+run resumes.
 """
 
 import fcntl
@@ -24,13 +24,13 @@ _PARTIAL = ".partial"
 
 
 def fingerprint(content: Any) -> str:
-    """Of JSON values."""
+    """Return a SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A name to write to, no one else's, that becomes ``path`` when the context is left without an error."""
+    """Yield a unique name to write to, which becomes ``path`` if the context ends without an error."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PARTIAL}")
     try:
         yield partial
@@ -40,7 +40,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Removes what killed processes left of ``written_aside`` below a folder."""
+    """Remove what killed processes left of ``written_aside`` below a folder."""
     for root, _, names in os.walk(folder):
         for name in names:
             if name.startswith(".") and name.endswith(_PARTIAL):
@@ -50,19 +50,20 @@ def remove_partial_files(folder: Path) -> None:
 def record(
     path: Path, facts: Mapping[str, Any], files: tuple[Path, ...] = (), known: Mapping[Path, str] | None = None
 ) -> dict[str, Any]:
-    """Notes that a step is finished.
+    """Record that a step is finished.
 
     Args:
         path: of the record, without its suffix.
         facts: JSON values to remember.
-        files: what the step has written, each whole and in its place; below the folder of ``path``'s parent.
-        known: the SHA-256 of some of them, where it has been taken already.
+        files: the files that the step has written, complete and in their place, below ``path``'s parent.
+        known: the SHA-256 of some of them, if it has been computed already.
 
     Returns:
         The facts.
     """
-    content: dict[str, Any] = {
-        "facts": dict(facts),
+    kept = dict(facts)
+    content = {
+        "facts": kept,
         "files": [
             {
                 "path": os.path.relpath(file, path.parent),
@@ -74,25 +75,23 @@ def record(
     }
     with written_aside(path.with_name(path.name + _SUFFIX)) as partial:
         partial.write_text(json.dumps(content))
-    facts_kept: dict[str, Any] = content["facts"]
-    return facts_kept
+    return kept
 
 
 def recorded(path: Path) -> dict[str, Any] | None:
-    """The facts of a finished step, None if it is not finished.
+    """Return the facts of a finished step, None if it is not finished.
 
     Args:
         path: of the record, without its suffix.
     """
     try:
-        facts: dict[str, Any] = json.loads(path.with_name(path.name + _SUFFIX).read_text())["facts"]
-        return facts
+        return json.loads(path.with_name(path.name + _SUFFIX).read_text())["facts"]
     except (OSError, ValueError, KeyError):
         return None
 
 
 def find_records(folder: Path) -> list[Path]:
-    """All records below a folder, each without its suffix."""
+    """Return all records below a folder, each without its suffix."""
     return sorted(
         Path(root) / name.removesuffix(_SUFFIX)
         for root, _, names in os.walk(folder)
@@ -102,7 +101,7 @@ def find_records(folder: Path) -> list[Path]:
 
 
 def discard_damaged(path: Path) -> bool:
-    """Removes a record if a file of it is missing or altered; says whether it did.
+    """Remove a record if a file of it is missing or altered; return whether it was removed.
 
     Args:
         path: of the record, without its suffix.
@@ -121,17 +120,17 @@ def discard_damaged(path: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path, output: str) -> Iterator[None]:
-    """Holds a folder for this process; the lock goes with it, however it ends.
+    """Lock a folder for this process; the lock ends with the process at the latest.
 
     Raises:
-        UserError: the folder cannot be written, or another run holds it.
+        UserError: the folder is not writable, or another run has locked it.
     """
     busy = UserError(f"another run is making {output}; wait for it, or choose another --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
     except FileNotFoundError:
-        raise busy from None  # removed between the two calls, by the run that finished
+        raise busy from None  # the run that finished removed it between the two calls
     except OSError as error:
         raise UserError(f"cannot write to {folder.parent} ({error.strerror}); choose another --output") from error
     with lock:

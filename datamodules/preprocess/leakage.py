@@ -1,17 +1,17 @@
 """Which rows of a dataset have equal features, within a split and across splits.
 
-Each row's features, label apart, are hashed to 64 bits. Rows of equal features always have equal hashes; the expected
-number of pairs of different rows with equal hashes is n (n - 1) / 2**65 for n rows: 6e-5 for Kaggle's 46 million, and
-half a pair for Terabyte's 4.4 billion. So the counts are exact for all that matters.
+Each row's features (without the label) are hashed to 64 bits. Rows of equal features always have equal hashes; the
+expected number of pairs of different rows with equal hashes is n (n - 1) / 2**65 for n rows: 6e-5 for Kaggle's 46
+million, and half a pair for Terabyte's 4.4 billion.
 
-Memory stays below 1 GB, however many rows there are and however often one occurs: hashes are sorted in runs, each kept
-once with its count, the runs in a temporary file of at most 12 bytes a row (53 GB for Terabyte), and compared one range
-of hashes at a time.
+Memory stays below 1 GB for any number of rows and repetitions: hashes are sorted in runs, each hash with its count, the
+runs are in a temporary file of at most 12 bytes a row (53 GB for Terabyte), and one range of hashes is compared at a
+time.
 """
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from datamodules.parquet import Folder, read_groups
-from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.schema import SPLITS, Column, DatasetSchema
+from datamodules.folder import Folder
+from datamodules.parquet import read_groups
+from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.schema import SPLITS, Column, DatasetSchema, SplitName
 
 _RUN_ROWS = 1 << 22  # hashes sorted at once: 32 MB
 _RANGE_ROWS = 1 << 23  # hashes compared at once: 64 MB, and some copies of them
@@ -34,7 +35,7 @@ _ENTRY = np.dtype([("hash", np.uint64), ("count", np.uint32)])
 
 
 def equal_rows(folder: str | Path | Folder, schema: DatasetSchema, progress: bool = True) -> dict[str, Any]:
-    """Counts rows of equal features, as JSON values.
+    """Count rows of equal features; return JSON values.
 
     ``within`` has for each split its ``rows``, the ``distinct`` ones, and ``repeats``: rows whose features an earlier
     row of the split has, with their ``share``. ``between`` has for each pair of ``splits`` the ``distinct`` features
@@ -47,32 +48,25 @@ def equal_rows(folder: str | Path | Folder, schema: DatasetSchema, progress: boo
         UserError: there are no features, a file is missing or altered, or the temporary folder lacks the space.
     """
     columns = schema.by_role("dense", "categorical", "multi_hot")
-    if not columns:
-        raise UserError(f"{folder} has no features, so there are no equal rows to look for")
+    require(columns, f"{folder} has no features, so there are no equal rows to look for")
     rows = sum(split.rows for split in schema.splits.values())
     _check_space(rows * _ENTRY.itemsize)
     ranges = -(-rows // _RANGE_ROWS) or 1
-    runs: dict[str, _Runs] = {}
+    runs = {split: _Runs(ranges) for split in SPLITS if split in schema.splits}
     with tqdm(total=rows, desc="Hashing", unit=" rows", unit_scale=True, disable=None if progress else True) as bar:
-        for split in SPLITS:
-            if split not in schema.splits:
-                continue
-            runs[split] = _Runs(ranges)
+        for split, split_runs in runs.items():
             for file in schema.splits[split].files:
                 for table in read_groups(folder, schema, file, columns):
-                    runs[split].add(content_hashes(table, columns))
+                    split_runs.add(content_hashes(table, columns))
                     bar.update(table.num_rows)
-            runs[split].end()
-    tally = _Tally(tuple(runs))
-    for number in tqdm(
-        range(ranges), desc="Comparing", unit=" parts", disable=None if progress and ranges > 1 else True
-    ):
-        tally.add({split: split_runs.range(number) for split, split_runs in runs.items()})
-    return tally.facts()
+            split_runs.end()
+    shown = tqdm(range(ranges), desc="Comparing", unit=" parts", disable=None if progress and ranges > 1 else True)
+    return _compare(runs, shown)
 
 
 def content_hashes(table: pa.Table, columns: Sequence[Column]) -> Hashes:
-    """A 64-bit hash of the values of ``columns`` in each row, [rows]. Null is a value of its own; -0.0 equals 0.0."""
+    """Return a 64-bit hash of the values of ``columns`` in each row, [rows]. Null is a value of its own; -0.0 equals
+    0.0."""
     hashes = np.full(table.num_rows, 0x9E3779B97F4A7C15, np.uint64)
     for column in columns:
         values = table.column(column.name).combine_chunks()
@@ -101,8 +95,8 @@ def _mix_lists(hashes: Hashes, lists: pa.ListArray) -> None:
 
 
 def _mix(hashes: Hashes, values: Hashes) -> None:
-    """Takes one more value of each row into its hash, in place. For a given value this is one to one in the hash, and
-    for a given hash one to one in the value, so that rows that differ in one column never meet."""
+    """Mix one more value of each row into its hash, in place. This is one to one in the hash for a given value, and one
+    to one in the value for a given hash, so that rows that differ in one column never have equal hashes."""
     hashes ^= values
     hashes *= np.uint64(0xBF58476D1CE4E5B9)
     hashes ^= hashes >> np.uint64(32)
@@ -111,10 +105,10 @@ def _mix(hashes: Hashes, values: Hashes) -> None:
 
 
 class _Runs:
-    """The hashes of a split as sorted runs in a file without a name, of which nothing is left however we end.
+    """The hashes of a split as sorted runs in a file without a name, which vanishes with the process.
 
     Args:
-        ranges: how many ranges of equal size the hashes will be read back in.
+        ranges: number of equal ranges in which the hashes are read back.
     """
 
     def __init__(self, ranges: int) -> None:
@@ -132,7 +126,7 @@ class _Runs:
             self.end()
 
     def end(self) -> None:
-        """Writes what waits for its run to be full."""
+        """Write the pending hashes as a run."""
         if not self._waiting_rows:
             return
         hashes, counts = np.unique(np.concatenate(self._waiting), return_counts=True)
@@ -150,7 +144,7 @@ class _Runs:
         self._written += len(run)
 
     def range(self, number: int) -> tuple[Hashes, NDArray[np.int64]]:
-        """The hashes of a range in ascending order, and how often each occurs."""
+        """Return the hashes of a range in ascending order, and how often each occurs."""
         pieces = [np.empty(0, _ENTRY)]
         for cuts in self._cuts:
             start, stop = int(cuts[number]), int(cuts[number + 1])
@@ -165,55 +159,47 @@ class _Runs:
         return hashes[firsts], counts
 
 
-class _Tally:
-    """Adds up the counts of all ranges."""
-
-    def __init__(self, splits: Sequence[str]) -> None:
-        self._splits = splits
-        self._rows = dict.fromkeys(splits, 0)
-        self._distinct = dict.fromkeys(splits, 0)
-        # Of a pair: distinct features in both, rows of the first, rows of the second.
-        self._shared = {pair: np.zeros(3, np.int64) for pair in combinations(splits, 2)}
-
-    def add(self, distinct: Mapping[str, tuple[Hashes, NDArray[np.int64]]]) -> None:
-        """Counts a range: for each split the hashes in it, and how often each occurs."""
-        for split, (_, counts) in distinct.items():
-            self._rows[split] += int(counts.sum())
-            self._distinct[split] += len(counts)
-        for pair, shared in self._shared.items():
-            (a, counts_a), (b, counts_b) = (distinct[split] for split in pair)
+def _compare(runs: Mapping[SplitName, _Runs], ranges: Iterable[int]) -> dict[str, Any]:
+    """Return the facts of ``equal_rows`` from the hashes of each split, range by range."""
+    rows, distinct = dict.fromkeys(runs, 0), dict.fromkeys(runs, 0)
+    # Of a pair of splits: distinct features in both, rows of the first, rows of the second.
+    shared = {pair: np.zeros(3, np.int64) for pair in combinations(runs, 2)}
+    for number in ranges:
+        found = {split: split_runs.range(number) for split, split_runs in runs.items()}
+        for split, (_, counts) in found.items():
+            rows[split] += int(counts.sum())
+            distinct[split] += len(counts)
+        for pair, sums in shared.items():
+            (a, counts_a), (b, counts_b) = (found[split] for split in pair)
             _, in_a, in_b = np.intersect1d(a, b, assume_unique=True, return_indices=True)
-            shared += len(in_a), counts_a[in_a].sum(), counts_b[in_b].sum()
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "within": {
-                split: {
-                    "rows": self._rows[split],
-                    "distinct": self._distinct[split],
-                    "repeats": self._rows[split] - self._distinct[split],
-                    "share": _share(self._rows[split] - self._distinct[split], self._rows[split]),
-                }
-                for split in self._splits
-            },
-            "between": [
-                {
-                    "splits": list(pair),
-                    "distinct": int(distinct),
-                    "rows": {pair[0]: int(rows_a), pair[1]: int(rows_b)},
-                    "shares": {
-                        pair[0]: _share(int(rows_a), self._rows[pair[0]]),
-                        pair[1]: _share(int(rows_b), self._rows[pair[1]]),
-                    },
-                }
-                for pair, (distinct, rows_a, rows_b) in self._shared.items()
-            ],
-        }
+            sums += len(in_a), counts_a[in_a].sum(), counts_b[in_b].sum()
+    return {
+        "within": {
+            split: {
+                "rows": rows[split],
+                "distinct": distinct[split],
+                "repeats": rows[split] - distinct[split],
+                "share": (rows[split] - distinct[split]) / max(rows[split], 1),
+            }
+            for split in runs
+        },
+        "between": [
+            {
+                "splits": list(pair),
+                "distinct": int(sums[0]),
+                "rows": {split: int(count) for split, count in zip(pair, sums[1:], strict=True)},
+                "shares": {
+                    split: int(count) / max(rows[split], 1) for split, count in zip(pair, sums[1:], strict=True)
+                },
+            }
+            for pair, sums in shared.items()
+        ],
+    }
 
 
 def render_equal_rows(facts: Mapping[str, Any]) -> list[str]:
-    """The facts of ``equal_rows`` as lines of text."""
-    lines = ["rows of equal features (label apart)"]
+    """Format the facts of ``equal_rows`` as lines of text."""
+    lines = ["rows of equal features (without the label)"]
     for split, within in facts["within"].items():
         lines.append(f"  within {split}: {within['repeats']:,} repeat an earlier row ({within['share']:.3%})")
     for pair in facts["between"]:
@@ -225,23 +211,19 @@ def render_equal_rows(facts: Mapping[str, Any]) -> list[str]:
     found = sum(within["repeats"] for within in facts["within"].values()) + sum(p["distinct"] for p in facts["between"])
     if found and "train" in facts["within"]:
         lines += [
-            "  Equal rows occur in clean data too: one visitor is shown one advertisement twice, or few and coarse",
-            "  features coincide. Were all rows drawn alike, validation and test would have about twice the share in",
-            f"  train that repeats have within train (so up to {2 * facts['within']['train']['share']:.3%} here); "
-            "far above that, suspect a leak.",
+            "  Equal rows occur in clean data too: a visitor sees an advertisement twice, or few and coarse features",
+            "  coincide. If all rows are drawn alike, the share of validation and test rows that are in train is about",
+            f"  twice the share of repeats within train (so up to {2 * facts['within']['train']['share']:.3%} here); "
+            "a much larger share suggests a leak.",
         ]
     return lines
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
 
 
 def _check_space(needed: int) -> None:
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"the leakage check needs {needed / 1e9:,.1f} GB in {folder}, which has {free / 1e9:,.1f} GB free; "
-            "set TMPDIR to a folder with more"
-        )
+    require(
+        free >= needed,
+        f"the leakage check needs {needed / 1e9:,.1f} GB in {folder}, which has {free / 1e9:,.1f} GB free; "
+        "set TMPDIR to a folder with more",
+    )

@@ -37,11 +37,11 @@ class MultiHot:
     seed: int
 
     def size(self, column: str) -> int:
-        """Ids of each bag of a column; 1 leaves the column as it is."""
+        """Return the ids of each bag of a column; 1 leaves the column as it is."""
         return MLPERF_SIZES.get(column, 1)
 
     def bags(self, column: str, ids: np.ndarray, table_rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """The bags of some rows.
+        """Return the bags of some rows.
 
         Args:
             ids: int32 [n].

@@ -1,13 +1,13 @@
-"""What to make of raw files: the options of ``preprocess``, checked."""
+"""The options of ``preprocess`` that the dataset depends on, and their checks."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from datamodules.parquet import Folder, load_schema
+from datamodules.folder import Folder, load_schema
 from datamodules.preprocess.multi_hot import DISTRIBUTIONS, Distribution, MultiHot
 from datamodules.preprocess.protocols import PROTOCOLS, Protocol, find_protocol
 from datamodules.preprocess.splits import DATASETS, Dataset
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema
 
 OnBadRow = Literal["fail", "skip"]
@@ -15,12 +15,13 @@ OnBadRow = Literal["fail", "skip"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Everything beside the rows that decides about a byte of the dataset."""
+    """Everything that the bytes of the dataset depend on, apart from the rows."""
 
     dataset: Dataset
     protocol: str
     max_rows: int | None = None
-    """Rows of the largest table; what is taken modulo them is the protocol's."""
+    """Rows of the largest table: ``dlrm`` takes hashes modulo it before counting, ``mlperf`` takes ids modulo it; None
+    keeps every value."""
     min_count: int | None = None
     """Rarer values share one id; None for the protocol's own threshold."""
     negative_sampling_rate: float = 1.0
@@ -35,34 +36,40 @@ class Options:
 
     def __post_init__(self) -> None:
         protocol = find_protocol(self.protocol)
-        if self.dataset not in DATASETS:
-            raise UserError(f"unknown dataset {self.dataset!r}; known: {', '.join(DATASETS)}")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise UserError(f"max_rows is {self.max_rows}, expected at least 1; leave it out to keep every value")
+        known = {
+            "dataset": DATASETS,
+            "multi_hot": (None, "mlperf"),
+            "multi_hot_distribution": DISTRIBUTIONS,
+            "on_bad_row": get_args(OnBadRow),
+        }
+        for name, values in known.items():
+            found = getattr(self, name)
+            require(found in values, f"unknown {name} {found!r}; known: {', '.join(filter(None, values))}")
+        require(
+            self.max_rows is None or self.max_rows >= 1,
+            f"max_rows is {self.max_rows}, expected at least 1; leave it out to keep every value",
+        )
         if self.max_rows is not None and protocol.modulo is None:
             takers = " and ".join(name for name, other in PROTOCOLS.items() if other.modulo)
             raise UserError(f"protocol {protocol.name} has no max_rows, {takers} have; use min_count to shrink tables")
-        if self.min_count is not None and self.min_count < 1:
-            raise UserError(f"min_count is {self.min_count}, expected at least 1, which keeps every value")
-        if not 0 < self.negative_sampling_rate <= 1:
-            raise UserError(
-                f"negative_sampling_rate is {self.negative_sampling_rate}, expected a share of the rows to keep, more "
-                "than 0 and at most 1"
-            )
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed is {self.seed}; give a number from 0 to 2**63 - 1")
-        if self.multi_hot not in (None, "mlperf"):
-            raise UserError(f"unknown multi_hot {self.multi_hot!r}; known: mlperf")
-        if self.multi_hot and self.dataset != "terabyte":
-            raise UserError("multi_hot mlperf is made of Terabyte's rows; with Kaggle's leave it out")
-        if self.multi_hot_distribution not in DISTRIBUTIONS:
-            raise UserError(
-                f"unknown multi_hot_distribution {self.multi_hot_distribution!r}; known: {', '.join(DISTRIBUTIONS)}"
-            )
-        if self.multi_hot_distribution != "uniform" and not self.multi_hot:
-            raise UserError("multi_hot_distribution is given without multi_hot; give both, or neither")
-        if self.on_bad_row not in get_args(OnBadRow):
-            raise UserError(f"unknown on_bad_row {self.on_bad_row!r}; known: {', '.join(get_args(OnBadRow))}")
+        require(
+            self.min_count is None or self.min_count >= 1,
+            f"min_count is {self.min_count}, expected at least 1, which keeps every value",
+        )
+        require(
+            0 < self.negative_sampling_rate <= 1,
+            f"negative_sampling_rate is {self.negative_sampling_rate}, expected a share of the rows to keep, more "
+            "than 0 and at most 1",
+        )
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}; give a number from 0 to 2**63 - 1")
+        require(
+            not self.multi_hot or self.dataset == "terabyte",
+            "multi_hot mlperf is made of Terabyte's rows; with Kaggle's leave it out",
+        )
+        require(
+            self.multi_hot_distribution == "uniform" or self.multi_hot,
+            "multi_hot_distribution is given without multi_hot; give both, or neither",
+        )
 
     @property
     def rules(self) -> Protocol:
@@ -70,7 +77,7 @@ class Options:
 
     @property
     def threshold(self) -> int:
-        """The threshold in force."""
+        """The threshold in force: ``min_count``, or the protocol's own."""
         return self.rules.min_count if self.min_count is None else self.min_count
 
     @property
@@ -78,46 +85,43 @@ class Options:
         return MultiHot(distribution=self.multi_hot_distribution, seed=self.seed) if self.multi_hot else None
 
     def settings(self) -> dict[str, Any]:
-        """What of them the schema keeps: those that shape the encoding."""
-        settings: dict[str, Any] = {}
-        if self.max_rows is not None:
-            settings["max_rows"] = self.max_rows
-        if max(self.threshold, self.rules.min_count) > 1:
-            settings["min_count"] = self.threshold
-        if self.negative_sampling_rate < 1:
-            settings["negative_sampling_rate"] = self.negative_sampling_rate
-        if self.multi_hot:
-            settings |= {"multi_hot": self.multi_hot, "multi_hot_distribution": self.multi_hot_distribution}
-        if self.multi_hot or self.negative_sampling_rate < 1 or self.protocol == "bars":
-            settings["seed"] = self.seed
-        return settings
+        """Return the options that shape the encoding, as the schema keeps them."""
+        values, sampled, bags = self.document(), self.negative_sampling_rate < 1, self.multi_hot is not None
+        shaping = {
+            "max_rows": self.max_rows is not None,
+            "min_count": max(self.threshold, self.rules.min_count) > 1,
+            "negative_sampling_rate": sampled,
+            "multi_hot": bags,
+            "multi_hot_distribution": bags,
+            "seed": bags or sampled or self.protocol == "bars",
+        }
+        return {name: values[name] for name, shapes in shaping.items() if shapes}
 
     def document(self) -> dict[str, Any]:
-        """All of them as JSON values."""
+        """Return all options as JSON values."""
         return {**asdict(self), "min_count": self.threshold}
 
 
 def options_of(
     vocabulary: Folder | None, *, dataset: Dataset | None, protocol: str | None, **others: Any
 ) -> tuple[Options, DatasetSchema | None]:
-    """The options, and the schema of the dataset whose vocabulary is used.
+    """Return the options, and the schema of the dataset whose vocabulary is used.
 
-    With a vocabulary that dataset decides about everything but ``on_bad_row``.
+    With a vocabulary, its dataset decides about every option except ``on_bad_row``.
 
     Raises:
-        UserError: an option is out of range, missing, or at odds with the vocabulary.
+        UserError: an option is out of range, missing, or contradicts the vocabulary.
     """
     if vocabulary is None:
         for name, value in (("dataset", dataset), ("protocol", protocol)):
-            if value is None:
-                raise UserError(f"no {name} is given; give one (--{name})")
+            require(value is not None, f"no {name} is given; give one (--{name})")
         return Options(dataset=dataset, protocol=protocol, **others), None  # type: ignore[arg-type]
     schema = load_schema(vocabulary)
-    if schema.protocol not in PROTOCOLS or not schema.vocabulary:
-        raise UserError(
-            f"{vocabulary} has the protocol {schema.protocol!r} and {len(schema.vocabulary)} vocabularies; expected a "
-            "dataset folder that preprocess made"
-        )
+    require(
+        schema.protocol in PROTOCOLS and schema.vocabulary,
+        f"{vocabulary} has the protocol {schema.protocol!r} and {len(schema.vocabulary)} vocabularies; give a "
+        "dataset folder that preprocess made",
+    )
     given = {"dataset": dataset, "protocol": protocol, **others}
     known = {"dataset": schema.dataset, "protocol": schema.protocol, **schema.settings}
     default = Options(dataset=schema.dataset, protocol=schema.protocol)  # type: ignore[arg-type]
@@ -128,5 +132,5 @@ def options_of(
                 f"{known.get(name, getattr(default, name))}; leave the option out"
             )
     known.pop("minimum", None)
-    options = Options(**known, on_bad_row=others["on_bad_row"], encoding_of=schema.encoding_fingerprint)
+    options = Options(**known, on_bad_row=others.get("on_bad_row", "fail"), encoding_of=schema.encoding_fingerprint)
     return options, schema

@@ -8,30 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.parquet import ROWS_PER_FILE, SplitWriter, arrow_table
 from datamodules.preprocess.encoding import Encoding, read_items, scratch_folder
 from datamodules.preprocess.journal import record, recorded
 from datamodules.preprocess.protocols import Table
 from datamodules.preprocess.segments import OpenSegment, load_segments, rows_of
+from datamodules.writer import ROWS_PER_FILE, SplitWriter, arrow_table
 from lightning_dlrm.contracts.schema import CRITEO_DENSE, CRITEO_LABEL, SPLITS, Column, DataFile, SplitName
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowsJob:
-    """Which segments to count the rows of."""
-
-    encoding: Encoding
-    start: int
-    stop: int
-
-
-def rows_per_split(job: RowsJob) -> np.ndarray:
-    """int64 [segments, splits]: the rows of each segment in each split of ``SPLITS``."""
-    result = np.zeros((job.stop - job.start, len(SPLITS)), np.int64)
-    for i, segment in enumerate(load_segments(job.encoding.segments)[job.start : job.stop]):
+def rows_per_split(encoding: Encoding, numbers: range) -> np.ndarray:
+    """Count the rows of each segment in each split of ``SPLITS``: int64 [segments, splits]."""
+    result = np.zeros((len(numbers), len(SPLITS)), np.int64)
+    for i, segment in enumerate(load_segments(encoding.segments)[numbers.start : numbers.stop]):
         with OpenSegment(segment) as opened:
             for j, split in enumerate(SPLITS):
-                rows = rows_of(job.encoding.rule, opened, (split,))
+                rows = rows_of(encoding.rule, opened, (split,))
                 result[i, j] = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
     return result
 
@@ -53,7 +44,7 @@ class PartJob:
 
 
 def part_jobs(encoding: Encoding, columns: tuple[Column, ...], rows: np.ndarray) -> Iterator[PartJob]:
-    """The part files of all splits.
+    """Yield the part files of all splits.
 
     Args:
         rows: int64 [segments, splits], as ``rows_per_split``.
@@ -74,14 +65,13 @@ def part_jobs(encoding: Encoding, columns: tuple[Column, ...], rows: np.ndarray)
 
 
 def encode_part(job: PartJob) -> tuple[DataFile, int | None]:
-    """Writes one part file.
+    """Write one part file.
 
     Returns:
         The file, and its rows with label 1, None of rows without labels.
     """
     encoding = job.encoding
-    facts = recorded(job.record_path)
-    if facts is None:
+    if (facts := recorded(job.record_path)) is None:
         segments = load_segments(encoding.segments)
         with scratch_folder(encoding, job.record_path.name) as scratch, ExitStack() as stack:
             writer = SplitWriter(scratch, job.split, job.columns, first_part=job.part)
@@ -115,7 +105,7 @@ class _Ids:
         self._ends = {table.name: np.fromfile(encoding.ends(table), np.int64) for table in encoding.protocol.tables()}
 
     def of(self, table: Table, segment: int) -> np.ndarray:
-        """int32 [d + 1]"""
+        """Return the ids of a segment's distinct values, int32 [d + 1]."""
         begin, end = self._ends[table.name][segment : segment + 2]
         return read_items(self._encoding.ids(table), np.dtype(np.int32), begin, end)
 
@@ -128,7 +118,7 @@ def _encoded(
     ids: _Ids,
     columns: Sequence[Column],
 ) -> dict[str, Any]:
-    """The columns of some rows of a segment, as ``parquet.arrow_table`` takes them."""
+    """Return the columns of some rows of a segment, as ``writer.arrow_table`` takes them."""
     protocol = encoding.protocol
     arrays: dict[str, Any] = {}
     if opened.labels is not None:
@@ -143,8 +133,8 @@ def _encoded(
         of_rows = ids.of(table, number).take(codes[rows])
         column = tables[table.name]
         if column.role == "multi_hot":
-            assert encoding.multi_hot is not None
-            arrays[table.name] = encoding.multi_hot.bags(table.name, of_rows, column.cardinality)
+            assert encoding.options.bags is not None
+            arrays[table.name] = encoding.options.bags.bags(table.name, of_rows, column.cardinality)
         else:
             arrays[table.name] = of_rows
     return arrays

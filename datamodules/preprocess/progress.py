@@ -1,4 +1,4 @@
-"""How far a long job is: a bar per stage on a terminal, else a plain line now and then."""
+"""Progress of a long job: a bar for each stage on a terminal, otherwise a line at growing intervals."""
 
 import os
 import sys
@@ -22,15 +22,15 @@ _BAR = "{desc:<7}{percentage:3.0f}%|{bar:20}| [{elapsed}<{remaining}{postfix}]"
 
 @dataclass(frozen=True, kw_only=True)
 class StageTime:
-    """What a stage took."""
+    """Time, memory and disk that a stage took."""
 
     name: str
     rows: int
     seconds: float
     peak_bytes: int = 0
-    """Resident memory of this process and its workers on this machine together, at most."""
+    """Maximum of the resident memory of this process and its workers on this machine together."""
     disk_bytes: int = 0
-    """What the working folder held at its end."""
+    """Size of the working folder at the end of the stage."""
 
     def __str__(self) -> str:
         rate = self.rows / self.seconds if self.seconds else 0.0
@@ -41,18 +41,15 @@ class StageTime:
 
 
 class Stage:
-    """One stage's display; ``advance`` may be called from any thread."""
+    """The display of a stage; its methods may be called from any thread."""
 
     def __init__(self, name: str, total_rows: int | None, stream: TextIO | None):
         self.name = name
-        self.rows = 0.0
+        self.rows = self._fraction = 0.0
         self.memory = self.peak = self.disk = 0
         """Bytes: now, at most, and in the working folder."""
-        self._fraction = 0.0
-        self._total_rows = total_rows
-        self._stream = stream
-        self._start = time.monotonic()
-        self._line_after = _FIRST_LINE_AFTER_S
+        self._total_rows, self._stream = total_rows, stream
+        self._start, self._line_after = time.monotonic(), _FIRST_LINE_AFTER_S
         self._line_at = self._start + self._line_after
         self._lock = threading.Lock()
         self._bar: tqdm | None = None
@@ -60,20 +57,20 @@ class Stage:
             self._bar = tqdm(total=1.0, desc=name, bar_format=_BAR, file=stream, leave=True)
 
     def advance(self, rows: float) -> None:
-        """Counts more rows as done; a part of a row where the stage takes several steps a row."""
+        """Count more rows as done; a fraction of a row if the stage takes several steps a row."""
         with self._lock:
             self.rows += rows
             self._fraction = self.rows / self._total_rows if self._total_rows else 0.0
             self._show()
 
     def reached(self, rows: int, fraction: float) -> None:
-        """Says how many rows are done and which share of the stage that is, where its rows are not known before."""
+        """Set how many rows are done and which share of the stage that is, if its rows are not known before."""
         with self._lock:
             self.rows, self._fraction = rows, fraction
             self._show()
 
     def measured(self, memory: int, disk: int) -> None:
-        """Bytes in use now."""
+        """Set the bytes in use now."""
         with self._lock:
             self.memory, self.disk = memory, disk
             self.peak = max(self.peak, memory)
@@ -114,7 +111,7 @@ class Progress:
     """The stages of a job, shown as they run and timed.
 
     Args:
-        show: on standard error; or only time them.
+        show: show the stages on standard error; otherwise only time them.
     """
 
     def __init__(self, show: bool = True):
@@ -124,7 +121,7 @@ class Progress:
         """The working folder, whose size is shown."""
 
     def note(self, text: str) -> None:
-        """Tells the user a line."""
+        """Show a line."""
         if self._stream is not None:
             print(text, file=self._stream, flush=True)
 
@@ -132,11 +129,11 @@ class Progress:
     def stage(
         self, name: str, total_rows: int | None = None, poll: Callable[[], tuple[int, float]] | None = None
     ) -> Iterator[Stage]:
-        """Times a stage.
+        """Show and time a stage.
 
         Args:
-            total_rows: which ``Stage.advance`` will reach; None if they are not known.
-            poll: asked now and then for the rows done and the share of the stage that they are.
+            total_rows: the rows that ``Stage.advance`` will reach; None if they are not known.
+            poll: called at intervals for the rows done and their share of the stage.
         """
         stage = Stage(name, total_rows, self._stream)
         stop = threading.Event()
@@ -166,7 +163,7 @@ class Progress:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process and all below it; what they share counts for each."""
+    """Return the resident memory of this process and its descendants; shared memory counts for each."""
     total = 0
     this = psutil.Process()
     for process in (this, *this.children(recursive=True)):
@@ -178,7 +175,7 @@ def resident_bytes() -> int:
 
 
 def bytes_below(folder: Path) -> int:
-    """Size of all files in a folder, also while files come and go."""
+    """Return the size of all files in a folder, also while files come and go."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:

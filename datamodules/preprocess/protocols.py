@@ -22,7 +22,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from datamodules.preprocess.splits import Splitter, halves_of_last_day, one_in_ten
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE
 
 DenseTransform: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
@@ -71,7 +71,7 @@ class Protocol:
     split: Splitter
 
     def tables(self) -> tuple[Table, ...]:
-        """The categorical columns, in the order of the dataset."""
+        """Return the categorical columns, in the order of the dataset."""
         bins = (
             tuple(
                 Table(name=self.bins + name[1:], source=name, missing_as_value=self.missing_bin_as_value)
@@ -84,7 +84,7 @@ class Protocol:
         return (*bins, *hashes)
 
     def reserved_of(self, table: Table, min_count: int) -> dict[str, int]:
-        """The reserved ids of a table; without any of its own a protocol has ``rare`` if a threshold is set."""
+        """Return the reserved ids of a table; a protocol without any has ``rare`` if a threshold is set."""
         if not self.reserved:
             return {"rare": 0} if min_count > 1 else {}
         return {name: row for name, row in self.reserved.items() if name != "missing" or not table.missing_as_value}
@@ -112,7 +112,7 @@ def signed_log(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndar
 
 
 def bucket(values: np.ndarray) -> np.ndarray:
-    """floor(log(x)^2) of values above 2, other values as they are.
+    """Return floor(log(x)^2) of values above 2, other values unchanged.
 
     Args:
         values: int32 [n].
@@ -130,7 +130,7 @@ def hash_modulo(values: np.ndarray, max_rows: int | None) -> np.ndarray:
 
 
 def by_frequency(counts: np.ndarray) -> np.ndarray:
-    """The order of ids: descending count, ties as they come (the caller's order is by value).
+    """Return the order of ids: descending count, ties in the given order (the caller's order is by value).
 
     Any order is right; this one depends on nothing but the counts, and puts the often used rows of
     a table beside each other, where caches and later shards find them.
@@ -215,11 +215,10 @@ PROTOCOLS: Mapping[str, Protocol] = {protocol.name: protocol for protocol in (_D
 
 
 def find_protocol(name: str) -> Protocol:
-    """The protocol of a name.
+    """Return the protocol of a name.
 
     Raises:
         UserError: there is none of this name.
     """
-    if name not in PROTOCOLS:
-        raise UserError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
+    require(name in PROTOCOLS, f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]

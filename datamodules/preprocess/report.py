@@ -1,4 +1,4 @@
-"""What a run of ``preprocess`` made and took: printed, and kept in the dataset folder."""
+"""The report of a run of ``preprocess``: its rows, columns and stages, printed and kept in the dataset folder."""
 
 import dataclasses
 import json
@@ -13,10 +13,10 @@ from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 
 
 def write_report(path: Path, schema: DatasetSchema, run: Mapping[str, Any], stages: Sequence[StageTime]) -> None:
-    """Writes the report as JSON.
+    """Write the report as JSON.
 
     Args:
-        run: what decides about the dataset's bytes; a later run compares it with its own.
+        run: what the dataset's bytes depend on; a later run compares it with its own.
     """
     content = {
         "run": run,
@@ -31,11 +31,15 @@ def write_report(path: Path, schema: DatasetSchema, run: Mapping[str, Any], stag
 
 
 def render_report(schema: DatasetSchema, stages: Sequence[StageTime]) -> str:
-    """The same for people."""
+    """Format the report as text."""
     report = schema.report
     rows = sum(split.rows for split in schema.splits.values())
     read = sum(count for _, count in report["rows_per_file"])
-    lines = ["", *_split_lines(schema), "", *_column_lines(schema), "", *map(str, stages)]
+    splits = [("split", "rows", "label mean")]
+    for name in (name for name in SPLITS if name in schema.splits):
+        mean = _label_mean(schema, name)
+        splits.append((name, f"{schema.splits[name].rows:,}", "" if mean is None else f"{mean:.4f}"))
+    lines = ["", *aligned(splits), "", *_column_lines(schema), "", *map(str, stages)]
     lines.append(
         f"{read:,} rows read, {rows:,} written in {sum(stage.seconds for stage in stages):,.1f} s, "
         f"{max(stage.peak_bytes for stage in stages) / 1e9:,.2f} GB of memory at most"
@@ -51,22 +55,8 @@ def _label_mean(schema: DatasetSchema, split: str) -> float | None:
     return None if found.positives is None else found.positives / found.rows
 
 
-def _split_lines(schema: DatasetSchema) -> list[str]:
-    means = {name: _label_mean(schema, name) for name in schema.splits}
-    return aligned(
-        [
-            ("split", "rows", "label mean"),
-            *(
-                (name, f"{schema.splits[name].rows:,}", "" if (mean := means[name]) is None else f"{mean:.4f}")
-                for name in SPLITS
-                if name in schema.splits
-            ),
-        ]
-    )
-
-
 def _column_lines(schema: DatasetSchema) -> list[str]:
-    """Missing values of the raw columns, and what thresholds and moduli left of the tables."""
+    """Format missing values of the raw columns, and what thresholds and moduli left of the tables."""
     report = schema.report
     rows = sum(count for _, count in report["rows_per_file"])
     body = []

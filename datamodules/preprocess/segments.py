@@ -44,20 +44,19 @@ class OpenSegment:
 
     @cached_property
     def labels(self) -> np.ndarray | None:
-        """int8 [n], None of rows without labels."""
+        """Labels int8 [n]; None if rows have no labels."""
         if CRITEO_LABEL not in self._batch.schema.names:
             return None
-        labels: np.ndarray = self._batch.column(CRITEO_LABEL).to_numpy()
-        return labels
+        return self._batch.column(CRITEO_LABEL).to_numpy()
 
     def integers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Values int32 [n], 0 where missing, and whether each is missing, bool [n]."""
+        """Return values int32 [n], 0 where missing, and whether each is missing, bool [n]."""
         column = self._batch.column(name)
         missing = column.is_null().to_numpy(zero_copy_only=False)
         return column.fill_null(0).to_numpy().astype(np.int32), missing
 
     def categories(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct values uint32 [d] in no order, and codes [n] into them, d standing for missing."""
+        """Return distinct values uint32 [d] in no order, and codes [n] into them; d stands for missing."""
         if table.source in CRITEO_CATEGORICAL:
             column = self._batch.column(table.source)
             return column.dictionary.to_numpy()[:-1], column.indices.to_numpy()
@@ -68,7 +67,7 @@ class OpenSegment:
 
 @lru_cache(maxsize=2)
 def load_segments(path: Path) -> list[Segment]:
-    """The staged rows, as ``save_segments`` noted them."""
+    """Load the list of segments that ``save_segments`` wrote."""
     content = json.loads(path.read_text())
     return [Segment(**{**entry, "path": path.parent / entry["path"]}) for entry in content]
 
@@ -76,22 +75,12 @@ def load_segments(path: Path) -> list[Segment]:
 def save_segments(path: Path, segments: Sequence[Segment]) -> None:
     with written_aside(path) as partial:
         partial.write_text(
-            json.dumps(
-                [
-                    {
-                        "path": os.path.relpath(segment.path, path.parent),
-                        "start": segment.start,
-                        "rows": segment.rows,
-                        "distinct": dict(segment.distinct),
-                    }
-                    for segment in segments
-                ]
-            )
+            json.dumps([{**vars(segment), "path": os.path.relpath(segment.path, path.parent)} for segment in segments])
         )
 
 
 def rows_of(rule: SplitRule, opened: OpenSegment, splits: Sequence[SplitName]) -> np.ndarray | slice:
-    """Which rows of a segment belong to some splits, in order."""
+    """Return the rows of a segment that belong to some splits, in order."""
     segment = opened.segment
     if rule.arithmetic:
         if len(splits) == len(SPLITS):

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from datamodules.parquet import Folder, part_files, read_groups
-from lightning_dlrm.contracts.errors import UserError, one_line
+from datamodules.folder import REMEDY, Folder, part_files
+from datamodules.parquet import read_groups
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema
 
 SHARES = (0.5, 0.9, 0.99)
@@ -34,7 +34,7 @@ class Skew:
 
 
 def skew_of(column: Column, counts: NDArray[np.int64]) -> Skew:
-    """The skew of a table.
+    """Return the skew of a table.
 
     Args:
         counts: lookups of each id, [cardinality], in any order; overwritten, as a table may have hundreds of millions.
@@ -56,13 +56,15 @@ def skew_of(column: Column, counts: NDArray[np.int64]) -> Skew:
 
 
 def vocabulary_skew(folder: str | Path | Folder, schema: DatasetSchema, column: Column) -> Skew | None:
-    """The skew of a column as its vocabulary tells; None where it tells nothing: see ``_vocabulary_counts``."""
+    """Return the skew of a column from its vocabulary; None if the vocabulary has no counts, see
+    ``_vocabulary_counts``."""
     counts = _vocabulary_counts(folder, schema, column)
     return None if counts is None else skew_of(column, counts)
 
 
 def lookup_counts(folder: str | Path | Folder, schema: DatasetSchema, column: Column) -> NDArray[np.int64]:
-    """How often each id of a column is looked up, [cardinality]; counted in all rows where no vocabulary tells.
+    """Count how often each id of a column is looked up, [cardinality]: from the vocabulary, or in all rows if it has no
+    counts.
 
     Raises:
         UserError: a file is missing or altered.
@@ -72,8 +74,8 @@ def lookup_counts(folder: str | Path | Folder, schema: DatasetSchema, column: Co
 
 
 def _vocabulary_counts(folder: str | Path | Folder, schema: DatasetSchema, column: Column) -> NDArray[np.int64] | None:
-    """``count`` of each ``id``, which is the position where there is no such column. None if there is no vocabulary, or
-    one without counts, or several ids a row: those are not what was counted.
+    """Return ``count`` of each ``id`` (the position, if there is no such column). None if there is no vocabulary, or
+    one without counts, or the column has several ids a row, which the vocabulary does not count.
 
     Raises:
         UserError: the vocabulary is no readable Parquet file.
@@ -81,31 +83,27 @@ def _vocabulary_counts(folder: str | Path | Folder, schema: DatasetSchema, colum
     if column.name not in schema.vocabulary or column.role != "categorical":
         return None
     where, path = Folder(folder), schema.vocabulary[column.name].path
-    remedy = "restore the file, or make the dataset again"
     counts = np.zeros(column.cardinality, np.int64)
     start = 0
-    try:
-        with where.open_parquet(path, verify=True) as vocabulary:
-            names = [name for name in ("count", "id") if name in vocabulary.schema_arrow.names]
-            if "count" not in names:
-                return None
-            for group in range(vocabulary.num_row_groups):
-                table = vocabulary.read_row_group(group, columns=names)
-                stop = start + table.num_rows
-                ids = table.column("id").to_numpy() if "id" in names else np.arange(start, stop)
+    with where.open_vocabulary(path) as vocabulary:
+        names = [name for name in ("count", "id") if name in vocabulary.schema_arrow.names]
+        if "count" not in names:
+            return None
+        for group in range(vocabulary.num_row_groups):
+            table = vocabulary.read_row_group(group, columns=names)
+            stop = start + table.num_rows
+            ids = table.column("id").to_numpy() if "id" in names else np.arange(start, stop)
+            try:
                 np.add.at(counts, ids, table.column("count").to_numpy())
-                start = stop
-    except FileNotFoundError as error:
-        raise UserError(f"{where / path} is missing; {remedy}") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{where / path} is altered: it cannot be decoded ({one_line(error)}); {remedy}") from error
-    except IndexError:
-        raise UserError(f"{where / path} has ids beyond the {column.cardinality} rows of its table; {remedy}") from None
+            except IndexError:
+                beyond = f"{where / path} has ids beyond the {column.cardinality} rows of its table"
+                raise UserError(f"{beyond}; {REMEDY}") from None
+            start = stop
     return counts
 
 
 def all_skews(folder: str | Path | Folder, schema: DatasetSchema, progress: bool = True) -> Iterator[Skew]:
-    """The skew of every table, in schema order; where no vocabulary tells it, of the rows of all splits.
+    """Yield the skew of every table, in schema order; from the rows of all splits if the vocabulary has no counts.
 
     Takes 8 bytes of memory for each row of the largest table.
 

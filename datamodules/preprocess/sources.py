@@ -1,4 +1,4 @@
-"""Raw input files wherever they lie: on this machine, or behind an address that fsspec knows."""
+"""Raw input files, given as paths or as URLs that fsspec knows."""
 
 import gzip
 import os
@@ -11,9 +11,9 @@ from typing import IO, Any, Literal, cast
 
 import pyarrow as pa
 
-from datamodules.filesystems import failures_told, file_system, is_remote
+from datamodules.filesystems import failures_as_user_errors, file_system, is_remote
 from datamodules.preprocess.journal import fingerprint
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 Compression = Literal["none", "gzip", "zstd"]
 
@@ -25,26 +25,26 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class RawFile:
-    """A raw file as it was found: another size or time of change makes it another one."""
+    """A raw file in a certain state: a file with another size or modification time is another raw file."""
 
     path: str
     name: str
     size: int
     """Bytes, as stored."""
     stamp: str
-    """The time of the last change, or what fsspec has in its stead."""
+    """The modification time, or what fsspec has instead."""
     compression: Compression
 
     @property
     def key(self) -> str:
-        """Tells this state of this file from any other."""
+        """Identifies this state of this file."""
         return fingerprint(asdict(self))[:16]
 
     def read(self, start: int, stop: int) -> bytes:
-        """Stored bytes ``start`` to ``stop``, fewer at the end of the file.
+        """Return the stored bytes ``start`` to ``stop``, fewer at the end of the file.
 
         Raises:
-            UserError: they cannot be read.
+            UserError: the file cannot be read.
         """
         with _named(self.path):
             if is_remote(self.path):
@@ -56,7 +56,7 @@ class RawFile:
 
     @contextmanager
     def text(self) -> Iterator["Text"]:
-        """The uncompressed text, to be read from its beginning."""
+        """Open the uncompressed text for reading from its beginning."""
         with _named(self.path):
             stored = self._opened()
         with closing(stored):
@@ -83,11 +83,11 @@ class Text:
             self._file = stored
 
     def read(self, size: int) -> bytes:
-        """The next bytes, as many as asked for unless the file ends.
+        """Return the next bytes, as many as requested unless the file ends.
 
         Raises:
-            ValueError: the file is truncated or corrupt; says which.
-            UserError: it cannot be read.
+            ValueError: the file is truncated or corrupt.
+            UserError: the file cannot be read.
         """
         name = _NAMES.get(self.source.compression)
         pieces, missing = [], size
@@ -98,7 +98,7 @@ class Text:
                 raise ValueError(f"truncated {name}: its end is missing") from None
             except (gzip.BadGzipFile, zlib.error, pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno and not isinstance(error, gzip.BadGzipFile):
-                    with failures_told(self.source.path):
+                    with failures_as_user_errors(self.source.path):
                         raise
                 words = one_line(error)
                 if "runcated" in words:
@@ -112,14 +112,13 @@ class Text:
 
 
 def find_files(paths: Sequence[str]) -> list[RawFile]:
-    """Looks the inputs up.
+    """Find the input files.
 
     Raises:
-        UserError: there are none, one is missing, unreadable, a folder, given twice, or not compressed as its
-            name says.
+        UserError: there are no files, or a file is missing, unreadable, a folder, given twice, or not compressed as its
+            suffix says.
     """
-    if not paths:
-        raise UserError("no input files; give at least one Criteo TSV file")
+    require(paths, "no input files; give at least one Criteo TSV file")
     seen: dict[str, str] = {}
     files = []
     for path in paths:
@@ -134,12 +133,12 @@ def find_files(paths: Sequence[str]) -> list[RawFile]:
 
 def _find_local(path: str) -> RawFile:
     place = Path(path)
-    if place.is_dir():
-        raise UserError(f"{path} is a folder; name the files in it")
-    if not place.exists():
-        raise UserError(f"{path} does not exist; check the path, or download the file")
-    if not place.is_file() or not os.access(place, os.R_OK):
-        raise UserError(f"{path} cannot be read; expected a readable file: check its type and permissions")
+    require(not place.is_dir(), f"{path} is a folder; name the files in it")
+    require(place.exists(), f"{path} does not exist; check the path, or download the file")
+    require(
+        place.is_file() and os.access(place, os.R_OK),
+        f"{path} cannot be read; expected a readable file: check its type and permissions",
+    )
     status = place.stat()
     with place.open("rb") as file:
         compression = _compression(path, file.read(4))
@@ -155,8 +154,7 @@ def _find_local(path: str) -> RawFile:
 def _find_remote(path: str) -> RawFile:
     system, inner = file_system(path)
     info = system.info(inner)
-    if info["type"] != "file":
-        raise UserError(f"{path} is a folder; name the files in it")
+    require(info["type"] == "file", f"{path} is a folder; name the files in it")
     start = system.cat_file(inner, start=0, end=4)
     stamp = str(system.checksum(inner))
     return RawFile(
@@ -171,18 +169,18 @@ def _find_remote(path: str) -> RawFile:
 def _compression(path: str, start: bytes) -> Compression:
     found: Compression = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), "none")
     expected = _SUFFIX.get(Path(path).suffix, "none")
-    if found == "none" and expected != "none" and start:
-        raise UserError(
-            f"{path} is named {Path(path).suffix} but is not {_NAMES[expected]}; rename it if it is plain text, or "
-            "download it again"
-        )
+    require(
+        found != "none" or expected == "none" or not start,
+        f"{path} is named {Path(path).suffix} but is not {_NAMES.get(expected)}; rename it if it is plain text, or "
+        "download it again",
+    )
     return found
 
 
 @contextmanager
 def _named(path: str) -> Iterator[None]:
-    """Failures of a file system as one line that names the file."""
-    with failures_told(path):
+    """Turn failures of a file system into one line that names the file."""
+    with failures_as_user_errors(path):
         try:
             yield
         except FileNotFoundError as error:

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 
 from datamodules.mixing import GOLDEN, mix
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SPLITS, SplitName
 
 Dataset = Literal["kaggle", "terabyte"]
@@ -22,7 +22,7 @@ _TRAIN = SPLITS.index("train")
 _TEST = SPLITS.index("test")
 _VALIDATION = SPLITS.index("validation")
 
-# Streams of random numbers, so that the split and the sampling of a row have nothing to do with each other.
+# Streams of random numbers, so that the split and the sampling of a row are independent.
 _SPLIT_STREAM, _SAMPLING_STREAM = 1, 2
 
 
@@ -37,10 +37,10 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitRule:
-    """Says of every row where it goes."""
+    """Assigns every row to a split."""
 
     spans: tuple[Span, ...] = ()
-    """By position; empty for random 8:1:1: of every ten rows one tests and one validates."""
+    """Rows by position; empty for random 8:1:1: of every ten rows, one goes to test and one to validation."""
     seed: int = 0
     negative_sampling_rate: float = 1.0
     """The share of training rows with label 0 that is kept."""
@@ -51,7 +51,7 @@ class SplitRule:
         return bool(self.spans) and self.negative_sampling_rate == 1.0
 
     def split_of(self, start: int, rows: int, labels: np.ndarray | None) -> np.ndarray:
-        """The split of some rows.
+        """Return the split of some rows.
 
         Args:
             start: the position of the first, counted over all input files.
@@ -91,8 +91,8 @@ Splitter: TypeAlias = Callable[[Dataset, Sequence[int]], tuple[Span, ...]]
 
 
 def halves_of_last_day(first: SplitName, second: SplitName) -> Splitter:
-    """All days but the last train; the last one's halves go to the splits named, the first half
-    having one more row if they are odd.
+    """Return a splitter: all days but the last train; the halves of the last go to the given splits, the first half
+    with one more row if they are odd.
 
     Terabyte's days are its files. Kaggle, and a single file of Terabyte, are cut by position into
     seven days of n // 7 rows, of which the first n % 7 have one more.
@@ -121,22 +121,24 @@ def halves_of_last_day(first: SplitName, second: SplitName) -> Splitter:
 
 
 def one_in_ten(dataset: Dataset, file_rows: Sequence[int]) -> tuple[Span, ...]:
-    """Random 8:1:1; needs ten rows, so that no split is empty.
+    """Split at random 8:1:1; this needs ten rows, so that no split is empty.
 
     Raises:
         UserError: there are fewer.
     """
-    if sum(file_rows) < 10:
-        raise UserError(f"too few rows: {sum(file_rows)} in all; a split 8:1:1 needs at least 10: give more input")
+    require(
+        sum(file_rows) >= 10,
+        f"too few rows: {sum(file_rows)} in all; a split 8:1:1 needs at least 10: give more input",
+    )
     return ()
 
 
 def mixed(seed: int, stream: int, values: np.ndarray) -> np.ndarray:
-    """Random bits of each value by integer mixing (the finaliser of SplitMix64, twice).
+    """Return random bits of each value by integer mixing (the finaliser of SplitMix64, twice).
 
     Args:
         seed: 0 to 2**63 - 1.
-        stream: tells uses apart.
+        stream: number of the use.
         values: uint64 [n].
 
     Returns:

@@ -51,36 +51,25 @@ def segment_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}"
 
 
-def stage_piece(job: StageJob) -> list[dict[str, Any]]:
-    """Makes one segment of a plain file.
+def stage(job: StageJob) -> list[dict[str, Any]]:
+    """Make one segment of a plain file, or all segments of a compressed file.
+
+    The text of a compressed file can only be read from its beginning: if the file was begun before, it is decompressed
+    again, but only its new segments are parsed.
 
     Returns:
-        The facts of the segment; with ``bad_line``, and nothing written, if rows are not to be skipped
-        and one is bad.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    assert job.index is not None
-    path = segment_path(job.folder, job.index)
-    return [recorded(path) or _stage(job, path, piece_of_plain(job.source, job.index, job.piece_bytes))]
-
-
-def stage_text(job: StageJob) -> list[dict[str, Any]]:
-    """Makes all segments of a compressed file, whose text can only be read from its beginning.
-
-    A file that was begun before is decompressed again, but only its new segments are parsed.
-
-    Returns:
-        The facts of all segments; the last is as in ``stage_piece`` if it has a bad line.
+        The facts of the segments, in order. If bad rows are not to be skipped and a segment has one, its facts are only
+        ``bad_line``, it is not written, and it is the last.
 
     Raises:
         UserError: the file is truncated or corrupt, or cannot be read.
     """
-    done = recorded(job.folder / "whole")
-    if done:
+    if job.index is not None:
+        path = segment_path(job.folder, job.index)
+        return [recorded(path) or _stage(job, path, piece_of_plain(job.source, job.index, job.piece_bytes))]
+    if done := recorded(job.folder / "whole"):
         found = [recorded(segment_path(job.folder, index)) for index in range(done["segments"])]
-        if None not in found:  # one is missing if it was damaged since
+        if None not in found:  # None: it was damaged since
             return [facts for facts in found if facts]
     facts: list[dict[str, Any]] = []
     for index, text in enumerate(pieces_of_text(job.source, job.piece_bytes)):
@@ -121,7 +110,7 @@ def _stage(job: StageJob, path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _segment(table: pa.Table, labelled: bool) -> tuple[pa.RecordBatch, dict[str, Any]]:
-    """A table of ``RAW_SCHEMA`` in the form of a segment, and its facts.
+    """Return a table of ``RAW_SCHEMA`` in the form of a segment, and its facts.
 
     Integers have the narrowest type that holds them; hashes are dictionaries of uint32 whose last
     entry, 0, stands for missing values.

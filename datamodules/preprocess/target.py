@@ -1,4 +1,4 @@
-"""Where a dataset goes, on this machine or elsewhere, and the working folder in which it is made."""
+"""The place of a dataset, a path or a URL, and the working folder in which it is made."""
 
 import json
 import os
@@ -9,28 +9,28 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from datamodules.filesystems import failures_told, file_system, is_remote
-from datamodules.parquet import flush
+from datamodules.filesystems import failures_as_user_errors, file_system, is_remote
 from datamodules.preprocess.journal import find_records, fingerprint, locked
-from lightning_dlrm.contracts.errors import UserError
+from datamodules.writer import flush
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
 
 REPORT_FILE = "report.json"
-"""How a dataset was made: inputs, options, times. Beside dataset.json, as it differs from run to run."""
+"""How a dataset was made: inputs, options, times. Not part of dataset.json, because it differs from run to run."""
 
-_FLUSHED_AT_ONCE = 16  # a disk answers each only when it is done
+_FLUSHED_AT_ONCE = 16  # each flush waits for the disk
 
 
 class Target:
-    """Where the dataset goes.
+    """The place of the dataset, and its working folder.
 
     Args:
-        output: a path, or an address that fsspec knows.
-        work: where the working folder is made; None for beside ``output``, or in the current folder if
-            that is an address.
+        output: a path, or a URL that fsspec knows.
+        work: the parent of the working folder; None for the parent of ``output``, or the current folder if ``output``
+            is a URL.
 
     Raises:
-        UserError: fsspec does not know the address.
+        UserError: fsspec does not know the URL.
     """
 
     def __init__(self, output: str, work: Path | None):
@@ -43,19 +43,19 @@ class Target:
             self._folder = Path(output).absolute()
             name, parent = self._folder.name, self._folder.parent
         self._beside = work is None and not self.remote
-        # Elsewhere, several outputs of one name may meet.
+        # In another parent, outputs of the same name need different working folders.
         mark = "" if self._beside else f"-{fingerprint(self._path if self.remote else str(self._folder))[:8]}"
         self.work = (parent if work is None else work.absolute()) / f".{name}{mark}.preprocess"
-        self.goes_on = f"The same command goes on from what is finished, which waits in {self.work}"
+        self.resume_hint = f"The same command resumes the run; its finished steps are in {self.work}"
 
     def finished(self, run: Mapping[str, Any]) -> DatasetSchema | None:
-        """The dataset, if it was made already by this run.
+        """Return the schema of the dataset if this run has made it already, else None.
 
         Args:
-            run: what decides about its bytes, as ``REPORT_FILE`` keeps it under ``run``.
+            run: everything that its bytes depend on, as ``REPORT_FILE`` keeps it under ``run``.
 
         Raises:
-            UserError: there is something else.
+            UserError: the place holds something else.
         """
         names = self._names()
         if not names or (SCHEMA_FILE not in names and (self.work / "uploading").exists()):
@@ -70,40 +70,42 @@ class Target:
                 f"{self.output} exists and is not an empty folder; name a new folder, or remove it if it is not needed"
             )
         difference = _difference(found, run)
-        if difference:
-            raise UserError(
-                f"{self.output} was made of other input or with other options: {difference}; name a new folder, or "
-                "remove this one to make it again"
-            )
+        require(
+            not difference,
+            f"{self.output} was made of other input or with other options: {difference}; name a new folder, or "
+            "remove this one to make it again",
+        )
         return DatasetSchema.from_json(self._read(SCHEMA_FILE), f"{self.output}/{SCHEMA_FILE}")
 
     @property
     def parent(self) -> Path | None:
-        """The existing folder in or below which the dataset will lie; None behind an address."""
+        """The nearest existing parent of the dataset; None for a URL."""
         return None if self.remote else next(parent for parent in self._folder.parents if parent.exists())
 
     def remove_leftovers(self) -> None:
-        """Removes the working folder beside a finished dataset, whose run was killed while it did so."""
+        """Remove the working folder of a finished dataset, left by a run that was killed while removing it."""
         if self._beside and self.work.exists():
             with suppress(UserError), locked(self.work, self.output):
                 shutil.rmtree(self.work, ignore_errors=True)
 
     @contextmanager
     def working_folder(self, worth_keeping: bool) -> Iterator[Path]:
-        """Holds the working folder for this run.
+        """Lock the working folder for this run.
 
-        It is removed afterwards if the dataset is delivered, or nothing in it is worth keeping. (Killed
-        runs leave theirs in any case.)
+        It is removed afterwards if the dataset is delivered, or nothing in it is worth keeping. (Killed runs always
+        leave it.)
 
         Args:
-            worth_keeping: whether finished steps took long enough to be kept when the run is broken off.
+            worth_keeping: whether to keep finished steps if the run is interrupted.
 
         Raises:
-            UserError: it cannot be made, or another run makes the same dataset, or the dataset's own place cannot
-                be written to.
+            UserError: the folder cannot be made, another run makes the same dataset, or the dataset's place is not
+                writable.
         """
-        if self.parent is not None and not (self.parent.is_dir() and os.access(self.parent, os.W_OK)):
-            raise UserError(f"cannot write to {self.parent}; choose another --output")
+        require(
+            self.parent is None or (self.parent.is_dir() and os.access(self.parent, os.W_OK)),
+            f"cannot write to {self.parent}; choose another --output",
+        )
         new_parents = [parent for parent in self.work.parents if not parent.exists()]
         with locked(self.work, self.output):
             try:
@@ -116,13 +118,13 @@ class Target:
                             parent.rmdir()
 
     def deliver(self, result: Path) -> None:
-        """Gives the finished dataset its place: renamed there, or, where it has to be copied, dataset.json last.
+        """Move the finished dataset to its place: by renaming, or, if it has to be copied, with dataset.json last.
 
         Raises:
-            UserError: the place was taken meanwhile, or cannot be written to.
+            UserError: the place was taken in the meantime, or is not writable.
             OSError: its disk is full.
         """
-        with self._reached(f". {self.goes_on}"):
+        with self._reached(f". {self.resume_hint}"):
             self._deliver(result)
         (self.work / "delivered").touch()
 
@@ -145,19 +147,21 @@ class Target:
             try:
                 result.rename(self._folder)
             except OSError as error:
-                raise UserError(f"{self.output} came into being meanwhile ({error.strerror}); move it away") from error
+                raise UserError(
+                    f"{self.output} was created in the meantime ({error.strerror}); move it away"
+                ) from error
             flush(self._folder.parent)
 
     def _reached(self, then: str = "") -> AbstractContextManager[None]:
-        """Tells failures of the place; full disks pass.
+        """Turn failures of the place into UserErrors; full disks pass.
 
         Args:
-            then: what to add.
+            then: end of the message.
         """
-        return failures_told(self.output, "cannot be reached", f"check the place and your access to it{then}")
+        return failures_as_user_errors(self.output, "cannot be reached", f"check the place and your access to it{then}")
 
     def _names(self) -> set[str]:
-        """What the target holds; its own name if it is a file."""
+        """Return the names in the target; its own name if it is a file."""
         with self._reached():
             if not self.remote:
                 if self._folder.is_dir():
@@ -170,13 +174,12 @@ class Target:
     def _read(self, name: str) -> bytes:
         with self._reached():
             if self.remote:
-                content: bytes = self._system.cat_file(f"{self._path}/{name}")
-                return content
+                return self._system.cat_file(f"{self._path}/{name}")
             return (self._folder / name).read_bytes()
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """The first difference between two runs, in words."""
+    """Describe the first difference between two runs."""
     options, now = found.get("options", {}), wanted["options"]
     for name in now | options:
         if options.get(name) != now.get(name):

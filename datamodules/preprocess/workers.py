@@ -1,13 +1,11 @@
-"""Where the work is done: in this process, in processes of this machine, or on a Dask cluster.
+"""Workers: this process, processes of this machine, or a Dask cluster.
 
-All three are a ``concurrent.futures.Executor``, and jobs leave their results in files, so that only
-names and small numbers travel. Processes rather than threads: parsing and Parquet let go of the
-interpreter, but a good part of the time is numpy between them, in thousands of short calls, and one
-code then serves a cluster too.
+All three are a ``concurrent.futures.Executor``, and jobs write their results to files, so that only names and small
+numbers are sent between processes. Processes rather than threads: parsing and Parquet release the interpreter lock, but
+much of the time is spent in thousands of short numpy calls between them, and the same code serves a cluster.
 
-Dask's distributed is the cluster because its client is such an executor as it stands (no second
-way of handing out work), it runs under Slurm, Kubernetes and SSH, and a laptop can be one. Ray and
-Spark would bring a runtime each and no executor of the standard library's kind.
+The cluster is Dask's distributed because its client provides such an executor and it runs under Slurm, Kubernetes, SSH
+and on one machine. Ray and Spark would each bring a runtime, and no executor of the standard library's kind.
 """
 
 import gc
@@ -27,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from datamodules.filesystems import is_disk_full
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,7 +34,7 @@ _CONNECT_TIMEOUT_S = 30
 
 
 class InProcess(Executor):
-    """An executor that does the work at once, in the process that hands it over."""
+    """An executor that runs each job when it is submitted, in the same process."""
 
     def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
         future: Future[R] = Future()
@@ -49,18 +47,18 @@ class InProcess(Executor):
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Where jobs are handed to."""
+    """An executor, and how to use it."""
 
     executor: Executor
     count: int
-    """How many jobs run at once."""
-    goes_on: str
-    """What to tell a user whose run was broken off."""
+    """Number of jobs that run at the same time."""
+    resume_hint: str
+    """Tells users how to resume an interrupted run; the end of error messages."""
 
     def map(self, function: Callable[[T], R], jobs: Iterable[T]) -> Iterator[R]:
-        """Results in the order of the jobs, of which some are handed over beforehand.
+        """Yield results in the order of the jobs, of which some are submitted in advance.
 
-        Unlike ``Executor.map``, which would take all jobs at once; Terabyte has tens of thousands.
+        ``Executor.map`` would submit all jobs at once; Terabyte has tens of thousands.
 
         Raises:
             UserError: a worker died, or its disk is full.
@@ -81,46 +79,46 @@ class Workers:
         if isinstance(error, UserError):
             return error
         if is_disk_full(error):
-            return UserError(f"the disk is full ({one_line(error)}); make room. {self.goes_on}")
+            return UserError(f"the disk is full ({one_line(error)}); make room. {self.resume_hint}")
         if isinstance(error, BrokenProcessPool):
             return UserError(
-                "a worker process died, killed by the system for lack of memory or by hand (in a script of your own: "
-                f"is the call under 'if __name__ == \"__main__\":'?). {self.goes_on}"
+                "a worker process died: it was killed, perhaps for lack of memory (in your own script, put the call "
+                f"under 'if __name__ == \"__main__\":'). {self.resume_hint}"
             )
         if isinstance(error, CancelledError) or type(error).__module__.startswith("distributed"):
             return UserError(
                 f"the cluster lost a worker or its scheduler ({type(error).__name__}: {one_line(error)[:200]}). "
-                f"{self.goes_on}"
+                f"{self.resume_hint}"
             )
         return error
 
 
 @contextmanager
-def open_workers(workers: int, scheduler: str | None, folder: Path, goes_on: str) -> Iterator[Workers]:
-    """Workers for as long as the context lasts; what they have not begun by then is given up.
+def open_workers(workers: int, scheduler: str | None, folder: Path, resume_hint: str) -> Iterator[Workers]:
+    """Open workers for the duration of the context; jobs that have not begun by then are cancelled.
 
     Args:
         workers: how many processes; one works in this process.
         scheduler: the address of a Dask scheduler, which then does the work.
-        folder: the working folder, which all workers must see.
-        goes_on: what to tell a user whose run was broken off.
+        folder: the working folder, which all workers must be able to open.
+        resume_hint: tells users how to resume an interrupted run.
 
     Raises:
-        UserError: there is no such scheduler, it has no workers, or they do not see the folder.
+        UserError: the scheduler does not answer, it has no workers, or they cannot open the folder.
     """
     if scheduler is not None:
         with _dask(scheduler, folder) as (executor, count):
-            yield Workers(executor=executor, count=count, goes_on=goes_on)
+            yield Workers(executor=executor, count=count, resume_hint=resume_hint)
     elif workers == 1:
-        yield Workers(executor=InProcess(), count=1, goes_on=goes_on)
+        yield Workers(executor=InProcess(), count=1, resume_hint=resume_hint)
     else:
         with _processes(workers) as executor:
-            yield Workers(executor=executor, count=workers, goes_on=goes_on)
+            yield Workers(executor=executor, count=workers, resume_hint=resume_hint)
 
 
 def serve_processes() -> None:
-    """Starts a server that loads the libraries, once for all workers and while this process loads them too; worker
-    processes will be forked from it. For programs alone, as it decides about all of their processes."""
+    """Start a server that loads the libraries once, in parallel with this process, and forks the worker processes. For
+    programs only, as it sets the start method of all their processes."""
     multiprocessing.set_start_method("forkserver")
     forkserver.set_forkserver_preload(["datamodules.preprocess.pipeline", "numpy.ma"])  # pyarrow loads that when used
     forkserver.ensure_running()
@@ -128,8 +126,8 @@ def serve_processes() -> None:
 
 @contextmanager
 def _processes(workers: int) -> Iterator[Executor]:
-    # Not forked from this process: pyarrow's threads do not survive that. The pipe's writing end is here
-    # alone, so that it closes with this process however it ends, and no worker outlives it.
+    # Not forked from this process, because pyarrow's threads do not survive a fork. Only this process holds the pipe's
+    # writing end, so it closes when this process ends for any reason, and no worker outlives it.
     served = multiprocessing.get_start_method(allow_none=True) == "forkserver"
     context = multiprocessing.get_context("forkserver" if served else "spawn")
     reader, writer = context.Pipe(duplex=False)
@@ -147,11 +145,11 @@ def _live_as_long_as(reader: Connection) -> None:
 
     import pyarrow as pa
 
-    # What is loaded stays; to look through it for garbage again and again takes time.
+    # Loaded modules stay; scanning them for garbage takes time.
     gc.freeze()
-    # Ctrl-C reaches every process of the terminal; the one that started the workers answers it.
+    # Ctrl-C reaches every process of the terminal; the process that started the workers handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The processes share the cores out; threads of each would only stand in each other's way.
+    # There is a process for each core; further threads would compete with them.
     pa.set_cpu_count(1)
 
     def wait() -> None:
@@ -180,12 +178,11 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
         ) from error
     with client:
         threads = sum(client.nthreads().values())
-        if not threads:
-            raise UserError(f"the Dask scheduler at {scheduler} has no workers; start some: dask worker {scheduler}")
+        require(threads, f"the Dask scheduler at {scheduler} has no workers; start some: dask worker {scheduler}")
         token = folder / f"token-{secrets.token_hex(8)}"
         token.touch()
         try:
-            seen = client.run(_sees, str(token))
+            seen = client.run(Path.exists, token)
         except Exception as error:
             raise UserError(
                 f"the workers of {scheduler} cannot do the work ({type(error).__name__}: {one_line(error)}); install "
@@ -193,19 +190,14 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
             ) from error
         finally:
             token.unlink()
-        blind = [address for address, found in seen.items() if not found]
-        if blind:
+        if blind := [address for address, found in seen.items() if not found]:
             raise UserError(
-                f"the worker {blind[0]} does not see {folder}: all workers must share the file system of the output "
+                f"the worker {blind[0]} cannot open {folder}: all workers must share the file system of the output "
                 "(or of --work)"
             )
-        # A job that fails is not tried again. (One whose worker dies is, by Dask, as often as the scheduler allows.)
+        # Failed jobs are not retried. (Dask retries a job whose worker dies, as often as the scheduler allows.)
         executor = client.get_executor(pure=False, retries=0)
         try:
             yield executor, threads
         finally:
             executor.shutdown(wait=False)
-
-
-def _sees(path: str) -> bool:
-    return Path(path).exists()

@@ -1,4 +1,4 @@
-"""The loaders that Lightning iterates: a background thread over the reader, and a position to resume from."""
+"""The loaders that Lightning iterates: batches from a background thread, and a position to resume from."""
 
 import logging
 import threading
@@ -9,12 +9,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.parquet import Folder, part_files
+from datamodules.folder import Folder, part_files
 from datamodules.stream.memory import available_memory
 from datamodules.stream.order import Order, Shuffle
-from datamodules.stream.reader import Decoder, Held, Rows, Source, Window, batches_at_once, hold, read_batches
+from datamodules.stream.reader import batches_at_once, read_batches
+from datamodules.stream.rows import Decoder, Rows
+from datamodules.stream.sources import CachedRows, Source, Window, cache_rows
 from lightning_dlrm.contracts.batch import Batch
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema, SplitName
 
 log = logging.getLogger("lightning_dlrm")
@@ -26,32 +28,32 @@ _BYTES_AHEAD = 256 * 2**20
 
 
 class Loader:
-    """Splits of a dataset folder, batch by batch; each iteration gives every row once.
+    """Splits of a dataset folder, batch by batch; each iteration serves every row once.
 
-    Rank r of W reads the r-th of W contiguous ranges of the rows, in file order, so that at most one
-    row group is read twice for each rank. All ranks have the same number of batches; a slice may be
-    empty. (Which rows make up a global batch depends on W; which rows are given does not.)
+    Rank r of W reads the r-th of W contiguous ranges of the rows, in file order, so that at most one row group is read
+    twice for each rank. All ranks have the same number of batches; a slice may be empty. (The rows of a global batch
+    depend on W; the rows of an epoch do not.)
 
     Args:
         folder: the dataset folder, a path or a URL.
         schema: its schema.
         splits: one split of the schema, or several, one after the other.
         batch_size: rows of a global batch, over all ranks.
-        rank, world: whose slice of every batch, of how many.
-        rows: fill ``Batch.rows``; rows are numbered on from split to split.
-        cache: ``memory`` to decode the rows once, when they are first asked for, and keep them.
-        threads: how many threads decode.
+        rank, world: the rank whose slices of batches are served, and the world size.
+        rows: fill ``Batch.rows``; the numbers continue from split to split.
+        cache: ``memory`` to decode the rows once, when they are first needed, and keep them.
+        threads: number of threads that decode.
         verify: compare the checksums of pages, at 15 ns a row or about 5% of the reader's speed.
         pin: put batches into page-locked memory, from which a GPU copies faster.
         copies: ranks that share this machine's memory.
 
     Raises:
-        UserError: the rows to keep do not fit into memory.
+        UserError: the rows to cache do not fit into memory.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | Folder,
         schema: DatasetSchema,
         splits: Sequence[SplitName],
         *,
@@ -70,15 +72,16 @@ class Loader:
         self._rank, self._world, self._rows, self._threads, self._pin = rank, world, rows, threads, pin
         self._files = tuple(part_files(schema, self.splits))
         self._verify = verify
-        self._cached = cache == "memory"
-        self._held: Rows | None = None
-        self._spare: Rows | None = None
-        """Room that an iteration has left: memory that was touched before costs no page faults."""
-        if self._cached:
+        self._caches = cache == "memory"
+        self._cached_rows: Rows | None = None
+        self._spare_buffer: Rows | None = None
+        """Buffer of an earlier iteration: memory that was used before costs no page faults."""
+        if self._caches:
             self._require_memory(copies)
 
     def __len__(self) -> int:
-        """Global batches of an epoch. (Without a length Lightning fetches ahead and loses a batch on resume.)"""
+        """Return the global batches of an epoch. (Without a length Lightning prefetches a batch and loses it on
+        resume.)"""
         return -(-sum(file.rows for file in self._files) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -88,27 +91,27 @@ class Loader:
         groups = [file.row_groups for file in self._files]
         return Order(groups, batch_size=self.batch_size, shuffle=shuffle, seed=seed, epoch=epoch, lanes=lanes)
 
-    def _held_range(self) -> tuple[int, int]:
-        """Positions of the first row that is kept in memory, and of the one after the last."""
+    def _cached_range(self) -> tuple[int, int]:
+        """Return the positions of the first row that is kept in memory, and of the one after the last."""
         edges = self._order("none", lanes=self._world).edges
         return int(edges[self._rank]), int(edges[self._rank + 1])
 
     def _require_memory(self, copies: int) -> None:
-        start, stop = self._held_range()
+        start, stop = self._cached_range()
         decoder, available = self._decoder(), available_memory()
         need = decoder.bytes_of(start, stop)
-        if available is not None and need * copies > available:
-            raise UserError(
-                f"data.cache is memory, but {stop - start:,} rows of the {'+'.join(self.splits)} split take "
-                f"{need * copies / 2**30:.1f} GiB{f' in {copies} ranks' if copies > 1 else ''}, and "
-                f"{available / 2**30:.1f} GiB are free: set data.cache to none"
-            )
+        require(
+            need * copies <= available,
+            f"data.cache is memory, but {stop - start:,} rows of the {'+'.join(self.splits)} split take "
+            f"{need * copies / 2**30:.1f} GiB{f' in {copies} ranks' if copies > 1 else ''}, and "
+            f"{available / 2**30:.1f} GiB are free: set data.cache to none",
+        )
 
     def _iterate(self, order: Order, first: int) -> "BackgroundIterator":
         def batches() -> Generator[list[Batch], None, None]:
-            # Taken, since another iteration may begin before this one ends.
-            room, self._spare = self._spare, None
-            source = self._source(order, room)
+            # Set to None, because another iteration may begin before this one ends.
+            buffer, self._spare_buffer = self._spare_buffer, None
+            source = self._source(order, buffer)
             try:
                 for several in read_batches(
                     source, order, first=first, rank=self._rank, world=self._world, rows=self._rows
@@ -116,22 +119,22 @@ class Loader:
                     yield [batch.pin_memory() for batch in several] if self._pin else several
             finally:
                 source.close()
-                self._spare = source.room
+                self._spare_buffer = source.buffer
 
         return BackgroundIterator(batches, _BATCHES_AHEAD, _BYTES_AHEAD)
 
-    def _source(self, order: Order, room: Rows | None) -> Source:
+    def _source(self, order: Order, buffer: Rows | None) -> Source:
         decoder = self._decoder()
         read: Callable[[int], Rows] = decoder
-        if self._cached:
-            start, _ = self._held_range()
-            held = self._hold(decoder, order)
+        if self._caches:
+            start, _ = self._cached_range()
+            rows = self._decode_all(decoder, order)
             if order.shuffle != "window":
-                return Held(held, start, order)
+                return CachedRows(rows, start, order)
 
             def read(group: int) -> Rows:
                 first = int(order.group_starts[group])
-                return held.slice(first, first + int(order.group_rows[group]))
+                return rows.slice(first, first + int(order.group_rows[group]))
 
         return Window(
             read,
@@ -141,43 +144,42 @@ class Loader:
             world=self._world,
             at_once=batches_at_once(order, self._world),
             threads=self._threads,
-            room=room,
+            buffer=buffer,
         )
 
     def _decoder(self) -> Decoder:
         return Decoder(self.folder, self.schema, self._files, self._verify)
 
-    def _hold(self, decoder: Decoder, order: Order) -> Rows:
-        if self._held is None:
+    def _decode_all(self, decoder: Decoder, order: Order) -> Rows:
+        if self._cached_rows is None:
             began = time.perf_counter()
-            self._held = hold(decoder, order, *self._held_range(), self._threads)
+            self._cached_rows = cache_rows(decoder, order, *self._cached_range(), self._threads)
             log.info(
                 "%s: %s rows kept in memory, %.1f MB, decoded in %.1f s",
                 "+".join(self.splits),
-                f"{len(self._held):,}",
-                self._held.nbytes / 1e6,
+                f"{len(self._cached_rows):,}",
+                self._cached_rows.nbytes / 1e6,
                 time.perf_counter() - began,
             )
-        return self._held
+        return self._cached_rows
 
 
 class TrainingLoader(Loader):
-    """A loader with an order for every epoch and a position that moves on through them.
+    """A loader with an order for every epoch, and a position in them that a run resumes from.
 
-    Iterating starts at the position and ends with the epoch; the next iteration goes on with the
-    next epoch. The position is what ``state_dict`` holds, so that a run resumes with the batch that
-    would have come next, on any number of ranks. Global batch k holds the same rows on any number of
-    ranks.
+    An iteration starts at the position and ends with the epoch; the next iteration serves the next epoch.
+    ``state_dict`` holds the position, so that a run resumes with the next batch, on any number of ranks. Global batch k
+    holds the same rows on any number of ranks.
 
     Args:
         shuffle: ``window``, ``full`` (which needs the cache) or ``none``; see ``datamodules.stream.order``.
-        seed: chooses the orders.
+        seed: of the orders.
         options: those of ``Loader``.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | Folder,
         schema: DatasetSchema,
         splits: Sequence[SplitName],
         *,
@@ -186,15 +188,15 @@ class TrainingLoader(Loader):
         **options: Any,
     ) -> None:
         super().__init__(folder, schema, splits, **options)
-        assert shuffle != "full" or self._cached
+        assert shuffle != "full" or self._caches
         self._shuffle: Shuffle = shuffle
         self._seed = seed
         self._epoch_batches = len(self)
         self._epoch = self._batch = 0
         self.wait_seconds = 0.0
-        """Time that whoever iterates has waited for batches, since the loader was made."""
+        """Time that the training loop has waited for batches since the loader was made."""
         self.announce: Callable[[Batch], None] | None = None
-        """Is told of each batch while the one before it is handed out; not of an epoch's first one."""
+        """Called with each batch before the previous one is served; not with the first batch of an epoch."""
 
     def __iter__(self) -> Iterator[Batch]:
         if self._batch >= self._epoch_batches:
@@ -204,10 +206,10 @@ class TrainingLoader(Loader):
         return self._count(self._iterate(order, self._batch), self._epoch, self._batch)
 
     def limit_epoch(self, batches: int) -> None:
-        """Ends every epoch after so many batches, as a trainer does that takes fewer than there are."""
+        """End every epoch after so many batches, like a trainer that takes fewer than there are."""
         self._epoch_batches = batches
 
-    def _held_range(self) -> tuple[int, int]:
+    def _cached_range(self) -> tuple[int, int]:
         # Any rank may need any row in some epoch.
         return 0, sum(file.rows for file in self._files)
 
@@ -224,20 +226,20 @@ class TrainingLoader(Loader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position (of the next batch that will be handed out) and what it is a position in."""
+        """Return the position (of the next batch to be served) and the order that it belongs to."""
         return {"epoch": self._epoch, "batch": self._batch, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Moves to a position.
+        """Move to a position.
 
         Raises:
-            UserError: the position is one in another order of samples.
+            UserError: the position belongs to another order of samples.
         """
         for name, mine in self._identity().items():
             if state.get(name) != mine:
                 raise UserError(
-                    f"the checkpoint stopped amid data with {name.replace('_', ' ')} {state.get(name)}, this run has "
-                    f"{mine}: resume with the same data, seed, shuffle and batch size, or start a new run"
+                    f"the checkpoint is from the middle of an epoch with {name.replace('_', ' ')} {state.get(name)}, "
+                    f"this run has {mine}: resume with the same data, seed, shuffle and batch size, or start a new run"
                 )
         self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
@@ -254,31 +256,30 @@ class TrainingLoader(Loader):
 class BackgroundIterator:
     """Runs an iterator in a thread, a bounded number of items and bytes ahead.
 
-    An error in the thread is raised where its item would have come. The thread ends when the
-    iterator is exhausted, closed or dropped, and at the latest with the interpreter.
+    An error in the thread is raised in place of its item. The thread ends when the iterator is exhausted, closed or
+    garbage-collected, and at the latest with the interpreter.
 
     Args:
-        source: makes the iterator over lists of items, each of which is handed over at once, since passing from
-            thread to thread costs more than a small batch; called in the thread, which must be its only user. Items
-            tell their size as ``nbytes``.
-        ahead: no list is made while so many items wait to be handed over,
+        source: makes the iterator over lists of items, in the thread. Lists, because passing one item between threads
+            costs more than a small batch. Items have their size as ``nbytes``.
+        ahead: no list is made while so many items are waiting,
         bytes_ahead: or so many bytes of them.
     """
 
     def __init__(self, source: Callable[[], Generator[list[Any], None, None]], ahead: int, bytes_ahead: int) -> None:
-        self._waiting = _Waiting(ahead, bytes_ahead)
+        self._queue = _Queue(ahead, bytes_ahead)
         self._taken: deque[Any] = deque()
-        thread = threading.Thread(target=_produce, args=(source, self._waiting), name="batch reader", daemon=True)
+        thread = threading.Thread(target=_produce, args=(source, self._queue), name="batch reader", daemon=True)
         thread.start()
-        # Also runs before the interpreter ends: a thread inside pyarrow would crash then.
-        self._finalizer = weakref.finalize(self, _stop, thread, self._waiting)
+        # Also runs before the interpreter ends, because a thread inside pyarrow would crash then.
+        self._finalizer = weakref.finalize(self, _stop, thread, self._queue)
 
     def __iter__(self) -> "BackgroundIterator":
         return self
 
     def __next__(self) -> Any:
         while self._finalizer.alive and not self._taken:
-            items = self._waiting.get()
+            items = self._queue.get()
             if isinstance(items, BaseException):
                 self.close()
                 raise items
@@ -288,13 +289,13 @@ class BackgroundIterator:
         return self._taken.popleft()
 
     def close(self) -> None:
-        """Ends the thread; what it had ready is lost."""
+        """End the thread and discard its items."""
         self._taken.clear()
         self._finalizer()
 
 
-class _Waiting:
-    """Lists of items between the thread that makes them and the one that takes them."""
+class _Queue:
+    """The queue of item lists between the background thread and its consumer."""
 
     def __init__(self, ahead: int, bytes_ahead: int) -> None:
         self._ahead, self._bytes_ahead = ahead, bytes_ahead
@@ -304,7 +305,7 @@ class _Waiting:
         self._changed = threading.Condition()
 
     def put(self, items: list[Any] | BaseException) -> None:
-        """Adds items, or the error in whose place they would have come."""
+        """Add items, or the error raised in their place."""
         count, size = (0, 0) if isinstance(items, BaseException) else (len(items), sum(item.nbytes for item in items))
         with self._changed:
             self._lists.append((items, count, size))
@@ -319,8 +320,8 @@ class _Waiting:
             self._changed.notify_all()
             return items
 
-    def wait_for_room(self) -> bool:
-        """Whether another list is wanted; returns when it is known."""
+    def wait_until_wanted(self) -> bool:
+        """Wait until another list is wanted or the iterator is stopped; return whether one is wanted."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._stopped or (self._count < self._ahead and self._bytes < self._bytes_ahead)
@@ -333,20 +334,20 @@ class _Waiting:
             self._changed.notify_all()
 
 
-# The thread's function knows nothing of the iterator, which could not be dropped otherwise.
-def _produce(source: Callable[[], Generator[list[Any], None, None]], waiting: _Waiting) -> None:
+# A function without a reference to the iterator, which could not be garbage-collected otherwise.
+def _produce(source: Callable[[], Generator[list[Any], None, None]], queue: _Queue) -> None:
     try:
         iterator = source()
         try:
-            while waiting.wait_for_room():
-                waiting.put(next(iterator))
+            while queue.wait_until_wanted():
+                queue.put(next(iterator))
         finally:
             iterator.close()
-    except BaseException as error:  # the end, a StopIteration, among them
-        waiting.put(error)
+    except BaseException as error:  # including StopIteration, the end
+        queue.put(error)
 
 
-def _stop(thread: threading.Thread, waiting: _Waiting) -> None:
-    waiting.stop()
+def _stop(thread: threading.Thread, queue: _Queue) -> None:
+    queue.stop()
     if thread is not threading.current_thread():
         thread.join()

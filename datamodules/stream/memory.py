@@ -1,16 +1,18 @@
 """How much memory a process may still take."""
 
+import math
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def available_memory() -> int | None:
-    """Bytes that can be taken without swapping, within the limit of a container; None where the system tells none."""
+def available_memory() -> float:
+    """Return the bytes that can be allocated without swapping, within a container's limit; infinite if the
+    system does not say."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     except OSError:
-        return None
+        return math.inf
     available = int(fields["MemAvailable"].split()[0]) * 1024
     try:
         limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))

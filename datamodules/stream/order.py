@@ -1,6 +1,6 @@
 """The order in which a split's rows are served: arithmetic on (schema, seed, epoch), nothing else.
 
-No file is opened and no process is asked: every rank computes the same order, and any batch of it
+No file is opened and ranks do not communicate: every rank computes the same order, and any batch of it
 can be addressed by its index, so the position of a run is an epoch and a batch index.
 
 An order is a sequence of row groups, cut into lanes: ranges of the sequence's rows that advance
@@ -21,10 +21,9 @@ batch is drawn from up to 48 row groups all over the split, and W ranks together
 Because a lane finishes one file before it opens the next, a reader holds few footers.
 
 ``full`` is one permutation of all rows of the split, in one lane, for data held in memory. It is
-computed row by row, so it takes no memory of its own.
+computed row by row, so it takes no memory.
 
-Orders come from our own integer mixing, so they stay the same from one release of a library to the
-next.
+Orders come from our own integer mixing, so they stay the same with every release of a library.
 """
 
 from collections.abc import Sequence
@@ -45,15 +44,15 @@ _FEISTEL_ROUNDS = 4
 class Order:
     """The global batches of one epoch.
 
-    Rows have two kinds of numbers: their place in the sequence, which is what ``bounds`` speaks of,
-    and their position in the split, which ``split_rows`` gives for it.
+    Rows have two kinds of numbers: their place in the sequence, which ``bounds`` returns, and their position in the
+    split, which ``split_rows`` returns for a place.
 
     Args:
         files: rows of every row group of every file of the split, in order.
         batch_size: rows of a global batch, over all ranks.
         shuffle: ``none``, ``window`` or ``full``.
-        seed, epoch: choose one of the shuffled orders; of no effect with ``none``.
-        lanes: how many lanes advance together; by default 48 with ``window``, else one.
+        seed, epoch: identify a shuffled order; without effect with ``none``.
+        lanes: number of lanes that advance together; by default 48 with ``window``, else one.
     """
 
     def __init__(
@@ -96,16 +95,16 @@ class Order:
         return -(-self.rows // self.batch_size)
 
     def global_size(self, batch: int) -> int:
-        """Rows of a global batch, over all ranks."""
+        """Return the rows of a global batch, over all ranks."""
         return min(self.batch_size, self.rows - batch * self.batch_size)
 
     def lanes_of(self, rank: int, world: int) -> range:
-        """The lanes that a rank reads: a block of its own, or the only lane, shared by all."""
+        """Return the lanes that a rank reads: a block of its own, or the only lane, shared by all."""
         lanes = len(self.edges) - 1
         return range(1) if lanes == 1 else range(rank * lanes // world, (rank + 1) * lanes // world)
 
     def bounds(self, first: int, last: int, rank: int, world: int) -> np.ndarray:
-        """What the batches ``first`` to ``last - 1`` take from each of a rank's lanes.
+        """Return what the batches ``first`` to ``last - 1`` take from each of a rank's lanes.
 
         Returns:
             int64 [last - first, lanes of the rank, 2]: from which place of the sequence to which; the
@@ -123,13 +122,13 @@ class Order:
         return np.stack([served[:-1], served[1:]], axis=2)
 
     def permutation(self, group: int) -> np.ndarray | None:
-        """int64 [rows of the group]: the order of a row group's rows; None where they keep theirs."""
+        """Return the order of a row group's rows, int64 [rows of the group]; None if they keep theirs."""
         if self.shuffle != "window":
             return None
         return permutation(int(self.group_rows[group]), _key(self._seed, self._epoch, 2, int(group)))
 
     def split_rows(self, places: np.ndarray) -> np.ndarray:
-        """int64 [N]: positions in the split of the rows at int64 [N] places of the sequence."""
+        """Return the positions in the split, int64 [N], of the rows at int64 [N] places of the sequence."""
         if self.shuffle == "none":
             return places
         if self.shuffle == "full":
@@ -144,7 +143,7 @@ class Order:
         return positions
 
     def batch_rows(self, batch: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """int64 [slice]: positions in the split of the rows of a rank's slice of a global batch."""
+        """Return the positions in the split, int64 [slice], of the rows of a rank's slice of a global batch."""
         bounds = self.bounds(batch, batch + 1, rank, world)
         return self.split_rows(ranges(bounds[:, :, 0], bounds[:, :, 1] - bounds[:, :, 0]))
 
@@ -159,11 +158,11 @@ class Order:
 
 
 def permutation(n: int, key: int) -> np.ndarray:
-    """A pseudo-random order of ``range(n)``: sorted by 16 random bits each, by 32 where n is above 65,536; ties by
+    """Return a pseudo-random order of ``range(n)``: sorted by 16 random bits each, by 32 if n is above 65,536; ties by
     index.
 
     NumPy sorts 16 bits by counting, in 9 ns a row. Of the 16,384 rows of a row group one in five shares its bits
-    with another, and comes beside it in the order of the file.
+    with another row, and the two are adjacent in the order of the file.
     """
     bits = mix(np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(key))
     order = np.argsort(bits.astype(np.uint16), kind="stable")
@@ -174,7 +173,7 @@ def permutation(n: int, key: int) -> np.ndarray:
 
 
 def bijection(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where a pseudo-random permutation of ``range(n)`` puts each of the int64 ``index``.
+    """Return where a pseudo-random permutation of ``range(n)`` puts each of the int64 ``index``.
 
     A Feistel network permutes the numbers of as many bits as n - 1 has: each half in turn is mixed
     into the other. A result of n or more is permuted again until it falls below n (cycle walking),
@@ -198,14 +197,14 @@ def bijection(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """int64 [sum of lengths]: ``starts[i] ... starts[i] + lengths[i] - 1`` for every i, joined."""
+    """Return ``starts[i] ... starts[i] + lengths[i] - 1`` for every i, joined: int64 [sum of lengths]."""
     starts, lengths = starts.ravel(), lengths.ravel()
     ends = np.cumsum(lengths, dtype=np.int64)
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def _shares(sizes: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """How many rows each lane has served when all lanes together have served ``totals``.
+    """Return how many rows each lane has served when all lanes together have served ``totals``.
 
     Row i of a lane of n rows has the key (2i + 1) / n, and rows are served by ascending key, equal
     keys by ascending lane (the Sainte-Lague method of sharing out seats). So the counts never go
@@ -237,7 +236,7 @@ def _shares(sizes: np.ndarray, totals: np.ndarray) -> np.ndarray:
 
 
 def _key(*parts: int) -> int:
-    """64 bits that depend on all parts."""
+    """Return 64 bits that depend on all parts."""
     key = 0
     for part in parts:
         key = int(mix(np.array([(key + part * GOLDEN + 1) & _MASK], dtype=np.uint64))[0])

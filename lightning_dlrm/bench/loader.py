@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from datamodules.parquet import check_sizes, part_files
+from datamodules.folder import check_sizes, part_files
 from datamodules.stream.loader import TrainingLoader
 from lightning_dlrm.bench.measurement import Measurement, peak_bytes, time_rounds
 from lightning_dlrm.bench.options import add_data, add_rounds, check_numbers, open_dataset

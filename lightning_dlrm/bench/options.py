@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from datamodules.folder import load_schema
 from datamodules.generate.demo import DemoSettings, demo_folder, generate_demo
-from datamodules.parquet import load_schema
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.kernels.choice import choose

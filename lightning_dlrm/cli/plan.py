@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace
 from tqdm import tqdm
 
-from datamodules.parquet import load_schema
+from datamodules.folder import load_schema
 from datamodules.preprocess.skew import lookup_counts
 from lightning_dlrm.cli.parser import CommandParser, build_model_parser
 from lightning_dlrm.cli.plan_text import describe_places, describe_plan, plan_document

@@ -12,3 +12,13 @@ class UserError(ValueError):
 def one_line(error: BaseException) -> str:
     """What an error says, on one line."""
     return " ".join(str(error).split())
+
+
+def require(condition: object, message: str) -> None:
+    """Check what a user can get wrong.
+
+    Raises:
+        UserError: with the message, if the condition is false.
+    """
+    if not condition:
+        raise UserError(message)

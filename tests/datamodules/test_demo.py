@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ import scipy.sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 
+from datamodules.folder import verify
 from datamodules.generate import command, demo
 from datamodules.generate.demo import BLOCK_ROWS, DemoSettings, PlantedModel, demo_folder, demo_schema, generate_demo
-from datamodules.parquet import verify
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, DatasetSchema
 
@@ -130,11 +131,16 @@ def test_ids_stay_within_their_tables(made: tuple[Path, DatasetSchema]) -> None:
             assert len(np.unique(stored[name])) == rows, name
 
 
+@cache
+def training_blocks() -> list[demo.DemoBlock]:
+    model = PlantedModel.plant(SETTINGS)
+    return [model.block("train", number) for number in range(4)]
+
+
 @pytest.mark.parametrize("name", ["C3", "C5", "C9", "C20", "C22", "I5", "I10"])
 def test_values_follow_the_documented_law(name: str) -> None:
     """Counts of the first values against the distribution function, written out."""
-    model = PlantedModel.plant(SETTINGS)
-    drawn = np.concatenate([model.block("train", i).columns[name] for i in range(4)])
+    drawn = np.concatenate([block.columns[name] for block in training_blocks()])
     dense = name in CRITEO_DENSE
     if dense:
         drawn = np.round(np.expm1(drawn.astype(float))).astype(int)

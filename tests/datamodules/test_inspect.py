@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules.parquet import DatasetWriter
 from datamodules.preprocess import command, leakage
 from datamodules.preprocess.skew import all_skews
+from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema, Optimum
 
@@ -93,7 +93,7 @@ def test_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ["C1", "categorical", "1,234", "0.00%"] in words
     assert ["C2", "categorical", "3", "60.00%", "3", "0", "missing"] in words
     assert ["all", "tables", "1,237"] in words
-    for text in ("max_rows 5000", "raw.txt (220 rows)", "AUC 0.8125", "as it is", "every file has its checksum"):
+    for text in ("max_rows 5000", "raw.txt (220 rows)", "AUC 0.8125", "as it is", "the checksums of all files match"):
         assert text in out, text
     assert DatasetSchema.load(folder).encoding_fingerprint[:16] in out
 
@@ -290,7 +290,7 @@ def test_a_planted_leak_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     assert "train and validation: 60 rows of validation (40.000%) are in train too, as 30 rows there (3.000%)" in out
     assert "within validation: 30 repeat an earlier row (20.000%)" in out
-    assert "suspect a leak" in out
+    assert "suggests a leak" in out
 
 
 def test_hash_tells_apart_rows_that_differ_in_one_value() -> None:
@@ -344,8 +344,7 @@ def test_values_that_share_an_id_are_counted_together(tmp_path: Path) -> None:
     assert skew.lookups == 12 and skew.most_frequent == 9 / 12 and skew.ids_for == {0.5: 1, 0.9: 2, 0.99: 2}
 
 
-@pytest.mark.parametrize("name", ["folder", "uneven"])
-@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+@pytest.mark.parametrize(("name", "ending"), [("folder", "png"), ("uneven", "svg"), ("uneven", "pdf")])
 def test_plot_writes_a_figure(
     name: str, ending: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -365,7 +364,7 @@ def test_nothing_is_imported_that_only_a_plot_needs() -> None:
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("tables.doc", r"tables.doc is named like no figure; end its name with .png"), ("no/tables.png", "cannot write")],
+    [("tables.doc", r"tables.doc does not have the suffix of a figure"), ("no/tables.png", "cannot write")],
 )
 def test_plot_mistakes(folder: Path, file: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):

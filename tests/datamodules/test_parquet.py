@@ -10,20 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules import parquet
-from datamodules.parquet import (
-    DatasetWriter,
-    Folder,
-    check_sizes,
-    load_schema,
-    open_part,
-    part_files,
-    read_groups,
-    verify,
-)
-from datamodules.stream.reader import Decoder
+from datamodules import writer as writing
+from datamodules.folder import Folder, check_sizes, load_schema, part_files, verify
+from datamodules.parquet import open_part, read_groups
+from datamodules.stream.rows import Decoder
+from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.schema import Column, DatasetSchema
+from lightning_dlrm.contracts.schema import Column, DataFile, DatasetSchema
 
 COLUMNS = (
     Column(name="label", role="label"),
@@ -35,8 +28,8 @@ COLUMNS = (
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "ROW_GROUP_ROWS", 16)
-    monkeypatch.setattr(parquet, "ROWS_PER_FILE", 48)
+    monkeypatch.setattr(writing, "ROW_GROUP_ROWS", 16)
+    monkeypatch.setattr(writing, "ROWS_PER_FILE", 48)
 
 
 def make_rows(count: int, seed: int = 0) -> dict[str, Any]:
@@ -178,7 +171,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"part-00001\.parquet is altered: its sha256"):
         verify(folder, schema)
     path.write_bytes(b"\0" * len(whole))
-    with pytest.raises(UserError, match=r"part-00001\.parquet is altered: it is no readable Parquet"):
+    with pytest.raises(UserError, match=r"part-00001\.parquet is altered: it is not a readable Parquet"):
         open_part(folder, schema, file)
     path.unlink()
     with pytest.raises(UserError, match=r"part-00001\.parquet is missing"):
@@ -210,7 +203,7 @@ def test_parts_that_do_not_fit_the_schema_are_named(tmp_path: Path, change: dict
     path = folder / "train/part-00000.parquet"
     pq.write_table(pa.table({name: values for name, values in columns.items() if values is not None}), path)
     groups = (3,) if change else (5,)
-    file = parquet.DataFile(path="train/part-00000.parquet", sha256="", bytes=path.stat().st_size, row_groups=groups)
+    file = DataFile(path="train/part-00000.parquet", sha256="", bytes=path.stat().st_size, row_groups=groups)
     with pytest.raises(UserError, match=message) as error:
         open_part(folder, schema, file)
     assert "train/part-00000.parquet" in str(error.value)
@@ -247,15 +240,13 @@ def test_lists_of_other_writers_are_checked_too(tmp_path: Path) -> None:
     assert found.column("M1").to_pylist() == [[1], None, [8]]
     beyond = {"M1": pa.array([[1], [], [9]], pa.list_(pa.int32()))}
     folder, schema, file = hand_made(tmp_path / "beyond", beyond, write_statistics=["label", "C1"])
-    with pytest.raises(UserError, match="row group 0 of column M1 tells no smallest and largest id"):
+    with pytest.raises(UserError, match="row group 0 of column M1 has no statistics"):
         open_part(folder, schema, file)
     folder, schema, file = hand_made(tmp_path / "empty", {"M1": pa.array([[], [], []], pa.list_(pa.int32()))})
     open_part(folder, schema, file)
 
 
-def hand_made(
-    tmp_path: Path, change: Mapping[str, pa.Array], **options: Any
-) -> tuple[Path, DatasetSchema, parquet.DataFile]:
+def hand_made(tmp_path: Path, change: Mapping[str, pa.Array], **options: Any) -> tuple[Path, DatasetSchema, DataFile]:
     """A folder whose only training file was not written by the DatasetWriter."""
     folder = tmp_path / "data"
     schema = write(folder, make_rows(5))
@@ -269,7 +260,7 @@ def hand_made(
     path = folder / "train/part-00000.parquet"
     pq.write_table(pa.table(columns), path, **options)
     size = path.stat().st_size
-    return folder, schema, parquet.DataFile(path=str(path.relative_to(folder)), sha256="", bytes=size, row_groups=(3,))
+    return folder, schema, DataFile(path=str(path.relative_to(folder)), sha256="", bytes=size, row_groups=(3,))
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
@@ -291,7 +282,7 @@ def test_what_may_not_be_read_is_one_line(tmp_path: Path, error: OSError, monkey
     for operation, action, name in actions:
         with monkeypatch.context() as patch, pytest.raises(UserError) as told:
             patch.setattr(Path, operation, fails)
-            patch.setattr(parquet.Folder, "size", lambda *_: None) if operation == "open" else None
+            patch.setattr(Folder, "size", lambda *_: None) if operation == "open" else None
             action()
         assert name in str(told.value) and error.strerror in str(told.value) and "permissions" in str(told.value)
         assert "\n" not in str(told.value)

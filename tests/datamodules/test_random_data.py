@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
+from datamodules.folder import verify
 from datamodules.generate import command, draws, folder
 from datamodules.generate.draws import Gaussian, Uniform, Zipf, stream, uniforms
 from datamodules.generate.random import (
@@ -31,7 +33,6 @@ from datamodules.generate.random import (
     random_schema,
 )
 from datamodules.generate.tsv import TsvSettings, generate_tsv
-from datamodules.parquet import verify
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 
@@ -68,7 +69,7 @@ def chances(law: str, rows: int) -> np.ndarray:
     return masses / math.fsum(masses)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 50, 5_000, 300_000])
+@pytest.mark.parametrize("rows", [1, 2, 3, 50, 20_000])
 @pytest.mark.parametrize("law", LAWS)
 def test_ids_follow_the_law_within_the_tables_size(law: str, rows: int) -> None:
     """Chi-square over cells of at least 25 expected ids; a right generator fails one seed in 1,000."""
@@ -263,7 +264,7 @@ def test_presets_have_the_published_shapes() -> None:
         ({"indices": 2, "min_indices": -1}, "hold -1 to 2 ids"),
         ({"tables": [9, 4], "indices": 5}, "table C2 hold up to 5 ids, but it has only 4 rows"),
         ({"tables": [9, 4], "indices": [1]}, "indices has 1 numbers for 2 tables"),
-        ({"law": "pareto"}, "law 'pareto' is none of uniform, gaussian, zipf"),
+        ({"law": "pareto"}, "law is 'pareto'; give one of uniform, gaussian, zipf"),
         ({"law": "zipf", "exponent": 0.0}, "exponent is 0.0"),
         ({"law": "zipf", "exponent": math.nan}, "exponent is nan"),
         ({"law": "gaussian", "deviation": 0.0}, "deviation is 0.0"),
@@ -324,7 +325,11 @@ def test_command_makes_what_its_options_say(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     words = ["generate", "random", "--rows", "50000000", "--tables", "1000", "--output", str(tmp_path / "data")]
-    with subprocess.Popen([sys.executable, "-m", "lightning_dlrm", *words], stderr=subprocess.PIPE, text=True) as run:
+    # A shell's background jobs ignore SIGINT, and so would their children.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(
+        [sys.executable, "-m", "lightning_dlrm", *words], stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as run:
         assert run.stderr is not None
         estimate = run.stderr.readline()  # comes with the first row group
         assert any(tmp_path.iterdir())

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import datamodules
+from datamodules.generate.profiles import TraceSource, save_profiles
 from datamodules.generate.random import BLOCK_ROWS, RandomRows
-from datamodules.generate.trace import TraceSource, save_profiles
-from datamodules.parquet import DatasetWriter
-from datamodules.synthetic import RandomData, TraceData, random_batch
+from datamodules.stream.order import ranges
+from datamodules.synthetic import RandomData, TraceData
+from datamodules.writer import DatasetWriter
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.schema import Column
+from lightning_dlrm.contracts.schema import WEIGHTS_SUFFIX, Column
 
 SMALL = {"train_rows": 3_000, "validation_rows": 500, "test_rows": 400}
 FIT = [
@@ -91,25 +92,28 @@ def test_random_data_are_made_once_and_streamed() -> None:
     ],
     ids=["weights", "bags", "single ids", "no tables"],
 )
-def test_a_batch_in_memory_is_that_of_the_file(shape: dict[str, Any]) -> None:
-    data = RandomData(**shape, train_rows=2 * BLOCK_ROWS, validation_rows=0, test_rows=0, batch_size=BLOCK_ROWS,
+def test_batches_are_the_generated_rows(shape: dict[str, Any]) -> None:
+    data = RandomData(**shape, train_rows=BLOCK_ROWS + 9, validation_rows=0, test_rows=0, batch_size=BLOCK_ROWS,
                       shuffle="none")  # fmt: skip
     data.prepare_data()
     source = RandomRows(data.settings)
-    for number, stored in enumerate(data.train_dataloader()):
-        batch = random_batch(source, number, BLOCK_ROWS)
-        assert batch.global_size == stored.global_size and batch.ids.tables == stored.ids.tables
-        pairs = [
-            (getattr(a, name), getattr(b, name))
-            for a, b, names in (
-                (batch, stored, ("label", "dense")),
-                (batch.ids, stored.ids, ("values", "offsets", "weights")),
-            )
-            for name in names
-        ]
-        for made_here, read in pairs:
-            assert (made_here is None) == (read is None)
-            assert made_here is None or (made_here.dtype == read.dtype and torch.equal(made_here, read))
+    tables = [column.name for column in source.columns if column.cardinality]
+    for number, batch in enumerate(data.train_dataloader()):
+        rows = len(batch.label)
+        block = source.block("train", number, rows)
+        assert np.array_equal(batch.label, block["label"]) and batch.ids.tables == len(tables)
+        dense = [block[column.name] for column in source.columns if column.role == "dense"]
+        assert np.array_equal(batch.dense, np.stack(dense, axis=1) if dense else np.empty((rows, 0)))
+        for table, name in enumerate(tables):
+            ids, ends = block[name] if isinstance(block[name], tuple) else (block[name], np.arange(rows + 1))
+            offsets = np.arange(rows * len(tables) + 1) if batch.ids.offsets is None else batch.ids.offsets.numpy()
+            begins, stops = offsets[:-1].reshape(rows, -1)[:, table], offsets[1:].reshape(rows, -1)[:, table]
+            assert np.array_equal(stops - begins, np.diff(ends))
+            places = ranges(begins, stops - begins)
+            assert np.array_equal(batch.ids.values.numpy().reshape(-1)[places], ids)
+            if batch.ids.weights is not None:
+                assert np.array_equal(batch.ids.weights.numpy()[places], block[name + WEIGHTS_SUFFIX][0])
+        assert (batch.ids.weights is None) == (not shape.get("weights"))
     assert number == 1
 
 
@@ -173,7 +177,7 @@ def test_dlrm_says_that_it_needs_dense_features(capsys: pytest.CaptureFixture[st
         (["--data=TraceData"], "data: the following arguments are required: source"),
         (
             ["--data=TraceData", "--data.source=nowhere"],
-            "there is nothing at nowhere; give a dataset folder, or a file",
+            "nowhere does not exist; give a dataset folder, or a file",
         ),
         (["--data=TraceData", "--data.source=source", "--data.columns=[C9]"], "no categorical or multi-hot column C9"),
     ],

@@ -17,22 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from datamodules.folder import verify
 from datamodules.generate import command, fit, lru
 from datamodules.generate.lru import LruStack
-from datamodules.generate.trace import (
-    BLOCK_ACCESSES,
-    CLASS_LOW,
-    Profile,
-    Profiler,
-    TraceGenerator,
-    TraceSettings,
-    TraceSource,
-    generate_trace,
-    phase_end,
-    save_profiles,
-    trace_schema,
-)
-from datamodules.parquet import DatasetWriter, verify
+from datamodules.generate.profiles import CLASS_LOW, Profile, Profiler, TraceSource, phase_end, save_profiles
+from datamodules.generate.trace import BLOCK_ACCESSES, TraceGenerator, TraceSettings, generate_trace, trace_schema
+from datamodules.writer import DatasetWriter
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema
@@ -388,7 +378,7 @@ def test_too_few_accesses_and_no_tables_are_refused(tmp_path: Path) -> None:
     write_dataset(tmp_path / "none", 2_000, COLUMNS[:1])
     with pytest.raises(UserError, match="has no categorical or multi-hot columns"):
         TraceSource(tmp_path / "none")
-    with pytest.raises(UserError, match=r"there is nothing at .*nowhere; give a dataset folder"):
+    with pytest.raises(UserError, match=r".*nowhere does not exist; give a dataset folder"):
         TraceSource(tmp_path / "nowhere")
 
 
@@ -425,7 +415,7 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> str:
 )
 def test_files_that_hold_no_profiles_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(text)
-    with pytest.raises(UserError, match=r"p\.json is no file of trace profiles .* make one with") as error:
+    with pytest.raises(UserError, match=r"p\.json is not a file of trace profiles .* make one with") as error:
         TraceSource(tmp_path / "p.json")
     assert "\n" not in str(error.value)
 

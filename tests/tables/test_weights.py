@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from datamodules import parquet
-from datamodules.parquet import DatasetWriter
+from datamodules import writer as writing
 from datamodules.stream.loader import Loader, TrainingLoader
+from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema, Split
 from tests.toy import toy_dlrm
@@ -30,7 +30,7 @@ ROWS = 300
 
 @pytest.fixture
 def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, DatasetSchema]:
-    monkeypatch.setattr(parquet, "ROW_GROUP_ROWS", 32)
+    monkeypatch.setattr(writing, "ROW_GROUP_ROWS", 32)
     rng = np.random.default_rng(0)
 
     def bags(cardinality: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,200 @@
+"""Click logs in a dataset folder as a LightningDataModule: the base of all datamodules of this package."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+
+from datamodules.folder import Folder, check_sizes, load_schema, part_files
+from datamodules.parquet import open_part
+from datamodules.stream.loader import Cache, Loader, TrainingLoader
+from datamodules.stream.order import LANES, Shuffle
+from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema, SplitName
+
+# A footer takes some 10 ms to check. Footers of further files are checked when the files are opened.
+_FOOTERS_AT_START = 100
+
+_STAGE_SPLITS: dict[str, tuple[SplitName, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+}
+
+
+class FolderData(pl.LightningDataModule):
+    """A dataset folder as batches: the base class of all datamodules here.
+
+    Args:
+        folder: The dataset folder.
+        batch_size: Training samples of a batch over all ranks together (the global batch).
+        evaluation_batch_size: Samples of a batch over all ranks in validate, test and predict.
+        shuffle: `window` for another order in every epoch: the row groups are shuffled, 48 of them are read at once,
+            and the rows of each are shuffled. The window of 48 row groups of 16,384 rows (786,432 rows) and the
+            batches decoded ahead take about 170 MB for Criteo's columns, over all ranks. `full` for a shuffle of all
+            rows in every epoch; it needs `cache: memory`. `none` for the order of the files.
+        cache: `memory` to decode the rows once and keep them: 157 bytes a row for Criteo's columns; every rank keeps
+            the whole training split. It is refused if the rows do not fit. `none` to decode them in every epoch.
+        threads: Threads that decode. One is enough for training on a CPU; a GPU may need more.
+        verify: Compare the checksums of the pages that are read, which takes about 5% of the reader's speed.
+        seed: Seed of the orders of `window` and `full`; by default that of seed_everything, or 0 from Python.
+        predict_split: The split that predict scores; `all` is train, validation and test, one after the other.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        batch_size: int = 2048,
+        evaluation_batch_size: int = 16_384,
+        shuffle: Shuffle = "window",
+        cache: Cache = "none",
+        threads: int = 1,
+        verify: bool = True,
+        seed: int | None = None,
+        predict_split: Literal["train", "validation", "test", "all"] = "test",
+    ) -> None:
+        super().__init__()
+        counts = {"batch_size": batch_size, "evaluation_batch_size": evaluation_batch_size, "threads": threads}
+        for name, count in counts.items():
+            require(count >= 1, f"data: {name} is {count}; give at least 1")
+        require(
+            shuffle != "full" or cache == "memory",
+            "data: shuffle full needs all rows in memory: set data.cache to memory, or shuffle window",
+        )
+        self.folder = Folder(folder)
+        self.batch_size, self.evaluation_batch_size, self.shuffle = batch_size, evaluation_batch_size, shuffle
+        self.seed, self.predict_split = seed or 0, predict_split
+        self._reading = {"cache": cache, "threads": threads, "verify": verify}
+        self._schema: DatasetSchema | None = None
+
+    @property
+    def schema(self) -> DatasetSchema:
+        """The schema of the data, without preparing them; that of data not yet generated lists no files.
+
+        Raises:
+            UserError: the folder holds no dataset, or one that the datamodule does not read.
+        """
+        if self._schema is None:
+            if (planned := self._to_generate()) is not None:
+                return self._accepted(planned)
+            self._schema = self._accepted(load_schema(self.folder))
+        return self._schema
+
+    @property
+    def planned(self) -> DatasetSchema | None:
+        """The schema of data that are generated when they are first needed; None for data that must exist."""
+        return None
+
+    @property
+    def training_batches(self) -> int:
+        """Batches of a training epoch, within the trainer's limit; known without preparing the data."""
+        split = self.schema.splits.get("train")
+        return self._limited_batches(-(-split.rows // self.batch_size)) if split else 0
+
+    def prepare_data(self) -> None:
+        """Generate planned data that do not exist yet. Real data are prepared by `preprocess`."""
+        if self._to_generate() is not None:
+            assert self.folder.local is not None
+            self._generate(self.folder.local)
+
+    def setup(self, stage: str) -> None:
+        """Check the files that the stage needs: their sizes and their footers.
+
+        Raises:
+            UserError: a split has no rows; a file is missing or altered, or has ids beyond its table.
+        """
+        splits = list(_STAGE_SPLITS.get(stage, self._predict_splits))
+        if stage == "fit" and self.trainer is not None and self.trainer.limit_val_batches == 0:
+            splits.remove("validation")
+        self._require(splits)
+        files = list(part_files(self.schema, splits))
+        check_sizes(self.folder, files)
+        rank, world = self._rank_and_world
+        for file in files[rank::world][:_FOOTERS_AT_START]:
+            open_part(self.folder, self.schema, file).close()
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Return shuffled batches; Lightning keeps the loader's position in checkpoints."""
+        self._require(["train"])
+        _, world = self._rank_and_world
+        require(
+            world <= LANES or self.shuffle != "window",
+            f"{world} ranks, but data.shuffle window reads {LANES} lanes, and each rank needs one: use at most "
+            f"{LANES} ranks, or data.shuffle full with data.cache memory, or none",
+        )
+        loader = TrainingLoader(
+            self.folder,
+            self.schema,
+            ["train"],
+            shuffle=self.shuffle,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            **self._loader_options(),
+        )
+        loader.limit_epoch(self._limited_batches(len(loader)))
+        return loader
+
+    def val_dataloader(self) -> Loader:
+        return self._evaluation_loader(["validation"])
+
+    def test_dataloader(self) -> Loader:
+        return self._evaluation_loader(["test"])
+
+    def predict_dataloader(self) -> Loader:
+        return self._evaluation_loader(self._predict_splits, rows=True)
+
+    @property
+    def _predict_splits(self) -> tuple[SplitName, ...]:
+        if self.predict_split == "all":
+            return tuple(name for name in SPLITS if name in self.schema.splits)
+        return (self.predict_split,)
+
+    @property
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _limited_batches(self, batches: int) -> int:
+        """Return how many batches of an epoch the trainer takes."""
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        return min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+
+    def _evaluation_loader(self, splits: Sequence[SplitName], **options: Any) -> Loader:
+        self._require(splits)
+        options |= self._loader_options()
+        return Loader(self.folder, self.schema, splits, batch_size=self.evaluation_batch_size, **options)
+
+    def _loader_options(self) -> dict[str, Any]:
+        rank, world = self._rank_and_world
+        trainer = self.trainer
+        return {
+            **self._reading,
+            "rank": rank,
+            "world": world,
+            "pin": trainer is not None and trainer.strategy.root_device.type == "cuda",
+            "copies": 1 if trainer is None else -(-world // trainer.num_nodes),
+        }
+
+    def _to_generate(self) -> DatasetSchema | None:
+        """Return the schema of planned data that do not exist yet, else None."""
+        folder = self.folder.local
+        return None if folder is None or (folder / SCHEMA_FILE).is_file() else self.planned
+
+    def _require(self, splits: Sequence[SplitName]) -> None:
+        has = {name: split.rows for name, split in self.schema.splits.items() if split.rows}
+        for name in splits:
+            if name not in has:
+                found = ", ".join(f"{name} ({rows:,} rows)" for name, rows in has.items()) or "no rows at all"
+                raise UserError(f"{self.folder} has no rows in its {name} split: it has {found}; choose another split")
+        require(splits, f"{self.folder} has no rows at all; make the dataset again")
+
+    def _accepted(self, schema: DatasetSchema) -> DatasetSchema:
+        """Return the schema, or raise a UserError if the datamodule does not read such data."""
+        return schema
+
+    def _generate(self, folder: Path) -> None:
+        """Generate the planned data."""
+        raise TypeError(f"{type(self).__name__} does not define _generate")

@@ -1,0 +1,235 @@
+"""A dataset folder on this machine or behind a URL: its schema, and its files by size and checksum.
+
+``lightning_dlrm.contracts.schema`` defines what a dataset folder holds. Nothing here imports torch.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from datamodules.filesystems import failures_as_user_errors, file_system, is_remote
+from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DataFile, DatasetSchema
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+REMEDY = "restore the file, or make the dataset again"
+"""What error messages advise for a missing or altered file."""
+
+_CHECKSUM_BYTES = 1 << 20  # read at a time
+_SIZES_AT_ONCE = 16  # requests in flight: a remote file system takes a while to answer each
+
+
+class Folder:
+    """A folder given as a path, or as a URL of a file system that fsspec knows.
+
+    Args:
+        where: such as ``data/criteo``, ``s3://bucket/criteo``, ``gs://...`` or ``hf://...``; or a Folder.
+
+    Raises:
+        UserError: fsspec does not know the file system, or its package is not installed.
+    """
+
+    def __init__(self, where: "str | Path | Folder") -> None:
+        self._name = str(where)
+        self._remote: AbstractFileSystem | None = None
+        if is_remote(self._name):
+            self._remote, self._root = file_system(self._name)
+        else:
+            self._root = str(Path(self._name).expanduser())
+
+    def __str__(self) -> str:
+        return self._name
+
+    def __truediv__(self, path: str) -> str:
+        """Return the full path or URL of a file of the folder, for messages."""
+        return f"{self._name.rstrip('/')}/{path}"
+
+    @property
+    def absolute(self) -> str:
+        """The folder's name, valid in every working directory."""
+        return str(Path(self._root).absolute()) if self._remote is None else self._name
+
+    @property
+    def local(self) -> Path | None:
+        """The folder as a path; None for a URL."""
+        return Path(self._root) if self._remote is None else None
+
+    def size(self, path: str) -> int | None:
+        """Return the bytes of a file; None if its server does not tell.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            UserError: the file system fails.
+        """
+        with self._failures(path):
+            if self._remote is None:
+                return Path(self._root, path).stat().st_size
+            return self._remote.info(self._inner(path))["size"]
+
+    def read(self, path: str) -> bytes:
+        """Return the content of a file.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            UserError: the file cannot be read.
+        """
+        with self.open(path) as file:
+            return file.read()
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[IO[bytes]]:
+        """Open a file for sequential reading.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            UserError: the file cannot be read.
+        """
+        with (
+            self._failures(path),
+            Path(self._root, path).open("rb")
+            if self._remote is None
+            else self._remote.open(self._inner(path), "rb") as file,
+        ):
+            yield file
+
+    def open_parquet(self, path: str, verify: bool) -> pq.ParquetFile:
+        """Open a Parquet file for reading row group by row group.
+
+        Args:
+            path: of the file, relative to the folder.
+            verify: compare the checksums of its pages while reading.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            UserError: the file cannot be read, or is not Parquet.
+        """
+        with self._failures(path):
+            try:
+                if self._remote is None:
+                    # The read-ahead of pyarrow would hold more than the current row group.
+                    return pq.ParquetFile(Path(self._root, path), pre_buffer=False, page_checksum_verification=verify)
+                # The columns of a row group lie side by side: one request reads it. The cache of fsspec would fetch
+                # its neighbours too.
+                source = pa.PythonFile(self._remote.open(self._inner(path), cache_type="none"), mode="r")
+                return pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=verify)
+            except (pa.ArrowInvalid, OSError) as error:
+                if isinstance(error, OSError) and error.errno:
+                    raise
+                raise UserError(
+                    f"{self / path} is altered: it is not a readable Parquet file ({one_line(error)}); {REMEDY}"
+                ) from error
+
+    @contextmanager
+    def open_vocabulary(self, path: str) -> Iterator[pq.ParquetFile]:
+        """Open a vocabulary file; the context turns failures to read it into UserErrors.
+
+        Raises:
+            UserError: the file is missing or altered.
+        """
+        try:
+            with self.open_parquet(path, verify=True) as file:
+                yield file
+        except FileNotFoundError as error:
+            raise UserError(f"{self / path} is missing; {REMEDY}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self / path} is altered: it cannot be decoded ({one_line(error)}); {REMEDY}") from error
+
+    def _inner(self, path: str) -> str:
+        """Return the name of a file of the folder within its file system."""
+        return f"{self._root.rstrip('/')}/{path}"
+
+    def _failures(self, path: str) -> AbstractContextManager[None]:
+        """Turn failures into UserErrors; callers handle FileNotFoundError."""
+        remedy = "check the path and its permissions"
+        if self._remote is not None:
+            remedy = "check the URL, the network and your credentials"
+        return failures_as_user_errors(self / path, remedy=remedy, passing=(FileNotFoundError,))
+
+
+def load_schema(folder: str | Path | Folder) -> DatasetSchema:
+    """Load the ``dataset.json`` of a dataset folder, also behind a URL.
+
+    Raises:
+        UserError: the file is missing, is not a schema of this version, or was altered.
+    """
+    where = Folder(folder)
+    if where.local is not None:
+        return DatasetSchema.load(where.local)
+    try:
+        return DatasetSchema.from_json(where.read(SCHEMA_FILE), where / SCHEMA_FILE)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no dataset folder at {where}: {where / SCHEMA_FILE} does not exist; copy a folder there that "
+            "'python -m lightning_dlrm preprocess' made"
+        ) from error
+
+
+def part_files(schema: DatasetSchema, splits: Sequence[str] = SPLITS) -> Iterator[DataFile]:
+    """Yield the part files of some splits, in order; a split that the dataset lacks has none."""
+    for name in splits:
+        if name in schema.splits:
+            yield from schema.splits[name].files
+
+
+def check_sizes(folder: str | Path | Folder, files: Sequence[DataFile]) -> None:
+    """Check that files exist and have their recorded size, without opening them.
+
+    Raises:
+        UserError: a file is missing, or its size differs from the one in ``dataset.json``.
+    """
+    where = Folder(folder)
+
+    def size(file: DataFile) -> int | None:
+        try:
+            return where.size(file.path)
+        except FileNotFoundError:
+            return -1
+
+    with ThreadPoolExecutor(_SIZES_AT_ONCE) as pool:
+        sizes = list(pool.map(size, files))
+    for file, found in zip(files, sizes, strict=True):
+        if found == -1:
+            raise UserError(f"{where / file.path} is missing; {REMEDY}")
+        if found is not None and found != file.bytes:
+            what = "truncated" if found < file.bytes else "altered"
+            raise UserError(
+                f"{where / file.path} is {what}: it has {found} bytes, its dataset.json says {file.bytes}; {REMEDY}"
+            )
+
+
+def verify(folder: str | Path | Folder, schema: DatasetSchema, progress: bool = False) -> None:
+    """Read every byte of a dataset and compare the checksums, at about 1 GB a second.
+
+    Args:
+        folder: the dataset folder.
+        schema: its schema.
+        progress: show a progress bar if standard error is a terminal.
+
+    Raises:
+        UserError: a file is missing, truncated or altered.
+    """
+    where = Folder(folder)
+    files = (*schema.vocabulary.values(), *part_files(schema))
+    check_sizes(where, files)
+    total = sum(file.bytes for file in files)
+    with tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, disable=None if progress else True) as bar:
+        for file in files:
+            checksum = hashlib.sha256()
+            with where.open(file.path) as stored:
+                while piece := stored.read(_CHECKSUM_BYTES):
+                    checksum.update(piece)
+                    bar.update(len(piece))
+            if checksum.hexdigest() != file.sha256:
+                raise UserError(
+                    f"{where / file.path} is altered: its sha256 is {checksum.hexdigest()[:12]}..., its dataset.json "
+                    f"says {file.sha256[:12]}...; {REMEDY}"
+                )

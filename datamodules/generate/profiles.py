@@ -1,0 +1,304 @@
+"""Profiles of traces: the stack distances of a column's accesses, measured in a dataset or read from a file.
+
+The profile of a column is the histogram of its stack distances (see ``datamodules.generate.lru``), and of the first
+accesses of rows among them, phase by phase. Phases end after 64, 76, 90, 107, 128, ... accesses, four in each octave,
+so that the profile shows how the distances and the number of distinct rows grow.
+
+A profile does not hold which rows stay popular (from distances alone, every row is accessed equally often in the long
+run), how the columns of a sample depend on each other, and labels. Rows are numbered by first access.
+
+To measure a profile takes the memory of one LRU stack (see ``lru``) and of a row group, for any number of accesses.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from datamodules.filesystems import failures_as_user_errors
+from datamodules.folder import Folder, load_schema
+from datamodules.generate.draws import exp, log
+from datamodules.parquet import read_groups
+from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.schema import SplitName
+
+if TYPE_CHECKING:
+    from datamodules.generate.lru import LruStack
+
+PROFILE_VERSION = 1
+LEAST_ACCESSES = 1_000
+"""A profile of fewer accesses is not significant."""
+
+# Classes of distances: 0 for a first access, then each distance alone, from 64 on 32 classes to an octave.
+CLASS_LOW: NDArray[np.int64] = np.concatenate(
+    [np.arange(64), *((32 + np.arange(32)) << (octave - 5) for octave in range(6, 31))]
+)
+"""int64 [classes]: the smallest distance of each class."""
+
+
+def phase_end(phase: int) -> int:
+    """Return the number of accesses up to the end of a phase."""
+    return (64, 76, 90, 107)[phase % 4] << (phase // 4)
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """The stack distances of a column's accesses."""
+
+    column: str
+    rows: int
+    """Of the column's table."""
+    counts: NDArray[np.int64]
+    """[phases, classes]: accesses of each phase by class of distance; the last phase may be unfinished."""
+
+    @property
+    def accesses(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def distinct(self) -> int:
+        """Rows that were accessed."""
+        return int(self.counts[:, 0].sum())
+
+    @property
+    def growth(self) -> float:
+        """The exponent of the growth of distinct rows with accesses in the last octave: 0 for none, 1 for a new row
+        with every access."""
+        first = self._last_octave()
+        start, seen = self.counts[:first].sum(), self.counts[:first, 0].sum()
+        return float((log(np.array([self.distinct / seen])) / log(np.array([self.accesses / start])))[0])
+
+    def beginning(self, accesses: int) -> NDArray[np.float64]:
+        """Return how many of the first accesses are of each class, [classes]; within a phase, in proportion."""
+        sizes = self.counts.sum(axis=1)
+        share = np.clip((accesses - (np.cumsum(sizes) - sizes)) / np.maximum(sizes, 1), 0, 1)
+        return share @ self.counts
+
+    def phases(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield length and counts by class of each phase, without end; see ``trace`` on what follows the recorded
+        phases."""
+        yield from ((int(counts.sum()), counts) for counts in self.counts)
+        last_octave = self.counts[self._last_octave() :].sum(axis=0)
+        end, seen, quarter = self.accesses, self.distinct, 0
+        while True:
+            quarter += 1
+            length = (self.accesses * phase_end(quarter) >> 6) - end
+            end += length
+            grown = exp(self.growth * log(np.array([end / self.accesses])))
+            new = min(round(self.distinct * float(grown[0])), self.rows, seen + length) - seen
+            seen += new
+            counts = last_octave.copy()
+            counts[0] = new
+            yield length, counts
+
+    def _last_octave(self) -> int:
+        """Return the first phase that ends in the second half of the accesses."""
+        return int(np.searchsorted(np.cumsum(self.counts.sum(axis=1)), self.accesses // 2, side="right"))
+
+    def as_json(self) -> dict[str, Any]:
+        kept = [np.flatnonzero(counts) for counts in self.counts]
+        return {
+            "column": self.column,
+            "table_rows": self.rows,
+            "accesses": self.accesses,
+            "distinct_rows": self.distinct,
+            "phases": [
+                {"distances_from": CLASS_LOW[classes].tolist(), "counts": counts[classes].tolist()}
+                for classes, counts in zip(kept, self.counts, strict=True)
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Profile":
+        counts = np.zeros((len(document["phases"]), len(CLASS_LOW)), dtype=np.int64)
+        for row, phase in zip(counts, document["phases"], strict=True):
+            low = np.array(phase["distances_from"], dtype=np.int64)
+            classes = np.searchsorted(CLASS_LOW, low)
+            if not np.array_equal(CLASS_LOW[classes], low):
+                raise ValueError("its classes of distances are unknown")
+            row[classes] = phase["counts"]
+        profile = cls(str(document["column"]), int(document["table_rows"]), counts)
+        ends = np.cumsum(counts.sum(axis=1))
+        whole = all(end == phase_end(phase) for phase, end in enumerate(ends[:-1].tolist()))
+        whole = whole and ends[-1] <= phase_end(len(ends) - 1)
+        if not whole or counts.min() < 0 or (profile.accesses, profile.distinct) != (
+            document["accesses"], document["distinct_rows"]
+        ):  # fmt: skip
+            raise ValueError("its counts do not add up")
+        if profile.accesses < LEAST_ACCESSES or not counts[0, 0] or profile.distinct > profile.rows:
+            raise ValueError("no column can have its counts")
+        return profile
+
+
+class Profiler:
+    """Builds the profile of a column's accesses, given piece by piece.
+
+    Args:
+        column: its name.
+        rows: of its table.
+
+    Raises:
+        UserError: numba is not installed.
+    """
+
+    def __init__(self, column: str, rows: int) -> None:
+        self.column, self.rows, self.accesses = column, rows, 0
+        self._stack = lru_stack(rows)
+        self._counts = [np.zeros(len(CLASS_LOW), dtype=np.int64)]
+
+    def add(self, ids: NDArray[np.int32]) -> None:
+        """Add the next accesses.
+
+        Raises:
+            UserError: an id is not a row of the table.
+        """
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.rows:
+            raise UserError(
+                f"column {self.column} has ids from {ids.min()} to {ids.max()}, its table has rows 0 to "
+                f"{self.rows - 1}; make the dataset again"
+            )
+        classes = np.searchsorted(CLASS_LOW, self._stack.distances(ids), side="right") - 1
+        while len(classes):
+            left = phase_end(len(self._counts) - 1) - self.accesses
+            if not left:
+                self._counts.append(np.zeros(len(CLASS_LOW), dtype=np.int64))
+                continue
+            now, classes = classes[:left], classes[left:]
+            self._counts[-1] += np.bincount(now, minlength=len(CLASS_LOW))
+            self.accesses += len(now)
+
+    def profile(self) -> Profile:
+        """Return the profile of all accesses so far."""
+        return Profile(self.column, self.rows, np.stack(self._counts))
+
+
+def lru_stack(rows: int | None = None) -> "LruStack":
+    try:
+        from datamodules.generate.lru import LruStack
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"traces need {error.name}, which is not installed; install it with: pip install 'lightning-dlrm[trace]'"
+        ) from error
+    return LruStack(rows)
+
+
+class TraceSource:
+    """Columns to profile in a dataset, or profiles that were saved.
+
+    Args:
+        path: a dataset folder (a path or a URL), or a file of profiles.
+        columns: names of the columns; None for all that have a table.
+        split: of the dataset; without effect on a file of profiles.
+
+    Raises:
+        UserError: ``path`` is neither, or lacks a column or the split.
+    """
+
+    def __init__(self, path: str | Path, columns: Sequence[str] | None = None, split: SplitName = "train") -> None:
+        self.path, self.split = Folder(path), split
+        self._saved: dict[str, Profile] | None = None
+        file, text = self.path.local, None
+        with failures_as_user_errors(str(path)):
+            require(
+                file is None or file.exists(),
+                f"{path} does not exist; give a dataset folder, or a file of trace profiles",
+            )
+            if file is not None and file.is_file():
+                text = file.read_bytes()
+        if file is not None and text is not None:
+            self._saved = _read_profiles(file, text)
+            self.identity = f"profile {hashlib.sha256(text).hexdigest()}"
+            tables = {name: profile.rows for name, profile in self._saved.items()}
+        else:
+            self.schema = load_schema(self.path)
+            if not self.schema.splits.get(split) or not self.schema.splits[split].rows:
+                has = ", ".join(self.schema.splits) or "none"
+                raise UserError(f"{self.path} has no rows in its {split} split; it has {has}: choose another split")
+            self.identity = f"data {self.schema.data_fingerprint} {split}"
+            tables = dict(self.schema.features.tables)
+        require(tables, f"{self.path} has no categorical or multi-hot columns, so there are no accesses to profile")
+        for name in columns or ():
+            require(
+                name in tables,
+                f"{self.path} has no categorical or multi-hot column {name}; it has {', '.join(tables)}",
+            )
+        self.tables = {name: tables[name] for name in (dict.fromkeys(columns) if columns else tables)}
+        """Rows of each chosen column's table."""
+        self.length = (
+            self.schema.splits[split].rows if self._saved is None else self._saved[next(iter(self.tables))].accesses
+        )
+        """Rows of the split, or accesses of the first chosen profile."""
+
+    def profiles(self, progress: bool = True) -> list[Profile]:
+        """Return the profile of each chosen column, in order.
+
+        Args:
+            progress: show a progress bar, on a terminal.
+
+        Raises:
+            UserError: a column has too few accesses, or its files are missing or altered, or numba is not installed.
+        """
+        if self._saved is not None:
+            return [self._saved[name] for name in self.tables]
+        rows = self.schema.splits[self.split].rows
+        with tqdm(
+            total=rows * len(self.tables),
+            desc="Profiling",
+            unit=" rows",
+            unit_scale=True,
+            disable=None if progress else True,
+        ) as bar:
+            profiles = []
+            for name, table_rows in self.tables.items():
+                profiler = Profiler(name, table_rows)
+                for ids, count in self._accesses(name):
+                    profiler.add(ids)
+                    bar.update(count)
+                if profiler.accesses < LEAST_ACCESSES:
+                    raise UserError(
+                        f"column {name} of {self.path} has {profiler.accesses:,} accesses in its {self.split} split; "
+                        f"a profile needs at least {LEAST_ACCESSES:,}: choose other columns or more data"
+                    )
+                profiles.append(profiler.profile())
+        return profiles
+
+    def _accesses(self, name: str) -> Iterator[tuple[NDArray[np.int32], int]]:
+        """Yield the ids of a column, row group by row group, and the number of rows they belong to."""
+        chosen = [column for column in self.schema.columns if column.name == name]
+        for file in self.schema.splits[self.split].files:
+            for table in read_groups(self.path, self.schema, file, chosen):
+                column = table.column(name)
+                ids = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+                yield ids.to_numpy(), len(column)
+
+
+def save_profiles(profiles: Sequence[Profile], path: Path) -> None:
+    """Write profiles to a JSON file, whole or not at all."""
+    document = {"trace_profiles": PROFILE_VERSION, "columns": [profile.as_json() for profile in profiles]}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(document) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a file that you may write") from error
+
+
+def _read_profiles(path: Path, text: bytes) -> dict[str, Profile]:
+    try:
+        document = json.loads(text)
+        if document["trace_profiles"] != PROFILE_VERSION:
+            raise ValueError(f"it is of version {document['trace_profiles']}, this release reads {PROFILE_VERSION}")
+        return {profile.column: profile for profile in map(Profile.from_json, document["columns"])}
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a file of trace profiles ({type(error).__name__}: {error}); "
+            "make one with 'python -m lightning_dlrm generate trace --from DIR --profile FILE'"
+        ) from error

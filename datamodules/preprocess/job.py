@@ -1,0 +1,314 @@
+"""The stages that turn raw files into a dataset, in order, and the working folder in which they leave their results.
+
+A stage is a function of one job, which any worker may do:
+
+1. ``staging`` parses a piece of a raw file, or a whole compressed file, into segments.
+2. ``counting`` takes one categorical column: it counts the values, orders them into a vocabulary, and writes the id of
+   every segment's distinct values. With the vocabulary of another dataset, ``lookup`` takes its place.
+3. ``parts`` writes one part file of one split.
+
+A worker holds one piece, or a bounded share of one column's distinct values, or some row groups.
+
+Working folder::
+
+    stage/<file>/000000.arrow ...       segments; <file> names the state of an input
+    encode/<options>/segments           lists them
+    encode/<options>/ids/C1.ids, .ends  the ids of every segment's distinct values, and where they end
+    encode/<options>/parts/             records of part files
+    encode/<options>/result/            the dataset folder in the making
+
+Each finished file has a record beside it, see ``journal``.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from datamodules.folder import Folder
+from datamodules.preprocess.counting import count_column
+from datamodules.preprocess.criteo_tsv import COLUMNS
+from datamodules.preprocess.description import columns_of_dataset, report_of, settings_of
+from datamodules.preprocess.encoding import Encoding
+from datamodules.preprocess.estimate import Estimate
+from datamodules.preprocess.journal import (
+    discard_damaged,
+    find_records,
+    fingerprint,
+    recorded,
+    remove_partial_files,
+    written_aside,
+)
+from datamodules.preprocess.lookup import look_up_column
+from datamodules.preprocess.options import Options
+from datamodules.preprocess.parts import encode_part, part_jobs, rows_per_split
+from datamodules.preprocess.progress import Progress
+from datamodules.preprocess.protocols import Table
+from datamodules.preprocess.report import write_report
+from datamodules.preprocess.segments import Segment, save_segments
+from datamodules.preprocess.sources import RawFile
+from datamodules.preprocess.splits import Span, SplitRule
+from datamodules.preprocess.staging import StageJob, segment_path, stage
+from datamodules.preprocess.target import REPORT_FILE
+from datamodules.preprocess.workers import Workers
+from datamodules.writer import data_file
+from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.schema import CRITEO_DENSE, SPLITS, Column, DataFile, DatasetSchema, Split, SplitName
+
+BAD_ROWS_FILE = "bad_rows.tsv"
+
+VERSION = 2
+"""Incremented if the same input would give other bytes, so that no run resumes with files of another release."""
+
+_SEGMENTS_A_JOB = 64
+_TOLERATED_BAD_ROWS = 1000
+"""A piece with more bad rows, and more bad than good ones, belongs to a wrong file."""
+
+
+@dataclass(kw_only=True)
+class _Staged:
+    """Results of the first stage."""
+
+    rows: dict[str, int]
+    """Good rows of each file."""
+    lines: dict[str, int]
+    """Lines of each file."""
+    segments: list[Segment] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    """Of each segment."""
+    bad_rows: list[tuple[str, int, str]] = field(default_factory=list)
+    """File, line (from 1) and fault of each bad row."""
+
+    @property
+    def all_rows(self) -> int:
+        return sum(self.rows.values())
+
+    def add(self, job: StageJob, index: int, facts: dict[str, Any]) -> None:
+        """Add the next segment of a file.
+
+        Raises:
+            UserError: a line is bad and is not to be skipped, or too many lines are.
+        """
+        path = job.source.path
+        if "bad_line" in facts:
+            line, fault = facts["bad_line"]
+            raise UserError(f"{path}, line {self.lines[path] + line + 1:,}: {fault}")
+        bad = [(job.source.name, self.lines[path] + line + 1, fault) for line, fault in facts["bad"]]
+        if len(bad) > max(_TOLERATED_BAD_ROWS, facts["rows"]):
+            raise UserError(
+                f"{path}: {len(bad):,} of {facts['lines']:,} lines from line {self.lines[path] + 1:,} on are not "
+                f"Criteo's, such as line {bad[0][1]:,}: {bad[0][2]}; give another file"
+            )
+        if facts["rows"]:
+            arrow = segment_path(job.folder, index).with_suffix(".arrow")
+            self.segments.append(
+                Segment(path=arrow, start=self.all_rows, rows=facts["rows"], distinct=facts["distinct"])
+            )
+            self.facts.append(facts)
+        self.bad_rows += bad
+        self.lines[path] += facts["lines"]
+        self.rows[path] += facts["rows"]
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One run of ``preprocess``, in its working folder."""
+
+    options: Options
+    known: DatasetSchema | None
+    """Schema of the dataset whose vocabulary is used."""
+    vocabulary: Folder | None
+    """Folder of that dataset."""
+    files: list[RawFile]
+    piece_bytes: int
+    progress: Progress
+    folder: Path = field(init=False)
+    estimate: Estimate = field(init=False)
+
+    @cached_property
+    def labelled(self) -> bool:
+        """Whether rows have labels; rows without labels need a vocabulary."""
+        return self.known is None or self.estimate.fields != len(COLUMNS) - 1
+
+    def stage_folder(self, file: RawFile) -> Path:
+        how = [VERSION, file.key, self.piece_bytes, self.labelled, self.options.on_bad_row]
+        return self.folder / "stage" / fingerprint(how)[:16]
+
+    @cached_property
+    def encode_folder(self) -> Path:
+        how = [VERSION, pa.__version__, self.options.document(), [self.stage_folder(file).name for file in self.files]]
+        return self.folder / "encode" / fingerprint(how)[:16]
+
+    def prepare(self, pool: Workers) -> None:
+        """Keep the finished steps of an earlier run that this run needs, and remove the rest."""
+        stage_folders = [self.stage_folder(file) for file in self.files]
+        for kind, wanted in (("stage", stage_folders), ("encode", [self.encode_folder])):
+            (self.folder / kind).mkdir(exist_ok=True)
+            for found in (self.folder / kind).iterdir():
+                if found not in wanted:
+                    self.progress.note(f"removing {found}: made of other input or with other options")
+                    shutil.rmtree(found)
+        shutil.rmtree(self.encode_folder / "scratch", ignore_errors=True)
+        remove_partial_files(self.folder)
+        steps = (*stage_folders, self.encode_folder / "ids", self.encode_folder / "parts")
+        for folder in (*steps, self.encode_folder / "result"):
+            folder.mkdir(parents=True, exist_ok=True)
+        if records := [record for folder in steps for record in find_records(folder)]:
+            damaged = sum(pool.map(discard_damaged, records))
+            again = f"; {damaged} were damaged and are made again" if damaged else ""
+            self.progress.note(f"resuming: {len(records) - damaged} steps of an earlier run are finished{again}")
+
+    def make(self, pool: Workers, run: dict[str, Any]) -> DatasetSchema:
+        """Make the dataset in ``encode_folder / "result"`` and return its schema."""
+        options = self.options
+        staged = self._stage(pool)
+        encoding = Encoding(
+            options=options,
+            segments=self.encode_folder / "segments",
+            rule=self._rule(staged),
+            folder=self.encode_folder,
+            minimum=self._minimum(staged),
+        )
+        save_segments(encoding.segments, staged.segments)
+        counted = self._count(pool, encoding, staged)
+        columns = columns_of_dataset(options, self.known, self.labelled, encoding.minimum, counted)
+        splits = self._encode(pool, encoding, columns, staged)
+        result = encoding.result
+        if options.on_bad_row == "skip":
+            _write_bad_rows(result / BAD_ROWS_FILE, staged.bad_rows)
+        bags = options.bags
+        schema = DatasetSchema(
+            dataset=options.dataset,
+            protocol=options.protocol,
+            columns=columns,
+            splits=splits,
+            settings=settings_of(options, self.known, encoding.minimum),
+            vocabulary={
+                table.name: data_file(result, f"vocabulary/{table.name}.parquet") for table in options.rules.tables()
+            },
+            indices={c.name: bags.size(c.name) for c in columns if c.role == "multi_hot"} if bags else {},
+            report=report_of(
+                options,
+                [[file.name, staged.rows[file.path]] for file in self.files],
+                staged.facts,
+                counted,
+                len(staged.bad_rows),
+            ),
+        )
+        write_report(result / REPORT_FILE, schema, run, self.progress.stages)
+        schema.save(result)
+        return schema
+
+    def _stage(self, pool: Workers) -> _Staged:
+        folders = [self.stage_folder(file) for file in self.files]
+        jobs = [
+            StageJob(
+                source=file,
+                index=index,
+                folder=folder,
+                piece_bytes=self.piece_bytes,
+                labelled=self.labelled,
+                skip_bad_rows=self.options.on_bad_row == "skip",
+            )
+            for file, folder in zip(self.files, folders, strict=True)
+            for index in (range(-(-file.size // self.piece_bytes)) if file.compression == "none" else (None,))
+        ]
+        staged = _Staged(rows={file.path: 0 for file in self.files}, lines={file.path: 0 for file in self.files})
+        with self.progress.stage("stage", poll=_staged_so_far(folders, self.estimate.text_bytes)) as shown:
+            for job, of_job in zip(jobs, pool.map(stage, jobs), strict=True):
+                for index, facts in enumerate(of_job, job.index or 0):
+                    staged.add(job, index, facts)
+            for path, count in staged.lines.items():
+                require(count, f"{path} is empty; expected Criteo lines of {len(COLUMNS)} fields: download it again")
+            shown.reached(staged.all_rows, 1.0)
+        return staged
+
+    def _rule(self, staged: _Staged) -> SplitRule:
+        if self.known is not None:
+            require(staged.all_rows, "the input has no rows to encode; give a file with Criteo lines")
+            return SplitRule(spans=(Span(split="test", start=0, stop=staged.all_rows),))
+        return SplitRule(
+            spans=self.options.rules.split(self.options.dataset, list(staged.rows.values())),
+            seed=self.options.seed,
+            negative_sampling_rate=self.options.negative_sampling_rate,
+        )
+
+    def _minimum(self, staged: _Staged) -> dict[str, int]:
+        """Return the minimum of each integer column over all input, if the protocol needs it."""
+        if not self.options.rules.dense_needs_minimum:
+            return {}
+        if self.known is not None:
+            return dict(self.known.settings["minimum"])
+        return {name: min(facts["minimum"][name] for facts in staged.facts) for name in CRITEO_DENSE}
+
+    def _count(self, pool: Workers, encoding: Encoding, staged: _Staged) -> dict[str, dict[str, Any]]:
+        """Return the results of ``count_column`` or ``look_up_column`` by column."""
+        tables = self.options.rules.tables()
+        weights = {table.name: 1 + sum(s.distinct.get(table.source, 0) for s in staged.segments) for table in tables}
+        # The longest first, so that no worker is left alone with one at the end.
+        tables = tuple(sorted(tables, key=lambda table: -weights[table.name]))
+        if self.known is None or self.vocabulary is None:
+            count: Callable[[Table], dict[str, Any]] = partial(count_column, encoding)
+        else:
+            count = partial(look_up_column, encoding, self.vocabulary.absolute, self.known)
+        counted = {}
+        with self.progress.stage("count", staged.all_rows) as shown:
+            for table, facts in zip(tables, pool.map(count, tables), strict=True):
+                counted[table.name] = facts
+                shown.advance(staged.all_rows * weights[table.name] / sum(weights.values()))
+        return counted
+
+    def _encode(
+        self, pool: Workers, encoding: Encoding, columns: tuple[Column, ...], staged: _Staged
+    ) -> dict[str, Split]:
+        count = len(staged.segments)
+        some = [range(start, min(start + _SEGMENTS_A_JOB, count)) for start in range(0, count, _SEGMENTS_A_JOB)]
+        rows = np.concatenate(list(pool.map(partial(rows_per_split, encoding), some)))
+        files: dict[SplitName, list[DataFile]] = {}
+        positives = dict.fromkeys(SPLITS, 0)
+        with self.progress.stage("encode", int(rows.sum())) as shown:
+            parts = list(part_jobs(encoding, columns, rows))
+            for job, (file, of_part) in zip(parts, pool.map(encode_part, parts), strict=True):
+                files.setdefault(job.split, []).append(file)
+                positives[job.split] += of_part or 0
+                shown.advance(file.rows)
+        for split in SPLITS:
+            require(
+                split in files or self.known is not None,
+                f"no rows are left in the {split} split; give more input, or keep more negatives",
+            )
+        return {
+            split: Split(
+                rows=sum(file.rows for file in files[split]),
+                positives=positives[split] if self.labelled else None,
+                files=tuple(files[split]),
+            )
+            for split in SPLITS
+            if split in files
+        }
+
+
+def _staged_so_far(folders: Sequence[Path], text_bytes: float) -> Callable[[], tuple[int, float]]:
+    """Return a function that finds, from the records, how many rows are staged and which share of the text they are."""
+    seen: dict[Path, dict[str, Any]] = {}
+
+    def look() -> tuple[int, float]:
+        for path in (path for folder in folders for path in find_records(folder)):
+            if path not in seen:
+                seen[path] = recorded(path) or {}
+        rows = sum(facts.get("rows", 0) for facts in seen.values())
+        return rows, sum(facts.get("text_bytes", 0) for facts in seen.values()) / max(text_bytes, 1.0)
+
+    return look
+
+
+def _write_bad_rows(path: Path, bad_rows: Sequence[tuple[str, int, str]]) -> None:
+    with written_aside(path) as partial, partial.open("w") as file:
+        file.write("file\tline\treason\n")
+        for name, line, reason in bad_rows:
+            file.write(f"{name}\t{line}\t{reason}\n")

@@ -1,0 +1,241 @@
+"""Decoded rows of a split, and the decoder that makes them from row groups of Parquet part files.
+
+Shape suffixes: n rows, I dense columns, F tables, N multi-hot indices.
+"""
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from datamodules.folder import Folder
+from datamodules.parquet import check_weights, count_values, open_part, read_group, weighted_column
+from datamodules.stream.order import LANES, ranges
+from lightning_dlrm.contracts.schema import Column, DataFile, DatasetSchema
+
+_FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
+# In one array, so that code that moves ids moves their weights too.
+WEIGHTED_IDS = np.dtype([("id", np.int32), ("weight", np.float32)])
+_NAN = pa.scalar(float("nan"), type=pa.float32())
+# Each lane is in one file at a time, or passing from one to the next.
+_OPEN_FILES = LANES + 16
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """Decoded rows, row by row in memory, as a model reads them."""
+
+    label: np.ndarray | None
+    """int8 [n]"""
+    dense: np.ndarray
+    """float32 [n, I], NaN where missing"""
+    ids: np.ndarray
+    """int32 [n, F]: ids; with multi-hot columns, how many each bag has"""
+    values: np.ndarray | None = None
+    """int32 [N]: with multi-hot columns the ids, sample by sample and within it table by table; where a column has
+    weights, fields ``id`` int32 and ``weight`` float32"""
+    ends: np.ndarray | None = None
+    """int64 [n + 1]: sample b has values[ends[b] : ends[b + 1]]"""
+
+    def __len__(self) -> int:
+        return len(self.dense)
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """The arrays with one item for each row."""
+        return [array for array in (self.label, self.dense, self.ids) if array is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (*self.arrays, self.values, self.ends) if array is not None)
+
+    def slice(self, start: int, stop: int) -> "Rows":
+        """Return the rows ``start`` to ``stop - 1``, as views."""
+        rows = self._each(lambda array: array[start:stop])
+        if self.values is not None and self.ends is not None:
+            rows.values = self.values[self.ends[start] : self.ends[stop]]
+            rows.ends = self.ends[start : stop + 1] - self.ends[start]
+        return rows
+
+    def take(self, index: np.ndarray) -> "Rows":
+        """Return the rows at int64 ``index``, in that order."""
+        rows = self._each(lambda array: take_rows(array, index))
+        if self.values is not None and self.ends is not None:
+            rows.values, rows.ends = take_bags(self.values, self.ends, index)
+        return rows
+
+    def _each(self, choose: Callable[[np.ndarray], np.ndarray]) -> "Rows":
+        """Return rows chosen alike from each of ``arrays``, still without bags (``values`` keeps its type)."""
+        return Rows(
+            label=None if self.label is None else choose(self.label),
+            dense=choose(self.dense),
+            ids=choose(self.ids),
+            values=self.values,
+            ends=self.ends,
+        )
+
+
+class Decoder:
+    """Decodes row groups of a split to rows in file order; may be called from several threads.
+
+    Args:
+        folder: the dataset folder.
+        schema: its schema.
+        files: the part files of the split, in order.
+        verify: compare the checksums of pages.
+    """
+
+    def __init__(self, folder: Folder, schema: DatasetSchema, files: Sequence[DataFile], verify: bool = True) -> None:
+        self.folder, self.schema, self.files, self._verify = folder, schema, tuple(files), verify
+        self.label = next((column.name for column in schema.by_role("label")), None)
+        self.dense = [column.name for column in schema.by_role("dense")]
+        self.tables = schema.by_role("categorical", "multi_hot")
+        self.multi_hot = bool(schema.by_role("multi_hot"))
+        self.weights = {weighted_column(column): column.name for column in schema.by_role("weights")}
+        self.value_type = WEIGHTED_IDS if self.weights else _INT32
+        """Of ``Rows.values``."""
+        self._where = [(i, group) for i, file in enumerate(self.files) for group in range(len(file.row_groups))]
+        # pyarrow does not promise that a ParquetFile is thread-safe, so each thread has its own.
+        self._idle: OrderedDict[int, list[pq.ParquetFile]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, group: int) -> Rows:
+        """Decode a row group, counted over the whole split.
+
+        Raises:
+            UserError: its file is missing, altered or cannot be decoded.
+        """
+        columns = self._read(group)
+        count = len(next(iter(columns.values())))
+        rows = Rows(
+            label=None if self.label is None else columns[self.label].to_numpy(),
+            dense=_side_by_side([_floats(columns[name]) for name in self.dense], count, _FLOAT32),
+            ids=np.empty((0, 0), np.int32),
+        )
+        if self.multi_hot:
+            rows.ids, rows.values, rows.ends = self._bags(columns, group)
+        else:
+            rows.ids = _side_by_side([columns[column.name].to_numpy() for column in self.tables], count, _INT32)
+        return rows
+
+    def empty(self, count: int) -> Rows:
+        """Allocate rows; with multi-hot columns ``values`` has the right type and no items."""
+        return Rows(
+            label=np.empty(count, np.int8) if self.label else None,
+            dense=np.empty((count, len(self.dense)), np.float32),
+            ids=np.empty((count, len(self.tables)), np.int32),
+            values=np.empty(0, self.value_type) if self.multi_hot else None,
+        )
+
+    def bytes_of(self, start: int, stop: int) -> int:
+        """Return the bytes of the decoded rows at the positions ``start`` to ``stop - 1`` of the split; an estimate for
+        bags.
+
+        Raises:
+            UserError: with multi-hot columns, whose footers are read: a file is missing or altered.
+        """
+        total = (stop - start) * self.empty(1).nbytes
+        if self.multi_hot:
+            rows = sum(file.rows for file in self.files)
+            values = sum(count_values(open_part(self.folder, self.schema, file), self.tables) for file in self.files)
+            total += (stop - start) * 8 + self.value_type.itemsize * values * (stop - start) // max(rows, 1)
+        return total
+
+    def _read(self, group: int) -> dict[str, pa.Array]:
+        index, group = self._where[group]
+        part = self._borrow(index)
+        # One thread, because a wider pool would take cores from training.
+        table = read_group(self.folder, self.files[index], part, group, self.schema.columns, threads=False)
+        self._give_back(index, part)
+        # A row group mostly has the values of a column in one chunk.
+        return {
+            name: column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+            for name, column in zip(table.column_names, table.columns, strict=True)
+        }
+
+    def _borrow(self, index: int) -> pq.ParquetFile:
+        with self._lock:
+            if self._idle.get(index):
+                return self._idle[index].pop()
+        return open_part(self.folder, self.schema, self.files[index], self._verify)
+
+    def _give_back(self, index: int, part: pq.ParquetFile) -> None:
+        with self._lock:
+            self._idle.setdefault(index, []).append(part)
+            self._idle.move_to_end(index)
+            if len(self._idle) > _OPEN_FILES:
+                self._idle.popitem(last=False)
+
+    def _bags(self, columns: dict[str, pa.Array], group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return lengths int32 [n, F], values [N] and ends int64 [n + 1], as in ``Rows``."""
+        parts = [_bag_column(columns[column.name], column) for column in self.tables]
+        lengths_nF = np.stack([lengths for lengths, _ in parts], axis=1)
+        stops_nF = np.cumsum(lengths_nF, dtype=np.int64).reshape(lengths_nF.shape)
+        values: np.ndarray = np.empty(int(lengths_nF.sum()), dtype=self.value_type)
+        ids = values["id"] if self.weights else values
+        for table, (lengths, column_values) in enumerate(parts):
+            places = ranges(stops_nF[:, table] - lengths, lengths)
+            ids[places] = column_values
+            if self.weights:
+                values["weight"][places] = self._weights(columns, self.tables[table].name, group)
+        return lengths_nF, values, np.append(0, stops_nF[:, -1])
+
+    def _weights(self, columns: dict[str, pa.Array], name: str, group: int) -> np.ndarray | float:
+        """Return the weights float32 [N] of a column's ids, or 1 for all of them."""
+        if name not in self.weights:
+            return 1.0
+        weights = columns[self.weights[name]]
+        index, in_file = self._where[group]
+        where = f"{self.folder / self.files[index].path}, row group {in_file}, column {self.weights[name]}"
+        check_weights(where, weights, columns[name])
+        return weights.flatten().to_numpy()
+
+
+def take_bags(values: np.ndarray, ends: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return values and ends, as in ``Rows``, of the rows at ``index``."""
+    lengths = np.diff(ends)[index]
+    return values[ranges(ends[index], lengths)], np.append(0, np.cumsum(lengths))
+
+
+def _side_by_side(columns: Sequence[np.ndarray], count: int, dtype: np.dtype) -> np.ndarray:
+    """Return [count, columns], row by row in memory, from one array for each column."""
+    # Columns at distances of a multiple of 4 KiB share a few sets of the cache and evict each other: the transposition
+    # would take three times as long.
+    block = _allocate((len(columns), count + (16 - count) % 1024), dtype)[:, :count]
+    for row, column in zip(block, columns, strict=True):
+        row[:] = column
+    rows = _allocate((count, len(columns)), dtype)
+    rows[:] = block.T
+    return rows
+
+
+def take_rows(array: np.ndarray, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Return the rows of an array at ``index``."""
+    if out is None:
+        out = _allocate((len(index), *array.shape[1:]), array.dtype)
+    # Other modes than "clip" write to a copy first.
+    return array.take(index, axis=0, out=out, mode="clip")
+
+
+def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an uninitialised array from Arrow's pool, which reuses freed memory; NumPy would map it anew."""
+    size = math.prod(shape) * dtype.itemsize
+    return np.frombuffer(pa.allocate_buffer(size), dtype).reshape(shape)
+
+
+def _floats(column: pa.Array) -> np.ndarray:
+    """Return float32 values, NaN for nulls."""
+    return (column.fill_null(_NAN) if column.null_count else column).to_numpy()
+
+
+def _bag_column(column: pa.Array, kind: Column) -> tuple[np.ndarray, np.ndarray]:
+    """Return lengths int32 [n] and values int32 [N] of a column of bags, or of single ids."""
+    if kind.role == "categorical":
+        return np.ones(len(column), dtype=np.int32), column.to_numpy()
+    offsets = column.offsets.to_numpy()
+    return np.diff(offsets), column.values.to_numpy()[offsets[0] : offsets[-1]]

@@ -1,0 +1,237 @@
+"""Where the rows of an order come from: a window of decoded row groups, or rows held in memory.
+
+Shape suffixes: n rows, N multi-hot indices, L lanes of a rank, K batches.
+"""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from datamodules.stream.order import Order, ranges
+from datamodules.stream.rows import Decoder, Rows, take_bags, take_rows
+
+
+class Window:
+    """The rows of a rank's lanes from those being served to the end of the last decoded row group.
+
+    Every lane has a ring of rows. A row group is decoded as its rows come within reach, and laid
+    behind those of its lane, permuted by the order; the rows of batches are then gathered from all
+    rings. All lanes finish their row groups at nearly the same time. So that the consumer does not
+    wait while all of them decode the next, they decode one after the other, from 0.6 of a row group
+    ahead of the batch down to 0.1.
+
+    Args:
+        read: decodes a row group; called from several threads.
+        empty: allocates rows.
+        order: of one epoch.
+        rank, world: the rank whose lanes are read, and the world size.
+        at_once: maximum of batches that are fetched at once.
+        threads: number of threads that decode, the calling one included.
+        buffer: memory to use if it is large enough; a closed window's ``buffer``.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Rows],
+        empty: Callable[[int], Rows],
+        order: Order,
+        *,
+        rank: int,
+        world: int,
+        at_once: int,
+        threads: int,
+        buffer: Rows | None = None,
+    ) -> None:
+        self._read, self._order = read, order
+        lanes = order.lanes_of(rank, world)
+        begins_L, self._lane_ends_L = (
+            order.edges[lanes.start : lanes.stop],
+            order.edges[lanes.start + 1 : lanes.stop + 1],
+        )
+        largest = int(order.group_rows.max(initial=0))
+        # A single lane is read in file order: each further thread decodes a row group ahead.
+        ahead = 0.1 + 0.5 * np.arange(1, len(lanes) + 1) / len(lanes) if len(lanes) > 1 else np.array([threads - 1])
+        self._reach_L = (ahead * largest).astype(np.int64)
+        # A batch takes from a lane its share of rows, give or take a few.
+        batch_rows_L = at_once * order.batch_size * (self._lane_ends_L - begins_L) // max(order.rows, 1) + 4
+        self._capacity_L = np.minimum(batch_rows_L + self._reach_L + largest, self._lane_ends_L - begins_L)
+        self._ring_starts_L = np.cumsum(self._capacity_L) - self._capacity_L
+        rows = int(self._capacity_L.sum())
+        self.buffer: Rows | None = buffer if buffer is not None and len(buffer) >= rows else empty(rows)
+        """Memory that the next window may reuse, once this one is closed."""
+        self._rings = self.buffer.slice(0, rows)
+        self._bags: list[dict[int, tuple[np.ndarray, np.ndarray]]] = [{} for _ in lanes]
+        """For each lane, by the place of the first row: values and ends of multi-hot columns, as in ``Rows``."""
+        self._begun_L: np.ndarray | None = None
+        """Places up to which the lanes are decoded, or being decoded."""
+        self._loads: list[_Load] = []
+        """Loads that may be unfinished."""
+        self._pool = ThreadPoolExecutor(threads - 1, "row group decoder") if threads > 1 else None
+
+    def fetch(self, bounds: np.ndarray) -> Rows:
+        """Return the rows of consecutive batches, batch by batch and within it lane by lane.
+
+        Args:
+            bounds: int64 [K, L, 2] as ``Order.bounds`` returns them; each call continues where the previous one ended.
+
+        Raises:
+            UserError: a file is missing, altered or cannot be decoded.
+        """
+        begins_L, stops_L = bounds[0, :, 0], bounds[-1, :, 1]
+        if self._begun_L is None:
+            self._begun_L = begins_L.copy()
+        within_L = np.minimum(stops_L + self._reach_L, self._lane_ends_L)
+        for lane in np.flatnonzero(self._begun_L < within_L).tolist():
+            while self._begun_L[lane] < within_L[lane]:
+                self._begun_L[lane] = self._begin_load(lane, int(self._begun_L[lane]))
+        assert (self._begun_L - begins_L <= self._capacity_L).all(), "a ring is too small"
+        self._finish_loads(stops_L)
+        return self._gather(bounds)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _begin_load(self, lane: int, begin: int) -> int:
+        """Start to decode the row group at a place of a lane; return the place after it."""
+        index = int(np.searchsorted(self._order.ends, begin, side="right"))
+        end = int(min(self._order.ends[index], self._lane_ends_L[lane]))
+        run = functools.partial(self._load, lane, index, begin, end)
+        if self._pool is None:
+            run()
+        else:
+            self._loads.append(_Load(lane, begin, run, self._pool.submit(run)))
+        return end
+
+    def _finish_loads(self, stops_L: np.ndarray) -> None:
+        """Wait for the row groups with rows before the places ``stops_L``; decode here those that no thread has
+        begun."""
+        needed = [load for load in self._loads if load.begin < stops_L[load.lane]]
+        self._loads = [load for load in self._loads if load.begin >= stops_L[load.lane]]
+        # The pool takes the oldest first.
+        for load in reversed(needed):
+            if load.state.cancel():
+                load.run()
+        for load in needed:
+            if not load.state.cancelled():
+                load.state.result()
+
+    def _load(self, lane: int, index: int, begin: int, end: int) -> None:
+        """Decode a row group of the sequence and copy its rows ``begin`` to ``end - 1`` into the ring."""
+        group = int(self._order.sequence[index])
+        rows, permutation = self._read(group), self._order.permutation(group)
+        first = int(self._order.ends[index]) - len(rows)
+        taken = np.arange(len(rows)) if permutation is None else permutation
+        taken = taken[begin - first : end - first]
+        if rows.values is not None and rows.ends is not None:
+            self._bags[lane][begin] = take_bags(rows.values, rows.ends, taken)
+        ring, capacity = int(self._ring_starts_L[lane]), int(self._capacity_L[lane])
+        slot = begin % capacity
+        # The ring may end in the middle of them.
+        for part, at in ((taken[: capacity - slot], ring + slot), (taken[capacity - slot :], ring)):
+            for ring_array, decoded in zip(self._rings.arrays, rows.arrays, strict=True):
+                take_rows(decoded, part, out=ring_array[at : at + len(part)])
+
+    def _gather(self, bounds: np.ndarray) -> Rows:
+        begins_KL, sizes_KL = bounds[:, :, 0], bounds[:, :, 1] - bounds[:, :, 0]
+        slots_KL = begins_KL % np.maximum(self._capacity_L, 1)
+        # Each piece in two: up to the end of its ring, and on from its start.
+        heads_KL = np.minimum(sizes_KL, self._capacity_L - slots_KL)
+        starts = np.stack([self._ring_starts_L + slots_KL, np.broadcast_to(self._ring_starts_L, slots_KL.shape)], -1)
+        rows = self._rings.take(ranges(starts, np.stack([heads_KL, sizes_KL - heads_KL], -1)))
+        if self._rings.values is not None:
+            rows.values, rows.ends = self._gather_bags(bounds, rows.ids.sum(axis=1, dtype=np.int64))
+        return rows
+
+    def _gather_bags(self, bounds: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return values and ends of the rows of batches, given the number of values of each row."""
+        # If the rank has no rows of these batches, there are no pieces.
+        pieces = [np.empty_like(self._rings.values)]
+        for bags, begin, stop in zip(self._bags, bounds[0, :, 0].tolist(), bounds[-1, :, 1].tolist(), strict=True):
+            for first in sorted(bags):
+                values, ends = bags[first]
+                if first + len(ends) - 1 <= begin:
+                    del bags[first]
+                elif first < stop:
+                    pieces.append(values[ends[max(begin - first, 0)] : ends[min(stop - first, len(ends) - 1)]])
+        # They lie lane by lane, and batch by batch within a lane.
+        sizes_LK = (bounds[:, :, 1] - bounds[:, :, 0]).T
+        starts_LK = (sizes_LK.cumsum() - sizes_LK.ravel()).reshape(sizes_LK.shape)
+        index = ranges(starts_LK.T, sizes_LK.T)
+        lengths_there = np.empty_like(lengths)
+        lengths_there[index] = lengths
+        return take_bags(np.concatenate(pieces), np.append(0, np.cumsum(lengths_there)), index)
+
+
+@dataclass(frozen=True)
+class _Load:
+    """A row group being decoded into a ring."""
+
+    lane: int
+    begin: int
+    """Place of its first row."""
+    run: Callable[[], None]
+    state: "Future[None]"
+    """Of ``run``, in the pool."""
+
+
+class CachedRows:
+    """Rows held in memory, in file order.
+
+    Args:
+        rows: a range of the split.
+        first: position in the split of its first row.
+        order: ``none`` or ``full``.
+    """
+
+    buffer = None
+    """No memory to reuse: these rows are kept."""
+
+    def __init__(self, rows: Rows, first: int, order: Order) -> None:
+        self._rows, self._first, self._order = rows, first, order
+
+    def fetch(self, bounds: np.ndarray) -> Rows:
+        """Return the rows of consecutive batches; see ``Window.fetch``."""
+        if self._order.shuffle == "none" and len(bounds) == 1:
+            ((begin, stop),) = (bounds[0] - self._first).tolist()
+            return self._rows.slice(begin, stop)
+        places = ranges(bounds[:, :, 0], bounds[:, :, 1] - bounds[:, :, 0])
+        return self._rows.take(self._order.split_rows(places) - self._first)
+
+    def close(self) -> None:
+        """Do nothing: there are no threads."""
+
+
+Source: TypeAlias = Window | CachedRows
+
+
+def cache_rows(decoder: Decoder, order: Order, start: int, stop: int, threads: int) -> Rows:
+    """Decode the rows at the positions ``start`` to ``stop - 1`` of a split.
+
+    Args:
+        decoder: of the split.
+        order: any order of the split.
+        threads: number of threads that decode.
+    """
+    cached = decoder.empty(stop - start)
+
+    def load(group: int) -> Rows:
+        rows, first = decoder(group), int(order.group_starts[group])
+        rows = rows.slice(max(start - first, 0), min(stop - first, len(rows)))
+        at = max(first - start, 0)
+        for array, decoded in zip(cached.arrays, rows.arrays, strict=True):
+            array[at : at + len(rows)] = decoded
+        return rows if decoder.multi_hot else decoder.empty(0)
+
+    groups = np.flatnonzero((order.group_starts < stop) & (order.group_starts + order.group_rows > start))
+    with ThreadPoolExecutor(threads) as pool:
+        bags = list(pool.map(load, groups.tolist()))
+    if cached.values is not None:
+        cached.values = np.concatenate([cached.values, *(rows.values for rows in bags if rows.values is not None)])
+        cached.ends = np.append(0, np.cumsum(cached.ids.sum(axis=1, dtype=np.int64)))
+    return cached
