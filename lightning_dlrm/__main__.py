@@ -7,12 +7,13 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_dlrm.cli import plain
 from lightning_dlrm.cli.configs import nearest
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, one_line
 
 COMMANDS = {
     "fit": "train a model; ends with a validation",
@@ -75,10 +76,23 @@ def search_current_folder_last() -> None:
 
 
 def _user_error_in(error: BaseException | None) -> UserError | None:
-    """The mistake behind an error: parsing libraries wrap what a constructor raises."""
+    """Return the user's mistake behind an error; None if the error is not one.
+
+    Parsing libraries wrap the errors of constructors. Refusals of Lightning count as mistakes of the user's.
+    """
     while error is not None and not isinstance(error, UserError):
+        if _is_refusal_of_lightning(error):
+            return UserError(f"Lightning: {one_line(error)}")
         error = error.__cause__
     return error
+
+
+def _is_refusal_of_lightning(error: BaseException) -> bool:
+    """Whether Lightning's own code raised the error because of a setting or a missing package."""
+    *_, (frame, _) = [(None, 0), *traceback.walk_tb(error.__traceback__)]
+    package = "" if frame is None else frame.f_globals.get("__name__", "").partition(".")[0]
+    kinds = ("MisconfigurationException", "ValueError", "ModuleNotFoundError")
+    return package in ("pytorch_lightning", "lightning_fabric") and type(error).__name__ in kinds
 
 
 def _run(command: str, arguments: list[str]) -> int:

@@ -39,6 +39,7 @@ from lightning_dlrm.bench.options import (
 from lightning_dlrm.bench.worker import REPLIES, REQUESTS, Worker
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.compilation import compile_score
 
 DESCRIPTION = """\
 Times training of the paper's DLRM (Kaggle's shape: 540 million parameters on the demo data) with plain SGD and with all
@@ -56,6 +57,7 @@ Each contender has the model in memory: 2.2 GB for each of three to five contend
 
 examples:
   python -m lightning_dlrm bench fit --precision 32-true bf16-mixed
+  python -m lightning_dlrm bench fit --batch-size 128 --steps 200 --compile
   python -m lightning_dlrm bench fit --batch-size 128 --steps 200 --peer ~/dlrm --peer-python ~/numpy1/bin/python
 """
 
@@ -86,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser)
     add_data(parser)
     add_steps(parser)
+    parser.add_argument("--compile", action="store_true", help="compile the step of ours, as model.compile does")
     add_peer_python(parser)
 
 
@@ -104,6 +107,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         bottom=(512, 256, 64, 16),
         top=(512, 256),
     )
+    compiled = ", compiled" if args.compile else ""
     # A loader has a position, so every loop needs its own.
     loader = partial(
         TrainingLoader,
@@ -143,7 +147,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         Measurement.of_rounds(
             of_rounds,
             work="fit",
-            case=f"{case}, batch {args.batch_size:,}, {precision}, {args.device}",
+            case=f"{case}{compiled if name == 'ours' else ''}, batch {args.batch_size:,}, {precision}, {args.device}",
             implementation=name,
             device=args.device,
             precision=precision,
@@ -164,6 +168,8 @@ def _loops(
 ) -> dict[Key, Callable[[], object]]:
     """Return the loops of this process: ours without Lightning, and the baseline's."""
     network, plain = workload.network().to(device), plain_network(workload).to(device)
+    if args.compile:
+        compile_score(network, "default")
     loops: dict[Key, Callable[[], object]] = {}
     for precision in args.precision:
         ours, theirs = OurStep(network, precision, device), PlainStep(plain, precision, device)
@@ -209,6 +215,7 @@ def _fit_command(args: argparse.Namespace, folder: Path, precision: str, run_dir
         "data.batch_size": args.batch_size,
         "trainer.accelerator": "gpu" if args.device == "cuda" else "cpu",
         "trainer.precision": precision,
+        "model.compile": str(args.compile).lower(),
         # As in the configurations for real data.
         "trainer.log_every_n_steps": 100,
         "trainer.max_epochs": -1,

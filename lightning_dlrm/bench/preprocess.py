@@ -129,6 +129,8 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         if raw is None:
             raw = folder / "train.txt"
             generate_tsv(TsvSettings(rows=args.rows, dataset=args.dataset), [raw])
+        # First, because it fails at once with an interpreter that it does not support.
+        beside = [] if args.peer is None else _measure_peer(raw, folder, args)
         ours = _Ours(raw, args.dataset, args.protocol, folder / "ours")
         parsed = raw
         if _lines(raw) > args.baseline_rows:
@@ -136,20 +138,13 @@ def run(args: argparse.Namespace) -> list[Measurement]:
             _copy_first_lines(raw, parsed, args.baseline_rows)
         baseline = _Script(_BASELINE, sys.executable, (str(parsed),), samples=_lines(parsed))
         rows = _measure(ours, "baseline", baseline, args)
-        if rows[0].samples >= _PREDICT_FROM_ROWS:
-            print(render_predictions(_cost(rows[0])))
-        if args.peer is not None:
-            few = folder / "first.txt"
-            _copy_first_lines(raw, few, args.peer_rows)
-            ours_of_few = _Ours(few, args.dataset, args.protocol, folder / "few")
-            beside = folder / "peer"  # it writes beside its input
-            arguments = (str(args.peer), str(few), str(beside / "train.txt"))
-            peer = _Script(_PEER, args.peer_python, arguments, samples=_lines(few), folder=beside)
-            rows += _measure(ours_of_few, "peer", peer, args)
-            # The rate of the peer does not depend on the rows; that of ours does, as its time includes its start.
-            ratio = rows[0].samples_per_s / rows[-1].samples_per_s
-            rows[0] = replace(rows[0], extra={**rows[0].extra, "speed_over_peer": ratio})
-    return rows
+    if rows[0].samples >= _PREDICT_FROM_ROWS:
+        print(render_predictions(_cost(rows[0])))
+    if beside:
+        # The rate of the peer does not depend on the rows; that of ours does, as its time includes its start.
+        ratio = rows[0].samples_per_s / beside[-1].samples_per_s
+        rows[0] = replace(rows[0], extra={**rows[0].extra, "speed_over_peer": ratio})
+    return rows + beside
 
 
 @dataclass
@@ -256,6 +251,18 @@ def _row(
         samples=samples,
         extra={"peak_bytes": float(footprint.peak_bytes), "cpu_s": footprint.cpu_s},
     )
+
+
+def _measure_peer(raw: Path, folder: Path, args: argparse.Namespace) -> list[Measurement]:
+    """Time ours and the peer in turns on the first rows of a file."""
+    few = folder / "first.txt"
+    _copy_first_lines(raw, few, args.peer_rows)
+    ours = _Ours(few, args.dataset, args.protocol, folder / "few")
+    # The peer writes beside its input.
+    beside = folder / "peer"
+    arguments = (str(args.peer), str(few), str(beside / "train.txt"))
+    peer = _Script(_PEER, args.peer_python, arguments, samples=_lines(few), folder=beside)
+    return _measure(ours, "peer", peer, args)
 
 
 def _lines(path: Path) -> int:

@@ -44,8 +44,6 @@ def _find_run_config(name: str) -> Path:
         raise UserError(
             f"{name} is an experiment of several runs: python -m lightning_dlrm compare --config {name} --output DIR"
         )
-    if "method" in content and "parameters" in content:
-        raise UserError(f"{name} is a W&B sweep, which makes fit commands: wandb sweep {path}")
     return path
 
 

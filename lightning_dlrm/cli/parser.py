@@ -1,13 +1,16 @@
 """The options of a fit, which all commands with a model share, on Lightning's public argument parser."""
 
 import os
+import re
 from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
+import yaml
 from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
+from lightning_utilities.core.enums import StrEnum
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from lightning_dlrm.cli.configs import resolve_config_arguments
@@ -15,6 +18,9 @@ from lightning_dlrm.cli.mistakes import explain, known_keys
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.tracking.wandb_mode import Mode
+
+# Defaults of Lightning's callbacks may be enums, such as the interval of a Timer.
+yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
 
 # A value whose type is not declared stays data: a configuration builds no other class than an option declares.
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
@@ -73,6 +79,23 @@ class CommandParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(explain(message, known_keys(self)))
+
+    def build(self, settings: Namespace) -> Namespace:
+        """Return the settings with all classes instantiated.
+
+        Raises:
+            UserError: a class refuses its arguments, or needs a package that is not installed.
+        """
+        try:
+            return self.instantiate(settings)
+        except ValueError as error:
+            root: BaseException = error
+            while root.__cause__ is not None:
+                root = root.__cause__
+            refused = re.search(r"Problem with given class_path '([\w.]+)':\n\s*(.*)", str(error))
+            if refused is None or isinstance(root, UserError):
+                raise
+            raise UserError(f"{refused[1]}: {refused[2]}") from error
 
 
 def build_trainer_parser(command: str, description: str) -> CommandParser:

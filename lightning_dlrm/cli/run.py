@@ -22,7 +22,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from jsonargparse import Namespace
-from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.callbacks import EarlyStopping, ProgressBar, Timer
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -163,14 +163,14 @@ def instantiate(command: str, parser: CommandParser, settings: Namespace) -> tup
     fill_data_seed(settings)
     to_build = settings.clone()
     check_early_stopping_after_validation(to_build.trainer)
-    built = parser.instantiate(to_build)
+    built = parser.build(to_build)
     trainer_settings = built.trainer.as_dict()
     validate_trainer_settings(trainer_settings, settings.stop_at_auc)
     folder = RunFolder(Path())
     metrics_logger = None
     if command == "fit":
         checkpoints = None
-        if trainer_settings["enable_checkpointing"] is not False:
+        if trainer_settings["enable_checkpointing"] is not False and not trainer_settings["fast_dev_run"]:
             checkpoints = RunCheckpoints(folder, settings.checkpoint.every_n_steps)
         metrics_logger = MetricsLogger(folder, checkpoints)
     job = Job(
@@ -200,7 +200,8 @@ def build_callbacks(job: Job, trainer_settings: dict[str, Any]) -> list[pl.Callb
             callbacks.append(metrics_logger.checkpoints)
     else:
         callbacks += [EvaluationWriter(job.folder), PredictionWriter(job.folder)]
-    if trainer_settings["enable_progress_bar"] is not False:
+    own_bar = any(isinstance(given, ProgressBar) for given in callbacks)
+    if trainer_settings["enable_progress_bar"] is not False and not own_bar:
         callbacks.append(RunProgress(metrics_logger))
     if job.command != "predict":
         callbacks.append(CurveWriter(job.folder))
@@ -239,6 +240,8 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
         trainer = RunTrainer(job.folder, **(trainer_settings | ours))
     except (MisconfigurationException, ValueError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    # Lightning appends the timer of max_time; the step at which it stops a fit is to be logged and validated.
+    trainer.callbacks.sort(key=lambda callback: not isinstance(callback, Timer))  # type: ignore[attr-defined]
     check_processes(trainer, job.command, trainer_settings["sync_batchnorm"])
     if isinstance(trainer.strategy, EmbeddingShardedDDP):
         trainer.strategy.facts = facts_of_all_ranks(job)
@@ -348,7 +351,8 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
         ) from error
     finally:
         finish_loggers(succeeded)
-        if not succeeded and job.made_folder:
+        trained = succeeded and (job.metrics_logger is None or job.metrics_logger.samples > 0)
+        if not trained and job.made_folder:
             job.folder.remove_unless_begun()
 
 
@@ -371,19 +375,14 @@ def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
 
 
 def report_fit(job: Job, trainer: pl.Trainer) -> None:
-    """Print the scores of a fit and what can be done with it.
-
-    Raises:
-        UserError: no step was trained.
-    """
+    """Print the scores of a fit and what can be done with it."""
     metrics_logger = job.metrics_logger
     assert metrics_logger is not None
-    if metrics_logger.samples == 0:
-        raise UserError(
-            f"nothing was trained: trainer.max_steps is {trainer.max_steps} and trainer.max_epochs is "
-            f"{trainer.max_epochs}; ask for at least one step"
-        )
     if not trainer.is_global_zero or trainer.interrupted:
+        return
+    if metrics_logger.samples == 0:
+        zero = next(name for name in ("max_steps", "max_epochs", "limit_train_batches") if getattr(trainer, name) == 0)
+        print(f"nothing was trained: trainer.{zero} is 0")
         return
     best = metrics_logger.checkpoints.best if metrics_logger.checkpoints else {}
     final = {names.SAMPLES: metrics_logger.samples, **metrics_logger.latest}

@@ -13,6 +13,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpoint_state import dense_tensors, table_pieces
+from lightning_dlrm.engine.fit_length import all_micro_batches, micro_batches
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.sharding.checkpoint import (
     CheckpointReader,
@@ -153,20 +154,24 @@ def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
     return isinstance(interval, int) and interval > 0 and (counted + 1) % interval == 0
 
 
-def refuse_validation_amid_a_step(trainer: pl.Trainer) -> None:
-    """A checkpoint between the micro-batches of a step would lose the first of them.
+def prepare_accumulation(trainer: pl.Trainer) -> None:
+    """Set the micro-batches of the current epoch, and check that no validation, which saves, falls between them.
+
+    Lightning's GradientAccumulationScheduler sets them when an epoch starts, so not in a fit that resumes amid one. A
+    checkpoint between the micro-batches of a step would lose the first of them.
 
     Raises:
-        UserError: some validation, which saves, would fall there.
+        UserError: a validation would fall between the micro-batches of a step.
     """
-    micro, interval, batches = trainer.accumulate_grad_batches, trainer.val_check_batch, trainer.num_training_batches
-    if micro == 1 or not trainer.enable_validation or not isinstance(interval, int):
+    trainer.accumulate_grad_batches = micro_batches(trainer, trainer.current_epoch)
+    interval, batches = trainer.val_check_batch, trainer.num_training_batches
+    if not trainer.enable_validation or not isinstance(interval, int) or interval == batches:
         return
     counts_on = trainer.check_val_every_n_epoch is None
-    at_epoch_end = interval == batches
-    if (interval % micro or (counts_on and batches % micro)) and not at_epoch_end:
-        raise UserError(
-            f"trainer.val_check_interval is {interval} batches of {batches} an epoch, and a step takes "
-            f"accumulate_grad_batches = {micro} of them: validate between steps, at a multiple of {micro}"
-            + (" (of an epoch's batches: set trainer.check_val_every_n_epoch to 1)" if counts_on else "")
-        )
+    for micro in sorted(all_micro_batches(trainer)):
+        if interval % micro or (counts_on and batches % micro):
+            raise UserError(
+                f"trainer.val_check_interval is {interval} batches of {batches} an epoch, and a step takes "
+                f"accumulate_grad_batches = {micro} of them: validate between steps, at a multiple of {micro}"
+                + (" (of an epoch's batches: set trainer.check_val_every_n_epoch to 1)" if counts_on else "")
+            )

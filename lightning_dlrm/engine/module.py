@@ -15,6 +15,7 @@ from lightning_dlrm.engine.averaging import AverageForEvaluation, Averaging, Wei
 from lightning_dlrm.engine.checkpoint_state import add_state, take_state
 from lightning_dlrm.engine.compilation import CompilationLog, CompileMode, compile_mode, compile_score, compiled
 from lightning_dlrm.engine.evaluation import Evaluation
+from lightning_dlrm.engine.fit_length import steps_of_epochs
 from lightning_dlrm.engine.guards import LossGuard, Position, warn_of_chance
 from lightning_dlrm.engine.timing import StepTimer
 from lightning_dlrm.engine.transfer import SideStream
@@ -186,7 +187,7 @@ class CTRModule(pl.LightningModule):
             if trainer.max_steps == -1:
                 raise UserError(f"{user} needs to know the fit's length: set trainer.max_steps")
             return trainer.max_steps
-        steps = -(-batches // trainer.accumulate_grad_batches) * (trainer.max_epochs or 0)
+        steps = steps_of_epochs(trainer, batches)
         return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
     # --- a training step --------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm
 
+from lightning_dlrm.engine.fit_length import total_steps
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.tracking import names
 
@@ -145,12 +146,3 @@ class Lines(tqdm):
     def close(self) -> None:
         # tqdm would erase a line that was never drawn.
         self.disable = True
-
-
-def total_steps(trainer: pl.Trainer) -> float:
-    """That a fit takes if nothing ends it before; infinite where it has no bound."""
-    if trainer.max_steps != -1:
-        return trainer.max_steps
-    if trainer.max_epochs in (None, -1):
-        return float("inf")
-    return trainer.num_training_batches * (trainer.max_epochs or 1) / trainer.accumulate_grad_batches

@@ -1,16 +1,18 @@
 """How a fit ends: with a validation, at a target score, by EarlyStopping, or on SIGTERM."""
 
 import logging
+import math
 import time
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.callbacks import EarlyStopping, Timer
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import MONITOR
+from lightning_dlrm.engine.fit_length import FitLength, fit_length, unreached_settings
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.tracking import names
@@ -19,19 +21,48 @@ log = logging.getLogger("lightning_dlrm")
 
 
 class FinalValidation(pl.Callback):
-    """Makes the last step of a fit a validation step, wherever in an epoch it falls."""
+    """Logs at which step a fit ends and why, and makes its last step a validation step, wherever in an epoch it is.
+
+    A stop that another callback asks for takes effect when the gradients of a step are complete. Callbacks that stop a
+    fit must come earlier in the list of callbacks.
+    """
+
+    def __init__(self) -> None:
+        self._length = FitLength(math.inf, "")
+        self._stop_after_step = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._length, self._stop_after_step = fit_length(trainer), False
+        steps, setting = self._length
+        if math.isfinite(steps):
+            log.info("the fit ends at step %s (%s)", f"{int(steps):,}", setting)
+        for beyond in unreached_settings(trainer, self._length):
+            log.warning("%s is not reached: %s ends the fit at step %s", beyond, setting, f"{int(steps):,}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        last_step = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
-        bounded = trainer.max_epochs is not None and trainer.max_epochs != -1
-        last_epoch = bounded and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
-        if last_step or (last_epoch and trainer.is_last_batch):
-            # Lightning validates before it stops, also in an epoch that it would pass over.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            # A checkpoint between the micro-batches of a step would lose the first of them.
+            self._stop_after_step |= trainer.should_stop
+            trainer.should_stop = False
+            return
+        trainer.should_stop |= self._stop_after_step
+        epochs_done = trainer.current_epoch + trainer.is_last_batch
+        last_epoch = trainer.max_epochs not in (None, -1) and epochs_done >= (trainer.max_epochs or 0)
+        is_met = trainer.global_step >= (trainer.min_steps or 0) and epochs_done >= (trainer.min_epochs or 0)
+        if trainer.global_step >= self._length.steps or last_epoch or (trainer.should_stop and is_met):
+            # Lightning validates before it stops if nothing of this is in its way.
             trainer.should_stop = True
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
             if trainer.check_val_every_n_epoch is not None:
                 trainer.check_val_every_n_epoch = 1
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            remaining = callback.time_remaining() if isinstance(callback, Timer) else None
+            if remaining is not None and remaining <= 0 and trainer.global_step < self._length.steps:
+                log.info("stopped at step %s by the time limit (trainer.max_time)", f"{trainer.global_step:,}")
 
 
 class StopAtAUC(pl.Callback):

@@ -1,4 +1,4 @@
-"""The W&B workspace and report of a project or group, as code; with W&B's own package (extra ``dashboards``)."""
+"""The W&B workspace and report of a project or group, as code; needs the extra ``dashboards``."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ _SAMPLES, _TIME = names.SAMPLES, "RelativeTime(Process)"
 _TITLES = {
     "auc": "AUC",
     "log_loss": "log loss, nats per sample",
-    "normalized_entropy": "normalised entropy",
+    "normalized_entropy": "normalized entropy",
     "accuracy": "accuracy",
     "calibration": "predicted clicks / clicks",
 }
@@ -26,12 +26,12 @@ _TITLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Dashboard:
-    """Which runs, and what is said of them.
+    """Runs to show, and the findings of their report.
 
     Args:
         project: W&B project.
-        entity: user or team; empty for the account's own.
-        group: the runs of this group only; None for all of the project.
+        entity: user or team; empty for the default of the account.
+        group: group of the runs; None for all runs of the project.
         findings: sentences at the head of the report, such as the verdicts of a comparison.
 
     Raises:
@@ -56,7 +56,7 @@ class Dashboard:
 
 
 def build_workspace(dashboard: Dashboard) -> "Workspace":
-    """The workspace, not saved yet: comparison, quality, training, speed, system, parallel.
+    """Return the workspace, not saved yet: comparison, quality, training, speed, system, parallel.
 
     Raises:
         UserError: the extra is not installed.
@@ -90,7 +90,7 @@ def build_workspace(dashboard: Dashboard) -> "Workspace":
 
 
 def build_report(dashboard: Dashboard) -> "Report":
-    """The report, not saved yet: the findings, then the panels of the workspace, section by section.
+    """Return the report, not saved yet: the findings, then the panels of the workspace by section.
 
     Raises:
         UserError: the extra is not installed.
@@ -99,7 +99,7 @@ def build_report(dashboard: Dashboard) -> "Report":
     import wandb_workspaces.reports.v2 as wr
 
     runs = wr.Runset(
-        # With an entity, W&B is asked for the project's number: that is the case when the report is saved.
+        # With an entity, W&B looks the project up when the report is saved.
         entity=dashboard.entity,
         project=dashboard.project,
         name=dashboard.group or "all runs",
@@ -111,7 +111,7 @@ def build_report(dashboard: Dashboard) -> "Report":
     for name, panels in _panels().items():
         blocks += [wr.H1(name.capitalize()), wr.PanelGrid(runsets=[runs], panels=panels)]
     blocks += [
-        wr.H1("Settings and figures of each run"),
+        wr.H1("Settings and metrics of each run"),
         wr.PanelGrid(runsets=[runs], panels=[wr.RunComparer(diff_only="split", layout=wr.Layout(w=24, h=15))]),
     ]
     return wr.Report(
@@ -120,10 +120,10 @@ def build_report(dashboard: Dashboard) -> "Report":
 
 
 def publish(dashboard: Dashboard) -> dict[str, str]:
-    """Saves the workspace and the report at the W&B server, both as new ones.
+    """Save a new workspace and a new report at the W&B server.
 
     Returns:
-        Their addresses: ``workspace`` and ``report``.
+        Addresses of ``workspace`` and ``report``.
 
     Raises:
         UserError: the extra is not installed, there is no API key, or the server does not answer or refuses.
@@ -135,19 +135,19 @@ def publish(dashboard: Dashboard) -> dict[str, str]:
             f"a dashboard is kept at the W&B server, and this machine is offline: {reason}; give WANDB_API_KEY or run "
             "'wandb login', and see that the server can be reached"
         )
-    with _refusals_told(dashboard):
+    with _report_refusals(dashboard):
         entity = dashboard.entity or default_entity()
     located = replace(dashboard, entity=entity)
     workspace, report = build_workspace(located), build_report(located)
-    with _refusals_told(dashboard):
+    with _report_refusals(dashboard):
         return {"workspace": workspace.save().url, "report": report.save().url}
 
 
 @contextmanager
-def _refusals_told(dashboard: Dashboard) -> Iterator[None]:
+def _report_refusals(dashboard: Dashboard) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # W&B's clients raise many classes, Exception itself among them
+    except Exception as error:  # W&B's clients raise many classes, including Exception itself
         words = " ".join(str(error).split())
         raise UserError(
             f"W&B refuses the dashboard of {dashboard.project} ({words}); see that the project is there, and that "
@@ -163,89 +163,99 @@ def _filters(dashboard: Dashboard) -> Any:
 
 def _panels() -> dict[str, list[Any]]:
     """Section -> its panels."""
-    import wandb_workspaces.reports.v2 as wr
-
-    def lines(title: str, *metrics: str, x: str = _SAMPLES, **options: Any) -> Any:
-        axis = "samples trained on" if x == _SAMPLES else "time"
-        return wr.LinePlot(title=title, x=x, y=list(metrics), title_x=axis, **options)
-
-    def all_of(title: str, prefix: str) -> Any:
-        return wr.LinePlot(title=title, x=_SAMPLES, metric_regex=f"{prefix}/.*", title_x="samples trained on")
-
-    def course(metric: str, **options: Any) -> Any:
-        both = (f"{names.VALIDATION}/{metric}", f"{names.TRAIN}/{metric}")
-        title = f"{metric.replace('_', ' ')}, validation and training"
-        return lines(title, *both, title_y=_TITLES[metric], **options)
-
-    best_auc = wr.SummaryMetric(f"{names.VALIDATION}/auc.max")
     return {
-        # Of the run that compare itself logs.
-        "comparison": [
-            *(
-                wr.MediaBrowser(
-                    title=title, num_columns=1, media_keys=[names.comparison_figure(name)], layout=wr.Layout(w=12, h=12)
-                )
-                for name, title in names.COMPARISON_FIGURES.items()
-            ),
-            *(
-                wr.WeavePanelSummaryTable(table_name=names.comparison_table(name), layout=wr.Layout(w=12, h=12))
-                for name in names.COMPARISON_TABLES
-            ),
-        ],
-        "quality": [
-            *(course(metric) for metric in names.METRICS),
-            wr.BarPlot(title="best validation AUC", metrics=[best_auc], title_x="AUC"),
-            _curve(
-                names.PRECISION_RECALL, "wandb/area-under-curve/v0", x="recall", y="precision", **{"class": "class"}
-            ),
-            _curve(names.CALIBRATION_CURVE, "wandb/lineseries/v0", step="step", lineKey="lineKey", lineVal="lineVal"),
-            wr.ScatterPlot(
-                title="best validation AUC against FLOPs per sample",
-                x=wr.Config(names.FLOPS_TRAINING),
-                y=best_auc,
-            ),
-        ],
+        "comparison": _comparison_panels(),
+        "quality": _quality_panels(),
         "training": [
-            lines("training loss", names.TRAIN_LOSS, title_y="nats per sample"),
-            all_of("learning rates", names.LEARNING_RATE),
-            all_of("norms of gradients", names.GRADIENT_NORM),
-            all_of("norms of touched table rows, mean", names.ROW_NORM),
-            all_of("norms of their gradients, mean", names.ROW_GRADIENT_NORM),
+            _lines("training loss", names.TRAIN_LOSS, title_y="nats per sample"),
+            _lines("learning rates", metric_regex=f"{names.LEARNING_RATE}/.*"),
+            _lines("norms of gradients", metric_regex=f"{names.GRADIENT_NORM}/.*"),
+            _lines("mean norms of updated table rows", metric_regex=f"{names.ROW_NORM}/.*"),
+            _lines("mean norms of their gradients", metric_regex=f"{names.ROW_GRADIENT_NORM}/.*"),
         ],
-        "speed": [
-            lines("speed", names.SAMPLES_PER_SECOND, title_y="samples/s"),
-            lines("share of the time waiting for data", names.DATA_WAIT_SHARE, range_y=(0.0, None)),
-            course("auc", x=_TIME),
-            wr.BarPlot(title="time of training", metrics=[names.TRAINING_SECONDS], title_x="s"),
-            wr.BarPlot(title="most memory held", metrics=[names.PEAK_MEMORY], title_x="bytes"),
-            wr.BarPlot(title="most GPU memory held", metrics=[names.PEAK_DEVICE_MEMORY], title_x="bytes"),
-        ],
+        "speed": _speed_panels(),
         "system": [
-            lines("processor", "system/cpu", x=_TIME, title_y="%"),
-            lines("memory of the process", "system/proc.memory.rssMB", x=_TIME, title_y="MB"),
-            wr.LinePlot(title="GPU", x=_TIME, metric_regex=r"system/gpu\.\d+\.gpu", title_x="time", title_y="%"),
-            wr.LinePlot(
-                title="GPU memory",
-                x=_TIME,
-                metric_regex=r"system/gpu\.\d+\.memoryAllocatedBytes",
-                title_x="time",
-                title_y="bytes",
-            ),
+            _lines("processor", "system/cpu", x=_TIME, title_y="%"),
+            _lines("memory of the process", "system/proc.memory.rssMB", x=_TIME, title_y="MB"),
+            _lines("GPU", x=_TIME, metric_regex=r"system/gpu\.\d+\.gpu", title_y="%"),
+            _lines("GPU memory", x=_TIME, metric_regex=r"system/gpu\.\d+\.memoryAllocatedBytes", title_y="bytes"),
         ],
         "parallel": [
-            lines("exchanges of a step", names.EXCHANGE_MS, title_y="ms"),
-            lines("sent in a step", names.SENT_BYTES, title_y="bytes"),
-            lines("work of the busiest rank / mean", names.WORK_IMBALANCE),
-            wr.BarPlot(title="table rows of the fullest rank", metrics=[names.ROWS_PER_RANK]),
-            wr.BarPlot(
-                title="tables and their state on the fullest rank", metrics=[names.BYTES_PER_RANK], title_x="bytes"
-            ),
+            _lines("exchanges of a step", names.EXCHANGE_MS, title_y="ms"),
+            _lines("sent in a step", names.SENT_BYTES, title_y="bytes"),
+            _lines("work of the busiest rank / mean", names.WORK_IMBALANCE),
+            _bars("table rows of the fullest rank", names.ROWS_PER_RANK),
+            _bars("tables and their state on the fullest rank", names.BYTES_PER_RANK, "bytes"),
         ],
     }
 
 
-def _curve(name: str, chart: str, **fields: str) -> Any:
-    """A plot that ``WandbExtras`` logs, of all runs together."""
+def _comparison_panels() -> list[Any]:
+    """Return the panels of the run that ``compare`` logs."""
+    import wandb_workspaces.reports.v2 as wr
+
+    layout = wr.Layout(w=12, h=12)
+    figures = {names.comparison_figure(name): title for name, title in names.COMPARISON_FIGURES.items()}
+    return [
+        *(wr.MediaBrowser(title=figures[key], num_columns=1, media_keys=[key], layout=layout) for key in figures),
+        *(
+            wr.WeavePanelSummaryTable(table_name=names.comparison_table(name), layout=layout)
+            for name in names.COMPARISON_TABLES
+        ),
+    ]
+
+
+def _quality_panels() -> list[Any]:
+    import wandb_workspaces.reports.v2 as wr
+
+    best_auc = wr.SummaryMetric(f"{names.VALIDATION}/auc.max")
+    area = {"x": "recall", "y": "precision", "class": "class"}
+    series = {"step": "step", "lineKey": "lineKey", "lineVal": "lineVal"}
+    flops = wr.Config(names.FLOPS_TRAINING)
+    return [
+        *(_course(metric) for metric in names.METRICS),
+        _bars("best validation AUC", best_auc, "AUC"),
+        _curve(names.PRECISION_RECALL, "wandb/area-under-curve/v0", area),
+        _curve(names.CALIBRATION_CURVE, "wandb/lineseries/v0", series),
+        wr.ScatterPlot(title="best validation AUC against FLOPs per sample", x=flops, y=best_auc),
+    ]
+
+
+def _speed_panels() -> list[Any]:
+    return [
+        _lines("speed", names.SAMPLES_PER_SECOND, title_y="samples/s"),
+        _lines("share of the time waiting for data", names.DATA_WAIT_SHARE, range_y=(0.0, None)),
+        _course("auc", x=_TIME),
+        _bars("time of training", names.TRAINING_SECONDS, "s"),
+        _bars("peak memory", names.PEAK_MEMORY, "bytes"),
+        _bars("peak GPU memory", names.PEAK_DEVICE_MEMORY, "bytes"),
+    ]
+
+
+def _lines(title: str, *metrics: str, x: str = _SAMPLES, **options: Any) -> Any:
+    import wandb_workspaces.reports.v2 as wr
+
+    axis = "samples trained on" if x == _SAMPLES else "time"
+    if metrics:
+        options["y"] = list(metrics)
+    return wr.LinePlot(title=title, x=x, title_x=axis, **options)
+
+
+def _course(metric: str, **options: Any) -> Any:
+    """Return a metric during training, of the validation split and of the training samples."""
+    both = (f"{names.VALIDATION}/{metric}", f"{names.TRAIN}/{metric}")
+    title = f"{_TITLES[metric].partition(',')[0]}, validation and training"
+    return _lines(title, *both, title_y=_TITLES[metric], **options)
+
+
+def _bars(title: str, metric: Any, unit: str | None = None) -> Any:
+    import wandb_workspaces.reports.v2 as wr
+
+    return wr.BarPlot(title=title, metrics=[metric], title_x=unit)
+
+
+def _curve(name: str, chart: str, fields: dict[str, str]) -> Any:
+    """Return a plot that ``WandbExtras`` logs, with all runs together."""
     import wandb_workspaces.reports.v2 as wr
 
     key = f"{names.VALIDATION}/{name}"

@@ -108,9 +108,9 @@ def _define_metrics(run: wandb.Run) -> None:
 
 
 def training_run_id(folder: RunFolder) -> str:
-    """The id of the run that trains in this folder: that of the first call, also when it is resumed.
+    """Return the W&B id of the run that trains in a folder; a resumed run keeps it.
 
-    A sweep's agent gives WANDB_RUN_ID.
+    WANDB_RUN_ID, which agents of a W&B sweep set, gives the id of a new run.
     """
     path = folder.path / WANDB / "id"
     if not path.exists():

@@ -9,7 +9,7 @@ from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import shipped_configs
 
 OVERLAYS = ("small.yaml", "figure5/small.yaml", "criteo_kaggle.yaml", "criteo_terabyte.yaml")
-NO_FITS = ("figure5.yaml", "sweep.yaml")
+NO_FITS = ("figure5.yaml",)
 NAMES = sorted(str(path.relative_to(shipped_configs())) for path in shipped_configs().rglob("*.yaml"))
 MODELS = [name for name in NAMES if name not in (*OVERLAYS, *NO_FITS)]
 

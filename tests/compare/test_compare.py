@@ -1,7 +1,9 @@
 """Contract: ``compare`` trains what an experiment says, once, or takes finished runs; it refuses what is unlike,
 and what it concludes is in report.json, in the report and in its figures."""
 
+import base64
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -59,7 +61,9 @@ def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factor
     monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "compare-cache"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setattr(operators, "PAUSE_SECONDS", 0.0)
+    # What is measured is not tested here; one step of each configuration is enough.
+    for name, value in {"PAUSE_SECONDS": 0.0, "ROUNDS": 1, "WARM_UP": 1, "STEPS": 1}.items():
+        monkeypatch.setattr(operators, name, value)
 
 
 def write_experiment(**changes: Any) -> Path:
@@ -86,6 +90,12 @@ def write_experiment(**changes: Any) -> Path:
 def planned(overlays: tuple[str, ...] = (), options: tuple[str, ...] = (), **changes: Any) -> list[PlannedArm]:
     experiment = read_experiment(write_experiment(**changes))
     return plan_arms(experiment, overlays, options)[0]
+
+
+@functools.cache
+def plain_arms() -> list[PlannedArm]:
+    """The two arms without changes, planned once for all tests."""
+    return planned()
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -178,7 +188,7 @@ def test_a_dry_run_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     Path("over.yaml").write_text("{trainer: {max_steps: 3}}")
     assert main(["compare", "--config", "tiny.yaml", "--config", "over.yaml", "--output", "out", "--dry-run"]) == 0
     assert "seeds 1, 2: 4 runs" in capsys.readouterr().out
-    paths = [leave_run(arm, 1, Path("kept"), 1.0) for arm in planned()]
+    paths = [leave_run(arm, 1, Path("kept"), 1.0) for arm in plain_arms()]
     scored = ["--output", "kept", "--dry-run"]
     assert main(["compare", *map(str, paths), *scored]) == 0
     assert capsys.readouterr().out == "DLRM: dlrm-1\nDCN: dcn-1\n"
@@ -188,6 +198,10 @@ def test_a_dry_run_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # --- runs that are there -------------------------------------------------------------------------------
+
+
+DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
+"""A PNG of one pixel."""
 
 
 def leave_run(arm: PlannedArm, seed: int, output: Path, skill: float) -> Path:
@@ -228,7 +242,7 @@ def leave_run(arm: PlannedArm, seed: int, output: Path, skill: float) -> Path:
 
 
 def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None:
-    dlrm, dcn = planned()
+    dlrm, dcn = plain_arms()
     output = Path("out")
     paths = [leave_run(arm, s, output, skill) for arm, skill in ((dlrm, 2.0), (dcn, 1.0)) for s in (3, 1, 2)]
     assert main(["compare", *map(str, paths), "--output", "out"]) == 0
@@ -267,7 +281,7 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("lightning_dlrm.compare.command.draw_all", lambda *found: [])
-    dlrm, dcn = planned()
+    dlrm, dcn = plain_arms()
     paths = [leave_run(dlrm, 1, Path("out"), 5.0), leave_run(dcn, 1, Path("out"), 0.0)]
     assert main(["compare", *map(str, paths), "--output", "out"]) == 0
     pairs = json.loads(Path("out/report.json").read_text())["pairs"]
@@ -283,7 +297,7 @@ def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_one_seed_on_one_side_is_named() -> None:
-    dlrm, dcn = planned()
+    dlrm, dcn = plain_arms()
     runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm, seed in ((dlrm, 1), (dlrm, 2), (dcn, 1))]
     (labels,) = shared_labels(runs, "test").values()
     scores = {run.name: read_scores(Path("out/scores") / run.name, labels) for run in runs}
@@ -295,7 +309,7 @@ def test_one_seed_on_one_side_is_named() -> None:
 def test_other_data_are_refused_unless_forced(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dlrm, _ = planned()
+    dlrm, _ = plain_arms()
     _, dcn = planned(options=("--data.demo.test_rows", "300"))
     runs = [leave_run(arm, seed, Path("out"), 1.0) for arm in (dlrm, dcn) for seed in (1, 2)]
     arguments = [*map(str, runs), "--output", "out"]
@@ -332,7 +346,7 @@ def test_other_data_are_refused_unless_forced(
 
 
 def test_sizes_of_demo_data_say_nothing_beside_other_data() -> None:
-    dlrm, _ = planned()
+    dlrm, _ = plain_arms()
     _, dcn = planned(options=("--data.demo.test_rows", "300"))
     runs = [leave_run(arm, 1, Path("out"), 1.0) for arm in (dlrm, dcn)]
     config = yaml.safe_load((runs[0] / "config.yaml").read_text())
@@ -346,7 +360,7 @@ def test_sizes_of_demo_data_say_nothing_beside_other_data() -> None:
 
 
 def test_runs_from_before_an_option_are_of_the_same_configuration() -> None:
-    arms = planned()
+    arms = plain_arms()
     config = keep_configurations(arms, Path("out"))["dlrm"]
     runs = [leave_run(arms[0], seed, Path("scores"), 1.0) for seed in (1, 2)]
     for path in (config, runs[0] / "config.yaml"):
@@ -359,7 +373,7 @@ def test_runs_from_before_an_option_are_of_the_same_configuration() -> None:
 
 
 def test_what_is_missing_in_a_run_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    dlrm, dcn = planned()
+    dlrm, dcn = plain_arms()
     one, two = leave_run(dlrm, 1, Path("out"), 1.0), leave_run(dcn, 1, Path("out"), 1.0)
     arguments = [str(one), str(two), "--output", "out"]
     kept = (one / "summary.json").read_text()
@@ -385,7 +399,7 @@ def test_what_is_missing_in_a_run_is_named(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_runs_are_grouped_by_configuration_whatever_their_seed() -> None:
-    dlrm, dcn = planned()
+    dlrm, dcn = plain_arms()
     runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for seed in (2, 1) for arm in (dlrm, dcn)]
     assert [(arm.name, arm.seeds) for arm in arms_of(runs)] == [("DLRM", (1, 2)), ("DCN", (1, 2))]
     with pytest.raises(UserError, match="one configuration and one seed"):
@@ -398,7 +412,7 @@ def test_a_setting_of_0_is_a_number_in_tables() -> None:
 
 
 def test_a_sharded_run_shows_what_each_rank_held() -> None:
-    dlrm, _ = planned()
+    dlrm, _ = plain_arms()
     path = leave_run(dlrm, 1, Path("out"), 1.0)
     alone = anatomy(read_run(path))
     assert alone.sharding is None
@@ -414,7 +428,7 @@ def test_a_sharded_run_shows_what_each_rank_held() -> None:
 
 
 def test_steps_are_taken_apart_as_they_were_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    dlrm, _ = planned()
+    dlrm, _ = plain_arms()
     path = leave_run(dlrm, 1, Path("out"), 1.0)
     config = yaml.safe_load((path / "config.yaml").read_text())
     config["model"]["kernels"] = "plain"
@@ -430,7 +444,7 @@ def test_steps_are_taken_apart_as_they_were_trained(monkeypatch: pytest.MonkeyPa
 
 
 def test_times_are_kept_for_what_they_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    dlrm, _ = planned()
+    dlrm, _ = plain_arms()
     arms = arms_of([read_run(leave_run(dlrm, 1, Path("out"), 1.0))])
     measured = []
     times = dict.fromkeys(operators.KINDS, 1.0)
@@ -449,7 +463,7 @@ def test_times_are_kept_for_what_they_depend_on(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [leave_run(arm, 1, Path("out"), 1.0) for arm in planned()]
+    paths = [leave_run(arm, 1, Path("out"), 1.0) for arm in plain_arms()]
     for path in paths:
         last = (path / "metrics.jsonl").read_text().splitlines()[-1]
         (path / "metrics.jsonl").write_text(last + "\n")
@@ -475,7 +489,8 @@ def test_what_was_found_is_logged_beside_the_runs(
 ) -> None:
     """Read back by W&B's own reader: the report's figures, one of two ranks' load among them, and the numbers."""
     monkeypatch.setenv("WANDB_MODE", "offline")
-    paths = [leave_run(arm, 1, Path("out"), 1.0) for arm in planned()]
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(DOT))
+    paths = [leave_run(arm, 1, Path("out"), 1.0) for arm in plain_arms()]
     for path in paths:
         config = yaml.safe_load((path / "config.yaml").read_text())
         config["wandb"] |= {"project": "p", "group": "g"}
@@ -514,7 +529,7 @@ def summary_of(run: Path) -> dict[str, Any]:
 
 
 def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPatch) -> None:
-    arms = planned()
+    arms = plain_arms()
     runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm in arms for seed in (1, 2)]
     labels = shared_labels(runs, "test")
     scores = {run.name: read_scores(Path("out/scores") / run.name, *labels.values()) for run in runs}

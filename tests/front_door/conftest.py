@@ -1,12 +1,16 @@
 """Commands as a user types them: real processes, in an empty folder, of a wheel that is built and unpacked here."""
 
+import fcntl
 import os
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +59,7 @@ class Shell:
             )
             return Finished(done.returncode, done.stdout.decode(errors="replace"))
         ours, theirs = os.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
         process = subprocess.Popen(
             arguments, cwd=self.folder, env=self.environment, stdin=theirs, stdout=theirs, stderr=theirs
         )
@@ -88,6 +93,13 @@ def _read_all(descriptor: int, chunks: list[bytes]) -> None:
         if not chunk:
             return
         chunks.append(chunk)
+
+
+def asked_for(request: pytest.FixtureRequest, name: str) -> list[Any]:
+    """Return the values of a parameter that this session runs a module's tests with."""
+    items: list[Any] = request.session.items
+    calls = [item.callspec.params for item in items if item.fspath == request.fspath and hasattr(item, "callspec")]
+    return [call[name] for call in calls if name in call]
 
 
 @pytest.fixture(scope="session")

@@ -15,13 +15,10 @@ from typing import Any
 import pytest
 import torch
 import wandb
-import yaml
-from wandb.sdk.launch.sweeps import utils as sweeps
 
 from datamodules.criteo import Criteo
 from datamodules.generate.demo import DemoSettings
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.cli.configs import shipped_configs
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.norms import NormLogger
 from lightning_dlrm.tracking.run_folder import RunFolder
@@ -287,25 +284,3 @@ def test_norms_are_those_of_the_step(tmp_path: Path) -> None:
         squares += gradient.values[held].square().sum().item()
         start += table.rows
     assert first["gradient_norm/total"] == pytest.approx(squares**0.5, rel=1e-5)
-
-
-def test_the_sweep_draws_options_that_fit_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    """With the command that W&B's agent makes of it."""
-    sweep = sweeps.load_sweep_config(str(shipped_configs() / "sweep.yaml"))
-    assert sweep is not None and sweep["metric"] == {"name": "validation/auc", "goal": "maximize"}
-    drawn = {
-        name: values["values"][-1] if "values" in values else values["max"]
-        for name, values in sweep["parameters"].items()
-    }
-    options = sweeps.create_sweep_command_args({"args": {name: {"value": value} for name, value in drawn.items()}})
-    command = sweeps.create_sweep_command(sweep["command"])
-    assert command[:4] == ["${env}", "${interpreter}", "-m", "lightning_dlrm"] and command[-1] == "${args}"
-    with pytest.raises(SystemExit) as ended:
-        main([*command[4:-1], *options["args"], "--print_config"])
-    assert ended.value.code == 0
-    settings = yaml.safe_load(capsys.readouterr().out)
-    for name, value in drawn.items():
-        found = settings
-        for part in name.split("."):
-            found = found[part]
-        assert found == value

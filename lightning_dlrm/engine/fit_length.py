@@ -1,0 +1,63 @@
+"""How many optimizer steps a fit takes, and which setting of the trainer ends it."""
+
+import math
+from typing import NamedTuple
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
+
+
+class FitLength(NamedTuple):
+    """The end of a fit that nothing stops earlier."""
+
+    steps: float
+    """Infinite if neither ``max_steps`` nor ``max_epochs`` bounds the fit."""
+    setting: str
+    """The setting that ends the fit, such as ``trainer.max_epochs 1``."""
+
+
+def _schedule(trainer: pl.Trainer) -> GradientAccumulationScheduler | None:
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((each for each in callbacks if isinstance(each, GradientAccumulationScheduler)), None)
+
+
+def micro_batches(trainer: pl.Trainer, epoch: int) -> int:
+    """Return how many batches make an optimizer step in an epoch, counted from 0."""
+    schedule = _schedule(trainer)
+    return schedule.get_accumulate_grad_batches(epoch) if schedule else trainer.accumulate_grad_batches
+
+
+def all_micro_batches(trainer: pl.Trainer) -> set[int]:
+    """Return how many batches make an optimizer step in any epoch."""
+    schedule = _schedule(trainer)
+    return set(schedule.scheduling.values()) if schedule else {trainer.accumulate_grad_batches}
+
+
+def steps_of_epochs(trainer: pl.Trainer, batches: int) -> int:
+    """Return the optimizer steps of ``max_epochs`` epochs of so many batches."""
+    return sum(-(-batches // micro_batches(trainer, epoch)) for epoch in range(trainer.max_epochs or 0))
+
+
+def fit_length(trainer: pl.Trainer) -> FitLength:
+    """Return the length of a fit whose training batches are known to the trainer."""
+    bounds = [FitLength(math.inf, "no bound")]
+    if trainer.max_steps != -1:
+        bounds.append(FitLength(trainer.max_steps, f"trainer.max_steps {trainer.max_steps:,}"))
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if epochs not in (None, -1) and math.isfinite(batches):
+        bounds.append(FitLength(steps_of_epochs(trainer, int(batches)), f"trainer.max_epochs {epochs:,}"))
+    return min(bounds)
+
+
+def total_steps(trainer: pl.Trainer) -> float:
+    """Return the optimizer steps of a fit that nothing stops earlier; infinite without a bound."""
+    return fit_length(trainer).steps
+
+
+def unreached_settings(trainer: pl.Trainer, length: FitLength) -> list[str]:
+    """Return the settings that ask for more steps or epochs than the fit takes."""
+    given = {"min_epochs": (trainer.min_epochs, math.inf), "min_steps": (trainer.min_steps, length.steps)}
+    given["max_steps"] = trainer.max_steps, length.steps
+    if trainer.max_epochs not in (None, -1):
+        given["min_epochs"] = trainer.min_epochs, float(trainer.max_epochs or 0)
+    return [f"trainer.{name} {value:,}" for name, (value, reached) in given.items() if (value or 0) > reached]
