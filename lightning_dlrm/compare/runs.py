@@ -11,6 +11,7 @@ import yaml
 
 from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.retired import update_document
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY, RunFolder
 
@@ -91,7 +92,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     Options that are not given are left out, so that a run from before there was such an option is of the same
     configuration. Classes of this project go by their names alone: the modules that they are in may change.
     """
-    settings = {key: _class_name(value) for key, value in flat(config).items() if value is not None}
+    settings = {key: _class_name(value) for key, value in flat(update_document(config)[0]).items() if value is not None}
     left_out: tuple[str, ...] = NO_PART_OF_A_CONFIGURATION
     if settings.get("data.init_args.path") != "demo":
         left_out = (*left_out, "data.init_args.demo")
