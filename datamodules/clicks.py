@@ -126,11 +126,13 @@ class FolderData(pl.LightningDataModule):
             f"{world} ranks, but data.shuffle window reads {LANES} lanes, and each rank needs one: use at most "
             f"{LANES} ranks, or data.shuffle full with data.cache memory, or none",
         )
+        # As with Lightning's own samplers, overfit_batches takes the same batches in every epoch.
+        overfits = getattr(self.trainer, "overfit_batches", 0) > 0
         loader = TrainingLoader(
             self.folder,
             self.schema,
             ["train"],
-            shuffle=self.shuffle,
+            shuffle="none" if overfits else self.shuffle,
             seed=self.seed,
             batch_size=self.batch_size,
             **self._loader_options(),

@@ -68,6 +68,24 @@ def weighted_column(weights: Column) -> str:
     return weights.name.removesuffix(WEIGHTS_SUFFIX)
 
 
+def check_labels(where: str, labels: pa.Array | pa.ChunkedArray) -> None:
+    """Check that all labels are 0 or 1.
+
+    Args:
+        where: the column, and its file if there is one, for the message.
+        labels: int8.
+
+    Raises:
+        UserError: some labels are other values.
+    """
+    limits = pc.min_max(labels)
+    if len(labels) and (limits["min"].as_py() < 0 or limits["max"].as_py() > 1):
+        found = ", ".join(str(value) for value in sorted(pc.unique(labels).to_pylist())[:5])
+        raise UserError(
+            f"{where} has the labels {found}; expected 0 (no click) and 1 (click): give each row one of them"
+        )
+
+
 def check_weights(where: str, weights: pa.Array | pa.ChunkedArray, ids: pa.Array | pa.ChunkedArray) -> None:
     """Check that every bag has one finite weight for each of its ids.
 
@@ -116,7 +134,7 @@ def read_group(
         threads: decode columns in parallel.
 
     Raises:
-        UserError: the row group cannot be decoded, or has nulls in a column without nulls.
+        UserError: the row group cannot be decoded, has nulls in a column without nulls, or labels other than 0 and 1.
     """
     path = where / file.path
     try:
@@ -129,6 +147,8 @@ def read_group(
         if column.role in _REMEDY_OF_NULLS and (nulls := _nulls(table.column(column.name))):
             remedy = _REMEDY_OF_NULLS[column.role]
             raise UserError(f"{path}, row group {group}, column {column.name} has nulls ({nulls:,}); {remedy}")
+        if column.role == "label":
+            check_labels(f"{path}, row group {group}, column {column.name}", table.column(column.name))
     return table
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.parquet import ARROW_TYPES, check_weights, weighted_column
+from datamodules.parquet import ARROW_TYPES, check_labels, check_weights, weighted_column
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SPLITS, Column, DataFile, DatasetSchema, Split, file_sha256
 
@@ -220,6 +220,7 @@ class SplitWriter:
         self.writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
         self.groups.append(rows.num_rows)
         if self.label is not None:
+            check_labels(f"{self.split} split, column {self.label}", rows.column(self.label))
             self.positives += int(np.count_nonzero(rows.column(self.label)))
         if sum(self.groups) == ROWS_PER_FILE:
             self._close_file()

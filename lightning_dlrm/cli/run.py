@@ -164,6 +164,8 @@ def instantiate(command: str, parser: CommandParser, settings: Namespace) -> tup
     to_build = settings.clone()
     check_early_stopping_after_validation(to_build.trainer)
     built = parser.build(to_build)
+    # Checkpoints keep it, so that the module can be built from them.
+    built.model.configuration = json.loads(parser.dump(settings, format="json", skip_unset=False))["model"]
     trainer_settings = built.trainer.as_dict()
     validate_trainer_settings(trainer_settings, settings.stop_at_auc)
     folder = RunFolder(Path())
@@ -381,8 +383,8 @@ def report_fit(job: Job, trainer: pl.Trainer) -> None:
     if not trainer.is_global_zero or trainer.interrupted:
         return
     if metrics_logger.samples == 0:
-        zero = next(name for name in ("max_steps", "max_epochs", "limit_train_batches") if getattr(trainer, name) == 0)
-        print(f"nothing was trained: trainer.{zero} is 0")
+        zeros = [name for name in ("max_steps", "max_epochs", "limit_train_batches") if getattr(trainer, name) == 0]
+        print("nothing was trained" + "".join(f": trainer.{name} is 0" for name in zeros[:1]))
         return
     best = metrics_logger.checkpoints.best if metrics_logger.checkpoints else {}
     final = {names.SAMPLES: metrics_logger.samples, **metrics_logger.latest}

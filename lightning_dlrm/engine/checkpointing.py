@@ -1,4 +1,4 @@
-"""When checkpoints are saved, and the door through which Lightning saves and opens them."""
+"""Callback and plugin through which Lightning saves and opens checkpoint folders."""
 
 import logging
 import shutil
@@ -13,7 +13,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpoint_state import dense_tensors, table_pieces
-from lightning_dlrm.engine.fit_length import all_micro_batches, micro_batches
+from lightning_dlrm.engine.fit_length import all_micro_batches
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.sharding.checkpoint import (
     CheckpointReader,
@@ -33,10 +33,10 @@ MONITOR = f"{names.VALIDATION}/auc"
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Hands Lightning's checkpoint dictionaries to the checkpoint folder and back.
+    """Lightning's plugin for checkpoint folders. Every rank saves the table rows that it holds."""
 
-    Every rank saves, each what it has.
-    """
+    HOLDS_TABLES = True
+    """Whether tables are written piece by piece; CTRModule needs a plugin that does so."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         rest = {key: value for key, value in checkpoint.items() if key not in ("tables", "header")}
@@ -53,12 +53,15 @@ class FolderCheckpointIO(CheckpointIO):
 
 
 class RunCheckpoints(Checkpoint):
-    """Keeps two checkpoints: ``last``, and ``best`` by validation AUC.
+    """Saves the checkpoints ``last``, and ``best`` by validation AUC, in a run folder.
 
     Args:
-        run_folder: the two are kept in its ``checkpoints``.
-        every_n_steps: save ``last`` every so many optimiser steps, besides after each validation;
-            0 for after validations only.
+        run_folder: has them in its ``checkpoints``.
+        every_n_steps: number of optimizer steps between two saves of ``last``; each validation saves it too. 0 saves
+            after validations only.
+
+    Raises:
+        UserError: the number is negative.
     """
 
     def __init__(self, run_folder: RunFolder, every_n_steps: int) -> None:
@@ -88,7 +91,7 @@ class RunCheckpoints(Checkpoint):
         pieces = table_pieces(pl_module)
         here = sum(tensor.nbytes for piece in pieces for tensor in piece.tensors.values())
         sizes = np.stack(Ranks().all_gather(np.array([here, staging_bytes(pieces)])))
-        # Of rank 0: dense weights and their optimiser state.
+        # Rank 0 also writes the dense parameters and their optimizer state.
         rest = sum(tensor.nbytes for tensor in dense_tensors(pl_module))
         log.info("a checkpoint takes %.3f GiB; last and best are kept", (int(sizes[:, 0].sum()) + rest) / 2**30)
         if staging := int(sizes[:, 1].max()):
@@ -107,7 +110,7 @@ class RunCheckpoints(Checkpoint):
             return
         assert isinstance(pl_module, CTRModule)
         score, best = pl_module.results[MONITOR], self.best.get(MONITOR)
-        # The first validation is the best so far even where its AUC is NaN.
+        # The first validation is the best so far, even if its AUC is NaN.
         improved = best is None or score > best or (best != best and score == score)
         if improved:
             self.best = {names.STEP: trainer.global_step, **pl_module.results}
@@ -116,7 +119,7 @@ class RunCheckpoints(Checkpoint):
             Ranks(patient=True).run_on_rank_zero(lambda: link_checkpoint(self.folder / LAST, self.folder / BEST))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Where no validation ended the fit.
+        # If the fit does not end with a validation.
         if trainer.global_step != self._saved_step:
             self._save(trainer)
 
@@ -128,7 +131,7 @@ class RunCheckpoints(Checkpoint):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint with the most steps in a run's ``checkpoints`` folder; None if there is none."""
+    """Return the whole checkpoint with the most steps in a run's ``checkpoints`` folder; None if there is none."""
     found = []
     for name in (LAST, BEST):
         try:
@@ -143,7 +146,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether a validation, which saves too, follows this very step."""
+    """Return whether a validation, which saves too, follows this step."""
     interval = trainer.val_check_batch
     epochs = trainer.check_val_every_n_epoch
     if not trainer.enable_validation or (epochs is not None and (trainer.current_epoch + 1) % epochs):
@@ -154,16 +157,12 @@ def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
     return isinstance(interval, int) and interval > 0 and (counted + 1) % interval == 0
 
 
-def prepare_accumulation(trainer: pl.Trainer) -> None:
-    """Set the micro-batches of the current epoch, and check that no validation, which saves, falls between them.
-
-    Lightning's GradientAccumulationScheduler sets them when an epoch starts, so not in a fit that resumes amid one. A
-    checkpoint between the micro-batches of a step would lose the first of them.
+def refuse_validation_amid_a_step(trainer: pl.Trainer) -> None:
+    """Check that no validation, which saves, falls between the micro-batches of a step: their gradients would be lost.
 
     Raises:
-        UserError: a validation would fall between the micro-batches of a step.
+        UserError: a validation would fall there.
     """
-    trainer.accumulate_grad_batches = micro_batches(trainer, trainer.current_epoch)
     interval, batches = trainer.val_check_batch, trainer.num_training_batches
     if not trainer.enable_validation or not isinstance(interval, int) or interval == batches:
         return

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import Batch
-from lightning_dlrm.engine.checkpointing import RunCheckpoints, prepare_accumulation
+from lightning_dlrm.engine.checkpointing import RunCheckpoints, refuse_validation_amid_a_step
+from lightning_dlrm.engine.fit_length import micro_batches
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.run_facts import describe, fingerprints, peak_memory
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
@@ -95,8 +96,10 @@ class MetricsLogger(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CTRModule)
+        # GradientAccumulationScheduler sets it when an epoch starts, so not in a fit that resumes amid an epoch.
+        trainer.accumulate_grad_batches = micro_batches(trainer, trainer.current_epoch)
         if self.checkpoints is not None:
-            prepare_accumulation(trainer)
+            refuse_validation_amid_a_step(trainer)
         self._step = self.logged_step = trainer.global_step
         if trainer.is_global_zero:
             # Not earlier: if the checkpoint is refused, the run folder stays as it is.

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.objectives.metrics import click_metrics
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
@@ -43,7 +44,11 @@ class TrainingWindow:
             self._new_samples -= self._new.popleft()[2]
 
     def gather(self) -> list[Tensor]:
-        """Return the logits and labels of the window over all ranks; all ranks call it together."""
+        """Return the logits and labels of the window over all ranks; all ranks call it together.
+
+        Raises:
+            UserError: a label is neither 0 nor 1.
+        """
         if self._new:
             ranks = Ranks()
             logits, labels = (torch.cat(parts).cpu() for parts in list(zip(*self._new, strict=True))[:2])
@@ -54,6 +59,9 @@ class TrainingWindow:
                 torch.cat([old, *_by_batch(ranks.all_gather_uneven(new.numpy()), counts)])[-WINDOW_SAMPLES:]
                 for old, new in zip(self._gathered, (logits, labels), strict=True)
             ]
+            # Here, since all ranks see the labels of all, and no step waits for the device.
+            values = self._gathered[1].unique().tolist()
+            require(set(values) <= {0, 1}, f"the labels are {values}; expected 0 (no click) and 1 (click)")
         return list(self._gathered)
 
     def metrics(self) -> dict[str, float]:

@@ -214,9 +214,11 @@ def test_parts_that_do_not_fit_the_schema_are_named(tmp_path: Path, change: dict
     [
         ("label", pa.array([0, None, 0], pa.int8()), r"label has nulls \(1\); give every row the label"),
         ("M1", pa.array([[1, None], [], [8]], pa.list_(pa.int32())), r"M1 has nulls \(1\); leave missing ids out"),
+        ("label", pa.array([1, -1, 1], pa.int8()), r"label has the labels -1, 1; expected 0 \(no click\) and 1"),
+        ("label", pa.array([0, 2, 1], pa.int8()), r"label has the labels 0, 1, 2; expected 0"),
     ],
 )
-def test_nulls_where_none_can_be_are_told_with_their_place(
+def test_nulls_and_other_labels_are_refused_with_their_place(
     tmp_path: Path, name: str, values: pa.Array, message: str
 ) -> None:
     folder, schema, file = hand_made(tmp_path, {name: values})

@@ -15,6 +15,7 @@ from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, newest_check
 from lightning_dlrm.engine.guards import warn_of_chance
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.stopping import StopAtAUC
+from lightning_dlrm.engine.training_window import TrainingWindow
 from lightning_dlrm.models.baselines import DeepFM
 from lightning_dlrm.objectives.metrics import exact_auc
 from lightning_dlrm.optim import rules
@@ -197,3 +198,10 @@ def test_half_precision_weights_train_and_resume(tmp_path: Path) -> None:
         toy_module(toy_dlrm, Adam(0.02), Adam(0.02)), ToyData(), ckpt_path=newest_checkpoint(run / "checkpoints")
     )
     assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_labels_other_than_0_and_1_end_a_fit() -> None:
+    window = TrainingWindow()
+    window.add(torch.zeros(3), torch.tensor([1, -1, 1], dtype=torch.int8), global_size=3)
+    with pytest.raises(UserError, match=r"the labels are \[-1, 1\]; expected 0 \(no click\) and 1 \(click\)"):
+        window.gather()

@@ -132,6 +132,13 @@ def test_fast_dev_run() -> None:
     assert not Path("run/checkpoints").exists()
 
 
+@pytest.mark.parametrize(("given", "batches"), [("1", 1), ("0.25", 8)])
+def test_overfit_batches_takes_the_same_batches_in_every_epoch(given: str, batches: int) -> None:
+    fit("--trainer.overfit_batches", given, "--trainer.max_epochs", "3", "--data.evaluation_batch_size", "64")
+    epochs = [[rows for epoch, _, rows in Spy.batches if epoch == number] for number in range(3)]
+    assert len(epochs[0]) == batches == len(set(epochs[0])) and epochs[0] == epochs[1] == epochs[2]
+
+
 def test_max_time(caplog: pytest.LogCaptureFixture) -> None:
     fit("--trainer.max_time={seconds: 1}", "--trainer.max_epochs", "10000")
     assert "(trainer.max_time)" in caplog.text
