@@ -278,8 +278,8 @@ class CTRModule(pl.LightningModule):
     def on_train_start(self) -> None:
         # Loaders that hold the next batch ready tell its ids; with others, no rows are fetched ahead.
         loader: Any = self.trainer.train_dataloader
-        if hasattr(loader, "announce") and any(lookup.LOOKS_AHEAD for lookup in self._lookups()):
-            loader.announce = lambda batch: self.network.prefetch(batch.ids)
+        if hasattr(loader, "prefetch") and any(lookup.LOOKS_AHEAD for lookup in self._lookups()):
+            loader.prefetch = lambda batch: self.network.prefetch(batch.ids)
 
     def on_train_end(self) -> None:
         for lookup in self._lookups():
