@@ -1,10 +1,10 @@
-"""The datamodules by their short names, such as ``datamodules.Criteo``; loaded when first asked for."""
+"""The datamodules by their short names, such as ``datamodules.Criteo``; loaded when first used."""
 
 from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # Importing one room must not drag in another: preprocessing starts without torch and Lightning.
+    # Lazy, so that preprocessing starts without torch and Lightning.
     if name in ("Criteo", "CriteoKaggle", "CriteoTerabyte"):
         from datamodules import criteo
 

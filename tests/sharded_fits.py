@@ -245,7 +245,7 @@ class SlicedLoader:
     def __init__(self, hot: str, batches: int, rank: int, ranks: int) -> None:
         self.hot, self.batches, self.rank, self.ranks = hot, batches, rank, ranks
         self.position = 0
-        self.announce: Callable[[Batch], None] | None = None
+        self.prefetch: Callable[[Batch], None] | None = None
 
     def __len__(self) -> int:
         return self.batches
@@ -255,8 +255,8 @@ class SlicedLoader:
         while self.position < self.batches:
             batch = self._slice(self.position + 1) if upcoming is None else upcoming
             upcoming = self._slice(self.position + 2) if self.position + 1 < self.batches else None
-            if self.announce is not None and upcoming is not None:
-                self.announce(upcoming)
+            if self.prefetch is not None and upcoming is not None:
+                self.prefetch(upcoming)
             self.position += 1
             yield batch
 

@@ -1,4 +1,4 @@
-"""The subcommand ``generate``: its options, and what it prints. Each kind of data is a subcommand of its own."""
+"""The subcommand ``generate``: its options and its output. Each kind of data has its own subcommand."""
 
 import argparse
 import time

@@ -15,7 +15,7 @@ is planted:
   A linear model cannot see <u, v>, as the mean of u and of v is zero: factors have to be learned. Logistic
   regression ends below 60% of the way from AUC 0.5 to the best.
 
-As the true probabilities are known, so are the best reachable scores on each split.
+The true probabilities are known, and so are the best reachable scores on each split.
 
 Ids and counts follow from Philox output by integer arithmetic, +, -, *, / and square roots alone, which IEEE 754
 defines to the last bit, so the same settings give the same rows everywhere. (Only logarithms of counts, rounded to
@@ -133,7 +133,7 @@ _WORDS_PER_ROW = (len(KAGGLE_DENSE) + len(KAGGLE_CATEGORICAL) + 1 + 1) // 2
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings(SplitRows):
-    """What demo data to make. The defaults are what ``--data.path demo`` stands for."""
+    """Settings of demo data. The defaults are those of ``--data.path demo``."""
 
     train_rows: int = 2_097_152
     """Rows of the training split."""
@@ -214,17 +214,17 @@ def best_scores(label: NDArray[np.int8], probability: NDArray[np.float64]) -> Op
 
 @dataclass(frozen=True)
 class DemoBlock:
-    """Some rows in a run."""
+    """Consecutive rows."""
 
     columns: dict[str, NDArray[Any]]
     """Label int8, dense float32 and categorical int32 values, each [rows], by column name."""
     probability: NDArray[np.float64]
-    """The true chance of a click, [rows]."""
+    """The true probability of a click, [rows]."""
 
 
 @dataclass(frozen=True)
 class Feature:
-    """How a column's values are drawn. They are ids of a table or, in a dense column, counts."""
+    """How the values of a column are drawn: ids of a table or, in a dense column, counts."""
 
     size: int
     """Values are 0 ... size - 1, the most frequent first."""
@@ -267,7 +267,7 @@ class Feature:
             value *= value
         value *= self.scale
         value += self.first - self.scale
-        # A missing one has v < 0, so that its value is below ``first``: it becomes 0.
+        # A missing value has v < 0, so it is below ``first`` and becomes 0.
         return np.clip(value, 0, self.size - 1, out=value).astype(np.int32)
 
     def chances(self, values: int) -> NDArray[np.float64]:
@@ -300,7 +300,7 @@ def id_features(laws: Mapping[str, tuple[int, float, float, int]], sizes: Mappin
 
 @dataclass(frozen=True)
 class Draw:
-    """Some rows in a run, before they are encoded."""
+    """Consecutive rows before they are encoded."""
 
     values: dict[str, NDArray[np.int32]]
     """Counts and ids, each [rows], by column name; 0 where missing."""

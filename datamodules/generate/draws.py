@@ -1,4 +1,4 @@
-"""Random numbers that are the same on every machine, and the laws that are drawn from them.
+"""Random numbers that are the same on every machine, and distributions of ids drawn from them.
 
 Uniform numbers are raw Philox output (Salmon et al. 2011), which its definition fixes. All else is integer
 arithmetic and +, -, *, / and square roots, which IEEE 754 defines to the last bit; ``log`` and ``exp`` are written

@@ -1,4 +1,4 @@
-"""How well a generated trace repeats the column it was fitted to: as figures and as a picture."""
+"""How well a generated trace repeats its original column: as numbers and as a picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ def measure(original: Profile, generated: Profile) -> Fit:
     octaves = [np.bincount(octave, part) / accesses for part in counts]
     caches: dict[int, tuple[int, float, float]] = {}
     for share in CACHE_SHARES:
-        # Classes end just below the next one's beginning: a cache of so many rows hits all of the class.
+        # A class ends just below the beginning of the next: a cache of that size hits all accesses of the class.
         last = int(np.searchsorted(CLASS_LOW, max(share * counts[0][0], 1), side="right")) - 1
         rows = int(CLASS_LOW[last + 1]) - 1 if last + 1 < len(CLASS_LOW) else int(CLASS_LOW[last])
         caches[rows] = (rows, float(distribution[0][last - 1]), float(distribution[1][last - 1]))

@@ -1,4 +1,4 @@
-"""An LRU stack of table rows, compiled: where in it an access finds its row, and which row lies at a depth.
+"""A compiled LRU stack of table rows: the depth at which an access finds its row, and the row at a depth.
 
 The stack distance of an access (Mattson et al. 1970) is the number of distinct rows accessed since the last access of
 the same row, itself included: 1 for a row accessed twice in a run. A cache of c rows that drops the least recently

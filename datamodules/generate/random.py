@@ -64,7 +64,7 @@ _LABEL, _DENSE, _LENGTHS, _IDS, _WEIGHTS = 2, 3, 4, 5, 6
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSettings(SplitRows):
-    """What random data to make."""
+    """Settings of random data."""
 
     tables: Sequence[int] = (100_000,) * 26
     """Rows of each table, C1 and on."""
@@ -165,7 +165,7 @@ class RandomSettings(SplitRows):
 
 
 class RandomRows:
-    """The rows of some settings, block by block, without any files.
+    """Random rows in memory, block by block.
 
     Args:
         settings: what to generate; row counts have no effect.

@@ -106,7 +106,7 @@ class TraceGenerator:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceSettings(SplitRows):
-    """What rows to make around the traces: each has one id from every trace."""
+    """Settings of rows that each have one id from every trace."""
 
     train_rows: int
     """Rows of the training split: as many accesses of every column."""

@@ -1,4 +1,4 @@
-"""Raw text shaped like Criteo's click logs, for trying and measuring the whole way from TSV to a trained model.
+"""Raw text shaped like Criteo's click logs, to try and measure everything from TSV to a trained model.
 
 A line is ``label \\t I1..I13 \\t C1..C26``: 0 or 1, 13 integers, 26 hashes of 8 hexadecimal digits, and nothing where
 a value is missing. Values and labels come from the planted click model of ``datamodules.generate.demo`` under laws like
@@ -93,7 +93,7 @@ _TERABYTE_CATEGORICAL = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Shape:
-    """What sets one of Criteo's data sets apart from another."""
+    """The properties in which Criteo's datasets differ."""
 
     dense: Mapping[str, tuple[int, float, float, int, int]]
     categorical: Mapping[str, tuple[int, float, float, int]]
@@ -144,10 +144,10 @@ _GZIP_LEVEL = 1  # level 6 takes three times as long for files a tenth smaller
 
 @dataclass(frozen=True, kw_only=True)
 class TsvSettings:
-    """What text to make."""
+    """Settings of raw text."""
 
     rows: int
-    """Over all files."""
+    """Rows of all files together."""
     dataset: TsvDataset = "kaggle"
     seed: int = 0
     """Of the planted model and of the rows, 0 to 2**64 - 1."""

@@ -1,9 +1,9 @@
-"""Count: the values of one categorical column over all segments, as a vocabulary, and the ids of each segment's
-distinct values.
+"""Count: order the values of one categorical column over all segments into a vocabulary, and write the ids of each
+segment's distinct values.
 
-Only distinct values, not rows, are counted and looked up: of 138,000 skewed rows a column has 7,000 on
-average. A worker holds the share of them that lies between two bounds; the rest waits on disk. The
-vocabularies together are never in memory.
+Distinct values are counted and looked up, not rows: 138,000 skewed rows of a column have 7,000 distinct values on
+average. A worker holds the distinct values between two bounds; the others are on disk. All vocabularies together are
+never in memory.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,11 +73,11 @@ def _values_of(encoding: Encoding, table: Table, segment: Segment) -> np.ndarray
         return distinct_values(encoding, table, opened)[0].copy()
 
 
-class _Spread:
-    """A column's distinct values of every segment, by ranges of value, and what becomes of them.
+class _ValueRanges:
+    """Arrays of a column by ranges of value: the distinct values of every segment, and what is computed from them.
 
-    The ``entries`` of a range are in the order of the segments; ``inverse`` and ``ids`` have one item for each of
-    them. A single range stays in memory, several are files.
+    The ``entries`` of a range are in the order of the segments; ``inverse`` and ``ids`` have one item for each entry.
+    A single range is kept in memory, several are files.
     """
 
     def __init__(self, scratch: Path, bounds: np.ndarray):
@@ -130,10 +130,10 @@ class _Spread:
         return np.argsort(part, kind="stable"), np.cumsum(np.bincount(part, minlength=self.parts))
 
 
-def _spread_values(encoding: Encoding, table: Table, scratch: Path) -> tuple[_Spread, int]:
+def _spread_values(encoding: Encoding, table: Table, scratch: Path) -> tuple[_ValueRanges, int]:
     """Read all segments once; also return how many counted rows are missing."""
     segments = load_segments(encoding.segments)
-    spread = _Spread(scratch, _bounds(encoding, table, segments))
+    spread = _ValueRanges(scratch, _bounds(encoding, table, segments))
     missing_rows = 0
     counted: Sequence[SplitName] = SPLITS if encoding.protocol.counts == "all rows" else ("train",)
     for some in _segments_at_once(table, segments):
@@ -177,11 +177,11 @@ def _bounds(encoding: Encoding, table: Table, segments: Sequence[Segment]) -> np
     return np.unique(sample[np.arange(1, parts) * len(sample) // parts])
 
 
-def _group(spread: _Spread, part: int) -> np.ndarray:
+def _group(spread: _ValueRanges, part: int) -> np.ndarray:
     """Group the equal values of a range.
 
-    Of its ``entries`` become ``groups`` (``_RUN``: the values in ascending order and their counts) and ``inverse``
-    (int32: for each entry the position of its value in them).
+    Replaces ``entries`` by ``groups`` (``_RUN``: the values in ascending order and their counts) and ``inverse``
+    (int32: for each entry the position of its value in ``groups``).
 
     Returns:
         int64: the counts.
@@ -206,12 +206,12 @@ def _group(spread: _Spread, part: int) -> np.ndarray:
 
 
 def _assign(
-    spread: _Spread, totals: list[np.ndarray], min_count: int, first_id: int, reserved: Mapping[str, int]
+    spread: _ValueRanges, totals: list[np.ndarray], min_count: int, first_id: int, reserved: Mapping[str, int]
 ) -> tuple[int, int, int]:
     """Assign every value its id: by descending count over all ranges, ties by value.
 
-    Of ``groups`` and ``inverse`` become ``ids`` (int32, of each entry), ``run`` (``_RUN``, the values in the order of
-    their ids) with ``run_ids`` and ``edges`` (int64, where in it each row group of the vocabulary begins), and
+    Replaces ``groups`` and ``inverse`` by ``ids`` (int32, of each entry), ``run`` (``_RUN``, the values in the order of
+    their ids) with ``run_ids`` and ``edges`` (int64, where in ``run`` each row group of the vocabulary begins), and
     ``rare``.
 
     Returns:
@@ -255,7 +255,7 @@ _VOCABULARY_SCHEMA = pa.schema([("hash", pa.uint32()), ("count", pa.int64()), ("
 
 def _write_vocabulary(
     path: Path,
-    spread: _Spread,
+    spread: _ValueRanges,
     first_id: int,
     kept: int,
     reserved: Mapping[str, int],
@@ -307,7 +307,7 @@ def _write_vocabulary(
             write(pa.array(rare["value"]), rare["count"], np.full(len(rare), reserved["rare"]))
 
 
-def _write_ids(encoding: Encoding, table: Table, spread: _Spread, missing_id: int, modulus: int | None) -> None:
+def _write_ids(encoding: Encoding, table: Table, spread: _ValueRanges, missing_id: int, modulus: int | None) -> None:
     """Write the ids of the entries in the order of the segments."""
     out = IdsWriter(spread.scratch, encoding, table, missing_id)
     begins = np.zeros(spread.parts, np.int64)

@@ -1,4 +1,4 @@
-"""What a run will take, from a look at the beginning of its input."""
+"""Estimate the time and disk of a run from the beginning of its input."""
 
 import shutil
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _WORKERS_PER_DISK = 16  # more of them than this are not counted on: they share 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Of a run over some files."""
+    """The estimate of a run."""
 
     rows: float
     text_bytes: float
@@ -93,7 +93,7 @@ def _sample(file: RawFile) -> tuple[float, float, int]:
         try:
             sample = text.read(_SAMPLE_BYTES)
         except ValueError:
-            sample = b""  # truncated or corrupt: the stages say where
+            sample = b""  # truncated or corrupt: the first stage names the place
         stored = text.stored.tell() if sample else 1
     stored = len(sample) if file.compression == "none" else min(stored, file.size)
     fields = sample.partition(b"\n")[0].count(b"\t") + 1

@@ -1,4 +1,4 @@
-"""The figure of ``inspect --plot``: how large the tables are, and how few of their ids most lookups go to.
+"""The figure of ``inspect --plot``: the sizes of the tables and the skew of their ids.
 
 Tables and shares differ in shape and line style, so that the figure is readable in black and white.
 """

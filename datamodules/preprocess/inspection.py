@@ -153,8 +153,7 @@ def _column_table(facts: Mapping[str, Any]) -> list[str]:
             column["name"],
             column["role"],
             f"{column['cardinality']:,}" if column["cardinality"] else "",
-            _percent(column["missing"]),
-            _percent(column["most_frequent"]),
+            *("" if share is None else f"{share:.2%}" for share in (column["missing"], column["most_frequent"])),
             "" if column["ids_for_90"] is None else f"{column['ids_for_90']:,}",
             _reserved(column["reserved"]),
         )
@@ -162,10 +161,6 @@ def _column_table(facts: Mapping[str, Any]) -> list[str]:
     ]
     total = ("all tables", "", f"{facts['table_rows']:,}", "", "", "", "")
     return aligned([header, *body, total], left=(0, 1, 6))
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.2%}"
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:

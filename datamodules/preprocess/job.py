@@ -250,7 +250,7 @@ class Job:
         """Return the results of ``count_column`` or ``look_up_column`` by column."""
         tables = self.options.rules.tables()
         weights = {table.name: 1 + sum(s.distinct.get(table.source, 0) for s in staged.segments) for table in tables}
-        # The longest first, so that no worker is left alone with one at the end.
+        # The largest columns first, so that no worker is left with one at the end.
         tables = tuple(sorted(tables, key=lambda table: -weights[table.name]))
         if self.known is None or self.vocabulary is None:
             count: Callable[[Table], dict[str, Any]] = partial(count_column, encoding)

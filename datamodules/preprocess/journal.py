@@ -41,10 +41,9 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 def remove_partial_files(folder: Path) -> None:
     """Remove what killed processes left of ``written_aside`` below a folder."""
-    for root, _, names in os.walk(folder):
-        for name in names:
-            if name.startswith(".") and name.endswith(_PARTIAL):
-                (Path(root) / name).unlink(missing_ok=True)
+    for path in _files_below(folder):
+        if path.name.startswith(".") and path.name.endswith(_PARTIAL):
+            path.unlink(missing_ok=True)
 
 
 def record(
@@ -93,11 +92,14 @@ def recorded(path: Path) -> dict[str, Any] | None:
 def find_records(folder: Path) -> list[Path]:
     """Return all records below a folder, each without its suffix."""
     return sorted(
-        Path(root) / name.removesuffix(_SUFFIX)
-        for root, _, names in os.walk(folder)
-        for name in names
-        if name.endswith(_SUFFIX) and not name.startswith(".")
+        path.with_name(path.name.removesuffix(_SUFFIX))
+        for path in _files_below(folder)
+        if path.name.endswith(_SUFFIX) and not path.name.startswith(".")
     )
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    return (Path(root) / name for root, _, names in os.walk(folder) for name in names)
 
 
 def discard_damaged(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Which rows of a dataset have equal features, within a split and across splits.
+"""Count rows of equal features, within a split and across splits.
 
 Each row's features (without the label) are hashed to 64 bits. Rows of equal features always have equal hashes; the
 expected number of pairs of different rows with equal hashes is n (n - 1) / 2**65 for n rows: 6e-5 for Kaggle's 46
@@ -52,7 +52,7 @@ def equal_rows(folder: str | Path | Folder, schema: DatasetSchema, progress: boo
     rows = sum(split.rows for split in schema.splits.values())
     _check_space(rows * _ENTRY.itemsize)
     ranges = -(-rows // _RANGE_ROWS) or 1
-    runs = {split: _Runs(ranges) for split in SPLITS if split in schema.splits}
+    runs = {split: _SortedRuns(ranges) for split in SPLITS if split in schema.splits}
     with tqdm(total=rows, desc="Hashing", unit=" rows", unit_scale=True, disable=None if progress else True) as bar:
         for split, split_runs in runs.items():
             for file in schema.splits[split].files:
@@ -104,7 +104,7 @@ def _mix(hashes: Hashes, values: Hashes) -> None:
     hashes ^= hashes >> np.uint64(29)
 
 
-class _Runs:
+class _SortedRuns:
     """The hashes of a split as sorted runs in a file without a name, which vanishes with the process.
 
     Args:
@@ -159,7 +159,7 @@ class _Runs:
         return hashes[firsts], counts
 
 
-def _compare(runs: Mapping[SplitName, _Runs], ranges: Iterable[int]) -> dict[str, Any]:
+def _compare(runs: Mapping[SplitName, _SortedRuns], ranges: Iterable[int]) -> dict[str, Any]:
     """Return the facts of ``equal_rows`` from the hashes of each split, range by range."""
     rows, distinct = dict.fromkeys(runs, 0), dict.fromkeys(runs, 0)
     # Of a pair of splits: distinct features in both, rows of the first, rows of the second.

@@ -31,7 +31,7 @@ _STREAM = 16  # of random numbers, plus the column's position; apart from those 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiHot:
-    """How single ids become bags."""
+    """The rule that makes bags of single ids."""
 
     distribution: Distribution
     seed: int

@@ -1,4 +1,4 @@
-"""Encode: the part files of the splits, of segments and the ids of their distinct values."""
+"""Encode: write the part files of the splits from segments and the ids of their distinct values."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -29,14 +29,14 @@ def rows_per_split(encoding: Encoding, numbers: range) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class PartJob:
-    """Which part file to write, and of what rows."""
+    """A part file to write, and its rows."""
 
     encoding: Encoding
     columns: tuple[Column, ...]
     split: SplitName
     part: int
     pieces: tuple[tuple[int, int, int], ...]
-    """(segment, how many of its rows in the split to leave out, and then to take), in order."""
+    """(segment, how many of its rows in the split to skip, how many to take), in order."""
 
     @property
     def record_path(self) -> Path:
@@ -98,7 +98,7 @@ def encode_part(job: PartJob) -> tuple[DataFile, int | None]:
 
 
 class _Ids:
-    """The ids of the segments' distinct values, as count left them."""
+    """Reads the ids of the segments' distinct values."""
 
     def __init__(self, encoding: Encoding):
         self._encoding = encoding

@@ -1,4 +1,4 @@
-"""Make a dataset folder of raw Criteo TSV: the call, its checks, and what surrounds the stages of ``job``."""
+"""Make a dataset folder of raw Criteo TSV: ``preprocess``, its checks, and the set-up of a ``job``."""
 
 import os
 import re

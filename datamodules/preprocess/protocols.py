@@ -1,9 +1,9 @@
-"""What a preprocessing protocol is: a few words and pure functions over numpy arrays.
+"""Preprocessing protocols: their descriptions and their functions over numpy arrays.
 
-Scores reached under different protocols cannot be compared, so a dataset names its protocol. A new
-one is a new ``Protocol`` in ``PROTOCOLS``; the stages stay as they are.
+Scores under different protocols cannot be compared, so a dataset names its protocol. To add one, add a ``Protocol`` to
+``PROTOCOLS``; the stages need no change.
 
-What the published systems do, and where these protocols stand apart:
+Differences between these protocols and the published systems:
 
 - Ids go by descending count (ties by value) everywhere. facebookresearch/dlrm and torchrec number
   values as they come, NVIDIA and FuxiCTR by count; any order gives the same model.

@@ -1,8 +1,9 @@
-"""Segments, the rows as ``staging`` leaves them: which there are, what is in one, and where its rows go."""
+"""Segments, the rows as ``staging`` leaves them: their list, their content, and the splits of their rows."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_LABEL, SP
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Rows that were staged together."""
+    """A file of staged rows."""
 
     path: Path
     start: int
@@ -28,16 +29,13 @@ class Segment:
     """Distinct hashes of each categorical column."""
 
 
-class OpenSegment:
-    """A segment mapped into memory, of which only what is asked for is read."""
+class OpenSegment(AbstractContextManager["OpenSegment"]):
+    """A segment mapped into memory; only the columns that are used are read."""
 
     def __init__(self, segment: Segment):
         self.segment = segment
         self._file = pa.memory_map(str(segment.path))
         self._batch = pa.ipc.open_file(self._file).get_batch(0)
-
-    def __enter__(self) -> "OpenSegment":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

@@ -1,4 +1,4 @@
-"""How often each id of a table is looked up: from the vocabulary where it has counts, else counted in the rows."""
+"""How often each id of a table is looked up: from the counts of the vocabulary, or counted in the rows."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _CURVE_POINTS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Skew:
-    """How the lookups of one table are spread over its ids. Empty of figures where there are no lookups."""
+    """How the lookups of a table are spread over its ids; without numbers if there are no lookups."""
 
     column: Column
     lookups: int

@@ -55,12 +55,12 @@ class RawFile:
                 return file.read(stop - start)
 
     @contextmanager
-    def text(self) -> Iterator["Text"]:
+    def text(self) -> Iterator["TextReader"]:
         """Open the uncompressed text for reading from its beginning."""
         with _named(self.path):
             stored = self._opened()
         with closing(stored):
-            yield Text(self, stored)
+            yield TextReader(self, stored)
 
     def _opened(self) -> Any:
         if is_remote(self.path):
@@ -69,7 +69,7 @@ class RawFile:
         return Path(self.path).open("rb")
 
 
-class Text:
+class TextReader:
     """The uncompressed text of a file."""
 
     def __init__(self, source: RawFile, stored: IO[bytes]):

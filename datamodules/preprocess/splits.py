@@ -1,6 +1,6 @@
-"""Which row goes to which split: arithmetic on the row's position (and, for sampling, its label).
+"""The split of each row: arithmetic on the row's position (and, for sampling, its label).
 
-Nothing depends on how the rows are cut into pieces, so any worker can ask about any piece.
+It does not depend on how the rows are cut into pieces, so any worker can compute it for any piece.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from lightning_dlrm.contracts.schema import SPLITS, SplitName
 Dataset = Literal["kaggle", "terabyte"]
 DATASETS: tuple[Dataset, ...] = get_args(Dataset)
 
-DAYS = 7  # that a file split by position is cut into
+DAYS = 7  # a file split by position is cut into so many days
 
 _TRAIN = SPLITS.index("train")
 _TEST = SPLITS.index("test")

@@ -1,4 +1,4 @@
-"""Stage: a piece of a raw file becomes a segment, which holds its integers and, of each categorical column, the
+"""Stage: turn a piece of a raw file into a segment, which holds its integers and, for each categorical column, the
 distinct hashes and codes into them.
 
 Segments are Arrow files without compression rather than Parquet: per 138,000 rows (one core) 19 ms
@@ -27,7 +27,7 @@ from datamodules.preprocess.sources import RawFile
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, CRITEO_LABEL
 
 PIECE_BYTES = 30 << 20
-"""Text of a segment: some 125,000 rows, for which a worker needs about 150 MB. Memory of 32 MB or more, glibc would map
+"""Text of a segment: about 125,000 rows, for which a worker needs about 150 MB. glibc would map blocks of 32 MB or more
 anew for every piece."""
 
 _INTEGERS = ((7, pa.int8()), (15, pa.int16()), (31, pa.int32()))
@@ -35,13 +35,13 @@ _INTEGERS = ((7, pa.int8()), (15, pa.int16()), (31, pa.int32()))
 
 @dataclass(frozen=True, kw_only=True)
 class StageJob:
-    """What to make segments of."""
+    """A piece of a raw file, or a whole compressed file, to make segments of."""
 
     source: RawFile
     index: int | None
     """The piece of a plain file; None for a whole compressed one."""
     folder: Path
-    """Of the file's segments."""
+    """The folder of the file's segments."""
     piece_bytes: int
     labelled: bool
     skip_bad_rows: bool

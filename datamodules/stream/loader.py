@@ -195,7 +195,7 @@ class TrainingLoader(Loader):
         self._epoch = self._batch = 0
         self.wait_seconds = 0.0
         """Time that the training loop has waited for batches since the loader was made."""
-        self.announce: Callable[[Batch], None] | None = None
+        self.prefetch: Callable[[Batch], None] | None = None
         """Called with each batch before the previous one is served; not with the first batch of an epoch."""
 
     def __iter__(self) -> Iterator[Batch]:
@@ -218,10 +218,10 @@ class TrainingLoader(Loader):
         for index in range(first, self._epoch_batches):
             start = time.perf_counter()
             batch = next(source) if upcoming is None else upcoming
-            upcoming = next(source) if self.announce is not None and index + 1 < self._epoch_batches else None
+            upcoming = next(source) if self.prefetch is not None and index + 1 < self._epoch_batches else None
             self.wait_seconds += time.perf_counter() - start
-            if self.announce is not None and upcoming is not None:
-                self.announce(upcoming)
+            if self.prefetch is not None and upcoming is not None:
+                self.prefetch(upcoming)
             self._epoch, self._batch = epoch, index + 1
             yield batch
 

@@ -22,7 +22,7 @@ _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
 # In one array, so that code that moves ids moves their weights too.
 WEIGHTED_IDS = np.dtype([("id", np.int32), ("weight", np.float32)])
 _NAN = pa.scalar(float("nan"), type=pa.float32())
-# Each lane is in one file at a time, or passing from one to the next.
+# Each lane reads one file at a time; some lanes are passing from one file to the next.
 _OPEN_FILES = LANES + 16
 
 

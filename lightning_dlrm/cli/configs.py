@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 import lightning_dlrm
-from lightning_dlrm.cli.retired import log_updates, update_document, update_options
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.retired import log_updates, update_document, update_options
 
 
 def shipped_configs() -> Path:

@@ -23,10 +23,9 @@ def demo_note() -> str:
 
 def size_note(size: ModelSize) -> str:
     """Said at the start of every run; the same numbers as ``params`` counts."""
-    return (
-        f"parameters: {size_words(size.tables, size.dense)}; FLOPs per sample: "
-        f"{size.flops_per_sample_forward:,} forward, {size.flops_per_sample_training:,} in training"
-    )
+    forward, training = size.flops_per_sample_forward, size.flops_per_sample_training
+    flops = f"{forward:,} forward, {training:,} in training" if forward else "unknown"
+    return f"parameters: {size_words(size.tables, size.dense)}; FLOPs per sample: {flops}"
 
 
 def size_words(tables: float, dense: float) -> str:

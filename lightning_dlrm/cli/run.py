@@ -164,6 +164,8 @@ def instantiate(command: str, parser: CommandParser, settings: Namespace) -> tup
     to_build = settings.clone()
     check_early_stopping_after_validation(to_build.trainer)
     built = parser.build(to_build)
+    # Checkpoints keep it, so that the module can be built from them.
+    built.model.configuration = json.loads(parser.dump(settings, format="json", skip_unset=False))["model"]
     trainer_settings = built.trainer.as_dict()
     validate_trainer_settings(trainer_settings, settings.stop_at_auc)
     folder = RunFolder(Path())

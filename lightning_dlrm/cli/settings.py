@@ -52,6 +52,6 @@ def build_model_and_data(arguments: Sequence[str], parser: CommandParser | None 
     fill_data_seed(to_build)
     # Callbacks, loggers and strategies belong to a Trainer.
     to_build.pop("trainer")
-    built = parser.instantiate(to_build)
+    built = parser.build(to_build)
     assert isinstance(built.model, CTRModule) and isinstance(built.data, pl.LightningDataModule)
     return ModelAndData(settings=settings, parser=parser, module=built.model, datamodule=built.data)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -76,24 +77,24 @@ def dense_tensors(module: "CTRModule") -> list[Tensor]:
     return [*parameters, *(values for parameter in parameters for values in state[parameter].values())]
 
 
-def take_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:
+def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) -> None:
     """Check that a checkpoint is of this model and data, and read its tables in place.
 
     Args:
         module: about to be trained or evaluated.
         checkpoint: Lightning's, as ``FolderCheckpointIO`` opens it; changed in place.
+        training: whether a fit goes on from it.
 
     Raises:
         UserError: it is of another model, dataset encoding, or (to train on) other data.
     """
     reader: CheckpointReader = checkpoint["tables"]
-    training = module.trainer.training
-    _check_header(module, reader, training)
     if training and not checkpoint.get("optimizer_states"):
         raise UserError(
             f"checkpoint {reader.folder} holds weights only, so a fit cannot go on from it; validate, test and "
             "predict take it"
         )
+    _check_header(module, reader, training)
     _check_parameters(module, reader, checkpoint["state_dict"])
     averages = checkpoint.get(AVERAGES)
     if training:
@@ -118,6 +119,19 @@ def take_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:
         state["read_table_rows"] = reader.read_rows
     if "random_state" in checkpoint:
         restore_random_states(checkpoint["random_state"], module.device)
+
+
+def check_checkpoint_plugin(trainer: pl.Trainer) -> None:
+    """
+    Raises:
+        UserError: the trainer saves or opens checkpoints, and does so as single files.
+    """
+    uses_checkpoints = trainer.checkpoint_callbacks or trainer.ckpt_path is not None
+    if uses_checkpoints and not getattr(trainer.strategy.checkpoint_io, "HOLDS_TABLES", False):
+        raise UserError(
+            "this Trainer keeps checkpoints as single files, which have no room for tables: give it "
+            "plugins=[lightning_dlrm.FolderCheckpointIO()], or enable_checkpointing=False"
+        )
 
 
 def optimizer_of(module: "CTRModule") -> CTROptimizer:

@@ -35,6 +35,9 @@ MONITOR = f"{names.VALIDATION}/auc"
 class FolderCheckpointIO(CheckpointIO):
     """Lightning's plugin for checkpoint folders. Every rank saves the table rows that it holds."""
 
+    HOLDS_TABLES = True
+    """Whether tables are written piece by piece; CTRModule needs a plugin that does so."""
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         rest = {key: value for key, value in checkpoint.items() if key not in ("tables", "header")}
         save_checkpoint(Path(path), checkpoint["tables"], rest, checkpoint["header"], Ranks(patient=True))

@@ -1,6 +1,7 @@
 """The one LightningModule: any network, any optimizer, any dataset."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,11 +13,12 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
 from lightning_dlrm.engine.averaging import AverageForEvaluation, Averaging, WeightAverages
-from lightning_dlrm.engine.checkpoint_state import add_state, take_state
+from lightning_dlrm.engine.checkpoint_state import add_state, check_checkpoint_plugin, take_state
 from lightning_dlrm.engine.compilation import CompilationLog, CompileMode, compile_mode, compile_score, compiled
 from lightning_dlrm.engine.evaluation import Evaluation
 from lightning_dlrm.engine.fit_length import steps_of_epochs
 from lightning_dlrm.engine.guards import LossGuard, Position, warn_of_chance
+from lightning_dlrm.engine.loading import KEY, describe_module, load_module
 from lightning_dlrm.engine.timing import StepTimer
 from lightning_dlrm.engine.transfer import SideStream
 from lightning_dlrm.kernels.choice import Kernels, choose
@@ -96,6 +98,8 @@ class CTRModule(pl.LightningModule):
         self.compile_mode = compile_mode(compile)
         self.schema = schema
         self.seed = seed
+        self.configuration: dict[str, Any] | None = None
+        """The options as plain values, as a configuration has them; None if they were given as objects."""
         self.network: CTRNetwork
         self.size: ModelSize = self._size_of(network)
         self.evaluations = nn.ModuleDict({stage: Evaluation(stage) for stage in (names.VALIDATION, names.TEST)})
@@ -114,6 +118,29 @@ class CTRModule(pl.LightningModule):
         self._batch_size = 0
 
     # --- building ---------------------------------------------------------------------------------
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: Path | str,
+        network: Callable[[Features, int], CTRNetwork] | None = None,
+        *,
+        schema: DatasetSchema | None = None,
+    ) -> "CTRModule":
+        """Return a module with the parameters of a checkpoint folder, on the CPU.
+
+        Args:
+            checkpoint_path: such as ``runs/NAME/checkpoints/best``.
+            network: makes the network; needed if it is not one of this package, as no other class is imported.
+            schema: of the data; needed for checkpoints of releases that did not keep it.
+
+        Raises:
+            UserError: the checkpoint is damaged, or does not say how its module is made.
+        """
+        return load_module(cls, Path(checkpoint_path), network, schema)
+
+    def setup(self, stage: str) -> None:
+        check_checkpoint_plugin(self.trainer)
 
     def configure_model(self) -> None:
         # Lightning calls this once for every fit, validate, test and predict.
@@ -191,6 +218,7 @@ class CTRModule(pl.LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits [B] of a batch."""
+        self.configure_model()
         logits_B: Tensor = self.network(batch.dense, batch.ids)
         return logits_B
 
@@ -250,8 +278,8 @@ class CTRModule(pl.LightningModule):
     def on_train_start(self) -> None:
         # Loaders that hold the next batch ready tell its ids; with others, no rows are fetched ahead.
         loader: Any = self.trainer.train_dataloader
-        if hasattr(loader, "announce") and any(lookup.LOOKS_AHEAD for lookup in self._lookups()):
-            loader.announce = lambda batch: self.network.prefetch(batch.ids)
+        if hasattr(loader, "prefetch") and any(lookup.LOOKS_AHEAD for lookup in self._lookups()):
+            loader.prefetch = lambda batch: self.network.prefetch(batch.ids)
 
     def on_train_end(self) -> None:
         for lookup in self._lookups():
@@ -275,9 +303,9 @@ class CTRModule(pl.LightningModule):
         self._evaluation(names.TEST).update(self(batch), _labels(batch))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Return ``row`` int64 [B] and ``probability`` float32 [B]."""
-        assert batch.rows is not None
-        return {"row": batch.rows, "probability": self(batch).cpu().double().sigmoid().float()}
+        """Return ``probability`` float32 [B], and ``row`` int64 [B] if the data number their rows."""
+        rows = {} if batch.rows is None else {"row": batch.rows}
+        return {**rows, "probability": self(batch).cpu().double().sigmoid().float()}
 
     def on_validation_epoch_end(self) -> None:
         self._finish(names.VALIDATION)
@@ -291,8 +319,9 @@ class CTRModule(pl.LightningModule):
             self.results, self.curves = evaluation.results(), evaluation.curves()
             if self.trainer.state.fn == "fit":
                 self._warn_of_chance(evaluation)
-            # For callbacks such as EarlyStopping; loggers get the full precision from MetricsLogger.
-            self.log_dict(self.results, logger=False, rank_zero_only=True)
+            # For callbacks such as EarlyStopping, and what ``trainer.validate`` and ``test`` return: only metrics that
+            # go to loggers too. Those of a fit get them in full precision from MetricsLogger.
+            self.log_dict(self.results, logger=self.trainer.state.fn != "fit", rank_zero_only=True)
         evaluation.reset()
 
     def _warn_of_chance(self, evaluation: Evaluation) -> None:
@@ -313,12 +342,13 @@ class CTRModule(pl.LightningModule):
     # --- checkpoints and data ---------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the tables as pieces: see ``checkpoint_state.add_state``."""
+        """Add the tables as pieces and the module's options: see ``checkpoint_state`` and ``loading``."""
         add_state(self, checkpoint)
+        checkpoint[KEY] = describe_module(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the checkpoint and read the tables in place: see ``checkpoint_state.take_state``."""
-        take_state(self, checkpoint)
+        take_state(self, checkpoint, self.trainer.training)
 
     @property
     def averages(self) -> WeightAverages | None:
@@ -346,7 +376,7 @@ class CTRModule(pl.LightningModule):
                 f"wide_optimizer is given, but this {type(network).__name__} has no linear terms: set network.wide to "
                 "true where the model has that option, or leave wide_optimizer out"
             )
-        return model_size(network)
+        return model_size(network, self.schema.features)
 
 
 def _labels(batch: Batch) -> Tensor:

@@ -1,7 +1,7 @@
-"""Fused lookup and fused update of table rows in Triton, for GPUs; plain torch does the same elsewhere.
+"""Fused lookup and fused update of table rows in Triton, for GPUs, as operators of torch.
 
-Import it only where ``choose`` says triton: torch for CPUs comes without it. Shapes do not depend on the values of
-ids, and nothing is read back from the device, so that a CUDA graph can hold all of it.
+Import it only if ``choose`` says triton: torch for CPUs comes without it. Shapes do not depend on the values of ids and
+nothing is read back from the device, so that a CUDA graph can hold all of it; ids are not checked for the same reason.
 
 Shape suffixes: B bags (output vectors), F tables, D width, R rows of all tables, N indices of all bags,
 C sorted indices that one program handles.
@@ -9,15 +9,20 @@ C sorted indices that one program handles.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_dlrm.kernels.operators import count_change, nothing, register
+
 _BAGS = 16
 _SORTED = 64
 _BLOCKS = 64
+_INTEGERS = (torch.int32, torch.int64)
+_FLOATS = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -33,60 +38,159 @@ class Formula:
 
 
 def lookup(
-    weight_RD: Tensor, ids_N: Tensor, row_offsets_F: Tensor, offsets: Tensor | None, weights_N: Tensor | None
+    weight_RD: Tensor, ids_N: Tensor, row_offsets_F: Tensor, offsets: Tensor | None, factors_N: Tensor | None
 ) -> Tensor:
-    """[B, D], of the weight's type: for every bag the (weighted) sum of its rows, zeros for an empty one.
+    """Return the (weighted) sum of each bag's rows, zeros for an empty one: [B, D], of the weight's dtype.
+
+    Differentiable in ``weight_RD``, whose gradient is dense, and in ``factors_N``.
 
     Args:
+        weight_RD: float32 or bfloat16.
         ids_N: int32 or int64, each within its own table; those after the last bag count for nothing.
         row_offsets_F: int32 or int64, where each table begins; bag b is of table b % F.
         offsets: int64 [B + 1], where each bag begins; None for one id each.
-        weights_N: a factor for each index.
+        factors_N: a factor for each index; None means 1.
+
+    Raises:
+        ValueError: shapes do not fit.
+        TypeError: dtypes or devices are not those above.
     """
-    bags = len(ids_N) if offsets is None else len(offsets) - 1
-    out_BD = weight_RD.new_empty(bags, weight_RD.shape[1])
-    if bags:
-        _lookup_kernel[(triton.cdiv(bags, _BAGS),)](
-            weight_RD,
-            ids_N,
-            row_offsets_F,
-            ids_N if offsets is None else offsets,
-            ids_N if weights_N is None else weights_N,
-            out_BD,
-            bags,
-            len(row_offsets_F),
-            weight_RD.shape[1],
-            HAS_BAGS=offsets is not None,
-            WEIGHTED=weights_N is not None,
-            BAGS=_BAGS,
-            D=triton.next_power_of_2(weight_RD.shape[1]),
-        )
-    return out_BD
+    return torch.ops.lightning_dlrm.fused_lookup(weight_RD, ids_N, row_offsets_F, offsets, factors_N)
 
 
 def update(
     weight_RD: Tensor,
     rows_N: Tensor,
     grad_BD: Tensor,
-    bag_N: Tensor | None,
-    weights_N: Tensor | None,
+    bags_N: Tensor | None,
+    factors_N: Tensor | None,
     state: Mapping[str, Tensor],
     formula: Formula,
     scalars_4: Tensor,
 ) -> None:
-    """Sums the gradients of each distinct row and moves the row and its state along them, in place.
+    """Sum the gradients of each unique row, and move the row and its state along them, in place.
 
-    Sums are taken in a fixed order, so equal calls give equal bits. A gradient that is no finite number may spoil
-    rows beside its own.
+    Sums are taken in a fixed order, so equal calls give equal bits. A NaN or infinite gradient may spoil rows beside
+    its own.
 
     Args:
+        weight_RD: float32 or bfloat16, contiguous.
         rows_N: int32 or int64, the row of each index, in any order; R for those that count for nothing.
-        grad_BD: of each output vector.
-        bag_N: int64, the output vector that each index went into; None when index i went into vector i.
-        weights_N: a factor for each index.
-        state: the rule's slots, float32 [R, D] or [R].
+        grad_BD: the gradient of each output vector.
+        bags_N: int64, the output vector that each index went into; None if index i went into vector i.
+        factors_N: a factor for each index; None means 1.
+        state: the rule's, float32 [R, D] or [R], contiguous.
+        formula: the rule.
         scalars_4: float32: the learning rate, what weight decay leaves of a weight, and Adam's two corrections.
+
+    Raises:
+        ValueError: shapes do not fit.
+        TypeError: dtypes, devices or strides are not those above.
     """
+    settings = (formula.rule, formula.l2, formula.epsilon, formula.beta1, formula.beta2)
+    torch.ops.lightning_dlrm.fused_update(
+        weight_RD, list(state.values()), rows_N, grad_BD, bags_N, factors_N, scalars_4, *settings
+    )
+
+
+def _check(function: str, device: torch.device, **arguments: tuple[Tensor | None, tuple[torch.dtype, ...]]) -> None:
+    """Refuse tensors that are not on a device, not contiguous or of another dtype."""
+    for name, (tensor, dtypes) in arguments.items():
+        if tensor is not None and not (tensor.dtype in dtypes and tensor.device == device and tensor.is_contiguous()):
+            raise TypeError(
+                f"{function}: {name} is {tensor.dtype} on {tensor.device}, of strides {tensor.stride()}; expected a "
+                f"contiguous tensor on {device}, of {' or '.join(map(str, dtypes))}"
+            )
+
+
+def _lookup(
+    weight_RD: Tensor, ids_N: Tensor, row_offsets_F: Tensor, offsets: Tensor | None, factors_N: Tensor | None
+) -> Tensor:
+    weight_RD, ids_N, row_offsets_F = weight_RD.contiguous(), ids_N.flatten().contiguous(), row_offsets_F.contiguous()
+    offsets = None if offsets is None else offsets.contiguous()
+    factors_N = None if factors_N is None else factors_N.flatten().contiguous()
+    _check(
+        "fused_lookup",
+        weight_RD.device,
+        weight=(weight_RD, _FLOATS),
+        ids=(ids_N, _INTEGERS),
+        row_offsets=(row_offsets_F, _INTEGERS),
+        offsets=(offsets, (torch.int64,)),
+        factors=(factors_N, (*_FLOATS, torch.float16, torch.float64)),
+    )
+    if weight_RD.dim() != 2 or not len(row_offsets_F) or (factors_N is not None and factors_N.shape != ids_N.shape):
+        raise ValueError(
+            f"fused_lookup: a weight of {list(weight_RD.shape)}, {len(row_offsets_F)} tables, {len(ids_N)} ids; "
+            "expected two dimensions, a table, and a factor for each id"
+        )
+    out_BD = _lookup_results(weight_RD, ids_N, row_offsets_F, offsets, factors_N)
+    bags, width = out_BD.shape
+    if bags:
+        _lookup_kernel[(triton.cdiv(bags, _BAGS),)](
+            weight_RD,
+            ids_N,
+            row_offsets_F,
+            ids_N if offsets is None else offsets,
+            ids_N if factors_N is None else factors_N,
+            out_BD,
+            bags,
+            len(row_offsets_F),
+            width,
+            HAS_BAGS=offsets is not None,
+            WEIGHTED=factors_N is not None,
+            BAGS=_BAGS,
+            D=triton.next_power_of_2(width),
+        )
+    return out_BD
+
+
+def _lookup_results(
+    weight_RD: Tensor, ids_N: Tensor, row_offsets_F: Tensor, offsets: Tensor | None, factors_N: Tensor | None
+) -> Tensor:
+    """Return a tensor for ``lookup``'s result, not yet filled."""
+    return weight_RD.new_empty(ids_N.numel() if offsets is None else offsets.shape[0] - 1, weight_RD.shape[1])
+
+
+def _save_lookup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_lookup(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
+    weight_RD, ids_N, row_offsets_F, offsets, factors_N = ctx.saved_tensors
+    rows, bags_N = weight_RD.shape[0], torch.arange(ids_N.numel(), device=ids_N.device)
+    if offsets is not None:
+        # Indices after the last bag get a vector of zeros beside those of the bags.
+        bags_N = torch.searchsorted(offsets, bags_N, right=True) - 1
+        grad_BD = torch.cat([grad_BD, grad_BD.new_zeros(1, grad_BD.shape[1])])
+    inside_N = bags_N < grad_BD.shape[0] - (offsets is not None)
+    rows_N = ids_N.flatten() + row_offsets_F[bags_N % row_offsets_F.shape[0]]
+    rows_N, grad_ND = torch.where(inside_N, rows_N, 0), grad_BD.index_select(0, bags_N)
+    grad_weight = grad_factors = None
+    if ctx.needs_input_grad[0]:
+        parts_ND = grad_ND if factors_N is None else grad_ND * factors_N.flatten()[:, None].to(grad_ND.dtype)
+        grad_weight = grad_ND.new_zeros(rows, grad_ND.shape[1]).index_add(0, rows_N, parts_ND)
+    if ctx.needs_input_grad[4]:
+        grad_factors = (weight_RD.index_select(0, rows_N) * grad_ND).sum(1).to(factors_N.dtype).view(factors_N.shape)
+    return grad_weight, None, None, None, grad_factors
+
+
+def _update(
+    weight_RD: Tensor,
+    state: list[Tensor],
+    rows_N: Tensor,
+    grad_BD: Tensor,
+    bags_N: Tensor | None,
+    factors_N: Tensor | None,
+    scalars_4: Tensor,
+    rule: str,
+    l2: float,
+    epsilon: float,
+    beta1: float,
+    beta2: float,
+) -> None:
+    grad_BD = grad_BD.contiguous()
+    bags_N, factors_N = (None if x is None else x.contiguous() for x in (bags_N, factors_N))
+    _check_update(weight_RD, state, rows_N, grad_BD, bags_N, factors_N, scalars_4, rule)
     if not len(rows_N):
         return
     rows, width = weight_RD.shape
@@ -95,49 +199,62 @@ def update(
     columns = max(16, triton.next_power_of_2(width))
     # Of a row whose indices lie in several blocks: what its first block adds to it, and each that follows.
     begun, went_on = (grad_BD.new_empty(blocks, columns, dtype=torch.float32) for _ in range(2))
-    first, second = (*state.values(), weight_RD, weight_RD)[:2]
-    shared = {
-        "RULE": formula.rule,
-        "L2": formula.l2,
-        "EPSILON": formula.epsilon,
-        "BETA1": formula.beta1,
-        "BETA2": formula.beta2,
-        "C": _SORTED,
-        "D": columns,
-    }
+    first, second = (*state, weight_RD, weight_RD)[:2]
+    moved, sizes = (weight_RD, first, second, scalars_4, sorted_N), (len(rows_N), rows, width)
+    formula = {"RULE": rule, "L2": l2, "EPSILON": epsilon, "BETA1": beta1, "BETA2": beta2, "C": _SORTED, "D": columns}
     _update_kernel[(blocks,)](
-        weight_RD,
-        first,
-        second,
-        scalars_4,
-        sorted_N,
+        *moved,
         order_N,
         grad_BD,
-        order_N if bag_N is None else bag_N,
-        grad_BD if weights_N is None else weights_N,
+        order_N if bags_N is None else bags_N,
+        grad_BD if factors_N is None else factors_N,
         begun,
         went_on,
-        len(rows_N),
-        rows,
-        width,
-        HAS_BAGS=bag_N is not None,
-        WEIGHTED=weights_N is not None,
-        **shared,
+        *sizes,
+        HAS_BAGS=bags_N is not None,
+        WEIGHTED=factors_N is not None,
+        **formula,
     )
-    _update_spread_kernel[(blocks,)](
-        weight_RD,
-        first,
-        second,
-        scalars_4,
-        sorted_N,
-        begun,
-        went_on,
-        len(rows_N),
-        rows,
-        width,
-        BLOCKS=_BLOCKS,
-        **shared,
+    _update_spread_kernel[(blocks,)](*moved, begun, went_on, *sizes, BLOCKS=_BLOCKS, **formula)
+    count_change(weight_RD, *state)
+
+
+def _check_update(
+    weight_RD: Tensor,
+    state: list[Tensor],
+    rows_N: Tensor,
+    grad_BD: Tensor,
+    bags_N: Tensor | None,
+    factors_N: Tensor | None,
+    scalars_4: Tensor,
+    rule: str,
+) -> None:
+    floats = (*_FLOATS, torch.float16, torch.float64)
+    _check(
+        "fused_update",
+        weight_RD.device,
+        weight=(weight_RD, _FLOATS),
+        **{f"state[{i}]": (x, (torch.float32,)) for i, x in enumerate(state)},
+        rows=(rows_N, _INTEGERS),
+        grad=(grad_BD, floats),
+        bags=(bags_N, (torch.int64,)),
+        factors=(factors_N, floats),
+        scalars=(scalars_4, (torch.float32,)),
     )
+    shape = weight_RD.shape[: 1 if rule == "row_wise_adagrad" else 2]
+    per_index = [rows_N, *(x for x in (bags_N, factors_N) if x is not None)]
+    if (
+        weight_RD.dim() != 2
+        or len(state) != {"sgd": 0, "adagrad": 1, "row_wise_adagrad": 1, "adam": 2}.get(rule)
+        or any(x.shape != shape for x in state)
+        or any(x.shape != (len(rows_N),) for x in per_index)
+        or grad_BD.shape != (len(grad_BD) if bags_N is not None else len(rows_N), weight_RD.shape[1])
+        or scalars_4.shape != (4,)
+    ):
+        shapes = [tuple(x.shape) for x in (weight_RD, *state, rows_N, grad_BD)]
+        raise ValueError(
+            f"fused_update by {rule!r}: weight, state, rows and gradient have shapes {shapes}, which do not fit"
+        )
 
 
 @triton.jit
@@ -331,3 +448,20 @@ def _update_spread_kernel(
             only, only < nowhere, total[None, :], weight, first, second, scalars, width,
             RULE, L2, EPSILON, BETA1, BETA2, D,
         )  # fmt: skip
+
+
+register(
+    "fused_lookup(Tensor weight, Tensor ids, Tensor row_offsets, Tensor? offsets, Tensor? factors) -> Tensor",
+    _lookup,
+    _lookup_results,
+    _differentiate_lookup,
+    _save_lookup,
+    devices=("CPU", "CUDA"),
+)
+register(
+    "fused_update(Tensor(a!) weight, Tensor(b!)[] state, Tensor rows, Tensor grad, Tensor? bags, Tensor? factors, "
+    "Tensor scalars, str rule, float l2, float epsilon, float beta1, float beta2) -> ()",
+    _update,
+    nothing,
+    devices=("CPU", "CUDA"),
+)

@@ -6,14 +6,14 @@ results do not depend on how many there are. Sums are taken in float32.
 Shape suffixes: B bags (output vectors), F tables, D width, R rows of all tables, N indices of all bags.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dlrm.kernels.compiled import call
-from lightning_dlrm.kernels.operators import IMPLEMENTATIONS, count_change, nothing, register, threads
+from lightning_dlrm.kernels.operators import count_change, nothing, register, threads
 
 _MOST = torch.iinfo(torch.int32).max
 _RULES = ("sgd", "adagrad", "row_wise_adagrad", "adam")
@@ -273,8 +273,3 @@ register(
     _update,
     nothing,
 )
-
-
-def implementation(operation: torch._ops.OpOverload) -> Callable[..., Any] | None:
-    """Return what does an operation on a CPU, if it is one of these: torch finds it again at every call."""
-    return IMPLEMENTATIONS.get(operation._opname) if operation.namespace == "lightning_dlrm" else None

@@ -1,6 +1,6 @@
-"""How the kernels in C become operators of torch, ``torch.ops.lightning_dlrm.*``."""
+"""How kernels become operators of torch, ``torch.ops.lightning_dlrm.*``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,6 @@ _ALONE = 2**10
 """Indices from which on a second thread is worth waking."""
 
 _operators = torch.library.Library("lightning_dlrm", "FRAGMENT")
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
-"""Name of each operator -> what it does on a CPU."""
 
 
 def register(
@@ -21,23 +19,25 @@ def register(
     results: Callable[..., Any],
     differentiate: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
+    devices: Sequence[str] = ("CPU",),
 ) -> None:
     """Make a kernel an operator of torch.
 
     Args:
         schema: the operator's, with its name.
-        implementation: what it does on a CPU.
+        implementation: what it does.
         results: makes tensors of its results' shapes and dtypes, for fake tensors.
         differentiate: the backward pass; None if the operator is not differentiable.
         save: sets up the context of the backward pass.
+        devices: torch's dispatch keys of the devices that it works on.
     """
     name = schema.partition("(")[0]
     _operators.define(schema)
-    _operators.impl(name, implementation, "CPU")
+    for device in devices:
+        _operators.impl(name, implementation, device)
     torch.library.register_fake(f"lightning_dlrm::{name}", results, lib=_operators)
     if differentiate is not None:
         torch.library.register_autograd(f"lightning_dlrm::{name}", differentiate, setup_context=save, lib=_operators)
-    IMPLEMENTATIONS[name] = implementation
 
 
 def nothing(*arguments: Any) -> None:

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.network import CTRNetwork
 
 
@@ -14,6 +19,7 @@ class ModelSize:
     dense: int
     """All other parameters."""
     flops_per_sample_forward: int
+    """0 if it is not known."""
 
     @property
     def total(self) -> int:
@@ -25,8 +31,31 @@ class ModelSize:
         return 3 * self.flops_per_sample_forward
 
 
-def model_size(network: CTRNetwork) -> ModelSize:
-    """Counts; ``network`` may be on the meta device, where its tables take no memory."""
+def model_size(network: CTRNetwork, features: Features | None = None) -> ModelSize:
+    """Count parameters and operations; nothing is computed on a network on the meta device.
+
+    Args:
+        network: to be counted.
+        features: of its data; needed to count the operations of a network that does not define ``multiply_adds``.
+    """
     tables = {table.name: table.rows * lookup.width for lookup in network.lookups() for table in lookup.tables}
     dense = sum(parameter.numel() for parameter in network.dense_parameters())
-    return ModelSize(tables=sum(tables.values()), dense=dense, flops_per_sample_forward=2 * network.multiply_adds())
+    if type(network).multiply_adds is not CTRNetwork.multiply_adds:
+        flops = 2 * network.multiply_adds()
+    else:
+        flops = 0 if features is None else _counted_flops(network, features)
+    return ModelSize(tables=sum(tables.values()), dense=dense, flops_per_sample_forward=flops)
+
+
+def _counted_flops(network: CTRNetwork, features: Features) -> int:
+    """Return what torch counts in a forward pass of one sample; 0 if the network does not run on its device."""
+    with torch.device(next((p.device for p in network.parameters()), "cpu")), torch.no_grad():
+        dense_BI = torch.zeros(1, features.dense)
+        ids = SparseIds(values=torch.zeros(1, len(features.tables), dtype=torch.int32), tables=len(features.tables))
+        try:
+            with FlopCounterMode(display=False) as counter:
+                network(dense_BI, ids)
+        except Exception:
+            # A forward pass of a user's own need not run on the meta device, and trains all the same.
+            return 0
+    return counter.get_total_flops()

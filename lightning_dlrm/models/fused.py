@@ -3,29 +3,64 @@
 Shape suffixes: B samples, d features, V vectors, D their width, P pairs.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+# Torch has no public way to ask for hooks, neither for those of all modules nor for those of one.
+from torch.nn.modules.module import _has_any_global_hook
 
 from lightning_dlrm.kernels import dense
 
-# Multiply-adds from which on oneDNN's kernel is worth its start; none without oneDNN.
-_LARGE_PRODUCT = 2**23 if torch.backends.mkldnn.is_available() else math.inf
-
+_LARGE_PRODUCT = 2**23
+"""Multiply-adds from which on oneDNN takes a tenth less time for a weight's gradient from a transposed copy."""
 _WORTH_A_CALL = 2**14
 """Elements of a gradient from which on a kernel in C pays for its call."""
 _NARROW = 32
 """Width of a layer's input up to which the BLAS takes half the time for its weights' gradient, transposed."""
 
 
+def fusible_layers(modules: Iterable[nn.Module], x_Bd: Tensor) -> list[tuple[nn.Linear, bool]] | None:
+    """Return each linear layer with whether a ReLU follows it; None if the modules must be called one by one.
+
+    They must be if any is not exactly a Linear with a bias or a ReLU, has hooks, a forward method or parametrisations
+    of its own (pruning works by a hook), if hooks of all modules are registered, or if the call is compiled, exported
+    or traced.
+
+    Args:
+        modules: in the order of their calls.
+        x_Bd: the first one's input.
+    """
+    if torch.compiler.is_compiling() or type(x_Bd) is not Tensor or torch.jit.is_tracing() or _has_any_global_hook():
+        return None
+    layers: list[tuple[nn.Linear, bool]] = []
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return None
+        if type(module) is nn.Linear:
+            if module.bias is None or type(module.weight) not in (nn.Parameter, Tensor):
+                return None
+            layers.append((module, False))
+        elif type(module) is nn.ReLU and layers:
+            layers[-1] = (layers[-1][0], True)
+        else:
+            return None
+    return layers or None
+
+
 def fused_mlp(
-    x_Bd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], linear_output: bool, by_native: bool = False
+    x_Bd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], relus: Sequence[bool], by_native: bool = False
 ) -> Tensor:
-    """relu(x W' + b), layer after layer; the last one without the ReLU where ``linear_output``.
+    """Return relu(x W' + b), layer after layer, without the ReLU if a layer has none.
 
     Under autocast each weight is cast once, for the forward and the backward pass, and gradients of
     biases are summed in float32.
@@ -34,10 +69,10 @@ def fused_mlp(
         x_Bd: the first layer's input.
         weights: [out, in] of each layer.
         biases: [out] of each layer.
-        linear_output: whether the last layer has no ReLU.
+        relus: whether each layer has a ReLU.
         by_native: whether the kernels in C may be used.
     """
-    out: Tensor = _FusedMLP.apply(x_Bd, linear_output, by_native, *weights, *biases)
+    out: Tensor = _FusedMLP.apply(x_Bd, tuple(relus), by_native, *weights, *biases)
     return out
 
 
@@ -62,62 +97,81 @@ class _FusedMLP(torch.autograd.Function):
     """One node of the graph for all layers. A weight's gradient is dW = g' x, its input's dx = g W."""
 
     @staticmethod
-    def forward(ctx: Any, x_Bd: Tensor, linear_output: bool, by_native: bool, *parameters: Tensor) -> Tensor:
-        ctx.parameter_dtype = parameters[0].dtype
-        ctx.input_dtype = x_Bd.dtype
-        device = x_Bd.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            x_Bd, parameters = x_Bd.to(dtype), tuple(parameter.to(dtype) for parameter in parameters)
-        layers = len(parameters) // 2
-        weights, biases = parameters[:layers], parameters[layers:]
+    def forward(ctx: Any, x_Bd: Tensor, relus: tuple[bool, ...], by_native: bool, *parameters: Tensor) -> Tensor:
+        device, given = x_Bd.device.type, (x_Bd, *parameters)
+        ctx.autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if ctx.autocast_dtype is not None:
+            x_Bd, parameters = x_Bd.to(ctx.autocast_dtype), tuple(p.to(ctx.autocast_dtype) for p in parameters)
+        weights, biases = parameters[: len(relus)], parameters[len(relus) :]
         activations = [x_Bd]
-        for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            y_Bd = _linear(activations[-1], weight, bias)
-            activations.append(_relu(y_Bd, by_native) if layer < layers - 1 or not linear_output else y_Bd)
-        ctx.linear_output, ctx.by_native = linear_output, by_native
-        ctx.save_for_backward(*activations, *weights)
+        for weight, bias, relu in zip(weights, biases, relus, strict=True):
+            y_Bd = functional.linear(activations[-1], weight, bias)
+            activations.append(_relu(y_Bd, by_native) if relu else y_Bd)
+        ctx.relus, ctx.by_native = relus, by_native
+        ctx.save_for_backward(*given, *activations, *weights)
         return activations[-1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layers = len(ctx.saved_tensors) // 2
-        activations, weights = ctx.saved_tensors[: layers + 1], ctx.saved_tensors[layers + 1 :]
-        grad_Bd = grads[0]
+        layers, grad_Bd = len(ctx.relus), grads[0]
+        given, saved = ctx.saved_tensors[: 2 * layers + 1], ctx.saved_tensors[2 * layers + 1 :]
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(ctx, given, grad_Bd)
+        activations, weights, dtype = saved[: layers + 1], saved[layers + 1 :], given[1].dtype
         grad_weights: list[Tensor] = []
         grad_biases: list[Tensor] = []
         for layer in reversed(range(layers)):
             x_Bd, transposed_dB = activations[layer], None
-            if layer == layers - 1 and ctx.linear_output:
-                grad_bias = grad_Bd.sum(0, dtype=ctx.parameter_dtype)
+            if not ctx.relus[layer]:
+                grad_bias = grad_Bd.sum(0, dtype=dtype)
             else:
-                if layer == layers - 1:
+                if grad_Bd is grads[0]:
                     # What follows is in place, and others may hold this one.
                     grad_Bd = grad_Bd.clone(memory_format=torch.contiguous_format)
-                activation_Bd = activations[layer + 1]
-                if (
-                    ctx.by_native
-                    and grad_Bd.numel() >= _WORTH_A_CALL
-                    and grad_Bd.dtype in (torch.float32, torch.bfloat16)
-                ):
-                    transpose = _is_faster_transposed(x_Bd, grad_Bd)
-                    transposed_dB, grad_bias = dense.relu_gradients(grad_Bd, activation_Bd, transpose)
-                    transposed_dB, grad_bias = transposed_dB if transpose else None, grad_bias.to(ctx.parameter_dtype)
-                else:
-                    torch.ops.aten.threshold_backward.grad_input(grad_Bd, activation_Bd, 0, grad_input=grad_Bd)
-                    grad_bias = grad_Bd.sum(0, dtype=ctx.parameter_dtype)
-            grad_biases.append(grad_bias)
+                grad_bias, transposed_dB = _differentiate_relu(
+                    grad_Bd, activations[layer + 1], ctx.by_native, _is_faster_transposed(x_Bd, grad_Bd)
+                )
+            grad_biases.append(grad_bias.to(dtype))
             if transposed_dB is not None:
-                grad_weight = _linear(transposed_dB, x_Bd.t(), None)
+                grad_weight = functional.linear(transposed_dB, x_Bd.t())
             elif x_Bd.shape[1] < _NARROW:
                 grad_weight = (x_Bd.t() @ grad_Bd).t().contiguous()
             else:
                 grad_weight = grad_Bd.t() @ x_Bd
-            grad_weights.append(grad_weight.to(ctx.parameter_dtype))
+            grad_weights.append(grad_weight.to(dtype))
             if layer or ctx.needs_input_grad[0]:
-                grad_Bd = _linear(grad_Bd, weights[layer].t(), None)
-        grad_input = grad_Bd.to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
+                grad_Bd = functional.linear(grad_Bd, weights[layer].t())
+        grad_input = grad_Bd.to(given[0].dtype) if ctx.needs_input_grad[0] else None
         return grad_input, None, None, *reversed(grad_weights), *reversed(grad_biases)
+
+
+def _differentiable_gradients(ctx: Any, given: Sequence[Tensor], grad_Bd: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients by plain torch, from the layers once more, so that they have gradients themselves."""
+    y_Bd, *parameters = given
+    weights, biases = parameters[: len(ctx.relus)], parameters[len(ctx.relus) :]
+    with torch.autocast(y_Bd.device.type, dtype=ctx.autocast_dtype, enabled=ctx.autocast_dtype is not None):
+        for weight, bias, relu in zip(weights, biases, ctx.relus, strict=True):
+            y_Bd = functional.linear(y_Bd, weight, bias)
+            y_Bd = y_Bd.relu() if relu else y_Bd
+    wanted = [tensor for tensor in given if tensor.requires_grad]
+    grads = iter(torch.autograd.grad(y_Bd, wanted, grad_Bd, create_graph=True))
+    grad_input, *of_parameters = (next(grads) if tensor.requires_grad else None for tensor in given)
+    return grad_input, None, None, *of_parameters
+
+
+def _differentiate_relu(
+    grad_Bd: Tensor, activation_Bd: Tensor, by_native: bool, transpose: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Make the gradient of a ReLU's result that of its input, in place.
+
+    Returns:
+        [d], the gradient of the bias before the ReLU, and [d, B], the other one transposed, if a kernel made it.
+    """
+    if by_native and grad_Bd.numel() >= _WORTH_A_CALL and grad_Bd.dtype in (torch.float32, torch.bfloat16):
+        transposed_dB, grad_bias = dense.relu_gradients(grad_Bd, activation_Bd, transpose)
+        return grad_bias, transposed_dB if transpose else None
+    torch.ops.aten.threshold_backward.grad_input(grad_Bd, activation_Bd, 0, grad_input=grad_Bd)
+    return grad_Bd.sum(0, dtype=torch.promote_types(grad_Bd.dtype, torch.float32)), None
 
 
 class _PairProducts(torch.autograd.Function):
@@ -157,28 +211,14 @@ class _PairProducts(torch.autograd.Function):
 
 
 def _is_faster_transposed(x_Bd: Tensor, grad_Bd: Tensor) -> bool:
-    """Whether the product g' x is to be made from a transposed copy of g.
-
-    In float32, oneDNN then takes a quarter less time than the BLAS for g as it is. In bfloat16 both are oneDNN's, which
-    gains a tenth, and loses as much where the width of x is odd.
-    """
-    if x_Bd.shape[1] * grad_Bd.numel() < _LARGE_PRODUCT:
-        return False
-    return x_Bd.dtype == torch.float32 or x_Bd.shape[1] % 4 == 0
-
-
-def _linear(x_Bd: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W' + b."""
-    if x_Bd.device.type == "cpu" and x_Bd.dtype == torch.float32 and len(x_Bd) * weight.numel() >= _LARGE_PRODUCT:
-        # oneDNN's kernel: a few hundredths faster than the BLAS behind addmm, and a quarter where the width is odd. Its
-        # own ReLU is not used: it makes zeros of what is no number, which nobody would hear of.
-        y_Bd: Tensor = torch.ops.mkldnn._linear_pointwise(x_Bd, weight, bias, "none", [], "")
-        return y_Bd
-    return functional.linear(x_Bd, weight, bias)
+    """Return whether the product g' x is to be made from a transposed copy of g: in bfloat16 that gains a tenth, and
+    loses as much if the width of x is odd."""
+    large = x_Bd.shape[1] * grad_Bd.numel() >= _LARGE_PRODUCT
+    return large and x_Bd.dtype == torch.bfloat16 and x_Bd.shape[1] % 4 == 0
 
 
 def _relu(y_Bd: Tensor, by_native: bool) -> Tensor:
-    """In place."""
+    """Apply the ReLU in place."""
     if by_native and y_Bd.dtype == torch.bfloat16 and y_Bd.numel() >= _WORTH_A_CALL:
         dense.relu_bf16(y_Bd)
         return y_Bd

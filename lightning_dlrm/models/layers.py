@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.kernels import dense
 from lightning_dlrm.kernels.choice import Kernels, choose
-from lightning_dlrm.models.fused import fused_mlp, pair_products
+from lightning_dlrm.models.fused import fused_mlp, fusible_layers, pair_products
 
 
 class MLP(nn.Sequential):
@@ -53,21 +53,19 @@ class MLP(nn.Sequential):
         if linear_output:
             del layers[-1 - bool(batch_norm) - bool(dropout) :]
         super().__init__(*layers)
-        self._linear_output = linear_output
-        # Normalisation and the like stand between the linear layers.
-        self._is_plain = all(isinstance(layer, (nn.Linear, nn.ReLU)) for layer in layers)
 
     def forward(self, x_Bd: Tensor) -> Tensor:
-        """[B, d] -> [B, width of the last layer]."""
-        if not self._is_plain:
+        """[B, d] -> [B, width of the last layer]: what the modules return one after the other; in one pass if they are
+        linear layers and ReLUs that nothing observes or changes."""
+        layers = fusible_layers(self, x_Bd)
+        if layers is None:
             return cast(Tensor, super().forward(x_Bd))
-        linears = self.linears()
         return fused_mlp(
             x_Bd,
-            [layer.weight for layer in linears],
-            [layer.bias for layer in linears],
-            self._linear_output,
-            by_native=choose(self.kernels, x_Bd.device.type, linears[0].weight.dtype) == "native",
+            [layer.weight for layer, _ in layers],
+            [layer.bias for layer, _ in layers],
+            [relu for _, relu in layers],
+            by_native=choose(self.kernels, x_Bd.device.type, layers[0][0].weight.dtype) == "native",
         )
 
     def linears(self) -> list[nn.Linear]:
@@ -145,6 +143,12 @@ class DotInteraction(nn.Module):
         if not self.pairs.numel():  # of one vector
             return first_BD
         others_BVD = others_Bn.unflatten(1, (-1, self.width))
+        if torch.compiler.is_compiling():
+            # Compilers fuse plain operations; an exported network needs no kernels of ours.
+            vectors_BVD = torch.cat([first_BD[:, None], others_BVD], dim=1)
+            products_BVV = torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2))
+            products_BP = products_BVV.flatten(1).index_select(1, self.pairs)
+            return torch.cat([first_BD, products_BP.to(first_BD.dtype)], dim=1)
         kernels = choose(self.kernels, others_Bn.device.type, others_Bn.dtype)
         if kernels == "native" and first_BD.dtype in (torch.float32, torch.bfloat16):
             return dense.pair_products(first_BD, others_BVD, self._self_interaction)

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.cli import retired
 from lightning_dlrm.cli.configs import shipped_configs
-from lightning_dlrm.cli.retired import ChangedOption, RemovedOption, update_document, update_options
+from lightning_dlrm.engine import retired
+from lightning_dlrm.engine.retired import ChangedOption, RemovedOption, update_document, update_options
 
 REMOVED = tuple(RemovedOption(key=f"model.{name}", replacement="model.modern") for name in ("old_switch", "old_mode"))
 

@@ -128,7 +128,7 @@ def test_addresses_are_inspected_like_folders(folder: Path, capsys: pytest.Captu
     path = "/inspected/train/part-00000.parquet"
     memory.pipe(path, memory.cat(path)[:-1] + b"x")
     assert run_inspect("memory://inspected") == 0
-    assert "checksums were not compared (--verify" in capsys.readouterr().out
+    assert "--verify compares their checksums too" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"memory://inspected/train/part-00000.parquet is altered: its sha256"):
         run_inspect("memory://inspected", "--verify")
     with pytest.raises(UserError, match="no dataset folder at memory://nothing"):
@@ -265,13 +265,13 @@ def test_a_very_frequent_row_takes_no_more_memory(tmp_path: Path, monkeypatch: p
         writer.write("train", {"C1": ids})
         schema = writer.finish(dataset="mine", protocol="own")
     sizes = []
-    read_range = leakage._Runs.range
+    read_range = leakage._SortedRuns.range
 
-    def watched(runs: leakage._Runs, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def watched(runs: leakage._SortedRuns, number: int) -> tuple[np.ndarray, np.ndarray]:
         sizes.append(sum(int(cuts[number + 1] - cuts[number]) for cuts in runs._cuts))
         return read_range(runs, number)
 
-    monkeypatch.setattr(leakage._Runs, "range", watched)
+    monkeypatch.setattr(leakage._SortedRuns, "range", watched)
     facts = leakage.equal_rows(tmp_path / "data", schema, progress=False)
     distinct = len(np.unique(ids))
     assert facts["within"]["train"] == {

@@ -449,7 +449,7 @@ def test_a_position_holds_for_another_number_of_ranks(
 
 SERVE = """
 import json, os, sys
-from datamodules.stream import reader
+from datamodules.stream import rows as decoded
 from datamodules.stream.loader import Loader, TrainingLoader
 from lightning_dlrm.contracts.schema import DatasetSchema
 
@@ -714,7 +714,7 @@ def test_what_is_wrong_behind_a_url_is_one_line(url: str, monkeypatch: pytest.Mo
     for wrong, message in (
         (
             "memory://bucket/nowhere",
-            r"no dataset folder at memory://bucket/nowhere: there is no .*nowhere/dataset.json",
+            r"no dataset folder at memory://bucket/nowhere: .*nowhere/dataset.json does not exist",
         ),
         ("nosuch://x/y", r"nosuch://x/y: fsspec does not know the protocol nosuch://"),
         ("absent://x/y", r"absent://x/y needs a package that is not installed: Install absentfs"),

@@ -267,4 +267,4 @@ def test_what_is_no_number_reaches_the_loss(dtype: torch.dtype, by_native: bool,
     weights = [torch.randn(256, 256).to(dtype) for _ in range(2)]
     weights[0][5, 7] = float("nan")
     biases = [torch.zeros(256, dtype=dtype)] * 2
-    assert fused.fused_mlp(x_Bd, weights, biases, linear_output=True, by_native=by_native).isnan().all()
+    assert fused.fused_mlp(x_Bd, weights, biases, [True, False], by_native=by_native).isnan().all()

@@ -1,0 +1,105 @@
+"""Contract: from Python, Lightning's calls do what its documentation says, and a checkpoint alone makes a module."""
+
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from datamodules.criteo import Criteo
+from lightning_dlrm import DLRM, SGD, Adagrad, Averaging, CTRModule, CTRNetwork, FolderCheckpointIO, RowWiseAdagrad
+from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
+from tests.front_door.test_frozen_files import ARCHIVE
+from tests.toy import ToyData, toy_batch, toy_module, toy_schema
+
+
+class OwnNetwork(CTRNetwork):
+    """A user's own, which does not say what it computes."""
+
+    def __init__(self, features: Features, seed: int) -> None:
+        super().__init__(features.dense)
+        self.embeddings = Embeddings(features.tables, 4, seed)
+        self.logit = nn.Linear(4 * len(features.tables) + features.dense, 1)
+
+    def forward(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
+        return self.logit(torch.cat([self.embeddings(ids), dense_BI], 1)).squeeze(1)
+
+
+def trainer_in(folder: Path, **options: object) -> pl.Trainer:
+    plugins = options.pop("plugins", [FolderCheckpointIO()])
+    return pl.Trainer(  # type: ignore[arg-type]
+        max_epochs=1, logger=False, enable_progress_bar=False, use_distributed_sampler=False, accelerator="cpu",
+        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder, plugins=plugins, **options,
+    )  # fmt: skip
+
+
+def fitted(module: CTRModule, folder: Path) -> Path:
+    """Train for an epoch and save a checkpoint."""
+    trainer = trainer_in(folder, enable_checkpointing=False)
+    trainer.fit(module, ToyData())
+    trainer.save_checkpoint(folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+def test_what_lightnings_calls_return(tmp_path: Path) -> None:
+    module, data, trainer = toy_module(), ToyData(), trainer_in(tmp_path)
+    trainer.fit(module, data)
+    for stage in ("validate", "test"):
+        [metrics] = getattr(trainer, stage)(module, data, verbose=False)
+        assert metrics == pytest.approx(module.results, rel=1e-5) and len(metrics) == 5
+    predictions = trainer.predict(module, data)
+    assert predictions is not None and sum(len(batch["probability"]) for batch in predictions) == 100
+    batch = toy_batch(3, seed=1)
+    assert module(batch).shape == (3,)
+    assert torch.equal(toy_module()(batch), toy_module()(batch)), "an untrained module is called as well"
+
+
+def test_a_trainer_without_our_checkpoints_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="FolderCheckpointIO"):
+        trainer_in(tmp_path, plugins=None).fit(toy_module(), ToyData())
+    trainer_in(tmp_path, plugins=None, enable_checkpointing=False, limit_train_batches=1).fit(toy_module(), ToyData())
+
+
+@pytest.mark.parametrize("averaging", [None, Averaging(decay=0.9)], ids=["last", "averages"])
+def test_a_module_from_its_checkpoint(averaging: Averaging | None, tmp_path: Path) -> None:
+    tables = TableSettings(dims={"C3": 2})
+    network = partial(DLRM, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[6], interaction="cat", tables=tables)
+    module = CTRModule(network, RowWiseAdagrad(0.1), Adagrad(0.01), averaging=averaging, schema=toy_schema(), seed=3)
+    folder = fitted(module, tmp_path)
+    loaded = CTRModule.load_from_checkpoint(folder)
+    evaluations = [trainer_in(tmp_path).validate(which, ToyData(), verbose=False) for which in (module, loaded)]
+    assert evaluations[0] == evaluations[1]
+    assert loaded.schema == module.schema and loaded.table_rule.learning_rate == 0.1
+
+
+def test_a_network_of_ones_own(tmp_path: Path) -> None:
+    module = CTRModule(OwnNetwork, SGD(0.1), Adagrad(0.01), schema=toy_schema())
+    assert module.size.flops_per_sample_forward == 2 * 18, "counted by torch"
+    folder = fitted(module, tmp_path)
+    with pytest.raises(UserError, match=r"names .*OwnNetwork, which is no class of this package"):
+        CTRModule.load_from_checkpoint(folder)
+    batch = toy_batch(5, seed=1)
+    assert torch.equal(CTRModule.load_from_checkpoint(folder, network=OwnNetwork)(batch), module(batch))
+
+
+@pytest.mark.parametrize("run", ["dlrm", "dcn"])
+def test_a_checkpoint_of_an_earlier_release(run: str, tmp_path: Path) -> None:
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = tmp_path / "runs" / run / "checkpoints/last"
+    data = Criteo(str(tmp_path / "dataset"))
+    with pytest.raises(UserError, match=r"schema=data\.schema"):
+        CTRModule.load_from_checkpoint(folder)
+    module = CTRModule.load_from_checkpoint(folder, schema=data.schema)
+    [metrics] = trainer_in(tmp_path).validate(module, data, verbose=False)
+    [expected] = trainer_in(tmp_path).validate(module, data, ckpt_path=folder, verbose=False)
+    assert metrics == pytest.approx(expected, rel=1e-6)
+    (folder.parents[1] / "config.yaml").unlink()
+    with pytest.raises(UserError, match="does not say how its model is made"):
+        CTRModule.load_from_checkpoint(folder, schema=data.schema)
