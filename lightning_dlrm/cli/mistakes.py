@@ -1,4 +1,4 @@
-"""What is wrong with an option, in one line, from what the parsing library says in many."""
+"""Error messages of the command line: one line each, made of the many that jsonargparse writes."""
 
 import difflib
 import re
@@ -11,7 +11,7 @@ from lightning_dlrm.cli.configs import nearest
 
 
 def explain(message: str, known: Sequence[str]) -> str:
-    """jsonargparse's message in one line, with the nearest key or class where one is misspelt."""
+    """Return jsonargparse's message in one line, with the nearest key or class if one is misspelt."""
     named = re.search(r'Parser key "([\w.]+)"', message)
     key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
     # A nested parser has already explained itself.
@@ -66,7 +66,7 @@ def explain(message: str, known: Sequence[str]) -> str:
 
 
 def _explain_class(message: str, base: str) -> str:
-    """A class of another library where one of ours is needed."""
+    """Return the message about a class of another library, if one of this project is needed."""
     key = re.search(r'Parser key "([\w.]+)"', message)
     given = re.search(r"Import path ([\w.]+) does", message) or re.search(r"Given value: (\S+)", message)
     why = ", and cannot update single rows of a table" if base == "UpdateRule" else ""
@@ -100,11 +100,11 @@ _BASES = {
     "dense_optimizer": "Optimizer",
     "wide_optimizer": "UpdateRule",
 }
-"""Of the classes that some settings take."""
+"""Option -> the base class of its values."""
 
 
 def _fitting(base: str) -> list[str]:
-    """Names of this project's classes that are of a base."""
+    """Return the names of this project's classes that derive from a base."""
     return [known.__name__ for known in KNOWN_CLASSES if base in (parent.__name__ for parent in known.__mro__)]
 
 
