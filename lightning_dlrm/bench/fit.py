@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from lightning_dlrm.bench.contenders import (
     PlainBatch,
     PlainStep,
     Workload,
+    kaggle,
     plain_network,
     repeat,
 )
@@ -100,25 +102,12 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     """
     device = check(args)
     folder, schema = open_dataset(args.data)
-    workload = Workload(
-        tables=schema.features.table_rows,
-        dense=schema.features.dense,
-        width=16,
-        bottom=(512, 256, 64, 16),
-        top=(512, 256),
-    )
+    features = schema.features
+    workload = replace(kaggle(), tables=features.table_rows, dense=features.dense)
     compiled = ", compiled" if args.compile else ""
     # A loader has a position, so every loop needs its own.
-    loader = partial(
-        TrainingLoader,
-        folder,
-        schema,
-        ["train"],
-        shuffle="window",
-        seed=1,
-        batch_size=args.batch_size,
-        pin=device.type == "cuda",
-    )
+    options: dict[str, Any] = {"seed": 1, "batch_size": args.batch_size, "pin": device.type == "cuda"}
+    loader = partial(TrainingLoader, folder, schema, ["train"], shuffle="window", **options)
     if len(loader()) < 2:
         raise UserError(f"{folder} has less than two batches of {args.batch_size:,} rows to train on")
     waited: list[float] = []

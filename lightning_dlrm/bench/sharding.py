@@ -161,7 +161,9 @@ def _contender(
     if name == "baseline":
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     else:
-        optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), SGD(0.1), SGD(0.1))
+        optimizer = CTROptimizer(
+            network.dense_parameters(), network.lookups(), partial(torch.optim.SGD, lr=0.1), SGD(0.1)
+        )
     factor = options["ranks"] / options["batch_size"]
 
     def step(batch: tuple[Tensor, SparseIds, Tensor], upcoming: SparseIds) -> None:

@@ -1,4 +1,4 @@
-"""What a run's model is made of: parameters of each table and of each dense part, and where its tables lay."""
+"""What a run's model consists of: parameters of each table and dense part, and the ranks of its tables."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from lightning_dlrm.tracking.run_folder import CONFIG
 
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """Which rank held what."""
+    """The rows of each rank."""
 
     plan: Plan
     loads: Sequence[TableLoad]
@@ -35,11 +35,11 @@ class Anatomy:
     tables: Mapping[str, int]
     dense: Mapping[str, int]
     sharding: Sharding | None
-    """None where one process held all tables."""
+    """None if one process held all tables."""
 
 
 def anatomy(run: Run) -> Anatomy:
-    """Of a run's configuration; nothing is allocated."""
+    """Return the anatomy of a run's configuration, without allocating tables."""
     built = build_model_and_data(["--config", str(run.path / CONFIG)])
     module = built.module
     with torch.device("meta"):
@@ -55,6 +55,18 @@ def anatomy(run: Run) -> Anatomy:
         dense={name: count for name, count in parts.items() if count},
         sharding=_sharding(run, loads, ranks, batch_size) if ranks > 1 else None,
     )
+
+
+def merge_equal(anatomies: Mapping[str, Anatomy]) -> dict[str, Anatomy]:
+    """Merge equal anatomies under the names of all of them."""
+    groups: list[tuple[list[str], Anatomy]] = []
+    for name, anatomy in anatomies.items():
+        alike = next((g for g in groups if (g[1].tables, g[1].dense) == (anatomy.tables, anatomy.dense)), None)
+        if alike is None:
+            groups.append(([name], anatomy))
+        else:
+            alike[0].append(name)
+    return {",\n".join(members): anatomy for members, anatomy in groups}
 
 
 def _count(parameters: Any, dense: set[int]) -> int:

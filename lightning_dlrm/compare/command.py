@@ -1,4 +1,4 @@
-"""``compare``: an experiment of several configurations and seeds, or runs that are there already."""
+"""``compare``: an experiment of several configurations and seeds, or finished runs."""
 
 import argparse
 import os
@@ -26,7 +26,7 @@ from lightning_dlrm.compare.experiment import (
 from lightning_dlrm.compare.figures import draw_all
 from lightning_dlrm.compare.operators import breakdown
 from lightning_dlrm.compare.page import page_of
-from lightning_dlrm.compare.processes import Job, Slots, work_off
+from lightning_dlrm.compare.processes import DevicePool, Job, run_jobs
 from lightning_dlrm.compare.report import write_report
 from lightning_dlrm.compare.results import Comparison, check_data, compare
 from lightning_dlrm.compare.runs import Arm, arms_of, by_data, read_run
@@ -65,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(arguments)
     options.seeds = None if options.seeds is None else _seeds(options.seeds)
     options.parallel = None if options.parallel is None else _positive(options.parallel)
-    # An experiment's other options are for its runs; without one, what is left are run folders.
+    # Other options of an experiment are for its runs; without an experiment the rest are run folders.
     unknown = [] if options.config else [part for part in rest if part.startswith("-")]
     if unknown:
         raise UserError(f"unknown option {unknown[0]}; compare --help lists them")
@@ -141,7 +141,7 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
     arms[0].built.datamodule.prepare_data()
     group = f"{experiment.name}-{output.resolve().name}"
     names = {(arm.name, seed): f"{arm.name}-{seed}" for arm in arms for seed in experiment.seeds}
-    # Seed after seed, so that an interrupted experiment has whole rounds.
+    # Seed by seed, so that an interrupted experiment has all arms of the first seeds.
     jobs = []
     for seed in experiment.seeds:
         for arm in arms:
@@ -156,7 +156,7 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
             shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
 
     print(f"{len(names)} runs, {len(names) - len(jobs)} of them finished before; their output: {output / 'logs'}")
-    work_off(jobs, Slots.choose(options.parallel, _gpus(arms)), scored)
+    run_jobs(jobs, DevicePool.choose(options.parallel, _gpus(arms)), scored)
     finished = [
         Arm(name=arm.name, runs=[read_run(output / "runs" / names[arm.name, seed]) for seed in experiment.seeds])
         for arm in arms
@@ -190,7 +190,7 @@ def _scores(output: Path, name: str) -> Path:
 
 
 def _gpus(arms: Sequence[PlannedArm]) -> list[str]:
-    """Those to spread runs over: none where runs do not use them, or each run uses several."""
+    """Return the GPUs to distribute runs over; none if runs use no GPU, or several each."""
     trainer: Any = arms[0].built.settings.trainer
     if trainer.accelerator not in ("auto", "gpu", "cuda") or str(trainer.devices) not in ("1", "auto"):
         return []
@@ -204,7 +204,7 @@ def _title(experiment: Experiment, arms: Sequence[PlannedArm]) -> str:
     return f"{experiment.name}: {' / '.join(arm.name for arm in arms)} on {schema.dataset} (protocol {schema.protocol})"
 
 
-# --- runs that are there ------------------------------------------------------------------------------
+# --- finished runs -------------------------------------------------------------------------------------
 
 
 def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path) -> int:
@@ -236,8 +236,8 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
     by_name = {run.name: run for run in runs}
     if jobs:
         print(f"scoring {len(jobs)} of {len(runs)} runs on their {options.split} split")
-        slots = Slots.choose(options.parallel, [])
-        work_off(jobs, slots, lambda job: note_source(by_name[job.name], options.split, _scores(output, job.name)))
+        devices = DevicePool.choose(options.parallel, [])
+        run_jobs(jobs, devices, lambda job: note_source(by_name[job.name], options.split, _scores(output, job.name)))
     title = " / ".join(
         f"{' / '.join(arm.name for arm in of_data)} on {data}" for data, of_data in by_data(arms).items()
     )
@@ -255,7 +255,7 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
 
 @dataclass(frozen=True, kw_only=True)
 class _Report:
-    """What was found, and what W&B shows of it."""
+    """The result, and its W&B page."""
 
     comparison: Comparison
     page: ComparisonPage
@@ -284,16 +284,16 @@ def _report(
 
 
 def _to_wandb(report: _Report, settings: Mapping[str, Any], output: Path, runs_too: bool = False) -> str:
-    """Logs the comparison as a run beside those it is of and, where W&B is online, saves their workspace and report.
+    """Log the comparison as a run of the same group, and, if W&B is online, save a workspace and a report.
 
     Args:
-        report: of the comparison.
-        settings: of the runs: project, entity, group and mode.
-        output: of the comparison.
-        runs_too: those runs are in the same folder, and may be offline too.
+        report: report of the comparison.
+        settings: W&B settings of the runs: project, entity, group and mode.
+        output: folder of the comparison.
+        runs_too: whether the runs are in the same folder, and may be offline too.
 
     Returns:
-        Where all that is, or how to get it there.
+        The addresses, or the commands that send everything to W&B.
     """
     mode, reason = choose_mode(settings["mode"])
     if mode == "disabled":
@@ -314,7 +314,7 @@ def _to_wandb(report: _Report, settings: Mapping[str, Any], output: Path, runs_t
         saved = publish(Dashboard(project=project, entity=entity or "", group=group, findings=findings))
         told += [f"W&B {name}: {address}" for name, address in saved.items()]
     except UserError as error:
-        # The report is there; a page of W&B's is no reason to fail.
+        # The report is written; a missing page at W&B is no reason to fail.
         told.append(f"W&B: no workspace and no report ({error}); later: {later}")
     return "\n".join(told)
 

@@ -1,7 +1,7 @@
 """The figures of a comparison, as PNG files.
 
-Colours are those of Okabe and Ito; each configuration has a line style and a marker of its own beside its colour, so
-that figures read in black and white, and for colour-blind people.
+Colours are those of Okabe and Ito. Each configuration also has its own line style and marker, so figures are readable
+in black and white and for colour-blind people.
 """
 
 import textwrap
@@ -19,7 +19,7 @@ from lightning_dlrm.bench.breakdown import KINDS
 from lightning_dlrm.cli.palette import OKABE_ITO, TOL_MUTED, filling
 from lightning_dlrm.cli.plan_drawing import PLOT_WIDTH as PLAN_WIDTH
 from lightning_dlrm.cli.plan_drawing import draw as draw_plan
-from lightning_dlrm.compare.anatomy import Anatomy
+from lightning_dlrm.compare.anatomy import Anatomy, merge_equal
 from lightning_dlrm.compare.operators import ROUNDS, STEPS
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
 from lightning_dlrm.compare.runs import Arm
@@ -29,9 +29,9 @@ from lightning_dlrm.tracking import names
 LINES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 1)), (0, (5, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FIRST_SHOWN = 0.05
-"""Share of a run that curves leave out at its beginning."""
+"""Share of a run at its beginning that curves do not show."""
 PAGE_WIDTH = 11.0
-"""Inches of a figure that fills the report's width; narrower ones are shown smaller, for letters of one size."""
+"""Inches of a figure as wide as the report; narrower figures are scaled alike, so that letters have one size."""
 SHOWN_MARKS = 8
 """Markers along a curve."""
 
@@ -55,13 +55,13 @@ def draw_all(
     operators: Mapping[str, Mapping[str, float]],
     folder: Path,
 ) -> list[Picture]:
-    """Draws every figure.
+    """Draw every figure.
 
     Args:
-        comparison: what was found.
-        anatomies: of each configuration.
-        operators: of each configuration that was measured: kind of operator -> milliseconds a step.
-        folder: where the files go.
+        comparison: result of the comparison.
+        anatomies: configuration -> its anatomy.
+        operators: measured configuration -> kind of operator -> milliseconds of a step.
+        folder: folder of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawing = _Drawing(comparison, folder)
@@ -91,7 +91,7 @@ class _Drawing:
     # --- learning ---------------------------------------------------------------------------------
 
     def figure5(self) -> Picture:
-        """Training and validation accuracy against samples, a panel for each optimiser."""
+        """Draw training and validation accuracy against samples, with a panel for each optimizer."""
         panels = self._panels()
         figure = Figure(figsize=(max(PAGE_WIDTH, 5.2 * len(panels) + 0.4), 4.4), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
@@ -114,7 +114,7 @@ class _Drawing:
         )
 
     def curves(self, metric: str) -> Picture:
-        """One metric, training and validation, against samples, time and operations."""
+        """Draw a metric, training and validation, against samples, time and operations."""
         figure = Figure(figsize=(PAGE_WIDTH, 6.2), layout="constrained")
         rows = figure.subplots(2, 3, sharey="row")
         for row, split in zip(rows, (names.TRAIN, names.VALIDATION), strict=True):
@@ -145,7 +145,7 @@ class _Drawing:
         ]
 
     def _panels(self) -> dict[str, list[Arm]]:
-        """Configurations by optimiser, where each optimiser has several; else all in one."""
+        """Group configurations by optimizer, if each optimizer has several; else all in one panel."""
         panels: dict[str, list[Arm]] = {}
         for arm in self._comparison.arms:
             rule = str(arm.settings.get("model.table_optimizer.class_path")).rpartition(".")[2]
@@ -157,14 +157,14 @@ class _Drawing:
     def _course(
         self, axes: Axes, arm: Arm, x: str, y: str, label: str, *, thin: bool = False, factor: Any = None
     ) -> None:
-        """Mean over the runs of a configuration, and the band from the lowest to the highest."""
+        """Draw the mean over the runs of a configuration, and the band from the lowest to the highest."""
         curves = [run.curve(x, y) for run in arm.runs]
         length = min(len(ys) for _, ys in curves)
         if not length:
             return
         xs = np.mean([curve[0][:length] for curve in curves], axis=0) * (factor(arm) if factor else 1.0)
         ys = np.array([curve[1][:length] for curve in curves])
-        # What few samples say of the first steps would take most of the axis.
+        # The first values come from few samples, and would take most of the axis.
         shown = xs >= FIRST_SHOWN * xs[-1]
         xs, ys, length = xs[shown], ys[:, shown], int(shown.sum())
         style = dict(self._styles[arm.name])
@@ -173,7 +173,7 @@ class _Drawing:
         else:
             style |= {"linewidth": 1.8, "markersize": 4, "markevery": max(1, length // SHOWN_MARKS)}
         if length == 1 and not thin:
-            # One validation each, often at one place: marks that lie on each other are all to be seen.
+            # One validation each, often at the same place: markers of several sizes do not hide each other.
             style |= {"fillstyle": "none", "markersize": 7 + 2 * list(self._styles).index(arm.name)}
             axes.vlines(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=style["markersize"])
         axes.plot(xs, ys.mean(0), label=label, **style)
@@ -183,7 +183,7 @@ class _Drawing:
     # --- results ----------------------------------------------------------------------------------
 
     def differences(self) -> Picture:
-        """The interval of every difference."""
+        """Draw the interval of every difference."""
         comparison = self._comparison
         count = len(comparison.pairs) // len(METRICS)
         figure = Figure(figsize=(PAGE_WIDTH, 1.7 + 0.42 * count), layout="constrained")
@@ -222,7 +222,7 @@ class _Drawing:
         )
 
     def results(self) -> Picture:
-        """Every run's result, with mean and interval."""
+        """Draw every run's result, with mean and interval."""
         comparison = self._comparison
         shown = ("auc", "log_loss", "accuracy")
         figure = Figure(figsize=(PAGE_WIDTH, 1.6 + 0.42 * len(comparison.arms)), layout="constrained")
@@ -254,7 +254,7 @@ class _Drawing:
         )
 
     def calibration(self) -> Picture:
-        """How often samples of about the same predicted probability were clicked."""
+        """Draw the share of clicks among samples of about the same predicted probability."""
         figure = Figure(figsize=(9.5, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         highest = 0.0
@@ -282,15 +282,16 @@ class _Drawing:
     # --- cost -------------------------------------------------------------------------------------
 
     def cost(self) -> Picture:
-        """Time and memory of every run."""
+        """Draw time and memory of every run."""
         arms = self._comparison.arms
         shown: list[tuple[str, str, float]] = [
             (names.TRAINING_SECONDS, "seconds of training", 1.0),
             (names.SAMPLES_PER_SECOND, "samples/s", 1.0),
             (names.PEAK_MEMORY, "peak memory of the process, GiB", 2.0**30),
         ]
+        shown = [panel for panel in shown if panel[0] == names.PEAK_MEMORY or self._comparison.steady(panel[0])]
         figure = Figure(figsize=(PAGE_WIDTH, 1.5 + 0.42 * len(arms)), layout="constrained")
-        panels = figure.subplots(1, len(shown), sharey=True)
+        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
         for axes, (name, label, unit) in zip(panels, shown, strict=True):
             for row, arm in enumerate(arms):
                 values = [run.final[name] / unit for run in arm.runs if run.final.get(name) is not None]
@@ -306,12 +307,16 @@ class _Drawing:
             if name == names.SAMPLES_PER_SECOND:
                 axes.xaxis.set_major_formatter(EngFormatter())
         return self._save(
-            figure, "cost", "Time and memory", "A mark for each run, bars are medians. Runs side by side share cores."
+            figure,
+            "cost",
+            "Time and memory",
+            "A mark for each run, bars are medians. Runs at the same time share cores. Times that differ more than 1.5 "
+            "times between the runs of a configuration are not shown.",
         )
 
     def parameters(self, anatomies: Mapping[str, Anatomy]) -> Picture:
-        """Parameters of each table, and of the dense parts as a stacked bar."""
-        distinct = _distinct(anatomies)
+        """Draw the parameters of each table, and of the dense parts as a stacked bar."""
+        distinct = merge_equal(anatomies)
         tables = list(dict.fromkeys(name for anatomy in distinct.values() for name in anatomy.tables))
         shown = tables if len(tables) <= 40 else sorted(tables, key=lambda t: -_most(distinct, t))[:40]
         figure = Figure(figsize=(PAGE_WIDTH, 4.6), layout="constrained")
@@ -343,7 +348,7 @@ class _Drawing:
         )
 
     def operators(self, operators: Mapping[str, Mapping[str, float]]) -> Picture:
-        """Time of a training step by kind of operator, as a stacked bar."""
+        """Draw the time of a training step by kind of operator as a stacked bar."""
         figure = Figure(figsize=(2.2 + 1.7 * len(operators) + 2.2, 4.4), layout="constrained")
         axes = figure.subplots()
         amounts = {kind: [operators[arm][kind] for arm in operators] for kind in KINDS}
@@ -359,7 +364,7 @@ class _Drawing:
         )
 
     def plans(self, anatomies: Mapping[str, Anatomy]) -> list[Picture]:
-        """The load of each rank, of configurations whose tables were sharded."""
+        """Draw the load of each rank for configurations with sharded tables."""
         pictures = []
         for arm, anatomy in anatomies.items():
             found = anatomy.sharding
@@ -385,7 +390,7 @@ class _Drawing:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
 
     def _lines(self) -> str:
-        """What the lines of a course are."""
+        """Return what the lines of curves are."""
         if self._comparison.one_seed:
             return "Each line is of one run."
         return "Lines are means over the seeds, bands reach from the lowest seed to the highest."
@@ -412,28 +417,16 @@ class _Drawing:
         return Picture(name=name, path=path, width=figure.get_figwidth(), title=title, caption=caption)
 
 
-def _distinct(anatomies: Mapping[str, Anatomy]) -> dict[str, Anatomy]:
-    """One of those that are alike, under the names of all of them."""
-    groups: list[tuple[list[str], Anatomy]] = []
-    for name, anatomy in anatomies.items():
-        alike = next((g for g in groups if (g[1].tables, g[1].dense) == (anatomy.tables, anatomy.dense)), None)
-        if alike is None:
-            groups.append(([name], anatomy))
-        else:
-            alike[0].append(name)
-    return {",\n".join(members): anatomy for members, anatomy in groups}
-
-
 def _most(anatomies: Mapping[str, Anatomy], table: str) -> int:
     return max(anatomy.tables.get(table, 0) for anatomy in anatomies.values())
 
 
 def _stack(axes: Axes, bars: Sequence[str], amounts: Mapping[str, Sequence[float]], text: str) -> None:
-    """Bars of several amounts on top of each other; large ones bear their figure."""
+    """Draw stacked bars; large parts show their number."""
     bottom = np.zeros(len(bars))
     highest = max(float(np.sum([values[i] for values in amounts.values()])) for i in range(len(bars)))
     for i, (name, values) in enumerate(amounts.items()):
-        # The configurations have the other colours.
+        # Configurations have the colours of the other palette.
         look: dict[str, Any] = filling(i, TOL_MUTED)
         axes.bar(range(len(bars)), values, 0.6, bottom, label=name, **look)
         for x, value in enumerate(values):

@@ -1,4 +1,4 @@
-"""What a comparison shows at W&B: the figures of its report, and the numbers behind them as tables."""
+"""The W&B page of a comparison: the figures of its report, and the numbers behind them as tables."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,14 +16,14 @@ def page_of(
     operators: Mapping[str, Mapping[str, float]],
     files: Sequence[Path],
 ) -> ComparisonPage:
-    """Puts the page together.
+    """Return the page.
 
     Args:
-        comparison: what was found.
-        pictures: of its report.
-        anatomies: of each configuration.
-        operators: of each configuration that was measured: kind of operator -> milliseconds a step.
-        files: such as the report.
+        comparison: result of the comparison.
+        pictures: figures of its report.
+        anatomies: configuration -> its anatomy.
+        operators: measured configuration -> kind of operator -> milliseconds of a step.
+        files: further files, such as the report.
     """
     figures: dict[str, list[tuple[Path, str]]] = {}
     for picture in pictures:

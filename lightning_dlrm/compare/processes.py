@@ -1,4 +1,4 @@
-"""Runs of an experiment as processes of the commands that a user would type: so many at a time, each on its device."""
+"""Runs of an experiment as processes of the commands that a user would type, several at a time, each on a device."""
 
 import fcntl
 import json
@@ -22,30 +22,30 @@ from lightning_dlrm.tracking.run_folder import RunFolder
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 60.0
-"""That a process has to end after SIGTERM."""
+"""Seconds in which a process must end after SIGTERM."""
 _TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be done for one run, one command after the other."""
+    """The commands of one run, which run one after the other."""
 
     name: str
     commands: Sequence[Sequence[str]]
     """Arguments of ``python -m lightning_dlrm``."""
     run: Path
-    """Its run folder."""
+    """Run folder."""
     log: Path
-    """What the processes say goes there."""
+    """File for the output of the processes."""
     samples: float = 0.0
-    """That its fit trains on; infinity where that is not known."""
+    """Samples that the fit trains on; infinity if unknown."""
     scored: float = 0.0
-    """That its last command scores."""
+    """Samples that the last command scores."""
 
 
 @dataclass(kw_only=True)
 class _Running:
-    """A job that a process works on."""
+    """A job with its running process."""
 
     job: Job
     slot: int
@@ -56,18 +56,18 @@ class _Running:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slots:
-    """Where processes run: an environment for each that runs at a time."""
+class DevicePool:
+    """Environments of the processes that run at a time, each with its device."""
 
     environments: Sequence[Mapping[str, str]] = field(default_factory=lambda: [{}])
 
     @classmethod
-    def choose(cls, parallel: int | None, gpus: Sequence[str]) -> "Slots":
-        """A GPU for each process where there are any; else the cores are shared out.
+    def choose(cls, parallel: int | None, gpus: Sequence[str]) -> "DevicePool":
+        """Give each process a GPU if there are any, or else a share of the cores.
 
         Args:
-            parallel: processes at a time; None for as many as there are GPUs, or one.
-            gpus: as CUDA_VISIBLE_DEVICES names them; empty where runs use none, or several each.
+            parallel: processes at a time; None for one for each GPU, or one.
+            gpus: names of GPUs for CUDA_VISIBLE_DEVICES; empty if runs use none, or several each.
         """
         count = parallel or max(1, len(gpus))
         if gpus:
@@ -78,20 +78,20 @@ class Slots:
         return cls(environments=[{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count)
 
 
-def work_off(jobs: Sequence[Job], slots: Slots, done: Callable[[Job], None]) -> None:
-    """Does all jobs; where one fails the others still go on, as they may take days.
+def run_jobs(jobs: Sequence[Job], devices: DevicePool, done: Callable[[Job], None]) -> None:
+    """Run all jobs; if one fails, the others continue, because they may take days.
 
-    SIGTERM, SIGHUP and Ctrl-C are passed on to the processes, which leave whole checkpoints.
+    SIGTERM, SIGHUP and Ctrl-C are passed on to the processes, which save whole checkpoints.
 
     Args:
-        jobs: in the order in which they begin.
-        slots: where, and how many at a time.
-        done: called after each job that succeeded; a UserError of it counts as the job's failure.
+        jobs: jobs in the order in which they begin.
+        devices: environments, as many as jobs may run at a time.
+        done: called after each job that succeeds; if it raises UserError, the job has failed.
 
     Raises:
-        UserError: some have failed, or another call is at work on one of the runs.
+        UserError: jobs have failed, or another process works on one of the runs.
     """
-    waiting, free, running = deque(jobs), deque(range(len(slots.environments))), list[_Running]()
+    waiting, free, running = deque(jobs), deque(range(len(devices.environments))), list[_Running]()
     failed: list[tuple[Job, str]] = []
     progress = _Progress(jobs)
     with leaving_in_order():
@@ -108,7 +108,7 @@ def work_off(jobs: Sequence[Job], slots: Slots, done: Callable[[Job], None]) -> 
                         running.remove(each)
                         free.append(each.slot)
                         if code:
-                            failed.append((each.job, f"ended with code {code}: {_last_words(each.job.log)}"))
+                            failed.append((each.job, f"ended with code {code}: {_last_line(each.job.log)}"))
                         else:
                             try:
                                 done(each.job)
@@ -116,7 +116,7 @@ def work_off(jobs: Sequence[Job], slots: Slots, done: Callable[[Job], None]) -> 
                                 failed.append((each.job, f"left no usable results: {error}"))
                         progress.done(each.job)
                     else:
-                        _next_command(each, slots.environments[each.slot])
+                        _next_command(each, devices.environments[each.slot])
                 progress.show(running)
                 time.sleep(POLL_SECONDS if running else 0)
         except KeyboardInterrupt:
@@ -138,7 +138,7 @@ def work_off(jobs: Sequence[Job], slots: Slots, done: Callable[[Job], None]) -> 
 
 def _begin(job: Job, slot: int) -> _Running:
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    # Held by the processes as well: it is free when the last of them has ended, however this one ends.
+    # The processes inherit the lock, so it is free only when the last of them has ended.
     lock = job.log.with_suffix(".lock").open("wb")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,7 +157,7 @@ def _next_command(each: _Running, environment: Mapping[str, str]) -> None:
         stderr=subprocess.STDOUT,
         env={**os.environ, **environment},
         pass_fds=(each.lock.fileno(),),
-        # Ctrl-C reaches this process alone, which then tells the others.
+        # Ctrl-C reaches this process only, which passes it on.
         start_new_session=True,
     )
 
@@ -181,11 +181,11 @@ def _stop(running: Sequence[_Running]) -> None:
         _close(each)
 
 
-def _last_words(log: Path) -> str:
-    """Of a process: its error in one line, or what it said last."""
+def _last_line(log: Path) -> str:
+    """Return the error of a process in one line, or its last line of output."""
     said = [line.strip() for line in _tail(log).splitlines() if line.strip()]
     errors = [line for line in said if line.startswith("error: ")]
-    return (errors or said or ["it said nothing"])[-1].removeprefix("error: ")
+    return (errors or said or ["no output"])[-1].removeprefix("error: ")
 
 
 def _tail(path: Path) -> str:
@@ -198,9 +198,9 @@ def _tail(path: Path) -> str:
 
 
 class _Progress:
-    """One bar over all runs: samples trained on and scored, time left, and what runs now."""
+    """One bar over all runs: trained and scored samples, remaining time, and the active runs."""
 
-    # Names come last: a line too long for the terminal is cut at its end.
+    # Names come last, because a line that is too long for the terminal is cut at its end.
     FORMAT = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}, {rate_fmt}"
 
     def __init__(self, jobs: Sequence[Job]) -> None:
@@ -215,7 +215,7 @@ class _Progress:
             unit=" samples",
             unit_scale=True,
             bar_format=self.FORMAT,
-            # Starts and evaluations show no samples: the mean over all of it is what the rest will take.
+            # Starts and evaluations report no samples, so the rate is the mean over the whole time.
             smoothing=0,
             dynamic_ncols=True,
             disable=not jobs,
@@ -234,7 +234,7 @@ class _Progress:
             share = f" {100 * self._seen[job.name] / job.samples:.0f}%" if 0 < job.samples < float("inf") else ""
             at.append(f"{job.name}{share if each.waiting else ': scoring'}")
         self._bar.set_postfix_str(", ".join([f"{self._finished}/{len(self._jobs)} runs", *at]), False)
-        # Also where nothing has moved, as the time has.
+        # The time changes even if no sample is new.
         self._bar.update(int(sum(self._seen.values())) - self._bar.n)
         self._bar.refresh()
 
@@ -243,11 +243,11 @@ class _Progress:
 
 
 def trained_samples(run: Path) -> float:
-    """That a run has logged so far."""
+    """Return the number of samples that a run has logged so far."""
     for line in reversed(_tail(RunFolder(run).metrics).splitlines()):
         try:
             return float(json.loads(line)[names.SAMPLES])
         except (ValueError, KeyError, TypeError):
-            # Half of a line that is being written, or the first one in the tail.
+            # An incomplete line: one that is being written, or the first line of the tail.
             continue
     return 0.0

@@ -1,4 +1,4 @@
-"""``report.html``: everything that a comparison found, in one file that opens without a network."""
+"""``report.html``: the result of a comparison in one file that opens without a network."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -25,14 +25,14 @@ def write_report(
     operator_notes: Sequence[str],
     path: Path,
 ) -> None:
-    """Writes the report.
+    """Write the report.
 
     Args:
-        comparison: what was found.
-        pictures: in their order; they become part of the file.
-        anatomies: of each configuration.
-        operator_notes: for each configuration whose operators were not measured, why.
-        path: of the HTML file.
+        comparison: result of the comparison.
+        pictures: figures in their order, which are embedded in the file.
+        anatomies: configuration -> its anatomy.
+        operator_notes: reason for each configuration whose operators were not measured.
+        path: HTML file.
     """
     data = by_data(comparison.arms)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -63,7 +63,7 @@ def write_report(
 
 
 def _embedded(picture: Picture) -> Markup:
-    """A figure with its file inside."""
+    """Return a figure as HTML with its file embedded."""
     data = base64.b64encode(picture.path.read_bytes()).decode()
     share = min(1.0, picture.width / PAGE_WIDTH)
     title, caption = escape(picture.title), escape(picture.caption)
@@ -74,7 +74,7 @@ def _embedded(picture: Picture) -> Markup:
 
 
 def _verdict_note(comparison: Comparison) -> str:
-    """What the intervals of the verdicts count."""
+    """Return what the intervals of the verdicts include."""
     pairs = comparison.pairs
     notes = []
     judged = sum(not pair.single for pair in pairs)
@@ -103,16 +103,16 @@ def _verdict_note(comparison: Comparison) -> str:
 
 
 def _seeds_note(comparison: Comparison) -> str:
-    """What the figures of each configuration are."""
+    """Return what the numbers of each configuration are."""
     if comparison.one_seed:
-        return "Each configuration has one run: the figures are that run's, and how much seeds scatter is not known."
+        return "Each configuration has one run: the numbers are that run's, and the variation between seeds is unknown."
     several = "Means over the seeds ± half of the 95% interval over the seeds (Student's t)"
     alone = any(len(arm.runs) == 1 for arm in comparison.arms)
     return f"{several}; of a configuration with one seed its figure alone." if alone else f"{several}."
 
 
 def _split_note(comparison: Comparison) -> str:
-    """What was scored, and how far the best reachable score is, where that is known."""
+    """Return what was scored, and the best reachable score if it is known."""
     note = f"On {comparison.scored}, by the weights of each run's best validation AUC."
     data = by_data(comparison.arms)
     for title, arms in data.items():
@@ -133,6 +133,15 @@ def _summary(comparison: Comparison) -> list[list[str]]:
     def median(arm: Arm, name: str) -> float:
         return float(np.median([run.final.get(name, np.nan) for run in arm.runs]))
 
+    def timing(arm: Arm, name: str) -> str:
+        if comparison.steady(name):
+            return f"{median(arm, name):,.0f}"
+        values = [run.final[name] for run in arm.runs]
+        ends = dict.fromkeys(f"{value:,.0f}" for value in (min(values), max(values)))
+        return f"{' to '.join(ends)}, not comparable"
+
+    times = {"training, s": names.TRAINING_SECONDS, "samples/s": names.SAMPLES_PER_SECOND}
+
     def best(arm: Arm) -> float:
         return float(np.mean([run.best[f"{names.VALIDATION}/auc"] for run in arm.runs]))
 
@@ -141,8 +150,7 @@ def _summary(comparison: Comparison) -> list[list[str]]:
         ["seeds", *(", ".join(map(str, arm.seeds)) for arm in arms)],
         *([METRIC_TITLES[metric], *(_mean_and_reach(comparison, arm, metric) for arm in arms)] for metric in _METRICS),
         ["best validation AUC", *(f"{best(arm):.5f}" for arm in arms)],
-        ["training, s", *(f"{median(arm, names.TRAINING_SECONDS):,.0f}" for arm in arms)],
-        ["samples/s", *(f"{median(arm, names.SAMPLES_PER_SECOND):,.0f}" for arm in arms)],
+        *([title, *(timing(arm, name) for arm in arms)] for title, name in times.items()),
         ["peak memory, GiB", *(f"{median(arm, names.PEAK_MEMORY) / 2**30:.2f}" for arm in arms)],
         ["parameters", *(f"{arm[names.PARAMETERS_TOTAL]:,}" for arm in arms)],
         ["FLOPs a sample, training", *(f"{arm[names.FLOPS_TRAINING]:,}" for arm in arms)],

@@ -1,4 +1,4 @@
-"""What a comparison found: the data structure that the report, its figures and W&B are made from."""
+"""The result of a comparison, from which the report, its figures and the W&B page are made."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ METRIC_TITLES: Mapping[str, str] = {
     "auc": "AUC",
     "log_loss": "log loss",
     "accuracy": "accuracy",
-    "normalized_entropy": "normalised entropy",
+    "normalized_entropy": "normalized entropy",
     "calibration": "calibration",
 }
 
@@ -42,7 +42,7 @@ OTHER_DATA = (
     "their data differ, so no sample is common to both, the interval takes the sides as independent, and the "
     "difference is of data and models together"
 )
-"""What an interval says where --force compared runs of different data."""
+"""What an interval means if --force compared runs of different data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,24 +53,24 @@ class Pair:
     b: str
     metric: Metric
     difference: Difference
-    """a minus b."""
+    """The difference a minus b."""
     verdict: Verdict
     reason: str
-    """Why the verdict is what it is, in words."""
+    """Reason of the verdict, for people."""
     single: Sequence[str]
-    """Sides with one seed only."""
+    """Names of the sides with one seed."""
     same_data: bool
     """Both sides were trained and scored on the same data."""
 
     @property
     def word(self) -> str:
-        """The verdict for a table."""
+        """Return the verdict for a table."""
         given = "none: one seed" if self.single else self.verdict.replace("_", " ")
         return given if self.same_data else f"{given} (different data)"
 
     @property
     def headline(self) -> str:
-        """The verdict in a few words."""
+        """Return the verdict in a few words."""
         title = METRIC_TITLES[self.metric]
         if self.single:
             return f"{self.a} and {self.b} by {title}: no verdict"
@@ -84,7 +84,7 @@ class Pair:
 
     @property
     def details(self) -> str:
-        """What the verdict rests on."""
+        """Return the numbers behind the verdict."""
         interval = self.difference.interval
         span = f"{interval.value:+.5f}, 95% interval {interval.low:+.5f} to {interval.high:+.5f}"
         if self.single:
@@ -104,7 +104,7 @@ class Pair:
 
     @property
     def sentence(self) -> str:
-        """Both."""
+        """Return headline and details."""
         return f"{self.headline}: {self.details}."
 
 
@@ -116,19 +116,19 @@ class Comparison:
     split: Split
     arms: Sequence[Arm]
     scores: Mapping[str, Scores]
-    """Of each run, by its name."""
+    """Run name -> its scores."""
     pairs: Sequence[Pair]
     warnings: Sequence[str]
-    """Why the runs should not be compared; empty unless --force was given."""
+    """Reasons against comparing the runs; empty unless --force was given."""
 
     @property
     def one_seed(self) -> bool:
-        """Every configuration has a single run."""
+        """Whether every configuration has a single run."""
         return all(len(arm.runs) == 1 for arm in self.arms)
 
     @property
     def scored(self) -> str:
-        """Which samples were scored, in words."""
+        """Return a description of the scored samples."""
         data = by_data(self.arms)
         counts = {title: len(self.scores[arms[0].runs[0].name].labels) for title, arms in data.items()}
         if len(data) == 1:
@@ -141,16 +141,23 @@ class Comparison:
         return [run for arm in self.arms for run in arm.runs]
 
     def values(self, arm: Arm, metric: str) -> list[float]:
-        """A metric of each run of a configuration."""
+        """Return a metric of each run of a configuration."""
         return [self.scores[run.name].metrics[metric] for run in arm.runs]
 
     def interval(self, arm: Arm, metric: str) -> Interval | None:
-        """Mean over the seeds and its 95% interval; None for a single seed."""
+        """Return the mean over the seeds and its 95% interval; None for a single seed."""
         return over_seeds(self.values(arm, metric))
+
+    def steady(self, name: str) -> bool:
+        """Whether a time differs at most 1.5 times between the runs of each configuration.
+
+        If it differs more, other work slowed the machine down, and times say nothing about the configurations.
+        """
+        return all(high <= _STEADY * low for low, high in (_range(arm, name) for arm in self.arms))
 
     @cached_property
     def reliability(self) -> dict[str, Reliability]:
-        """Of each configuration, all its runs together."""
+        """Configuration -> reliability of all its runs together."""
         return {
             arm.name: reliability(
                 np.concatenate([self.scores[run.name].probabilities for run in arm.runs]),
@@ -160,7 +167,7 @@ class Comparison:
         }
 
     def document(self) -> dict[str, Any]:
-        """``report.json``."""
+        """Return the content of ``report.json``."""
         runs = [
             {
                 "name": run.name,
@@ -193,14 +200,22 @@ class Comparison:
         path.write_text(json.dumps(self.document(), indent=1) + "\n")
 
 
+_STEADY = 1.5
+
+
+def _range(arm: Arm, name: str) -> tuple[float, float]:
+    values = [run.final[name] for run in arm.runs if run.final.get(name) is not None]
+    return min(values, default=0.0), max(values, default=0.0)
+
+
 def check_data(runs: Sequence[Run], force: bool) -> list[str]:
-    """Sees that all runs were trained on the same data, splits and protocol.
+    """Check that all runs were trained on the same data, splits and protocol.
 
     Returns:
-        With ``force``, what is not the same; else nothing.
+        With ``force``, a line for each difference.
 
     Raises:
-        UserError: without ``force``, something is not the same.
+        UserError: without ``force``, the data differ.
     """
     found = data_differences(runs)
     if found and not force:
@@ -215,10 +230,10 @@ def check_data(runs: Sequence[Run], force: bool) -> list[str]:
 def compare(
     arms: Sequence[Arm], scores: Mapping[str, Scores], *, title: str, split: Split, warnings: Sequence[str] = ()
 ) -> Comparison:
-    """Compares every two configurations under every metric.
+    """Compare every two configurations under every metric.
 
     Raises:
-        UserError: there are fewer than two.
+        UserError: there are fewer than two configurations.
     """
     if len(arms) < 2:
         runs = ", ".join(run.name for arm in arms for run in arm.runs)

@@ -1,4 +1,4 @@
-"""Finished runs as ``fit`` left them, and which of them are runs of one configuration."""
+"""Finished runs as ``fit`` leaves them, grouped by configuration."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,25 +11,26 @@ import yaml
 
 from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.retired import update_document
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY, RunFolder
 
 NO_PART_OF_A_CONFIGURATION = (
     "seed_everything", "model.seed", "data.init_args.seed", "wandb", "run_dir", "resume", "ckpt_path", "config",
     "checkpoint", "trainer.logger", "trainer.default_root_dir", "trainer.enable_progress_bar",
-    "data.init_args.predict_split", "log_norms",
+    "data.init_args.predict_split", "data.init_args.demo.class_path", "log_norms",
 )  # fmt: skip
 """Settings that may differ between runs of one configuration."""
 
 DATA = ("dataset", "protocol", "encoding_fingerprint", "data_fingerprint")
-"""Of a run's summary: what must be equal in runs that are compared."""
+"""Keys of a run's summary that must be equal in runs that are compared."""
 
 NEEDED = (
     f"{names.VALIDATION}/auc", f"{names.VALIDATION}/log_loss", names.SAMPLES, names.TRAINING_SECONDS,
     names.SAMPLES_PER_SECOND, names.PARAMETERS_TABLES, names.PARAMETERS_DENSE, names.PARAMETERS_TOTAL,
     names.FLOPS_FORWARD, names.FLOPS_TRAINING, names.RANKS, names.BYTES_PER_RANK, *DATA,
 )  # fmt: skip
-"""Of a run's summary: without these there is nothing to compare."""
+"""Keys of a run's summary without which it cannot be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """Of the best validation."""
+        """Checkpoint of the best validation."""
         return RunFolder(self.path).checkpoints / "best"
 
     @cached_property
@@ -60,7 +61,7 @@ class Run:
         return settings_of(self.config)
 
     def curve(self, x: str, y: str) -> tuple[list[float], list[float]]:
-        """Two figures of every logged step that has both."""
+        """Return two metrics of every logged step that has both."""
         points = [(line[x], line[y]) for line in self.history if line.get(x) is not None and line.get(y) is not None]
         return [x for x, _ in points], [y for _, y in points]
 
@@ -81,17 +82,22 @@ class Arm:
         return self.runs[0].settings
 
     def __getitem__(self, name: str) -> Any:
-        """A figure that does not depend on the seed, such as ``parameters/total``."""
+        """Return a number that does not depend on the seed, such as ``parameters/total``."""
         return self.runs[0].final[name]
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration by full keys, without what may differ between its runs, and what it does not use.
+    """Return a configuration by full keys, without keys that may differ between its runs or that it does not use.
 
-    Options that are not given are left out, so that a run from before there was such an option is of the same
-    configuration. Classes of this project go by their names alone: the modules that they are in may change.
+    Options without a value are left out, so a run of a release without such an option has the same configuration.
+    Classes of this project are compared by name, as their modules may change.
     """
-    settings = {key: _class_name(value) for key, value in flat(config).items() if value is not None}
+    # Sizes of demo data stand in a configuration with their class, or as in earlier releases without it.
+    settings = {
+        key.replace(".demo.init_args.", ".demo."): _class_name(value)
+        for key, value in flat(update_document(config)[0]).items()
+        if value is not None
+    }
     left_out: tuple[str, ...] = NO_PART_OF_A_CONFIGURATION
     if settings.get("data.init_args.path") != "demo":
         left_out = (*left_out, "data.init_args.demo")
@@ -104,10 +110,10 @@ def _class_name(value: Any) -> Any:
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
-    """Reads a run folder.
+    """Read a run folder.
 
     Raises:
-        UserError: it is none, its fit has not ended, or its summary lacks a figure.
+        UserError: the folder is no run, its fit has not ended, or its summary lacks a number.
     """
     config = _read(path / CONFIG, f"{path} is no run folder: give what fit left with --run_dir")
     again = f"python -m lightning_dlrm fit --config {path / CONFIG} --run_dir {path} --resume auto"
@@ -129,7 +135,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
 
 def _read(path: Path, missing: str) -> dict[str, Any]:
     try:
-        # JSON is YAML, but for its speed.
+        # JSON is YAML, but its own parser is faster.
         content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(missing + ("" if path.parent.is_dir() else f" (there is no folder {path.parent})")) from error
@@ -141,10 +147,10 @@ def _read(path: Path, missing: str) -> dict[str, Any]:
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:
-    """Puts runs of one configuration together; arms are named after what differs between them.
+    """Group runs by configuration, and name the arms after what differs between them.
 
     Raises:
-        UserError: two runs of a configuration have one seed, so that the second adds nothing.
+        UserError: two runs of a configuration have the same seed.
     """
     groups: list[list[Run]] = []
     for run in runs:
@@ -169,7 +175,7 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
 
 
 def name_arms(settings: Sequence[Mapping[str, Any]], fallback: Sequence[str]) -> list[str]:
-    """A short name for each configuration: its network, and optimisers where they differ; else the run's name."""
+    """Return a short name for each configuration: its network, and optimizers if they differ; else the run's name."""
     network = [_last(setting.get("model.network.class_path")) for setting in settings]
     rules = [
         [_last(setting.get(f"model.{rule}_optimizer.class_path")) for rule in ("table", "dense")]
@@ -187,16 +193,16 @@ def _last(class_path: Any) -> str:
 
 
 def differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Keys whose value is not the same everywhere.
+    """Return the keys whose values differ between configurations.
 
     Args:
         settings: name of a configuration -> full key -> value.
 
     Returns:
-        Full key -> name of a configuration -> its value; a key that it does not have is left out.
+        Full key -> name of a configuration -> its value, if it has the key.
     """
     keys = list(dict.fromkeys(key for setting in settings.values() for key in setting))
-    # What only a later one has stands with its section.
+    # Keys that only a later configuration has follow the others of their section.
     sections = list(dict.fromkeys(_section(key) for key in keys))
     keys.sort(key=lambda key: sections.index(_section(key)))
     found = {}
@@ -213,7 +219,7 @@ def _section(key: str) -> str:
 
 
 def data_differences(runs: Sequence[Run]) -> list[str]:
-    """What is not the same about the data of some runs, a line for each; empty where all is the same."""
+    """Return a line for each difference between the data of runs."""
     lines = []
     for name in DATA:
         values: dict[str, list[str]] = {}
@@ -224,7 +230,7 @@ def data_differences(runs: Sequence[Run]) -> list[str]:
             lines.append(f"{name.replace('_', ' ')}: {sides}")
     if lines:
         for key, by_run in differing({run.name: run.settings for run in runs}).items():
-            # Sizes of demo data say nothing beside other data.
+            # Sizes of demo data do not matter beside other data.
             if within(key, ("data.class_path", "data.init_args.path", "data.init_args.demo")) and len(by_run) == len(
                 runs
             ):
@@ -233,7 +239,7 @@ def data_differences(runs: Sequence[Run]) -> list[str]:
 
 
 def by_data(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
-    """Configurations by what they were trained on: dataset and protocol, and where these are alike the fingerprint."""
+    """Group configurations by dataset and protocol, and, if these are equal, by fingerprint."""
     groups: dict[tuple[str, ...], list[Arm]] = {}
     for arm in arms:
         groups.setdefault((arm["data_fingerprint"], arm["dataset"], arm["protocol"]), []).append(arm)
@@ -248,7 +254,7 @@ def _few(members: Sequence[str]) -> str:
 
 
 def told(value: Any) -> str:
-    """A setting's value for a table: of a class its name, of layers 512-256; a dash for what a model does not have."""
+    """Return a value for a table: the name of a class, layers as 512-256, a dash for what a model does not have."""
     if value is None or value is False:
         return "-"
     if isinstance(value, list) and value:
@@ -257,5 +263,5 @@ def told(value: Any) -> str:
 
 
 def within(key: str, sections: Sequence[str]) -> bool:
-    """Whether a full key is one of these settings, or lies in one of these sections."""
+    """Whether a full key is one of some settings, or lies in one of some sections."""
     return any(key == section or key.startswith(f"{section}.") for section in sections)

@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from lightning_dlrm.optim.compatibility import RENAMED, torch_configuration
+
 log = logging.getLogger("lightning_dlrm")
 
 
@@ -59,6 +61,12 @@ REMOVED: tuple[RemovedOption, ...] = (
     RemovedOption(key="model.cuda_graphs", replacement="model.compile"),
 )
 CHANGED: tuple[ChangedOption, ...] = (
+    ChangedOption(
+        key="model.dense_optimizer",
+        rewrite=torch_configuration,
+        renamed=RENAMED | {f"init_args.{old}": f"init_args.{new}" for old, new in RENAMED.items()},
+        note="update rules for dense layers are classes of torch.optim now: model.dense_optimizer is read as one",
+    ),
     ChangedOption(
         key="model.kernels",
         rewrite=lambda value: "auto" if value == "fbgemm" else value,

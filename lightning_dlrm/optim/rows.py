@@ -27,8 +27,8 @@ def update_rows(
     gradient: RowGradient,
     state: dict[str, Tensor],
     rule: UpdateRule,
-    learning_rate: Tensor,
-    step: Tensor,
+    learning_rate: float,
+    step: int,
     kernels: Kernels,
 ) -> None:
     """Apply a rule to the rows of a gradient, in place.
@@ -51,13 +51,13 @@ def update_rows(
         _update_by_triton(weight, Lookups.of(gradient), state, known, rule, learning_rate, step)
     elif known is not None and chosen == "native" and len(weight) <= torch.iinfo(torch.int32).max:
         summed = not isinstance(gradient, LookupGradient) or gradient.unsummed is None
-        numbers = float(learning_rate), float(step)
-        native.update(weight, *Lookups.of(gradient), summed, list(state.values()), known, vars(rule), *numbers)
+        slots, rate = list(state.values()), learning_rate
+        native.update(weight, *Lookups.of(gradient), summed, slots, known, vars(rule), rate, float(step))
     else:
         for block in gradient.blocks():
             touched = gather_rows(weight, block.rows)
             touched_state = {name: values.index_select(0, block.rows) for name, values in state.items()}
-            rule.apply([touched], [block.values], [touched_state], learning_rate, step)
+            rule.apply(touched, block.values, touched_state, learning_rate, step)
             put_rows(weight, block.rows, touched)
             for name, values in touched_state.items():
                 put_rows(state[name], block.rows, values)
@@ -69,22 +69,23 @@ def _update_by_triton(
     state: dict[str, Tensor],
     known: str,
     rule: UpdateRule,
-    learning_rate: Tensor,
-    step: Tensor,
+    learning_rate: float,
+    step: int,
 ) -> None:
     # torch for CPUs comes without Triton.
     from lightning_dlrm.kernels import fused
 
     settings = vars(rule)
-    one = torch.ones_like(learning_rate)
-    scalars = torch.stack(
+    scalars = torch.tensor(
         [
             learning_rate,
-            one - learning_rate * settings["weight_decay"],
-            one - settings.get("beta1", 0.0) ** step,
-            one - settings.get("beta2", 0.0) ** step,
-        ]
+            1 - learning_rate * settings["weight_decay"],
+            1 - settings.get("beta1", 0.0) ** step,
+            1 - settings.get("beta2", 0.0) ** step,
+        ],
+        dtype=torch.float32,
+        device="cpu",
     )
     names = ("l2", "epsilon", "beta1", "beta2")
     formula = fused.Formula(known, **{name: settings[name] for name in names if name in settings})
-    fused.update(weight, *lookups, state, formula, scalars.float().to(weight.device, non_blocking=True))
+    fused.update(weight, *lookups, state, formula, scalars.to(weight.device, non_blocking=True))

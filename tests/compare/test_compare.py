@@ -28,12 +28,12 @@ from datamodules.generate.demo import DemoSettings
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.compare import command as comparing
-from lightning_dlrm.compare import operators, processes
+from lightning_dlrm.compare import operators, processes, report
 from lightning_dlrm.compare.anatomy import anatomy
 from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, plan_arms, read_experiment
 from lightning_dlrm.compare.figures import PAGE_WIDTH, draw_all
 from lightning_dlrm.compare.operators import breakdown
-from lightning_dlrm.compare.processes import Job, Slots, trained_samples, work_off
+from lightning_dlrm.compare.processes import DevicePool, Job, run_jobs, trained_samples
 from lightning_dlrm.compare.results import compare
 from lightning_dlrm.compare.runs import arms_of, data_differences, read_run, settings_of, told
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
@@ -209,7 +209,7 @@ def leave_run(arm: PlannedArm, seed: int, output: Path, skill: float) -> Path:
     path = Path(f"{arm.name}-{seed}")
     path.mkdir()
     (path / "config.yaml").write_text(yaml.safe_dump({**arm.document, "seed_everything": seed}))
-    data = Criteo("demo", demo=DemoSettings(**arm.document["data"]["init_args"]["demo"]))
+    data = Criteo("demo", demo=DemoSettings(**arm.document["data"]["init_args"]["demo"]["init_args"]))
     data.prepare_data()
     schema = data.schema
     lines = [
@@ -355,7 +355,7 @@ def test_sizes_of_demo_data_say_nothing_beside_other_data() -> None:
     lines = data_differences([read_run(run) for run in runs])
     assert lines[-1] == "data.init_args.path: real, demo" and not any("test_rows" in line for line in lines)
     before = settings_of(config)
-    config["data"]["init_args"]["demo"]["test_rows"] = 1
+    config["data"]["init_args"]["demo"]["init_args"]["test_rows"] = 1
     assert settings_of(config) == before, "nor do they make another configuration"
 
 
@@ -409,6 +409,22 @@ def test_runs_are_grouped_by_configuration_whatever_their_seed() -> None:
 def test_a_setting_of_0_is_a_number_in_tables() -> None:
     values = [0, 0.0, None, False, True, [512, 256], "models.DLRM"]
     assert [told(value) for value in values] == ["0", "0.0", "-", "-", "True", "512-256", "DLRM"]
+
+
+def test_times_of_a_busy_machine_are_not_compared() -> None:
+    dlrm, dcn = plain_arms()
+    paths = [leave_run(arm, seed, Path("out"), 1.0) for arm in (dlrm, dcn) for seed in (1, 2)]
+    summary = json.loads((paths[1] / "summary.json").read_text())
+    summary["final"][names.TRAINING_SECONDS] *= 25
+    (paths[1] / "summary.json").write_text(json.dumps(summary))
+    runs = [read_run(path) for path in paths]
+    labels = shared_labels(runs, "test")
+    scores = {run.name: read_scores(Path("out/scores") / run.name, *labels.values()) for run in runs}
+    comparison = compare(arms_of(runs), scores, title="t", split="test")
+    assert not comparison.steady(names.TRAINING_SECONDS) and comparison.steady(names.SAMPLES_PER_SECOND)
+    rows = {row[0]: row[1:] for row in report._summary(comparison)}
+    assert rows["training, s"] == ["1 to 25, not comparable", "1, not comparable"]
+    assert rows["samples/s"] == ["100", "100"]
 
 
 def test_a_sharded_run_shows_what_each_rank_held() -> None:
@@ -595,7 +611,7 @@ def test_jobs_go_on_where_one_fails() -> None:
     done = []
     jobs = [job("bad", ["nosuch"]), job("good", ["--help"], ["--help"])]
     with pytest.raises(UserError, match=r"1 of 2 runs failed.*\n  bad ended with code 2: no command nosuch"):
-        work_off(jobs, Slots.choose(2, []), lambda finished: done.append(finished.name))
+        run_jobs(jobs, DevicePool.choose(2, []), lambda finished: done.append(finished.name))
     assert done == ["good"]
     assert Path("logs/good.log").read_text().count("usage:") == 2
 
@@ -609,7 +625,7 @@ def test_jobs_go_on_where_the_results_of_one_cannot_be_used() -> None:
             raise UserError("no validation")
 
     with pytest.raises(UserError, match=r"1 of 2 runs failed.*\n  bad left no usable results: no validation"):
-        work_off([job("bad", ["--help"]), job("good", ["--help"])], Slots.choose(1, []), look)
+        run_jobs([job("bad", ["--help"]), job("good", ["--help"])], DevicePool.choose(1, []), look)
     assert seen == ["bad", "good"]
 
 
@@ -618,18 +634,18 @@ def test_a_run_that_another_process_is_at_is_left_alone() -> None:
     with Path("logs/busy.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is at work on busy"):
-            work_off([job("busy", ["--help"])], Slots.choose(1, []), lambda finished: None)
+            run_jobs([job("busy", ["--help"])], DevicePool.choose(1, []), lambda finished: None)
 
 
 def test_slots_share_out_gpus_or_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert Slots.choose(None, ["0", "3"]).environments == [
+    assert DevicePool.choose(None, ["0", "3"]).environments == [
         {"CUDA_VISIBLE_DEVICES": "0"},
         {"CUDA_VISIBLE_DEVICES": "3"},
     ]
-    assert Slots.choose(None, []).environments == [{}]
+    assert DevicePool.choose(None, []).environments == [{}]
     cores = len(os.sched_getaffinity(0))
-    assert Slots.choose(2, []).environments == [{"OMP_NUM_THREADS": str(max(1, cores // 2))}] * 2
+    assert DevicePool.choose(2, []).environments == [{"OMP_NUM_THREADS": str(max(1, cores // 2))}] * 2
 
 
 def test_samples_so_far_are_read_from_half_written_lines(tmp_path: Path) -> None:
