@@ -34,7 +34,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or 2 after a mistake of the user's.
+    """Run one command; return the exit code: 0, or 2 after a user error.
 
     Args:
         arguments: of the command line; None for this program's own.

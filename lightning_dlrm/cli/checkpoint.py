@@ -11,7 +11,7 @@ from lightning_dlrm.sharding.checkpoint import CheckpointReader, TableEntry, res
 from lightning_dlrm.sharding.loads import TableLoad
 from lightning_dlrm.sharding.plan import read_plan
 
-_BALANCED_FOR = 2048  # samples of a global batch; a checkpoint does not know its own
+_BALANCED_FOR = 2048  # samples of a global batch; a checkpoint does not hold its own
 
 _WORKS = {
     "info": "show a checkpoint's model, step, tables and pieces",
@@ -41,7 +41,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what can be done and its options to a parser; ``run`` takes what it parses."""
+    """Add the subcommands and their options to a parser; ``run`` takes what it parses."""
     parser.epilog = "import has options of its own: checkpoint import --help"
     works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
     # Only to be listed: it takes the options of a fit, and is run elsewhere.
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does as ``add_arguments`` was told; returns the exit code.
+    """Run a subcommand; return the exit code.
 
     Raises:
         UserError: the checkpoint is not whole, or the new one cannot be written.
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def info(reader: CheckpointReader) -> dict[str, Any]:
-    """What is known of a checkpoint without opening its tensors."""
+    """Return what the manifest of a checkpoint says, without opening its tensors."""
     tables = reader.manifest.tables
     return {
         "header": dict(reader.header),

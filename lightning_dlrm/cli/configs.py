@@ -13,14 +13,14 @@ from lightning_dlrm.engine.retired import log_updates, update_document, update_o
 
 
 def shipped_configs() -> Path:
-    """The project's ``configs/``: inside the installed package, or at the top of a checkout."""
+    """Return the project's ``configs/``: inside the installed package, or at the top of a checkout."""
     package = Path(lightning_dlrm.__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def find_config(name: str) -> Path:
-    """The configuration of this name: as given, else among the shipped ones.
+    """Return the path of a configuration: the file of this name, else a shipped one.
 
     Raises:
         UserError: there is none, or it is not YAML of settings.
@@ -32,7 +32,7 @@ def find_config(name: str) -> Path:
     known = sorted(str(p.relative_to(shipped_configs())) for p in shipped_configs().rglob("*.yaml"))
     raise UserError(
         f"no configuration {name}, neither here nor among the shipped ones: {', '.join(known)}"
-        # All end alike, which must not count as likeness.
+        # The common ending must not count as similarity.
         f"{nearest(name.removesuffix('.yaml') + '.yaml', known, cutoff=0.8)}"
     )
 
@@ -82,7 +82,7 @@ def _resolve_run_config(name: str) -> str:
 
 
 def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their full keys."""
+    """Return nested settings by their full keys, such as ``model.network.class_path``."""
     found: dict[str, Any] = {}
     for key, value in document.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -90,6 +90,6 @@ def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """``; did you mean X?``, or nothing where no known word is like it."""
+    """Return ``; did you mean X?``, or an empty text if no known word is similar."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]}?" if matches else ""

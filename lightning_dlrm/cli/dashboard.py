@@ -15,7 +15,7 @@ system, parallel, with the samples trained on as the x axis.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``dashboard``."""
+    """Add the options of ``dashboard``."""
     parser.epilog = EXAMPLES
     parser.add_argument("--project", default="lightning_dlrm", help="W&B project (default: %(default)s)")
     parser.add_argument("--entity", default="", help="user or team; by default the account's own")
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Saves both and prints their addresses."""
+    """Save the workspace and the report, and print their addresses."""
     saved = publish(Dashboard(project=options.project, entity=options.entity, group=options.group))
     for name, address in saved.items():
         print(f"{name:10s} {address}")

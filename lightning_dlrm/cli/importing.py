@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
-    """The weights in a file of facebookresearch/dlrm; no code in it is run.
+    """Return the parameters in a file of facebookresearch/dlrm by name; no code in it is run.
 
     Raises:
         UserError: there is no such file, or it is something else.
@@ -92,7 +92,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def take_weights(module: CTRModule, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Copies published weights into a module's DLRM.
+    """Copy published parameters into a module's DLRM.
 
     Raises:
         UserError: the module has another network, or the weights are of other names or shapes.
@@ -115,7 +115,7 @@ def take_weights(module: CTRModule, weights: Mapping[str, Tensor], source: Path)
 
 
 def _numpy_scalars() -> list[Any]:
-    """What the published code saves beside tensors: losses as numpy numbers, under the names of numpy 1 and 2."""
+    """Return the types that the published code saves beside tensors: NumPy scalars, by their names in NumPy 1 and 2."""
     scalar = np.float32(0).__reduce__()[0]
     types = [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)]
     return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype, *types]

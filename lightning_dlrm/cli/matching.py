@@ -18,14 +18,14 @@ COSTS: Mapping[str, Callable[[ModelSize], int]] = {
     "flops": lambda size: size.flops_per_sample_forward,
 }
 WIDEST = 1 << 16
-"""Of the widest hidden layer that is tried."""
+"""Largest width of a hidden layer that is tried."""
 
 
 def match(module: CTRModule, options: Mapping[str, Any], goal: ModelSize, by: str) -> tuple[dict[str, Any], ModelSize]:
-    """The hidden widths at which a model comes nearest to a goal.
+    """Return the hidden widths at which the cost of a model is nearest to a goal.
 
     All hidden widths keep their proportions: the widest one becomes w, a whole number, and the others
-    follow, rounded. Costs grow with w, so that the best one is found by halving. Nothing is allocated.
+    follow, rounded. Costs grow with w, so bisection finds the best one. Nothing is allocated.
 
     Args:
         module: the model's; its network is made anew with other widths.
@@ -70,7 +70,7 @@ def match(module: CTRModule, options: Mapping[str, Any], goal: ModelSize, by: st
 
 
 def describe(name: str, goal_name: str, found: ModelSize, goal: ModelSize, by: str) -> list[str]:
-    """What was matched and what difference is left, a line each."""
+    """Return lines that compare the costs of both models, and say which one was matched."""
     lines = [f"{'':10s}{name:>22s}{goal_name:>22s}{'difference':>18s}"]
     costs = {"tables": lambda size: size.tables, **COSTS}
     for key, cost in costs.items():
@@ -82,7 +82,7 @@ def describe(name: str, goal_name: str, found: ModelSize, goal: ModelSize, by: s
 
 
 def write_config(sources: Sequence[str], widths: Mapping[str, Any], output: Path, header: Sequence[str]) -> None:
-    """Writes a configuration with other widths; the rest is as in ``sources``, later ones over earlier.
+    """Write a configuration with other widths; all else is as in ``sources``, of which later ones overlay earlier.
 
     Raises:
         UserError: the file exists, or cannot be written.
@@ -102,7 +102,7 @@ def write_config(sources: Sequence[str], widths: Mapping[str, Any], output: Path
 
 
 def _overlaid(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings over settings, key by key; a class takes the place of another with all its arguments."""
+    """Return settings overlaid key by key; another class replaces a class with all its arguments."""
     result = dict(below)
     if "class_path" in above and above["class_path"] != below.get("class_path"):
         result = {}

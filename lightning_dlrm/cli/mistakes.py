@@ -1,4 +1,4 @@
-"""What is wrong with an option, in one line, from what the parsing library says in many."""
+"""Error messages of the command line: one line each, made of the many that jsonargparse writes."""
 
 import difflib
 import re
@@ -11,7 +11,7 @@ from lightning_dlrm.cli.configs import nearest
 
 
 def explain(message: str, known: Sequence[str]) -> str:
-    """jsonargparse's message in one line, with the nearest key or class where one is misspelt."""
+    """Return jsonargparse's message in one line, with the nearest key or class if one is misspelt."""
     named = re.search(r'Parser key "([\w.]+)"', message)
     key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
     # A nested parser has already explained itself.
@@ -32,12 +32,16 @@ def explain(message: str, known: Sequence[str]) -> str:
     ):
         key = match[1] or match[2] or match[3]
         return f"unknown key {key}{_nearest_key(key, known)}"
+    if given and (match := re.search(r"Subtypes: \[<class '(float|int)'>", message)):
+        return f"{key}: {given[1].strip()} is no {match[1]}"
     if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
         name = match[1] or match[2]
         names = _fitting(_BASES.get(key.rpartition(".")[2], "object"))
         return f"no class {name}; known ones: {', '.join(names)}{nearest(name, names)}"
-    if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss|Schedule)", message):
+    if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss)", message):
         return _explain_class(message, match[1])
+    if "collections.abc.Callable" in message:
+        return _explain_factory(key, message)
     # What is wrong with data's class stands beside that data is not none either; it is explained already.
     if match := re.search(
         r"LightningDataModule'>.*?Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S
@@ -62,7 +66,7 @@ def explain(message: str, known: Sequence[str]) -> str:
 
 
 def _explain_class(message: str, base: str) -> str:
-    """A class of another library where one of ours is needed."""
+    """Return the message about a class of another library, if one of this project is needed."""
     key = re.search(r'Parser key "([\w.]+)"', message)
     given = re.search(r"Import path ([\w.]+) does", message) or re.search(r"Given value: (\S+)", message)
     why = ", and cannot update single rows of a table" if base == "UpdateRule" else ""
@@ -72,19 +76,35 @@ def _explain_class(message: str, base: str) -> str:
     )
 
 
+def _explain_factory(key: str, message: str) -> str:
+    """A class that is to make an optimizer or a schedule, or its settings."""
+    # That such a class may be left out, and a file take its place, is said as well.
+    found = re.search(r"Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S)
+    reason = re.sub(r".*expects a function or a callable class: ", "", found[1] if found else message, flags=re.S)
+    if match := re.search(r"(?:Expected|module) '([\w.]+)' (?:to be a subclass|has no attribute '(\w+)')", reason):
+        given = f"{match[1]}.{match[2]}" if match[2] else match[1]
+        base = _BASES.get(key.rpartition(".")[2], "object")
+        return f"{key}: {given} is no {base} class; choose one of {', '.join(_fitting(base))}, or a class of your own"
+    if match := re.search(r"(\w+): Expected an? (\w+)\. Got value: (.*)", reason):
+        return f"{key}.{match[1]}: {match[3].strip()} is no {match[2]}"
+    if match := re.search(r"arguments are required: (.*)", reason):
+        return f"{key} needs {match[1]}: give --{key}.{match[1].partition(',')[0]}"
+    return f"{key}: {' '.join(reason.split())}"
+
+
 _BASES = {
     "network": "CTRNetwork",
     "loss": "Loss",
-    "schedule": "Schedule",
+    "schedule": "LRScheduler",
     "table_optimizer": "UpdateRule",
-    "dense_optimizer": "UpdateRule",
+    "dense_optimizer": "Optimizer",
     "wide_optimizer": "UpdateRule",
 }
-"""Of the classes that some settings take."""
+"""Option -> the base class of its values."""
 
 
 def _fitting(base: str) -> list[str]:
-    """Names of this project's classes that are of a base."""
+    """Return the names of this project's classes that derive from a base."""
     return [known.__name__ for known in KNOWN_CLASSES if base in (parent.__name__ for parent in known.__mro__)]
 
 

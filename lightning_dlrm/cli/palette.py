@@ -1,4 +1,4 @@
-"""Looks that figures share: colours of Okabe and Ito, which colour-blind people can tell apart, and a hatch beside each
+"""Colours of all figures: colours of Okabe and Ito, which colour-blind people can tell apart, and a hatch beside each
 for black and white."""
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "---")
 
 
 def filling(number: int, colors: Sequence[str] = OKABE_ITO) -> dict[str, str]:
-    """Options of the n-th bar."""
+    """Return Matplotlib's options for the n-th bar: colour, hatch and edge."""
     return {
         "color": colors[number % len(colors)], "hatch": HATCHES[number % len(HATCHES)], "edgecolor": "white"
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The commands that need no Trainer; their options and work live elsewhere."""
+"""Commands without a Trainer: the module that holds the options and the work of each."""
 
 import argparse
 import importlib
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 Run = Callable[[argparse.Namespace], int]
 
-# Imported when asked for: preprocessing starts without loading what benchmarks need.
+# Imported on use: preprocessing starts without loading what benchmarks need.
 _COMMANDS = {
     "preprocess": ("datamodules.preprocess.command", "add_arguments", "run"),
     "inspect": ("datamodules.preprocess.command", "add_inspect_arguments", "run_inspect"),
@@ -18,7 +18,7 @@ _COMMANDS = {
 
 
 def begin(arguments: Sequence[str]) -> None:
-    """Begins what a program's command line needs beside this process, before that loads anything."""
+    """Start the processes that a command needs beside this one, before this one loads anything."""
     if arguments[:1] == ["preprocess"] and "--input" in arguments:
         from datamodules.preprocess.workers import serve_processes
 
@@ -26,7 +26,7 @@ def begin(arguments: Sequence[str]) -> None:
 
 
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> Run:
-    """Adds a command's options to a parser and returns what runs it."""
+    """Add a command's options to a parser; return the function that runs it."""
     module_name, add, run = _COMMANDS[command]
     module = importlib.import_module(module_name)
     getattr(module, add)(parser)

@@ -67,7 +67,7 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def merge_by_row(parts: Sequence[Path], target: Path) -> None:
-    """Makes one file, in row order, of files that are each in row order; removes them.
+    """Merge files that are each in row order into one, and remove them.
 
     Raises:
         UserError: a part is not there.
@@ -75,7 +75,7 @@ def merge_by_row(parts: Sequence[Path], target: Path) -> None:
     missing = [part for part in parts if not part.is_file()]
     if missing:
         raise UserError(
-            f"the predictions {missing[0]} of another rank are not to be seen from rank 0: "
+            f"the predictions {missing[0]} of another rank are not visible to rank 0: "
             "put the run folder on a file system that all nodes share"
         )
     if len(parts) > 1:
@@ -91,7 +91,7 @@ def merge_by_row(parts: Sequence[Path], target: Path) -> None:
 
 
 def read_predictions(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Rows and probabilities [N] as ``predict`` wrote them.
+    """Return rows int64 [N] and probabilities float32 [N] that ``predict`` wrote.
 
     Raises:
         UserError: the file is missing, or is none of these.
@@ -107,7 +107,7 @@ def read_predictions(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]
 
 
 class _Source:
-    """The rows of a part that are still to come, a row group in memory at a time."""
+    """Reads the rows of one part in order, a row group in memory at a time."""
 
     def __init__(self, path: Path) -> None:
         self._batches = self._read(path)
@@ -118,7 +118,7 @@ class _Source:
         return None if self._rest is None else self._rest["row"][0].as_py()
 
     def take_below(self, row: int | None) -> pa.RecordBatch:
-        """The rows at hand below ``row``; all where it is None."""
+        """Return the loaded rows below ``row``; all of them if it is None."""
         assert self._rest is not None
         found = self._rest
         count = len(found) if row is None else int((found["row"].to_numpy() < row).sum())

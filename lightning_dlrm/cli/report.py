@@ -1,4 +1,4 @@
-"""What a fit says at its start and at its end."""
+"""What a fit prints at its start and at its end."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,7 @@ from lightning_dlrm.tracking.sparkline import sparkline
 
 
 def demo_note() -> str:
-    """Said at the start of every run on demo data."""
+    """Return the note at the start of every run on demo data."""
     return (
         "This is DEMO DATA: generated clicks of a planted model, whose best reachable score is known. For real data:\n"
         "  python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm --input train.txt --output criteo\n"
@@ -22,19 +22,19 @@ def demo_note() -> str:
 
 
 def size_note(size: ModelSize) -> str:
-    """Said at the start of every run; the same numbers as ``params`` counts."""
+    """Return the note at the start of every run; the same numbers as ``params`` counts."""
     forward, training = size.flops_per_sample_forward, size.flops_per_sample_training
     flops = f"{forward:,} forward, {training:,} in training" if forward else "unknown"
     return f"parameters: {size_words(size.tables, size.dense)}; FLOPs per sample: {flops}"
 
 
 def size_words(tables: float, dense: float) -> str:
-    """Parameters in all, in tables and in dense layers."""
+    """Return the number of parameters: total, in tables, and in dense layers."""
     return f"{tables + dense:,} ({tables:,} in tables, {dense:,} dense)"
 
 
 def early_stop_note(callback: EarlyStopping, step: int, total: float) -> str:
-    """Why a fit ended before its last step; nothing where it was not this callback that ended it.
+    """Return why a fit ended before its last step; empty if this callback did not end it.
 
     Args:
         callback: after the fit.
@@ -56,7 +56,7 @@ def early_stop_note(callback: EarlyStopping, step: int, total: float) -> str:
 def final_report(
     folder: RunFolder, final: Mapping[str, float], best: Mapping[str, float], schema: DatasetSchema, wandb: str | None
 ) -> str:
-    """The run's last words: scores, their course, size and speed, where everything is, and what can be done with it.
+    """Return the report at the end of a run: scores and their course, size, speed, locations, and next commands.
 
     Args:
         folder: of the run.
@@ -97,7 +97,7 @@ def final_report(
 
 
 def _scores(final: Mapping[str, float], best: Mapping[str, float]) -> list[str]:
-    """The validation metrics, with the optimum where the data have a known one."""
+    """Return the validation metrics, with the best reachable values of planted data."""
     optimum = {"auc": final.get(names.OPTIMUM_AUC), "log_loss": final.get(names.OPTIMUM_LOG_LOSS)}
     reachable = "" if None in optimum.values() else "best reachable"
     rows = [("validation", "at the end", f"best, step {best[names.STEP]:,}" if best else "", reachable)]
@@ -113,19 +113,19 @@ def _scores(final: Mapping[str, float], best: Mapping[str, float]) -> list[str]:
 
 
 def _speed(final: Mapping[str, float]) -> str:
-    """Without the wait for data where that was never logged: a fit killed before, at its very end, and resumed."""
+    """Return the speed, and the wait for data if it was logged: not if a fit was killed at its end and resumed."""
     speed, wait = f"{final[names.SAMPLES_PER_SECOND]:,.0f} samples/s", final.get(names.DATA_WAIT_SHARE)
     return speed if wait is None else f"{speed}; {100 * wait:.1f}% of the time waiting for data"
 
 
 def _course(history: Sequence[Mapping[str, float]], name: str) -> str:
-    """A sparkline with its ends; nothing where there is one value or none."""
+    """Return a sparkline with its first and last value; empty if there are fewer than two values."""
     values = [line[name] for line in history if line.get(name) is not None]
     return f"{sparkline(values)}  {values[0]:.4f} to {values[-1]:.4f}" if len(values) > 1 else ""
 
 
 def demo_result(auc: float, optimum: float) -> str:
-    """How far a fit on demo data came."""
+    """Return how close a fit on demo data came to the best reachable AUC."""
     share = (auc - 0.5) / (optimum - 0.5)
     return (
         f"DEMO DATA: AUC {auc:.4f} of the best reachable {optimum:.4f}; "

@@ -11,6 +11,7 @@ import yaml
 
 from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.retired import update_document
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY, RunFolder
 
@@ -94,7 +95,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     # Sizes of demo data stand in a configuration with their class, or as in earlier releases without it.
     settings = {
         key.replace(".demo.init_args.", ".demo."): _class_name(value)
-        for key, value in flat(config).items()
+        for key, value in flat(update_document(config)[0]).items()
         if value is not None
     }
     left_out: tuple[str, ...] = NO_PART_OF_A_CONFIGURATION

@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_dlrm.kernels.operators import count_change, nothing, register
+from lightning_dlrm.kernels.operators import check_update, count_change, nothing, register
 
 _BAGS = 16
 _SORTED = 64
 _BLOCKS = 64
 _INTEGERS = (torch.int32, torch.int64)
 _FLOATS = (torch.float32, torch.bfloat16)
+_FACTORS = (*_FLOATS, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _lookup(
         ids=(ids_N, _INTEGERS),
         row_offsets=(row_offsets_F, _INTEGERS),
         offsets=(offsets, (torch.int64,)),
-        factors=(factors_N, (*_FLOATS, torch.float16, torch.float64)),
+        factors=(factors_N, _FACTORS),
     )
     if weight_RD.dim() != 2 or not len(row_offsets_F) or (factors_N is not None and factors_N.shape != ids_N.shape):
         raise ValueError(
@@ -190,7 +191,20 @@ def _update(
 ) -> None:
     grad_BD = grad_BD.contiguous()
     bags_N, factors_N = (None if x is None else x.contiguous() for x in (bags_N, factors_N))
-    _check_update(weight_RD, state, rows_N, grad_BD, bags_N, factors_N, scalars_4, rule)
+    check_update(weight_RD, state, rows_N, grad_BD, bags_N, factors_N, rule)
+    if scalars_4.shape != (4,):
+        raise ValueError(f"fused_update: scalars of {list(scalars_4.shape)}; expected four")
+    _check(
+        "fused_update",
+        weight_RD.device,
+        weight=(weight_RD, _FLOATS),
+        **{f"state[{i}]": (x, (torch.float32,)) for i, x in enumerate(state)},
+        rows=(rows_N, _INTEGERS),
+        grad=(grad_BD, _FACTORS),
+        bags=(bags_N, (torch.int64,)),
+        factors=(factors_N, _FACTORS),
+        scalars=(scalars_4, (torch.float32,)),
+    )
     if not len(rows_N):
         return
     rows, width = weight_RD.shape
@@ -217,44 +231,6 @@ def _update(
     )
     _update_spread_kernel[(blocks,)](*moved, begun, went_on, *sizes, BLOCKS=_BLOCKS, **formula)
     count_change(weight_RD, *state)
-
-
-def _check_update(
-    weight_RD: Tensor,
-    state: list[Tensor],
-    rows_N: Tensor,
-    grad_BD: Tensor,
-    bags_N: Tensor | None,
-    factors_N: Tensor | None,
-    scalars_4: Tensor,
-    rule: str,
-) -> None:
-    floats = (*_FLOATS, torch.float16, torch.float64)
-    _check(
-        "fused_update",
-        weight_RD.device,
-        weight=(weight_RD, _FLOATS),
-        **{f"state[{i}]": (x, (torch.float32,)) for i, x in enumerate(state)},
-        rows=(rows_N, _INTEGERS),
-        grad=(grad_BD, floats),
-        bags=(bags_N, (torch.int64,)),
-        factors=(factors_N, floats),
-        scalars=(scalars_4, (torch.float32,)),
-    )
-    shape = weight_RD.shape[: 1 if rule == "row_wise_adagrad" else 2]
-    per_index = [rows_N, *(x for x in (bags_N, factors_N) if x is not None)]
-    if (
-        weight_RD.dim() != 2
-        or len(state) != {"sgd": 0, "adagrad": 1, "row_wise_adagrad": 1, "adam": 2}.get(rule)
-        or any(x.shape != shape for x in state)
-        or any(x.shape != (len(rows_N),) for x in per_index)
-        or grad_BD.shape != (len(grad_BD) if bags_N is not None else len(rows_N), weight_RD.shape[1])
-        or scalars_4.shape != (4,)
-    ):
-        shapes = [tuple(x.shape) for x in (weight_RD, *state, rows_N, grad_BD)]
-        raise ValueError(
-            f"fused_update by {rule!r}: weight, state, rows and gradient have shapes {shapes}, which do not fit"
-        )
 
 
 @triton.jit

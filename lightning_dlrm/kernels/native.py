@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.kernels.compiled import call
-from lightning_dlrm.kernels.operators import count_change, nothing, register, threads
+from lightning_dlrm.kernels.operators import check_update, count_change, nothing, register, threads
 
 _MOST = torch.iinfo(torch.int32).max
 _RULES = ("sgd", "adagrad", "row_wise_adagrad", "adam")
-_STATES = {"sgd": 0, "adagrad": 1, "row_wise_adagrad": 1, "adam": 2}
 _DIGIT = 9
 """Most bits that are sorted by in one pass: as many counters stay in the first cache."""
 _A_BUCKET = 2**11
@@ -187,7 +186,11 @@ def _update(
     beta1: float,
     beta2: float,
 ) -> None:
-    _check_update(weight_RD, state, rows_N, grad_BD, bags_N, factors_N, rule)
+    if max(*weight_RD.shape, len(rows_N)) > _MOST:
+        raise ValueError(f"update: a weight of {list(weight_RD.shape)}, {len(rows_N)} rows; expected {_MOST} at most")
+    check_update(weight_RD, state, rows_N, grad_BD, bags_N, factors_N, rule)
+    _check_bounds("row", rows_N, len(weight_RD))
+    _check_bounds("bag", bags_N, len(grad_BD))
     count, bits = len(rows_N), 0 if ascending else max((len(weight_RD) - 1).bit_length(), 1)
     thread_count = threads(count)
     high = min(max((count // _A_BUCKET).bit_length() - 1, 0), _DIGIT, bits)
@@ -227,36 +230,11 @@ def _update(
     count_change(weight_RD, *state)
 
 
-def _check_update(
-    weight_RD: Tensor,
-    state: list[Tensor],
-    rows_N: Tensor,
-    grad_BD: Tensor,
-    bags_N: Tensor | None,
-    factors_N: Tensor | None,
-    rule: str,
-) -> None:
-    if _STATES.get(rule) != len(state):
-        raise ValueError(f"update by {rule!r} with {len(state)} tensors of state; expected one of {_STATES}")
-    shape = weight_RD.shape[: 1 if rule == "row_wise_adagrad" else 2]
-    shapes = [tuple(x.shape) for x in (weight_RD, *state, rows_N, grad_BD)]
-    per_index = [rows_N, *(x for x in (bags_N, factors_N) if x is not None)]
-    if (
-        weight_RD.dim() != 2
-        or max(*weight_RD.shape, len(rows_N)) > _MOST
-        or any(x.shape != shape for x in state)
-        or any(x.shape != (len(rows_N),) for x in per_index)
-        or grad_BD.shape != (len(grad_BD) if bags_N is not None else len(rows_N), weight_RD.shape[1])
-    ):
-        raise ValueError(
-            f"update by {rule}: weight, state, rows and gradient have shapes {shapes}, which do not fit each other, or "
-            f"more than {_MOST:,} rows"
-        )
-    for name, values, stop in (("row", rows_N, len(weight_RD)), ("bag", bags_N, len(grad_BD))):
-        if values is not None and values.numel():
-            low, high = (int(bound) for bound in values.aminmax())
-            if low < 0 or high >= stop:
-                raise IndexError(f"update: there are {name}s {low} to {high}; expected 0 to {stop - 1}")
+def _check_bounds(name: str, values: Tensor | None, stop: int) -> None:
+    if values is not None and values.numel():
+        low, high = (int(bound) for bound in values.aminmax())
+        if low < 0 or high >= stop:
+            raise IndexError(f"update: there are {name}s {low} to {high}; expected 0 to {stop - 1}")
 
 
 register(

@@ -10,6 +10,9 @@ from torch.autograd.graph import increment_version
 _ALONE = 2**10
 """Indices from which on a second thread is worth waking."""
 
+_STATES = {"sgd": 0, "adagrad": 1, "row_wise_adagrad": 1, "adam": 2}
+"""Tensors of state that a rule has."""
+
 _operators = torch.library.Library("lightning_dlrm", "FRAGMENT")
 
 
@@ -52,3 +55,33 @@ def threads(count: int) -> int:
 def count_change(*tensors: Tensor) -> None:
     """Tell autograd that tensors have changed, so that it refuses those that it has saved."""
     increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
+def check_update(
+    weight_RD: Tensor,
+    state: list[Tensor],
+    rows_N: Tensor,
+    grad_BD: Tensor,
+    bags_N: Tensor | None,
+    factors_N: Tensor | None,
+    rule: str,
+) -> None:
+    """Refuse tensors of an update whose shapes do not fit each other.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if _STATES.get(rule) != len(state):
+        raise ValueError(f"update by {rule!r} with {len(state)} tensors of state; expected one of {_STATES}")
+    shape = weight_RD.shape[: 1 if rule == "row_wise_adagrad" else 2]
+    shapes = [tuple(x.shape) for x in (weight_RD, *state, rows_N, grad_BD)]
+    per_index = [rows_N, *(x for x in (bags_N, factors_N) if x is not None)]
+    if (
+        weight_RD.dim() != 2
+        or any(x.shape != shape for x in state)
+        or any(x.shape != (len(rows_N),) for x in per_index)
+        or grad_BD.shape != (len(grad_BD) if bags_N is not None else len(rows_N), weight_RD.shape[1])
+    ):
+        raise ValueError(
+            f"update by {rule}: weight, state, rows and gradient have shapes {shapes}, which do not fit each other"
+        )

@@ -83,7 +83,7 @@ def move(weight: Tensor, rows: Tensor, state: dict[str, Tensor], factors: Tensor
         (lambda: fused.lookup(draw(9, 4), one(3, 3), TABLES, None, draw(2)), ValueError, "factor for each"),
         (lambda: move(draw(9, 4, contiguous=False), one(3, 3), {"s": draw(9, 4)}), TypeError, "contiguous"),
         (lambda: move(draw(9, 4), one(3, 3), {"s": draw(8, 4)}), ValueError, "do not fit"),
-        (lambda: move(draw(9, 4), one(3, 3), {}), ValueError, "do not fit"),
+        (lambda: move(draw(9, 4), one(3, 3), {}), ValueError, "0 tensors of state"),
         (lambda: move(draw(9, 4), one(3, 3), {"s": draw(9, 4)}, draw(2)), ValueError, "do not fit"),
     ],
 )

@@ -85,7 +85,7 @@ def test_parts_in_any_interleaving_are_merged_by_row(tmp_path: Path) -> None:
 
 
 def test_a_part_out_of_sight_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="of another rank are not to be seen"):
+    with pytest.raises(UserError, match="of another rank are not visible"):
         merge_by_row([tmp_path / "0"], tmp_path / "all.parquet")
 
 
