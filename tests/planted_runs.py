@@ -16,8 +16,8 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.objectives.losses import LogLoss
-from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import Adagrad
+from tests.toy import optimizer_of
 
 TABLES, ROWS, DENSE = 6, 20, 3
 PAIRS = ((0, 1), (2, 3), (4, 5))
@@ -65,7 +65,7 @@ def fit(data: PlantedData, order_seed: int, weights_seed: int) -> NDArray[np.flo
     """Trains a DLRM for one pass and returns its probabilities on the test rows."""
     features = Features(dense=DENSE, tables={f"C{i + 1}": ROWS for i in range(TABLES)})
     network = DLRM(features, weights_seed, embedding_dim=8, bottom_mlp=(16, 8), top_mlp=(16,))
-    optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), Adagrad(0.02), Adagrad(0.1))
+    optimizer = optimizer_of(network, Adagrad(0.02), Adagrad(0.1))
     order = torch.randperm(TRAIN, generator=torch.Generator().manual_seed(order_seed))
     loss = LogLoss()
     for rows in order.split(BATCH):

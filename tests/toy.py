@@ -1,6 +1,7 @@
 """A small dataset in memory, for tests of what trains on one."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,6 +13,8 @@ from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.optim.compatibility import torch_optimizer
+from lightning_dlrm.optim.dense import DenseOptimizer
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import Adagrad, RowWiseAdagrad, UpdateRule
 from lightning_dlrm.optim.schedules import Schedule
@@ -112,7 +115,7 @@ def toy_dcn(features: Features, seed: int) -> DCN:
 def toy_module(
     network: Any = toy_dlrm,
     table_rule: UpdateRule | None = None,
-    dense_rule: UpdateRule | None = None,
+    dense: DenseOptimizer | UpdateRule | None = None,
     schedule: Schedule | None = None,
     schema: DatasetSchema | None = None,
     seed: int = 3,
@@ -122,7 +125,7 @@ def toy_module(
     return CTRModule(
         network,
         table_rule or RowWiseAdagrad(0.1),
-        dense_rule or Adagrad(0.05),
+        as_dense(dense or Adagrad(0.05)),
         schedule,
         wide_optimizer=wide_rule,
         **options,
@@ -131,5 +134,13 @@ def toy_module(
     )
 
 
-def optimizer_of(network: CTRNetwork, dense_rule: UpdateRule, table_rule: UpdateRule) -> CTROptimizer:
-    return CTROptimizer(network.dense_parameters(), network.lookups(), dense_rule, table_rule)
+def optimizer_of(network: CTRNetwork, dense: DenseOptimizer | UpdateRule, table_rule: UpdateRule) -> CTROptimizer:
+    return CTROptimizer(network.dense_parameters(), network.lookups(), as_dense(dense), table_rule)
+
+
+def as_dense(given: DenseOptimizer | UpdateRule) -> DenseOptimizer:
+    """The class of torch.optim that does to dense layers what a rule does to rows; Adagrad for RowWiseAdagrad."""
+    if not isinstance(given, UpdateRule):
+        return given
+    name, arguments = torch_optimizer(type(given).__name__.removeprefix("RowWise"), vars(given))
+    return partial(getattr(torch.optim, name), **arguments)

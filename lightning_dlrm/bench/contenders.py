@@ -6,6 +6,7 @@ Shape suffixes: B samples, I dense features, F tables, V vectors, D width, P pai
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -146,8 +147,8 @@ class OurStep(_Step):
     """The step of ``fit``."""
 
     def __init__(self, network: CTRNetwork, precision: str, device: torch.device) -> None:
-        rule = SGD(LEARNING_RATE)
-        optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), rule, rule)
+        dense = partial(torch.optim.SGD, lr=LEARNING_RATE)
+        optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), dense, SGD(LEARNING_RATE))
         super().__init__(network, optimizer, precision, device)
 
     def loss(self, batch: Batch) -> Tensor:

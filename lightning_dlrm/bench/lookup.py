@@ -124,7 +124,7 @@ class _Ours:
         self.lookup = EmbeddingTables(tables, workload.width, seed=1).to(device)
         self.lookup.kernels = kernels
         rule = RowWiseAdagrad(_LEARNING_RATE, epsilon=_EPSILON)
-        self.optimizer = CTROptimizer([], [self.lookup], rule, rule)
+        self.optimizer = CTROptimizer([], [self.lookup], torch.optim.SGD, rule)
 
     def __call__(self, grad_BFD: Tensor, ids: SparseIds) -> None:
         self.optimizer.zero_grad()

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,7 +165,9 @@ def _contender(
     if name == "baseline":
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     else:
-        optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), SGD(0.1), SGD(0.1))
+        optimizer = CTROptimizer(
+            network.dense_parameters(), network.lookups(), partial(torch.optim.SGD, lr=0.1), SGD(0.1)
+        )
     factor = options["ranks"] / options["batch_size"]
 
     def step(batch: tuple[Tensor, SparseIds, Tensor], upcoming: SparseIds) -> None:

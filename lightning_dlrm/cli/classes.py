@@ -1,4 +1,9 @@
-"""The classes that a configuration may name in short: models, rules, schedules, losses, datamodules, strategies."""
+"""The classes that a configuration may name in short: models, rules, optimizers, schedules, losses, data, and so on."""
+
+from types import ModuleType
+
+import torch
+from torch.optim import lr_scheduler
 
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
 from datamodules.synthetic import RandomData, TraceData
@@ -17,6 +22,13 @@ from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.objectives.losses import FocalLoss, LogLoss, WeightedLogLoss
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad
 from lightning_dlrm.optim.schedules import Constant, Cosine, WarmupQuadraticDecay, WarmupThenDecay
+
+
+def _public_classes(module: ModuleType, base: type, *left_out: type) -> tuple[type, ...]:
+    """Return the public subclasses of ``base`` in a module of torch."""
+    found = (getattr(module, name) for name in module.__all__)
+    return tuple(item for item in found if isinstance(item, type) and issubclass(item, base) and item not in left_out)
+
 
 # Importing a class makes its short name known to the command line.
 KNOWN_CLASSES = (
@@ -46,4 +58,8 @@ KNOWN_CLASSES = (
     LogLoss,
     WeightedLogLoss,
     FocalLoss,
+    *_public_classes(
+        torch.optim, torch.optim.Optimizer, torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam
+    ),
+    *_public_classes(lr_scheduler, lr_scheduler.LRScheduler, lr_scheduler.LRScheduler, lr_scheduler.ReduceLROnPlateau),
 )

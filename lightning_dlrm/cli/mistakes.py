@@ -32,12 +32,16 @@ def explain(message: str, known: Sequence[str]) -> str:
     ):
         key = match[1] or match[2] or match[3]
         return f"unknown key {key}{_nearest_key(key, known)}"
+    if given and (match := re.search(r"Subtypes: \[<class '(float|int)'>", message)):
+        return f"{key}: {given[1].strip()} is no {match[1]}"
     if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
         name = match[1] or match[2]
         names = _fitting(_BASES.get(key.rpartition(".")[2], "object"))
         return f"no class {name}; known ones: {', '.join(names)}{nearest(name, names)}"
-    if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss|Schedule)", message):
+    if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss)", message):
         return _explain_class(message, match[1])
+    if "collections.abc.Callable" in message:
+        return _explain_factory(key, message)
     # What is wrong with data's class stands beside that data is not none either; it is explained already.
     if match := re.search(
         r"LightningDataModule'>.*?Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S
@@ -72,12 +76,28 @@ def _explain_class(message: str, base: str) -> str:
     )
 
 
+def _explain_factory(key: str, message: str) -> str:
+    """A class that is to make an optimizer or a schedule, or its settings."""
+    # That such a class may be left out, and a file take its place, is said as well.
+    found = re.search(r"Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S)
+    reason = re.sub(r".*expects a function or a callable class: ", "", found[1] if found else message, flags=re.S)
+    if match := re.search(r"(?:Expected|module) '([\w.]+)' (?:to be a subclass|has no attribute '(\w+)')", reason):
+        given = f"{match[1]}.{match[2]}" if match[2] else match[1]
+        base = _BASES.get(key.rpartition(".")[2], "object")
+        return f"{key}: {given} is no {base} class; choose one of {', '.join(_fitting(base))}, or a class of your own"
+    if match := re.search(r"(\w+): Expected an? (\w+)\. Got value: (.*)", reason):
+        return f"{key}.{match[1]}: {match[3].strip()} is no {match[2]}"
+    if match := re.search(r"arguments are required: (.*)", reason):
+        return f"{key} needs {match[1]}: give --{key}.{match[1].partition(',')[0]}"
+    return f"{key}: {' '.join(reason.split())}"
+
+
 _BASES = {
     "network": "CTRNetwork",
     "loss": "Loss",
-    "schedule": "Schedule",
+    "schedule": "LRScheduler",
     "table_optimizer": "UpdateRule",
-    "dense_optimizer": "UpdateRule",
+    "dense_optimizer": "Optimizer",
     "wide_optimizer": "UpdateRule",
 }
 """Option -> the base class of its values."""

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lightning_dlrm.cli import matching
 from lightning_dlrm.cli.parser import CommandParser, build_model_parser
 from lightning_dlrm.cli.settings import build_model_and_data
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.optim.rules import UpdateRule
+from lightning_dlrm.optim.dense import dense_state_bytes
 
 
 def run(arguments: Sequence[str], description: str) -> int:
@@ -103,11 +102,9 @@ def count(module: CTRModule) -> dict[str, int]:
         "flops_per_sample_training": size.flops_per_sample_training,
         "bytes_weights": sum(p.numel() * p.element_size() for p in (*tables, *dense)),
         "bytes_optimizer_tables": sum(
-            _state_bytes(module.rule_of(lookup, network), [lookup.weight]) for lookup in trained
+            values.nbytes
+            for lookup in trained
+            for values in module.rule_of(lookup, network).state(lookup.weight.detach()).values()
         ),
-        "bytes_optimizer_dense": _state_bytes(module.dense_rule, dense),
+        "bytes_optimizer_dense": dense_state_bytes(module.dense_optimizer, dense),
     }
-
-
-def _state_bytes(rule: UpdateRule, parameters: Sequence[nn.Parameter]) -> int:
-    return sum(t.numel() * t.element_size() for p in parameters for t in rule.state(p.detach()).values())

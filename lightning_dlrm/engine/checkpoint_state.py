@@ -74,7 +74,8 @@ def table_pieces(module: "CTRModule", with_state: bool = True) -> list[PieceTens
 def dense_tensors(module: "CTRModule") -> list[Tensor]:
     """Return all other parameters and their optimizer state."""
     parameters, state = module.network.dense_parameters(), optimizer_of(module).state
-    return [*parameters, *(values for parameter in parameters for values in state[parameter].values())]
+    kept = (values for parameter in parameters for values in state[parameter].values())
+    return [*parameters, *(values for values in kept if torch.is_tensor(values))]
 
 
 def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) -> None:

@@ -42,7 +42,7 @@ def describe_module(module: "CTRModule") -> dict[str, Any]:
         given = {
             "network": module.make_network,
             "table_optimizer": module.table_rule,
-            "dense_optimizer": module.dense_rule,
+            "dense_optimizer": module.dense_optimizer,
             "wide_optimizer": module.wide_rule,
             "schedule": module.schedule,
             "loss": module.loss,

@@ -27,9 +27,10 @@ from lightning_dlrm.models.layers import MLP, DotInteraction
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.curves import ClickCurves
 from lightning_dlrm.objectives.losses import LogLoss, Loss
-from lightning_dlrm.optim.optimizer import CTROptimizer, ScheduledRates
+from lightning_dlrm.optim.dense import DenseOptimizer
+from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import UpdateRule
-from lightning_dlrm.optim.schedules import Constant, Schedule
+from lightning_dlrm.optim.schedules import Constant, Schedule, make_schedule, schedule_name
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tables.host_tables import HostRows
 from lightning_dlrm.tables.tables import EmbeddingTables
@@ -45,8 +46,11 @@ class CTRModule(pl.LightningModule):
     Args:
         network: makes the network from the dataset's features and the seed, such as DLRM or DCN.
         table_optimizer: update rule of the embedding tables: SGD, Adagrad, RowWiseAdagrad or Adam.
-        dense_optimizer: rule for all other parameters.
-        schedule: of all learning rates: Constant, Cosine, WarmupThenDecay or WarmupQuadraticDecay.
+        dense_optimizer: makes the optimizer of all other parameters: a class of torch.optim with its settings, from
+            Python ``functools.partial(torch.optim.Adagrad, lr=0.01)``. Its state has the parameters' precision.
+        schedule: makes the schedule of all learning rates, stepped after each optimizer step: Constant, Cosine,
+            WarmupThenDecay, WarmupQuadraticDecay, or another torch.optim.lr_scheduler.LRScheduler; ``total_steps`` is
+            filled in. None for constant rates.
         loss: what is minimized: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
             with each of them.
         averaging: evaluate with an average of the parameters of many steps; None for those of the last step.
@@ -70,7 +74,7 @@ class CTRModule(pl.LightningModule):
         self,
         network: Callable[[Features, int], CTRNetwork],
         table_optimizer: UpdateRule,
-        dense_optimizer: UpdateRule,
+        dense_optimizer: DenseOptimizer,
         schedule: Schedule | None = None,
         loss: Loss | None = None,
         averaging: Averaging | None = None,
@@ -91,8 +95,9 @@ class CTRModule(pl.LightningModule):
                     "give a rule of lightning_dlrm.optim.rules, such as RowWiseAdagrad(0.01)"
                 )
         self.make_network = network
-        self.table_rule, self.dense_rule, self.wide_rule = table_optimizer, dense_optimizer, wide_optimizer
-        self.schedule = schedule or Constant()
+        self.table_rule, self.wide_rule = table_optimizer, wide_optimizer
+        self.dense_optimizer = dense_optimizer
+        self.schedule = schedule or Constant
         self.loss = loss or LogLoss()
         self.kernels = kernels
         self.compile_mode = compile_mode(compile)
@@ -169,17 +174,16 @@ class CTRModule(pl.LightningModule):
                 "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp"
             )
         optimizer = self.make_optimizer(self.network)
-        needs_total = self.schedule.needs_total_steps
-        total = self.total_steps(f"the schedule {type(self.schedule).__name__}") if needs_total else None
-        rates = ScheduledRates(optimizer, self.schedule, total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+        name = f"the schedule {schedule_name(self.schedule)}"
+        schedule = make_schedule(self.schedule, optimizer, lambda: self.total_steps(name))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def make_optimizer(self, network: CTRNetwork) -> CTROptimizer:
         """Return the optimizer of a network that ``make_network`` made."""
         return CTROptimizer(
             network.dense_parameters(),
             network.lookups(),
-            self.dense_rule,
+            self.dense_optimizer,
             self.table_rule,
             self.wide_rule,
             network.wide_lookups(),
@@ -187,8 +191,7 @@ class CTRModule(pl.LightningModule):
 
     def learning_rates(self) -> dict[str, float]:
         """Return the learning rate of each group of the optimizer, as given; the schedule changes them."""
-        rules = {"dense": self.dense_rule, "tables": self.table_rule, "wide": self.wide_rule}
-        return {name: rule.learning_rate for name, rule in rules.items() if rule is not None}
+        return self._learning_rates
 
     def rule_of(self, lookup: EmbeddingLookup, network: CTRNetwork) -> UpdateRule:
         """Return the update rule of one of a network's lookups."""
@@ -255,9 +258,6 @@ class CTRModule(pl.LightningModule):
             ours.clip_gradient_values(gradient_clip_val)
         else:
             ours.clip_gradient_norm(gradient_clip_val)
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step()
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Return the batch on the device; to a GPU in a stream of its own, beside the steps that still compute."""
@@ -366,7 +366,8 @@ class CTRModule(pl.LightningModule):
     def _size_of(self, make_network: Callable[[Features, int], CTRNetwork]) -> ModelSize:
         """
         Raises:
-            UserError: the network does not fit the data, or has no linear terms for ``wide_optimizer``.
+            UserError: the network does not fit the data or has no linear terms for ``wide_optimizer``, or optimizer
+                or schedule refuse their settings.
         """
         with torch.device("meta"):
             # Nothing is allocated, and a network that does not fit is refused before the data are prepared.
@@ -376,6 +377,10 @@ class CTRModule(pl.LightningModule):
                 f"wide_optimizer is given, but this {type(network).__name__} has no linear terms: set network.wide to "
                 "true where the model has that option, or leave wide_optimizer out"
             )
+        optimizer = self.make_optimizer(network)
+        self._learning_rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
+        # The length of the fit is not known yet; any will do to see that the schedule can be made.
+        make_schedule(self.schedule, optimizer, lambda: 1000)
         return model_size(network, self.schema.features)
 
 

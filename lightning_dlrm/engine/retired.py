@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from lightning_dlrm.optim.compatibility import RENAMED, torch_configuration
+
 log = logging.getLogger("lightning_dlrm")
 
 
@@ -58,7 +60,14 @@ REMOVED: tuple[RemovedOption, ...] = (
     RemovedOption(key="model.record_steps", replacement="model.compile"),
     RemovedOption(key="model.cuda_graphs", replacement="model.compile"),
 )
-CHANGED: tuple[ChangedOption, ...] = ()
+CHANGED: tuple[ChangedOption, ...] = (
+    ChangedOption(
+        key="model.dense_optimizer",
+        rewrite=torch_configuration,
+        renamed=RENAMED | {f"init_args.{old}": f"init_args.{new}" for old, new in RENAMED.items()},
+        note="update rules for dense layers are classes of torch.optim now: model.dense_optimizer is read as one",
+    ),
+)
 
 
 def update_document(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

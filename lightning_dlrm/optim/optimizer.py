@@ -1,39 +1,48 @@
-"""The one optimiser of a model: a rule for the dense layers, a rule for the tables."""
+"""The one optimizer of a model: a torch.optim class for dense layers, update rules for tables."""
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient
+from lightning_dlrm.optim.compatibility import STATE_NAMES, torch_optimizer
+from lightning_dlrm.optim.dense import (
+    IMPLEMENTATIONS,
+    DenseOptimizer,
+    dense_settings,
+    make_dense_optimizer,
+    plain_number,
+)
 from lightning_dlrm.optim.rows import update_rows
 from lightning_dlrm.optim.rules import UpdateRule
-from lightning_dlrm.optim.schedules import Schedule
 from lightning_dlrm.tables.memory import keep_freed_memory
 
 
 class CTROptimizer(torch.optim.Optimizer):
     """Updates dense layers from their ``.grad`` and tables from their RowGradient.
 
-    A ``torch.optim.Optimizer`` with two groups, ``dense`` and ``tables``, or a third, ``wide``, so that
-    schedulers and Lightning's automatic optimisation treat it as one. Learning rates and the number of steps are
-    0-dim tensors.
+    A ``torch.optim.Optimizer`` whose ``param_groups`` are those of the dense layers' optimizer, the very dictionaries,
+    and then one for tables and perhaps one for linear terms. Each has a ``name``: ``dense`` (``dense_2`` and so on if
+    there are several), ``tables``, ``wide``. What schedulers and callbacks set in a group takes effect at the next
+    step; of the tables' groups that is ``lr``.
 
-    The state of the tables is as large as the tables themselves can be. It is kept apart, in
+    Dense layers' state is that of the torch.optim class, in its precision: bfloat16 for bfloat16 parameters. The state
+    of tables is float32 at least. It can be as large as the tables themselves, so it is kept apart, in
     ``table_state``, and is not part of ``state_dict``: checkpoints write it piece by piece.
 
+    A step is one of ``dense`` as well: hooks of all optimizers and the profiler see both.
+
     Args:
-        dense: the dense layers' weights.
-        lookups: of the tables; those whose rows stay as they are are passed over.
-        dense_rule: of the dense layers.
+        dense: parameters of the dense layers.
+        lookups: of the tables; those whose rows are not trained are passed over.
+        dense_optimizer: makes the dense layers' optimizer; not called without such layers.
         table_rule: of the tables' rows.
-        wide_rule: of the rows of ``wide``; None where they have table_rule as well.
+        wide_rule: of the rows of ``wide``; None if they have table_rule as well.
         wide: those of ``lookups`` that hold linear terms.
     """
 
@@ -41,7 +50,7 @@ class CTROptimizer(torch.optim.Optimizer):
         self,
         dense: Sequence[nn.Parameter],
         lookups: Sequence[EmbeddingLookup],
-        dense_rule: UpdateRule,
+        dense_optimizer: DenseOptimizer,
         table_rule: UpdateRule,
         wide_rule: UpdateRule | None = None,
         wide: Sequence[EmbeddingLookup] = (),
@@ -52,93 +61,87 @@ class CTROptimizer(torch.optim.Optimizer):
             "tables": [lookup for lookup in trained if lookup not in of_wide],
             "wide": [lookup for lookup in trained if lookup in of_wide],
         }
-        # Group by group, as the base class numbers the weights.
+        self.rules = {"tables": table_rule} | ({} if wide_rule is None else {"wide": wide_rule})
+        # Group by group, as the base class numbers the parameters.
         self.lookups = (*by_group["tables"], *by_group["wide"])
         self._group_of = {lookup: name for name, members in by_group.items() for lookup in members}
-        self.rules = {"dense": dense_rule, "tables": table_rule}
-        if wide_rule is not None:
-            self.rules["wide"] = wide_rule
-        weights_of = {name: [lookup.weight for lookup in members] for name, members in by_group.items()}
-        weights_of["dense"] = list(dense)
-        # Whoever trains makes the same tensors at every step.
+        # Each step of a fit allocates the same tensors.
         keep_freed_memory()
-        super().__init__(
-            [
-                {"name": name, "params": weights_of[name], "lr": _learning_rate(rule), "steps": _no_steps()}
-                for name, rule in self.rules.items()
-            ],
-            {},
-        )
-        for parameter in dense:
-            self.state[parameter] = dense_rule.state(parameter.detach())
+        self.dense = make_dense_optimizer(dense_optimizer, list(dense)) if dense else None
+        """Of the dense layers; None without any."""
+        dense_groups = [] if self.dense is None else self.dense.param_groups
+        for i, group in enumerate(dense_groups):
+            group.setdefault("name", f"dense_{i + 1}" if i else "dense")
+        row_groups: list[dict[str, Any]] = [
+            {
+                "name": name,
+                "params": [lookup.weight for lookup in by_group[name]],
+                "lr": rule.learning_rate,
+                "steps": 0,
+            }
+            for name, rule in self.rules.items()
+        ]
+        super().__init__([*dense_groups, *row_groups], {})
+        self._row_groups = {group["name"]: group for group in row_groups}
+        self._share_with_dense()
+        self._settings = self._settings_now()
         self.table_state = [self.rules[self._group_of[lookup]].state(lookup.weight.detach()) for lookup in self.lookups]
         """For each of ``lookups``: slot name -> tensor."""
-        self.replay: Callable[[], None] | None = None
-        """Does ``update_weights`` in its place for the next step, where it was recorded."""
+
+    def _share_with_dense(self) -> None:
+        if self.dense is not None:
+            self.param_groups = [*self.dense.param_groups, *self._row_groups.values()]
+            self.state = self.dense.state
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every dense weight with a gradient and of every touched table row."""
-        return self._observed_step(closure) if self._is_observed() else self._step(closure)
+        """Update every dense parameter that has a gradient and every touched row of a table, once.
 
-    # Or the base class would open a record for the profiler and look for hooks at every step, for a hundredth of the
-    # time of a small one.
-    step.hooked = True  # type: ignore[attr-defined]
-
-    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        Returns:
+            The closure's result: it computes the gradients.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        if self.dense is not None:
+            self.dense.step()
+        for group in self._row_groups.values():
             group["steps"] += 1
-        if self.replay is not None:
-            self.replay()
-        else:
-            self.update_weights({group["name"]: (group["lr"], group["steps"]) for group in self.param_groups})
+        self._update_tables()
         return loss
 
-    _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
-
-    def _is_observed(self) -> bool:
-        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        of_all = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-        return bool(own or of_all) or torch.autograd.profiler._is_profiler_enabled
-
     @torch.no_grad()
-    def update_weights(self, rates: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """The step's work on the weights' device.
-
-        Args:
-            rates: group name -> learning rate and number of the step, 0-dim, from 1.
-        """
-        dense = self.param_groups[0]
-        moving = [parameter for parameter in dense["params"] if parameter.grad is not None]
-        if moving:
-            gradients, states = [weight.grad for weight in moving], [self.state[weight] for weight in moving]
-            self.rules["dense"].apply(moving, gradients, states, *rates["dense"])
+    def _update_tables(self) -> None:
         for lookup, state in zip(self.lookups, self.table_state, strict=True):
             gradient = lookup.gradient()
             if gradient is not None:
                 name = self._group_of[lookup]
-                rule, (rate, steps) = self.rules[name], rates[name]
-                change = partial(update_rows, rule=rule, learning_rate=rate, step=steps, kernels=lookup.kernels)
+                change = partial(
+                    update_rows,
+                    rule=self.rules[name],
+                    learning_rate=float(self._row_groups[name]["lr"]),
+                    step=self._row_groups[name]["steps"],
+                    kernels=lookup.kernels,
+                )
                 lookup.update(gradient, state, change)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        if set_to_none:
-            # Tables' weights have no ``.grad``, and the base class opens a record for the profiler at every step.
-            for parameter in self.param_groups[0]["params"]:
-                parameter.grad = None
-        else:
-            super().zero_grad(set_to_none)
+        """Forget all gradients, those of tables as well."""
+        super().zero_grad(set_to_none)
         for lookup in self.lookups:
             lookup.clear_gradient()
 
+    def _dense_parameters(self) -> list[nn.Parameter]:
+        """Those that have a gradient."""
+        groups = [] if self.dense is None else self.dense.param_groups
+        return [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
+
     def gradient_norm(self) -> Tensor:
-        """The global 2-norm: dense gradients and each touched row's summed gradient; 0-dim."""
-        grads = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
-        # In half precision the sum of squares would keep three digits.
-        squares = [grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum() for grad in grads]
+        """Return the global 2-norm, 0-dim: of dense gradients and of each touched row's summed gradient, over ranks."""
+        grads = [parameter.grad for parameter in self._dense_parameters()]
+        # In bf16 the sum of squares would keep three digits.
+        precise = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads if grad is not None]
+        squares = [torch.nn.utils.get_total_norm(precise).square()] if precise else []
         if self.lookups:
             of_tables = torch.stack([lookup.squared_gradient_norm() for lookup in self.lookups]).sum()
             squares.append(self.lookups[0].over_ranks(of_tables))
@@ -146,116 +149,118 @@ class CTROptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip_gradient_norm(self, max_norm: float) -> None:
-        """Scales all gradients so that their global norm is at most ``max_norm``."""
-        factor = (max_norm / (self.gradient_norm() + 1e-6)).clamp(max=1.0)
-        self._map_gradients(lambda gradient: gradient * factor)
+        """Scale all gradients so that their global norm is at most ``max_norm``."""
+        norm = self.gradient_norm()
+        torch.nn.utils.clip_grads_with_norm_(self._dense_parameters(), max_norm, norm)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        self._map_row_gradients(lambda values: values * factor)
 
     @torch.no_grad()
     def clip_gradient_values(self, max_value: float) -> None:
-        """Cuts every element of every gradient to [-max_value, max_value]."""
-        self._map_gradients(lambda gradient: gradient.clamp(-max_value, max_value))
+        """Clamp every element of every gradient to [-max_value, max_value]."""
+        torch.nn.utils.clip_grad_value_(self._dense_parameters(), max_value)
+        self._map_row_gradients(lambda values: values.clamp(-max_value, max_value))
 
-    def _map_gradients(self, change: Callable[[Tensor], Tensor]) -> None:
-        for parameter in self.param_groups[0]["params"]:
-            if parameter.grad is not None:
-                parameter.grad.copy_(change(parameter.grad))
+    def _map_row_gradients(self, change: Callable[[Tensor], Tensor]) -> None:
         for lookup in self.lookups:
             gradient = lookup.gradient()
             if gradient is not None:
                 lookup.replace_gradient(RowGradient(gradient.rows, change(gradient.values)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Learning rates and the dense layers' state; the tables' state is ``table_state``."""
-        return super().state_dict() | {"rules": self._rule_settings()}
+        """Return the dense optimizer's own state_dict, the tables' groups, and all settings; see ``table_state``."""
+        return {
+            "dense": None if self.dense is None else self.dense.state_dict(),
+            "row_groups": [
+                {key: value for key, value in group.items() if key != "params"} for group in self._row_groups.values()
+            ],
+            "rules": self._settings,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what ``state_dict`` gave.
+        """Take what ``state_dict`` returned, or that of an earlier release.
 
-        Where it also holds ``read_table_rows(piece, slot, out)``, that fills ``table_state``.
+        If it also holds ``read_table_rows(piece, slot, out)``, that fills ``table_state``.
 
         Raises:
-            UserError: the state is that of other rules.
+            UserError: the state is that of other classes or settings.
         """
-        state_dict = dict(state_dict)
-        # Checkpoints of the first release know neither l2 nor weight decay.
-        rules = {group: {"l2": 0.0, "weight_decay": 0.0} | rule for group, rule in state_dict.pop("rules").items()}
-        read_table_rows = state_dict.pop("read_table_rows", None)
-        if rules != self._rule_settings():
-            raise UserError(
-                f"the checkpoint was trained with {_words(rules)}; this run asks for "
-                f"{_words(self._rule_settings())}: choose the same rules and settings, or start a new run"
-            )
-        # Where rows are held, and so in how many weights, is no matter of the checkpoint.
-        dense, *of_tables = state_dict["param_groups"]
-        numbers = itertools.count(len(dense["params"]))
-        of_tables = [
-            saved | {"params": list(itertools.islice(numbers, len(group["params"])))}
-            for saved, group in zip(of_tables, self.param_groups[1:], strict=True)
-        ]
-        super().load_state_dict(state_dict | {"param_groups": [dense, *of_tables]})
-        for group in self.param_groups:
-            group.setdefault("steps", _no_steps())
-        # The base class would cast the state to the weights' own precision.
-        for index, parameter in enumerate(self.param_groups[0]["params"]):
-            self.state[parameter] = self.rules["dense"].state(parameter.detach())
-            for slot, values in self.state[parameter].items():
-                values.copy_(state_dict["state"][index][slot])
+        read_table_rows = state_dict.get("read_table_rows")
+        if "row_groups" not in state_dict:
+            state_dict = self._of_earlier_release(state_dict)
+        self._check_settings(state_dict["rules"])
+        if self.dense is not None:
+            ours = self.dense.state_dict()["param_groups"]
+            saved = dict(state_dict["dense"])
+            # How this run computes is its own choice.
+            saved["param_groups"] = [
+                theirs | {key: group[key] for key in IMPLEMENTATIONS if key in group}
+                for theirs, group in zip(saved["param_groups"], ours, strict=True)
+            ]
+            self.dense.load_state_dict(saved)
+        for group, saved in zip(self._row_groups.values(), state_dict["row_groups"], strict=True):
+            group.update(saved)
+        self._share_with_dense()
         if read_table_rows is not None:
             for lookup, state in zip(self.lookups, self.table_state, strict=True):
                 for piece, (slot, values) in itertools.product(lookup.pieces, state.items()):
                     read_table_rows(piece, slot, piece.of(values))
 
-    def _rule_settings(self) -> dict[str, dict[str, Any]]:
-        return {group: {"rule": type(rule).__name__, **vars(rule)} for group, rule in self.rules.items()}
+    def _of_earlier_release(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state_dict of a release with update rules for dense layers in today's form."""
+        # The first release knew neither l2 nor weight decay.
+        rules = {group: {"l2": 0.0, "weight_decay": 0.0} | rule for group, rule in state_dict["rules"].items()}
+        settings = dict(rules.pop("dense"))
+        name, arguments = torch_optimizer(settings.pop("rule"), settings)
+        defaults = getattr(torch.optim, name)([torch.zeros(1)], **arguments).defaults
+        groups = [
+            {
+                key: int(value) if key == "steps" else plain_number(value)
+                for key, value in ({"steps": 0} | group).items()
+            }
+            for group in state_dict["param_groups"]
+        ]
+        dense = None
+        if self.dense is not None:
+            packed = self.dense.state_dict()["param_groups"][0]
+            step = torch.tensor(float(groups[0]["steps"]))
+            state = {
+                index: {"step": step.clone(), **{STATE_NAMES[slot]: values for slot, values in slots.items()}}
+                for index, slots in state_dict["state"].items()
+                if slots
+            }
+            dense = {"state": state, "param_groups": [packed | {"lr": groups[0]["lr"]}]}
+        row_groups = [{key: value for key, value in group.items() if key != "params"} for group in groups[1:]]
+        return {
+            "dense": dense,
+            "row_groups": row_groups,
+            "rules": {"dense": {"rule": name, **defaults, "betas": tuple(defaults.get("betas", ()))}, **rules},
+        }
+
+    def _settings_now(self) -> dict[str, dict[str, Any]]:
+        dense = {} if self.dense is None else dense_settings(self.dense)
+        return dense | {name: {"rule": type(rule).__name__, **vars(rule)} for name, rule in self.rules.items()}
+
+    def _check_settings(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """
+        Raises:
+            UserError: they differ from this run's. Settings that only one of them has are another release of torch's.
+        """
+        same_groups = saved.keys() == self._settings.keys()
+        if not same_groups or any(
+            saved[name][key] != value
+            for name, ours in self._settings.items()
+            for key, value in ours.items()
+            if key in saved[name]
+        ):
+            raise UserError(
+                f"the checkpoint was trained with {_words(saved)}; this run asks for {_words(self._settings)}: choose "
+                "the same classes and settings, or start a new run"
+            )
 
 
-class ScheduledRates:
-    """Sets the learning rates of an optimiser's groups, step after step.
-
-    As LambdaLR of torch, whose state it reads too, at a third of its time, which is felt on small batches.
-
-    Args:
-        optimizer: whose rules have the rates that the schedule changes.
-        schedule: of them all.
-        total_steps: of the whole fit; None where the schedule needs none.
-    """
-
-    def __init__(self, optimizer: CTROptimizer, schedule: Schedule, total_steps: int | None) -> None:
-        self.optimizer = optimizer
-        self._schedule, self._total_steps = schedule, total_steps
-        self._steps = 0
-        self._set()
-
-    def step(self) -> None:
-        """Called after each step of the optimiser."""
-        self._steps += 1
-        self._set()
-
-    def _set(self) -> None:
-        for group in self.optimizer.param_groups:
-            base = self.optimizer.rules[group["name"]].learning_rate
-            group["lr"].fill_(self._schedule.learning_rate(self._steps + 1, base, self._total_steps))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"last_epoch": self._steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._steps = state_dict["last_epoch"]
-        self._set()
-
-
-def _words(rules: dict[str, dict[str, Any]]) -> str:
+def _words(rules: Mapping[str, Mapping[str, Any]]) -> str:
     return " and ".join(
         f"{group}: {settings['rule']} ({', '.join(f'{k} {v}' for k, v in settings.items() if k != 'rule')})"
         for group, settings in rules.items()
     )
-
-
-def _no_steps() -> Tensor:
-    return torch.zeros((), dtype=torch.float64, device="cpu")
-
-
-def _learning_rate(rule: UpdateRule) -> Tensor:
-    if not math.isfinite(rule.learning_rate):
-        raise UserError(f"{type(rule).__name__}: learning_rate is {rule.learning_rate}; expected a finite number")
-    return torch.tensor(rule.learning_rate, dtype=torch.float64, device="cpu")

@@ -16,17 +16,18 @@ def update_rows(
     gradient: RowGradient,
     state: dict[str, Tensor],
     rule: UpdateRule,
-    learning_rate: Tensor,
-    step: Tensor,
+    learning_rate: float,
+    step: int,
     kernels: Kernels,
 ) -> None:
     """Applies a rule to the touched rows: by a kernel that knows it, or a block at a time: gather, update, put back.
     Rows are distinct, so none is lost."""
     if isinstance(gradient, FBGEMMGradient):
-        gradient.move(state, float(learning_rate))
+        gradient.move(state, learning_rate)
         return
     if isinstance(gradient, UnsummedGradient) and type(rule) in _FUSED:
-        fused_update(weight, gradient, state, _FUSED[type(rule)], vars(rule), learning_rate, step)
+        scalars = torch.tensor([learning_rate, step], dtype=torch.float64)
+        fused_update(weight, gradient, state, _FUSED[type(rule)], vars(rule), *scalars)
         return
     known = _FUSED.get(type(rule))
     has_short_rows = len(weight) <= torch.iinfo(torch.int32).max
@@ -45,7 +46,7 @@ def update_rows(
             list(state.values()),
             known,
             vars(rule),
-            float(learning_rate),
+            learning_rate,
             float(step),
         )
         return
@@ -53,7 +54,7 @@ def update_rows(
         rows, sums = block.rows, block.values
         touched = gather_rows(weight, rows)
         touched_state = {slot: values.index_select(0, rows) for slot, values in state.items()}
-        rule.apply([touched], [sums], [touched_state], learning_rate, step)
+        rule.apply(touched, sums, touched_state, learning_rate, step)
         put_rows(weight, rows, touched)
         for slot, values in touched_state.items():
             put_rows(state[slot], rows, values)

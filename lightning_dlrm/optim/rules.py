@@ -1,23 +1,20 @@
-"""Update rules: how weights move along their gradients.
-
-One definition of each formula serves dense layers (whole tensors, all at once: a tensor at a time costs
-more in calls than in arithmetic) and tables (the touched rows).
-"""
+"""Update rules: how the touched rows of tables move along their gradients."""
 
 import math
-from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adagrad import adagrad
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tables.memory import empty_table
 
 
 class UpdateRule:
-    """Base of the rules. A rule holds settings; its state per weight lives with the optimiser.
+    """Base of the rules. A rule holds settings; its state of each table lives with the optimizer.
 
-    Of a table, ``l2`` and ``weight_decay`` touch the rows that the step touches, and no others.
+    State is float32 at least, whatever the tables' precision. ``l2`` and ``weight_decay`` touch the rows that the step
+    touches, and no others.
 
     Args:
         learning_rate: lr, the step size at full schedule.
@@ -28,58 +25,45 @@ class UpdateRule:
 
     def __init__(self, learning_rate: float, l2: float = 0.0, weight_decay: float = 0.0) -> None:
         name = type(self).__name__
-        if not learning_rate > 0:
-            raise UserError(f"{name}: learning_rate is {learning_rate}; expected a number above 0")
+        if not 0 < learning_rate < math.inf:
+            raise UserError(f"{name}: learning_rate is {learning_rate}; expected a finite number above 0")
         if not (0 <= l2 < math.inf and 0 <= weight_decay < math.inf):
             raise UserError(f"{name}: l2 is {l2} and weight_decay {weight_decay}; expected numbers of 0 or more")
         self.learning_rate = learning_rate
         self.l2 = l2
         self.weight_decay = weight_decay
 
-    def state(self, weight: Tensor) -> dict[str, Tensor]:
-        """Fresh state of a weight: slot name -> tensor whose first dimension is the weight's, float32 at least."""
+    def state(self, weight_RD: Tensor) -> dict[str, Tensor]:
+        """Return fresh state of a table: slot name -> tensor of R rows, float32 at least."""
         raise TypeError(f"{type(self).__name__} does not define state")
 
     @torch.no_grad()
     def apply(
-        self,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        states: Sequence[Mapping[str, Tensor]],
-        learning_rate: Tensor,
-        step: Tensor,
+        self, weight_UD: Tensor, gradient_UD: Tensor, state: dict[str, Tensor], learning_rate: float, step: int
     ) -> None:
-        """One update, in place: decay, then the rule; in float32 at least, whatever a weight's precision.
+        """Update rows in place: decay, then the rule; in float32 at least, whatever their precision.
 
         Args:
-            weights: whole weights, or some rows of them; one or more.
-            gradients: of the same shapes.
-            states: the slots of ``state``, whole or the same rows.
-            learning_rate: 0-dim.
-            step: 0-dim, the number of this update of the model, from 1.
+            weight_UD: some rows.
+            gradient_UD: theirs.
+            state: the slots of ``state``, of the same rows.
+            learning_rate: of this step.
+            step: the number of this update of the model, from 1.
         """
-        # Asking is cheaper than calling ``to`` for each of a small model's tensors.
-        exact = [w if w.dtype in (torch.float32, torch.float64) else w.to(_precise(w)) for w in weights]
-        gradients = [g if g.dtype == w.dtype else g.to(w.dtype) for g, w in zip(gradients, exact, strict=True)]
+        exact_UD = weight_UD.to(_precise(weight_UD))
+        gradient_UD = gradient_UD.to(exact_UD.dtype)
         if self.l2:
-            gradients = list(torch._foreach_add(gradients, exact, alpha=self.l2))
+            gradient_UD = gradient_UD.add(exact_UD, alpha=self.l2)
         if self.weight_decay:
-            torch._foreach_mul_(exact, 1 - learning_rate * self.weight_decay)
-        slots = {slot: [state[slot] for state in states] for slot in states[0]}
-        self.update(exact, gradients, slots, learning_rate, step)
-        for weight, moved in zip(weights, exact, strict=True):
-            if moved is not weight:
-                weight.copy_(moved)
+            exact_UD.mul_(1 - learning_rate * self.weight_decay)
+        self.update(exact_UD, gradient_UD, state, learning_rate, step)
+        if exact_UD is not weight_UD:
+            weight_UD.copy_(exact_UD)
 
     def update(
-        self,
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        slots: Mapping[str, list[Tensor]],
-        learning_rate: Tensor,
-        step: Tensor,
+        self, weight_UD: Tensor, gradient_UD: Tensor, state: dict[str, Tensor], learning_rate: float, step: int
     ) -> None:
-        """The rule's formula: moves ``weights`` and their ``slots`` in place; see ``apply``."""
+        """The rule's formula: move rows and their ``state`` in place; see ``apply``."""
         raise TypeError(f"{type(self).__name__} does not define update")
 
 
@@ -95,21 +79,13 @@ class SGD(UpdateRule):
     def __init__(self, learning_rate: float = 0.1, l2: float = 0.0, weight_decay: float = 0.0) -> None:
         super().__init__(learning_rate, l2, weight_decay)
 
-    def state(self, weight: Tensor) -> dict[str, Tensor]:
+    def state(self, weight_RD: Tensor) -> dict[str, Tensor]:
         return {}
 
     def update(
-        self,
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        slots: Mapping[str, list[Tensor]],
-        learning_rate: Tensor,
-        step: Tensor,
+        self, weight_UD: Tensor, gradient_UD: Tensor, state: dict[str, Tensor], learning_rate: float, step: int
     ) -> None:
-        if _in_one_pass(weights, gradients):
-            torch._foreach_add_(weights, gradients, alpha=-learning_rate.item())
-            return
-        torch._foreach_sub_(weights, torch._foreach_mul(gradients, learning_rate))
+        weight_UD.add_(gradient_UD, alpha=-learning_rate)
 
 
 class Adagrad(UpdateRule):
@@ -140,46 +116,36 @@ class Adagrad(UpdateRule):
         self.epsilon = epsilon
         self.initial_accumulator = initial_accumulator
 
-    def state(self, weight: Tensor) -> dict[str, Tensor]:
-        return {"sum": _slot(weight, self.initial_accumulator)}
+    def state(self, weight_RD: Tensor) -> dict[str, Tensor]:
+        return {"sum": _slot(weight_RD, self.initial_accumulator)}
 
     def update(
-        self,
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        slots: Mapping[str, list[Tensor]],
-        learning_rate: Tensor,
-        step: Tensor,
+        self, weight_UD: Tensor, gradient_UD: Tensor, state: dict[str, Tensor], learning_rate: float, step: int
     ) -> None:
-        if _in_one_pass(weights, gradients):
-            # The kernel of torch.optim.Adagrad(fused=True); its steps count for a decay of the rate, of which there
-            # is none here.
-            steps = [torch.ones((), dtype=torch.float32)] * len(weights)
-            torch._fused_adagrad_(
-                weights,
-                gradients,
-                slots["sum"],
-                steps,
-                lr=learning_rate.item(),
-                lr_decay=0.0,
+        if weight_UD.is_cpu:
+            # One pass over the rows; its steps count for a decay of the rate, of which there is none here.
+            adagrad(
+                [weight_UD],
+                [gradient_UD.contiguous()],
+                [state["sum"]],
+                [torch.ones((), dtype=torch.float32)],
+                fused=True,
+                lr=learning_rate,
                 weight_decay=0.0,
+                lr_decay=0.0,
                 eps=self.epsilon,
                 maximize=False,
             )
             return
-        torch._foreach_addcmul_(slots["sum"], gradients, gradients)
-        spreads = torch._foreach_sqrt(slots["sum"])
-        torch._foreach_add_(spreads, self.epsilon)
-        moves = torch._foreach_div(gradients, spreads)
-        torch._foreach_mul_(moves, learning_rate)
-        torch._foreach_sub_(weights, moves)
+        state["sum"].addcmul_(gradient_UD, gradient_UD)
+        spread_UD = state["sum"].sqrt().add_(self.epsilon)
+        weight_UD.sub_(gradient_UD.div(spread_UD).mul_(learning_rate))
 
 
 class RowWiseAdagrad(Adagrad):
     """Adagrad with one accumulator for each row: s <- s + mean(g^2 over the row).
 
-    The form of facebookresearch/dlrm and FBGEMM: a table's state takes 1/D of Adagrad's memory. A
-    vector, such as a bias, has rows of one element.
+    The form of facebookresearch/dlrm and FBGEMM: a table's state takes 1/D of Adagrad's memory.
 
     Args:
         learning_rate: lr.
@@ -189,28 +155,20 @@ class RowWiseAdagrad(Adagrad):
         weight_decay: takes lr times this share off the weight.
     """
 
-    def state(self, weight: Tensor) -> dict[str, Tensor]:
-        return {"sum": _slot(weight.flatten(1)[:, 0] if weight.dim() > 1 else weight, self.initial_accumulator)}
+    def state(self, weight_RD: Tensor) -> dict[str, Tensor]:
+        return {"sum": _slot(weight_RD[:, 0], self.initial_accumulator)}
 
     def update(
-        self,
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        slots: Mapping[str, list[Tensor]],
-        learning_rate: Tensor,
-        step: Tensor,
+        self, weight_UD: Tensor, gradient_UD: Tensor, state: dict[str, Tensor], learning_rate: float, step: int
     ) -> None:
-        for weight, gradient, accumulator in zip(weights, gradients, slots["sum"], strict=True):
-            if weight.dim() < 2:
-                super().update([weight], [gradient], {"sum": [accumulator]}, learning_rate, step)
-                continue
-            accumulator.add_(gradient.square().flatten(1).mean(1))
-            size = learning_rate / (accumulator.sqrt().add_(self.epsilon))
-            weight.addcmul_(gradient, size.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1)), value=-1)
+        sum_U = state["sum"]
+        sum_U.add_(gradient_UD.square().mean(1))
+        size_U = torch.full_like(sum_U, learning_rate).div_(sum_U.sqrt().add_(self.epsilon))
+        weight_UD.addcmul_(gradient_UD, size_U.to(gradient_UD.dtype)[:, None], value=-1)
 
 
 class Adam(UpdateRule):
-    """Adam (Kingma and Ba 2015, algorithm 1); lazy on tables, where a row's moments wait until it is touched.
+    """Adam (Kingma and Ba 2015, algorithm 1), lazy: a row's moments wait until it is touched.
 
     m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2, w <- w - lr m' / (sqrt(v') + eps) with
     m' = m / (1 - b1^t), v' = v / (1 - b2^t). The bias correction counts the model's steps t, also for a
@@ -243,37 +201,21 @@ class Adam(UpdateRule):
         self.beta2 = beta2
         self.epsilon = epsilon
 
-    def state(self, weight: Tensor) -> dict[str, Tensor]:
-        return {"mean": _slot(weight, 0.0), "square": _slot(weight, 0.0)}
+    def state(self, weight_RD: Tensor) -> dict[str, Tensor]:
+        return {"mean": _slot(weight_RD, 0.0), "square": _slot(weight_RD, 0.0)}
 
     def update(
-        self,
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        slots: Mapping[str, list[Tensor]],
-        learning_rate: Tensor,
-        step: Tensor,
+        self, weight_UD: Tensor, gradient_UD: Tensor, state: dict[str, Tensor], learning_rate: float, step: int
     ) -> None:
-        means, squares = slots["mean"], slots["square"]
-        torch._foreach_lerp_(means, gradients, 1 - self.beta1)
-        torch._foreach_mul_(squares, self.beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - self.beta2)
-        spreads = torch._foreach_div(squares, 1 - self.beta2**step)
-        torch._foreach_sqrt_(spreads)
-        torch._foreach_add_(spreads, self.epsilon)
-        moves = torch._foreach_div(means, spreads)
-        torch._foreach_mul_(moves, learning_rate / (1 - self.beta1**step))
-        torch._foreach_sub_(weights, moves)
-
-
-def _in_one_pass(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
-    """Whether kernels may be used that take the learning rate as a number: on a CPU it is at hand anyway, and each
-    pass over all weights costs as much as a layer's forward pass on a small batch."""
-    return all(tensor.is_cpu and tensor.is_contiguous() for tensor in (*weights, *gradients))
+        mean_UD, square_UD = state["mean"], state["square"]
+        mean_UD.lerp_(gradient_UD, 1 - self.beta1)
+        square_UD.mul_(self.beta2).addcmul_(gradient_UD, gradient_UD, value=1 - self.beta2)
+        spread_UD = square_UD.div(1 - self.beta2**step).sqrt_().add_(self.epsilon)
+        weight_UD.sub_(mean_UD.div(spread_UD).mul_(learning_rate / (1 - self.beta1**step)))
 
 
 def _precise(weight: Tensor) -> torch.dtype:
-    """The weight's type, or float32 where it has fewer digits."""
+    """Return the weight's dtype, or float32 if that has more digits."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 

@@ -1,45 +1,122 @@
-"""Learning-rate schedules: pure functions of the step and of the fit's length."""
+"""Learning-rate schedules: torch LRSchedulers that are formulas of the step and of the fit's length."""
 
 import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.optim.factories import name_of, takes, target_of
+
+Schedule = Callable[[Optimizer], LRScheduler]
+"""What makes a schedule of an optimizer: a class, or ``functools.partial`` of one."""
 
 
-class Schedule:
-    """Base of the schedules."""
+def schedule_name(schedule: Schedule) -> str:
+    return name_of(target_of(schedule, LRScheduler)[0])
 
-    needs_total_steps = False
-    """Whether ``learning_rate`` reads ``total_steps``."""
 
-    def learning_rate(self, step: int, base: float, total_steps: int | None = None) -> float:
-        """The rate of one optimiser step.
+def needs_total_steps(schedule: Schedule) -> bool:
+    """Whether the schedule has a parameter ``total_steps`` that is not given."""
+    target, given = target_of(schedule, LRScheduler)
+    # OneCycleLR of torch takes epochs and steps_per_epoch in its place.
+    return takes(target, "total_steps") and given.get("total_steps") is None and given.get("steps_per_epoch") is None
+
+
+def make_schedule(schedule: Schedule, optimizer: Optimizer, total_steps: Callable[[], int]) -> LRScheduler:
+    """Return the schedule of an optimizer; it sets the learning rates of the first step.
+
+    Args:
+        schedule: makes it.
+        optimizer: whose groups' ``lr`` it changes.
+        total_steps: returns the optimizer steps of the whole fit; called if the schedule needs them.
+
+    Raises:
+        UserError: a setting is out of range, or the schedule follows a metric.
+    """
+    settings = {"total_steps": total_steps()} if needs_total_steps(schedule) else {}
+    try:
+        made = schedule(optimizer, **settings)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"schedule {schedule_name(schedule)}: {' '.join(str(error).split())}") from error
+    if not isinstance(made, LRScheduler):
+        raise UserError(f"schedule makes a {type(made).__name__}; expected a torch.optim.lr_scheduler.LRScheduler")
+    if isinstance(made, ReduceLROnPlateau):
+        raise UserError(
+            "schedule ReduceLROnPlateau follows a metric of validations, and schedules here are stepped after each "
+            "optimizer step: choose another, such as WarmupThenDecay"
+        )
+    return made
+
+
+class StepSchedule(LRScheduler):
+    """Base of this project's schedules: a formula of the step, stepped once after each optimizer step.
+
+    The state in a checkpoint is the number of steps alone: settings and the fit's length are those of the run that
+    goes on.
+    """
+
+    def rate(self, step: int, base: float) -> float:
+        """Return the learning rate of one optimizer step.
 
         Args:
             step: counted from 1.
-            base: the rule's own rate.
-            total_steps: of the whole fit; None where nobody knows.
+            base: the group's rate at full schedule.
         """
-        raise TypeError(f"{type(self).__name__} does not define learning_rate")
+        raise TypeError(f"{type(self).__name__} does not define rate")
+
+    def get_lr(self) -> list[float | Tensor]:
+        return [self.rate(self.last_epoch + 1, base) for base in self.base_lrs]  # type: ignore[arg-type]
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the step of a saved state; that of torch's own schedulers is read as well."""
+        self.last_epoch = state_dict["last_epoch"]
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
 
-class Constant(Schedule):
-    """The rule's own learning rate at every step."""
+class Constant(StepSchedule):
+    """Each group's own learning rate at every step."""
 
-    def learning_rate(self, step: int, base: float, total_steps: int | None = None) -> float:
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer)
+
+    def rate(self, step: int, base: float) -> float:
         return base
 
 
-class WarmupThenDecay(Schedule):
+class WarmupThenDecay(StepSchedule):
     """Linear warm-up, plateau, and quadratic decay to zero over the last part of the fit, however long it is.
 
     Args:
+        optimizer: whose learning rates change.
         warmup_steps: steps of linear warm-up.
         decay_share: share of the fit's steps that the decay takes, 0 to 1.
+        total_steps: optimizer steps of the whole fit; CTRModule gives it.
     """
 
-    needs_total_steps = True
-
-    def __init__(self, warmup_steps: int = 0, decay_share: float = 0.5) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 0,
+        decay_share: float = 0.5,
+        *,
+        total_steps: int | None = None,
+    ) -> None:
         if warmup_steps < 0 or not 0 <= decay_share <= 1:
             raise UserError(
                 f"WarmupThenDecay: warmup_steps is {warmup_steps} and decay_share {decay_share}; "
@@ -47,50 +124,60 @@ class WarmupThenDecay(Schedule):
             )
         self.warmup_steps = warmup_steps
         self.decay_share = decay_share
+        self.total_steps = _known(total_steps, "WarmupThenDecay")
+        super().__init__(optimizer)
 
-    def learning_rate(self, step: int, base: float, total_steps: int | None = None) -> float:
-        assert total_steps is not None
+    def rate(self, step: int, base: float) -> float:
         warm = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
-        decay_steps = self.decay_share * total_steps
-        left = max(0.0, min(1.0, (total_steps - step + 1) / decay_steps)) if decay_steps else 1.0
+        decay_steps = self.decay_share * self.total_steps
+        left = max(0.0, min(1.0, (self.total_steps - step + 1) / decay_steps)) if decay_steps else 1.0
         return base * warm * left**2
 
 
-class Cosine(Schedule):
+class Cosine(StepSchedule):
     """Linear warm-up, then half a cosine down to the end of the fit, however long it is.
 
     Loshchilov and Hutter 2017, equation 5, without restarts.
 
     Args:
+        optimizer: whose learning rates change.
         warmup_steps: steps of linear warm-up.
         final_share: of the full rate, which the cosine would reach one step after the last.
+        total_steps: optimizer steps of the whole fit; CTRModule gives it.
     """
 
-    needs_total_steps = True
-
-    def __init__(self, warmup_steps: int = 0, final_share: float = 0.0) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 0,
+        final_share: float = 0.0,
+        *,
+        total_steps: int | None = None,
+    ) -> None:
         if warmup_steps < 0 or not 0 <= final_share <= 1:
             raise UserError(
                 f"Cosine: warmup_steps is {warmup_steps} and final_share {final_share}; expected 0 or more, and 0 to 1"
             )
         self.warmup_steps = warmup_steps
         self.final_share = final_share
+        self.total_steps = _known(total_steps, "Cosine")
+        super().__init__(optimizer)
 
-    def learning_rate(self, step: int, base: float, total_steps: int | None = None) -> float:
-        assert total_steps is not None
+    def rate(self, step: int, base: float) -> float:
         if step <= self.warmup_steps:
             return base * step / self.warmup_steps
-        done = min(1.0, (step - 1 - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+        done = min(1.0, (step - 1 - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
         return base * (self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-class WarmupQuadraticDecay(Schedule):
+class WarmupQuadraticDecay(StepSchedule):
     """Linear warm-up, plateau, quadratic decay: the schedule of the code published with DLRM.
 
     As published, warm-up leads from base / warmup_steps to base (1 - 1 / warmup_steps), which is
     kept up to decay_start_step; the decay then starts from base, and its last rate stays.
 
     Args:
+        optimizer: whose learning rates change.
         warmup_steps: steps of linear warm-up.
         decay_start_step: first step of the decay; not before the warm-up's end.
         decay_steps: length of the decay; 0 for none.
@@ -99,7 +186,9 @@ class WarmupQuadraticDecay(Schedule):
     MIN_LEARNING_RATE = 1e-7
     """The decay goes no lower, as published."""
 
-    def __init__(self, warmup_steps: int, decay_start_step: int = 0, decay_steps: int = 0) -> None:
+    def __init__(
+        self, optimizer: Optimizer, warmup_steps: int, decay_start_step: int = 0, decay_steps: int = 0
+    ) -> None:
         if min(warmup_steps, decay_start_step, decay_steps) < 0:
             raise UserError(
                 f"WarmupQuadraticDecay: warmup_steps {warmup_steps}, decay_start_step {decay_start_step}, "
@@ -113,8 +202,9 @@ class WarmupQuadraticDecay(Schedule):
         self.warmup_steps = warmup_steps
         self.decay_start_step = decay_start_step
         self.decay_steps = decay_steps
+        super().__init__(optimizer)
 
-    def learning_rate(self, step: int, base: float, total_steps: int | None = None) -> float:
+    def rate(self, step: int, base: float) -> float:
         if step < self.warmup_steps:
             return base * step / self.warmup_steps
         if self.decay_steps == 0:
@@ -123,3 +213,9 @@ class WarmupQuadraticDecay(Schedule):
             return base * (self.warmup_steps - 1) / self.warmup_steps if self.warmup_steps > 1 else base
         decayed = min(step - self.decay_start_step, self.decay_steps - 1)
         return max(self.MIN_LEARNING_RATE, base * ((self.decay_steps - decayed) / self.decay_steps) ** 2)
+
+
+def _known(total_steps: int | None, name: str) -> int:
+    if total_steps is None:
+        raise UserError(f"{name} depends on the fit's length: give total_steps, or use it as CTRModule's schedule")
+    return total_steps

@@ -1,6 +1,7 @@
 """Contract: averages of weights, tables included, are those of a plain loop over all rows; training, resuming and the
 checkpoint's trained weights do not change by them; evaluations take them."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning_dlrm.engine.averaging import Averaging, kept_share
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.optim.rules import Adagrad, RowWiseAdagrad
+from lightning_dlrm.optim.rules import RowWiseAdagrad
 from tests.engine.test_fit import trainer_of
 from tests.toy import ToyData, toy_schema
 
@@ -30,7 +31,14 @@ def normalised_dcn(features: Features, seed: int) -> DCN:
 
 def module_of(network: Any = wide_dlrm, averaging: Averaging | None = None) -> CTRModule:
     torch.manual_seed(5)  # of dropout
-    return CTRModule(network, RowWiseAdagrad(0.1), Adagrad(0.05), averaging=averaging, schema=toy_schema(), seed=3)
+    return CTRModule(
+        network,
+        RowWiseAdagrad(0.1),
+        partial(torch.optim.Adagrad, lr=0.05),
+        averaging=averaging,
+        schema=toy_schema(),
+        seed=3,
+    )
 
 
 class Weights(pl.Callback):

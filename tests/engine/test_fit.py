@@ -3,6 +3,7 @@ repeated to the last bit, and keeps what it did in the run folder."""
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.result_files import EvaluationWriter
 from lightning_dlrm.engine.stopping import FinalValidation
 from lightning_dlrm.objectives.metrics import click_metrics
-from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad
+from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.rules import SGD, Adam, RowWiseAdagrad
 from lightning_dlrm.optim.schedules import WarmupQuadraticDecay, WarmupThenDecay
 from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
 from tests.toy import ToyData, ToyLoader, optimizer_of, toy_dcn, toy_dlrm, toy_module, toy_schema, wide_dlrm
@@ -60,6 +62,9 @@ def all_but_speed(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines(folder)]
 
 
+DECAY = partial(WarmupQuadraticDecay, warmup_steps=5, decay_start_step=10, decay_steps=15)
+
+
 class StopAt(pl.Callback):
     """Dies in mid-epoch, as a killed process would: nothing is saved on the way out."""
 
@@ -73,21 +78,23 @@ class StopAt(pl.Callback):
 
 @pytest.mark.parametrize("network", [toy_dlrm, toy_dcn])
 def test_fit_equals_a_hand_written_loop(network: Any, tmp_path: Path) -> None:
-    schedule = WarmupQuadraticDecay(5, 10, 10)
-    module = toy_module(network, RowWiseAdagrad(0.1), Adagrad(0.05), schedule)
+    schedule = partial(WarmupQuadraticDecay, warmup_steps=5, decay_start_step=10, decay_steps=10)
+    module = toy_module(network, RowWiseAdagrad(0.1), partial(torch.optim.Adagrad, lr=0.05), schedule)
     trainer_of(tmp_path / "run", max_epochs=2).fit(module, ToyData())
 
     plain = network(toy_schema().features, 3)
-    optimizer = optimizer_of(plain, Adagrad(0.05), RowWiseAdagrad(0.1))
+    dense = torch.optim.Adagrad(plain.dense_parameters(), lr=0.05)
+    tables = CTROptimizer([], plain.lookups(), torch.optim.SGD, RowWiseAdagrad(0.1))
+    schedules = schedule(dense), schedule(tables)
     expected = []
     for batch in [*ToyLoader("train", 50).batches, *ToyLoader("train", 50).batches]:
-        for group, base in zip(optimizer.param_groups, (0.05, 0.1), strict=True):
-            group["lr"].fill_(schedule.learning_rate(len(expected) + 1, base))
-        optimizer.zero_grad()
+        dense.zero_grad()
+        tables.zero_grad()
         logits = plain(batch.dense, batch.ids)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.label.float())
         loss.backward()
-        optimizer.step()
+        for part in (dense, tables, *schedules):
+            part.step()
         expected.append(loss.item())
     ours = losses(tmp_path / "run")
     assert list(ours) == list(range(1, 29))
@@ -104,7 +111,7 @@ def test_repeated_fit_gives_the_same_bits(tmp_path: Path) -> None:
 
 def test_linear_terms_with_a_rule_of_their_own_are_resumed_to_the_last_bit(tmp_path: Path) -> None:
     def module() -> CTRModule:
-        return toy_module(wide_dlrm, schedule=WarmupQuadraticDecay(5, 10, 15), wide_rule=Adam(0.01))
+        return toy_module(wide_dlrm, schedule=DECAY, wide_rule=Adam(0.01))
 
     trainer_of(tmp_path / "whole", every=1).fit(module(), ToyData())
     with pytest.raises(InterruptedError):
@@ -121,14 +128,13 @@ def test_linear_terms_with_a_rule_of_their_own_are_resumed_to_the_last_bit(tmp_p
 )
 def test_resumed_fit_goes_on_with_the_same_losses(stop: int, options: dict, tmp_path: Path) -> None:
     options = {"max_epochs": 2, "every": 1, **options}
-    schedule = WarmupQuadraticDecay(5, 10, 15)
-    whole = toy_module(schedule=schedule)
+    whole = toy_module(schedule=DECAY)
     trainer_of(tmp_path / "whole", **options).fit(whole, ToyData())
 
     run = tmp_path / "run"
     with pytest.raises(InterruptedError):
-        trainer_of(run, callbacks=[StopAt(stop)], **options).fit(toy_module(schedule=schedule), ToyData())
-    resumed = toy_module(schedule=schedule)
+        trainer_of(run, callbacks=[StopAt(stop)], **options).fit(toy_module(schedule=DECAY), ToyData())
+    resumed = toy_module(schedule=DECAY)
     trainer_of(run, **options).fit(resumed, ToyData(), ckpt_path=newest_checkpoint(run / "checkpoints"))
 
     assert all_but_speed(run) == all_but_speed(tmp_path / "whole")
@@ -152,7 +158,9 @@ def test_a_schedule_over_the_fit_ends_with_it(options: dict, steps: int, tmp_pat
     class Counted(ToyData):
         training_batches = 14
 
-    trainer_of(tmp_path / "run", **options).fit(toy_module(schedule=WarmupThenDecay(0, 1.0)), Counted())
+    trainer_of(tmp_path / "run", **options).fit(
+        toy_module(schedule=partial(WarmupThenDecay, decay_share=1.0)), Counted()
+    )
     rates = [line["learning_rate/dense"] for line in lines(tmp_path / "run") if "train/loss" in line]
     assert len(rates) == steps
     assert rates == pytest.approx([0.05 * (1 - k / steps) ** 2 for k in range(steps)], abs=1e-12)
@@ -160,7 +168,7 @@ def test_a_schedule_over_the_fit_ends_with_it(options: dict, steps: int, tmp_pat
 
 def test_a_schedule_over_a_fit_of_unknown_length_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"set trainer\.max_steps"):
-        trainer_of(tmp_path / "run").fit(toy_module(schedule=WarmupThenDecay()), ToyData())
+        trainer_of(tmp_path / "run").fit(toy_module(schedule=WarmupThenDecay), ToyData())
 
 
 def test_a_finished_run_resumed_keeps_its_results(tmp_path: Path) -> None:

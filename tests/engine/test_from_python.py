@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.criteo import Criteo
-from lightning_dlrm import DLRM, SGD, Adagrad, Averaging, CTRModule, CTRNetwork, FolderCheckpointIO, RowWiseAdagrad
+from lightning_dlrm import DLRM, SGD, Averaging, CTRModule, CTRNetwork, FolderCheckpointIO, RowWiseAdagrad
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
@@ -70,7 +70,14 @@ def test_a_trainer_without_our_checkpoints_is_refused(tmp_path: Path) -> None:
 def test_a_module_from_its_checkpoint(averaging: Averaging | None, tmp_path: Path) -> None:
     tables = TableSettings(dims={"C3": 2})
     network = partial(DLRM, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[6], interaction="cat", tables=tables)
-    module = CTRModule(network, RowWiseAdagrad(0.1), Adagrad(0.01), averaging=averaging, schema=toy_schema(), seed=3)
+    module = CTRModule(
+        network,
+        RowWiseAdagrad(0.1),
+        partial(torch.optim.Adagrad, lr=0.01),
+        averaging=averaging,
+        schema=toy_schema(),
+        seed=3,
+    )
     folder = fitted(module, tmp_path)
     loaded = CTRModule.load_from_checkpoint(folder)
     evaluations = [trainer_in(tmp_path).validate(which, ToyData(), verbose=False) for which in (module, loaded)]
@@ -79,7 +86,7 @@ def test_a_module_from_its_checkpoint(averaging: Averaging | None, tmp_path: Pat
 
 
 def test_a_network_of_ones_own(tmp_path: Path) -> None:
-    module = CTRModule(OwnNetwork, SGD(0.1), Adagrad(0.01), schema=toy_schema())
+    module = CTRModule(OwnNetwork, SGD(0.1), torch.optim.Adagrad, schema=toy_schema())
     assert module.size.flops_per_sample_forward == 2 * 18, "counted by torch"
     folder = fitted(module, tmp_path)
     with pytest.raises(UserError, match=r"names .*OwnNetwork, which is no class of this package"):

@@ -3,6 +3,7 @@ a fit with a target stops there and says how long it took."""
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,9 @@ def test_a_fit_with_many_lookups_lazy_adam_and_cosine_resumes_exactly(stop: int,
         training_batches = 14
 
     def module() -> Any:
-        return toy_module(many_lookups, Adam(0.02, l2=1e-3), Adam(0.01, weight_decay=0.1), Cosine(3))
+        return toy_module(
+            many_lookups, Adam(0.02, l2=1e-3), Adam(0.01, weight_decay=0.1), partial(Cosine, warmup_steps=3)
+        )
 
     options: dict[str, Any] = {"max_epochs": 2, "every": 1, "val_check_interval": 7, "gradient_clip_val": 1.0}
     trainer_of(tmp_path / "whole", **options).fit(whole := module(), Counted())

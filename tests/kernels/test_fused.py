@@ -205,25 +205,6 @@ def test_an_update_block_by_block_is_that_of_all_rows_at_once(
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(
-    "rule", [rules.SGD(0.1, l2=0.01, weight_decay=0.1), rules.Adagrad(0.1), rules.Adagrad(0.1, l2=0.01, epsilon=1e-3)]
-)
-def test_one_pass_over_the_weights_equals_several(monkeypatch: pytest.MonkeyPatch, rule: rules.UpdateRule) -> None:
-    def train(one_pass: bool) -> list[Tensor]:
-        if not one_pass:
-            monkeypatch.setattr(rules, "_in_one_pass", lambda *tensors: False)
-        torch.manual_seed(1)
-        weights = [torch.randn(33, 7), torch.randn(5)]
-        states = [rule.state(weight) for weight in weights]
-        for step in range(1, 5):
-            some = [torch.randn_like(weight) for weight in weights]
-            rule.apply(weights, some, states, torch.tensor(0.1, dtype=torch.float64), torch.tensor(float(step)))
-        return [*weights, *(tensor for state in states for tensor in state.values())]
-
-    for found, expected in zip(train(True), train(False), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
-
-
 @pytest.mark.parametrize("rule", [rules.SGD(0.5), rules.Adagrad(0.1), rules.RowWiseAdagrad(0.1), rules.Adam(0.1)])
 def test_update_of_rows_equals_update_of_the_whole_table(rule: rules.UpdateRule) -> None:
     """Duplicate and out-of-order ids, some rows untouched; all rules move no row whose gradient is zero at first."""
@@ -234,7 +215,7 @@ def test_update_of_rows_equals_update_of_the_whole_table(rule: rules.UpdateRule)
     tables.add_gradient(RowGradient.from_lookups(ids, grad))
     CTROptimizer([], [tables], rules.SGD(1.0), rule).step()
     dense = torch.zeros(50, 4, dtype=torch.float64).index_add_(0, ids.long(), grad.double()).float()
-    rule.apply([whole], [dense], [rule.state(whole)], torch.tensor(rule.learning_rate), torch.tensor(1.0))
+    rule.apply(whole, dense, rule.state(whole), rule.learning_rate, 1)
     torch.testing.assert_close(tables.weight.detach(), whole, rtol=1e-5, atol=1e-6)
     untouched = sorted(set(range(50)) - set(ids.tolist()))
     assert torch.equal(tables.weight.detach()[untouched], whole[untouched])

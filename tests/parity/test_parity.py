@@ -21,10 +21,10 @@ from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.models.layers import PairwiseSum
 from lightning_dlrm.models.published import published_names
 from lightning_dlrm.objectives.losses import LogLoss, Loss, WeightedLogLoss
-from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
-from lightning_dlrm.optim.schedules import Constant, Schedule, WarmupQuadraticDecay
+from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay
 from lightning_dlrm.tables.embeddings import MixedDimensions, QuotientRemainder, TableSettings
+from tests.toy import optimizer_of
 
 FOLDER = Path(os.environ.get("PARITY_DIR") or Path(__file__).parent / "golden")
 CASES = sorted(FOLDER.glob("*.npz"))
@@ -128,16 +128,11 @@ def test_dlrm_training_run(path: Path, tmp_path: Path) -> None:
             weight.copy_(arrays[f"init/{name}"])
 
     dense_rule, table_rule = RULES[meta["optimizer"]]
-    optimizer = CTROptimizer(
-        network.dense_parameters(), network.lookups(), dense_rule(meta["lr"]), table_rule(meta["lr"])
-    )
+    optimizer = optimizer_of(network, dense_rule(meta["lr"]), table_rule(meta["lr"]))
     loss_function, clamp = loss_of(meta), meta["loss_threshold"] or 0.0
-    schedule: Schedule = WarmupQuadraticDecay(*meta["lr_policy"]) if meta["lr_policy"] else Constant()
+    schedule = WarmupQuadraticDecay(optimizer, *meta["lr_policy"]) if meta["lr_policy"] else Constant(optimizer)
     losses, rates = [], []
     for step in range(meta["steps"]):
-        rate = schedule.learning_rate(step + 1, meta["lr"])
-        for group in optimizer.param_groups:
-            group["lr"].fill_(rate)
         optimizer.zero_grad()
         labels = arrays["labels"][step]
         logits = network(arrays["dense"][step], read_ids(arrays, step, len(meta["tables"])))
@@ -149,9 +144,10 @@ def test_dlrm_training_run(path: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(ours_B, theirs_B, rtol=0, atol=1e-6)
         loss = loss_function.summed(logits, labels.flatten()) / labels.numel()
         loss.backward()
+        rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
+        schedule.step()
         losses.append(loss.item())
-        rates.append(rate)
 
     np.testing.assert_allclose(rates, arrays["lrs"].numpy(), rtol=1e-6)
     np.testing.assert_allclose(losses, arrays["losses"].numpy(), rtol=1e-5)

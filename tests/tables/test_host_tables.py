@@ -22,7 +22,7 @@ from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.tables.host_tables import HostTables
 from tests.sharded_fits import HALF, PARITY, RESUMED, RULES, Fit, global_batch, metrics, run
 from tests.sharding.test_sharded import tables
-from tests.toy import toy_schema
+from tests.toy import optimizer_of, toy_schema
 
 
 def placed(features: Features, seed: int, on_host: Any, **settings: Any) -> DLRM:
@@ -71,7 +71,7 @@ def test_steps_are_those_with_tables_on_the_device(kind: str, hot: str, rule: st
         networks = [placed(features, 3, where, **settings) for where in ((), on_host)]
     finally:
         torch.set_default_dtype(torch.float32)
-    optimizers = [CTROptimizer(n.dense_parameters(), n.lookups(), RULES[rule](), RULES[rule]()) for n in networks]
+    optimizers = [optimizer_of(n, RULES[rule](), RULES[rule]()) for n in networks]
     assert any(isinstance(lookup, HostTables) for lookup in networks[1].lookups())
     for network, optimizer in zip(networks, optimizers, strict=True):
         network.losses = []
@@ -221,7 +221,7 @@ def test_steps_on_a_gpu_are_those_with_tables_on_it(rule: str) -> None:
     found = []
     for where in ((), ["C2", "C4"]):
         network = placed(features, 3, where).to(device)
-        optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), RULES[rule](), RULES[rule]())
+        optimizer = optimizer_of(network, RULES[rule](), RULES[rule]())
         losses, upcoming = [], global_batch(0, "multi").pin_memory()
         for index in range(30):
             batch, upcoming = upcoming, global_batch(index + 1, "multi").pin_memory()

@@ -1,0 +1,91 @@
+"""The torch.optim optimizer of the dense layers."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.optim.factories import name_of, takes, target_of
+
+DenseOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+"""What makes an optimizer of parameters: a class of torch.optim, or ``functools.partial`` of one."""
+
+IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
+"""Settings that say how an optimizer computes, not what."""
+
+
+def make_dense_optimizer(dense_optimizer: DenseOptimizer, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """Return the optimizer of dense layers.
+
+    On a CPU, classes of torch.optim that have a fused implementation use it unless ``fused`` or ``foreach`` is given,
+    as torch by itself chooses ``foreach`` on a CUDA device.
+
+    Raises:
+        UserError: the class refuses the settings or the parameters, or cannot update dense layers in one pass.
+    """
+    target, given = target_of(dense_optimizer, Optimizer)
+    name = name_of(target)
+    settings: dict[str, Any] = {}
+    from_torch = getattr(target, "__module__", "").startswith("torch.optim.")
+    if from_torch and takes(target, "fused") and not any(given.get(option) for option in ("differentiable", "foreach")):
+        on_cpu = all(parameter.is_cpu and parameter.is_floating_point() for parameter in parameters)
+        if on_cpu and given.get("fused") is None and given.get("foreach") is None:
+            settings["fused"] = True
+    try:
+        made = dense_optimizer(parameters, **settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"dense_optimizer {name}: {' '.join(str(error).split())}") from error
+    if not isinstance(made, Optimizer):
+        raise UserError(f"dense_optimizer makes a {type(made).__name__}; expected a torch.optim.Optimizer")
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(
+            f"dense_optimizer {name} computes the loss several times in a step, and rows of tables move once: choose "
+            "one that takes a single gradient, such as Adagrad"
+        )
+    if isinstance(made, torch.optim.SparseAdam):
+        raise UserError(f"dense_optimizer {name} takes sparse gradients only, and those of layers are dense: use Adam")
+    for group in made.param_groups:
+        if not math.isfinite(group["lr"]):
+            raise UserError(f"dense_optimizer {name}: lr is {group['lr']}; expected a finite number")
+    return made
+
+
+def dense_settings(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """Return class and settings of each group, by its name: what has to agree for a fit to go on."""
+    left_out = ("params", "name", "initial_lr", *IMPLEMENTATIONS)
+    return {
+        group["name"]: {
+            "rule": type(optimizer).__name__,
+            **{key: plain_number(value) for key, value in group.items() if key not in left_out},
+        }
+        for group in optimizer.param_groups
+    }
+
+
+def dense_state_bytes(dense_optimizer: DenseOptimizer, parameters: Sequence[nn.Parameter]) -> int:
+    """Return the bytes of an optimizer's state after its first step, without the scalars in it.
+
+    Args:
+        dense_optimizer: makes the optimizer.
+        parameters: on any device, also meta; zeros on the CPU stand in for them.
+    """
+    stand_ins = [nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device="cpu")) for p in parameters]
+    for parameter in stand_ins:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = make_dense_optimizer(dense_optimizer, stand_ins)
+    for group in optimizer.param_groups:
+        group["capturable"] = False
+    optimizer.step()
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum(tensor.nbytes for tensor in tensors if tensor.dim())
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number in place of a 0-dim tensor, and anything else as it is."""
+    return value.item() if torch.is_tensor(value) and value.numel() == 1 else value
