@@ -81,7 +81,7 @@ def cut(command: list[str]) -> list[str]:
             at = configs[-1] + 2 if configs else 3 + len(words)
             command = [*command[:at], *more, *command[at:]]
     if "--device-memory" in command:
-        command = [*command, "--config", "cut.yaml", "--device-memory", "32KiB"]
+        command = [*command, "--config", "cut.yaml", "--device-memory", "30KiB"]
     return [*command, *(RANDOM_ROWS if "RandomData" in command else [])]
 
 
