@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from datamodules.generate.draws import stream
 from datamodules.generate.folder import cache_folder, make_once
-from datamodules.generate.settings import SEED_RANGE, SplitRows, check_settings
+from datamodules.generate.settings import SEED_RANGE, check_settings, rows_of_splits
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.schema import (
     CRITEO_CATEGORICAL,
@@ -132,7 +132,7 @@ _WORDS_PER_ROW = (len(KAGGLE_DENSE) + len(KAGGLE_CATEGORICAL) + 1 + 1) // 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoSettings(SplitRows):
+class DemoSettings:
     """Settings of demo data. The defaults are those of ``--data.path demo``."""
 
     train_rows: int = 2_097_152
@@ -166,7 +166,7 @@ def demo_schema(settings: DemoSettings) -> DatasetSchema:
         dataset="demo",
         protocol="demo",
         columns=_columns(settings),
-        splits={name: Split(rows=rows) for name, rows in settings.split_rows.items()},
+        splits={name: Split(rows=rows) for name, rows in rows_of_splits(settings).items()},
         # Row counts are left out of the settings: a model may score any rows of the same planted model.
         settings={
             "generator_version": GENERATOR_VERSION,
@@ -187,7 +187,7 @@ def generate_demo(settings: DemoSettings, folder: Path, progress: bool = True) -
     def write(writer: DatasetWriter, bar: Any) -> dict[str, Any]:
         model = PlantedModel.plant(settings)
         optimum = {}
-        for split, rows in settings.split_rows.items():
+        for split, rows in rows_of_splits(settings).items():
             labels, probabilities = [], []
             for start in range(0, rows, BLOCK_ROWS):
                 block = model.block(split, start // BLOCK_ROWS, min(BLOCK_ROWS, rows - start))

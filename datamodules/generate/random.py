@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from datamodules.generate.demo import KAGGLE_CARDINALITIES
 from datamodules.generate.draws import Gaussian, Uniform, Zipf, halves, integers, normal_quantile, stream, uniforms
 from datamodules.generate.folder import cache_folder, make_once
-from datamodules.generate.settings import SEED_RANGE, SplitRows, check_settings
+from datamodules.generate.settings import SEED_RANGE, check_settings, rows_of_splits
 from datamodules.preprocess.multi_hot import MLPERF_SIZES
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError, require
@@ -63,7 +63,7 @@ _LABEL, _DENSE, _LENGTHS, _IDS, _WEIGHTS = 2, 3, 4, 5, 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomSettings(SplitRows):
+class RandomSettings:
     """Settings of random data."""
 
     tables: Sequence[int] = (100_000,) * 26
@@ -104,7 +104,7 @@ class RandomSettings(SplitRows):
                 object.__setattr__(self, name, tuple(value))
         counts = ("train_rows", "validation_rows", "test_rows", "dense")
         check_settings("random data", self, {name: (getattr(self, name) >= 0, "0 or more") for name in counts})
-        require(self.split_rows, "random data: no split has rows; give train_rows, validation_rows or test_rows")
+        require(rows_of_splits(self), "random data: no split has rows; give train_rows, validation_rows or test_rows")
         require(self.tables or self.dense, "random data: no tables and no dense features; give at least one of them")
         self._check_tables()
         checks = {
@@ -236,7 +236,7 @@ def random_schema(settings: RandomSettings) -> DatasetSchema:
         dataset="random",
         protocol="random",
         columns=_columns(settings),
-        splits={name: Split(rows=rows) for name, rows in settings.split_rows.items()},
+        splits={name: Split(rows=rows) for name, rows in rows_of_splits(settings).items()},
         settings={
             "generator_version": GENERATOR_VERSION,
             **{
@@ -259,12 +259,12 @@ def generate_random(settings: RandomSettings, folder: Path, progress: bool = Tru
 
     def write(writer: DatasetWriter, bar: Any) -> dict[str, Any]:
         source = RandomRows(settings)
-        for split, total in settings.split_rows.items():
+        for split, total in rows_of_splits(settings).items():
             for start in range(0, total, BLOCK_ROWS):
                 rows = min(BLOCK_ROWS, total - start)
                 writer.write(split, source.block(split, start // BLOCK_ROWS, rows))
                 bar.update(rows)
-        return {"optimum": dict.fromkeys(settings.split_rows, chance_scores(settings.click_rate))}
+        return {"optimum": dict.fromkeys(rows_of_splits(settings), chance_scores(settings.click_rate))}
 
     return make_once(random_schema(settings), folder, write, progress)
 

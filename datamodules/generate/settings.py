@@ -1,6 +1,7 @@
 """What the settings of all generated data have in common: rows of each split, and checks."""
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SplitName
@@ -8,22 +9,28 @@ from lightning_dlrm.contracts.schema import SplitName
 SEED_RANGE = "a number from 0 to 2**64 - 1"
 
 
-class SplitRows:
-    """Mixin for settings with the fields ``train_rows``, ``validation_rows`` and ``test_rows``."""
-
-    train_rows: int
-    validation_rows: int
-    test_rows: int
+class HasSplitRows(Protocol):
+    """Settings that give the rows of each split."""
 
     @property
-    def split_rows(self) -> dict[SplitName, int]:
-        """Rows of each split that has any."""
-        rows: dict[SplitName, int] = {
-            "train": self.train_rows,
-            "validation": self.validation_rows,
-            "test": self.test_rows,
-        }
-        return {name: count for name, count in rows.items() if count}
+    def train_rows(self) -> int: ...
+    @property
+    def validation_rows(self) -> int: ...
+    @property
+    def test_rows(self) -> int: ...
+
+
+def rows_of_splits(settings: HasSplitRows) -> dict[SplitName, int]:
+    """Return the rows of each split that has any.
+
+    A function, because a configuration names the class of settings that inherit from another class.
+    """
+    rows: dict[SplitName, int] = {
+        "train": settings.train_rows,
+        "validation": settings.validation_rows,
+        "test": settings.test_rows,
+    }
+    return {name: count for name, count in rows.items() if count}
 
 
 def check_settings(kind: str, settings: object, checks: Mapping[str, tuple[bool, str]]) -> None:

@@ -26,7 +26,7 @@ from datamodules.generate.draws import stream
 from datamodules.generate.folder import cache_folder, make_once
 from datamodules.generate.profiles import CLASS_LOW, Profile, TraceSource, lru_stack
 from datamodules.generate.random import chance_scores, dense_block, label_block
-from datamodules.generate.settings import SEED_RANGE, SplitRows, check_settings
+from datamodules.generate.settings import SEED_RANGE, check_settings, rows_of_splits
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import Column, DatasetSchema, Split
@@ -105,7 +105,7 @@ class TraceGenerator:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceSettings(SplitRows):
+class TraceSettings:
     """Settings of rows that each have one id from every trace."""
 
     train_rows: int
@@ -124,7 +124,7 @@ class TraceSettings(SplitRows):
     def __post_init__(self) -> None:
         counts = ("train_rows", "validation_rows", "test_rows", "dense")
         check_settings("trace data", self, {name: (getattr(self, name) >= 0, "0 or more") for name in counts})
-        require(self.split_rows, "trace data: no split has rows; give train_rows, validation_rows or test_rows")
+        require(rows_of_splits(self), "trace data: no split has rows; give train_rows, validation_rows or test_rows")
         checks = {
             "click_rate": (0 < self.click_rate < 1, "a probability between 0 and 1"),
             "seed": (0 <= self.seed < 2**64, SEED_RANGE),
@@ -145,7 +145,7 @@ def trace_schema(source: TraceSource, settings: TraceSettings) -> DatasetSchema:
             ),
             *(Column(name=name, role="categorical", cardinality=rows) for name, rows in source.tables.items()),
         ),
-        splits={name: Split(rows=rows) for name, rows in settings.split_rows.items()},
+        splits={name: Split(rows=rows) for name, rows in rows_of_splits(settings).items()},
         settings={
             "generator_version": GENERATOR_VERSION,
             "source": source.identity,
@@ -158,7 +158,7 @@ def trace_schema(source: TraceSource, settings: TraceSettings) -> DatasetSchema:
 def trace_folder(source: TraceSource, settings: TraceSettings) -> Path:
     """Return the folder of this dataset in the cache, whether it exists or not."""
     planned = trace_schema(source, settings)
-    return cache_folder("trace", [planned.encoding_fingerprint, settings.split_rows])
+    return cache_folder("trace", [planned.encoding_fingerprint, rows_of_splits(settings)])
 
 
 def generate_trace(
@@ -183,7 +183,7 @@ def generate_trace(
             profile.column: TraceGenerator(profile, settings.seed, number)
             for number, profile in enumerate(profiles or source.profiles(progress))
         }
-        ends = np.cumsum(list(settings.split_rows.values())).tolist()
+        ends = np.cumsum(list(rows_of_splits(settings).values())).tolist()
         for start in range(0, ends[-1], BLOCK_ACCESSES):
             number, size = start // BLOCK_ACCESSES, min(BLOCK_ACCESSES, ends[-1] - start)
             # The splits are one sequence.
@@ -191,11 +191,11 @@ def generate_trace(
             for i in range(settings.dense):
                 block[f"I{i + 1}"] = dense_block(settings.seed, i, 0, number, size)
             block |= {name: trace.next_block()[:size] for name, trace in traces.items()}
-            for (split, rows), end in zip(settings.split_rows.items(), ends, strict=True):
+            for (split, rows), end in zip(rows_of_splits(settings).items(), ends, strict=True):
                 first, last = max(end - rows - start, 0), min(end - start, size)
                 if first < last:
                     writer.write(split, {name: values[first:last] for name, values in block.items()})
             bar.update(size)
-        return {"optimum": dict.fromkeys(settings.split_rows, chance_scores(settings.click_rate))}
+        return {"optimum": dict.fromkeys(rows_of_splits(settings), chance_scores(settings.click_rate))}
 
     return make_once(trace_schema(source, settings), folder, write, progress)

@@ -12,7 +12,7 @@ from lightning_dlrm.bench.contenders import OurStep, Workload, draw_batch, kaggl
 from lightning_dlrm.bench.measurement import Measurement
 from lightning_dlrm.bench.options import DEFAULT, check
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.tables.tables import EmbeddingTables
+from lightning_dlrm.tables.lookup import EmbeddingTables
 
 DESCRIPTION = """\
 Runs on a CUDA device, and fails with a list of the targets that are missed:

@@ -18,11 +18,11 @@ from lightning_dlrm.bench.options import DEFAULT, add_device_arguments, add_step
 from lightning_dlrm.bench.step import DRAWN_BATCHES, StepKey, speeds_of_ours
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import Table
 from lightning_dlrm.kernels.choice import Kernels
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import RowWiseAdagrad
-from lightning_dlrm.tables.tables import EmbeddingTables
+from lightning_dlrm.tables.lookup import EmbeddingTables
+from lightning_dlrm.tables.table import Table
 
 DESCRIPTION = """\
 Times lookup, backward and update of embedding tables with log-uniform ids (low ids are frequent), in turns:

@@ -18,18 +18,16 @@ from lightning_dlrm.bench.contenders import kaggle
 from lightning_dlrm.bench.measurement import Measurement
 from lightning_dlrm.bench.options import DEFAULT, add_max_rows, add_rounds, add_steps, check_numbers
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD
 from lightning_dlrm.sharding.balance import make_plan
 from lightning_dlrm.sharding.collectives import Ranks
-from lightning_dlrm.sharding.host_lookup import ShardedHostTables
 from lightning_dlrm.sharding.loads import TableLoad
-from lightning_dlrm.sharding.lookup import ShardedTables
-from lightning_dlrm.tables.host_tables import HostTables
-from lightning_dlrm.tables.tables import EmbeddingTables, rows_elsewhere
+from lightning_dlrm.sharding.placement import ShardedPlacement
+from lightning_dlrm.tables.embeddings import TableSettings
+from lightning_dlrm.tables.lookup import EmbeddingTables, placed_by
 
 DESCRIPTION = """\
 Times whole training steps of the paper's DLRM at Kaggle's table sizes (540 million parameters) with plain SGD, in
@@ -134,27 +132,25 @@ def _contender(
     name: str, tables: dict[str, int], options: dict[str, Any]
 ) -> tuple[Callable[[tuple[Tensor, SparseIds, Tensor], SparseIds], None], int]:
     """Return a function that trains on a slice and prefetches the next one, and the bytes of this rank's tables."""
-    with rows_elsewhere():
-        network = DLRM(Features(dense=13, tables=tables), seed=1, embedding_dim=_WIDTH)
-    (owner,) = [module for module in network.modules() for child in module.children() if _is_tables(child)]
-    (attribute,) = [attribute for attribute, child in owner.named_children() if _is_tables(child)]
-    whole = getattr(owner, attribute)
-    if options["ranks"] == 1 and name == "host":
-        lookup: nn.Module = HostTables(whole.tables, _WIDTH, whole.seed)
-    elif options["ranks"] > 1 and name in ("ours", "host"):
-        ranks = Ranks()
+    features, ranks = Features(dense=13, tables=tables), Ranks()
+    settings = TableSettings(on_host="all" if name == "host" else ())
+
+    def build() -> DLRM:
+        return DLRM(features, seed=1, embedding_dim=_WIDTH, tables=settings)
+
+    if options["ranks"] > 1 and name in ("ours", "host"):
         loads = [
             TableLoad(name=table, rows=rows, width=_WIDTH, bytes_per_row=4 * _WIDTH) for table, rows in tables.items()
         ]
         plan = make_plan(loads, ranks.ranks, options["batch_size"])
-        kind = ShardedTables if name == "ours" else ShardedHostTables
-        lookup = kind.of(whole, plan, ranks, None, torch.device("cpu"))
-    elif name == "baseline":
-        lookup = _EmbeddingBag(whole)
+        with placed_by(partial(ShardedPlacement, plan=plan, ranks=ranks)):
+            network = build()
     else:
-        lookup = EmbeddingTables(whole.tables, _WIDTH, whole.seed)
-    setattr(owner, attribute, lookup)
-    weight = next(parameter for parameter in lookup.parameters())
+        network = build()
+    (group,) = network.embeddings.groups
+    weight = group.lookup.weight
+    if name == "baseline":
+        group.add_module("lookup", _EmbeddingBag(group.lookup))
     # Buffers are constants; DDP would send them before every step.
     ignored = [key for key, _ in network.named_buffers()]
     if name != "baseline":
@@ -181,20 +177,16 @@ def _contender(
     return step, weight.numel() * weight.element_size()
 
 
-def _is_tables(module: nn.Module) -> bool:
-    return isinstance(module, EmbeddingLookup)
-
-
 class _EmbeddingBag(nn.Module):
     """All tables in one nn.EmbeddingBag with sparse gradients."""
 
-    LOOKS_AHEAD = False
+    prefetches = False
     offsets: Tensor
 
     def __init__(self, tables: EmbeddingTables) -> None:
         super().__init__()
-        self.register_buffer("offsets", tables.row_offsets.long())
-        self.bag = nn.EmbeddingBag(tables.weight.shape[0], _WIDTH, mode="sum", sparse=True)
+        self.register_buffer("offsets", torch.tensor([piece.offset for piece in tables.pieces]))
+        self.bag = nn.EmbeddingBag.from_pretrained(tables.weight.data, freeze=False, mode="sum", sparse=True)
 
     def forward(self, ids: SparseIds) -> Tensor:
         rows_BF = ids.values + self.offsets

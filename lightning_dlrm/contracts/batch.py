@@ -1,4 +1,4 @@
-"""What flows from the stream to the model.
+"""Batches: what the stream gives to the model.
 
 Shape suffixes: B samples, F tables, I dense features, N indices of all bags together.
 """
@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class BatchKey:
+    """The identity of a batch's ids, which copies of them share; a key of weak dictionaries."""
 
 
 @dataclass(kw_only=True)
@@ -28,8 +32,8 @@ class SparseIds:
     """int64 [B * F + 1], ascending from 0 to N."""
     weights: Tensor | None = None
     """float, shaped as ``values``: a factor for each index's vector, differentiable where learned; None means 1."""
-    ahead: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-    """Lookup -> what it has begun for these very ids; copies of the ids share it."""
+    key: BatchKey = field(default_factory=BatchKey, repr=False, compare=False)
+    """What lookups keep prefetched rows of these ids under; copies on other devices have the same."""
 
     def __len__(self) -> int:
         """B, the number of samples."""
@@ -41,7 +45,8 @@ class SparseIds:
         """int64 [number of values]: the bag that each index belongs to; bag ``b * F + f`` is of table f."""
         if self.offsets is None:
             return torch.arange(self.values.numel(), device=self.values.device)
-        return torch.repeat_interleave(self.offsets.diff())
+        # With the size given, a GPU need not be waited for.
+        return torch.repeat_interleave(self.offsets.diff(), output_size=len(self.values))
 
     def lengths(self) -> Tensor:
         """int64 [B, F]: the number of indices in each bag."""
@@ -50,7 +55,7 @@ class SparseIds:
         return self.offsets.diff().view(-1, self.tables)
 
     def of_tables(self, columns_G: Tensor) -> "SparseIds":
-        """The ids of some of the tables.
+        """Return the ids of some of the tables.
 
         Args:
             columns_G: int64 [G], positions among the F tables in any order, also more than once.
@@ -73,7 +78,7 @@ class SparseIds:
         )
 
     def within(self, starts_F: Tensor, stops_F: Tensor) -> "SparseIds":
-        """The ids of a range of each table's rows, counted from its first; bags lose the others."""
+        """Return the ids of a range of each table's rows, counted from its first row; bags lose all others."""
         bag_N, values_N = self.bag_of_each(), self.values.reshape(-1)
         table_N = bag_N % max(self.tables, 1)
         start_N = starts_F.index_select(0, table_N)
@@ -87,13 +92,13 @@ class SparseIds:
         )
 
     def map(self, change: Callable[[Tensor | None], Any]) -> "SparseIds":
-        """The same ids with other tensors."""
+        """Return the same ids with other tensors."""
         return SparseIds(
             values=change(self.values),
             tables=self.tables,
             offsets=change(self.offsets),
             weights=change(self.weights),
-            ahead=self.ahead,
+            key=self.key,
         )
 
 
@@ -121,7 +126,7 @@ class Batch:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def map(self, change: Callable[[Tensor | None], Any]) -> "Batch":
-        """The same batch with other tensors; ``change`` is asked for each, also where there is none."""
+        """Return the same batch with other tensors; ``change`` is called for each, also with None."""
         return Batch(
             label=change(self.label),
             dense=change(self.dense),
@@ -131,7 +136,7 @@ class Batch:
         )
 
     def to(self, device: Any, non_blocking: bool = False) -> "Batch":
-        """A copy on a device. From page-locked memory, the caller need not wait for it."""
+        """Return a copy on a device; copies from page-locked memory are asynchronous."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
             if tensor is None:
@@ -141,5 +146,5 @@ class Batch:
         return self.map(move)
 
     def pin_memory(self) -> "Batch":
-        """A copy in page-locked memory."""
+        """Return a copy in page-locked memory."""
         return self.map(lambda tensor: None if tensor is None else tensor.pin_memory())

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, TablePiece
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
-from lightning_dlrm.tables.tables import EmbeddingTables
+from lightning_dlrm.tables.lookup import EmbeddingTables
+from lightning_dlrm.tables.table import TablePiece
 
 AVERAGE, AVERAGED_STEPS = "average", "averaged_steps"
 """Slots of a table in a checkpoint: the average [R, D], and int32 [R], how many steps are in it."""
@@ -89,9 +89,10 @@ class WeightAverages:
 
     def __init__(self, network: CTRNetwork, settings: Averaging, start_step: int) -> None:
         for lookup in network.lookups():
-            if not isinstance(lookup, EmbeddingTables) or lookup.ON_HOST:
+            if lookup.prefetches:
+                where = "in host memory" if lookup.storage.on_host else "in pieces on several ranks"
                 raise UserError(
-                    f"model.averaging follows whole tables on the training device; these are {type(lookup).__name__}: "
+                    f"model.averaging follows whole tables on the training device; these are {where}: "
                     "leave model.averaging out, or train on one device"
                 )
         self.settings = settings
@@ -156,7 +157,7 @@ class WeightAverages:
         for weight, value in trained:
             weight.copy_(value)
 
-    def slots(self) -> dict[EmbeddingLookup, dict[str, Tensor]]:
+    def slots(self) -> dict[EmbeddingTables, dict[str, Tensor]]:
         """What a checkpoint keeps of each table, beside its weights and its optimiser's slots."""
         assert self._trained is None
         return dict(zip(self.lookups, self.tables, strict=True))

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.engine.averaging import KEY as AVERAGES
 from lightning_dlrm.engine.averaging import average_rows, averaged_dense
 from lightning_dlrm.engine.guards import refuse_bad_weights
@@ -15,6 +14,7 @@ from lightning_dlrm.engine.random_state import random_states, restore_random_sta
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors
 from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.tables.lookup import EmbeddingTables
 
 if TYPE_CHECKING:
     from lightning_dlrm.engine.module import CTRModule
@@ -33,7 +33,7 @@ def add_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:
 
     def refuse_bad_state() -> None:
         for lookup in module.network.lookups():
-            lookup.settle()
+            lookup.flush()
         module.guard.check()
         refuse_bad_weights(module.network, checkpoint["global_step"], module.guard.advice)
 
@@ -55,13 +55,13 @@ def add_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:
 
 def table_pieces(module: "CTRModule", with_state: bool = True) -> list[PieceTensors]:
     """Return what this rank holds of the tables, of their optimizer state and averages; views of the live tensors."""
-    slots: dict[EmbeddingLookup, dict[str, Tensor]] = {}
+    slots: dict[EmbeddingTables, dict[str, Tensor]] = {}
     if with_state:
         optimizer = optimizer_of(module)
         slots = dict(zip(optimizer.lookups, optimizer.table_state, strict=True))
     averages = {} if module.averages is None else module.averages.slots()
 
-    def tensors_of(lookup: EmbeddingLookup) -> dict[str, Tensor]:
+    def tensors_of(lookup: EmbeddingTables) -> dict[str, Tensor]:
         return {"weight": lookup.weight, **slots.get(lookup, {}), **averages.get(lookup, {})}
 
     return [
@@ -202,10 +202,10 @@ def _check_header(module: "CTRModule", reader: CheckpointReader, training: bool)
         )
 
 
-def _table_keys(module: "CTRModule") -> dict[str, EmbeddingLookup]:
+def _table_keys(module: "CTRModule") -> dict[str, EmbeddingTables]:
     """Return the name in the module's state of each lookup's weight -> the lookup."""
     modules = module.network.named_modules(prefix="network")
-    return {f"{name}.weight": lookup for name, lookup in modules if isinstance(lookup, EmbeddingLookup)}
+    return {f"{name}.weight": lookup for name, lookup in modules if isinstance(lookup, EmbeddingTables)}
 
 
 def _few(items: set[str]) -> str:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
 from lightning_dlrm.engine.averaging import AverageForEvaluation, Averaging, WeightAverages
 from lightning_dlrm.engine.checkpoint_state import add_state, check_checkpoint_plugin, take_state
@@ -32,8 +31,7 @@ from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import UpdateRule
 from lightning_dlrm.optim.schedules import Constant, Schedule, make_schedule, schedule_name
 from lightning_dlrm.sharding.collectives import Ranks
-from lightning_dlrm.tables.host_tables import HostRows
-from lightning_dlrm.tables.tables import EmbeddingTables
+from lightning_dlrm.tables.lookup import EmbeddingTables
 from lightning_dlrm.tracking import names
 
 
@@ -153,7 +151,7 @@ class CTRModule(pl.LightningModule):
             return
         self.network = self.make_network(self.schema.features, self.seed)
         for module in self.network.modules():
-            if isinstance(module, (EmbeddingLookup, MLP, DotInteraction)):
+            if isinstance(module, (EmbeddingTables, MLP, DotInteraction)):
                 module.kernels = self.kernels
         if self.compile_mode is not None:
             compile_score(self.network, self.compile_mode)
@@ -169,7 +167,7 @@ class CTRModule(pl.LightningModule):
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             # A gradient scaler would unscale the dense gradients and pass over the tables' rows.
             raise UserError("precision 16-mixed scales the loss, which table rows do not support; use bf16-mixed")
-        if self.trainer.world_size > 1 and any(isinstance(lookup, EmbeddingTables) for lookup in self._lookups()):
+        if self.trainer.world_size > 1 and not all(lookup.placement.is_sharded for lookup in self._lookups()):
             raise UserError(
                 "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp"
             )
@@ -193,7 +191,7 @@ class CTRModule(pl.LightningModule):
         """Return the learning rate of each group of the optimizer, as given; the schedule changes them."""
         return self._learning_rates
 
-    def rule_of(self, lookup: EmbeddingLookup, network: CTRNetwork) -> UpdateRule:
+    def rule_of(self, lookup: EmbeddingTables, network: CTRNetwork) -> UpdateRule:
         """Return the update rule of one of a network's lookups."""
         return self.wide_rule if self.wide_rule is not None and lookup in network.wide_lookups() else self.table_rule
 
@@ -272,18 +270,17 @@ class CTRModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         # Kernels that are asked for and do not work here end the fit before its first step.
         for lookup in self._lookups():
-            device = lookup.device() if isinstance(lookup, HostRows) else lookup.weight.device
-            choose(self.kernels, device.type, lookup.weight.dtype)
+            choose(self.kernels, lookup.device.type, lookup.weight.dtype)
 
     def on_train_start(self) -> None:
         # Loaders that hold the next batch ready tell its ids; with others, no rows are fetched ahead.
         loader: Any = self.trainer.train_dataloader
-        if hasattr(loader, "prefetch") and any(lookup.LOOKS_AHEAD for lookup in self._lookups()):
+        if hasattr(loader, "prefetch") and any(lookup.prefetches for lookup in self._lookups()):
             loader.prefetch = lambda batch: self.network.prefetch(batch.ids)
 
     def on_train_end(self) -> None:
         for lookup in self._lookups():
-            lookup.settle()
+            lookup.flush()
 
     def _scaled(self, loss: Tensor, batch_idx: int) -> Tensor:
         """Lightning divides the loss by ``accumulate_grad_batches``, also if an epoch ends amid a step, with fewer."""
@@ -291,7 +288,7 @@ class CTRModule(pl.LightningModule):
         present = min(micro, self.trainer.num_training_batches - batch_idx // micro * micro)
         return loss if present == micro else loss * (micro / present)
 
-    def _lookups(self) -> list[EmbeddingLookup]:
+    def _lookups(self) -> list[EmbeddingTables]:
         return self.network.lookups()
 
     # --- evaluations ------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def _sums_over_rows(network: CTRNetwork, tables: list[str]) -> NDArray[np.float6
         ends = torch.tensor([piece.offset + piece.stop - piece.start for piece in lookup.pieces])
         piece_U = torch.searchsorted(ends, gradient.rows.cpu(), right=True)
         # Rows of tables on the host may still be in flight.
-        lookup.settle()
+        lookup.flush()
         touched = lookup.weight.index_select(0, gradient.rows.to(lookup.weight.device))
         weights = touched.float().norm(dim=1), gradient.values.float().norm(dim=1), torch.ones(len(touched))
         for i, weight in enumerate(weights):

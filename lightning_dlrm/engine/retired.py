@@ -67,6 +67,11 @@ CHANGED: tuple[ChangedOption, ...] = (
         renamed=RENAMED | {f"init_args.{old}": f"init_args.{new}" for old, new in RENAMED.items()},
         note="update rules for dense layers are classes of torch.optim now: model.dense_optimizer is read as one",
     ),
+    ChangedOption(
+        key="model.kernels",
+        rewrite=lambda value: "auto" if value == "fbgemm" else value,
+        note="model.kernels has no fbgemm any more: auto is used; 'bench lookup' compares its speed with FBGEMM's",
+    ),
 )
 
 
@@ -159,8 +164,13 @@ def _changed_option(key: str, value: str) -> tuple[list[str], str] | None:
             old = yaml.safe_load(value)
             new = option.rewrite(copy.deepcopy(old))
             if new != old:
-                return [f"--{key}={yaml.safe_dump(new, default_flow_style=True).strip()}"], option.note
+                return [f"--{key}={_as_argument(new)}"], option.note
     return None
+
+
+def _as_argument(value: Any) -> str:
+    # YAML ends a document that is a word alone by a line with dots.
+    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
 
 
 def _section(document: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None:

@@ -1,9 +1,10 @@
-"""Tables in pieces on all ranks, dense layers copied: a DDPStrategy that any CTR network can be trained with."""
+"""Tables in pieces on all ranks, dense layers copied: a DDPStrategy for any CTR network."""
 
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dlrm.contracts.errors import UserError
@@ -20,12 +20,10 @@ from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.balance import make_plan, refuse_cut_tables
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
 from lightning_dlrm.sharding.costs import rank_costs
-from lightning_dlrm.sharding.host_lookup import ShardedHostTables
 from lightning_dlrm.sharding.loads import TableLoad, imbalance, parse_memory
-from lightning_dlrm.sharding.lookup import ShardedTables
+from lightning_dlrm.sharding.placement import ShardedPlacement
 from lightning_dlrm.sharding.plan import Plan, read_plan
-from lightning_dlrm.tables.host_tables import HostTables
-from lightning_dlrm.tables.tables import EmbeddingTables, rows_elsewhere
+from lightning_dlrm.tables.lookup import placed_by
 from lightning_dlrm.tracking import names
 
 log = logging.getLogger("lightning_dlrm")
@@ -39,8 +37,8 @@ DEFAULT_BATCH_SIZE = 2048
 class EmbeddingShardedDDP(DDPStrategy):
     """Embedding tables in pieces over all ranks (model parallel), dense layers copied (data parallel).
 
-    The network is the same as on one device: its tables are replaced when it is built, before they
-    take any memory. Gradients of both kinds equal those of one process on the global batch.
+    The network is the same as on one device: while it is built, its tables are placed as pieces, so that no rank
+    allocates more. Gradients of both kinds equal those of one process on the global batch.
 
     Args:
         plan: YAML file made by the command plan, with its choice of tables to pool where their rows are; by
@@ -90,23 +88,16 @@ class EmbeddingShardedDDP(DDPStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Lightning builds the network inside; afterwards its tables are pieces."""
+        """Lightning builds the network inside, with its tables in pieces."""
         module = self.lightning_module
         assert isinstance(module, CTRModule)
         ranks = Ranks()
         data = {"the data's fingerprint": module.data_schema().data_fingerprint}
         compare_ranks(self.facts | data, ranks)
-        with rows_elsewhere():
+        if self.plan is None:
+            self.plan = self._agreed_plan(module, ranks)
+        with placed_by(partial(ShardedPlacement, plan=self.plan, ranks=ranks, wire=self._wire)):
             yield
-        try:
-            if self.plan is None:
-                self.plan = self._agreed_plan(module, ranks)
-            _replace_tables(module.network, self.plan, ranks, self._wire, self.root_device)
-        except BaseException:
-            # Lightning moves the module to the CPU when a fit ends. Tables without rows would fail there, and hide
-            # this error.
-            del module.network
-            raise
         sharded = {id(lookup.weight) for lookup in module.network.lookups()}
         ignored = [name for name, parameter in module.named_parameters() if id(parameter) in sharded]
         # Buffers that are not saved are constants, such as offsets; DDP would send them before every step.
@@ -149,8 +140,9 @@ class EmbeddingShardedDDP(DDPStrategy):
         """
         assert isinstance(self.lightning_module, CTRModule)
         ranks = Ranks()
-        lookups = [lookup for lookup in self.lightning_module.network.lookups() if isinstance(lookup, ShardedTables)]
-        traffic = [lookup.measure() for lookup in lookups]
+        lookups = self.lightning_module.network.lookups()
+        placed = [(lookup, lookup.placement) for lookup in lookups if isinstance(lookup.placement, ShardedPlacement)]
+        traffic = [placement.measure(lookup) for lookup, placement in placed]
         seconds = ranks.all_gather(np.array([sum(of_lookup.seconds for of_lookup in traffic)]))
         sent, asked = np.zeros(ranks.ranks), np.zeros(ranks.ranks)
         for of_lookup in traffic:
@@ -174,14 +166,19 @@ class EmbeddingShardedDDP(DDPStrategy):
         """Rank 0's plan: arithmetic in floating point may round otherwise on another machine."""
 
         def make() -> dict[str, Any]:
-            loads = table_loads(module.network, module)
+            network = getattr(module, "network", None)
+            if network is None:
+                # Only sizes and types are wanted.
+                with self.precision_plugin.module_init_context(), torch.device("meta"):
+                    network = module.make_network(module.schema.features, module.seed)
+            loads = table_loads(network, module)
             refuse_cut_tables(loads)
             if self._plan_file is not None:
                 plan = read_plan(Path(self._plan_file))
                 unpoolable = [load.name for load in loads if not load.may_pool]
                 plan.check({load.name: load.rows for load in loads}, ranks.ranks, unpoolable)
             else:
-                value_bytes = (self._wire or module.network.lookups()[0].weight.dtype).itemsize
+                value_bytes = (self._wire or network.lookups()[0].weight.dtype).itemsize
                 plan = make_plan(loads, ranks.ranks, batch_size_of(module.trainer), self._memory, value_bytes)
             held = [cost.bytes for cost in rank_costs(plan, loads, batch_size=1)]
             log.info(
@@ -220,21 +217,19 @@ def table_loads(
         kept = [row, *(module.rule_of(lookup, network).state(row).values() if lookup.weight.requires_grad else ())]
         bytes_per_row = sum(tensor.numel() * tensor.element_size() for tensor in kept)
         # Of a table that is cut between a device and its host, each lookup has a part.
-        held = {piece.name: piece.stop - piece.start for piece in lookup.pieces}
-        whole = not isinstance(lookup, EmbeddingTables)
         loads += [
             TableLoad(
                 name=table.name,
-                rows=table.rows if whole else held[table.name],
+                rows=stop - start,
                 width=lookup.width,
                 bytes_per_row=bytes_per_row,
                 indices_per_sample=indices.get(table.name.partition("/")[0], 1.0),
                 factors=bool(schema.by_role("weights")),
                 may_pool=lookup.may_pool,
-                on_host=lookup.ON_HOST,
+                on_host=lookup.storage.on_host,
                 skew=skew,
             )
-            for table in lookup.tables
+            for table, (start, stop) in zip(lookup.tables, lookup.ranges, strict=True)
         ]
     return loads
 
@@ -263,13 +258,3 @@ def compare_ranks(facts: Mapping[str, Any], ranks: Ranks) -> None:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _replace_tables(
-    network: nn.Module, plan: Plan, ranks: Ranks, wire: torch.dtype | None, device: torch.device
-) -> None:
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, EmbeddingTables):
-                kind = ShardedHostTables if isinstance(child, HostTables) else ShardedTables
-                setattr(module, name, kind.of(child, plan, ranks, wire, device))

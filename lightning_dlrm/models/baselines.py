@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import Table
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models import layers
 from lightning_dlrm.models.layers import CompressedInteraction, PairwiseSum, initialise
 from lightning_dlrm.models.linear import LinearTerms, scalar_tables
 from lightning_dlrm.models.network import CTRNetwork, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
-from lightning_dlrm.tables.tables import EmbeddingTables
+from lightning_dlrm.tables.lookup import EmbeddingTables
+from lightning_dlrm.tables.table import Table
 
 
 class FieldVectors(nn.Module):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.lookup import Table
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.tables.tables import EmbeddingTables
+from lightning_dlrm.tables.lookup import EmbeddingTables
+from lightning_dlrm.tables.table import Table
 
 
 class LinearTerms(nn.Module):

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup
 from lightning_dlrm.models.layers import MissingValues
 from lightning_dlrm.models.linear import LinearTerms
 from lightning_dlrm.tables.embeddings import Embeddings
+from lightning_dlrm.tables.lookup import EmbeddingTables
 
 Missing: TypeAlias = Literal["zero", "learned"]
 """What stands for a missing dense value: see MissingValues."""
@@ -86,7 +86,7 @@ class CTRNetwork(nn.Module):
         """Begin to fetch the rows of a later ``forward`` while an earlier batch is computed."""
         for module in self.modules():
             if isinstance(module, Embeddings):
-                module.announce(ids)
+                module.prefetch(ids)
 
     def multiply_adds(self) -> int:
         """Return the multiply-adds of one sample's forward pass.
@@ -95,11 +95,11 @@ class CTRNetwork(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} does not define multiply_adds")
 
-    def lookups(self) -> list[EmbeddingLookup]:
+    def lookups(self) -> list[EmbeddingTables]:
         """Return every module that holds table rows, in the order in which the model was put together."""
-        return [module for module in self.modules() if isinstance(module, EmbeddingLookup)]
+        return [module for module in self.modules() if isinstance(module, EmbeddingTables)]
 
-    def wide_lookups(self) -> list[EmbeddingLookup]:
+    def wide_lookups(self) -> list[EmbeddingTables]:
         """Return those of ``lookups`` that hold the weights of linear terms."""
         return [module.tables for module in self.modules() if isinstance(module, LinearTerms)]
 

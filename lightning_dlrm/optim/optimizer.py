@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, RowGradient
+from lightning_dlrm.contracts.gradient import RowGradient
 from lightning_dlrm.optim.compatibility import STATE_NAMES, torch_optimizer
 from lightning_dlrm.optim.dense import (
     IMPLEMENTATIONS,
@@ -20,6 +20,7 @@ from lightning_dlrm.optim.dense import (
 )
 from lightning_dlrm.optim.rows import update_rows
 from lightning_dlrm.optim.rules import UpdateRule
+from lightning_dlrm.tables.lookup import EmbeddingTables
 from lightning_dlrm.tables.memory import keep_freed_memory
 
 
@@ -49,11 +50,11 @@ class CTROptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         dense: Sequence[nn.Parameter],
-        lookups: Sequence[EmbeddingLookup],
+        lookups: Sequence[EmbeddingTables],
         dense_optimizer: DenseOptimizer,
         table_rule: UpdateRule,
         wide_rule: UpdateRule | None = None,
-        wide: Sequence[EmbeddingLookup] = (),
+        wide: Sequence[EmbeddingTables] = (),
     ) -> None:
         of_wide = set(wide) if wide_rule is not None else set()
         trained = [lookup for lookup in lookups if lookup.weight.requires_grad]

@@ -1,14 +1,25 @@
-"""How an update rule moves the touched rows of a table."""
+"""From a gradient to moved rows: how an update rule is applied to the rows of a table that were looked up.
+
+Shape suffixes: D width, R rows of a table's weight, N looked-up indices, U unique rows among them.
+"""
 
 import torch
 from torch import Tensor
 
-from lightning_dlrm.contracts.lookup import LookupGradient, RowGradient, gather_rows, put_rows
+from lightning_dlrm.contracts.gradient import RowGradient
 from lightning_dlrm.kernels import native
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
-from lightning_dlrm.tables.fbgemm_tables import FBGEMMGradient
-from lightning_dlrm.tables.fused_tables import UnsummedGradient, fused_update
+from lightning_dlrm.tables.gradients import LookupGradient, Lookups
+from lightning_dlrm.tables.memory import gather_rows, put_rows
+
+_KERNEL_RULES: dict[type[UpdateRule], str] = {
+    SGD: "sgd",
+    Adagrad: "adagrad",
+    RowWiseAdagrad: "row_wise_adagrad",
+    Adam: "adam",
+}
+"""Rules that the kernels know, and their names there."""
 
 
 def update_rows(
@@ -20,50 +31,61 @@ def update_rows(
     step: int,
     kernels: Kernels,
 ) -> None:
-    """Applies a rule to the touched rows: by a kernel that knows it, or a block at a time: gather, update, put back.
-    Rows are distinct, so none is lost."""
-    if isinstance(gradient, FBGEMMGradient):
-        gradient.move(state, learning_rate)
-        return
-    if isinstance(gradient, UnsummedGradient) and type(rule) in _FUSED:
-        scalars = torch.tensor([learning_rate, step], dtype=torch.float64)
-        fused_update(weight, gradient, state, _FUSED[type(rule)], vars(rule), *scalars)
-        return
-    known = _FUSED.get(type(rule))
-    has_short_rows = len(weight) <= torch.iinfo(torch.int32).max
-    if known is not None and has_short_rows and choose(kernels, weight.device.type, weight.dtype) == "native":
-        if isinstance(gradient, LookupGradient) and not gradient.summed:
-            (rows_N, bags_N, factors_N), grad_BD, ascending = gradient.lookups, gradient.output, False
-        else:
-            (rows_N, bags_N, factors_N), grad_BD, ascending = (gradient.rows, None, None), gradient.values, True
-        native.update(
-            weight,
-            rows_N,
-            grad_BD,
-            bags_N,
-            factors_N,
-            ascending,
-            list(state.values()),
-            known,
-            vars(rule),
+    """Apply a rule to the rows of a gradient, in place.
+
+    A kernel that knows the rule sorts, sums and moves the rows in one call. Without one, rows are moved block by block:
+    gathered, updated and put back, which loses none, since they are unique.
+
+    Args:
+        weight: [R, D].
+        gradient: of its rows.
+        state: name -> the rule's state, [R, D] or [R].
+        rule: of the update.
+        learning_rate: of this step.
+        step: its number, from 1.
+        kernels: see ``kernels.choice``.
+    """
+    known = _KERNEL_RULES.get(type(rule))
+    chosen = "plain" if known is None else choose(kernels, weight.device.type, weight.dtype)
+    if known is not None and chosen == "triton":
+        _update_by_triton(weight, Lookups.of(gradient), state, known, rule, learning_rate, step)
+    elif known is not None and chosen == "native" and len(weight) <= torch.iinfo(torch.int32).max:
+        summed = not isinstance(gradient, LookupGradient) or gradient.unsummed is None
+        slots, rate = list(state.values()), learning_rate
+        native.update(weight, *Lookups.of(gradient), summed, slots, known, vars(rule), rate, float(step))
+    else:
+        for block in gradient.blocks():
+            touched = gather_rows(weight, block.rows)
+            touched_state = {name: values.index_select(0, block.rows) for name, values in state.items()}
+            rule.apply(touched, block.values, touched_state, learning_rate, step)
+            put_rows(weight, block.rows, touched)
+            for name, values in touched_state.items():
+                put_rows(state[name], block.rows, values)
+
+
+def _update_by_triton(
+    weight: Tensor,
+    lookups: Lookups,
+    state: dict[str, Tensor],
+    known: str,
+    rule: UpdateRule,
+    learning_rate: float,
+    step: int,
+) -> None:
+    # torch for CPUs comes without Triton.
+    from lightning_dlrm.kernels import fused
+
+    settings = vars(rule)
+    scalars = torch.tensor(
+        [
             learning_rate,
-            float(step),
-        )
-        return
-    for block in gradient.blocks():
-        rows, sums = block.rows, block.values
-        touched = gather_rows(weight, rows)
-        touched_state = {slot: values.index_select(0, rows) for slot, values in state.items()}
-        rule.apply(touched, sums, touched_state, learning_rate, step)
-        put_rows(weight, rows, touched)
-        for slot, values in touched_state.items():
-            put_rows(state[slot], rows, values)
-
-
-_FUSED: dict[type[UpdateRule], str] = {
-    SGD: "sgd",
-    Adagrad: "adagrad",
-    RowWiseAdagrad: "row_wise_adagrad",
-    Adam: "adam",
-}
-"""Rules that the kernels know, and their names there."""
+            1 - learning_rate * settings["weight_decay"],
+            1 - settings.get("beta1", 0.0) ** step,
+            1 - settings.get("beta2", 0.0) ** step,
+        ],
+        dtype=torch.float32,
+        device="cpu",
+    )
+    names = ("l2", "epsilon", "beta1", "beta2")
+    formula = fused.Formula(known, **{name: settings[name] for name in names if name in settings})
+    fused.update(weight, *lookups, state, formula, scalars.to(weight.device, non_blocking=True))

@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import TablePiece
 from lightning_dlrm.contracts.schema import file_sha256
 from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.tables.table import TablePiece
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

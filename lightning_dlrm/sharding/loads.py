@@ -27,7 +27,7 @@ class TableLoad:
     factors: bool = False
     """Whether each index of a bag has a weight of its own."""
     may_pool: bool = True
-    """Whether the rank that holds the rows may sum them: see EmbeddingLookup.may_pool."""
+    """Whether the rank that holds the rows may sum them: see EmbeddingTables.may_pool."""
     on_host: bool = False
     """Whether the rows stay in host memory when the model is on another device."""
     skew: float = 1.0

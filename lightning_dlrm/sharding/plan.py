@@ -72,7 +72,7 @@ class Plan:
         Args:
             table_rows: table name of the model -> its rows.
             ranks: world size of this run.
-            unpoolable: names of tables that cannot be pooled: see EmbeddingLookup.may_pool.
+            unpoolable: names of tables that cannot be pooled: see EmbeddingTables.may_pool.
 
         Raises:
             UserError: the plan is for other tables, other sizes, or another world size.

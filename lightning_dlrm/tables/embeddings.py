@@ -6,7 +6,7 @@ Shape suffixes: B samples, F columns, G tables of one lookup, D width, N indices
 import dataclasses
 import math
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import EmbeddingLookup, Table
-from lightning_dlrm.tables.host_tables import HostTables
-from lightning_dlrm.tables.tables import EmbeddingTables
+from lightning_dlrm.tables.host import HostStorage
+from lightning_dlrm.tables.lookup import DeviceStorage, EmbeddingTables
+from lightning_dlrm.tables.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,7 @@ class Embeddings(nn.Module):
                 if name in on_host:
                     groups.setdefault((width, True), []).append(dataclasses.replace(member, start=first))
         made = nn.ModuleList(
-            WidthGroup(members, width, seed, len(columns), HostTables if host else EmbeddingTables)
+            WidthGroup(members, width, seed, len(columns), HostStorage() if host else DeviceStorage())
             for (width, host), members in groups.items()
         )
         self.groups = cast(Sequence[WidthGroup], made)
@@ -238,7 +238,7 @@ class Embeddings(nn.Module):
         """Columns whose table is in two lookups."""
         self.pooling_weights = _pooling_weights(self.settings.pooling_weights, columns, seed)
         if self.pooling_weights is not None:
-            # They are asked for one by one, and become factors only in ``forward``.
+            # They are looked up one by one, and become the ids' weights only in ``forward``.
             for lookup in (self.pooling_weights, *(group.lookup for group in self.groups)):
                 lookup.may_pool = False
         # One lookup holds one table of every column, in their order.
@@ -260,23 +260,13 @@ class Embeddings(nn.Module):
         remainder = Table(name=f"{name}/remainder", rows=trick.collisions, bound=self._bound(rows))
         return [(width, _Member(column, quotient, trick.collisions)), (width, _Member(column, remainder))]
 
-    def announce(self, ids: SparseIds) -> None:
-        """Hears of the ids of a later ``forward``: see EmbeddingLookup.announce."""
-        for lookup, asked in self._looking_ahead(ids):
-            lookup.announce(asked)
-
-    def start(self, ids: SparseIds) -> None:
-        """Hears of the ids of the next ``forward``: see EmbeddingLookup.start."""
-        for lookup, asked in self._looking_ahead(ids):
-            lookup.start(asked)
-
-    def _looking_ahead(self, ids: SparseIds) -> Iterator[tuple[EmbeddingLookup, SparseIds]]:
-        """Each lookup that wants to know of ids before it is called, and those that it will be called with."""
-        if self.pooling_weights is not None and self.pooling_weights.LOOKS_AHEAD:
-            yield self.pooling_weights, ids
+    def prefetch(self, ids: SparseIds) -> None:
+        """Start what a later ``forward`` of these ids needs: see EmbeddingTables.prefetch."""
+        if self.pooling_weights is not None and self.pooling_weights.prefetches:
+            self.pooling_weights.prefetch(ids)
         for group in self.groups:
-            if group.lookup.LOOKS_AHEAD:
-                yield group.lookup, group.ids_of(ids)
+            if group.lookup.prefetches:
+                group.lookup.prefetch(group.ids_of(ids))
 
     def _bound(self, rows: int) -> float:
         """Of the initial rows."""
@@ -286,7 +276,7 @@ class Embeddings(nn.Module):
     def forward(self, ids: SparseIds) -> Tensor:
         """[B, sum of the widths]: the columns' vectors side by side."""
         if self.pooling_weights is not None:
-            factors = self.pooling_weights.each(ids).view(ids.values.shape)
+            factors = self.pooling_weights.look_up_each(ids).view(ids.values.shape)
             ids = dataclasses.replace(ids, weights=factors if ids.weights is None else factors * ids.weights)
         vectors = [group(ids) for group in self.groups]
         if self.settings.pooling == "mean" and ids.offsets is not None:
@@ -341,31 +331,29 @@ class WidthGroup(nn.Module):
         members: its tables.
         width: of them all.
         seed: of the initial rows.
-        columns: how many there are in all.
-        kind: of lookup.
+        columns: their number in all.
+        storage: the memory of the rows.
     """
 
-    lookup: EmbeddingLookup
+    lookup: EmbeddingTables
     columns: Tensor
     divisors: Tensor
     rows: Tensor
     starts: Tensor
     stops: Tensor
 
-    def __init__(
-        self, members: Sequence[_Member], width: int, seed: int, columns: int, kind: type[EmbeddingTables]
-    ) -> None:
+    def __init__(self, members: Sequence[_Member], width: int, seed: int, columns: int, storage: DeviceStorage) -> None:
         super().__init__()
         self.members = tuple(members)
         ranges = [member.range for member in members]
-        self.lookup = kind([member.table for member in members], width, seed, ranges=ranges)
+        self.lookup = EmbeddingTables([member.table for member in members], width, seed, ranges=ranges, storage=storage)
         self.cuts = any(
             start or stop < member.table.rows for member, (start, stop) in zip(members, ranges, strict=True)
         )
         self.takes_all = [member.column for member in members] == list(range(columns))
         # Only a quotient and a remainder read the same column.
         self.splits_ids = len({member.column for member in members}) < len(members)
-        # Ids are announced while they are still in host memory.
+        # Ids are prefetched while they are still in host memory.
         self._host_constants = tuple(
             torch.tensor(values, dtype=torch.int64, device="cpu")
             for values in (
@@ -385,7 +373,7 @@ class WidthGroup(nn.Module):
         return self.lookup(self.ids_of(ids))
 
     def ids_of(self, ids: SparseIds) -> SparseIds:
-        """What its lookup is asked for, with the ``ahead`` of the columns' ids; on either side of a device's bus."""
+        """Return the ids of the lookup, with the key of the columns' ids; in host memory or on the device."""
         columns, divisors, rows, starts, stops = (
             self._host_constants
             if ids.values.device.type == "cpu"
@@ -400,7 +388,7 @@ class WidthGroup(nn.Module):
             asked = dataclasses.replace(asked, values=values.to(asked.values.dtype))
         if self.cuts:
             asked = asked.within(starts, stops)
-        return dataclasses.replace(asked, ahead=ids.ahead)
+        return asked if asked is ids else dataclasses.replace(asked, key=ids.key)
 
 
 def _pooling_weights(setting: str | None, columns: Mapping[str, int], seed: int) -> EmbeddingTables | None:

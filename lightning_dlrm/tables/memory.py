@@ -1,4 +1,4 @@
-"""How memory is asked for: few, large pages for tables, and none given back in the middle of a fit."""
+"""Memory of tables: large pages, fast copies of rows, and no memory given back in the middle of a fit."""
 
 import contextlib
 import ctypes
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
 _LARGEST_KEPT = 2**25  # the largest threshold that glibc takes
@@ -15,10 +16,10 @@ _LARGE_PAGE = 2**21
 
 
 def empty_table(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """An uninitialised tensor; on a CPU under Linux on pages of 2 MiB where the system has them.
+    """Return an uninitialised tensor; on a CPU under Linux on pages of 2 MiB if the system has them.
 
-    Rows are read here and there: with pages of 4 KiB, most of a step's lookups would also have to look up
-    where their page is.
+    Lookups read rows all over a table: with pages of 4 KiB most of them also miss the processor's cache of page
+    addresses (TLB).
 
     Args:
         shape: rows first.
@@ -30,16 +31,41 @@ def empty_table(shape: Sequence[int], dtype: torch.dtype, device: torch.device |
     if device.type != "cpu" or table.nbytes < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, table.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # A kernel may have none.
+    # The kernel may have no large pages.
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=table.numel()).view(*shape)
 
 
-def keep_freed_memory() -> None:
-    """Makes glibc keep what temporary tensors give back, up to 32 MiB each, for the next step.
+def gather_rows(weight_RD: Tensor, rows_N: Tensor) -> Tensor:
+    """Return ``weight_RD[rows_N]``: [N, D].
 
-    Given back to the system, every page of it would be cleared and mapped anew in each step.
+    On a CPU by sums of one row each, whose kernel fetches rows ahead: it takes less than half the time of
+    ``index_select`` for rows scattered over a large table.
+    """
+    if weight_RD.device.type != "cpu" or weight_RD.dtype == torch.float64:
+        return weight_RD.index_select(0, rows_N)
+    starts_N = torch.arange(len(rows_N), dtype=rows_N.dtype, device="cpu")
+    return functional.embedding_bag(rows_N, weight_RD, starts_N, mode="sum")
+
+
+def put_rows(weight: Tensor, rows_U: Tensor, values: Tensor) -> None:
+    """Set ``weight[rows_U] = values`` for unique rows, in place; both are contiguous.
+
+    On a CPU, torch copies element by element, so many rows are copied as elements of 16 bytes if they can be: that
+    takes two thirds of the time at 64 floats a row.
+    """
+    if weight.device.type == "cpu" and values.nbytes >= 2**20 and weight.dim() == 2:
+        at_16_bytes = weight.storage_offset() == values.storage_offset() == 0
+        if at_16_bytes and values.stride(0) * values.element_size() % 16 == 0:
+            weight, values = weight.view(torch.complex128), values.view(torch.complex128)
+    weight.index_copy_(0, rows_U, values)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep the memory of freed temporary tensors, up to 32 MiB each, for the next step.
+
+    If it were given back to the system, every page would be cleared and mapped again in each step.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

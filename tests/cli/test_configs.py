@@ -7,6 +7,7 @@ import pytest
 
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import shipped_configs
+from lightning_dlrm.cli.retired import update_options
 
 OVERLAYS = ("small.yaml", "figure5/small.yaml", "criteo_kaggle.yaml", "criteo_terabyte.yaml")
 NO_FITS = ("figure5.yaml",)
@@ -60,3 +61,8 @@ def test_what_does_not_fit_is_one_line(options: list[str], message: str, capsys:
     assert main(["params", "--config", "dlrm.yaml", *options]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_kernels_of_an_earlier_release_become_auto() -> None:
+    new, notes = update_options(["--model.kernels", "fbgemm"])
+    assert new == ["--model.kernels=auto"] and "no fbgemm any more: auto is used" in notes[0]

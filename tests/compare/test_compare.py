@@ -39,7 +39,7 @@ from lightning_dlrm.compare.runs import arms_of, data_differences, read_run, set
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import exact_auc
-from lightning_dlrm.tables import tables
+from lightning_dlrm.tables import lookup
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
 from lightning_dlrm.tracking.wandb_comparison import ComparisonPage, send_comparison
@@ -450,7 +450,7 @@ def test_steps_are_taken_apart_as_they_were_trained(monkeypatch: pytest.MonkeyPa
     config["model"]["kernels"] = "plain"
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     asked = []
-    monkeypatch.setattr(tables, "choose", lambda kernels, *_: asked.append(kernels) or "plain")
+    monkeypatch.setattr(lookup, "choose", lambda kernels, *_: asked.append(kernels) or "plain")
     found, notes = breakdown(arms_of([read_run(path)]), Path("operators.json"))
     assert found["DLRM"]["matrix products"] > 0 and not notes and set(asked) == {"plain"}
     config["trainer"]["precision"] = "bf16-true"

@@ -21,6 +21,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from datamodules.folder import verify
 from datamodules.generate import command, demo
 from datamodules.generate.demo import BLOCK_ROWS, DemoSettings, PlantedModel, demo_folder, demo_schema, generate_demo
+from datamodules.generate.settings import rows_of_splits
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, DatasetSchema
 
@@ -101,7 +102,7 @@ def test_fewer_rows_are_the_beginning_of_more(made: tuple[Path, DatasetSchema], 
     folder, _ = made
     few = dataclasses.replace(SETTINGS, train_rows=1_000, validation_rows=300, test_rows=200)
     generate_demo(few, tmp_path / "few", progress=False)
-    for split, rows in few.split_rows.items():
+    for split, rows in rows_of_splits(few).items():
         more = read(folder, split)
         for name, values in read(tmp_path / "few", split).items():
             assert np.array_equal(values, more[name][:rows]), (split, name)
@@ -215,7 +216,7 @@ def test_about_a_quarter_of_the_rows_are_clicks(seed: int) -> None:
 def test_optimum_is_the_score_of_the_true_probabilities(made: tuple[Path, DatasetSchema]) -> None:
     folder, schema = made
     model = PlantedModel.plant(SETTINGS)
-    for split, rows in SETTINGS.split_rows.items():
+    for split, rows in rows_of_splits(SETTINGS).items():
         blocks = [model.block(split, i).probability for i in range(-(-rows // BLOCK_ROWS))]
         probability, label = np.concatenate(blocks)[:rows], read(folder, split)["label"]
         assert schema.optimum[split].auc == pytest.approx(roc_auc_score(label, probability), abs=1e-12)
@@ -354,5 +355,5 @@ def test_command_generates_and_says_how_good_a_model_can_get(
     schema = DatasetSchema.load(tmp_path / "data")
     wanted = DemoSettings(train_rows=2_000, validation_rows=500, test_rows=400, seed=3, max_table_rows=50)
     assert schema.encoding_fingerprint == demo_schema(wanted).encoding_fingerprint
-    assert {name: split.rows for name, split in schema.splits.items()} == wanted.split_rows
+    assert {name: split.rows for name, split in schema.splits.items()} == rows_of_splits(wanted)
     assert f"AUC {schema.optimum['validation'].auc:.4f}" in capsys.readouterr().out

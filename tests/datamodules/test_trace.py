@@ -21,6 +21,7 @@ from datamodules.folder import verify
 from datamodules.generate import command, fit, lru
 from datamodules.generate.lru import LruStack
 from datamodules.generate.profiles import CLASS_LOW, Profile, Profiler, TraceSource, phase_end, save_profiles
+from datamodules.generate.settings import rows_of_splits
 from datamodules.generate.trace import BLOCK_ACCESSES, TraceGenerator, TraceSettings, generate_trace, trace_schema
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.__main__ import main
@@ -294,7 +295,7 @@ def test_splits_follow_each_other_in_one_trace(source: tuple[Path, dict[str, Any
     assert planned.columns == schema.columns and planned.encoding_fingerprint == schema.encoding_fingerprint
     assert schema.features.tables == {"C1": 20_011, "M1": 50} and schema.features.dense == 2
     tables = [pq.read_table(tmp_path / "data" / split) for split in ("train", "validation", "test")]
-    assert [len(table) for table in tables] == list(settings.split_rows.values())
+    assert [len(table) for table in tables] == list(rows_of_splits(settings).values())
     rows = pa.concat_tables(tables)
     for number, profile in enumerate(chosen.profiles(progress=False)):
         trace = TraceGenerator(profile, 0, number)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lightning_dlrm.__main__ import main
 
@@ -63,6 +64,8 @@ def test_checkpoint_amid_a_fit_goes_on_as_it_did(run: str) -> None:
     shown = ("train/", "validation/", "learning_rate/")
     for step in range(9, 17):
         assert only(found[step], shown) == pytest.approx(only(expected[step], shown), rel=TOLERANCE)
+    new, old = (yaml.safe_load(Path(name, "config.yaml").read_text()) for name in ("again", folder))
+    assert new["data"] == old["data"]
 
 
 def test_finished_run_stays_as_it_is() -> None:

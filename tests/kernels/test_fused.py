@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_dlrm.contracts import lookup
-from lightning_dlrm.contracts.lookup import RowGradient, Table, gather_rows, put_rows
+from lightning_dlrm.contracts import gradient as row_gradient
 from lightning_dlrm.kernels import compiled
 from lightning_dlrm.models import fused
 from lightning_dlrm.models.layers import MLP, DotInteraction
 from lightning_dlrm.optim import rules
 from lightning_dlrm.optim.optimizer import CTROptimizer
-from lightning_dlrm.tables.memory import empty_table, keep_freed_memory
-from lightning_dlrm.tables.tables import EmbeddingTables
+from lightning_dlrm.tables.gradients import LookupGradient
+from lightning_dlrm.tables.lookup import EmbeddingTables
+from lightning_dlrm.tables.memory import empty_table, gather_rows, keep_freed_memory, put_rows
+from lightning_dlrm.tables.table import Table
 
 
 def gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -186,9 +187,9 @@ def test_an_update_block_by_block_is_that_of_all_rows_at_once(
     dense.index_add_(0, ids.long(), each)
 
     def updated(block_bytes: int) -> list[Tensor]:
-        monkeypatch.setattr(lookup, "_BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(row_gradient, "_BLOCK_BYTES", block_bytes)
         tables = EmbeddingTables([Table.of_column("A", 60)], 4, seed=1)
-        gradient = RowGradient.from_lookups(ids, grad_BD, bag_N, factors)
+        gradient = LookupGradient(ids, grad_BD, bag_N, factors)
         blocks = [(len(block.rows), block.values) for block in gradient.blocks()]
         assert len(blocks) == -(-len(gradient.rows) * 16 // block_bytes)
         assert torch.equal(torch.cat([values for _, values in blocks]), gradient.values)
@@ -197,7 +198,7 @@ def test_an_update_block_by_block_is_that_of_all_rows_at_once(
         optimizer = CTROptimizer([], [tables], rules.SGD(1.0), rule)
         for _ in range(2):
             optimizer.zero_grad()
-            tables.add_gradient(RowGradient.from_lookups(ids, grad_BD, bag_N, factors))
+            tables.add_gradient(LookupGradient(ids, grad_BD, bag_N, factors))
             optimizer.step()
         return [tables.weight.detach(), *optimizer.table_state[0].values()]
 
@@ -212,7 +213,7 @@ def test_update_of_rows_equals_update_of_the_whole_table(rule: rules.UpdateRule)
     tables = EmbeddingTables([Table.of_column("A", 50)], 4, seed=1)
     whole = tables.weight.detach().clone()
     ids, grad = torch.tensor([7, 3, 7, 49, 0, 3, 7], dtype=torch.int32), torch.randn(7, 4)
-    tables.add_gradient(RowGradient.from_lookups(ids, grad))
+    tables.add_gradient(LookupGradient(ids, grad))
     CTROptimizer([], [tables], rules.SGD(1.0), rule).step()
     dense = torch.zeros(50, 4, dtype=torch.float64).index_add_(0, ids.long(), grad.double()).float()
     rule.apply(whole, dense, rule.state(whole), rule.learning_rate, 1)

@@ -14,11 +14,11 @@ pytest.importorskip(
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import Table
 from lightning_dlrm.kernels.choice import choose
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
-from lightning_dlrm.tables.tables import EmbeddingTables
+from lightning_dlrm.tables.lookup import EmbeddingTables
+from lightning_dlrm.tables.table import Table
 
 ROWS = (40, 3, 500)
 """A small table has rows whose indices fill many blocks."""
@@ -101,17 +101,6 @@ def test_empty_batches_and_empty_bags_leave_the_tables_alone() -> None:
     assert vectors[0].shape == (2, 3, 4) and not vectors[0].any()
     untouched = EmbeddingTables([Table.of_column(f"C{i}", rows) for i, rows in enumerate(ROWS)], 4, seed=1)
     assert torch.equal(lookup.weight, untouched.weight)
-
-
-def test_indices_after_the_last_bag_count_for_nothing() -> None:
-    """So that a batch can be padded to the size that a CUDA graph was recorded with."""
-    ids = ragged(20, torch.Generator().manual_seed(3))
-    padded = SparseIds(
-        values=torch.cat([ids.values, torch.full((77,), 2, dtype=torch.int32)]), tables=3, offsets=ids.offsets
-    )
-    (vectors,), lookup, _ = trained("triton", [ids], RULES["adam"], 8)
-    (padded_vectors,), padded_lookup, _ = trained("triton", [padded], RULES["adam"], 8)
-    assert torch.equal(vectors, padded_vectors) and torch.equal(lookup.weight, padded_lookup.weight)
 
 
 def test_int64_ids_and_gradients_in_bfloat16() -> None:

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import RowGradient, Segments, Table
+from lightning_dlrm.contracts.gradient import RowGradient
 from lightning_dlrm.kernels import compiled, native
 from lightning_dlrm.kernels.choice import choose
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rows import update_rows
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
-from lightning_dlrm.tables.tables import EmbeddingTables
+from lightning_dlrm.tables.gradients import LookupGradient, Segments, SortedLookups
+from lightning_dlrm.tables.lookup import EmbeddingTables
+from lightning_dlrm.tables.table import Table
 
 try:
     compiled.compiler()
@@ -170,10 +172,10 @@ def test_each_row_moves_by_the_sum_of_its_lookups(rows: int, count: int) -> None
     weight = torch.zeros(rows, 1, dtype=dtype)
     for bags, factors in ((None, None), (bag_N, None), (bag_N, weights_N)):
         gradient_BD = torch.randn(count if bags is None else 9, 1, generator=generator)
-        segments = Segments.of(rows_N, bags, factors)
+        segments = Segments.of(SortedLookups.of(rows_N), bags, factors)
         weight[segments.rows] = 0
         for prepare in (lambda gradient: gradient, lambda gradient: (gradient.rows, gradient)[1]):
-            gradient = prepare(RowGradient.from_lookups(rows_N, gradient_BD, bags, factors))
+            gradient = prepare(LookupGradient(rows_N, gradient_BD, bags, factors))
             update_rows(weight, gradient, {}, SGD(1.0), torch.tensor(1.0), torch.tensor(1.0), "native")
         expected = (-segments.sums(gradient_BD)).to(dtype)
         expected = (expected.float() - segments.sums(gradient_BD)).to(dtype)
@@ -190,7 +192,7 @@ def test_empty_batches_and_summed_gradients() -> None:
     rows_N, grad_ND = torch.tensor([9, 2, 9, 9], dtype=torch.int32), torch.randn(4, 5)
     for prepare in (lambda g: g, lambda g: (g.rows, g)[1], lambda g: RowGradient(g.rows, g.values)):
         weight = torch.ones(10, 5)
-        gradient = prepare(RowGradient.from_lookups(rows_N, grad_ND))
+        gradient = prepare(LookupGradient(rows_N, grad_ND))
         update_rows(weight, gradient, {}, SGD(0.5), torch.tensor(0.5), torch.tensor(1.0), "native")
         expected = torch.ones(10, 5)
         for row, grad_D in zip(rows_N.tolist(), grad_ND, strict=True):

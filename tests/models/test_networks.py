@@ -220,8 +220,8 @@ FORMULAS: dict[str, Callable[[Any, Tensor, SparseIds], Tensor]] = {
     "WideAndDeep": lambda n, x, ids: linear(n.wide, x, ids) + n.deep(torch.cat([n.embeddings(ids), x], 1)).squeeze(1),
     "XDeepFM": lambda n, x, ids: (
         linear(n.linear, x, ids)
-        + layers(n.cin(n.fields(x, ids)), n.cin_output).squeeze(1)
-        + layers(n.fields(x, ids).flatten(1), n.deep).squeeze(1)
+        + layers(n.cin(n.fields(x, n.fields.lookup(ids))), n.cin_output).squeeze(1)
+        + layers(n.fields(x, n.fields.lookup(ids)).flatten(1), n.deep).squeeze(1)
     ),
 }
 

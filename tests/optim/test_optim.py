@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_dlrm.cli.params import count
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import RowGradient, Table
+from lightning_dlrm.contracts.gradient import RowGradient
 from lightning_dlrm.engine.strategy import table_loads
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.optim.compatibility import torch_configuration
@@ -27,7 +27,8 @@ from lightning_dlrm.optim.schedules import (
     WarmupThenDecay,
     make_schedule,
 )
-from lightning_dlrm.tables.tables import EmbeddingTables
+from lightning_dlrm.tables.lookup import EmbeddingTables
+from lightning_dlrm.tables.table import Table
 from tests.toy import TABLES, as_dense, optimizer_of, toy_batch, toy_dlrm, toy_module, toy_schema, wide_dlrm
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import TablePiece
 from lightning_dlrm.sharding import checkpoint
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors, link_checkpoint, save_checkpoint
+from lightning_dlrm.tables.table import TablePiece
 from tests.ranks import run_ranks
 
 ROWS = 100

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.lookup import Table, TablePiece
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.loads import imbalance
-from lightning_dlrm.sharding.lookup import ShardedTables
+from lightning_dlrm.sharding.placement import ShardedPlacement
 from lightning_dlrm.sharding.plan import Piece, Plan
+from lightning_dlrm.tables.lookup import EmbeddingTables, placed_by
+from lightning_dlrm.tables.table import Table, TablePiece
 from tests.ranks import ROOT, run_ranks, start_ranks
 from tests.sharded_fits import (
     BF16,
@@ -329,13 +331,14 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, alone
 
 def test_exchanges_of_validations_are_no_traffic_of_training() -> None:
     plan = Plan(ranks=1, pieces=(Piece(table="A", start=0, stop=6, rank=0),))
-    tables = ShardedTables([Table.of_column("A", 6)], 3, 1, plan, Ranks())
+    with placed_by(partial(ShardedPlacement, plan=plan, ranks=Ranks())):
+        tables = EmbeddingTables([Table.of_column("A", 6)], 3, 1)
     ids = SparseIds(values=torch.tensor([[4], [1], [4]], dtype=torch.int32), tables=1)
     tables.eval()(ids)
-    nothing = tables.measure()
+    nothing = tables.placement.measure(tables)
     assert nothing.seconds == 0 and nothing.tables["A"].rows.tolist() == [0]
     tables.train()(ids)
-    found = tables.measure()
+    found = tables.placement.measure(tables)
     assert found.seconds > 0 and found.tables["A"].rows.tolist() == [2]
 
 

@@ -12,14 +12,15 @@ from torch import nn
 
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.lookup import Table
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD
-from lightning_dlrm.tables import host_tables
+from lightning_dlrm.tables import host as host_module
 from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
-from lightning_dlrm.tables.host_tables import HostTables
+from lightning_dlrm.tables.host import HostStorage
+from lightning_dlrm.tables.lookup import EmbeddingTables
+from lightning_dlrm.tables.table import Table
 from tests.sharded_fits import HALF, PARITY, RESUMED, RULES, Fit, global_batch, metrics, run
 from tests.sharding.test_sharded import tables
 from tests.toy import optimizer_of, toy_schema
@@ -28,6 +29,10 @@ from tests.toy import optimizer_of, toy_schema
 def placed(features: Features, seed: int, on_host: Any, **settings: Any) -> DLRM:
     tables = TableSettings(on_host=on_host, **settings)
     return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
+
+
+def host_tables(rows: int = 50) -> EmbeddingTables:
+    return EmbeddingTables([Table.of_column("A", rows)], 3, storage=HostStorage())
 
 
 SPLIT: dict[str, Any] = {
@@ -63,7 +68,7 @@ KINDS: dict[str, tuple[dict[str, Any], Any]] = {
     ],
 )
 def test_steps_are_those_with_tables_on_the_device(kind: str, hot: str, rule: str, micro: int) -> None:
-    """Announced one batch ahead, with many rows in one batch and the next; the rows are looked at every step."""
+    """Prefetched one batch ahead, with many rows in one batch and the next; the rows are looked at every step."""
     settings, on_host = KINDS[kind]
     features = toy_schema().features
     torch.set_default_dtype(torch.float64)
@@ -72,7 +77,7 @@ def test_steps_are_those_with_tables_on_the_device(kind: str, hot: str, rule: st
     finally:
         torch.set_default_dtype(torch.float32)
     optimizers = [optimizer_of(n, RULES[rule](), RULES[rule]()) for n in networks]
-    assert any(isinstance(lookup, HostTables) for lookup in networks[1].lookups())
+    assert any(lookup.storage.on_host for lookup in networks[1].lookups())
     for network, optimizer in zip(networks, optimizers, strict=True):
         network.losses = []
         upcoming = global_batch(0, hot)
@@ -96,7 +101,7 @@ def test_steps_are_those_with_tables_on_the_device(kind: str, hot: str, rule: st
                 with torch.inference_mode():
                     network.losses.append(network(batch.dense.double(), global_batch(3, hot).ids).sum().item())
         for lookup in network.lookups():
-            lookup.settle()
+            lookup.flush()
     device, host = networks
     assert len(set(host.losses)) > 8
     if kind.startswith("cut"):
@@ -152,8 +157,8 @@ def test_a_checkpoint_opens_wherever_the_tables_are(tmp_path: Path, places: tupl
 
 
 def test_rows_are_fetched_before_they_are_needed_and_written_back_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow bus: an announced batch's lookup waits for nothing, an update only for the one before it."""
-    tables = HostTables([Table.of_column("A", 50)], 3)
+    """A slow bus: a prefetched batch's lookup waits for nothing, an update only for the one before it."""
+    tables = host_tables()
     ids, later = (SparseIds(values=torch.tensor(v, dtype=torch.int32), tables=1) for v in ([[4], [1], [4]], [[1], [7]]))
     optimizer = CTROptimizer([], [tables], SGD(1.0), SGD(1.0))
     before = tables.weight.detach().clone()
@@ -165,39 +170,39 @@ def test_rows_are_fetched_before_they_are_needed_and_written_back_after(monkeypa
         optimizer.zero_grad()
         return time.perf_counter() - began
 
-    slow = host_tables.Copies.gather
-    monkeypatch.setattr(host_tables.Copies, "gather", lambda *args: (time.sleep(0.2), slow(*args))[1])
-    tables.announce(ids)
-    tables.announce(later)
+    slow = host_module.Copies.gather
+    monkeypatch.setattr(host_module.Copies, "gather", lambda *args: (time.sleep(0.2), slow(*args))[1])
+    tables.prefetch(ids)
+    tables.prefetch(later)
     time.sleep(0.5)
     monkeypatch.setattr(
-        HostTables, "_write_back", lambda *args, write=HostTables._write_back: (time.sleep(0.3), write(*args))[1]
+        HostStorage, "_write_back", lambda *args, write=HostStorage._write_back: (time.sleep(0.3), write(*args))[1]
     )
     assert step(ids) < 0.15
     assert torch.equal(tables.weight, before), "not written yet"
     assert step(later) > 0.15
-    tables.settle()
+    tables.flush()
     expected = before.clone()
     expected[[4, 1, 7], :] -= torch.tensor([[2.0], [2.0], [1.0]])
     torch.testing.assert_close(tables.weight.detach(), expected)
 
 
 def test_a_batch_that_is_never_looked_up_is_forgotten() -> None:
-    tables = HostTables([Table.of_column("A", 50)], 3)
+    tables = host_tables()
     ids = SparseIds(values=torch.tensor([[4]], dtype=torch.int32), tables=1)
-    tables.announce(ids)
-    assert len(tables._begun) == 1
-    host_tables._hands.submit(lambda: None).result()
+    tables.prefetch(ids)
+    assert len(tables.storage._pending) == 1
+    host_module.host_io_executor.submit(lambda: None).result()
     del ids
-    assert len(tables._begun) == 0
+    assert len(tables.storage._pending) == 0
 
 
 def test_moving_the_module_leaves_the_tables_where_they_are() -> None:
-    tables = HostTables([Table.of_column("A", 50)], 3)
-    assert tables.to("meta").weight.device.type == "cpu" and tables.row_offsets.device.type == "meta"
-    assert HostTables([Table.of_column("A", 50)], 3).double().weight.dtype == torch.float64
+    tables = host_tables()
+    assert tables.to("meta").weight.device.type == "cpu" and tables.device.type == "meta"
+    assert host_tables().double().weight.dtype == torch.float64
     with torch.device("meta"):
-        assert HostTables([Table.of_column("A", 10**12)], 3).weight.device.type == "meta"
+        assert host_tables(10**12).weight.device.type == "meta"
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.lookup import RowGradient, Table, TablePiece
-from lightning_dlrm.tables.tables import BLOCK_ROWS, EmbeddingTables, fill_initial_rows
+from lightning_dlrm.tables.gradients import LookupGradient
+from lightning_dlrm.tables.lookup import EmbeddingTables
+from lightning_dlrm.tables.table import BLOCK_ROWS, Table, TablePiece, fill_initial_rows
 
 TABLES = {"A": 4, "B": 30, "C": 1}
 
@@ -102,7 +103,7 @@ def test_no_gradient_tensor_of_the_size_of_the_tables() -> None:
 
 
 def test_row_gradient_of_bfloat16_is_summed_in_float32() -> None:
-    gradient = RowGradient.from_lookups(torch.zeros(1000, dtype=torch.int32), torch.full((1000, 1), 1.0).bfloat16())
+    gradient = LookupGradient(torch.zeros(1000, dtype=torch.int32), torch.full((1000, 1), 1.0).bfloat16())
     assert gradient.values.dtype == torch.float32
     assert gradient.values.item() == 1000
 

@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.lookup import RowGradient, Table, TablePiece
-from lightning_dlrm.sharding.lookup import sum_units
-from lightning_dlrm.sharding.needs import Asked, Needs, RowMap
 from lightning_dlrm.sharding.plan import Piece, Plan
-from lightning_dlrm.tables.pooling import pool_rows
-from lightning_dlrm.tables.tables import EmbeddingTables
+from lightning_dlrm.sharding.requests import LookupRequest, RowMap, decode_rows
+from lightning_dlrm.tables.gradients import LookupGradient
+from lightning_dlrm.tables.lookup import EmbeddingTables, RowRequest, look_up
+from lightning_dlrm.tables.table import Table, TablePiece
 
 RANKS, WIDTH = 3, 2
 
@@ -61,35 +60,35 @@ def test_vectors_and_gradients_are_those_of_whole_tables(
 ) -> None:
     plan, ids = cut(sizes, pooled, seed), drawn(sizes, samples, hot, seed)
     whole = EmbeddingTables([Table.of_column(f"T{i}", rows) for i, rows in enumerate(sizes)], WIDTH).double()
-    rows = RowMap(whole.tables, plan, "cpu")
-    needs = rows.needs(ids)
-    assert needs.of_cells.tolist() == counted(plan, sizes, ids)
-    shares = [torch.cat([of_piece(whole, p) for p in of_rank] or [torch.zeros(0, WIDTH)]) for of_rank in rows.held]
-    asked = asked_of_each(needs)
-    vectors_UD = torch.cat([sum_units(w.double(), a.rows, a) for w, a in zip(shares, asked, strict=True)])
-    gradients: list[Tensor] = []
-    bags, offsets, bag_N, factors = needs.bags, ids.offsets, None, ids.weights
-    if bags is not None:
-        offsets, bag_N, factors = bags.offsets, bags.bags, bags.factors
-    elif offsets is not None:
-        bag_N = ids.bag_of_each()
-    anchor = torch.empty(0, requires_grad=True)
-    found = pool_rows(anchor, vectors_UD, needs.lookups, offsets, bag_N, factors, gradients.append)
+    rows = RowMap(whole.tables, plan)
+    request = rows.request(ids)
+    assert request.counts.tolist() == counted(plan, sizes, ids)
+    of_ranks = rows.pieces_of_rank
+    nothing = torch.zeros(0, WIDTH, dtype=torch.float64)
+    shares = [torch.cat([nothing, *(of_piece(whole, piece) for piece in pieces)]) for pieces in of_ranks]
+    received = received_by_each(request)
+    made = [look_up(share, asked, "plain") for share, asked in zip(shares, received, strict=True)]
+    vectors_UD = torch.cat([vectors for vectors, _, _ in made])
+    weights = request.weights if request.pooled else ids.weights
+    positions = RowRequest.of_rows(request.lookups.positions(), request.offsets, weights)
+    found, positions_N, bag_N = look_up(vectors_UD, positions, "plain")
     expected = whole(ids)
     torch.testing.assert_close(found.view(expected.shape), expected, rtol=1e-12, atol=1e-12)
 
     grad = torch.rand(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    found.backward(grad.view(found.shape))
+    sums_UD = LookupGradient(positions_N, grad.view(found.shape), bag_N, weights, request.lookups).values
     expected.backward(grad)
     gradient = whole.gradient()
     assert gradient is not None
     all_rows = torch.zeros_like(whole.weight).index_add(0, gradient.rows, gradient.values)
-    of_ranks = gradients[0].split(needs.of_ranks(RANKS)[:, 0].tolist())
-    for rank, (share, part, grad_VD) in enumerate(zip(shares, asked, of_ranks, strict=True)):
-        sums = RowGradient.from_lookups(part.rows, grad_VD, part.units, part.factors)
-        there = torch.zeros(share.shape, dtype=torch.float64).index_add(0, sums.rows, sums.values)
-        pieces = [all_rows[start : start + p.stop - p.start] for p in rows.held[rank] for start in [first(whole, p)]]
-        torch.testing.assert_close(there, torch.cat(pieces) if pieces else there, rtol=1e-12, atol=1e-12)
+    of_vectors = sums_UD.split(request.counts_of_ranks(RANKS)[:, 0].tolist())
+    ranks = zip(shares, received, made, of_vectors, of_ranks, strict=True)
+    for share, asked, (_, rows_E, bag_E), grad_VD, pieces in ranks:
+        sums = LookupGradient(rows_E, grad_VD, bag_E, asked.factors)
+        there = torch.zeros_like(share).index_add(0, sums.rows, sums.values)
+        starts = [(first(whole, piece), piece.rows) for piece in pieces]
+        here = torch.cat([nothing, *(all_rows[start : start + count] for start, count in starts)])
+        torch.testing.assert_close(there, here, rtol=1e-12, atol=1e-12)
 
 
 def first(whole: EmbeddingTables, piece: TablePiece) -> int:
@@ -98,28 +97,28 @@ def first(whole: EmbeddingTables, piece: TablePiece) -> int:
 
 def of_piece(whole: EmbeddingTables, piece: TablePiece) -> Tensor:
     start = first(whole, piece)
-    return whole.weight.detach()[start : start + piece.stop - piece.start]
+    return whole.weight.detach()[start : start + piece.rows]
 
 
-def asked_of_each(needs: Needs) -> list[Asked]:
-    """What arrives at each rank, where this one alone asks."""
-    entries = needs.of_ranks(RANKS)[:, 1].tolist()
-    factors = [None] * RANKS if needs.factors is None else needs.factors.split(entries)
-    of_ranks = zip(needs.entries.split(entries), factors, strict=True)
-    return [Asked.of(of_rank, of_factors, needs.bags is not None) for of_rank, of_factors in of_ranks]
+def received_by_each(request: LookupRequest) -> list[RowRequest]:
+    """What each rank receives if this one alone asks."""
+    rows = request.counts_of_ranks(RANKS)[:, 1].tolist()
+    factors = [None] * RANKS if request.factors is None else request.factors.split(rows)
+    of_ranks = zip(request.rows.split(rows), factors, strict=True)
+    return [decode_rows(of_rank, of_factors, request.pooled) for of_rank, of_factors in of_ranks]
 
 
 def counted(plan: Plan, sizes: list[int], ids: SparseIds) -> list[list[int]]:
-    """Units and entries of each table on each rank, counted one index at a time."""
-    units: list[set] = [set() for _ in range(RANKS * len(sizes))]
-    entries: list[set] = [set() for _ in units]
+    """Vectors and rows of each table on each rank, counted one index at a time."""
+    vectors: list[set] = [set() for _ in range(RANKS * len(sizes))]
+    rows: list[set] = [set() for _ in vectors]
     for index, (row, bag) in enumerate(zip(ids.values.flatten().tolist(), ids.bag_of_each().tolist(), strict=True)):
         table = bag % len(sizes)
         (rank,) = (p.rank for p in plan.tables[f"T{table}"] if p.start <= row < p.stop)
         cell, pooled = rank * len(sizes) + table, f"T{table}" in plan.pooled
-        units[cell].add(bag if pooled else row)
-        entries[cell].add(index if pooled else row)
-    return [[len(of_cell) for of_cell in kind] for kind in (units, entries)]
+        vectors[cell].add(bag if pooled else row)
+        rows[cell].add(index if pooled else row)
+    return [[len(of_cell) for of_cell in kind] for kind in (vectors, rows)]
 
 
 def test_keys_beyond_32_bits_are_told_apart() -> None:
@@ -129,6 +128,6 @@ def test_keys_beyond_32_bits_are_told_apart() -> None:
     pieces = (Piece(table="T0", start=0, stop=rows, rank=0), Piece(table="T1", start=0, stop=4, rank=1))
     values, offsets = torch.tensor([rows - 1, 3, 1, rows - 1, 2], dtype=torch.int32), torch.tensor([0, 1, 3, 4, 5])
     plan = Plan(ranks=2, pieces=pieces, pooled=("T1",))
-    needs = RowMap(tables, plan, "cpu").needs(SparseIds(values=values, tables=2, offsets=offsets))
-    assert needs.entries.tolist() == [rows - 1, 3, -2, 2]
-    assert needs.of_ranks(2).tolist() == [[1, 1], [2, 3]]
+    request = RowMap(tables, plan).request(SparseIds(values=values, tables=2, offsets=offsets))
+    assert request.rows.tolist() == [rows - 1, 3, -2, 2]
+    assert request.counts_of_ranks(2).tolist() == [[1, 1], [2, 3]]

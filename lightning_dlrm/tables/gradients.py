@@ -1,0 +1,162 @@
+"""The gradient of looked-up vectors, and its sums by row.
+
+Shape suffixes: B output vectors, D table width, N looked-up indices, U unique rows among them.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lightning_dlrm.contracts.gradient import RowGradient, rows_per_block
+
+
+class SortedLookups(NamedTuple):
+    """Looked-up rows, sorted: the unique ones, and which indices looked up each of them."""
+
+    rows: Tensor
+    """[U]: the unique rows, ascending."""
+    counts: Tensor
+    """int64 [U]: how many indices looked up each row."""
+    order: Tensor
+    """int64 [N]: the indices, by ascending row."""
+
+    @staticmethod
+    def of(rows_N: Tensor) -> "SortedLookups":
+        """Sort the row of each index; indices of one row keep their order."""
+        sorted_rows_N, order_N = torch.sort(rows_N, stable=True)
+        rows_U, counts_U = torch.unique_consecutive(sorted_rows_N, return_counts=True)
+        return SortedLookups(rows_U, counts_U, order_N)
+
+    def positions(self) -> Tensor:
+        """Return where the row of each index is among ``rows``: int32 [N]."""
+        numbers_U = torch.arange(len(self.rows), dtype=torch.int32, device=self.order.device)
+        positions_N = torch.empty(len(self.order), dtype=torch.int32, device=self.order.device)
+        positions_N[self.order] = torch.repeat_interleave(numbers_U, self.counts, output_size=len(self.order))
+        return positions_N
+
+
+class Segments(NamedTuple):
+    """Lookups by ascending row, and what is summed for each row."""
+
+    rows: Tensor
+    """int64 [U], unique, ascending."""
+    starts: Tensor
+    """int64 [U]: where the indices of each row begin."""
+    bags: Tensor
+    """int64 [N]: the output vector that each index went into."""
+    factors: Tensor | None
+    """[N]: what the row of each index was multiplied by; None means 1."""
+
+    @staticmethod
+    def of(lookups: SortedLookups, bag_N: Tensor | None = None, factors_N: Tensor | None = None) -> "Segments":
+        """Arrange lookups; for the arguments see LookupGradient."""
+        return Segments(
+            rows=lookups.rows.long(),
+            starts=torch.cumsum(lookups.counts, 0) - lookups.counts,
+            bags=lookups.order if bag_N is None else bag_N[lookups.order],
+            factors=None if factors_N is None else factors_N[lookups.order],
+        )
+
+    def sums(self, output_BD: Tensor) -> Tensor:
+        """Sum the gradients of the output vectors by row: [U, D]."""
+        factors = None if self.factors is None else self.factors.to(output_BD.dtype)
+        return functional.embedding_bag(self.bags, output_BD, self.starts, mode="sum", per_sample_weights=factors)
+
+    def blocks(self, size: int) -> "Iterator[Segments]":
+        """Yield segments of at most ``size`` rows, one after the other."""
+        ends = [*self.starts[size::size].tolist(), len(self.bags)]
+        start = 0
+        for rows, starts, end in zip(self.rows.split(size), self.starts.split(size), ends, strict=True):
+            factors = None if self.factors is None else self.factors[start:end]
+            yield Segments(rows, starts - start, self.bags[start:end], factors)
+            start = end
+
+
+class Lookups(NamedTuple):
+    """Gradients of output vectors and the indices that went into them: a gradient before it is summed by row."""
+
+    rows: Tensor
+    """[N]: the row of each index, in any order."""
+    output: Tensor
+    """[B, D], float32 at least: the gradient of each output vector."""
+    bags: Tensor | None
+    """int64 [N]: the output vector that each index went into; None if index i went into vector i."""
+    factors: Tensor | None
+    """[N]: what the row of each index was multiplied by; None means 1."""
+
+    @staticmethod
+    def of(gradient: RowGradient) -> "Lookups":
+        """Return what a gradient is the sum of: its lookups, or if it is summed already, one index for each row."""
+        if isinstance(gradient, LookupGradient) and gradient.unsummed is not None:
+            return gradient.unsummed
+        return Lookups(gradient.rows, gradient.values, None, None)
+
+
+class LookupGradient(RowGradient):
+    """A RowGradient that is sorted and summed by row only when its rows or values are read.
+
+    If nearly every index looks up another row, the sums take as much memory as all looked-up vectors: an update by
+    ``blocks``, or by a kernel that sums while it updates, never writes them.
+
+    Args:
+        rows_N: the row of each index.
+        grad_BD: gradient of each output vector.
+        bag_N: int64, the output vector that each index went into; None if index i went into vector i.
+        factors_N: what the row of each index was multiplied by; None means 1.
+        lookups: ``rows_N`` sorted, if that is known.
+    """
+
+    def __init__(
+        self,
+        rows_N: Tensor,
+        grad_BD: Tensor,
+        bag_N: Tensor | None = None,
+        factors_N: Tensor | None = None,
+        lookups: SortedLookups | None = None,
+    ) -> None:
+        output_BD = grad_BD.to(torch.promote_types(grad_BD.dtype, torch.float32))
+        self.unsummed: Lookups | None = Lookups(rows_N, output_BD, bag_N, factors_N)
+        """The gradient before it is summed; None after ``values`` was read, and so nothing is summed twice."""
+        self._lookups = lookups
+        self._segments: Segments | None = None
+        self._summed: RowGradient | None = None
+
+    @staticmethod
+    def add(parts: Sequence[RowGradient]) -> RowGradient:
+        """Sum one or more gradients of one parameter."""
+        if len(parts) == 1:
+            return parts[0]
+        return LookupGradient(torch.cat([p.rows for p in parts]), torch.cat([p.values for p in parts]))
+
+    @property
+    def rows(self) -> Tensor:
+        return self._by_row().rows if self._summed is None else self._summed.rows
+
+    @property
+    def values(self) -> Tensor:
+        if self._summed is None:
+            assert self.unsummed is not None
+            segments = self._by_row()
+            self._summed = RowGradient(segments.rows, segments.sums(self.unsummed.output))
+            # Their memory is in the caches and can be used again.
+            self.unsummed = self._segments = self._lookups = None
+        return self._summed.values
+
+    def blocks(self) -> Iterator[RowGradient]:
+        """See RowGradient.blocks; each block is summed when it is asked for, and no sum is kept."""
+        if self.unsummed is None:
+            yield from super().blocks()
+            return
+        output_BD, segments = self.unsummed.output, self._by_row()
+        for block in segments.blocks(rows_per_block(len(segments.rows), output_BD)):
+            yield RowGradient(block.rows, block.sums(output_BD))
+
+    def _by_row(self) -> Segments:
+        if self._segments is None:
+            assert self.unsummed is not None
+            rows_N, _, bag_N, factors_N = self.unsummed
+            self._segments = Segments.of(self._lookups or SortedLookups.of(rows_N), bag_N, factors_N)
+        return self._segments

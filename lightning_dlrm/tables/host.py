@@ -1,0 +1,273 @@
+"""Tables larger than the device: rows and optimizer state in host memory, those of the next batches on the device.
+
+The rows of a prefetched batch are copied to the device while an earlier batch computes; rows that the earlier batch
+updates are replaced on the device. Updated rows are written back while the next batch computes. One thread reads and
+writes host memory, in the order of the calls, so that a row is never read before it is written.
+
+Shape suffixes: D width, N indices of all bags, U unique rows among them.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dlrm.contracts.gradient import RowGradient
+from lightning_dlrm.tables.gradients import LookupGradient, SortedLookups
+from lightning_dlrm.tables.lookup import Change, DeviceStorage, RowRequest, RowSource
+from lightning_dlrm.tables.memory import empty_table
+
+host_io_executor = ThreadPoolExecutor(1, thread_name_prefix="host tables")
+"""The thread that reads and writes tables in host memory during training; it starts with its first task."""
+
+
+@dataclass(eq=False)
+class CachedRows:
+    """Some rows of tables with their optimizer state, on the device."""
+
+    lookups: SortedLookups
+    """Which indices look up which row; on the device."""
+    host_rows: Tensor
+    """[U]: ``lookups.rows``, in host memory."""
+    weight: Tensor
+    """[U, D]."""
+    state: dict[str, Tensor]
+    """Name of the optimizer state -> [U, ...]; without state that the optimizer has not used yet."""
+
+    def replace(self, newer: "CachedRows") -> None:
+        """Replace the rows that ``newer`` holds too by its values."""
+        if not len(newer.lookups.rows):
+            return
+        at_U = torch.searchsorted(newer.lookups.rows, self.lookups.rows).clamp(max=len(newer.lookups.rows) - 1)
+        shared_U = newer.lookups.rows.index_select(0, at_U) == self.lookups.rows
+
+        def replaced(values: Tensor, by: Tensor) -> Tensor:
+            return torch.where(shared_U.view(-1, *[1] * (values.dim() - 1)), by.index_select(0, at_U), values)
+
+        self.weight = replaced(self.weight, newer.weight)
+        self.state = {name: replaced(values, newer.state[name]) for name, values in self.state.items()}
+
+    @staticmethod
+    def merge(parts: "Sequence[CachedRows]") -> "CachedRows":
+        """Return the rows of all parts, which agree on the rows that they share."""
+        if len(parts) == 1:
+            return parts[0]
+        lookups = SortedLookups.of(torch.cat([part.lookups.rows for part in parts]))
+        first_U = lookups.order[torch.cumsum(lookups.counts, 0) - lookups.counts]
+
+        def merged(tensors: Iterable[Tensor]) -> Tensor:
+            return torch.cat(list(tensors)).index_select(0, first_U)
+
+        names = set.intersection(*(set(part.state) for part in parts))
+        return CachedRows(
+            lookups,
+            torch.unique(torch.cat([part.host_rows for part in parts])),
+            merged(part.weight for part in parts),
+            {name: merged(part.state[name] for part in parts) for name in names},
+        )
+
+
+class PendingFetch:
+    """Rows on their way from host memory to the device.
+
+    Args:
+        fetched: gives a function that waits for the copies on the device's current stream.
+    """
+
+    def __init__(self, fetched: "Future[Callable[[], CachedRows]]") -> None:
+        self._fetched = fetched
+        self._rows: CachedRows | None = None
+
+    def rows(self) -> CachedRows:
+        """Wait for the rows."""
+        if self._rows is None:
+            self._rows = self._fetched.result()()
+        return self._rows
+
+
+class HostStorage(DeviceStorage):
+    """Rows in host memory, with their optimizer state; for lookups and updates they are copied to the device.
+
+    Lookups and updates use the code of other tables. Between an update and ``flush``, the weight may lack the update's
+    rows.
+    """
+
+    on_host = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._state: Mapping[str, Tensor] = {}
+        self._pending: weakref.WeakSet[PendingFetch] = weakref.WeakSet()
+        """Fetches whose rows have not been looked up; an update has to replace rows among them."""
+        self._looked_up: list[CachedRows] = []
+        """Rows of the gradients that wait for an update."""
+        self._written: Future | None = None
+
+    def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """See DeviceStorage.empty."""
+        # Lightning builds networks with the accelerator as default device; sizes are counted on the meta device.
+        meta = torch.get_default_device().type == "meta"
+        return empty_table(shape, dtype, torch.device("meta" if meta else "cpu"))
+
+    def fetch(self, weight: Tensor, rows: Callable[[], Tensor], device: torch.device) -> PendingFetch:
+        """See DeviceStorage.fetch."""
+        pending = PendingFetch(host_io_executor.submit(self._fetch_batch, weight, rows, device))
+        self._pending.add(pending)
+        return pending
+
+    def source(self, weight: Tensor, request: RowRequest, fetched: PendingFetch) -> RowSource:
+        """See DeviceStorage.source."""
+        cached = fetched.rows()
+        # From now on the rows are brought up to date by merging them.
+        self._pending.discard(fetched)
+        positions = RowRequest.of_rows(cached.lookups.positions(), request.offsets, request.factors)
+        return RowSource(cached.weight, positions, cached.lookups, partial(self._take, cached))
+
+    def update(self, weight: Tensor, gradient: RowGradient, state: dict[str, Tensor], change: Change) -> None:
+        """See EmbeddingTables.update."""
+        copies, cached = Copies.of(gradient.rows.device), CachedRows.merge(self._looked_up)
+        self._looked_up = []
+        # It is fetched with the rows from now on.
+        self._state = state
+        if missing := {name: values for name, values in state.items() if name not in cached.state}:
+            cached.state |= host_io_executor.submit(_fetch, missing, cached.host_rows, copies).result()()
+        positions_U = torch.arange(len(gradient.rows), device=gradient.rows.device)
+        change(cached.weight, RowGradient(positions_U, gradient.values), cached.state)
+        for pending in list(self._pending):
+            pending.rows().replace(cached)
+        self.flush()
+        computed = copies.record_event()
+        self._written = host_io_executor.submit(self._write_back, weight, cached, copies, computed)
+
+    def clear(self) -> None:
+        """See DeviceStorage.clear."""
+        super().clear()
+        self._looked_up = []
+
+    def flush(self) -> None:
+        """See DeviceStorage.flush."""
+        if self._written is not None:
+            self._written.result()
+            self._written = None
+
+    def _take(self, cached: CachedRows, gradient: LookupGradient) -> None:
+        self.gradients.append(RowGradient(cached.lookups.rows.long(), gradient.values))
+        self._looked_up.append(cached)
+
+    def _fetch_batch(
+        self, weight: Tensor, rows: Callable[[], Tensor], device: torch.device
+    ) -> Callable[[], CachedRows]:
+        host, copies = SortedLookups.of(rows()), Copies.of(device)
+        lookups = copies.to_device(host._asdict())
+        fetched = _fetch({"": weight.detach(), **self._state}, host.rows, copies)
+
+        def cached() -> CachedRows:
+            state = fetched()
+            return CachedRows(SortedLookups(**lookups()), host.rows, state.pop(""), state)
+
+        return cached
+
+    def _write_back(self, weight: Tensor, cached: CachedRows, copies: "Copies", computed: Any) -> None:
+        updated = copies.to_host({"": cached.weight, **cached.state}, computed)
+        with torch.no_grad():
+            for name, values in updated.items():
+                (self._state[name] if name else weight).index_copy_(0, cached.host_rows.long(), values)
+
+
+def _fetch(tensors: Mapping[str, Tensor], rows: Tensor, copies: "Copies") -> Callable[[], dict[str, Tensor]]:
+    """Copy some rows of tensors in host memory to the device; the result waits for the copies and returns them."""
+    with torch.no_grad():
+        return copies.to_device({name: copies.gather(tensor, rows) for name, tensor in tensors.items()})
+
+
+class Copies:
+    """Copies between host memory and a device that run beside the device's work.
+
+    On a CUDA device they go through page-locked memory, on a stream of their own. If the device is the CPU they are
+    plain copies: a stand-in, with which everything else is tested.
+    """
+
+    def gather(self, tensor: Tensor, rows: Tensor) -> Tensor:
+        """Return some rows of a tensor in host memory, in memory from which ``to_device`` copies."""
+        return tensor.index_select(0, rows)
+
+    def to_device(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """Start to copy; the result waits for the copies on the caller's stream and returns them."""
+        copied = {name: tensor.clone() for name, tensor in tensors.items()}
+        return lambda: copied
+
+    def on_host(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute a tensor on the device and copy it to the host; waits for it, but for no other work."""
+        return compute().cpu()
+
+    def record_event(self) -> Any:
+        """Return what ``to_host`` waits for: all work that the caller's stream has been given so far."""
+        return None
+
+    def to_host(self, tensors: Mapping[str, Tensor], computed: Any) -> dict[str, Tensor]:
+        """Copy tensors of the device to host memory, after an event; waits for the copies."""
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+
+    @staticmethod
+    def of(device: torch.device) -> "Copies":
+        """Return the copies of a device: one object, and so one stream, for each."""
+        if device not in _copies:
+            _copies[device] = CudaCopies(device) if device.type == "cuda" else Copies()
+        return _copies[device]
+
+
+_copies: dict[torch.device, Copies] = {}
+
+
+class CudaCopies(Copies):
+    """See Copies."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def gather(self, tensor: Tensor, rows: Tensor) -> Tensor:
+        out = torch.empty(len(rows), *tensor.shape[1:], dtype=tensor.dtype, device="cpu", pin_memory=True)
+        return torch.index_select(tensor, 0, rows, out=out)
+
+    def to_device(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        with torch.cuda.stream(self._stream):
+            copied = {
+                name: (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self._device, non_blocking=True)
+                for name, tensor in tensors.items()
+            }
+            done = self._stream.record_event()
+
+        def wait() -> dict[str, Tensor]:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(done)
+            for tensor in copied.values():
+                # Its memory is not used again before the caller's stream is done with it.
+                tensor.record_stream(current)
+            return copied
+
+        return wait
+
+    def on_host(self, compute: Callable[[], Tensor]) -> Tensor:
+        with torch.cuda.stream(self._stream):
+            return compute().cpu()
+
+    def record_event(self) -> Any:
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def to_host(self, tensors: Mapping[str, Tensor], computed: Any) -> dict[str, Tensor]:
+        self._stream.wait_event(computed)
+        with torch.cuda.stream(self._stream):
+            copied = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(
+                    tensor, non_blocking=True
+                )
+                for name, tensor in tensors.items()
+            }
+        self._stream.synchronize()
+        return copied
