@@ -17,7 +17,8 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.kernels.choice import choose
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
-from lightning_dlrm.tables.lookup import EmbeddingTables
+from lightning_dlrm.tables.host import HostStorage
+from lightning_dlrm.tables.lookup import DeviceStorage, EmbeddingTables
 from lightning_dlrm.tables.table import Table
 
 ROWS = (40, 3, 500)
@@ -101,6 +102,23 @@ def test_empty_batches_and_empty_bags_leave_the_tables_alone() -> None:
     assert vectors[0].shape == (2, 3, 4) and not vectors[0].any()
     untouched = EmbeddingTables([Table.of_column(f"C{i}", rows) for i, rows in enumerate(ROWS)], 4, seed=1)
     assert torch.equal(lookup.weight, untouched.weight)
+
+
+def test_tables_on_the_host_use_the_same_kernels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches, found = [ragged(20, generator, weighted=True), one_hot(9, generator)], []
+    for kernels, storage in (("plain", DeviceStorage()), ("triton", HostStorage())):
+        tables = [Table.of_column(f"C{i}", rows) for i, rows in enumerate(ROWS)]
+        lookup = EmbeddingTables(tables, 8, seed=1, storage=storage)
+        lookup.kernels = kernels
+        optimizer = CTROptimizer([], [lookup], RULES["adam"], RULES["adam"])
+        for ids in batches:
+            optimizer.zero_grad()
+            lookup(ids).square().sum().backward()
+            optimizer.step()
+        lookup.flush()
+        found.append([lookup.weight.detach(), *optimizer.table_state[0].values()])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_int64_ids_and_gradients_in_bfloat16() -> None:

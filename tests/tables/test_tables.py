@@ -96,6 +96,18 @@ def test_an_empty_slice_has_vectors_and_a_gradient() -> None:
     assert tables.gradient().rows.numel() == 0
 
 
+def test_a_compiled_network_looks_up_eagerly() -> None:
+    tables = EmbeddingTables(tables_of(TABLES), 3, seed=1)
+    network = torch.nn.Sequential(tables, torch.nn.Flatten(), torch.nn.Linear(9, 1))
+    ids, found = SparseIds(values=torch.tensor([[1, 29, 0], [3, 8, 0]], dtype=torch.int32), tables=3), []
+    for forward in (network, torch.compile(network, backend="eager")):
+        logits = forward(ids)
+        logits.sum().backward()
+        found.append([logits.detach(), tables.gradient().rows, tables.gradient().values])
+        tables.clear_gradient()
+    torch.testing.assert_close(*found)
+
+
 def test_no_gradient_tensor_of_the_size_of_the_tables() -> None:
     tables = EmbeddingTables(tables_of(TABLES), 3)
     tables(SparseIds(values=torch.zeros(2, 3, dtype=torch.int32), tables=3)).sum().backward()
