@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.fit_length import planned_steps
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.tables.lookup import EmbeddingTables
@@ -257,7 +258,7 @@ class AverageForEvaluation(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not before: now the parameters are where they will be trained.
         start = self.settings.start_share
-        first_step = int(start * pl_module.total_steps("averaging")) if start else 0  # type: ignore[operator]
+        first_step = int(start * planned_steps(trainer, "averaging")) if start else 0
         self.averages = WeightAverages(pl_module.network, self.settings, first_step)  # type: ignore[arg-type]
         if self.saved is not None:
             self.averages.load(*self.saved)

@@ -3,6 +3,8 @@
 import numpy as np
 from torch import Tensor, nn
 
+from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.engine.guards import warn_of_chance
 from lightning_dlrm.objectives.curves import ClickCurves, click_curves
 from lightning_dlrm.objectives.metrics import ClickMetrics
 from lightning_dlrm.sharding.collectives import Ranks
@@ -32,12 +34,20 @@ class Evaluation(nn.Module):
         """Return the curves over all ranks; all ranks call it together."""
         return click_curves(self.metrics.logits, self.metrics.labels, Ranks())
 
-    def counts(self) -> tuple[int, int]:
-        """Return the numbers of samples and of clicks over all ranks; all ranks call it together."""
+    def warn_of_chance(
+        self, results: dict[str, float], schema: DatasetSchema, batch_size: int, learning_rates: dict[str, float]
+    ) -> None:
+        """Warn if the AUC cannot be told from that of guessing, see ``guards.warn_of_chance``; all ranks call it."""
+        optimum = schema.optimum.get("validation")
+        if optimum is not None and optimum.auc <= 0.5:
+            # The labels depend on nothing.
+            return
         labels = self.metrics.labels
         here = [sum(len(part) for part in labels), sum(int((part > 0).sum()) for part in labels)]
-        samples, clicks = np.sum(Ranks().all_gather(np.array(here)), axis=0).tolist()
-        return samples, clicks
+        ranks = Ranks()
+        samples, clicks = np.sum(ranks.all_gather(np.array(here)), axis=0).tolist()
+        if ranks.rank == 0:
+            warn_of_chance(results[f"{self.stage}/auc"], clicks, samples, batch_size, learning_rates)
 
     def reset(self) -> None:
         """Forget every batch."""

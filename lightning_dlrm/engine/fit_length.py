@@ -6,6 +6,8 @@ from typing import NamedTuple
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
+from lightning_dlrm.contracts.errors import UserError
+
 
 class FitLength(NamedTuple):
     """The end of a fit that nothing stops earlier."""
@@ -36,6 +38,27 @@ def all_micro_batches(trainer: pl.Trainer) -> set[int]:
 def steps_of_epochs(trainer: pl.Trainer, batches: int) -> int:
     """Return the optimizer steps of ``max_epochs`` epochs of so many batches."""
     return sum(-(-batches // micro_batches(trainer, epoch)) for epoch in range(trainer.max_epochs or 0))
+
+
+def planned_steps(trainer: pl.Trainer, user: str) -> int:
+    """Return the optimizer steps of a fit before its data are loaded.
+
+    Lightning's own estimate would load the data, and with them lose the position of a resumed run.
+
+    Args:
+        trainer: of the fit.
+        user: what needs the number, for the message.
+
+    Raises:
+        UserError: neither the trainer nor the data bound the fit.
+    """
+    batches = getattr(trainer.datamodule, "training_batches", None)  # type: ignore[attr-defined]
+    if batches is None or trainer.max_epochs in (None, -1):
+        if trainer.max_steps == -1:
+            raise UserError(f"{user} needs to know the fit's length: set trainer.max_steps")
+        return trainer.max_steps
+    steps = steps_of_epochs(trainer, batches)
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
 def fit_length(trainer: pl.Trainer) -> FitLength:

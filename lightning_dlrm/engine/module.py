@@ -6,7 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
@@ -15,8 +15,8 @@ from lightning_dlrm.engine.averaging import AverageForEvaluation, Averaging, Wei
 from lightning_dlrm.engine.checkpoint_state import add_state, check_checkpoint_plugin, take_state
 from lightning_dlrm.engine.compilation import CompilationLog, CompileMode, compile_mode, compile_score, compiled
 from lightning_dlrm.engine.evaluation import Evaluation
-from lightning_dlrm.engine.fit_length import steps_of_epochs
-from lightning_dlrm.engine.guards import LossGuard, Position, warn_of_chance
+from lightning_dlrm.engine.fit_length import planned_steps
+from lightning_dlrm.engine.guards import LossGuard, Position
 from lightning_dlrm.engine.loading import KEY, describe_module, load_module
 from lightning_dlrm.engine.timing import StepTimer
 from lightning_dlrm.engine.transfer import SideStream
@@ -30,7 +30,6 @@ from lightning_dlrm.optim.dense import DenseOptimizer
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import UpdateRule
 from lightning_dlrm.optim.schedules import Constant, Schedule, make_schedule, schedule_name
-from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tables.lookup import EmbeddingTables
 from lightning_dlrm.tracking import names
 
@@ -104,15 +103,17 @@ class CTRModule(pl.LightningModule):
         self.configuration: dict[str, Any] | None = None
         """The options as plain values, as a configuration has them; None if they were given as objects."""
         self.network: CTRNetwork
+        self.learning_rates: dict[str, float] = {}
+        """Of each group of the optimizer, as given; the schedule changes them."""
         self.size: ModelSize = self._size_of(network)
-        self.evaluations = nn.ModuleDict({stage: Evaluation(stage) for stage in (names.VALIDATION, names.TEST)})
+        self.validation, self.test = Evaluation(names.VALIDATION), Evaluation(names.TEST)
         self.results: dict[str, float] = {}
         """Metrics of the last evaluation, in full precision."""
         self.curves: ClickCurves | None = None
         """Of the last evaluation."""
         self.averaging = None if averaging is None else AverageForEvaluation(averaging)
         self.timer = StepTimer()
-        rates = ", ".join(f"{name} {rate:g}" for name, rate in self.learning_rates().items())
+        rates = ", ".join(f"{name} {rate:g}" for name, rate in self.learning_rates.items())
         self.guard = LossGuard(
             f"lower the learning rates ({rates}), warm up longer, or set trainer.gradient_clip_val; what was saved "
             "before is untouched"
@@ -167,13 +168,13 @@ class CTRModule(pl.LightningModule):
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             # A gradient scaler would unscale the dense gradients and pass over the tables' rows.
             raise UserError("precision 16-mixed scales the loss, which table rows do not support; use bf16-mixed")
-        if self.trainer.world_size > 1 and not all(lookup.placement.is_sharded for lookup in self._lookups()):
+        if self.trainer.world_size > 1 and not all(lookup.placement.is_sharded for lookup in self.network.lookups()):
             raise UserError(
                 "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp"
             )
         optimizer = self.make_optimizer(self.network)
         name = f"the schedule {schedule_name(self.schedule)}"
-        schedule = make_schedule(self.schedule, optimizer, lambda: self.total_steps(name))
+        schedule = make_schedule(self.schedule, optimizer, lambda: planned_steps(self.trainer, name))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def make_optimizer(self, network: CTRNetwork) -> CTROptimizer:
@@ -187,33 +188,9 @@ class CTRModule(pl.LightningModule):
             network.wide_lookups(),
         )
 
-    def learning_rates(self) -> dict[str, float]:
-        """Return the learning rate of each group of the optimizer, as given; the schedule changes them."""
-        return self._learning_rates
-
     def rule_of(self, lookup: EmbeddingTables, network: CTRNetwork) -> UpdateRule:
         """Return the update rule of one of a network's lookups."""
         return self.wide_rule if self.wide_rule is not None and lookup in network.wide_lookups() else self.table_rule
-
-    def total_steps(self, user: str) -> int:
-        """Return the optimizer steps of the whole fit.
-
-        Lightning's own estimate would load the data, and with them lose the position of a resumed run.
-
-        Args:
-            user: what needs the number, for the message.
-
-        Raises:
-            UserError: neither the trainer nor the data bound the fit.
-        """
-        trainer = self.trainer
-        batches = getattr(trainer.datamodule, "training_batches", None)  # type: ignore[attr-defined]
-        if batches is None or trainer.max_epochs in (None, -1):
-            if trainer.max_steps == -1:
-                raise UserError(f"{user} needs to know the fit's length: set trainer.max_steps")
-            return trainer.max_steps
-        steps = steps_of_epochs(trainer, batches)
-        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
     # --- a training step --------------------------------------------------------------------------
 
@@ -249,13 +226,11 @@ class CTRModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         # Lightning's own clipping sees ``.grad`` only, so it would pass over the tables.
-        if not gradient_clip_val:
-            return
-        ours: CTROptimizer = getattr(optimizer, "optimizer", optimizer)
-        if gradient_clip_algorithm == "value":
-            ours.clip_gradient_values(gradient_clip_val)
-        else:
-            ours.clip_gradient_norm(gradient_clip_val)
+        if gradient_clip_val:
+            ours: CTROptimizer = getattr(optimizer, "optimizer", optimizer)
+            by_value = gradient_clip_algorithm == "value"
+            clip = ours.clip_gradient_values if by_value else ours.clip_gradient_norm
+            clip(gradient_clip_val)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Return the batch on the device; to a GPU in a stream of its own, beside the steps that still compute."""
@@ -269,17 +244,17 @@ class CTRModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         # Kernels that are asked for and do not work here end the fit before its first step.
-        for lookup in self._lookups():
+        for lookup in self.network.lookups():
             choose(self.kernels, lookup.device.type, lookup.weight.dtype)
 
     def on_train_start(self) -> None:
         # Loaders that hold the next batch ready tell its ids; with others, no rows are fetched ahead.
         loader: Any = self.trainer.train_dataloader
-        if hasattr(loader, "prefetch") and any(lookup.prefetches for lookup in self._lookups()):
+        if hasattr(loader, "prefetch") and any(lookup.prefetches for lookup in self.network.lookups()):
             loader.prefetch = lambda batch: self.network.prefetch(batch.ids)
 
     def on_train_end(self) -> None:
-        for lookup in self._lookups():
+        for lookup in self.network.lookups():
             lookup.flush()
 
     def _scaled(self, loss: Tensor, batch_idx: int) -> Tensor:
@@ -288,16 +263,13 @@ class CTRModule(pl.LightningModule):
         present = min(micro, self.trainer.num_training_batches - batch_idx // micro * micro)
         return loss if present == micro else loss * (micro / present)
 
-    def _lookups(self) -> list[EmbeddingTables]:
-        return self.network.lookups()
-
     # --- evaluations ------------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluation(names.VALIDATION).update(self(batch), _labels(batch))
+        self.validation.update(self(batch), _labels(batch))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluation(names.TEST).update(self(batch), _labels(batch))
+        self.test.update(self(batch), _labels(batch))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return ``probability`` float32 [B], and ``row`` int64 [B] if the data number their rows."""
@@ -305,36 +277,21 @@ class CTRModule(pl.LightningModule):
         return {**rows, "probability": self(batch).cpu().double().sigmoid().float()}
 
     def on_validation_epoch_end(self) -> None:
-        self._finish(names.VALIDATION)
+        self._finish(self.validation)
 
     def on_test_epoch_end(self) -> None:
-        self._finish(names.TEST)
+        self._finish(self.test)
 
-    def _finish(self, stage: str) -> None:
-        evaluation = self._evaluation(stage)
+    def _finish(self, evaluation: Evaluation) -> None:
         if not self.trainer.sanity_checking:
             self.results, self.curves = evaluation.results(), evaluation.curves()
-            if self.trainer.state.fn == "fit":
-                self._warn_of_chance(evaluation)
+            fitting = self.trainer.state.fn == "fit"
+            if fitting:
+                evaluation.warn_of_chance(self.results, self.data_schema(), self._batch_size, self.learning_rates)
             # For callbacks such as EarlyStopping, and what ``trainer.validate`` and ``test`` return: only metrics that
             # go to loggers too. Those of a fit get them in full precision from MetricsLogger.
-            self.log_dict(self.results, logger=self.trainer.state.fn != "fit", rank_zero_only=True)
+            self.log_dict(self.results, logger=not fitting, rank_zero_only=True)
         evaluation.reset()
-
-    def _warn_of_chance(self, evaluation: Evaluation) -> None:
-        optimum = self.data_schema().optimum.get(names.VALIDATION)
-        if optimum is not None and optimum.auc <= 0.5:
-            # The labels depend on nothing.
-            return
-        samples, clicks = evaluation.counts()
-        if Ranks().rank == 0:
-            auc = self.results[f"{names.VALIDATION}/auc"]
-            warn_of_chance(auc, clicks, samples, self._batch_size, self.learning_rates())
-
-    def _evaluation(self, stage: str) -> Evaluation:
-        evaluation = self.evaluations[stage]
-        assert isinstance(evaluation, Evaluation)
-        return evaluation
 
     # --- checkpoints and data ---------------------------------------------------------------------
 
@@ -375,7 +332,7 @@ class CTRModule(pl.LightningModule):
                 "true where the model has that option, or leave wide_optimizer out"
             )
         optimizer = self.make_optimizer(network)
-        self._learning_rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
+        self.learning_rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
         # The length of the fit is not known yet; any will do to see that the schedule can be made.
         make_schedule(self.schedule, optimizer, lambda: 1000)
         return model_size(network, self.schema.features)
