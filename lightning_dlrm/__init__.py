@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lightning_dlrm.objectives.losses import FocalLoss, LogLoss, WeightedLogLoss
     from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad
     from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
+    from lightning_dlrm.testing import check_network
 
 _MODULES = {
     "datamodules.criteo": ("Criteo", "CriteoKaggle", "CriteoTerabyte"),
@@ -63,6 +64,7 @@ _MODULES = {
     "lightning_dlrm.objectives.losses": ("FocalLoss", "LogLoss", "WeightedLogLoss"),
     "lightning_dlrm.optim.rules": ("SGD", "Adagrad", "Adam", "RowWiseAdagrad"),
     "lightning_dlrm.tables.embeddings": ("Embeddings", "TableSettings"),
+    "lightning_dlrm.testing": ("check_network",),
 }
 """Module -> the public names that it defines; the imports above say the same to type checkers."""
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -101,6 +103,7 @@ __all__ = [
     "WeightedLogLoss",
     "WideAndDeep",
     "XDeepFM",
+    "check_network",
 ]
 
 

@@ -1,0 +1,136 @@
+"""Contract: ``check_network`` passes what can be trained, and names each mistake of what cannot."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dlrm import DCN, DLRM, CTRNetwork, DeepFM, Embeddings, Features, UserError, check_network
+from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.models.baselines import LogisticRegression, MatrixFactorization, XDeepFM
+from lightning_dlrm.models.layers import MLP, initialise
+
+
+class Own(CTRNetwork):
+    """The tables' vectors and the dense features through an MLP; what its subclasses get wrong is right here."""
+
+    def __init__(self, features: Features, seed: int) -> None:
+        super().__init__(features.dense)
+        self.embeddings = Embeddings(features.tables, 4, seed)
+        self.top = MLP([4 * len(features.tables) + features.dense, 8, 1], linear_output=True)
+        initialise(self, seed)
+
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        return self.top(torch.cat([self.missing(dense_BI), vectors["embeddings"]], dim=1)).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Own,
+        partial(DLRM, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], wide=True),
+        partial(DCN, embedding_dim=4, cross_layers=2, deep=[8], batch_norm=True, dropout=0.2),
+        partial(DeepFM, embedding_dim=4, deep=[8]),
+        partial(XDeepFM, embedding_dim=4, deep=[8], cin_layers=[3]),
+        LogisticRegression,
+        partial(MatrixFactorization, columns=["C1", "C2"], embedding_dim=4),
+    ],
+    ids=lambda make: getattr(make, "func", make).__name__,
+)
+def test_networks_that_can_be_trained(make: Callable[[Features, int], CTRNetwork]) -> None:
+    check_network(make)
+
+
+class ForwardAlone(Own):
+    score = CTRNetwork.score
+
+    def forward(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
+        return self.top(torch.cat([self.missing(dense_BI), self.embeddings(ids)], dim=1)).squeeze(1)
+
+
+class KeepsNaN(Own):
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        return self.top(torch.cat([dense_BI, vectors["embeddings"]], dim=1)).squeeze(1)
+
+
+class WrongShape(Own):
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        return super().score(dense_BI, vectors)[:, None]
+
+
+class Probabilities(Own):
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        return super().score(dense_BI, vectors).sigmoid()
+
+
+class Unused(Own):
+    def __init__(self, features: Features, seed: int) -> None:
+        super().__init__(features, seed)
+        self.spare = nn.Parameter(torch.zeros(3))
+
+
+class WithoutSeed(Own):
+    def __init__(self, features: Features, seed: int) -> None:
+        super().__init__(features, 7)
+
+
+class DrawsAnew(Own):
+    def __init__(self, features: Features, seed: int) -> None:
+        super().__init__(features, seed)
+        nn.init.normal_(self.top[0].weight)  # type: ignore[arg-type]
+
+
+class OwnTable(Own):
+    def __init__(self, features: Features, seed: int) -> None:
+        super().__init__(features, seed)
+        self.table = nn.Embedding(5, 1)
+        nn.init.zeros_(self.table.weight)
+
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        return super().score(dense_BI, vectors) + self.table.weight.sum()
+
+
+class MixesSamples(Own):
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        logits_B = super().score(dense_BI, vectors)
+        return logits_B - logits_B.mean()
+
+
+class OtherForward(Own):
+    def forward(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
+        return 2 * super().forward(dense_BI, ids)
+
+
+class OneIdOnly(Own):
+    def lookup(self, ids: SparseIds) -> dict[str, Tensor]:
+        values_BF = ids.values[:, : ids.tables]
+        return {"embeddings": self.embeddings(SparseIds(values=values_BF, tables=ids.tables))}
+
+
+def test_a_network_with_forward_alone() -> None:
+    check_network(ForwardAlone)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda features, seed: nn.Linear(1, 1), "returns a Linear; derive it from CTRNetwork"),
+        (lambda features: Own(features, 1), "cannot be made: make_network.features, seed. raises TypeError"),
+        (CTRNetwork, "cannot be made|defines neither score nor forward"),
+        (KeepsNaN, "missing dense values are NaN"),
+        (WrongShape, r"returns shape \(6, 1\); expected one logit a sample, \(6,\)"),
+        (Probabilities, "returns probabilities; expected logits"),
+        (Unused, "spare gets no gradient, which DDP refuses"),
+        (WithoutSeed, "networks of two seeds are the same"),
+        (DrawsAnew, "two networks of one seed differ in top.0.weight"),
+        (OwnTable, r"table is a torch.nn.Embedding"),
+        (MixesSamples, "depends on the other samples"),
+        (OtherForward, r"forward\(dense, ids\) is not score"),
+        (OneIdOnly, "a batch with bags of ids"),
+    ],
+)
+def test_each_mistake_is_named(make: Callable[[Features, int], CTRNetwork], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_network(make)
