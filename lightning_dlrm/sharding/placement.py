@@ -30,7 +30,8 @@ from lightning_dlrm.sharding.plan import Plan
 from lightning_dlrm.sharding.requests import LookupRequest, RowMap, decode_rows
 from lightning_dlrm.tables.gradients import LookupGradient
 from lightning_dlrm.tables.host import Copies
-from lightning_dlrm.tables.lookup import EmbeddingTables, Placement, RowRequest, RowSource, look_up
+from lightning_dlrm.tables.lookup import EmbeddingTables, Placement, look_up
+from lightning_dlrm.tables.requests import RowRequest, RowSource
 from lightning_dlrm.tables.table import Table
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.gradient import RowGradient
 from lightning_dlrm.tables.gradients import LookupGradient, SortedLookups
-from lightning_dlrm.tables.lookup import Change, DeviceStorage, RowRequest, RowSource
+from lightning_dlrm.tables.lookup import Change, DeviceStorage
 from lightning_dlrm.tables.memory import empty_table
+from lightning_dlrm.tables.requests import RowRequest, RowSource
 
 host_io_executor = ThreadPoolExecutor(1, thread_name_prefix="host tables")
 """The thread that reads and writes tables in host memory during training; it starts with its first task."""

@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,9 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.gradient import RowGradient
 from lightning_dlrm.kernels import native
 from lightning_dlrm.kernels.choice import Kernels, choose
-from lightning_dlrm.tables.gradients import LookupGradient, SortedLookups
+from lightning_dlrm.tables.gradients import LookupGradient
 from lightning_dlrm.tables.memory import empty_table, gather_rows
+from lightning_dlrm.tables.requests import RowRequest, RowSource
 from lightning_dlrm.tables.table import Table, TablePiece, fill_initial_rows
 
 Change = Callable[[Tensor, RowGradient, dict[str, Tensor]], None]
@@ -199,47 +200,6 @@ class EmbeddingTables(nn.Module):
 
     def extra_repr(self) -> str:
         return f"pieces={len(self.pieces)}, rows={self.weight.shape[0]}, width={self.width}"
-
-
-class RowRequest(NamedTuple):
-    """Rows of a matrix and the bags that they are summed by."""
-
-    values: Tensor
-    """int32 or int64 [N], or one-hot [B / F, F]: the id of each index within its table."""
-    row_offsets: Tensor
-    """int32 or int64 [F]: the first row of each table; bag b is of table b % F."""
-    offsets: Tensor | None
-    """int64 [B + 1]: where each bag begins, and the end of the last one; None if each index is a bag."""
-    factors: Tensor | None
-    """[N], or shaped as ``values``: what the row of each index is multiplied by; None means 1."""
-
-    def rows_and_bags(self) -> tuple[Tensor, Tensor | None]:
-        """Return the row of each index [N] and its bag, int64 [N]; the latter is None if each index is a bag."""
-        values, row_offsets_F, offsets, _ = self
-        if offsets is None:
-            return (values + row_offsets_F).reshape(-1), None
-        bag_N = torch.repeat_interleave(offsets.diff(), output_size=len(values))
-        if len(row_offsets_F) > 1:
-            row_offsets_F = row_offsets_F[bag_N % len(row_offsets_F)]
-        return values + row_offsets_F, bag_N
-
-    @staticmethod
-    def of_rows(rows_N: Tensor, offsets: Tensor | None = None, factors: Tensor | None = None) -> "RowRequest":
-        """Return a request of rows that are numbered by the matrix."""
-        return RowRequest(rows_N, rows_N.new_zeros(1), offsets, factors)
-
-
-class RowSource(NamedTuple):
-    """Where a lookup takes its vectors from, and where their gradient goes."""
-
-    weight: Tensor
-    """[R, D]."""
-    request: RowRequest
-    """Rows of ``weight``."""
-    lookups: SortedLookups | None
-    """The request's rows, sorted, if that is known; they are then all rows of ``weight``."""
-    take_gradient: Callable[[LookupGradient], None]
-    """Is given the gradient of the rows of ``weight``."""
 
 
 class DeviceStorage:
