@@ -7,7 +7,7 @@ import pytest
 
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import shipped_configs
-from lightning_dlrm.cli.retired import update_options
+from lightning_dlrm.engine.retired import update_options
 
 OVERLAYS = ("small.yaml", "figure5/small.yaml", "criteo_kaggle.yaml", "criteo_terabyte.yaml")
 NO_FITS = ("figure5.yaml",)
