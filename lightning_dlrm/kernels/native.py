@@ -103,7 +103,11 @@ def _lookup(
             raise IndexError(f"offsets of bags begin and end with {ends}, expected 0 and the ids' number {count:,}")
     if factors_N is not None:
         factors_N = factors_N.flatten().to(weight_RD.dtype).float().contiguous()
-    if weight_RD.dim() != 2 or not tables_F.numel() or (factors_N is not None and factors_N.numel() != count):
+    if (
+        weight_RD.dim() != 2
+        or (bags and not tables_F.numel())
+        or (factors_N is not None and factors_N.numel() != count)
+    ):
         raise ValueError(
             f"lookup: a weight of {list(weight_RD.shape)}, {tables_F.numel()} tables, {count} ids and factors of "
             f"{None if factors_N is None else list(factors_N.shape)}; expected two dimensions, a table and a factor "
