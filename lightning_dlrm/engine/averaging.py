@@ -34,7 +34,7 @@ class Averaging:
 
     An exponential moving average, a <- d a + (1 - d) w after each step, as in Polyak and Juditsky (1992)
     with a memory of 1 / (1 - d) steps; while there are fewer, all weigh the same. It takes as much memory
-    as the weights and 4 bytes a table row, and as much as the weights again during a validation.
+    as the weights in float32 at least and 4 bytes a table row, and as much again during a validation.
 
     Args:
         decay: d, 0 to 1; 1 for the plain mean of all steps.
@@ -67,7 +67,9 @@ def kept_share(decay: float, before_U: Tensor, steps: int) -> Tensor:
 
 
 def mix(average: Tensor, weight: Tensor, kept: Tensor | float) -> Tensor:
-    """kept * average + (1 - kept) * weight, row by row; in the weight's precision."""
+    """kept * average + (1 - kept) * weight, row by row; in the average's precision, on the weight's device."""
+    # A module is on the CPU after a fit on a GPU.
+    average, weight = average.to(weight.device), weight.to(average.dtype)
     share = torch.as_tensor(kept, dtype=torch.float64, device=weight.device)
     share = (1 - share).to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)) if weight.dim() else 1 - share
     # Where nothing is kept the weight itself, whatever an average of no steps holds.
@@ -98,14 +100,15 @@ class WeightAverages:
                 )
         self.settings = settings
         self.start_step = start_step
+        self._network = network
         self.lookups = [lookup for lookup in network.lookups() if lookup.weight.requires_grad]
         self.dense = dict(_dense_tensors(network))
-        self.dense_average = {name: torch.zeros_like(tensor) for name, tensor in self.dense.items()}
+        self.dense_average = {name: _zeros_like(tensor) for name, tensor in self.dense.items()}
         self.dense_steps = 0
         # Zeros that are not touched take no memory.
         self.tables: list[dict[str, Tensor]] = [
             {
-                AVERAGE: torch.zeros_like(lookup.weight.detach()),
+                AVERAGE: _zeros_like(lookup.weight.detach()),
                 AVERAGED_STEPS: torch.zeros(len(lookup.weight), dtype=torch.int32, device=lookup.weight.device),
             }
             for lookup in self.lookups
@@ -143,6 +146,8 @@ class WeightAverages:
         counted = steps_done - self.start_step
         if counted < 1:
             return
+        # Since the fit the module may have been moved to another device and back, to other memory.
+        self.dense = dict(_dense_tensors(self._network))
         weights = [(self.dense[name], value) for name, value in self._dense_averages(counted).items()]
         for lookup, state in zip(self.lookups, self.tables, strict=True):
             kept_R = kept_share(self.settings.decay, state[AVERAGED_STEPS], counted)
@@ -210,7 +215,7 @@ def average_rows(state: Mapping[str, Any], reader: CheckpointReader, piece: Tabl
     """
     if state["counted"] < 1 or AVERAGE not in reader.manifest.tables[piece.name].shapes:
         return
-    average_RD = torch.empty_like(weight_RD)
+    average_RD = _zeros_like(weight_RD)
     steps_R = torch.empty(len(weight_RD), dtype=torch.int32, device=weight_RD.device)
     reader.read_rows(piece, AVERAGE, average_RD)
     reader.read_rows(piece, AVERAGED_STEPS, steps_R)
@@ -234,6 +239,11 @@ def _dense_tensors(network: CTRNetwork) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in network.state_dict(keep_vars=True).items():
         if id(tensor) not in tables and tensor.is_floating_point():
             yield name, tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+
+
+def _zeros_like(weight: Tensor) -> Tensor:
+    # In bfloat16 an average of many steps would stand still: each moves it by less than a digit.
+    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 def _words(settings: Mapping[str, Any]) -> str:
