@@ -63,6 +63,7 @@ class CTROptimizer(torch.optim.Optimizer):
             "wide": [lookup for lookup in trained if lookup in of_wide],
         }
         self.rules = {"tables": table_rule} | ({} if wide_rule is None else {"wide": wide_rule})
+        self._tables = {lookup.weight for lookup in lookups}
         # Group by group, as the base class numbers the parameters.
         self.lookups = (*by_group["tables"], *by_group["wide"])
         self._group_of = {lookup: name for name, members in by_group.items() for lookup in members}
@@ -93,6 +94,24 @@ class CTROptimizer(torch.optim.Optimizer):
         if self.dense is not None:
             self.param_groups = [*self.dense.param_groups, *self._row_groups.values()]
             self.state = self.dense.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of dense layers' parameters, such as those of a layer that is trained from now on.
+
+        Raises:
+            UserError: they are rows of tables.
+        """
+        if not hasattr(self, "table_state"):
+            # Called by the base class.
+            super().add_param_group(param_group)
+            return
+        given = param_group["params"]
+        given = [given] if isinstance(given, Tensor) else list(given)
+        if self.dense is None or self._tables & set(given):
+            raise UserError("optimizers get their tables when they are made: let them require gradients from the start")
+        name = f"dense_{len(self.dense.param_groups) + 1}"
+        self.dense.add_param_group({"name": name, **param_group, "params": given})
+        self._share_with_dense()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every dense parameter that has a gradient and every touched row of a table, once.
