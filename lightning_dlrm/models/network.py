@@ -1,7 +1,7 @@
 """What every click-through-rate model here is: tables, dense layers, one logit a sample."""
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -16,20 +16,13 @@ Missing: TypeAlias = Literal["zero", "learned"]
 """What stands for a missing dense value: see MissingValues."""
 
 
-@runtime_checkable
-class UsesTables(Protocol):
-    """A layer of which one part reads tables, and the other computes with what they gave."""
-
-    def lookup(self, ids: SparseIds) -> Tensor:
-        """Read the tables: ids of all columns -> a tensor whose first dimension is the batch."""
-
-
 class CTRNetwork(nn.Module):
     """Base of the models. Shapes: B samples, I dense features.
 
     A model defines ``score``. What its tables give comes from ``lookup``, which this class derives from the model's
-    children: ``forward(dense, ids)`` is ``score(dense, lookup(ids))``. Lookups run eagerly; ``score`` is what is
-    compiled or exported. A model that defines ``forward`` alone trains as well, without ``model.compile``.
+    children: those that are Embeddings, or whose class defines ``lookup``. ``forward(dense, ids)`` is
+    ``score(dense, lookup(ids))``. Lookups run eagerly; ``score`` is what is compiled or exported. A model that defines
+    ``forward`` alone trains as well, without ``model.compile``.
 
     Args:
         dense: I.
@@ -61,10 +54,11 @@ class CTRNetwork(nn.Module):
     def lookup(self, ids: SparseIds) -> dict[str, Tensor]:
         """Return what the tables give for a batch's ids: name of the child that owns the tables -> tensor [B, ...]."""
         vectors: dict[str, Tensor] = {}
-        for name, child in self.named_children():
+        children: Iterable[tuple[str, Any]] = self.named_children()
+        for name, child in children:
             if isinstance(child, Embeddings):
                 vectors[name] = child(ids)
-            elif isinstance(child, UsesTables):
+            elif getattr(type(child), "lookup", None) is not None:
                 vectors[name] = child.lookup(ids)
         return vectors
 
