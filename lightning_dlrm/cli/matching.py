@@ -37,7 +37,7 @@ def match(module: CTRModule, options: Mapping[str, Any], goal: ModelSize, by: st
         The arguments that are widths, with their new values; and the model's size with them.
 
     Raises:
-        UserError: the model has no hidden layers.
+        UserError: the model has no hidden layers, or a cost is not known.
     """
     with torch.device("meta"):
         kind = type(module.make_network(module.schema.features, module.seed))
@@ -46,6 +46,8 @@ def match(module: CTRModule, options: Mapping[str, Any], goal: ModelSize, by: st
     if not hidden:
         raise UserError(f"{kind.__name__} has no hidden layers whose width could be matched; match the other model")
     cost = COSTS[by]
+    if not (cost(goal) and cost(module.size)):
+        raise UserError(f"--by {by}: it is not known of both models; choose another of {', '.join(COSTS)}")
 
     def widths(widest: int) -> dict[str, Any]:
         changed = {name: list(values) for name, values in original.items()}
@@ -56,7 +58,7 @@ def match(module: CTRModule, options: Mapping[str, Any], goal: ModelSize, by: st
     def size(widest: int) -> ModelSize:
         make: Callable[..., Any] = module.make_network
         with torch.device("meta"):
-            return model_size(make(module.schema.features, module.seed, **widths(widest)))
+            return model_size(make(module.schema.features, module.seed, **widths(widest)), module.schema.features)
 
     low, high = 1, WIDEST
     while low < high:

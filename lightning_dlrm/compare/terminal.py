@@ -25,7 +25,7 @@ def arms_table(arms: Sequence[PlannedArm], compared: Mapping[str, Mapping[str, A
             size.tables, size.dense, size.total, size.flops_per_sample_forward, size.flops_per_sample_training
         )  # fmt: skip
         samples = f"{arm.samples:,.0f}" if arm.samples != float("inf") else "unbounded"
-        rows.append((arm.name, *(f"{count:,}" for count in counts), samples))
+        rows.append((arm.name, *(f"{count:,}" if count else "unknown" for count in counts), samples))
     lines = [
         *table(rows),
         "tables, dense, total: parameters; forward, training: FLOPs per sample",
