@@ -58,6 +58,10 @@ class LossGuard(pl.Callback):
         if is_logged or not self._largest[1]:
             self.remember_gradients(pl_module.network, step)  # type: ignore[arg-type]
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Of a fit that neither logs nor saves its last steps.
+        Ranks().run_on_all_ranks(self.check)
+
     def watch(self, loss: Tensor, logits_B: Tensor, position: Position) -> None:
         """Take the loss of a batch (0-dim) and its logits, both detached.
 

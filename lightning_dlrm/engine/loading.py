@@ -108,6 +108,12 @@ def _build(kind: "type[CTRModule]", options: Mapping[str, Any], folder: Path) ->
     network = options.get("network")
     if network is None:
         raise UserError(f"checkpoint {folder} does not name its network: give it with network=")
+    for name in ("table_optimizer", "dense_optimizer"):
+        if name not in options:
+            raise UserError(
+                f"checkpoint {folder} does not say how its {name} is made, which was no class and no functools.partial "
+                "of one: make the module yourself and give the folder to trainer.validate, test or predict as ckpt_path"
+            )
     for path in _class_paths({name: value for name, value in options.items() if not callable(value)}):
         if not path.startswith(BUILT):
             raise UserError(

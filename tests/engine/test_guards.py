@@ -25,6 +25,7 @@ from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.tracking.run_folder import RunFolder
 from tests.engine.test_fit import StopAt, lines, losses, trainer_of
+from tests.engine.test_from_python import trainer_in
 from tests.toy import ToyData, ToyLoader, toy_dlrm, toy_module
 
 
@@ -49,6 +50,12 @@ def test_an_infinite_loss_stops_the_fit_and_saves_nothing(log_every: int, every:
     looked_at = {1: 5, 4: 4, 100: 1}[log_every]
     assert f"largest gradients at step {looked_at}, the last one looked at: " in message
     assert CheckpointReader(newest_checkpoint(run / "checkpoints")).header["step"] == 4
+
+
+def test_a_fit_that_logs_and_saves_nothing_ends_at_an_infinite_loss_too(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, enable_checkpointing=False, log_every_n_steps=100)
+    with pytest.raises(UserError, match="the loss is not finite at step 6"):
+        trainer.fit(toy_module(), Spoilt())
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
