@@ -9,9 +9,11 @@ from torch import Tensor
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.averaging import KEY as AVERAGES
 from lightning_dlrm.engine.averaging import average_rows, averaged_dense
+from lightning_dlrm.engine.fit_length import planned_steps, refuse_longer_fit
 from lightning_dlrm.engine.guards import refuse_bad_weights
 from lightning_dlrm.engine.random_state import random_states, restore_random_states
 from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.schedules import needs_total_steps
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tables.lookup import EmbeddingTables
@@ -99,6 +101,11 @@ def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) 
     _check_parameters(module, reader, checkpoint["state_dict"])
     averages = checkpoint.get(AVERAGES)
     if training:
+        if needs_total_steps(module.schedule):
+            # Before the run folder is changed.
+            for state in checkpoint["lr_schedulers"]:
+                if "_schedule_phases" in state:
+                    refuse_longer_fit(state["total_steps"], planned_steps(module.trainer, "OneCycleLR"))
         _keep_averages(module, averages, reader)
     elif module.averaging is not None:
         # Those of an earlier fit: the parameters are about to be others.

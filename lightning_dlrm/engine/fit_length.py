@@ -77,6 +77,18 @@ def total_steps(trainer: pl.Trainer) -> float:
     return fit_length(trainer).steps
 
 
+def refuse_longer_fit(end: int, steps: float) -> None:
+    """
+    Raises:
+        UserError: the fit takes more steps than a OneCycleLR, which torch ends with an error.
+    """
+    if steps > end:
+        raise UserError(
+            f"the schedule OneCycleLR ends at step {end:,}, where the length of the cycle was fixed, and this fit goes "
+            f"on: set trainer.max_steps to {end} or less, or start a new run"
+        )
+
+
 def unreached_settings(trainer: pl.Trainer, length: FitLength) -> list[str]:
     """Return the settings that ask for more steps or epochs than the fit takes."""
     given = {"min_epochs": (trainer.min_epochs, math.inf), "min_steps": (trainer.min_steps, length.steps)}

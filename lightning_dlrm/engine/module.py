@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
@@ -15,7 +16,7 @@ from lightning_dlrm.engine.averaging import AverageForEvaluation, Averaging, Wei
 from lightning_dlrm.engine.checkpoint_state import add_state, check_checkpoint_plugin, take_state
 from lightning_dlrm.engine.compilation import CompilationLog, CompileMode, compile_mode, compile_score, compiled
 from lightning_dlrm.engine.evaluation import Evaluation
-from lightning_dlrm.engine.fit_length import planned_steps
+from lightning_dlrm.engine.fit_length import planned_steps, refuse_longer_fit, total_steps
 from lightning_dlrm.engine.guards import LossGuard, Position
 from lightning_dlrm.engine.loading import KEY, describe_module, load_module
 from lightning_dlrm.engine.timing import StepTimer
@@ -250,8 +251,13 @@ class CTRModule(pl.LightningModule):
     def on_train_start(self) -> None:
         # Loaders that hold the next batch ready tell its ids; with others, no rows are fetched ahead.
         loader: Any = self.trainer.train_dataloader
-        if hasattr(loader, "prefetch") and any(lookup.prefetches for lookup in self.network.lookups()):
-            loader.prefetch = lambda batch: self.network.prefetch(batch.ids)
+        if hasattr(loader, "prefetch"):
+            prefetches = any(lookup.prefetches for lookup in self.network.lookups())
+            # A loader may have served another module before.
+            loader.prefetch = (lambda batch: self.network.prefetch(batch.ids)) if prefetches else None
+        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            if isinstance(scheduler, OneCycleLR):
+                refuse_longer_fit(scheduler.total_steps, total_steps(self.trainer))
 
     def on_train_end(self) -> None:
         for lookup in self.network.lookups():
@@ -264,6 +270,13 @@ class CTRModule(pl.LightningModule):
         return loss if present == micro else loss * (micro / present)
 
     # --- evaluations ------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        # An evaluation that was interrupted has left samples behind.
+        self.validation.reset()
+
+    def on_test_epoch_start(self) -> None:
+        self.test.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.validation.update(self(batch), _labels(batch))
@@ -289,8 +302,9 @@ class CTRModule(pl.LightningModule):
             if fitting:
                 evaluation.warn_of_chance(self.results, self.data_schema(), self._batch_size, self.learning_rates)
             # For callbacks such as EarlyStopping, and what ``trainer.validate`` and ``test`` return: only metrics that
-            # go to loggers too. Those of a fit get them in full precision from MetricsLogger.
-            self.log_dict(self.results, logger=not fitting, rank_zero_only=True)
+            # go to loggers too. During a fit MetricsLogger logs them. Lightning would round Python's floats.
+            exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.results.items()}
+            self.log_dict(exact, logger=not fitting, rank_zero_only=True)
         evaluation.reset()
 
     # --- checkpoints and data ---------------------------------------------------------------------
