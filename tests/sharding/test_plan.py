@@ -259,7 +259,7 @@ def test_amounts_of_memory() -> None:
     assert parse_memory("80GiB") == 80 * GIB
     assert parse_memory("24GiB, 1000") == [24 * GIB, 1000]
     for bad in ("80Gigs", "", "-1GB", "nan"):
-        with pytest.raises(UserError, match="no amount of memory"):
+        with pytest.raises(UserError, match="not an amount of memory"):
             parse_memory(bad)
 
 
