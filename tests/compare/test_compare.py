@@ -35,7 +35,7 @@ from lightning_dlrm.compare.figures import PAGE_WIDTH, draw_all
 from lightning_dlrm.compare.operators import breakdown
 from lightning_dlrm.compare.processes import DevicePool, Job, run_jobs, trained_samples
 from lightning_dlrm.compare.results import compare
-from lightning_dlrm.compare.runs import arms_of, data_differences, read_run, settings_of, told
+from lightning_dlrm.compare.runs import arms_of, data_differences, format_value, read_run, settings_of
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import exact_auc
@@ -408,7 +408,7 @@ def test_runs_are_grouped_by_configuration_whatever_their_seed() -> None:
 
 def test_a_setting_of_0_is_a_number_in_tables() -> None:
     values = [0, 0.0, None, False, True, [512, 256], "models.DLRM"]
-    assert [told(value) for value in values] == ["0", "0.0", "-", "-", "True", "512-256", "DLRM"]
+    assert [format_value(value) for value in values] == ["0", "0.0", "-", "-", "True", "512-256", "DLRM"]
 
 
 def test_times_of_a_busy_machine_are_not_compared() -> None:
