@@ -209,7 +209,7 @@ def leave_run(arm: PlannedArm, seed: int, output: Path, skill: float) -> Path:
     path = Path(f"{arm.name}-{seed}")
     path.mkdir()
     (path / "config.yaml").write_text(yaml.safe_dump({**arm.document, "seed_everything": seed}))
-    data = Criteo("demo", demo=DemoSettings(**arm.document["data"]["init_args"]["demo"]["init_args"]))
+    data = Criteo("demo", demo=DemoSettings(**arm.document["data"]["init_args"]["demo"]))
     data.prepare_data()
     schema = data.schema
     lines = [
@@ -355,7 +355,7 @@ def test_sizes_of_demo_data_say_nothing_beside_other_data() -> None:
     lines = data_differences([read_run(run) for run in runs])
     assert lines[-1] == "data.init_args.path: real, demo" and not any("test_rows" in line for line in lines)
     before = settings_of(config)
-    config["data"]["init_args"]["demo"]["init_args"]["test_rows"] = 1
+    config["data"]["init_args"]["demo"]["test_rows"] = 1
     assert settings_of(config) == before, "nor do they make another configuration"
 
 
