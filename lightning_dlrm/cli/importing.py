@@ -69,10 +69,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
-    """Return the parameters in a file of facebookresearch/dlrm by name; no code in it is run.
+    """Return the parameters in a file of facebookresearch/dlrm by name; code in the file is not run.
 
     Raises:
-        UserError: there is no such file, or it is something else.
+        UserError: the file is missing, or is not of this form.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}; expected what facebookresearch/dlrm wrote with --save-model")
@@ -81,7 +81,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path} is not opened: it is no file of tensors and plain values ({' '.join(str(error).split())[:120]}); "
+            f"{path} is not a file of tensors and plain values ({' '.join(str(error).split())[:120]}); "
             "expected what facebookresearch/dlrm wrote with --save-model"
         ) from error
     weights = content.get("state_dict") if isinstance(content, Mapping) else None
@@ -95,7 +95,7 @@ def take_weights(module: CTRModule, weights: Mapping[str, Tensor], source: Path)
     """Copy published parameters into a module's DLRM.
 
     Raises:
-        UserError: the module has another network, or the weights are of other names or shapes.
+        UserError: the module has another network, or the parameters have other names or shapes.
     """
     network = module.network
     if not isinstance(network, DLRM):

@@ -1,4 +1,4 @@
-"""Runs of an experiment as processes of the commands that a user would type, several at a time, each on a device."""
+"""Processes of an experiment's runs: the commands that a user would type, several at a time, each on a device."""
 
 import fcntl
 import json

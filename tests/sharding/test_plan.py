@@ -376,6 +376,6 @@ def test_the_command_counts_the_ids_of_a_bag(capsys: pytest.CaptureFixture[str])
     assert main([*wide, "--json", "--model.network.tables.pooling_weights=learned"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["pooled"] == [] and found["sent_bytes_per_step"]["C2"]["as_sums"] is None
-    for bad, said in (("1,2", "gives 2 figures, the data have 26"), ("many", "expected numbers"), ("-1", "-1.0 ind")):
+    for bad, said in (("1,2", "gives 2 numbers, the data have 26"), ("many", "expected numbers"), ("-1", "-1.0 ind")):
         assert main([*command, "--indices", bad]) == 2
         assert said in capsys.readouterr().err
