@@ -1,4 +1,4 @@
-"""Where a run's metrics go: the run folder, and W&B or the loggers of the configuration."""
+"""The loggers of a run: the run folder, and W&B or the loggers of the configuration."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""Error messages of the command line: one line each, made of the many that jsonargparse writes."""
+"""Error messages of the command line: jsonargparse's messages shortened to one line each."""
 
 import difflib
 import re
@@ -14,7 +14,7 @@ def explain(message: str, known: Sequence[str]) -> str:
     """Return jsonargparse's message in one line, with the nearest key or class if one is misspelt."""
     named = re.search(r'Parser key "([\w.]+)"', message)
     key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
-    # A nested parser has already explained itself.
+    # A nested parser has already shortened its message.
     if match := re.search(r"unknown key [\w.]+(; did you mean [\w.]+\?)?", message):
         return match[0]
     if match := re.search(r"[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*", message):
@@ -42,7 +42,7 @@ def explain(message: str, known: Sequence[str]) -> str:
         return _explain_class(message, match[1])
     if "collections.abc.Callable" in message:
         return _explain_factory(key, message)
-    # What is wrong with data's class stands beside that data is not none either; it is explained already.
+    # The message lists the error of data's class, already shortened, and that data is not None.
     if match := re.search(
         r"LightningDataModule'>.*?Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S
     ):
@@ -60,13 +60,13 @@ def explain(message: str, known: Sequence[str]) -> str:
         expected = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1]).replace(", ", " or ")
         return f"{key}: {given[1].strip()} is no {expected}"
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
-    # Between two settings, ours says what is wrong.
+    # The error of a linked setting is in this project's own message.
     line = re.sub(r"Call to compute_fn of link .*? failed: ", "", line)
     return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
 
 
 def _explain_class(message: str, base: str) -> str:
-    """Return the message about a class of another library, if one of this project is needed."""
+    """Return the message about a class of another library, if a class of this project is needed."""
     key = re.search(r'Parser key "([\w.]+)"', message)
     given = re.search(r"Import path ([\w.]+) does", message) or re.search(r"Given value: (\S+)", message)
     why = ", and cannot update single rows of a table" if base == "UpdateRule" else ""
@@ -77,8 +77,8 @@ def _explain_class(message: str, base: str) -> str:
 
 
 def _explain_factory(key: str, message: str) -> str:
-    """A class that is to make an optimizer or a schedule, or its settings."""
-    # That such a class may be left out, and a file take its place, is said as well.
+    """Return the message about a class that makes an optimizer or a schedule, or about its settings."""
+    # The message also says that None and a file would be accepted.
     found = re.search(r"Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S)
     reason = re.sub(r".*expects a function or a callable class: ", "", found[1] if found else message, flags=re.S)
     if match := re.search(r"(?:Expected|module) '([\w.]+)' (?:to be a subclass|has no attribute '(\w+)')", reason):
@@ -114,7 +114,7 @@ def known_keys(parser: ArgumentParser) -> list[str]:
 
 
 def _nearest_key(key: str, known: Sequence[str]) -> str:
-    """The nearest key, or the same one in the section whose name is misspelt: modle.network is near model.network."""
+    """Return a suggestion: the nearest key, or the key with its section's name corrected (modle.network)."""
     parts = key.split(".")
     for n in range(1, len(parts)):
         sections = {".".join(split[:n]) for name in known if len(split := name.split(".")) > n}
@@ -123,7 +123,7 @@ def _nearest_key(key: str, known: Sequence[str]) -> str:
             continue
         for meant in difflib.get_close_matches(section, sections, n=1):
             corrected = ".".join([meant, *parts[n:]])
-            # A class's own settings are known only where it is chosen; those sections have a key for help.
+            # Settings of a class are not listed, but its section has a key for help.
             if corrected in known or f"{meant}.help" in known:
                 return f"; did you mean {corrected}?"
         break

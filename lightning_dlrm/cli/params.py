@@ -1,4 +1,4 @@
-"""``params``: what a configuration costs, without allocating its tables or preparing its data."""
+"""``params``: count the costs of a configuration, without allocating its tables or preparing its data."""
 
 import argparse
 import json
@@ -42,20 +42,16 @@ def _parser(description: str) -> CommandParser:
 
 
 def _add_matching_arguments(parser: Any) -> None:
-    """Add the options that make one model cost what another does."""
+    """Add the options that change a model's widths to match the cost of another model."""
     parser.add_argument(
         "--match",
         nargs="+",
         default=None,
-        help="configuration whose hidden layers are to be widened or narrowed, with its overlays: params --match "
+        help="configuration whose hidden layers are widened or narrowed, with its overlays: params --match "
         "dcn.yaml --to dlrm.yaml --by dense --output matched.yaml (other options, such as --data.path, go to both)",
     )
-    parser.add_argument(
-        "--to", nargs="+", default=None, help="configuration whose cost is to be met, with its overlays"
-    )
-    parser.add_argument(
-        "--by", default="dense", help="what is to be met: total, dense (parameters), or flops (forward)"
-    )
+    parser.add_argument("--to", nargs="+", default=None, help="configuration whose cost is matched, with its overlays")
+    parser.add_argument("--by", default="dense", help="the cost: total, dense (parameters), or flops (forward)")
     parser.add_argument("--output", default=None, help="the new configuration's file")
 
 

@@ -1,4 +1,4 @@
-"""A plan in words and numbers: as JSON, and as aligned tables."""
+"""A plan as JSON and as text."""
 
 import math
 import statistics
@@ -55,7 +55,7 @@ def plan_document(
 def describe_plan(
     plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], of_tables: Sequence[TableCost]
 ) -> str:
-    """The plan as tables of ranks, of the tables that are cut, and of those with bags; and its balance in a line."""
+    """Return a plan as text: tables of its ranks, split tables and tables with bags, and a line of its balance."""
     host = any(cost.host_bytes for cost in costs)
     sizes = ("GiB", "of it on host") if host else ("GiB",)
     lines: list[tuple[str, ...]] = [

@@ -1,4 +1,4 @@
-"""A configuration's model and data for commands that look at them; no Trainer is built."""
+"""Model and data of a configuration, for commands without a Trainer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from lightning_dlrm.engine.module import CTRModule
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAndData:
-    """What a configuration makes.
+    """The model and the data of a configuration.
 
     Args:
         settings: all settings, as parsed.
@@ -36,7 +36,7 @@ class ModelAndData:
 
 
 def build_model_and_data(arguments: Sequence[str], parser: CommandParser | None = None) -> ModelAndData:
-    """Parse options and build the model and the data that they describe, and nothing else.
+    """Parse options and build the model and the data that they describe.
 
     Args:
         arguments: such as ``--config dlrm.yaml --data.path DIR``.

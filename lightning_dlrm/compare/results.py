@@ -56,7 +56,7 @@ class Pair:
     """The difference a minus b."""
     verdict: Verdict
     reason: str
-    """Reason of the verdict, for people."""
+    """Reason of the verdict, as text."""
     single: Sequence[str]
     """Names of the sides with one seed."""
     same_data: bool

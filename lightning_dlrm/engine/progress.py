@@ -20,7 +20,7 @@ LINE_SECONDS = 10.0
 
 
 class RunProgress(ProgressBar):
-    """Steps, time left, samples/s, wait for data and loss of a fit; batches of an evaluation.
+    """Progress bar with steps, remaining time, samples/s, wait for data and loss of a fit, or batches of an evaluation.
 
     Args:
         metrics: the callback whose metrics are shown; None outside a fit.
@@ -131,7 +131,7 @@ class RunProgress(ProgressBar):
 
 
 class Lines(tqdm):
-    """Prints a line every few seconds instead of redrawing a bar."""
+    """A progress bar that prints a line every few seconds instead of redrawing."""
 
     def __init__(self, **options: Any) -> None:
         self._printed = time.monotonic()

@@ -8,7 +8,7 @@ from lightning_dlrm.tracking.run_folder import RunFolder, curves_file
 
 
 class EvaluationWriter(pl.Callback):
-    """Writes the metrics of ``validate`` and ``test`` to ``validate.json`` and ``test.json``.
+    """Callback that writes the metrics of ``validate`` and ``test`` to JSON files.
 
     Args:
         folder: the run folder.
@@ -35,7 +35,7 @@ class EvaluationWriter(pl.Callback):
 
 
 class CurveWriter(pl.Callback):
-    """Writes the curves of the last evaluation of each split, also within a fit.
+    """Callback that writes the curves of the last evaluation of each split, also within a fit.
 
     Args:
         folder: the run folder.

@@ -471,7 +471,7 @@ def test_checkpoint_of_another_model_or_dataset(capsys: pytest.CaptureFixture[st
     dcn: list[Any] = ["validate", "--config", "dcn.yaml", "--config", "small.yaml", *TINY_DEMO, *checkpoint]
     for arguments, message in [
         (dcn, "is of a DLRM, this run trains a DCN"),
-        (["validate", *FIT[1:], "--data.demo.seed=5", *checkpoint], "encoded otherwise"),
+        (["validate", *FIT[1:], "--data.demo.seed=5", *checkpoint], "with another encoding"),
         ([*FIT, *QUICK, "--data.demo.train_rows=9000", "--run_dir", "other", *checkpoint], "trained on other rows"),
     ]:
         assert main(arguments) == 2

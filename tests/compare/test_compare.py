@@ -35,7 +35,7 @@ from lightning_dlrm.compare.figures import PAGE_WIDTH, draw_all
 from lightning_dlrm.compare.operators import breakdown
 from lightning_dlrm.compare.processes import DevicePool, Job, run_jobs, trained_samples
 from lightning_dlrm.compare.results import compare
-from lightning_dlrm.compare.runs import arms_of, data_differences, read_run, settings_of, told
+from lightning_dlrm.compare.runs import arms_of, data_differences, format_value, read_run, settings_of
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import exact_auc
@@ -209,7 +209,7 @@ def leave_run(arm: PlannedArm, seed: int, output: Path, skill: float) -> Path:
     path = Path(f"{arm.name}-{seed}")
     path.mkdir()
     (path / "config.yaml").write_text(yaml.safe_dump({**arm.document, "seed_everything": seed}))
-    data = Criteo("demo", demo=DemoSettings(**arm.document["data"]["init_args"]["demo"]["init_args"]))
+    data = Criteo("demo", demo=DemoSettings(**arm.document["data"]["init_args"]["demo"]))
     data.prepare_data()
     schema = data.schema
     lines = [
@@ -355,7 +355,7 @@ def test_sizes_of_demo_data_say_nothing_beside_other_data() -> None:
     lines = data_differences([read_run(run) for run in runs])
     assert lines[-1] == "data.init_args.path: real, demo" and not any("test_rows" in line for line in lines)
     before = settings_of(config)
-    config["data"]["init_args"]["demo"]["init_args"]["test_rows"] = 1
+    config["data"]["init_args"]["demo"]["test_rows"] = 1
     assert settings_of(config) == before, "nor do they make another configuration"
 
 
@@ -408,7 +408,7 @@ def test_runs_are_grouped_by_configuration_whatever_their_seed() -> None:
 
 def test_a_setting_of_0_is_a_number_in_tables() -> None:
     values = [0, 0.0, None, False, True, [512, 256], "models.DLRM"]
-    assert [told(value) for value in values] == ["0", "0.0", "-", "-", "True", "512-256", "DLRM"]
+    assert [format_value(value) for value in values] == ["0", "0.0", "-", "-", "True", "512-256", "DLRM"]
 
 
 def test_times_of_a_busy_machine_are_not_compared() -> None:

@@ -448,7 +448,7 @@ def test_precisions_train(precision: str, tmp_path: Path) -> None:
         (
             lambda: toy_module(schema=toy_schema(protocol="other")),
             lambda: ToyData(schema=toy_schema(protocol="other")),
-            "encoded otherwise",
+            "with another encoding",
         ),
     ],
     ids=["network", "width", "encoding"],

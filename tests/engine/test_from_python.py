@@ -93,7 +93,7 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
     module = CTRModule(OwnNetwork, SGD(0.1), torch.optim.Adagrad, schema=toy_schema())
     assert module.size.flops_per_sample_forward == 2 * 18, "counted by torch"
     folder = fitted(module, tmp_path)
-    with pytest.raises(UserError, match=r"names .*OwnNetwork, which is no class of this package"):
+    with pytest.raises(UserError, match=r"names .*OwnNetwork, which is not a class of this package"):
         CTRModule.load_from_checkpoint(folder)
     batch = toy_batch(5, seed=1)
     assert torch.equal(CTRModule.load_from_checkpoint(folder, network=OwnNetwork)(batch), module(batch))

@@ -95,7 +95,7 @@ class OwnNetwork(CTRNetwork):
 
 def test_a_network_with_forward_alone_trains_as_one_with_score(tmp_path: Path) -> None:
     assert fitted(tmp_path / "own", toy_module(OwnNetwork)) == fitted(tmp_path / "plain", toy_module())
-    with pytest.raises(UserError, match="OwnNetwork defines forward alone"):
+    with pytest.raises(UserError, match="OwnNetwork defines forward only"):
         fitted(tmp_path / "compiled", toy_module(OwnNetwork, compile=True))
 
 
