@@ -67,7 +67,7 @@ def kept_share(decay: float, before_U: Tensor, steps: int) -> Tensor:
 
 
 def mix(average: Tensor, weight: Tensor, kept: Tensor | float) -> Tensor:
-    """Return kept * average + (1 - kept) * weight, row by row, in the average's precision and on the weight's device."""
+    """Return kept * average + (1 - kept) * weight, row by row, in the average's dtype, on the weight's device."""
     # After a fit on a GPU, the module is on the CPU.
     average, weight = average.to(weight.device), weight.to(average.dtype)
     share = torch.as_tensor(kept, dtype=torch.float64, device=weight.device)

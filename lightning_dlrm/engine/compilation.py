@@ -44,7 +44,7 @@ def compiled(function: Callable[..., Any], mode: CompileMode) -> Callable[..., A
     if mode == "max-autotune-no-cudagraphs":
         return run
     # The next step writes into the memory of what a CUDA graph returns; metrics keep logits for longer.
-    return lambda *arguments: run(*arguments).clone()
+    return lambda *arguments, **options: run(*arguments, **options).clone()
 
 
 def compile_score(network: CTRNetwork, mode: CompileMode) -> None:

@@ -224,7 +224,7 @@ struct update {
 };
 
 /* Returns the sort key of an index: its row, then its bag, or its number if there are factors. Reading the bags after
-   the sort would take_chunk as long as the sort. */
+   the sort would take as long as the sort itself. */
 INLINE uint64_t packed(const struct update *a, int64_t i) {
     return (uint64_t)(uint32_t)a->rows[i] << 32 | (uint64_t)(a->bags && !a->factors ? a->bags[i] : i);
 }
