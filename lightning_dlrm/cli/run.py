@@ -65,12 +65,12 @@ class Job:
 
     Args:
         command: fit, validate, test or predict.
-        parser: of its settings.
-        settings: as parsed, with the checkpoint and the seeds that were chosen.
+        parser: parser of the settings.
+        settings: parsed settings, with the chosen checkpoint and seeds.
         module: the model.
         datamodule: the data.
-        folder: of the run; its path is chosen by rank 0, and the callbacks of other ranks get it when they set up.
-        metrics_logger: what a fit has logged; None for evaluations.
+        folder: the run folder; rank 0 chooses its path, and callbacks of other ranks get it in ``setup``.
+        metrics_logger: callback with the metrics of a fit; None for evaluations.
         made_folder: whether this command has made the run folder.
     """
 
@@ -94,7 +94,7 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
     Args:
         command: fit, validate, test or predict.
         arguments: its options.
-        description: of the command, for ``--help``.
+        description: description of the command, for ``--help``.
 
     Raises:
         UserError: a setting is wrong, the data or a checkpoint do not fit, or another rank was lost.
@@ -146,7 +146,7 @@ def choose_checkpoint(command: str, settings: Namespace) -> None:
     else:
         newest = newest_checkpoint(RunFolder(Path(run_dir)).checkpoints)
         if newest is None:
-            log.info("no checkpoint in %s yet: starting afresh", run_dir)
+            log.info("no checkpoint in %s yet: starting a new run", run_dir)
         else:
             settings.ckpt_path = str(newest)
 
@@ -211,11 +211,11 @@ def build_callbacks(job: Job, trainer_settings: dict[str, Any]) -> list[pl.Callb
 
 
 class RunTrainer(pl.Trainer):
-    """A Trainer whose files lie in the run folder, which is chosen after its settings have been checked.
+    """A Trainer whose files are in the run folder, which is chosen after its settings have been checked.
 
     Args:
-        folder: of the run; its path may be set later.
-        settings: of ``pl.Trainer``.
+        folder: the run folder; its path may be set later.
+        settings: arguments of ``pl.Trainer``.
     """
 
     def __init__(self, folder: RunFolder, **settings: Any) -> None:
@@ -349,7 +349,7 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
             raise
         raise UserError(
             f"another rank has ended or does not answer ({' '.join(str(error).split())[:200]}): "
-            "see what it said; checkpoints saved before are whole: resume with --resume auto"
+            "see its output; earlier checkpoints are whole: resume with --resume auto"
         ) from error
     finally:
         finish_loggers(succeeded)
@@ -368,7 +368,7 @@ def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
         return
     config, path = (shlex.quote(str(given)) for given in (folder.path / CONFIG, folder.path))
     log.info(
-        "interrupted at step %s; go on with: python -m lightning_dlrm fit --config %s --run_dir %s --resume auto",
+        "interrupted at step %s; continue with: python -m lightning_dlrm fit --config %s --run_dir %s --resume auto",
         *(step, config, path),
     )
 
@@ -377,7 +377,7 @@ def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
 
 
 def report_fit(job: Job, trainer: pl.Trainer) -> None:
-    """Print the scores of a fit and what can be done with it."""
+    """Print the scores of a fit and the next commands."""
     metrics_logger = job.metrics_logger
     assert metrics_logger is not None
     if not trainer.is_global_zero or trainer.interrupted:
