@@ -129,8 +129,8 @@ def run_jobs(jobs: Sequence[Job], devices: DevicePool, done: Callable[[Job], Non
     if failed:
         told = "\n".join(f"  {job.name} {why} (all of it in {job.log})" for job, why in failed)
         raise UserError(
-            f"{len(failed)} of {len(jobs)} runs failed; the others are kept, and the same command goes on with what is "
-            f"missing:\n{told}"
+            f"{len(failed)} of {len(jobs)} runs failed; the others are kept, and the same command continues with the "
+            f"failed runs:\n{told}"
         )
 
 

@@ -80,7 +80,7 @@ def test_probabilities_are_those_of_the_file(
     assert len(expected) == 500 and expected.std() > 1e-3
     np.testing.assert_allclose(found["probability"].to_numpy(), expected.numpy(), atol=1e-6)
     assert main(["fit", *OPTIONS, "--ckpt_path", str(checkpoint), "--run_dir", str(tmp_path / "fit")]) == 2
-    assert "holds weights only, so a fit cannot go on from it" in capsys.readouterr().err
+    assert "has no optimizer state, so a fit cannot continue from it" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused(

@@ -169,7 +169,7 @@ def test_a_wrong_experiment_is_one_line(changes: Any, message: str, capsys: pyte
         (["--output", "out"], "nothing to compare"),
         (["a", "b"], "give --output DIR"),
         (["a", "--outptu", "out"], "unknown option --outptu"),
-        (["a", "b", "--output", "out"], "a is no run folder"),
+        (["a", "b", "--output", "out"], "a is not a run folder"),
         (["--config", "small.yaml", "--output", "out"], "0 of the --config files name arms"),
         (["--config", "tiny.yaml", "--output", "out", "--data.pth", "x"], "unknown key pth; did you mean path?"),
         (["--config", "tiny.yaml", "--output", "out", "--seeds", "1,x"], "expected whole numbers"),
