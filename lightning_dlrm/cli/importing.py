@@ -16,7 +16,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.models.published import published_names
+from lightning_dlrm.models.published import reference_state_dict
 
 DESCRIPTION = """Makes a checkpoint folder of weights from a .pt file that facebookresearch/dlrm saved (--save-model).
 
@@ -102,7 +102,7 @@ def take_weights(module: CTRModule, weights: Mapping[str, Tensor], source: Path)
         raise UserError(
             f"{source} is of a DLRM, the configuration makes a {type(network).__name__}: use one like dlrm.yaml"
         )
-    ours = {name: weight for name, weight in published_names(network).items() if weight.requires_grad}
+    ours = {name: weight for name, weight in reference_state_dict(network).items() if weight.requires_grad}
     for name in sorted(ours.keys() | weights.keys()):
         found, expected = (tuple(of[name].shape) if name in of else "missing" for of in (weights, ours))
         if found != expected:

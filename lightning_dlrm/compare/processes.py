@@ -15,7 +15,7 @@ from typing import IO
 from tqdm import tqdm
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.interrupts import leaving_in_order
+from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.engine.progress import Lines
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import RunFolder
@@ -94,7 +94,7 @@ def run_jobs(jobs: Sequence[Job], devices: DevicePool, done: Callable[[Job], Non
     waiting, free, running = deque(jobs), deque(range(len(devices.environments))), list[_Running]()
     failed: list[tuple[Job, str]] = []
     progress = _Progress(jobs)
-    with leaving_in_order():
+    with exit_on_signals():
         try:
             while waiting or running:
                 while waiting and free:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossKind, CrossNetwork, make_cross
-from lightning_dlrm.models.layers import MLP, DotInteraction, ProjectionInteraction, initialise
+from lightning_dlrm.models.layers import MLP, DotInteraction, ProjectionInteraction, initialize
 from lightning_dlrm.models.linear import LinearTerms
 from lightning_dlrm.models.network import CTRNetwork, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
@@ -37,7 +37,7 @@ class DLRM(CTRNetwork):
         cross_rank: rank of low_rank and mixture.
         cross_experts: experts of mixture.
         wide: add linear terms, a weight for each dense feature and each id (Cheng et al. 2016).
-        dropout: share of the top MLP's hidden outputs that training leaves out.
+        dropout: share of the top MLP's hidden outputs that training sets to 0.
         tables: widths, pooling, and small tables in place of large ones.
         missing: what stands for a missing dense value: zero, or learned (a number for each feature).
     """
@@ -104,7 +104,7 @@ class DLRM(CTRNetwork):
             width = joined
         self.top = MLP([width, *top_mlp, 1], linear_output=True, dropout=dropout)
         self.wide = LinearTerms(features, seed) if wide else None
-        initialise(self, seed)
+        initialize(self, seed)
 
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
         """See CTRNetwork.score."""
@@ -129,13 +129,14 @@ class DLRM(CTRNetwork):
 
 
 def _check_options(interaction: str, options: Mapping[str, tuple[str, Any]]) -> None:
-    """
+    """Check that the options fit the interaction.
+
     Args:
-        interaction: the one chosen.
-        options: name -> the interaction that it belongs to, and its value; None where it is not given.
+        interaction: name of the interaction.
+        options: name of an option -> the interaction that it belongs to, and its value; None if it is not given.
 
     Raises:
-        UserError: no such interaction, an option of another one, or one that is missing.
+        UserError: there is no such interaction, an option belongs to another interaction, or an option is missing.
     """
     needs: dict[str, dict[str, str]] = {
         "dot": {},

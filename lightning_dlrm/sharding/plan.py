@@ -41,11 +41,11 @@ class Plan:
     pieces: tuple[Piece, ...]
     """Table by table, each by ascending rows."""
     pooled: tuple[str, ...] = ()
-    """Tables of which ranks send sums of a bag's rows instead of the rows."""
+    """Tables whose ranks send the sum of a bag's rows instead of the rows."""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.pooled if name not in self.tables]:
-            raise UserError(f"plan: pooled names {unknown[0]}, of which it has no pieces; give names of its tables")
+            raise UserError(f"plan: pooled names {unknown[0]}, which has no pieces; give names of the plan's tables")
         for name, pieces in self.tables.items():
             expected = 0
             for piece in pieces:
@@ -80,7 +80,7 @@ class Plan:
         if wrong := sorted(set(self.pooled) & set(unpoolable)):
             raise UserError(
                 f"the plan has table {wrong[0]} among its pooled ones, but the model has factors of its own for the "
-                "rows (tables.pooling_weights): make a plan with this model, or take the table out of pooled"
+                "rows (tables.pooling_weights): make a plan with this model, or remove the table from pooled"
             )
         if ranks != self.ranks:
             raise UserError(f"the plan is for {self.ranks} ranks, this run has {ranks}: make a plan for {ranks}")
