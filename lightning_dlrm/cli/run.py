@@ -42,10 +42,11 @@ from lightning_dlrm.cli.trainer_settings import (
 from lightning_dlrm.cli.version import code_version
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
+from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.norms import NormLogger
-from lightning_dlrm.engine.progress import RunProgress, total_steps
+from lightning_dlrm.engine.progress import RunProgress
 from lightning_dlrm.engine.result_files import CurveWriter, EvaluationWriter
 from lightning_dlrm.engine.stopping import FinalValidation, StayStopped, StopAtAUC, StopOnSigterm
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
@@ -391,7 +392,7 @@ def report_fit(job: Job, trainer: pl.Trainer) -> None:
     if not metrics_logger.trained:
         print(f"already finished at step {trainer.global_step:,}; nothing to do")
     for callback in trainer.early_stopping_callbacks:
-        if note := early_stop_note(callback, trainer.global_step, total_steps(trainer)):
+        if note := early_stop_note(callback, trainer.global_step, fit_length(trainer).steps):
             print(note)
     wandb = wandb_address(trainer.loggers, job.folder)
     print(final_report(job.folder, final, best, job.datamodule.schema, wandb))
