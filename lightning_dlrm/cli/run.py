@@ -134,7 +134,7 @@ def choose_checkpoint(command: str, settings: Namespace) -> None:
         if settings.resume is not None:
             raise UserError(f"--resume is for fit; {command} takes --ckpt_path")
         if path is None:
-            raise UserError(f"{command} needs trained weights: give --ckpt_path, such as runs/NAME/checkpoints/best")
+            raise UserError(f"{command} needs a checkpoint: give --ckpt_path, such as runs/NAME/checkpoints/best")
         in_run = path in ("best", "last") and run_dir is not None
         folder = RunFolder(Path(run_dir)).checkpoints if in_run else Path()
         settings.ckpt_path = str(resolve_checkpoint(folder / path))

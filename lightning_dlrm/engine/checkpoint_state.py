@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.averaging import KEY as AVERAGES
 from lightning_dlrm.engine.averaging import average_rows, averaged_dense
-from lightning_dlrm.engine.guards import refuse_bad_weights
+from lightning_dlrm.engine.guards import refuse_bad_parameters
 from lightning_dlrm.engine.random_state import random_states, restore_random_states
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors
@@ -36,7 +36,7 @@ def add_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:
         for lookup in module.network.lookups():
             lookup.flush()
         module.guard.check()
-        refuse_bad_weights(module.network, checkpoint["global_step"], module.guard.advice)
+        refuse_bad_parameters(module.network, checkpoint["global_step"], module.guard.advice)
 
     Ranks().run_on_all_ranks(refuse_bad_state)
     for key in _table_keys(module):

@@ -48,12 +48,12 @@ class CTRModule(pl.LightningModule):
         schedule: makes the schedule of all learning rates, stepped after each optimizer step: Constant, Cosine,
             WarmupThenDecay, WarmupQuadraticDecay, or another torch.optim.lr_scheduler.LRScheduler; ``total_steps`` is
             filled in. None for constant rates.
-        loss: what is minimized: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
+        loss: the loss: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
             with each of them.
         averaging: evaluate with an average of the parameters of many steps; None for those of the last step.
-        wide_optimizer: update rule of the linear terms' weights of ids, if it is not that of the tables (Cheng et
-            al. 2016, section 3.3, train the wide and the deep part by two).
-        kernels: what looks up and updates table rows, and on a CPU also multiplies pairs of vectors and makes the
+        wide_optimizer: update rule of the linear terms' rows; None for that of the tables. Cheng et al. 2016, section
+            3.3, use different optimizers for the wide and the deep part.
+        kernels: implementation of lookups and updates of table rows, and on a CPU also of dot products and of the
             backward pass of ReLUs. plain: torch, on any device; native: C for a CPU, compiled by the machine's C
             compiler when first used, equal except for the order of some sums; triton: fused kernels for a CUDA
             device; auto: native on a CPU and triton on a CUDA device if they work there, else plain.

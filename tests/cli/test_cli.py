@@ -245,7 +245,7 @@ def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert said.count("already finished at step 4; nothing to do\n") == said.count("already finished") == 1
     assert main(["validate", "--config", "run/config.yaml"]) == 2
-    assert "validate needs trained weights" in capsys.readouterr().err
+    assert "validate needs a checkpoint" in capsys.readouterr().err
     assert main(["fit", "--config", "run/config.yaml", "--run_dir", "other"]) == 0
     assert losses("other") == losses("run")
 
@@ -391,9 +391,9 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         (["fit", "--config", "dlrm.yaml", "--resume", "auto"], "give it with --run_dir"),
         (["fit", "--config", "dlrm.yaml", "--ckpt_path", "nowhere"], "checkpoint nowhere does not exist"),
         (["fit", "--config", "dlrm.yaml", "--config", "criteo_kaggle.yaml"], "reads 'kaggle'"),
-        (["validate", "--config", "dlrm.yaml"], "validate needs trained weights"),
-        (["test", "--config", "dlrm.yaml"], "test needs trained weights"),
-        (["predict", "--config", "dlrm.yaml"], "predict needs trained weights"),
+        (["validate", "--config", "dlrm.yaml"], "validate needs a checkpoint"),
+        (["test", "--config", "dlrm.yaml"], "test needs a checkpoint"),
+        (["predict", "--config", "dlrm.yaml"], "predict needs a checkpoint"),
         (["params", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),
         (["inspect", "nowhere"], "with 'python -m lightning_dlrm generate demo'"),
         (["fit", "--config", "dlrm.yaml", "--wandb.log_model", "maybe"], "log_model: maybe is neither true nor false"),
