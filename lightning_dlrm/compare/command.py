@@ -304,19 +304,19 @@ def _to_wandb(report: _Report, settings: Mapping[str, Any], output: Path, runs_t
     later = f"python -m lightning_dlrm dashboard --project {project} --group {group}"
     if reason:
         sent = f"{output / 'runs/*/wandb/offline-run-*'} " if runs_too else ""
-        told = [f"W&B: offline ({reason}); send it with: wandb sync {sent}{output / 'wandb/offline-run-*'}"]
-        return "\n".join([*told, *([f"  then, for a workspace and a report there: {later}"] if group else [])])
-    told = [f"W&B comparison: {where}"]
+        lines = [f"W&B: offline ({reason}); send it with: wandb sync {sent}{output / 'wandb/offline-run-*'}"]
+        return "\n".join([*lines, *([f"  then, for a workspace and a report there: {later}"] if group else [])])
+    lines = [f"W&B comparison: {where}"]
     if group is None:
-        return told[0]
+        return lines[0]
     findings = [pair.sentence for pair in report.comparison.pairs]
     try:
         saved = publish(Dashboard(project=project, entity=entity or "", group=group, findings=findings))
-        told += [f"W&B {name}: {address}" for name, address in saved.items()]
+        lines += [f"W&B {name}: {address}" for name, address in saved.items()]
     except UserError as error:
         # The report is written; a missing page at W&B is no reason to fail.
-        told.append(f"W&B: no workspace and no report ({error}); later: {later}")
-    return "\n".join(told)
+        lines.append(f"W&B: no workspace and no report ({error}); later: {later}")
+    return "\n".join(lines)
 
 
 def _make(output: Path) -> None:

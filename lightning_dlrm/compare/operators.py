@@ -69,8 +69,8 @@ def _key(arm: Arm) -> str:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     machine = (platform.node(), platform.machine(), torch.backends.cpu.get_cpu_capability(), *gpus)
     code = (ROUNDS, WARM_UP, STEPS, code_version(), torch.__version__, torch.get_num_threads())
-    told = json.dumps([arm.settings, arm["data_fingerprint"], machine, code], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    described = json.dumps([arm.settings, arm["data_fingerprint"], machine, code], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 def _obstacle(run: Run) -> str:

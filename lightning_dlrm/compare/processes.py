@@ -127,10 +127,10 @@ def run_jobs(jobs: Sequence[Job], devices: DevicePool, done: Callable[[Job], Non
             progress.close()
             _stop(running)
     if failed:
-        told = "\n".join(f"  {job.name} {why} (all of it in {job.log})" for job, why in failed)
+        listed = "\n".join(f"  {job.name} {why} (all of it in {job.log})" for job, why in failed)
         raise UserError(
             f"{len(failed)} of {len(jobs)} runs failed; the others are kept, and the same command continues with the "
-            f"failed runs:\n{told}"
+            f"failed runs:\n{listed}"
         )
 
 

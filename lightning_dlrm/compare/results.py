@@ -133,8 +133,8 @@ class Comparison:
         counts = {title: len(self.scores[arms[0].runs[0].name].labels) for title, arms in data.items()}
         if len(data) == 1:
             return f"the {next(iter(counts.values())):,} samples of the {self.split} split"
-        told = [f"{counts[title]:,} of {title} for {', '.join(a.name for a in arms)}" for title, arms in data.items()]
-        return f"the samples of the {self.split} splits of different data ({'; '.join(told)})"
+        listed = [f"{counts[title]:,} of {title} for {', '.join(a.name for a in arms)}" for title, arms in data.items()]
+        return f"the samples of the {self.split} splits of different data ({'; '.join(listed)})"
 
     @property
     def runs(self) -> list[Run]:
@@ -219,10 +219,10 @@ def check_data(runs: Sequence[Run], force: bool) -> list[str]:
     """
     found = data_differences(runs)
     if found and not force:
-        told = "\n".join(f"  {line}" for line in found)
+        listed = "\n".join(f"  {line}" for line in found)
         raise UserError(
             "these runs are of different data, so their scores cannot be compared (--force compares them all the same, "
-            f"with a warning on every figure):\n{told}"
+            f"with a warning on every figure):\n{listed}"
         )
     return found
 

@@ -313,7 +313,7 @@ class CTRModule(pl.LightningModule):
         return None if self.averaging is None else self.averaging.averages
 
     def data_schema(self) -> DatasetSchema:
-        """Return the schema of the data at hand: complete once they are prepared."""
+        """Return the schema of the current data, which is complete after they are prepared."""
         try:
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         except RuntimeError:  # no trainer yet
