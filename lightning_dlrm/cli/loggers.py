@@ -61,9 +61,9 @@ def wandb_address(loggers: list[Logger], folder: RunFolder) -> str | None:
     """Return where W&B shows the run, or how to send it there; None for a run without W&B."""
     if not any(isinstance(logger, WandbLogger) for logger in loggers):
         return None
-    from lightning_dlrm.tracking.wandb_run import whereabouts
+    from lightning_dlrm.tracking.wandb_run import run_address
 
-    return whereabouts(loggers, folder)
+    return run_address(loggers, folder)
 
 
 def finish_loggers(succeeded: bool) -> None:

@@ -83,7 +83,7 @@ class EmbeddingShardedDDP(DDPStrategy):
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         set_timeout(self._timeout_seconds)
         # Create the patient group while every rank runs: later, ranks could wait hours for a rank that has ended.
-        Ranks(patient=True)
+        Ranks(long_timeout=True)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
