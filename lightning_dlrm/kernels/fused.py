@@ -408,7 +408,7 @@ def _update_spread_kernel(
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """The row that begins in a block and goes on in the next ones, if there is one."""
+    """Update the row that begins in this block and continues in the next blocks, if there is such a row."""
     block = tl.program_id(0).to(tl.int64)
     start, stop = block * C, (block + 1) * C
     column = tl.arange(0, D)

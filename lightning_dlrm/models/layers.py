@@ -82,7 +82,7 @@ class BatchNorm(nn.BatchNorm1d):
     """Batch normalization that uses the running statistics if a batch has fewer than two samples."""
 
     def forward(self, x_Bd: Tensor) -> Tensor:
-        """[B, d] -> [B, d]."""
+        """Return the normalized features: [B, d] -> [B, d]."""
         if self.training and len(x_Bd) < 2:
             return nn.functional.batch_norm(
                 x_Bd, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
