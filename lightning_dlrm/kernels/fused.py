@@ -41,7 +41,7 @@ class Formula:
 def lookup(
     weight_RD: Tensor, ids_N: Tensor, row_offsets_F: Tensor, offsets: Tensor | None, factors_N: Tensor | None
 ) -> Tensor:
-    """Return the (weighted) sum of each bag's rows, zeros for an empty one: [B, D], of the weight's dtype.
+    """Return the (weighted) sum of each bag's rows: [B, D], of the weight's dtype; zeros for empty bags.
 
     Differentiable in ``weight_RD``, whose gradient is dense, and in ``factors_N``.
 
@@ -49,7 +49,7 @@ def lookup(
         weight_RD: float32 or bfloat16.
         ids_N: int32 or int64, each within its own table; ids after the last bag are ignored.
         row_offsets_F: int32 or int64, where each table begins; bag b is of table b % F.
-        offsets: int64 [B + 1], where each bag begins; None for one id each.
+        offsets: int64 [B + 1], where each bag begins; None if each bag has one id.
         factors_N: a factor for each index; None means 1.
 
     Raises:
@@ -160,7 +160,7 @@ def _differentiate_lookup(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...
     weight_RD, ids_N, row_offsets_F, offsets, factors_N = ctx.saved_tensors
     rows, bags_N = weight_RD.shape[0], torch.arange(ids_N.numel(), device=ids_N.device)
     if offsets is not None:
-        # Indices after the last bag get a vector of zeros beside those of the bags.
+        # Indices after the last bag get the gradient of an additional bag, which is zero.
         bags_N = torch.searchsorted(offsets, bags_N, right=True) - 1
         grad_BD = torch.cat([grad_BD, grad_BD.new_zeros(1, grad_BD.shape[1])])
     inside_N = bags_N < grad_BD.shape[0] - (offsets is not None)

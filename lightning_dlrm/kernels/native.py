@@ -26,7 +26,7 @@ _BUCKET_INDICES = 2**11
 def lookup(
     weight_RD: Tensor, ids_N: Tensor, offsets: Tensor | None, tables_F: Tensor, factors_N: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the (weighted) sum of each bag's rows, zeros for an empty one; the kernel fetches rows ahead.
+    """Return the (weighted) sum of each bag's rows, zeros for empty bags; the kernel prefetches rows.
 
     Differentiable in ``weight_RD``, whose gradient is dense, and in ``factors_N``.
 
@@ -77,7 +77,7 @@ def update(
         state: optimizer state of the rule, float32 [R, D] or [R], contiguous.
         rule: ``sgd``, ``adagrad``, ``row_wise_adagrad`` or ``adam``.
         settings: the rule's hyperparameters, by name.
-        learning_rate: of this step.
+        learning_rate: learning rate of this step.
         step: number of this step, from 1.
 
     Raises:
