@@ -82,7 +82,8 @@ class EmbeddingShardedDDP(DDPStrategy):
         # DDP warns about a gradient [1, n], whose first stride has no effect.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         set_timeout(self._timeout_seconds)
-        # Create the group with the long timeout while every rank runs: later, ranks could wait hours for a rank that has ended.
+        # The group with the long timeout is made while every rank runs: later, ranks could wait hours for a rank that
+        # has ended.
         Ranks(long_timeout=True)
 
     @contextmanager

@@ -69,7 +69,7 @@ def update(
     formula: Formula,
     scalars_4: Tensor,
 ) -> None:
-    """Sum the gradients of each unique row, and move the row and its state along them, in place.
+    """Sum the gradients of each unique row, and update the row and its state, in place.
 
     Sums are taken in a fixed order, so equal calls give equal bits. A NaN or infinite gradient may spoil rows beside
     its own.
@@ -214,7 +214,7 @@ def _update(
     # Partial sums of rows whose indices are in several blocks: one of the row's first block, one of each later block.
     first_sums, later_sums = (grad_BD.new_empty(blocks, columns, dtype=torch.float32) for _ in range(2))
     first, second = (*state, weight_RD, weight_RD)[:2]
-    moved, sizes = (weight_RD, first, second, scalars_4, sorted_N), (len(rows_N), rows, width)
+    tensors, sizes = (weight_RD, first, second, scalars_4, sorted_N), (len(rows_N), rows, width)
     formula = {
         "RULE": rule,
         "L2": l2,
@@ -225,7 +225,7 @@ def _update(
         "D": columns,
     }
     _update_kernel[(blocks,)](
-        *moved,
+        *tensors,
         order_N,
         grad_BD,
         order_N if bags_N is None else bags_N,
@@ -237,7 +237,7 @@ def _update(
         WEIGHTED=factors_N is not None,
         **formula,
     )
-    _update_spread_kernel[(blocks,)](*moved, first_sums, later_sums, *sizes, BLOCKS=_BLOCKS_PER_READ, **formula)
+    _update_spread_kernel[(blocks,)](*tensors, first_sums, later_sums, *sizes, BLOCKS=_BLOCKS_PER_READ, **formula)
     count_change(weight_RD, *state)
 
 
@@ -282,7 +282,7 @@ def _lookup_kernel(
 
 
 @triton.jit
-def _move_rows(
+def _apply_rule(
     row,
     moves,
     sums,
@@ -354,7 +354,7 @@ def _update_kernel(
     C: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Move the rows whose indices are all in this block of sorted indices, and store partial sums of other rows."""
+    """Update the rows whose indices are all in this block of sorted indices, and store partial sums of other rows."""
     block = tl.program_id(0).to(tl.int64)
     at = block * C + tl.arange(0, C)
     column = tl.arange(0, D)
@@ -379,7 +379,7 @@ def _update_kernel(
     after = tl.load(rows + (block + 1) * C, mask=(block + 1) * C < count, other=table_rows).to(tl.int64)
     begins = counts & (row != before)
     goes_on = row == after
-    _move_rows(
+    _apply_rule(
         row, begins & (row != after), sums, weight, first, second, scalars, width, RULE, L2, EPSILON, BETA1, BETA2, D
     )
     place = block * D + column[None, :] + tl.zeros((C, 1), dtype=tl.int64)
@@ -428,7 +428,7 @@ def _update_spread_kernel(
             follower += BLOCKS
             more = tl.min(same.to(tl.int32)) > 0
         only = tl.zeros((1,), dtype=tl.int64) + row
-        _move_rows(
+        _apply_rule(
             only, only < table_rows, total[None, :], weight, first, second, scalars, width,
             RULE, L2, EPSILON, BETA1, BETA2, D,
         )  # fmt: skip

@@ -618,7 +618,7 @@ struct relu {
     bool bf16; /* whether `grad`, `activation` and `transposed` are bfloat16 */
 };
 
-/* Sets a row's gradient to zero where the activation is not positive, and adds the row to the sums. */
+/* Keeps a row's gradient where the activation is positive, and adds it to the sums. */
 INLINE void differentiate_row(const struct relu *a, int64_t row, bool bf16, float *restrict sums) {
     void *restrict grad = a->grad + bytes_of(row * a->width, bf16);
     const void *restrict activation = a->activation + bytes_of(row * a->width, bf16);

@@ -61,7 +61,7 @@ def update(
     learning_rate: float,
     step: float,
 ) -> None:
-    """Sort lookups by row, sum the gradients of each row, and move the row and its state along them, in place.
+    """Sort lookups by row, sum the gradients of each row, and update the row and its state, in place.
 
     For SGD and Adagrad the results are bit for bit those of ``UpdateRule.apply`` with the sums. For row-wise Adagrad
     and Adam they differ in two cases: torch does not always round square roots to nearest, and it takes the mean square
