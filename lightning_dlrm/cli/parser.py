@@ -111,7 +111,7 @@ def build_model_parser(command: str, description: str, **options: Any) -> Comman
     Args:
         command: its name.
         description: shown by ``--help``.
-        options: of the parser, such as ``epilog``.
+        options: options of the parser, such as ``epilog``.
     """
     parser = _build_parser(command, description, **options)
     # The config.yaml of a run has these two options of fit; they do not concern model and data.

@@ -76,7 +76,7 @@ def _key(arm: Arm) -> str:
 def _obstacle(run: Run) -> str:
     """Return why a run's step cannot be measured here; empty if it can."""
     if run.final[names.RANKS] > 1:
-        return f"its tables lie on {run.final[names.RANKS]} ranks"
+        return f"its tables are on {run.final[names.RANKS]} ranks"
     precision = str(run.config["trainer"].get("precision") or "32-true")
     if precision not in _PRECISIONS:
         return f"only steps in {', '.join(_PRECISIONS)} are measured, and its precision is {precision}"

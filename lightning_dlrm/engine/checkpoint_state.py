@@ -93,7 +93,7 @@ def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) 
     reader: CheckpointReader = checkpoint["tables"]
     if training and not checkpoint.get("optimizer_states"):
         raise UserError(
-            f"checkpoint {reader.folder} holds weights only, so a fit cannot go on from it; validate, test and "
+            f"checkpoint {reader.folder} has no optimizer state, so a fit cannot continue from it; validate, test and "
             "predict take it"
         )
     _check_header(module, reader, training)

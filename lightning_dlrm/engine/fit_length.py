@@ -72,11 +72,6 @@ def fit_length(trainer: pl.Trainer) -> FitLength:
     return min(bounds)
 
 
-def total_steps(trainer: pl.Trainer) -> float:
-    """Return the optimizer steps of a fit that no callback stops earlier; infinite without a bound."""
-    return fit_length(trainer).steps
-
-
 def unreached_settings(trainer: pl.Trainer, length: FitLength) -> list[str]:
     """Return the settings that ask for more steps or epochs than the fit takes."""
     given = {"min_epochs": (trainer.min_epochs, math.inf), "min_steps": (trainer.min_steps, length.steps)}

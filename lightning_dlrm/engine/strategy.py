@@ -188,7 +188,7 @@ class EmbeddingShardedDDP(DDPStrategy):
                 ranks.ranks,
                 max(held) / 2**30,
                 imbalance(held),
-                f"; bags summed where their rows are: {', '.join(plan.pooled)}" if plan.pooled else "",
+                f"; bags summed by the ranks of their rows: {', '.join(plan.pooled)}" if plan.pooled else "",
             )
             return plan.document()
 

@@ -211,7 +211,7 @@ def test_exit_codes_after_signals(sent: signal.Signals, code: int, every: int) -
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err, err
-    again = re.search(r"interrupted at step \d+; go on with: python -m lightning_dlrm (.*)\n", err)
+    again = re.search(r"interrupted at step \d+; continue with: python -m lightning_dlrm (.*)\n", err)
     assert bool(again) == bool(every), err
     if again is None:
         assert re.search(r"interrupted at step \d+, before the first checkpoint\n", err), err

@@ -1,5 +1,5 @@
 """Contract: with tables in pieces over ranks, a fit is that of one process on the same global batches: losses,
-gradients, tables and optimiser state, whatever the plan, the slices and the number of ranks."""
+gradients, tables and optimizer state, whatever the plan, the slices and the number of ranks."""
 
 import itertools
 import json

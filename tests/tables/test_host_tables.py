@@ -1,5 +1,5 @@
 """Contract: with tables in host memory a fit is, bit for bit, that with tables on the device: losses, tables and
-optimiser state, for rows that one batch fetches while another one updates them; micro-batches, clipping, resuming
+optimizer state, for rows that one batch fetches while another one updates them; micro-batches, clipping, resuming
 and evaluation too. Here the CPU stands in for the device: what is fetched is a copy."""
 
 import time
