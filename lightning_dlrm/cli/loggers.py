@@ -61,9 +61,9 @@ def wandb_address(loggers: list[Logger], folder: RunFolder) -> str | None:
     """Return the address of the run at W&B, or the command that sends it there; None without W&B."""
     if not any(isinstance(logger, WandbLogger) for logger in loggers):
         return None
-    from lightning_dlrm.tracking.wandb_run import whereabouts
+    from lightning_dlrm.tracking.wandb_run import run_address
 
-    return whereabouts(loggers, folder)
+    return run_address(loggers, folder)
 
 
 def finish_loggers(succeeded: bool) -> None:

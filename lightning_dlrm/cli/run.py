@@ -51,7 +51,7 @@ from lightning_dlrm.engine.result_files import CurveWriter, EvaluationWriter
 from lightning_dlrm.engine.stopping import FinalValidation, StayStopped, StopAtAUC, StopOnSigterm
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
-from lightning_dlrm.sharding.collectives import lost_rank
+from lightning_dlrm.sharding.collectives import is_lost_rank
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS, RunFolder
 
@@ -346,7 +346,7 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
         log_how_to_resume(job, trainer)
         raise SystemExit(128 + signal.SIGINT) from None
     except RuntimeError as error:
-        if not lost_rank(error):
+        if not is_lost_rank(error):
             raise
         raise UserError(
             f"another rank has ended or does not answer ({' '.join(str(error).split())[:200]}): "
@@ -356,7 +356,7 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
         finish_loggers(succeeded)
         trained = succeeded and (job.metrics_logger is None or job.metrics_logger.samples > 0)
         if not trained and job.made_folder:
-            job.folder.remove_unless_begun()
+            job.folder.remove_without_results()
 
 
 def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:

@@ -461,7 +461,7 @@ def test_a_folder_that_is_no_run_is_not_resumed(capsys: pytest.CaptureFixture[st
     Path("thesis").mkdir()
     Path("thesis/chapter.tex").write_text("")
     assert main([*FIT, *QUICK, "--run_dir", "thesis", "--resume=auto"]) == 2
-    assert "thesis is no run folder: it holds chapter.tex" in capsys.readouterr().err
+    assert "thesis is not a run folder: it holds chapter.tex" in capsys.readouterr().err
     assert [path.name for path in Path("thesis").iterdir()] == ["chapter.tex"]
 
 
