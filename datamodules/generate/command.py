@@ -342,9 +342,9 @@ def _report_fit(originals: list[Profile], folder: Path, plot: Path | None) -> No
         print(f"the fit is drawn in {plot}")
 
 
-def _make(output: Path, generate: Callable[[], DatasetSchema], summarise: Callable[[DatasetSchema], str]) -> int:
+def _make(output: Path, generate: Callable[[], DatasetSchema], summarize: Callable[[DatasetSchema], str]) -> int:
     start = time.perf_counter()
-    print(summarise(generate()))
+    print(summarize(generate()))
     print(f"{output} is ready after {time.perf_counter() - start:.1f} s")
     print(f"train on it: python -m lightning_dlrm fit --config dlrm.yaml --data.path {output}")
     return 0

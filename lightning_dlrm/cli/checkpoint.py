@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "import has options of its own: checkpoint import --help"
     works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
     # Only for the list in --help: ``import`` takes the options of fit and has a parser of its own.
-    works.add_parser("import", help="make one of weights that facebookresearch/dlrm saved")
+    works.add_parser("import", help="make a checkpoint of parameters that facebookresearch/dlrm saved")
     for name, text in _WORKS.items():
         work = works.add_parser(
             name,

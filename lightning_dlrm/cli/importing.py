@@ -1,4 +1,4 @@
-"""``checkpoint import``: weights of facebookresearch/dlrm as a checkpoint folder of this project."""
+"""``checkpoint import``: convert parameters of facebookresearch/dlrm to a checkpoint folder."""
 
 import argparse
 import pickle
@@ -18,7 +18,7 @@ from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.models.published import reference_state_dict
 
-DESCRIPTION = """Makes a checkpoint folder of weights from a .pt file that facebookresearch/dlrm saved (--save-model).
+DESCRIPTION = """Make a checkpoint folder from a .pt file that facebookresearch/dlrm saved (--save-model).
 
 The configuration must be that of the model in the file: the same widths, and data with the same tables in the
 same order. Tables N and layers N of the file become column N and layer N here.
@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     }
     module.on_save_checkpoint(checkpoint)
     FolderCheckpointIO().save_checkpoint(checkpoint, output)
-    print(f"{module.size.total:,} weights of {source} are in {output}: use it with --ckpt_path {output}")
+    print(f"{module.size.total:,} parameters of {source} are in {output}: use it with --ckpt_path {output}")
     return 0
 
 

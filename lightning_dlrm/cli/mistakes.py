@@ -33,7 +33,7 @@ def explain(message: str, known: Sequence[str]) -> str:
         key = match[1] or match[2] or match[3]
         return f"unknown key {key}{_nearest_key(key, known)}"
     if given and (match := re.search(r"Subtypes: \[<class '(float|int)'>", message)):
-        return f"{key}: {given[1].strip()} is no {match[1]}"
+        return f"{key} is {given[1].strip()}; expected {match[1]}"
     if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
         name = match[1] or match[2]
         names = _fitting(_BASES.get(key.rpartition(".")[2], "object"))
@@ -48,9 +48,9 @@ def explain(message: str, known: Sequence[str]) -> str:
     ):
         return f"data: {match[1]}" if match[1].startswith("the following") else f"data.{match[1]}"
     if match := re.search(r"([\w.]+): Expected a <class '[\w.]*Sequence'>\. Got value: (.*)", message):
-        return f"{key}.{match[1]}: {match[2].strip()} is no list; write [{match[2].strip()}]"
+        return f"{key}.{match[1]}: {match[2].strip()} is not a list; write [{match[2].strip()}]"
     if given and "Expected a <class 'tuple'>" in message:
-        return f"{key}: {given[1].strip()} is no list; write [{given[1].strip()}]"
+        return f"{key}: {given[1].strip()} is not a list; write [{given[1].strip()}]"
     if given and "Expected a <class 'bool'>" in message:
         return f"{key}: {given[1].strip()} is neither true nor false"
     if given and (literals := re.findall(r"typing\.Literal\[(.*?)\]", message)):
@@ -58,7 +58,7 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"{key}: {given[1].strip()} is none of {', '.join(allowed)}"
     if given and (match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message)):
         expected = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1]).replace(", ", " or ")
-        return f"{key}: {given[1].strip()} is no {expected}"
+        return f"{key} is {given[1].strip()}; expected {expected}"
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
     # The error of a linked setting is in this project's own message.
     line = re.sub(r"Call to compute_fn of link .*? failed: ", "", line)
@@ -84,9 +84,11 @@ def _explain_factory(key: str, message: str) -> str:
     if match := re.search(r"(?:Expected|module) '([\w.]+)' (?:to be a subclass|has no attribute '(\w+)')", reason):
         given = f"{match[1]}.{match[2]}" if match[2] else match[1]
         base = _BASES.get(key.rpartition(".")[2], "object")
-        return f"{key}: {given} is no {base} class; choose one of {', '.join(_fitting(base))}, or a class of your own"
+        return (
+            f"{key}: {given} is not a subclass of {base}; choose one of {', '.join(_fitting(base))}, or a custom class"
+        )
     if match := re.search(r"(\w+): Expected an? (\w+)\. Got value: (.*)", reason):
-        return f"{key}.{match[1]}: {match[3].strip()} is no {match[2]}"
+        return f"{key}.{match[1]} is {match[3].strip()}; expected {match[2]}"
     if match := re.search(r"arguments are required: (.*)", reason):
         return f"{key} needs {match[1]}: give --{key}.{match[1].partition(',')[0]}"
     return f"{key}: {' '.join(reason.split())}"

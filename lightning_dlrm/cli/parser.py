@@ -111,7 +111,7 @@ def build_model_parser(command: str, description: str, **options: Any) -> Comman
     Args:
         command: its name.
         description: shown by ``--help``.
-        options: of the parser, such as ``epilog``.
+        options: options of the parser, such as ``epilog``.
     """
     parser = _build_parser(command, description, **options)
     # The config.yaml of a run has these two options of fit; they do not concern model and data.
@@ -129,7 +129,7 @@ def _build_parser(command: str, description: str, **options: Any) -> CommandPars
         "--seed_everything",
         type=bool | int,
         default=1,
-        help="seed of initial weights and data; true takes PL_GLOBAL_SEED, or 0",
+        help="seed of initial parameters and data; true takes PL_GLOBAL_SEED, or 0",
     )
     parser.add_lightning_class_args(pl.Trainer, "trainer")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})

@@ -101,11 +101,11 @@ def describe_plan(
 
 
 def describe_places(places: HostPlacement, loads: Sequence[TableLoad]) -> str:
-    """Return a table of where each table is held, and the memory and traffic of one device and its host.
+    """Return the place of each table, and the memory and traffic of a device and its host, as text.
 
     Args:
-        places: chosen by ``place_tables``.
-        loads: of whole tables.
+        places: places chosen by ``place_tables``.
+        loads: loads of whole tables.
     """
     lines: list[tuple[str, ...]] = [("table", "rows", "GiB", "rows fetched", "place")]
     for load in sorted(loads, key=lambda load: -load.bytes):

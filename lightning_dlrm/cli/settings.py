@@ -19,7 +19,7 @@ class ModelAndData:
 
     Args:
         settings: all settings, as parsed.
-        parser: of the settings.
+        parser: parser of the settings.
         module: the model; its network has not been built.
         datamodule: the data; they have not been prepared.
     """
@@ -39,7 +39,7 @@ def build_model_and_data(arguments: Sequence[str], parser: CommandParser | None 
     """Parse options and build the model and the data that they describe.
 
     Args:
-        arguments: such as ``--config dlrm.yaml --data.path DIR``.
+        arguments: options, such as ``--config dlrm.yaml --data.path DIR``.
         parser: made by ``build_model_parser``; by default one without further options.
 
     Raises:

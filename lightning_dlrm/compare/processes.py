@@ -28,7 +28,7 @@ _TAIL_BYTES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The commands of one run, which run one after the other."""
+    """The commands of a run, in their order."""
 
     name: str
     commands: Sequence[Sequence[str]]
@@ -121,18 +121,16 @@ def run_jobs(jobs: Sequence[Job], devices: DevicePool, done: Callable[[Job], Non
                 time.sleep(POLL_SECONDS if running else 0)
         except KeyboardInterrupt:
             progress.close()
-            print(
-                "interrupted: stopping the runs; the same command goes on where they were", file=sys.stderr, flush=True
-            )
+            print("interrupted: stopping the runs; the same command continues them", file=sys.stderr, flush=True)
             raise
         finally:
             progress.close()
             _stop(running)
     if failed:
-        told = "\n".join(f"  {job.name} {why} (all of it in {job.log})" for job, why in failed)
+        listed = "\n".join(f"  {job.name} {why} (all of it in {job.log})" for job, why in failed)
         raise UserError(
-            f"{len(failed)} of {len(jobs)} runs failed; the others are kept, and the same command goes on with what is "
-            f"missing:\n{told}"
+            f"{len(failed)} of {len(jobs)} runs failed; the others are kept, and the same command continues with the "
+            f"failed runs:\n{listed}"
         )
 
 
@@ -144,7 +142,7 @@ def _begin(job: Job, slot: int) -> _Running:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        raise UserError(f"another process is at work on {job.run}: wait for it, or choose another --output") from None
+        raise UserError(f"another process is working on {job.run}: wait for it, or choose another --output") from None
     return _Running(job=job, slot=slot, waiting=list(job.commands), log=job.log.open("ab"), lock=lock)
 
 

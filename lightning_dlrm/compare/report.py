@@ -74,7 +74,7 @@ def _embedded(picture: Picture) -> Markup:
 
 
 def _verdict_note(comparison: Comparison) -> str:
-    """Return what the intervals of the verdicts include."""
+    """Return an explanation of the verdicts and their intervals."""
     pairs = comparison.pairs
     notes = []
     judged = sum(not pair.single for pair in pairs)
@@ -103,17 +103,17 @@ def _verdict_note(comparison: Comparison) -> str:
 
 
 def _seeds_note(comparison: Comparison) -> str:
-    """Return what the numbers of each configuration are."""
+    """Return the meaning of the numbers of each configuration."""
     if comparison.one_seed:
         return "Each configuration has one run: the numbers are that run's, and the variation between seeds is unknown."
     several = "Means over the seeds ± half of the 95% interval over the seeds (Student's t)"
     alone = any(len(arm.runs) == 1 for arm in comparison.arms)
-    return f"{several}; of a configuration with one seed its figure alone." if alone else f"{several}."
+    return f"{several}; for a configuration with one seed, the number of its run." if alone else f"{several}."
 
 
 def _split_note(comparison: Comparison) -> str:
-    """Return what was scored, and the best reachable score if it is known."""
-    note = f"On {comparison.scored}, by the weights of each run's best validation AUC."
+    """Return a description of the scored samples, and the best reachable score if it is known."""
+    note = f"On {comparison.scored}, with the parameters of each run's best validation AUC."
     data = by_data(comparison.arms)
     for title, arms in data.items():
         optimum = arms[0].runs[0].final.get(names.OPTIMUM_AUC)
@@ -122,7 +122,7 @@ def _split_note(comparison: Comparison) -> str:
         which = "Demo data" if len(data) == 1 else f"{title} is demo data"
         note += (
             f" {which}: generated clicks of a planted model, whose best reachable validation AUC is {optimum:.4f}; "
-            "they say nothing of real clicks."
+            "results on them do not apply to real clicks."
         )
     return note
 

@@ -115,7 +115,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
     Raises:
         UserError: the folder is not a run, its fit has not ended, or its summary lacks a number.
     """
-    config = _read(path / CONFIG, f"{path} is no run folder: give what fit left with --run_dir")
+    config = _read(path / CONFIG, f"{path} is not a run folder: give a folder that fit wrote with --run_dir")
     again = f"python -m lightning_dlrm fit --config {path / CONFIG} --run_dir {path} --resume auto"
     summary = _read(path / SUMMARY, f"the run {path} is not finished; end it with: {again}")
     final = summary.get("final", {})

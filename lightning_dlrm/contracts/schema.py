@@ -5,7 +5,7 @@ Standard library only, so that preprocessing and planning start without torch.
 A dataset folder looks like this::
 
     dataset.json                      the DatasetSchema
-    vocabulary/C1.parquet ...         one per categorical column that has a vocabulary
+    vocabulary/C1.parquet ...         a file for each categorical column with a vocabulary
     train/part-00000.parquet ...      Parquet parts: one column per feature
     validation/  test/                likewise; a split may be missing
 
@@ -140,7 +140,7 @@ class DatasetSchema:
         for column in self.by_role("weights"):
             if column.name not in bags:
                 raise UserError(
-                    f"column {column.name} (weights) belongs to no multi-hot column; expected one of "
+                    f"column {column.name} (weights) does not belong to a multi-hot column; expected one of "
                     f"{sorted(bags)}: a multi-hot column's name and {WEIGHTS_SUFFIX}"
                 )
         for name, split in self.splits.items():

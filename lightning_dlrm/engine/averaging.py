@@ -290,31 +290,14 @@ class AverageForEvaluation(pl.Callback):
         self._steps_done = trainer.global_step + 1
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._put_in()
-
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._put_in()
-
-    def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._put_in()
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # A checkpoint that is saved after the validation holds the trained parameters.
-        self._take_out()
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._take_out()
-
-    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._take_out()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._take_out()
-
-    def _put_in(self) -> None:
         if self.averages is not None:
             self.averages.put_in(self._steps_done)
 
-    def _take_out(self) -> None:
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint that is saved after the validation holds the trained parameters.
         if self.averages is not None:
             self.averages.take_out()
+
+    on_test_epoch_end = on_predict_epoch_end = on_exception = on_validation_epoch_end

@@ -10,7 +10,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.averaging import KEY as AVERAGES
 from lightning_dlrm.engine.averaging import average_rows, averaged_dense
 from lightning_dlrm.engine.fit_length import planned_steps, refuse_longer_fit
-from lightning_dlrm.engine.guards import refuse_bad_weights
+from lightning_dlrm.engine.guards import refuse_bad_parameters
 from lightning_dlrm.engine.random_state import random_states, restore_random_states
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.schedules import needs_total_steps
@@ -38,7 +38,7 @@ def add_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:
         for lookup in module.network.lookups():
             lookup.flush()
         module.guard.check()
-        refuse_bad_weights(module.network, checkpoint["global_step"], module.guard.advice)
+        refuse_bad_parameters(module.network, checkpoint["global_step"], module.guard.advice)
 
     Ranks().run_on_all_ranks(refuse_bad_state)
     for key in _table_keys(module):
@@ -95,7 +95,7 @@ def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) 
     reader: CheckpointReader = checkpoint["tables"]
     if training and not checkpoint.get("optimizer_states"):
         raise UserError(
-            f"checkpoint {reader.folder} holds weights only, so a fit cannot go on from it; validate, test and "
+            f"checkpoint {reader.folder} has no optimizer state, so a fit cannot continue from it; validate, test and "
             "predict take it"
         )
     _check_header(module, reader, training)

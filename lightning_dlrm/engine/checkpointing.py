@@ -40,7 +40,7 @@ class FolderCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         rest = {key: value for key, value in checkpoint.items() if key not in ("tables", "header")}
-        save_checkpoint(Path(path), checkpoint["tables"], rest, checkpoint["header"], Ranks(patient=True))
+        save_checkpoint(Path(path), checkpoint["tables"], rest, checkpoint["header"], Ranks(long_timeout=True))
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -116,7 +116,7 @@ class RunCheckpoints(Checkpoint):
             self.best = {names.STEP: trainer.global_step, **pl_module.results}
         self._save(trainer)
         if improved:
-            Ranks(patient=True).run_on_rank_zero(lambda: link_checkpoint(self.folder / LAST, self.folder / BEST))
+            Ranks(long_timeout=True).run_on_rank_zero(lambda: link_checkpoint(self.folder / LAST, self.folder / BEST))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The last validation has saved already if it came after the last step.

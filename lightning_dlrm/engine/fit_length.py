@@ -72,11 +72,6 @@ def fit_length(trainer: pl.Trainer) -> FitLength:
     return min(bounds)
 
 
-def total_steps(trainer: pl.Trainer) -> float:
-    """Return the optimizer steps of a fit that no callback stops earlier; infinite without a bound."""
-    return fit_length(trainer).steps
-
-
 def refuse_longer_fit(end: int, steps: float) -> None:
     """
     Raises:

@@ -110,7 +110,7 @@ def gradient_sizes(network: CTRNetwork) -> dict[str, float]:
     return dict(sorted(sizes.items(), key=lambda item: (not math.isnan(item[1]), -item[1])))
 
 
-def refuse_bad_weights(network: CTRNetwork, step: int, advice: str) -> None:
+def refuse_bad_parameters(network: CTRNetwork, step: int, advice: str) -> None:
     """Check every parameter before a save.
 
     Raises:
@@ -121,7 +121,7 @@ def refuse_bad_weights(network: CTRNetwork, step: int, advice: str) -> None:
         # first copies the elements to float64.
         parts = parameter.detach().flatten().split(_SUMMED_AT_ONCE)
         if parameter.numel() and not math.isfinite(sum(part.sum(dtype=torch.float64) for part in parts).item()):
-            raise UserError(f"weights of {name} are not finite after step {step}, so nothing is saved; {advice}")
+            raise UserError(f"{name} is not finite after step {step}, so nothing is saved; {advice}")
 
 
 def warn_of_chance(auc: float, clicks: int, samples: int, batch_size: int, rates: Mapping[str, float]) -> bool:

@@ -103,7 +103,7 @@ class MetricsLogger(pl.Callback):
         self._step = self.logged_step = trainer.global_step
         if trainer.is_global_zero:
             # Not earlier: if the checkpoint is refused, the run folder stays as it is.
-            self.folder.cut_back(self._step)
+            self.folder.drop_lines_after(self._step)
             if self.configuration is not None:
                 self.folder.write_text(CONFIG, self.configuration)
         if self._step:

@@ -16,7 +16,7 @@ from lightning_dlrm.engine.averaging import AverageForEvaluation, Averaging, Wei
 from lightning_dlrm.engine.checkpoint_state import add_state, check_checkpoint_plugin, take_state
 from lightning_dlrm.engine.compilation import CompilationLog, CompileMode, compile_mode, compile_score, compiled
 from lightning_dlrm.engine.evaluation import Evaluation
-from lightning_dlrm.engine.fit_length import planned_steps, refuse_longer_fit, total_steps
+from lightning_dlrm.engine.fit_length import fit_length, planned_steps, refuse_longer_fit
 from lightning_dlrm.engine.guards import LossGuard, Position
 from lightning_dlrm.engine.loading import KEY, describe_module, load_module
 from lightning_dlrm.engine.timing import StepTimer
@@ -49,12 +49,12 @@ class CTRModule(pl.LightningModule):
         schedule: makes the schedule of all learning rates, stepped after each optimizer step: Constant, Cosine,
             WarmupThenDecay, WarmupQuadraticDecay, or another torch.optim.lr_scheduler.LRScheduler; ``total_steps`` is
             filled in. None for constant rates.
-        loss: what is minimized: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
+        loss: the loss: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
             with each of them.
         averaging: evaluate with an average of the parameters of many steps; None for those of the last step.
-        wide_optimizer: update rule of the linear terms' weights of ids, if it is not that of the tables (Cheng et
-            al. 2016, section 3.3, train the wide and the deep part by two).
-        kernels: what looks up and updates table rows, and on a CPU also multiplies pairs of vectors and makes the
+        wide_optimizer: update rule of the linear terms' rows; None for that of the tables. Cheng et al. 2016, section
+            3.3, use different optimizers for the wide and the deep part.
+        kernels: implementation of lookups and updates of table rows, and on a CPU also of dot products and of the
             backward pass of ReLUs. plain: torch, on any device; native: C for a CPU, compiled by the machine's C
             compiler when first used, equal except for the order of some sums; triton: fused kernels for a CUDA
             device; auto: native on a CPU and triton on a CUDA device if they work there, else plain.
@@ -257,7 +257,7 @@ class CTRModule(pl.LightningModule):
             loader.prefetch = (lambda batch: self.network.prefetch(batch.ids)) if prefetches else None
         for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
             if isinstance(scheduler, OneCycleLR):
-                refuse_longer_fit(scheduler.total_steps, total_steps(self.trainer))
+                refuse_longer_fit(scheduler.total_steps, fit_length(self.trainer).steps)
 
     def on_train_end(self) -> None:
         for lookup in self.network.lookups():
@@ -327,7 +327,7 @@ class CTRModule(pl.LightningModule):
         return None if self.averaging is None else self.averaging.averages
 
     def data_schema(self) -> DatasetSchema:
-        """Return the schema of the data at hand: complete once they are prepared."""
+        """Return the schema of the current data, which is complete after they are prepared."""
         try:
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         except RuntimeError:  # no trainer yet

@@ -141,14 +141,7 @@ class StopOnSigterm(pl.Callback):
     """Callback that ends an evaluation at its next batch after SIGTERM; Lightning checks for it in training only."""
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._check(trainer)
-
-    def on_test_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._check(trainer)
-
-    def on_predict_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._check(trainer)
-
-    def _check(self, trainer: pl.Trainer) -> None:
         if trainer.received_sigterm:
             raise SIGTERMException
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start

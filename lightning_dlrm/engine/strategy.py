@@ -82,8 +82,9 @@ class EmbeddingShardedDDP(DDPStrategy):
         # DDP warns about a gradient [1, n], whose first stride has no effect.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         set_timeout(self._timeout_seconds)
-        # Create the patient group while every rank runs: later, ranks could wait hours for a rank that has ended.
-        Ranks(patient=True)
+        # The group with the long timeout is made while every rank runs: later, ranks could wait hours for a rank that
+        # has ended.
+        Ranks(long_timeout=True)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -187,7 +188,7 @@ class EmbeddingShardedDDP(DDPStrategy):
                 ranks.ranks,
                 max(held) / 2**30,
                 imbalance(held),
-                f"; bags summed where their rows are: {', '.join(plan.pooled)}" if plan.pooled else "",
+                f"; bags summed by the ranks of their rows: {', '.join(plan.pooled)}" if plan.pooled else "",
             )
             return plan.document()
 

@@ -76,7 +76,7 @@ def _pair_results(first_BD: Tensor, others_BVD: Tensor, self_interaction: bool) 
 def _pair_gradient_results(
     first_BD: Tensor, others_BVD: Tensor, grad_Bn: Tensor, self_interaction: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return tensors for ``pair_gradients``' results, not yet filled; contiguous, whatever the arguments are."""
+    """Return tensors for ``pair_gradients``' results, not yet filled; always contiguous."""
     return first_BD.new_empty(first_BD.shape), others_BVD.new_empty(others_BVD.shape)
 
 

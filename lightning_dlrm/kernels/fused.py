@@ -41,7 +41,7 @@ class Formula:
 def lookup(
     weight_RD: Tensor, ids_N: Tensor, row_offsets_F: Tensor, offsets: Tensor | None, factors_N: Tensor | None
 ) -> Tensor:
-    """Return the (weighted) sum of each bag's rows, zeros for an empty one: [B, D], of the weight's dtype.
+    """Return the (weighted) sum of each bag's rows: [B, D], of the weight's dtype; zeros for empty bags.
 
     Differentiable in ``weight_RD``, whose gradient is dense, and in ``factors_N``.
 
@@ -49,7 +49,7 @@ def lookup(
         weight_RD: float32 or bfloat16.
         ids_N: int32 or int64, each within its own table; ids after the last bag are ignored.
         row_offsets_F: int32 or int64, where each table begins; bag b is of table b % F.
-        offsets: int64 [B + 1], where each bag begins; None for one id each.
+        offsets: int64 [B + 1], where each bag begins; None if each bag has one id.
         factors_N: a factor for each index; None means 1.
 
     Raises:
@@ -69,7 +69,7 @@ def update(
     formula: Formula,
     scalars_4: Tensor,
 ) -> None:
-    """Sum the gradients of each unique row, and move the row and its state along them, in place.
+    """Sum the gradients of each unique row, and update the row and its state, in place.
 
     Sums are taken in a fixed order, so equal calls give equal bits. A NaN or infinite gradient may spoil rows beside
     its own.
@@ -160,7 +160,7 @@ def _differentiate_lookup(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...
     weight_RD, ids_N, row_offsets_F, offsets, factors_N = ctx.saved_tensors
     rows, bags_N = weight_RD.shape[0], torch.arange(ids_N.numel(), device=ids_N.device)
     if offsets is not None:
-        # Indices after the last bag get a vector of zeros beside those of the bags.
+        # Indices after the last bag get the gradient of an additional bag, which is zero.
         bags_N = torch.searchsorted(offsets, bags_N, right=True) - 1
         grad_BD = torch.cat([grad_BD, grad_BD.new_zeros(1, grad_BD.shape[1])])
     inside_N = bags_N < grad_BD.shape[0] - (offsets is not None)
@@ -214,7 +214,7 @@ def _update(
     # Partial sums of rows whose indices are in several blocks: one of the row's first block, one of each later block.
     first_sums, later_sums = (grad_BD.new_empty(blocks, columns, dtype=torch.float32) for _ in range(2))
     first, second = (*state, weight_RD, weight_RD)[:2]
-    moved, sizes = (weight_RD, first, second, scalars_4, sorted_N), (len(rows_N), rows, width)
+    tensors, sizes = (weight_RD, first, second, scalars_4, sorted_N), (len(rows_N), rows, width)
     formula = {
         "RULE": rule,
         "L2": l2,
@@ -225,7 +225,7 @@ def _update(
         "D": columns,
     }
     _update_kernel[(blocks,)](
-        *moved,
+        *tensors,
         order_N,
         grad_BD,
         order_N if bags_N is None else bags_N,
@@ -237,7 +237,7 @@ def _update(
         WEIGHTED=factors_N is not None,
         **formula,
     )
-    _update_spread_kernel[(blocks,)](*moved, first_sums, later_sums, *sizes, BLOCKS=_BLOCKS_PER_READ, **formula)
+    _update_spread_kernel[(blocks,)](*tensors, first_sums, later_sums, *sizes, BLOCKS=_BLOCKS_PER_READ, **formula)
     count_change(weight_RD, *state)
 
 
@@ -282,7 +282,7 @@ def _lookup_kernel(
 
 
 @triton.jit
-def _move_rows(
+def _apply_rule(
     row,
     moves,
     sums,
@@ -354,7 +354,7 @@ def _update_kernel(
     C: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Move the rows whose indices are all in this block of sorted indices, and store partial sums of other rows."""
+    """Update the rows whose indices are all in this block of sorted indices, and store partial sums of other rows."""
     block = tl.program_id(0).to(tl.int64)
     at = block * C + tl.arange(0, C)
     column = tl.arange(0, D)
@@ -379,7 +379,7 @@ def _update_kernel(
     after = tl.load(rows + (block + 1) * C, mask=(block + 1) * C < count, other=table_rows).to(tl.int64)
     begins = counts & (row != before)
     goes_on = row == after
-    _move_rows(
+    _apply_rule(
         row, begins & (row != after), sums, weight, first, second, scalars, width, RULE, L2, EPSILON, BETA1, BETA2, D
     )
     place = block * D + column[None, :] + tl.zeros((C, 1), dtype=tl.int64)
@@ -408,7 +408,7 @@ def _update_spread_kernel(
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """The row that begins in a block and goes on in the next ones, if there is one."""
+    """Update the row that begins in this block and continues in the next blocks, if there is such a row."""
     block = tl.program_id(0).to(tl.int64)
     start, stop = block * C, (block + 1) * C
     column = tl.arange(0, D)
@@ -428,7 +428,7 @@ def _update_spread_kernel(
             follower += BLOCKS
             more = tl.min(same.to(tl.int32)) > 0
         only = tl.zeros((1,), dtype=tl.int64) + row
-        _move_rows(
+        _apply_rule(
             only, only < table_rows, total[None, :], weight, first, second, scalars, width,
             RULE, L2, EPSILON, BETA1, BETA2, D,
         )  # fmt: skip

@@ -26,7 +26,7 @@ _BUCKET_INDICES = 2**11
 def lookup(
     weight_RD: Tensor, ids_N: Tensor, offsets: Tensor | None, tables_F: Tensor, factors_N: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the (weighted) sum of each bag's rows, zeros for an empty one; the kernel fetches rows ahead.
+    """Return the (weighted) sum of each bag's rows, zeros for empty bags; the kernel prefetches rows.
 
     Differentiable in ``weight_RD``, whose gradient is dense, and in ``factors_N``.
 
@@ -61,7 +61,7 @@ def update(
     learning_rate: float,
     step: float,
 ) -> None:
-    """Sort lookups by row, sum the gradients of each row, and move the row and its state along them, in place.
+    """Sort lookups by row, sum the gradients of each row, and update the row and its state, in place.
 
     For SGD and Adagrad the results are bit for bit those of ``UpdateRule.apply`` with the sums. For row-wise Adagrad
     and Adam they differ in two cases: torch does not always round square roots to nearest, and it takes the mean square
@@ -77,7 +77,7 @@ def update(
         state: optimizer state of the rule, float32 [R, D] or [R], contiguous.
         rule: ``sgd``, ``adagrad``, ``row_wise_adagrad`` or ``adam``.
         settings: the rule's hyperparameters, by name.
-        learning_rate: of this step.
+        learning_rate: learning rate of this step.
         step: number of this step, from 1.
 
     Raises:

@@ -27,7 +27,7 @@ class FieldVectors(nn.Module):
     Args:
         features: dense inputs and tables.
         embedding_dim: D.
-        seed: of the initial rows.
+        seed: seed of the initial rows.
         tables: see TableSettings; the vectors must have one width.
         user: the model's name, for messages.
     """
@@ -69,8 +69,8 @@ class LogisticRegression(CTRNetwork):
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        seed: seed of the initial parameters.
+        missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
 
     def __init__(self, features: Features, seed: int = 0, *, missing: Missing = "zero") -> None:
@@ -92,7 +92,7 @@ class MatrixFactorization(CTRNetwork):
 
     Args:
         features: tables, from the dataset's schema; dense features are not used.
-        seed: of the initial weights.
+        seed: seed of the initial parameters.
         columns: names of the two columns, such as those of the user and of the item.
         embedding_dim: D, the width of their vectors.
     """
@@ -137,10 +137,10 @@ class FactorizationMachine(CTRNetwork):
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
+        seed: seed of the initial parameters.
         embedding_dim: D, the width of every vector.
-        tables: widths, pooling, and small tables in place of large ones.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        tables: settings of the tables, such as widths and pooling.
+        missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
 
     def __init__(
@@ -174,12 +174,12 @@ class MLP(CTRNetwork):
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
+        seed: seed of the initial parameters.
         embedding_dim: D, the width of every vector unless ``tables`` says otherwise.
         deep: widths of the hidden layers; a layer of width 1 follows.
         batch_norm: normalize over the batch between each hidden layer and its ReLU.
-        tables: widths, pooling, and small tables in place of large ones.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        tables: settings of the tables, such as widths and pooling.
+        missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
 
     HIDDEN_WIDTHS: ClassVar[Mapping[str, slice]] = {"deep": slice(None)}
@@ -217,7 +217,7 @@ class WideAndDeep(MLP):
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
+        seed: seed of the initial parameters.
         options: options of MLP.
     """
 
@@ -240,12 +240,12 @@ class DeepFM(CTRNetwork):
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
+        seed: seed of the initial parameters.
         embedding_dim: D, the width of every vector.
         deep: widths of the hidden layers; a layer of width 1 follows.
         batch_norm: normalize over the batch between each hidden layer and its ReLU.
-        tables: widths, pooling, and small tables in place of large ones.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        tables: settings of the tables, such as widths and pooling.
+        missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
 
     HIDDEN_WIDTHS: ClassVar[Mapping[str, slice]] = {"deep": slice(None)}
@@ -291,13 +291,13 @@ class XDeepFM(CTRNetwork):
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
+        seed: seed of the initial parameters.
         embedding_dim: D, the width of every vector.
         cin_layers: rows of each layer of the compressed interaction network.
         deep: widths of the MLP's hidden layers; a layer of width 1 follows.
         batch_norm: normalize over the batch between each hidden layer and its ReLU.
-        tables: widths, pooling, and small tables in place of large ones.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        tables: settings of the tables, such as widths and pooling.
+        missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
 
     HIDDEN_WIDTHS: ClassVar[Mapping[str, slice]] = {"cin_layers": slice(None), "deep": slice(None)}

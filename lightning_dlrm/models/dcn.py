@@ -20,7 +20,7 @@ class DCN(CTRNetwork):
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
+        seed: seed of the initial parameters.
         embedding_dim: D, the width of every vector unless ``tables`` says otherwise.
         cross: kind of cross layers: vector (DCN v1), matrix (DCN v2), low_rank, or mixture (of low-rank experts).
         cross_layers: layers of the cross network.
@@ -31,8 +31,8 @@ class DCN(CTRNetwork):
         batch_norm: normalize over the batch in the deep network, between each layer and its ReLU.
         wide: add linear terms, a weight for each dense feature and each id (Cheng et al. 2016).
         dropout: share of the deep network's outputs, layer by layer, that training sets to 0.
-        tables: widths, pooling, and small tables in place of large ones.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        tables: settings of the tables, such as widths and pooling.
+        missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
 
     HIDDEN_WIDTHS: ClassVar[Mapping[str, slice]] = {"deep": slice(None)}

@@ -22,24 +22,23 @@ class DLRM(CTRNetwork):
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
+        seed: seed of the initial parameters.
         embedding_dim: D, the width of every vector unless ``tables`` says otherwise.
-        bottom_mlp: widths of the bottom MLP's layers; the last one equals embedding_dim.
+        bottom_mlp: widths of the bottom MLP's layers; the last width equals embedding_dim.
         top_mlp: widths of the top MLP's hidden layers; a layer of width 1 follows.
         interaction: dot (dot products of all pairs of vectors, beside the bottom MLP's output), projection
             (dot products of two sets of vectors made from all), cat (the vectors side by side), or cross (a
             cross network over them).
         self_interaction: also take each vector's product with itself; for dot only.
         projection: widths of the two MLPs that make the vectors; for projection only.
-        cross: kind of cross layers: vector (DCN v1), matrix (DCN v2), low_rank, or mixture; for cross only,
-            as are the next three.
-        cross_layers: layers of the cross network.
-        cross_rank: rank of low_rank and mixture.
-        cross_experts: experts of mixture.
+        cross: kind of cross layers: vector (DCN v1), matrix (DCN v2), low_rank, or mixture; for cross only.
+        cross_layers: layers of the cross network; for cross only.
+        cross_rank: rank of low_rank and mixture; for cross only.
+        cross_experts: experts of mixture; for cross only.
         wide: add linear terms, a weight for each dense feature and each id (Cheng et al. 2016).
         dropout: share of the top MLP's hidden outputs that training sets to 0.
-        tables: widths, pooling, and small tables in place of large ones.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        tables: settings of the tables, such as widths and pooling.
+        missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
 
     HIDDEN_WIDTHS: ClassVar[Mapping[str, slice]] = {"bottom_mlp": slice(0, -1), "top_mlp": slice(None)}

@@ -24,7 +24,7 @@ _NARROW_INPUT = 32
 
 
 def fusible_layers(modules: Iterable[nn.Module], x_Bd: Tensor) -> list[tuple[nn.Linear, bool]] | None:
-    """Return each linear layer with whether a ReLU follows it; None if the modules must be called one by one.
+    """Return the linear layers, each with whether a ReLU follows; None if the modules must be called separately.
 
     They must if a module is not exactly a Linear with a bias or a ReLU, if a module has hooks (pruning uses a hook), an
     own forward method or parametrizations, if global module hooks are registered, or if the call is compiled, exported
@@ -79,14 +79,14 @@ def fused_mlp(
 def pair_products(
     vectors_BVD: Tensor, beside_Bd: Tensor, pairs: Tensor, mirrored: Tensor, self_interaction: bool
 ) -> Tensor:
-    """[B, d + P]: ``beside_Bd``, then the dot products of pairs (i, j), j <= i, of vectors, in its type.
+    """Return ``beside_Bd``, then the dot products of pairs (i, j), j <= i, of vectors, in its dtype: [B, d + P].
 
     Args:
         vectors_BVD: the vectors.
-        beside_Bd: columns to stand beside the products; there may be none.
-        pairs: int64 [P]: i * V + j of each pair.
-        mirrored: int64 [V * V]: at i * V + j and j * V + i the pair (i, j)'s place in ``pairs``; anything
-            on the diagonal without ``self_interaction``.
+        beside_Bd: columns before the products; d may be 0.
+        pairs: int64 [P], i * V + j of each pair.
+        mirrored: int64 [V * V], the position of pair (i, j) in ``pairs``, at i * V + j and j * V + i; the diagonal is
+            ignored without ``self_interaction``.
         self_interaction: whether there are pairs (i, i).
     """
     products: Tensor = _PairProducts.apply(vectors_BVD, beside_Bd, pairs, mirrored, self_interaction)
@@ -211,7 +211,10 @@ class _PairProducts(torch.autograd.Function):
 
 
 def _is_faster_transposed(x_Bd: Tensor, grad_Bd: Tensor) -> bool:
-    """Return whether g' x is faster from a transposed copy of g: by a tenth in bfloat16, if the width of x is even."""
+    """Return whether g' x is faster from a transposed copy of g.
+
+    In bfloat16 the copy saves a tenth of the time if the width of x is a multiple of 4, and costs as much if it is odd.
+    """
     large = x_Bd.shape[1] * grad_Bd.numel() >= _LARGE_PRODUCT
     return large and x_Bd.dtype == torch.bfloat16 and x_Bd.shape[1] % 4 == 0
 

@@ -20,7 +20,7 @@ from lightning_dlrm.models.fused import fused_mlp, fusible_layers, pair_products
 
 
 class MLP(nn.Sequential):
-    """Linear layers with a ReLU after each; after the last one too unless ``linear_output``.
+    """Linear layers with a ReLU after each; the last ReLU is left out with ``linear_output``.
 
     Args:
         widths: widths of the input and of every layer's output; at least two.
@@ -82,7 +82,7 @@ class BatchNorm(nn.BatchNorm1d):
     """Batch normalization that uses the running statistics if a batch has fewer than two samples."""
 
     def forward(self, x_Bd: Tensor) -> Tensor:
-        """[B, d] -> [B, d]."""
+        """Return the normalized features: [B, d] -> [B, d]."""
         if self.training and len(x_Bd) < 2:
             return nn.functional.batch_norm(
                 x_Bd, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
@@ -146,7 +146,7 @@ class DotInteraction(nn.Module):
             first_BD: the first vector.
             others_Bn: [B, (V - 1) * D], the other vectors.
         """
-        if not self.pairs.numel():  # of one vector
+        if not self.pairs.numel():  # there is one vector
             return first_BD
         others_BVD = others_Bn.unflatten(1, (-1, self.width))
         if torch.compiler.is_compiling():
@@ -175,7 +175,7 @@ class ProjectionInteraction(nn.Module):
     Args:
         vectors: V.
         width: D.
-        branches: widths of the two MLPs' layers; the last ones are multiples of D.
+        branches: widths of the two MLPs' layers; the last widths are multiples of D.
     """
 
     def __init__(self, vectors: int, width: int, branches: Sequence[Sequence[int]]) -> None:

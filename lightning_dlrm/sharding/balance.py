@@ -55,7 +55,7 @@ def make_plan(
         value_bytes: bytes of one element of a vector or gradient that is sent.
 
     Raises:
-        UserError: the tables do not fit; the message has the missing bytes and what would help.
+        UserError: the tables do not fit; the message has the missing bytes and the remedies.
     """
     if ranks < 1 or batch_size < 1:
         raise UserError(f"a plan needs 1 rank or more and a batch of 1 or more; got {ranks} and {batch_size}")
@@ -81,13 +81,13 @@ def refuse_cut_tables(tables: Sequence[TableLoad]) -> None:
     names = [table.name for table in tables]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(
-            f"tables.on_host cuts table {twice[0]} between the device and host memory, which is for one device; "
-            "several ranks keep a table in one or the other: give on_host a list of columns"
+            f"tables.on_host splits table {twice[0]} between the device and host memory, which one device supports but "
+            "not several ranks: give on_host a list of columns"
         )
 
 
 def _balanced(tables: Sequence[TableLoad], limits: Sequence[float], batch_size: int) -> Plan:
-    """Return the plan with the fewest cuts that is balanced, or else the best balanced one."""
+    """Return the balanced plan with the fewest cuts, or else the plan with the least imbalance."""
     traffic = [UniqueRows(table, batch_size / len(limits)) for table in tables]
     best, best_imbalance = None, math.inf
     for chunks in _CHUNKS_PER_RANK:

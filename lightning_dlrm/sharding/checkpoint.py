@@ -109,7 +109,7 @@ def save_checkpoint(
     def write_pieces() -> list[dict[str, Any]]:
         if not partial.is_dir():
             raise OSError(
-                f"rank {ranks.rank} does not see {partial}: the run folder has to be one that all ranks share"
+                f"rank {ranks.rank} does not see {partial}: put the run folder on a file system that all ranks share"
             )
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             return list(pool.map(lambda piece: _write_piece(partial, piece), pieces))
@@ -350,7 +350,7 @@ def _check_tiling(folder: Path, name: str, entry: TableEntry) -> None:
     rows = entry.shapes["weight"][0]
     if row != rows or sum(part.stop - part.start for part in entry.pieces) != rows:
         raise UserError(
-            f"checkpoint {folder}: the pieces of table {name} do not cover its {rows} rows; use another one"
+            f"checkpoint {folder}: the pieces of table {name} do not cover its {rows} rows; use another checkpoint"
         )
 
 

@@ -26,15 +26,15 @@ class Ranks:
     needs: CUDA with NCCL, else the CPU. Tensors are exchanged on their own device.
 
     Args:
-        patient: use a gloo group with a timeout of two hours, for actions that may take one rank much longer than
+        long_timeout: use a gloo group with a timeout of two hours, for actions that may take one rank much longer than
             another, such as writing to disk.
     """
 
-    def __init__(self, patient: bool = False) -> None:
+    def __init__(self, long_timeout: bool = False) -> None:
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.ranks = dist.get_world_size() if together else 1
-        self._group = _make_long_timeout_group() if patient and self.ranks > 1 else None
+        self._group = _make_long_timeout_group() if long_timeout and self.ranks > 1 else None
 
     def all_gather(self, values: NDArray) -> list[NDArray]:
         """Return the array of every rank; all arrays have the same shape and dtype."""
@@ -154,7 +154,7 @@ def set_timeout(seconds: float) -> None:
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
-def lost_rank(error: BaseException) -> bool:
+def is_lost_rank(error: BaseException) -> bool:
     """Return whether an error says that another rank has ended or does not answer."""
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
         return True

@@ -95,8 +95,8 @@ def place_tables(tables: Sequence[TableLoad], movable: Iterable[str], batch_size
     missing = device_bytes - memory
     if missing > 0:
         raise UserError(
-            f"what cannot stay in host memory takes {device_bytes:,} bytes ({format_bytes(device_bytes)}), the device "
-            f"has {memory:,}: {missing:,} bytes ({format_bytes(missing)}) too few; "
+            f"the tables and cached rows on the device take {device_bytes:,} bytes ({format_bytes(device_bytes)}), the "
+            f"device has {memory:,}: {missing:,} bytes ({format_bytes(missing)}) too few; "
             f"{format_bytes(offload.cached(host))} are for the cached rows of three batches: use a smaller batch or a "
             "smaller width"
         )

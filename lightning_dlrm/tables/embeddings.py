@@ -312,8 +312,8 @@ class Embeddings(nn.Module):
         """Check that every vector is embedding_dim wide.
 
         Args:
-            user: what needs it, for the message.
-            other_way: a further remedy, for the message.
+            user: name of the model or option that needs it, for the message.
+            other_way: another remedy, for the message.
 
         Raises:
             UserError: the width of a vector differs.

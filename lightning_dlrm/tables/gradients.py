@@ -106,7 +106,7 @@ class LookupGradient(RowGradient):
         grad_BD: gradient of each output vector.
         bag_N: int64, the output vector that each index went into; None if index i went into vector i.
         factors_N: per-sample weight of each index; None means 1.
-        lookups: ``rows_N`` sorted, if it is sorted already.
+        lookups: sorted ``rows_N``, if it is known; else it is sorted when ``rows`` or ``values`` is read.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ def empty_table(shape: Sequence[int], dtype: torch.dtype, device: torch.device |
 
     Args:
         shape: the first dimension is the rows.
-        dtype: of the elements.
+        dtype: dtype of the elements.
         device: None for torch's default device.
     """
     device = torch.get_default_device() if device is None else device

@@ -25,7 +25,7 @@ def wide_dlrm(features: Features, seed: int) -> DLRM:
     return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], wide=True, dropout=0.2)
 
 
-def normalised_dcn(features: Features, seed: int) -> DCN:
+def normalized_dcn(features: Features, seed: int) -> DCN:
     return DCN(features, seed, embedding_dim=4, cross_layers=2, deep=[8], batch_norm=True)
 
 
@@ -95,7 +95,7 @@ def test_averages_of_bfloat16_weights_move() -> None:
     assert averages.dense_average["wide.bias"].item() == pytest.approx(weight.item() - 0.1 * 0.99**501, abs=1e-3)
 
 
-@pytest.mark.parametrize("network", [wide_dlrm, normalised_dcn])
+@pytest.mark.parametrize("network", [wide_dlrm, normalized_dcn])
 @pytest.mark.parametrize(("decay", "start_share"), [(0.8, 0.0), (1.0, 0.5)])
 def test_evaluations_take_the_average_of_all_rows(
     tmp_path: Path, network: Any, decay: float, start_share: float

@@ -242,7 +242,7 @@ def test_a_plan_is_written_and_read_back() -> None:
 @pytest.mark.parametrize(
     ("document", "said"),
     [
-        ({"ranks": 2, "tables": {"C1": [[0, 5, 0], [6, 9, 1]]}}, "one from row 5 on was expected"),
+        ({"ranks": 2, "tables": {"C1": [[0, 5, 0], [6, 9, 1]]}}, "expected a piece from row 5 on"),
         ({"ranks": 2, "tables": {"C1": [[0, 5, 2]]}}, "on rank 2, but ranks are 2"),
         ({"ranks": 2, "tables": {"C1": [0, 5, 1]}}, "not of the form"),
         ({"ranks": 2, "tables": {"C1": [[0, 5, 1]]}, "pooled": ["C2"]}, "pooled names C2, which has no pieces"),
@@ -339,7 +339,7 @@ def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
     assert main([*command, "--config", str(output), "--json"]) == 0
     assert sorted(json.loads(capsys.readouterr().out)["on_host"]) == ["C12", "C3"]
     assert main(["plan", "--config", "dlrm.yaml", "--config", str(output), "--ranks", "2"]) == 2
-    assert "cuts table C3 between the device and host memory" in capsys.readouterr().err
+    assert "splits table C3 between the device and host memory" in capsys.readouterr().err
     for more in (["--ranks", "2"], ["--plot", "plan.png"]):
         assert main([*command, *more]) == 2
         assert f"--device-memory is for one device, {more[0]} for several ranks" in capsys.readouterr().err
