@@ -21,11 +21,10 @@ def arms_table(arms: Sequence[PlannedArm], compared: Mapping[str, Mapping[str, A
     rows: list[tuple[str, ...]] = [("arm", "tables", "dense", "total", "forward", "training", "samples")]
     for arm in arms:
         size = arm.size
-        counts = (
-            size.tables, size.dense, size.total, size.flops_per_sample_forward, size.flops_per_sample_training
-        )  # fmt: skip
+        counts = (f"{count:,}" for count in (size.tables, size.dense, size.total))
+        flops = (f"{n:,}" if n else "unknown" for n in (size.flops_per_sample_forward, size.flops_per_sample_training))
         samples = f"{arm.samples:,.0f}" if arm.samples != float("inf") else "unbounded"
-        rows.append((arm.name, *(f"{count:,}" if count else "unknown" for count in counts), samples))
+        rows.append((arm.name, *counts, *flops, samples))
     lines = [
         *table(rows),
         "tables, dense, total: parameters; forward, training: FLOPs per sample",
