@@ -23,7 +23,7 @@ COMMANDS = {
     "predict": "write a checkpoint's click probabilities for a split, or for all",
     "params": "count parameters, FLOPs and bytes of a configuration",
     "plan": "show which rank would hold which table rows, and what the ranks would send",
-    "compare": "train configurations with several seeds, or take finished runs, and say which is better",
+    "compare": "train configurations with several seeds, or take finished runs, and show which is better",
     "checkpoint": "show what a checkpoint holds, write it in other pieces, or import one of facebookresearch/dlrm",
     "preprocess": "turn raw Criteo TSV files into a dataset folder",
     "inspect": "show what a dataset folder holds; --verify compares every checksum",
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, or 2 after a user error.
 
     Args:
-        arguments: of the command line; None for this program's own.
+        arguments: arguments of the command line; None for those of this process.
     """
     if arguments is None:
         search_current_folder_last()
@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def search_current_folder_last() -> None:
     """Move the current folder to the end of ``sys.path``, or add it there.
 
-    So custom classes in the current folder are found, and a folder with the name of a package, such as
-    ``datamodules`` in a project of the user's own, does not replace that package.
+    Custom classes in the current folder are then found, and a folder with the name of a package, such as
+    ``datamodules`` in the user's project, does not replace that package.
     """
     here = Path.cwd()
     # A checkout that is not installed has the packages in the current folder.
@@ -113,7 +113,7 @@ def _run(command: str, arguments: list[str]) -> int:
         module = importlib.import_module(f"lightning_dlrm.cli.{command}")
         code: int = module.run(arguments, COMMANDS[command])
         return code
-    # Torch and Lightning make a million objects that stay: looking for garbage among them takes a tenth of the start.
+    # Importing torch and Lightning makes a million permanent objects: garbage collection takes a tenth of the start.
     gc.disable()
     from lightning_dlrm.cli import run
 

@@ -76,11 +76,11 @@ def _build_problems(make_network: MakeNetwork, features: Features, network: CTRN
     state = network.state_dict()
     changed = [name for name, value in state.items() if not torch.equal(value, again[name])]
     if changed:
-        yield f"two networks of one seed differ in {changed[0]}: draw parameters from the seed, such as by initialise"
+        yield f"two networks of one seed differ in {changed[0]}: draw parameters from the seed, such as by initialize"
     elif any(value.unique().numel() > 1 for value in state.values()) and all(
         torch.equal(value, other[name]) for name, value in state.items()
     ):
-        yield "networks of two seeds are the same: pass the seed to Embeddings and initialise"
+        yield "networks of two seeds are the same: pass the seed to Embeddings and initialize"
     for name, module in network.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             yield (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_dlrm import DCN, DLRM, CTRNetwork, DeepFM, Embeddings, Features, UserError, check_network
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.models.baselines import LogisticRegression, MatrixFactorization, XDeepFM
-from lightning_dlrm.models.layers import MLP, initialise
+from lightning_dlrm.models.layers import MLP, initialize
 
 
 class Own(CTRNetwork):
@@ -20,7 +20,7 @@ class Own(CTRNetwork):
         super().__init__(features.dense)
         self.embeddings = Embeddings(features.tables, 4, seed)
         self.top = MLP([4 * len(features.tables) + features.dense, 8, 1], linear_output=True)
-        initialise(self, seed)
+        initialize(self, seed)
 
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
         return self.top(torch.cat([self.missing(dense_BI), vectors["embeddings"]], dim=1)).squeeze(1)

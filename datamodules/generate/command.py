@@ -14,7 +14,7 @@ from datamodules.generate.trace import TraceSettings, generate_trace
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import require
-from lightning_dlrm.contracts.interrupts import leaving_in_order
+from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 
 GENERATE_HELP = "make data instead of reading any: demo data with a known best score, random data, traces, raw text"
@@ -247,7 +247,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: an option is out of range, the output folder holds something else, or its disk cannot hold all.
         SystemExit: on SIGTERM and SIGHUP.
     """
-    with leaving_in_order():
+    with exit_on_signals():
         return args.run_kind(args)
 
 
@@ -342,9 +342,9 @@ def _report_fit(originals: list[Profile], folder: Path, plot: Path | None) -> No
         print(f"the fit is drawn in {plot}")
 
 
-def _make(output: Path, generate: Callable[[], DatasetSchema], summarise: Callable[[DatasetSchema], str]) -> int:
+def _make(output: Path, generate: Callable[[], DatasetSchema], summarize: Callable[[DatasetSchema], str]) -> int:
     start = time.perf_counter()
-    print(summarise(generate()))
+    print(summarize(generate()))
     print(f"{output} is ready after {time.perf_counter() - start:.1f} s")
     print(f"train on it: python -m lightning_dlrm fit --config dlrm.yaml --data.path {output}")
     return 0

@@ -19,7 +19,7 @@ from datamodules.preprocess.protocols import PROTOCOLS
 from datamodules.preprocess.report import render_report
 from datamodules.preprocess.skew import all_skews
 from datamodules.preprocess.splits import DATASETS
-from lightning_dlrm.contracts.interrupts import leaving_in_order
+from lightning_dlrm.contracts.interrupts import exit_on_signals
 
 _PREPROCESS_DESCRIPTION = """\
 Reads raw Criteo files and makes a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in
@@ -203,7 +203,7 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     names = [name.strip("-").replace("-", "_") for options in _OPTIONS.values() for name in options]
     given = {name: getattr(args, name) for name in names if name != "input"}
-    with leaving_in_order():
+    with exit_on_signals():
         schema = preprocess(inputs=args.input, progress=progress, **given)
     if progress.stages:
         print(render_report(schema, progress.stages))

@@ -223,7 +223,7 @@ def take_rows(array: np.ndarray, index: np.ndarray, out: np.ndarray | None = Non
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an uninitialised array from Arrow's pool, which reuses freed memory; NumPy would map it anew."""
+    """Return an uninitialized array from Arrow's pool, which reuses freed memory; NumPy would map it anew."""
     size = math.prod(shape) * dtype.itemsize
     return np.frombuffer(pa.allocate_buffer(size), dtype).reshape(shape)
 

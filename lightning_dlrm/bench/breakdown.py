@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by part of the model and by kind of operator, from PyTorch's profiler.
+"""Time of a training step by part of the model and by kind of operator, from PyTorch's profiler.
 
 ``bench paper`` reads parts, which it compares with what each part must compute and move; ``compare`` reads kinds of
 operators, which networks with different parts have in common. Both come from the same events.

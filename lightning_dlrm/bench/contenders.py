@@ -1,4 +1,4 @@
-"""The training steps that benchmarks compare: ours as ``fit`` makes them, and plain ones as in most published code.
+"""Training steps that benchmarks compare: ours as in ``fit``, and plain steps as in most published code.
 
 Shape suffixes: B samples, I dense features, F tables, V vectors, D width, P pairs, n any other.
 """

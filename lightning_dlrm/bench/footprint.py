@@ -1,4 +1,4 @@
-"""Running a program, and watching the memory, CPU time and disk space that it takes."""
+"""Running a program and sampling its memory, CPU time and disk space."""
 
 import subprocess
 import tempfile
@@ -18,7 +18,7 @@ _DISK_SAMPLES = 25  # samples of memory for each sample of disk space
 
 @dataclass
 class Footprint:
-    """What a process and its descendants take, from samples."""
+    """Memory, CPU time and disk space of a process and its descendants, from samples."""
 
     folder: Path | None
     """Folder whose size is sampled; None for no folder."""

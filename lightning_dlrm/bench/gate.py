@@ -1,4 +1,4 @@
-"""How a benchmark controls a training loop in another process: it makes the requested steps, then it waits.
+"""Control of a training loop in another process: the loop makes the requested steps, then it waits.
 
 Standard library only: the interpreter of another project imports this as well.
 """

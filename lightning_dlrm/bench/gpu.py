@@ -15,7 +15,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tables.lookup import EmbeddingTables
 
 DESCRIPTION = """\
-Runs on a CUDA device, and fails with a list of the targets that are missed:
+Runs on a CUDA device, and fails with a list of missed targets:
 
   - float32 with fused kernels gives the loss of plain float32, on the first step to 1e-6;
   - bfloat16 with fused kernels keeps the mean loss of every 100 steps within 2e-3 of it, for 1,000 steps;

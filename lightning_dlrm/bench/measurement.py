@@ -25,7 +25,7 @@ class Measurement:
     work: str
     """The subcommand, such as ``loader``."""
     case: str
-    """What was timed, for people."""
+    """Description of what was timed."""
     implementation: Implementation
     device: str
     precision: str

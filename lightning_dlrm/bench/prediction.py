@@ -1,4 +1,4 @@
-"""What a measured run of ``preprocess`` predicts for the real data sets: arithmetic on the costs of a row."""
+"""Predictions for the real data sets from a measured run of ``preprocess``, by the costs of a row."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -115,14 +115,14 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     if min(args.peer_rows, args.baseline_rows) < 100:
         raise UserError("bench preprocess needs --peer-rows and --baseline-rows of 100 or more")
     if args.input is not None and not args.input.is_file():
-        raise UserError(f"--input {args.input} is no file; give raw TSV, or leave it out to generate some")
+        raise UserError(f"--input {args.input} is not a file; give raw TSV, or leave it out to generate some")
     if args.input is not None and args.input.suffix in (".gz", ".zst"):
         raise UserError(
             f"--input {args.input} is compressed; unpack it first, as rows are counted and cut off by lines"
         )
     check_peer(args, "data_utils.py")
     if args.folder is not None and not args.folder.is_dir():
-        raise UserError(f"--folder {args.folder} is no folder; make it, or leave it out for the temporary folder")
+        raise UserError(f"--folder {args.folder} is not a folder; make it, or leave it out for the temporary folder")
     with tempfile.TemporaryDirectory(prefix="bench-preprocess-", dir=args.folder) as name:
         folder = Path(name)
         raw = args.input

@@ -1,7 +1,7 @@
-"""What the parts of a model cost: operations, memory traffic, and the least time of both on this machine.
+"""Costs of the parts of a model: operations, memory traffic, and the least time of both on this machine.
 
-A multiply-add counts two operations, an addition one. Traffic is the least that passes between processor and memory:
-every parameter, activation and gradient once for each pass that reads or writes it, and of the tables the distinct rows
+A multiply-add counts as two operations, an addition as one. Traffic is the least number of bytes between processor and
+memory: every parameter, activation and gradient once for each pass that reads or writes it, and the unique table rows
 of the batch. Caches may hold some of it, so a small part can be faster than its floor.
 """
 

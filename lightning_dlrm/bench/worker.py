@@ -17,7 +17,7 @@ REQUESTS, REPLIES = "BENCH_REQUESTS", "BENCH_REPLIES"
 
 
 class Worker(AbstractContextManager["Worker"]):
-    """Starts a program whose loop calls a ``Gate``, and waits until its first step is done.
+    """A program whose loop calls a ``Gate``; the constructor starts it and waits for its first step.
 
     Args:
         command: program and arguments.
@@ -83,7 +83,7 @@ class Worker(AbstractContextManager["Worker"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the program by closing its requests; after a while it is killed."""
+        """End the program by closing its requests; kill it if it does not end in time."""
         os.close(self._to)
         try:
             self._process.wait(timeout=20 if kind is None else 1)

@@ -1,4 +1,4 @@
-"""``checkpoint``: what a checkpoint holds, and the same one in other pieces."""
+"""``checkpoint``: show the content of a checkpoint, or write it again in other pieces."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from lightning_dlrm.sharding.checkpoint import CheckpointReader, TableEntry, res
 from lightning_dlrm.sharding.loads import TableLoad
 from lightning_dlrm.sharding.plan import read_plan
 
-_BALANCED_FOR = 2048  # samples of a global batch; a checkpoint does not hold its own
+_BALANCED_FOR = 2048  # samples of a global batch, which a checkpoint does not hold
 
 _WORKS = {
     "info": "show a checkpoint's model, step, tables and pieces",
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands and their options to a parser; ``run`` takes what it parses."""
     parser.epilog = "import has options of its own: checkpoint import --help"
     works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
-    # Only to be listed: it takes the options of a fit, and is run elsewhere.
-    works.add_parser("import", help="make one of weights that facebookresearch/dlrm saved")
+    # Only for the list in --help: ``import`` takes the options of fit and has a parser of its own.
+    works.add_parser("import", help="make a checkpoint of parameters that facebookresearch/dlrm saved")
     for name, text in _WORKS.items():
         work = works.add_parser(
             name,
@@ -107,7 +107,7 @@ def info(reader: CheckpointReader) -> dict[str, Any]:
 def _describe(found: dict[str, Any]) -> str:
     lines = [f"{name:22s}{value}" for name, value in found["header"].items()]
     lines += [f"{'size':22s}{found['bytes'] / 2**20:,.1f} MiB", ""]
-    rows = [("table", "rows", "width", "pieces", "MiB", "optimiser state")]
+    rows = [("table", "rows", "width", "pieces", "MiB", "optimizer state")]
     for name, table in found["tables"].items():
         shape = table["shapes"]["weight"]
         slots = ", ".join(slot for slot in table["shapes"] if slot != "weight")

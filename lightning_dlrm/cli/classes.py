@@ -1,4 +1,4 @@
-"""The classes that a configuration may name in short: models, rules, optimizers, schedules, losses, data, and so on."""
+"""Classes with a short name in configurations: models, rules, optimizers, schedules, losses, data, and so on."""
 
 from types import ModuleType
 

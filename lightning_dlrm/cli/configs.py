@@ -1,4 +1,4 @@
-"""Finding configurations by name, and naming what a misspelt key was meant to be."""
+"""Finding configurations by name, and suggesting the nearest known word for a misspelt word."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""``dashboard``: the W&B workspace and report of a project, or of a group such as a comparison."""
+"""``dashboard``: save the W&B workspace and report of a project, or of a group such as a comparison."""
 
 import argparse
 
@@ -9,8 +9,8 @@ examples:
   python -m lightning_dlrm dashboard
   python -m lightning_dlrm dashboard --project ads --entity team --group figure5
 
-Both are new ones at each call, built by code: sections comparison (what compare found), quality, training, speed,
-system, parallel, with the samples trained on as the x axis.
+Each call makes a new workspace and a new report, with sections comparison (results of compare), quality, training,
+speed, system and parallel. The x axis is the number of samples trained on.
 """
 
 

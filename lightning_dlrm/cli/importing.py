@@ -1,4 +1,4 @@
-"""``checkpoint import``: weights of facebookresearch/dlrm as a checkpoint folder of this project."""
+"""``checkpoint import``: convert parameters of facebookresearch/dlrm to a checkpoint folder."""
 
 import argparse
 import pickle
@@ -16,9 +16,9 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.models.published import published_names
+from lightning_dlrm.models.published import reference_state_dict
 
-DESCRIPTION = """Makes a checkpoint folder of weights from a .pt file that facebookresearch/dlrm saved (--save-model).
+DESCRIPTION = """Make a checkpoint folder from a .pt file that facebookresearch/dlrm saved (--save-model).
 
 The configuration must be that of the model in the file: the same widths, and data with the same tables in the
 same order. Tables N and layers N of the file become column N and layer N here.
@@ -64,15 +64,15 @@ def run(arguments: Sequence[str]) -> int:
     }
     module.on_save_checkpoint(checkpoint)
     FolderCheckpointIO().save_checkpoint(checkpoint, output)
-    print(f"{module.size.total:,} weights of {source} are in {output}: use it with --ckpt_path {output}")
+    print(f"{module.size.total:,} parameters of {source} are in {output}: use it with --ckpt_path {output}")
     return 0
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
-    """Return the parameters in a file of facebookresearch/dlrm by name; no code in it is run.
+    """Return the parameters in a file of facebookresearch/dlrm by name; code in the file is not run.
 
     Raises:
-        UserError: there is no such file, or it is something else.
+        UserError: the file is missing, or is not of this form.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}; expected what facebookresearch/dlrm wrote with --save-model")
@@ -81,7 +81,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path} is not opened: it is no file of tensors and plain values ({' '.join(str(error).split())[:120]}); "
+            f"{path} is not a file of tensors and plain values ({' '.join(str(error).split())[:120]}); "
             "expected what facebookresearch/dlrm wrote with --save-model"
         ) from error
     weights = content.get("state_dict") if isinstance(content, Mapping) else None
@@ -95,14 +95,14 @@ def take_weights(module: CTRModule, weights: Mapping[str, Tensor], source: Path)
     """Copy published parameters into a module's DLRM.
 
     Raises:
-        UserError: the module has another network, or the weights are of other names or shapes.
+        UserError: the module has another network, or the parameters have other names or shapes.
     """
     network = module.network
     if not isinstance(network, DLRM):
         raise UserError(
             f"{source} is of a DLRM, the configuration makes a {type(network).__name__}: use one like dlrm.yaml"
         )
-    ours = {name: weight for name, weight in published_names(network).items() if weight.requires_grad}
+    ours = {name: weight for name, weight in reference_state_dict(network).items() if weight.requires_grad}
     for name in sorted(ours.keys() | weights.keys()):
         found, expected = (tuple(of[name].shape) if name in of else "missing" for of in (weights, ours))
         if found != expected:

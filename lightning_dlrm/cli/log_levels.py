@@ -1,4 +1,4 @@
-"""What is logged: this project's messages, and of Lightning's only what says that something went wrong."""
+"""Levels of the loggers: all messages of this project, and warnings of Lightning."""
 
 import logging
 import warnings
@@ -6,11 +6,11 @@ import warnings
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 SPOKEN_AT_INFO = ("lightning_fabric.strategies.launchers.subprocess_script", "pytorch_lightning.profilers")
-"""They log at this level that a rank has died, before they end the others, and what a profiler has found."""
+"""Loggers of Lightning whose INFO messages are shown: a rank that died, and the report of a profiler."""
 
 
 def configure_logging() -> None:
-    """Set the levels of loggers; Lightning's general advice is for authors of training code."""
+    """Set the levels of loggers; Lightning's INFO messages are advice for authors of training code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log = logging.getLogger("lightning_dlrm")
     log.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""Where a run's metrics go: the run folder, and W&B or the loggers of the configuration."""
+"""The loggers of a run: the run folder, and W&B or the loggers of the configuration."""
 
 import logging
 import sys
@@ -24,7 +24,7 @@ def make_loggers(
 
     Args:
         command: fit, validate, test, or predict, which logs nothing.
-        folder: of the run; a fit logs to its ``metrics.jsonl``.
+        folder: the run folder; a fit logs to its ``metrics.jsonl``.
         given: ``trainer.logger``: loggers that take W&B's place, false for none, or None.
         wandb: options of W&B.
         configuration: shown by W&B.
@@ -58,12 +58,12 @@ def make_loggers(
 
 
 def wandb_address(loggers: list[Logger], folder: RunFolder) -> str | None:
-    """Return where W&B shows the run, or how to send it there; None for a run without W&B."""
+    """Return the address of the run at W&B, or the command that sends it there; None without W&B."""
     if not any(isinstance(logger, WandbLogger) for logger in loggers):
         return None
-    from lightning_dlrm.tracking.wandb_run import whereabouts
+    from lightning_dlrm.tracking.wandb_run import run_address
 
-    return whereabouts(loggers, folder)
+    return run_address(loggers, folder)
 
 
 def finish_loggers(succeeded: bool) -> None:

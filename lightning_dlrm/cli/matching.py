@@ -1,4 +1,4 @@
-"""``params --match A --to B``: the width at which one model costs what another does."""
+"""``params --match A --to B``: the hidden widths at which model A has the cost of model B."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,28 +24,30 @@ WIDEST = 1 << 16
 def match(module: CTRModule, options: Mapping[str, Any], goal: ModelSize, by: str) -> tuple[dict[str, Any], ModelSize]:
     """Return the hidden widths at which the cost of a model is nearest to a goal.
 
-    All hidden widths keep their proportions: the widest one becomes w, a whole number, and the others
-    follow, rounded. Costs grow with w, so bisection finds the best one. Nothing is allocated.
+    All hidden widths keep their proportions: the largest width becomes w, a whole number, and the others are scaled and
+    rounded. Costs grow with w, so bisection finds the best w. Nothing is allocated.
 
     Args:
-        module: the model's; its network is made anew with other widths.
-        options: the network's arguments as configured, defaults included.
-        goal: the other model's size.
-        by: one of COSTS.
+        module: module of the model.
+        options: arguments of its network as configured, with defaults.
+        goal: size of the other model.
+        by: a key of COSTS.
 
     Returns:
-        The arguments that are widths, with their new values; and the model's size with them.
+        The arguments that are widths, with their new values, and the size of the model with these widths.
 
     Raises:
-        UserError: the model has no hidden layers.
+        UserError: the model has no hidden layers, or a cost is not known.
     """
     with torch.device("meta"):
         kind = type(module.make_network(module.schema.features, module.seed))
     original = {name: list(options[name]) for name in kind.HIDDEN_WIDTHS}
     hidden = [width for name, part in kind.HIDDEN_WIDTHS.items() for width in original[name][part]]
     if not hidden:
-        raise UserError(f"{kind.__name__} has no hidden layers whose width could be matched; match the other model")
+        raise UserError(f"{kind.__name__} has no hidden layers whose widths can change; match the other model")
     cost = COSTS[by]
+    if not (cost(goal) and cost(module.size)):
+        raise UserError(f"--by {by}: it is not known of both models; choose another of {', '.join(COSTS)}")
 
     def widths(widest: int) -> dict[str, Any]:
         changed = {name: list(values) for name, values in original.items()}
@@ -56,7 +58,7 @@ def match(module: CTRModule, options: Mapping[str, Any], goal: ModelSize, by: st
     def size(widest: int) -> ModelSize:
         make: Callable[..., Any] = module.make_network
         with torch.device("meta"):
-            return model_size(make(module.schema.features, module.seed, **widths(widest)))
+            return model_size(make(module.schema.features, module.seed, **widths(widest)), module.schema.features)
 
     low, high = 1, WIDEST
     while low < high:
@@ -70,7 +72,7 @@ def match(module: CTRModule, options: Mapping[str, Any], goal: ModelSize, by: st
 
 
 def describe(name: str, goal_name: str, found: ModelSize, goal: ModelSize, by: str) -> list[str]:
-    """Return lines that compare the costs of both models, and say which one was matched."""
+    """Return lines that compare the costs of both models; the matched cost is marked."""
     lines = [f"{'':10s}{name:>22s}{goal_name:>22s}{'difference':>18s}"]
     costs = {"tables": lambda size: size.tables, **COSTS}
     for key, cost in costs.items():
@@ -82,7 +84,7 @@ def describe(name: str, goal_name: str, found: ModelSize, goal: ModelSize, by: s
 
 
 def write_config(sources: Sequence[str], widths: Mapping[str, Any], output: Path, header: Sequence[str]) -> None:
-    """Write a configuration with other widths; all else is as in ``sources``, of which later ones overlay earlier.
+    """Write a configuration with other widths; all other settings are those of ``sources``, later over earlier.
 
     Raises:
         UserError: the file exists, or cannot be written.
@@ -102,7 +104,7 @@ def write_config(sources: Sequence[str], widths: Mapping[str, Any], output: Path
 
 
 def _overlaid(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings overlaid key by key; another class replaces a class with all its arguments."""
+    """Return settings overlaid key by key; if the class changes, the arguments of the old class are dropped."""
     result = dict(below)
     if "class_path" in above and above["class_path"] != below.get("class_path"):
         result = {}

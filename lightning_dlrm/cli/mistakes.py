@@ -1,4 +1,4 @@
-"""Error messages of the command line: one line each, made of the many that jsonargparse writes."""
+"""Error messages of the command line: jsonargparse's messages shortened to one line each."""
 
 import difflib
 import re
@@ -14,7 +14,7 @@ def explain(message: str, known: Sequence[str]) -> str:
     """Return jsonargparse's message in one line, with the nearest key or class if one is misspelt."""
     named = re.search(r'Parser key "([\w.]+)"', message)
     key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
-    # A nested parser has already explained itself.
+    # A nested parser has already shortened its message.
     if match := re.search(r"unknown key [\w.]+(; did you mean [\w.]+\?)?", message):
         return match[0]
     if match := re.search(r"[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*", message):
@@ -33,7 +33,7 @@ def explain(message: str, known: Sequence[str]) -> str:
         key = match[1] or match[2] or match[3]
         return f"unknown key {key}{_nearest_key(key, known)}"
     if given and (match := re.search(r"Subtypes: \[<class '(float|int)'>", message)):
-        return f"{key}: {given[1].strip()} is no {match[1]}"
+        return f"{key} is {given[1].strip()}; expected {match[1]}"
     if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
         name = match[1] or match[2]
         names = _fitting(_BASES.get(key.rpartition(".")[2], "object"))
@@ -42,15 +42,15 @@ def explain(message: str, known: Sequence[str]) -> str:
         return _explain_class(message, match[1])
     if "collections.abc.Callable" in message:
         return _explain_factory(key, message)
-    # What is wrong with data's class stands beside that data is not none either; it is explained already.
+    # The message lists the error of data's class, already shortened, and that data is not None.
     if match := re.search(
         r"LightningDataModule'>.*?Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S
     ):
         return f"data: {match[1]}" if match[1].startswith("the following") else f"data.{match[1]}"
     if match := re.search(r"([\w.]+): Expected a <class '[\w.]*Sequence'>\. Got value: (.*)", message):
-        return f"{key}.{match[1]}: {match[2].strip()} is no list; write [{match[2].strip()}]"
+        return f"{key}.{match[1]}: {match[2].strip()} is not a list; write [{match[2].strip()}]"
     if given and "Expected a <class 'tuple'>" in message:
-        return f"{key}: {given[1].strip()} is no list; write [{given[1].strip()}]"
+        return f"{key}: {given[1].strip()} is not a list; write [{given[1].strip()}]"
     if given and "Expected a <class 'bool'>" in message:
         return f"{key}: {given[1].strip()} is neither true nor false"
     if given and (literals := re.findall(r"typing\.Literal\[(.*?)\]", message)):
@@ -58,15 +58,15 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"{key}: {given[1].strip()} is none of {', '.join(allowed)}"
     if given and (match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message)):
         expected = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1]).replace(", ", " or ")
-        return f"{key}: {given[1].strip()} is no {expected}"
+        return f"{key} is {given[1].strip()}; expected {expected}"
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
-    # Between two settings, ours says what is wrong.
+    # The error of a linked setting is in this project's own message.
     line = re.sub(r"Call to compute_fn of link .*? failed: ", "", line)
     return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
 
 
 def _explain_class(message: str, base: str) -> str:
-    """Return the message about a class of another library, if one of this project is needed."""
+    """Return the message about a class of another library, if a class of this project is needed."""
     key = re.search(r'Parser key "([\w.]+)"', message)
     given = re.search(r"Import path ([\w.]+) does", message) or re.search(r"Given value: (\S+)", message)
     why = ", and cannot update single rows of a table" if base == "UpdateRule" else ""
@@ -77,16 +77,18 @@ def _explain_class(message: str, base: str) -> str:
 
 
 def _explain_factory(key: str, message: str) -> str:
-    """A class that is to make an optimizer or a schedule, or its settings."""
-    # That such a class may be left out, and a file take its place, is said as well.
+    """Return the message about a class that makes an optimizer or a schedule, or about its settings."""
+    # The message also says that None and a file would be accepted.
     found = re.search(r"Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S)
     reason = re.sub(r".*expects a function or a callable class: ", "", found[1] if found else message, flags=re.S)
     if match := re.search(r"(?:Expected|module) '([\w.]+)' (?:to be a subclass|has no attribute '(\w+)')", reason):
         given = f"{match[1]}.{match[2]}" if match[2] else match[1]
         base = _BASES.get(key.rpartition(".")[2], "object")
-        return f"{key}: {given} is no {base} class; choose one of {', '.join(_fitting(base))}, or a class of your own"
+        return (
+            f"{key}: {given} is not a subclass of {base}; choose one of {', '.join(_fitting(base))}, or a custom class"
+        )
     if match := re.search(r"(\w+): Expected an? (\w+)\. Got value: (.*)", reason):
-        return f"{key}.{match[1]}: {match[3].strip()} is no {match[2]}"
+        return f"{key}.{match[1]} is {match[3].strip()}; expected {match[2]}"
     if match := re.search(r"arguments are required: (.*)", reason):
         return f"{key} needs {match[1]}: give --{key}.{match[1].partition(',')[0]}"
     return f"{key}: {' '.join(reason.split())}"
@@ -114,7 +116,7 @@ def known_keys(parser: ArgumentParser) -> list[str]:
 
 
 def _nearest_key(key: str, known: Sequence[str]) -> str:
-    """The nearest key, or the same one in the section whose name is misspelt: modle.network is near model.network."""
+    """Return a suggestion: the nearest key, or the key with its section's name corrected (modle.network)."""
     parts = key.split(".")
     for n in range(1, len(parts)):
         sections = {".".join(split[:n]) for name in known if len(split := name.split(".")) > n}
@@ -123,7 +125,7 @@ def _nearest_key(key: str, known: Sequence[str]) -> str:
             continue
         for meant in difflib.get_close_matches(section, sections, n=1):
             corrected = ".".join([meant, *parts[n:]])
-            # A class's own settings are known only where it is chosen; those sections have a key for help.
+            # Settings of a class are not listed, but its section has a key for help.
             if corrected in known or f"{meant}.help" in known:
                 return f"; did you mean {corrected}?"
         break

@@ -1,11 +1,10 @@
-"""Colours of all figures: colours of Okabe and Ito, which colour-blind people can tell apart, and a hatch beside each
-for black and white."""
+"""Colours of all figures: those of Okabe and Ito, safe for colour-blind readers, and hatches for black and white."""
 
 from collections.abc import Sequence
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 TOL_MUTED = ("#DDCC77", "#882255", "#44AA99", "#332288", "#999933", "#CC6677", "#88CCEE", "#117733")
-"""Of Paul Tol's muted scheme: for the parts of what has a colour of OKABE_ITO itself."""
+"""Colours of Paul Tol's muted scheme, for parts of bars whose wholes have colours of OKABE_ITO."""
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "---")
 
 

@@ -1,4 +1,4 @@
-"""``params``: what a configuration costs, without allocating its tables or preparing its data."""
+"""``params``: count the costs of a configuration, without allocating its tables or preparing its data."""
 
 import argparse
 import json
@@ -29,8 +29,8 @@ def run(arguments: Sequence[str], description: str) -> int:
         print(json.dumps(sizes, indent=1))
     else:
         for name, value in sizes.items():
-            human = f"  {value / 2**30:8.3f} GiB" if name.startswith("bytes") else ""
-            print(f"{name:28s}{value:>18,}{human}")
+            human = f"  {value / 2**30:8.3f} GiB" if value and name.startswith("bytes") else ""
+            print(f"{name:28s}{'unknown' if value is None else f'{value:,}':>18}{human}")
     return 0
 
 
@@ -42,20 +42,16 @@ def _parser(description: str) -> CommandParser:
 
 
 def _add_matching_arguments(parser: Any) -> None:
-    """Add the options that make one model cost what another does."""
+    """Add the options that change a model's widths to match the cost of another model."""
     parser.add_argument(
         "--match",
         nargs="+",
         default=None,
-        help="configuration whose hidden layers are to be widened or narrowed, with its overlays: params --match "
+        help="configuration whose hidden layers are widened or narrowed, with its overlays: params --match "
         "dcn.yaml --to dlrm.yaml --by dense --output matched.yaml (other options, such as --data.path, go to both)",
     )
-    parser.add_argument(
-        "--to", nargs="+", default=None, help="configuration whose cost is to be met, with its overlays"
-    )
-    parser.add_argument(
-        "--by", default="dense", help="what is to be met: total, dense (parameters), or flops (forward)"
-    )
+    parser.add_argument("--to", nargs="+", default=None, help="configuration whose cost is matched, with its overlays")
+    parser.add_argument("--by", default="dense", help="the cost: total, dense (parameters), or flops (forward)")
     parser.add_argument("--output", default=None, help="the new configuration's file")
 
 
@@ -86,8 +82,9 @@ def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def count(module: CTRModule) -> dict[str, int]:
-    """Return the number of parameters, of FLOPs per sample, and of bytes of parameters and optimizer state."""
+def count(module: CTRModule) -> dict[str, int | None]:
+    """Return the number of parameters, of FLOPs per sample (None if they are not known), and of bytes of parameters and
+    optimizer state."""
     size = module.size
     with torch.device("meta"):
         network = module.make_network(module.schema.features, module.seed)
@@ -98,8 +95,8 @@ def count(module: CTRModule) -> dict[str, int]:
         "tables": size.tables,
         "dense": size.dense,
         "total": size.total,
-        "flops_per_sample_forward": size.flops_per_sample_forward,
-        "flops_per_sample_training": size.flops_per_sample_training,
+        "flops_per_sample_forward": size.flops_per_sample_forward or None,
+        "flops_per_sample_training": size.flops_per_sample_training or None,
         "bytes_weights": sum(p.numel() * p.element_size() for p in (*tables, *dense)),
         "bytes_optimizer_tables": sum(
             values.nbytes

@@ -53,10 +53,10 @@ class WandbSettings:
         project: W&B project.
         mode: auto goes online if there is an API key and the server answers, else offline.
         entity: user or team; by default the account's own.
-        name: of the run; by default that of the run folder.
-        group: of the run, such as an experiment of several runs.
+        name: name of the run; by default that of the run folder.
+        group: group of the run, such as an experiment of several runs.
         job_type: what the run does; by default train, validate or test.
-        tags: of the run, such as [baseline, night].
+        tags: tags of the run, such as [baseline, night].
         log_model: upload the best checkpoint as an artifact at the end of a fit.
     """
 
@@ -111,10 +111,10 @@ def build_model_parser(command: str, description: str, **options: Any) -> Comman
     Args:
         command: its name.
         description: shown by ``--help``.
-        options: of the parser, such as ``epilog``.
+        options: options of the parser, such as ``epilog``.
     """
     parser = _build_parser(command, description, **options)
-    # The config.yaml of a run has these two, as fit takes them; they say nothing about model and data.
+    # The config.yaml of a run has these two options of fit; they do not concern model and data.
     parser.add_argument("--ckpt_path", type=str | None, default=None, help=SUPPRESS)
     parser.add_argument("--weights_only", type=bool | None, default=None, help=SUPPRESS)
     return parser
@@ -129,7 +129,7 @@ def _build_parser(command: str, description: str, **options: Any) -> CommandPars
         "--seed_everything",
         type=bool | int,
         default=1,
-        help="seed of initial weights and data; true takes PL_GLOBAL_SEED, or 0",
+        help="seed of initial parameters and data; true takes PL_GLOBAL_SEED, or 0",
     )
     parser.add_lightning_class_args(pl.Trainer, "trainer")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
@@ -179,17 +179,17 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
 
 
 def fill_data_seed(settings: Namespace) -> None:
-    """Give the datamodule the seed of everything, if it has a seed and none is set."""
+    """Set the datamodule's seed to ``seed_everything`` if it has a seed that is not set."""
     data = settings.data.init_args
     if data.get("seed", 0) is None:
         data.seed = seed_from(settings.seed_everything)
 
 
 def seed_from(given: bool | int) -> int:
-    """Return the seed that an option ``seed_everything`` means: true stands for PL_GLOBAL_SEED, or 0.
+    """Return the seed of an option ``seed_everything``: true and false stand for PL_GLOBAL_SEED, or 0.
 
     Raises:
-        UserError: NumPy takes no such seed.
+        UserError: the seed is out of NumPy's range.
     """
     seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if isinstance(given, bool) else given
     if not 0 <= seed < 2**32:

@@ -1,4 +1,4 @@
-"""Commands without a Trainer: the module that holds the options and the work of each."""
+"""Commands without a Trainer: the module with the options and the function of each."""
 
 import argparse
 import importlib
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 Run = Callable[[argparse.Namespace], int]
 
-# Imported on use: preprocessing starts without loading what benchmarks need.
+# Modules are imported on use, so that each command loads only what it needs.
 _COMMANDS = {
     "preprocess": ("datamodules.preprocess.command", "add_arguments", "run"),
     "inspect": ("datamodules.preprocess.command", "add_inspect_arguments", "run_inspect"),
@@ -18,7 +18,7 @@ _COMMANDS = {
 
 
 def begin(arguments: Sequence[str]) -> None:
-    """Start the processes that a command needs beside this one, before this one loads anything."""
+    """Start the worker processes of a command, before this process loads anything."""
     if arguments[:1] == ["preprocess"] and "--input" in arguments:
         from datamodules.preprocess.workers import serve_processes
 

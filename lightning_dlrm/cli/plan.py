@@ -1,4 +1,4 @@
-"""``plan``: which rank would hold which rows, what each would hold and send; without data and tables."""
+"""``plan``: show the rows, bytes and traffic of each rank, without data and tables."""
 
 import argparse
 import dataclasses
@@ -39,10 +39,10 @@ examples:
   python -m lightning_dlrm plan --config dlrm.yaml --device-memory 1GiB --output places.yaml
   python -m lightning_dlrm fit --config dlrm.yaml --config places.yaml
 
---device-memory is for one device that has no room for all tables: it tells which of them stay in host memory, as
-model.network.tables.on_host, and --output writes that as a configuration. For several ranks, --output writes the
-plan for a run to keep to; without one, it makes the plan that this shows without --counted and --skew. Under "pooled",
-the file has the tables whose bags are summed where their rows are:
+--device-memory is for one device whose memory is too small for all tables: it shows which tables stay in host memory
+(model.network.tables.on_host), and --output writes that as a configuration. For several ranks, --output writes the plan
+for a run; a run without a plan makes the one that this shows without --counted and --skew. "pooled" in the file lists
+the tables whose bags are summed by the ranks that hold their rows:
   trainer:
     strategy:
       class_path: EmbeddingShardedDDP
@@ -51,7 +51,7 @@ the file has the tables whose bags are summed where their rows are:
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the examples."""
+    """A formatter that keeps the lines of the examples."""
 
 
 def _parser() -> CommandParser:
@@ -67,34 +67,34 @@ def _parser() -> CommandParser:
         "--memory-per-rank",
         type=str | None,
         default=None,
-        help="what tables and their optimiser state may take: 80GiB, or an amount for each rank: 24GiB,80GiB",
+        help="most memory of tables and their optimizer state: 80GiB, or an amount for each rank: 24GiB,80GiB",
     )
     parser.add_argument(
         "--device-memory",
         type=str | None,
         default=None,
-        help="choose which tables stay in host memory, for one device on which tables, their optimiser state and "
-        "the rows of three batches may take so much: 8GiB",
+        help="choose which tables stay in host memory, so that tables, their optimizer state and the rows of three "
+        "batches take at most this much memory of one device: 8GiB",
     )
     parser.add_argument("--skew", type=float, default=1.0, help="row i is drawn in proportion to (i + 1)^-skew")
     parser.add_argument(
         "--counted",
         action="store_true",
-        help="take how often each row is looked up from the dataset folder, in place of --skew: from the counts in "
-        "its vocabularies, else by reading the column's rows",
+        help="count how often each row is looked up in the dataset folder, in place of --skew: from the counts in its "
+        "vocabularies, else by reading the column's rows",
     )
     parser.add_argument(
         "--indices",
         type=str | None,
         default=None,
-        help="ids that a sample looks up on average: one figure for all columns, or one for each, separated by "
-        "commas; by default what the dataset says of its multi-hot columns, and 1",
+        help="mean number of ids of a sample: a number for all columns, or a number for each, separated by commas; by "
+        "default the dataset's for multi-hot columns, and 1 for others",
     )
     parser.add_argument(
         "--wire",
         type=Literal["full", "bf16"],
         default="full",
-        help="type of vectors and gradients while they travel, as the strategy's option",
+        help="type of vectors and gradients in exchanges, as the strategy's option",
     )
     parser.add_argument("--plan", type=str | None, default=None, help="show this plan instead of making one")
     parser.add_argument("--output", type=str | None, default=None, help="write the plan there, as YAML")
@@ -137,7 +137,7 @@ def run(arguments: Sequence[str], description: str) -> int:
 
 
 def _plan(settings: Namespace, loads: Sequence[TableLoad], batch_size: int, element_bytes: int) -> Plan:
-    """Make the plan, or read the given one."""
+    """Make a plan, or read the plan of ``--plan``."""
     if settings.plan is None:
         memory = None if settings.memory_per_rank is None else parse_memory(settings.memory_per_rank)
         return make_plan(loads, settings.ranks, batch_size, memory, element_bytes)
@@ -148,24 +148,24 @@ def _plan(settings: Namespace, loads: Sequence[TableLoad], batch_size: int, elem
 
 
 def _counted(loads: Sequence[TableLoad], folder: Any) -> list[TableLoad]:
-    """The same with counted lookups, for tables with a row for each id of a column.
+    """Return the loads with counted lookups, for tables with a row for each id of a column.
 
     Raises:
-        UserError: there is no such dataset folder, or it is damaged.
+        UserError: the dataset folder does not exist, or is damaged.
     """
     schema = load_schema(folder)
     columns = {column.name: column for column in schema.by_role("categorical", "multi_hot")}
     found = []
     for load in tqdm(loads, desc="Reading ids", unit=" tables", disable=None):
         column = columns.get(load.name.partition("/")[0])
-        # A row of another table of the column, such as a quotient's, is that of several ids.
+        # Tables with fewer rows, such as that of quotients, share a row between ids: no counts.
         counts = lookup_counts(folder, schema, column) if column and column.cardinality == load.rows else None
         found.append(dataclasses.replace(load, counts=counts))
     return found
 
 
 def _place(settings: Namespace, network: CTRNetwork, loads: Sequence[TableLoad], batch_size: int) -> int:
-    """``--device-memory``: choose and print which tables stay in host memory."""
+    """Choose and print which tables stay in host memory, for ``--device-memory``."""
     for option, given in (
         ("--ranks", settings.ranks > 1),
         ("--memory-per-rank", settings.memory_per_rank is not None),
@@ -175,7 +175,7 @@ def _place(settings: Namespace, network: CTRNetwork, loads: Sequence[TableLoad],
     ):
         if given:
             raise UserError(f"--device-memory is for one device, {option} for several ranks: give one of them")
-    # A table that the configuration cuts already is there twice.
+    # A table that the configuration splits has two loads.
     whole: dict[str, TableLoad] = {}
     for load in loads:
         rows = load.rows + (whole[load.name].rows if load.name in whole else 0)
@@ -202,10 +202,14 @@ def _place(settings: Namespace, network: CTRNetwork, loads: Sequence[TableLoad],
 
 
 def parse_indices(text: str | None, features: Features) -> dict[str, float] | None:
-    """Mean number of ids in a bag by column, from one figure, or one for each, separated by commas; None for none.
+    """Return column -> mean number of ids in a bag; None for no text.
+
+    Args:
+        text: a number for all columns, or a number for each, separated by commas.
+        features: columns of the data.
 
     Raises:
-        UserError: it is no such thing.
+        UserError: the text is not of this form.
     """
     if text is None:
         return None
@@ -216,7 +220,7 @@ def parse_indices(text: str | None, features: Features) -> dict[str, float] | No
     columns = list(features.tables)
     if len(given) not in (1, len(columns)):
         raise UserError(
-            f"--indices gives {len(given)} figures, the data have {len(columns)} columns: give one, or {len(columns)}"
+            f"--indices gives {len(given)} numbers, the data have {len(columns)} columns: give 1 or {len(columns)}"
         )
     return dict(zip(columns, given if len(given) > 1 else given * len(columns), strict=True))
 

@@ -18,7 +18,7 @@ _TABLES_COLOURED = 8
 def draw(
     plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batch_size: int, path: Path, note: str = ""
 ) -> None:
-    """Bytes of each rank by table, its work, and what it sends; ``note`` is printed above.
+    """Draw the bytes of each rank by table, its work, and the bytes that it sends; ``note`` is printed above.
 
     Raises:
         UserError: the file cannot be written.
@@ -42,7 +42,7 @@ def draw(
     if len(loads) > len(largest):
         rest = [cost.bytes / 2**30 - b for cost, b in zip(costs, bottom, strict=True)]
         held.bar(ranks, rest, width, bottom, label=f"{len(loads) - len(largest)} others", color="0.7")
-    held.set_ylabel("weights and\noptimiser state, GiB")
+    held.set_ylabel("tables and\noptimizer state, GiB")
     held.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     work.bar(ranks, [cost.work for cost in costs], width, color=OKABE_ITO[0])
     work.set_ylabel("rows, or sums,\nasked for a batch")

@@ -1,4 +1,4 @@
-"""A plan in words and numbers: as JSON, and as aligned tables."""
+"""A plan as JSON and as text."""
 
 import math
 import statistics
@@ -55,7 +55,7 @@ def plan_document(
 def describe_plan(
     plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], of_tables: Sequence[TableCost]
 ) -> str:
-    """The plan as tables of ranks, of the tables that are cut, and of those with bags; and its balance in a line."""
+    """Return a plan as text: tables of its ranks, split tables and tables with bags, and a line of its balance."""
     host = any(cost.host_bytes for cost in costs)
     sizes = ("GiB", "of it on host") if host else ("GiB",)
     lines: list[tuple[str, ...]] = [
@@ -101,11 +101,11 @@ def describe_plan(
 
 
 def describe_places(places: HostPlacement, loads: Sequence[TableLoad]) -> str:
-    """Return a table of where each table is held, and the memory and traffic of one device and its host.
+    """Return the place of each table, and the memory and traffic of a device and its host, as text.
 
     Args:
-        places: chosen by ``place_tables``.
-        loads: of whole tables.
+        places: places chosen by ``place_tables``.
+        loads: loads of whole tables.
     """
     lines: list[tuple[str, ...]] = [("table", "rows", "GiB", "rows fetched", "place")]
     for load in sorted(loads, key=lambda load: -load.bytes):

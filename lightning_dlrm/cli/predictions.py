@@ -19,9 +19,9 @@ SCHEMA = pa.schema([("row", pa.int64()), ("probability", pa.float32())])
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Columns ``row`` (position in the split, int64) and ``probability`` (float32), in row order.
+    """Callback that writes the columns ``row`` (position in the split, int64) and ``probability`` (float32).
 
-    Each rank writes a file of its own, in the order of its rows; at the end rank 0 merges them.
+    Each rank writes its rows in order to a file of its own; at the end rank 0 merges the files in row order.
 
     Args:
         folder: the run folder.
@@ -70,7 +70,7 @@ def merge_by_row(parts: Sequence[Path], target: Path) -> None:
     """Merge files that are each in row order into one, and remove them.
 
     Raises:
-        UserError: a part is not there.
+        UserError: a part is missing.
     """
     missing = [part for part in parts if not part.is_file()]
     if missing:
@@ -94,7 +94,7 @@ def read_predictions(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]
     """Return rows int64 [N] and probabilities float32 [N] that ``predict`` wrote.
 
     Raises:
-        UserError: the file is missing, or is none of these.
+        UserError: the file is missing, or was not written by ``predict``.
     """
     try:
         table = pq.read_table(path)
@@ -102,12 +102,12 @@ def read_predictions(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if table.schema.names != SCHEMA.names:
         raise UserError(f"{path} has columns {table.schema.names}, expected {SCHEMA.names}: make it with predict")
-    # Arrow's memory cannot be written to, which torch warns of.
+    # torch warns about Arrow's memory, which is read-only.
     return table["row"].to_numpy(), table["probability"].to_numpy().copy()
 
 
 class _Source:
-    """Reads the rows of one part in order, a row group in memory at a time."""
+    """The rows of one part in order, read a row group at a time."""
 
     def __init__(self, path: Path) -> None:
         self._batches = self._read(path)

@@ -1,4 +1,4 @@
-"""What a fit prints at its start and at its end."""
+"""Text that a fit prints at its start and at its end."""
 
 from collections.abc import Mapping, Sequence
 
@@ -37,9 +37,9 @@ def early_stop_note(callback: EarlyStopping, step: int, total: float) -> str:
     """Return why a fit ended before its last step; empty if this callback did not end it.
 
     Args:
-        callback: after the fit.
-        step: at which the fit ended.
-        total: steps that it would have taken.
+        callback: the callback, after the fit.
+        step: step at which the fit ended.
+        total: number of steps of the whole fit.
     """
     metric, best, waited = callback.monitor, float(callback.best_score), callback.wait_count
     reasons = {
@@ -59,11 +59,11 @@ def final_report(
     """Return the report at the end of a run: scores and their course, size, speed, locations, and next commands.
 
     Args:
-        folder: of the run.
-        final: every figure at its end.
-        best: those of its best validation.
-        schema: of the data.
-        wandb: where W&B has the run; None where it has not.
+        folder: the run folder.
+        final: every metric at the end of the run.
+        best: metrics of the best validation.
+        schema: schema of the data.
+        wandb: address of the run at W&B; None without W&B.
     """
     lines = ["", *_scores(final, best)]
     history = folder.lines()

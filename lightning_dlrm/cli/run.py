@@ -42,15 +42,16 @@ from lightning_dlrm.cli.trainer_settings import (
 from lightning_dlrm.cli.version import code_version
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
+from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.norms import NormLogger
-from lightning_dlrm.engine.progress import RunProgress, total_steps
+from lightning_dlrm.engine.progress import RunProgress
 from lightning_dlrm.engine.result_files import CurveWriter, EvaluationWriter
 from lightning_dlrm.engine.stopping import FinalValidation, StayStopped, StopAtAUC, StopOnSigterm
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
-from lightning_dlrm.sharding.collectives import lost_rank
+from lightning_dlrm.sharding.collectives import is_lost_rank
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS, RunFolder
 
@@ -65,12 +66,12 @@ class Job:
 
     Args:
         command: fit, validate, test or predict.
-        parser: of its settings.
-        settings: as parsed, with the checkpoint and the seeds that were chosen.
+        parser: parser of the settings.
+        settings: parsed settings, with the chosen checkpoint and seeds.
         module: the model.
         datamodule: the data.
-        folder: of the run; its path is chosen by rank 0, and the callbacks of other ranks get it when they set up.
-        metrics_logger: what a fit has logged; None for evaluations.
+        folder: the run folder; rank 0 chooses its path, and callbacks of other ranks get it in ``setup``.
+        metrics_logger: callback with the metrics of a fit; None for evaluations.
         made_folder: whether this command has made the run folder.
     """
 
@@ -94,7 +95,7 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
     Args:
         command: fit, validate, test or predict.
         arguments: its options.
-        description: of the command, for ``--help``.
+        description: description of the command, for ``--help``.
 
     Raises:
         UserError: a setting is wrong, the data or a checkpoint do not fit, or another rank was lost.
@@ -133,7 +134,7 @@ def choose_checkpoint(command: str, settings: Namespace) -> None:
         if settings.resume is not None:
             raise UserError(f"--resume is for fit; {command} takes --ckpt_path")
         if path is None:
-            raise UserError(f"{command} needs trained weights: give --ckpt_path, such as runs/NAME/checkpoints/best")
+            raise UserError(f"{command} needs a checkpoint: give --ckpt_path, such as runs/NAME/checkpoints/best")
         in_run = path in ("best", "last") and run_dir is not None
         folder = RunFolder(Path(run_dir)).checkpoints if in_run else Path()
         settings.ckpt_path = str(resolve_checkpoint(folder / path))
@@ -146,7 +147,7 @@ def choose_checkpoint(command: str, settings: Namespace) -> None:
     else:
         newest = newest_checkpoint(RunFolder(Path(run_dir)).checkpoints)
         if newest is None:
-            log.info("no checkpoint in %s yet: starting afresh", run_dir)
+            log.info("no checkpoint in %s yet: starting a new run", run_dir)
         else:
             settings.ckpt_path = str(newest)
 
@@ -211,11 +212,11 @@ def build_callbacks(job: Job, trainer_settings: dict[str, Any]) -> list[pl.Callb
 
 
 class RunTrainer(pl.Trainer):
-    """A Trainer whose files lie in the run folder, which is chosen after its settings have been checked.
+    """A Trainer whose files are in the run folder, which is chosen after its settings have been checked.
 
     Args:
-        folder: of the run; its path may be set later.
-        settings: of ``pl.Trainer``.
+        folder: the run folder; its path may be set later.
+        settings: arguments of ``pl.Trainer``.
     """
 
     def __init__(self, folder: RunFolder, **settings: Any) -> None:
@@ -345,17 +346,17 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
         log_how_to_resume(job, trainer)
         raise SystemExit(128 + signal.SIGINT) from None
     except RuntimeError as error:
-        if not lost_rank(error):
+        if not is_lost_rank(error):
             raise
         raise UserError(
             f"another rank has ended or does not answer ({' '.join(str(error).split())[:200]}): "
-            "see what it said; checkpoints saved before are whole: resume with --resume auto"
+            "see its output; earlier checkpoints are whole: resume with --resume auto"
         ) from error
     finally:
         finish_loggers(succeeded)
         trained = succeeded and (job.metrics_logger is None or job.metrics_logger.samples > 0)
         if not trained and job.made_folder:
-            job.folder.remove_unless_begun()
+            job.folder.remove_without_results()
 
 
 def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
@@ -368,7 +369,7 @@ def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
         return
     config, path = (shlex.quote(str(given)) for given in (folder.path / CONFIG, folder.path))
     log.info(
-        "interrupted at step %s; go on with: python -m lightning_dlrm fit --config %s --run_dir %s --resume auto",
+        "interrupted at step %s; continue with: python -m lightning_dlrm fit --config %s --run_dir %s --resume auto",
         *(step, config, path),
     )
 
@@ -377,7 +378,7 @@ def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
 
 
 def report_fit(job: Job, trainer: pl.Trainer) -> None:
-    """Print the scores of a fit and what can be done with it."""
+    """Print the scores of a fit and the next commands."""
     metrics_logger = job.metrics_logger
     assert metrics_logger is not None
     if not trainer.is_global_zero or trainer.interrupted:
@@ -391,7 +392,7 @@ def report_fit(job: Job, trainer: pl.Trainer) -> None:
     if not metrics_logger.trained:
         print(f"already finished at step {trainer.global_step:,}; nothing to do")
     for callback in trainer.early_stopping_callbacks:
-        if note := early_stop_note(callback, trainer.global_step, total_steps(trainer)):
+        if note := early_stop_note(callback, trainer.global_step, fit_length(trainer).steps):
             print(note)
     wandb = wandb_address(trainer.loggers, job.folder)
     print(final_report(job.folder, final, best, job.datamodule.schema, wandb))

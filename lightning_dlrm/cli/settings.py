@@ -1,4 +1,4 @@
-"""A configuration's model and data for commands that look at them; no Trainer is built."""
+"""Model and data of a configuration, for commands without a Trainer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from lightning_dlrm.engine.module import CTRModule
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAndData:
-    """What a configuration makes.
+    """The model and the data of a configuration.
 
     Args:
         settings: all settings, as parsed.
-        parser: of the settings.
+        parser: parser of the settings.
         module: the model; its network has not been built.
         datamodule: the data; they have not been prepared.
     """
@@ -36,10 +36,10 @@ class ModelAndData:
 
 
 def build_model_and_data(arguments: Sequence[str], parser: CommandParser | None = None) -> ModelAndData:
-    """Parse options and build the model and the data that they describe, and nothing else.
+    """Parse options and build the model and the data that they describe.
 
     Args:
-        arguments: such as ``--config dlrm.yaml --data.path DIR``.
+        arguments: options, such as ``--config dlrm.yaml --data.path DIR``.
         parser: made by ``build_model_parser``; by default one without further options.
 
     Raises:

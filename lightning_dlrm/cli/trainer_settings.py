@@ -48,7 +48,7 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
         if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
             raise UserError(
                 f"trainer.callbacks: the averages of {type(callback).__name__} would not be in the checkpoints, "
-                "which take table rows where they are: set model.averaging.decay, such as 0.99, instead"
+                "which hold the table rows as trained: set model.averaging.decay, such as 0.99, instead"
             )
         if isinstance(callback, EarlyStopping):
             _check_early_stopping(callback, trainer["limit_val_batches"])
@@ -85,7 +85,7 @@ def check_processes(trainer: pl.Trainer, command: str, sync_batchnorm: bool) -> 
     if trainer.world_size == 1:
         return
     if sync_batchnorm and trainer.strategy.root_device.type != "cuda":
-        raise UserError("trainer.sync_batchnorm works on GPUs only; without it each rank normalises over its own slice")
+        raise UserError("trainer.sync_batchnorm works on GPUs only; without it each rank normalizes over its own slice")
     if command == "fit" and not isinstance(trainer.strategy, EmbeddingShardedDDP):
         raise UserError(
             f"training in {trainer.world_size} processes needs --trainer.strategy {EMBEDDING_SHARDED_DDP}: "

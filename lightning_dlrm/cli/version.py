@@ -1,4 +1,4 @@
-"""Which code a run was made by."""
+"""The version of the code that makes a run."""
 
 import importlib.metadata
 import subprocess

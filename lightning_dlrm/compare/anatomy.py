@@ -1,4 +1,4 @@
-"""What a run's model consists of: parameters of each table and dense part, and the ranks of its tables."""
+"""Parameters of each table and dense part of a run's model, and the load of each rank."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -53,11 +53,11 @@ examples:
       --output runs/figure5
   python -m lightning_dlrm compare runs/dlrm-1 runs/dlrm-2 runs/dcn-1 runs/dcn-2 --output runs/dlrm_vs_dcn
 
-An experiment's YAML names arms (configurations), seeds, and what is compared: see configs/figure5.yaml. Other --config
-files and options such as --data.path or --trainer.max_steps go to all its runs. Runs that are finished are not
-repeated, others go on from their newest checkpoint.
+An experiment's YAML names arms (configurations), seeds, and compared settings: see configs/figure5.yaml. Other --config
+files and options such as --data.path or --trainer.max_steps apply to all its runs. Runs that are finished are not
+repeated; others continue from their newest checkpoint.
 
-The folder after --output gets report.html, its figures as PNG, report.json, and of an experiment runs/ and logs/.
+The folder after --output gets report.html, its figures as PNG and report.json; for an experiment also runs/ and logs/.
 """
 
 
@@ -84,14 +84,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m lightning_dlrm compare",
         usage="python -m lightning_dlrm compare (--config EXPERIMENT.yaml [--config OVERLAY.yaml ...] | RUN ...) "
         "--output DIR [options]",
-        description="Trains configurations with several seeds, or takes finished runs, and says which is better.",
+        description="Train configurations with several seeds, or take finished runs, and show which is better.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", action="append", help="an experiment's YAML, then overlays for all its runs")
-    parser.add_argument("--output", default=None, help="folder for the report; of an experiment also for its runs")
-    parser.add_argument("--seeds", default=None, help="in place of the experiment's, such as 1,2,3")
+    parser.add_argument("--output", default=None, help="folder for the report, and for the runs of an experiment")
+    parser.add_argument("--seeds", default=None, help="seeds in place of the experiment's, such as 1,2,3")
     parser.add_argument("--parallel", default=None, help="runs at a time; by default one for each GPU, on a CPU one")
     parser.add_argument("--split", choices=get_args(Split), default="test", help="which samples are scored")
     parser.add_argument("--force", action="store_true", help="compare runs of different data, with warnings")
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="remove a run's checkpoints once it is scored; at the paper's size they take 4 to 9 GiB a run",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check all, show what is compared, and end")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, show what is compared, and end")
     return parser
 
 
@@ -190,7 +190,7 @@ def _scores(output: Path, name: str) -> Path:
 
 
 def _gpus(arms: Sequence[PlannedArm]) -> list[str]:
-    """Return the GPUs to distribute runs over; none if runs use no GPU, or several each."""
+    """Return the GPUs for the runs; an empty list if a run uses no GPU or several."""
     trainer: Any = arms[0].built.settings.trainer
     if trainer.accelerator not in ("auto", "gpu", "cuda") or str(trainer.devices) not in ("1", "auto"):
         return []
@@ -255,7 +255,7 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
 
 @dataclass(frozen=True, kw_only=True)
 class _Report:
-    """The result, and its W&B page."""
+    """A comparison and its W&B page."""
 
     comparison: Comparison
     page: ComparisonPage
@@ -304,19 +304,19 @@ def _to_wandb(report: _Report, settings: Mapping[str, Any], output: Path, runs_t
     later = f"python -m lightning_dlrm dashboard --project {project} --group {group}"
     if reason:
         sent = f"{output / 'runs/*/wandb/offline-run-*'} " if runs_too else ""
-        told = [f"W&B: offline ({reason}); send it with: wandb sync {sent}{output / 'wandb/offline-run-*'}"]
-        return "\n".join([*told, *([f"  then, for a workspace and a report there: {later}"] if group else [])])
-    told = [f"W&B comparison: {where}"]
+        lines = [f"W&B: offline ({reason}); send it with: wandb sync {sent}{output / 'wandb/offline-run-*'}"]
+        return "\n".join([*lines, *([f"  then, for a workspace and a report there: {later}"] if group else [])])
+    lines = [f"W&B comparison: {where}"]
     if group is None:
-        return told[0]
+        return lines[0]
     findings = [pair.sentence for pair in report.comparison.pairs]
     try:
         saved = publish(Dashboard(project=project, entity=entity or "", group=group, findings=findings))
-        told += [f"W&B {name}: {address}" for name, address in saved.items()]
+        lines += [f"W&B {name}: {address}" for name, address in saved.items()]
     except UserError as error:
         # The report is written; a missing page at W&B is no reason to fail.
-        told.append(f"W&B: no workspace and no report ({error}); later: {later}")
-    return "\n".join(told)
+        lines.append(f"W&B: no workspace and no report ({error}); later: {later}")
+    return "\n".join(lines)
 
 
 def _make(output: Path) -> None:

@@ -1,4 +1,4 @@
-"""An experiment as its YAML says: arms, seeds, what is compared, and what all share."""
+"""Experiments in YAML: arms, seeds, compared sections, and settings of all arms."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,15 @@ _KEYS = {"arms": dict, "seeds": list, "compared": list, "kept": list, "settings"
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What an experiment's YAML says.
+    """The content of an experiment's YAML.
 
     Args:
-        name: of the file.
-        arms: name -> configurations, each laid over the one before.
-        seeds: one run of each arm with each of them.
+        name: name of the file.
+        arms: name -> configurations, each laid over the previous.
+        seeds: seeds; each arm has a run with each of them.
         compared: sections in which the arms may differ.
-        kept: sections that overlays leave as the arms have them.
-        settings: of all arms, over theirs.
+        kept: sections that overlays do not change.
+        settings: settings laid over those of all arms.
     """
 
     name: str
@@ -45,11 +45,11 @@ class PlannedArm:
 
     name: str
     document: Mapping[str, Any]
-    """The resolved configuration; the seed is yet to be chosen."""
+    """The resolved configuration; its seed is replaced in each run."""
     size: ModelSize
     schema: DatasetSchema
     samples: float
-    """That one run trains on; infinity where it has no end of its own."""
+    """Number of samples that a run trains on; infinite if no setting bounds it."""
     built: ModelAndData
 
     @property
@@ -59,19 +59,19 @@ class PlannedArm:
 
 
 def is_experiment(path: Path) -> bool:
-    """Whether a YAML is of an experiment, and not of a run."""
+    """Whether a YAML is an experiment and not the configuration of a run."""
     return "arms" in yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def read_experiment(path: Path, seeds: Sequence[int] | None = None) -> Experiment:
-    """Reads an experiment.
+    """Read an experiment.
 
     Args:
-        path: its YAML.
-        seeds: in place of its own.
+        path: the YAML.
+        seeds: seeds in place of those of the YAML.
 
     Raises:
-        UserError: a key is unknown, missing, or of another kind.
+        UserError: a key is unknown or missing, or its value has another type.
     """
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     for key, value in document.items():
@@ -107,14 +107,15 @@ _NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567
 def plan_arms(
     experiment: Experiment, overlays: Sequence[str], options: Sequence[str]
 ) -> tuple[list[PlannedArm], list[str]]:
-    """Puts each arm's configuration together: its own files, the experiment's settings, the overlays, the options.
+    """Build each arm's configuration from its files, the experiment's settings, the overlays and the options.
 
     Args:
+        experiment: the experiment.
         overlays: names of further configurations.
-        options: of the command line, such as ``--data.path DIR``.
+        options: options of the command line, such as ``--data.path DIR``.
 
     Returns:
-        The arms; and what of the overlays was left out because the experiment keeps it, a line for each.
+        The arms, and a line for each overlay with sections that the experiment keeps.
 
     Raises:
         UserError: the configuration of an arm is wrong, or the arms differ in what is not compared.
@@ -152,7 +153,7 @@ def _plan_arm(name: str, files: Sequence[str], options: Sequence[str]) -> Planne
 
 
 def without(document: Mapping[str, Any], kept: Sequence[str], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
-    """Settings without some sections, and which were there.
+    """Return settings without some sections, and the names of those that were removed.
 
     >>> without({"model": {"a": 1}, "data": {"size": 2, "path": "x"}}, ["model", "data.size"])
     ({'data': {'path': 'x'}}, ['model', 'data.size'])
@@ -179,13 +180,17 @@ def _write(path: Path, document: Mapping[str, Any]) -> str:
 
 
 def _check(experiment: Experiment, arms: Sequence[PlannedArm]) -> None:
-    """Arms differ in what is compared, and in nothing else."""
+    """Check that the arms differ in the compared sections, and in no other.
+
+    Raises:
+        UserError: two arms are equal, or differ in another section.
+    """
     found = differing({arm.name: arm.settings for arm in arms})
     wrong = {key: values for key, values in found.items() if not within(key, experiment.compared)}
     if wrong:
-        told = "; ".join(f"{key}: {_told(values)}" for key, values in wrong.items())
+        listed = "; ".join(f"{key}: {_format_by_name(values)}" for key, values in wrong.items())
         raise UserError(
-            f"the arms of {experiment.name} differ in what is not compared ({told}): make these equal, or name them "
+            f"the arms of {experiment.name} differ in what is not compared ({listed}): make these equal, or name them "
             f"in its key 'compared' (now {', '.join(experiment.compared)})"
         )
     for number, arm in enumerate(arms):
@@ -194,12 +199,12 @@ def _check(experiment: Experiment, arms: Sequence[PlannedArm]) -> None:
                 raise UserError(f"arms {other.name} and {arm.name} have the same settings: nothing is compared")
 
 
-def _told(values: Mapping[str, Any]) -> str:
+def _format_by_name(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{value} in {name}" for name, value in values.items())
 
 
 def compared_settings(arms: Sequence[PlannedArm]) -> dict[str, dict[str, Any]]:
-    """What differs between the arms: full key -> arm -> value."""
+    """Return the settings in which the arms differ: full key -> arm -> value."""
     return differing({arm.name: arm.settings for arm in arms})
 
 
@@ -218,13 +223,13 @@ def _training_samples(built: ModelAndData) -> float:
 
 
 def keep_configurations(arms: Sequence[PlannedArm], folder: Path) -> dict[str, Path]:
-    """Writes each arm's whole configuration, and sees that an earlier call had the same.
+    """Write each arm's whole configuration, or check that the file of an earlier call is equal.
 
     Returns:
         Arm -> file.
 
     Raises:
-        UserError: the folder is of an experiment with other settings.
+        UserError: the folder has files of an experiment with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
@@ -234,10 +239,10 @@ def keep_configurations(arms: Sequence[PlannedArm], folder: Path) -> dict[str, P
             before = settings_of(yaml.safe_load(path.read_text()))
             changed = differing({"there": before, "here": arm.settings})
             if changed:
-                told = "; ".join(f"{key}: {_told(values)}" for key, values in list(changed.items())[:5])
+                listed = "; ".join(f"{key}: {_format_by_name(values)}" for key, values in list(changed.items())[:5])
                 raise UserError(
-                    f"{folder.parent} holds runs with other settings of {arm.name} ({told}): give the same ones to go "
-                    "on, or another --output"
+                    f"{folder.parent} holds runs with other settings of {arm.name} ({listed}): give the same settings "
+                    "to continue, or another --output"
                 )
         else:
             _write(path, arm.document)

@@ -132,8 +132,8 @@ class _Drawing:
             metric,
             f"{METRIC_TITLES[metric][0].upper()}{METRIC_TITLES[metric][1:]} against samples, time and operations",
             "Above over the last 65,536 training samples, below on the validation split. Time is that of training, "
-            "without validations and checkpoints, on the machine at hand; operations are those of matrix products and "
-            "interactions, forward and backward. After the first twentieth of the run. "
+            "without validations and checkpoints, on the machine of the runs; operations are those of matrix products "
+            "and interactions, forward and backward. After the first twentieth of the run. "
             f"{self._lines()}",
         )
 
@@ -214,10 +214,10 @@ class _Drawing:
             "Differences",
             f"On the {comparison.split} split, with 95% intervals that count "
             + (
-                "the samples only, as there is one seed a side: open, as one seed decides nothing."
+                "the samples only, because each side has one seed; all markers are open, without a verdict."
                 if comparison.one_seed
-                else "seeds and samples (of one seed the samples only): filled where the interval leaves out 0, open "
-                "where the two are not distinguishable, or a side has one seed."
+                else "seeds and samples (the samples only if a side has one seed). Markers are filled if the interval "
+                "leaves out 0, and open if the two are not distinguishable or a side has one seed."
             ),
         )
 
@@ -357,10 +357,10 @@ class _Drawing:
         return self._save(
             figure,
             "operators",
-            "Where the time of a step goes",
+            "Time of a step by operator",
             "One training step by kind of operator, forward, backward and update together, from PyTorch's profiler: "
-            f"of each kind the least of {ROUNDS * STEPS} steps at the runs' batch size, on the machine that made this "
-            "report, outside Lightning.",
+            f"for each kind the least time of {ROUNDS * STEPS} steps with the runs' batch size, on the machine that "
+            "made this report, outside Lightning.",
         )
 
     def plans(self, anatomies: Mapping[str, Anatomy]) -> list[Picture]:
@@ -378,7 +378,7 @@ class _Drawing:
                     path=path,
                     width=PLAN_WIDTH,
                     title=f"Load of each rank: {arm}",
-                    caption="What each rank holds, is asked for, and sends in a training step, by the plan.",
+                    caption="Bytes and requested rows of each rank, and bytes sent in a training step, by the plan.",
                 )
             )
         return pictures
@@ -390,7 +390,7 @@ class _Drawing:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
 
     def _lines(self) -> str:
-        """Return what the lines of curves are."""
+        """Return a description of the lines of curves."""
         if self._comparison.one_seed:
             return "Each line is of one run."
         return "Lines are means over the seeds, bands reach from the lowest seed to the highest."

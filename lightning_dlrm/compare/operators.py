@@ -69,14 +69,14 @@ def _key(arm: Arm) -> str:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     machine = (platform.node(), platform.machine(), torch.backends.cpu.get_cpu_capability(), *gpus)
     code = (ROUNDS, WARM_UP, STEPS, code_version(), torch.__version__, torch.get_num_threads())
-    told = json.dumps([arm.settings, arm["data_fingerprint"], machine, code], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    described = json.dumps([arm.settings, arm["data_fingerprint"], machine, code], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 def _obstacle(run: Run) -> str:
     """Return why a run's step cannot be measured here; empty if it can."""
     if run.final[names.RANKS] > 1:
-        return f"its tables lie on {run.final[names.RANKS]} ranks"
+        return f"its tables are on {run.final[names.RANKS]} ranks"
     precision = str(run.config["trainer"].get("precision") or "32-true")
     if precision not in _PRECISIONS:
         return f"only steps in {', '.join(_PRECISIONS)} are measured, and its precision is {precision}"

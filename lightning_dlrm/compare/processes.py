@@ -1,4 +1,4 @@
-"""Runs of an experiment as processes of the commands that a user would type, several at a time, each on a device."""
+"""Processes of an experiment's runs: the commands that a user would type, several at a time, each on a device."""
 
 import fcntl
 import json
@@ -15,7 +15,7 @@ from typing import IO
 from tqdm import tqdm
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.interrupts import leaving_in_order
+from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.engine.progress import Lines
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import RunFolder
@@ -28,7 +28,7 @@ _TAIL_BYTES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The commands of one run, which run one after the other."""
+    """The commands of a run, in their order."""
 
     name: str
     commands: Sequence[Sequence[str]]
@@ -94,7 +94,7 @@ def run_jobs(jobs: Sequence[Job], devices: DevicePool, done: Callable[[Job], Non
     waiting, free, running = deque(jobs), deque(range(len(devices.environments))), list[_Running]()
     failed: list[tuple[Job, str]] = []
     progress = _Progress(jobs)
-    with leaving_in_order():
+    with exit_on_signals():
         try:
             while waiting or running:
                 while waiting and free:
@@ -121,18 +121,16 @@ def run_jobs(jobs: Sequence[Job], devices: DevicePool, done: Callable[[Job], Non
                 time.sleep(POLL_SECONDS if running else 0)
         except KeyboardInterrupt:
             progress.close()
-            print(
-                "interrupted: stopping the runs; the same command goes on where they were", file=sys.stderr, flush=True
-            )
+            print("interrupted: stopping the runs; the same command continues them", file=sys.stderr, flush=True)
             raise
         finally:
             progress.close()
             _stop(running)
     if failed:
-        told = "\n".join(f"  {job.name} {why} (all of it in {job.log})" for job, why in failed)
+        listed = "\n".join(f"  {job.name} {why} (all of it in {job.log})" for job, why in failed)
         raise UserError(
-            f"{len(failed)} of {len(jobs)} runs failed; the others are kept, and the same command goes on with what is "
-            f"missing:\n{told}"
+            f"{len(failed)} of {len(jobs)} runs failed; the others are kept, and the same command continues with the "
+            f"failed runs:\n{listed}"
         )
 
 
@@ -144,7 +142,7 @@ def _begin(job: Job, slot: int) -> _Running:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        raise UserError(f"another process is at work on {job.run}: wait for it, or choose another --output") from None
+        raise UserError(f"another process is working on {job.run}: wait for it, or choose another --output") from None
     return _Running(job=job, slot=slot, waiting=list(job.commands), log=job.log.open("ab"), lock=lock)
 
 

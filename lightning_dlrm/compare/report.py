@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from lightning_dlrm.compare.anatomy import Anatomy
 from lightning_dlrm.compare.figures import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
-from lightning_dlrm.compare.runs import Arm, by_data, differing, told
+from lightning_dlrm.compare.runs import Arm, by_data, differing, format_value
 from lightning_dlrm.tracking import names
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -74,46 +74,46 @@ def _embedded(picture: Picture) -> Markup:
 
 
 def _verdict_note(comparison: Comparison) -> str:
-    """Return what the intervals of the verdicts include."""
+    """Return an explanation of the verdicts and their intervals."""
     pairs = comparison.pairs
     notes = []
     judged = sum(not pair.single for pair in pairs)
     if judged:
         notes.append(
-            "Each is about configurations, not single runs: the interval counts what another choice of seeds and of "
-            f"test samples would have changed. Each of these {judged} intervals holds the true difference 19 times "
-            "out of 20; of many of them some will miss it."
+            "A verdict compares configurations, not single runs: its interval includes the variation over seeds and "
+            f"over test samples. Each of these {judged} intervals contains the true difference 19 times out of 20, so "
+            "some of many intervals miss it."
         )
     if judged < len(pairs):
         notes.append(
-            "Where a side has one seed there is no verdict: the interval leaves out what other seeds of it would have "
-            "changed, which may be more than it counts."
+            "If a side has one seed, there is no verdict: the interval leaves out the variation over its seeds, which "
+            "may be larger than the interval."
         )
     if not all(pair.same_data for pair in pairs):
         notes.append(
-            "Where the data differ, no sample was scored by both sides: the interval takes them as independent, and "
-            "says how far their scores lie apart, each on its own data; it does not say which model is better."
+            "If the data differ, both sides scored different samples: the interval takes them as independent and shows "
+            "the distance of their scores, each on its own data; it does not show which model is better."
         )
     else:
         notes.append(
-            "What is found holds for these data and these settings: rates tuned for one side, or longer training, can "
-            "turn it."
+            "The verdicts hold for these data and settings: rates tuned for one side, or longer training, can reverse "
+            "them."
         )
     return " ".join(notes)
 
 
 def _seeds_note(comparison: Comparison) -> str:
-    """Return what the numbers of each configuration are."""
+    """Return the meaning of the numbers of each configuration."""
     if comparison.one_seed:
         return "Each configuration has one run: the numbers are that run's, and the variation between seeds is unknown."
     several = "Means over the seeds ± half of the 95% interval over the seeds (Student's t)"
     alone = any(len(arm.runs) == 1 for arm in comparison.arms)
-    return f"{several}; of a configuration with one seed its figure alone." if alone else f"{several}."
+    return f"{several}; for a configuration with one seed, the number of its run." if alone else f"{several}."
 
 
 def _split_note(comparison: Comparison) -> str:
-    """Return what was scored, and the best reachable score if it is known."""
-    note = f"On {comparison.scored}, by the weights of each run's best validation AUC."
+    """Return a description of the scored samples, and the best reachable score if it is known."""
+    note = f"On {comparison.scored}, with the parameters of each run's best validation AUC."
     data = by_data(comparison.arms)
     for title, arms in data.items():
         optimum = arms[0].runs[0].final.get(names.OPTIMUM_AUC)
@@ -122,7 +122,7 @@ def _split_note(comparison: Comparison) -> str:
         which = "Demo data" if len(data) == 1 else f"{title} is demo data"
         note += (
             f" {which}: generated clicks of a planted model, whose best reachable validation AUC is {optimum:.4f}; "
-            "they say nothing of real clicks."
+            "results on them do not apply to real clicks."
         )
     return note
 
@@ -181,7 +181,7 @@ def _parameters(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy]) -> list[l
 def _settings(arms: Sequence[Arm]) -> list[list[str]]:
     rows = [["", *(arm.name for arm in arms)]]
     for key, values in differing({arm.name: arm.settings for arm in arms}).items():
-        cells = [told(values.get(arm.name)) for arm in arms]
+        cells = [format_value(values.get(arm.name)) for arm in arms]
         if len(set(cells)) > 1:
             rows.append([key, *cells])
     return rows

@@ -39,10 +39,10 @@ METRIC_TITLES: Mapping[str, str] = {
 
 
 OTHER_DATA = (
-    "their data differ, so no sample is common to both, the interval takes the sides as independent, and the "
-    "difference is of data and models together"
+    "their data differ, so they share no sample, the interval takes the sides as independent, and the difference is of "
+    "data and models together"
 )
-"""What an interval means if --force compared runs of different data."""
+"""Meaning of an interval if --force compares runs of different data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,11 @@ class Pair:
     """The difference a minus b."""
     verdict: Verdict
     reason: str
-    """Reason of the verdict, for people."""
+    """Reason of the verdict, as text."""
     single: Sequence[str]
     """Names of the sides with one seed."""
     same_data: bool
-    """Both sides were trained and scored on the same data."""
+    """Whether both sides were trained and scored on the same data."""
 
     @property
     def word(self) -> str:
@@ -90,8 +90,8 @@ class Pair:
         if self.single:
             seeds = "one seed a side" if len(self.single) == 2 else f"one seed of {self.single[0]}"
             text = (
-                f"{seeds} says nothing of what another seed would give; train more seeds (--seeds) (difference {span}, "
-                f"which leaves {'the seeds' if len(self.single) == 2 else 'its seeds'} out)"
+                f"{seeds} does not show the variation over seeds; train more seeds (--seeds) (difference {span}, "
+                "without this variation)"
             )
             return text if self.same_data else f"{text}; {OTHER_DATA}"
         if not self.same_data:
@@ -133,8 +133,8 @@ class Comparison:
         counts = {title: len(self.scores[arms[0].runs[0].name].labels) for title, arms in data.items()}
         if len(data) == 1:
             return f"the {next(iter(counts.values())):,} samples of the {self.split} split"
-        told = [f"{counts[title]:,} of {title} for {', '.join(a.name for a in arms)}" for title, arms in data.items()]
-        return f"the samples of the {self.split} splits of different data ({'; '.join(told)})"
+        listed = [f"{counts[title]:,} of {title} for {', '.join(a.name for a in arms)}" for title, arms in data.items()]
+        return f"the samples of the {self.split} splits of different data ({'; '.join(listed)})"
 
     @property
     def runs(self) -> list[Run]:
@@ -219,10 +219,10 @@ def check_data(runs: Sequence[Run], force: bool) -> list[str]:
     """
     found = data_differences(runs)
     if found and not force:
-        told = "\n".join(f"  {line}" for line in found)
+        listed = "\n".join(f"  {line}" for line in found)
         raise UserError(
             "these runs are of different data, so their scores cannot be compared (--force compares them all the same, "
-            f"with a warning on every figure):\n{told}"
+            f"with a warning on every figure):\n{listed}"
         )
     return found
 
@@ -256,10 +256,9 @@ def _pair(metric: Metric, a: Arm, b: Arm, parts: Mapping[str, list[Components]])
     single = [arm.name for arm in (a, b) if len(arm.seeds) < 2]
     if single:
         given: Verdict = "not_distinguishable"
-        counts = "counts the test samples only" if len(single) == 2 else "leaves its seeds out"
+        counts = "includes the test samples only" if len(single) == 2 else "leaves its seeds out"
         reason = (
-            f"one seed of {' and of '.join(single)} says nothing of how much another seed would have changed, and the "
-            f"interval {counts}"
+            f"one seed of {' and of '.join(single)} does not show the variation over seeds, and the interval {counts}"
         )
     else:
         given = verdict(metric, found.interval)

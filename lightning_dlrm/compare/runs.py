@@ -113,9 +113,9 @@ def read_run(path: Path, name: str | None = None) -> Run:
     """Read a run folder.
 
     Raises:
-        UserError: the folder is no run, its fit has not ended, or its summary lacks a number.
+        UserError: the folder is not a run, its fit has not ended, or its summary lacks a number.
     """
-    config = _read(path / CONFIG, f"{path} is no run folder: give what fit left with --run_dir")
+    config = _read(path / CONFIG, f"{path} is not a run folder: give a folder that fit wrote with --run_dir")
     again = f"python -m lightning_dlrm fit --config {path / CONFIG} --run_dir {path} --resume auto"
     summary = _read(path / SUMMARY, f"the run {path} is not finished; end it with: {again}")
     final = summary.get("final", {})
@@ -214,7 +214,7 @@ def differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
 
 
 def _section(key: str) -> str:
-    """Of ``model.network.init_args.top_mlp``: ``model.network``."""
+    """Return the section of a key: ``model.network`` for ``model.network.init_args.top_mlp``."""
     return ".".join(key.split(".")[:2])
 
 
@@ -253,8 +253,8 @@ def _few(members: Sequence[str]) -> str:
     return ", ".join(members[:3]) + (f" and {len(members) - 3} more" if len(members) > 3 else "")
 
 
-def told(value: Any) -> str:
-    """Return a value for a table: the name of a class, layers as 512-256, a dash for what a model does not have."""
+def format_value(value: Any) -> str:
+    """Return a value for a table: the name of a class, layers as 512-256, a dash for a missing value."""
     if value is None or value is False:
         return "-"
     if isinstance(value, list) and value:

@@ -1,4 +1,4 @@
-"""Each run's probabilities on the test samples, and the labels they are held against."""
+"""Predicted probabilities of each run on the scored samples, and the labels of these samples."""
 
 import json
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS
 
 Split = Literal["test", "validation"]
 SOURCE = "source.json"
-"""Says what a folder's predictions were made from."""
+"""File that names the run, the split and the data of a folder's predictions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Of one run on every sample of a split."""
+    """Probabilities, labels and metrics of a run on every sample of a split."""
 
     probabilities: NDArray[np.float32]
     labels: NDArray[np.int8]
@@ -33,10 +33,10 @@ class Scores:
 
 
 def scoring_command(run: Run, split: Split, folder: Path) -> list[str] | None:
-    """The command that writes a run's predictions into a folder; None where they are there already.
+    """Return the command that writes a run's predictions into a folder; None if the folder has them.
 
     Raises:
-        UserError: they are not, and there is no checkpoint to make them from.
+        UserError: the folder does not have them, and the run has no checkpoint.
     """
     if _is_scored(run, split, folder):
         return None
@@ -49,7 +49,7 @@ def scoring_command(run: Run, split: Split, folder: Path) -> list[str] | None:
 
 
 def predict_command(run: Path, split: Split, folder: Path) -> list[str]:
-    """Scores the best checkpoint, on one device, however many it was trained on."""
+    """Return the command that scores the best checkpoint, on a single device."""
     return [
         "predict", "--config", str(run / CONFIG), "--ckpt_path", str(run / "checkpoints" / "best"),
         "--run_dir", str(folder), "--data.predict_split", split,
@@ -58,7 +58,7 @@ def predict_command(run: Path, split: Split, folder: Path) -> list[str]:
 
 
 def note_source(run: Run, split: Split, folder: Path) -> None:
-    """Says what the predictions in a folder were made from, so that they need not be made again."""
+    """Write ``SOURCE`` into a folder of predictions, so that they are not made again."""
     (folder / SOURCE).write_text(json.dumps(_source(run, split)))
 
 
@@ -80,17 +80,17 @@ def _source(run: Run, split: Split) -> dict[str, Any]:
 
 
 def read_labels(run: Run, split: Split) -> NDArray[np.int8]:
-    """Labels of a split of the data that a run was trained on, in row order: [N].
+    """Return the labels [N] of a split of the data that a run was trained on, in row order.
 
     Raises:
-        UserError: the data have gone, are others by now, or have no such split or no labels in it.
+        UserError: the data are missing or have changed, or they have no such split or no labels in it.
     """
     data = build_model_and_data(["--config", str(run.path / CONFIG), "--data.predict_split", split]).datamodule
     data.prepare_data()
     if data.schema.data_fingerprint != run.final["data_fingerprint"]:
         raise UserError(
-            f"the run {run.path} was trained on data with fingerprint {run.final['data_fingerprint'][:12]}, those of "
-            f"its configuration have {data.schema.data_fingerprint[:12]} by now: bring the data back"
+            f"the run {run.path} was trained on data with fingerprint {run.final['data_fingerprint'][:12]}, and the "
+            f"data of its configuration now have {data.schema.data_fingerprint[:12]}: restore the data"
         )
     data.setup("predict")
     parts = []
@@ -105,17 +105,17 @@ def read_labels(run: Run, split: Split) -> NDArray[np.int8]:
 
 
 def read_scores(folder: Path, labels_N: NDArray[np.int8]) -> Scores:
-    """A run's predictions, beside the labels of their rows.
+    """Return a run's scores from its predictions and the labels of their rows.
 
     Raises:
-        UserError: they are not of these rows, or not all of them are numbers.
+        UserError: the predictions are of other rows, or are not finite.
     """
     path = folder / PREDICTIONS
     rows, probabilities = read_predictions(path)
     if len(rows) != len(labels_N) or not np.array_equal(rows, np.arange(len(labels_N))):
         raise UserError(f"{path} has {len(rows):,} rows, the data {len(labels_N):,}: remove it, and compare again")
     if not np.isfinite(probabilities).all():
-        raise UserError(f"{path} holds probabilities that are no numbers: the run has diverged; train it again")
+        raise UserError(f"{path} holds probabilities that are not finite: the run has diverged; train it again")
     logits = torch.logit(torch.from_numpy(probabilities.astype(np.float64)), eps=2.0**-25)
     return Scores(
         probabilities=probabilities, labels=labels_N, metrics=click_metrics(logits, torch.from_numpy(labels_N))
@@ -123,7 +123,7 @@ def read_scores(folder: Path, labels_N: NDArray[np.int8]) -> Scores:
 
 
 def shared_labels(runs: Sequence[Run], split: Split) -> dict[str, NDArray[np.int8]]:
-    """Labels by data fingerprint; each dataset is read once."""
+    """Return data fingerprint -> labels of a split; each dataset is read once."""
     found: dict[str, NDArray[np.int8]] = {}
     for run in runs:
         fingerprint = run.final["data_fingerprint"]

@@ -1,26 +1,27 @@
-"""What the runs of two configurations say about their difference: seeds and test samples both count.
+"""Intervals of the difference between two configurations, over seeds and test samples.
 
 Two configurations, each trained with several seeds, are scored on the same test samples. Seeds and samples are
-random, and crossed: every trained model scores every sample. This is the setting of studies in which several readers
-judge the same cases, and the analysis follows Obuchowski and Rockette (1995), with the covariances of DeLong et al.
-(1988). The variance of the difference of the means over n seeds is
+random, and crossed: every trained model scores every sample. Studies in which several readers judge the same cases have
+this design, and the analysis follows Obuchowski and Rockette (1995), with the covariances of DeLong et al. (1988). The
+variance of the difference of the means over n seeds is
 
     V = s^2 / n + C
 
-where s^2 is the variance of the per-seed differences on the samples at hand, and C what the samples themselves add:
-the covariance of two *different* seeds' differences through the samples that they share. (A single seed's variance
-over the samples would count the accidents of its training twice.) C cannot be below 0.
+s^2 is the variance of the per-seed differences on these samples. C is the part of the samples: the covariance of two
+*different* seeds' differences through the samples that they share. (The variance of a single seed over the samples
+would count the randomness of its training twice.) C is 0 or more.
 
-s^2 is known from few seeds, C from many samples, so each has a quantile of its own, and the interval reaches
+s^2 is estimated from few seeds and C from many samples, so each has its own quantile, and the interval is the mean
+difference plus or minus
 
     sqrt(t(df)^2 s^2 / n + z^2 C)
 
-to both sides of the mean difference. One t quantile for both, with the degrees of freedom of Satterthwaite as Hillis
-(2007) has them, is too sure with two seeds: it called up to 13% of equal sides different. Where the seeds are taken in
-pairs, df is n - 1; else s^2 / n is the sum of both sides' and df is Welch's.
+A common t quantile, with Satterthwaite's degrees of freedom as in Hillis (2007), gives intervals that are too short
+for two seeds: it called up to 13% of equal sides different. If the seeds are taken in pairs, df is n - 1; otherwise
+s^2 / n is the sum over both sides, and df is Welch's.
 
-A metric is the mean of one number for each sample: its cross-entropy for the log loss; for the AUC, DeLong's
-structural components, within the clicked and within the other samples.
+A metric is the mean of a number for each sample: for the log loss the cross-entropy; for the AUC DeLong's structural
+components, separately for clicked and for other samples.
 
 Shape suffixes: S seeds, N samples, M samples of a stratum.
 """
@@ -43,12 +44,12 @@ HIGHER_IS_BETTER: dict[Metric, bool] = {"auc": True, "log_loss": False}
 Verdict = Literal["a_better", "b_better", "not_distinguishable"]
 
 Components: TypeAlias = tuple[NDArray[np.float64], ...]
-"""Of one run: for each stratum one number a sample [M], whose mean is the metric."""
+"""Numbers of a run's samples, [M] for each stratum; their mean is the metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A value and where it lies with a confidence of LEVEL."""
+    """A value and its confidence interval of LEVEL."""
 
     value: float
     low: float
@@ -57,26 +58,26 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Of two configurations, the first minus the second."""
+    """The difference of two configurations, the first minus the second."""
 
     interval: Interval
     seed_variance: float
-    """The part of the variance that comes from the seeds."""
+    """Part of the variance that comes from the seeds."""
     sample_variance: float
-    """The part that comes from the test samples."""
+    """Part of the variance that comes from the test samples."""
     degrees_of_freedom: float
-    """Of the seeds' part."""
+    """Degrees of freedom of ``seed_variance``."""
     paired: bool
     """Whether the seeds were taken in pairs."""
 
 
 def components(metric: Metric, probabilities_N: NDArray[np.floating], labels_N: NDArray[np.integer]) -> Components:
-    """One number for each sample, in strata, whose mean in each stratum is the metric.
+    """Return a number for each sample, in strata; the mean of each stratum is the metric.
 
     Args:
         metric: ``auc`` or ``log_loss``.
-        probabilities_N: of a click.
-        labels_N: 0 or 1, both of them.
+        probabilities_N: probabilities of a click.
+        labels_N: labels, 0 or 1; both occur.
 
     Raises:
         ValueError: one of the classes is missing.
@@ -86,14 +87,18 @@ def components(metric: Metric, probabilities_N: NDArray[np.floating], labels_N: 
         raise ValueError("samples of both classes are needed")
     if metric == "auc":
         return _auc_components(probabilities_N[clicked], probabilities_N[~clicked])
-    # Nearer to 0 or 1 a float32 cannot tell.
+    # A float32 cannot represent probabilities that are nearer to 1.
     bounded = np.clip(probabilities_N.astype(np.float64), 2.0**-25, 1 - 2.0**-25)
     return (-np.log(np.where(clicked, bounded, 1 - bounded)),)
 
 
 def _auc_components(clicked_M: NDArray[np.floating], others_M: NDArray[np.floating]) -> Components:
-    """DeLong et al. (1988), equations 4 and 5: of each clicked sample the share of the others that score lower, of
-    each other sample the share of the clicked ones that score higher; a tie counts one half."""
+    """Return the structural components of DeLong et al. (1988), equations 4 and 5; a tie counts one half.
+
+    Returns:
+        For each clicked sample the share of other samples with a lower score, and for each other sample the share of
+        clicked samples with a higher score.
+    """
     ranks = stats.rankdata(np.concatenate([clicked_M, others_M]))
     below = (ranks[: len(clicked_M)] - stats.rankdata(clicked_M)) / len(others_M)
     above = 1 - (ranks[len(clicked_M) :] - stats.rankdata(others_M)) / len(clicked_M)
@@ -101,7 +106,7 @@ def _auc_components(clicked_M: NDArray[np.floating], others_M: NDArray[np.floati
 
 
 def over_seeds(values_S: Sequence[float]) -> Interval | None:
-    """Mean of one value a seed and its interval by Student's t; None for a single seed, which has no spread."""
+    """Return the mean of one value per seed and its interval by Student's t; None for a single seed."""
     if len(values_S) < 2:
         return None
     mean = float(np.mean(values_S))
@@ -114,16 +119,15 @@ def over_seeds(values_S: Sequence[float]) -> Interval | None:
 def difference(
     a: Sequence[Components], b: Sequence[Components], *, paired: bool, same_samples: bool = True
 ) -> Difference:
-    """The mean of ``a`` minus that of ``b``, over seeds and samples.
+    """Return the mean of ``a`` minus the mean of ``b``, over seeds and samples.
+
+    If a side has a single run, the variance of its seeds is unknown, and the interval leaves it out.
 
     Args:
-        a: of each run of the first configuration.
-        b: of each run of the second one.
-        paired: the k-th runs of both sides share a seed, so that the accidents of the order count on both alike.
-        same_samples: both sides scored the same samples, in the same order.
-
-    Returns:
-        With a single run on a side nothing is known of its seeds: then the interval counts only the samples.
+        a: components of each run of the first configuration.
+        b: components of each run of the second configuration.
+        paired: whether the k-th runs of both sides share a seed, and so the order of the training samples.
+        same_samples: whether both sides scored the same samples, in the same order.
     """
     if paired and len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} runs cannot be paired")
@@ -158,12 +162,12 @@ def difference(
 
 
 def _strata(runs: Sequence[Components]) -> list[NDArray[np.float64]]:
-    """Of each stratum the runs side by side: [S, M]."""
+    """Return the runs side by side, [S, M] for each stratum."""
     return [np.stack(stratum) for stratum in zip(*runs, strict=True)]
 
 
 def _between_seeds(stratum_SM: NDArray[np.float64]) -> float:
-    """Covariance over the samples of two different seeds, mean over all such pairs; of a single seed its variance."""
+    """Return the mean covariance over the samples of two different seeds; of a single seed the variance."""
     seeds = len(stratum_SM)
     of_mean = float(stratum_SM.mean(0).var(ddof=1))
     if seeds == 1:
@@ -173,7 +177,7 @@ def _between_seeds(stratum_SM: NDArray[np.float64]) -> float:
 
 
 def verdict(metric: Metric, interval: Interval) -> Verdict:
-    """Which side is better, where the interval of the difference leaves out 0."""
+    """Return which side is better; ``not_distinguishable`` if the interval of the difference contains 0."""
     if interval.low <= 0 <= interval.high:
         return "not_distinguishable"
     return "a_better" if (interval.value > 0) == HIGHER_IS_BETTER[metric] else "b_better"
@@ -181,19 +185,19 @@ def verdict(metric: Metric, interval: Interval) -> Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """How often samples of about the same predicted probability were clicked: groups of equal size."""
+    """Share of clicks in groups of equal size, by predicted probability."""
 
     predicted: NDArray[np.float64]
     """Mean probability of each group."""
     clicked: NDArray[np.float64]
     """Share of clicks of each group."""
     low: NDArray[np.float64]
-    """Wilson's interval of that share."""
+    """Lower end of Wilson's interval of that share; ``high`` is the upper end."""
     high: NDArray[np.float64]
 
 
 def reliability(probabilities_N: NDArray[np.floating], labels_N: NDArray[np.integer], groups: int = 20) -> Reliability:
-    """Cuts the samples, in order of their probability, into groups of equal size."""
+    """Return the reliability of predictions, with the samples sorted by probability and cut into groups."""
     order = np.argsort(probabilities_N, kind="stable")
     parts = [part for part in np.array_split(order, groups) if len(part)]
     clicks = [int(np.sum(labels_N[part] > 0)) for part in parts]

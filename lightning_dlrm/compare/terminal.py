@@ -1,4 +1,4 @@
-"""What ``compare`` prints: the arms before it begins, the result when it ends."""
+"""Text that ``compare`` prints: the arms at its start, and the result at its end."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,33 +8,32 @@ import numpy as np
 
 from lightning_dlrm.compare.experiment import PlannedArm
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
-from lightning_dlrm.compare.runs import Arm, told
+from lightning_dlrm.compare.runs import Arm, format_value
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.sparkline import sparkline
 
 SPARK_WIDTH = 12
-"""So the closing table fits into 80 columns."""
+"""Characters of a sparkline, with which the closing table fits into 80 columns."""
 
 
 def arms_table(arms: Sequence[PlannedArm], compared: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> str:
-    """Parameters and FLOPs of each side, and the settings in which they differ."""
+    """Return a table of each arm's parameters and FLOPs, and of the settings in which the arms differ."""
     rows: list[tuple[str, ...]] = [("arm", "tables", "dense", "total", "forward", "training", "samples")]
     for arm in arms:
         size = arm.size
-        counts = (
-            size.tables, size.dense, size.total, size.flops_per_sample_forward, size.flops_per_sample_training
-        )  # fmt: skip
+        counts = (f"{count:,}" for count in (size.tables, size.dense, size.total))
+        flops = (f"{n:,}" if n else "unknown" for n in (size.flops_per_sample_forward, size.flops_per_sample_training))
         samples = f"{arm.samples:,.0f}" if arm.samples != float("inf") else "unbounded"
-        rows.append((arm.name, *(f"{count:,}" for count in counts), samples))
+        rows.append((arm.name, *counts, *flops, samples))
     lines = [
         *table(rows),
         "tables, dense, total: parameters; forward, training: FLOPs per sample",
-        "samples: trained on in a run; in the same order for all arms under a seed",
+        "samples: trained on in a run, in the same order for all arms of a seed",
         "",
     ]
     differ: list[tuple[str, ...]] = [("differs", *(arm.name for arm in arms))]
     for key, values in compared.items():
-        cells = [told(values.get(arm.name)) for arm in arms]
+        cells = [format_value(values.get(arm.name)) for arm in arms]
         if len(set(cells)) > 1:
             differ.append((key.removeprefix("model.").replace("init_args.", "").replace(".class_path", ""), *cells))
     lines += table(differ)
@@ -43,7 +42,7 @@ def arms_table(arms: Sequence[PlannedArm], compared: Mapping[str, Mapping[str, A
 
 
 def closing_words(comparison: Comparison, output: Path) -> str:
-    """Figures of each configuration, the course of its validation, and the verdicts."""
+    """Return a table of each configuration's metrics and validations, and the verdicts."""
     lines = [f"WARNING: {warning}" for warning in comparison.warnings]
     columns = ("auc", "log_loss", "accuracy", "calibration")
     rows: list[tuple[str, ...]] = [("", *(METRIC_TITLES[name] for name in columns), "samples/s", "validation")]
@@ -63,14 +62,14 @@ def closing_words(comparison: Comparison, output: Path) -> str:
 
 
 def mean_course(arm: Arm, metric: str) -> list[float]:
-    """The mean over a configuration's runs of each value that was logged, in order."""
+    """Return the mean over a configuration's runs of each logged value, in order."""
     courses = [run.curve(names.SAMPLES, metric)[1] for run in arm.runs]
     shortest = min(len(course) for course in courses)
     return [float(np.mean([course[i] for course in courses])) for i in range(shortest)]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Cells in columns: the first one to the left, the others to the right."""
+    """Return aligned lines: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(

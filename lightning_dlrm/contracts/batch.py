@@ -1,4 +1,4 @@
-"""Batches: what the stream gives to the model.
+"""Batches, which data streams give to models.
 
 Shape suffixes: B samples, F tables, I dense features, N indices of all bags together.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class BatchKey:
-    """The identity of a batch's ids, which copies of them share; a key of weak dictionaries."""
+    """The identity of a batch's ids, which all copies of the ids share; a key of weak dictionaries."""
 
 
 @dataclass(kw_only=True)
@@ -31,9 +31,9 @@ class SparseIds:
     offsets: Tensor | None = None
     """int64 [B * F + 1], ascending from 0 to N."""
     weights: Tensor | None = None
-    """float, shaped as ``values``: a factor for each index's vector, differentiable where learned; None means 1."""
+    """float, shape of ``values``: per-sample weights, differentiable if they are learned; None means 1."""
     key: BatchKey = field(default_factory=BatchKey, repr=False, compare=False)
-    """What lookups keep prefetched rows of these ids under; copies on other devices have the same."""
+    """Key of the rows that lookups prefetch for these ids; copies on other devices have the same key."""
 
     def __len__(self) -> int:
         """B, the number of samples."""
@@ -42,14 +42,14 @@ class SparseIds:
         return (self.offsets.shape[0] - 1) // self.tables if self.tables else 0
 
     def bag_of_each(self) -> Tensor:
-        """int64 [number of values]: the bag that each index belongs to; bag ``b * F + f`` is of table f."""
+        """Return the bag of each index: int64 [number of values]; bag ``b * F + f`` is of table f."""
         if self.offsets is None:
             return torch.arange(self.values.numel(), device=self.values.device)
-        # With the size given, a GPU need not be waited for.
+        # With output_size, torch does not wait for a GPU.
         return torch.repeat_interleave(self.offsets.diff(), output_size=len(self.values))
 
     def lengths(self) -> Tensor:
-        """int64 [B, F]: the number of indices in each bag."""
+        """Return the number of indices in each bag: int64 [B, F]."""
         if self.offsets is None:
             return torch.ones_like(self.values, dtype=torch.int64)
         return self.offsets.diff().view(-1, self.tables)
@@ -58,7 +58,7 @@ class SparseIds:
         """Return the ids of some of the tables.
 
         Args:
-            columns_G: int64 [G], positions among the F tables in any order, also more than once.
+            columns_G: int64 [G], positions among the F tables in any order; repeats are allowed.
         """
         if self.offsets is None:
             values = self.values.index_select(1, columns_G)
@@ -67,7 +67,7 @@ class SparseIds:
         starts_b = self.offsets[:-1].view(-1, self.tables).index_select(1, columns_G).flatten()
         lengths_b = self.lengths().index_select(1, columns_G).flatten()
         ends_b = torch.cumsum(lengths_b, 0)
-        # An index keeps its place within its bag; the bag moves.
+        # Each index keeps its place within its bag.
         moved_N = torch.repeat_interleave(starts_b - (ends_b - lengths_b), lengths_b)
         source_N = moved_N + torch.arange(len(moved_N), device=moved_N.device)
         return SparseIds(
@@ -78,7 +78,7 @@ class SparseIds:
         )
 
     def within(self, starts_F: Tensor, stops_F: Tensor) -> "SparseIds":
-        """Return the ids of a range of each table's rows, counted from its first row; bags lose all others."""
+        """Return the ids in a range of each table's rows, counted from the range's first row, without all other ids."""
         bag_N, values_N = self.bag_of_each(), self.values.reshape(-1)
         table_N = bag_N % max(self.tables, 1)
         start_N = starts_F.index_select(0, table_N)
@@ -92,7 +92,7 @@ class SparseIds:
         )
 
     def map(self, change: Callable[[Tensor | None], Any]) -> "SparseIds":
-        """Return the same ids with other tensors."""
+        """Return the same ids with changed tensors; ``change`` is called for each tensor, and for None."""
         return SparseIds(
             values=change(self.values),
             tables=self.tables,
@@ -107,14 +107,14 @@ class Batch:
     """One rank's slice of a global batch."""
 
     label: Tensor | None
-    """int8 [B], 0 or 1; None where the rows have no labels."""
+    """int8 [B], 0 or 1; None if the rows have no labels."""
     dense: Tensor
-    """float32 [B, I]; NaN where the protocol keeps missing values apart."""
+    """float32 [B, I]; NaN for missing values if the protocol does not replace them."""
     ids: SparseIds
     global_size: int
-    """Samples of the global batch, over all ranks: what a mean over the batch divides by."""
+    """Samples of the global batch, over all ranks: the divisor of a mean over the batch."""
     rows: Tensor | None = None
-    """int64 [B]: position of each sample in its split, where the stream was asked for it."""
+    """int64 [B]: position of each sample in its split, if the stream was asked for it."""
 
     def __len__(self) -> int:
         return self.dense.shape[0]
@@ -126,7 +126,7 @@ class Batch:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def map(self, change: Callable[[Tensor | None], Any]) -> "Batch":
-        """Return the same batch with other tensors; ``change`` is called for each, also with None."""
+        """Return the same batch with changed tensors; ``change`` is called for each tensor, and for None."""
         return Batch(
             label=change(self.label),
             dense=change(self.dense),

@@ -1,4 +1,4 @@
-"""The gradient of table rows: what lookups give and optimizers take.
+"""The gradient of table rows, which lookups make and optimizers apply.
 
 Shape suffixes: D table width, U unique rows.
 """
@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from torch import Tensor
 
 _BLOCK_BYTES = 2**21
-"""Values of a gradient that are summed and applied together: few enough to stay in the processor's caches."""
+"""Bytes of a block of values, which are summed and applied together: the block stays in the processor's caches."""
 
 
 class RowGradient:
     """The gradient of a parameter [R, D] of which few rows were looked up.
 
-    Every RowGradient keeps these rules, so that readers need not check them:
+    Every RowGradient obeys these rules:
 
     - It is the gradient of the mean loss over the *global* batch.
-    - ``rows`` are unique and ascending; they are de-duplicated where the gradient is made, before any exchange.
+    - ``rows`` are unique and ascending; each rank de-duplicates its rows before any exchange.
     - Gradients of micro-batches add up, and are de-duplicated again.
     - In the global norm a row counts once, with its summed gradient.
-    - L2 and weight decay apply to the rows of the gradient and to no others.
+    - L2 and weight decay apply only to the rows of the gradient.
 
     Args:
         rows: int64 [U], unique, ascending.
@@ -41,7 +41,7 @@ class RowGradient:
         return self._values
 
     def blocks(self) -> "Iterator[RowGradient]":
-        """Yield the gradient in blocks of rows; on a CPU they are small enough to stay in its caches."""
+        """Yield the gradient in blocks of rows, which fit in the caches of a CPU."""
         rows, values = self.rows, self.values
         size = rows_per_block(len(rows), values)
         for block_rows, block_values in zip(rows.split(size), values.split(size), strict=True):
@@ -53,12 +53,12 @@ class RowGradient:
 
 
 def rows_per_block(rows: int, vectors: Tensor) -> int:
-    """Return how many rows a block has, 1 at least.
+    """Return the number of rows of a block, 1 at least.
 
     Args:
-        rows: of the whole gradient. All of them are one block on other devices than a CPU, and if two blocks were
-            enough.
-        vectors: [n, D], as long as the gradient of a row.
+        rows: rows of the whole gradient. They are one block on devices other than a CPU, and if two blocks would hold
+            them.
+        vectors: [n, D], vectors of the gradient's width, dtype and device.
     """
     if vectors.device.type != "cpu":
         return max(rows, 1)

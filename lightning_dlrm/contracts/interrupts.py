@@ -1,4 +1,4 @@
-"""Leaving in order when the system says so."""
+"""Orderly termination by SIGTERM and SIGHUP."""
 
 import signal
 from collections.abc import Iterator
@@ -6,24 +6,24 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def leaving_in_order() -> Iterator[None]:
-    """Lets SIGTERM, as a scheduler sends it, and SIGHUP, as a closed terminal does, clean up as an error does.
+def exit_on_signals() -> Iterator[None]:
+    """Turn SIGTERM (sent by schedulers) and SIGHUP (sent by closed terminals) into SystemExit.
 
-    A signal that this process was started to ignore, as ``nohup`` does with SIGHUP, stays ignored. Where both
-    come, as they may when a machine shuts down, the second does not end the cleaning up.
+    A signal that the process ignored at its start, such as SIGHUP under ``nohup``, stays ignored. After the first
+    signal, both are ignored, so that a second one does not interrupt the cleanup.
 
     Raises:
         SystemExit: with code 128 + the signal's number, such as 143 on SIGTERM.
     """
 
-    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
 
-    def leave(number: int, frame: object) -> None:
-        for each in heeded:
-            signal.signal(each, signal.SIG_IGN)
+    def exit_once(number: int, frame: object) -> None:
+        for other in handled:
+            signal.signal(other, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
-    previous = {number: signal.signal(number, leave) for number in heeded}
+    previous = {number: signal.signal(number, exit_once) for number in handled}
     try:
         yield
     finally:

@@ -1,17 +1,17 @@
-"""What a dataset folder holds: its columns, splits, files and fingerprints.
+"""The schema of a dataset folder: columns, splits, files and fingerprints.
 
 Standard library only, so that preprocessing and planning start without torch.
 
 A dataset folder looks like this::
 
     dataset.json                      the DatasetSchema
-    vocabulary/C1.parquet ...         one per categorical column that has a vocabulary
+    vocabulary/C1.parquet ...         a file for each categorical column with a vocabulary
     train/part-00000.parquet ...      Parquet parts: one column per feature
     validation/  test/                likewise; a split may be missing
 
 Part files store the label as int8, dense columns as float32, categorical columns as int32 row ids
 of their table, multi-hot columns as list<int32>, and weights columns as list<float32>: a multi-hot
-column ``X`` may have a column ``X_weights`` beside it, which holds a factor for each of its ids.
+column ``X`` may have a column ``X_weights``, which holds a per-sample weight for each of its ids.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ Role = Literal["label", "dense", "categorical", "multi_hot", "weights"]
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 WEIGHTS_SUFFIX = "_weights"
-"""Of the name of a weights column, after the name of the multi-hot column that it belongs to."""
+"""Suffix of the name of a weights column, after the name of its multi-hot column."""
 
 # The columns of the Criteo click logs, in the order of their raw files.
 CRITEO_LABEL = "label"
@@ -49,9 +49,9 @@ class Column:
     cardinality: int = 0
     """Rows of the column's table, reserved ids included; 0 for columns without a table."""
     transform: str = ""
-    """What preprocessing did to the raw values, in words a reader can check."""
+    """Description of what preprocessing did to the raw values."""
     reserved: Mapping[str, int] = field(default_factory=dict)
-    """Ids with a meaning of their own: ``missing``, ``rare``, ``unknown``; empty where none is."""
+    """Meaning -> id of the reserved ids: ``missing``, ``rare``, ``unknown``; empty if there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +76,13 @@ class Split:
 
     rows: int
     positives: int | None = None
-    """Rows whose label is 1; None where the rows have no labels or are not counted yet."""
+    """Rows whose label is 1; None if the rows have no labels or are not counted yet."""
     files: tuple[DataFile, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimum:
-    """The best scores any model can reach on a split in expectation: those of the true
-    probabilities. Known for planted data only."""
+    """The best expected scores on a split: those of the true probabilities, known for generated data only."""
 
     auc: float
     log_loss: float
@@ -105,12 +104,12 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSchema:
-    """Everything about a dataset but its rows. ``save`` and ``load`` keep it as ``dataset.json``."""
+    """Description of a dataset without its rows, stored as ``dataset.json``."""
 
     dataset: str
-    """``kaggle``, ``terabyte``, ``demo`` or a name of the user's."""
+    """``kaggle``, ``terabyte``, ``demo`` or a name that the user gave."""
     protocol: str
-    """How raw values became features; scores of different protocols cannot be compared."""
+    """Name of the way from raw values to features; scores of different protocols cannot be compared."""
     columns: tuple[Column, ...]
     splits: Mapping[str, Split]
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -118,11 +117,11 @@ class DatasetSchema:
     vocabulary: Mapping[str, DataFile] = field(default_factory=dict)
     """Column name -> its vocabulary file."""
     optimum: Mapping[str, Optimum] = field(default_factory=dict)
-    """Split name -> the best reachable scores; empty for real data."""
+    """Split name -> the best expected scores; empty for real data."""
     indices: Mapping[str, float] = field(default_factory=dict)
-    """Multi-hot column -> mean number of ids in a sample's bag, for plans; empty where nobody knows."""
+    """Multi-hot column -> mean number of ids in a sample's bag, for plans; empty if it is not known."""
     report: Mapping[str, Any] = field(default_factory=dict)
-    """What preprocessing counted (JSON values); for people, read by no code."""
+    """Counts of preprocessing (JSON values), for readers only."""
 
     def __post_init__(self) -> None:
         names = [column.name for column in self.columns]
@@ -141,7 +140,7 @@ class DatasetSchema:
         for column in self.by_role("weights"):
             if column.name not in bags:
                 raise UserError(
-                    f"column {column.name} (weights) belongs to no multi-hot column; expected one of "
+                    f"column {column.name} (weights) does not belong to a multi-hot column; expected one of "
                     f"{sorted(bags)}: a multi-hot column's name and {WEIGHTS_SUFFIX}"
                 )
         for name, split in self.splits.items():
@@ -154,7 +153,7 @@ class DatasetSchema:
                 )
 
     def by_role(self, *roles: Role) -> tuple[Column, ...]:
-        """The columns of these roles, in schema order."""
+        """Return the columns of some roles, in the order of the schema."""
         return tuple(column for column in self.columns if column.role in roles)
 
     @cached_property
@@ -165,10 +164,10 @@ class DatasetSchema:
 
     @cached_property
     def encoding_fingerprint(self) -> str:
-        """Binds a model to the meaning of its inputs: columns, transforms, settings, vocabulary.
+        """Fingerprint of the meaning of a model's inputs: columns, transforms, settings, vocabulary.
 
-        A model may score any rows encoded the same way, so rows and files do not count, nor whether
-        the rows have labels.
+        A model may score all rows that are encoded in the same way, so rows, files and the presence of labels do not
+        change it.
         """
         label = () if self.by_role("label") else (Column(name=CRITEO_LABEL, role="label"),)
         return _fingerprint(
@@ -182,7 +181,7 @@ class DatasetSchema:
 
     @cached_property
     def data_fingerprint(self) -> str:
-        """Tells these rows, in this order, from any others; guards resume and comparison."""
+        """Fingerprint of the rows and their order, which resumed runs and comparisons check."""
         return _fingerprint(
             {
                 "encoding": self.encoding_fingerprint,
@@ -194,18 +193,18 @@ class DatasetSchema:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes ``folder/dataset.json``: the last file of a finished dataset, written whole or not at all."""
+        """Write ``folder/dataset.json``, the last file of a finished dataset, atomically."""
         partial = folder / f".{SCHEMA_FILE}.partial"
         partial.write_text(self.to_json())
         partial.replace(folder / SCHEMA_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> "DatasetSchema":
-        """Reads ``folder/dataset.json``.
+        """Read ``folder/dataset.json``.
 
         Raises:
-            UserError: there is no such folder or file, it cannot be read, it is not a schema of this version, or
-                it was altered after it was written.
+            UserError: the folder or file does not exist or cannot be read, the file is not a schema of this version,
+                or it was altered after it was written.
         """
         folder = Path(folder)
         path = folder / SCHEMA_FILE
@@ -229,21 +228,21 @@ class DatasetSchema:
         return cls.from_json(text, str(path))
 
     def to_json(self) -> str:
-        """The content of ``dataset.json``."""
+        """Return the content of ``dataset.json``."""
         document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         document["fingerprints"] = {"encoding": self.encoding_fingerprint, "data": self.data_fingerprint}
         return json.dumps(document, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "DatasetSchema":
-        """The schema that a ``dataset.json`` holds.
+        """Return the schema of the content of a ``dataset.json``.
 
         Args:
-            text: its content.
-            where: its path or URL, for messages.
+            text: content of the file.
+            where: path or URL of the file, for messages.
 
         Raises:
-            UserError: it is not a schema of this version, or it was altered after it was written.
+            UserError: the content is not a schema of this version, or it was altered after it was written.
         """
         try:
             document = json.loads(text)
@@ -288,7 +287,7 @@ class DatasetSchema:
 
 
 def file_sha256(path: Path) -> str:
-    """Checksum of a file's bytes, as hexadecimal digits."""
+    """Return the checksum of a file's bytes, as hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -298,12 +297,12 @@ def criteo_columns(
     transform: str,
     reserved: Mapping[str, Mapping[str, int]] | None = None,
 ) -> tuple[Column, ...]:
-    """The 40 columns of Criteo's click logs: ``label``, ``I1..I13``, ``C1..C26``.
+    """Return the 40 columns of Criteo's click logs: ``label``, ``I1..I13``, ``C1..C26``.
 
     Args:
         cardinalities: rows of each categorical column's table, by name or in order.
-        transform: what was done to the dense columns, in words.
-        reserved: ids with a meaning of their own, by categorical column.
+        transform: description of what preprocessing did to the dense columns.
+        reserved: reserved ids of each categorical column: see ``Column.reserved``.
     """
     if not isinstance(cardinalities, Mapping):
         cardinalities = dict(zip(CRITEO_CATEGORICAL, cardinalities, strict=True))

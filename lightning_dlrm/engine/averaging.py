@@ -1,10 +1,10 @@
-"""Averages of a model's weights over the steps of a fit, tables included.
+"""Averages of a model's parameters over the steps of a fit, tables included.
 
-A table row that a step leaves alone keeps its weight, so its average can wait: it is brought up to date
-when the row is about to change, from how many steps it has stood still. That costs a step only the rows
-it touches, and the result is that of averaging every row at every step.
+A table row that a step does not update keeps its value, so its average is updated later: just before the row changes,
+for all steps in which it did not. A step then averages only the rows that it updates, and the result equals averaging
+every row at every step.
 
-Shape suffixes: R rows held here, U rows touched, D width.
+Shape suffixes: R rows of this rank, U updated rows, D width.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,22 +23,22 @@ from lightning_dlrm.tables.lookup import EmbeddingTables
 from lightning_dlrm.tables.table import TablePiece
 
 AVERAGE, AVERAGED_STEPS = "average", "averaged_steps"
-"""Slots of a table in a checkpoint: the average [R, D], and int32 [R], how many steps are in it."""
+"""Slots of a table in a checkpoint: the average [R, D], and the number of steps in it, int32 [R]."""
 KEY = "averages"
-"""Of what else a checkpoint says of averages."""
+"""Key of all other state of the averages in a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Averaging:
-    """Validations, tests and predictions take an average of the weights of many steps; training does not.
+    """Settings of an average of the parameters of many steps, which evaluations use and training does not.
 
-    An exponential moving average, a <- d a + (1 - d) w after each step, as in Polyak and Juditsky (1992)
-    with a memory of 1 / (1 - d) steps; while there are fewer, all weigh the same. It takes as much memory
-    as the weights and 4 bytes a table row, and as much as the weights again during a validation.
+    The average is exponential, a <- d a + (1 - d) w after each step, as in Polyak and Juditsky (1992) with a memory of
+    1 / (1 - d) steps; until there are as many steps, all have the same weight. It takes as much memory as the
+    parameters in float32 and 4 bytes a table row, and during a validation as much as the parameters once more.
 
     Args:
         decay: d, 0 to 1; 1 for the plain mean of all steps.
-        start_share: share of the fit's steps that pass before the first one that counts, 0 to below 1.
+        start_share: share of the fit's steps before the first averaged step, 0 to below 1.
     """
 
     decay: float = 0.99
@@ -53,10 +53,10 @@ class Averaging:
 
 
 def kept_share(decay: float, before_U: Tensor, steps: int) -> Tensor:
-    """What is left of an average of ``before_U`` steps after ``steps`` in all; float64 [U].
+    """Return the weight of an average of ``before_U`` steps in that of ``steps`` steps, float64 [U].
 
-    Step k keeps min(d, (k - 1) / k) of the average, so that the first steps weigh the same; the product
-    over k telescopes to m / n as long as (k - 1) / k is the smaller one, and is a power of d from there on.
+    Step k keeps min(d, (k - 1) / k) of the average, so that the first steps have the same weight. The product over k
+    telescopes to m / n while (k - 1) / k is the smaller factor, and is a power of d after that.
     """
     before_U = before_U.double()
     if decay == 1:
@@ -67,10 +67,12 @@ def kept_share(decay: float, before_U: Tensor, steps: int) -> Tensor:
 
 
 def mix(average: Tensor, weight: Tensor, kept: Tensor | float) -> Tensor:
-    """kept * average + (1 - kept) * weight, row by row; in the weight's precision."""
+    """Return kept * average + (1 - kept) * weight, row by row, in the average's dtype, on the weight's device."""
+    # After a fit on a GPU, the module is on the CPU.
+    average, weight = average.to(weight.device), weight.to(average.dtype)
     share = torch.as_tensor(kept, dtype=torch.float64, device=weight.device)
     share = (1 - share).to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)) if weight.dim() else 1 - share
-    # Where nothing is kept the weight itself, whatever an average of no steps holds.
+    # If nothing is kept, the result is the weight itself: an average of no steps may hold any values.
     return torch.where(share == 1, weight, torch.lerp(average, weight, share.to(weight.dtype)))
 
 
@@ -78,14 +80,13 @@ class WeightAverages:
     """The averages of a network under training.
 
     Args:
-        network: whose weights are averaged; its floating-point buffers, such as running means of
-            batch normalisation, are too.
+        network: the network; its parameters and floating-point buffers, such as running means of batch
+            normalization, are averaged.
         settings: see Averaging.
-        start_step: optimiser steps before the first one that counts.
+        start_step: number of optimizer steps before the first averaged step.
 
     Raises:
-        UserError: the tables are held where their rows cannot be followed: on several ranks, or in host memory
-            beside a device.
+        UserError: tables are on several ranks, or in host memory beside a device.
     """
 
     def __init__(self, network: CTRNetwork, settings: Averaging, start_step: int) -> None:
@@ -93,19 +94,20 @@ class WeightAverages:
             if lookup.prefetches:
                 where = "in host memory" if lookup.storage.on_host else "in pieces on several ranks"
                 raise UserError(
-                    f"model.averaging follows whole tables on the training device; these are {where}: "
+                    f"model.averaging needs whole tables on the training device, and these are {where}: "
                     "leave model.averaging out, or train on one device"
                 )
         self.settings = settings
         self.start_step = start_step
+        self._network = network
         self.lookups = [lookup for lookup in network.lookups() if lookup.weight.requires_grad]
         self.dense = dict(_dense_tensors(network))
-        self.dense_average = {name: torch.zeros_like(tensor) for name, tensor in self.dense.items()}
+        self.dense_average = {name: _zeros_like(tensor) for name, tensor in self.dense.items()}
         self.dense_steps = 0
-        # Zeros that are not touched take no memory.
+        # Pages of zeros take no memory until they are written.
         self.tables: list[dict[str, Tensor]] = [
             {
-                AVERAGE: torch.zeros_like(lookup.weight.detach()),
+                AVERAGE: _zeros_like(lookup.weight.detach()),
                 AVERAGED_STEPS: torch.zeros(len(lookup.weight), dtype=torch.int32, device=lookup.weight.device),
             }
             for lookup in self.lookups
@@ -114,7 +116,7 @@ class WeightAverages:
 
     @torch.no_grad()
     def before_batch(self, steps_done: int) -> None:
-        """Brings dense weights up to date. Not later, since a forward pass changes running means."""
+        """Update the averages of dense parameters, before a forward pass changes running means."""
         counted = steps_done - self.start_step
         if counted > self.dense_steps:
             for name, value in self._dense_averages(counted).items():
@@ -123,7 +125,11 @@ class WeightAverages:
 
     @torch.no_grad()
     def before_step(self, steps_done: int) -> None:
-        """Brings the rows up to date that the step after ``steps_done`` will change, while they are as they were."""
+        """Update the averages of the rows that the next step changes.
+
+        Args:
+            steps_done: number of optimizer steps before the next one.
+        """
         counted = steps_done - self.start_step
         if counted < 1:
             return
@@ -138,11 +144,13 @@ class WeightAverages:
 
     @torch.no_grad()
     def put_in(self, steps_done: int) -> None:
-        """Puts the averages of ``steps_done`` steps in the weights' place, until ``take_out``."""
+        """Replace the parameters by their averages over ``steps_done`` steps, until ``take_out``."""
         assert self._trained is None
         counted = steps_done - self.start_step
         if counted < 1:
             return
+        # Since the fit the module may have been moved to another device and back, to other memory.
+        self.dense = dict(_dense_tensors(self._network))
         weights = [(self.dense[name], value) for name, value in self._dense_averages(counted).items()]
         for lookup, state in zip(self.lookups, self.tables, strict=True):
             kept_R = kept_share(self.settings.decay, state[AVERAGED_STEPS], counted)
@@ -153,18 +161,18 @@ class WeightAverages:
 
     @torch.no_grad()
     def take_out(self) -> None:
-        """Gives the weights back that ``put_in`` took away, to the bit."""
+        """Restore the parameters that ``put_in`` replaced, bit for bit."""
         trained, self._trained = self._trained or [], None
         for weight, value in trained:
             weight.copy_(value)
 
     def slots(self) -> dict[EmbeddingTables, dict[str, Tensor]]:
-        """What a checkpoint keeps of each table, beside its weights and its optimiser's slots."""
+        """Return the tensors that a checkpoint keeps of each table beside its rows and optimizer state."""
         assert self._trained is None
         return dict(zip(self.lookups, self.tables, strict=True))
 
     def state(self, steps_done: int) -> dict[str, Any]:
-        """The rest of what a checkpoint keeps."""
+        """Return the state that a checkpoint keeps beside ``slots``."""
         return {
             "settings": asdict(self.settings) | {"start_step": self.start_step},
             "counted": max(0, steps_done - self.start_step),
@@ -174,15 +182,15 @@ class WeightAverages:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any], reader: CheckpointReader) -> None:
-        """Takes what ``state`` and ``slots`` gave.
+        """Load what ``state`` and ``slots`` returned.
 
         Raises:
-            UserError: the averages are of other settings.
+            UserError: the averages were made with other settings.
         """
         ours = asdict(self.settings) | {"start_step": self.start_step}
         if state["settings"] != ours:
             raise UserError(
-                f"checkpoint {reader.folder} averages weights with {_words(state['settings'])}, this run with "
+                f"checkpoint {reader.folder} averages parameters with {_words(state['settings'])}, this run with "
                 f"{_words(ours)}: resume with the same settings and length of the fit, or start a new run"
             )
         for name, average in self.dense_average.items():
@@ -200,17 +208,17 @@ class WeightAverages:
 
 @torch.no_grad()
 def average_rows(state: Mapping[str, Any], reader: CheckpointReader, piece: TablePiece, weight_RD: Tensor) -> None:
-    """Puts a saved average in the place of saved weights, for evaluations.
+    """Replace rows that were read from a checkpoint by their saved averages, for an evaluation.
 
     Args:
-        state: what ``WeightAverages.state`` gave.
-        reader: of the checkpoint.
-        piece: of a table.
-        weight_RD: its weights, as trained.
+        state: returned by ``WeightAverages.state``.
+        reader: the checkpoint.
+        piece: the piece of a table that the rows are.
+        weight_RD: the trained rows; modified in place.
     """
     if state["counted"] < 1 or AVERAGE not in reader.manifest.tables[piece.name].shapes:
         return
-    average_RD = torch.empty_like(weight_RD)
+    average_RD = _zeros_like(weight_RD)
     steps_R = torch.empty(len(weight_RD), dtype=torch.int32, device=weight_RD.device)
     reader.read_rows(piece, AVERAGE, average_RD)
     reader.read_rows(piece, AVERAGED_STEPS, steps_R)
@@ -220,7 +228,7 @@ def average_rows(state: Mapping[str, Any], reader: CheckpointReader, piece: Tabl
 
 @torch.no_grad()
 def averaged_dense(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Dense weights by the network's names -> their averages, for evaluations; see ``average_rows``."""
+    """Return dense parameters by name with averages in place of their values, for an evaluation."""
     if state["counted"] < 1:
         return dict(weights)
     kept = float(kept_share(state["settings"]["decay"], torch.tensor(state["dense_steps"]), state["counted"]))
@@ -229,11 +237,16 @@ def averaged_dense(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> d
 
 
 def _dense_tensors(network: CTRNetwork) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the network's state that is of floating point and no table."""
+    """Yield every floating-point tensor of the network's state that is not a table, with its name."""
     tables = {id(lookup.weight) for lookup in network.lookups()}
     for name, tensor in network.state_dict(keep_vars=True).items():
         if id(tensor) not in tables and tensor.is_floating_point():
             yield name, tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+
+
+def _zeros_like(weight: Tensor) -> Tensor:
+    # In bfloat16 an average of many steps would stand still: each moves it by less than a digit.
+    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 def _words(settings: Mapping[str, Any]) -> str:
@@ -241,7 +254,7 @@ def _words(settings: Mapping[str, Any]) -> str:
 
 
 class AverageForEvaluation(pl.Callback):
-    """Keep averages of a module's parameters during a fit, and evaluate with them.
+    """Callback that keeps averages of a module's parameters during a fit, and evaluates with them.
 
     Args:
         settings: see Averaging.
@@ -251,12 +264,12 @@ class AverageForEvaluation(pl.Callback):
         self.settings = settings
         self.averages: WeightAverages | None = None
         self.saved: tuple[dict[str, Any], CheckpointReader] | None = None
-        """State of a checkpoint that the next fit goes on from."""
+        """State of the checkpoint from which the next fit continues."""
         self._steps_done = 0
-        """Optimizer steps that the parameters have seen, also when another trainer evaluates them."""
+        """Number of optimizer steps of the parameters; also valid when another trainer evaluates them."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not before: now the parameters are where they will be trained.
+        # Not earlier: Lightning has just moved the parameters to the training device.
         start = self.settings.start_share
         first_step = int(start * planned_steps(trainer, "averaging")) if start else 0
         self.averages = WeightAverages(pl_module.network, self.settings, first_step)  # type: ignore[arg-type]
@@ -277,31 +290,14 @@ class AverageForEvaluation(pl.Callback):
         self._steps_done = trainer.global_step + 1
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._put_in()
-
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._put_in()
-
-    def on_predict_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._put_in()
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Before anything is saved.
-        self._take_out()
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._take_out()
-
-    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._take_out()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._take_out()
-
-    def _put_in(self) -> None:
         if self.averages is not None:
             self.averages.put_in(self._steps_done)
 
-    def _take_out(self) -> None:
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint that is saved after the validation holds the trained parameters.
         if self.averages is not None:
             self.averages.take_out()
+
+    on_test_epoch_end = on_predict_epoch_end = on_exception = on_validation_epoch_end

@@ -1,4 +1,4 @@
-"""What a module adds to Lightning's checkpoint, and how it takes it back: tables piece by piece, without a copy."""
+"""State that a module adds to Lightning's checkpoint and loads from it: tables piece by piece, without a copy."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +9,11 @@ from torch import Tensor
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.averaging import KEY as AVERAGES
 from lightning_dlrm.engine.averaging import average_rows, averaged_dense
-from lightning_dlrm.engine.guards import refuse_bad_weights
+from lightning_dlrm.engine.fit_length import planned_steps, refuse_longer_fit
+from lightning_dlrm.engine.guards import refuse_bad_parameters
 from lightning_dlrm.engine.random_state import random_states, restore_random_states
 from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.optim.schedules import needs_total_steps
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tables.lookup import EmbeddingTables
@@ -21,21 +23,22 @@ if TYPE_CHECKING:
 
 
 def add_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:
-    """Take the tables and their optimizer state out of Lightning's dictionary, and add pieces that are written apart.
+    """Replace the tables and their optimizer state in Lightning's dictionary by pieces that are written separately.
 
     Args:
-        module: under training.
-        checkpoint: Lightning's, changed in place.
+        module: the module under training.
+        checkpoint: Lightning's dictionary; modified in place.
 
     Raises:
-        UserError: on all ranks, if a loss or a parameter of one is not finite: a bad state never replaces a good one.
+        UserError: on all ranks, if a loss or a parameter of a rank is not finite, so that no checkpoint replaces the
+            last good one.
     """
 
     def refuse_bad_state() -> None:
         for lookup in module.network.lookups():
             lookup.flush()
         module.guard.check()
-        refuse_bad_weights(module.network, checkpoint["global_step"], module.guard.advice)
+        refuse_bad_parameters(module.network, checkpoint["global_step"], module.guard.advice)
 
     Ranks().run_on_all_ranks(refuse_bad_state)
     for key in _table_keys(module):
@@ -54,7 +57,7 @@ def add_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:
 
 
 def table_pieces(module: "CTRModule", with_state: bool = True) -> list[PieceTensors]:
-    """Return what this rank holds of the tables, of their optimizer state and averages; views of the live tensors."""
+    """Return this rank's pieces of the tables, their optimizer state and averages, as views of the live tensors."""
     slots: dict[EmbeddingTables, dict[str, Tensor]] = {}
     if with_state:
         optimizer = optimizer_of(module)
@@ -72,36 +75,41 @@ def table_pieces(module: "CTRModule", with_state: bool = True) -> list[PieceTens
 
 
 def dense_tensors(module: "CTRModule") -> list[Tensor]:
-    """Return all other parameters and their optimizer state."""
+    """Return the dense parameters and their optimizer state."""
     parameters, state = module.network.dense_parameters(), optimizer_of(module).state
     kept = (values for parameter in parameters for values in state[parameter].values())
     return [*parameters, *(values for values in kept if torch.is_tensor(values))]
 
 
 def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) -> None:
-    """Check that a checkpoint is of this model and data, and read its tables in place.
+    """Check that a checkpoint fits this model and data, and read its tables in place.
 
     Args:
-        module: about to be trained or evaluated.
-        checkpoint: Lightning's, as ``FolderCheckpointIO`` opens it; changed in place.
-        training: whether a fit goes on from it.
+        module: the module to train or evaluate.
+        checkpoint: Lightning's dictionary, as ``FolderCheckpointIO`` returns it; modified in place.
+        training: whether a fit continues from it.
 
     Raises:
-        UserError: it is of another model, dataset encoding, or (to train on) other data.
+        UserError: the checkpoint is of another model or dataset encoding, or a fit would continue on other data.
     """
     reader: CheckpointReader = checkpoint["tables"]
     if training and not checkpoint.get("optimizer_states"):
         raise UserError(
-            f"checkpoint {reader.folder} holds weights only, so a fit cannot go on from it; validate, test and "
+            f"checkpoint {reader.folder} has no optimizer state, so a fit cannot continue from it; validate, test and "
             "predict take it"
         )
     _check_header(module, reader, training)
     _check_parameters(module, reader, checkpoint["state_dict"])
     averages = checkpoint.get(AVERAGES)
     if training:
+        if needs_total_steps(module.schedule):
+            # Before the run folder is changed.
+            for state in checkpoint["lr_schedulers"]:
+                if "_schedule_phases" in state:
+                    refuse_longer_fit(state["total_steps"], planned_steps(module.trainer, "OneCycleLR"))
         _keep_averages(module, averages, reader)
     elif module.averaging is not None:
-        # Those of an earlier fit: the parameters are about to be others.
+        # Averages of an earlier fit do not belong to the parameters that are loaded.
         module.averaging.averages = None
     averaged = averages if not training else None
     if averaged is not None:
@@ -114,7 +122,7 @@ def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) 
                 reader.read_rows(piece, "weight", rows)
                 if averaged is not None:
                     average_rows(averaged, reader, piece, rows)
-    # Loading a parameter from itself costs nothing; leaving it out would be an incomplete state.
+    # Lightning loads the state strictly. Loading a parameter from itself copies nothing.
     checkpoint["state_dict"] |= {key: lookup.weight for key, lookup in _table_keys(module).items()}
     for state in checkpoint.get("optimizer_states", []):
         state["read_table_rows"] = reader.read_rows
@@ -125,12 +133,12 @@ def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) 
 def check_checkpoint_plugin(trainer: pl.Trainer) -> None:
     """
     Raises:
-        UserError: the trainer saves or opens checkpoints, and does so as single files.
+        UserError: the trainer saves or opens checkpoints as single files.
     """
     uses_checkpoints = trainer.checkpoint_callbacks or trainer.ckpt_path is not None
     if uses_checkpoints and not getattr(trainer.strategy.checkpoint_io, "HOLDS_TABLES", False):
         raise UserError(
-            "this Trainer keeps checkpoints as single files, which have no room for tables: give it "
+            "this Trainer keeps checkpoints as single files, which do not hold tables: give it "
             "plugins=[lightning_dlrm.FolderCheckpointIO()], or enable_checkpointing=False"
         )
 
@@ -168,12 +176,12 @@ def _check_parameters(module: "CTRModule", reader: CheckpointReader, state_dict:
 def _keep_averages(module: "CTRModule", averages: dict[str, Any] | None, reader: CheckpointReader) -> None:
     """
     Raises:
-        UserError: the checkpoint has averages and this run wants none, or the other way round.
+        UserError: only one of the checkpoint and this run has averages.
     """
     if (averages is None) != (module.averaging is None):
         has, wants = ("no averages", "some") if averages is None else ("averages", "none")
         raise UserError(
-            f"checkpoint {reader.folder} has {has} of its weights and this run asks for {wants} "
+            f"checkpoint {reader.folder} has {has} of its parameters and this run asks for {wants} "
             "(model.averaging): resume with the configuration it was trained with, or start a new run"
         )
     if averages is not None and module.averaging is not None:
@@ -190,7 +198,7 @@ def _check_header(module: "CTRModule", reader: CheckpointReader, training: bool)
     encoding = module.schema.encoding_fingerprint
     if header["encoding_fingerprint"] != encoding:
         raise UserError(
-            f"checkpoint {reader.folder} was trained on data encoded otherwise (fingerprint "
+            f"checkpoint {reader.folder} was trained on data with another encoding (fingerprint "
             f"{header['encoding_fingerprint'][:12]}, the data here have {encoding[:12]}): "
             "encode the data with the vocabulary and protocol of the training data"
         )
@@ -203,7 +211,7 @@ def _check_header(module: "CTRModule", reader: CheckpointReader, training: bool)
 
 
 def _table_keys(module: "CTRModule") -> dict[str, EmbeddingTables]:
-    """Return the name in the module's state of each lookup's weight -> the lookup."""
+    """Return key of each lookup's weight in the module's state -> the lookup."""
     modules = module.network.named_modules(prefix="network")
     return {f"{name}.weight": lookup for name, lookup in modules if isinstance(lookup, EmbeddingTables)}
 

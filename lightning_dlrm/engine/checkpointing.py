@@ -33,14 +33,14 @@ MONITOR = f"{names.VALIDATION}/auc"
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Lightning's plugin for checkpoint folders. Every rank saves the table rows that it holds."""
+    """Lightning plugin for checkpoint folders; every rank saves its table rows."""
 
     HOLDS_TABLES = True
-    """Whether tables are written piece by piece; CTRModule needs a plugin that does so."""
+    """Whether tables are written piece by piece; CTRModule needs such a plugin."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         rest = {key: value for key, value in checkpoint.items() if key not in ("tables", "header")}
-        save_checkpoint(Path(path), checkpoint["tables"], rest, checkpoint["header"], Ranks(patient=True))
+        save_checkpoint(Path(path), checkpoint["tables"], rest, checkpoint["header"], Ranks(long_timeout=True))
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -53,10 +53,10 @@ class FolderCheckpointIO(CheckpointIO):
 
 
 class RunCheckpoints(Checkpoint):
-    """Saves the checkpoints ``last``, and ``best`` by validation AUC, in a run folder.
+    """Callback that saves the checkpoints ``last``, and ``best`` by validation AUC, in a run folder.
 
     Args:
-        run_folder: has them in its ``checkpoints``.
+        run_folder: the run folder; checkpoints are in its ``checkpoints``.
         every_n_steps: number of optimizer steps between two saves of ``last``; each validation saves it too. 0 saves
             after validations only.
 
@@ -116,10 +116,10 @@ class RunCheckpoints(Checkpoint):
             self.best = {names.STEP: trainer.global_step, **pl_module.results}
         self._save(trainer)
         if improved:
-            Ranks(patient=True).run_on_rank_zero(lambda: link_checkpoint(self.folder / LAST, self.folder / BEST))
+            Ranks(long_timeout=True).run_on_rank_zero(lambda: link_checkpoint(self.folder / LAST, self.folder / BEST))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # If the fit does not end with a validation.
+        # The last validation has saved already if it came after the last step.
         if trainer.global_step != self._saved_step:
             self._save(trainer)
 
@@ -158,10 +158,10 @@ def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
 
 
 def refuse_validation_amid_a_step(trainer: pl.Trainer) -> None:
-    """Check that no validation, which saves, falls between the micro-batches of a step: their gradients would be lost.
+    """Check that no validation is between the micro-batches of a step: it saves, and would lose their gradients.
 
     Raises:
-        UserError: a validation would fall there.
+        UserError: a validation is between micro-batches.
     """
     interval, batches = trainer.val_check_batch, trainer.num_training_batches
     if not trainer.enable_validation or not isinstance(interval, int) or interval == batches:

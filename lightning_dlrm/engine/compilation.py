@@ -1,4 +1,4 @@
-"""``model.compile``: the dense arithmetic of a step under torch.compile, with a log of what that costs."""
+"""``model.compile``: the dense arithmetic of a step under torch.compile, and a log of compilation times."""
 
 import logging
 import time
@@ -32,35 +32,39 @@ def compile_mode(given: bool | str) -> CompileMode | None:
 
 
 def compiled(function: Callable[..., Any], mode: CompileMode) -> Callable[..., Any]:
-    """Return a function that is compiled when it is first called, and anew when a guard finds a change.
+    """Return a function that is compiled at its first call, and again when a guard fails.
 
-    By default random numbers are eager PyTorch's, so that dropout leaves out what it leaves out without compilation.
+    In the default mode random numbers equal those of eager PyTorch, so dropout is the same as without compilation.
     """
     # By default torch.compile does not notice a hook that is registered after compilation.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     if mode == "default":
         return torch.compile(function, options={"fallback_random": True})
-    return torch.compile(function, mode=mode)
+    run = torch.compile(function, mode=mode)
+    if mode == "max-autotune-no-cudagraphs":
+        return run
+    # The next step writes into the memory of what a CUDA graph returns; metrics keep logits for longer.
+    return lambda *arguments, **options: run(*arguments, **options).clone()
 
 
 def compile_score(network: CTRNetwork, mode: CompileMode) -> None:
     """Compile a network's ``score``; its lookups stay eager.
 
     Raises:
-        UserError: the network defines ``forward`` alone.
+        UserError: the network defines ``forward`` and no ``score``.
     """
     if not network.has_score:
         raise UserError(
-            f"model.compile compiles a network's score, and {type(network).__name__} defines forward alone: "
+            f"model.compile compiles a network's score, and {type(network).__name__} defines forward only: "
             "define score(dense, vectors), or set model.compile to false"
         )
     network.score = compiled(network.score, mode)  # type: ignore[method-assign]
 
 
 class CompilationLog(pl.Callback):
-    """Log the time of every compilation during a fit, and their number at its end.
+    """Callback that logs the time of every compilation during a fit, and their number at its end.
 
-    The first steps compile; later steps do when a batch size, a hook, a layer or the loss has changed.
+    The first steps compile; a later step compiles again if a batch size, a hook, a layer or the loss has changed.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What one evaluation of a split finds."""
+"""The logits, labels and metrics of an evaluation."""
 
 import numpy as np
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Evaluation(nn.Module):
     def warn_of_chance(
         self, results: dict[str, float], schema: DatasetSchema, batch_size: int, learning_rates: dict[str, float]
     ) -> None:
-        """Warn if the AUC cannot be told from that of guessing, see ``guards.warn_of_chance``; all ranks call it."""
+        """Call ``guards.warn_of_chance`` with the counts of all ranks, on rank 0; all ranks call it together."""
         optimum = schema.optimum.get("validation")
         if optimum is not None and optimum.auc <= 0.5:
             # The labels depend on nothing.

@@ -1,4 +1,4 @@
-"""How many optimizer steps a fit takes, and which setting of the trainer ends it."""
+"""The number of optimizer steps of a fit, and the setting of the trainer that ends it."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from lightning_dlrm.contracts.errors import UserError
 
 
 class FitLength(NamedTuple):
-    """The end of a fit that nothing stops earlier."""
+    """The last step of a fit that no callback stops earlier."""
 
     steps: float
     """Infinite if neither ``max_steps`` nor ``max_epochs`` bounds the fit."""
@@ -24,30 +24,30 @@ def _schedule(trainer: pl.Trainer) -> GradientAccumulationScheduler | None:
 
 
 def micro_batches(trainer: pl.Trainer, epoch: int) -> int:
-    """Return how many batches make an optimizer step in an epoch, counted from 0."""
+    """Return the number of batches of an optimizer step in an epoch, counted from 0."""
     schedule = _schedule(trainer)
     return schedule.get_accumulate_grad_batches(epoch) if schedule else trainer.accumulate_grad_batches
 
 
 def all_micro_batches(trainer: pl.Trainer) -> set[int]:
-    """Return how many batches make an optimizer step in any epoch."""
+    """Return the numbers of batches of an optimizer step over all epochs."""
     schedule = _schedule(trainer)
     return set(schedule.scheduling.values()) if schedule else {trainer.accumulate_grad_batches}
 
 
 def steps_of_epochs(trainer: pl.Trainer, batches: int) -> int:
-    """Return the optimizer steps of ``max_epochs`` epochs of so many batches."""
+    """Return the optimizer steps of ``max_epochs`` epochs of ``batches`` batches."""
     return sum(-(-batches // micro_batches(trainer, epoch)) for epoch in range(trainer.max_epochs or 0))
 
 
 def planned_steps(trainer: pl.Trainer, user: str) -> int:
     """Return the optimizer steps of a fit before its data are loaded.
 
-    Lightning's own estimate would load the data, and with them lose the position of a resumed run.
+    Lightning's own estimate would load the data and lose the position of a resumed run.
 
     Args:
-        trainer: of the fit.
-        user: what needs the number, for the message.
+        trainer: trainer of the fit.
+        user: name of what needs the number, for the message.
 
     Raises:
         UserError: neither the trainer nor the data bound the fit.
@@ -72,9 +72,16 @@ def fit_length(trainer: pl.Trainer) -> FitLength:
     return min(bounds)
 
 
-def total_steps(trainer: pl.Trainer) -> float:
-    """Return the optimizer steps of a fit that nothing stops earlier; infinite without a bound."""
-    return fit_length(trainer).steps
+def refuse_longer_fit(end: int, steps: float) -> None:
+    """
+    Raises:
+        UserError: the fit takes more steps than a OneCycleLR, which torch ends with an error.
+    """
+    if steps > end:
+        raise UserError(
+            f"the schedule OneCycleLR ends at step {end:,}, where the length of the cycle was fixed, and this fit goes "
+            f"on: set trainer.max_steps to {end} or less, or start a new run"
+        )
 
 
 def unreached_settings(trainer: pl.Trainer, length: FitLength) -> list[str]:

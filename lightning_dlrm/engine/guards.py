@@ -21,28 +21,28 @@ _SUMMED_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Position:
-    """Where a fit is."""
+    """The step and batch of a loss."""
 
     step: int
-    """Optimizer step that the loss belongs to, from 1."""
+    """Optimizer step, from 1."""
     epoch: int
-    """From 0."""
+    """Epoch, from 0."""
     batch: int
     """Batch of the epoch, from 0."""
 
 
 class LossGuard(pl.Callback):
-    """End a fit when a loss is NaN or infinite, before it moves parameters at a logged step or is saved.
+    """Callback that ends a fit if a loss is NaN or infinite.
 
-    Losses and logits stay on the device until ``check`` looks at them together, at logged steps and before a save: in
-    between nothing is computed or read, so that the guard never makes the host wait.
+    Losses and logits stay on the device until ``check`` reads them together, before the update of each logged step and
+    before each save. Between checks nothing is computed or read, so the host does not wait for the device.
 
     Args:
         advice: what to do about a loss that is not finite, for the message.
     """
 
     MOST_KEPT = 1024
-    """Losses after which ``watch`` checks by itself."""
+    """Number of losses after which ``watch`` calls ``check``."""
 
     def __init__(self, advice: str) -> None:
         self.advice = advice
@@ -58,22 +58,26 @@ class LossGuard(pl.Callback):
         if is_logged or not self._largest[1]:
             self.remember_gradients(pl_module.network, step)  # type: ignore[arg-type]
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Of a fit that neither logs nor saves its last steps.
+        Ranks().run_on_all_ranks(self.check)
+
     def watch(self, loss: Tensor, logits_B: Tensor, position: Position) -> None:
-        """Take the loss of a batch (0-dim) and its logits, both detached.
+        """Keep the loss of a batch (0-dim) and its logits, both detached, until the next check.
 
         Raises:
-            UserError: see ``check``; this one after ``MOST_KEPT`` losses without a check.
+            UserError: see ``check``, which is called after ``MOST_KEPT`` losses.
         """
         self._unseen.append((position, loss, logits_B))
         if len(self._unseen) >= self.MOST_KEPT:
             self.check()
 
     def remember_gradients(self, network: CTRNetwork, step: int) -> None:
-        """Keep the largest gradients of a step for a later message; reads them from the device."""
+        """Read the largest gradients of a step from the device and keep them for the message."""
         self._largest = (step, gradient_sizes(network))
 
     def check(self) -> None:
-        """Look at every loss since the last check.
+        """Check every loss since the last check.
 
         Raises:
             UserError: a loss was NaN or infinite.
@@ -94,7 +98,7 @@ class LossGuard(pl.Callback):
 
 
 def gradient_sizes(network: CTRNetwork) -> dict[str, float]:
-    """Weight or lookup -> its largest gradient, by magnitude; NaN first, then the largest."""
+    """Return name of a parameter or lookup -> its largest gradient by magnitude; NaN first, then descending."""
     sizes: dict[str, float] = {}
     for name, parameter in network.named_parameters():
         if parameter.grad is not None and parameter.numel():
@@ -106,34 +110,34 @@ def gradient_sizes(network: CTRNetwork) -> dict[str, float]:
     return dict(sorted(sizes.items(), key=lambda item: (not math.isnan(item[1]), -item[1])))
 
 
-def refuse_bad_weights(network: CTRNetwork, step: int, advice: str) -> None:
-    """Looks at every weight, before they are saved.
+def refuse_bad_parameters(network: CTRNetwork, step: int, advice: str) -> None:
+    """Check every parameter before a save.
 
     Raises:
-        UserError: some weight is NaN or infinite.
+        UserError: a parameter is NaN or infinite.
     """
     for name, parameter in network.named_parameters():
-        # The sum of a table costs one pass over it; NaN and infinities carry through. Part by part, since a CPU first
-        # makes a copy in float64 of what it sums.
+        # A sum reads a table once, and is NaN or infinite if an element is. It is computed in parts, because a CPU
+        # first copies the elements to float64.
         parts = parameter.detach().flatten().split(_SUMMED_AT_ONCE)
         if parameter.numel() and not math.isfinite(sum(part.sum(dtype=torch.float64) for part in parts).item()):
-            raise UserError(f"weights of {name} are not finite after step {step}, so nothing is saved; {advice}")
+            raise UserError(f"{name} is not finite after step {step}, so nothing is saved; {advice}")
 
 
 def warn_of_chance(auc: float, clicks: int, samples: int, batch_size: int, rates: Mapping[str, float]) -> bool:
-    """Says so where a validation's AUC cannot be told from that of guessing.
+    """Log a warning if the AUC of a validation is within the noise of random predictions.
 
-    Without skill the AUC has a standard deviation of sqrt((n + 1) / (12 n+ n-)) (Mann and Whitney 1947).
+    The AUC of random predictions has a standard deviation of sqrt((n + 1) / (12 n+ n-)) (Mann and Whitney 1947).
 
     Args:
-        auc: of the validation.
-        clicks: among its samples, n+.
-        samples: n.
-        batch_size: of training.
+        auc: AUC of the validation.
+        clicks: number of clicked samples, n+.
+        samples: number of samples, n.
+        batch_size: batch size of training.
         rates: learning rates by group.
 
     Returns:
-        Whether it warned.
+        Whether a warning was logged.
     """
     others = samples - clicks
     if not (clicks and others and math.isfinite(auc)):

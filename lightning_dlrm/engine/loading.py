@@ -1,7 +1,7 @@
-"""A module from a checkpoint folder alone: ``CTRModule.load_from_checkpoint``.
+"""Loading a module from a checkpoint folder: ``CTRModule.load_from_checkpoint``.
 
-A checkpoint holds the options of its module as plain values (``describe_module``). Building them again imports only
-classes of this package and of ``torch.optim``: a network of a user's own has to be passed.
+A checkpoint holds the options of its module as plain values (``describe_module``). Loading imports only classes of this
+package and of ``torch.optim``; a custom network is passed as an argument.
 """
 
 import functools
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from lightning_dlrm.engine.module import CTRModule
 
 KEY = "module"
-"""Of a checkpoint's entry."""
+"""Key of the options in a checkpoint."""
 
 BUILT = ("lightning_dlrm.", "torch.optim.")
-"""Where the classes are that a checkpoint may name."""
+"""Packages of the classes that a checkpoint may name."""
 
 
 def describe_module(module: "CTRModule") -> dict[str, Any]:
-    """Return what ``load_module`` needs, as plain values.
+    """Return the options of a module as plain values, for ``load_module``.
 
-    Options that cannot be described, such as a network made by a lambda, are left out.
+    Options without such a form, such as a network made by a lambda, are left out.
     """
     options = module.configuration
     if options is None:
@@ -71,7 +71,7 @@ def load_module(
     if schema is None:
         if described["schema"] is None:
             raise UserError(
-                f"checkpoint {reader.folder} of an earlier release has no schema of its data: give one, such as "
+                f"checkpoint {reader.folder} of an earlier release has no schema of its data: give it, such as "
                 "load_from_checkpoint(folder, schema=data.schema)"
             )
         schema = DatasetSchema.from_json(described["schema"], str(reader.folder))
@@ -80,7 +80,7 @@ def load_module(
         options["network"] = network
     module = kind(**_build(kind, options, reader.folder), schema=schema, seed=described["seed"])
     module.configure_model()
-    # The random generators of this process are left as they are.
+    # Loading does not change the random generators of this process.
     checkpoint = {key: value for key, value in rest.items() if key != "random_state"} | {"tables": reader}
     take_state(module, checkpoint, training=False)
     module.load_state_dict(checkpoint["state_dict"])
@@ -88,7 +88,7 @@ def load_module(
 
 
 def _describe_old(reader: CheckpointReader) -> dict[str, Any]:
-    """Return what the run folder's configuration says about the module of a checkpoint without a description."""
+    """Return the options of a checkpoint without ``KEY`` from the run folder's configuration."""
     path = reader.folder.resolve().parent.parent / "config.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
@@ -103,16 +103,22 @@ def _build(kind: "type[CTRModule]", options: Mapping[str, Any], folder: Path) ->
     """Return the arguments of a module.
 
     Raises:
-        UserError: an option is missing or wrong, or names a class that is not built.
+        UserError: an option is missing or wrong, or names a class outside ``BUILT``.
     """
     network = options.get("network")
     if network is None:
         raise UserError(f"checkpoint {folder} does not name its network: give it with network=")
+    for name in ("table_optimizer", "dense_optimizer"):
+        if name not in options:
+            raise UserError(
+                f"checkpoint {folder} does not say how its {name} is made, which was no class and no functools.partial "
+                "of one: make the module yourself and give the folder to trainer.validate, test or predict as ckpt_path"
+            )
     for path in _class_paths({name: value for name, value in options.items() if not callable(value)}):
         if not path.startswith(BUILT):
             raise UserError(
-                f"checkpoint {folder} names {path}, which is no class of this package and is not built from a "
-                "checkpoint: pass a network of your own as load_from_checkpoint(folder, network=...)"
+                f"checkpoint {folder} names {path}, which is not a class of this package and is not imported from a "
+                "checkpoint: pass a custom network as load_from_checkpoint(folder, network=...)"
             )
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
     parser = ArgumentParser(exit_on_error=False)

@@ -24,17 +24,17 @@ log = logging.getLogger("lightning_dlrm")
 
 
 class _Mark(NamedTuple):
-    """A moment of a fit, between two of which speed is measured."""
+    """A moment of a fit; speed is measured between two of them."""
 
     seconds: float
-    """On the training clock, which stands still during validations and checkpoints."""
+    """Training time, without validations and checkpoints."""
     samples: int
     parts: dict[str, float]
     """Seconds spent so far in each part of the steps and in waiting for batches."""
 
 
 class MetricsLogger(pl.Callback):
-    """Logs metrics every ``log_every_n_steps`` steps and after each validation, and writes ``summary.json``.
+    """Callback that logs metrics at every logged step and after each validation, and writes ``summary.json``.
 
     Nothing is read from the device between two logged steps.
 
@@ -103,7 +103,7 @@ class MetricsLogger(pl.Callback):
         self._step = self.logged_step = trainer.global_step
         if trainer.is_global_zero:
             # Not earlier: if the checkpoint is refused, the run folder stays as it is.
-            self.folder.cut_back(self._step)
+            self.folder.drop_lines_after(self._step)
             if self.configuration is not None:
                 self.folder.write_text(CONFIG, self.configuration)
         if self._step:
@@ -144,7 +144,7 @@ class MetricsLogger(pl.Callback):
         self._log(trainer, {**pl_module.results, names.TRAINING_SECONDS: self._training_seconds()})
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # on_train_end would not do: a resumed run that is at its end already trains nothing.
+        # Not in on_train_end, which Lightning does not call for a resumed run that has no step left.
         assert isinstance(pl_module, CTRModule)
         if not trainer.is_global_zero or not self.samples:
             return
@@ -188,12 +188,12 @@ class MetricsLogger(pl.Callback):
             logger.log_metrics({names.SAMPLES: self.samples, **metrics}, step=self._step)
 
     def _training_clock(self) -> float:
-        """Seconds since an arbitrary moment, without those of validations and checkpoints."""
+        """Return seconds since a fixed moment, without those of validations and checkpoints."""
         saving = self.checkpoints.seconds if self.checkpoints else 0.0
         return time.perf_counter() - self._evaluation_seconds - saving
 
     def _training_seconds(self) -> float:
-        """Training time since the first step of the run, over resumptions."""
+        """Return the training time since the first step of the run, over resumptions."""
         return self._seconds_before + (0.0 if self._start is None else self._training_clock() - self._start.seconds)
 
     def _mark(self, trainer: pl.Trainer, module: CTRModule) -> _Mark:
@@ -202,7 +202,7 @@ class MetricsLogger(pl.Callback):
 
     @staticmethod
     def _speed(since: _Mark, now: _Mark) -> dict[str, float]:
-        """Samples/s, and the share of each part; what no part accounts for is Lightning's share, with all callbacks."""
+        """Return samples/s and the share of each part; the rest is Lightning's share, with all callbacks."""
         seconds = max(now.seconds - since.seconds, 1e-9)
         shares = {name: (now.parts[name] - since.parts[name]) / seconds for name in now.parts}
         shares[names.LIGHTNING_SHARE] = max(0.0, 1.0 - sum(shares.values()))

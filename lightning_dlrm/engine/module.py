@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
@@ -15,7 +16,7 @@ from lightning_dlrm.engine.averaging import AverageForEvaluation, Averaging, Wei
 from lightning_dlrm.engine.checkpoint_state import add_state, check_checkpoint_plugin, take_state
 from lightning_dlrm.engine.compilation import CompilationLog, CompileMode, compile_mode, compile_score, compiled
 from lightning_dlrm.engine.evaluation import Evaluation
-from lightning_dlrm.engine.fit_length import planned_steps
+from lightning_dlrm.engine.fit_length import fit_length, planned_steps, refuse_longer_fit
 from lightning_dlrm.engine.guards import LossGuard, Position
 from lightning_dlrm.engine.loading import KEY, describe_module, load_module
 from lightning_dlrm.engine.timing import StepTimer
@@ -48,20 +49,20 @@ class CTRModule(pl.LightningModule):
         schedule: makes the schedule of all learning rates, stepped after each optimizer step: Constant, Cosine,
             WarmupThenDecay, WarmupQuadraticDecay, or another torch.optim.lr_scheduler.LRScheduler; ``total_steps`` is
             filled in. None for constant rates.
-        loss: what is minimized: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
+        loss: the loss: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
             with each of them.
         averaging: evaluate with an average of the parameters of many steps; None for those of the last step.
-        wide_optimizer: update rule of the linear terms' weights of ids, if it is not that of the tables (Cheng et
-            al. 2016, section 3.3, train the wide and the deep part by two).
-        kernels: what looks up and updates table rows, and on a CPU also multiplies pairs of vectors and makes the
+        wide_optimizer: update rule of the linear terms' rows; None for that of the tables. Cheng et al. 2016, section
+            3.3, use different optimizers for the wide and the deep part.
+        kernels: implementation of lookups and updates of table rows, and on a CPU also of dot products and of the
             backward pass of ReLUs. plain: torch, on any device; native: C for a CPU, compiled by the machine's C
             compiler when first used, equal except for the order of some sums; triton: fused kernels for a CUDA
             device; auto: native on a CPU and triton on a CUDA device if they work there, else plain.
         compile: compile the network's dense arithmetic and the loss with torch.compile; true, or one of its modes:
             default, reduce-overhead (CUDA graphs), max-autotune, max-autotune-no-cudagraphs. The first steps take up
             to a minute longer; later ones are faster, on small batches most.
-        schema: of the dataset; taken from the data.
-        seed: of the initial parameters; taken from seed_everything.
+        schema: schema of the dataset; taken from the data.
+        seed: seed of the initial parameters; taken from seed_everything.
 
     Raises:
         UserError: the network does not fit the data, or a setting is out of range.
@@ -101,22 +102,22 @@ class CTRModule(pl.LightningModule):
         self.schema = schema
         self.seed = seed
         self.configuration: dict[str, Any] | None = None
-        """The options as plain values, as a configuration has them; None if they were given as objects."""
+        """The options as plain values, as in a configuration; None if they were given as objects."""
         self.network: CTRNetwork
         self.learning_rates: dict[str, float] = {}
-        """Of each group of the optimizer, as given; the schedule changes them."""
+        """Learning rate of each group of the optimizer before the schedule changes it."""
         self.size: ModelSize = self._size_of(network)
         self.validation, self.test = Evaluation(names.VALIDATION), Evaluation(names.TEST)
         self.results: dict[str, float] = {}
         """Metrics of the last evaluation, in full precision."""
         self.curves: ClickCurves | None = None
-        """Of the last evaluation."""
+        """Curves of the last evaluation."""
         self.averaging = None if averaging is None else AverageForEvaluation(averaging)
         self.timer = StepTimer()
         rates = ", ".join(f"{name} {rate:g}" for name, rate in self.learning_rates.items())
         self.guard = LossGuard(
-            f"lower the learning rates ({rates}), warm up longer, or set trainer.gradient_clip_val; what was saved "
-            "before is untouched"
+            f"lower the learning rates ({rates}), warm up longer, or set trainer.gradient_clip_val; earlier "
+            "checkpoints are unchanged"
         )
         self._side_stream: SideStream | None = None
         self._batch_size = 0
@@ -134,9 +135,9 @@ class CTRModule(pl.LightningModule):
         """Return a module with the parameters of a checkpoint folder, on the CPU.
 
         Args:
-            checkpoint_path: such as ``runs/NAME/checkpoints/best``.
-            network: makes the network; needed if it is not one of this package, as no other class is imported.
-            schema: of the data; needed for checkpoints of releases that did not keep it.
+            checkpoint_path: checkpoint folder, such as ``runs/NAME/checkpoints/best``.
+            network: makes the network; needed for a custom network, because only classes of this package are imported.
+            schema: schema of the data; needed for checkpoints of releases that did not keep it.
 
         Raises:
             UserError: the checkpoint is damaged, or does not say how its module is made.
@@ -233,7 +234,7 @@ class CTRModule(pl.LightningModule):
             clip(gradient_clip_val)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Return the batch on the device; to a GPU in a stream of its own, beside the steps that still compute."""
+        """Return the batch on the device; a side stream copies it to a GPU while earlier steps compute."""
         if device.type == batch.dense.device.type == "cpu":
             return batch
         if device.type != "cuda":
@@ -243,27 +244,42 @@ class CTRModule(pl.LightningModule):
         return self._side_stream.send(batch)
 
     def on_fit_start(self) -> None:
-        # Kernels that are asked for and do not work here end the fit before its first step.
+        # Kernels that do not work on this machine end the fit before its first step.
         for lookup in self.network.lookups():
             choose(self.kernels, lookup.device.type, lookup.weight.dtype)
 
     def on_train_start(self) -> None:
-        # Loaders that hold the next batch ready tell its ids; with others, no rows are fetched ahead.
+        # A loader that holds the next batch passes its ids to prefetch; with other loaders no rows are prefetched.
         loader: Any = self.trainer.train_dataloader
-        if hasattr(loader, "prefetch") and any(lookup.prefetches for lookup in self.network.lookups()):
-            loader.prefetch = lambda batch: self.network.prefetch(batch.ids)
+        if hasattr(loader, "prefetch"):
+            prefetches = any(lookup.prefetches for lookup in self.network.lookups())
+            # A loader may have served another module before.
+            loader.prefetch = (lambda batch: self.network.prefetch(batch.ids)) if prefetches else None
+        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            if isinstance(scheduler, OneCycleLR):
+                refuse_longer_fit(scheduler.total_steps, fit_length(self.trainer).steps)
 
     def on_train_end(self) -> None:
         for lookup in self.network.lookups():
             lookup.flush()
 
     def _scaled(self, loss: Tensor, batch_idx: int) -> Tensor:
-        """Lightning divides the loss by ``accumulate_grad_batches``, also if an epoch ends amid a step, with fewer."""
+        """Return the loss scaled for a last step with fewer micro-batches.
+
+        Lightning divides every loss by ``accumulate_grad_batches``, also if an epoch ends amid a step.
+        """
         micro = self.trainer.accumulate_grad_batches
         present = min(micro, self.trainer.num_training_batches - batch_idx // micro * micro)
         return loss if present == micro else loss * (micro / present)
 
     # --- evaluations ------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        # An evaluation that was interrupted has left samples behind.
+        self.validation.reset()
+
+    def on_test_epoch_start(self) -> None:
+        self.test.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.validation.update(self(batch), _labels(batch))
@@ -289,8 +305,9 @@ class CTRModule(pl.LightningModule):
             if fitting:
                 evaluation.warn_of_chance(self.results, self.data_schema(), self._batch_size, self.learning_rates)
             # For callbacks such as EarlyStopping, and what ``trainer.validate`` and ``test`` return: only metrics that
-            # go to loggers too. Those of a fit get them in full precision from MetricsLogger.
-            self.log_dict(self.results, logger=not fitting, rank_zero_only=True)
+            # go to loggers too. During a fit MetricsLogger logs them. Lightning would round Python's floats.
+            exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.results.items()}
+            self.log_dict(exact, logger=not fitting, rank_zero_only=True)
         evaluation.reset()
 
     # --- checkpoints and data ---------------------------------------------------------------------
@@ -310,7 +327,7 @@ class CTRModule(pl.LightningModule):
         return None if self.averaging is None else self.averaging.averages
 
     def data_schema(self) -> DatasetSchema:
-        """Return the schema of the data at hand: complete once they are prepared."""
+        """Return the schema of the current data, which is complete after they are prepared."""
         try:
             datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         except RuntimeError:  # no trainer yet
@@ -320,20 +337,20 @@ class CTRModule(pl.LightningModule):
     def _size_of(self, make_network: Callable[[Features, int], CTRNetwork]) -> ModelSize:
         """
         Raises:
-            UserError: the network does not fit the data or has no linear terms for ``wide_optimizer``, or optimizer
-                or schedule refuse their settings.
+            UserError: the network does not fit the data or has no linear terms for ``wide_optimizer``, or a setting
+                of the optimizer or the schedule is wrong.
         """
         with torch.device("meta"):
-            # Nothing is allocated, and a network that does not fit is refused before the data are prepared.
+            # Nothing is allocated, and errors are found before the data are prepared.
             network = make_network(self.schema.features, self.seed)
         if self.wide_rule is not None and not network.wide_lookups():
             raise UserError(
                 f"wide_optimizer is given, but this {type(network).__name__} has no linear terms: set network.wide to "
-                "true where the model has that option, or leave wide_optimizer out"
+                "true if the model has that option, or leave wide_optimizer out"
             )
         optimizer = self.make_optimizer(network)
         self.learning_rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
-        # The length of the fit is not known yet; any will do to see that the schedule can be made.
+        # The length of the fit is not known yet; any length shows whether the schedule accepts its settings.
         make_schedule(self.schedule, optimizer, lambda: 1000)
         return model_size(network, self.schema.features)
 

@@ -16,8 +16,10 @@ from lightning_dlrm.tracking import names
 
 
 class NormLogger(pl.Callback):
-    """Logs 2-norms at each logged step: of every gradient, and of each table's rows and their gradients, averaged over
-    the rows that the step touches. All are computed before clipping and before the update.
+    """Callback that logs 2-norms at each logged step, before clipping and before the update.
+
+    These are the norms of every gradient, and of each table's rows and their gradients, averaged over the rows that
+    the step updates.
 
     Args:
         metrics: the callback that counts the samples; must come earlier in the list of callbacks.
@@ -44,10 +46,10 @@ class NormLogger(pl.Callback):
 
 @torch.no_grad()
 def norms(network: CTRNetwork, optimizer: CTROptimizer) -> dict[str, float]:
-    """Return the norms by name: ``gradient_norm/total``, ``gradient_norm/WEIGHT``, ``row_norm/TABLE`` and
-    ``row_gradient_norm/TABLE``; tables without touched rows are left out.
+    """Return the norms by name; with sharded tables all ranks call it together.
 
-    With sharded tables all ranks call it together.
+    The names are ``gradient_norm/total``, ``gradient_norm/PARAMETER``, ``row_norm/TABLE`` and
+    ``row_gradient_norm/TABLE``. Tables without updated rows are left out.
     """
     found = {f"{names.GRADIENT_NORM}/total": optimizer.gradient_norm().item()}
     for name, parameter in network.named_parameters():
@@ -63,8 +65,7 @@ def norms(network: CTRNetwork, optimizer: CTROptimizer) -> dict[str, float]:
 
 
 def _sums_over_rows(network: CTRNetwork, tables: list[str]) -> NDArray[np.float64]:
-    """Return, over the touched rows on this rank, the sums of their norms and of their gradients' norms, and their
-    number: [3, tables]."""
+    """Return sums over this rank's updated rows, [3, tables]: of their norms, of their gradients' norms, of ones."""
     sums = np.zeros((3, len(tables)))
     for lookup in network.lookups():
         gradient = lookup.gradient()

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm
 
-from lightning_dlrm.engine.fit_length import total_steps
+from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.tracking import names
 
@@ -20,7 +20,7 @@ LINE_SECONDS = 10.0
 
 
 class RunProgress(ProgressBar):
-    """Steps, time left, samples/s, wait for data and loss of a fit; batches of an evaluation.
+    """Progress bar with steps, remaining time, samples/s, wait for data and loss of a fit, or batches of an evaluation.
 
     Args:
         metrics: the callback whose metrics are shown; None outside a fit.
@@ -49,7 +49,7 @@ class RunProgress(ProgressBar):
     ) -> None:
         # Not in on_train_start, where other callbacks print.
         if self._fit_bar is None:
-            self._fit_bar = self._bar("fit", total_steps(trainer), trainer.global_step)
+            self._fit_bar = self._bar("fit", fit_length(trainer).steps, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,33 +86,19 @@ class RunProgress(ProgressBar):
         self._start_evaluation("predict", sum(trainer.num_predict_batches))
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._advance_evaluation()
-
-    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._advance_evaluation()
-
-    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._advance_evaluation()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end_evaluation()
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end_evaluation()
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end_evaluation()
-
-    def _start_evaluation(self, name: str, batches: float) -> None:
-        self._evaluation_bar = self._bar(name, batches, 0, leave=self._fit_bar is None)
-
-    def _advance_evaluation(self) -> None:
         assert self._evaluation_bar is not None
         self._evaluation_bar.update()
 
-    def _end_evaluation(self) -> None:
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._evaluation_bar is not None:
             self._evaluation_bar.close()
+
+    on_test_end = on_predict_end = on_validation_end
+
+    def _start_evaluation(self, name: str, batches: float) -> None:
+        self._evaluation_bar = self._bar(name, batches, 0, leave=self._fit_bar is None)
 
     def _bar(self, name: str, total: float, start: int, leave: bool = True) -> tqdm:
         bar = tqdm if sys.stderr.isatty() else Lines
@@ -131,7 +117,7 @@ class RunProgress(ProgressBar):
 
 
 class Lines(tqdm):
-    """Prints a line every few seconds instead of redrawing a bar."""
+    """A progress bar that prints a line every few seconds instead of redrawing."""
 
     def __init__(self, **options: Any) -> None:
         self._printed = time.monotonic()

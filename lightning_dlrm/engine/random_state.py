@@ -1,4 +1,4 @@
-"""The states of the random generators that training draws from, such as for dropout."""
+"""States of the random generators that training uses, such as for dropout."""
 
 from collections.abc import Mapping
 
@@ -10,10 +10,10 @@ from lightning_dlrm.sharding.collectives import Ranks
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """The generators of all ranks, for all of them to call together.
+    """Return the states of all ranks' generators; all ranks call it together.
 
     Returns:
-        ``cpu``, and where the device is one ``cuda``: uint8 [ranks, bytes of a state].
+        ``cpu``, and ``cuda`` on a CUDA device: uint8 [ranks, bytes of a state].
     """
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -23,10 +23,10 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Takes what ``random_states`` gave; other devices, or more ranks, draw otherwise."""
+    """Restore the states that ``random_states`` returned; another device or more ranks draw other numbers."""
     rank = Ranks().rank
     for kind, of_ranks in states.items():
-        # Of one rank, in older checkpoints.
+        # Older checkpoints have the state of one rank.
         of_ranks = torch.atleast_2d(of_ranks)
         state = of_ranks[rank % len(of_ranks)].clone()
         if kind == "cpu":

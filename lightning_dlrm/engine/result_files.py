@@ -8,7 +8,7 @@ from lightning_dlrm.tracking.run_folder import RunFolder, curves_file
 
 
 class EvaluationWriter(pl.Callback):
-    """Writes the metrics of ``validate`` and ``test`` to ``validate.json`` and ``test.json``, and logs them.
+    """Callback that writes the metrics of ``validate`` and ``test`` to JSON files.
 
     Args:
         folder: the run folder.
@@ -32,12 +32,10 @@ class EvaluationWriter(pl.Callback):
         assert isinstance(pl_module, CTRModule)
         if trainer.is_global_zero:
             self.folder.write_json(name, pl_module.results)
-            for logger in trainer.loggers:
-                logger.log_metrics(pl_module.results)
 
 
 class CurveWriter(pl.Callback):
-    """Writes the curves of the last evaluation of each split, also within a fit.
+    """Callback that writes the curves of the last evaluation of each split, also within a fit.
 
     Args:
         folder: the run folder.

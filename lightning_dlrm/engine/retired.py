@@ -1,15 +1,15 @@
-"""Settings of earlier releases: old configuration files and commands keep working, and a log line says what changed.
+"""Settings of earlier releases: old configuration files and commands keep working, and the log says what changed.
 
-Every configuration file and every command line passes through ``update_document`` and ``update_options`` before it is
-parsed. Two tables say what they change:
+Every configuration file passes through ``update_document``, and every command line through ``update_options``, before
+it is parsed. They apply two tables:
 
-- ``REMOVED``: an option that is gone. Its key is left out.
-- ``CHANGED``: an option whose value has another form now. Its ``rewrite`` gets the old value (a class, a dictionary
-  with ``class_path`` and ``init_args``, or a plain value, as YAML has it) and returns the new one; a value that is
-  already in the new form is returned as it is. ``renamed`` does the same for options inside it on the command line,
-  such as ``--model.dense_optimizer.learning_rate``.
+- ``REMOVED``: options that no longer exist. Their keys are left out.
+- ``CHANGED``: options whose value has another form now. ``rewrite`` gets the old value (a class, a dictionary with
+  ``class_path`` and ``init_args``, or a plain value, as in YAML) and returns the new value; it returns a value in the
+  new form unchanged. ``renamed`` lists options inside the value on the command line, such as
+  ``--model.dense_optimizer.learning_rate``.
 
-To retire an option, add an entry here; nothing else needs to know about the old form.
+To retire an option, add an entry here; no other code handles the old form.
 """
 
 import copy
@@ -130,7 +130,7 @@ def update_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def log_updates(source: str, notes: Sequence[str]) -> None:
-    """Log what was changed in ``source``, such as a file's name, a line for each kind of change."""
+    """Log a line for each kind of change in ``source``, such as the name of a file."""
     for note in notes:
         log.info("%s: %s", source, note)
 
@@ -155,7 +155,7 @@ def _removal_notes(removed: Sequence[RemovedOption]) -> list[str]:
 
 
 def _changed_option(key: str, value: str) -> tuple[list[str], str] | None:
-    """An option in today's form as arguments, and the note; None if it has today's form already."""
+    """Return an option in today's form as arguments, and the note; None if it has this form already."""
     for option in CHANGED:
         inner = key.removeprefix(f"{option.key}.")
         if inner != key and inner in option.renamed:
@@ -169,7 +169,7 @@ def _changed_option(key: str, value: str) -> tuple[list[str], str] | None:
 
 
 def _as_argument(value: Any) -> str:
-    # YAML ends a document that is a word alone by a line with dots.
+    # YAML ends a document of a single word with a line of dots.
     return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
 
 
@@ -183,7 +183,7 @@ def _section(document: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | 
 
 
 def _pop(document: dict[str, Any], path: Sequence[str]) -> bool:
-    """Remove a key; whether it was there."""
+    """Remove a key; return whether it existed."""
     section = _section(document, path[:-1])
     if section is None or path[-1] not in section:
         return False

@@ -37,7 +37,7 @@ def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
 
 
 def fingerprints(module: CTRModule) -> dict[str, str]:
-    """Return what identifies the dataset of a run."""
+    """Return the dataset, protocol and fingerprints of a run's data."""
     schema = module.data_schema()
     return {
         "dataset": schema.dataset,

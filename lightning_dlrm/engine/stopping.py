@@ -1,4 +1,4 @@
-"""How a fit ends: with a validation, at a target score, by EarlyStopping, or on SIGTERM."""
+"""Callbacks that end a fit: with a validation, at a target score, after EarlyStopping, or on SIGTERM."""
 
 import logging
 import math
@@ -21,9 +21,9 @@ log = logging.getLogger("lightning_dlrm")
 
 
 class FinalValidation(pl.Callback):
-    """Logs at which step a fit ends and why, and makes its last step a validation step, wherever in an epoch it is.
+    """Callback that logs at which step a fit ends and why, and validates after the last step.
 
-    A stop that another callback asks for takes effect when the gradients of a step are complete. Callbacks that stop a
+    A stop that another callback requests takes effect when the gradients of a step are complete. Callbacks that stop a
     fit must come earlier in the list of callbacks.
     """
 
@@ -52,7 +52,7 @@ class FinalValidation(pl.Callback):
         last_epoch = trainer.max_epochs not in (None, -1) and epochs_done >= (trainer.max_epochs or 0)
         is_met = trainer.global_step >= (trainer.min_steps or 0) and epochs_done >= (trainer.min_epochs or 0)
         if trainer.global_step >= self._length.steps or last_epoch or (trainer.should_stop and is_met):
-            # Lightning validates before it stops if nothing of this is in its way.
+            # Lightning validates before it stops if none of these settings forbids it.
             trainer.should_stop = True
             trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
             if trainer.check_val_every_n_epoch is not None:
@@ -66,13 +66,13 @@ class FinalValidation(pl.Callback):
 
 
 class StopAtAUC(pl.Callback):
-    """Ends a fit after the first validation that reaches a target AUC.
+    """Callback that ends a fit after the first validation that reaches a target AUC.
 
     The summary gets ``time_to_target_s`` and ``samples_to_target``, null if the target was not reached. The time is
     that of the fit, with its validations and checkpoints, over resumptions.
 
     Args:
-        target: AUC.
+        target: the AUC.
         metrics: the callback that writes the summary; must come later in the list of callbacks.
 
     Raises:
@@ -98,7 +98,7 @@ class StopAtAUC(pl.Callback):
         for name in (names.TIME_TO_TARGET, names.SAMPLES_TO_TARGET):
             self._metrics.latest.setdefault(name, float("nan"))
         if self._metrics.latest.get(MONITOR, 0.0) >= self.target:
-            # The resumed run reached its target before.
+            # The run reached its target before it was resumed.
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -121,11 +121,11 @@ class StopAtAUC(pl.Callback):
 
 
 class StayStopped(pl.Callback):
-    """Ends a resumed fit at its start if EarlyStopping ended it before.
+    """Callback that ends a resumed fit at its start if EarlyStopping ended it before.
 
     Args:
-        stopping: must come before the callback that saves checkpoints in the list of callbacks, and be made with
-            ``check_on_train_epoch_end=False``, so that the checkpoint of a validation holds the verdict on it.
+        stopping: the callback; it must come before the callback that saves checkpoints, and be made with
+            ``check_on_train_epoch_end=False``, so that the checkpoint of a validation holds the decision.
     """
 
     def __init__(self, stopping: EarlyStopping) -> None:
@@ -138,17 +138,10 @@ class StayStopped(pl.Callback):
 
 
 class StopOnSigterm(pl.Callback):
-    """Ends an evaluation at its next batch after SIGTERM; Lightning itself checks for it in training only."""
+    """Callback that ends an evaluation at its next batch after SIGTERM; Lightning checks for it in training only."""
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._check(trainer)
-
-    def on_test_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._check(trainer)
-
-    def on_predict_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._check(trainer)
-
-    def _check(self, trainer: pl.Trainer) -> None:
         if trainer.received_sigterm:
             raise SIGTERMException
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start

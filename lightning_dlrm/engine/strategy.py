@@ -31,26 +31,25 @@ log = logging.getLogger("lightning_dlrm")
 NAME = "embedding_sharded_ddp"
 
 DEFAULT_BATCH_SIZE = 2048
-"""Of a datamodule that does not tell its own; a plan's balance depends on it a little."""
+"""Batch size for the plan if the datamodule has no ``batch_size``; it changes the balance of a plan little."""
 
 
 class EmbeddingShardedDDP(DDPStrategy):
     """Embedding tables in pieces over all ranks (model parallel), dense layers copied (data parallel).
 
-    The network is the same as on one device: while it is built, its tables are placed as pieces, so that no rank
-    allocates more. Gradients of both kinds equal those of one process on the global batch.
+    The network is the same as on one device. While it is built, each rank allocates its pieces of the tables and no
+    more. Gradients of tables and dense layers equal those of one process on the global batch.
 
     Args:
-        plan: YAML file made by the command plan, with its choice of tables to pool where their rows are; by
-            default the plan that it would print, for ids drawn in proportion to 1 / (row + 1). Where a run logs
-            a parallel/work_imbalance far above 1, a plan of ``plan --counted`` is better balanced.
-        memory_per_rank: what tables and their optimiser state may take, such as 80GiB, or one amount for
-            each rank, separated by commas; None for no limit. Those in host memory (tables.on_host) do not
-            count. Of no effect on a plan from a file.
-        wire: type of vectors and gradients while they travel: that of the weights, or bf16.
-        timeout_seconds: a rank that does not answer for so long ends the run. Saving a checkpoint may
-            take longer.
-        options: of DDPStrategy.
+        plan: YAML file written by the command plan; by default the plan that it prints for ids drawn in proportion to
+            1 / (row + 1). If a run logs a parallel/work_imbalance far above 1, use the plan of ``plan --counted``.
+        memory_per_rank: most memory of tables and their optimizer state, such as 80GiB, or one amount for each rank,
+            separated by commas; None for no limit. Tables in host memory (tables.on_host) do not count. A plan from a
+            file ignores it.
+        wire: type of vectors and gradients in exchanges: full for that of the parameters, or bf16.
+        timeout_seconds: seconds after which a rank that does not answer ends the run. Saving a checkpoint may take
+            longer.
+        options: options of DDPStrategy.
 
     Raises:
         UserError: an option is out of range.
@@ -74,21 +73,22 @@ class EmbeddingShardedDDP(DDPStrategy):
         self._wire = torch.bfloat16 if wire == "bf16" else None
         self._timeout_seconds = timeout_seconds
         self.facts: dict[str, Any] = {}
-        """What must be the same on all ranks: name -> JSON value; compared before anything is built."""
+        """Values that must be equal on all ranks, name -> JSON value; compared before the network is built."""
         self.plan: Plan | None = None
 
     def setup_environment(self) -> None:
-        # Processes may start minutes apart; from here on they keep step.
+        # Processes may start minutes apart, so the timeout holds from here on.
         super().setup_environment()
-        # Of a gradient [1, n], whose first stride is of no meaning.
+        # DDP warns about a gradient [1, n], whose first stride has no effect.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         set_timeout(self._timeout_seconds)
-        # Its group is made while every rank is here: others would wait for hours to make it with one that has ended.
-        Ranks(patient=True)
+        # The group with the long timeout is made while every rank runs: later, ranks could wait hours for a rank that
+        # has ended.
+        Ranks(long_timeout=True)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Lightning builds the network inside, with its tables in pieces."""
+        """Context in which Lightning builds the network, with its tables in pieces."""
         module = self.lightning_module
         assert isinstance(module, CTRModule)
         ranks = Ranks()
@@ -100,7 +100,7 @@ class EmbeddingShardedDDP(DDPStrategy):
             yield
         sharded = {id(lookup.weight) for lookup in module.network.lookups()}
         ignored = [name for name, parameter in module.named_parameters() if id(parameter) in sharded]
-        # Buffers that are not saved are constants, such as offsets; DDP would send them before every step.
+        # Buffers that are not saved are constants, such as offsets; DDP would broadcast them before every step.
         ignored += {name for name, _ in module.named_buffers()} - module.state_dict().keys()
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
 
@@ -109,10 +109,10 @@ class EmbeddingShardedDDP(DDPStrategy):
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def held(self, loads: Sequence[TableLoad]) -> dict[str, float]:
-        """Rows, and bytes with optimiser state, on the rank that holds most of them: of all tables, and of each.
+        """Return the largest number of rows and of bytes, with optimizer state, on a rank: of all tables and of each.
 
         Args:
-            loads: of the network's tables.
+            loads: loads of the network's tables.
         """
         assert self.plan is not None
         costs = rank_costs(self.plan, loads, batch_size=1)
@@ -131,12 +131,12 @@ class EmbeddingShardedDDP(DDPStrategy):
         return figures
 
     def measure_exchanges(self, steps: int) -> dict[str, float]:
-        """What the exchanges came to since the last call, for all ranks to call together.
+        """Return measurements of the exchanges since the last call; all ranks call it together.
 
         Returns:
-            Per step: the time that the rank waits which waits most, the bytes of the rank that sends most, and
-            for each table the distinct rows asked for and the bytes sent, over all ranks. And how many times
-            the mean the busiest rank is asked for rows, of all tables and of each.
+            Per step: the longest wait of a rank, the most bytes that a rank sends, and for each table the requested
+            unique rows and the bytes sent, over all ranks. Also the requested rows of the busiest rank as a multiple
+            of the mean, for all tables and for each.
         """
         assert isinstance(self.lightning_module, CTRModule)
         ranks = Ranks()
@@ -163,12 +163,12 @@ class EmbeddingShardedDDP(DDPStrategy):
         return figures
 
     def _agreed_plan(self, module: CTRModule, ranks: Ranks) -> Plan:
-        """Rank 0's plan: arithmetic in floating point may round otherwise on another machine."""
+        """Return rank 0's plan on all ranks: another machine may round differently and make another plan."""
 
         def make() -> dict[str, Any]:
             network = getattr(module, "network", None)
             if network is None:
-                # Only sizes and types are wanted.
+                # Only sizes and types are needed.
                 with self.precision_plugin.module_init_context(), torch.device("meta"):
                     network = module.make_network(module.schema.features, module.seed)
             loads = table_loads(network, module)
@@ -182,13 +182,13 @@ class EmbeddingShardedDDP(DDPStrategy):
                 plan = make_plan(loads, ranks.ranks, batch_size_of(module.trainer), self._memory, value_bytes)
             held = [cost.bytes for cost in rank_costs(plan, loads, batch_size=1)]
             log.info(
-                "tables: %s pieces over %s ranks; the largest share is %.3f GiB with optimiser state, %.2f x the mean"
+                "tables: %s pieces over %s ranks; the largest share is %.3f GiB with optimizer state, %.2f x the mean"
                 "%s",
                 len(plan.pieces),
                 ranks.ranks,
                 max(held) / 2**30,
                 imbalance(held),
-                f"; bags summed where their rows are: {', '.join(plan.pooled)}" if plan.pooled else "",
+                f"; bags summed by the ranks of their rows: {', '.join(plan.pooled)}" if plan.pooled else "",
             )
             return plan.document()
 
@@ -201,13 +201,13 @@ StrategyRegistry.register(NAME, EmbeddingShardedDDP, description="DDP with embed
 def table_loads(
     network: CTRNetwork, module: CTRModule, skew: float = 1.0, indices: Mapping[str, float] | None = None
 ) -> list[TableLoad]:
-    """What a plan needs to know of a network's tables.
+    """Return the loads of a network's tables, from which plans are made.
 
     Args:
-        network: of the module; it may be on the meta device.
-        module: gives the tables' update rule.
-        skew: of every table's traffic; see TableLoad.
-        indices: column -> mean number of ids in a sample's bag; by default what the data's schema says, or 1.
+        network: the module's network; it may be on the meta device.
+        module: module with the tables' update rules.
+        skew: skew of every table's ids; see TableLoad.
+        indices: column -> mean number of ids in a sample's bag; by default that of the data's schema, or 1.
     """
     schema = module.data_schema()
     indices = schema.indices if indices is None else indices
@@ -216,7 +216,7 @@ def table_loads(
         row = torch.empty(1, lookup.width, dtype=lookup.weight.dtype, device="meta")
         kept = [row, *(module.rule_of(lookup, network).state(row).values() if lookup.weight.requires_grad else ())]
         bytes_per_row = sum(tensor.numel() * tensor.element_size() for tensor in kept)
-        # Of a table that is cut between a device and its host, each lookup has a part.
+        # If a table is split between a device and its host, each lookup has a part.
         loads += [
             TableLoad(
                 name=table.name,
@@ -235,14 +235,14 @@ def table_loads(
 
 
 def batch_size_of(trainer: pl.Trainer) -> int:
-    """Samples of a global training batch."""
+    """Return the number of samples of a global training batch."""
     return getattr(trainer.datamodule, "batch_size", DEFAULT_BATCH_SIZE)  # type: ignore[attr-defined]
 
 
 def compare_ranks(facts: Mapping[str, Any], ranks: Ranks) -> None:
     """
     Raises:
-        UserError: on all ranks, where one of them has another value of some fact.
+        UserError: on all ranks, if a rank has another value of a fact.
     """
     all_facts = ranks.all_gather_json(dict(facts))
     for rank, theirs in enumerate(all_facts):

@@ -1,4 +1,4 @@
-"""How long the parts of training steps take."""
+"""Times of the parts of training steps."""
 
 import time
 from typing import Any
@@ -10,14 +10,14 @@ from lightning_dlrm.tracking import names
 
 
 class StepTimer(pl.Callback):
-    """Measure the forward pass, the backward pass and the update of every training step.
+    """Callback that measures the forward pass, the backward pass and the update of every training step.
 
     On a CUDA device these are times of the host, which launches work and does not wait for it.
     """
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys((names.FORWARD_SHARE, names.BACKWARD_SHARE, names.UPDATE_SHARE), 0.0)
-        """Seconds that each part took, summed over all training steps so far."""
+        """Seconds of each part, summed over all training steps so far."""
         self._began = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

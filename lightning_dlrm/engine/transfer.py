@@ -7,7 +7,7 @@ from lightning_dlrm.contracts.batch import Batch
 
 
 class SideStream:
-    """Copy batches to a CUDA device in a stream of their own, while earlier steps still compute.
+    """A CUDA stream that copies batches to a device while earlier steps compute.
 
     Args:
         device: the CUDA device.

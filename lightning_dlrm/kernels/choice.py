@@ -1,4 +1,4 @@
-"""Which code looks up and updates table rows: plain torch, the reference, or the kernels for CPUs or for GPUs."""
+"""The choice of the code that looks up and updates table rows: plain torch, C on CPUs, or Triton on GPUs."""
 
 import importlib.util
 import logging
@@ -12,40 +12,41 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.kernels import compiled
 
 Kernels = Literal["auto", "plain", "native", "triton"]
-"""Which code looks up and updates table rows: plain torch, compiled C on a CPU, or Triton on a CUDA device. ``auto``:
-the one for the tables' device, with float32 or bfloat16 tables, if it works there; else plain."""
+"""Which code looks up and updates table rows: plain torch, compiled C on a CPU, or Triton on a CUDA device. ``auto``
+chooses C or Triton by the tables' device if the tables are float32 or bfloat16 and the kernels work there, else plain
+torch."""
 
 log = logging.getLogger("lightning_dlrm")
 
 
 @cache
 def choose(asked: Kernels, device: str, dtype: torch.dtype) -> Literal["plain", "native", "triton"]:
-    """Return the kernels for tables of a dtype on a kind of device; log which they are, once.
+    """Return the kernels for tables of a dtype on a kind of device, and log the choice once.
 
     Raises:
-        UserError: there is no such choice, or it does not work here.
+        UserError: there are no such kernels, or they do not work on this machine.
     """
     if asked not in get_args(Kernels):
         raise UserError(f"kernels {asked!r} is none of {', '.join(get_args(Kernels))}")
     for_device = {"cpu": "native", "cuda": "triton"}.get(device, "plain")
     wanted = for_device if asked == "auto" else asked
-    mistake, broken = None, False
+    problem, broken = None, False
     if wanted != "plain" and dtype not in (torch.float32, torch.bfloat16):
-        mistake = f"the tables are {dtype}, and these kernels take float32 and bfloat16"
+        problem = f"the tables are {dtype}, and these kernels take float32 and bfloat16"
     elif wanted == "triton":
-        mistake = _triton_mistake(device)
+        problem = _triton_problem(device)
     elif wanted == "native" and device != "cpu":
-        mistake = f"the tables are on {device}, and the native kernels need a CPU"
+        problem = f"the tables are on {device}, and the native kernels need a CPU"
     elif wanted == "native":
         try:
             compiled.library()
         except compiled.NativeError as error:
-            mistake, broken = str(error), error.broken
-    if mistake is not None and asked != "auto":
-        raise UserError(f"kernels is {asked}, but {mistake}: set it to auto or plain")
+            problem, broken = str(error), error.broken
+    if problem is not None and asked != "auto":
+        raise UserError(f"kernels is {asked}, but {problem}: set it to auto or plain")
     level = logging.WARNING if broken else logging.INFO
-    if mistake is not None or wanted == "plain":
-        slower = f", which is slower: {mistake}" if mistake else " (as asked)"
+    if problem is not None or wanted == "plain":
+        slower = f", which is slower: {problem}" if problem else " (as asked)"
         log.log(level, "kernels on %s: plain torch%s", device, slower)
         return "plain"
     if wanted == "triton":
@@ -55,7 +56,7 @@ def choose(asked: Kernels, device: str, dtype: torch.dtype) -> Literal["plain", 
     return "native"
 
 
-def _triton_mistake(device: str) -> str | None:
+def _triton_problem(device: str) -> str | None:
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tables are on {device}, and the fused kernels need a CUDA device"
     if importlib.util.find_spec("triton") is None:

@@ -1,6 +1,6 @@
-"""The C library of ``native.c``: compiled when it is first needed, kept in the cache, called with checked arguments.
+"""The C library of ``native.c``: compiled at its first use, kept in the cache, called with checked arguments.
 
-The source declares what its functions take, and this file reads the declarations, so that there is one of each.
+This file reads the declarations of the functions' arguments from the source, so that each is written only once.
 """
 
 import ctypes
@@ -24,10 +24,10 @@ from torch import Tensor
 from lightning_dlrm.contracts.cache import cache_root
 
 _SOURCE = Path(__file__).with_name("native.c")
-# No flag that lets results differ from the formulas as written.
+# No flag may change the results of the formulas as written.
 _FLAGS = "-std=c11 -O3 -march=native -fPIC -shared -fno-math-errno -fno-trapping-math -ffp-contract=off"
 _THREADS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
-_VALUES = {"bool": ctypes.c_bool, "int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+_SCALARS = {"bool": ctypes.c_bool, "int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
 _ELEMENTS = {
     "char": (torch.float32, torch.bfloat16),
     "float": (torch.float32,),
@@ -44,7 +44,7 @@ class NativeError(Exception):
 
     Args:
         reason: the cause, as the second half of a sentence.
-        broken: whether a compiler or a library is there and failed.
+        broken: whether a compiler or a library exists but failed.
     """
 
     def __init__(self, reason: str, broken: bool = False) -> None:
@@ -65,12 +65,12 @@ def call(function: str, threads: int, **arguments: Tensor | float | None) -> Any
 
     Args:
         function: its name.
-        threads: how many of torch's threads share the work.
-        arguments: a value for each of its arguments, by name; a tensor, contiguous and on a CPU, or None for each
-            pointer. The tensors are held until the function returns.
+        threads: number of torch's threads that share the work.
+        arguments: a value for each of the function's arguments, by name. A pointer takes a contiguous tensor on a CPU
+            or None; the tensors are kept alive until the function returns.
 
     Returns:
-        The function's arguments as it left them.
+        The function's arguments after the call.
 
     Raises:
         TypeError: an argument is missing, unknown, or a tensor that the function does not take.
@@ -83,20 +83,21 @@ def call(function: str, threads: int, **arguments: Tensor | float | None) -> Any
             continue
         if tensor.dtype not in dtypes or not tensor.is_cpu or not tensor.is_contiguous():
             raise TypeError(
-                f"{function}: {name} is {tensor.dtype} on {tensor.device}, of strides {tensor.stride()}; expected a "
-                f"contiguous tensor on a CPU, of {' or '.join(map(str, dtypes))}"
+                f"{function}: {name} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}; expected a "
+                f"contiguous tensor of {' or '.join(map(str, dtypes))} on a CPU"
             )
         values[name] = tensor.data_ptr()
     filled = entry.arguments(**values)
     if len(values) != len(entry.arguments._fields_):
-        raise TypeError(f"{function}: called with {sorted(values)}")
+        expected = sorted(field[0] for field in entry.arguments._fields_)
+        raise TypeError(f"{function}: got arguments {sorted(values)}; expected {expected}")
     getattr(library(), function)(ctypes.byref(filled), threads)
     return filled
 
 
 @cache
 def entries() -> dict[str, _Entry]:
-    """Name of each function of the library -> its arguments, read from the source."""
+    """Return the arguments of each function of the library by the function's name, as the source declares them."""
     source = re.sub(r"/\*.*?\*/", "", _SOURCE.read_text(), flags=re.DOTALL)
     found = {}
     for structure, function in re.findall(r"^ENTRY\((\w+), (\w+)\)", source, flags=re.MULTILINE):
@@ -108,10 +109,10 @@ def entries() -> dict[str, _Entry]:
             element, names = declaration.replace("const ", "").split(maxsplit=1)
             for name in names.split(","):
                 is_pointer, name = "*" in name, name.strip(" *")
-                fields.append((name, ctypes.c_void_p if is_pointer else _VALUES[element]))
+                fields.append((name, ctypes.c_void_p if is_pointer else _SCALARS[element]))
                 if is_pointer:
                     pointers[name] = _ELEMENTS[element]
-        # Without a dict, an unknown name is an error.
+        # Slots make an unknown argument name an error.
         arguments = type(structure, (ctypes.Structure,), {"_fields_": fields, "__slots__": ()})
         found[function] = _Entry(arguments, pointers)
     return found
@@ -129,14 +130,14 @@ def library() -> ctypes.CDLL:
     torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     missing = [name for name in _THREADS if not hasattr(torch_library, name)]
     if missing:
-        raise NativeError(f"torch here has no {missing[0]}, by which the native kernels would use its threads")
-    try:
-        native = ctypes.CDLL(str(_compiled()))
-    except (OSError, RuntimeError) as error:
-        # Without a home, for instance.
-        reason = (
-            f"the native kernels cannot be made, kept in the cache ($LIGHTNING_DLRM_CACHE) or loaded from it: {error}"
+        raise NativeError(
+            f"this build of torch does not export {missing[0]}, which the native kernels need for threads"
         )
+    try:
+        native = ctypes.CDLL(str(_cached_library()))
+    except (OSError, RuntimeError) as error:
+        # For instance, the user has no home folder.
+        reason = f"the native kernels cannot be compiled, cached ($LIGHTNING_DLRM_CACHE) or loaded: {error}"
         raise NativeError(reason, broken=True) from error
     native.use_threads.argtypes = [ctypes.c_void_p] * len(_THREADS)
     native.use_threads(*(ctypes.cast(getattr(torch_library, name), ctypes.c_void_p) for name in _THREADS))
@@ -158,20 +159,20 @@ def compiler() -> list[str]:
     try:
         asked = shlex.split(os.environ.get("CC", ""))
     except ValueError as error:
-        raise NativeError(f"CC is {os.environ['CC']}, which is no command: {error}", broken=True) from error
+        raise NativeError(f"CC is {os.environ['CC']}, which is not a command: {error}", broken=True) from error
     found = [name for name in ([asked[0]] if asked else ["cc", "gcc", "clang"]) if shutil.which(name)]
     if not found:
         raise NativeError(
-            f"CC is {asked[0]}, which is not there" if asked else "no C compiler is installed (cc, gcc or clang)",
+            f"CC is {asked[0]}, which is not installed" if asked else "no C compiler is installed (cc, gcc or clang)",
             broken=bool(asked),
         )
     return [found[0], *asked[1:]]
 
 
-def _compiled() -> Path:
-    """Return the library's file, in a folder of the cache that only the user may write to.
+def _cached_library() -> Path:
+    """Compile the library unless it is cached, and return its path, in a folder that only the user may write to.
 
-    The compiler writes to a folder beside it, so that several processes can start at once.
+    The compiler writes to a temporary folder beside it, so that several processes can start at once.
     """
     command = [*compiler(), *_FLAGS.split()]
     version = _run([*compiler(), "--version"]).stdout
@@ -192,10 +193,10 @@ def _compile(command: list[str], path: Path) -> None:
         done = _run([*command, str(_SOURCE), "-o", str(made), "-lm"])
         if done.returncode or not made.exists():
             lines = [line for line in done.stderr.splitlines() if line.strip()]
-            reason = next((line for line in lines if "error" in line), lines[0] if lines else "it wrote nothing")
+            reason = next((line for line in lines if "error" in line), lines[0] if lines else "it printed nothing")
             raise NativeError(f"the C compiler {command[0]} failed: {reason.strip()}", broken=True)
         made.chmod(0o700)
-        # Or a power cut could leave a part of it under its name.
+        # Without this, a power failure could leave an incomplete file under the final name.
         with made.open("rb") as file:
             os.fsync(file.fileno())
         made.replace(path)
@@ -205,7 +206,7 @@ def _check_owner(path: Path) -> None:
     """Refuse a file or folder that another user could have written.
 
     Raises:
-        NativeError: it is not the user's own, others may write to it, or it is a link.
+        NativeError: the user does not own it, others may write to it, or it is a link.
     """
     status = path.lstat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o022 or stat.S_ISLNK(status.st_mode):
@@ -221,9 +222,9 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _processor() -> str:
-    """Return what the compiler knows of this processor."""
+    """Return a description of this processor, as far as it changes what the compiler makes."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().split("\n\n")[0].splitlines() if file.exists() else []
-    # Frequencies change from one moment to the next.
+    # Frequencies change all the time.
     names = ("vendor", "cpu ", "model", "flags", "feat")
     return "\n".join([platform.machine(), *(x for x in lines if x.lower().startswith(names) and "MHz" not in x)])

@@ -1,4 +1,4 @@
-"""Dot products of pairs of vectors, and ReLUs, on a CPU, by ``native.c``.
+"""Dot products of pairs of vectors, and ReLUs, on a CPU, with ``native.c``.
 
 Sums are taken in float32; results do not depend on the number of threads.
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_dlrm.kernels.compiled import call
 from lightning_dlrm.kernels.operators import count_change, nothing, register, threads
 
-_ROWS_A_SUM = 64
-"""ROWS_A_SUM of ``native.c``."""
+_ROWS_PER_SUM = 64
+"""ROWS_PER_SUM of ``native.c``."""
 
 
 def pair_products(first_BD: Tensor, others_BVD: Tensor, self_interaction: bool) -> Tensor:
@@ -42,9 +42,9 @@ def relu_gradients(grad_Bd: Tensor, activation_Bd: Tensor, transposed: bool) -> 
     """Compute the backward pass of a ReLU and of the bias before it.
 
     Args:
-        grad_Bd: gradient of the ReLU's result, float32 or bfloat16, contiguous; in place that of its input.
+        grad_Bd: gradient of the ReLU's result, float32 or bfloat16, contiguous; overwritten by that of its input.
         activation_Bd: the ReLU's result, of the same dtype.
-        transposed: whether that is wanted transposed, as well.
+        transposed: whether to return the gradient of its input transposed, too.
 
     Returns:
         [d, B], or [0] without ``transposed``; float32 [d], the gradient of the bias.
@@ -76,7 +76,7 @@ def _pair_results(first_BD: Tensor, others_BVD: Tensor, self_interaction: bool) 
 def _pair_gradient_results(
     first_BD: Tensor, others_BVD: Tensor, grad_Bn: Tensor, self_interaction: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return tensors for ``pair_gradients``' results, not yet filled; contiguous, whatever the arguments are."""
+    """Return tensors for ``pair_gradients``' results, not yet filled; always contiguous."""
     return first_BD.new_empty(first_BD.shape), others_BVD.new_empty(others_BVD.shape)
 
 
@@ -92,8 +92,8 @@ def _call_pairs(
     expected = _pair_results(first_BD, others_BVD, self_interaction).shape
     if first_BD.shape != (samples, width) or out_Bn.shape != expected:
         raise ValueError(
-            f"pairs: a first vector of {list(first_BD.shape)}, others of {list(others_BVD.shape)} and products of "
-            f"{list(out_Bn.shape)}, which do not fit each other"
+            f"pairs: shapes {list(first_BD.shape)} (first), {list(others_BVD.shape)} (others) and {list(out_Bn.shape)} "
+            "(products) do not fit each other"
         )
     thread_count, vectors_up, width_up = threads(out_Bn.numel()), others + 1 + 15 & ~15, width + 15 & ~15
     space = 3 * vectors_up * width_up + 2 * vectors_up * vectors_up + width_up
@@ -105,7 +105,7 @@ def _call_pairs(
         out=out_Bn,
         grad_first=grad_first,
         grad_others=grad_others,
-        # What lies beyond the vectors is zero, and stays so.
+        # The kernel reads whole tiles: the padding beyond the vectors has to be zero.
         spaces=first_BD.new_zeros(thread_count, space, dtype=torch.float32),
         samples=samples,
         vectors=others + 1,
@@ -128,18 +128,18 @@ def _differentiate_products(ctx: Any, grad_Bn: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _differentiate_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """With L the gradients of the products and X the vectors, the result was (L + L') X; U is its gradient here."""
+    """Differentiate ``pair_gradients``, which is (L + L') X for gradients L of the products and vectors X."""
     first_BD, others_BVD, grad_Bn = ctx.saved_tensors
     width, vectors = first_BD.shape[1], others_BVD.shape[1] + 1
-    moved_first, moved_others = grads
+    grad_first, grad_others = grads
     of_products = torch.cat([torch.zeros_like(first_BD), grad_Bn[:, width:]], dim=1)
-    of_vectors = torch.ops.lightning_dlrm.pair_gradients(moved_first, moved_others, of_products, ctx.self_interaction)
+    of_vectors = torch.ops.lightning_dlrm.pair_gradients(grad_first, grad_others, of_products, ctx.self_interaction)
     vectors_BVD = torch.cat([first_BD.float()[:, None], others_BVD.float()], dim=1)
-    moved_BVD = torch.cat([moved_first.float()[:, None], moved_others.float()], dim=1)
-    both_BVV = torch.bmm(moved_BVD, vectors_BVD.transpose(1, 2))
+    grads_BVD = torch.cat([grad_first.float()[:, None], grad_others.float()], dim=1)
+    both_BVV = torch.bmm(grads_BVD, vectors_BVD.transpose(1, 2))
     both_BVV = both_BVV + both_BVV.transpose(1, 2)
     i, j = torch.tril_indices(vectors, vectors, 0 if ctx.self_interaction else -1, device=first_BD.device)
-    of_grad = torch.cat([moved_first, both_BVV[:, i, j].to(first_BD.dtype)], dim=1)
+    of_grad = torch.cat([grad_first, both_BVV[:, i, j].to(first_BD.dtype)], dim=1)
     return *of_vectors, of_grad.to(grad_Bn.dtype), None
 
 
@@ -151,12 +151,12 @@ def _relu_bf16(values: Tensor) -> None:
 def _relu_gradients(grad_Bd: Tensor, activation_Bd: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     if grad_Bd.dim() != 2 or (grad_Bd.shape, grad_Bd.dtype) != (activation_Bd.shape, activation_Bd.dtype):
         raise ValueError(
-            f"relu_gradients: a gradient of {list(grad_Bd.shape)} {grad_Bd.dtype} and an activation of "
-            f"{list(activation_Bd.shape)} {activation_Bd.dtype}; expected two dimensions, and the same"
+            f"relu_gradients: the gradient is {list(grad_Bd.shape)} {grad_Bd.dtype} and the activation "
+            f"{list(activation_Bd.shape)} {activation_Bd.dtype}; expected two dimensions, and equal shapes and dtypes"
         )
     samples, width = grad_Bd.shape
     transposed_dB, _ = _relu_results(grad_Bd, activation_Bd, transposed)
-    sums = grad_Bd.new_zeros(max(-(-samples // _ROWS_A_SUM), 1), width, dtype=torch.float32)
+    sums = grad_Bd.new_zeros(max(-(-samples // _ROWS_PER_SUM), 1), width, dtype=torch.float32)
     call(
         "relu_gradients",
         threads(grad_Bd.numel()),

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lightning_dlrm.kernels.operators import check_update, count_change, nothing, register
 
-_BAGS = 16
-_SORTED = 64
-_BLOCKS = 64
+_BAGS_PER_PROGRAM = 16
+_INDICES_PER_PROGRAM = 64
+_BLOCKS_PER_READ = 64
 _INTEGERS = (torch.int32, torch.int64)
 _FLOATS = (torch.float32, torch.bfloat16)
 _FACTORS = (*_FLOATS, torch.float16, torch.float64)
@@ -41,15 +41,15 @@ class Formula:
 def lookup(
     weight_RD: Tensor, ids_N: Tensor, row_offsets_F: Tensor, offsets: Tensor | None, factors_N: Tensor | None
 ) -> Tensor:
-    """Return the (weighted) sum of each bag's rows, zeros for an empty one: [B, D], of the weight's dtype.
+    """Return the (weighted) sum of each bag's rows: [B, D], of the weight's dtype; zeros for empty bags.
 
     Differentiable in ``weight_RD``, whose gradient is dense, and in ``factors_N``.
 
     Args:
         weight_RD: float32 or bfloat16.
-        ids_N: int32 or int64, each within its own table; those after the last bag count for nothing.
+        ids_N: int32 or int64, each within its own table; ids after the last bag are ignored.
         row_offsets_F: int32 or int64, where each table begins; bag b is of table b % F.
-        offsets: int64 [B + 1], where each bag begins; None for one id each.
+        offsets: int64 [B + 1], where each bag begins; None if each bag has one id.
         factors_N: a factor for each index; None means 1.
 
     Raises:
@@ -69,20 +69,20 @@ def update(
     formula: Formula,
     scalars_4: Tensor,
 ) -> None:
-    """Sum the gradients of each unique row, and move the row and its state along them, in place.
+    """Sum the gradients of each unique row, and update the row and its state, in place.
 
     Sums are taken in a fixed order, so equal calls give equal bits. A NaN or infinite gradient may spoil rows beside
     its own.
 
     Args:
         weight_RD: float32 or bfloat16, contiguous.
-        rows_N: int32 or int64, the row of each index, in any order; R for those that count for nothing.
+        rows_N: int32 or int64, the row of each index, in any order; indices with row R are ignored.
         grad_BD: the gradient of each output vector.
         bags_N: int64, the output vector that each index went into; None if index i went into vector i.
         factors_N: a factor for each index; None means 1.
-        state: the rule's, float32 [R, D] or [R], contiguous.
-        formula: the rule.
-        scalars_4: float32: the learning rate, what weight decay leaves of a weight, and Adam's two corrections.
+        state: optimizer state of the rule, float32 [R, D] or [R], contiguous.
+        formula: the rule and its hyperparameters.
+        scalars_4: float32: the learning rate, 1 - learning rate * weight decay, and Adam's two bias corrections.
 
     Raises:
         ValueError: shapes do not fit.
@@ -95,12 +95,12 @@ def update(
 
 
 def _check(function: str, device: torch.device, **arguments: tuple[Tensor | None, tuple[torch.dtype, ...]]) -> None:
-    """Refuse tensors that are not on a device, not contiguous or of another dtype."""
+    """Raise a TypeError for tensors that are on another device, not contiguous or of another dtype."""
     for name, (tensor, dtypes) in arguments.items():
         if tensor is not None and not (tensor.dtype in dtypes and tensor.device == device and tensor.is_contiguous()):
             raise TypeError(
-                f"{function}: {name} is {tensor.dtype} on {tensor.device}, of strides {tensor.stride()}; expected a "
-                f"contiguous tensor on {device}, of {' or '.join(map(str, dtypes))}"
+                f"{function}: {name} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}; expected a "
+                f"contiguous tensor of {' or '.join(map(str, dtypes))} on {device}"
             )
 
 
@@ -127,7 +127,7 @@ def _lookup(
     out_BD = _lookup_results(weight_RD, ids_N, row_offsets_F, offsets, factors_N)
     bags, width = out_BD.shape
     if bags:
-        _lookup_kernel[(triton.cdiv(bags, _BAGS),)](
+        _lookup_kernel[(triton.cdiv(bags, _BAGS_PER_PROGRAM),)](
             weight_RD,
             ids_N,
             row_offsets_F,
@@ -139,7 +139,7 @@ def _lookup(
             width,
             HAS_BAGS=offsets is not None,
             WEIGHTED=factors_N is not None,
-            BAGS=_BAGS,
+            BAGS=_BAGS_PER_PROGRAM,
             D=triton.next_power_of_2(width),
         )
     return out_BD
@@ -160,7 +160,7 @@ def _differentiate_lookup(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...
     weight_RD, ids_N, row_offsets_F, offsets, factors_N = ctx.saved_tensors
     rows, bags_N = weight_RD.shape[0], torch.arange(ids_N.numel(), device=ids_N.device)
     if offsets is not None:
-        # Indices after the last bag get a vector of zeros beside those of the bags.
+        # Indices after the last bag get the gradient of an additional bag, which is zero.
         bags_N = torch.searchsorted(offsets, bags_N, right=True) - 1
         grad_BD = torch.cat([grad_BD, grad_BD.new_zeros(1, grad_BD.shape[1])])
     inside_N = bags_N < grad_BD.shape[0] - (offsets is not None)
@@ -209,27 +209,35 @@ def _update(
         return
     rows, width = weight_RD.shape
     sorted_N, order_N = torch.sort(rows_N, stable=True)
-    blocks = triton.cdiv(len(rows_N), _SORTED)
+    blocks = triton.cdiv(len(rows_N), _INDICES_PER_PROGRAM)
     columns = max(16, triton.next_power_of_2(width))
-    # Of a row whose indices lie in several blocks: what its first block adds to it, and each that follows.
-    begun, went_on = (grad_BD.new_empty(blocks, columns, dtype=torch.float32) for _ in range(2))
+    # Partial sums of rows whose indices are in several blocks: one of the row's first block, one of each later block.
+    first_sums, later_sums = (grad_BD.new_empty(blocks, columns, dtype=torch.float32) for _ in range(2))
     first, second = (*state, weight_RD, weight_RD)[:2]
-    moved, sizes = (weight_RD, first, second, scalars_4, sorted_N), (len(rows_N), rows, width)
-    formula = {"RULE": rule, "L2": l2, "EPSILON": epsilon, "BETA1": beta1, "BETA2": beta2, "C": _SORTED, "D": columns}
+    tensors, sizes = (weight_RD, first, second, scalars_4, sorted_N), (len(rows_N), rows, width)
+    formula = {
+        "RULE": rule,
+        "L2": l2,
+        "EPSILON": epsilon,
+        "BETA1": beta1,
+        "BETA2": beta2,
+        "C": _INDICES_PER_PROGRAM,
+        "D": columns,
+    }
     _update_kernel[(blocks,)](
-        *moved,
+        *tensors,
         order_N,
         grad_BD,
         order_N if bags_N is None else bags_N,
         grad_BD if factors_N is None else factors_N,
-        begun,
-        went_on,
+        first_sums,
+        later_sums,
         *sizes,
         HAS_BAGS=bags_N is not None,
         WEIGHTED=factors_N is not None,
         **formula,
     )
-    _update_spread_kernel[(blocks,)](*moved, begun, went_on, *sizes, BLOCKS=_BLOCKS, **formula)
+    _update_spread_kernel[(blocks,)](*tensors, first_sums, later_sums, *sizes, BLOCKS=_BLOCKS_PER_READ, **formula)
     count_change(weight_RD, *state)
 
 
@@ -274,7 +282,7 @@ def _lookup_kernel(
 
 
 @triton.jit
-def _move_rows(
+def _apply_rule(
     row,
     moves,
     sums,
@@ -290,7 +298,7 @@ def _move_rows(
     BETA2: tl.constexpr,
     D: tl.constexpr,
 ):
-    """The rule's formula for some rows [n] whose summed gradients are ``sums`` [n, D]; only those that move."""
+    """Apply the rule to some rows [n] with summed gradients ``sums`` [n, D]; only rows with ``moves`` change."""
     column = tl.arange(0, D)
     place = row[:, None] * width + column[None, :]
     mask = moves[:, None] & (column[None, :] < width)
@@ -331,10 +339,10 @@ def _update_kernel(
     grad,
     bags,
     factors,
-    begun,
-    went_on,
+    first_sums,
+    later_sums,
     count,
-    nowhere,
+    table_rows,
     width,
     HAS_BAGS: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -346,13 +354,13 @@ def _update_kernel(
     C: tl.constexpr,
     D: tl.constexpr,
 ):
-    """A block of sorted indices: moves the rows that lie wholly in it, and keeps the sums of those that do not."""
+    """Update the rows whose indices are all in this block of sorted indices, and store partial sums of other rows."""
     block = tl.program_id(0).to(tl.int64)
     at = block * C + tl.arange(0, C)
     column = tl.arange(0, D)
     inside = at < count
-    row = tl.load(rows + at, mask=inside, other=nowhere).to(tl.int64)
-    counts = row < nowhere
+    row = tl.load(rows + at, mask=inside, other=table_rows).to(tl.int64)
+    counts = row < table_rows
     index = tl.load(order + at, mask=inside, other=0)
     vector = index
     if HAS_BAGS:
@@ -368,15 +376,15 @@ def _update_kernel(
     same = (row[:, None] == row[None, :]).to(tl.float32)
     sums = tl.dot(same, values, input_precision="ieee")
     before = tl.load(rows + at - 1, mask=inside & (at > 0), other=-1).to(tl.int64)
-    after = tl.load(rows + (block + 1) * C, mask=(block + 1) * C < count, other=nowhere).to(tl.int64)
+    after = tl.load(rows + (block + 1) * C, mask=(block + 1) * C < count, other=table_rows).to(tl.int64)
     begins = counts & (row != before)
     goes_on = row == after
-    _move_rows(
+    _apply_rule(
         row, begins & (row != after), sums, weight, first, second, scalars, width, RULE, L2, EPSILON, BETA1, BETA2, D
     )
     place = block * D + column[None, :] + tl.zeros((C, 1), dtype=tl.int64)
-    tl.store(begun + place, sums, mask=(begins & goes_on)[:, None])
-    tl.store(went_on + place, sums, mask=((at == block * C) & counts & (row == before))[:, None])
+    tl.store(first_sums + place, sums, mask=(begins & goes_on)[:, None])
+    tl.store(later_sums + place, sums, mask=((at == block * C) & counts & (row == before))[:, None])
 
 
 @triton.jit
@@ -386,10 +394,10 @@ def _update_spread_kernel(
     second,
     scalars,
     rows,
-    begun,
-    went_on,
+    first_sums,
+    later_sums,
     count,
-    nowhere,
+    table_rows,
     width,
     RULE: tl.constexpr,
     L2: tl.constexpr,
@@ -400,28 +408,28 @@ def _update_spread_kernel(
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """The row that begins in a block and goes on in the next ones, if there is one."""
+    """Update the row that begins in this block and continues in the next blocks, if there is such a row."""
     block = tl.program_id(0).to(tl.int64)
     start, stop = block * C, (block + 1) * C
     column = tl.arange(0, D)
-    row = tl.load(rows + stop, mask=stop < count, other=nowhere).to(tl.int64)
-    last = tl.load(rows + stop - 1, mask=stop < count, other=nowhere).to(tl.int64)
+    row = tl.load(rows + stop, mask=stop < count, other=table_rows).to(tl.int64)
+    last = tl.load(rows + stop - 1, mask=stop < count, other=table_rows).to(tl.int64)
     head = tl.load(rows + start).to(tl.int64)
     before = tl.load(rows + start - 1, mask=start > 0, other=-1).to(tl.int64)
-    if (row < nowhere) & (last == row) & ((head != row) | (before != row)):
-        total = tl.load(begun + block * D + column)
+    if (row < table_rows) & (last == row) & ((head != row) | (before != row)):
+        total = tl.load(first_sums + block * D + column)
         follower = block + 1
         more = True
         while more:
             blocks = follower + tl.arange(0, BLOCKS)
             same = tl.load(rows + blocks * C, mask=blocks * C < count, other=-1).to(tl.int64) == row
-            parts = tl.load(went_on + blocks[:, None] * D + column[None, :], mask=same[:, None], other=0.0)
+            parts = tl.load(later_sums + blocks[:, None] * D + column[None, :], mask=same[:, None], other=0.0)
             total += tl.sum(parts, axis=0)
             follower += BLOCKS
             more = tl.min(same.to(tl.int32)) > 0
         only = tl.zeros((1,), dtype=tl.int64) + row
-        _move_rows(
-            only, only < nowhere, total[None, :], weight, first, second, scalars, width,
+        _apply_rule(
+            only, only < table_rows, total[None, :], weight, first, second, scalars, width,
             RULE, L2, EPSILON, BETA1, BETA2, D,
         )  # fmt: skip
 

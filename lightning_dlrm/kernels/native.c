@@ -1,12 +1,12 @@
-/* Rows of tables on a CPU: lookup and update, each in one pass over memory that is fetched ahead; dot products of pairs
-   of vectors; and the backward pass of ReLUs.
+/* Table rows on a CPU: lookup and update, each in one pass with prefetched memory; dot products of pairs of vectors;
+   and the backward pass of ReLUs.
 
-   It computes what plain torch does in lightning_dlrm.contracts.lookup and lightning_dlrm.optim.rules: sums are taken
-   index after index, and a product is fused with the addition after it where torch's kernels fuse them. Threads share
-   work, never a sum, so their number changes no result.
+   Lookup and update give the results of plain torch in lightning_dlrm.tables.lookup and lightning_dlrm.optim.rules:
+   sums are taken index after index, and a product is fused with the addition after it if torch's kernels fuse them.
+   Each sum is taken by one thread, so results do not depend on the number of threads.
 
-   Names: B bags (output vectors), F tables, D width, R rows of all tables, N indices of all bags, U distinct rows,
-   V vectors, P pairs of them. */
+   Names: B bags (output vectors), F tables, D width, R rows of all tables, N indices of all bags, V vectors, P pairs of
+   vectors. */
 
 #include <math.h>
 #include <stdbool.h>
@@ -14,59 +14,60 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { LINE = 64, AHEAD = 24, BAGS_A_CHUNK = 512, INDICES_A_CHUNK = 512, MOST_DIGIT = 9 };
+enum { LINE = 64, PREFETCH = 24, BAGS_PER_CHUNK = 512, INDICES_PER_CHUNK = 512, MAX_DIGIT_BITS = 9 };
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Where it is one instruction, which clang does not tell by __FP_FAST_FMAF. */
+/* Fused only if the processor has one instruction for it; clang does not define __FP_FAST_FMAF then. */
 #if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 #define FMA(a, b, c) fmaf(a, b, c)
 #else
 #define FMA(a, b, c) ((a) * (b) + (c))
 #endif
 
-/* Torch's own threads, handed over when this is loaded: those of a second OpenMP library would wait in loops beside
-   them. GOMP_parallel is what `#pragma omp parallel` calls. */
-static void (*parallel)(void (*work)(void *), void *what, unsigned threads, unsigned flags);
-static void (*wait_for_all)(void);
+/* Functions of torch's own OpenMP library, set when this library is loaded: the threads of a second OpenMP library
+   would spin beside torch's. `#pragma omp parallel` calls GOMP_parallel. */
+static void (*parallel)(void (*work)(void *), void *work_arguments, unsigned threads, unsigned flags);
+static void (*barrier)(void);
 static int (*thread_number)(void);
 static int (*thread_count)(void);
 
 void use_threads(void *gomp_parallel, void *gomp_barrier, void *omp_get_thread_num, void *omp_get_num_threads) {
     parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel;
-    wait_for_all = (void (*)(void))gomp_barrier;
+    barrier = (void (*)(void))gomp_barrier;
     thread_number = (int (*)(void))omp_get_thread_num;
     thread_count = (int (*)(void))omp_get_num_threads;
 }
 
-/* Begins a function that kernels/compiled.py calls: it reads in this file which arguments the structure has. */
+/* Defines a function that kernels/compiled.py calls; compiled.py reads the structure's members from this file. */
 #define ENTRY(structure, function)                                                                                     \
     const size_t function##_size = sizeof(struct structure);                                                           \
     void function(struct structure *all, int threads)
 
-/* The next chunk of work that no thread has taken. */
-INLINE int64_t take(int64_t *next) {
+/* Returns the number of the next chunk of work that no thread has taken. */
+INLINE int64_t take_chunk(int64_t *next) {
     return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
 }
 
-/* Where a thread's share of some work begins. Samples are shared out so, as torch's products share them out: each stays
-   with the thread that has it in its caches. */
-INLINE int64_t share_begins(int64_t count, int thread) {
+/* Returns where a thread's share of some work begins. Torch's matrix products split samples in the same way, so each
+   sample stays with the thread that has it in its caches. */
+INLINE int64_t share_start(int64_t count, int thread) {
     return count * thread / thread_count();
 }
 
-INLINE int64_t least(int64_t a, int64_t b) {
+INLINE int64_t minimum(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-/* Into the second cache: the first has no room for so many lines, and asking for them to be written takes longer. */
-INLINE void fetch(const void *at, int64_t bytes) {
+/* Prefetches into the second-level cache: the first level is too small for so many lines, and a prefetch for writing
+   takes longer. */
+INLINE void prefetch(const void *at, int64_t bytes) {
     const char *end = (const char *)at + bytes;
     for (const char *line = (const char *)((uintptr_t)at & ~(uintptr_t)(LINE - 1)); line < end; line += LINE)
         __builtin_prefetch(line, 0, 2);
 }
 
-/* A weight is float32, or where `bf16` bfloat16. */
+/* Returns element `d` of a row of float32, or of bfloat16 if `bf16`. */
 INLINE float read_weight(const void *row, int64_t d, bool bf16) {
     if (!bf16)
         return ((const float *)row)[d];
@@ -76,7 +77,7 @@ INLINE float read_weight(const void *row, int64_t d, bool bf16) {
     return value;
 }
 
-/* Rounds to nearest, ties to even. */
+/* Sets element `d` of a row; bfloat16 is rounded to nearest, ties to even. */
 INLINE void write_weight(void *row, int64_t d, bool bf16, float value) {
     if (!bf16) {
         ((float *)row)[d] = value;
@@ -93,31 +94,31 @@ INLINE void write_weight(void *row, int64_t d, bool bf16, float value) {
 struct lookup {
     const char *weight;     /* [R, D] */
     const int32_t *ids;     /* [N], each within its table */
-    const int64_t *offsets; /* [B + 1], where each bag begins; NULL for one id each */
+    const int64_t *offsets; /* [B + 1], where each bag begins; NULL if each bag has one id */
     const int32_t *tables;  /* [F], where each table begins; bag b is of table b % F */
     const float *factors;   /* [N] or NULL */
     char *vectors;          /* out [B, D], of the weight's type */
     int32_t *rows;          /* out [N] */
-    int64_t *bags;          /* out [N], the bag of each index; NULL for one id each */
+    int64_t *bags;          /* out [N], the bag of each index; NULL if each bag has one id */
     int64_t bag_count, table_count, width, row_count;
     bool bf16;
-    int64_t wrong; /* in -1; out: an index whose row does not exist, or N where bags are out of order */
+    int64_t wrong; /* in -1; out: an index whose row does not exist, or N if the offsets do not ascend */
     int64_t next;  /* 0 */
 };
 
-INLINE int64_t bag_begin(const struct lookup *a, int64_t bag) {
+INLINE int64_t bag_start(const struct lookup *a, int64_t bag) {
     return a->offsets ? a->offsets[bag] : bag;
 }
 
-/* Writes the rows and bags of some bags' indices; false where one has no row. */
+/* Writes the rows and bags of the indices of some bags; returns false if a row does not exist. */
 INLINE bool find_rows(struct lookup *a, int64_t first, int64_t last) {
     int64_t table = first % a->table_count;
     for (int64_t bag = first; bag < last; bag++) {
-        if (bag_begin(a, bag) > bag_begin(a, bag + 1) || bag_begin(a, bag + 1) > bag_begin(a, a->bag_count)) {
-            __atomic_store_n(&a->wrong, bag_begin(a, a->bag_count), __ATOMIC_RELAXED);
+        if (bag_start(a, bag) > bag_start(a, bag + 1) || bag_start(a, bag + 1) > bag_start(a, a->bag_count)) {
+            __atomic_store_n(&a->wrong, bag_start(a, a->bag_count), __ATOMIC_RELAXED);
             return false;
         }
-        for (int64_t i = bag_begin(a, bag); i < bag_begin(a, bag + 1); i++) {
+        for (int64_t i = bag_start(a, bag); i < bag_start(a, bag + 1); i++) {
             const int64_t row = (int64_t)a->ids[i] + a->tables[table];
             if (row < 0 || row >= a->row_count) {
                 __atomic_store_n(&a->wrong, i, __ATOMIC_RELAXED);
@@ -134,15 +135,15 @@ INLINE bool find_rows(struct lookup *a, int64_t first, int64_t last) {
 
 INLINE void sum_bags(struct lookup *a, int64_t first, int64_t last, int64_t width, bool bf16, bool weighted,
                      float *sum) {
-    const int64_t bytes = width * (bf16 ? 2 : 4), begin = bag_begin(a, first), end = bag_begin(a, last);
-    for (int64_t i = begin; i < least(end, begin + AHEAD); i++)
-        fetch(a->weight + a->rows[i] * bytes, bytes);
+    const int64_t bytes = width * (bf16 ? 2 : 4), begin = bag_start(a, first), end = bag_start(a, last);
+    for (int64_t i = begin; i < minimum(end, begin + PREFETCH); i++)
+        prefetch(a->weight + a->rows[i] * bytes, bytes);
     for (int64_t bag = first, i = begin; bag < last; bag++) {
         for (int64_t d = 0; d < width; d++)
             sum[d] = 0;
-        for (; i < bag_begin(a, bag + 1); i++) {
-            if (i + AHEAD < end)
-                fetch(a->weight + a->rows[i + AHEAD] * bytes, bytes);
+        for (; i < bag_start(a, bag + 1); i++) {
+            if (i + PREFETCH < end)
+                prefetch(a->weight + a->rows[i + PREFETCH] * bytes, bytes);
             const char *row = a->weight + a->rows[i] * bytes;
             for (int64_t d = 0; d < width; d++) {
                 const float value = read_weight(row, d, bf16);
@@ -154,29 +155,29 @@ INLINE void sum_bags(struct lookup *a, int64_t first, int64_t last, int64_t widt
     }
 }
 
-/* Where every bag is one row, without a factor. */
+/* Copies the rows of bags that have one id each, without factors. */
 INLINE void copy_rows(struct lookup *a, int64_t first, int64_t last, int64_t bytes) {
     const int32_t *rows = a->rows;
     const char *weight = a->weight;
     char *vectors = a->vectors;
-    for (int64_t i = first; i < least(last, first + AHEAD); i++)
-        fetch(weight + rows[i] * bytes, bytes);
+    for (int64_t i = first; i < minimum(last, first + PREFETCH); i++)
+        prefetch(weight + rows[i] * bytes, bytes);
     for (int64_t i = first; i < last; i++) {
-        if (i + AHEAD < last)
-            fetch(weight + rows[i + AHEAD] * bytes, bytes);
+        if (i + PREFETCH < last)
+            prefetch(weight + rows[i + PREFETCH] * bytes, bytes);
         memcpy(vectors + i * bytes, weight + rows[i] * bytes, (size_t)bytes);
     }
 }
 
-static void look_up_chunks(void *what) {
-    struct lookup *a = what;
-    const int64_t chunks = (a->bag_count + BAGS_A_CHUNK - 1) / BAGS_A_CHUNK;
+static void look_up_chunks(void *work_arguments) {
+    struct lookup *a = work_arguments;
+    const int64_t chunks = (a->bag_count + BAGS_PER_CHUNK - 1) / BAGS_PER_CHUNK;
     float sum[a->width];
-    for (int64_t chunk; (chunk = take(&a->next)) < chunks;) {
-        const int64_t first = chunk * BAGS_A_CHUNK, last = least(first + BAGS_A_CHUNK, a->bag_count);
+    for (int64_t chunk; (chunk = take_chunk(&a->next)) < chunks;) {
+        const int64_t first = chunk * BAGS_PER_CHUNK, last = minimum(first + BAGS_PER_CHUNK, a->bag_count);
         if (!find_rows(a, first, last))
             break;
-        /* Widths that are known when this is compiled take half the time of others. */
+        /* A width that is known at compile time halves the time. */
         if (!a->offsets && !a->factors && !a->bf16 && a->width == 16)
             copy_rows(a, first, last, 64);
         else if (!a->offsets && !a->factors)
@@ -198,23 +199,23 @@ ENTRY(lookup, look_up) {
     parallel(look_up_chunks, all, (unsigned)threads, 0);
 }
 
-/* ---- Update: indices are sorted by row, then each row's gradients are summed and move it ---- */
+/* ---- Update: indices are sorted by row; then the gradients of each row are summed and the row is updated ---- */
 
 enum rule { SGD, ADAGRAD, ROW_WISE_ADAGRAD, ADAM };
 
 struct update {
     char *weight;          /* [R, D] */
-    float *first, *second; /* [R, D], or [R] for row-wise Adagrad: the rule's state, or NULL */
+    float *first, *second; /* optimizer state: [R, D], [R] for row-wise Adagrad, or NULL */
     const int32_t *rows;   /* [N] */
-    const int64_t *bags;   /* [N], whose gradient each index has; NULL where index i has gradient i */
+    const int64_t *bags;   /* [N], the output vector of each index; NULL if index i went into vector i */
     const float *factors;  /* [N] or NULL */
     const float *gradient; /* [B, D] */
     uint64_t *scratch;     /* [2, N] */
     int32_t *counts;       /* [threads + 1, 2^high] */
     int64_t count, width;
-    int64_t bits;  /* of the rows; 0 where they ascend already */
-    int64_t high;  /* bits that are sorted by first */
-    int64_t digit; /* bits that buckets are sorted by at once */
+    int64_t bits;  /* of the row numbers; 0 if the rows ascend already */
+    int64_t high;  /* highest bits, which select the bucket */
+    int64_t digit; /* bits that one pass over a bucket sorts by */
     bool bf16;
     int rule;
     float rate, decay_factor, l2, epsilon;
@@ -222,8 +223,8 @@ struct update {
     int64_t next_bucket, next_chunk; /* 0 */
 };
 
-/* An index as it is sorted: its row, and its bag, or where there are factors its number. Looking bags up afterwards
-   would take as long as the sort. */
+/* Returns the sort key of an index: its row, then its bag, or its number if there are factors. Reading the bags after
+   the sort would take as long as the sort itself. */
 INLINE uint64_t packed(const struct update *a, int64_t i) {
     return (uint64_t)(uint32_t)a->rows[i] << 32 | (uint64_t)(a->bags && !a->factors ? a->bags[i] : i);
 }
@@ -233,19 +234,19 @@ INLINE int64_t row_of(uint64_t index) {
 }
 
 INLINE const float *gradient_of(const struct update *a, uint64_t index, int64_t width) {
-    const int64_t carried = (uint32_t)index;
-    return a->gradient + (a->bags && a->factors ? a->bags[carried] : carried) * width;
+    const int64_t output = (uint32_t)index;
+    return a->gradient + (a->bags && a->factors ? a->bags[output] : output) * width;
 }
 
 INLINE float factor_of(const struct update *a, uint64_t index) {
     return a->factors[(uint32_t)index];
 }
 
-/* Where each thread's numbers of each bucket go, and where the buckets begin, from how many there are. */
-static void turn_into_places(struct update *a, int threads) {
-    int32_t place = 0, *begins = a->counts + ((int64_t)threads << a->high);
+/* Replaces each thread's counts of each bucket by the places of its indices, and writes where the buckets begin. */
+static void counts_to_places(struct update *a, int threads) {
+    int32_t place = 0, *bucket_starts = a->counts + ((int64_t)threads << a->high);
     for (int64_t bucket = 0; bucket < (int64_t)1 << a->high; bucket++) {
-        begins[bucket] = place;
+        bucket_starts[bucket] = place;
         for (int thread = 0; thread < threads; thread++) {
             int32_t *counted = a->counts + ((int64_t)thread << a->high) + bucket;
             const int32_t here = *counted;
@@ -255,11 +256,11 @@ static void turn_into_places(struct update *a, int threads) {
     }
 }
 
-/* Sorts one bucket by the lowest `bits` bits of the rows; the result is in `from` after an even number of passes. */
+/* Sorts a bucket by the lowest `bits` bits of the rows; after an even number of passes the result is in `from`. */
 INLINE void sort_bucket(uint64_t *from, uint64_t *to, int64_t count, int64_t bits, int64_t digit) {
     const uint64_t mask = ((uint64_t)1 << digit) - 1;
     for (int64_t shift = 32; shift < 32 + bits; shift += digit) {
-        int32_t places[1 << MOST_DIGIT] = {0}, place = 0;
+        int32_t places[1 << MAX_DIGIT_BITS] = {0}, place = 0;
         for (int64_t i = 0; i < count; i++)
             places[from[i] >> shift & mask]++;
         for (uint64_t value = 0; value <= mask; value++) {
@@ -275,8 +276,9 @@ INLINE void sort_bucket(uint64_t *from, uint64_t *to, int64_t count, int64_t bit
     }
 }
 
-/* Stable. By the highest bits first, all threads together, into buckets that stay in a core's caches; then each bucket
-   by the lower bits, the least significant ones first. Few indices are one bucket. */
+/* Sorts all indices by row; the sort is stable. All threads together first distribute them by the highest bits to
+   buckets that fit in a core's caches. Then each bucket is sorted by the lower bits, the least significant ones first.
+   A small number of indices makes one bucket. */
 static const uint64_t *sort_indices(struct update *a) {
     const int thread = thread_number(), threads = thread_count();
     const int64_t begin = a->count * thread / threads, end = a->count * (thread + 1) / threads;
@@ -287,27 +289,28 @@ static const uint64_t *sort_indices(struct update *a) {
         memset(places, 0, (size_t)buckets * sizeof *places);
         for (int64_t i = begin; i < end; i++)
             places[a->rows[i] >> low]++;
-        wait_for_all();
+        barrier();
         if (thread == 0)
-            turn_into_places(a, threads);
-        wait_for_all();
+            counts_to_places(a, threads);
+        barrier();
         for (int64_t i = begin; i < end; i++)
             from[places[a->rows[i] >> low]++] = packed(a, i);
     } else {
         for (int64_t i = begin; i < end; i++)
             from[i] = packed(a, i);
     }
-    wait_for_all();
-    const int32_t *begins = a->counts + ((int64_t)threads << a->high);
-    for (int64_t bucket; a->bits && (bucket = take(&a->next_bucket)) < buckets;) {
-        const int64_t first = a->high ? begins[bucket] : 0, last = bucket + 1 < buckets ? begins[bucket + 1] : a->count;
+    barrier();
+    const int32_t *bucket_starts = a->counts + ((int64_t)threads << a->high);
+    for (int64_t bucket; a->bits && (bucket = take_chunk(&a->next_bucket)) < buckets;) {
+        const int64_t first = a->high ? bucket_starts[bucket] : 0;
+        const int64_t last = bucket + 1 < buckets ? bucket_starts[bucket + 1] : a->count;
         sort_bucket(from + first, to + first, last - first, low, a->digit);
     }
-    wait_for_all();
+    barrier();
     return (low + a->digit - 1) / a->digit % 2 ? to : from;
 }
 
-/* The mean square, in the order in which torch sums a row of eight or more. */
+/* Returns the mean square of a row, summed in the order in which torch sums eight or more elements. */
 INLINE float mean_square(const float *g, int64_t width) {
     float parts[4][8] = {{0}}, sum = 0;
     int64_t d = 0;
@@ -328,48 +331,48 @@ INLINE float mean_square(const float *g, int64_t width) {
     return sum / (float)width;
 }
 
-/* Moves the rows whose indices begin among first to last. */
-INLINE void move_rows(struct update *a, const uint64_t *indices, int64_t first, int64_t last, int64_t width, bool bf16,
-                      int rule, float *sum, float *moved) {
+/* Updates the rows whose first index is in first to last - 1. */
+INLINE void update_chunk(struct update *a, const uint64_t *indices, int64_t first, int64_t last, int64_t width,
+                         bool bf16, int rule, float *sum, float *values) {
     const int64_t bytes = width * (bf16 ? 2 : 4);
     const int64_t slot = rule == SGD ? 0 : rule == ROW_WISE_ADAGRAD ? 1 : width;
     int64_t begin = first, end, fetched = first;
     while (begin < last && begin > 0 && row_of(indices[begin]) == row_of(indices[begin - 1]))
         begin++;
     for (; begin < last; begin = end) {
-        for (fetched = fetched < begin ? begin : fetched; fetched < least(begin + AHEAD, last); fetched++) {
+        for (fetched = fetched < begin ? begin : fetched; fetched < minimum(begin + PREFETCH, last); fetched++) {
             const int64_t row = row_of(indices[fetched]);
-            fetch(a->weight + row * bytes, bytes);
+            prefetch(a->weight + row * bytes, bytes);
             if (rule != SGD)
-                fetch(a->first + row * slot, slot * 4);
+                prefetch(a->first + row * slot, slot * 4);
             if (rule == ADAM)
-                fetch(a->second + row * slot, slot * 4);
-            fetch(gradient_of(a, indices[fetched], width), width * 4);
+                prefetch(a->second + row * slot, slot * 4);
+            prefetch(gradient_of(a, indices[fetched], width), width * 4);
         }
         const int64_t row = row_of(indices[begin]);
         for (end = begin + 1; end < a->count && row_of(indices[end]) == row;)
             end++;
-        char *place = a->weight + row * bytes;
+        char *stored = a->weight + row * bytes;
         const float *g = gradient_of(a, indices[begin], width);
         if (end - begin > 1 || a->factors || a->l2 != 0) {
             for (int64_t d = 0; d < width; d++)
                 sum[d] = a->factors ? factor_of(a, indices[begin]) * g[d] : g[d];
             for (int64_t i = begin + 1; i < end; i++) {
-                if (i + AHEAD < end)
-                    fetch(gradient_of(a, indices[i + AHEAD], width), width * 4);
+                if (i + PREFETCH < end)
+                    prefetch(gradient_of(a, indices[i + PREFETCH], width), width * 4);
                 g = gradient_of(a, indices[i], width);
                 for (int64_t d = 0; d < width; d++)
                     sum[d] = a->factors ? FMA(factor_of(a, indices[i]), g[d], sum[d]) : sum[d] + g[d];
             }
             if (a->l2 != 0)
                 for (int64_t d = 0; d < width; d++)
-                    sum[d] = FMA(a->l2, read_weight(place, d, bf16), sum[d]);
+                    sum[d] = FMA(a->l2, read_weight(stored, d, bf16), sum[d]);
             g = sum;
         }
-        float *w = bf16 ? moved : (float *)place;
+        float *w = bf16 ? values : (float *)stored;
         if (bf16 || a->decay_factor != 1)
             for (int64_t d = 0; d < width; d++)
-                w[d] = read_weight(place, d, bf16) * a->decay_factor;
+                w[d] = read_weight(stored, d, bf16) * a->decay_factor;
         if (rule == SGD) {
             for (int64_t d = 0; d < width; d++)
                 w[d] = FMA(-a->rate, g[d], w[d]);
@@ -395,49 +398,49 @@ INLINE void move_rows(struct update *a, const uint64_t *indices, int64_t first, 
         }
         if (bf16)
             for (int64_t d = 0; d < width; d++)
-                write_weight(place, d, true, w[d]);
+                write_weight(stored, d, true, w[d]);
     }
 }
 
-INLINE void move_rows_by(struct update *a, const uint64_t *indices, int64_t first, int64_t last, int rule, float *sum,
-                         float *moved) {
+INLINE void update_rows_by(struct update *a, const uint64_t *indices, int64_t first, int64_t last, int rule,
+                           float *sum, float *values) {
     if (a->bf16)
-        move_rows(a, indices, first, last, a->width, true, rule, sum, moved);
+        update_chunk(a, indices, first, last, a->width, true, rule, sum, values);
     else if (a->width == 16)
-        move_rows(a, indices, first, last, 16, false, rule, sum, moved);
+        update_chunk(a, indices, first, last, 16, false, rule, sum, values);
     else if (a->width == 64)
-        move_rows(a, indices, first, last, 64, false, rule, sum, moved);
+        update_chunk(a, indices, first, last, 64, false, rule, sum, values);
     else
-        move_rows(a, indices, first, last, a->width, false, rule, sum, moved);
+        update_chunk(a, indices, first, last, a->width, false, rule, sum, values);
 }
 
-static void update_part(void *what) {
-    struct update *a = what;
+static void update_share(void *work_arguments) {
+    struct update *a = work_arguments;
     const uint64_t *indices = sort_indices(a);
-    const int64_t chunks = (a->count + INDICES_A_CHUNK - 1) / INDICES_A_CHUNK;
+    const int64_t chunks = (a->count + INDICES_PER_CHUNK - 1) / INDICES_PER_CHUNK;
     float sum[2 * a->width];
-    float *moved = sum + a->width;
-    for (int64_t chunk; (chunk = take(&a->next_chunk)) < chunks;) {
-        const int64_t first = chunk * INDICES_A_CHUNK, last = least(first + INDICES_A_CHUNK, a->count);
+    float *values = sum + a->width;
+    for (int64_t chunk; (chunk = take_chunk(&a->next_chunk)) < chunks;) {
+        const int64_t first = chunk * INDICES_PER_CHUNK, last = minimum(first + INDICES_PER_CHUNK, a->count);
         if (a->rule == SGD)
-            move_rows_by(a, indices, first, last, SGD, sum, moved);
+            update_rows_by(a, indices, first, last, SGD, sum, values);
         else if (a->rule == ADAGRAD)
-            move_rows_by(a, indices, first, last, ADAGRAD, sum, moved);
+            update_rows_by(a, indices, first, last, ADAGRAD, sum, values);
         else if (a->rule == ROW_WISE_ADAGRAD)
-            move_rows_by(a, indices, first, last, ROW_WISE_ADAGRAD, sum, moved);
+            update_rows_by(a, indices, first, last, ROW_WISE_ADAGRAD, sum, values);
         else
-            move_rows_by(a, indices, first, last, ADAM, sum, moved);
+            update_rows_by(a, indices, first, last, ADAM, sum, values);
     }
 }
 
 ENTRY(update, update_rows) {
-    parallel(update_part, all, (unsigned)threads, 0);
+    parallel(update_share, all, (unsigned)threads, 0);
 }
 
 /* ---- Dot products of pairs of vectors ----
 
-   Sums run over four rows and sixteen columns at once, in registers. Here products may be fused with the additions
-   after them: no order of sums is torch's. */
+   The sums of four rows and sixteen columns are kept in registers. From here on the compiler may fuse products with
+   additions: these sums are not compared with torch's bit for bit. */
 
 #ifdef __clang__
 #pragma STDC FP_CONTRACT ON
@@ -452,13 +455,13 @@ typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 struct pairs {
     const char *first;   /* [B, D] */
     const char *others;  /* [B, V - 1, D] */
-    char *out;           /* [B, D + P]: the first vectors, then the products (i, j), j < i; or the gradient of that */
-    char *grad_first;    /* out [B, D]; NULL where products are asked for */
+    char *out;           /* [B, D + P]: the first vector, then the products (i, j), j < i; or the gradient of these */
+    char *grad_first;    /* out [B, D]; NULL to compute products, not gradients */
     char *grad_others;   /* out [B, V - 1, D] */
-    float *spaces;       /* for each thread, `space` floats, all zero */
+    float *spaces;       /* [threads, space], all zero: scratch memory */
     int64_t samples, vectors, width, space;
-    bool bf16_first, bf16_others; /* what is bfloat16; `out` is as `first` */
-    bool self_interaction;        /* whether there are products (i, i) */
+    bool bf16_first, bf16_others; /* which tensors are bfloat16; `out` has the type of `first` */
+    bool self_interaction;        /* whether to take the products (i, i) too */
 };
 
 INLINE int64_t padded(int64_t count) {
@@ -485,7 +488,7 @@ INLINE void write_floats(char *to, const float *from, int64_t count, bool bf16) 
             write_weight(to, d, true, from[d]);
 }
 
-/* Adds left[r * row + k * step] times right[k * stride :], LANES of it, to TILE sums r; over k. */
+/* Adds left[r * row + k * step] * right[k * stride : k * stride + LANES], summed over k, to sum[r] for TILE rows r. */
 INLINE void add_tile(lanes *sum, const float *left, int64_t row, int64_t step, const float *right, int64_t stride,
                      int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; k++) {
@@ -526,34 +529,34 @@ INLINE void multiply_pairs(const struct pairs *a, int64_t sample, int64_t width,
     write_floats(a->out + sample * bytes_of(filled, a->bf16_first), out, filled, a->bf16_first);
 }
 
-/* With L the gradients of the products, lower triangle of a matrix, those of the vectors X are L X + L' X. */
+/* Computes the gradients L X + L' X of the vectors X, with the gradients of the products in the lower triangle L. */
 INLINE void differentiate_pairs(const struct pairs *a, int64_t sample, int64_t width, float *space) {
     const int64_t vectors = a->vectors, across = padded(width), down = padded(vectors);
-    float *rows = space, *lower = rows + down * across, *moved = lower + down * down, *given = moved + down * across;
+    float *rows = space, *lower = rows + down * across, *grads = lower + down * down, *upstream = grads + down * across;
     read_floats(rows, a->first + sample * bytes_of(width, a->bf16_first), width, a->bf16_first);
     const char *others = a->others + sample * bytes_of((vectors - 1) * width, a->bf16_others);
     for (int64_t v = 1; v < vectors; v++)
         read_floats(rows + v * across, others + bytes_of((v - 1) * width, a->bf16_others), width, a->bf16_others);
     const int64_t count = width + vectors * (vectors - 1) / 2 + (a->self_interaction ? vectors : 0);
-    read_floats(given, a->out + sample * bytes_of(count, a->bf16_first), count, a->bf16_first);
+    read_floats(upstream, a->out + sample * bytes_of(count, a->bf16_first), count, a->bf16_first);
     for (int64_t i = 0, next = width; i < vectors; i++) {
         const int64_t pairs = a->self_interaction ? i + 1 : i;
-        memcpy(lower + i * down, given + next, (size_t)pairs * 4);
+        memcpy(lower + i * down, upstream + next, (size_t)pairs * 4);
         next += pairs;
     }
     for (int64_t i = 0; i < vectors; i += TILE)
         for (int64_t d = 0; d < across; d += LANES) {
             lanes sum[TILE] = {{0}};
-            add_tile(sum, lower + i * down, down, 1, rows + d, across, 0, least(i + TILE, vectors));
+            add_tile(sum, lower + i * down, down, 1, rows + d, across, 0, minimum(i + TILE, vectors));
             add_tile(sum, lower + i, 1, down, rows + d, across, i, vectors);
-            put_tile(moved + i * across + d, across, sum);
+            put_tile(grads + i * across + d, across, sum);
         }
     for (int64_t d = 0; d < width; d++)
-        moved[d] += given[d];
-    write_floats(a->grad_first + sample * bytes_of(width, a->bf16_first), moved, width, a->bf16_first);
+        grads[d] += upstream[d];
+    write_floats(a->grad_first + sample * bytes_of(width, a->bf16_first), grads, width, a->bf16_first);
     char *grad_others = a->grad_others + sample * bytes_of((vectors - 1) * width, a->bf16_others);
     for (int64_t v = 1; v < vectors; v++)
-        write_floats(grad_others + bytes_of((v - 1) * width, a->bf16_others), moved + v * across, width,
+        write_floats(grad_others + bytes_of((v - 1) * width, a->bf16_others), grads + v * across, width,
                      a->bf16_others);
 }
 
@@ -564,11 +567,11 @@ INLINE void pairs_of_sample(const struct pairs *a, int64_t sample, int64_t width
         multiply_pairs(a, sample, width, space);
 }
 
-static void pairs_of_share(void *what) {
-    struct pairs *a = what;
+static void pairs_share(void *work_arguments) {
+    struct pairs *a = work_arguments;
     const int thread = thread_number();
     float *space = a->spaces + thread * a->space;
-    for (int64_t s = share_begins(a->samples, thread); s < share_begins(a->samples, thread + 1); s++) {
+    for (int64_t s = share_start(a->samples, thread); s < share_start(a->samples, thread + 1); s++) {
         if (a->width == 16)
             pairs_of_sample(a, s, 16, space);
         else if (a->width == 64)
@@ -579,7 +582,7 @@ static void pairs_of_share(void *what) {
 }
 
 ENTRY(pairs, pair_products) {
-    parallel(pairs_of_share, all, (unsigned)threads, 0);
+    parallel(pairs_share, all, (unsigned)threads, 0);
 }
 
 /* ---- ReLU of bfloat16, for which torch takes four times as long ---- */
@@ -589,28 +592,28 @@ struct relu_bf16 {
     int64_t count;
 };
 
-static void relu_of_share(void *what) {
-    const struct relu_bf16 *a = what;
+static void relu_share(void *work_arguments) {
+    const struct relu_bf16 *a = work_arguments;
     const int thread = thread_number();
-    const int64_t end = share_begins(a->count, thread + 1);
-    /* Negative numbers have the highest bit. What is no number stays, as under torch. */
-    for (int64_t i = share_begins(a->count, thread); i < end; i++)
+    const int64_t end = share_start(a->count, thread + 1);
+    /* Negative numbers have the highest bit set. NaN stays, as in torch. */
+    for (int64_t i = share_start(a->count, thread); i < end; i++)
         a->values[i] = a->values[i] >= 0x8000 && a->values[i] <= 0xff80 ? 0 : a->values[i];
 }
 
 ENTRY(relu_bf16, relu_bf16) {
-    parallel(relu_of_share, all, (unsigned)threads, 0);
+    parallel(relu_share, all, (unsigned)threads, 0);
 }
 
 /* ---- The backward pass of a ReLU and of the bias before it ---- */
 
-enum { SIDE = 16, ROWS_A_SUM = 64 };
+enum { SIDE = 16, ROWS_PER_SUM = 64 };
 
 struct relu {
-    char *grad;             /* in and out [B, D]: zero where the ReLU gave zero */
-    const char *activation; /* [B, D], of the ReLU */
-    char *transposed;       /* out [D, B]: the same, transposed; or NULL */
-    float *sums;            /* out [sums of ROWS_A_SUM rows, D]; the first is then their total, the bias's gradient */
+    char *grad;             /* in: gradient of the ReLU's result [B, D]; out: gradient of its input */
+    const char *activation; /* [B, D], the ReLU's result */
+    char *transposed;       /* out [D, B]: the gradient of the input, transposed; or NULL */
+    float *sums;            /* out [chunks of ROWS_PER_SUM rows, D]: sums; the first one becomes the bias's gradient */
     int64_t samples, width;
     bool bf16; /* whether `grad`, `activation` and `transposed` are bfloat16 */
 };
@@ -620,18 +623,18 @@ INLINE void differentiate_row(const struct relu *a, int64_t row, bool bf16, floa
     void *restrict grad = a->grad + bytes_of(row * a->width, bf16);
     const void *restrict activation = a->activation + bytes_of(row * a->width, bf16);
     for (int64_t d = 0; d < a->width; d++) {
-        /* As torch: beside an activation that is no number the gradient stays. */
+        /* The gradient stays if the activation is NaN, as in torch. */
         const bool passes = !(read_weight(activation, d, bf16) <= 0);
-        const float given = read_weight(grad, d, bf16);
-        sums[d] += passes ? given : 0;
+        const float upstream = read_weight(grad, d, bf16);
+        sums[d] += passes ? upstream : 0;
         if (bf16)
             ((uint16_t *)grad)[d] = passes ? ((uint16_t *)grad)[d] : 0;
         else
-            ((float *)grad)[d] = passes ? given : 0;
+            ((float *)grad)[d] = passes ? upstream : 0;
     }
 }
 
-/* Elements are copied as they are, whatever they mean. */
+/* Copies bits: the elements have the size of the values, not their type. */
 #define TRANSPOSE(name, element)                                                                                       \
     INLINE void name(const element *from, int64_t width, element *to, int64_t samples, int64_t rows,                   \
                      int64_t columns) {                                                                                \
@@ -646,8 +649,8 @@ TRANSPOSE(transpose_bf16, uint16_t)
 TRANSPOSE(transpose_float, uint32_t)
 
 #ifdef __AVX512BW__
-/* A whole square in registers: four times, the first half of its rows is zipped with the second. Where vectors are
-   shorter, compilers make single moves of this. */
+/* Transposes a square in registers: four times, the first half of its rows is interleaved with the second half. With
+   shorter vectors, compilers turn this into moves of single elements. */
 #ifdef __clang__
 #define ZIP(vector, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -681,7 +684,7 @@ INLINE void differentiate_rows(const struct relu *a, int64_t first, int64_t last
     for (int64_t row = first; row < last; row++)
         differentiate_row(a, row, bf16, sums);
     for (int64_t column = 0; a->transposed && column < a->width; column += SIDE) {
-        const int64_t columns = least(SIDE, a->width - column), rows = last - first;
+        const int64_t columns = minimum(SIDE, a->width - column), rows = last - first;
         const char *from = a->grad + bytes_of(first * a->width + column, bf16);
         char *to = a->transposed + bytes_of(column * a->samples + first, bf16);
         const bool whole = rows == SIDE && columns == SIDE;
@@ -696,26 +699,26 @@ INLINE void differentiate_rows(const struct relu *a, int64_t first, int64_t last
     }
 }
 
-static void relus_of_share(void *what) {
-    struct relu *a = what;
+static void relu_gradients_share(void *work_arguments) {
+    struct relu *a = work_arguments;
     const int thread = thread_number();
-    const int64_t chunks = (a->samples + ROWS_A_SUM - 1) / ROWS_A_SUM, end = share_begins(chunks, thread + 1);
-    for (int64_t chunk = share_begins(chunks, thread); chunk < end; chunk++) {
-        const int64_t first = chunk * ROWS_A_SUM, last = least(first + ROWS_A_SUM, a->samples);
+    const int64_t chunks = (a->samples + ROWS_PER_SUM - 1) / ROWS_PER_SUM, end = share_start(chunks, thread + 1);
+    for (int64_t chunk = share_start(chunks, thread); chunk < end; chunk++) {
+        const int64_t first = chunk * ROWS_PER_SUM, last = minimum(first + ROWS_PER_SUM, a->samples);
         float *sums = a->sums + chunk * a->width;
         memset(sums, 0, (size_t)a->width * 4);
         for (int64_t row = first; row < last; row += SIDE)
             if (a->bf16)
-                differentiate_rows(a, row, least(row + SIDE, last), true, sums);
+                differentiate_rows(a, row, minimum(row + SIDE, last), true, sums);
             else
-                differentiate_rows(a, row, least(row + SIDE, last), false, sums);
+                differentiate_rows(a, row, minimum(row + SIDE, last), false, sums);
     }
 }
 
 ENTRY(relu, relu_gradients) {
-    parallel(relus_of_share, all, (unsigned)threads, 0);
-    /* In the same order, whoever made them. */
-    const int64_t chunks = (all->samples + ROWS_A_SUM - 1) / ROWS_A_SUM;
+    parallel(relu_gradients_share, all, (unsigned)threads, 0);
+    /* Added in a fixed order, so that the result does not depend on the threads. */
+    const int64_t chunks = (all->samples + ROWS_PER_SUM - 1) / ROWS_PER_SUM;
     for (int64_t chunk = 1; chunk < chunks; chunk++)
         for (int64_t d = 0; d < all->width; d++)
             all->sums[d] += all->sums[chunk * all->width + d];

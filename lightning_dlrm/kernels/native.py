@@ -1,7 +1,7 @@
-"""Lookup and update of table rows on a CPU, by ``native.c``.
+"""Lookup and update of table rows on a CPU, with ``native.c``.
 
-It runs in torch's own threads, and its
-results do not depend on how many there are. Sums are taken in float32.
+The kernels run in torch's own threads, and their results do not depend on the number of threads. Sums are taken in
+float32.
 
 Shape suffixes: B bags (output vectors), F tables, D width, R rows of all tables, N indices of all bags.
 """
@@ -15,25 +15,25 @@ from torch import Tensor
 from lightning_dlrm.kernels.compiled import call
 from lightning_dlrm.kernels.operators import check_update, count_change, nothing, register, threads
 
-_MOST = torch.iinfo(torch.int32).max
+_INT32_MAX = torch.iinfo(torch.int32).max
 _RULES = ("sgd", "adagrad", "row_wise_adagrad", "adam")
-_DIGIT = 9
-"""Most bits that are sorted by in one pass: as many counters stay in the first cache."""
-_A_BUCKET = 2**11
-"""Indices that are sorted together at least, and so by lower bits alone."""
+_DIGIT_BITS = 9
+"""Largest number of bits that one pass sorts by: the counters stay in the first-level cache."""
+_BUCKET_INDICES = 2**11
+"""Smallest mean number of indices of a bucket; each bucket is sorted by the lower bits alone."""
 
 
 def lookup(
     weight_RD: Tensor, ids_N: Tensor, offsets: Tensor | None, tables_F: Tensor, factors_N: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the (weighted) sum of each bag's rows, zeros for an empty one; the kernel fetches rows ahead.
+    """Return the (weighted) sum of each bag's rows, zeros for empty bags; the kernel prefetches rows.
 
     Differentiable in ``weight_RD``, whose gradient is dense, and in ``factors_N``.
 
     Args:
         weight_RD: float32 or bfloat16.
         ids_N: int32, the id of each index within its table.
-        offsets: integers [B + 1], where each bag begins; None for one id each.
+        offsets: integers [B + 1], where each bag begins; None if each bag has one id.
         tables_F: int32, where each table begins; bag b is of table b % F.
         factors_N: a factor for each index, rounded to the weight's dtype; None means 1.
 
@@ -42,7 +42,7 @@ def lookup(
 
     Raises:
         IndexError: an id is outside the tables, or the offsets do not ascend from 0 to N.
-        ValueError: shapes do not fit.
+        ValueError: the shapes do not fit each other.
         TypeError: dtypes or devices are not those above.
     """
     return torch.ops.lightning_dlrm.lookup(weight_RD, ids_N, offsets, tables_F, factors_N)
@@ -61,10 +61,11 @@ def update(
     learning_rate: float,
     step: float,
 ) -> None:
-    """Sort lookups by row, sum the gradients of each row, and move the row and its state along them, in place.
+    """Sort lookups by row, sum the gradients of each row, and update the row and its state, in place.
 
-    Bit for bit ``UpdateRule.apply`` of the sums for SGD and Adagrad; for the others but for torch's square roots, which
-    are not always rounded to nearest, and for the mean squares of rows of less than eight.
+    For SGD and Adagrad the results are bit for bit those of ``UpdateRule.apply`` with the sums. For row-wise Adagrad
+    and Adam they differ in two cases: torch does not always round square roots to nearest, and it takes the mean square
+    of fewer than eight elements in another order.
 
     Args:
         weight_RD: float32 or bfloat16, contiguous; at most 2^31 - 1 rows.
@@ -73,15 +74,15 @@ def update(
         bags_N: integers, the output vector that each index went into; None if index i went into vector i.
         factors_N: a factor for each index; None means 1.
         ascending: whether the rows are unique and ascend, so that they need no sorting.
-        state: the rule's, float32 [R, D] or [R], contiguous.
+        state: optimizer state of the rule, float32 [R, D] or [R], contiguous.
         rule: ``sgd``, ``adagrad``, ``row_wise_adagrad`` or ``adam``.
-        settings: of the rule.
-        learning_rate: of this step.
-        step: its number, from 1.
+        settings: the rule's hyperparameters, by name.
+        learning_rate: learning rate of this step.
+        step: number of this step, from 1.
 
     Raises:
-        IndexError: a row is not in the table, or a bag not in the gradient.
-        ValueError: shapes do not fit.
+        IndexError: a row is not in the table, or a bag is not in the gradient.
+        ValueError: the shapes do not fit each other.
         TypeError: dtypes, devices or strides are not those above.
     """
     names = ("l2", "weight_decay", "epsilon", "beta1", "beta2")
@@ -190,15 +191,17 @@ def _update(
     beta1: float,
     beta2: float,
 ) -> None:
-    if max(*weight_RD.shape, len(rows_N)) > _MOST:
-        raise ValueError(f"update: a weight of {list(weight_RD.shape)}, {len(rows_N)} rows; expected {_MOST} at most")
+    if max(*weight_RD.shape, len(rows_N)) > _INT32_MAX:
+        raise ValueError(
+            f"update: a weight of {list(weight_RD.shape)}, {len(rows_N)} rows; expected {_INT32_MAX} at most"
+        )
     check_update(weight_RD, state, rows_N, grad_BD, bags_N, factors_N, rule)
     _check_bounds("row", rows_N, len(weight_RD))
     _check_bounds("bag", bags_N, len(grad_BD))
     count, bits = len(rows_N), 0 if ascending else max((len(weight_RD) - 1).bit_length(), 1)
     thread_count = threads(count)
-    high = min(max((count // _A_BUCKET).bit_length() - 1, 0), _DIGIT, bits)
-    passes = max(-(-(bits - high) // _DIGIT), 1)
+    high = min(max((count // _BUCKET_INDICES).bit_length() - 1, 0), _DIGIT_BITS, bits)
+    passes = max(-(-(bits - high) // _DIGIT_BITS), 1)
     first, second = (*state, None, None)[:2]
     call(
         "update_rows",

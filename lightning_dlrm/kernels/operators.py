@@ -1,4 +1,4 @@
-"""How kernels become operators of torch, ``torch.ops.lightning_dlrm.*``."""
+"""Registration of kernels as operators of torch, ``torch.ops.lightning_dlrm.*``."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-_ALONE = 2**10
-"""Indices from which on a second thread is worth waking."""
+_SINGLE_THREAD = 2**10
+"""Number of indices or elements below which one thread works alone."""
 
 _STATES = {"sgd": 0, "adagrad": 1, "row_wise_adagrad": 1, "adam": 2}
-"""Tensors of state that a rule has."""
+"""Update rule -> number of tensors of optimizer state."""
 
 _operators = torch.library.Library("lightning_dlrm", "FRAGMENT")
 
@@ -24,15 +24,15 @@ def register(
     save: Callable[..., None] | None = None,
     devices: Sequence[str] = ("CPU",),
 ) -> None:
-    """Make a kernel an operator of torch.
+    """Register a kernel as an operator of torch.
 
     Args:
-        schema: the operator's, with its name.
-        implementation: what it does.
-        results: makes tensors of its results' shapes and dtypes, for fake tensors.
+        schema: name and signature of the operator.
+        implementation: computes the results.
+        results: returns empty tensors of the results' shapes and dtypes, for fake tensors.
         differentiate: the backward pass; None if the operator is not differentiable.
-        save: sets up the context of the backward pass.
-        devices: torch's dispatch keys of the devices that it works on.
+        save: saves what the backward pass needs.
+        devices: dispatch keys of the devices that the kernel supports.
     """
     name = schema.partition("(")[0]
     _operators.define(schema)
@@ -44,16 +44,16 @@ def register(
 
 
 def nothing(*arguments: Any) -> None:
-    """The results of an operator that only changes its arguments."""
+    """Return None: the result of an operator that only changes its arguments."""
 
 
 def threads(count: int) -> int:
-    """Return how many threads work on as many indices or elements."""
-    return torch.get_num_threads() if count >= _ALONE else 1
+    """Return the number of threads for a number of indices or elements."""
+    return torch.get_num_threads() if count >= _SINGLE_THREAD else 1
 
 
 def count_change(*tensors: Tensor) -> None:
-    """Tell autograd that tensors have changed, so that it refuses those that it has saved."""
+    """Tell autograd that tensors were changed in place, so that a backward pass that saved them fails."""
     increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
@@ -66,13 +66,15 @@ def check_update(
     factors_N: Tensor | None,
     rule: str,
 ) -> None:
-    """Refuse tensors of an update whose shapes do not fit each other.
+    """Check that the shapes of an update's tensors fit each other.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they do not fit.
     """
     if _STATES.get(rule) != len(state):
-        raise ValueError(f"update by {rule!r} with {len(state)} tensors of state; expected one of {_STATES}")
+        raise ValueError(
+            f"update by {rule!r} with {len(state)} tensors of state; expected a rule and its number in {_STATES}"
+        )
     shape = weight_RD.shape[: 1 if rule == "row_wise_adagrad" else 2]
     shapes = [tuple(x.shape) for x in (weight_RD, *state, rows_N, grad_BD)]
     per_index = [rows_N, *(x for x in (bags_N, factors_N) if x is not None)]

@@ -12,14 +12,14 @@ from lightning_dlrm.models.network import CTRNetwork
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """What a model costs; a multiply-add counts as two operations."""
+    """Parameters and operations of a model; a multiply-add counts as two operations."""
 
     tables: int
     """Parameters in the embedding tables, of all ranks together."""
     dense: int
     """All other parameters."""
     flops_per_sample_forward: int
-    """0 if it is not known."""
+    """0 if unknown."""
 
     @property
     def total(self) -> int:
@@ -27,16 +27,16 @@ class ModelSize:
 
     @property
     def flops_per_sample_training(self) -> int:
-        """Forward and backward: a backward pass is two products for each one of the forward pass."""
+        """Operations of both passes; the backward pass takes two products for each product of the forward pass."""
         return 3 * self.flops_per_sample_forward
 
 
 def model_size(network: CTRNetwork, features: Features | None = None) -> ModelSize:
-    """Count parameters and operations; nothing is computed on a network on the meta device.
+    """Count parameters and operations of a network, which may be on the meta device.
 
     Args:
-        network: to be counted.
-        features: of its data; needed to count the operations of a network that does not define ``multiply_adds``.
+        network: the network.
+        features: features of its dataset, needed if the network does not define ``multiply_adds``.
     """
     tables = {table.name: table.rows * lookup.width for lookup in network.lookups() for table in lookup.tables}
     dense = sum(parameter.numel() for parameter in network.dense_parameters())
@@ -48,7 +48,7 @@ def model_size(network: CTRNetwork, features: Features | None = None) -> ModelSi
 
 
 def _counted_flops(network: CTRNetwork, features: Features) -> int:
-    """Return what torch counts in a forward pass of one sample; 0 if the network does not run on its device."""
+    """Return torch's count of operations of a forward pass of one sample; 0 if the pass fails."""
     with torch.device(next((p.device for p in network.parameters()), "cpu")), torch.no_grad():
         dense_BI = torch.zeros(1, features.dense)
         ids = SparseIds(values=torch.zeros(1, len(features.tables), dtype=torch.int32), tables=len(features.tables))
@@ -56,6 +56,6 @@ def _counted_flops(network: CTRNetwork, features: Features) -> int:
             with FlopCounterMode(display=False) as counter:
                 network(dense_BI, ids)
         except Exception:
-            # A forward pass of a user's own need not run on the meta device, and trains all the same.
+            # A custom forward pass may not support the meta device, which training does not need.
             return 0
     return counter.get_total_flops()

@@ -1,4 +1,4 @@
-"""The predecessors that DLRM and DCN are compared with.
+"""Baselines that DLRM and DCN are compared with.
 
 Shape suffixes: B samples, I dense features, F columns, V fields, D width.
 """
@@ -13,7 +13,7 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models import layers
-from lightning_dlrm.models.layers import CompressedInteraction, PairwiseSum, initialise
+from lightning_dlrm.models.layers import CompressedInteraction, PairwiseSum, initialize
 from lightning_dlrm.models.linear import LinearTerms, scalar_tables
 from lightning_dlrm.models.network import CTRNetwork, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
@@ -27,7 +27,7 @@ class FieldVectors(nn.Module):
     Args:
         features: dense inputs and tables.
         embedding_dim: D.
-        seed: of the initial rows.
+        seed: seed of the initial rows.
         tables: see TableSettings; the vectors must have one width.
         user: the model's name, for messages.
     """
@@ -50,17 +50,17 @@ class FieldVectors(nn.Module):
         return vectors_Bn
 
     def forward(self, dense_BI: Tensor, vectors_Bn: Tensor) -> Tensor:
-        """Return the fields' vectors [B, V, D], the columns first, of what ``lookup`` returned."""
+        """Return the fields' vectors [B, V, D], the columns first, from dense features and the result of ``lookup``."""
         vectors_BFD = vectors_Bn.unflatten(1, (-1, self.width))
         scaled_BID = dense_BI[:, :, None] * self.dense
         return torch.cat([vectors_BFD, scaled_BID.to(vectors_BFD.dtype)], dim=1)
 
     def multiply_adds(self) -> int:
-        """Per sample."""
+        """Return the multiply-adds of a sample."""
         return self.embeddings.multiply_adds() + self.dense.numel()
 
     def initial_variances(self) -> dict[str, float]:
-        """See CrossNetwork; small, since dense features can be far from 0."""
+        """Return small variances, since dense features can be far from 0: see CrossNetwork."""
         return {"dense": 1e-4}
 
 
@@ -69,8 +69,8 @@ class LogisticRegression(CTRNetwork):
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        seed: seed of the initial parameters.
+        missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
 
     def __init__(self, features: Features, seed: int = 0, *, missing: Missing = "zero") -> None:
@@ -92,8 +92,8 @@ class MatrixFactorization(CTRNetwork):
 
     Args:
         features: tables, from the dataset's schema; dense features are not used.
-        seed: of the initial weights.
-        columns: names of the two, such as those of the user and of the item.
+        seed: seed of the initial parameters.
+        columns: names of the two columns, such as those of the user and of the item.
         embedding_dim: D, the width of their vectors.
     """
 
@@ -137,10 +137,10 @@ class FactorizationMachine(CTRNetwork):
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
+        seed: seed of the initial parameters.
         embedding_dim: D, the width of every vector.
-        tables: widths, pooling, and small tables in place of large ones.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        tables: settings of the tables, such as widths and pooling.
+        missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class FactorizationMachine(CTRNetwork):
         self.linear = LinearTerms(features, seed)
         self.fields = FieldVectors(features, embedding_dim, seed, tables, "FactorizationMachine")
         self.pairs = PairwiseSum()
-        initialise(self, seed)
+        initialize(self, seed)
 
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
         """See CTRNetwork.score."""
@@ -174,12 +174,12 @@ class MLP(CTRNetwork):
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
+        seed: seed of the initial parameters.
         embedding_dim: D, the width of every vector unless ``tables`` says otherwise.
         deep: widths of the hidden layers; a layer of width 1 follows.
-        batch_norm: normalise over the batch between each hidden layer and its ReLU.
-        tables: widths, pooling, and small tables in place of large ones.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        batch_norm: normalize over the batch between each hidden layer and its ReLU.
+        tables: settings of the tables, such as widths and pooling.
+        missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
 
     HIDDEN_WIDTHS: ClassVar[Mapping[str, slice]] = {"deep": slice(None)}
@@ -199,7 +199,7 @@ class MLP(CTRNetwork):
         self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
         width = sum(self.embeddings.widths) + features.dense
         self.deep = layers.MLP([width, *deep, 1], linear_output=True, batch_norm=batch_norm)
-        initialise(self, seed)
+        initialize(self, seed)
 
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
         """See CTRNetwork.score."""
@@ -217,8 +217,8 @@ class WideAndDeep(MLP):
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
-        options: those of MLP.
+        seed: seed of the initial parameters.
+        options: options of MLP.
     """
 
     def __init__(self, features: Features, seed: int = 0, **options: Any) -> None:
@@ -236,16 +236,16 @@ class WideAndDeep(MLP):
 
 
 class DeepFM(CTRNetwork):
-    """A factorisation machine and an MLP that share the fields' vectors (Guo et al. 2017, equation 1).
+    """A factorization machine and an MLP that share the fields' vectors (Guo et al. 2017, equation 1).
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
+        seed: seed of the initial parameters.
         embedding_dim: D, the width of every vector.
         deep: widths of the hidden layers; a layer of width 1 follows.
-        batch_norm: normalise over the batch between each hidden layer and its ReLU.
-        tables: widths, pooling, and small tables in place of large ones.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        batch_norm: normalize over the batch between each hidden layer and its ReLU.
+        tables: settings of the tables, such as widths and pooling.
+        missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
 
     HIDDEN_WIDTHS: ClassVar[Mapping[str, slice]] = {"deep": slice(None)}
@@ -268,7 +268,7 @@ class DeepFM(CTRNetwork):
         self.deep = layers.MLP(
             [self.fields.fields * embedding_dim, *deep, 1], linear_output=True, batch_norm=batch_norm
         )
-        initialise(self, seed)
+        initialize(self, seed)
 
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
         """See CTRNetwork.score."""
@@ -291,13 +291,13 @@ class XDeepFM(CTRNetwork):
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
+        seed: seed of the initial parameters.
         embedding_dim: D, the width of every vector.
         cin_layers: rows of each layer of the compressed interaction network.
         deep: widths of the MLP's hidden layers; a layer of width 1 follows.
-        batch_norm: normalise over the batch between each hidden layer and its ReLU.
-        tables: widths, pooling, and small tables in place of large ones.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        batch_norm: normalize over the batch between each hidden layer and its ReLU.
+        tables: settings of the tables, such as widths and pooling.
+        missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
 
     HIDDEN_WIDTHS: ClassVar[Mapping[str, slice]] = {"cin_layers": slice(None), "deep": slice(None)}
@@ -322,7 +322,7 @@ class XDeepFM(CTRNetwork):
         self.deep = layers.MLP(
             [self.fields.fields * embedding_dim, *deep, 1], linear_output=True, batch_norm=batch_norm
         )
-        initialise(self, seed)
+        initialize(self, seed)
 
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
         """See CTRNetwork.score."""

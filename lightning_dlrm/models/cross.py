@@ -1,7 +1,6 @@
 """Cross networks: explicit feature crosses of growing degree (DCN, DCN v2).
 
-Shape suffixes: B samples, d features, r rank, E experts. Each layer's weights start Xavier normal,
-biases at zero.
+Shape suffixes: B samples, d features, r rank, E experts. Initial weights are Xavier normal, initial biases zero.
 """
 
 from typing import Literal, TypeAlias
@@ -15,11 +14,11 @@ CrossKind: TypeAlias = Literal["vector", "matrix", "low_rank", "mixture"]
 
 
 class CrossNetwork(nn.Module):
-    """Base of the cross networks: layers that each multiply with the input once more.
+    """Base of the cross networks, whose layers each multiply with the input once more.
 
     Args:
         features: d.
-        layers: how many.
+        layers: number of layers.
     """
 
     def __init__(self, features: int, layers: int) -> None:
@@ -30,22 +29,22 @@ class CrossNetwork(nn.Module):
         self.layers = layers
 
     def forward(self, x0_Bd: Tensor) -> Tensor:
-        """[B, d] -> [B, d]."""
+        """Return the crosses of the input: [B, d] -> [B, d]."""
         x_Bd = x0_Bd
         for layer in range(self.layers):
             x_Bd = self.cross(layer, x0_Bd, x_Bd)
         return x_Bd
 
     def cross(self, layer: int, x0_Bd: Tensor, x_Bd: Tensor) -> Tensor:
-        """One layer: x_{l+1} from x_0 and x_l."""
+        """Return x_{l+1} of one layer from x_0 and x_l."""
         raise TypeError(f"{type(self).__name__} does not define cross")
 
     def initial_variances(self) -> dict[str, float]:
-        """Parameter name -> variance of its initial normal weights; 0 for those that start at zero."""
+        """Return the variance of the initial normal weights of each parameter; 0 for parameters that start at zero."""
         raise TypeError(f"{type(self).__name__} does not define initial_variances")
 
     def multiply_adds(self) -> int:
-        """Per sample: the products with the weights, and d a layer for scaling x_0."""
+        """Return the multiply-adds of a sample: the products with the weights, and d a layer to scale x_0."""
         raise TypeError(f"{type(self).__name__} does not define multiply_adds")
 
 
@@ -90,7 +89,7 @@ class LowRankCross(CrossNetwork):
 
     Args:
         features: d.
-        layers: how many.
+        layers: number of layers.
         rank: r, below d: W_l = U_l V_l.
     """
 
@@ -121,7 +120,7 @@ class MixtureCross(CrossNetwork):
 
     Args:
         features: d.
-        layers: how many.
+        layers: number of layers.
         rank: r, below d.
         experts: E.
     """
@@ -160,10 +159,10 @@ class MixtureCross(CrossNetwork):
 
 
 def make_cross(kind: CrossKind, features: int, layers: int, rank: int | None, experts: int | None) -> CrossNetwork:
-    """A cross network by its name in configurations.
+    """Return a cross network by its name in configurations.
 
     Raises:
-        UserError: no such kind, or a rank or experts missing or given where the kind has none.
+        UserError: there is no such kind, or a rank or experts are missing or not supported by the kind.
     """
     needs: dict[str, tuple[str, ...]] = {
         "vector": (),

@@ -9,30 +9,30 @@ from torch import Tensor
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossKind, make_cross
-from lightning_dlrm.models.layers import MLP, initialise
+from lightning_dlrm.models.layers import MLP, initialize
 from lightning_dlrm.models.linear import LinearTerms
 from lightning_dlrm.models.network import CTRNetwork, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
 
 
 class DCN(CTRNetwork):
-    """A cross network beside, or before, a deep one, over the tables' vectors and the dense features.
+    """A cross network beside, or before, a deep network, over the tables' vectors and the dense features.
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
+        seed: seed of the initial parameters.
         embedding_dim: D, the width of every vector unless ``tables`` says otherwise.
         cross: kind of cross layers: vector (DCN v1), matrix (DCN v2), low_rank, or mixture (of low-rank experts).
         cross_layers: layers of the cross network.
         cross_rank: rank of low_rank and mixture; below the number of features they join.
         cross_experts: experts of mixture.
         deep: widths of the deep network's layers.
-        structure: parallel (both networks see the input) or stacked (the deep one sees the crosses).
-        batch_norm: normalise over the batch in the deep network, between each layer and its ReLU.
+        structure: parallel (both networks get the input) or stacked (the deep network gets the crosses).
+        batch_norm: normalize over the batch in the deep network, between each layer and its ReLU.
         wide: add linear terms, a weight for each dense feature and each id (Cheng et al. 2016).
-        dropout: share of the deep network's outputs, layer by layer, that training leaves out.
-        tables: widths, pooling, and small tables in place of large ones.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        dropout: share of the deep network's outputs, layer by layer, that training sets to 0.
+        tables: settings of the tables, such as widths and pooling.
+        missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
 
     HIDDEN_WIDTHS: ClassVar[Mapping[str, slice]] = {"deep": slice(None)}
@@ -65,7 +65,7 @@ class DCN(CTRNetwork):
         self.deep = MLP([width, *deep], batch_norm=batch_norm, dropout=dropout)
         self.logit = MLP([self.deep.widths[-1] + (0 if self.stacked else width), 1], linear_output=True)
         self.wide = LinearTerms(features, seed) if wide else None
-        initialise(self, seed)
+        initialize(self, seed)
 
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
         """See CTRNetwork.score."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossKind, CrossNetwork, make_cross
-from lightning_dlrm.models.layers import MLP, DotInteraction, ProjectionInteraction, initialise
+from lightning_dlrm.models.layers import MLP, DotInteraction, ProjectionInteraction, initialize
 from lightning_dlrm.models.linear import LinearTerms
 from lightning_dlrm.models.network import CTRNetwork, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
@@ -22,24 +22,23 @@ class DLRM(CTRNetwork):
 
     Args:
         features: dense inputs and tables, from the dataset's schema.
-        seed: of the initial weights.
+        seed: seed of the initial parameters.
         embedding_dim: D, the width of every vector unless ``tables`` says otherwise.
-        bottom_mlp: widths of the bottom MLP's layers; the last one equals embedding_dim.
+        bottom_mlp: widths of the bottom MLP's layers; the last width equals embedding_dim.
         top_mlp: widths of the top MLP's hidden layers; a layer of width 1 follows.
         interaction: dot (dot products of all pairs of vectors, beside the bottom MLP's output), projection
             (dot products of two sets of vectors made from all), cat (the vectors side by side), or cross (a
             cross network over them).
         self_interaction: also take each vector's product with itself; for dot only.
         projection: widths of the two MLPs that make the vectors; for projection only.
-        cross: kind of cross layers: vector (DCN v1), matrix (DCN v2), low_rank, or mixture; for cross only,
-            as are the next three.
-        cross_layers: layers of the cross network.
-        cross_rank: rank of low_rank and mixture.
-        cross_experts: experts of mixture.
+        cross: kind of cross layers: vector (DCN v1), matrix (DCN v2), low_rank, or mixture; for cross only.
+        cross_layers: layers of the cross network; for cross only.
+        cross_rank: rank of low_rank and mixture; for cross only.
+        cross_experts: experts of mixture; for cross only.
         wide: add linear terms, a weight for each dense feature and each id (Cheng et al. 2016).
-        dropout: share of the top MLP's hidden outputs that training leaves out.
-        tables: widths, pooling, and small tables in place of large ones.
-        missing: what stands for a missing dense value: zero, or learned (a number for each feature).
+        dropout: share of the top MLP's hidden outputs that training sets to 0.
+        tables: settings of the tables, such as widths and pooling.
+        missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
 
     HIDDEN_WIDTHS: ClassVar[Mapping[str, slice]] = {"bottom_mlp": slice(0, -1), "top_mlp": slice(None)}
@@ -104,7 +103,7 @@ class DLRM(CTRNetwork):
             width = joined
         self.top = MLP([width, *top_mlp, 1], linear_output=True, dropout=dropout)
         self.wide = LinearTerms(features, seed) if wide else None
-        initialise(self, seed)
+        initialize(self, seed)
 
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
         """See CTRNetwork.score."""
@@ -129,13 +128,14 @@ class DLRM(CTRNetwork):
 
 
 def _check_options(interaction: str, options: Mapping[str, tuple[str, Any]]) -> None:
-    """
+    """Check that the options fit the interaction.
+
     Args:
-        interaction: the one chosen.
-        options: name -> the interaction that it belongs to, and its value; None where it is not given.
+        interaction: name of the interaction.
+        options: name of an option -> the interaction that it belongs to, and its value; None if it is not given.
 
     Raises:
-        UserError: no such interaction, an option of another one, or one that is missing.
+        UserError: there is no such interaction, an option belongs to another interaction, or an option is missing.
     """
     needs: dict[str, dict[str, str]] = {
         "dot": {},

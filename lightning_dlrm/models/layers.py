@@ -1,4 +1,4 @@
-"""The dense layers that every model is made of, and how they start.
+"""Dense layers of the models, and their initial parameters.
 
 Shape suffixes: B samples, I dense features, d features, V vectors, D their width, P pairs, H rows of a
 CIN layer.
@@ -20,20 +20,20 @@ from lightning_dlrm.models.fused import fused_mlp, fusible_layers, pair_products
 
 
 class MLP(nn.Sequential):
-    """Linear layers with a ReLU after each; after the last one too unless ``linear_output``.
+    """Linear layers with a ReLU after each; the last ReLU is left out with ``linear_output``.
 
     Args:
-        widths: of the input and of every layer's output; at least two.
+        widths: widths of the input and of every layer's output; at least two.
         linear_output: leave the last layer without a ReLU.
-        batch_norm: normalise over the batch between each linear layer and its ReLU (Ioffe and Szegedy
-            2015, algorithm 1); an output without a ReLU stays as it is. Of several ranks, each normalises
-            over its own slice of the batch; on GPUs, trainer.sync_batchnorm makes that the whole batch.
-        dropout: share of each hidden layer's outputs, after the ReLU, that training leaves out at random
-            (Srivastava et al. 2014, section 4; the others are scaled up by 1 / (1 - dropout)).
+        batch_norm: normalize over the batch between each linear layer and its ReLU (Ioffe and Szegedy
+            2015, algorithm 1), but not an output without a ReLU. Each rank normalizes over its own slice of
+            the batch; on GPUs, trainer.sync_batchnorm normalizes over the whole batch.
+        dropout: share of each hidden layer's outputs, after the ReLU, that training sets to 0 at random
+            (Srivastava et al. 2014, section 4; other outputs are multiplied by 1 / (1 - dropout)).
     """
 
     kernels: Kernels = "auto"
-    """Which code makes the backward pass."""
+    """The code of the ReLUs and of the backward pass."""
 
     def __init__(
         self, widths: Sequence[int], linear_output: bool = False, batch_norm: bool = False, dropout: float = 0.0
@@ -47,16 +47,18 @@ class MLP(nn.Sequential):
         self.widths = tuple(widths)
         layers: list[nn.Module] = []
         for width_in, width_out in itertools.pairwise(widths):
-            normalise = [BatchNorm(width_out)] if batch_norm else []
-            leave_out = [nn.Dropout(dropout)] if dropout else []
-            layers += [nn.Linear(width_in, width_out), *normalise, nn.ReLU(), *leave_out]
+            normalize = [BatchNorm(width_out)] if batch_norm else []
+            drop = [nn.Dropout(dropout)] if dropout else []
+            layers += [nn.Linear(width_in, width_out), *normalize, nn.ReLU(), *drop]
         if linear_output:
             del layers[-1 - bool(batch_norm) - bool(dropout) :]
         super().__init__(*layers)
 
     def forward(self, x_Bd: Tensor) -> Tensor:
-        """[B, d] -> [B, width of the last layer]: what the modules return one after the other; in one pass if they are
-        linear layers and ReLUs that nothing observes or changes."""
+        """Return the output of the last layer: [B, d] -> [B, width of the last layer].
+
+        Linear layers and ReLUs run in one fused pass if ``fusible_layers`` allows it.
+        """
         layers = fusible_layers(self, x_Bd)
         if layers is None:
             return cast(Tensor, super().forward(x_Bd))
@@ -72,15 +74,15 @@ class MLP(nn.Sequential):
         return [layer for layer in self if isinstance(layer, nn.Linear)]
 
     def multiply_adds(self) -> int:
-        """Per sample."""
+        """Return the multiply-adds of a sample."""
         return sum(a * b for a, b in itertools.pairwise(self.widths))
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation that takes the running statistics where a batch has too few samples for its own."""
+    """Batch normalization that uses the running statistics if a batch has fewer than two samples."""
 
     def forward(self, x_Bd: Tensor) -> Tensor:
-        """[B, d] -> [B, d]."""
+        """Return the normalized features: [B, d] -> [B, d]."""
         if self.training and len(x_Bd) < 2:
             return nn.functional.batch_norm(
                 x_Bd, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
@@ -89,10 +91,10 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class MissingValues(nn.Module):
-    """Puts a number in place of each missing dense value, so that no layer after it sees NaN.
+    """Replacement of missing dense values (NaN) by a number.
 
-    The number is 0. With ``learned``, feature i has one of its own, a_i, which starts at 0: the same as
-    0 and an indicator of missing values that weighs a_i times as much as the feature itself.
+    The number is 0, or with ``learned`` a parameter a_i of feature i, which starts at 0. A learned number has the same
+    effect as 0 and an indicator of missing values with a_i times the feature's weight.
 
     Args:
         features: I.
@@ -104,9 +106,9 @@ class MissingValues(nn.Module):
         self.value = nn.Parameter(torch.zeros(features)) if learned else None
 
     def forward(self, dense_BI: Tensor) -> Tensor:
-        """[B, I], NaN where missing -> [B, I]."""
+        """Return the features without NaN: [B, I] -> [B, I]."""
         if self.value is None:
-            # Infinities stay, so that the loss tells of them.
+            # Infinite values stay, so that the loss becomes infinite or NaN and is reported.
             return dense_BI.nan_to_num(0.0, posinf=math.inf, neginf=-math.inf)
         return torch.where(dense_BI.isnan(), self.value.to(dense_BI.dtype), dense_BI)
 
@@ -125,7 +127,7 @@ class DotInteraction(nn.Module):
     pairs: Tensor
     mirrored: Tensor
     kernels: Kernels = "auto"
-    """Which code multiplies."""
+    """The code of the products."""
 
     def __init__(self, vectors: int, width: int, self_interaction: bool = False) -> None:
         super().__init__()
@@ -138,13 +140,17 @@ class DotInteraction(nn.Module):
         self._self_interaction = self_interaction
 
     def forward(self, first_BD: Tensor, others_Bn: Tensor) -> Tensor:
-        """[B, D] and the V - 1 other vectors, [B, (V - 1) D] -> [B, D + P]: the first one, then the products, in its
-        type."""
-        if not self.pairs.numel():  # of one vector
+        """Return the first vector and the products, in the first vector's dtype: [B, D + P].
+
+        Args:
+            first_BD: the first vector.
+            others_Bn: [B, (V - 1) * D], the other vectors.
+        """
+        if not self.pairs.numel():  # there is one vector
             return first_BD
         others_BVD = others_Bn.unflatten(1, (-1, self.width))
         if torch.compiler.is_compiling():
-            # Compilers fuse plain operations; an exported network needs no kernels of ours.
+            # Compilers fuse plain operations, and an exported network must not need our kernels.
             vectors_BVD = torch.cat([first_BD[:, None], others_BVD], dim=1)
             products_BVV = torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2))
             products_BP = products_BVV.flatten(1).index_select(1, self.pairs)
@@ -156,20 +162,20 @@ class DotInteraction(nn.Module):
         return pair_products(vectors_BVD, first_BD, self.pairs, self.mirrored, self._self_interaction)
 
     def multiply_adds(self) -> int:
-        """Per sample; only the pairs that are kept count."""
+        """Return the multiply-adds of a sample, of the returned pairs only."""
         return self.pairs.numel() * self.width
 
 
 class ProjectionInteraction(nn.Module):
     """Dot products of two sets of vectors, each made from all vectors by an MLP of its own.
 
-    The projection architecture of torchrec's DLRM: a product takes F1 * F2 pairs where F1 + F2 vectors
-    are made, in place of all V (V - 1) / 2. The second set is read as [D, F2].
+    The projection architecture of torchrec's DLRM: the MLPs make F1 and F2 vectors, whose F1 * F2 pairs replace all
+    V (V - 1) / 2 pairs. The second MLP's output is read as [D, F2].
 
     Args:
         vectors: V.
         width: D.
-        branches: widths of the two MLPs' layers; the last ones are multiples of D.
+        branches: widths of the two MLPs' layers; the last widths are multiples of D.
     """
 
     def __init__(self, vectors: int, width: int, branches: Sequence[Sequence[int]]) -> None:
@@ -187,29 +193,29 @@ class ProjectionInteraction(nn.Module):
         self.outputs = branches[0][-1] // width * (branches[1][-1] // width)
 
     def forward(self, joined_Bn: Tensor) -> Tensor:
-        """[B, V * D] -> [B, F1 * F2]."""
+        """Return the products of all pairs of the two sets: [B, V * D] -> [B, F1 * F2]."""
         left_BFD = self.left(joined_Bn).unflatten(1, (-1, self.width))
         right_BDF = self.right(joined_Bn).unflatten(1, (self.width, -1))
         return torch.bmm(left_BFD, right_BDF).flatten(1)
 
     def multiply_adds(self) -> int:
-        """Per sample."""
+        """Return the multiply-adds of a sample."""
         return self.left.multiply_adds() + self.right.multiply_adds() + self.outputs * self.width
 
 
 class PairwiseSum(nn.Module):
-    """The sum of the dot products of all pairs of vectors: second order of a factorisation machine.
+    """The sum of the dot products of all pairs of vectors, the second order of a factorization machine.
 
     Rendle 2010, equation 1, in the linear time of lemma 3.1: sum_{i<j} v_i . v_j = ((sum v)^2 - sum v^2) / 2.
     """
 
     def forward(self, vectors_BVD: Tensor) -> Tensor:
-        """[B, V, D] -> [B]."""
+        """Return the sum of the products: [B, V, D] -> [B]."""
         return 0.5 * (vectors_BVD.sum(1).square() - vectors_BVD.square().sum(1)).sum(1)
 
 
 class CompressedInteraction(nn.Module):
-    """CIN, crosses of vectors of growing degree (Lian et al. 2018, equations 6 and 7).
+    """Compressed interaction network (CIN): crosses of vectors of growing degree (Lian et al. 2018, equations 6 and 7).
 
     X^k_h = sum_ij W^{k,h}_ij X^{k-1}_i * X^0_j, element by element; the output is every X^k_h, summed
     over its D elements.
@@ -230,11 +236,11 @@ class CompressedInteraction(nn.Module):
         self.outputs = sum(layers)
 
     def forward(self, vectors_BVD: Tensor) -> Tensor:
-        """[B, V, D] -> [B, sum of the layers' rows]."""
+        """Return the crosses of every layer, summed over D: [B, V, D] -> [B, sum of the layers' rows]."""
         base_BDV = vectors_BVD.transpose(1, 2)
         rows_BDH, sums = base_BDV, []
         for layer, rows in zip(self.layers, self.rows[:-1], strict=True):
-            # Weights times X^0 first: with fewer rows than vectors, less memory than all products of pairs.
+            # The product of weights and X^0 takes less memory than all products of pairs if H is below V.
             linear = cast(nn.Linear, layer)
             weight = linear.weight.view(-1, rows, self.rows[0])
             mixed_BDHh = (base_BDV @ weight.flatten(0, 1).T).unflatten(2, (-1, rows))
@@ -243,27 +249,27 @@ class CompressedInteraction(nn.Module):
         return torch.cat(sums, dim=1)
 
     def multiply_adds(self) -> int:
-        """Per sample: weights times X^0, and the result times X^{k-1}."""
+        """Return the multiply-adds of a sample: weights times X^0, and the result times X^{k-1}."""
         return self.width * sum(rows * out * (self.rows[0] + 1) for rows, out in itertools.pairwise(self.rows))
 
 
 @runtime_checkable
-class DrawsOwnWeights(Protocol):
-    """A layer whose initial weights have variances of their own."""
+class HasInitialVariances(Protocol):
+    """A layer that defines the variances of its initial parameters."""
 
     def initial_variances(self) -> dict[str, float]:
-        """Parameter name -> variance of its initial normal weights; 0 for those that start at zero."""
+        """Return the variance of the initial normal values of each parameter; 0 for parameters that start at zero."""
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """A parameter by its name."""
+        """Return a parameter by its name."""
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, seed: int) -> None:
-    """Draws every dense weight of a model: a function of the seed and the layer's name alone.
+def initialize(module: nn.Module, seed: int) -> None:
+    """Draw the initial dense parameters of a model as a function of the seed and the layers' names.
 
-    Linear: weights N(0, 2 / (in + out)), biases N(0, 1 / out), variances, as in the code published
-    with Naumov et al. 2019. Layers that say their own variances get those. Tables are left as they are.
+    Linear layers get weights N(0, 2 / (in + out)) and biases N(0, 1 / out), given as variances, as in the code
+    published with Naumov et al. 2019. Other layers get the variances of ``initial_variances``. Tables do not change.
     """
 
     def fill(parameter: Tensor, variance: float, name: str) -> None:
@@ -277,7 +283,7 @@ def initialise(module: nn.Module, seed: int) -> None:
             fill(layer.weight, 2 / (layer.in_features + layer.out_features), f"{name}.weight")
             if layer.bias is not None:
                 fill(layer.bias, 1 / layer.out_features, f"{name}.bias")
-        elif isinstance(layer, DrawsOwnWeights):
+        elif isinstance(layer, HasInitialVariances):
             for parameter, variance in layer.initial_variances().items():
                 weight = layer.get_parameter(parameter)
                 if not weight.is_meta:

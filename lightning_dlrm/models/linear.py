@@ -17,13 +17,12 @@ from lightning_dlrm.tables.table import Table
 class LinearTerms(nn.Module):
     """w_0 + sum_i w_i x_i over the dense features and the columns' ids: logistic regression's logit.
 
-    Also the wide part of Wide & Deep (Cheng et al. 2016, section 3.1, without crossed columns), which
-    DLRM and DCN take as an option. Tables of width 1, ``C3/linear``, hold the weights of the ids; they
-    start at zero, as do the others.
+    The linear terms are also the wide part of Wide & Deep (Cheng et al. 2016, section 3.1, without crossed columns), an
+    option of DLRM and DCN. Tables of width 1, ``C3/linear``, hold the weights of the ids. All weights start at zero.
 
     Args:
         features: dense inputs and tables.
-        seed: of the initial rows.
+        seed: seed of the initial rows.
     """
 
     def __init__(self, features: Features, seed: int) -> None:
@@ -38,14 +37,14 @@ class LinearTerms(nn.Module):
         return weights_BF1.sum((1, 2))
 
     def forward(self, dense_BI: Tensor, weights_B: Tensor) -> Tensor:
-        """Return the linear terms [B] of dense features and of what ``lookup`` returned."""
+        """Return the linear terms [B] of dense features and the result of ``lookup``."""
         return weights_B + dense_BI.to(self.weight.dtype) @ self.weight + self.bias
 
     def multiply_adds(self) -> int:
-        """Per sample."""
+        """Return the multiply-adds of a sample."""
         return self.weight.numel()
 
 
 def scalar_tables(columns: Mapping[str, int], purpose: str) -> list[Table]:
-    """A number for each id, starting at zero."""
+    """Return tables of width 1 that start at zero, named by their purpose."""
     return [Table(name=f"{name}/{purpose}", rows=rows, bound=0.0) for name, rows in columns.items()]

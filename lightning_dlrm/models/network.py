@@ -1,7 +1,7 @@
-"""What every click-through-rate model here is: tables, dense layers, one logit a sample."""
+"""Base of the click-through-rate models: tables, dense layers, one logit for each sample."""
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -13,35 +13,28 @@ from lightning_dlrm.tables.embeddings import Embeddings
 from lightning_dlrm.tables.lookup import EmbeddingTables
 
 Missing: TypeAlias = Literal["zero", "learned"]
-"""What stands for a missing dense value: see MissingValues."""
-
-
-@runtime_checkable
-class UsesTables(Protocol):
-    """A layer of which one part reads tables, and the other computes with what they gave."""
-
-    def lookup(self, ids: SparseIds) -> Tensor:
-        """Read the tables: ids of all columns -> a tensor whose first dimension is the batch."""
+"""Replacement of missing dense values: see MissingValues."""
 
 
 class CTRNetwork(nn.Module):
     """Base of the models. Shapes: B samples, I dense features.
 
-    A model defines ``score``. What its tables give comes from ``lookup``, which this class derives from the model's
-    children: ``forward(dense, ids)`` is ``score(dense, lookup(ids))``. Lookups run eagerly; ``score`` is what is
-    compiled or exported. A model that defines ``forward`` alone trains as well, without ``model.compile``.
+    A model defines ``score``. This class defines ``lookup``, which reads the tables of the model's children: those that
+    are Embeddings, or whose class defines ``lookup``. ``forward(dense, ids)`` is ``score(dense, lookup(ids))``. Lookups
+    run eagerly; ``score`` is compiled or exported. A model may define ``forward`` instead of ``score``, and then
+    ``model.compile`` is not available.
 
     Args:
         dense: I.
-        missing: what stands for a missing dense value.
+        missing: replacement of missing dense values: zero or learned.
 
     Raises:
-        UserError: there is no such ``missing``.
+        UserError: ``missing`` has another value.
     """
 
     HIDDEN_WIDTHS: ClassVar[Mapping[str, slice]] = {}
-    """The arguments that are widths of hidden layers, and which of each list's widths may be changed
-    without changing anything else: what ``params --match`` scales."""
+    """Arguments with widths of hidden layers -> the widths that ``params --match`` may scale: no other argument
+    depends on them."""
 
     def __init__(self, dense: int, missing: Missing = "zero") -> None:
         super().__init__()
@@ -50,21 +43,22 @@ class CTRNetwork(nn.Module):
         self.missing = MissingValues(dense, learned=missing == "learned")
 
     def forward(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
-        """Return logits [B]; a probability exists only outside the loss.
+        """Return logits [B].
 
         Args:
-            dense_BI: NaN where a value is missing.
-            ids: of every table.
+            dense_BI: dense features; NaN if a value is missing.
+            ids: ids of every table.
         """
         return self.score(dense_BI, self.lookup(ids))
 
     def lookup(self, ids: SparseIds) -> dict[str, Tensor]:
-        """Return what the tables give for a batch's ids: name of the child that owns the tables -> tensor [B, ...]."""
+        """Return the tables' vectors of a batch: name of the child that owns the tables -> tensor [B, ...]."""
         vectors: dict[str, Tensor] = {}
-        for name, child in self.named_children():
+        children: Iterable[tuple[str, Any]] = self.named_children()
+        for name, child in children:
             if isinstance(child, Embeddings):
                 vectors[name] = child(ids)
-            elif isinstance(child, UsesTables):
+            elif getattr(type(child), "lookup", None) is not None:
                 vectors[name] = child.lookup(ids)
         return vectors
 
@@ -72,8 +66,8 @@ class CTRNetwork(nn.Module):
         """Return logits [B] from dense features and the vectors of ``lookup``; dense arithmetic only.
 
         Args:
-            dense_BI: NaN where a value is missing.
-            vectors: what ``lookup`` returns.
+            dense_BI: dense features; NaN if a value is missing.
+            vectors: result of ``lookup``.
         """
         raise TypeError(f"{type(self).__name__} defines neither score nor forward")
 
@@ -83,7 +77,7 @@ class CTRNetwork(nn.Module):
         return type(self).score is not CTRNetwork.score
 
     def prefetch(self, ids: SparseIds) -> None:
-        """Begin to fetch the rows of a later ``forward`` while an earlier batch is computed."""
+        """Start the transfers of a later ``forward`` while an earlier batch is computed."""
         for module in self.modules():
             if isinstance(module, Embeddings):
                 module.prefetch(ids)
@@ -96,11 +90,11 @@ class CTRNetwork(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define multiply_adds")
 
     def lookups(self) -> list[EmbeddingTables]:
-        """Return every module that holds table rows, in the order in which the model was put together."""
+        """Return every module that holds table rows, in the order of ``modules``."""
         return [module for module in self.modules() if isinstance(module, EmbeddingTables)]
 
     def wide_lookups(self) -> list[EmbeddingTables]:
-        """Return those of ``lookups`` that hold the weights of linear terms."""
+        """Return the modules of ``lookups`` that hold the weights of linear terms."""
         return [module.tables for module in self.modules() if isinstance(module, LinearTerms)]
 
     def dense_parameters(self) -> list[nn.Parameter]:

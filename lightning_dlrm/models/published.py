@@ -1,4 +1,4 @@
-"""Names of facebookresearch/dlrm for the weights of our DLRM: for its files, and to compare numbers."""
+"""Parameters of DLRM by their names in facebookresearch/dlrm, to read its files and to compare results."""
 
 from torch import Tensor
 
@@ -7,10 +7,10 @@ from lightning_dlrm.models.dlrm import DLRM
 SUFFIXES = {"": "weight", "quotient": "weight_q", "remainder": "weight_r"}
 
 
-def published_names(network: DLRM) -> dict[str, Tensor]:
-    """Name in the published code's ``state_dict`` -> our weight; views, where ours is a part of a larger one.
+def reference_state_dict(network: DLRM) -> dict[str, Tensor]:
+    """Return our parameters by their names in the ``state_dict`` of facebookresearch/dlrm; tables are views.
 
-    Factors of fixed pooling are included; the published ``state_dict`` has those of learned pooling only.
+    Fixed pooling weights are included; the ``state_dict`` of facebookresearch/dlrm has learned pooling weights only.
     """
     embeddings = network.embeddings
     mixed = embeddings.settings.project

@@ -1,6 +1,6 @@
-"""Losses, from logits: a probability would lose digits near 0 and 1.
+"""Losses of logits; probabilities would lose precision near 0 and 1.
 
-Every loss is a cost for each sample, in nats, given its logit z and its target y in [0, 1].
+Every loss gives a cost for each sample, in nats, from its logit z and its target y in [0, 1].
 ``softplus(-z)`` = -log p and ``softplus(z)`` = -log(1 - p), p = 1 / (1 + exp(-z)).
 
 Shape suffix: B samples.
@@ -16,12 +16,12 @@ from lightning_dlrm.contracts.errors import UserError
 
 
 class Loss:
-    """Base of the losses. What they are told of the labels and of extreme predictions is the same.
+    """Base of the losses, with label smoothing and limits of the predictions.
 
     Args:
         label_smoothing: e; the target is y (1 - e) + e / 2 (Szegedy et al. 2016, section 7, two classes).
-        clamp: t; probabilities are held within [t, 1 - t], outside of which there is no gradient: the
-            loss_threshold of facebookresearch/dlrm. 0 for none.
+        clamp: t; probabilities are clamped to [t, 1 - t], and the gradient outside is zero, as with loss_threshold
+            of facebookresearch/dlrm. 0 for no clamp.
     """
 
     def __init__(self, label_smoothing: float = 0.0, clamp: float = 0.0) -> None:
@@ -33,10 +33,10 @@ class Loss:
         self.clamp = clamp
 
     def summed(self, logits_B: Tensor, labels_B: Tensor) -> Tensor:
-        """The sum over the samples; 0-dim, float32 at least.
+        """Return the sum over the samples; 0-dim, float32 at least.
 
         Args:
-            logits_B: of any precision.
+            logits_B: any floating-point dtype.
             labels_B: 0 or 1.
         """
         if logits_B.dtype in (torch.bfloat16, torch.float16):
@@ -50,7 +50,7 @@ class Loss:
         return self.costs(logits_B, targets_B).sum()
 
     def costs(self, logits_B: Tensor, targets_B: Tensor) -> Tensor:
-        """[B], [B] -> [B]."""
+        """Return the cost of each sample: [B], [B] -> [B]."""
         raise TypeError(f"{type(self).__name__} does not define costs")
 
 
@@ -59,7 +59,7 @@ class LogLoss(Loss):
 
     Args:
         label_smoothing: e; the target is y (1 - e) + e / 2.
-        clamp: probabilities are held within [clamp, 1 - clamp]; 0 for none.
+        clamp: probabilities are clamped to [clamp, 1 - clamp]; 0 for no clamp.
     """
 
     def costs(self, logits_B: Tensor, targets_B: Tensor) -> Tensor:
@@ -67,15 +67,15 @@ class LogLoss(Loss):
 
 
 class WeightedLogLoss(Loss):
-    """Binary cross-entropy whose classes weigh differently: -c y log p - n (1 - y) log(1 - p).
+    """Binary cross-entropy with weights of the classes: -c y log p - n (1 - y) log(1 - p).
 
-    The mean is still over the samples, as in facebookresearch/dlrm (wbce), not over the weights.
+    The mean is over the samples and not over the weights, as in facebookresearch/dlrm (wbce).
 
     Args:
         click: c, the weight of label 1.
         no_click: n, the weight of label 0.
         label_smoothing: e; the target is y (1 - e) + e / 2.
-        clamp: probabilities are held within [clamp, 1 - clamp]; 0 for none.
+        clamp: probabilities are clamped to [clamp, 1 - clamp]; 0 for no clamp.
     """
 
     def __init__(self, click: float, no_click: float = 1.0, label_smoothing: float = 0.0, clamp: float = 0.0) -> None:
@@ -87,20 +87,20 @@ class WeightedLogLoss(Loss):
 
     def costs(self, logits_B: Tensor, targets_B: Tensor) -> Tensor:
         if_click_B = -self.click * functional.logsigmoid(logits_B)
-        if_none_B = -self.no_click * functional.logsigmoid(-logits_B)
-        return targets_B * if_click_B + (1 - targets_B) * if_none_B
+        if_no_click_B = -self.no_click * functional.logsigmoid(-logits_B)
+        return targets_B * if_click_B + (1 - targets_B) * if_no_click_B
 
 
 class FocalLoss(Loss):
-    """Well-classified samples count less (Lin et al. 2017, equation 5).
+    """Focal loss, in which well-classified samples count less (Lin et al. 2017, equation 5).
 
     -a y (1 - p)^g log p - (1 - a) (1 - y) p^g log(1 - p).
 
     Args:
-        gamma: g; 0 leaves a weighted cross-entropy.
+        gamma: g; 0 gives a weighted cross-entropy.
         alpha: a, the weight of label 1 against that of label 0.
         label_smoothing: e; the target is y (1 - e) + e / 2.
-        clamp: probabilities are held within [clamp, 1 - clamp]; 0 for none.
+        clamp: probabilities are clamped to [clamp, 1 - clamp]; 0 for no clamp.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class FocalLoss(Loss):
         self.alpha = alpha
 
     def costs(self, logits_B: Tensor, targets_B: Tensor) -> Tensor:
-        log_click_B, log_none_B = functional.logsigmoid(logits_B), functional.logsigmoid(-logits_B)
-        if_click_B = -self.alpha * torch.exp(self.gamma * log_none_B) * log_click_B
-        if_none_B = -(1 - self.alpha) * torch.exp(self.gamma * log_click_B) * log_none_B
-        return targets_B * if_click_B + (1 - targets_B) * if_none_B
+        log_click_B, log_no_click_B = functional.logsigmoid(logits_B), functional.logsigmoid(-logits_B)
+        if_click_B = -self.alpha * torch.exp(self.gamma * log_no_click_B) * log_click_B
+        if_no_click_B = -(1 - self.alpha) * torch.exp(self.gamma * log_click_B) * log_no_click_B
+        return targets_B * if_click_B + (1 - targets_B) * if_no_click_B

@@ -14,24 +14,24 @@ from torch import Tensor
 from torch.nn import functional
 from torchmetrics import Metric
 
-_CHUNK = 1 << 20  # samples worked on at once, so that float64 and int64 copies stay small
+_CHUNK = 1 << 20  # samples of a chunk, whose float64 and int64 copies stay small
 
 
 class Peers(Protocol):
-    """The ranks that a metric is spread over; each of them makes the same calls in the same order."""
+    """The ranks that hold the samples of a metric; each rank makes the same calls in the same order."""
 
     rank: int
     ranks: int
 
     def all_gather(self, values: NDArray) -> list[NDArray]:
-        """Every rank's array; all are of one shape and type."""
+        """Return the array of every rank; all arrays have the same shape and dtype."""
 
     def broadcast(self, values: NDArray, source: int) -> NDArray:
-        """The array [n] of rank ``source``, of whatever length; all are of one type."""
+        """Return the array [n] of rank ``source``; lengths may differ between ranks, dtypes are the same."""
 
 
-class Alone:
-    """The only rank."""
+class SingleRank:
+    """The ranks of a process without others."""
 
     rank, ranks = 0, 1
 
@@ -42,70 +42,69 @@ class Alone:
         return values
 
 
-ALONE = Alone()
+SINGLE_RANK = SingleRank()
 
 Samples = Tensor | Sequence[Tensor]
-"""[N], in one piece or in several."""
+"""[N], one tensor or several parts."""
 
 
-def exact_auc(scores_N: Samples, labels_N: Samples, peers: Peers = ALONE) -> float:
-    """Area under the ROC curve by sorting; a tie counts one half (Mann-Whitney U).
+def exact_auc(scores_N: Samples, labels_N: Samples, peers: Peers = SINGLE_RANK) -> float:
+    """Return the exact area under the ROC curve; a tie counts one half (Mann-Whitney U).
 
-    Every rank sorts what it has; then the scores of the rarer class go round, and every rank counts
-    how many of the other class lie below each. Counts are integers, so the value is the same on any
-    number of ranks. Memory beside the samples: 4 bytes each (8 for float64), and the rarer class of
-    one rank.
+    Every rank sorts its samples. Then each rank broadcasts its scores of the rarer class, and every rank counts its
+    scores of the other class below each. Counts are integers, so the value does not depend on the number of ranks. It
+    takes 4 bytes a sample (8 for float64), and memory for the rarer class of one rank.
 
     Args:
         scores_N: any monotone score, such as the logit.
         labels_N: 0 or 1.
-        peers: the ranks that have the rest of the samples.
+        peers: the ranks that hold the samples.
 
     Returns:
-        The AUC in [0, 1]; NaN where one of the classes is missing, or a score is NaN.
+        The AUC in [0, 1]; NaN if a class has no samples or a score is NaN.
 
     >>> exact_auc(torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([0, 0, 1, 1]))
     0.875
     """
-    scores, labels = _pieces(scores_N), _pieces(labels_N)
+    scores, labels = _parts(scores_N), _parts(labels_N)
     (doubles,) = _total(peers, np.array([any(part.dtype == torch.float64 for part in scores)], np.int64))
     negatives, positives = _sorted_by_class(scores, labels, torch.float64 if doubles else torch.float32)
-    # Sorting leaves NaN at the end.
+    # Sorting puts NaN at the end.
     has_nan = any(len(class_) and math.isnan(class_[-1]) for class_ in (negatives, positives))
     all_negatives, all_positives, nans = _total(peers, np.array([len(negatives), len(positives), has_nan], np.int64))
     if nans or not all_negatives or not all_positives:
         return float("nan")
     positives_rarer = all_positives <= all_negatives
     rare, common = (positives, negatives) if positives_rarer else (negatives, positives)
-    # Twice, so that a tie's half is an integer.
+    # Counted twice, so that half a tie is an integer.
     twice_below = 0
     for source in range(peers.ranks):
-        travelling = peers.broadcast(rare, source)
-        for start in range(0, len(travelling), _CHUNK):
-            chunk = travelling[start : start + _CHUNK]
+        received = peers.broadcast(rare, source)
+        for start in range(0, len(received), _CHUNK):
+            chunk = received[start : start + _CHUNK]
             twice_below += sum(int(np.searchsorted(common, chunk, side).sum()) for side in ("left", "right"))
     (twice_below,) = _total(peers, np.array([twice_below], np.int64))
     pairs = all_positives * all_negatives
     return (twice_below if positives_rarer else 2 * pairs - twice_below) / (2 * pairs)
 
 
-def click_metrics(logits_N: Samples, labels_N: Samples, peers: Peers = ALONE) -> dict[str, float]:
-    """Every metric of the project, by name; every sample of every rank weighs the same.
+def click_metrics(logits_N: Samples, labels_N: Samples, peers: Peers = SINGLE_RANK) -> dict[str, float]:
+    """Return the metrics of the samples of all ranks by name; all samples have the same weight.
 
     - ``log_loss``: mean cross-entropy in nats.
     - ``auc``: see ``exact_auc``.
-    - ``accuracy``: share of samples where probability >= 0.5 agrees with the label.
-    - ``normalized_entropy``: log loss divided by that of always predicting the samples' own click
-      rate (He et al. 2014, section 2.2, equation 1); NaN where one of the classes is missing.
+    - ``accuracy``: share of samples whose label is 1 if and only if the probability is at least 0.5.
+    - ``normalized_entropy``: log loss divided by the log loss of the samples' click rate as a constant prediction (He
+      et al. 2014, section 2.2, equation 1); NaN if a class has no samples.
     - ``calibration``: predicted clicks divided by clicks (He et al. 2014, section 2.2).
 
     Args:
         logits_N: float32 or float64.
         labels_N: 0 or 1.
-        peers: the ranks that have the rest of the samples.
+        peers: the ranks that hold the samples.
 
     Raises:
-        ValueError: there are no samples on any rank.
+        ValueError: no rank has samples.
     """
     sums = np.zeros(5)
     for logits, labels in sample_chunks(logits_N, labels_N):
@@ -117,7 +116,7 @@ def click_metrics(logits_N: Samples, labels_N: Samples, peers: Peers = ALONE) ->
             float(((logits >= 0) == (labels > 0.5)).sum()),
             float(logits.sigmoid().sum()),
         )
-    samples, clicks, loss, right, predicted = _total(peers, sums)
+    samples, clicks, loss, correct, predicted = _total(peers, sums)
     if not samples:
         raise ValueError("metrics of no samples")
     rate = clicks / samples
@@ -125,60 +124,60 @@ def click_metrics(logits_N: Samples, labels_N: Samples, peers: Peers = ALONE) ->
     return {
         "log_loss": loss / samples,
         "auc": exact_auc(logits_N, labels_N, peers),
-        "accuracy": right / samples,
+        "accuracy": correct / samples,
         "normalized_entropy": loss / samples / base_entropy if base_entropy > 0 else float("nan"),
         "calibration": predicted / clicks if clicks else float("nan"),
     }
 
 
 class ClickMetrics(Metric):
-    """Collects logits and labels of a whole evaluation, 5 bytes a sample (9 for float64 logits).
+    """Metric that collects logits and labels of a whole evaluation, 5 bytes a sample (9 for float64 logits).
 
-    Each rank keeps its own samples; see ``exact_auc`` for how they meet.
+    Each rank keeps its own samples: see ``exact_auc``.
 
     Args:
-        peers: gives the ranks, at the time they are needed.
+        peers: returns the ranks; called by ``compute``.
     """
 
     full_state_update = False
     logits: list[Tensor]
     labels: list[Tensor]
 
-    def __init__(self, peers: Callable[[], Peers] = Alone) -> None:
-        # torchmetrics would gather everything on every rank.
+    def __init__(self, peers: Callable[[], Peers] = SingleRank) -> None:
+        # With sync_on_compute, torchmetrics would gather all samples on every rank.
         super().__init__(sync_on_compute=False)
         self._peers = peers
         self.add_state("logits", default=[], dist_reduce_fx=None)
         self.add_state("labels", default=[], dist_reduce_fx=None)
 
     def update(self, logits_B: Tensor, labels_B: Tensor) -> None:
-        """Adds a batch; logits are kept in float32 at least, labels as int8."""
+        """Add a batch; logits are stored as float32 or float64, labels as int8."""
         logits_B = logits_B.detach()
         self.logits.append(logits_B if logits_B.dtype == torch.float64 else logits_B.float())
         self.labels.append(labels_B.to(torch.int8))
 
     def compute(self) -> dict[str, float]:
-        """See ``click_metrics``."""
+        """Return the metrics: see ``click_metrics``."""
         return click_metrics(self.logits, self.labels, self._peers())
 
 
 def _total(peers: Peers, values: NDArray) -> list[Any]:
-    """The sums of each value over the ranks, as Python numbers."""
+    """Return the sum of each value over the ranks, as Python numbers."""
     return [sum(of_ranks) for of_ranks in zip(*(part.tolist() for part in peers.all_gather(values)), strict=True)]
 
 
-def _pieces(samples: Samples) -> Sequence[Tensor]:
+def _parts(samples: Samples) -> Sequence[Tensor]:
     return [samples] if isinstance(samples, Tensor) else samples
 
 
 def sample_chunks(scores: Samples, labels: Samples) -> Iterator[tuple[Tensor, Tensor]]:
-    """The samples on the CPU, a bounded number at a time."""
-    for scores_n, labels_n in zip(_pieces(scores), _pieces(labels), strict=True):
+    """Yield the samples on the CPU in chunks of bounded size."""
+    for scores_n, labels_n in zip(_parts(scores), _parts(labels), strict=True):
         yield from zip(scores_n.cpu().split(_CHUNK), labels_n.cpu().split(_CHUNK), strict=True)
 
 
 def _sorted_by_class(scores: Sequence[Tensor], labels: Sequence[Tensor], dtype: torch.dtype) -> tuple[NDArray, NDArray]:
-    """The scores of the samples of label 0, and of label 1, ascending."""
+    """Return the ascending scores of the samples with label 0, and of those with label 1."""
     positives = sum(int((labels_n > 0).sum()) for labels_n in labels)
     negatives = sum(len(labels_n) for labels_n in labels) - positives
     classes = tuple(torch.empty(count, dtype=dtype).numpy() for count in (negatives, positives))

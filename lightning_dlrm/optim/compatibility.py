@@ -1,6 +1,6 @@
-"""What earlier releases say of dense layers' optimizers, in terms of torch.optim.
+"""Conversion of earlier releases' optimizers of dense layers to classes of torch.optim.
 
-They had update rules of this project for dense layers as well. Configurations and checkpoints of that time open still.
+Earlier releases had update rules of this project for dense layers too. Their configurations and checkpoints still open.
 """
 
 from collections.abc import Mapping
@@ -20,15 +20,15 @@ STATE_NAMES = {"sum": "sum", "mean": "exp_avg", "square": "exp_avg_sq"}
 
 _RULES = "lightning_dlrm.optim.rules."
 _RATES = {"SGD": 0.1, "Adagrad": 0.01, "Adam": 1e-3}
-"""The rules' learning rates by default."""
+"""Default learning rates of the rules."""
 
 
 def torch_optimizer(rule: str, settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the class of torch.optim that is an earlier release's rule, and its arguments.
+    """Return the class of torch.optim that equals a rule of an earlier release, and its arguments.
 
     Args:
         rule: the rule's name, such as Adagrad.
-        settings: of the rule.
+        settings: the rule's settings.
 
     Raises:
         UserError: torch.optim has no such class.
@@ -44,7 +44,7 @@ def torch_optimizer(rule: str, settings: Mapping[str, Any]) -> tuple[str, dict[s
     if rule == "Adam":
         arguments["betas"] = list(betas)
     if rule == "SGD":
-        # Without momentum the two are the same.
+        # SGD without momentum: both settings have the same effect.
         l2, decay = l2 + decay, 0.0
     if decay and (rule == "Adagrad" or l2):
         raise UserError(
@@ -58,11 +58,11 @@ def torch_configuration(value: Any) -> Any:
     """Return the value of ``model.dense_optimizer`` in today's form.
 
     Args:
-        value: as a configuration has it: a class's name, a mapping with class_path and init_args, or settings alone,
-            which overlay those of another file. A value that is in today's form is returned as it is.
+        value: value in a configuration: a class's name, a mapping with class_path and init_args, or only settings,
+            which overlay those of another file. A value in today's form is returned unchanged.
 
     Raises:
-        UserError: it names a rule that no class of torch.optim stands for.
+        UserError: torch.optim has no class for the rule.
     """
     if isinstance(value, str):
         path, settings = value, {}

@@ -13,17 +13,17 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.optim.factories import name_of, takes, target_of
 
 DenseOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
-"""What makes an optimizer of parameters: a class of torch.optim, or ``functools.partial`` of one."""
+"""A class of torch.optim or a ``functools.partial`` of it: returns an optimizer of parameters."""
 
 IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
-"""Settings that say how an optimizer computes, not what."""
+"""Settings that change how an optimizer computes, and not its result."""
 
 
 def make_dense_optimizer(dense_optimizer: DenseOptimizer, parameters: Sequence[nn.Parameter]) -> Optimizer:
     """Return the optimizer of dense layers.
 
-    On a CPU, classes of torch.optim that have a fused implementation use it unless ``fused`` or ``foreach`` is given,
-    as torch by itself chooses ``foreach`` on a CUDA device.
+    On a CPU, classes of torch.optim with a fused implementation use it unless ``fused`` or ``foreach`` is given; on a
+    CUDA device torch itself chooses ``foreach``.
 
     Raises:
         UserError: the class refuses the settings or the parameters, or cannot update dense layers in one pass.
@@ -46,10 +46,10 @@ def make_dense_optimizer(dense_optimizer: DenseOptimizer, parameters: Sequence[n
     if closure is not None and closure.default is closure.empty:
         raise UserError(
             f"dense_optimizer {name} computes the loss several times in a step, and rows of tables move once: choose "
-            "one that takes a single gradient, such as Adagrad"
+            "a class that needs a single gradient, such as Adagrad"
         )
     if isinstance(made, torch.optim.SparseAdam):
-        raise UserError(f"dense_optimizer {name} takes sparse gradients only, and those of layers are dense: use Adam")
+        raise UserError(f"dense_optimizer {name} takes sparse gradients only; dense layers have none: use Adam")
     for group in made.param_groups:
         if not math.isfinite(group["lr"]):
             raise UserError(f"dense_optimizer {name}: lr is {group['lr']}; expected a finite number")
@@ -57,7 +57,7 @@ def make_dense_optimizer(dense_optimizer: DenseOptimizer, parameters: Sequence[n
 
 
 def dense_settings(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """Return class and settings of each group, by its name: what has to agree for a fit to go on."""
+    """Return name of a group -> its class and settings, which must be equal when a fit is resumed."""
     left_out = ("params", "name", "initial_lr", *IMPLEMENTATIONS)
     return {
         group["name"]: {
@@ -69,11 +69,11 @@ def dense_settings(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
 
 
 def dense_state_bytes(dense_optimizer: DenseOptimizer, parameters: Sequence[nn.Parameter]) -> int:
-    """Return the bytes of an optimizer's state after its first step, without the scalars in it.
+    """Return the bytes of an optimizer's state after its first step, without scalars.
 
     Args:
         dense_optimizer: makes the optimizer.
-        parameters: on any device, also meta; zeros on the CPU stand in for them.
+        parameters: parameters on any device, including meta; the step is made with zeros on the CPU.
     """
     stand_ins = [nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device="cpu")) for p in parameters]
     for parameter in stand_ins:

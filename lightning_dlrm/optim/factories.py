@@ -1,4 +1,4 @@
-"""What a callable that makes an optimizer or a schedule calls in the end, and with which keywords."""
+"""The class or function behind a callable that makes an optimizer or a schedule."""
 
 import functools
 import inspect
@@ -10,9 +10,9 @@ def target_of(factory: Callable[..., Any], base: type) -> tuple[Callable[..., An
     """Return the class or function behind ``functools.partial`` objects, and the keywords that they bind.
 
     Args:
-        factory: a class, a function, or a partial of one. The command line gives partials of its own function, whose
-            positional arguments hold the class.
-        base: of the class that is looked for, such as torch.optim.Optimizer.
+        factory: a class, a function, or a partial of either. The command line passes partials of a function of its
+            own, with the class among their positional arguments.
+        base: base of the class, such as torch.optim.Optimizer.
     """
     keywords: dict[str, Any] = {}
     while isinstance(factory, functools.partial):
@@ -27,7 +27,7 @@ def takes(target: Callable[..., Any], name: str) -> bool:
     try:
         return name in inspect.signature(target).parameters
     except ValueError:
-        # Functions that are written in C.
+        # The signature of a function in C is unknown.
         return False
 
 

@@ -25,26 +25,26 @@ from lightning_dlrm.tables.memory import keep_freed_memory
 
 
 class CTROptimizer(torch.optim.Optimizer):
-    """Updates dense layers from their ``.grad`` and tables from their RowGradient.
+    """The optimizer of a model: updates dense layers from ``.grad`` and tables from their RowGradient.
 
-    A ``torch.optim.Optimizer`` whose ``param_groups`` are those of the dense layers' optimizer, the very dictionaries,
-    and then one for tables and perhaps one for linear terms. Each has a ``name``: ``dense`` (``dense_2`` and so on if
-    there are several), ``tables``, ``wide``. What schedulers and callbacks set in a group takes effect at the next
-    step; of the tables' groups that is ``lr``.
+    Its ``param_groups`` are the dictionaries of the dense layers' optimizer, then a group of the tables, and a group of
+    the linear terms if they have a rule of their own. Each group has a ``name``: ``dense`` (``dense_2`` and so on if
+    there are several), ``tables``, ``wide``. Values that schedulers and callbacks set in a group take effect at the
+    next step; the groups of tables use ``lr`` only.
 
-    Dense layers' state is that of the torch.optim class, in its precision: bfloat16 for bfloat16 parameters. The state
-    of tables is float32 at least. It can be as large as the tables themselves, so it is kept apart, in
-    ``table_state``, and is not part of ``state_dict``: checkpoints write it piece by piece.
+    The state of dense layers is that of the torch.optim class and has the parameters' dtype. The state of tables is
+    float32 or wider. It can be as large as the tables, so it is not part of ``state_dict``: it is in ``table_state``,
+    and checkpoints write it piece by piece.
 
-    A step is one of ``dense`` as well: hooks of all optimizers and the profiler see both.
+    ``step`` also calls ``dense.step``, so global optimizer hooks and the profiler see two optimizers.
 
     Args:
         dense: parameters of the dense layers.
-        lookups: of the tables; those whose rows are not trained are passed over.
-        dense_optimizer: makes the dense layers' optimizer; not called without such layers.
-        table_rule: of the tables' rows.
-        wide_rule: of the rows of ``wide``; None if they have table_rule as well.
-        wide: those of ``lookups`` that hold linear terms.
+        lookups: lookups of the tables; those whose rows are not trained are ignored.
+        dense_optimizer: makes the dense layers' optimizer; not called without dense parameters.
+        table_rule: update rule of the tables' rows.
+        wide_rule: update rule of the rows of ``wide``; None for ``table_rule``.
+        wide: the lookups of linear terms, among ``lookups``.
     """
 
     def __init__(
@@ -63,13 +63,14 @@ class CTROptimizer(torch.optim.Optimizer):
             "wide": [lookup for lookup in trained if lookup in of_wide],
         }
         self.rules = {"tables": table_rule} | ({} if wide_rule is None else {"wide": wide_rule})
-        # Group by group, as the base class numbers the parameters.
+        self._tables = {lookup.weight for lookup in lookups}
+        # In the order of the groups, in which the base class numbers the parameters.
         self.lookups = (*by_group["tables"], *by_group["wide"])
         self._group_of = {lookup: name for name, members in by_group.items() for lookup in members}
         # Each step of a fit allocates the same tensors.
         keep_freed_memory()
         self.dense = make_dense_optimizer(dense_optimizer, list(dense)) if dense else None
-        """Of the dense layers; None without any."""
+        """The optimizer of the dense layers; None without dense parameters."""
         dense_groups = [] if self.dense is None else self.dense.param_groups
         for i, group in enumerate(dense_groups):
             group.setdefault("name", f"dense_{i + 1}" if i else "dense")
@@ -87,18 +88,39 @@ class CTROptimizer(torch.optim.Optimizer):
         self._share_with_dense()
         self._settings = self._settings_now()
         self.table_state = [self.rules[self._group_of[lookup]].state(lookup.weight.detach()) for lookup in self.lookups]
-        """For each of ``lookups``: slot name -> tensor."""
+        """For each of ``lookups``: name of the state -> tensor."""
 
     def _share_with_dense(self) -> None:
         if self.dense is not None:
             self.param_groups = [*self.dense.param_groups, *self._row_groups.values()]
             self.state = self.dense.state
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of dense layers' parameters, such as those of a layer that is trained from now on.
+
+        Raises:
+            UserError: they are rows of tables.
+        """
+        if not hasattr(self, "table_state"):
+            # Called by the base class.
+            super().add_param_group(param_group)
+            return
+        given = param_group["params"]
+        given = [given] if isinstance(given, Tensor) else list(given)
+        if self.dense is None or self._tables & set(given):
+            raise UserError("optimizers get their tables when they are made: let them require gradients from the start")
+        name = f"dense_{len(self.dense.param_groups) + 1}"
+        self.dense.add_param_group({"name": name, **param_group, "params": given})
+        self._share_with_dense()
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every dense parameter that has a gradient and every touched row of a table, once.
+        """Update every dense parameter with a gradient and every looked-up row of a table, once.
+
+        Args:
+            closure: computes the gradients and returns the loss.
 
         Returns:
-            The closure's result: it computes the gradients.
+            The closure's result; None without a closure.
         """
         loss = None
         if closure is not None:
@@ -127,20 +149,20 @@ class CTROptimizer(torch.optim.Optimizer):
                 lookup.update(gradient, state, change)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, those of tables as well."""
+        """Clear the gradients of dense parameters and of tables."""
         super().zero_grad(set_to_none)
         for lookup in self.lookups:
             lookup.clear_gradient()
 
     def _dense_parameters(self) -> list[nn.Parameter]:
-        """Those that have a gradient."""
+        """Return the dense parameters with a gradient."""
         groups = [] if self.dense is None else self.dense.param_groups
         return [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
 
     def gradient_norm(self) -> Tensor:
-        """Return the global 2-norm, 0-dim: of dense gradients and of each touched row's summed gradient, over ranks."""
+        """Return the 2-norm over all dense gradients and summed row gradients of all ranks, a 0-dim tensor."""
         grads = [parameter.grad for parameter in self._dense_parameters()]
-        # In bf16 the sum of squares would keep three digits.
+        # A sum of squares in bf16 has three digits.
         precise = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads if grad is not None]
         squares = [torch.nn.utils.get_total_norm(precise).square()] if precise else []
         if self.lookups:
@@ -169,7 +191,7 @@ class CTROptimizer(torch.optim.Optimizer):
                 lookup.replace_gradient(RowGradient(gradient.rows, change(gradient.values)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the dense optimizer's own state_dict, the tables' groups, and all settings; see ``table_state``."""
+        """Return the dense optimizer's state_dict, the groups of tables, and all settings, without ``table_state``."""
         return {
             "dense": None if self.dense is None else self.dense.state_dict(),
             "row_groups": [
@@ -179,12 +201,12 @@ class CTROptimizer(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what ``state_dict`` returned, or that of an earlier release.
+        """Load what ``state_dict`` returned in this or an earlier release.
 
-        If it also holds ``read_table_rows(piece, slot, out)``, that fills ``table_state``.
+        An entry ``read_table_rows(piece, slot, out)``, if there is one, is called to fill ``table_state``.
 
         Raises:
-            UserError: the state is that of other classes or settings.
+            UserError: the state was saved with other classes or settings.
         """
         read_table_rows = state_dict.get("read_table_rows")
         if "row_groups" not in state_dict:
@@ -193,7 +215,7 @@ class CTROptimizer(torch.optim.Optimizer):
         if self.dense is not None:
             ours = self.dense.state_dict()["param_groups"]
             saved = dict(state_dict["dense"])
-            # How this run computes is its own choice.
+            # A resumed run may use another implementation.
             saved["param_groups"] = [
                 theirs | {key: group[key] for key in IMPLEMENTATIONS if key in group}
                 for theirs, group in zip(saved["param_groups"], ours, strict=True)
@@ -209,7 +231,7 @@ class CTROptimizer(torch.optim.Optimizer):
 
     def _of_earlier_release(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state_dict of a release with update rules for dense layers in today's form."""
-        # The first release knew neither l2 nor weight decay.
+        # The first release had neither l2 nor weight_decay.
         rules = {group: {"l2": 0.0, "weight_decay": 0.0} | rule for group, rule in state_dict["rules"].items()}
         settings = dict(rules.pop("dense"))
         name, arguments = torch_optimizer(settings.pop("rule"), settings)
@@ -245,7 +267,8 @@ class CTROptimizer(torch.optim.Optimizer):
     def _check_settings(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """
         Raises:
-            UserError: they differ from this run's. Settings that only one of them has are another release of torch's.
+            UserError: saved settings differ from this run's. Settings that only one of them has are ignored, because
+                releases of torch add some.
         """
         same_groups = saved.keys() == self._settings.keys()
         if not same_groups or any(

@@ -1,4 +1,4 @@
-"""From a gradient to moved rows: how an update rule is applied to the rows of a table that were looked up.
+"""Update of the looked-up rows of a table by an update rule and a gradient.
 
 Shape suffixes: D width, R rows of a table's weight, N looked-up indices, U unique rows among them.
 """
@@ -19,7 +19,7 @@ _KERNEL_RULES: dict[type[UpdateRule], str] = {
     RowWiseAdagrad: "row_wise_adagrad",
     Adam: "adam",
 }
-"""Rules that the kernels know, and their names there."""
+"""Rule -> its name in the kernels."""
 
 
 def update_rows(
@@ -33,16 +33,16 @@ def update_rows(
 ) -> None:
     """Apply a rule to the rows of a gradient, in place.
 
-    A kernel that knows the rule sorts, sums and moves the rows in one call. Without one, rows are moved block by block:
-    gathered, updated and put back, which loses none, since they are unique.
+    A kernel with the rule sorts, sums and updates the rows in one call. Otherwise unique rows are gathered, updated and
+    put back block by block.
 
     Args:
-        weight: [R, D].
-        gradient: of its rows.
-        state: name -> the rule's state, [R, D] or [R].
-        rule: of the update.
-        learning_rate: of this step.
-        step: its number, from 1.
+        weight: the table, [R, D].
+        gradient: gradient of its rows.
+        state: name -> optimizer state, [R, D] or [R].
+        rule: the update rule.
+        learning_rate: learning rate of this step.
+        step: number of this step, from 1.
         kernels: see ``kernels.choice``.
     """
     known = _KERNEL_RULES.get(type(rule))
@@ -72,7 +72,7 @@ def _update_by_triton(
     learning_rate: float,
     step: int,
 ) -> None:
-    # torch for CPUs comes without Triton.
+    # Builds of torch for CPUs have no Triton.
     from lightning_dlrm.kernels import fused
 
     settings = vars(rule)

@@ -1,4 +1,4 @@
-"""Update rules: how the touched rows of tables move along their gradients."""
+"""Update rules of table rows: SGD, Adagrad, RowWiseAdagrad and Adam."""
 
 import math
 
@@ -11,16 +11,16 @@ from lightning_dlrm.tables.memory import empty_table
 
 
 class UpdateRule:
-    """Base of the rules. A rule holds settings; its state of each table lives with the optimizer.
+    """Base class of update rules; a rule holds settings, and the optimizer holds the state of each table.
 
-    State is float32 at least, whatever the tables' precision. ``l2`` and ``weight_decay`` touch the rows that the step
-    touches, and no others.
+    State is float32 or wider, for any dtype of the tables. ``l2`` and ``weight_decay`` change only the rows that the
+    step updates.
 
     Args:
-        learning_rate: lr, the step size at full schedule.
-        l2: adds l2 w to the gradient, that of the penalty l2 w^2 / 2.
-        weight_decay: d; takes lr d w off the weight, beside the gradient's step (Loshchilov and Hutter
-            2019, algorithm 2, "decoupled").
+        learning_rate: lr, before the schedule changes it.
+        l2: adds l2 w to the gradient, which is the gradient of the penalty l2 w^2 / 2.
+        weight_decay: d; subtracts lr d w from the weight, beside the gradient's step (Loshchilov and Hutter 2019,
+            algorithm 2, "decoupled").
     """
 
     def __init__(self, learning_rate: float, l2: float = 0.0, weight_decay: float = 0.0) -> None:
@@ -34,21 +34,21 @@ class UpdateRule:
         self.weight_decay = weight_decay
 
     def state(self, weight_RD: Tensor) -> dict[str, Tensor]:
-        """Return fresh state of a table: slot name -> tensor of R rows, float32 at least."""
+        """Return the initial state of a table: name -> tensor of R rows, float32 or wider."""
         raise TypeError(f"{type(self).__name__} does not define state")
 
     @torch.no_grad()
     def apply(
         self, weight_UD: Tensor, gradient_UD: Tensor, state: dict[str, Tensor], learning_rate: float, step: int
     ) -> None:
-        """Update rows in place: decay, then the rule; in float32 at least, whatever their precision.
+        """Update rows in place: decay, then the rule, in float32 or wider.
 
         Args:
-            weight_UD: some rows.
-            gradient_UD: theirs.
-            state: the slots of ``state``, of the same rows.
-            learning_rate: of this step.
-            step: the number of this update of the model, from 1.
+            weight_UD: the rows.
+            gradient_UD: their gradients.
+            state: the state of the rows, as ``state`` returns it for a table.
+            learning_rate: learning rate of this step.
+            step: number of this step of the model, from 1.
         """
         exact_UD = weight_UD.to(_precise(weight_UD))
         gradient_UD = gradient_UD.to(exact_UD.dtype)
@@ -63,7 +63,7 @@ class UpdateRule:
     def update(
         self, weight_UD: Tensor, gradient_UD: Tensor, state: dict[str, Tensor], learning_rate: float, step: int
     ) -> None:
-        """The rule's formula: move rows and their ``state`` in place; see ``apply``."""
+        """Apply the rule's formula to rows and their ``state``, in place; see ``apply``."""
         raise TypeError(f"{type(self).__name__} does not define update")
 
 
@@ -123,7 +123,7 @@ class Adagrad(UpdateRule):
         self, weight_UD: Tensor, gradient_UD: Tensor, state: dict[str, Tensor], learning_rate: float, step: int
     ) -> None:
         if weight_UD.is_cpu:
-            # One pass over the rows; its steps count for a decay of the rate, of which there is none here.
+            # One pass over the rows. torch uses the step for lr_decay only, which is 0.
             adagrad(
                 [weight_UD],
                 [gradient_UD.contiguous()],
@@ -143,9 +143,9 @@ class Adagrad(UpdateRule):
 
 
 class RowWiseAdagrad(Adagrad):
-    """Adagrad with one accumulator for each row: s <- s + mean(g^2 over the row).
+    """Adagrad with a single accumulator for each row: s <- s + mean(g^2 over the row).
 
-    The form of facebookresearch/dlrm and FBGEMM: a table's state takes 1/D of Adagrad's memory.
+    As in facebookresearch/dlrm and FBGEMM. A table's state takes 1/D of Adagrad's memory.
 
     Args:
         learning_rate: lr.
@@ -168,16 +168,16 @@ class RowWiseAdagrad(Adagrad):
 
 
 class Adam(UpdateRule):
-    """Adam (Kingma and Ba 2015, algorithm 1), lazy: a row's moments wait until it is touched.
+    """Lazy Adam (Kingma and Ba 2015, algorithm 1): a row's moments change only in steps that update the row.
 
     m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2, w <- w - lr m' / (sqrt(v') + eps) with
-    m' = m / (1 - b1^t), v' = v / (1 - b2^t). The bias correction counts the model's steps t, also for a
-    row that most steps pass over, as in torch.optim.SparseAdam.
+    m' = m / (1 - b1^t), v' = v / (1 - b2^t). The bias correction counts all steps t of the model, also those that do
+    not update the row, as in torch.optim.SparseAdam.
 
     Args:
         learning_rate: lr.
-        beta1: b1, how long the mean of the gradients remembers.
-        beta2: b2, how long the mean of their squares does.
+        beta1: b1, decay of the mean of the gradients.
+        beta2: b2, decay of the mean of their squares.
         epsilon: eps, keeps the division finite.
         l2: adds l2 w to the gradient.
         weight_decay: takes lr times this share off the weight.
@@ -215,7 +215,7 @@ class Adam(UpdateRule):
 
 
 def _precise(weight: Tensor) -> torch.dtype:
-    """Return the weight's dtype, or float32 if that has more digits."""
+    """Return the weight's dtype, or float32 if that is wider."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: torch LRSchedulers that are formulas of the step and of the fit's length."""
+"""Learning-rate schedules: torch LRSchedulers that compute the rate from the step and the length of the fit."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.optim.factories import name_of, takes, target_of
 
 Schedule = Callable[[Optimizer], LRScheduler]
-"""What makes a schedule of an optimizer: a class, or ``functools.partial`` of one."""
+"""A class or a ``functools.partial`` of it: returns a schedule of an optimizer."""
 
 
 def schedule_name(schedule: Schedule) -> str:
@@ -22,16 +22,16 @@ def schedule_name(schedule: Schedule) -> str:
 def needs_total_steps(schedule: Schedule) -> bool:
     """Whether the schedule has a parameter ``total_steps`` that is not given."""
     target, given = target_of(schedule, LRScheduler)
-    # OneCycleLR of torch takes epochs and steps_per_epoch in its place.
+    # torch's OneCycleLR takes epochs and steps_per_epoch instead.
     return takes(target, "total_steps") and given.get("total_steps") is None and given.get("steps_per_epoch") is None
 
 
 def make_schedule(schedule: Schedule, optimizer: Optimizer, total_steps: Callable[[], int]) -> LRScheduler:
-    """Return the schedule of an optimizer; it sets the learning rates of the first step.
+    """Return the schedule of an optimizer, after it has set the learning rates of the first step.
 
     Args:
-        schedule: makes it.
-        optimizer: whose groups' ``lr`` it changes.
+        schedule: makes the schedule.
+        optimizer: the optimizer; the schedule changes the ``lr`` of its groups.
         total_steps: returns the optimizer steps of the whole fit; called if the schedule needs them.
 
     Raises:
@@ -49,24 +49,23 @@ def make_schedule(schedule: Schedule, optimizer: Optimizer, total_steps: Callabl
     if isinstance(made, ReduceLROnPlateau):
         raise UserError(
             "schedule ReduceLROnPlateau follows a metric of validations, and schedules here are stepped after each "
-            "optimizer step: choose another, such as WarmupThenDecay"
+            "optimizer step: choose another schedule, such as WarmupThenDecay"
         )
     return made
 
 
 class StepSchedule(LRScheduler):
-    """Base of this project's schedules: a formula of the step, stepped once after each optimizer step.
+    """Base class of this project's schedules: a formula of the step, stepped after each optimizer step.
 
-    The state in a checkpoint is the number of steps alone: settings and the fit's length are those of the run that
-    goes on.
+    Its state in a checkpoint is the number of steps. Settings and the length of the fit are those of the resumed run.
     """
 
     def rate(self, step: int, base: float) -> float:
-        """Return the learning rate of one optimizer step.
+        """Return the learning rate of an optimizer step.
 
         Args:
-            step: counted from 1.
-            base: the group's rate at full schedule.
+            step: number of the step, from 1.
+            base: learning rate of the group before the schedule changes it.
         """
         raise TypeError(f"{type(self).__name__} does not define rate")
 
@@ -80,7 +79,7 @@ class StepSchedule(LRScheduler):
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the step of a saved state; that of torch's own schedulers is read as well."""
+        """Continue after the step of a saved state, which may be that of a scheduler of torch."""
         self.last_epoch = state_dict["last_epoch"]
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             if isinstance(group["lr"], Tensor):
@@ -90,7 +89,7 @@ class StepSchedule(LRScheduler):
 
 
 class Constant(StepSchedule):
-    """Each group's own learning rate at every step."""
+    """A constant learning rate for each group."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
@@ -100,10 +99,10 @@ class Constant(StepSchedule):
 
 
 class WarmupThenDecay(StepSchedule):
-    """Linear warm-up, plateau, and quadratic decay to zero over the last part of the fit, however long it is.
+    """Linear warm-up, plateau, and quadratic decay to zero over the last part of the fit.
 
     Args:
-        optimizer: whose learning rates change.
+        optimizer: optimizer whose learning rates change.
         warmup_steps: steps of linear warm-up.
         decay_share: share of the fit's steps that the decay takes, 0 to 1.
         total_steps: optimizer steps of the whole fit; CTRModule gives it.
@@ -135,14 +134,14 @@ class WarmupThenDecay(StepSchedule):
 
 
 class Cosine(StepSchedule):
-    """Linear warm-up, then half a cosine down to the end of the fit, however long it is.
+    """Linear warm-up, then half a cosine down to the end of the fit.
 
     Loshchilov and Hutter 2017, equation 5, without restarts.
 
     Args:
-        optimizer: whose learning rates change.
+        optimizer: optimizer whose learning rates change.
         warmup_steps: steps of linear warm-up.
-        final_share: of the full rate, which the cosine would reach one step after the last.
+        final_share: share of the full rate that the cosine reaches one step after the last step.
         total_steps: optimizer steps of the whole fit; CTRModule gives it.
     """
 
@@ -173,18 +172,18 @@ class Cosine(StepSchedule):
 class WarmupQuadraticDecay(StepSchedule):
     """Linear warm-up, plateau, quadratic decay: the schedule of the code published with DLRM.
 
-    As published, warm-up leads from base / warmup_steps to base (1 - 1 / warmup_steps), which is
-    kept up to decay_start_step; the decay then starts from base, and its last rate stays.
+    As published, warm-up goes from base / warmup_steps to base (1 - 1 / warmup_steps), and that rate is kept until
+    decay_start_step. The decay starts from base, and its last rate is kept.
 
     Args:
-        optimizer: whose learning rates change.
+        optimizer: optimizer whose learning rates change.
         warmup_steps: steps of linear warm-up.
-        decay_start_step: first step of the decay; not before the warm-up's end.
+        decay_start_step: first step of the decay; not before the end of the warm-up.
         decay_steps: length of the decay; 0 for none.
     """
 
     MIN_LEARNING_RATE = 1e-7
-    """The decay goes no lower, as published."""
+    """Lowest rate of the decay, as published."""
 
     def __init__(
         self, optimizer: Optimizer, warmup_steps: int, decay_start_step: int = 0, decay_steps: int = 0

@@ -1,13 +1,13 @@
-"""Making plans: arithmetic on the tables' sizes and their traffic, without torch.
+"""Planner: distributes tables over ranks by their sizes and traffic, without torch.
 
 A plan balances two quantities: bytes (parameters and optimizer state), and work, which is the number of rows that all
-ranks request of one rank for a global batch. Work counts the distinct rows of each rank's slice, not of the whole
+ranks request of one rank for a global batch. Work counts the unique rows of each rank's slice, not of the whole
 batch, since a row that every slice needs is sent to every rank. Row i of a table is drawn in proportion to
 (i + 1)^-skew (Zipf's law), so a piece at the head of a table can be small and busy, and a piece at its tail large and
 idle.
 
 If bags hold several ids, a rank may send sums instead of rows: for each bag, one sum of the rows that the rank holds.
-A plan pools the tables for which sums take fewer bytes than distinct rows. The balance counts rows even for these: the
+A plan pools the tables for which sums take fewer bytes than unique rows. The balance counts rows even for these: the
 number of sums depends on how many ranks share a table, which is known only after the table is cut.
 """
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.sharding.costs import pooled_tables, table_costs
-from lightning_dlrm.sharding.loads import DistinctRows, TableLoad, format_bytes
+from lightning_dlrm.sharding.loads import TableLoad, UniqueRows, format_bytes
 from lightning_dlrm.sharding.plan import Piece, Plan
 
 _CHUNKS_PER_RANK = (1, 2, 4, 8)
@@ -55,7 +55,7 @@ def make_plan(
         value_bytes: bytes of one element of a vector or gradient that is sent.
 
     Raises:
-        UserError: the tables do not fit; the message has the missing bytes and what would help.
+        UserError: the tables do not fit; the message has the missing bytes and the remedies.
     """
     if ranks < 1 or batch_size < 1:
         raise UserError(f"a plan needs 1 rank or more and a batch of 1 or more; got {ranks} and {batch_size}")
@@ -81,18 +81,18 @@ def refuse_cut_tables(tables: Sequence[TableLoad]) -> None:
     names = [table.name for table in tables]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(
-            f"tables.on_host cuts table {twice[0]} between the device and host memory, which is for one device; "
-            "several ranks keep a table in one or the other: give on_host a list of columns"
+            f"tables.on_host splits table {twice[0]} between the device and host memory, which one device supports but "
+            "not several ranks: give on_host a list of columns"
         )
 
 
 def _balanced(tables: Sequence[TableLoad], limits: Sequence[float], batch_size: int) -> Plan:
-    """Return the plan with the fewest cuts that is balanced, or else the best balanced one."""
-    traffic = [DistinctRows(table, batch_size / len(limits)) for table in tables]
+    """Return the balanced plan with the fewest cuts, or else the plan with the least imbalance."""
+    traffic = [UniqueRows(table, batch_size / len(limits)) for table in tables]
     best, best_imbalance = None, math.inf
     for chunks in _CHUNKS_PER_RANK:
         plan, imbalance = _distribute(tables, traffic, limits, chunks)
-        # More pieces must pay: they make more messages and smaller lookups.
+        # More pieces make more messages and smaller lookups, so they must reduce the imbalance.
         if imbalance < 0.98 * best_imbalance:
             best, best_imbalance = plan, imbalance
         if best_imbalance <= _GOOD_IMBALANCE:
@@ -106,7 +106,7 @@ def _limits(memory: int | Sequence[int] | None, ranks: int) -> list[float]:
         return [math.inf] * ranks
     limits = [memory] * ranks if isinstance(memory, int) else list(memory)
     if len(limits) != ranks:
-        raise UserError(f"memory is given for {len(limits)} ranks, but there are {ranks}: give one figure, or {ranks}")
+        raise UserError(f"memory is given for {len(limits)} ranks, but there are {ranks}: give one amount, or {ranks}")
     if min(limits) < 0:
         raise UserError(f"memory per rank is {min(limits)} bytes; expected 0 or more")
     return [float(limit) for limit in limits]
@@ -147,16 +147,16 @@ class _Loads:
     work: NDArray
 
     def shares(self, size: float = 0.0, work: float = 0.0) -> NDArray:
-        """[ranks]: the load of each rank, if a piece were added to it."""
+        """Return the load of each rank after adding a piece to it: [ranks]."""
         return np.maximum((self.bytes + size) / self.fair_bytes, (self.work + work) / self.fair_work)
 
     def room(self, rank: int, share: float = math.inf) -> float:
-        """Bytes that fit on a rank within its limit and a share of its fair load."""
+        """Return the bytes that fit on a rank within its limit and a share of its fair load."""
         return min(share * self.fair_bytes[rank], self.limits[rank]) - self.bytes[rank]
 
 
 def _distribute(
-    tables: Sequence[TableLoad], traffic: Sequence[DistinctRows], limits: Sequence[float], chunks: int
+    tables: Sequence[TableLoad], traffic: Sequence[UniqueRows], limits: Sequence[float], chunks: int
 ) -> tuple[Plan, float]:
     """Return a plan and its imbalance; no piece has more than 1 / ``chunks`` of a rank's fair load."""
     ranks = len(limits)
@@ -195,7 +195,7 @@ def _distribute(
     return Plan(ranks=ranks, pieces=tuple(_joined(placed, tables))), float(loads.shares().max())
 
 
-def _choose_rank(loads: _Loads, table: TableLoad, traffic: DistinctRows, start: int, stop: int) -> tuple[int, int]:
+def _choose_rank(loads: _Loads, table: TableLoad, traffic: UniqueRows, start: int, stop: int) -> tuple[int, int]:
     """Return the rank for a piece, and how many of its rows that rank takes; 0 rows if no rank has room."""
     rows = stop - start
     size, work = rows * table.bytes_per_row, traffic.between(start, stop)
@@ -216,7 +216,7 @@ def _choose_rank(loads: _Loads, table: TableLoad, traffic: DistinctRows, start: 
     return chosen, rows
 
 
-def _cut(table: TableLoad, traffic: DistinctRows, most_bytes: float, most_work: float) -> Iterable[tuple[int, int]]:
+def _cut(table: TableLoad, traffic: UniqueRows, most_bytes: float, most_work: float) -> Iterable[tuple[int, int]]:
     """Yield row ranges of about equal weight, none above either limit."""
     start = 0
     while start < table.rows:

@@ -1,14 +1,16 @@
-"""Checkpoints: a folder that any number of ranks can write and any other number can open.
+"""Checkpoints: a folder that any number of ranks can write and any number of ranks can open.
 
 ::
 
-    manifest.json                    tables, slots and pieces; model, fingerprints, step
-    tables/C3.0.safetensors          rows 0.. of table C3: tensor ``weight`` and one per optimiser slot
+    manifest.json                    tables, state and pieces; model, fingerprints, step
+    tables/C3.0.safetensors          rows 0.. of table C3: ``weight`` and each tensor of optimizer state
     tables/C3/linear.0.safetensors   the same of a further table of that column
-    rest.pt                          dense weights and their optimiser, loops, loader, random states
+    rest.pt                          dense parameters, their optimizer state, loops, loader, random states
 
-A checkpoint is written aside, flushed to disk, and renamed: an interrupted save never takes the
-place of a whole one. ``rest.pt`` is opened with ``weights_only``: no code in it is ever run.
+A checkpoint is written to a temporary folder, flushed to disk, and renamed: an interrupted save never
+replaces a complete checkpoint. ``rest.pt`` is opened with ``weights_only``, which runs no code from it.
+
+A *slot* is ``weight`` or the name of a tensor of optimizer state with a first dimension of rows.
 """
 
 import dataclasses
@@ -40,16 +42,16 @@ REST = "rest.pt"
 
 @dataclass(frozen=True)
 class PieceTensors:
-    """A piece of a table with everything there is for each of its rows."""
+    """A piece of a table with its rows and their optimizer state."""
 
     piece: TablePiece
     tensors: Mapping[str, Tensor]
-    """``weight`` [rows of the piece, D], and optimiser slots [rows of the piece, ...]."""
+    """``weight`` [rows of the piece, D], and optimizer state [rows of the piece, ...]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PieceFile:
-    """Where a range of a table's rows lies on disk."""
+    """The file that holds a range of a table's rows."""
 
     start: int
     stop: int
@@ -60,16 +62,16 @@ class PieceFile:
 
 @dataclass(frozen=True, kw_only=True)
 class TableEntry:
-    """A table as the manifest describes it."""
+    """The manifest's entry of a table."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    """Global shape of ``weight`` and of each optimiser slot."""
+    """Global shape of ``weight`` and of each tensor of optimizer state."""
     pieces: tuple[PieceFile, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     header: Mapping[str, Any]
     """JSON values about the run: model, fingerprints, step, epoch."""
@@ -84,21 +86,21 @@ def save_checkpoint(
     header: Mapping[str, Any],
     ranks: Ranks | None = None,
 ) -> None:
-    """Writes a checkpoint, replacing one of the same name; all ranks call it, and each writes its pieces.
+    """Write a checkpoint, or replace one of the same name; all ranks call this, and each writes its pieces.
 
     Args:
-        folder: the checkpoint's name, such as ``checkpoints/last``; on a file system that all ranks see.
-        pieces: of this rank; all ranks' pieces together cover every table.
-        rest: tensors and plain Python values, small; rank 0's is written.
-        header: JSON values for people and for checks before anything is loaded; rank 0's is written.
-        ranks: who takes part; by default all ranks of the process group, if there is one.
+        folder: the checkpoint's name, such as ``checkpoints/last``, on a file system that all ranks share.
+        pieces: pieces of this rank; the pieces of all ranks together cover every table.
+        rest: small tensors and plain Python values; those of rank 0 are written.
+        header: JSON values about the run, which can be checked before tensors are loaded; those of rank 0 are
+            written.
+        ranks: the ranks that hold the pieces; by default all ranks of the process group, if there is one.
 
     Raises:
-        UserError: on all ranks, where one of them cannot write, or the disk is full. What was there
-            before stays.
+        UserError: on all ranks, if a rank cannot write or the disk is full. The previous checkpoint stays.
     """
     folder, ranks = Path(folder), ranks or Ranks()
-    partial = _beside(folder, "partial")
+    partial = _hidden_sibling(folder, "partial")
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -107,7 +109,7 @@ def save_checkpoint(
     def write_pieces() -> list[dict[str, Any]]:
         if not partial.is_dir():
             raise OSError(
-                f"rank {ranks.rank} does not see {partial}: the run folder has to be one that all ranks share"
+                f"rank {ranks.rank} does not see {partial}: put the run folder on a file system that all ranks share"
             )
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             return list(pool.map(lambda piece: _write_piece(partial, piece), pieces))
@@ -115,15 +117,15 @@ def save_checkpoint(
     def finish() -> None:
         torch.save(dict(rest), partial / REST)
         tables = _table_entries(entry for entries in written for entry in entries)
-        manifest = Manifest(header=header, tables=tables, rest=_describe(partial, REST, 0, 0))
+        manifest = Manifest(header=header, tables=tables, rest=_describe_file(partial, REST, 0, 0))
         document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
         (partial / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
         _publish(partial, folder)
 
     try:
-        ranks.run_on_rank_zero(_told_as_save_error(folder, begin))
-        written = ranks.run_on_all_ranks(_told_as_save_error(folder, write_pieces))
-        ranks.run_on_rank_zero(_told_as_save_error(folder, finish))
+        ranks.run_on_rank_zero(_raising_save_errors(folder, begin))
+        written = ranks.run_on_all_ranks(_raising_save_errors(folder, write_pieces))
+        ranks.run_on_rank_zero(_raising_save_errors(folder, finish))
     except UserError:
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -131,13 +133,12 @@ def save_checkpoint(
 
 
 def staging_bytes(pieces: Sequence[PieceTensors]) -> int:
-    """Page-locked memory that ``save_checkpoint`` takes: for the largest of the pieces that lie on a GPU, as many as
-    are written at a time."""
+    """Return the page-locked memory that ``save_checkpoint`` takes: the largest pieces on a GPU, one per thread."""
     sizes = (sum(tensor.nbytes for tensor in piece.tensors.values() if tensor.is_cuda) for piece in pieces)
     return sum(sorted(sizes, reverse=True)[: torch.get_num_threads()])
 
 
-def _told_as_save_error(folder: Path, action: Callable[[], Any]) -> Callable[[], Any]:
+def _raising_save_errors(folder: Path, action: Callable[[], Any]) -> Callable[[], Any]:
     def act() -> Any:
         try:
             return action()
@@ -151,7 +152,7 @@ def _told_as_save_error(folder: Path, action: Callable[[], Any]) -> Callable[[],
 
 
 def _table_entries(written: Iterable[Mapping[str, Any]]) -> dict[str, TableEntry]:
-    """Of what the ranks have written: table name -> its shapes and its pieces by ascending rows."""
+    """Return the manifest's entries of all tables from the results of ``_write_piece``; pieces by ascending rows."""
     shapes: dict[str, Mapping[str, tuple[int, ...]]] = {}
     files: dict[str, list[PieceFile]] = {}
     for entry in written:
@@ -164,16 +165,16 @@ def _table_entries(written: Iterable[Mapping[str, Any]]) -> dict[str, TableEntry
 
 
 def rewrite_checkpoint(source: Path, folder: Path, bounds: Mapping[str, Sequence[int]] | None = None) -> None:
-    """Writes a checkpoint again, with its tables cut otherwise; a piece per thread is in memory at a time.
+    """Write a checkpoint again with other pieces of its tables; each thread has one piece in memory at a time.
 
     Args:
-        source: the checkpoint.
-        folder: of the new one.
-        bounds: table name -> 0, where each piece but the first starts, the table's rows; None leaves
-            tables whole.
+        source: folder of the checkpoint.
+        folder: folder of the new checkpoint.
+        bounds: table name -> the first row of each piece, then the number of the table's rows; None for whole
+            tables.
 
     Raises:
-        UserError: ``source`` is not whole, or ``folder`` exists or cannot be written.
+        UserError: ``source`` is incomplete, or ``folder`` exists or cannot be written.
     """
     if Path(folder).exists():
         raise UserError(f"{folder} exists; give another folder for the new checkpoint")
@@ -188,7 +189,7 @@ def rewrite_checkpoint(source: Path, folder: Path, bounds: Mapping[str, Sequence
 
 
 class _StoredRows(Mapping[str, Tensor]):
-    """A piece's rows in a checkpoint, each slot read when it is asked for."""
+    """The rows of a piece in a checkpoint; each slot is read at its access."""
 
     def __init__(self, reader: "CheckpointReader", piece: TablePiece) -> None:
         self._reader, self._piece = reader, piece
@@ -209,8 +210,8 @@ class _StoredRows(Mapping[str, Tensor]):
 
 
 def link_checkpoint(source: Path, folder: Path) -> None:
-    """Gives a whole checkpoint a second name at no cost in disk: its files are never changed in place."""
-    partial = _beside(folder, "partial")
+    """Give a checkpoint a second name by hard links: its files are never changed in place."""
+    partial = _hidden_sibling(folder, "partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial, copy_function=_link_or_copy)
@@ -221,16 +222,15 @@ def link_checkpoint(source: Path, folder: Path) -> None:
 
 
 def resolve_checkpoint(folder: Path) -> Path:
-    """The folder that holds the checkpoint of this name.
+    """Return the folder that holds the checkpoint of a name.
 
-    A save that was interrupted between its two renames leaves the previous checkpoint, whole,
-    under another name.
+    A save that was interrupted between its two renames leaves the previous checkpoint under another name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such checkpoint.
     """
     folder = Path(folder)
-    for candidate in (folder, _beside(folder, "previous")):
+    for candidate in (folder, _hidden_sibling(folder, "previous")):
         if (candidate / MANIFEST).is_file():
             return candidate
     what = "is not a checkpoint folder (no manifest.json)" if folder.exists() else "does not exist"
@@ -238,13 +238,13 @@ def resolve_checkpoint(folder: Path) -> Path:
 
 
 class CheckpointReader:
-    """Reads a checkpoint; every file's checksum is compared before its content is used.
+    """Reader of a checkpoint, which verifies the checksum of every file before it uses the file.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
 
     Raises:
-        UserError: there is no such checkpoint, it is of another version, or pieces are missing.
+        UserError: the checkpoint does not exist or has another version, or pieces are missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -275,10 +275,10 @@ class CheckpointReader:
         return self.manifest.header
 
     def rest(self) -> dict[str, Any]:
-        """What ``save_checkpoint`` got as ``rest``.
+        """Return the values that ``save_checkpoint`` got as ``rest``.
 
         Raises:
-            UserError: the file is damaged, or holds more than tensors and plain values.
+            UserError: the file is damaged, or holds objects other than tensors and plain values.
         """
         self._check(self.manifest.rest)
         try:
@@ -290,10 +290,10 @@ class CheckpointReader:
             ) from error
 
     def read_rows(self, piece: TablePiece, slot: str, out: Tensor) -> None:
-        """Fills ``out`` with a piece's rows of one slot, whatever pieces they were written in.
+        """Fill ``out`` with a piece's rows of one slot; the rows may come from several stored pieces.
 
         Raises:
-            UserError: the checkpoint has no such table or slot, another shape, or a damaged file.
+            UserError: the checkpoint does not have the table or slot, has another shape, or is damaged.
         """
         entry = self.manifest.tables.get(piece.name)
         if entry is None or slot not in entry.shapes:
@@ -313,15 +313,15 @@ class CheckpointReader:
                 out[start - piece.start : stop - piece.start].copy_(rows)
 
     def dtype(self, table: str, slot: str) -> torch.dtype:
-        """Of a slot's values as they are stored."""
+        """Return the stored dtype of a slot."""
         with safe_open(str(self.folder / self.manifest.tables[table].pieces[0].file), framework="pt") as file:
             return file.get_slice(slot)[:0].dtype
 
     def verify(self) -> None:
-        """Compares every file's checksum.
+        """Verify the checksum of every file.
 
         Raises:
-            UserError: one differs.
+            UserError: a checksum differs.
         """
         for part in self._files():
             self._check(part)
@@ -341,7 +341,7 @@ class CheckpointReader:
 
 
 def _check_tiling(folder: Path, name: str, entry: TableEntry) -> None:
-    """The pieces of a table cover its rows, each once."""
+    """Check that the pieces of a table cover each of its rows once."""
     row = 0
     for part in sorted(entry.pieces, key=lambda part: part.start):
         if part.start != row:
@@ -350,7 +350,7 @@ def _check_tiling(folder: Path, name: str, entry: TableEntry) -> None:
     rows = entry.shapes["weight"][0]
     if row != rows or sum(part.stop - part.start for part in entry.pieces) != rows:
         raise UserError(
-            f"checkpoint {folder}: the pieces of table {name} do not cover its {rows} rows; use another one"
+            f"checkpoint {folder}: the pieces of table {name} do not cover its {rows} rows; use another checkpoint"
         )
 
 
@@ -369,38 +369,38 @@ def _parse_manifest(document: Mapping[str, Any]) -> Manifest:
 
 
 def _write_piece(partial: Path, piece: PieceTensors) -> dict[str, Any]:
-    """Writes a piece's file; returns what ``_table_entries`` takes."""
-    what = piece.piece
-    name = f"tables/{what.name}.{what.start}.safetensors"
+    """Write the file of a piece, and return its entry for ``_table_entries``."""
+    rows = piece.piece
+    name = f"tables/{rows.name}.{rows.start}.safetensors"
     (partial / name).parent.mkdir(parents=True, exist_ok=True)
     tensors = {slot: _in_host_memory(tensor.detach()) for slot, tensor in piece.tensors.items()}
     save_file(tensors, str(partial / name))
     # Each rank flushes its own files: on a network file system only the machine that wrote them can.
     _flush(partial / name)
     return {
-        "table": what.name,
-        "shapes": {slot: [what.table_rows, *tensor.shape[1:]] for slot, tensor in tensors.items()},
-        "file": dataclasses.asdict(_describe(partial, name, what.start, what.stop)),
+        "table": rows.name,
+        "shapes": {slot: [rows.table_rows, *tensor.shape[1:]] for slot, tensor in tensors.items()},
+        "file": dataclasses.asdict(_describe_file(partial, name, rows.start, rows.stop)),
     }
 
 
 def _in_host_memory(tensor: Tensor) -> Tensor:
-    """On a CPU the live tensor itself, or a view of it; from a GPU a copy in page-locked memory."""
+    """Return the tensor itself on a CPU, or a copy in page-locked memory of a tensor on a GPU."""
     if not tensor.is_cuda:
         return tensor.contiguous()
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(tensor)
 
 
-def _describe(partial: Path, name: str, start: int, stop: int) -> PieceFile:
+def _describe_file(partial: Path, name: str, start: int, stop: int) -> PieceFile:
     path = partial / name
     return PieceFile(start=start, stop=stop, file=name, bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Flushes a finished checkpoint to disk and gives it its name."""
+    """Flush a complete checkpoint to disk and rename it."""
     for path in [partial / MANIFEST, partial / REST, *(p for p in partial.rglob("*") if p.is_dir()), partial]:
         _flush(path)
-    previous = _beside(folder, "previous")
+    previous = _hidden_sibling(folder, "previous")
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
@@ -417,7 +417,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _beside(folder: Path, suffix: str) -> Path:
+def _hidden_sibling(folder: Path, suffix: str) -> Path:
     return folder.with_name(f".{folder.name}.{suffix}")
 
 
@@ -425,5 +425,5 @@ def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:
-        # A file system without hard links.
+        # The file system has no hard links.
         shutil.copy2(source, target)

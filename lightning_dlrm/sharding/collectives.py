@@ -13,31 +13,31 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError
 
-_PATIENCE = timedelta(hours=2)
+_LONG_TIMEOUT = timedelta(hours=2)
 
-# The default group it was made beside, and the group itself.
-_patient: tuple[Any, Any] | None = None
+_long_timeout_group: tuple[Any, Any] | None = None
+"""The default process group for which the gloo group with the long timeout was made, and that group."""
 
 
 class Ranks:
-    """The ranks of the default process group, or this process alone where there is none.
+    """The ranks of the default process group, or this process alone without a process group.
 
-    Every rank makes the same calls in the same order. Arrays travel on the device that the group's
-    backend needs: CUDA under NCCL, else the CPU; tensors stay where they are.
+    Every rank makes the same calls in the same order. Arrays are exchanged on the device that the group's backend
+    needs: CUDA with NCCL, else the CPU. Tensors are exchanged on their own device.
 
     Args:
-        patient: wait for hours instead of the group's timeout, over gloo: for what one rank may do
-            much longer than another, such as writing to disk.
+        long_timeout: use a gloo group with a timeout of two hours, for actions that may take one rank much longer than
+            another, such as writing to disk.
     """
 
-    def __init__(self, patient: bool = False) -> None:
+    def __init__(self, long_timeout: bool = False) -> None:
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.ranks = dist.get_world_size() if together else 1
-        self._group = _patient_group() if patient and self.ranks > 1 else None
+        self._group = _make_long_timeout_group() if long_timeout and self.ranks > 1 else None
 
     def all_gather(self, values: NDArray) -> list[NDArray]:
-        """Every rank's array; all are of one shape and type."""
+        """Return the array of every rank; all arrays have the same shape and dtype."""
         if self.ranks == 1:
             return [values]
         mine = self._to_wire(values)
@@ -46,20 +46,20 @@ class Ranks:
         return [part.cpu().numpy() for part in theirs]
 
     def all_gather_uneven(self, values: NDArray) -> list[NDArray]:
-        """Every rank's array [n, ...], of whatever length; all are of one type."""
+        """Return the array [n, ...] of every rank; lengths may differ, dtypes are the same."""
         lengths = [int(part[0]) for part in self.all_gather(np.array([len(values)]))]
         padded = np.zeros((max(lengths), *values.shape[1:]), values.dtype)
         padded[: len(values)] = values
         return [part[:length] for part, length in zip(self.all_gather(padded), lengths, strict=True)]
 
     def all_gather_json(self, value: Any) -> list[Any]:
-        """Every rank's JSON value."""
+        """Return the JSON value of every rank."""
         text = json.dumps(value).encode()
         parts = self.all_gather_uneven(np.frombuffer(text, np.uint8))
         return [json.loads(part.tobytes()) for part in parts]
 
     def broadcast(self, values: NDArray, source: int) -> NDArray:
-        """The array [n] of rank ``source``, of whatever length; all are of one type."""
+        """Return the array [n] of rank ``source``; lengths may differ between ranks, dtypes are the same."""
         if self.ranks == 1:
             return values
         length = int(self.all_gather(np.array([len(values)]))[source][0])
@@ -68,22 +68,22 @@ class Ranks:
         return wire.cpu().numpy()
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over the ranks."""
+        """Return the sum of a tensor over the ranks."""
         total = value.detach().clone()
         if self.ranks > 1:
             dist.all_reduce(total, group=self._group)
         return total
 
     def all_to_all(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> "AsyncCollective":
-        """Start to send a part of ``values`` to each rank and to receive this rank's part of theirs.
+        """Start to send a part of ``values`` to each rank and to receive a part of each rank's values.
 
         Args:
             values: [sum of sent, ...], by ascending receiving rank.
-            sent: how many rows each rank receives from this one.
-            received: how many rows this rank receives from each.
+            sent: number of rows that each rank receives from this one.
+            received: number of rows that this rank receives from each.
 
         Returns:
-            [sum of received, ...], by ascending sending rank, once it has been waited for.
+            The operation; its ``wait`` returns [sum of received, ...], by ascending sending rank.
         """
         if self.ranks == 1:
             return AsyncCollective(values, values, None)
@@ -93,14 +93,14 @@ class Ranks:
         return AsyncCollective(values, arriving, work)
 
     def all_to_all_counts(self, counts: Tensor) -> "AsyncCollective":
-        """int64 [ranks, ...] -> the same shape: what each rank has counted for this one."""
+        """Start to exchange counts, int64 [ranks, ...] by rank; ``wait`` returns each rank's counts for this one."""
         return self.all_to_all(counts, [1] * self.ranks, [1] * self.ranks)
 
     def run_on_all_ranks(self, action: Callable[[], Any]) -> list[Any]:
         """Run an action on every rank and return the results of all ranks, which are JSON values.
 
         Raises:
-            UserError: the action raised one on some rank; every rank raises the first of them.
+            UserError: the action raised a UserError on a rank; every rank raises the first one.
         """
         try:
             result = {"value": action()}
@@ -116,7 +116,7 @@ class Ranks:
         """Run an action on rank 0 and return its result, a JSON value, on every rank.
 
         Raises:
-            UserError: the action raised one; every rank raises it.
+            UserError: the action raised a UserError; every rank raises it.
         """
         return self.run_on_all_ranks(action if self.rank == 0 else lambda: None)[0]
 
@@ -129,9 +129,9 @@ class AsyncCollective:
     """A collective operation that has been started.
 
     Args:
-        sent: the tensor that is sent; kept alive until it has been.
-        received: the tensor that is filled.
-        work: torch's handle of the operation; None if it is done already.
+        sent: the tensor to send; kept alive until the operation ends.
+        received: the tensor to fill.
+        work: torch's handle of the operation; None if the operation is complete.
     """
 
     def __init__(self, sent: Tensor, received: Tensor, work: Any) -> None:
@@ -139,9 +139,9 @@ class AsyncCollective:
         self._received, self._work = received, work
 
     def wait(self) -> Tensor:
-        """Wait for the operation and return the received tensor. On a GPU the caller's stream waits, not the caller.
+        """Wait for the operation and return the received tensor.
 
-        Several threads may wait, each with a stream of its own.
+        On a GPU the caller's stream waits, and the caller does not. Several threads may wait, each with its own stream.
         """
         if self._work is not None:
             self._work.wait()
@@ -150,22 +150,22 @@ class AsyncCollective:
 
 
 def set_timeout(seconds: float) -> None:
-    """How long the default group waits for a rank that does not answer."""
+    """Set the time that the default group waits for a rank that does not answer."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
-def lost_rank(error: BaseException) -> bool:
-    """Whether an error says that another rank is gone or does not answer."""
+def is_lost_rank(error: BaseException) -> bool:
+    """Return whether an error says that another rank has ended or does not answer."""
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
         return True
-    # Gloo tells of it in plain RuntimeErrors, which begin with the place in its sources.
+    # Gloo raises RuntimeError, whose message begins with a path in gloo's sources.
     text = str(error).lower()
-    told = ("closed by peer", "reset by peer", "timed out", "broken pipe", "no route to host", "connection refused")
-    return isinstance(error, RuntimeError) and "/gloo/" in text and any(words in text for words in told)
+    phrases = ("closed by peer", "reset by peer", "timed out", "broken pipe", "no route to host", "connection refused")
+    return isinstance(error, RuntimeError) and "/gloo/" in text and any(phrase in text for phrase in phrases)
 
 
-def _patient_group() -> Any:
-    global _patient
-    if _patient is None or _patient[0] is not dist.group.WORLD:
-        _patient = dist.group.WORLD, dist.new_group(backend="gloo", timeout=_PATIENCE)
-    return _patient[1]
+def _make_long_timeout_group() -> Any:
+    global _long_timeout_group
+    if _long_timeout_group is None or _long_timeout_group[0] is not dist.group.WORLD:
+        _long_timeout_group = dist.group.WORLD, dist.new_group(backend="gloo", timeout=_LONG_TIMEOUT)
+    return _long_timeout_group[1]

@@ -1,4 +1,4 @@
-"""What a plan asks of each rank: memory, requested rows, and bytes sent in a training step."""
+"""Costs of a plan for each rank: memory, requested rows, and bytes sent in a training step."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,28 +7,28 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dlrm.sharding.loads import DistinctRows, TableLoad
+from lightning_dlrm.sharding.loads import TableLoad, UniqueRows
 from lightning_dlrm.sharding.plan import Piece, Plan
 
 ID_BYTES = 4
 """Bytes of a row id that is sent."""
 FACTOR_BYTES = 4
-"""Bytes of a per-index weight that is sent."""
+"""Bytes of a per-sample weight that is sent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedRequest:
-    """What one rank's slice of a batch is expected to request from one rank for one table."""
+    """Expected request of one rank's slice of a batch to one rank for one table."""
 
     ids: float
-    """Ids sent: distinct rows, or, if the bags are summed by the rank that holds the rows, all indices."""
+    """Ids sent: unique rows, or, if the bags are summed by the rank that holds the rows, all indices."""
     vectors: float
-    """Vectors received, and gradients sent back: one for each distinct row, or for each sum."""
+    """Vectors received, and gradients sent back: one for each unique row, or for each sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankCost:
-    """What a plan asks of one rank; sent bytes are those of one training step."""
+    """Costs of a plan for one rank; sent bytes are those of one training step."""
 
     rank: int
     pieces: int = 0
@@ -38,7 +38,7 @@ class RankCost:
     host_bytes: int = 0
     """The part of ``bytes`` that is in host memory."""
     work: float = 0.0
-    """Rows that all ranks request from this rank for a global batch: distinct rows of each rank's slice, or, for a
+    """Rows that all ranks request from this rank for a global batch: unique rows of each rank's slice, or, for a
     pooled table, sums."""
     sent_ids: float = 0.0
     """Bytes of ids that this rank sends to request rows, with their weights for pooled tables."""
@@ -50,7 +50,7 @@ class RankCost:
 
 
 def rank_costs(plan: Plan, tables: Sequence[TableLoad], batch_size: int, value_bytes: int = 4) -> list[RankCost]:
-    """Return what a plan asks of each rank; every rank has an equal slice of the batch.
+    """Return the costs of a plan for each rank; every rank has an equal slice of the batch.
 
     Args:
         plan: plan of these tables.
@@ -91,13 +91,13 @@ class TableCost:
 
     name: str
     sent_rows: NDArray
-    """[ranks]: bytes that each rank sends if distinct rows are exchanged."""
+    """[ranks]: bytes that each rank sends if unique rows are exchanged."""
     sent_sums: NDArray
     """[ranks]: bytes that each rank sends if sums are exchanged; infinite if the table cannot be pooled."""
 
 
 def table_costs(plan: Plan, tables: Sequence[TableLoad], batch_size: int, value_bytes: int = 4) -> list[TableCost]:
-    """Return both costs of each table, whichever the plan has chosen; the arguments are those of ``rank_costs``."""
+    """Return the costs of each table with rows and with sums; the arguments are those of ``rank_costs``."""
 
     def sent(table: TableLoad, pooled: bool) -> NDArray:
         if pooled and not table.may_pool:
@@ -120,9 +120,9 @@ def pooled_tables(costs: Sequence[TableCost]) -> tuple[str, ...]:
 
 
 def _requests(plan: Plan, table: TableLoad, batch_size: int, pooled: bool) -> dict[int, ExpectedRequest]:
-    """Rank that holds pieces of a table -> what each rank requests from it."""
+    """Return the expected request of each rank to every rank that holds pieces of a table."""
     samples = batch_size / plan.ranks
-    traffic = DistinctRows(table, samples)
+    traffic = UniqueRows(table, samples)
     return {
         rank: _request(table, pieces, traffic, samples, pooled)
         for rank, pieces in _by_rank(plan.tables[table.name]).items()
@@ -130,7 +130,7 @@ def _requests(plan: Plan, table: TableLoad, batch_size: int, pooled: bool) -> di
 
 
 def _request(
-    table: TableLoad, pieces: Iterable[Piece], traffic: DistinctRows, samples: float, pooled: bool
+    table: TableLoad, pieces: Iterable[Piece], traffic: UniqueRows, samples: float, pooled: bool
 ) -> ExpectedRequest:
     if not pooled:
         rows = math.fsum(traffic.between(piece.start, piece.stop) for piece in pieces)
@@ -145,7 +145,7 @@ def _request(
 def _sent(
     table: TableLoad, requests: Mapping[int, ExpectedRequest], ranks: int, value_bytes: int, pooled: bool
 ) -> NDArray:
-    """[3, ranks]: bytes of ids, vectors and gradients that each rank sends to others."""
+    """Return the bytes of ids, vectors and gradients that each rank sends to others: [3, ranks]."""
     here_IR = np.zeros((2, ranks))
     for rank, request in requests.items():
         id_bytes = ID_BYTES + (FACTOR_BYTES if pooled and table.factors else 0)

@@ -1,4 +1,4 @@
-"""What is known of embedding tables before they are placed: their sizes, and the traffic that they get."""
+"""Sizes and traffic of embedding tables, the input of plans."""
 
 import bisect
 import itertools
@@ -25,7 +25,7 @@ class TableLoad:
     indices_per_sample: float = 1.0
     """Mean number of rows that a sample looks up."""
     factors: bool = False
-    """Whether each index of a bag has a weight of its own."""
+    """Whether the table's ids have per-sample weights."""
     may_pool: bool = True
     """Whether the rank that holds the rows may sum them: see EmbeddingTables.may_pool."""
     on_host: bool = False
@@ -33,7 +33,7 @@ class TableLoad:
     skew: float = 1.0
     """Exponent of Zipf's law: row i is drawn in proportion to (i + 1)^-skew; 0 for uniform draws."""
     counts: NDArray | None = field(default=None, compare=False, repr=False)
-    """[rows]: counted lookups of each row; they take the place of ``skew``."""
+    """[rows]: counted lookups of each row, used instead of ``skew``."""
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.width < 1 or self.bytes_per_row < 1:
@@ -49,8 +49,8 @@ class TableLoad:
         return self.rows * self.bytes_per_row
 
 
-class DistinctRows:
-    """Expected number of distinct rows that a batch looks up, for any range of a table's rows.
+class UniqueRows:
+    """Expected number of unique rows that a batch looks up, for any range of a table's rows.
 
     n draws miss row i with probability exp(-n p_i). The first rows are summed one by one, the others in blocks that
     grow by a few percent; unless rows were counted, each row of a block has the probability of its middle row.
@@ -82,15 +82,15 @@ class DistinctRows:
         self._share_below = [0.0, *itertools.accumulate(drawn)]
 
     def below(self, row: int) -> float:
-        """Expected distinct rows among rows 0 to ``row`` - 1."""
+        """Return the expected unique rows among rows 0 to ``row`` - 1."""
         return self._at(self._below, row)
 
     def between(self, start: int, stop: int) -> float:
-        """Expected distinct rows among rows ``start`` to ``stop`` - 1."""
+        """Return the expected unique rows among rows ``start`` to ``stop`` - 1."""
         return self.below(stop) - self.below(start)
 
     def share(self, start: int, stop: int) -> float:
-        """Expected share of the draws that hit rows ``start`` to ``stop`` - 1."""
+        """Return the expected share of the draws that hit rows ``start`` to ``stop`` - 1."""
         return self._at(self._share_below, stop) - self._at(self._share_below, start)
 
     def _at(self, sums: Sequence[float], row: int) -> float:
@@ -99,7 +99,7 @@ class DistinctRows:
         return sums[i] + (sums[i + 1] - sums[i]) * (row - a) / (b - a)
 
     def row_after(self, start: int, count: float) -> int:
-        """The largest row with at most ``count`` expected distinct rows between ``start`` and it; above ``start``."""
+        """Return the largest row r > ``start`` with at most ``count`` expected unique rows in ``start`` to r - 1."""
         goal = self.below(start) + count
         i = bisect.bisect_right(self._below, goal) - 1
         if i >= len(self._edges) - 1:
@@ -110,7 +110,7 @@ class DistinctRows:
 
 
 def imbalance(values: Sequence[float]) -> float:
-    """The largest value divided by the mean; 1 if all are equal or zero."""
+    """Return the largest value divided by the mean; 1 if all are equal or zero."""
     mean = sum(values) / len(values)
     return max(values) / mean if mean else 1.0
 
@@ -132,9 +132,11 @@ def parse_bytes(text: str) -> int:
     try:
         value = float(number) * units[compact[len(number) :]]
     except (ValueError, KeyError) as error:
-        raise UserError(f"{text!r} is no amount of memory; expected text such as 80GiB, 512MB or 1000000") from error
+        raise UserError(
+            f"{text!r} is not an amount of memory; expected text such as 80GiB, 512MB or 1000000"
+        ) from error
     if not (math.isfinite(value) and value >= 0):
-        raise UserError(f"{text!r} is no amount of memory; expected 0 or more")
+        raise UserError(f"{text!r} is not an amount of memory; expected 0 or more")
     return int(value)
 
 

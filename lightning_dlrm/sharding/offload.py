@@ -1,11 +1,11 @@
-"""Which tables stay in host memory, if one device has no room for all of them."""
+"""Choice of the tables that stay in host memory if they do not all fit on one device."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.sharding.loads import DistinctRows, TableLoad, format_bytes
+from lightning_dlrm.sharding.loads import TableLoad, UniqueRows, format_bytes
 
 _CACHED_BATCHES = 3
 
@@ -24,7 +24,7 @@ class HostPlacement:
     """Bytes of cached rows: those of three batches, which are fetched, used and written back."""
     host_bytes: int
     fetched: Mapping[str, float]
-    """Table in host memory -> expected distinct rows of a batch, which each step fetches and writes back."""
+    """Table in host memory -> expected unique rows of a batch, which each step fetches and writes back."""
     bus_bytes: float
     """Bytes that a step moves to the device; as many move back."""
 
@@ -34,12 +34,12 @@ class _Offload:
 
     def __init__(self, tables: Sequence[TableLoad], batch_size: int) -> None:
         self.tables = {table.name: table for table in tables}
-        self.traffic = {table.name: DistinctRows(table, batch_size) for table in tables}
+        self.traffic = {table.name: UniqueRows(table, batch_size) for table in tables}
         self.first: dict[str, int] = {}
         """Name of a table in host memory -> number of its first rows that are on the device."""
 
     def fetched(self, name: str) -> float:
-        """Expected rows of a batch that are fetched from host memory."""
+        """Return the expected rows of a batch that are fetched from host memory."""
         return self.traffic[name].between(self.first.get(name, 0), self.tables[name].rows)
 
     def fetched_bytes(self, name: str) -> float:
@@ -49,16 +49,16 @@ class _Offload:
         return sum(self.first.get(name, 0) * self.tables[name].bytes_per_row for name in host)
 
     def cached(self, host: Iterable[str]) -> int:
-        """Bytes of cached rows, if these tables are in host memory."""
+        """Return the bytes of cached rows if these tables are in host memory."""
         return _CACHED_BATCHES * sum(math.ceil(self.fetched_bytes(name)) for name in host)
 
     def on_device(self, host: set[str]) -> int:
-        """Bytes on the device, if these tables are in host memory."""
+        """Return the bytes on the device if these tables are in host memory."""
         whole = sum(table.bytes for name, table in self.tables.items() if name not in host)
         return whole + self.first_bytes(host) + self.cached(host)
 
     def choose(self, movable: Iterable[str], memory: int) -> set[str]:
-        """Names of the tables to keep in host memory."""
+        """Return the names of the tables to keep in host memory."""
         host: set[str] = set()
         idlest = sorted(movable, key=lambda name: (self.fetched(name) / self.tables[name].bytes, name))
         for name in idlest:
@@ -95,10 +95,10 @@ def place_tables(tables: Sequence[TableLoad], movable: Iterable[str], batch_size
     missing = device_bytes - memory
     if missing > 0:
         raise UserError(
-            f"what cannot stay in host memory takes {device_bytes:,} bytes ({format_bytes(device_bytes)}), the device "
-            f"has {memory:,}: {missing:,} bytes ({format_bytes(missing)}) too few; "
-            f"{format_bytes(offload.cached(host))} are for the cached rows of three batches: a smaller batch, or a "
-            "smaller width, needs less"
+            f"the tables and cached rows on the device take {device_bytes:,} bytes ({format_bytes(device_bytes)}), the "
+            f"device has {memory:,}: {missing:,} bytes ({format_bytes(missing)}) too few; "
+            f"{format_bytes(offload.cached(host))} are for the cached rows of three batches: use a smaller batch or a "
+            "smaller width"
         )
     # Tables that share a column stay whole: an id reads a row of each of them.
     cuttable = [table for table in tables if table.name in host and "/" not in table.name]

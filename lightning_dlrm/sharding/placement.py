@@ -1,15 +1,15 @@
-"""Embedding tables in pieces on all ranks: their placement, which exchanges ids, vectors and gradients.
+"""Placement of embedding tables in pieces on all ranks, which exchanges ids, vectors and gradients.
 
-A rank asks the ranks that hold them for the unique rows that its samples need, and gets their vectors back; in the
-backward pass it sends each row's summed gradient to the rank that holds the row, which sums over the ranks. Of tables
-that the plan pools, it asks for sums: each rank that holds rows of a bag adds them up, and gets their gradient back.
+A rank requests the unique rows of its samples from the ranks that hold them, and receives their vectors. In the
+backward pass it sends each row's summed gradient to the rank that holds the row, which sums over the ranks. If the plan
+pools a table, a rank requests sums: each rank that holds rows of a bag adds them up, and receives the sum's gradient.
 
-The ids of a prefetched batch travel during the batch before it, gradients while DDP reduces those of the dense layers;
-they are waited for when the optimizer reads them. The ranks' main threads start all exchanges at the same points of a
-step, so that every rank makes the same calls in the same order.
+The ids of a prefetched batch are exchanged during the batch before it. Gradients are exchanged while DDP reduces the
+dense gradients; the exchange is waited for when the optimizer reads them. The main thread of each rank starts all
+exchanges, so that every rank makes the same calls in the same order.
 
-Shape suffixes: F tables, D width, E rows that all ranks ask of this one, W ranks, U vectors that this rank asks for, V
-vectors that all ranks ask of this one.
+Shape suffixes: F tables, D width, E rows that all ranks request from this one, W ranks, U vectors that this rank
+requests, V vectors that all ranks request from this one.
 """
 
 import time
@@ -36,11 +36,11 @@ from lightning_dlrm.tables.table import Table
 
 
 class PendingLookup:
-    """A batch's request and what the other ranks ask for with it, as far as they have sent it.
+    """The requests of all ranks for a batch, while they are exchanged.
 
     Args:
-        request: of this rank.
-        ranks: that hold the tables.
+        request: request of this rank.
+        ranks: ranks that hold the tables.
     """
 
     def __init__(self, request: LookupRequest, ranks: Ranks) -> None:
@@ -51,11 +51,11 @@ class PendingLookup:
         self._rows: AsyncCollective | None = None
         self._factors: AsyncCollective | None = None
         self.vectors_sent: list[int] = []
-        """How many vectors each rank asks of this one; known after ``send_rows``."""
+        """Number of vectors that each rank requests from this one; known after ``send_rows``."""
         self.vectors_received: list[int] = []
-        """How many vectors this rank asks of each; likewise."""
+        """Number of vectors that this rank requests from each rank; known after ``send_rows``."""
         self.fetched: Any = None
-        """What the storage has started for the rows that are asked of this rank."""
+        """The storage's fetch of the rows that are requested from this rank."""
 
     @property
     def is_sent(self) -> bool:
@@ -70,13 +70,13 @@ class PendingLookup:
             self._factors = self._ranks.all_to_all(self.request.factors, sent, received)
 
     def rows_on_host(self, device: torch.device) -> Tensor:
-        """Wait for the rows that are asked of this rank, and return them in host memory: [E]."""
+        """Wait for the rows that are requested from this rank, and return them in host memory: [E]."""
         assert self._rows is not None
         return decode_rows(Copies.of(device).on_host(self._rows.wait), None, self.request.pooled).values
 
     @cached_property
     def received(self) -> RowRequest:
-        """The rows of this rank that all ranks ask for, rank after rank; waits for them."""
+        """The rows that all ranks request from this one, rank after rank; waits for them."""
         assert self._rows is not None
         factors = None if self._factors is None else self._factors.wait()
         return decode_rows(self._rows.wait(), factors, self.request.pooled)
@@ -84,37 +84,36 @@ class PendingLookup:
 
 @dataclass(frozen=True, kw_only=True)
 class TableTraffic:
-    """What the exchanges of one table in training came to, over all ranks."""
+    """Traffic of one table in training, over all ranks."""
 
     rows: NDArray
-    """[W]: unique rows of each rank's slices that each rank was asked for; of a pooled table, sums."""
+    """[W]: unique rows, or sums of a pooled table, that all ranks requested from each rank."""
     bytes: float
     """Sent from rank to rank: ids, vectors and gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What the exchanges of training came to since they were last measured."""
+    """Traffic of training since the last measurement."""
 
     seconds: float
-    """Time that this rank waited for exchanges, and so for slower ranks; on a GPU, what the host waited for only."""
+    """Time that this rank waited for exchanges, including slower ranks; on a GPU, the time that the host waited."""
     sent_bytes: NDArray
-    """[W]: by each rank."""
+    """[W]: bytes that each rank sent."""
     tables: Mapping[str, TableTraffic]
 
 
 class ShardedPlacement(Placement):
-    """The pieces of some tables that a plan gives to this rank.
+    """Placement of tables in pieces, by a plan.
 
-    Every rank makes the same lookups and backward passes, also with an empty slice: each is an exchange between all
-    ranks.
+    Each lookup and backward pass is an exchange between all ranks: every rank makes it, also with an empty slice.
 
     Args:
-        tables: in the order of the ids of a batch.
-        ranges: see EmbeddingTables; all rows of each table.
-        plan: which rank holds which rows of these tables, among those of others.
-        ranks: that hold them.
-        wire: type of vectors and gradients while they are sent; None for their own.
+        tables: tables in the order of a batch's ids.
+        ranges: all rows of each table: see EmbeddingTables.
+        plan: plan of these tables, and perhaps of others.
+        ranks: ranks that hold the tables.
+        wire: dtype in which vectors and gradients are sent; None for their own dtype.
     """
 
     is_sharded = True
@@ -134,11 +133,11 @@ class ShardedPlacement(Placement):
         self._rows = RowMap(tables, plan)
         self.pieces = self._rows.pieces_of_rank[ranks.rank]
         self._pending: weakref.WeakKeyDictionary[object, PendingLookup] = weakref.WeakKeyDictionary()
-        """Key of the ids -> their request."""
+        """Key of the ids -> their pending lookup."""
         self._prefetched: PendingLookup | None = None
-        """The request whose rows are sent during the next lookup."""
+        """The pending lookup whose rows are sent during the next lookup."""
         self._gradients: list[tuple[AsyncCollective, Callable[[Tensor], None]]] = []
-        """Gradients that the ranks are sending, and who takes each."""
+        """Exchanges of gradients, and the function that takes each result."""
         self._seconds = 0.0
         # Vectors and rows of each table on each rank, counted on the device, so that the host does not wait for it.
         self._counts_2C = torch.zeros(2, plan.ranks * len(tables), dtype=torch.int64)
@@ -165,7 +164,7 @@ class ShardedPlacement(Placement):
         vectors_VD, rows_E, bag_E = look_up(local.weight, local.request, tables.kernels)
         exchange = self.ranks.all_to_all(self._to_wire(vectors_VD), pending.vectors_sent, pending.vectors_received)
         vectors_UD = self._from_wire(self._timed(exchange.wait), tables.weight.dtype)
-        # By now it is known how many rows of the next batch each rank gets.
+        # The number of rows of the next batch for each rank has arrived by now.
         if self._prefetched is not None:
             self._send_rows(tables, self._prefetched)
             self._prefetched = None
@@ -174,7 +173,7 @@ class ShardedPlacement(Placement):
             grad_VD = self._from_wire(grad_VD, tables.weight.dtype)
             local.take_gradient(LookupGradient(rows_E, grad_VD, bag_E, local.request.factors, local.lookups))
 
-        # Learned weights are newer than those that were prefetched.
+        # Learned weights may have changed since the ids were prefetched.
         weights = request.weights if request.pooled else ids.weights
         bags = (request.offsets, weights) if pooled else (None, None)
         positions = RowRequest.of_rows(request.lookups.positions(), *bags)
@@ -189,18 +188,18 @@ class ShardedPlacement(Placement):
         return self.ranks.sum(value)
 
     def measure(self, tables: EmbeddingTables) -> Traffic:
-        """Return what training's exchanges came to since the last call; all ranks call it together."""
+        """Return the traffic of training since the last call; all ranks call this together."""
         ranks = self.ranks.ranks
-        asked = np.stack(self.ranks.all_gather(self._counts_2C.cpu().numpy().copy())).reshape(ranks, 2, ranks, -1)
-        """Of each rank, vectors and rows that it asked for, of each rank and table."""
-        away_W2WF = asked * ~np.eye(ranks, dtype=bool)[:, None, :, None]
+        requested = np.stack(self.ranks.all_gather(self._counts_2C.cpu().numpy().copy())).reshape(ranks, 2, ranks, -1)
+        # [requesting rank, vectors or rows, holding rank, table].
+        away_W2WF = requested * ~np.eye(ranks, dtype=bool)[:, None, :, None]
         value_bytes = tables.width * (self._wire or tables.weight.dtype).itemsize
         row_bytes = self._rows.table_offsets.element_size() + self._factor_bytes
         values_WWF, ids_WWF = away_W2WF[:, 0] * float(value_bytes), away_W2WF[:, 1] * float(row_bytes)
         # Ids and gradients are sent by the rank that needs a row, vectors by the rank that holds it.
         sent_W = (ids_WWF + values_WWF).sum((1, 2)) + values_WWF.sum((0, 2))
         moved_F = (ids_WWF + 2 * values_WWF).sum((0, 1))
-        rows_WF = asked[:, 0].sum(0)
+        rows_WF = requested[:, 0].sum(0)
         seconds, self._seconds = self._seconds, 0.0
         self._counts_2C.zero_()
         return Traffic(

@@ -1,7 +1,7 @@
 """Which rank holds which rows of the embedding tables.
 
 A plan cuts every table into pieces, which are ranges of rows, and gives each piece to a rank; a whole table is one
-piece. ``sharding.balance`` makes plans, ``sharding.costs`` counts what a plan asks of each rank.
+piece. ``sharding.balance`` makes plans, ``sharding.costs`` counts the costs of each rank.
 """
 
 from collections.abc import Iterable, Mapping
@@ -41,11 +41,11 @@ class Plan:
     pieces: tuple[Piece, ...]
     """Table by table, each by ascending rows."""
     pooled: tuple[str, ...] = ()
-    """Tables of which ranks send sums of a bag's rows instead of the rows."""
+    """Tables whose ranks send the sum of a bag's rows instead of the rows."""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.pooled if name not in self.tables]:
-            raise UserError(f"plan: pooled names {unknown[0]}, of which it has no pieces; give names of its tables")
+            raise UserError(f"plan: pooled names {unknown[0]}, which has no pieces; give names of the plan's tables")
         for name, pieces in self.tables.items():
             expected = 0
             for piece in pieces:
@@ -53,8 +53,8 @@ class Plan:
                     raise UserError(f"plan: table {name} has a piece on rank {piece.rank}, but ranks are {self.ranks}")
                 if piece.start != expected or piece.stop <= piece.start:
                     raise UserError(
-                        f"plan: table {name} has a piece of rows {piece.start} to {piece.stop} where one from row "
-                        f"{expected} on was expected; pieces follow each other without a gap"
+                        f"plan: table {name} has a piece of rows {piece.start} to {piece.stop}; expected a piece "
+                        f"from row {expected} on, since pieces follow each other without a gap"
                     )
                 expected = piece.stop
 
@@ -79,8 +79,8 @@ class Plan:
         """
         if wrong := sorted(set(self.pooled) & set(unpoolable)):
             raise UserError(
-                f"the plan has table {wrong[0]} among its pooled ones, but the model has factors of its own for the "
-                "rows (tables.pooling_weights): make a plan with this model, or take the table out of pooled"
+                f"the plan pools table {wrong[0]}, but the model has pooling weights "
+                "(tables.pooling_weights): make a plan with this model, or remove the table from pooled"
             )
         if ranks != self.ranks:
             raise UserError(f"the plan is for {self.ranks} ranks, this run has {ranks}: make a plan for {ranks}")

@@ -1,10 +1,10 @@
-"""What the lookups of a batch ask of the ranks that hold table rows: arithmetic on ids, before any exchange.
+"""Requests of a batch's lookups to the ranks that hold table rows: arithmetic on ids, before any exchange.
 
-Of most tables a rank asks for unique rows. Of pooled tables it asks for sums: one for each bag and each rank that holds
-rows of the bag. What is asked for is a *vector*, and its *rows* tell the rank that holds them what it is made of.
+A rank requests unique rows of most tables. Of pooled tables it requests sums: one for each bag and each rank that holds
+rows of the bag. A requested row or sum is a *vector*; the request lists the *rows* that each vector is the sum of.
 
-Shape suffixes: B samples, F tables, N indices of all bags, P pieces, W ranks, C cells (a table on a rank: W * F of
-them, rank after rank), U vectors that this rank asks for, E rows of these vectors.
+Shape suffixes: B samples, F tables, N indices of all bags, P pieces, W ranks, C cells (a cell is a table on a rank:
+W * F cells, rank after rank), U vectors that this rank requests, E rows of these vectors.
 """
 
 import itertools
@@ -23,27 +23,27 @@ from lightning_dlrm.tables.table import Table, TablePiece
 
 @dataclass(frozen=True, kw_only=True)
 class LookupRequest:
-    """What one rank asks of each rank for a batch, and how its bags are made of the answer."""
+    """The request of one rank to all ranks for a batch, and how its bags are summed from the answer."""
 
     lookups: SortedLookups
-    """Which indices read which vector, if a sum counts as one index; vectors by ascending rank."""
+    """The requested vectors by ascending rank, and the indices that read each vector; a sum counts as one index."""
     offsets: Tensor | None
     """int64 [bags + 1]: where each bag begins among these indices; None if each index is a bag."""
     weights: Tensor | None
-    """If sums are asked for, what each index's vector is multiplied by: 1 for a sum, which has its rows' weights
-    already; None means 1. Else the ids' own weights count."""
+    """Per-sample weights of these indices if sums are requested: 1 for a sum, whose rows are weighted already; None
+    means 1. If no sums are requested, the ids' own weights apply."""
     pooled: bool
     """Whether sums are among the vectors."""
     rows: Tensor
-    """[E]: rows as the ranks that hold them number them, vector after vector; all but the first one of a sum are
+    """[E]: rows in the numbering of the ranks that hold them, vector after vector; all rows of a sum but the first are
     encoded as -1 - row."""
     factors: Tensor | None
-    """[E]: what each row is multiplied by in its sum; None means 1."""
+    """[E]: per-sample weight of each row in its sum; None means 1."""
     counts: Tensor
     """int64 [2, C]: the number of vectors, and of rows, of each table on each rank."""
 
     def counts_of_ranks(self, ranks: int) -> Tensor:
-        """Return the number of vectors and of rows that are asked of each rank: int64 [W, 2]."""
+        """Return the number of vectors and of rows that are requested from each rank: int64 [W, 2]."""
         return self.counts.view(2, ranks, -1).sum(2).T
 
 
@@ -51,9 +51,9 @@ def decode_rows(rows_E: Tensor, factors_E: Tensor | None, pooled: bool) -> RowRe
     """Return the request that a rank has received.
 
     Args:
-        rows_E: ``LookupRequest.rows`` of all ranks for this one, rank after rank.
-        factors_E: ``LookupRequest.factors``, likewise.
-        pooled: whether sums are asked for.
+        rows_E: the part of ``LookupRequest.rows`` for this rank, of all ranks one after the other.
+        factors_E: the same part of ``LookupRequest.factors``.
+        pooled: whether sums are requested.
     """
     if not pooled:
         return RowRequest.of_rows(rows_E)
@@ -64,11 +64,11 @@ def decode_rows(rows_E: Tensor, factors_E: Tensor | None, pooled: bool) -> RowRe
 
 
 class RowMap(nn.Module):
-    """Which rank holds which rows of some tables, and what a batch asks of each.
+    """Map from the rows of tables to the ranks that hold them, which makes the requests of batches.
 
     Args:
-        tables: in the order of the ids of a batch.
-        plan: where the rows of these tables are, among those of others.
+        tables: tables in the order of a batch's ids.
+        plan: plan of these tables, and perhaps of others.
     """
 
     table_offsets: Tensor
@@ -87,7 +87,8 @@ class RowMap(nn.Module):
         self.pools = any(table.name in plan.pooled for table in tables)
         held: list[list[TablePiece]] = [[] for _ in range(ranks)]
         rows_held, cell_rows = [0] * ranks, [[0] * len(tables) for _ in range(ranks)]
-        # Of each piece, by table: the first row among those of all tables, its cell, and where it begins there.
+        # For each piece: its first row among the rows of all tables, its cell, its first row within the cell, and its
+        # first row on its rank.
         pieces, table_offsets, total = [], [], 0
         for number, table in enumerate(tables):
             table_offsets.append(total)
@@ -114,7 +115,7 @@ class RowMap(nn.Module):
         ]
         slots_before = [0, *itertools.accumulate(pooled)]
         self._slots = slots_before[-1]
-        # int32 halves the time to sort rows; it reaches past any published table set.
+        # int32 halves the time to sort rows.
         index = torch.int32 if total <= torch.iinfo(torch.int32).max else torch.int64
         for buffer, values, dtype in (
             ("table_offsets", table_offsets, index),
@@ -134,7 +135,7 @@ class RowMap(nn.Module):
             self.register_buffer(buffer, torch.tensor(values, dtype=dtype), persistent=False)
 
     def request(self, ids: SparseIds) -> LookupRequest:
-        """Return what a batch asks for; the ids' weights are constants if tables are pooled."""
+        """Return the request of a batch; per-sample weights are constants if tables are pooled."""
         rows_N, bag_N = RowRequest(ids.values, self.table_offsets, ids.offsets, None).rows_and_bags()
         piece_N = torch.searchsorted(self.piece_starts, rows_N, right=True, out_int32=True) - 1
         if not self.pools:
@@ -165,18 +166,19 @@ class RowMap(nn.Module):
     def _pooled_request(
         self, ids: SparseIds, lookups: SortedLookups, pooled_N: Tensor, held_rows_N: Tensor
     ) -> LookupRequest:
-        """
+        """Return the request of a batch if some tables are pooled.
+
         Args:
-            ids: of the batch.
-            lookups: of all indices, by the vectors' keys.
-            pooled_N: whether each index's table is pooled.
-            held_rows_N: the row of each index as the rank that holds it numbers it.
+            ids: ids of the batch.
+            lookups: all indices, sorted by the keys of their vectors.
+            pooled_N: whether the table of each index is pooled.
+            held_rows_N: the row of each index, in the numbering of the rank that holds it.
         """
         order_N = lookups.order
-        # As datasets have them; under 64-true Lightning makes float64 of weights that were not prefetched.
+        # Datasets hold float32; with precision 64-true, Lightning converts weights that were not prefetched to float64.
         factors_N = None if ids.weights is None else ids.weights.detach().reshape(-1).float()
         starts_U = lookups.counts.cumsum(0) - lookups.counts
-        # By ascending key from here on.
+        # From here on, indices are sorted by key.
         first_N = torch.zeros_like(pooled_N).index_fill_(0, starts_U, True)
         summed_N = pooled_N.index_select(0, order_N)
         sent_N = first_N | summed_N
@@ -189,7 +191,7 @@ class RowMap(nn.Module):
             lookups.rows, (self.cell_keys + self.cell_slots * len(ids)).to(lookups.rows.dtype)
         )
         index_bounds_C = torch.cat([starts_U, starts_U.new_full((1,), len(order_N))])[bounds_C]
-        # By index again, and here a sum is one index of its bag.
+        # From here on, indices are in their original order, and a sum is one index of its bag.
         kept_N = torch.empty_like(pooled_N)
         kept_N[order_N] = first_N | ~summed_N
         places_N = _counts_before(kept_N)
@@ -206,5 +208,5 @@ class RowMap(nn.Module):
 
 
 def _counts_before(chosen_N: Tensor) -> Tensor:
-    """Return how many are chosen before each place: int64 [N + 1]."""
+    """Return the number of chosen elements before each place: int64 [N + 1]."""
     return torch.cat([chosen_N.new_zeros(1, dtype=torch.int64), chosen_N.cumsum(0)])

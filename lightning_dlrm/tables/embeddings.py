@@ -1,4 +1,4 @@
-"""From a batch's ids to a vector for every column: tables, what is made of their rows, and pooling.
+"""Embedding vectors of every column: tables, tables of several widths, and pooling.
 
 Shape suffixes: B samples, F columns, G tables of one lookup, D width, N indices of all bags.
 """
@@ -25,12 +25,12 @@ from lightning_dlrm.tables.table import Table
 class QuotientRemainder:
     """Two small tables in place of a large one (Shi et al. 2020, arXiv:1909.02107, section 2).
 
-    Id i reads row i // collisions of the quotient table and row i % collisions of the remainder
-    table. Both start U(-1/sqrt(n), 1/sqrt(n)), n being the rows of the table they stand for.
+    Id i reads row i // collisions of the quotient table and row i % collisions of the remainder table. The initial rows
+    of both are from U(-1/sqrt(n), 1/sqrt(n)); n is the number of rows of the table that they replace.
 
     Args:
         collisions: rows of the remainder table.
-        operation: how the two vectors become one: mult, add, or concat (each half as wide).
+        operation: combines the two vectors: mult, add, or concat (each half as wide).
         threshold: tables with more rows than this are replaced.
     """
 
@@ -74,7 +74,7 @@ class MixedDimensions:
             raise UserError(f"mixed_dimensions.temperature is {self.temperature}; expected 0 to 1")
 
     def widths(self, tables: Mapping[str, int], widest: int) -> dict[str, int]:
-        """Table name -> width. The rounding, first to a whole number, is that of facebookresearch/dlrm."""
+        """Return the width of each table; widths are rounded as in facebookresearch/dlrm, first to a whole number."""
         fewest = min(tables.values(), default=1)
         exact = {name: max(1.0, widest * (fewest / rows) ** self.temperature) for name, rows in tables.items()}
         whole = {name: round(width) for name, width in exact.items()}
@@ -85,22 +85,22 @@ class MixedDimensions:
 
 @dataclass(frozen=True, kw_only=True)
 class TableSettings:
-    """What the tables are like, beside their width.
+    """Settings of the tables, beside their width.
 
     Args:
-        dims: widths of single tables by name; the others have embedding_dim.
+        dims: widths of single tables by name; other tables have embedding_dim.
         mixed_dimensions: widths by the tables' rows, none above embedding_dim.
-        project: bring narrower vectors to embedding_dim, each table by a matrix of its own.
+        project: project narrower vectors to embedding_dim, with a matrix for each table.
         quotient_remainder: two small tables in place of each large one.
-        pooling: what becomes of several ids in one column: sum, or mean (their sum over their number);
-            no ids give zeros.
-        pooling_weights: a factor for each row, beside those that come with the ids. learned: starts at 1.
-            Or a file made by torch.save of a dictionary table name -> float [rows]: those factors, fixed.
-        on_host: columns whose tables stay in host memory, with their optimiser state, or all: for tables that
-            one device has no room for. The command plan with --device-memory tells which. Or column -> row, such as
-            {C3: 1000000}, from which on the rows of its table do, while those before, which should be the more
-            frequent ones, are on the device; on one device.
-        initial_bound: b; rows start U(-b, b) in place of U(-1/sqrt(rows), 1/sqrt(rows)).
+        pooling: reduces several ids of one column: sum, or mean (the sum divided by the number of ids); no ids
+            give zeros.
+        pooling_weights: a factor for each row, beside the per-sample weights. learned: trained, starting at 1. Or the
+            path of a file, made by torch.save of a dictionary table name -> float [rows], with fixed factors.
+        on_host: columns whose tables stay in host memory with their optimizer state, or all: for tables that do not
+            fit on the device. The command plan with --device-memory chooses them. Or column -> row, such as
+            {C3: 1000000}: rows before it, which should be the more frequent ones, are on the device, and the other
+            rows in host memory; on one device only.
+        initial_bound: b; initial rows are from U(-b, b), not from U(-1/sqrt(rows), 1/sqrt(rows)).
     """
 
     dims: Mapping[str, int] = field(default_factory=dict)
@@ -123,44 +123,44 @@ class TableSettings:
             raise UserError(f"tables.on_host {self.on_host!r} is neither all nor a list of columns such as [C3, C12]")
 
     def host_rows(self, columns: Mapping[str, int]) -> dict[str, int]:
-        """Column -> the first row of its table that stays in host memory, with all after it.
+        """Return the first row of each column's table that stays in host memory with all rows after it.
 
         Raises:
-            UserError: one of them is no column, or has no such row.
+            UserError: ``on_host`` names an unknown column, or a row that its table does not have.
         """
         if self.on_host == "all":
             return dict.fromkeys(columns, 0)
         unknown = [name for name in self.on_host if name not in columns]
         if unknown:
-            raise UserError(f"tables.on_host names {unknown[0]}, which is no table; tables: {', '.join(columns)}")
+            raise UserError(f"tables.on_host names {unknown[0]}, which is not a table; tables: {', '.join(columns)}")
         if not isinstance(self.on_host, Mapping):
             return dict.fromkeys(self.on_host, 0)
         for name, row in self.on_host.items():
             if not 0 <= row < columns[name]:
                 raise UserError(
                     f"tables.on_host keeps the rows of {name} from {row} on in host memory; expected 0 to "
-                    f"{columns[name] - 1}, for the table has {columns[name]} rows"
+                    f"{columns[name] - 1}, since the table has {columns[name]} rows"
                 )
-            trick = self.quotient_remainder
-            if row and trick is not None and columns[name] > trick.threshold:
+            replacement = self.quotient_remainder
+            if row and replacement is not None and columns[name] > replacement.threshold:
                 raise UserError(
-                    f"tables.on_host cuts the table of {name}, in place of which quotient_remainder puts two: "
-                    "give it 0, for both of them"
+                    f"tables.on_host splits the table of {name}, which quotient_remainder replaces by two: "
+                    "give 0, which keeps both in host memory"
                 )
         return dict(self.on_host)
 
     def widths(self, tables: Mapping[str, int], embedding_dim: int) -> dict[str, int]:
-        """Table name -> width of its vector before projection.
+        """Return the width of each table before projection.
 
         Raises:
-            UserError: a width for no table, or one that cannot be projected.
+            UserError: a width is given for an unknown table, or is above embedding_dim and cannot be projected.
         """
         if self.mixed_dimensions is not None:
             widths = self.mixed_dimensions.widths(tables, embedding_dim)
         else:
             unknown = [name for name in self.dims if name not in tables]
             if unknown:
-                raise UserError(f"tables.dims names {unknown[0]}, which is no table; tables: {', '.join(tables)}")
+                raise UserError(f"tables.dims names {unknown[0]}, which is not a table; tables: {', '.join(tables)}")
             widths = {name: self.dims.get(name, embedding_dim) for name in tables}
         wide = {name: width for name, width in widths.items() if width > embedding_dim}
         if wide and (self.project or self.mixed_dimensions is not None):
@@ -174,15 +174,15 @@ class TableSettings:
 
 @dataclass(frozen=True)
 class _Member:
-    """A table of a lookup and where its ids come from: (id // divisor) % rows of a column."""
+    """A table of a lookup, which reads rows (id // divisor) % rows of a column's ids."""
 
     column: int
     table: Table
     divisor: int = 1
     start: int = 0
-    """The first of the table's rows that its lookup holds."""
+    """The first row of the table that the lookup holds."""
     stop: int | None = None
-    """The row after the last one; None for all."""
+    """The row after the last row that the lookup holds; None for the end of the table."""
 
     @property
     def range(self) -> tuple[int, int]:
@@ -192,16 +192,17 @@ class _Member:
 class Embeddings(nn.Module):
     """A vector for every column of every sample.
 
-    Tables of one width and one place share a lookup. In the ordinary case there is one, and its output is the result.
+    Tables of one width and one storage share a lookup. If there is only one lookup of all columns, its output is the
+    result.
 
     Args:
         columns: name -> rows, in the order of a batch's ids.
-        embedding_dim: D, the width of every vector unless the settings say otherwise.
-        seed: of the initial rows.
+        embedding_dim: D, the width of every vector unless the settings give other widths.
+        seed: seed of the initial rows.
         settings: see TableSettings.
 
     Raises:
-        UserError: settings that do not fit the tables.
+        UserError: the settings do not fit the tables.
     """
 
     def __init__(
@@ -222,11 +223,11 @@ class Embeddings(nn.Module):
                     groups.setdefault((width, False), []).append(here)
                 if name in on_host:
                     groups.setdefault((width, True), []).append(dataclasses.replace(member, start=first))
-        made = nn.ModuleList(
+        groups_list = nn.ModuleList(
             WidthGroup(members, width, seed, len(columns), HostStorage() if host else DeviceStorage())
             for (width, host), members in groups.items()
         )
-        self.groups = cast(Sequence[WidthGroup], made)
+        self.groups = cast(Sequence[WidthGroup], groups_list)
         self.projections = nn.ModuleList(
             nn.Linear(width, embedding_dim, bias=False)
             if self.settings.project and width < embedding_dim
@@ -234,34 +235,34 @@ class Embeddings(nn.Module):
             for width in narrow.values()
         )
         self.widths = tuple(embedding_dim if self.settings.project else width for width in narrow.values())
-        self._cut = {column for column, name in enumerate(self.names) if on_host.get(name)}
-        """Columns whose table is in two lookups."""
+        self._split_columns = {column for column, name in enumerate(self.names) if on_host.get(name)}
+        """Columns whose table is split between two lookups."""
         self.pooling_weights = _pooling_weights(self.settings.pooling_weights, columns, seed)
         if self.pooling_weights is not None:
-            # They are looked up one by one, and become the ids' weights only in ``forward``.
+            # ``forward`` multiplies the learned factors with the per-sample weights, so no rank may sum rows before.
             for lookup in (self.pooling_weights, *(group.lookup for group in self.groups)):
                 lookup.may_pool = False
-        # One lookup holds one table of every column, in their order.
+        # Whether the one lookup holds one table of every column, in the order of the columns.
         self._is_plain = [len(group.members) for group in self.groups] == [len(columns)] and not self.multiply_adds()
 
     def _members(self, column: int, name: str, rows: int, width: int) -> list[tuple[int, _Member]]:
-        """The tables of a column, each with its width."""
-        trick = self.settings.quotient_remainder
-        if trick is None or rows <= trick.threshold:
+        """Return the tables of a column, each with its width."""
+        replacement = self.settings.quotient_remainder
+        if replacement is None or rows <= replacement.threshold:
             return [(width, _Member(column, Table(name=name, rows=rows, bound=self._bound(rows))))]
-        if trick.operation == "concat":
+        if replacement.operation == "concat":
             if width % 2:
                 raise UserError(
                     f"quotient_remainder.operation concat halves the width of table {name}, which is {width}: "
                     "choose an even width"
                 )
             width //= 2
-        quotient = Table(name=f"{name}/quotient", rows=-(-rows // trick.collisions), bound=self._bound(rows))
-        remainder = Table(name=f"{name}/remainder", rows=trick.collisions, bound=self._bound(rows))
-        return [(width, _Member(column, quotient, trick.collisions)), (width, _Member(column, remainder))]
+        quotient = Table(name=f"{name}/quotient", rows=-(-rows // replacement.collisions), bound=self._bound(rows))
+        remainder = Table(name=f"{name}/remainder", rows=replacement.collisions, bound=self._bound(rows))
+        return [(width, _Member(column, quotient, replacement.collisions)), (width, _Member(column, remainder))]
 
     def prefetch(self, ids: SparseIds) -> None:
-        """Start what a later ``forward`` of these ids needs: see EmbeddingTables.prefetch."""
+        """Start the transfers of a later ``forward`` of these ids: see EmbeddingTables.prefetch."""
         if self.pooling_weights is not None and self.pooling_weights.prefetches:
             self.pooling_weights.prefetch(ids)
         for group in self.groups:
@@ -269,12 +270,12 @@ class Embeddings(nn.Module):
                 group.lookup.prefetch(group.ids_of(ids))
 
     def _bound(self, rows: int) -> float:
-        """Of the initial rows."""
+        """Return the bound of the initial rows of a table."""
         given = self.settings.initial_bound
         return Table.of_column("", rows).bound if given is None else given
 
     def forward(self, ids: SparseIds) -> Tensor:
-        """[B, sum of the widths]: the columns' vectors side by side."""
+        """Return the columns' vectors side by side: [B, sum of the widths]."""
         if self.pooling_weights is not None:
             factors = self.pooling_weights.look_up_each(ids).view(ids.values.shape)
             ids = dataclasses.replace(ids, weights=factors if ids.weights is None else factors * ids.weights)
@@ -302,15 +303,20 @@ class Embeddings(nn.Module):
     def _combined(self, column: int, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
             return parts[0]
-        if column in self._cut:
+        if column in self._split_columns:
             return parts[0] + parts[1]
         assert self.settings.quotient_remainder is not None
         return self.settings.quotient_remainder.combine(*parts)
 
     def require_one_width(self, user: str, other_way: str = "") -> None:
-        """
+        """Check that every vector is embedding_dim wide.
+
+        Args:
+            user: name of the model or option that needs it, for the message.
+            other_way: another remedy, for the message.
+
         Raises:
-            UserError: some vector is not embedding_dim wide.
+            UserError: the width of a vector differs.
         """
         for name, width in zip(self.names, self.widths, strict=True):
             if width != self.embedding_dim:
@@ -320,18 +326,18 @@ class Embeddings(nn.Module):
                 )
 
     def multiply_adds(self) -> int:
-        """Per sample; projections count, lookups do not."""
+        """Return the multiply-adds of one sample's projections; lookups have none."""
         return sum(p.in_features * p.out_features for p in self.projections if isinstance(p, nn.Linear))
 
 
 class WidthGroup(nn.Module):
-    """A lookup of tables of one width, and the ids that it takes from the columns.
+    """A lookup of tables of one width.
 
     Args:
-        members: its tables.
-        width: of them all.
-        seed: of the initial rows.
-        columns: their number in all.
+        members: the tables.
+        width: width of all tables.
+        seed: seed of the initial rows.
+        columns: number of columns of a batch's ids.
         storage: the memory of the rows.
     """
 
@@ -351,7 +357,7 @@ class WidthGroup(nn.Module):
             start or stop < member.table.rows for member, (start, stop) in zip(members, ranges, strict=True)
         )
         self.takes_all = [member.column for member in members] == list(range(columns))
-        # Only a quotient and a remainder read the same column.
+        # Only a quotient table and a remainder table read the same column.
         self.splits_ids = len({member.column for member in members}) < len(members)
         # Ids are prefetched while they are still in host memory.
         self._host_constants = tuple(
@@ -369,30 +375,30 @@ class WidthGroup(nn.Module):
             self.register_buffer(name, values.to(torch.get_default_device()), persistent=False)
 
     def forward(self, ids: SparseIds) -> Tensor:
-        """[B, G, D]."""
+        """Return the tables' vectors: [B, G, D]."""
         return self.lookup(self.ids_of(ids))
 
     def ids_of(self, ids: SparseIds) -> SparseIds:
-        """Return the ids of the lookup, with the key of the columns' ids; in host memory or on the device."""
+        """Return the ids of the lookup's tables, with the key of the given ids; in host memory or on the device."""
         columns, divisors, rows, starts, stops = (
             self._host_constants
             if ids.values.device.type == "cpu"
             else (self.columns, self.divisors, self.rows, self.starts, self.stops)
         )
-        asked = ids
+        own = ids
         if not self.takes_all:
-            asked = asked.of_tables(columns)
+            own = own.of_tables(columns)
         if self.splits_ids:
-            table = asked.bag_of_each().view(asked.values.shape) % len(self.members)
-            values = torch.div(asked.values, divisors[table], rounding_mode="floor") % rows[table]
-            asked = dataclasses.replace(asked, values=values.to(asked.values.dtype))
+            table = own.bag_of_each().view(own.values.shape) % len(self.members)
+            values = torch.div(own.values, divisors[table], rounding_mode="floor") % rows[table]
+            own = dataclasses.replace(own, values=values.to(own.values.dtype))
         if self.cuts:
-            asked = asked.within(starts, stops)
-        return asked if asked is ids else dataclasses.replace(asked, key=ids.key)
+            own = own.within(starts, stops)
+        return own if own is ids else dataclasses.replace(own, key=ids.key)
 
 
 def _pooling_weights(setting: str | None, columns: Mapping[str, int], seed: int) -> EmbeddingTables | None:
-    """A factor for every row, as tables of width 1.
+    """Return tables of width 1 with a factor for every row, or None without factors.
 
     Raises:
         UserError: the file of fixed factors does not fit the tables.

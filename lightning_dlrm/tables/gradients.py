@@ -14,24 +14,24 @@ from lightning_dlrm.contracts.gradient import RowGradient, rows_per_block
 
 
 class SortedLookups(NamedTuple):
-    """Looked-up rows, sorted: the unique ones, and which indices looked up each of them."""
+    """Unique looked-up rows, and the indices that looked up each row."""
 
     rows: Tensor
     """[U]: the unique rows, ascending."""
     counts: Tensor
-    """int64 [U]: how many indices looked up each row."""
+    """int64 [U]: number of indices that looked up each row."""
     order: Tensor
-    """int64 [N]: the indices, by ascending row."""
+    """int64 [N]: the indices, sorted by row."""
 
     @staticmethod
     def of(rows_N: Tensor) -> "SortedLookups":
-        """Sort the row of each index; indices of one row keep their order."""
+        """Sort indices by their rows; indices of the same row keep their order."""
         sorted_rows_N, order_N = torch.sort(rows_N, stable=True)
         rows_U, counts_U = torch.unique_consecutive(sorted_rows_N, return_counts=True)
         return SortedLookups(rows_U, counts_U, order_N)
 
     def positions(self) -> Tensor:
-        """Return where the row of each index is among ``rows``: int32 [N]."""
+        """Return the position of each index's row in ``rows``: int32 [N]."""
         numbers_U = torch.arange(len(self.rows), dtype=torch.int32, device=self.order.device)
         positions_N = torch.empty(len(self.order), dtype=torch.int32, device=self.order.device)
         positions_N[self.order] = torch.repeat_interleave(numbers_U, self.counts, output_size=len(self.order))
@@ -39,7 +39,7 @@ class SortedLookups(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Lookups by ascending row, and what is summed for each row."""
+    """Lookups sorted by row, with the output vectors whose gradients are summed for each row."""
 
     rows: Tensor
     """int64 [U], unique, ascending."""
@@ -48,11 +48,11 @@ class Segments(NamedTuple):
     bags: Tensor
     """int64 [N]: the output vector that each index went into."""
     factors: Tensor | None
-    """[N]: what the row of each index was multiplied by; None means 1."""
+    """[N]: per-sample weight of each index; None means 1."""
 
     @staticmethod
     def of(lookups: SortedLookups, bag_N: Tensor | None = None, factors_N: Tensor | None = None) -> "Segments":
-        """Arrange lookups; for the arguments see LookupGradient."""
+        """Return segments of sorted lookups; for the arguments see LookupGradient."""
         return Segments(
             rows=lookups.rows.long(),
             starts=torch.cumsum(lookups.counts, 0) - lookups.counts,
@@ -76,7 +76,7 @@ class Segments(NamedTuple):
 
 
 class Lookups(NamedTuple):
-    """Gradients of output vectors and the indices that went into them: a gradient before it is summed by row."""
+    """A gradient before it is summed by row: gradients of output vectors and the indices that went into them."""
 
     rows: Tensor
     """[N]: the row of each index, in any order."""
@@ -85,11 +85,11 @@ class Lookups(NamedTuple):
     bags: Tensor | None
     """int64 [N]: the output vector that each index went into; None if index i went into vector i."""
     factors: Tensor | None
-    """[N]: what the row of each index was multiplied by; None means 1."""
+    """[N]: per-sample weight of each index; None means 1."""
 
     @staticmethod
     def of(gradient: RowGradient) -> "Lookups":
-        """Return what a gradient is the sum of: its lookups, or if it is summed already, one index for each row."""
+        """Return the lookups of a gradient; if it is summed already, there is one index for each row."""
         if isinstance(gradient, LookupGradient) and gradient.unsummed is not None:
             return gradient.unsummed
         return Lookups(gradient.rows, gradient.values, None, None)
@@ -98,15 +98,15 @@ class Lookups(NamedTuple):
 class LookupGradient(RowGradient):
     """A RowGradient that is sorted and summed by row only when its rows or values are read.
 
-    If nearly every index looks up another row, the sums take as much memory as all looked-up vectors: an update by
-    ``blocks``, or by a kernel that sums while it updates, never writes them.
+    If most rows are looked up once, the sums take as much memory as all looked-up vectors. An update by ``blocks``, or
+    by a kernel that sums while it updates, never stores them.
 
     Args:
         rows_N: the row of each index.
         grad_BD: gradient of each output vector.
         bag_N: int64, the output vector that each index went into; None if index i went into vector i.
-        factors_N: what the row of each index was multiplied by; None means 1.
-        lookups: ``rows_N`` sorted, if that is known.
+        factors_N: per-sample weight of each index; None means 1.
+        lookups: sorted ``rows_N``, if it is known; else it is sorted when ``rows`` or ``values`` is read.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class LookupGradient(RowGradient):
     ) -> None:
         output_BD = grad_BD.to(torch.promote_types(grad_BD.dtype, torch.float32))
         self.unsummed: Lookups | None = Lookups(rows_N, output_BD, bag_N, factors_N)
-        """The gradient before it is summed; None after ``values`` was read, and so nothing is summed twice."""
+        """The gradient before it is summed; None after ``values`` was read, so that nothing is summed twice."""
         self._lookups = lookups
         self._segments: Segments | None = None
         self._summed: RowGradient | None = None
@@ -133,28 +133,28 @@ class LookupGradient(RowGradient):
 
     @property
     def rows(self) -> Tensor:
-        return self._by_row().rows if self._summed is None else self._summed.rows
+        return self._sorted_segments().rows if self._summed is None else self._summed.rows
 
     @property
     def values(self) -> Tensor:
         if self._summed is None:
             assert self.unsummed is not None
-            segments = self._by_row()
+            segments = self._sorted_segments()
             self._summed = RowGradient(segments.rows, segments.sums(self.unsummed.output))
-            # Their memory is in the caches and can be used again.
+            # Frees memory that is still in the processor's caches, for the next tensors.
             self.unsummed = self._segments = self._lookups = None
         return self._summed.values
 
     def blocks(self) -> Iterator[RowGradient]:
-        """See RowGradient.blocks; each block is summed when it is asked for, and no sum is kept."""
+        """See RowGradient.blocks; each block is summed when it is requested, and the sums are not kept."""
         if self.unsummed is None:
             yield from super().blocks()
             return
-        output_BD, segments = self.unsummed.output, self._by_row()
+        output_BD, segments = self.unsummed.output, self._sorted_segments()
         for block in segments.blocks(rows_per_block(len(segments.rows), output_BD)):
             yield RowGradient(block.rows, block.sums(output_BD))
 
-    def _by_row(self) -> Segments:
+    def _sorted_segments(self) -> Segments:
         if self._segments is None:
             assert self.unsummed is not None
             rows_N, _, bag_N, factors_N = self.unsummed

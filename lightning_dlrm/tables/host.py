@@ -32,16 +32,16 @@ class CachedRows:
     """Some rows of tables with their optimizer state, on the device."""
 
     lookups: SortedLookups
-    """Which indices look up which row; on the device."""
+    """The unique rows and the indices that look them up; on the device."""
     host_rows: Tensor
     """[U]: ``lookups.rows``, in host memory."""
     weight: Tensor
     """[U, D]."""
     state: dict[str, Tensor]
-    """Name of the optimizer state -> [U, ...]; without state that the optimizer has not used yet."""
+    """Name of the optimizer state -> [U, ...]; state that the optimizer has not created yet is missing."""
 
     def replace(self, newer: "CachedRows") -> None:
-        """Replace the rows that ``newer`` holds too by its values."""
+        """Take over the values of all rows that ``newer`` also holds."""
         if not len(newer.lookups.rows):
             return
         at_U = torch.searchsorted(newer.lookups.rows, self.lookups.rows).clamp(max=len(newer.lookups.rows) - 1)
@@ -55,7 +55,7 @@ class CachedRows:
 
     @staticmethod
     def merge(parts: "Sequence[CachedRows]") -> "CachedRows":
-        """Return the rows of all parts, which agree on the rows that they share."""
+        """Return the rows of all parts; parts that share a row have the same values for it."""
         if len(parts) == 1:
             return parts[0]
         lookups = SortedLookups.of(torch.cat([part.lookups.rows for part in parts]))
@@ -74,10 +74,10 @@ class CachedRows:
 
 
 class PendingFetch:
-    """Rows on their way from host memory to the device.
+    """A fetch of rows from host memory to the device.
 
     Args:
-        fetched: gives a function that waits for the copies on the device's current stream.
+        fetched: future of a function that waits for the copies on the device's current stream and returns the rows.
     """
 
     def __init__(self, fetched: "Future[Callable[[], CachedRows]]") -> None:
@@ -85,17 +85,17 @@ class PendingFetch:
         self._rows: CachedRows | None = None
 
     def rows(self) -> CachedRows:
-        """Wait for the rows."""
+        """Wait for the rows and return them."""
         if self._rows is None:
             self._rows = self._fetched.result()()
         return self._rows
 
 
 class HostStorage(DeviceStorage):
-    """Rows in host memory, with their optimizer state; for lookups and updates they are copied to the device.
+    """Rows and optimizer state in host memory; lookups and updates copy them to the device.
 
-    Lookups and updates use the code of other tables. Between an update and ``flush``, the weight may lack the update's
-    rows.
+    Lookups and updates use the same code as tables on the device. Between an update and ``flush``, the weight may lack
+    the updated rows.
     """
 
     on_host = True
@@ -104,14 +104,14 @@ class HostStorage(DeviceStorage):
         super().__init__()
         self._state: Mapping[str, Tensor] = {}
         self._pending: weakref.WeakSet[PendingFetch] = weakref.WeakSet()
-        """Fetches whose rows have not been looked up; an update has to replace rows among them."""
+        """Fetches whose rows have not been looked up yet; each update replaces its rows in them."""
         self._looked_up: list[CachedRows] = []
-        """Rows of the gradients that wait for an update."""
-        self._written: Future | None = None
+        """Cached rows of the gradients since the last update."""
+        self._pending_write: Future | None = None
 
     def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """See DeviceStorage.empty."""
-        # Lightning builds networks with the accelerator as default device; sizes are counted on the meta device.
+        # The default device may be the accelerator, on which Lightning builds networks, or torch's meta device.
         meta = torch.get_default_device().type == "meta"
         return empty_table(shape, dtype, torch.device("meta" if meta else "cpu"))
 
@@ -124,16 +124,16 @@ class HostStorage(DeviceStorage):
     def source(self, weight: Tensor, request: RowRequest, fetched: PendingFetch) -> RowSource:
         """See DeviceStorage.source."""
         cached = fetched.rows()
-        # From now on the rows are brought up to date by merging them.
+        # From now on ``update`` merges these rows with the other looked-up rows.
         self._pending.discard(fetched)
         positions = RowRequest.of_rows(cached.lookups.positions(), request.offsets, request.factors)
-        return RowSource(cached.weight, positions, cached.lookups, partial(self._take, cached))
+        return RowSource(cached.weight, positions, cached.lookups, partial(self._take_gradient, cached))
 
     def update(self, weight: Tensor, gradient: RowGradient, state: dict[str, Tensor], change: Change) -> None:
         """See EmbeddingTables.update."""
         copies, cached = Copies.of(gradient.rows.device), CachedRows.merge(self._looked_up)
         self._looked_up = []
-        # It is fetched with the rows from now on.
+        # Later fetches include the optimizer state.
         self._state = state
         if missing := {name: values for name, values in state.items() if name not in cached.state}:
             cached.state |= host_io_executor.submit(_fetch, missing, cached.host_rows, copies).result()()
@@ -143,7 +143,7 @@ class HostStorage(DeviceStorage):
             pending.rows().replace(cached)
         self.flush()
         computed = copies.record_event()
-        self._written = host_io_executor.submit(self._write_back, weight, cached, copies, computed)
+        self._pending_write = host_io_executor.submit(self._write_back, weight, cached, copies, computed)
 
     def clear(self) -> None:
         """See DeviceStorage.clear."""
@@ -152,11 +152,11 @@ class HostStorage(DeviceStorage):
 
     def flush(self) -> None:
         """See DeviceStorage.flush."""
-        if self._written is not None:
-            self._written.result()
-            self._written = None
+        if self._pending_write is not None:
+            self._pending_write.result()
+            self._pending_write = None
 
-    def _take(self, cached: CachedRows, gradient: LookupGradient) -> None:
+    def _take_gradient(self, cached: CachedRows, gradient: LookupGradient) -> None:
         self.gradients.append(RowGradient(cached.lookups.rows.long(), gradient.values))
         self._looked_up.append(cached)
 
@@ -181,42 +181,42 @@ class HostStorage(DeviceStorage):
 
 
 def _fetch(tensors: Mapping[str, Tensor], rows: Tensor, copies: "Copies") -> Callable[[], dict[str, Tensor]]:
-    """Copy some rows of tensors in host memory to the device; the result waits for the copies and returns them."""
+    """Start to copy rows of tensors in host memory to the device; the result waits for the copies and returns them."""
     with torch.no_grad():
         return copies.to_device({name: copies.gather(tensor, rows) for name, tensor in tensors.items()})
 
 
 class Copies:
-    """Copies between host memory and a device that run beside the device's work.
+    """Copies between host memory and a device.
 
-    On a CUDA device they go through page-locked memory, on a stream of their own. If the device is the CPU they are
-    plain copies: a stand-in, with which everything else is tested.
+    This class makes plain copies, for tests without a GPU. ``CudaCopies`` copies through page-locked memory on a stream
+    of its own, at the same time as the device computes.
     """
 
     def gather(self, tensor: Tensor, rows: Tensor) -> Tensor:
-        """Return some rows of a tensor in host memory, in memory from which ``to_device`` copies."""
+        """Gather rows of a tensor in host memory for ``to_device``."""
         return tensor.index_select(0, rows)
 
     def to_device(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-        """Start to copy; the result waits for the copies on the caller's stream and returns them."""
+        """Start to copy tensors; the result waits for the copies on the caller's stream and returns them."""
         copied = {name: tensor.clone() for name, tensor in tensors.items()}
         return lambda: copied
 
     def on_host(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Compute a tensor on the device and copy it to the host; waits for it, but for no other work."""
+        """Compute a tensor on the device and return it in host memory; wait for this work only."""
         return compute().cpu()
 
     def record_event(self) -> Any:
-        """Return what ``to_host`` waits for: all work that the caller's stream has been given so far."""
+        """Return an event for ``to_host`` after all work that is queued on the caller's stream."""
         return None
 
     def to_host(self, tensors: Mapping[str, Tensor], computed: Any) -> dict[str, Tensor]:
-        """Copy tensors of the device to host memory, after an event; waits for the copies."""
+        """Copy tensors of the device to host memory after an event, and wait for the copies."""
         return {name: tensor.clone() for name, tensor in tensors.items()}
 
     @staticmethod
     def of(device: torch.device) -> "Copies":
-        """Return the copies of a device: one object, and so one stream, for each."""
+        """Return the one object, with one stream, that makes the copies of a device."""
         if device not in _copies:
             _copies[device] = CudaCopies(device) if device.type == "cuda" else Copies()
         return _copies[device]
@@ -226,7 +226,7 @@ _copies: dict[torch.device, Copies] = {}
 
 
 class CudaCopies(Copies):
-    """See Copies."""
+    """Copies of a CUDA device: see Copies."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -248,7 +248,7 @@ class CudaCopies(Copies):
             current = torch.cuda.current_stream(self._device)
             current.wait_event(done)
             for tensor in copied.values():
-                # Its memory is not used again before the caller's stream is done with it.
+                # The allocator does not reuse the memory before the caller's stream has finished with it.
                 tensor.record_stream(current)
             return copied
 

@@ -1,17 +1,16 @@
-"""From ids to vectors, and from the vectors' gradient to that of table rows.
+"""Lookups in embedding tables, and the gradient of table rows.
 
-``EmbeddingTables`` is the one module with table rows. It has two parts of several kinds: its *storage* says in which
-memory the rows of this rank are (``DeviceStorage``, or ``HostStorage`` in ``tables.host``), its *placement* which rows
-of the tables this rank has (``WholePlacement``, or ``ShardedPlacement`` in ``sharding.placement``). All of them share
-one lookup:
+``EmbeddingTables`` is the only module that holds table rows. It has two parts. Its *storage* is the memory of this
+rank's rows: ``DeviceStorage``, or ``HostStorage`` in ``tables.host``. Its *placement* decides which rows this rank
+holds: ``WholePlacement``, or ``ShardedPlacement`` in ``sharding.placement``. All of them share one lookup:
 
-1. The placement turns ids into a ``RowSource``: a matrix of rows, and which of them each vector is made of. The matrix
-   is the parameter itself; or rows that were fetched from the host; or vectors that other ranks have sent.
-2. ``look_up`` makes the vectors, with the kernels for the device.
-3. The backward pass makes a ``LookupGradient`` of the source's rows and gives it to the source, which keeps it for the
-   optimizer, or sends it to the ranks that hold the rows.
+1. The placement turns ids into a ``RowSource``: a matrix of rows, and the rows that each vector is the sum of. The
+   matrix is the parameter itself, or rows fetched from the host, or vectors received from other ranks.
+2. ``look_up`` computes the vectors with the kernels for the device.
+3. The backward pass makes a ``LookupGradient`` of the source's rows and passes it to the source, which keeps it for
+   the optimizer or sends it to the ranks that hold the rows.
 
-The optimizer then reads ``gradient`` and calls ``update``; ``optim.rows`` moves the rows.
+The optimizer then reads ``gradient`` and calls ``update``; ``optim.rows`` updates the rows.
 
 Shape suffixes: B bags (output vectors), F tables, D width, R rows of a matrix, N indices of all bags.
 """
@@ -37,7 +36,7 @@ from lightning_dlrm.tables.requests import RowRequest, RowSource
 from lightning_dlrm.tables.table import Table, TablePiece, fill_initial_rows
 
 Change = Callable[[Tensor, RowGradient, dict[str, Tensor]], None]
-"""Moves the gradient's rows of a weight [R, D] and of its optimizer state in place."""
+"""Updates the gradient's rows of a weight [R, D] and of its optimizer state in place."""
 
 
 class EmbeddingTables(nn.Module):
@@ -46,31 +45,31 @@ class EmbeddingTables(nn.Module):
     ``weight`` never gets a ``.grad``, which would be as large as all tables: its gradient is a RowGradient.
 
     Args:
-        tables: in the order of the ids of a batch.
+        tables: tables in the order of a batch's ids.
         width: D, the length of every vector.
-        seed: of the initial rows.
+        seed: seed of the initial rows.
         trainable: whether the rows are learned.
-        ranges: of each table the first row that is held and the one after the last, whose ids then count from the
-            first of them; None for all rows.
-        storage: the memory of the rows; by default the device's.
+        ranges: (first row, row after the last) of each table that the module holds; ids count from the first row. None
+            for all rows.
+        storage: the memory of the rows; by default that of the device.
 
     Raises:
-        UserError: no width, or a table without rows.
+        UserError: the width is below 1, or a table has no rows.
     """
 
     weight: nn.Parameter
-    """[R, D]: all rows held by this rank, piece after piece; it requires no gradient if they are not learned."""
+    """[R, D]: all rows that this rank holds, piece after piece; requires a gradient only if the rows are learned."""
     tables: tuple[Table, ...]
     """The F tables, in the order of the ids."""
     ranges: tuple[tuple[int, int], ...]
-    """Of each table the rows that are held, by all ranks together."""
+    """(First row, row after the last) of each table that all ranks together hold."""
     width: int
     """D."""
     kernels: Kernels
-    """Which code looks up and updates the rows."""
+    """The code that looks up and updates the rows."""
     may_pool: bool
-    """Whether other ranks may sum a bag's rows before they send them: every call is ``forward``, and the ids' weights
-    are constants."""
+    """Whether other ranks may sum a bag's rows before they send them: only ``forward`` is called, and the per-sample
+    weights are constants."""
 
     def __init__(
         self,
@@ -99,21 +98,21 @@ class EmbeddingTables(nn.Module):
         self.weight = nn.Parameter(weight_RD, requires_grad=trainable)
 
     def forward(self, ids: SparseIds) -> Tensor:
-        """Return for every sample and table the (weighted) sum of the looked-up rows: [B, F, D].
+        """Return the (weighted) sum of the looked-up rows for every sample and table: [B, F, D].
 
-        An empty bag gives zeros. The result is differentiable in ``ids.weights`` too. If rows are on several ranks,
-        all of them call it together, also with an empty slice, and run its backward pass as often.
+        An empty bag gives zeros. The result is also differentiable in ``ids.weights``. If several ranks hold rows, all
+        of them call this together, also with an empty slice, and run the backward pass equally often.
         """
         return self._look_up(ids, True).view(len(ids), ids.tables, self.width)
 
     def look_up_each(self, ids: SparseIds) -> Tensor:
-        """Return the row of every index, not summed and without the ids' weights: [N, D]."""
+        """Return the row of every index, without sums and per-sample weights: [N, D]."""
         return self._look_up(ids, False)
 
     def prefetch(self, ids: SparseIds) -> None:
-        """Start what a later lookup of these ids needs and updates until then do not change.
+        """Start the transfers of a later lookup of these ids.
 
-        If rows are on several ranks, all of them call it together.
+        Updates before the lookup are taken into account. If several ranks hold rows, all of them call this together.
         """
         self.placement.prefetch(self, ids)
 
@@ -123,7 +122,7 @@ class EmbeddingTables(nn.Module):
 
     @property
     def pieces(self) -> tuple[TablePiece, ...]:
-        """What the rows of ``weight`` are, in order."""
+        """The pieces of tables that ``weight`` holds, in order."""
         return self.placement.pieces
 
     @property
@@ -137,9 +136,9 @@ class EmbeddingTables(nn.Module):
         return self.storage.on_host or self.placement.is_sharded
 
     def gradient(self) -> RowGradient | None:
-        """Return the sum over the backward passes since ``clear_gradient``; None if there was none.
+        """Return the sum of the gradients since ``clear_gradient``, or None without a backward pass.
 
-        It waits for gradients that other ranks are still sending.
+        Waits for gradients that other ranks are still sending.
         """
         self.placement.wait_for_gradients()
         gradients = self.storage.gradients
@@ -149,15 +148,15 @@ class EmbeddingTables(nn.Module):
         return gradients[0]
 
     def add_gradient(self, gradient: RowGradient) -> None:
-        """Add a gradient of rows of ``weight``, as a backward pass does."""
+        """Add a gradient of rows of ``weight``, like a backward pass."""
         self.storage.gradients.append(gradient)
 
     def replace_gradient(self, gradient: RowGradient) -> None:
-        """Put another gradient of the same rows in place of ``gradient()``; for clipping."""
+        """Replace ``gradient()`` by another gradient of the same rows, for clipping."""
         self.storage.gradients[:] = [gradient]
 
     def clear_gradient(self) -> None:
-        """Forget all gradients, also those on their way."""
+        """Discard all gradients, including gradients that other ranks are still sending."""
         self.placement.wait_for_gradients()
         self.storage.clear()
 
@@ -167,27 +166,27 @@ class EmbeddingTables(nn.Module):
         return self.weight.new_zeros(()) if gradient is None else gradient.squared_norm()
 
     def over_ranks(self, value: Tensor) -> Tensor:
-        """Return the sum of a tensor over the ranks that hold rows; they call it together."""
+        """Return the sum of a tensor over all ranks that hold rows; they call this together."""
         return self.placement.over_ranks(value)
 
     def update(self, gradient: RowGradient, state: dict[str, Tensor], change: Change) -> None:
-        """Make the optimizer's step.
+        """Update the rows of a gradient.
 
         Args:
-            gradient: ``gradient()``.
-            state: name -> tensor [R, ...], the same tensors at every call.
-            change: moves rows of a weight and of its state.
+            gradient: result of ``gradient()``.
+            state: optimizer state: name -> tensor [R, ...], the same tensors at every call.
+            change: updates rows of a weight and of its optimizer state.
         """
         self.storage.update(self.weight, gradient, state, change)
 
     def _look_up(self, ids: SparseIds, pooled: bool) -> Tensor:
-        # Lookups are eager: a network that is compiled as a whole is cut in two here.
+        # Lookups run eagerly: torch.compile of a whole network breaks the graph here.
         apply = torch.compiler.disable(_Lookup.apply) if torch.compiler.is_compiling() else _Lookup.apply
         vectors_BD: Tensor = apply(self.weight, ids.weights if pooled else None, ids, self, pooled)
         return vectors_BD
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EmbeddingTables":
-        """See nn.Module; rows on the host change their type, but never their device."""
+        """Apply a function as nn.Module does; rows on the host change their dtype, but never their device."""
         if not self.storage.on_host:
             return super()._apply(fn, recurse)
         weight = self.weight
@@ -203,36 +202,36 @@ class EmbeddingTables(nn.Module):
 
 
 class DeviceStorage:
-    """Rows in the memory of the device that looks them up, and the gradients that wait for their update."""
+    """Rows in the memory of the device of the lookups, and their gradients."""
 
     on_host: bool = False
-    """Whether the rows stay in host memory, whatever device the module is moved to."""
+    """Whether the rows stay in host memory if the module is moved to another device."""
 
     def __init__(self) -> None:
         self.gradients: list[RowGradient] = []
-        """Of the backward passes since the last update."""
+        """Gradients of the backward passes since the last update."""
 
     def empty(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Return memory for rows; none on torch's meta device."""
+        """Return an uninitialized tensor for rows."""
         return empty_table(shape, dtype)
 
     def fetch(self, weight: Tensor, rows: Callable[[], Tensor], device: torch.device) -> Any:
-        """Start to fetch rows that a request is going to ask for; return what ``source`` takes.
+        """Start to fetch the rows of a later request, and return the fetch for ``source``.
 
         Args:
             weight: [R, D], the rows.
-            rows: returns the row of each index in host memory; is called by another thread.
-            device: where they are wanted.
+            rows: returns the row of each index in host memory; called by another thread.
+            device: device of the lookup.
         """
         return None
 
     def source(self, weight: Tensor, request: RowRequest, fetched: Any) -> RowSource:
-        """Return where a request of rows of ``weight`` is looked up.
+        """Return the source of the requested rows of ``weight``.
 
         Args:
             weight: [R, D].
-            request: its rows.
-            fetched: what ``fetch`` returned for the same rows.
+            request: request of rows of ``weight``.
+            fetched: result of ``fetch`` for the same rows.
         """
         return RowSource(weight, request, None, self.gradients.append)
 
@@ -241,27 +240,27 @@ class DeviceStorage:
         change(weight, gradient, state)
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Discard the gradients."""
         self.gradients.clear()
 
     def flush(self) -> None:
-        """Wait until the weight holds every update."""
+        """Wait until the weight and the optimizer state hold every update."""
 
 
 class Placement(nn.Module):
-    """Which rows of some tables this rank holds, and how a lookup gets at all of them.
+    """Base of the placements: the rows that this rank holds, and the lookup of all rows.
 
-    Its buffers are on the device of the lookups.
+    The module's buffers are on the device of the lookups.
     """
 
     pieces: tuple[TablePiece, ...]
-    """What this rank holds, in order."""
+    """The pieces of tables that this rank holds, in order."""
     is_sharded: bool = False
     """Whether other ranks hold rows too."""
 
     @property
     def device(self) -> torch.device:
-        """Where lookups are made."""
+        """The device of lookups and updates."""
         raise TypeError(f"{type(self).__name__} does not define device")
 
     def prefetch(self, tables: EmbeddingTables, ids: SparseIds) -> None:
@@ -269,17 +268,17 @@ class Placement(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define prefetch")
 
     def source(self, tables: EmbeddingTables, ids: SparseIds, pooled: bool) -> RowSource:
-        """Return where the vectors of these ids are made of.
+        """Return the source of the rows that a batch looks up.
 
         Args:
-            tables: whose rows they are.
-            ids: of a batch.
-            pooled: whether bags are summed; else there is a vector for each index, without the ids' weights.
+            tables: the tables of this placement.
+            ids: ids of a batch.
+            pooled: whether bags are summed; if not, each index has a vector, without per-sample weights.
         """
         raise TypeError(f"{type(self).__name__} does not define source")
 
     def wait_for_gradients(self) -> None:
-        """Give the storage all gradients that have been sent to this rank."""
+        """Wait for all gradients that other ranks send, and pass them to the storage."""
 
     def over_ranks(self, value: Tensor) -> Tensor:
         """See EmbeddingTables.over_ranks."""
@@ -287,15 +286,15 @@ class Placement(nn.Module):
 
 
 class WholePlacement(Placement):
-    """Whole tables on this rank, or a range of each one's rows.
+    """Placement of tables that one rank holds, whole or as a range of rows.
 
     Args:
-        tables: in the order of the ids of a batch.
+        tables: tables in the order of a batch's ids.
         ranges: see EmbeddingTables.
     """
 
     row_offsets: Tensor
-    """[F]: the row of ``weight`` where each table begins. int32 if that is enough: it halves the time of sorting."""
+    """[F]: the row of ``weight`` where each table begins; int32 if possible, which halves the time to sort rows."""
 
     def __init__(self, tables: Sequence[Table], ranges: Sequence[tuple[int, int]]) -> None:
         super().__init__()
@@ -309,7 +308,7 @@ class WholePlacement(Placement):
         self._host_offsets = torch.tensor([piece.offset for piece in pieces], dtype=dtype, device="cpu")
         self.register_buffer("row_offsets", self._host_offsets.to(torch.get_default_device()), persistent=False)
         self._fetched: weakref.WeakKeyDictionary[object, Any] = weakref.WeakKeyDictionary()
-        """Key of the ids -> what the storage fetches for them."""
+        """Key of the ids -> their fetch."""
 
     @property
     def device(self) -> torch.device:
@@ -341,10 +340,10 @@ _make_placement: ContextVar[Callable[[Sequence[Table], Sequence[tuple[int, int]]
 
 @contextmanager
 def placed_by(make: Callable[[Sequence[Table], Sequence[tuple[int, int]]], Placement]) -> Iterator[None]:
-    """Build tables inside with a placement of another kind than whole tables.
+    """Use another placement for all tables that are built in this context.
 
     Args:
-        make: makes the placement of some tables and their ranges; see EmbeddingTables.
+        make: returns the placement of tables and their ranges; see EmbeddingTables.
     """
     token = _make_placement.set(make)
     try:
@@ -358,7 +357,7 @@ def look_up(weight_RD: Tensor, request: RowRequest, kernels: Kernels) -> tuple[T
 
     Args:
         weight_RD: the rows.
-        request: which of them.
+        request: the rows of each bag.
         kernels: see ``kernels.choice``.
 
     Returns:
@@ -373,7 +372,7 @@ def look_up(weight_RD: Tensor, request: RowRequest, kernels: Kernels) -> tuple[T
     rows_N, bags = request.rows_and_bags()
     factors_N = None if factors is None else factors.reshape(-1)
     if chosen == "triton":
-        # torch for CPUs comes without Triton.
+        # Builds of torch for CPUs come without Triton.
         from lightning_dlrm.kernels import fused
 
         return fused.lookup(weight_RD, values.reshape(-1), row_offsets_F, offsets, factors_N), rows_N, bags
@@ -394,9 +393,9 @@ def look_up(weight_RD: Tensor, request: RowRequest, kernels: Kernels) -> tuple[T
 
 
 class _Lookup(torch.autograd.Function):
-    """The lookup of all tables, whatever their storage, placement and kernels.
+    """The lookup of all tables, for every storage, placement and kernel.
 
-    Its backward pass gives ``weight`` no gradient tensor: the gradient goes to the source of the rows.
+    The backward pass gives ``weight`` no gradient tensor: it passes a LookupGradient to the source of the rows.
     """
 
     @staticmethod
@@ -406,7 +405,7 @@ class _Lookup(torch.autograd.Function):
         source = tables.placement.source(tables, ids, pooled)
         vectors_BD, rows_N, bag_N = look_up(source.weight, source.request, tables.kernels)
         ctx.lookups, ctx.take_gradient = source.lookups, source.take_gradient
-        # The rows are needed once more in the backward pass if the factors are learned.
+        # The backward pass needs the rows only if the per-sample weights are learned.
         learned = ctx.needs_input_grad[1]
         ctx.save_for_backward(rows_N, bag_N, source.request.factors, source.weight if learned else None)
         return vectors_BD

@@ -1,4 +1,4 @@
-"""Memory of tables: large pages, fast copies of rows, and no memory given back in the middle of a fit."""
+"""Memory of tables: large pages, fast copies of rows, and reuse of freed memory during a fit."""
 
 import contextlib
 import ctypes
@@ -11,27 +11,27 @@ from torch import Tensor
 from torch.nn import functional
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
-_LARGEST_KEPT = 2**25  # the largest threshold that glibc takes
-_LARGE_PAGE = 2**21
+_LARGEST_MMAP_THRESHOLD = 2**25  # of glibc
+_LARGE_PAGE_BYTES = 2**21
 
 
 def empty_table(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """Return an uninitialised tensor; on a CPU under Linux on pages of 2 MiB if the system has them.
+    """Return an uninitialized tensor; on a CPU under Linux it uses pages of 2 MiB if the system has them.
 
-    Lookups read rows all over a table: with pages of 4 KiB most of them also miss the processor's cache of page
-    addresses (TLB).
+    Lookups read scattered rows: with pages of 4 KiB most of them also miss the processor's cache of page addresses
+    (TLB).
 
     Args:
-        shape: rows first.
-        dtype: of the elements.
+        shape: the first dimension is the rows.
+        dtype: dtype of the elements.
         device: None for torch's default device.
     """
     device = torch.get_default_device() if device is None else device
     table = torch.empty(shape, dtype=dtype, device="meta")
-    if device.type != "cpu" or table.nbytes < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if device.type != "cpu" or table.nbytes < _LARGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, table.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # The kernel may have no large pages.
+    # The Linux kernel may be built without large pages.
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=table.numel()).view(*shape)
@@ -40,8 +40,8 @@ def empty_table(shape: Sequence[int], dtype: torch.dtype, device: torch.device |
 def gather_rows(weight_RD: Tensor, rows_N: Tensor) -> Tensor:
     """Return ``weight_RD[rows_N]``: [N, D].
 
-    On a CPU by sums of one row each, whose kernel fetches rows ahead: it takes less than half the time of
-    ``index_select`` for rows scattered over a large table.
+    On a CPU this calls ``embedding_bag`` with bags of one row, whose kernel prefetches rows: it takes less than half
+    the time of ``index_select`` for rows scattered over a large table.
     """
     if weight_RD.device.type != "cpu" or weight_RD.dtype == torch.float64:
         return weight_RD.index_select(0, rows_N)
@@ -52,8 +52,8 @@ def gather_rows(weight_RD: Tensor, rows_N: Tensor) -> Tensor:
 def put_rows(weight: Tensor, rows_U: Tensor, values: Tensor) -> None:
     """Set ``weight[rows_U] = values`` for unique rows, in place; both are contiguous.
 
-    On a CPU, torch copies element by element, so many rows are copied as elements of 16 bytes if they can be: that
-    takes two thirds of the time at 64 floats a row.
+    On a CPU, torch copies element by element. Large copies of aligned rows use elements of 16 bytes, which takes two
+    thirds of the time with 64 floats in a row.
     """
     if weight.device.type == "cpu" and values.nbytes >= 2**20 and weight.dim() == 2:
         at_16_bytes = weight.storage_offset() == values.storage_offset() == 0
@@ -65,10 +65,10 @@ def put_rows(weight: Tensor, rows_U: Tensor, values: Tensor) -> None:
 def keep_freed_memory() -> None:
     """Make glibc keep the memory of freed temporary tensors, up to 32 MiB each, for the next step.
 
-    If it were given back to the system, every page would be cleared and mapped again in each step.
+    Otherwise the system would clear and map every page again in each step.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+            mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,4 +1,4 @@
-"""What a lookup reads: rows of a matrix, by bags, and where the matrix and its gradient are.
+"""The input of a lookup: rows of a matrix, grouped by bags; and the source of the matrix.
 
 Shape suffixes: B bags (output vectors), F tables, D width, R rows of a matrix, N indices of all bags.
 """
@@ -13,19 +13,19 @@ from lightning_dlrm.tables.gradients import LookupGradient, SortedLookups
 
 
 class RowRequest(NamedTuple):
-    """Rows of a matrix and the bags that they are summed by."""
+    """Rows of a matrix and the bags in which they are summed."""
 
     values: Tensor
     """int32 or int64 [N], or one-hot [B / F, F]: the id of each index within its table."""
     row_offsets: Tensor
     """int32 or int64 [F]: the first row of each table; bag b is of table b % F."""
     offsets: Tensor | None
-    """int64 [B + 1]: where each bag begins, and the end of the last one; None if each index is a bag."""
+    """int64 [B + 1]: where each bag begins, and the end of the last bag; None if each index is a bag."""
     factors: Tensor | None
-    """[N], or shaped as ``values``: what the row of each index is multiplied by; None means 1."""
+    """[N], or the shape of ``values``: per-sample weights, the factors of the rows; None means 1."""
 
     def rows_and_bags(self) -> tuple[Tensor, Tensor | None]:
-        """Return the row of each index [N] and its bag, int64 [N]; the latter is None if each index is a bag."""
+        """Return the row of each index [N] and its bag, int64 [N], or None if each index is a bag."""
         values, row_offsets_F, offsets, _ = self
         if offsets is None:
             return (values + row_offsets_F).reshape(-1), None
@@ -41,13 +41,13 @@ class RowRequest(NamedTuple):
 
 
 class RowSource(NamedTuple):
-    """Where a lookup takes its vectors from, and where their gradient goes."""
+    """The matrix that a lookup reads, and the function that takes its gradient."""
 
     weight: Tensor
     """[R, D]."""
     request: RowRequest
     """Rows of ``weight``."""
     lookups: SortedLookups | None
-    """The request's rows, sorted, if that is known; they are then all rows of ``weight``."""
+    """The request's rows, sorted, if they are sorted already; they are then all rows of ``weight``."""
     take_gradient: Callable[[LookupGradient], None]
-    """Is given the gradient of the rows of ``weight``."""
+    """Called by the backward pass with the gradient of the rows of ``weight``."""

@@ -1,4 +1,4 @@
-"""What an embedding table is, the pieces that its rows lie in, and its initial rows.
+"""Embedding tables before they are allocated, pieces of their rows, and their initial rows.
 
 Shape suffixes: D table width, R rows of all tables held in one parameter.
 """
@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 
 BLOCK_ROWS = 65_536
-"""Initial rows are drawn in blocks of as many, so that any piece of a table can be made anywhere."""
+"""Rows of a block: initial rows are drawn block by block, so that each rank can draw its own pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table before its rows are allocated; any piece of it can be made anywhere, with the same rows.
+    """A table before its rows are allocated.
 
-    Its initial rows are drawn from U(centre - bound, centre + bound), a function of (seed, name, block of rows), or
-    given.
+    Its initial rows are ``given``, or drawn from U(centre - bound, centre + bound). Drawn rows are a function of (seed,
+    name, block of rows), so that every rank draws the same rows.
     """
 
     name: str
-    """``C3`` for the vectors of column C3; further tables of a column are ``C3/linear`` and the like."""
+    """``C3`` for the vectors of column C3; ``C3/linear`` and the like for further tables of the column."""
     rows: int
     bound: float
     centre: float = 0.0
     given: Tensor | None = None
-    """[rows, D]: initial rows that are not drawn."""
+    """[rows, D]: the initial rows, if they are not drawn."""
 
     @staticmethod
     def of_column(name: str, rows: int) -> "Table":
@@ -46,11 +46,11 @@ class TablePiece:
     table_rows: int
     """Rows of the whole table."""
     start: int
-    """First row of the table in the piece."""
+    """The piece's first row of the table."""
     stop: int
-    """Row of the table after the last one in the piece."""
+    """The row of the table after the piece's last row."""
     offset: int
-    """Row of the parameter that holds ``start``."""
+    """The row of the parameter that holds row ``start`` of the table."""
 
     @property
     def rows(self) -> int:
@@ -58,20 +58,20 @@ class TablePiece:
         return self.stop - self.start
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the piece's part of a tensor whose first dimension is the parameter's rows; a view."""
+        """Return a view of the piece's rows of a tensor whose first dimension is the parameter's rows."""
         return tensor[self.offset : self.offset + self.rows]
 
 
 def fill_initial_rows(weight_RD: Tensor, tables: Sequence[Table], pieces: Sequence[TablePiece], seed: int) -> None:
     """Write the initial rows of pieces of tables.
 
-    A row's values are a function of (seed, table, block of 65,536 rows), whatever piece holds it.
+    A row's values are a function of (seed, table, block of 65,536 rows), and do not depend on the piece.
 
     Args:
-        weight_RD: holds the pieces, each at its offset.
-        tables: the pieces' tables.
-        pieces: whose rows are written.
-        seed: of all tables.
+        weight_RD: parameter that holds each piece at its offset.
+        tables: tables of the pieces.
+        pieces: the pieces to write.
+        seed: seed of all tables.
     """
     width = weight_RD.shape[1]
     of_name = {table.name: table for table in tables}

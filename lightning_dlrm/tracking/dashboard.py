@@ -1,4 +1,4 @@
-"""The W&B workspace and report of a project or group, as code; needs the extra ``dashboards``."""
+"""W&B workspace and report of a project or group; needs the extra ``dashboards``."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,16 +26,16 @@ _TITLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Dashboard:
-    """Runs to show, and the findings of their report.
+    """Runs of a workspace and a report, and the findings of the report.
 
     Args:
         project: W&B project.
-        entity: user or team; empty for the default of the account.
+        entity: user or team; empty for the account's default.
         group: group of the runs; None for all runs of the project.
         findings: sentences at the head of the report, such as the verdicts of a comparison.
 
     Raises:
-        UserError: W&B's package cannot filter by the group's name.
+        UserError: the group's name has characters that wandb-workspaces cannot filter by.
     """
 
     project: str
@@ -46,8 +46,8 @@ class Dashboard:
     def __post_init__(self) -> None:
         if self.group and set(self.group) & set("'\"\\"):
             raise UserError(
-                f"the group {self.group} has quotes or backslashes in its name, by which wandb-workspaces cannot "
-                "filter; give the runs another --wandb.group"
+                f"the name of the group {self.group} has quotes or backslashes, which wandb-workspaces cannot filter "
+                "by; give the runs another --wandb.group"
             )
 
     @property
@@ -99,7 +99,7 @@ def build_report(dashboard: Dashboard) -> "Report":
     import wandb_workspaces.reports.v2 as wr
 
     runs = wr.Runset(
-        # With an entity, W&B looks the project up when the report is saved.
+        # W&B looks up the project when the report is saved.
         entity=dashboard.entity,
         project=dashboard.project,
         name=dashboard.group or "all runs",
@@ -120,10 +120,10 @@ def build_report(dashboard: Dashboard) -> "Report":
 
 
 def publish(dashboard: Dashboard) -> dict[str, str]:
-    """Save a new workspace and a new report at the W&B server.
+    """Save a new workspace and a new report on the W&B server.
 
     Returns:
-        Addresses of ``workspace`` and ``report``.
+        URLs of ``workspace`` and ``report``.
 
     Raises:
         UserError: the extra is not installed, there is no API key, or the server does not answer or refuses.
@@ -135,22 +135,22 @@ def publish(dashboard: Dashboard) -> dict[str, str]:
             f"a dashboard is kept at the W&B server, and this machine is offline: {reason}; give WANDB_API_KEY or run "
             "'wandb login', and see that the server can be reached"
         )
-    with _report_refusals(dashboard):
+    with _raising_user_errors(dashboard):
         entity = dashboard.entity or default_entity()
     located = replace(dashboard, entity=entity)
     workspace, report = build_workspace(located), build_report(located)
-    with _report_refusals(dashboard):
+    with _raising_user_errors(dashboard):
         return {"workspace": workspace.save().url, "report": report.save().url}
 
 
 @contextmanager
-def _report_refusals(dashboard: Dashboard) -> Iterator[None]:
+def _raising_user_errors(dashboard: Dashboard) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # W&B's clients raise many classes, including Exception itself
-        words = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise UserError(
-            f"W&B refuses the dashboard of {dashboard.project} ({words}); see that the project is there, and that "
+            f"W&B refuses the dashboard of {dashboard.project} ({message}); see that the project is there, and that "
             "the API key may write to it"
         ) from error
 
@@ -162,7 +162,7 @@ def _filters(dashboard: Dashboard) -> Any:
 
 
 def _panels() -> dict[str, list[Any]]:
-    """Section -> its panels."""
+    """Return the panels of each section."""
     return {
         "comparison": _comparison_panels(),
         "quality": _quality_panels(),
@@ -213,7 +213,7 @@ def _quality_panels() -> list[Any]:
     series = {"step": "step", "lineKey": "lineKey", "lineVal": "lineVal"}
     flops = wr.Config(names.FLOPS_TRAINING)
     return [
-        *(_course(metric) for metric in names.METRICS),
+        *(_metric_lines(metric) for metric in names.METRICS),
         _bars("best validation AUC", best_auc, "AUC"),
         _curve(names.PRECISION_RECALL, "wandb/area-under-curve/v0", area),
         _curve(names.CALIBRATION_CURVE, "wandb/lineseries/v0", series),
@@ -225,7 +225,7 @@ def _speed_panels() -> list[Any]:
     return [
         _lines("speed", names.SAMPLES_PER_SECOND, title_y="samples/s"),
         _lines("share of the time waiting for data", names.DATA_WAIT_SHARE, range_y=(0.0, None)),
-        _course("auc", x=_TIME),
+        _metric_lines("auc", x=_TIME),
         _bars("time of training", names.TRAINING_SECONDS, "s"),
         _bars("peak memory", names.PEAK_MEMORY, "bytes"),
         _bars("peak GPU memory", names.PEAK_DEVICE_MEMORY, "bytes"),
@@ -241,8 +241,8 @@ def _lines(title: str, *metrics: str, x: str = _SAMPLES, **options: Any) -> Any:
     return wr.LinePlot(title=title, x=x, title_x=axis, **options)
 
 
-def _course(metric: str, **options: Any) -> Any:
-    """Return a metric during training, of the validation split and of the training samples."""
+def _metric_lines(metric: str, **options: Any) -> Any:
+    """Return a plot of a metric during training, of the validation split and of the training samples."""
     both = (f"{names.VALIDATION}/{metric}", f"{names.TRAIN}/{metric}")
     title = f"{_TITLES[metric].partition(',')[0]}, validation and training"
     return _lines(title, *both, title_y=_TITLES[metric], **options)
@@ -255,7 +255,7 @@ def _bars(title: str, metric: Any, unit: str | None = None) -> Any:
 
 
 def _curve(name: str, chart: str, fields: dict[str, str]) -> Any:
-    """Return a plot that ``WandbExtras`` logs, with all runs together."""
+    """Return the plot of all runs of a curve that ``WandbExtras`` logs."""
     import wandb_workspaces.reports.v2 as wr
 
     key = f"{names.VALIDATION}/{name}"

@@ -1,17 +1,17 @@
-"""Names of everything that is logged, in one place: the run folder and W&B use the same."""
+"""Names of all logged metrics, in the run folder and in W&B."""
 
 TRAIN = "train"
 TRAIN_LOSS = "train/loss"
 VALIDATION = "validation"
 TEST = "test"
 METRICS = ("auc", "log_loss", "normalized_entropy", "accuracy", "calibration")
-"""Of an evaluation, after its name and a slash."""
+"""Metrics of an evaluation; logged as EVALUATION/METRIC."""
 BETTER = {"auc": "max", "log_loss": "min", "normalized_entropy": "min", "accuracy": "max"}
-"""Of those that are better the larger or the smaller they are; calibration is best at 1."""
+"""Metric -> whether larger or smaller values are better; calibration is best at 1."""
 PRECISION_RECALL = "precision_recall"
 CALIBRATION_CURVE = "calibration_curve"
 LEARNING_RATE = "learning_rate"
-# On request, with a name after a slash: of a dense weight, or of a table.
+# Logged on request, as NORM/NAME with the name of a dense parameter or of a table.
 GRADIENT_NORM = "gradient_norm"
 ROW_NORM = "row_norm"
 ROW_GRADIENT_NORM = "row_gradient_norm"
@@ -30,17 +30,16 @@ EXCHANGE_MS = "parallel/exchange_ms_per_step"
 SENT_BYTES = "parallel/sent_bytes_per_step"
 WORK_IMBALANCE = "parallel/work_imbalance"
 TABLES = "parallel/tables"
-"""Under it by table: its share on the fullest rank, and of a step what all ranks together ask for and send."""
+"""Prefix of metrics by table: its largest share on a rank, and the requests and bytes of all ranks in a step."""
 ASKED_ROWS = "asked_rows_per_step"
 MOVED_BYTES = "moved_bytes_per_step"
 IMBALANCE = "work_imbalance"
 HOST_BYTES = "parallel/host_bytes"
-"""Of ``BYTES_PER_RANK``, those of tables in host memory; on the rank that holds most of them."""
+"""Bytes of ``BYTES_PER_RANK`` in host memory, on the rank that holds most of them."""
 SAMPLES_PER_SECOND = "speed/samples_per_s"
-# Of the time of training, which they add up to; on a GPU, of the time that the host spends there.
+# Shares of the training time, which add up to 1; with a GPU they are shares of the host's time.
 DATA_WAIT_SHARE = "speed/data_wait_share"
 FORWARD_SHARE = "speed/forward_share"
-"""With the backward pass, where a recorded step is repeated: then the next is 0."""
 BACKWARD_SHARE = "speed/backward_share"
 UPDATE_SHARE = "speed/update_share"
 LIGHTNING_SHARE = "speed/lightning_share"
@@ -66,15 +65,15 @@ COMPARISON_FIGURES = {
     "operators": "where the time of a step goes, by kind of operator",
     "load": "load of each rank, where tables are sharded",
 }
-"""Of a comparison: what each shows."""
+"""Name of a figure of a comparison -> its title."""
 COMPARISON_TABLES = ("verdicts", "parameters", "operators", "load")
 
 
 def comparison_figure(name: str) -> str:
-    """Under which a comparison's figure is logged."""
+    """Return the name under which a figure of a comparison is logged."""
     return f"comparison/{name}"
 
 
 def comparison_table(name: str) -> str:
-    """Under which a comparison's table is logged."""
+    """Return the name under which a table of a comparison is logged."""
     return f"comparison/{name}_table"

@@ -1,4 +1,4 @@
-"""The run folder: every result of a run, readable without any service.
+"""The run folder, which holds all results of a run.
 
 ``config.yaml``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``, ``predictions.parquet``,
 ``validate.json``, ``test.json``, ``validation_curves.json``, ``test_curves.json``, and W&B's files in ``wandb/``.
@@ -27,7 +27,7 @@ WANDB = "wandb"
 
 
 def curves_file(stage: str) -> str:
-    """Where the curves of the last evaluation on a split are kept."""
+    """Return the name of the file with the curves of the last evaluation on a split."""
     return f"{stage}_curves.json"
 
 
@@ -39,47 +39,47 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path | None, model: str) -> "RunFolder":
-        """Makes the folder of a new run.
+        """Create the folder of a new run.
 
         Args:
-            path: as the user gave it; None for ``runs/<date>-<model>-<n>``.
-            model: for the default name.
+            path: path that the user gave; None for ``runs/<date>-<model>-<n>``.
+            model: name of the model, for the default path.
 
         Raises:
-            UserError: the folder exists and holds something, or cannot be made.
+            UserError: the folder is not empty, or cannot be created.
         """
         if path is None:
             return cls._create_numbered(model)
         path = Path(path)
         if path.exists() and not path.is_dir():
-            raise UserError(f"--run_dir {path} is a file; give a folder that is empty or not there yet")
+            raise UserError(f"--run_dir {path} is a file; give an empty folder or a new one")
         if path.exists() and any(path.iterdir()):
             raise UserError(
                 f"the run folder {path} exists and is not empty; continue that run with --resume auto, "
                 "or choose another --run_dir"
             )
-        _make(path)
+        _create_folder(path)
         return cls(path)
 
     @classmethod
     def reopen(cls, path: Path) -> "RunFolder":
-        """The folder of a run that goes on.
+        """Return the folder of a run that continues.
 
         Raises:
-            UserError: what the folder holds is no run.
+            UserError: the folder does not hold a run.
         """
         found = {entry.name for entry in path.iterdir()}
         if found and not found & {CONFIG, METRICS, "checkpoints", WANDB}:
             raise UserError(
-                f"{path} is no run folder: it holds {min(found)} and no {CONFIG}; give the folder of the run to go on "
-                "with, or a new one"
+                f"{path} is not a run folder: it holds {min(found)} and no {CONFIG}; give the folder of the run to "
+                "continue, or a new one"
             )
         return cls(path)
 
     @classmethod
     def _create_numbered(cls, model: str) -> "RunFolder":
         date = datetime.datetime.now().astimezone().strftime("%Y%m%d")
-        _make(Path("runs"))
+        _create_folder(Path("runs"))
         for n in range(1, 100_000):
             path = Path("runs") / f"{date}-{model}-{n}"
             try:
@@ -98,7 +98,7 @@ class RunFolder:
         return self.path / METRICS
 
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``, but for one that a killed run did not finish."""
+        """Return the lines of ``metrics.jsonl`` without an incomplete line of a killed run."""
         found = []
         for line in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
             try:
@@ -108,42 +108,42 @@ class RunFolder:
         return found
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Writes a small file, whole or not at all. NaN and infinities become null: JSON has none."""
-        self.write_text(name, json.dumps(_finite(content), indent=1) + "\n")
+        """Write a small JSON file atomically; NaN and infinite values become null."""
+        self.write_text(name, json.dumps(_replace_nonfinite(content), indent=1) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a small file, whole or not at all."""
+        """Write a small file atomically."""
         partial = self.path / f".{name}.partial"
         partial.write_text(text)
         partial.replace(self.path / name)
 
     def write_summary(self, final: Mapping[str, Any], best: Mapping[str, Any]) -> None:
-        """``summary.json``: the figures at the end of the run, and those of its best validation."""
+        """Write ``summary.json``: the metrics at the end of the run, and those of its best validation."""
         self.write_json(SUMMARY, {"final": final, "best": best})
 
     def final(self) -> dict[str, Any]:
-        """What ``summary.json`` has of the end of the run; nothing where there is none."""
+        """Return the metrics at the end of the run from ``summary.json``; empty if there is no such file."""
         path = self.path / SUMMARY
         found: dict[str, Any] = json.loads(path.read_text())["final"] if path.exists() else {}
         return found
 
-    def cut_back(self, step: int) -> None:
-        """Drops the lines of ``metrics.jsonl`` after ``step``: a resumed run writes them again."""
+    def drop_lines_after(self, step: int) -> None:
+        """Drop the lines of ``metrics.jsonl`` after ``step``, which a resumed run writes again."""
         if not self.metrics.exists():
             return
         kept = [line for line in self.lines() if line[names.STEP] <= step]
         self.write_text(METRICS, "".join(f"{json.dumps(line)}\n" for line in kept))
 
-    def remove_unless_begun(self) -> None:
-        """Removes the folder of a run that failed before its first result, so that its name is free again."""
+    def remove_without_results(self) -> None:
+        """Remove the folder if the run failed before its first result."""
         if not self.metrics.exists() and not self.checkpoints.exists():
             shutil.rmtree(self.path, ignore_errors=True)
 
 
 class JsonLinesLogger(Logger):
-    """Lightning logger that writes ``metrics.jsonl``: one line for each logged step.
+    """Lightning logger that writes ``metrics.jsonl``, with one line for all metrics of a step.
 
-    Whatever is logged at one step is in one line, and each line is on its way to disk at once.
+    Each line is written to the file at once.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -167,7 +167,7 @@ class JsonLinesLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: the configuration is in ``config.yaml``."""
+        """Do nothing: the configuration is in ``config.yaml``."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -179,20 +179,20 @@ class JsonLinesLogger(Logger):
                 file.truncate(self._line_start)
                 file.seek(0, os.SEEK_END)
             self._line |= metrics
-            file.write((json.dumps(_finite(self._line)) + "\n").encode())
+            file.write((json.dumps(_replace_nonfinite(self._line)) + "\n").encode())
 
 
-def _make(path: Path) -> None:
+def _create_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the run folder {path}: {error.strerror}; choose another --run_dir") from error
+        raise UserError(f"cannot create the run folder {path}: {error.strerror}; choose another --run_dir") from error
 
 
-def _finite(value: Any) -> Any:
+def _replace_nonfinite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _replace_nonfinite(item) for key, item in value.items()}
     if hasattr(value, "item"):
-        # Lightning's LearningRateMonitor logs the rates as they are, as tensors.
+        # Lightning's LearningRateMonitor logs learning rates that are tensors as tensors.
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""A comparison's page at W&B: its figures, tables and report, as a run beside those that it compares."""
+"""W&B run of a comparison, with its figures, tables and report, beside the compared runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ import wandb
 
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import RunFolder
-from lightning_dlrm.tracking.wandb_run import RunPlace, finish_wandb, start_wandb, training_run_id, whereabouts
+from lightning_dlrm.tracking.wandb_run import RunPlace, finish_wandb, run_address, start_wandb, training_run_id
 
 JOB_TYPE = "compare"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of numbers and names."""
+    """A table with numbers and names."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -24,12 +24,12 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonPage:
-    """What is shown.
+    """Figures, tables and files of a comparison.
 
     Args:
-        figures: by their names in ``names.COMPARISON_FIGURES``: PNG files, each with its caption.
-        tables: by their names in ``names.COMPARISON_TABLES``.
-        files: such as the report, kept as an artifact.
+        figures: name in ``names.COMPARISON_FIGURES`` -> PNG files, each with its caption.
+        tables: name in ``names.COMPARISON_TABLES`` -> table.
+        files: files of an artifact, such as the report.
     """
 
     figures: Mapping[str, Sequence[tuple[Path, str]]]
@@ -40,17 +40,17 @@ class ComparisonPage:
 def send_comparison(
     page: ComparisonPage, output: Path, place: RunPlace, mode: Literal["online", "offline"], reason: str = ""
 ) -> tuple[str, str]:
-    """Logs a page in one run, which a later call goes on with.
+    """Log a page in one run, which later calls for the same folder continue.
 
     Args:
-        page: what is shown.
-        output: folder of the comparison; W&B's files lie there.
-        place: where the run appears; its job type is ``compare``.
+        page: the page.
+        output: folder of the comparison, which also holds W&B's files.
+        place: project, group and name of the run; its job type is ``compare``.
         mode: see ``choose_mode``.
         reason: see ``choose_mode``.
 
     Returns:
-        The page's address, or how it gets there; and the reason for being offline, empty where the run is online.
+        The URL of the page, or the command that sends it; and the reason of the offline mode, empty if online.
     """
     folder = RunFolder(output)
     logger, reason = start_wandb(
@@ -59,7 +59,7 @@ def send_comparison(
     succeeded = False
     try:
         _log(page, logger.experiment)
-        where = whereabouts([logger], folder) or ""
+        where = run_address([logger], folder) or ""
         succeeded = True
     finally:
         finish_wandb(succeeded)

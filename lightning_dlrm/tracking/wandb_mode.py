@@ -1,4 +1,4 @@
-"""Whether a run goes to W&B's server: decided without loading W&B, which takes long."""
+"""Choice of W&B's mode, without importing wandb, which takes long."""
 
 import netrc
 import os
@@ -13,25 +13,23 @@ Mode = Literal["auto", "online", "offline", "disabled"]
 
 
 def choose_mode(mode: Mode, seconds: float = 3.0) -> tuple[Literal["online", "offline", "disabled"], str]:
-    """Whether the run goes online, and why not.
+    """Return the mode of a run, before wandb starts.
 
-    W&B itself would prompt for a missing key and wait minutes for a missing network, so this is
-    decided before it starts.
+    wandb itself would prompt for a missing API key, and would wait for minutes without a network.
 
     Args:
-        mode: ``auto`` goes online where there is a key and the server answers; WANDB_MODE, where
-            set, takes the place of ``auto``.
-        seconds: how long the server may take to answer.
+        mode: ``auto`` is online if there is an API key and the server answers; WANDB_MODE, if set, replaces ``auto``.
+        seconds: longest time to wait for the server.
 
     Returns:
-        The mode, and the reason for ``offline`` in a few words.
+        The mode, and a short reason if it is ``offline``.
 
     Raises:
-        UserError: WANDB_MODE is none of W&B's modes.
+        UserError: WANDB_MODE is not a mode of W&B.
     """
     wanted = os.environ.get("WANDB_MODE", "").lower()
     if not wanted:
-        # W&B takes an empty one for a wrong one.
+        # wandb refuses an empty WANDB_MODE.
         os.environ.pop("WANDB_MODE", None)
     elif wanted not in ("online", "offline", "disabled", "dryrun"):
         raise UserError(f"WANDB_MODE is {wanted}; set it to online, offline or disabled, or leave it out")

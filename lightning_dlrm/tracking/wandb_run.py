@@ -1,4 +1,4 @@
-"""Weights & Biases: the only place that knows it."""
+"""Runs of Weights & Biases: start, callback and end."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from lightning_dlrm.contracts.schema import SCHEMA_FILE
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import WANDB, RunFolder
 
-_OF_EACH_TENSOR = tuple(
+_PER_TENSOR_PREFIXES = tuple(
     f"{name}/" for name in (names.GRADIENT_NORM, names.ROW_NORM, names.ROW_GRADIENT_NORM, names.TABLES)
 )
 
@@ -26,15 +26,15 @@ log = logging.getLogger("lightning_dlrm")
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlace:
-    """Where a run appears in W&B.
+    """Project, name and group of a run in W&B.
 
     Args:
         project: W&B project.
         entity: user or team; None for the account's default.
-        name: of the run.
-        group: of the run, such as an experiment of several runs.
-        job_type: what the run does, such as train or test.
-        tags: of the run.
+        name: name of the run.
+        group: group of the run, such as an experiment of several runs.
+        job_type: kind of the run, such as train or test.
+        tags: tags of the run.
     """
 
     project: str
@@ -54,20 +54,20 @@ def start_wandb(
     run_id: str | None = None,
     config: Mapping[str, Any],
 ) -> tuple[WandbLogger, str]:
-    """Starts a run with Lightning's WandbLogger; its files lie in the run folder.
+    """Start a run with Lightning's WandbLogger, with its files in the run folder.
 
-    Where the server refuses the run, it goes on offline: a fit is worth more than its page.
+    If the server refuses the run, it starts offline instead, so that the fit does not fail.
 
     Args:
         folder: the run folder.
-        place: where the run appears.
+        place: project, name and group of the run.
         mode: see ``choose_mode``.
         reason: see ``choose_mode``.
-        run_id: of the run, which goes on where there is one of this id; None for a new one.
-        config: what the run's page shows as its configuration.
+        run_id: id of the run; a run with this id is continued. None for a new id.
+        config: configuration of the run, for its page.
 
     Returns:
-        The logger, and the reason for being offline; empty where the run is online.
+        The logger, and the reason of the offline mode; empty if the run is online.
     """
 
     def start(mode: Literal["online", "offline"]) -> WandbLogger:
@@ -80,11 +80,11 @@ def start_wandb(
             tags=list(place.tags),
             id=run_id,
             resume=None if mode == "offline" else "allow",
-            # W&B's service keeps the working directory that it was started in.
+            # W&B's service keeps the working directory of its start, so the path must be absolute.
             dir=folder.resolve(),
             mode=mode,
             config=dict(config),
-            # Console output would fill an offline run with every redraw of a progress bar.
+            # An offline run would store every redraw of a progress bar in its console output.
             settings=wandb.Settings(console="off", silent=True, init_timeout=30),
         )
         _define_metrics(run)
@@ -99,7 +99,7 @@ def start_wandb(
 
 
 def _define_metrics(run: wandb.Run) -> None:
-    """Runs of different batch sizes are compared by the samples they have seen, and by their best validation."""
+    """Set samples as the x-axis of all metrics, and the best value as the summary of validation metrics."""
     run.define_metric(names.SAMPLES)
     run.define_metric("*", step_metric=names.SAMPLES)
     for metric in names.METRICS:
@@ -120,12 +120,12 @@ def training_run_id(folder: RunFolder) -> str:
 
 
 def offline_folders(folder: RunFolder) -> str:
-    """Where the runs of this folder lie that were offline, as ``wandb sync`` takes them."""
+    """Return the pattern of the offline runs of a run folder, for ``wandb sync``."""
     return str(folder.path / WANDB / "offline-run-*")
 
 
-def whereabouts(loggers: Sequence[object], folder: RunFolder) -> str | None:
-    """Where W&B has a run, or how it gets there; None for a run without W&B."""
+def run_address(loggers: Sequence[object], folder: RunFolder) -> str | None:
+    """Return the URL of a run, or the command that sends it to W&B; None for a run without W&B."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             run = logger.experiment
@@ -134,12 +134,12 @@ def whereabouts(loggers: Sequence[object], folder: RunFolder) -> str | None:
 
 
 class WandbExtras(pl.Callback):
-    """What W&B shows besides metrics: plots of an evaluation's curves, the dataset and, if asked for, the weights.
+    """Callback that logs the curves of evaluations, the dataset and, on request, the best checkpoint to W&B.
 
     Args:
         folder: the run folder.
-        logger: of the run.
-        final: gives the figures of the fit, at its end.
+        logger: logger of the run.
+        final: returns the metrics of the fit; called at its end.
         log_model: upload the best checkpoint as an artifact at the end of a fit.
     """
 
@@ -165,16 +165,16 @@ class WandbExtras(pl.Callback):
         self._plot(names.TEST, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Of what was logged the summary knows the best already.
+        # W&B's summary already has the best values of logged metrics.
         logged = (f"{names.TRAIN}/", f"{names.VALIDATION}/")
         self._run.summary.update({k: v for k, v in self._final().items() if not k.startswith(logged)})
         best = self._folder.checkpoints / "best"
         if not self._log_model or not best.exists():
             return
-        # W&B takes 100 entries of an artifact; those of every tensor and table stay with the run.
-        metadata = {k: v for k, v in dict(self._run.summary).items() if not k.startswith(_OF_EACH_TENSOR)}
+        # W&B allows 100 entries of metadata; metrics of single tensors and tables are left out.
+        metadata = {k: v for k, v in dict(self._run.summary).items() if not k.startswith(_PER_TENSOR_PREFIXES)}
         artifact = wandb.Artifact(f"{self._folder.path.name}-weights", "model", metadata=metadata)
-        # A copy of the tables for the upload would take as much disk once more.
+        # skip_cache: a copy of the tables for the upload would double their disk space.
         artifact.add_dir(str(best.resolve()), policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=["best"])
 
@@ -203,9 +203,9 @@ class WandbExtras(pl.Callback):
         )
 
     def _refer_to_dataset(self, trainer: pl.Trainer) -> None:
-        """The dataset as an artifact, which refers to the files of a folder where they are.
+        """Log the dataset as an artifact that refers to the files of its folder.
 
-        It holds ``dataset.json``, and with it every file's checksum: other data are another version.
+        The artifact holds ``dataset.json`` with the checksum of every file, so other data make another version.
         """
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         folder = getattr(datamodule, "folder", None)
@@ -224,12 +224,12 @@ class WandbExtras(pl.Callback):
         )
         with artifact.new_file(SCHEMA_FILE, mode="wb") as file:
             file.write(folder.read(SCHEMA_FILE))
-        # What lies elsewhere would need the libraries of its place; its location is in the metadata.
+        # A reference to remote storage needs its client library; the location is in the metadata.
         if folder.local is not None:
             artifact.add_reference(folder.local.resolve().as_uri(), name="files", checksum=False)
         try:
             if self._run.offline:
-                # W&B marks a run's inputs online only.
+                # W&B records inputs of a run only online.
                 self._run.log_artifact(artifact)
             else:
                 self._run.use_artifact(artifact)
@@ -238,11 +238,11 @@ class WandbExtras(pl.Callback):
 
 
 def default_entity() -> str:
-    """The user or team that the API key's runs go to."""
+    """Return the default user or team of the API key."""
     return wandb.Api().default_entity or ""
 
 
 def finish_wandb(succeeded: bool) -> None:
-    """Closes the run that this process has open, if any: its files are complete, its state is told."""
+    """Finish the open run of this process, if there is one, with its exit state."""
     if wandb.run is not None:
         wandb.finish(exit_code=0 if succeeded else 1)

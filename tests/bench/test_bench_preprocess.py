@@ -94,10 +94,10 @@ def test_memory_is_that_of_all_processes(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--rounds", "0"], "--rounds is 0"),
-        (["--input", "nowhere"], "--input nowhere is no file"),
+        (["--input", "nowhere"], "--input nowhere is not a file"),
         (["--input", "raw.gz"], "raw.gz is compressed"),
         (["--peer", "."], r"--peer \. is not a checkout"),
-        (["--folder", "nowhere"], "--folder nowhere is no folder"),
+        (["--folder", "nowhere"], "--folder nowhere is not a folder"),
         (["--rows", "0"], "--rows is 0"),
         (["--rows", "200", "--protocol", "none"], "preprocess failed: .*unknown protocol 'none'"),
     ],

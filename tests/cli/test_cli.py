@@ -211,7 +211,7 @@ def test_exit_codes_after_signals(sent: signal.Signals, code: int, every: int) -
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err, err
-    again = re.search(r"interrupted at step \d+; go on with: python -m lightning_dlrm (.*)\n", err)
+    again = re.search(r"interrupted at step \d+; continue with: python -m lightning_dlrm (.*)\n", err)
     assert bool(again) == bool(every), err
     if again is None:
         assert re.search(r"interrupted at step \d+, before the first checkpoint\n", err), err
@@ -245,7 +245,7 @@ def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert said.count("already finished at step 4; nothing to do\n") == said.count("already finished") == 1
     assert main(["validate", "--config", "run/config.yaml"]) == 2
-    assert "validate needs trained weights" in capsys.readouterr().err
+    assert "validate needs a checkpoint" in capsys.readouterr().err
     assert main(["fit", "--config", "run/config.yaml", "--run_dir", "other"]) == 0
     assert losses("other") == losses("run")
 
@@ -391,9 +391,9 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         (["fit", "--config", "dlrm.yaml", "--resume", "auto"], "give it with --run_dir"),
         (["fit", "--config", "dlrm.yaml", "--ckpt_path", "nowhere"], "checkpoint nowhere does not exist"),
         (["fit", "--config", "dlrm.yaml", "--config", "criteo_kaggle.yaml"], "reads 'kaggle'"),
-        (["validate", "--config", "dlrm.yaml"], "validate needs trained weights"),
-        (["test", "--config", "dlrm.yaml"], "test needs trained weights"),
-        (["predict", "--config", "dlrm.yaml"], "predict needs trained weights"),
+        (["validate", "--config", "dlrm.yaml"], "validate needs a checkpoint"),
+        (["test", "--config", "dlrm.yaml"], "test needs a checkpoint"),
+        (["predict", "--config", "dlrm.yaml"], "predict needs a checkpoint"),
         (["params", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),
         (["inspect", "nowhere"], "with 'python -m lightning_dlrm generate demo'"),
         (["fit", "--config", "dlrm.yaml", "--wandb.log_model", "maybe"], "log_model: maybe is neither true nor false"),
@@ -461,7 +461,7 @@ def test_a_folder_that_is_no_run_is_not_resumed(capsys: pytest.CaptureFixture[st
     Path("thesis").mkdir()
     Path("thesis/chapter.tex").write_text("")
     assert main([*FIT, *QUICK, "--run_dir", "thesis", "--resume=auto"]) == 2
-    assert "thesis is no run folder: it holds chapter.tex" in capsys.readouterr().err
+    assert "thesis is not a run folder: it holds chapter.tex" in capsys.readouterr().err
     assert [path.name for path in Path("thesis").iterdir()] == ["chapter.tex"]
 
 
@@ -471,7 +471,7 @@ def test_checkpoint_of_another_model_or_dataset(capsys: pytest.CaptureFixture[st
     dcn: list[Any] = ["validate", "--config", "dcn.yaml", "--config", "small.yaml", *TINY_DEMO, *checkpoint]
     for arguments, message in [
         (dcn, "is of a DLRM, this run trains a DCN"),
-        (["validate", *FIT[1:], "--data.demo.seed=5", *checkpoint], "encoded otherwise"),
+        (["validate", *FIT[1:], "--data.demo.seed=5", *checkpoint], "with another encoding"),
         ([*FIT, *QUICK, "--data.demo.train_rows=9000", "--run_dir", "other", *checkpoint], "trained on other rows"),
     ]:
         assert main(arguments) == 2

@@ -53,8 +53,8 @@ def test_it_builds(name: str, capsys: pytest.CaptureFixture) -> None:
         (["--model.network.interaction", "cross"], "interaction: cross needs cross"),
         (["--model.network.embedding_dim", "8"], "ends in 16 but embedding_dim is 8"),
         (["--stop_at_auc", "much"], "stop_at_auc"),
-        (["--wandb.tags", "night"], "wandb.tags: night is no list; write [night]"),
-        (["--model.averaging.decay", "much"], "model.averaging: much is no Averaging"),
+        (["--wandb.tags", "night"], "wandb.tags: night is not a list; write [night]"),
+        (["--model.averaging.decay", "much"], "model.averaging is much; expected Averaging"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

@@ -80,7 +80,7 @@ def test_probabilities_are_those_of_the_file(
     assert len(expected) == 500 and expected.std() > 1e-3
     np.testing.assert_allclose(found["probability"].to_numpy(), expected.numpy(), atol=1e-6)
     assert main(["fit", *OPTIONS, "--ckpt_path", str(checkpoint), "--run_dir", str(tmp_path / "fit")]) == 2
-    assert "holds weights only, so a fit cannot go on from it" in capsys.readouterr().err
+    assert "has no optimizer state, so a fit cannot continue from it" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused(
@@ -118,7 +118,7 @@ def test_no_code_in_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     torch.save({"state_dict": {"a": Harmful()}}, "bad.pt")
     Path("text.pt").write_text("no tensors")
     torch.save([1, 2], "list.pt")
-    for name, message in {"bad.pt": "not opened", "text.pt": "not opened", "list.pt": "no state_dict"}.items():
+    for name, message in {"bad.pt": "not a file of", "text.pt": "not a file of", "list.pt": "no state_dict"}.items():
         with pytest.raises(UserError, match=message):
             read_published(Path(name))
     assert not Path("harm").exists()

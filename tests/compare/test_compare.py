@@ -35,7 +35,7 @@ from lightning_dlrm.compare.figures import PAGE_WIDTH, draw_all
 from lightning_dlrm.compare.operators import breakdown
 from lightning_dlrm.compare.processes import DevicePool, Job, run_jobs, trained_samples
 from lightning_dlrm.compare.results import compare
-from lightning_dlrm.compare.runs import arms_of, data_differences, read_run, settings_of, told
+from lightning_dlrm.compare.runs import arms_of, data_differences, format_value, read_run, settings_of
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import exact_auc
@@ -169,7 +169,7 @@ def test_a_wrong_experiment_is_one_line(changes: Any, message: str, capsys: pyte
         (["--output", "out"], "nothing to compare"),
         (["a", "b"], "give --output DIR"),
         (["a", "--outptu", "out"], "unknown option --outptu"),
-        (["a", "b", "--output", "out"], "a is no run folder"),
+        (["a", "b", "--output", "out"], "a is not a run folder"),
         (["--config", "small.yaml", "--output", "out"], "0 of the --config files name arms"),
         (["--config", "tiny.yaml", "--output", "out", "--data.pth", "x"], "unknown key pth; did you mean path?"),
         (["--config", "tiny.yaml", "--output", "out", "--seeds", "1,x"], "expected whole numbers"),
@@ -290,9 +290,9 @@ def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys
     said, html = capsys.readouterr().out, " ".join(Path("out/report.html").read_text().split())
     for text in (said, html):
         assert "DLRM and DCN by AUC: no verdict" in text.replace("<strong>", "").replace("</strong>", "")
-        assert "one seed a side says nothing of what another seed would give; train more seeds (--seeds)" in text
+        assert "one seed a side does not show the variation over seeds; train more seeds (--seeds)" in text
         assert "not distinguishable" not in text and "over the seeds" not in text
-    assert "one seed each, on the test split" in said and "another choice of seeds" not in html
+    assert "one seed each, on the test split" in said and "includes the variation" not in html
     assert all(pair["low"] > 0 or pair["high"] < 0 for pair in pairs), "the samples alone would have decided"
 
 
@@ -303,7 +303,7 @@ def test_one_seed_on_one_side_is_named() -> None:
     scores = {run.name: read_scores(Path("out/scores") / run.name, labels) for run in runs}
     for pair in compare(arms_of(runs), scores, title="t", split="test").pairs:
         assert pair.verdict == "not_distinguishable" and pair.reason.endswith("the interval leaves its seeds out")
-        assert "no verdict: one seed of DCN says nothing" in pair.sentence and pair.word == "none: one seed"
+        assert "no verdict: one seed of DCN does not show" in pair.sentence and pair.word == "none: one seed"
 
 
 def test_other_data_are_refused_unless_forced(
@@ -336,7 +336,7 @@ def test_other_data_are_refused_unless_forced(
     assert f"<h1>DLRM on {one} / DCN on {two}</h1>" in html
     for text in (said, html):
         assert f"400 of {one} for DLRM; 300 of {two} for DCN" in text
-        assert "AUC of DLRM and of DCN, each on its own data," in text and "no sample is common to both" in text
+        assert "AUC of DLRM and of DCN, each on its own data," in text and "they share no sample" in text
         assert "is better than" not in text
     # One run's summary knows the planted model's score, the other's does not.
     assert html.count("is demo data: generated clicks") == 1 and f"{one} is demo data" in html and "0.8123" in html
@@ -408,7 +408,7 @@ def test_runs_are_grouped_by_configuration_whatever_their_seed() -> None:
 
 def test_a_setting_of_0_is_a_number_in_tables() -> None:
     values = [0, 0.0, None, False, True, [512, 256], "models.DLRM"]
-    assert [told(value) for value in values] == ["0", "0.0", "-", "-", "True", "512-256", "DLRM"]
+    assert [format_value(value) for value in values] == ["0", "0.0", "-", "-", "True", "512-256", "DLRM"]
 
 
 def test_times_of_a_busy_machine_are_not_compared() -> None:
@@ -440,7 +440,7 @@ def test_a_sharded_run_shows_what_each_rank_held() -> None:
     assert sharding is not None and [cost.rank for cost in sharding.costs] == [0, 1]
     assert TINY["embedding_dim"] * sum(cost.rows for cost in sharding.costs) == dlrm.size.tables
     assert sharding.batch_size == 200
-    assert breakdown(arms_of([read_run(path)]), Path("operators.json")) == ({}, ["DLRM: its tables lie on 2 ranks"])
+    assert breakdown(arms_of([read_run(path)]), Path("operators.json")) == ({}, ["DLRM: its tables are on 2 ranks"])
 
 
 def test_steps_are_taken_apart_as_they_were_trained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -633,7 +633,7 @@ def test_a_run_that_another_process_is_at_is_left_alone() -> None:
     Path("logs").mkdir()
     with Path("logs/busy.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is at work on busy"):
+        with pytest.raises(UserError, match="another process is working on busy"):
             run_jobs([job("busy", ["--help"])], DevicePool.choose(1, []), lambda finished: None)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.engine.averaging import Averaging, kept_share
+from lightning_dlrm.engine.averaging import Averaging, WeightAverages, kept_share
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
@@ -25,7 +25,7 @@ def wide_dlrm(features: Features, seed: int) -> DLRM:
     return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], wide=True, dropout=0.2)
 
 
-def normalised_dcn(features: Features, seed: int) -> DCN:
+def normalized_dcn(features: Features, seed: int) -> DCN:
     return DCN(features, seed, embedding_dim=4, cross_layers=2, deep=[8], batch_norm=True)
 
 
@@ -85,7 +85,17 @@ def test_the_share_kept_is_the_product_over_the_steps(decay: float) -> None:
             assert kept_share(decay, torch.tensor([before]), steps).item() == pytest.approx(product, abs=1e-14)
 
 
-@pytest.mark.parametrize("network", [wide_dlrm, normalised_dcn])
+def test_averages_of_bfloat16_weights_move() -> None:
+    network = wide_dlrm(toy_schema().features, 3).bfloat16()
+    averages = WeightAverages(network, Averaging(decay=0.99), 0)
+    weight = network.get_parameter("wide.bias")
+    for step in range(1, 1001):
+        weight.data.fill_(1.0 if step < 500 else 1.1)
+        averages.before_batch(step)
+    assert averages.dense_average["wide.bias"].item() == pytest.approx(weight.item() - 0.1 * 0.99**501, abs=1e-3)
+
+
+@pytest.mark.parametrize("network", [wide_dlrm, normalized_dcn])
 @pytest.mark.parametrize(("decay", "start_share"), [(0.8, 0.0), (1.0, 0.5)])
 def test_evaluations_take_the_average_of_all_rows(
     tmp_path: Path, network: Any, decay: float, start_share: float
@@ -123,6 +133,8 @@ def test_a_validation_in_the_fit_scores_the_same_average(tmp_path: Path) -> None
 def test_the_module_that_was_trained_is_evaluated_by_its_averages_too(tmp_path: Path) -> None:
     module = module_of(averaging=Averaging(decay=0.8))
     trainer_of(tmp_path / "run", max_steps=14).fit(module, ToyData())
+    # As a fit on a GPU ends, and an evaluation begins: other memory.
+    module._apply(torch.clone)
     trained = {name: value.clone() for name, value in module.network.state_dict().items()}
     _, expected = evaluated(module_of(), tmp_path / "run")
     trainer_of(tmp_path / "evaluation").test(module, ToyData(), verbose=False)

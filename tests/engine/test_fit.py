@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_dlrm.cli.report import final_report
 from lightning_dlrm.contracts.errors import UserError
@@ -169,6 +170,23 @@ def test_a_schedule_over_the_fit_ends_with_it(options: dict, steps: int, tmp_pat
 def test_a_schedule_over_a_fit_of_unknown_length_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"set trainer\.max_steps"):
         trainer_of(tmp_path / "run").fit(toy_module(schedule=WarmupThenDecay), ToyData())
+
+
+def test_a_cycle_is_not_trained_past_its_end(tmp_path: Path) -> None:
+    class Counted(ToyData):
+        training_batches = 14
+
+    def fit(steps: int, checkpoint: Path | None, **options: Any) -> None:
+        cycle = partial(OneCycleLR, max_lr=0.05, cycle_momentum=False, **options)
+        trainer_of(tmp_path / "run", max_steps=steps).fit(toy_module(schedule=cycle), Counted(), ckpt_path=checkpoint)
+
+    with pytest.raises(UserError, match="OneCycleLR ends at step 4"):
+        fit(5, None, total_steps=4)
+    fit(4, None)
+    config = (tmp_path / "run/metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="OneCycleLR ends at step 4"):
+        fit(5, tmp_path / "run/checkpoints/last")
+    assert (tmp_path / "run/metrics.jsonl").read_text() == config
 
 
 def test_a_finished_run_resumed_keeps_its_results(tmp_path: Path) -> None:
@@ -430,7 +448,7 @@ def test_precisions_train(precision: str, tmp_path: Path) -> None:
         (
             lambda: toy_module(schema=toy_schema(protocol="other")),
             lambda: ToyData(schema=toy_schema(protocol="other")),
-            "encoded otherwise",
+            "with another encoding",
         ),
     ],
     ids=["network", "width", "encoding"],

@@ -3,10 +3,12 @@
 import tarfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
 from datamodules.criteo import Criteo
@@ -14,7 +16,9 @@ from lightning_dlrm import DLRM, SGD, Averaging, CTRModule, CTRNetwork, FolderCh
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.engine.result_files import EvaluationWriter
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
+from lightning_dlrm.tracking.run_folder import RunFolder
 from tests.front_door.test_frozen_files import ARCHIVE
 from tests.toy import ToyData, toy_batch, toy_module, toy_schema
 
@@ -32,10 +36,10 @@ class OwnNetwork(CTRNetwork):
 
 
 def trainer_in(folder: Path, **options: object) -> pl.Trainer:
-    plugins = options.pop("plugins", [FolderCheckpointIO()])
+    options = {"logger": False, "plugins": [FolderCheckpointIO()], **options}
     return pl.Trainer(  # type: ignore[arg-type]
-        max_epochs=1, logger=False, enable_progress_bar=False, use_distributed_sampler=False, accelerator="cpu",
-        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder, plugins=plugins, **options,
+        max_epochs=1, enable_progress_bar=False, use_distributed_sampler=False, accelerator="cpu",
+        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder, **options,
     )  # fmt: skip
 
 
@@ -52,7 +56,7 @@ def test_what_lightnings_calls_return(tmp_path: Path) -> None:
     trainer.fit(module, data)
     for stage in ("validate", "test"):
         [metrics] = getattr(trainer, stage)(module, data, verbose=False)
-        assert metrics == pytest.approx(module.results, rel=1e-5) and len(metrics) == 5
+        assert metrics == module.results and len(metrics) == 5
     predictions = trainer.predict(module, data)
     assert predictions is not None and sum(len(batch["probability"]) for batch in predictions) == 100
     batch = toy_batch(3, seed=1)
@@ -89,10 +93,37 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
     module = CTRModule(OwnNetwork, SGD(0.1), torch.optim.Adagrad, schema=toy_schema())
     assert module.size.flops_per_sample_forward == 2 * 18, "counted by torch"
     folder = fitted(module, tmp_path)
-    with pytest.raises(UserError, match=r"names .*OwnNetwork, which is no class of this package"):
+    with pytest.raises(UserError, match=r"names .*OwnNetwork, which is not a class of this package"):
         CTRModule.load_from_checkpoint(folder)
     batch = toy_batch(5, seed=1)
     assert torch.equal(CTRModule.load_from_checkpoint(folder, network=OwnNetwork)(batch), module(batch))
+    lambdas = CTRModule(DLRM, SGD(0.1), lambda parameters: torch.optim.SGD(parameters, lr=0.1), schema=toy_schema())
+    with pytest.raises(UserError, match="does not say how its dense_optimizer is made"):
+        CTRModule.load_from_checkpoint(fitted(lambdas, tmp_path / "lambdas"))
+
+
+def test_an_interrupted_evaluation_leaves_no_samples_behind(tmp_path: Path) -> None:
+    class Interrupted(pl.Callback):
+        def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyError("interrupted")
+
+    module = toy_module()
+    [expected] = trainer_in(tmp_path).validate(module, ToyData(), verbose=False)
+    with pytest.raises(KeyError):
+        trainer_in(tmp_path, callbacks=[Interrupted()]).validate(module, ToyData(), verbose=False)
+    assert trainer_in(tmp_path).validate(module, ToyData(), verbose=False) == [expected]
+
+
+def test_metrics_of_an_evaluation_are_logged_once_with_all_digits(tmp_path: Path) -> None:
+    class Kept(DummyLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            told.append({name: value for name, value in metrics.items() if name != "epoch"})
+
+    told: list[dict[str, float]] = []
+    module = toy_module()
+    trainer = trainer_in(tmp_path, logger=Kept(), callbacks=[EvaluationWriter(RunFolder(tmp_path))])
+    trainer.validate(module, ToyData(), verbose=False)
+    assert told == [module.results]
 
 
 @pytest.mark.parametrize("run", ["dlrm", "dcn"])

@@ -25,6 +25,7 @@ from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.tracking.run_folder import RunFolder
 from tests.engine.test_fit import StopAt, lines, losses, trainer_of
+from tests.engine.test_from_python import trainer_in
 from tests.toy import ToyData, ToyLoader, toy_dlrm, toy_module
 
 
@@ -51,6 +52,12 @@ def test_an_infinite_loss_stops_the_fit_and_saves_nothing(log_every: int, every:
     assert CheckpointReader(newest_checkpoint(run / "checkpoints")).header["step"] == 4
 
 
+def test_a_fit_that_logs_and_saves_nothing_ends_at_an_infinite_loss_too(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, enable_checkpointing=False, log_every_n_steps=100)
+    with pytest.raises(UserError, match="the loss is not finite at step 6"):
+        trainer.fit(toy_module(), Spoilt())
+
+
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     class Spoil(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
@@ -58,7 +65,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
                 module.network.lookups()[0].weight.data[3, 1] = float("nan")
 
     run = tmp_path / "run"
-    with pytest.raises(UserError, match=r"weights of embeddings.* are not finite after step 14, so nothing is saved"):
+    with pytest.raises(UserError, match=r"embeddings.* is not finite after step 14, so nothing is saved"):
         trainer_of(run, every=5, limit_val_batches=0, callbacks=[Spoil()]).fit(toy_module(), ToyData())
     assert CheckpointReader(newest_checkpoint(run / "checkpoints")).header["step"] == 10
 

@@ -5,13 +5,13 @@ import signal
 
 import pytest
 
-from lightning_dlrm.contracts.interrupts import leaving_in_order
+from lightning_dlrm.contracts.interrupts import exit_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_leave_through_the_door_of_errors(number: signal.Signals) -> None:
     before, cleaned = signal.getsignal(number), []
-    with pytest.raises(SystemExit) as left, leaving_in_order():
+    with pytest.raises(SystemExit) as left, exit_on_signals():
         try:
             os.kill(os.getpid(), number)
         finally:
@@ -22,7 +22,7 @@ def test_signals_leave_through_the_door_of_errors(number: signal.Signals) -> Non
 
 def test_a_second_signal_does_not_end_the_cleaning_up() -> None:
     before, cleaned = [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)], []
-    with pytest.raises(SystemExit) as left, leaving_in_order():
+    with pytest.raises(SystemExit) as left, exit_on_signals():
         try:
             os.kill(os.getpid(), signal.SIGHUP)
         finally:
@@ -36,7 +36,7 @@ def test_a_second_signal_does_not_end_the_cleaning_up() -> None:
 def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with leaving_in_order():
+        with exit_on_signals():
             os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:

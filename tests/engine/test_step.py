@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.averaging import Averaging
+from lightning_dlrm.engine.compilation import compiled
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
@@ -93,8 +95,17 @@ class OwnNetwork(CTRNetwork):
 
 def test_a_network_with_forward_alone_trains_as_one_with_score(tmp_path: Path) -> None:
     assert fitted(tmp_path / "own", toy_module(OwnNetwork)) == fitted(tmp_path / "plain", toy_module())
-    with pytest.raises(UserError, match="OwnNetwork defines forward alone"):
+    with pytest.raises(UserError, match="OwnNetwork defines forward only"):
         fitted(tmp_path / "compiled", toy_module(OwnNetwork, compile=True))
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_what_a_cuda_graph_returns_is_copied(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = torch.zeros(2)
+    monkeypatch.setattr(torch, "compile", lambda function, mode: lambda value: memory.fill_(function(value)))
+    run = compiled(lambda value: 2 * value, mode)
+    assert [run(1.0).tolist(), run(2.0).tolist()] == [[2.0, 2.0], [4.0, 4.0]]
+    assert run(1.0).data_ptr() != memory.data_ptr()
 
 
 def test_unknown_compile_mode() -> None:

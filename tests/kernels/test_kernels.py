@@ -52,7 +52,7 @@ def ragged(size: int, generator: torch.Generator, weighted: bool = False) -> Spa
 def trained(
     kernels: str, batches: list[SparseIds], rule: UpdateRule, width: int, device: str = "cpu"
 ) -> tuple[list[Tensor], EmbeddingTables, dict[str, Tensor]]:
-    """Vectors of each step, the tables at the end, and their optimiser state."""
+    """Vectors of each step, the tables at the end, and their optimizer state."""
     lookup = EmbeddingTables([Table.of_column(f"C{i}", rows) for i, rows in enumerate(ROWS)], width, seed=1)
     lookup.to(device)
     lookup.kernels = kernels

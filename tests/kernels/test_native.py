@@ -272,7 +272,7 @@ def test_without_a_compiler_auto_is_plain_and_native_is_refused(
     ):
         choose("native", "cpu", torch.float32)
     monkeypatch.setenv("CC", "mycc -m64")
-    with pytest.raises(UserError, match="CC is mycc, which is not there"):
+    with pytest.raises(UserError, match="CC is mycc, which is not installed"):
         choose("native", "cpu", torch.float32)
 
 

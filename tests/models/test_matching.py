@@ -2,18 +2,37 @@
 configuration that costs what was said."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli import matching
+from lightning_dlrm.cli.params import count
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.accounting import model_size
 from lightning_dlrm.models.dcn import DCN
+from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.models.network import CTRNetwork
 from tests.toy import TABLES, toy_dlrm, toy_module, toy_schema
+
+
+def test_operations_that_are_not_known_are_no_zeros() -> None:
+    class Own(DLRM):
+        multiply_adds = CTRNetwork.multiply_adds
+
+        def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+            return super().score(torch.tensor(dense_BI.tolist()), vectors)
+
+    own = toy_module(partial(Own, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[6]))
+    assert own.size.flops_per_sample_forward == 0 and count(own)["flops_per_sample_training"] is None
+    with pytest.raises(UserError, match="--by flops"):
+        matching.match(toy_module(), {"bottom_mlp": [8, 4], "top_mlp": [6]}, own.size, "flops")
 
 
 @pytest.mark.parametrize("by", matching.COSTS)

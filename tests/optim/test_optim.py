@@ -496,6 +496,17 @@ def test_rules_for_dense_layers_that_torch_does_not_have_are_refused(value, mess
         torch_configuration(value)
 
 
+def test_groups_that_are_added_later() -> None:
+    network, optimizer = make(lambda parameters: torch.optim.SGD(parameters, lr=0.1), SGD(0.1))
+    late = torch.nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": late, "lr": 0.5})
+    late.grad = torch.ones(2)
+    optimizer.step()
+    assert late.tolist() == [0.5, 0.5] and [g["name"] for g in optimizer.param_groups] == ["dense", "dense_2", "tables"]
+    with pytest.raises(UserError, match="require gradients from the start"):
+        optimizer.add_param_group({"params": [network.lookups()[0].weight]})
+
+
 def test_frozen_rows_have_no_state() -> None:
     frozen = EmbeddingTables([Table.of_column("A", 6)], 1, trainable=False)
     optimizer = CTROptimizer([], [frozen, EmbeddingTables([Table.of_column("B", 6)], 3)], SGD(1.0), Adagrad(0.1))

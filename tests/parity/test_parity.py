@@ -19,7 +19,7 @@ from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossNetwork, LowRankCross, MatrixCross, MixtureCross, VectorCross
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.models.layers import PairwiseSum
-from lightning_dlrm.models.published import published_names
+from lightning_dlrm.models.published import reference_state_dict
 from lightning_dlrm.objectives.losses import LogLoss, Loss, WeightedLogLoss
 from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
 from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay
@@ -117,7 +117,7 @@ def test_mixed_dimensions_are_by_the_published_rule() -> None:
 def test_dlrm_training_run(path: Path, tmp_path: Path) -> None:
     meta, arrays = load(path)
     network = build(meta, arrays, tmp_path)
-    ours = published_names(network)
+    ours = reference_state_dict(network)
     theirs = {name.removeprefix("init/") for name in arrays if name.startswith("init/")}
     if meta["weighted_pooling"] == "fixed":
         # The published state has no fixed factors.

@@ -210,10 +210,10 @@ from pathlib import Path
 import torch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.sharding import checkpoint
-from lightning_dlrm.sharding.collectives import Ranks, lost_rank, set_timeout
+from lightning_dlrm.sharding.collectives import Ranks, is_lost_rank, set_timeout
 from tests.sharding.test_checkpoint import pieces
 torch.distributed.init_process_group("gloo")
-ranks, folder = Ranks(patient=True), Path(sys.argv[1])
+ranks, folder = Ranks(long_timeout=True), Path(sys.argv[1])
 
 def save(step):
     checkpoint.save_checkpoint(folder, [pieces(0, 37, 100)[ranks.rank]], {"loops": {}}, {"step": step}, ranks)
@@ -236,7 +236,7 @@ else:
     try:
         Ranks().run_on_all_ranks(lambda: None)
     except RuntimeError as error:
-        print("given up:", lost_rank(error), time.monotonic() - start < 5)
+        print("given up:", is_lost_rank(error), time.monotonic() - start < 5)
 """
 
 

@@ -19,7 +19,7 @@ from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.sharding.balance import make_plan
 from lightning_dlrm.sharding.costs import RankCost, rank_costs, table_costs
-from lightning_dlrm.sharding.loads import DistinctRows, TableLoad, imbalance, parse_memory
+from lightning_dlrm.sharding.loads import TableLoad, UniqueRows, imbalance, parse_memory
 from lightning_dlrm.sharding.offload import HostPlacement, place_tables
 from lightning_dlrm.sharding.plan import Piece, Plan
 
@@ -139,7 +139,7 @@ def test_expected_distinct_rows_are_those_of_the_sum(rows: int, skew: float) -> 
     shares = [(i + 1) ** -skew for i in range(rows)]
     chance = [1 - math.exp(-draws * share / sum(shares)) for share in shares]
     table = TableLoad(name="C1", rows=rows, width=4, bytes_per_row=16, skew=skew, indices_per_sample=3.5)
-    found = DistinctRows(table, draws / 3.5)
+    found = UniqueRows(table, draws / 3.5)
     for start, stop in ((0, rows), (0, rows // 3), (rows // 3, rows // 2)):
         expected = sum(chance[start:stop])
         assert found.between(start, stop) == pytest.approx(expected, rel=0.02, abs=0.05)
@@ -148,7 +148,7 @@ def test_expected_distinct_rows_are_those_of_the_sum(rows: int, skew: float) -> 
 def test_counted_rows_are_busy_wherever_they_are() -> None:
     counts = np.random.default_rng(0).permutation(np.arange(3000) ** 3)
     table = TableLoad(name="C1", rows=3000, width=4, bytes_per_row=16, counts=counts)
-    found = DistinctRows(table, 700)
+    found = UniqueRows(table, 700)
     chance = 1 - np.exp(-700 * counts / counts.sum())
     for start, stop in ((0, 3000), (0, 64), (10, 40)):
         assert found.between(start, stop) == pytest.approx(chance[start:stop].sum())
@@ -242,10 +242,10 @@ def test_a_plan_is_written_and_read_back() -> None:
 @pytest.mark.parametrize(
     ("document", "said"),
     [
-        ({"ranks": 2, "tables": {"C1": [[0, 5, 0], [6, 9, 1]]}}, "one from row 5 on was expected"),
+        ({"ranks": 2, "tables": {"C1": [[0, 5, 0], [6, 9, 1]]}}, "expected a piece from row 5 on"),
         ({"ranks": 2, "tables": {"C1": [[0, 5, 2]]}}, "on rank 2, but ranks are 2"),
         ({"ranks": 2, "tables": {"C1": [0, 5, 1]}}, "not of the form"),
-        ({"ranks": 2, "tables": {"C1": [[0, 5, 1]]}, "pooled": ["C2"]}, "pooled names C2, of which it has no pieces"),
+        ({"ranks": 2, "tables": {"C1": [[0, 5, 1]]}, "pooled": ["C2"]}, "pooled names C2, which has no pieces"),
         ({"ranks": 2, "tables": {"C1": [[0, 5, 1]]}, "pooled": 3}, "not of the form"),
         ([], "not of the form"),
     ],
@@ -259,7 +259,7 @@ def test_amounts_of_memory() -> None:
     assert parse_memory("80GiB") == 80 * GIB
     assert parse_memory("24GiB, 1000") == [24 * GIB, 1000]
     for bad in ("80Gigs", "", "-1GB", "nan"):
-        with pytest.raises(UserError, match="no amount of memory"):
+        with pytest.raises(UserError, match="not an amount of memory"):
             parse_memory(bad)
 
 
@@ -290,7 +290,7 @@ def asked_rows(*indices: int) -> float:
 
 def asked_heads(places: HostPlacement, tables: list[TableLoad]) -> float:
     """Rows of a batch that need not be fetched, for the device has them."""
-    return sum(DistinctRows(table, 64).below(places.cut.get(table.name, 0)) for table in tables)
+    return sum(UniqueRows(table, 64).below(places.cut.get(table.name, 0)) for table in tables)
 
 
 def test_tables_stay_in_host_memory_only_where_they_must() -> None:
@@ -307,7 +307,7 @@ def test_tables_stay_in_host_memory_only_where_they_must() -> None:
             continue
         host = sum(size[name] for name in places.on_host)
         fetched = [
-            DistinctRows(table, 64).between(places.cut.get(table.name, 0), table.rows)
+            UniqueRows(table, 64).between(places.cut.get(table.name, 0), table.rows)
             for table in tables
             if table.name in places.on_host
         ]
@@ -339,7 +339,7 @@ def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
     assert main([*command, "--config", str(output), "--json"]) == 0
     assert sorted(json.loads(capsys.readouterr().out)["on_host"]) == ["C12", "C3"]
     assert main(["plan", "--config", "dlrm.yaml", "--config", str(output), "--ranks", "2"]) == 2
-    assert "cuts table C3 between the device and host memory" in capsys.readouterr().err
+    assert "splits table C3 between the device and host memory" in capsys.readouterr().err
     for more in (["--ranks", "2"], ["--plot", "plan.png"]):
         assert main([*command, *more]) == 2
         assert f"--device-memory is for one device, {more[0]} for several ranks" in capsys.readouterr().err
@@ -376,6 +376,6 @@ def test_the_command_counts_the_ids_of_a_bag(capsys: pytest.CaptureFixture[str])
     assert main([*wide, "--json", "--model.network.tables.pooling_weights=learned"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["pooled"] == [] and found["sent_bytes_per_step"]["C2"]["as_sums"] is None
-    for bad, said in (("1,2", "gives 2 figures, the data have 26"), ("many", "expected numbers"), ("-1", "-1.0 ind")):
+    for bad, said in (("1,2", "gives 2 numbers, the data have 26"), ("many", "expected numbers"), ("-1", "-1.0 ind")):
         assert main([*command, "--indices", bad]) == 2
         assert said in capsys.readouterr().err

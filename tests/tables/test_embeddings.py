@@ -180,7 +180,7 @@ def test_fixed_pooling_weights_are_read_and_stay(tmp_path: Path) -> None:
         (lambda: MixedDimensions(temperature=2), "temperature is 2; expected 0 to 1"),
         (lambda: QuotientRemainder(collisions=0), "collisions is 0"),
         (lambda: QuotientRemainder(collisions=2, operation="xor"), "none of mult, add, concat"),
-        (lambda: Embeddings(COLUMNS, 4, 1, TableSettings(dims={"Z": 3})), "names Z, which is no table"),
+        (lambda: Embeddings(COLUMNS, 4, 1, TableSettings(dims={"Z": 3})), "names Z, which is not a table"),
         (lambda: Embeddings(COLUMNS, 4, 1, TableSettings(dims={"A": 8}, project=True)), "A is 8 wide and"),
         (
             lambda: Embeddings(COLUMNS, 3, 1, TableSettings(quotient_remainder=QuotientRemainder(

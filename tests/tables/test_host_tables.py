@@ -1,5 +1,5 @@
 """Contract: with tables in host memory a fit is, bit for bit, that with tables on the device: losses, tables and
-optimiser state, for rows that one batch fetches while another one updates them; micro-batches, clipping, resuming
+optimizer state, for rows that one batch fetches while another one updates them; micro-batches, clipping, resuming
 and evaluation too. Here the CPU stands in for the device: what is fetched is a copy."""
 
 import time
@@ -209,8 +209,8 @@ def test_moving_the_module_leaves_the_tables_where_they_are() -> None:
     ("given", "said"),
     [
         ("{C1: 1460}", "keeps the rows of C1 from 1460 on in host memory; expected 0 to 1459"),
-        ("{Z9: 1}", "tables.on_host names Z9, which is no table"),
-        ("[C1,Z9]", "tables.on_host names Z9, which is no table"),
+        ("{Z9: 1}", "tables.on_host names Z9, which is not a table"),
+        ("[C1,Z9]", "tables.on_host names Z9, which is not a table"),
         ("some", "neither all nor a list of columns"),
     ],
 )
