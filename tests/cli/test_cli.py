@@ -205,10 +205,20 @@ def test_exit_codes_after_signals(sent: signal.Signals, code: int, every: int) -
     options = [*FIT, *QUICK, "--trainer.max_epochs=100", "--run_dir", "run", f"--checkpoint.every_n_steps={every}"]
     options += ["--trainer.val_check_interval=null", "--model.schedule=Constant"]
     options += ["--trainer.check_val_every_n_epoch=100"]
-    process = subprocess.Popen(command(*options), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    wait_for_step(process, "run", 3)
-    process.send_signal(sent)
-    _, err = process.communicate(timeout=60)
+    process = subprocess.Popen(
+        command(*options),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # A shell that starts the tests in the background has SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        wait_for_step(process, "run", 3)
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == code, err
     assert "Traceback" not in err, err
     again = re.search(r"interrupted at step \d+; continue with: python -m lightning_dlrm (.*)\n", err)
