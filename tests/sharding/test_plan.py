@@ -323,7 +323,7 @@ def test_tables_stay_in_host_memory_only_where_they_must() -> None:
         # None of them would fit as well.
         without = {name: places.cached_bytes - 3 * math.ceil(20 * rows) for name, rows in places.fetched.items()}
         assert all(sum(size.values()) - host + size[name] + without[name] > memory for name in places.on_host)
-    with pytest.raises(UserError, match=r"takes 400 bytes .* the device has 300: 100 bytes"):
+    with pytest.raises(UserError, match=r"take 400 bytes .* the device has 300: 100 bytes"):
         place_tables(loads((10, 10), 4, 0.0), ["C1"], 1000, 300)
 
 
