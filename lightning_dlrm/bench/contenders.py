@@ -111,17 +111,26 @@ def _no_mark(part: str) -> None:
 
 
 class _Step:
-    """One training step: forward, loss, backward and update, without Lightning."""
+    """One training step: forward, loss, backward and update, without Lightning.
+
+    Args:
+        network: to be trained.
+        optimizer: of the network.
+        loss: gives the mean loss of a batch on the device, a 0-dim tensor.
+        precision: ``32-true`` or ``bf16-mixed``.
+        device: of the network.
+    """
 
     def __init__(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, precision: str, device: torch.device
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[Any], Tensor],
+        precision: str,
+        device: torch.device,
     ) -> None:
-        self.network, self.optimizer = network, optimizer
+        self.network, self.optimizer, self._loss = network, optimizer, loss
         self._precision, self._device = precision, device
-
-    def loss(self, batch: Any) -> Tensor:
-        """Return the mean loss of a batch on the device, a 0-dim tensor."""
-        raise NotImplementedError
 
     def __call__(self, batch: Any, mark: Callable[[str], object] = _no_mark) -> Tensor:
         """Train on a batch, which may still be in host memory, and return its loss.
@@ -135,7 +144,7 @@ class _Step:
         self.optimizer.zero_grad()
         mark("")
         with autocast(self._device, self._precision):
-            loss = self.loss(batch)
+            loss = self._loss(batch)
         loss.backward()
         mark("update")
         self.optimizer.step()
@@ -149,9 +158,9 @@ class OurStep(_Step):
     def __init__(self, network: CTRNetwork, precision: str, device: torch.device) -> None:
         dense = partial(torch.optim.SGD, lr=LEARNING_RATE)
         optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), dense, SGD(LEARNING_RATE))
-        super().__init__(network, optimizer, precision, device)
+        super().__init__(network, optimizer, self._mean_loss, precision, device)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def _mean_loss(self, batch: Batch) -> Tensor:
         assert batch.label is not None
         return LogLoss().summed(self.network(batch.dense, batch.ids), batch.label) / batch.global_size
 
@@ -160,9 +169,10 @@ class PlainStep(_Step):
     """The step with one sparse ``nn.EmbeddingBag`` for each table and ``torch.optim.SGD``."""
 
     def __init__(self, network: nn.Module, precision: str, device: torch.device) -> None:
-        super().__init__(network, torch.optim.SGD(network.parameters(), lr=LEARNING_RATE), precision, device)
+        optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
+        super().__init__(network, optimizer, self._mean_loss, precision, device)
 
-    def loss(self, batch: "PlainBatch") -> Tensor:
+    def _mean_loss(self, batch: "PlainBatch") -> Tensor:
         logits = self.network(batch.dense, batch.ids)
         return nn.functional.binary_cross_entropy_with_logits(logits.float(), batch.label)
 

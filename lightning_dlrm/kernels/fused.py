@@ -215,15 +215,8 @@ def _update(
     first_sums, later_sums = (grad_BD.new_empty(blocks, columns, dtype=torch.float32) for _ in range(2))
     first, second = (*state, weight_RD, weight_RD)[:2]
     tensors, sizes = (weight_RD, first, second, scalars_4, sorted_N), (len(rows_N), rows, width)
-    formula = {
-        "RULE": rule,
-        "L2": l2,
-        "EPSILON": epsilon,
-        "BETA1": beta1,
-        "BETA2": beta2,
-        "C": _INDICES_PER_PROGRAM,
-        "D": columns,
-    }
+    formula = {"RULE": rule, "L2": l2, "EPSILON": epsilon, "BETA1": beta1, "BETA2": beta2}
+    formula |= {"C": _INDICES_PER_PROGRAM, "D": columns}
     _update_kernel[(blocks,)](
         *tensors,
         order_N,

@@ -198,10 +198,9 @@ def _update(
     check_update(weight_RD, state, rows_N, grad_BD, bags_N, factors_N, rule)
     _check_bounds("row", rows_N, len(weight_RD))
     _check_bounds("bag", bags_N, len(grad_BD))
-    count, bits = len(rows_N), 0 if ascending else max((len(weight_RD) - 1).bit_length(), 1)
+    count = len(rows_N)
     thread_count = threads(count)
-    high = min(max((count // _BUCKET_INDICES).bit_length() - 1, 0), _DIGIT_BITS, bits)
-    passes = max(-(-(bits - high) // _DIGIT_BITS), 1)
+    bits, high, digit = _sort_bits(count, 0 if ascending else len(weight_RD))
     first, second = (*state, None, None)[:2]
     call(
         "update_rows",
@@ -219,7 +218,7 @@ def _update(
         width=weight_RD.shape[1],
         bits=bits,
         high=high,
-        digit=max(-(-(bits - high) // passes), 1),
+        digit=digit,
         bf16=weight_RD.dtype == torch.bfloat16,
         rule=_RULES.index(rule),
         rate=learning_rate,
@@ -235,6 +234,15 @@ def _update(
         next_chunk=0,
     )
     count_change(weight_RD, *state)
+
+
+def _sort_bits(count: int, rows: int) -> tuple[int, int, int]:
+    """Return how many bits of a row's number are sorted by, how many of them choose its bucket, and how many each
+    pass within a bucket takes; no bits for 0 rows, which are sorted already."""
+    bits = max((rows - 1).bit_length(), 1) if rows else 0
+    high = min(max((count // _BUCKET_INDICES).bit_length() - 1, 0), _DIGIT_BITS, bits)
+    passes = max(-(-(bits - high) // _DIGIT_BITS), 1)
+    return bits, high, max(-(-(bits - high) // passes), 1)
 
 
 def _check_bounds(name: str, values: Tensor | None, stop: int) -> None:

@@ -64,13 +64,7 @@ class DLRM(CTRNetwork):
         missing: Missing = "zero",
     ) -> None:
         super().__init__(features.dense, missing)
-        if features.dense < 1:
-            raise UserError("DLRM needs dense features; the dataset has none: use a model without a bottom MLP")
-        if not bottom_mlp or bottom_mlp[-1] != embedding_dim:
-            raise UserError(
-                f"bottom_mlp ends in {bottom_mlp[-1] if bottom_mlp else 'nothing'} but embedding_dim is "
-                f"{embedding_dim}: the bottom MLP's output joins the tables' vectors, so make them equal"
-            )
+        _check_bottom(features, bottom_mlp, embedding_dim)
         _check_options(
             interaction,
             {
@@ -125,6 +119,20 @@ class DLRM(CTRNetwork):
         """See CTRNetwork.multiply_adds."""
         parts = (self.bottom, self.embeddings, self.interaction, self.top, self.wide)
         return sum(part.multiply_adds() for part in parts if part is not None)
+
+
+def _check_bottom(features: Features, bottom_mlp: Sequence[int], embedding_dim: int) -> None:
+    """
+    Raises:
+        UserError: the bottom MLP has no input, or its output is no vector beside those of the tables.
+    """
+    if features.dense < 1:
+        raise UserError("DLRM needs dense features; the dataset has none: use a model without a bottom MLP")
+    if not bottom_mlp or bottom_mlp[-1] != embedding_dim:
+        raise UserError(
+            f"bottom_mlp ends in {bottom_mlp[-1] if bottom_mlp else 'nothing'} but embedding_dim is "
+            f"{embedding_dim}: the bottom MLP's output joins the tables' vectors, so make them equal"
+        )
 
 
 def _check_options(interaction: str, options: Mapping[str, tuple[str, Any]]) -> None:

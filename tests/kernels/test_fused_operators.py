@@ -9,7 +9,17 @@ from torch import Tensor
 pytest.importorskip("triton", "3.9", reason="needs Triton 3.9, whose interpreter runs with NumPy 2.4")
 
 from lightning_dlrm.kernels import fused, native
-from tests.kernels.test_operators import DTYPES, KINDS, TABLES, draw, draw_lookup, draw_update, one, tensors
+from tests.kernels.test_operators import (
+    DTYPES,
+    KINDS,
+    TABLES,
+    TOLERANCES,
+    draw,
+    draw_lookup,
+    draw_update,
+    one,
+    tensors,
+)
 
 OPERATORS = torch.ops.lightning_dlrm
 
@@ -29,15 +39,15 @@ def draw_fused_update(rule: str, kind: str, dtype: torch.dtype) -> tuple[Any, ..
 @pytest.mark.parametrize("kind", [*KINDS, "bags weighted strided"])
 def test_the_lookup_keeps_torchs_rules_and_has_the_native_gradients(kind: str, dtype: torch.dtype) -> None:
     arguments = draw_fused_lookup(kind, dtype)
-    torch.library.opcheck(OPERATORS.fused_lookup.default, arguments, atol=2e-2, rtol=2e-2)
+    torch.library.opcheck(OPERATORS.fused_lookup.default, arguments, **TOLERANCES[dtype])
     weight, ids, tables, offsets, factors = arguments
     inputs = [weight] if factors is None else [weight, factors]
     expected, _, _ = native.lookup(weight, ids, offsets, tables, factors)
     found = fused.lookup(*arguments)
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(found, expected, **TOLERANCES[dtype])
     seed = draw(*found.shape, dtype=dtype)
     grads = [torch.autograd.grad(output, inputs, seed) for output in (found, expected)]
-    torch.testing.assert_close(*grads, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(*grads, **TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -52,11 +62,11 @@ def test_the_lookup_keeps_torchs_rules_and_has_the_native_gradients(kind: str, d
     ],
 )
 def test_the_update_keeps_torchs_rules_and_is_the_native_one(rule: str, kind: str, dtype: torch.dtype) -> None:
-    torch.library.opcheck(OPERATORS.fused_update.default, draw_fused_update(rule, kind, dtype), atol=2e-2, rtol=2e-2)
+    torch.library.opcheck(OPERATORS.fused_update.default, draw_fused_update(rule, kind, dtype), **TOLERANCES[dtype])
     found, expected = draw_fused_update(rule, kind, dtype), draw_update(rule, kind, dtype)
     OPERATORS.fused_update(*found)
     OPERATORS.update(*expected)
-    torch.testing.assert_close(tensors(found)[:-1], tensors(expected), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(tensors(found)[:-1], tensors(expected), **TOLERANCES[dtype])
 
 
 def test_indices_after_the_last_bag_have_no_gradient() -> None:
