@@ -16,8 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
+from datamodules.preprocess.pipeline import REPORT_FILE
 from datamodules.preprocess.progress import bytes_below
-from datamodules.preprocess.target import REPORT_FILE
 from lightning_dlrm.bench.footprint import Footprint, run_process
 from lightning_dlrm.bench.measurement import Implementation, Measurement
 from lightning_dlrm.bench.options import DEFAULT, add_peer_python, add_rounds, check_numbers, check_peer
