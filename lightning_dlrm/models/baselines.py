@@ -14,8 +14,7 @@ from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models import layers
 from lightning_dlrm.models.layers import CompressedInteraction, PairwiseSum, initialize
-from lightning_dlrm.models.linear import LinearTerms, scalar_tables
-from lightning_dlrm.models.network import CTRNetwork, Missing
+from lightning_dlrm.models.network import CTRNetwork, LinearTerms, Missing, scalar_tables
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
 from lightning_dlrm.tables.lookup import EmbeddingTables
 from lightning_dlrm.tables.table import Table
@@ -152,7 +151,7 @@ class FactorizationMachine(CTRNetwork):
     ) -> None:
         super().__init__(features.dense, missing)
         self.linear = LinearTerms(features, seed)
-        self.fields = FieldVectors(features, embedding_dim, seed, tables, "FactorizationMachine")
+        self.fields = FieldVectors(features, embedding_dim, seed, tables, type(self).__name__)
         self.pairs = PairwiseSum()
         initialize(self, seed)
 
@@ -233,7 +232,7 @@ class WideAndDeep(MLP):
         return self.wide.multiply_adds() + super().multiply_adds()
 
 
-class DeepFM(CTRNetwork):
+class DeepFM(FactorizationMachine):
     """A factorization machine and an MLP that share the fields' vectors (Guo et al. 2017, equation 1).
 
     Args:
@@ -259,10 +258,7 @@ class DeepFM(CTRNetwork):
         tables: TableSettings | None = None,
         missing: Missing = "zero",
     ) -> None:
-        super().__init__(features.dense, missing)
-        self.linear = LinearTerms(features, seed)
-        self.fields = FieldVectors(features, embedding_dim, seed, tables, "DeepFM")
-        self.pairs = PairwiseSum()
+        super().__init__(features, seed, embedding_dim=embedding_dim, tables=tables, missing=missing)
         self.deep = layers.MLP(
             [self.fields.fields * embedding_dim, *deep, 1], linear_output=True, batch_norm=batch_norm
         )
@@ -280,8 +276,7 @@ class DeepFM(CTRNetwork):
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""
-        parts = self.linear.multiply_adds() + self.fields.multiply_adds() + self.deep.multiply_adds()
-        return parts + self.fields.fields * self.fields.width
+        return super().multiply_adds() + self.deep.multiply_adds()
 
 
 class XDeepFM(CTRNetwork):

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.models.cross import CrossKind, CrossNetwork, make_cross
+from lightning_dlrm.models.dcn import CrossKind, CrossNetwork, make_cross
 from lightning_dlrm.models.layers import MLP, DotInteraction, ProjectionInteraction, initialize
-from lightning_dlrm.models.linear import LinearTerms
-from lightning_dlrm.models.network import CTRNetwork, Missing
+from lightning_dlrm.models.network import CTRNetwork, LinearTerms, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
 
 

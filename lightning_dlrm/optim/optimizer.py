@@ -18,10 +18,9 @@ from lightning_dlrm.optim.dense import (
     make_dense_optimizer,
     plain_number,
 )
-from lightning_dlrm.optim.rows import update_rows
-from lightning_dlrm.optim.rules import UpdateRule
+from lightning_dlrm.optim.rules import UpdateRule, update_rows
 from lightning_dlrm.tables.lookup import EmbeddingTables
-from lightning_dlrm.tables.memory import keep_freed_memory
+from lightning_dlrm.tables.table import keep_freed_memory
 
 
 class CTROptimizer(torch.optim.Optimizer):

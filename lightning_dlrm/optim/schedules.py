@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.optim.factories import name_of, takes, target_of
+from lightning_dlrm.optim.dense import name_of, takes, target_of
 
 Schedule = Callable[[Optimizer], LRScheduler]
 """A class or a ``functools.partial`` of it: returns a schedule of an optimizer."""

@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.sharding.costs import pooled_tables, table_costs
-from lightning_dlrm.sharding.loads import TableLoad, UniqueRows, format_bytes
+from lightning_dlrm.sharding.costs import TableLoad, UniqueRows, format_bytes, pooled_tables, table_costs
 from lightning_dlrm.sharding.plan import Piece, Plan
 
 _CHUNKS_PER_RANK = (1, 2, 4, 8)

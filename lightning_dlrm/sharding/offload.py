@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_dlrm.contracts.errors import require
-from lightning_dlrm.sharding.loads import TableLoad, UniqueRows, format_bytes
+from lightning_dlrm.sharding.costs import TableLoad, UniqueRows, format_bytes
 
 _CACHED_BATCHES = 3
 

@@ -284,12 +284,14 @@ class Embeddings(nn.Module):
         """Return the columns' vectors side by side: [B, sum of the widths]."""
         if self.pooling_weights is not None:
             factors = self.pooling_weights.look_up_each(ids).view(ids.values.shape)
+            key = ids.key
             ids = dataclasses.replace(ids, weights=factors if ids.weights is None else factors * ids.weights)
+            ids.key = key
         vectors = [group(ids) for group in self.groups]
         if self.settings.pooling == "mean" and ids.offsets is not None:
             lengths_BF = ids.lengths().clamp(min=1)
             vectors = [
-                vectors_BGD / lengths_BF.index_select(1, group.columns)[..., None]
+                vectors_BGD / lengths_BF.index_select(1, group.constants[0])[..., None]
                 for vectors_BGD, group in zip(vectors, self.groups, strict=True)
             ]
         if self._is_plain:
@@ -347,12 +349,9 @@ class WidthGroup(nn.Module):
         storage: the memory of the rows.
     """
 
-    lookup: EmbeddingTables
-    columns: Tensor
-    divisors: Tensor
-    rows: Tensor
-    starts: Tensor
-    stops: Tensor
+    constants: Tensor
+    """int64 [5, G]: of each table its column, divisor and rows, and the first row and the row after the last that the
+    lookup holds."""
 
     def __init__(self, members: Sequence[_Member], width: int, seed: int, columns: int, storage: DeviceStorage) -> None:
         super().__init__()
@@ -366,19 +365,20 @@ class WidthGroup(nn.Module):
         # Only a quotient table and a remainder table read the same column.
         self.splits_ids = len({member.column for member in members}) < len(members)
         # Ids are prefetched while they are still in host memory.
-        self._host_constants = tuple(
-            torch.tensor(values, dtype=torch.int64, device="cpu")
-            for values in (
-                [member.column for member in members],
-                [member.divisor for member in members],
-                [member.table.rows for member in members],
-                [start for start, _ in ranges],
-                [stop for _, stop in ranges],
+        self._host_constants = (
+            torch.tensor(
+                [
+                    (member.column, member.divisor, member.table.rows, start, stop)
+                    for member, (start, stop) in zip(members, ranges, strict=True)
+                ],
+                dtype=torch.int64,
+                device="cpu",
             )
+            .view(-1, 5)
+            .T.contiguous()
         )
-        names = ("columns", "divisors", "rows", "starts", "stops")
-        for name, values in zip(names, self._host_constants, strict=True):
-            self.register_buffer(name, values.to(torch.get_default_device()), persistent=False)
+        constants = self._host_constants.to(torch.get_default_device())
+        self.register_buffer("constants", constants, persistent=False)
 
     def forward(self, ids: SparseIds) -> Tensor:
         """Return the tables' vectors: [B, G, D]."""
@@ -386,11 +386,8 @@ class WidthGroup(nn.Module):
 
     def ids_of(self, ids: SparseIds) -> SparseIds:
         """Return the ids of the lookup's tables, with the key of the given ids; in host memory or on the device."""
-        columns, divisors, rows, starts, stops = (
-            self._host_constants
-            if ids.values.device.type == "cpu"
-            else (self.columns, self.divisors, self.rows, self.starts, self.stops)
-        )
+        constants = self._host_constants if ids.values.device.type == "cpu" else self.constants
+        columns, divisors, rows, starts, stops = constants
         own = ids
         if not self.takes_all:
             own = own.of_tables(columns)
@@ -400,7 +397,8 @@ class WidthGroup(nn.Module):
             own = dataclasses.replace(own, values=values.to(own.values.dtype))
         if self.cuts:
             own = own.within(starts, stops)
-        return own if own is ids else dataclasses.replace(own, key=ids.key)
+        own.key = ids.key
+        return own
 
 
 def _pooling_weights(setting: str | None, columns: Mapping[str, int], seed: int) -> EmbeddingTables | None:
