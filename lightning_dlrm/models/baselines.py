@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models import layers
 from lightning_dlrm.models.layers import CompressedInteraction, PairwiseSum, initialize
@@ -41,8 +41,7 @@ class FieldVectors(nn.Module):
         self.dense = nn.Parameter(torch.empty(features.dense, embedding_dim))
         self.fields = len(features.tables) + features.dense
         self.width = embedding_dim
-        if self.fields < 1:
-            raise UserError(f"{user} needs columns or dense features; the dataset has none")
+        require(self.fields >= 1, f"{user} needs columns or dense features; the dataset has none")
 
     def lookup(self, ids: SparseIds) -> Tensor:
         """Return the columns' vectors side by side, [B, F * D]."""
@@ -100,11 +99,10 @@ class MatrixFactorization(CTRNetwork):
     def __init__(self, features: Features, seed: int = 0, *, columns: Sequence[str], embedding_dim: int = 16) -> None:
         super().__init__(features.dense, "zero")
         unknown = [name for name in columns if name not in features.tables]
-        if len(set(columns)) != 2 or unknown:
-            raise UserError(
-                f"columns is [{', '.join(columns)}]; expected the names of two columns among "
-                f"{', '.join(features.tables)}"
-            )
+        require(
+            len(set(columns)) == 2 and not unknown,
+            f"columns is [{', '.join(columns)}]; expected the names of two columns among {', '.join(features.tables)}",
+        )
         chosen = {name: features.tables[name] for name in columns}
         names = list(features.tables)
         positions = torch.tensor([names.index(name) for name in columns])

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 
 CrossKind: TypeAlias = Literal["vector", "matrix", "low_rank", "mixture"]
 
@@ -23,8 +23,7 @@ class CrossNetwork(nn.Module):
 
     def __init__(self, features: int, layers: int) -> None:
         super().__init__()
-        if layers < 1:
-            raise UserError(f"cross_layers is {layers}; expected at least 1")
+        require(layers >= 1, f"cross_layers is {layers}; expected at least 1")
         self.features = features
         self.layers = layers
 
@@ -128,8 +127,7 @@ class MixtureCross(CrossNetwork):
     def __init__(self, features: int, layers: int, rank: int, experts: int) -> None:
         super().__init__(features, layers)
         _check_rank(rank, features)
-        if experts < 1:
-            raise UserError(f"cross_experts is {experts}; expected at least 1")
+        require(experts >= 1, f"cross_experts is {experts}; expected at least 1")
         self.up = nn.Parameter(torch.empty(layers, experts, features, rank))
         self.core = nn.Parameter(torch.empty(layers, experts, rank, rank))
         self.down = nn.Parameter(torch.empty(layers, experts, rank, features))
@@ -170,8 +168,7 @@ def make_cross(kind: CrossKind, features: int, layers: int, rank: int | None, ex
         "low_rank": ("cross_rank",),
         "mixture": ("cross_rank", "cross_experts"),
     }
-    if kind not in needs:
-        raise UserError(f"cross {kind!r} is none of {', '.join(needs)}")
+    require(kind in needs, f"cross {kind!r} is none of {', '.join(needs)}")
     given = {"cross_rank": rank, "cross_experts": experts}
     for option, value in given.items():
         if (value is None) == (option in needs[kind]):
@@ -185,7 +182,7 @@ def make_cross(kind: CrossKind, features: int, layers: int, rank: int | None, ex
 
 
 def _check_rank(rank: int, features: int) -> None:
-    if not 1 <= rank < features:
-        raise UserError(
-            f"cross_rank is {rank}; expected 1 to {features - 1}, below the {features} features that it joins"
-        )
+    require(
+        1 <= rank < features,
+        f"cross_rank is {rank}; expected 1 to {features - 1}, below the {features} features that it joins",
+    )

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.cross import CrossKind, make_cross
 from lightning_dlrm.models.layers import MLP, initialize
@@ -56,8 +56,7 @@ class DCN(CTRNetwork):
         missing: Missing = "zero",
     ) -> None:
         super().__init__(features.dense, missing)
-        if structure not in ("parallel", "stacked"):
-            raise UserError(f"structure {structure!r} is neither parallel nor stacked")
+        require(structure in ("parallel", "stacked"), f"structure {structure!r} is neither parallel nor stacked")
         self.stacked = structure == "stacked"
         self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
         width = sum(self.embeddings.widths) + features.dense

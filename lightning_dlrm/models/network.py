@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.models.layers import MissingValues
 from lightning_dlrm.models.linear import LinearTerms
 from lightning_dlrm.tables.embeddings import Embeddings
@@ -38,8 +38,7 @@ class CTRNetwork(nn.Module):
 
     def __init__(self, dense: int, missing: Missing = "zero") -> None:
         super().__init__()
-        if missing not in ("zero", "learned"):
-            raise UserError(f"missing {missing!r} is neither zero nor learned")
+        require(missing in ("zero", "learned"), f"missing {missing!r} is neither zero nor learned")
         self.missing = MissingValues(dense, learned=missing == "learned")
 
     def forward(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.optim.factories import name_of, takes, target_of
 
 DenseOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -40,19 +40,21 @@ def make_dense_optimizer(dense_optimizer: DenseOptimizer, parameters: Sequence[n
         made = dense_optimizer(parameters, **settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"dense_optimizer {name}: {' '.join(str(error).split())}") from error
-    if not isinstance(made, Optimizer):
-        raise UserError(f"dense_optimizer makes a {type(made).__name__}; expected a torch.optim.Optimizer")
+    require(
+        isinstance(made, Optimizer), f"dense_optimizer makes a {type(made).__name__}; expected a torch.optim.Optimizer"
+    )
     closure = inspect.signature(made.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise UserError(
-            f"dense_optimizer {name} computes the loss several times in a step, and rows of tables move once: choose "
-            "a class that needs a single gradient, such as Adagrad"
-        )
-    if isinstance(made, torch.optim.SparseAdam):
-        raise UserError(f"dense_optimizer {name} takes sparse gradients only; dense layers have none: use Adam")
+    require(
+        closure is None or closure.default is not closure.empty,
+        f"dense_optimizer {name} computes the loss several times in a step, and rows of tables move once: choose "
+        "a class that needs a single gradient, such as Adagrad",
+    )
+    require(
+        not isinstance(made, torch.optim.SparseAdam),
+        f"dense_optimizer {name} takes sparse gradients only; dense layers have none: use Adam",
+    )
     for group in made.param_groups:
-        if not math.isfinite(group["lr"]):
-            raise UserError(f"dense_optimizer {name}: lr is {group['lr']}; expected a finite number")
+        require(math.isfinite(group["lr"]), f"dense_optimizer {name}: lr is {group['lr']}; expected a finite number")
     return made
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.adagrad import adagrad
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.tables.memory import empty_table
 
 
@@ -25,10 +25,13 @@ class UpdateRule:
 
     def __init__(self, learning_rate: float, l2: float = 0.0, weight_decay: float = 0.0) -> None:
         name = type(self).__name__
-        if not 0 < learning_rate < math.inf:
-            raise UserError(f"{name}: learning_rate is {learning_rate}; expected a finite number above 0")
-        if not (0 <= l2 < math.inf and 0 <= weight_decay < math.inf):
-            raise UserError(f"{name}: l2 is {l2} and weight_decay {weight_decay}; expected numbers of 0 or more")
+        require(
+            0 < learning_rate < math.inf, f"{name}: learning_rate is {learning_rate}; expected a finite number above 0"
+        )
+        require(
+            0 <= l2 < math.inf and 0 <= weight_decay < math.inf,
+            f"{name}: l2 is {l2} and weight_decay {weight_decay}; expected numbers of 0 or more",
+        )
         self.learning_rate = learning_rate
         self.l2 = l2
         self.weight_decay = weight_decay
@@ -108,11 +111,11 @@ class Adagrad(UpdateRule):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(learning_rate, l2, weight_decay)
-        if epsilon < 0 or initial_accumulator < 0:
-            raise UserError(
-                f"{type(self).__name__}: epsilon is {epsilon} and initial_accumulator {initial_accumulator}; "
-                "expected numbers of 0 or more"
-            )
+        require(
+            epsilon >= 0 and initial_accumulator >= 0,
+            f"{type(self).__name__}: epsilon is {epsilon} and initial_accumulator {initial_accumulator}; "
+            "expected numbers of 0 or more",
+        )
         self.epsilon = epsilon
         self.initial_accumulator = initial_accumulator
 
@@ -193,10 +196,10 @@ class Adam(UpdateRule):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(learning_rate, l2, weight_decay)
-        if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and epsilon >= 0):
-            raise UserError(
-                f"Adam: beta1 is {beta1}, beta2 {beta2}, epsilon {epsilon}; expected 0 to below 1, and 0 or more"
-            )
+        require(
+            0 <= beta1 < 1 and 0 <= beta2 < 1 and epsilon >= 0,
+            f"Adam: beta1 is {beta1}, beta2 {beta2}, epsilon {epsilon}; expected 0 to below 1, and 0 or more",
+        )
         self.beta1 = beta1
         self.beta2 = beta2
         self.epsilon = epsilon

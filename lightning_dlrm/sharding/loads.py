@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,15 @@ class TableLoad:
     """[rows]: counted lookups of each row, used instead of ``skew``."""
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.width < 1 or self.bytes_per_row < 1:
-            raise UserError(f"table {self.name}: {self.rows} rows of width {self.width}; expected 1 or more of each")
-        if not (self.skew >= 0 and self.indices_per_sample >= 0):
-            raise UserError(
-                f"table {self.name}: skew {self.skew} and {self.indices_per_sample} indices a sample; "
-                "expected numbers of 0 or more"
-            )
+        require(
+            self.rows >= 1 and self.width >= 1 and self.bytes_per_row >= 1,
+            f"table {self.name}: {self.rows} rows of width {self.width}; expected 1 or more of each",
+        )
+        require(
+            self.skew >= 0 and self.indices_per_sample >= 0,
+            f"table {self.name}: skew {self.skew} and {self.indices_per_sample} indices a sample; "
+            "expected numbers of 0 or more",
+        )
 
     @property
     def bytes(self) -> int:
@@ -135,8 +137,7 @@ def parse_bytes(text: str) -> int:
         raise UserError(
             f"{text!r} is not an amount of memory; expected text such as 80GiB, 512MB or 1000000"
         ) from error
-    if not (math.isfinite(value) and value >= 0):
-        raise UserError(f"{text!r} is not an amount of memory; expected 0 or more")
+    require(math.isfinite(value) and value >= 0, f"{text!r} is not an amount of memory; expected 0 or more")
     return int(value)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.gradient import RowGradient
 from lightning_dlrm.kernels import native
 from lightning_dlrm.kernels.choice import Kernels, choose
@@ -81,11 +81,9 @@ class EmbeddingTables(nn.Module):
         storage: "DeviceStorage | None" = None,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise UserError(f"embedding_dim is {width}; expected at least 1")
+        require(width >= 1, f"embedding_dim is {width}; expected at least 1")
         empty = [table.name for table in tables if table.rows < 1]
-        if empty:
-            raise UserError(f"tables without rows: {', '.join(empty)}; every table needs at least 1 row")
+        require(not empty, f"tables without rows: {', '.join(empty)}; every table needs at least 1 row")
         self.tables, self.width = tuple(tables), width
         self.ranges = tuple(ranges or [(0, table.rows) for table in tables])
         self.kernels, self.may_pool = "auto", True
