@@ -19,8 +19,7 @@ from datamodules.generate.random import PRESETS
 from lightning_dlrm.bench.measurement import finisher
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.models.cross import CrossKind
-from lightning_dlrm.models.dcn import DCN
+from lightning_dlrm.models.dcn import DCN, CrossKind
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.losses import LogLoss

@@ -23,7 +23,7 @@ from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD
 from lightning_dlrm.sharding.balance import make_plan
 from lightning_dlrm.sharding.collectives import Ranks
-from lightning_dlrm.sharding.loads import TableLoad
+from lightning_dlrm.sharding.costs import TableLoad
 from lightning_dlrm.sharding.placement import ShardedPlacement
 from lightning_dlrm.tables.embeddings import TableSettings
 from lightning_dlrm.tables.lookup import EmbeddingTables, placed_by

@@ -22,8 +22,7 @@ from lightning_dlrm.cli.version import code_version
 from lightning_dlrm.compare.runs import Arm, Run
 from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.sharding.balance import make_plan
-from lightning_dlrm.sharding.costs import RankCost, rank_costs
-from lightning_dlrm.sharding.loads import TableLoad, parse_memory
+from lightning_dlrm.sharding.costs import RankCost, TableLoad, parse_memory, rank_costs
 from lightning_dlrm.sharding.plan import Plan, read_plan
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
