@@ -1,9 +1,23 @@
-"""What has to be settled before any test imports anything."""
+"""What has to be settled before any test imports anything, and the order of the test files."""
 
 import os
 
+# Test processes share the cores: a thread that waits must not spin. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     # Triton looks at this when it is first imported: its kernels then run on the CPU, for tests of the fused kernels.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+LONGEST = ("tests/front_door", "tests/sharding", "tests/test_notebooks", "tests/cli")
+"""Files that start many processes: with ``-n`` they begin first, so that no worker is left alone with them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next((i for i, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
+
+    items.sort(key=place)

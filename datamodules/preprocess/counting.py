@@ -5,7 +5,8 @@ Distinct values are counted and looked up, not rows: 138,000 skewed rows of a co
 average. A worker holds the distinct values between two bounds; the others are on disk. All vocabularies together are
 never in memory.
 
-The alternative is to look a column's values up in the vocabulary of another dataset."""
+The alternative is to look a column's values up in the vocabulary of another dataset.
+"""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,6 +1,7 @@
 """Encode: write the part files of the splits from segments and the ids of their distinct values.
 
-``Encoding`` says how rows are encoded and where the files are, also to ``counting``."""
+``Encoding`` says how rows are encoded and where the files are, also to ``counting``.
+"""
 
 import os
 import shutil

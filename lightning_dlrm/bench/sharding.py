@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dlrm.bench.contenders import kaggle
-from lightning_dlrm.bench.measurement import Measurement
-from lightning_dlrm.bench.options import DEFAULT, add_max_rows, add_rounds, add_steps, check_numbers
+from lightning_dlrm.bench.measurement import DEFAULT, Measurement, add_max_rows, add_rounds, add_steps, check_numbers
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dlrm import DLRM
@@ -24,7 +23,7 @@ from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD
 from lightning_dlrm.sharding.balance import make_plan
 from lightning_dlrm.sharding.collectives import Ranks
-from lightning_dlrm.sharding.loads import TableLoad
+from lightning_dlrm.sharding.costs import TableLoad
 from lightning_dlrm.sharding.placement import ShardedPlacement
 from lightning_dlrm.tables.embeddings import TableSettings
 from lightning_dlrm.tables.lookup import EmbeddingTables, placed_by

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_dlrm.sharding.balance import make_plan
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, TableEntry, resolve_checkpoint, rewrite_checkpoint
-from lightning_dlrm.sharding.loads import TableLoad
+from lightning_dlrm.sharding.costs import TableLoad
 from lightning_dlrm.sharding.plan import read_plan
 
 _BALANCED_FOR = 2048  # samples of a global batch, which a checkpoint does not hold

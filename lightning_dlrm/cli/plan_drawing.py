@@ -6,8 +6,7 @@ from typing import Any
 
 from lightning_dlrm.cli.palette import OKABE_ITO, filling
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.sharding.costs import RankCost
-from lightning_dlrm.sharding.loads import TableLoad
+from lightning_dlrm.sharding.costs import RankCost, TableLoad
 from lightning_dlrm.sharding.plan import Plan
 
 PLOT_WIDTH = 10.0

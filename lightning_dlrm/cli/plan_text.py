@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_dlrm.sharding.costs import RankCost, TableCost
-from lightning_dlrm.sharding.loads import TableLoad, imbalance
+from lightning_dlrm.sharding.costs import RankCost, TableCost, TableLoad, imbalance
 from lightning_dlrm.sharding.offload import HostPlacement
 from lightning_dlrm.sharding.plan import Plan
 

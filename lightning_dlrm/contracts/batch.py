@@ -32,8 +32,9 @@ class SparseIds:
     """int64 [B * F + 1], ascending from 0 to N."""
     weights: Tensor | None = None
     """float, shape of ``values``: per-sample weights, differentiable if they are learned; None means 1."""
-    key: BatchKey = field(default_factory=BatchKey, repr=False, compare=False)
-    """Key of the rows that lookups prefetch for these ids; copies on other devices have the same key."""
+    key: BatchKey = field(default_factory=BatchKey, init=False, repr=False, compare=False)
+    """Key of the rows that lookups prefetch for these ids. Copies made by Batch have the same key; ids that are changed
+    by ``map`` or ``dataclasses.replace`` have a new key, because they may need other rows."""
 
     def __len__(self) -> int:
         """B, the number of samples."""
@@ -92,13 +93,12 @@ class SparseIds:
         )
 
     def map(self, change: Callable[[Tensor | None], Any]) -> "SparseIds":
-        """Return the same ids with changed tensors; ``change`` is called for each tensor, and for None."""
+        """Return ids with changed tensors and a new key; ``change`` is called for each tensor, and for None."""
         return SparseIds(
             values=change(self.values),
             tables=self.tables,
             offsets=change(self.offsets),
             weights=change(self.weights),
-            key=self.key,
         )
 
 
@@ -126,11 +126,16 @@ class Batch:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def map(self, change: Callable[[Tensor | None], Any]) -> "Batch":
-        """Return the same batch with changed tensors; ``change`` is called for each tensor, and for None."""
+        """Return a copy of the batch; ``change`` copies each tensor, and is called for None.
+
+        The ids keep their key: they must select the same rows.
+        """
+        ids = self.ids.map(change)
+        ids.key = self.ids.key
         return Batch(
             label=change(self.label),
             dense=change(self.dense),
-            ids=self.ids.map(change),
+            ids=ids,
             global_size=self.global_size,
             rows=change(self.rows),
         )

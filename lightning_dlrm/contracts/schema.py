@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = "dataset.json"
@@ -125,32 +125,30 @@ class DatasetSchema:
 
     def __post_init__(self) -> None:
         names = [column.name for column in self.columns]
-        if len(set(names)) != len(names):
-            raise UserError(f"column names must differ; got {names}")
+        require(len(set(names)) == len(names), f"column names must differ; got {names}")
         for column in self.columns:
-            if column.role not in get_args(Role):
-                raise UserError(f"column {column.name}: role {column.role!r} is none of {get_args(Role)}")
+            require(
+                column.role in get_args(Role), f"column {column.name}: role {column.role!r} is none of {get_args(Role)}"
+            )
             has_table = column.role in ("categorical", "multi_hot")
-            if has_table != (column.cardinality > 0):
-                raise UserError(
-                    f"column {column.name} ({column.role}): cardinality {column.cardinality}; "
-                    "categorical and multi-hot columns need at least 1, others 0"
-                )
+            require(
+                has_table == (column.cardinality > 0),
+                f"column {column.name} ({column.role}): cardinality {column.cardinality}; "
+                "categorical and multi-hot columns need at least 1, others 0",
+            )
         bags = {column.name + WEIGHTS_SUFFIX for column in self.by_role("multi_hot")}
         for column in self.by_role("weights"):
-            if column.name not in bags:
-                raise UserError(
-                    f"column {column.name} (weights) does not belong to a multi-hot column; expected one of "
-                    f"{sorted(bags)}: a multi-hot column's name and {WEIGHTS_SUFFIX}"
-                )
+            require(
+                column.name in bags,
+                f"column {column.name} (weights) does not belong to a multi-hot column; expected one of "
+                f"{sorted(bags)}: a multi-hot column's name and {WEIGHTS_SUFFIX}",
+            )
         for name, split in self.splits.items():
-            if name not in SPLITS:
-                raise UserError(f"split {name!r} is none of {SPLITS}")
-            if split.files and sum(file.rows for file in split.files) != split.rows:
-                raise UserError(
-                    f"split {name}: its files hold {sum(f.rows for f in split.files)} rows, "
-                    f"the schema says {split.rows}"
-                )
+            require(name in SPLITS, f"split {name!r} is none of {SPLITS}")
+            require(
+                not split.files or sum(file.rows for file in split.files) == split.rows,
+                f"split {name}: its files hold {sum(f.rows for f in split.files)} rows, the schema says {split.rows}",
+            )
 
     def by_role(self, *roles: Role) -> tuple[Column, ...]:
         """Return the columns of some roles, in the order of the schema."""
@@ -209,17 +207,17 @@ class DatasetSchema:
         folder = Path(folder)
         path = folder / SCHEMA_FILE
         try:
-            if not folder.is_dir():
-                raise UserError(
-                    f"no dataset folder at {folder}: expected a folder with {SCHEMA_FILE}; make one with "
-                    "'python -m lightning_dlrm preprocess', or one of demo data with 'python -m lightning_dlrm "
-                    "generate demo'"
-                )
-            if not path.is_file():
-                raise UserError(
-                    f"{folder} is not a dataset folder: it has no {SCHEMA_FILE} (an interrupted preprocessing leaves "
-                    f"none); make it with 'python -m lightning_dlrm preprocess --output {folder}'"
-                )
+            require(
+                folder.is_dir(),
+                f"no dataset folder at {folder}: expected a folder with {SCHEMA_FILE}; make one with "
+                "'python -m lightning_dlrm preprocess', or one of demo data with 'python -m lightning_dlrm "
+                "generate demo'",
+            )
+            require(
+                path.is_file(),
+                f"{folder} is not a dataset folder: it has no {SCHEMA_FILE} (an interrupted preprocessing leaves "
+                f"none); make it with 'python -m lightning_dlrm preprocess --output {folder}'",
+            )
             text = path.read_bytes()
         except OSError as error:
             raise UserError(
@@ -247,11 +245,11 @@ class DatasetSchema:
         try:
             document = json.loads(text)
             version = document.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise UserError(
-                    f"{where} has format version {version}; this release reads {FORMAT_VERSION}: "
-                    "preprocess the data again, or use the release that wrote it"
-                )
+            require(
+                version == FORMAT_VERSION,
+                f"{where} has format version {version}; this release reads {FORMAT_VERSION}: "
+                "preprocess the data again, or use the release that wrote it",
+            )
             fingerprints = document.pop("fingerprints")
             schema = cls._from_document(document)
         except UserError:
@@ -261,10 +259,10 @@ class DatasetSchema:
                 f"{where} is not a dataset schema ({type(error).__name__}: {error}); "
                 "restore it or preprocess the data again"
             ) from error
-        if fingerprints != {"encoding": schema.encoding_fingerprint, "data": schema.data_fingerprint}:
-            raise UserError(
-                f"{where} was altered after it was written (fingerprints differ); restore it or preprocess again"
-            )
+        require(
+            fingerprints == {"encoding": schema.encoding_fingerprint, "data": schema.data_fingerprint},
+            f"{where} was altered after it was written (fingerprints differ); restore it or preprocess again",
+        )
         return schema
 
     @classmethod

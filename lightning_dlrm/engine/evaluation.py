@@ -5,8 +5,7 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.engine.guards import warn_of_chance
-from lightning_dlrm.objectives.curves import ClickCurves, click_curves
-from lightning_dlrm.objectives.metrics import ClickMetrics
+from lightning_dlrm.objectives.metrics import ClickCurves, ClickMetrics, click_curves
 from lightning_dlrm.sharding.collectives import Ranks
 
 

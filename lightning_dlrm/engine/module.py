@@ -25,8 +25,8 @@ from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.accounting import ModelSize, model_size
 from lightning_dlrm.models.layers import MLP, DotInteraction
 from lightning_dlrm.models.network import CTRNetwork
-from lightning_dlrm.objectives.curves import ClickCurves
 from lightning_dlrm.objectives.losses import LogLoss, Loss
+from lightning_dlrm.objectives.metrics import ClickCurves
 from lightning_dlrm.optim.dense import DenseOptimizer
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import UpdateRule

@@ -19,8 +19,7 @@ from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.balance import make_plan, refuse_cut_tables
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
-from lightning_dlrm.sharding.costs import rank_costs
-from lightning_dlrm.sharding.loads import TableLoad, imbalance, parse_memory
+from lightning_dlrm.sharding.costs import TableLoad, imbalance, parse_memory, rank_costs
 from lightning_dlrm.sharding.placement import ShardedPlacement
 from lightning_dlrm.sharding.plan import Plan, read_plan
 from lightning_dlrm.tables.lookup import placed_by

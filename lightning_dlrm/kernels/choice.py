@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.kernels import compiled
 
 Kernels = Literal["auto", "plain", "native", "triton"]
@@ -26,8 +26,7 @@ def choose(asked: Kernels, device: str, dtype: torch.dtype) -> Literal["plain", 
     Raises:
         UserError: there are no such kernels, or they do not work on this machine.
     """
-    if asked not in get_args(Kernels):
-        raise UserError(f"kernels {asked!r} is none of {', '.join(get_args(Kernels))}")
+    require(asked in get_args(Kernels), f"kernels {asked!r} is none of {', '.join(get_args(Kernels))}")
     for_device = {"cpu": "native", "cuda": "triton"}.get(device, "plain")
     wanted = for_device if asked == "auto" else asked
     problem, broken = None, False
@@ -42,8 +41,7 @@ def choose(asked: Kernels, device: str, dtype: torch.dtype) -> Literal["plain", 
             compiled.library()
         except compiled.NativeError as error:
             problem, broken = str(error), error.broken
-    if problem is not None and asked != "auto":
-        raise UserError(f"kernels is {asked}, but {problem}: set it to auto or plain")
+    require(problem is None or asked == "auto", f"kernels is {asked}, but {problem}: set it to auto or plain")
     level = logging.WARNING if broken else logging.INFO
     if problem is not None or wanted == "plain":
         slower = f", which is slower: {problem}" if problem else " (as asked)"

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models import layers
 from lightning_dlrm.models.layers import CompressedInteraction, PairwiseSum, initialize
-from lightning_dlrm.models.linear import LinearTerms, scalar_tables
-from lightning_dlrm.models.network import CTRNetwork, Missing
+from lightning_dlrm.models.network import CTRNetwork, LinearTerms, Missing, scalar_tables
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
 from lightning_dlrm.tables.lookup import EmbeddingTables
 from lightning_dlrm.tables.table import Table
@@ -41,8 +40,7 @@ class FieldVectors(nn.Module):
         self.dense = nn.Parameter(torch.empty(features.dense, embedding_dim))
         self.fields = len(features.tables) + features.dense
         self.width = embedding_dim
-        if self.fields < 1:
-            raise UserError(f"{user} needs columns or dense features; the dataset has none")
+        require(self.fields >= 1, f"{user} needs columns or dense features; the dataset has none")
 
     def lookup(self, ids: SparseIds) -> Tensor:
         """Return the columns' vectors side by side, [B, F * D]."""
@@ -100,11 +98,10 @@ class MatrixFactorization(CTRNetwork):
     def __init__(self, features: Features, seed: int = 0, *, columns: Sequence[str], embedding_dim: int = 16) -> None:
         super().__init__(features.dense, "zero")
         unknown = [name for name in columns if name not in features.tables]
-        if len(set(columns)) != 2 or unknown:
-            raise UserError(
-                f"columns is [{', '.join(columns)}]; expected the names of two columns among "
-                f"{', '.join(features.tables)}"
-            )
+        require(
+            len(set(columns)) == 2 and not unknown,
+            f"columns is [{', '.join(columns)}]; expected the names of two columns among {', '.join(features.tables)}",
+        )
         chosen = {name: features.tables[name] for name in columns}
         names = list(features.tables)
         positions = torch.tensor([names.index(name) for name in columns])
@@ -154,7 +151,7 @@ class FactorizationMachine(CTRNetwork):
     ) -> None:
         super().__init__(features.dense, missing)
         self.linear = LinearTerms(features, seed)
-        self.fields = FieldVectors(features, embedding_dim, seed, tables, "FactorizationMachine")
+        self.fields = FieldVectors(features, embedding_dim, seed, tables, type(self).__name__)
         self.pairs = PairwiseSum()
         initialize(self, seed)
 
@@ -235,7 +232,7 @@ class WideAndDeep(MLP):
         return self.wide.multiply_adds() + super().multiply_adds()
 
 
-class DeepFM(CTRNetwork):
+class DeepFM(FactorizationMachine):
     """A factorization machine and an MLP that share the fields' vectors (Guo et al. 2017, equation 1).
 
     Args:
@@ -261,10 +258,7 @@ class DeepFM(CTRNetwork):
         tables: TableSettings | None = None,
         missing: Missing = "zero",
     ) -> None:
-        super().__init__(features.dense, missing)
-        self.linear = LinearTerms(features, seed)
-        self.fields = FieldVectors(features, embedding_dim, seed, tables, "DeepFM")
-        self.pairs = PairwiseSum()
+        super().__init__(features, seed, embedding_dim=embedding_dim, tables=tables, missing=missing)
         self.deep = layers.MLP(
             [self.fields.fields * embedding_dim, *deep, 1], linear_output=True, batch_norm=batch_norm
         )
@@ -282,8 +276,7 @@ class DeepFM(CTRNetwork):
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""
-        parts = self.linear.multiply_adds() + self.fields.multiply_adds() + self.deep.multiply_adds()
-        return parts + self.fields.fields * self.fields.width
+        return super().multiply_adds() + self.deep.multiply_adds()
 
 
 class XDeepFM(CTRNetwork):

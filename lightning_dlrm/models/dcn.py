@@ -1,18 +1,197 @@
-"""DCN: Deep & Cross Network (Wang et al. 2017, arXiv:1708.05123; v2: Wang et al. 2021, arXiv:2008.13535)."""
+"""DCN: Deep & Cross Network (Wang et al. 2017, arXiv:1708.05123; v2: Wang et al. 2021, arXiv:2008.13535).
+
+Shape suffixes: B samples, d features, r rank, E experts. The initial weights of cross networks are Xavier normal, their
+initial biases are zero.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.models.cross import CrossKind, make_cross
 from lightning_dlrm.models.layers import MLP, initialize
-from lightning_dlrm.models.linear import LinearTerms
-from lightning_dlrm.models.network import CTRNetwork, Missing
+from lightning_dlrm.models.network import CTRNetwork, LinearTerms, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
+
+CrossKind: TypeAlias = Literal["vector", "matrix", "low_rank", "mixture"]
+
+
+class CrossNetwork(nn.Module):
+    """Base of the cross networks, whose layers each multiply with the input once more.
+
+    Args:
+        features: d.
+        layers: number of layers.
+    """
+
+    def __init__(self, features: int, layers: int) -> None:
+        super().__init__()
+        require(layers >= 1, f"cross_layers is {layers}; expected at least 1")
+        self.features = features
+        self.layers = layers
+
+    def forward(self, x0_Bd: Tensor) -> Tensor:
+        """Return the crosses of the input: [B, d] -> [B, d]."""
+        x_Bd = x0_Bd
+        for layer in range(self.layers):
+            x_Bd = self.cross(layer, x0_Bd, x_Bd)
+        return x_Bd
+
+    def cross(self, layer: int, x0_Bd: Tensor, x_Bd: Tensor) -> Tensor:
+        """Return x_{l+1} of one layer from x_0 and x_l."""
+        raise TypeError(f"{type(self).__name__} does not define cross")
+
+    def initial_variances(self) -> dict[str, float]:
+        """Return the variance of the initial normal weights of each parameter; 0 for parameters that start at zero."""
+        raise TypeError(f"{type(self).__name__} does not define initial_variances")
+
+    def multiply_adds(self) -> int:
+        """Return the multiply-adds of a sample: the products with the weights, and d a layer to scale x_0."""
+        raise TypeError(f"{type(self).__name__} does not define multiply_adds")
+
+
+class VectorCross(CrossNetwork):
+    """DCN v1 (Wang et al. 2017, equation 3): x_{l+1} = x_0 (x_l . w_l) + b_l + x_l."""
+
+    def __init__(self, features: int, layers: int) -> None:
+        super().__init__(features, layers)
+        self.weight = nn.Parameter(torch.empty(layers, features))
+        self.bias = nn.Parameter(torch.zeros(layers, features))
+
+    def cross(self, layer: int, x0_Bd: Tensor, x_Bd: Tensor) -> Tensor:
+        return torch.addcmul(x_Bd + self.bias[layer], x0_Bd, (x_Bd @ self.weight[layer])[:, None])
+
+    def initial_variances(self) -> dict[str, float]:
+        return {"weight": 2 / (self.features + 1), "bias": 0.0}
+
+    def multiply_adds(self) -> int:
+        return self.layers * 2 * self.features
+
+
+class MatrixCross(CrossNetwork):
+    """DCN v2, full rank (Wang et al. 2021, equation 1): x_{l+1} = x_0 * (W_l x_l + b_l) + x_l."""
+
+    def __init__(self, features: int, layers: int) -> None:
+        super().__init__(features, layers)
+        self.weight = nn.Parameter(torch.empty(layers, features, features))
+        self.bias = nn.Parameter(torch.zeros(layers, features))
+
+    def cross(self, layer: int, x0_Bd: Tensor, x_Bd: Tensor) -> Tensor:
+        return torch.addcmul(x_Bd, x0_Bd, nn.functional.linear(x_Bd, self.weight[layer], self.bias[layer]))
+
+    def initial_variances(self) -> dict[str, float]:
+        return {"weight": 1 / self.features, "bias": 0.0}
+
+    def multiply_adds(self) -> int:
+        return self.layers * (self.features**2 + self.features)
+
+
+class LowRankCross(CrossNetwork):
+    """DCN v2, low rank (Wang et al. 2021, equation 2): x_{l+1} = x_0 * (U_l (V_l x_l) + b_l) + x_l.
+
+    Args:
+        features: d.
+        layers: number of layers.
+        rank: r, below d: W_l = U_l V_l.
+    """
+
+    def __init__(self, features: int, layers: int, rank: int) -> None:
+        super().__init__(features, layers)
+        _check_rank(rank, features)
+        self.up = nn.Parameter(torch.empty(layers, features, rank))
+        self.down = nn.Parameter(torch.empty(layers, rank, features))
+        self.bias = nn.Parameter(torch.zeros(layers, features))
+
+    def cross(self, layer: int, x0_Bd: Tensor, x_Bd: Tensor) -> Tensor:
+        projected_Br = nn.functional.linear(x_Bd, self.down[layer])
+        return torch.addcmul(x_Bd, x0_Bd, nn.functional.linear(projected_Br, self.up[layer], self.bias[layer]))
+
+    def initial_variances(self) -> dict[str, float]:
+        variance = 2 / (self.features + self.up.shape[2])
+        return {"up": variance, "down": variance, "bias": 0.0}
+
+    def multiply_adds(self) -> int:
+        return self.layers * (2 * self.features * self.up.shape[2] + self.features)
+
+
+class MixtureCross(CrossNetwork):
+    """DCN v2, mixture of low-rank experts (Wang et al. 2021, equations 3 and 4).
+
+    x_{l+1} = sum_e softmax_e(g_e . x_l) E_e(x_l) + x_l, with
+    E_e(x) = x_0 * (U_e relu(C_e relu(V_e x)) + b). The gates g_e serve all layers, as published.
+
+    Args:
+        features: d.
+        layers: number of layers.
+        rank: r, below d.
+        experts: E.
+    """
+
+    def __init__(self, features: int, layers: int, rank: int, experts: int) -> None:
+        super().__init__(features, layers)
+        _check_rank(rank, features)
+        require(experts >= 1, f"cross_experts is {experts}; expected at least 1")
+        self.up = nn.Parameter(torch.empty(layers, experts, features, rank))
+        self.core = nn.Parameter(torch.empty(layers, experts, rank, rank))
+        self.down = nn.Parameter(torch.empty(layers, experts, rank, features))
+        self.bias = nn.Parameter(torch.zeros(layers, features))
+        self.gates = nn.Parameter(torch.empty(experts, features))
+
+    def cross(self, layer: int, x0_Bd: Tensor, x_Bd: Tensor) -> Tensor:
+        projected_EBr = torch.relu(x_Bd @ self.down[layer].transpose(1, 2))
+        projected_EBr = torch.relu(projected_EBr @ self.core[layer].transpose(1, 2))
+        expert_EBd = projected_EBr @ self.up[layer].transpose(1, 2) + self.bias[layer]
+        gate_EB = torch.softmax(self.gates @ x_Bd.T, dim=0)
+        return torch.addcmul(x_Bd, x0_Bd, (gate_EB[..., None] * expert_EBd).sum(0))
+
+    def initial_variances(self) -> dict[str, float]:
+        variance = 2 / (self.features + self.core.shape[2])
+        return {
+            "up": variance,
+            "core": 1 / self.core.shape[2],
+            "down": variance,
+            "bias": 0.0,
+            "gates": 2 / (self.features + 1),
+        }
+
+    def multiply_adds(self) -> int:
+        _, experts, features, rank = self.up.shape
+        return self.layers * (experts * (2 * features * rank + rank**2 + 2 * features) + features)
+
+
+def make_cross(kind: CrossKind, features: int, layers: int, rank: int | None, experts: int | None) -> CrossNetwork:
+    """Return a cross network by its name in configurations.
+
+    Raises:
+        UserError: there is no such kind, or a rank or experts are missing or not supported by the kind.
+    """
+    needs: dict[str, tuple[str, ...]] = {
+        "vector": (),
+        "matrix": (),
+        "low_rank": ("cross_rank",),
+        "mixture": ("cross_rank", "cross_experts"),
+    }
+    require(kind in needs, f"cross {kind!r} is none of {', '.join(needs)}")
+    given = {"cross_rank": rank, "cross_experts": experts}
+    for option, value in given.items():
+        if (value is None) == (option in needs[kind]):
+            verb = "needs" if value is None else "takes no"
+            raise UserError(f"cross: {kind} {verb} {option}; it is {'missing' if value is None else value}")
+    if rank is None:
+        return VectorCross(features, layers) if kind == "vector" else MatrixCross(features, layers)
+    if experts is None:
+        return LowRankCross(features, layers, rank)
+    return MixtureCross(features, layers, rank, experts)
+
+
+def _check_rank(rank: int, features: int) -> None:
+    require(
+        1 <= rank < features,
+        f"cross_rank is {rank}; expected 1 to {features - 1}, below the {features} features that it joins",
+    )
 
 
 class DCN(CTRNetwork):
@@ -56,8 +235,7 @@ class DCN(CTRNetwork):
         missing: Missing = "zero",
     ) -> None:
         super().__init__(features.dense, missing)
-        if structure not in ("parallel", "stacked"):
-            raise UserError(f"structure {structure!r} is neither parallel nor stacked")
+        require(structure in ("parallel", "stacked"), f"structure {structure!r} is neither parallel nor stacked")
         self.stacked = structure == "stacked"
         self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
         width = sum(self.embeddings.widths) + features.dense

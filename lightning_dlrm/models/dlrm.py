@@ -6,12 +6,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.models.cross import CrossKind, CrossNetwork, make_cross
+from lightning_dlrm.models.dcn import CrossKind, CrossNetwork, make_cross
 from lightning_dlrm.models.layers import MLP, DotInteraction, ProjectionInteraction, initialize
-from lightning_dlrm.models.linear import LinearTerms
-from lightning_dlrm.models.network import CTRNetwork, Missing
+from lightning_dlrm.models.network import CTRNetwork, LinearTerms, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
 
 
@@ -126,13 +125,12 @@ def _check_bottom(features: Features, bottom_mlp: Sequence[int], embedding_dim: 
     Raises:
         UserError: the bottom MLP has no input, or its output is no vector beside those of the tables.
     """
-    if features.dense < 1:
-        raise UserError("DLRM needs dense features; the dataset has none: use a model without a bottom MLP")
-    if not bottom_mlp or bottom_mlp[-1] != embedding_dim:
-        raise UserError(
-            f"bottom_mlp ends in {bottom_mlp[-1] if bottom_mlp else 'nothing'} but embedding_dim is "
-            f"{embedding_dim}: the bottom MLP's output joins the tables' vectors, so make them equal"
-        )
+    require(features.dense >= 1, "DLRM needs dense features; the dataset has none: use a model without a bottom MLP")
+    require(
+        bottom_mlp and bottom_mlp[-1] == embedding_dim,
+        f"bottom_mlp ends in {bottom_mlp[-1] if bottom_mlp else 'nothing'} but embedding_dim is "
+        f"{embedding_dim}: the bottom MLP's output joins the tables' vectors, so make them equal",
+    )
 
 
 def _check_options(interaction: str, options: Mapping[str, tuple[str, Any]]) -> None:
@@ -151,11 +149,9 @@ def _check_options(interaction: str, options: Mapping[str, tuple[str, Any]]) -> 
         "projection": {"projection": "two lists of widths, such as [[512, 64], [512, 64]]"},
         "cross": {"cross": "vector, matrix, low_rank or mixture", "cross_layers": "a number, such as 3"},
     }
-    if interaction not in needs:
-        raise UserError(f"interaction {interaction!r} is none of {', '.join(needs)}")
+    require(interaction in needs, f"interaction {interaction!r} is none of {', '.join(needs)}")
     for name, (owner, value) in options.items():
-        if value is not None and owner != interaction:
-            raise UserError(f"{name} needs interaction: {owner}; got {interaction}")
+        require(value is None or owner == interaction, f"{name} needs interaction: {owner}; got {interaction}")
         if value is None and name in needs[interaction]:
             raise UserError(
                 f"interaction: {interaction} needs {name}, which is missing: give {needs[interaction][name]}"

@@ -13,7 +13,7 @@ from typing import Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.kernels import dense
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.fused import fused_mlp, fusible_layers, pair_products
@@ -38,12 +38,11 @@ class MLP(nn.Sequential):
     def __init__(
         self, widths: Sequence[int], linear_output: bool = False, batch_norm: bool = False, dropout: float = 0.0
     ) -> None:
-        if not 0 <= dropout < 1:
-            raise UserError(f"dropout is {dropout}; expected 0 or more, below 1")
-        if len(widths) < 2 or min(widths) < 1:
-            raise UserError(
-                f"dense layers' widths {list(widths)}: expected an input and at least one layer, each 1 or wider"
-            )
+        require(0 <= dropout < 1, f"dropout is {dropout}; expected 0 or more, below 1")
+        require(
+            len(widths) >= 2 and min(widths) >= 1,
+            f"dense layers' widths {list(widths)}: expected an input and at least one layer, each 1 or wider",
+        )
         self.widths = tuple(widths)
         layers: list[nn.Module] = []
         for width_in, width_out in itertools.pairwise(widths):
@@ -180,14 +179,16 @@ class ProjectionInteraction(nn.Module):
 
     def __init__(self, vectors: int, width: int, branches: Sequence[Sequence[int]]) -> None:
         super().__init__()
-        if len(branches) != 2:
-            raise UserError(f"projection is {branches}; expected two lists of widths, such as [[512, 64], [512, 64]]")
+        require(
+            len(branches) == 2,
+            f"projection is {branches}; expected two lists of widths, such as [[512, 64], [512, 64]]",
+        )
         for branch in branches:
-            if not branch or branch[-1] % width:
-                raise UserError(
-                    f"a projection branch ends in {branch[-1] if branch else 'nothing'} and embedding_dim is {width}: "
-                    f"its output is cut into vectors, so end in a multiple of {width}"
-                )
+            require(
+                branch and branch[-1] % width == 0,
+                f"a projection branch ends in {branch[-1] if branch else 'nothing'} and embedding_dim is {width}: "
+                f"its output is cut into vectors, so end in a multiple of {width}",
+            )
         self.width = width
         self.left, self.right = (MLP([vectors * width, *branch]) for branch in branches)
         self.outputs = branches[0][-1] // width * (branches[1][-1] // width)
@@ -228,8 +229,9 @@ class CompressedInteraction(nn.Module):
 
     def __init__(self, vectors: int, width: int, layers: Sequence[int]) -> None:
         super().__init__()
-        if not layers or min(layers) < 1:
-            raise UserError(f"cin_layers is {list(layers)}; expected at least one layer, each 1 or wider")
+        require(
+            layers and min(layers) >= 1, f"cin_layers is {list(layers)}; expected at least one layer, each 1 or wider"
+        )
         self.rows = (vectors, *layers)
         self.width = width
         self.layers = nn.ModuleList(nn.Linear(rows * vectors, out) for rows, out in itertools.pairwise(self.rows))

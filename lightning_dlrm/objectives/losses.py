@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 
 
 class Loss:
@@ -25,10 +25,8 @@ class Loss:
     """
 
     def __init__(self, label_smoothing: float = 0.0, clamp: float = 0.0) -> None:
-        if not 0 <= label_smoothing < 1:
-            raise UserError(f"label_smoothing is {label_smoothing}; expected 0 or more, below 1")
-        if not 0 <= clamp < 0.5:
-            raise UserError(f"clamp is {clamp}; expected 0 or more, below 0.5")
+        require(0 <= label_smoothing < 1, f"label_smoothing is {label_smoothing}; expected 0 or more, below 1")
+        require(0 <= clamp < 0.5, f"clamp is {clamp}; expected 0 or more, below 0.5")
         self.label_smoothing = label_smoothing
         self.clamp = clamp
 
@@ -80,8 +78,10 @@ class WeightedLogLoss(Loss):
 
     def __init__(self, click: float, no_click: float = 1.0, label_smoothing: float = 0.0, clamp: float = 0.0) -> None:
         super().__init__(label_smoothing, clamp)
-        if not (0 < click < math.inf and 0 < no_click < math.inf):
-            raise UserError(f"WeightedLogLoss: click is {click} and no_click {no_click}; expected numbers above 0")
+        require(
+            0 < click < math.inf and 0 < no_click < math.inf,
+            f"WeightedLogLoss: click is {click} and no_click {no_click}; expected numbers above 0",
+        )
         self.click = click
         self.no_click = no_click
 
@@ -107,8 +107,10 @@ class FocalLoss(Loss):
         self, gamma: float = 2.0, alpha: float = 0.25, label_smoothing: float = 0.0, clamp: float = 0.0
     ) -> None:
         super().__init__(label_smoothing, clamp)
-        if not (0 <= gamma < math.inf and 0 < alpha < 1):
-            raise UserError(f"FocalLoss: gamma is {gamma} and alpha {alpha}; expected 0 or more, and between 0 and 1")
+        require(
+            0 <= gamma < math.inf and 0 < alpha < 1,
+            f"FocalLoss: gamma is {gamma} and alpha {alpha}; expected 0 or more, and between 0 and 1",
+        )
         self.gamma = gamma
         self.alpha = alpha
 

@@ -6,7 +6,7 @@ Earlier releases had update rules of this project for dense layers too. Their co
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 
 RENAMED = {
     "learning_rate": "lr",
@@ -33,10 +33,10 @@ def torch_optimizer(rule: str, settings: Mapping[str, Any]) -> tuple[str, dict[s
     Raises:
         UserError: torch.optim has no such class.
     """
-    if rule not in _RATES:
-        raise UserError(
-            f"dense_optimizer {rule} updates rows of tables; dense layers take a class of torch.optim, such as Adagrad"
-        )
+    require(
+        rule in _RATES,
+        f"dense_optimizer {rule} updates rows of tables; dense layers take a class of torch.optim, such as Adagrad",
+    )
     given = {"learning_rate": _RATES[rule], **settings}
     decay, l2 = given.pop("weight_decay", 0.0), given.pop("l2", 0.0)
     betas = given.pop("beta1", 0.9), given.pop("beta2", 0.999)
@@ -46,11 +46,11 @@ def torch_optimizer(rule: str, settings: Mapping[str, Any]) -> tuple[str, dict[s
     if rule == "SGD":
         # SGD without momentum: both settings have the same effect.
         l2, decay = l2 + decay, 0.0
-    if decay and (rule == "Adagrad" or l2):
-        raise UserError(
-            f"dense_optimizer {rule} has weight_decay {decay} and l2 {l2}: torch.optim has AdamW for weight_decay and "
-            "Adam, Adagrad and SGD for l2 (there called weight_decay); choose one of them"
-        )
+    require(
+        not decay or (rule != "Adagrad" and not l2),
+        f"dense_optimizer {rule} has weight_decay {decay} and l2 {l2}: torch.optim has AdamW for weight_decay and "
+        "Adam, Adagrad and SGD for l2 (there called weight_decay); choose one of them",
+    )
     return ("AdamW" if decay else rule), arguments | {"weight_decay": decay or l2}
 
 

@@ -1,5 +1,6 @@
-"""The torch.optim optimizer of the dense layers."""
+"""The torch.optim optimizer of the dense layers, and the classes behind the callables that make optimizers."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -9,8 +10,37 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.optim.factories import name_of, takes, target_of
+from lightning_dlrm.contracts.errors import UserError, require
+
+
+def target_of(factory: Callable[..., Any], base: type) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the class or function behind ``functools.partial`` objects, and the keywords that they bind.
+
+    Args:
+        factory: a class, a function, or a partial of either. The command line passes partials of a function of its
+            own, with the class among their positional arguments.
+        base: base of the class, such as torch.optim.Optimizer.
+    """
+    keywords: dict[str, Any] = {}
+    while isinstance(factory, functools.partial):
+        keywords = {**factory.keywords, **keywords}
+        classes = [given for given in factory.args if isinstance(given, type) and issubclass(given, base)]
+        factory = classes[0] if classes else factory.func
+    return factory, keywords
+
+
+def takes(target: Callable[..., Any], name: str) -> bool:
+    """Whether a class or function has a parameter of this name."""
+    try:
+        return name in inspect.signature(target).parameters
+    except ValueError:
+        # The signature of a function in C is unknown.
+        return False
+
+
+def name_of(target: Callable[..., Any]) -> str:
+    return getattr(target, "__name__", type(target).__name__)
+
 
 DenseOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 """A class of torch.optim or a ``functools.partial`` of it: returns an optimizer of parameters."""
@@ -40,19 +70,21 @@ def make_dense_optimizer(dense_optimizer: DenseOptimizer, parameters: Sequence[n
         made = dense_optimizer(parameters, **settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"dense_optimizer {name}: {' '.join(str(error).split())}") from error
-    if not isinstance(made, Optimizer):
-        raise UserError(f"dense_optimizer makes a {type(made).__name__}; expected a torch.optim.Optimizer")
+    require(
+        isinstance(made, Optimizer), f"dense_optimizer makes a {type(made).__name__}; expected a torch.optim.Optimizer"
+    )
     closure = inspect.signature(made.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise UserError(
-            f"dense_optimizer {name} computes the loss several times in a step, and rows of tables move once: choose "
-            "a class that needs a single gradient, such as Adagrad"
-        )
-    if isinstance(made, torch.optim.SparseAdam):
-        raise UserError(f"dense_optimizer {name} takes sparse gradients only; dense layers have none: use Adam")
+    require(
+        closure is None or closure.default is not closure.empty,
+        f"dense_optimizer {name} computes the loss several times in a step, and rows of tables move once: choose "
+        "a class that needs a single gradient, such as Adagrad",
+    )
+    require(
+        not isinstance(made, torch.optim.SparseAdam),
+        f"dense_optimizer {name} takes sparse gradients only; dense layers have none: use Adam",
+    )
     for group in made.param_groups:
-        if not math.isfinite(group["lr"]):
-            raise UserError(f"dense_optimizer {name}: lr is {group['lr']}; expected a finite number")
+        require(math.isfinite(group["lr"]), f"dense_optimizer {name}: lr is {group['lr']}; expected a finite number")
     return made
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.gradient import RowGradient
 from lightning_dlrm.optim.compatibility import STATE_NAMES, torch_optimizer
 from lightning_dlrm.optim.dense import (
@@ -18,10 +18,9 @@ from lightning_dlrm.optim.dense import (
     make_dense_optimizer,
     plain_number,
 )
-from lightning_dlrm.optim.rows import update_rows
-from lightning_dlrm.optim.rules import UpdateRule
+from lightning_dlrm.optim.rules import UpdateRule, update_rows
 from lightning_dlrm.tables.lookup import EmbeddingTables
-from lightning_dlrm.tables.memory import keep_freed_memory
+from lightning_dlrm.tables.table import keep_freed_memory
 
 
 class CTROptimizer(torch.optim.Optimizer):
@@ -270,17 +269,17 @@ class CTROptimizer(torch.optim.Optimizer):
             UserError: saved settings differ from this run's. Settings that only one of them has are ignored, because
                 releases of torch add some.
         """
-        same_groups = saved.keys() == self._settings.keys()
-        if not same_groups or any(
-            saved[name][key] != value
-            for name, ours in self._settings.items()
-            for key, value in ours.items()
-            if key in saved[name]
-        ):
-            raise UserError(
-                f"the checkpoint was trained with {_words(saved)}; this run asks for {_words(self._settings)}: choose "
-                "the same classes and settings, or start a new run"
-            )
+        require(
+            saved.keys() == self._settings.keys()
+            and all(
+                saved[name][key] == value
+                for name, ours in self._settings.items()
+                for key, value in ours.items()
+                if key in saved[name]
+            ),
+            f"the checkpoint was trained with {_words(saved)}; this run asks for {_words(self._settings)}: choose "
+            "the same classes and settings, or start a new run",
+        )
 
 
 def _words(rules: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,4 +1,7 @@
-"""Update rules of table rows: SGD, Adagrad, RowWiseAdagrad and Adam."""
+"""Update rules of table rows, SGD, Adagrad, RowWiseAdagrad and Adam, and the update of a gradient's rows by a rule.
+
+Shape suffixes: D width, R rows of a table's weight, U unique looked-up rows.
+"""
 
 import math
 
@@ -6,8 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.adagrad import adagrad
 
-from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.tables.memory import empty_table
+from lightning_dlrm.contracts.errors import require
+from lightning_dlrm.contracts.gradient import RowGradient
+from lightning_dlrm.kernels import native
+from lightning_dlrm.kernels.choice import Kernels, choose
+from lightning_dlrm.tables.gradients import LookupGradient, Lookups
+from lightning_dlrm.tables.table import empty_table, gather_rows, put_rows
 
 
 class UpdateRule:
@@ -25,10 +32,13 @@ class UpdateRule:
 
     def __init__(self, learning_rate: float, l2: float = 0.0, weight_decay: float = 0.0) -> None:
         name = type(self).__name__
-        if not 0 < learning_rate < math.inf:
-            raise UserError(f"{name}: learning_rate is {learning_rate}; expected a finite number above 0")
-        if not (0 <= l2 < math.inf and 0 <= weight_decay < math.inf):
-            raise UserError(f"{name}: l2 is {l2} and weight_decay {weight_decay}; expected numbers of 0 or more")
+        require(
+            0 < learning_rate < math.inf, f"{name}: learning_rate is {learning_rate}; expected a finite number above 0"
+        )
+        require(
+            0 <= l2 < math.inf and 0 <= weight_decay < math.inf,
+            f"{name}: l2 is {l2} and weight_decay {weight_decay}; expected numbers of 0 or more",
+        )
         self.learning_rate = learning_rate
         self.l2 = l2
         self.weight_decay = weight_decay
@@ -108,11 +118,11 @@ class Adagrad(UpdateRule):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(learning_rate, l2, weight_decay)
-        if epsilon < 0 or initial_accumulator < 0:
-            raise UserError(
-                f"{type(self).__name__}: epsilon is {epsilon} and initial_accumulator {initial_accumulator}; "
-                "expected numbers of 0 or more"
-            )
+        require(
+            epsilon >= 0 and initial_accumulator >= 0,
+            f"{type(self).__name__}: epsilon is {epsilon} and initial_accumulator {initial_accumulator}; "
+            "expected numbers of 0 or more",
+        )
         self.epsilon = epsilon
         self.initial_accumulator = initial_accumulator
 
@@ -193,10 +203,10 @@ class Adam(UpdateRule):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(learning_rate, l2, weight_decay)
-        if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and epsilon >= 0):
-            raise UserError(
-                f"Adam: beta1 is {beta1}, beta2 {beta2}, epsilon {epsilon}; expected 0 to below 1, and 0 or more"
-            )
+        require(
+            0 <= beta1 < 1 and 0 <= beta2 < 1 and epsilon >= 0,
+            f"Adam: beta1 is {beta1}, beta2 {beta2}, epsilon {epsilon}; expected 0 to below 1, and 0 or more",
+        )
         self.beta1 = beta1
         self.beta2 = beta2
         self.epsilon = epsilon
@@ -221,3 +231,81 @@ def _precise(weight: Tensor) -> torch.dtype:
 
 def _slot(weight: Tensor, value: float) -> Tensor:
     return empty_table(weight.shape, _precise(weight), weight.device).fill_(value)
+
+
+_KERNEL_RULES: dict[type[UpdateRule], str] = {
+    SGD: "sgd",
+    Adagrad: "adagrad",
+    RowWiseAdagrad: "row_wise_adagrad",
+    Adam: "adam",
+}
+"""Rule -> its name in the kernels."""
+
+
+def update_rows(
+    weight: Tensor,
+    gradient: RowGradient,
+    state: dict[str, Tensor],
+    rule: UpdateRule,
+    learning_rate: float,
+    step: int,
+    kernels: Kernels,
+) -> None:
+    """Apply a rule to the rows of a gradient, in place.
+
+    A kernel with the rule sorts, sums and updates the rows in one call. Otherwise unique rows are gathered, updated and
+    put back block by block.
+
+    Args:
+        weight: the table, [R, D].
+        gradient: gradient of its rows.
+        state: name -> optimizer state, [R, D] or [R].
+        rule: the update rule.
+        learning_rate: learning rate of this step.
+        step: number of this step, from 1.
+        kernels: see ``kernels.choice``.
+    """
+    known = _KERNEL_RULES.get(type(rule))
+    chosen = "plain" if known is None else choose(kernels, weight.device.type, weight.dtype)
+    if known is not None and chosen == "triton":
+        _update_by_triton(weight, Lookups.of(gradient), state, known, rule, learning_rate, step)
+    elif known is not None and chosen == "native" and len(weight) <= torch.iinfo(torch.int32).max:
+        summed = not isinstance(gradient, LookupGradient) or gradient.unsummed is None
+        slots, rate = list(state.values()), learning_rate
+        native.update(weight, *Lookups.of(gradient), summed, slots, known, vars(rule), rate, float(step))
+    else:
+        for block in gradient.blocks():
+            touched = gather_rows(weight, block.rows)
+            touched_state = {name: values.index_select(0, block.rows) for name, values in state.items()}
+            rule.apply(touched, block.values, touched_state, learning_rate, step)
+            put_rows(weight, block.rows, touched)
+            for name, values in touched_state.items():
+                put_rows(state[name], block.rows, values)
+
+
+def _update_by_triton(
+    weight: Tensor,
+    lookups: Lookups,
+    state: dict[str, Tensor],
+    known: str,
+    rule: UpdateRule,
+    learning_rate: float,
+    step: int,
+) -> None:
+    # Builds of torch for CPUs have no Triton.
+    from lightning_dlrm.kernels import fused
+
+    settings = vars(rule)
+    scalars = torch.tensor(
+        [
+            learning_rate,
+            1 - learning_rate * settings["weight_decay"],
+            1 - settings.get("beta1", 0.0) ** step,
+            1 - settings.get("beta2", 0.0) ** step,
+        ],
+        dtype=torch.float32,
+        device="cpu",
+    )
+    names = ("l2", "epsilon", "beta1", "beta2")
+    formula = fused.Formula(known, **{name: settings[name] for name in names if name in settings})
+    fused.update(weight, *lookups, state, formula, scalars.to(weight.device, non_blocking=True))

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.optim.factories import name_of, takes, target_of
+from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.optim.dense import name_of, takes, target_of
 
 Schedule = Callable[[Optimizer], LRScheduler]
 """A class or a ``functools.partial`` of it: returns a schedule of an optimizer."""
@@ -44,13 +44,15 @@ def make_schedule(schedule: Schedule, optimizer: Optimizer, total_steps: Callabl
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"schedule {schedule_name(schedule)}: {' '.join(str(error).split())}") from error
-    if not isinstance(made, LRScheduler):
-        raise UserError(f"schedule makes a {type(made).__name__}; expected a torch.optim.lr_scheduler.LRScheduler")
-    if isinstance(made, ReduceLROnPlateau):
-        raise UserError(
-            "schedule ReduceLROnPlateau follows a metric of validations, and schedules here are stepped after each "
-            "optimizer step: choose another schedule, such as WarmupThenDecay"
-        )
+    require(
+        isinstance(made, LRScheduler),
+        f"schedule makes a {type(made).__name__}; expected a torch.optim.lr_scheduler.LRScheduler",
+    )
+    require(
+        not isinstance(made, ReduceLROnPlateau),
+        "schedule ReduceLROnPlateau follows a metric of validations, and schedules here are stepped after each "
+        "optimizer step: choose another schedule, such as WarmupThenDecay",
+    )
     return made
 
 
@@ -116,11 +118,11 @@ class WarmupThenDecay(StepSchedule):
         *,
         total_steps: int | None = None,
     ) -> None:
-        if warmup_steps < 0 or not 0 <= decay_share <= 1:
-            raise UserError(
-                f"WarmupThenDecay: warmup_steps is {warmup_steps} and decay_share {decay_share}; "
-                "expected 0 or more, and 0 to 1"
-            )
+        require(
+            warmup_steps >= 0 and 0 <= decay_share <= 1,
+            f"WarmupThenDecay: warmup_steps is {warmup_steps} and decay_share {decay_share}; "
+            "expected 0 or more, and 0 to 1",
+        )
         self.warmup_steps = warmup_steps
         self.decay_share = decay_share
         self.total_steps = _known(total_steps, "WarmupThenDecay")
@@ -153,10 +155,10 @@ class Cosine(StepSchedule):
         *,
         total_steps: int | None = None,
     ) -> None:
-        if warmup_steps < 0 or not 0 <= final_share <= 1:
-            raise UserError(
-                f"Cosine: warmup_steps is {warmup_steps} and final_share {final_share}; expected 0 or more, and 0 to 1"
-            )
+        require(
+            warmup_steps >= 0 and 0 <= final_share <= 1,
+            f"Cosine: warmup_steps is {warmup_steps} and final_share {final_share}; expected 0 or more, and 0 to 1",
+        )
         self.warmup_steps = warmup_steps
         self.final_share = final_share
         self.total_steps = _known(total_steps, "Cosine")
@@ -188,16 +190,16 @@ class WarmupQuadraticDecay(StepSchedule):
     def __init__(
         self, optimizer: Optimizer, warmup_steps: int, decay_start_step: int = 0, decay_steps: int = 0
     ) -> None:
-        if min(warmup_steps, decay_start_step, decay_steps) < 0:
-            raise UserError(
-                f"WarmupQuadraticDecay: warmup_steps {warmup_steps}, decay_start_step {decay_start_step}, "
-                f"decay_steps {decay_steps}; expected numbers of 0 or more"
-            )
-        if decay_steps and decay_start_step < warmup_steps:
-            raise UserError(
-                f"WarmupQuadraticDecay: the decay starts at step {decay_start_step}, before the warm-up of "
-                f"{warmup_steps} steps ends; set decay_start_step to {warmup_steps} or later"
-            )
+        require(
+            min(warmup_steps, decay_start_step, decay_steps) >= 0,
+            f"WarmupQuadraticDecay: warmup_steps {warmup_steps}, decay_start_step {decay_start_step}, "
+            f"decay_steps {decay_steps}; expected numbers of 0 or more",
+        )
+        require(
+            not decay_steps or decay_start_step >= warmup_steps,
+            f"WarmupQuadraticDecay: the decay starts at step {decay_start_step}, before the warm-up of "
+            f"{warmup_steps} steps ends; set decay_start_step to {warmup_steps} or later",
+        )
         self.warmup_steps = warmup_steps
         self.decay_start_step = decay_start_step
         self.decay_steps = decay_steps

@@ -20,9 +20,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.sharding.costs import pooled_tables, table_costs
-from lightning_dlrm.sharding.loads import TableLoad, UniqueRows, format_bytes
+from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.sharding.costs import TableLoad, UniqueRows, format_bytes, pooled_tables, table_costs
 from lightning_dlrm.sharding.plan import Piece, Plan
 
 _CHUNKS_PER_RANK = (1, 2, 4, 8)
@@ -57,8 +56,10 @@ def make_plan(
     Raises:
         UserError: the tables do not fit; the message has the missing bytes and the remedies.
     """
-    if ranks < 1 or batch_size < 1:
-        raise UserError(f"a plan needs 1 rank or more and a batch of 1 or more; got {ranks} and {batch_size}")
+    require(
+        ranks >= 1 and batch_size >= 1,
+        f"a plan needs 1 rank or more and a batch of 1 or more; got {ranks} and {batch_size}",
+    )
     refuse_cut_tables(tables)
     limits = _limits(memory, ranks)
     pieces: dict[str, list[Piece]] = {table.name: [] for table in tables}
@@ -105,10 +106,11 @@ def _limits(memory: int | Sequence[int] | None, ranks: int) -> list[float]:
     if memory is None:
         return [math.inf] * ranks
     limits = [memory] * ranks if isinstance(memory, int) else list(memory)
-    if len(limits) != ranks:
-        raise UserError(f"memory is given for {len(limits)} ranks, but there are {ranks}: give one amount, or {ranks}")
-    if min(limits) < 0:
-        raise UserError(f"memory per rank is {min(limits)} bytes; expected 0 or more")
+    require(
+        len(limits) == ranks,
+        f"memory is given for {len(limits)} ranks, but there are {ranks}: give one amount, or {ranks}",
+    )
+    require(min(limits) >= 0, f"memory per rank is {min(limits)} bytes; expected 0 or more")
     return [float(limit) for limit in limits]
 
 
@@ -181,12 +183,12 @@ def _distribute(
     while waiting:
         _, i, start, stop = heapq.heappop(waiting)
         rank, rows = _choose_rank(loads, tables[i], traffic[i], start, stop)
-        if rows < 1:
-            raise UserError(
-                f"the ranks' memory is full, and {(stop - start) * tables[i].bytes_per_row:,} bytes of table "
-                f"{tables[i].name} fit on no rank: give each rank "
-                f"{format_bytes(sum(t.bytes for t in tables) / ranks * 1.01)}, or more ranks"
-            )
+        require(
+            rows >= 1,
+            f"the ranks' memory is full, and {(stop - start) * tables[i].bytes_per_row:,} bytes of table "
+            f"{tables[i].name} fit on no rank: give each rank "
+            f"{format_bytes(sum(t.bytes for t in tables) / ranks * 1.01)}, or more ranks",
+        )
         if start + rows < stop:
             heapq.heappush(waiting, weighed(i, start + rows, stop))
         loads.bytes[rank] += rows * tables[i].bytes_per_row

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import file_sha256
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tables.table import TablePiece
@@ -176,8 +176,7 @@ def rewrite_checkpoint(source: Path, folder: Path, bounds: Mapping[str, Sequence
     Raises:
         UserError: ``source`` is incomplete, or ``folder`` exists or cannot be written.
     """
-    if Path(folder).exists():
-        raise UserError(f"{folder} exists; give another folder for the new checkpoint")
+    require(not Path(folder).exists(), f"{folder} exists; give another folder for the new checkpoint")
     reader = CheckpointReader(source)
     pieces = []
     for name, entry in reader.manifest.tables.items():
@@ -253,20 +252,21 @@ class CheckpointReader:
         try:
             document = json.loads((self.folder / MANIFEST).read_text())
             version = document.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise UserError(
-                    f"checkpoint {self.folder} has format version {version}; this release reads {FORMAT_VERSION}: "
-                    "use the release that wrote it"
-                )
+            require(
+                version == FORMAT_VERSION,
+                f"checkpoint {self.folder} has format version {version}; this release reads {FORMAT_VERSION}: "
+                "use the release that wrote it",
+            )
             self.manifest = _parse_manifest(document)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{self.folder / MANIFEST} is damaged ({error!r}); use another checkpoint") from error
         missing = [f.file for f in self._files() if not (self.folder / f.file).is_file()]
-        if missing:
-            raise UserError(f"checkpoint {self.folder} lacks {', '.join(missing)}; use another checkpoint")
+        require(not missing, f"checkpoint {self.folder} lacks {', '.join(missing)}; use another checkpoint")
         for part in self._files():
-            if (self.folder / part.file).stat().st_size != part.bytes:
-                raise UserError(f"checkpoint file {self.folder / part.file} is damaged (its size differs)")
+            require(
+                (self.folder / part.file).stat().st_size == part.bytes,
+                f"checkpoint file {self.folder / part.file} is damaged (its size differs)",
+            )
         for name, entry in self.manifest.tables.items():
             _check_tiling(self.folder, name, entry)
 
@@ -299,11 +299,11 @@ class CheckpointReader:
         if entry is None or slot not in entry.shapes:
             raise UserError(f"checkpoint {self.folder} has no {slot} for table {piece.name}: it is of another model")
         expected = (piece.table_rows, *out.shape[1:])
-        if entry.shapes[slot] != expected:
-            raise UserError(
-                f"checkpoint {self.folder}: table {piece.name} has {slot} of shape {entry.shapes[slot]}, "
-                f"this run needs {expected}: it is of another model or dataset"
-            )
+        require(
+            entry.shapes[slot] == expected,
+            f"checkpoint {self.folder}: table {piece.name} has {slot} of shape {entry.shapes[slot]}, "
+            f"this run needs {expected}: it is of another model or dataset",
+        )
         for part in entry.pieces:
             start, stop = max(piece.start, part.start), min(piece.stop, part.stop)
             if start < stop:
@@ -335,8 +335,10 @@ class CheckpointReader:
         if part.file in self._checked:
             return
         path = self.folder / part.file
-        if path.stat().st_size != part.bytes or file_sha256(path) != part.sha256:
-            raise UserError(f"checkpoint file {path} is damaged (its checksum differs); use another checkpoint")
+        require(
+            path.stat().st_size == part.bytes and file_sha256(path) == part.sha256,
+            f"checkpoint file {path} is damaged (its checksum differs); use another checkpoint",
+        )
         self._checked.add(part.file)
 
 
@@ -348,10 +350,10 @@ def _check_tiling(folder: Path, name: str, entry: TableEntry) -> None:
             break
         row = part.stop
     rows = entry.shapes["weight"][0]
-    if row != rows or sum(part.stop - part.start for part in entry.pieces) != rows:
-        raise UserError(
-            f"checkpoint {folder}: the pieces of table {name} do not cover its {rows} rows; use another checkpoint"
-        )
+    require(
+        row == rows and sum(part.stop - part.start for part in entry.pieces) == rows,
+        f"checkpoint {folder}: the pieces of table {name} do not cover its {rows} rows; use another checkpoint",
+    )
 
 
 def _parse_manifest(document: Mapping[str, Any]) -> Manifest:

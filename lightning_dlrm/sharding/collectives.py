@@ -92,10 +92,6 @@ class Ranks:
         work = dist.all_to_all_single(arriving, values, list(received), list(sent), group=self._group, async_op=True)
         return AsyncCollective(values, arriving, work)
 
-    def all_to_all_counts(self, counts: Tensor) -> "AsyncCollective":
-        """Start to exchange counts, int64 [ranks, ...] by rank; ``wait`` returns each rank's counts for this one."""
-        return self.all_to_all(counts, [1] * self.ranks, [1] * self.ranks)
-
     def run_on_all_ranks(self, action: Callable[[], Any]) -> list[Any]:
         """Run an action on every rank and return the results of all ranks, which are JSON values.
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.sharding.loads import TableLoad, UniqueRows, format_bytes
+from lightning_dlrm.contracts.errors import require
+from lightning_dlrm.sharding.costs import TableLoad, UniqueRows, format_bytes
 
 _CACHED_BATCHES = 3
 
@@ -93,13 +93,13 @@ def place_tables(tables: Sequence[TableLoad], movable: Iterable[str], batch_size
     host = offload.choose(set(movable), memory)
     device_bytes = offload.on_device(host)
     missing = device_bytes - memory
-    if missing > 0:
-        raise UserError(
-            f"the tables and cached rows on the device take {device_bytes:,} bytes ({format_bytes(device_bytes)}), the "
-            f"device has {memory:,}: {missing:,} bytes ({format_bytes(missing)}) too few; "
-            f"{format_bytes(offload.cached(host))} are for the cached rows of three batches: use a smaller batch or a "
-            "smaller width"
-        )
+    require(
+        missing <= 0,
+        f"the tables and cached rows on the device take {device_bytes:,} bytes ({format_bytes(device_bytes)}), the "
+        f"device has {memory:,}: {missing:,} bytes ({format_bytes(missing)}) too few; "
+        f"{format_bytes(offload.cached(host))} are for the cached rows of three batches: use a smaller batch or a "
+        "smaller width",
+    )
     # Tables that share a column stay whole: an id reads a row of each of them.
     cuttable = [table for table in tables if table.name in host and "/" not in table.name]
     # No table fits with all of its rows, or it would have moved back.

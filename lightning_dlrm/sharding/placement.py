@@ -28,10 +28,9 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.sharding.collectives import AsyncCollective, Ranks
 from lightning_dlrm.sharding.plan import Plan
 from lightning_dlrm.sharding.requests import LookupRequest, RowMap, decode_rows
-from lightning_dlrm.tables.gradients import LookupGradient
+from lightning_dlrm.tables.gradients import LookupGradient, RowRequest, RowSource
 from lightning_dlrm.tables.host import Copies
 from lightning_dlrm.tables.lookup import EmbeddingTables, Placement, look_up
-from lightning_dlrm.tables.requests import RowRequest, RowSource
 from lightning_dlrm.tables.table import Table
 
 
@@ -47,7 +46,7 @@ class PendingLookup:
         self.request = request
         self._ranks = ranks
         self._sent_W2 = request.counts_of_ranks(ranks.ranks)
-        self._received_W2 = ranks.all_to_all_counts(self._sent_W2)
+        self._received_W2 = ranks.all_to_all(self._sent_W2, [1] * ranks.ranks, [1] * ranks.ranks)
         self._rows: AsyncCollective | None = None
         self._factors: AsyncCollective | None = None
         self.vectors_sent: list[int] = []

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +49,15 @@ class Plan:
         for name, pieces in self.tables.items():
             expected = 0
             for piece in pieces:
-                if not 0 <= piece.rank < self.ranks:
-                    raise UserError(f"plan: table {name} has a piece on rank {piece.rank}, but ranks are {self.ranks}")
-                if piece.start != expected or piece.stop <= piece.start:
-                    raise UserError(
-                        f"plan: table {name} has a piece of rows {piece.start} to {piece.stop}; expected a piece "
-                        f"from row {expected} on, since pieces follow each other without a gap"
-                    )
+                require(
+                    0 <= piece.rank < self.ranks,
+                    f"plan: table {name} has a piece on rank {piece.rank}, but ranks are {self.ranks}",
+                )
+                require(
+                    piece.start == expected and piece.stop > piece.start,
+                    f"plan: table {name} has a piece of rows {piece.start} to {piece.stop}; expected a piece "
+                    f"from row {expected} on, since pieces follow each other without a gap",
+                )
                 expected = piece.stop
 
     @cached_property
@@ -82,15 +84,16 @@ class Plan:
                 f"the plan pools table {wrong[0]}, but the model has pooling weights "
                 "(tables.pooling_weights): make a plan with this model, or remove the table from pooled"
             )
-        if ranks != self.ranks:
-            raise UserError(f"the plan is for {self.ranks} ranks, this run has {ranks}: make a plan for {ranks}")
+        require(
+            ranks == self.ranks, f"the plan is for {self.ranks} ranks, this run has {ranks}: make a plan for {ranks}"
+        )
         planned = {name: pieces[-1].stop for name, pieces in self.tables.items()}
         for name in sorted(planned.keys() | table_rows.keys()):
-            if planned.get(name) != table_rows.get(name):
-                raise UserError(
-                    f"the plan has {planned.get(name, 'no')} rows for table {name}, the model has "
-                    f"{table_rows.get(name, 'no such table')}: make a plan with this model and dataset"
-                )
+            require(
+                planned.get(name) == table_rows.get(name),
+                f"the plan has {planned.get(name, 'no')} rows for table {name}, the model has "
+                f"{table_rows.get(name, 'no such table')}: make a plan with this model and dataset",
+            )
 
     def document(self) -> dict[str, Any]:
         """Return the plan as YAML and JSON values: for each table a list of [first row, row after the last, rank]."""

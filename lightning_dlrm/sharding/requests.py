@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.sharding.plan import Plan
-from lightning_dlrm.tables.gradients import SortedLookups
-from lightning_dlrm.tables.requests import RowRequest
+from lightning_dlrm.tables.gradients import RowRequest, SortedLookups
 from lightning_dlrm.tables.table import Table, TablePiece
 
 

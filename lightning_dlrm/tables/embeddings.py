@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.tables.host import HostStorage
 from lightning_dlrm.tables.lookup import DeviceStorage, EmbeddingTables
 from lightning_dlrm.tables.table import Table
@@ -39,13 +39,15 @@ class QuotientRemainder:
     threshold: int = 200
 
     def __post_init__(self) -> None:
-        if self.operation not in ("mult", "add", "concat"):
-            raise UserError(f"quotient_remainder.operation {self.operation!r} is none of mult, add, concat")
-        if self.collisions < 1 or self.threshold < 0:
-            raise UserError(
-                f"quotient_remainder: collisions is {self.collisions} and threshold {self.threshold}; "
-                "expected at least 1, and 0 or more"
-            )
+        require(
+            self.operation in ("mult", "add", "concat"),
+            f"quotient_remainder.operation {self.operation!r} is none of mult, add, concat",
+        )
+        require(
+            self.collisions >= 1 and self.threshold >= 0,
+            f"quotient_remainder: collisions is {self.collisions} and threshold {self.threshold}; "
+            "expected at least 1, and 0 or more",
+        )
 
     def combine(self, quotient_BD: Tensor, remainder_BD: Tensor) -> Tensor:
         if self.operation == "mult":
@@ -70,8 +72,7 @@ class MixedDimensions:
     powers_of_two: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 1:
-            raise UserError(f"mixed_dimensions.temperature is {self.temperature}; expected 0 to 1")
+        require(0 <= self.temperature <= 1, f"mixed_dimensions.temperature is {self.temperature}; expected 0 to 1")
 
     def widths(self, tables: Mapping[str, int], widest: int) -> dict[str, int]:
         """Return the width of each table; widths are rounded as in facebookresearch/dlrm, first to a whole number."""
@@ -113,14 +114,19 @@ class TableSettings:
     initial_bound: float | None = None
 
     def __post_init__(self) -> None:
-        if self.initial_bound is not None and not 0 <= self.initial_bound < math.inf:
-            raise UserError(f"tables.initial_bound is {self.initial_bound}; expected a number of 0 or more")
-        if self.pooling not in ("sum", "mean"):
-            raise UserError(f"tables.pooling {self.pooling!r} is neither sum nor mean")
-        if self.dims and self.mixed_dimensions is not None:
-            raise UserError("tables.dims and tables.mixed_dimensions both give widths: keep one of them")
-        if isinstance(self.on_host, str) and self.on_host != "all":
-            raise UserError(f"tables.on_host {self.on_host!r} is neither all nor a list of columns such as [C3, C12]")
+        require(
+            self.initial_bound is None or 0 <= self.initial_bound < math.inf,
+            f"tables.initial_bound is {self.initial_bound}; expected a number of 0 or more",
+        )
+        require(self.pooling in ("sum", "mean"), f"tables.pooling {self.pooling!r} is neither sum nor mean")
+        require(
+            not self.dims or self.mixed_dimensions is None,
+            "tables.dims and tables.mixed_dimensions both give widths: keep one of them",
+        )
+        require(
+            not isinstance(self.on_host, str) or self.on_host == "all",
+            f"tables.on_host {self.on_host!r} is neither all nor a list of columns such as [C3, C12]",
+        )
 
     def host_rows(self, columns: Mapping[str, int]) -> dict[str, int]:
         """Return the first row of each column's table that stays in host memory with all rows after it.
@@ -136,17 +142,17 @@ class TableSettings:
         if not isinstance(self.on_host, Mapping):
             return dict.fromkeys(self.on_host, 0)
         for name, row in self.on_host.items():
-            if not 0 <= row < columns[name]:
-                raise UserError(
-                    f"tables.on_host keeps the rows of {name} from {row} on in host memory; expected 0 to "
-                    f"{columns[name] - 1}, since the table has {columns[name]} rows"
-                )
+            require(
+                0 <= row < columns[name],
+                f"tables.on_host keeps the rows of {name} from {row} on in host memory; expected 0 to "
+                f"{columns[name] - 1}, since the table has {columns[name]} rows",
+            )
             replacement = self.quotient_remainder
-            if row and replacement is not None and columns[name] > replacement.threshold:
-                raise UserError(
-                    f"tables.on_host splits the table of {name}, which quotient_remainder replaces by two: "
-                    "give 0, which keeps both in host memory"
-                )
+            require(
+                not row or replacement is None or columns[name] <= replacement.threshold,
+                f"tables.on_host splits the table of {name}, which quotient_remainder replaces by two: "
+                "give 0, which keeps both in host memory",
+            )
         return dict(self.on_host)
 
     def widths(self, tables: Mapping[str, int], embedding_dim: int) -> dict[str, int]:
@@ -251,11 +257,11 @@ class Embeddings(nn.Module):
         if replacement is None or rows <= replacement.threshold:
             return [(width, _Member(column, Table(name=name, rows=rows, bound=self._bound(rows))))]
         if replacement.operation == "concat":
-            if width % 2:
-                raise UserError(
-                    f"quotient_remainder.operation concat halves the width of table {name}, which is {width}: "
-                    "choose an even width"
-                )
+            require(
+                width % 2 == 0,
+                f"quotient_remainder.operation concat halves the width of table {name}, which is {width}: "
+                "choose an even width",
+            )
             width //= 2
         quotient = Table(name=f"{name}/quotient", rows=-(-rows // replacement.collisions), bound=self._bound(rows))
         remainder = Table(name=f"{name}/remainder", rows=replacement.collisions, bound=self._bound(rows))
@@ -278,12 +284,14 @@ class Embeddings(nn.Module):
         """Return the columns' vectors side by side: [B, sum of the widths]."""
         if self.pooling_weights is not None:
             factors = self.pooling_weights.look_up_each(ids).view(ids.values.shape)
+            key = ids.key
             ids = dataclasses.replace(ids, weights=factors if ids.weights is None else factors * ids.weights)
+            ids.key = key
         vectors = [group(ids) for group in self.groups]
         if self.settings.pooling == "mean" and ids.offsets is not None:
             lengths_BF = ids.lengths().clamp(min=1)
             vectors = [
-                vectors_BGD / lengths_BF.index_select(1, group.columns)[..., None]
+                vectors_BGD / lengths_BF.index_select(1, group.constants[0])[..., None]
                 for vectors_BGD, group in zip(vectors, self.groups, strict=True)
             ]
         if self._is_plain:
@@ -319,11 +327,11 @@ class Embeddings(nn.Module):
             UserError: the width of a vector differs.
         """
         for name, width in zip(self.names, self.widths, strict=True):
-            if width != self.embedding_dim:
-                raise UserError(
-                    f"{user} needs vectors of one width, but table {name} is {width} wide and embedding_dim "
-                    f"{self.embedding_dim}: make them equal, or set tables.project to true{other_way}"
-                )
+            require(
+                width == self.embedding_dim,
+                f"{user} needs vectors of one width, but table {name} is {width} wide and embedding_dim "
+                f"{self.embedding_dim}: make them equal, or set tables.project to true{other_way}",
+            )
 
     def multiply_adds(self) -> int:
         """Return the multiply-adds of one sample's projections; lookups have none."""
@@ -341,12 +349,9 @@ class WidthGroup(nn.Module):
         storage: the memory of the rows.
     """
 
-    lookup: EmbeddingTables
-    columns: Tensor
-    divisors: Tensor
-    rows: Tensor
-    starts: Tensor
-    stops: Tensor
+    constants: Tensor
+    """int64 [5, G]: of each table its column, divisor and rows, and the first row and the row after the last that the
+    lookup holds."""
 
     def __init__(self, members: Sequence[_Member], width: int, seed: int, columns: int, storage: DeviceStorage) -> None:
         super().__init__()
@@ -360,19 +365,20 @@ class WidthGroup(nn.Module):
         # Only a quotient table and a remainder table read the same column.
         self.splits_ids = len({member.column for member in members}) < len(members)
         # Ids are prefetched while they are still in host memory.
-        self._host_constants = tuple(
-            torch.tensor(values, dtype=torch.int64, device="cpu")
-            for values in (
-                [member.column for member in members],
-                [member.divisor for member in members],
-                [member.table.rows for member in members],
-                [start for start, _ in ranges],
-                [stop for _, stop in ranges],
+        self._host_constants = (
+            torch.tensor(
+                [
+                    (member.column, member.divisor, member.table.rows, start, stop)
+                    for member, (start, stop) in zip(members, ranges, strict=True)
+                ],
+                dtype=torch.int64,
+                device="cpu",
             )
+            .view(-1, 5)
+            .T.contiguous()
         )
-        names = ("columns", "divisors", "rows", "starts", "stops")
-        for name, values in zip(names, self._host_constants, strict=True):
-            self.register_buffer(name, values.to(torch.get_default_device()), persistent=False)
+        constants = self._host_constants.to(torch.get_default_device())
+        self.register_buffer("constants", constants, persistent=False)
 
     def forward(self, ids: SparseIds) -> Tensor:
         """Return the tables' vectors: [B, G, D]."""
@@ -380,11 +386,8 @@ class WidthGroup(nn.Module):
 
     def ids_of(self, ids: SparseIds) -> SparseIds:
         """Return the ids of the lookup's tables, with the key of the given ids; in host memory or on the device."""
-        columns, divisors, rows, starts, stops = (
-            self._host_constants
-            if ids.values.device.type == "cpu"
-            else (self.columns, self.divisors, self.rows, self.starts, self.stops)
-        )
+        constants = self._host_constants if ids.values.device.type == "cpu" else self.constants
+        columns, divisors, rows, starts, stops = constants
         own = ids
         if not self.takes_all:
             own = own.of_tables(columns)
@@ -394,7 +397,8 @@ class WidthGroup(nn.Module):
             own = dataclasses.replace(own, values=values.to(own.values.dtype))
         if self.cuts:
             own = own.within(starts, stops)
-        return own if own is ids else dataclasses.replace(own, key=ids.key)
+        own.key = ids.key
+        return own
 
 
 def _pooling_weights(setting: str | None, columns: Mapping[str, int], seed: int) -> EmbeddingTables | None:
@@ -418,8 +422,7 @@ def _pooling_weights(setting: str | None, columns: Mapping[str, int], seed: int)
 
 def _read_factors(path: str, columns: Mapping[str, int]) -> dict[str, Tensor]:
     remedy = "expected learned, or a file of torch.save({table: factors [rows]})"
-    if not Path(path).is_file():
-        raise UserError(f"tables.pooling_weights: there is no file {path}; {remedy}")
+    require(Path(path).is_file(), f"tables.pooling_weights: there is no file {path}; {remedy}")
     try:
         given = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -429,6 +432,7 @@ def _read_factors(path: str, columns: Mapping[str, int]) -> dict[str, Tensor]:
     for name, rows in columns.items():
         found = given.get(name) if isinstance(given, dict) else None
         shape = tuple(found.shape) if isinstance(found, Tensor) else "missing"
-        if shape != (rows,):
-            raise UserError(f"tables.pooling_weights: {path} has factors {shape} for table {name}, expected ({rows},)")
+        require(
+            shape == (rows,), f"tables.pooling_weights: {path} has factors {shape} for table {name}, expected ({rows},)"
+        )
     return given

@@ -11,17 +11,16 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.gradient import RowGradient
-from lightning_dlrm.tables.gradients import LookupGradient, SortedLookups
+from lightning_dlrm.tables.gradients import LookupGradient, RowRequest, RowSource, SortedLookups
 from lightning_dlrm.tables.lookup import Change, DeviceStorage
-from lightning_dlrm.tables.memory import empty_table
-from lightning_dlrm.tables.requests import RowRequest, RowSource
+from lightning_dlrm.tables.table import empty_table
 
 host_io_executor = ThreadPoolExecutor(1, thread_name_prefix="host tables")
 """The thread that reads and writes tables in host memory during training; it starts with its first task."""
@@ -82,13 +81,11 @@ class PendingFetch:
 
     def __init__(self, fetched: "Future[Callable[[], CachedRows]]") -> None:
         self._fetched = fetched
-        self._rows: CachedRows | None = None
 
+    @cached_property
     def rows(self) -> CachedRows:
-        """Wait for the rows and return them."""
-        if self._rows is None:
-            self._rows = self._fetched.result()()
-        return self._rows
+        """The rows; waits for them."""
+        return self._fetched.result()()
 
 
 class HostStorage(DeviceStorage):
@@ -123,7 +120,7 @@ class HostStorage(DeviceStorage):
 
     def source(self, weight: Tensor, request: RowRequest, fetched: PendingFetch) -> RowSource:
         """See DeviceStorage.source."""
-        cached = fetched.rows()
+        cached = fetched.rows
         # From now on ``update`` merges these rows with the other looked-up rows.
         self._pending.discard(fetched)
         positions = RowRequest.of_rows(cached.lookups.positions(), request.offsets, request.factors)
@@ -138,9 +135,11 @@ class HostStorage(DeviceStorage):
         if missing := {name: values for name, values in state.items() if name not in cached.state}:
             cached.state |= host_io_executor.submit(_fetch, missing, cached.host_rows, copies).result()()
         positions_U = torch.arange(len(gradient.rows), device=gradient.rows.device)
+        # Kernels take the state by its order, which a merge does not keep.
+        cached.state = {name: cached.state[name] for name in state}
         change(cached.weight, RowGradient(positions_U, gradient.values), cached.state)
         for pending in list(self._pending):
-            pending.rows().replace(cached)
+            pending.rows.replace(cached)
         self.flush()
         computed = copies.record_event()
         self._pending_write = host_io_executor.submit(self._write_back, weight, cached, copies, computed)

@@ -10,7 +10,7 @@ holds: ``WholePlacement``, or ``ShardedPlacement`` in ``sharding.placement``. Al
 3. The backward pass makes a ``LookupGradient`` of the source's rows and passes it to the source, which keeps it for
    the optimizer or sends it to the ranks that hold the rows.
 
-The optimizer then reads ``gradient`` and calls ``update``; ``optim.rows`` updates the rows.
+The optimizer then reads ``gradient`` and calls ``update``; ``optim.rules`` updates the rows.
 
 Shape suffixes: B bags (output vectors), F tables, D width, R rows of a matrix, N indices of all bags.
 """
@@ -26,14 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.gradient import RowGradient
 from lightning_dlrm.kernels import native
 from lightning_dlrm.kernels.choice import Kernels, choose
-from lightning_dlrm.tables.gradients import LookupGradient
-from lightning_dlrm.tables.memory import empty_table, gather_rows
-from lightning_dlrm.tables.requests import RowRequest, RowSource
-from lightning_dlrm.tables.table import Table, TablePiece, fill_initial_rows
+from lightning_dlrm.tables.gradients import LookupGradient, RowRequest, RowSource
+from lightning_dlrm.tables.table import Table, TablePiece, empty_table, fill_initial_rows, gather_rows
 
 Change = Callable[[Tensor, RowGradient, dict[str, Tensor]], None]
 """Updates the gradient's rows of a weight [R, D] and of its optimizer state in place."""
@@ -57,20 +55,6 @@ class EmbeddingTables(nn.Module):
         UserError: the width is below 1, or a table has no rows.
     """
 
-    weight: nn.Parameter
-    """[R, D]: all rows that this rank holds, piece after piece; requires a gradient only if the rows are learned."""
-    tables: tuple[Table, ...]
-    """The F tables, in the order of the ids."""
-    ranges: tuple[tuple[int, int], ...]
-    """(First row, row after the last) of each table that all ranks together hold."""
-    width: int
-    """D."""
-    kernels: Kernels
-    """The code that looks up and updates the rows."""
-    may_pool: bool
-    """Whether other ranks may sum a bag's rows before they send them: only ``forward`` is called, and the per-sample
-    weights are constants."""
-
     def __init__(
         self,
         tables: Sequence[Table],
@@ -81,14 +65,20 @@ class EmbeddingTables(nn.Module):
         storage: "DeviceStorage | None" = None,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise UserError(f"embedding_dim is {width}; expected at least 1")
+        require(width >= 1, f"embedding_dim is {width}; expected at least 1")
         empty = [table.name for table in tables if table.rows < 1]
-        if empty:
-            raise UserError(f"tables without rows: {', '.join(empty)}; every table needs at least 1 row")
-        self.tables, self.width = tuple(tables), width
+        require(not empty, f"tables without rows: {', '.join(empty)}; every table needs at least 1 row")
+        self.tables = tuple(tables)
+        """The F tables, in the order of the ids."""
         self.ranges = tuple(ranges or [(0, table.rows) for table in tables])
-        self.kernels, self.may_pool = "auto", True
+        """(First row, row after the last) of each table that all ranks together hold."""
+        self.width = width
+        """D."""
+        self.kernels: Kernels = "auto"
+        """The code that looks up and updates the rows."""
+        self.may_pool = True
+        """Whether other ranks may sum a bag's rows before they send them: only ``forward`` is called, and the
+        per-sample weights are constants."""
         self.storage = storage or DeviceStorage()
         self.placement = _make_placement.get()(self.tables, self.ranges)
         rows = sum(piece.rows for piece in self.pieces)
@@ -96,6 +86,7 @@ class EmbeddingTables(nn.Module):
         if not weight_RD.is_meta:
             fill_initial_rows(weight_RD, self.tables, self.pieces, seed)
         self.weight = nn.Parameter(weight_RD, requires_grad=trainable)
+        """[R, D]: all rows of this rank, piece after piece; requires a gradient only if the rows are learned."""
 
     def forward(self, ids: SparseIds) -> Tensor:
         """Return the (weighted) sum of the looked-up rows for every sample and table: [B, F, D].

@@ -18,19 +18,16 @@ def project(shell_environment: dict[str, str], tmp_path: Path) -> Shell:
     return Shell(tmp_path, shell_environment)
 
 
-@pytest.mark.parametrize("script", [False, True], ids=["python -m", "lightning-dlrm"])
-def test_packages_of_the_current_folder_replace_none_of_ours(project: Shell, script: bool) -> None:
-    start = ["-m", "lightning_dlrm"]
-    if script:
-        # What pip writes as the script.
-        Path(project.folder, "bin").mkdir()
-        entry = "import sys\nfrom lightning_dlrm.__main__ import main\nsys.exit(main())\n"
-        Path(project.folder, "bin/lightning-dlrm").write_text(entry)
-        start = ["bin/lightning-dlrm"]
-    done = project.python(*start, "generate", "tsv", "--rows", "10", "--output", "train.txt")
+def test_packages_of_the_current_folder_replace_none_of_ours(project: Shell) -> None:
+    done = project.cli("generate", "tsv", "--rows", "10", "--output", "train.txt")
     assert (done.code, len((project.folder / "train.txt").read_text().splitlines())) == (0, 10), done.output
-    done = project.python(*start, "params", "--config", "dlrm.yaml", "--model.network", "own.Mine")
-    assert done.code == 0 and "540,677,217" in done.output, done.output
+    # What pip writes as the script.
+    Path(project.folder, "bin").mkdir()
+    entry = "import sys\nfrom lightning_dlrm.__main__ import main\nsys.exit(main())\n"
+    Path(project.folder, "bin/lightning-dlrm").write_text(entry)
+    for start in (["-m", "lightning_dlrm"], ["bin/lightning-dlrm"]):
+        done = project.python(*start, "params", "--config", "dlrm.yaml", "--model.network", "own.Mine")
+        assert done.code == 0 and "540,677,217" in done.output, done.output
 
 
 def test_the_imported_package_is_the_wheels(shell: Shell, installed: Path) -> None:

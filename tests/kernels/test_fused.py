@@ -15,8 +15,7 @@ from lightning_dlrm.optim import rules
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.tables.gradients import LookupGradient
 from lightning_dlrm.tables.lookup import EmbeddingTables
-from lightning_dlrm.tables.memory import empty_table, gather_rows, keep_freed_memory, put_rows
-from lightning_dlrm.tables.table import Table
+from lightning_dlrm.tables.table import Table, empty_table, gather_rows, keep_freed_memory, put_rows
 
 
 def gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -22,8 +22,7 @@ from lightning_dlrm.contracts.gradient import RowGradient
 from lightning_dlrm.kernels import compiled, native
 from lightning_dlrm.kernels.choice import choose
 from lightning_dlrm.optim.optimizer import CTROptimizer
-from lightning_dlrm.optim.rows import update_rows
-from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
+from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule, update_rows
 from lightning_dlrm.tables.gradients import LookupGradient, Segments, SortedLookups
 from lightning_dlrm.tables.lookup import EmbeddingTables
 from lightning_dlrm.tables.table import Table

@@ -9,8 +9,7 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, Features
 from lightning_dlrm.models.accounting import model_size
-from lightning_dlrm.models.cross import VectorCross
-from lightning_dlrm.models.dcn import DCN
+from lightning_dlrm.models.dcn import DCN, VectorCross
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.models.layers import DotInteraction
 

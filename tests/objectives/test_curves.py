@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lightning_dlrm.objectives.curves import click_curves
+from lightning_dlrm.objectives.metrics import click_curves
 
 
 def drawn(samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.models.cross import CrossNetwork, LowRankCross, MatrixCross, MixtureCross, VectorCross
+from lightning_dlrm.models.dcn import CrossNetwork, LowRankCross, MatrixCross, MixtureCross, VectorCross
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.models.layers import PairwiseSum
 from lightning_dlrm.models.published import reference_state_dict

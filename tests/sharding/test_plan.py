@@ -18,8 +18,15 @@ from hypothesis import strategies as st
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.sharding.balance import make_plan
-from lightning_dlrm.sharding.costs import RankCost, rank_costs, table_costs
-from lightning_dlrm.sharding.loads import TableLoad, UniqueRows, imbalance, parse_memory
+from lightning_dlrm.sharding.costs import (
+    RankCost,
+    TableLoad,
+    UniqueRows,
+    imbalance,
+    parse_memory,
+    rank_costs,
+    table_costs,
+)
 from lightning_dlrm.sharding.offload import HostPlacement, place_tables
 from lightning_dlrm.sharding.plan import Piece, Plan
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.sharding.plan import Piece, Plan
 from lightning_dlrm.sharding.requests import LookupRequest, RowMap, decode_rows
-from lightning_dlrm.tables.gradients import LookupGradient
+from lightning_dlrm.tables.gradients import LookupGradient, RowRequest
 from lightning_dlrm.tables.lookup import EmbeddingTables, look_up
-from lightning_dlrm.tables.requests import RowRequest
 from lightning_dlrm.tables.table import Table, TablePiece
 
 RANKS, WIDTH = 3, 2

@@ -21,7 +21,7 @@ from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.sharding.collectives import Ranks
-from lightning_dlrm.sharding.loads import imbalance
+from lightning_dlrm.sharding.costs import imbalance
 from lightning_dlrm.sharding.placement import ShardedPlacement
 from lightning_dlrm.sharding.plan import Piece, Plan
 from lightning_dlrm.tables.lookup import EmbeddingTables, placed_by

@@ -2,6 +2,7 @@
 optimizer state, for rows that one batch fetches while another one updates them; micro-batches, clipping, resuming
 and evaluation too. Here the CPU stands in for the device: what is fetched is a copy."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.optim.optimizer import CTROptimizer
-from lightning_dlrm.optim.rules import SGD
+from lightning_dlrm.optim.rules import SGD, Adam
 from lightning_dlrm.tables import host as host_module
 from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.tables.host import HostStorage
-from lightning_dlrm.tables.lookup import EmbeddingTables
+from lightning_dlrm.tables.lookup import DeviceStorage, EmbeddingTables
 from lightning_dlrm.tables.table import Table
 from tests.sharded_fits import HALF, PARITY, RESUMED, RULES, Fit, global_batch, metrics, run
 from tests.sharding.test_sharded import tables
@@ -239,3 +240,37 @@ def test_steps_on_a_gpu_are_those_with_tables_on_it(rule: str) -> None:
             optimizer.zero_grad()
         found.append(torch.stack(losses).cpu())
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["one loss", "two losses", "the first is prefetched", "both are prefetched"])
+def test_two_lookups_before_an_update(kind: str) -> None:
+    """Their rows overlap, and the first update makes the optimizer's state."""
+    draws = torch.Generator().manual_seed(0)
+    batches = [SparseIds(values=torch.randint(20, (6, 1), generator=draws), tables=1) for _ in range(8)]
+    found = []
+    for storage in (DeviceStorage(), HostStorage()):
+        tables = EmbeddingTables([Table.of_column("A", 20)], 3, seed=1, storage=storage)
+        optimizer = CTROptimizer([], [tables], Adam(0.1), Adam(0.1))
+        for first, second in zip(batches[::2], batches[1::2], strict=True):
+            for ids in {"the first is prefetched": [first], "both are prefetched": [first, second]}.get(kind, []):
+                tables.prefetch(ids)
+            losses = [tables(ids).square().sum() for ids in (first, second)]
+            for loss in [sum(losses)] if kind == "one loss" else losses:
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        tables.flush()
+        found.append([tables.weight.detach(), *optimizer.table_state[0].values()])
+    for device, host in zip(*found, strict=True):
+        assert torch.equal(device, host)
+
+
+def test_ids_that_a_network_changes_after_the_prefetch() -> None:
+    tables = host_tables()
+    for change in (
+        lambda ids: ids.map(lambda tensor: None if tensor is None else 5 - tensor),
+        lambda ids: dataclasses.replace(ids, values=5 - ids.values),
+    ):
+        ids = SparseIds(values=torch.tensor([[4], [0], [2]], dtype=torch.int32), tables=1)
+        tables.prefetch(ids)
+        assert torch.equal(tables(change(ids)).flatten(1), tables.weight.detach()[[1, 5, 3]])
