@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DataFile, DatasetSchema
 
 if TYPE_CHECKING:
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+REMEDY = "restore the file, or make the dataset again"
+"""What error messages advise for a missing or altered file."""
+
+_CHECKSUM_BYTES = 1 << 20  # read at a time
+_SIZES_AT_ONCE = 16  # requests in flight: a remote file system takes a while to answer each
+
 
 def is_remote(place: str) -> bool:
     """Return whether a place is a URL rather than a path."""
     return "://" in place
-
-
-def in_process_only(place: str) -> bool:
-    """Return whether only this process can read a place."""
-    return place.startswith("memory://")
 
 
 def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
@@ -101,13 +102,6 @@ def is_disk_full(error: BaseException) -> bool:
 def _failure(place: str, what: str, error: Exception, remedy: str) -> UserError:
     words = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
     return UserError(f"{place} {what} ({type(error).__name__}: {words}); {remedy}")
-
-
-REMEDY = "restore the file, or make the dataset again"
-"""What error messages advise for a missing or altered file."""
-
-_CHECKSUM_BYTES = 1 << 20  # read at a time
-_SIZES_AT_ONCE = 16  # requests in flight: a remote file system takes a while to answer each
 
 
 class Folder:
@@ -302,16 +296,21 @@ def verify(folder: str | Path | Folder, schema: DatasetSchema, progress: bool = 
     where = Folder(folder)
     files = (*schema.vocabulary.values(), *part_files(schema))
     check_sizes(where, files)
-    total = sum(file.bytes for file in files)
-    with tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, disable=None if progress else True) as bar:
+    with tqdm(
+        total=sum(file.bytes for file in files),
+        desc="Verifying",
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,
+    ) as bar:
         for file in files:
             checksum = hashlib.sha256()
             with where.open(file.path) as stored:
                 while piece := stored.read(_CHECKSUM_BYTES):
                     checksum.update(piece)
                     bar.update(len(piece))
-            if checksum.hexdigest() != file.sha256:
-                raise UserError(
-                    f"{where / file.path} is altered: its sha256 is {checksum.hexdigest()[:12]}..., its dataset.json "
-                    f"says {file.sha256[:12]}...; {REMEDY}"
-                )
+            require(
+                checksum.hexdigest() == file.sha256,
+                f"{where / file.path} is altered: its sha256 is {checksum.hexdigest()[:12]}..., its dataset.json "
+                f"says {file.sha256[:12]}...; {REMEDY}",
+            )

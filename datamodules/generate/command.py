@@ -364,10 +364,9 @@ def _run_tsv(args: argparse.Namespace) -> int:
     for path, size in zip(args.output, sizes, strict=True):
         print(f"{path}: {size / 1e6:,.1f} MB")
     print(f"{settings.rows:,} rows after {seconds:.1f} s ({settings.rows / seconds:,.0f} rows/s)")
-    words = " ".join(str(path) for path in args.output)
     print(
         f"preprocess them: python -m lightning_dlrm preprocess --dataset {args.dataset} --protocol dlrm "
-        f"--input {words} --output DIR"
+        f"--input {' '.join(map(str, args.output))} --output DIR"
     )
     return 0
 

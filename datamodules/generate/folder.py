@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,33 +16,20 @@ from datamodules.preprocess.progress import format_duration, format_size
 from datamodules.writer import DatasetWriter, Values
 from lightning_dlrm.contracts.cache import cache_root
 from lightning_dlrm.contracts.errors import UserError, one_line, require
-from lightning_dlrm.contracts.schema import SCHEMA_FILE, Column, DatasetSchema, SplitName
+from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, Column, DatasetSchema, SplitName
 
 SEED_RANGE = "a number from 0 to 2**64 - 1"
 
-
-class HasSplitRows(Protocol):
-    """Settings that give the rows of each split."""
-
-    @property
-    def train_rows(self) -> int: ...
-    @property
-    def validation_rows(self) -> int: ...
-    @property
-    def test_rows(self) -> int: ...
+Write = Callable[[DatasetWriter, "tqdm[Any]"], dict[str, Any]]
+"""Writes all rows and updates the progress bar; returns further fields of the schema, such as ``optimum``."""
 
 
-def rows_of_splits(settings: HasSplitRows) -> dict[SplitName, int]:
-    """Return the rows of each split that has any.
+def rows_of_splits(settings: object) -> dict[SplitName, int]:
+    """Return the rows of each split that has any, from settings such as ``train_rows``.
 
     A function, because a configuration names the class of settings that inherit from another class.
     """
-    rows: dict[SplitName, int] = {
-        "train": settings.train_rows,
-        "validation": settings.validation_rows,
-        "test": settings.test_rows,
-    }
-    return {name: count for name, count in rows.items() if count}
+    return {split: rows for split in SPLITS if (rows := getattr(settings, f"{split}_rows"))}
 
 
 def check_settings(kind: str, settings: object, checks: Mapping[str, tuple[bool, str]]) -> None:
@@ -58,12 +45,7 @@ def check_settings(kind: str, settings: object, checks: Mapping[str, tuple[bool,
         UserError: a setting is not valid.
     """
     for name, (valid, expected) in checks.items():
-        if not valid:
-            raise UserError(f"{kind}: {name} is {getattr(settings, name)!r}; give {expected}")
-
-
-Write = Callable[[DatasetWriter, "tqdm[Any]"], dict[str, Any]]
-"""Writes all rows and updates the progress bar; returns further fields of the schema, such as ``optimum``."""
+        require(valid, f"{kind}: {name} is {getattr(settings, name)!r}; give {expected}")
 
 
 def cache_folder(kind: str, key: Any) -> Path:
@@ -107,13 +89,12 @@ def make_once(planned: DatasetSchema, folder: Path, write: Write, progress: bool
                 disable=None if progress else True,
             ) as bar,
         ):
-            further = write(writer, bar)
             return writer.finish(
                 dataset=planned.dataset,
                 protocol=planned.protocol,
                 settings=planned.settings,
                 indices=planned.indices,
-                **further,
+                **write(writer, bar),
             )
     except (UserError, OSError) as error:
         # Another process may have finished the same folder first; its rows are these rows.

@@ -41,6 +41,9 @@ _ACCESSES = 7  # purpose of random streams
 _NEVER = 2**31 - 1
 _CLASS_WIDTH = np.diff(CLASS_LOW, append=2**31)
 
+CACHE_SHARES = (0.001, 0.01, 0.1, 0.5)
+"""Sizes of the LRU caches whose hit rates are compared, as shares of the original's distinct rows."""
+
 
 class TraceGenerator:
     """Generates the trace of a profile, block by block.
@@ -157,8 +160,7 @@ def trace_schema(source: TraceSource, settings: TraceSettings) -> DatasetSchema:
 
 def trace_folder(source: TraceSource, settings: TraceSettings) -> Path:
     """Return the folder of this dataset in the cache, whether it exists or not."""
-    planned = trace_schema(source, settings)
-    return cache_folder("trace", [planned.encoding_fingerprint, rows_of_splits(settings)])
+    return cache_folder("trace", [trace_schema(source, settings).encoding_fingerprint, rows_of_splits(settings)])
 
 
 def generate_trace(
@@ -187,10 +189,11 @@ def generate_trace(
         for start in range(0, ends[-1], BLOCK_ACCESSES):
             number, size = start // BLOCK_ACCESSES, min(BLOCK_ACCESSES, ends[-1] - start)
             # The splits are one sequence.
-            block: dict[str, Any] = {"label": label_block(settings.click_rate, settings.seed, 0, number, size)}
-            for i in range(settings.dense):
-                block[f"I{i + 1}"] = dense_block(settings.seed, i, 0, number, size)
-            block |= {name: trace.next_block()[:size] for name, trace in traces.items()}
+            block: dict[str, Any] = {
+                "label": label_block(settings.click_rate, settings.seed, 0, number, size),
+                **{f"I{i + 1}": dense_block(settings.seed, i, 0, number, size) for i in range(settings.dense)},
+                **{name: trace.next_block()[:size] for name, trace in traces.items()},
+            }
             for (split, rows), end in zip(rows_of_splits(settings).items(), ends, strict=True):
                 first, last = max(end - rows - start, 0), min(end - start, size)
                 if first < last:
@@ -199,10 +202,6 @@ def generate_trace(
         return {"optimum": dict.fromkeys(rows_of_splits(settings), chance_scores(settings.click_rate))}
 
     return make_once(trace_schema(source, settings), folder, write, progress)
-
-
-CACHE_SHARES = (0.001, 0.01, 0.1, 0.5)
-"""Sizes of the LRU caches whose hit rates are compared, as shares of the original's distinct rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,9 +246,10 @@ def measure_fit(original: Profile, generated: Profile) -> Fit:
 
 def render_fits(fits: Sequence[Fit]) -> str:
     """Format the fits as text, one block a column."""
-    lines = []
-    for fit in fits:
-        lines += [
+    return "\n".join(
+        line
+        for fit in fits
+        for line in (
             f"{fit.column}: {fit.accesses:,} accesses; original / generated",
             f"  distinct rows     {fit.distinct[0]:>13,} / {fit.distinct[1]:,}",
             f"  stack distances   largest difference of the distribution functions {fit.distance_error:.4f}, "
@@ -258,8 +258,8 @@ def render_fits(fits: Sequence[Fit]) -> str:
                 f"  LRU hit rate      {first:>13.2%} / {second:.2%} with {rows:,} rows"
                 for rows, first, second in fit.caches
             ),
-        ]
-    return "\n".join(lines)
+        )
+    )
 
 
 def check_plot(path: Path) -> None:

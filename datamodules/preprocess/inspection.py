@@ -133,10 +133,9 @@ def _next_name(name: str) -> str | None:
 
 def _reserved(ids: Mapping[str, int]) -> str:
     """Format reserved ids, such as ``0 missing, 1 rare/unknown``."""
-    names: dict[int, list[str]] = {}
-    for name, row in ids.items():
-        names.setdefault(row, []).append(name)
-    return ", ".join(f"{row} {'/'.join(names[row])}" for row in sorted(names))
+    return ", ".join(
+        f"{row} {'/'.join(name for name, of_name in ids.items() if of_name == row)}" for row in sorted({*ids.values()})
+    )
 
 
 def _split_table(facts: Mapping[str, Any]) -> list[str]:
@@ -229,25 +228,18 @@ def _column_lines(schema: DatasetSchema) -> list[str]:
     """Format missing values of the raw columns, and what thresholds and moduli left of the tables."""
     report = schema.report
     rows = sum(count for _, count in report["rows_per_file"])
-    body = []
-    for column in schema.columns:
-        if column.role == "label":
-            continue
-        source = column.name.replace("B", "I")
-        body.append(
-            (
-                column.name,
-                f"{report['missing'][source] / rows:.2%}" if rows else "",
-                *(
-                    f"{report[fact][column.name]:,}" if column.name in report.get(fact, {}) else ""
-                    for fact in ("distinct", "kept", "unknown")
-                ),
-                f"{column.cardinality:,}" if column.cardinality else "",
-            )
-        )
+    counts = [report.get(fact, {}) for fact in ("distinct", "kept", "unknown")]
     header = ("column", "missing", "values", "kept", "unknown rows", "table rows")
-    totals = [sum(report.get(fact, {}).values()) for fact in ("distinct", "kept", "unknown")]
-    body.append(
-        ("all", "", *(f"{total:,}" if total else "" for total in totals), f"{sum(schema.features.table_rows):,}")
-    )
-    return aligned([header, *body])
+    body = [
+        (
+            column.name,
+            f"{report['missing'][column.name.replace('B', 'I')] / rows:.2%}" if rows else "",
+            *(f"{of_columns[column.name]:,}" if column.name in of_columns else "" for of_columns in counts),
+            f"{column.cardinality:,}" if column.cardinality else "",
+        )
+        for column in schema.columns
+        if column.role != "label"
+    ]
+    totals = (sum(of_columns.values()) for of_columns in counts)
+    last = ("all", "", *(f"{total:,}" if total else "" for total in totals), f"{sum(schema.features.table_rows):,}")
+    return aligned([header, *body, last])

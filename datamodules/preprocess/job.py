@@ -63,6 +63,15 @@ from lightning_dlrm.contracts.schema import (
     SplitName,
 )
 
+BAD_ROWS_FILE = "bad_rows.tsv"
+
+VERSION = 2
+"""Incremented if the same input would give other bytes, so that no run resumes with files of another release."""
+
+_SEGMENTS_A_JOB = 64
+_TOLERATED_BAD_ROWS = 1000
+"""A piece with more bad rows, and more bad than good ones, belongs to a wrong file."""
+
 
 def columns_of_dataset(
     options: Options,
@@ -117,13 +126,6 @@ def _category_words(options: Options, source: str) -> str:
     return words
 
 
-def settings_of(options: Options, known: DatasetSchema | None, minimum: Mapping[str, int]) -> dict[str, Any]:
-    """Return the settings that shape the encoding."""
-    if known is not None:
-        return dict(known.settings)
-    return options.settings() | ({"minimum": dict(minimum)} if minimum else {})
-
-
 def report_of(
     options: Options,
     rows_per_file: list[list[Any]],
@@ -140,28 +142,17 @@ def report_of(
         counted: for each table the result of ``count_column`` or ``look_up_column``.
         bad_rows: rows that were skipped.
     """
-    tables = [table.name for table in options.rules.tables()]
     columns = (*CRITEO_DENSE, *CRITEO_CATEGORICAL)
-    report: dict[str, Any] = {
+    sources = {"distinct": "distinct", "kept": "kept"} if options.encoding_of is None else {"unknown": "unknown_rows"}
+    return {
         "rows_per_file": rows_per_file,
         "missing": {name: sum(of_segment["missing"][name] for of_segment in facts) for name in columns},
+        **{
+            name: {table.name: counted[table.name][fact] for table in options.rules.tables()}
+            for name, fact in sources.items()
+        },
+        **({"bad_rows": bad_rows} if options.on_bad_row == "skip" else {}),
     }
-    sources = {"distinct": "distinct", "kept": "kept"} if options.encoding_of is None else {"unknown": "unknown_rows"}
-    for name, fact in sources.items():
-        report[name] = {table: counted[table][fact] for table in tables}
-    if options.on_bad_row == "skip":
-        report["bad_rows"] = bad_rows
-    return report
-
-
-BAD_ROWS_FILE = "bad_rows.tsv"
-
-VERSION = 2
-"""Incremented if the same input would give other bytes, so that no run resumes with files of another release."""
-
-_SEGMENTS_A_JOB = 64
-_TOLERATED_BAD_ROWS = 1000
-"""A piece with more bad rows, and more bad than good ones, belongs to a wrong file."""
 
 
 @dataclass(kw_only=True)
@@ -281,7 +272,7 @@ class Job:
             protocol=options.protocol,
             columns=columns,
             splits=splits,
-            settings=settings_of(options, self.known, encoding.minimum),
+            settings=dict(self.known.settings) if self.known else options.settings(encoding.minimum),
             vocabulary={
                 table.name: data_file(result, f"vocabulary/{table.name}.parquet") for table in options.rules.tables()
             },

@@ -7,6 +7,7 @@ numpy's global generator; here each id is mixed with the seed, so that any row c
 40M bags.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -30,6 +31,8 @@ MLPERF_SIZES = dict(
 """Ids of each column's bag in MLPerf DLRM v2; 214 a row."""
 
 _STREAM = 16  # of random numbers, plus the column's position; apart from those of ``splits``
+
+OnBadRow = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +69,6 @@ class MultiHot:
             squared = inverse * inverse
             values[:, 1:] = np.fmod(np.floor(squared * squared - 1.0), float(table_rows))
         return values.reshape(-1), np.arange(len(ids) + 1, dtype=np.int32) * np.int32(size)
-
-
-OnBadRow = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +142,9 @@ class Options:
     def bags(self) -> MultiHot | None:
         return MultiHot(distribution=self.multi_hot_distribution, seed=self.seed) if self.multi_hot else None
 
-    def settings(self) -> dict[str, Any]:
-        """Return the options that shape the encoding, as the schema keeps them."""
+    def settings(self, minimum: Mapping[str, int]) -> dict[str, Any]:
+        """Return what shapes the encoding, as the schema keeps it: options, and the ``minimum`` of each integer column
+        if the protocol needs it."""
         values, sampled, bags = self.document(), self.negative_sampling_rate < 1, self.multi_hot is not None
         shaping = {
             "max_rows": self.max_rows is not None,
@@ -153,7 +154,8 @@ class Options:
             "multi_hot_distribution": bags,
             "seed": bags or sampled or self.protocol == "bars",
         }
-        return {name: values[name] for name, shapes in shaping.items() if shapes}
+        kept = {name: values[name] for name, shapes in shaping.items() if shapes}
+        return kept | ({"minimum": dict(minimum)} if minimum else {})
 
     def document(self) -> dict[str, Any]:
         """Return all options as JSON values."""

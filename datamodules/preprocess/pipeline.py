@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from datamodules.folder import Folder, failures_as_user_errors, file_system, in_process_only, is_disk_full, is_remote
+from datamodules.folder import Folder, failures_as_user_errors, file_system, is_disk_full, is_remote
 from datamodules.preprocess.inspection import REPORT_FILE
 from datamodules.preprocess.job import VERSION, Job
 from datamodules.preprocess.journal import find_records, fingerprint, locked
@@ -26,6 +26,9 @@ from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
 
 _FLUSHED_AT_ONCE = 16  # each flush waits for the disk
+
+# For less input, workers take longer to start than to work, and no step is worth keeping for a later run.
+_SMALL_BYTES = 8 << 20
 
 
 class Target:
@@ -69,9 +72,8 @@ class Target:
             return None
         found = None
         if SCHEMA_FILE in names and REPORT_FILE in names:
-            report = self._read(REPORT_FILE)
             with suppress(ValueError, KeyError, TypeError):
-                found = json.loads(report)["run"]
+                found = json.loads(self._read(REPORT_FILE))["run"]
         if found is None:
             raise UserError(
                 f"{self.output} exists and is not an empty folder; name a new folder, or remove it if it is not needed"
@@ -202,10 +204,6 @@ def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | No
     return None if dict(found) == dict(wanted) else "another release of this package made it"
 
 
-# For less input, workers take longer to start than to work, and no step is worth keeping for a later run.
-_SMALL_BYTES = 8 << 20
-
-
 def preprocess(
     dataset: Dataset | None,
     protocol: str | None,
@@ -248,21 +246,17 @@ def preprocess(
     progress = progress or Progress()
     known_folder = None if vocabulary is None else Folder(vocabulary)
     chosen, known = options_of(known_folder, dataset=dataset, protocol=protocol, max_rows=max_rows, **options)
-    _check_workers(workers, scheduler)
+    require(workers is None or workers >= 1, f"workers is {workers}, expected at least 1")
+    require(
+        workers is None or scheduler is None,
+        "both workers and a scheduler are given, but a cluster has workers of its own: leave one out",
+    )
     files = find_files([str(path) for path in inputs])
     target = Target(str(output), None if work is None else Path(work))
     job = Job(
         options=chosen, known=known, vocabulary=known_folder, files=files, piece_bytes=block_bytes, progress=progress
     )
     return _run(job, target, workers, scheduler)
-
-
-def _check_workers(workers: int | None, scheduler: str | None) -> None:
-    require(workers is None or workers >= 1, f"workers is {workers}, expected at least 1")
-    require(
-        workers is None or scheduler is None,
-        "both workers and a scheduler are given, but a cluster has workers of its own: leave one out",
-    )
 
 
 def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -> DatasetSchema:
@@ -301,7 +295,8 @@ def _worker_count(
     Raises:
         UserError: other processes are asked for, but cannot read a file.
     """
-    unshared = [place for place in (*(file.path for file in files), str(vocabulary)) if in_process_only(place)]
+    places = (*(file.path for file in files), str(vocabulary))
+    unshared = [place for place in places if place.startswith("memory://")]
     if unshared and (scheduler is not None or (workers or 1) > 1):
         raise UserError(
             f"{unshared[0]} is in the memory of this process, where others cannot read it; leave --workers and "

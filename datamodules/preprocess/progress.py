@@ -24,6 +24,16 @@ _MEMORY_EVERY_S = 0.25
 _DISK_EVERY_S = 2.0
 _BAR = "{desc:<7}{percentage:3.0f}%|{bar:20}| [{elapsed}<{remaining}{postfix}]"
 
+_SAMPLE_BYTES = 4 << 20
+
+# Bytes a row, measured on 20M generated Criteo-shaped rows of 244 bytes of text: 86 staged, 6 for the ids of
+# distinct values, 45 of Parquet. The larger figures leave room for the spilled values of the columns in work,
+# for vocabularies and for other protocols.
+_STAGED, _IDS, _RESULT, _MULTI_HOT = 95, 20, 65, 450
+
+_ROWS_PER_WORKER_S = 250_000  # all stages together; 310,000 were measured on a core of an AMD EPYC
+_WORKERS_PER_DISK = 16  # more of them than this are not counted on: they share the disk
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageTime:
@@ -189,17 +199,6 @@ def bytes_below(folder: Path) -> int:
             except FileNotFoundError:
                 continue
     return total
-
-
-_SAMPLE_BYTES = 4 << 20
-
-# Bytes a row, measured on 20M generated Criteo-shaped rows of 244 bytes of text: 86 staged, 6 for the ids of
-# distinct values, 45 of Parquet. The larger figures leave room for the spilled values of the columns in work,
-# for vocabularies and for other protocols.
-_STAGED, _IDS, _RESULT, _MULTI_HOT = 95, 20, 65, 450
-
-_ROWS_PER_WORKER_S = 250_000  # all stages together; 310,000 were measured on a core of an AMD EPYC
-_WORKERS_PER_DISK = 16  # more of them than this are not counted on: they share the disk
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,26 @@ from lightning_dlrm.contracts.schema import Column, DatasetSchema
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 SHARES = (0.5, 0.9, 0.99)
 _CURVE_POINTS = 200
+
+_MOST_TABLES = 60  # of which the figure still has readable rows
+_NAMED_CURVES = 6
+_SHOWN_SHARE = 0.005  # of the lookups, from which on curves are of interest
+_LEAST = 0.7  # of an axis of ids, so that a mark at 1 is whole
+# Marker and colour inside, for each of SHARES.
+_MARKS = (("o", "white"), ("^", "0.6"), ("D", "black"))
+# Colours of Okabe and Ito, which differ in lightness too; each with a line style of its own.
+_CURVES = (
+    ("#000000", "-"),
+    ("#0072B2", "--"),
+    ("#D55E00", "-."),
+    ("#009E73", ":"),
+    ("#CC79A7", (0, (8, 2, 1, 2, 1, 2))),
+    ("#E69F00", (0, (2, 1))),
+)
+
+_FORMATS = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,26 +148,6 @@ def _counted(folder: str | Path | Folder, schema: DatasetSchema, column: Column)
             ids = table.column(column.name)
             np.add.at(counts, (pc.list_flatten(ids) if column.role == "multi_hot" else ids).to_numpy(), 1)
     return counts
-
-
-_MOST_TABLES = 60  # of which the figure still has readable rows
-_NAMED_CURVES = 6
-_SHOWN_SHARE = 0.005  # of the lookups, from which on curves are of interest
-_LEAST = 0.7  # of an axis of ids, so that a mark at 1 is whole
-# Marker and colour inside, for each of SHARES.
-_MARKS = (("o", "white"), ("^", "0.6"), ("D", "black"))
-# Colours of Okabe and Ito, which differ in lightness too; each with a line style of its own.
-_CURVES = (
-    ("#000000", "-"),
-    ("#0072B2", "--"),
-    ("#D55E00", "-."),
-    ("#009E73", ":"),
-    ("#CC79A7", (0, (8, 2, 1, 2, 1, 2))),
-    ("#E69F00", (0, (2, 1))),
-)
-
-
-_FORMATS = (".png", ".pdf", ".svg")
 
 
 def check_figure(schema: DatasetSchema, path: Path) -> None:

@@ -32,6 +32,12 @@ from datamodules.preprocess.protocols import Span, SplitRule, Table, bucket
 from datamodules.preprocess.sources import RawFile
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, CRITEO_LABEL, SPLITS, SplitName
 
+PIECE_BYTES = 30 << 20
+"""Text of a segment: about 125,000 rows, for which a worker needs about 150 MB. glibc would map blocks of 32 MB or more
+anew for every piece."""
+
+_INTEGERS = ((7, pa.int8()), (15, pa.int16()), (31, pa.int32()))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
@@ -59,9 +65,7 @@ class OpenSegment(AbstractContextManager["OpenSegment"]):
     @cached_property
     def labels(self) -> np.ndarray | None:
         """Labels int8 [n]; None if rows have no labels."""
-        if CRITEO_LABEL not in self._batch.schema.names:
-            return None
-        return self._batch.column(CRITEO_LABEL).to_numpy()
+        return self._batch.column(CRITEO_LABEL).to_numpy() if CRITEO_LABEL in self._batch.schema.names else None
 
     def integers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return values int32 [n], 0 where missing, and whether each is missing, bool [n]."""
@@ -82,8 +86,7 @@ class OpenSegment(AbstractContextManager["OpenSegment"]):
 @lru_cache(maxsize=2)
 def load_segments(path: Path) -> list[Segment]:
     """Load the list of segments that ``save_segments`` wrote."""
-    content = json.loads(path.read_text())
-    return [Segment(**{**entry, "path": path.parent / entry["path"]}) for entry in content]
+    return [Segment(**{**entry, "path": path.parent / entry["path"]}) for entry in json.loads(path.read_text())]
 
 
 def save_segments(path: Path, segments: Sequence[Segment]) -> None:
@@ -104,13 +107,6 @@ def rows_of(rule: SplitRule, opened: OpenSegment, splits: Sequence[SplitName]) -
         return slice(start, max(min(span.stop - segment.start, segment.rows), start))
     codes = rule.split_of(segment.start, segment.rows, opened.labels)
     return np.flatnonzero(codes >= 0 if len(splits) == len(SPLITS) else codes == SPLITS.index(splits[0]))
-
-
-PIECE_BYTES = 30 << 20
-"""Text of a segment: about 125,000 rows, for which a worker needs about 150 MB. glibc would map blocks of 32 MB or more
-anew for every piece."""
-
-_INTEGERS = ((7, pa.int8()), (15, pa.int16()), (31, pa.int32()))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -190,10 +190,11 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
             ) from error
         finally:
             token.unlink()
-        if blind := [address for address, found in seen.items() if not found]:
-            raise UserError(
-                f"the worker {blind[0]} cannot open {folder}: all workers must share the file system of the output "
-                "(or of --work)"
+        for address, found in seen.items():
+            require(
+                found,
+                f"the worker {address} cannot open {folder}: all workers must share the file system of the output "
+                "(or of --work)",
             )
         # Failed jobs are not retried. (Dask retries a job whose worker dies, as often as the scheduler allows.)
         executor = client.get_executor(pure=False, retries=0)

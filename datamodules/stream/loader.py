@@ -15,10 +15,17 @@ from datamodules.stream.order import Order, Shuffle
 from datamodules.stream.rows import Decoder, Rows
 from datamodules.stream.sources import CachedRows, Source, Window, batches_at_once, cache_rows, read_batches
 from lightning_dlrm.contracts.batch import Batch
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import DatasetSchema, SplitName
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+log = logging.getLogger("lightning_dlrm")
+
+Cache = Literal["none", "memory"]
+
+_BATCHES_AHEAD = 32
+_BYTES_AHEAD = 256 * 2**20
 
 
 def available_memory() -> float:
@@ -36,14 +43,6 @@ def available_memory() -> float:
         return min(available, limit - used + int(cached["inactive_file"]))
     except (OSError, ValueError):  # no such control group, or no limit ("max")
         return available
-
-
-log = logging.getLogger("lightning_dlrm")
-
-Cache = Literal["none", "memory"]
-
-_BATCHES_AHEAD = 32
-_BYTES_AHEAD = 256 * 2**20
 
 
 class Loader:
@@ -255,11 +254,11 @@ class TrainingLoader(Loader):
             UserError: the position belongs to another order of samples.
         """
         for name, mine in self._identity().items():
-            if state.get(name) != mine:
-                raise UserError(
-                    f"the checkpoint is from the middle of an epoch with {name.replace('_', ' ')} {state.get(name)}, "
-                    f"this run has {mine}: resume with the same data, seed, shuffle and batch size, or start a new run"
-                )
+            require(
+                state.get(name) == mine,
+                f"the checkpoint is from the middle of an epoch with {name.replace('_', ' ')} {state.get(name)}, "
+                f"this run has {mine}: resume with the same data, seed, shuffle and batch size, or start a new run",
+            )
         self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
     def _identity(self) -> dict[str, Any]:

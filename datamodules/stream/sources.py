@@ -17,6 +17,11 @@ from datamodules.stream.order import Order, ranges
 from datamodules.stream.rows import WEIGHTED_IDS, Decoder, Rows, take_bags, take_rows
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 
+# Bounds are computed for this many batches at once: a quarter of the cost for each alone.
+_BOUNDS_AT_ONCE = 256
+# Small batches are cut from a block of several: gathering has a cost per call.
+_BLOCK_ROWS = 16_384
+
 
 class Window:
     """The rows of a rank's lanes from those being served to the end of the last decoded row group.
@@ -238,12 +243,6 @@ def cache_rows(decoder: Decoder, order: Order, start: int, stop: int, threads: i
         cached.values = np.concatenate([cached.values, *(rows.values for rows in bags if rows.values is not None)])
         cached.ends = np.append(0, np.cumsum(cached.ids.sum(axis=1, dtype=np.int64)))
     return cached
-
-
-# Bounds are computed for this many batches at once: a quarter of the cost for each alone.
-_BOUNDS_AT_ONCE = 256
-# Small batches are cut from a block of several: gathering has a cost per call.
-_BLOCK_ROWS = 16_384
 
 
 def batches_at_once(order: Order, world: int) -> int:
