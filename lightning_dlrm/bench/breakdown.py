@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lightning_dlrm.bench.options import finisher
+from lightning_dlrm.bench.measurement import finisher
 
 ROWS = "rows: gather, sort, scatter"
 PRODUCTS = "matrix products"

@@ -11,10 +11,17 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_dlrm.bench import floors, roofline
+from lightning_dlrm.bench import roofline
 from lightning_dlrm.bench.contenders import PlainBatch, PlainTables, Workload, draw_batch, repeat
-from lightning_dlrm.bench.measurement import Implementation, Measurement, time_rounds
-from lightning_dlrm.bench.options import DEFAULT, add_device_arguments, add_steps, check
+from lightning_dlrm.bench.measurement import (
+    DEFAULT,
+    Implementation,
+    Measurement,
+    add_device_arguments,
+    add_steps,
+    check,
+    time_rounds,
+)
 from lightning_dlrm.bench.step import DRAWN_BATCHES, StepKey, speeds_of_ours
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.errors import UserError
@@ -69,7 +76,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     workload = Workload(tables=(args.rows,) * args.tables, dense=1, width=args.width, bottom=(args.width,), bags=bags)
     batches = [draw_batch(workload, args.batch_size, seed).to(device) for seed in range(DRAWN_BATCHES)]
     contenders = _contenders(args, workload, batches, device)
-    rates = floors.measure(device, args.precision)
+    rates = roofline.measure_rates(device, args.precision)
     print(rates)
     seconds = time_rounds(contenders, args.rounds, warm_up=1, steps=args.steps)
     return [
@@ -110,7 +117,7 @@ def _contenders(
     }
 
 
-def _floor(workload: Workload, batches: list[Any], rates: floors.MachineRates, precision: str) -> float:
+def _floor(workload: Workload, batches: list[Any], rates: roofline.MachineRates, precision: str) -> float:
     """Return the least seconds of lookup and backward, and of the update of rows and their accumulators."""
     tables = roofline.costs(workload, batches, precision)["tables"]
     distinct = sum(roofline.distinct_rows(workload, batch) for batch in batches) / len(batches)

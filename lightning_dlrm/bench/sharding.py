@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dlrm.bench.contenders import kaggle
-from lightning_dlrm.bench.measurement import Measurement
-from lightning_dlrm.bench.options import DEFAULT, add_max_rows, add_rounds, add_steps, check_numbers
+from lightning_dlrm.bench.measurement import DEFAULT, Measurement, add_max_rows, add_rounds, add_steps, check_numbers
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dlrm import DLRM

@@ -13,21 +13,18 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_dlrm.cli.configs import find_config
-from lightning_dlrm.compare.anatomy import anatomy
+from lightning_dlrm.compare.anatomy import anatomy, breakdown
 from lightning_dlrm.compare.experiment import (
     Experiment,
     PlannedArm,
-    compared_settings,
     is_experiment,
     keep_configurations,
     plan_arms,
     read_experiment,
 )
 from lightning_dlrm.compare.figures import draw_all
-from lightning_dlrm.compare.operators import breakdown
-from lightning_dlrm.compare.page import page_of
 from lightning_dlrm.compare.processes import DevicePool, Job, run_jobs
-from lightning_dlrm.compare.report import write_report
+from lightning_dlrm.compare.report import arms_table, closing_words, page_of, write_report
 from lightning_dlrm.compare.results import Comparison, check_data, compare
 from lightning_dlrm.compare.runs import Arm, arms_of, by_data, read_run
 from lightning_dlrm.compare.scores import (
@@ -38,13 +35,11 @@ from lightning_dlrm.compare.scores import (
     scoring_command,
     shared_labels,
 )
-from lightning_dlrm.compare.terminal import arms_table, closing_words
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tracking.dashboard import Dashboard, publish
 from lightning_dlrm.tracking.run_folder import SUMMARY
-from lightning_dlrm.tracking.wandb_comparison import JOB_TYPE, ComparisonPage, send_comparison
 from lightning_dlrm.tracking.wandb_mode import choose_mode
-from lightning_dlrm.tracking.wandb_run import RunPlace
+from lightning_dlrm.tracking.wandb_run import JOB_TYPE, ComparisonPage, RunPlace, send_comparison
 
 EXAMPLES = """\
 examples:
@@ -133,7 +128,7 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
     arms, notes = plan_arms(experiment, overlays, rest)
     for note in notes:
         print(note)
-    print(arms_table(arms, compared_settings(arms), experiment.seeds))
+    print(arms_table(arms, experiment.seeds))
     if options.dry_run:
         return 0
     _make(output)

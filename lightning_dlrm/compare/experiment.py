@@ -203,11 +203,6 @@ def _format_by_name(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{value} in {name}" for name, value in values.items())
 
 
-def compared_settings(arms: Sequence[PlannedArm]) -> dict[str, dict[str, Any]]:
-    """Return the settings in which the arms differ: full key -> arm -> value."""
-    return differing({arm.name: arm.settings for arm in arms})
-
-
 def _training_samples(built: ModelAndData) -> float:
     """Return the number of samples of a whole fit with these settings."""
     trainer, data = built.settings.trainer, built.datamodule

@@ -153,7 +153,7 @@ class Comparison:
 
         If it differs more, other work slowed the machine down, and times say nothing about the configurations.
         """
-        return all(high <= _STEADY * low for low, high in (_range(arm, name) for arm in self.arms))
+        return all(high <= _STEADY * low for low, high in (span(arm, name) for arm in self.arms))
 
     @cached_property
     def reliability(self) -> dict[str, Reliability]:
@@ -203,7 +203,8 @@ class Comparison:
 _STEADY = 1.5
 
 
-def _range(arm: Arm, name: str) -> tuple[float, float]:
+def span(arm: Arm, name: str) -> tuple[float, float]:
+    """Return the smallest and the largest value of a metric at the end of a configuration's runs."""
     values = [run.final[name] for run in arm.runs if run.final.get(name) is not None]
     return min(values, default=0.0), max(values, default=0.0)
 

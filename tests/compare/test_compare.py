@@ -27,12 +27,12 @@ from datamodules.criteo import Criteo
 from datamodules.generate.demo import DemoSettings
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.compare import anatomy as anatomies
 from lightning_dlrm.compare import command as comparing
-from lightning_dlrm.compare import operators, processes, report
-from lightning_dlrm.compare.anatomy import anatomy
+from lightning_dlrm.compare import processes, report
+from lightning_dlrm.compare.anatomy import anatomy, breakdown
 from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, plan_arms, read_experiment
 from lightning_dlrm.compare.figures import PAGE_WIDTH, draw_all
-from lightning_dlrm.compare.operators import breakdown
 from lightning_dlrm.compare.processes import DevicePool, Job, run_jobs, trained_samples
 from lightning_dlrm.compare.results import compare
 from lightning_dlrm.compare.runs import arms_of, data_differences, format_value, read_run, settings_of
@@ -42,8 +42,7 @@ from lightning_dlrm.objectives.metrics import exact_auc
 from lightning_dlrm.tables import lookup
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
-from lightning_dlrm.tracking.wandb_comparison import ComparisonPage, send_comparison
-from lightning_dlrm.tracking.wandb_run import RunPlace
+from lightning_dlrm.tracking.wandb_run import ComparisonPage, RunPlace, send_comparison
 from tests.tracking.test_wandb import merged, of_type, read_back
 
 REPOSITORY = Path(__file__).parents[2]
@@ -63,7 +62,7 @@ def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factor
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     # What is measured is not tested here; one step of each configuration is enough.
     for name, value in {"PAUSE_SECONDS": 0.0, "ROUNDS": 1, "WARM_UP": 1, "STEPS": 1}.items():
-        monkeypatch.setattr(operators, name, value)
+        monkeypatch.setattr(anatomies, name, value)
 
 
 def write_experiment(**changes: Any) -> Path:
@@ -463,12 +462,12 @@ def test_times_are_kept_for_what_they_depend_on(monkeypatch: pytest.MonkeyPatch)
     dlrm, _ = plain_arms()
     arms = arms_of([read_run(leave_run(dlrm, 1, Path("out"), 1.0))])
     measured = []
-    times = dict.fromkeys(operators.KINDS, 1.0)
-    monkeypatch.setattr(operators, "measure", lambda run: measured.append(run.name) or times)
+    times = dict.fromkeys(anatomies.KINDS, 1.0)
+    monkeypatch.setattr(anatomies, "measure", lambda run: measured.append(run.name) or times)
     for _ in range(2):
         assert breakdown(arms, Path("operators.json")) == ({"DLRM": times}, [])
     assert len(measured) == 1
-    monkeypatch.setattr(operators, "code_version", lambda: {"version": "9", "git_commit": None})
+    monkeypatch.setattr(anatomies, "code_version", lambda: {"version": "9", "git_commit": None})
     breakdown(arms, Path("operators.json"))
     assert len(measured) == 2
     monkeypatch.setattr(torch, "__version__", "9")
