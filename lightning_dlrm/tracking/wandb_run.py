@@ -240,11 +240,6 @@ class WandbExtras(pl.Callback):
             log.warning("W&B: the run does not refer to its dataset: %s", " ".join(str(error).split()))
 
 
-def default_entity() -> str:
-    """Return the default user or team of the API key."""
-    return wandb.Api().default_entity or ""
-
-
 def finish_wandb(succeeded: bool) -> None:
     """Finish the open run of this process, if there is one, with its exit state."""
     if wandb.run is not None:

@@ -43,6 +43,7 @@ from lightning_dlrm.tables import lookup
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
 from lightning_dlrm.tracking.wandb_run import ComparisonPage, RunPlace, send_comparison
+from tests.caches import new_cache
 from tests.tracking.test_wandb import merged, of_type, read_back
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ NETWORKS = {
 @pytest.fixture(autouse=True)
 def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "compare-cache"))
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path_factory.getbasetemp() / "compare-cache"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     # What is measured is not tested here; one step of each configuration is enough.
