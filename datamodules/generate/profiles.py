@@ -23,8 +23,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from datamodules.filesystems import failures_as_user_errors
-from datamodules.folder import Folder, load_schema
+from datamodules.folder import Folder, failures_as_user_errors, load_schema
 from datamodules.generate.draws import exp, log
 from datamodules.parquet import read_groups
 from lightning_dlrm.contracts.errors import UserError, require

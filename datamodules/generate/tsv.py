@@ -31,8 +31,7 @@ from tqdm import tqdm
 
 from datamodules.generate import demo
 from datamodules.generate.demo import AD, BLOCK_ROWS, VISITOR, Draw, Feature, PlantedModel
-from datamodules.generate.folder import checked_estimate
-from datamodules.generate.settings import SEED_RANGE, check_settings
+from datamodules.generate.folder import SEED_RANGE, check_settings, checked_estimate
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE
 

@@ -11,7 +11,7 @@ from typing import IO, Any, Literal, cast
 
 import pyarrow as pa
 
-from datamodules.filesystems import failures_as_user_errors, file_system, is_remote
+from datamodules.folder import failures_as_user_errors, file_system, is_remote
 from datamodules.preprocess.journal import fingerprint
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datamodules.filesystems import is_disk_full
+from datamodules.folder import is_disk_full
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 T = TypeVar("T")

@@ -16,8 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
+from datamodules.preprocess.inspection import REPORT_FILE
 from datamodules.preprocess.progress import bytes_below
-from datamodules.preprocess.target import REPORT_FILE
 from lightning_dlrm.bench.measurement import (
     DEFAULT,
     Implementation,

@@ -14,7 +14,7 @@ from lightning_dlrm.cli.settings import ModelAndData, build_model_and_data
 from lightning_dlrm.compare.runs import differing, settings_of, within
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
-from lightning_dlrm.models.accounting import ModelSize
+from lightning_dlrm.models.network import ModelSize
 
 _KEYS = {"arms": dict, "seeds": list, "compared": list, "kept": list, "settings": dict}
 

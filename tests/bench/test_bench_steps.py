@@ -29,7 +29,7 @@ from lightning_dlrm.bench.paper import OPERATORS
 from lightning_dlrm.bench.processes import Worker
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.kernels.choice import choose
-from lightning_dlrm.models.accounting import model_size
+from lightning_dlrm.models.network import model_size
 
 CPU = torch.device("cpu")
 DLRM = Workload(tables=(50, 3, 200), dense=5, width=8, bottom=(16, 8), top=(12,))
