@@ -124,9 +124,5 @@ def read_scores(folder: Path, labels_N: NDArray[np.int8]) -> Scores:
 
 def shared_labels(runs: Sequence[Run], split: Split) -> dict[str, NDArray[np.int8]]:
     """Return data fingerprint -> labels of a split; each dataset is read once."""
-    found: dict[str, NDArray[np.int8]] = {}
-    for run in runs:
-        fingerprint = run.final["data_fingerprint"]
-        if fingerprint not in found:
-            found[fingerprint] = read_labels(run, split)
-    return found
+    first_runs = {run.final["data_fingerprint"]: run for run in reversed(runs)}
+    return {fingerprint: read_labels(run, split) for fingerprint, run in first_runs.items()}

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,6 +42,7 @@ from lightning_dlrm.tables import lookup
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
 from lightning_dlrm.tracking.wandb_run import ComparisonPage, RunPlace, send_comparison
+from tests.caches import new_cache
 from tests.tracking.test_wandb import merged, of_type, read_back
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ NETWORKS = {
 @pytest.fixture(autouse=True)
 def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "compare-cache"))
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path_factory.getbasetemp() / "compare-cache"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     # What is measured is not tested here; one step of each configuration is enough.
@@ -549,23 +549,22 @@ def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPa
     labels = shared_labels(runs, "test")
     scores = {run.name: read_scores(Path("out/scores") / run.name, *labels.values()) for run in runs}
     comparison = compare(arms_of(runs), scores, title="t", split="test")
-    report = comparing._Report(comparison=comparison, page=ComparisonPage(figures={}, tables={}, files=[]))
+    findings = [pair.sentence for pair in comparison.pairs]
+    page = ComparisonPage(figures={}, tables={}, files=[], findings=findings)
     published = []
     monkeypatch.setattr(comparing, "choose_mode", lambda mode: ("online", ""))
     monkeypatch.setattr(comparing, "send_comparison", lambda page, output, place, *_: (f"https://w/{place.group}", ""))
     monkeypatch.setattr(comparing, "publish", lambda board: published.append(board) or {"report": "https://w/r"})
     settings = {"project": "p", "entity": "team", "mode": "auto", "group": "tiny-out"}
-    said = comparing._to_wandb(report, settings, Path("out"))
+    said = comparing._to_wandb(page, settings, Path("out"))
     assert said == "W&B comparison: https://w/tiny-out\nW&B report: https://w/r"
-    assert published == [
-        Dashboard(project="p", entity="team", group="tiny-out", findings=[pair.sentence for pair in comparison.pairs])
-    ]
+    assert published == [Dashboard(project="p", entity="team", group="tiny-out", findings=findings)]
 
     def refuse(board: Dashboard) -> None:
         raise UserError("no extra")
 
     monkeypatch.setattr(comparing, "publish", refuse)
-    said = comparing._to_wandb(report, settings, Path("out"))
+    said = comparing._to_wandb(page, settings, Path("out"))
     assert "no workspace and no report (no extra); later: python -m" in said
 
 
@@ -584,9 +583,9 @@ def test_a_server_that_refuses_the_page_is_told(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(comparing, "choose_mode", lambda mode: ("online", ""))
     monkeypatch.setattr(comparing, "publish", lambda board: pytest.fail("there is nothing there to publish"))
     Path("out").mkdir()
-    report: Any = SimpleNamespace(page=ComparisonPage(figures={}, tables={}, files=[]))
+    page = ComparisonPage(figures={}, tables={}, files=[])
     settings = {"project": "p", "entity": None, "mode": "auto", "group": "g"}
-    said = comparing._to_wandb(report, settings, Path("out"))
+    said = comparing._to_wandb(page, settings, Path("out"))
     assert said.startswith("W&B: offline (permission denied); send it with: wandb sync out/wandb/offline-run-*\n")
     assert started == ["online", "offline"] and wandb.run is None
 
