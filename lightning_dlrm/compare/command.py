@@ -23,7 +23,7 @@ from lightning_dlrm.compare.experiment import (
     read_experiment,
 )
 from lightning_dlrm.compare.figures import draw_all
-from lightning_dlrm.compare.processes import DevicePool, Job, run_jobs
+from lightning_dlrm.compare.processes import Job, device_environments, run_jobs
 from lightning_dlrm.compare.report import arms_table, closing_words, page_of, write_report
 from lightning_dlrm.compare.results import check_data, compare
 from lightning_dlrm.compare.runs import Arm, arms_of, by_data, read_run
@@ -150,7 +150,7 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
             shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
 
     print(f"{len(names)} runs, {len(names) - len(jobs)} of them finished before; their output: {output / 'logs'}")
-    run_jobs(jobs, DevicePool.choose(options.parallel, _gpus(arms)), scored)
+    run_jobs(jobs, device_environments(options.parallel, _gpus(arms)), scored)
     finished = [
         Arm(name=arm.name, runs=[read_run(output / "runs" / names[arm.name, seed]) for seed in experiment.seeds])
         for arm in arms
@@ -245,7 +245,7 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
 
     if jobs:
         print(f"scoring {len(jobs)} of {len(runs)} runs on their {options.split} split")
-        run_jobs(jobs, DevicePool.choose(options.parallel, []), scored)
+        run_jobs(jobs, device_environments(options.parallel, []), scored)
     title = " / ".join(
         f"{' / '.join(arm.name for arm in of_data)} on {data}" for data, of_data in by_data(arms).items()
     )

@@ -84,7 +84,14 @@ def _panels() -> dict[str, list[Any]]:
             _lines("mean norms of updated table rows", metric_regex=f"{names.ROW_NORM}/.*"),
             _lines("mean norms of their gradients", metric_regex=f"{names.ROW_GRADIENT_NORM}/.*"),
         ],
-        "speed": _speed_panels(),
+        "speed": [
+            _lines("speed", names.SAMPLES_PER_SECOND, title_y="samples/s"),
+            _lines("share of the time waiting for data", names.DATA_WAIT_SHARE, range_y=(0.0, None)),
+            _metric_lines("auc", x=_TIME),
+            _bars("time of training", names.TRAINING_SECONDS, "s"),
+            _bars("peak memory", names.PEAK_MEMORY, "bytes"),
+            _bars("peak GPU memory", names.PEAK_DEVICE_MEMORY, "bytes"),
+        ],
         "system": [
             _lines("processor", "system/cpu", x=_TIME, title_y="%"),
             _lines("memory of the process", "system/proc.memory.rssMB", x=_TIME, title_y="MB"),
@@ -116,26 +123,22 @@ def _comparison_panels() -> list[Any]:
 
 def _quality_panels() -> list[Any]:
     best_auc = wr.SummaryMetric(f"{names.VALIDATION}/auc.max")
-    area = {"x": "recall", "y": "precision", "class": "class"}
-    series = {"step": "step", "lineKey": "lineKey", "lineVal": "lineVal"}
-    flops = wr.Config(names.FLOPS_TRAINING)
     return [
         *(_metric_lines(metric) for metric in names.METRICS),
         _bars("best validation AUC", best_auc, "AUC"),
-        _curve(names.PRECISION_RECALL, "wandb/area-under-curve/v0", area),
-        _curve(names.CALIBRATION_CURVE, "wandb/lineseries/v0", series),
-        wr.ScatterPlot(title="best validation AUC against FLOPs per sample", x=flops, y=best_auc),
-    ]
-
-
-def _speed_panels() -> list[Any]:
-    return [
-        _lines("speed", names.SAMPLES_PER_SECOND, title_y="samples/s"),
-        _lines("share of the time waiting for data", names.DATA_WAIT_SHARE, range_y=(0.0, None)),
-        _metric_lines("auc", x=_TIME),
-        _bars("time of training", names.TRAINING_SECONDS, "s"),
-        _bars("peak memory", names.PEAK_MEMORY, "bytes"),
-        _bars("peak GPU memory", names.PEAK_DEVICE_MEMORY, "bytes"),
+        _curve(
+            names.PRECISION_RECALL,
+            "wandb/area-under-curve/v0",
+            {"x": "recall", "y": "precision", "class": "class"},
+        ),
+        _curve(
+            names.CALIBRATION_CURVE,
+            "wandb/lineseries/v0",
+            {"step": "step", "lineKey": "lineKey", "lineVal": "lineVal"},
+        ),
+        wr.ScatterPlot(
+            title="best validation AUC against FLOPs per sample", x=wr.Config(names.FLOPS_TRAINING), y=best_auc
+        ),
     ]
 
 

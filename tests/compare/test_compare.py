@@ -32,7 +32,7 @@ from lightning_dlrm.compare import processes, report
 from lightning_dlrm.compare.anatomy import anatomy, breakdown
 from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, plan_arms, read_experiment
 from lightning_dlrm.compare.figures import PAGE_WIDTH, draw_all
-from lightning_dlrm.compare.processes import DevicePool, Job, run_jobs, trained_samples
+from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, trained_samples
 from lightning_dlrm.compare.results import compare
 from lightning_dlrm.compare.runs import arms_of, data_differences, format_value, read_run, settings_of
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
@@ -609,7 +609,7 @@ def test_jobs_go_on_where_one_fails() -> None:
     done = []
     jobs = [job("bad", ["nosuch"]), job("good", ["--help"], ["--help"])]
     with pytest.raises(UserError, match=r"1 of 2 runs failed.*\n  bad ended with code 2: no command nosuch"):
-        run_jobs(jobs, DevicePool.choose(2, []), lambda finished: done.append(finished.name))
+        run_jobs(jobs, device_environments(2, []), lambda finished: done.append(finished.name))
     assert done == ["good"]
     assert Path("logs/good.log").read_text().count("usage:") == 2
 
@@ -623,7 +623,7 @@ def test_jobs_go_on_where_the_results_of_one_cannot_be_used() -> None:
             raise UserError("no validation")
 
     with pytest.raises(UserError, match=r"1 of 2 runs failed.*\n  bad left no usable results: no validation"):
-        run_jobs([job("bad", ["--help"]), job("good", ["--help"])], DevicePool.choose(1, []), look)
+        run_jobs([job("bad", ["--help"]), job("good", ["--help"])], device_environments(1, []), look)
     assert seen == ["bad", "good"]
 
 
@@ -632,18 +632,18 @@ def test_a_run_that_another_process_is_at_is_left_alone() -> None:
     with Path("logs/busy.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is working on busy"):
-            run_jobs([job("busy", ["--help"])], DevicePool.choose(1, []), lambda finished: None)
+            run_jobs([job("busy", ["--help"])], device_environments(1, []), lambda finished: None)
 
 
 def test_slots_share_out_gpus_or_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert DevicePool.choose(None, ["0", "3"]).environments == [
+    assert device_environments(None, ["0", "3"]) == [
         {"CUDA_VISIBLE_DEVICES": "0"},
         {"CUDA_VISIBLE_DEVICES": "3"},
     ]
-    assert DevicePool.choose(None, []).environments == [{}]
+    assert device_environments(None, []) == [{}]
     cores = len(os.sched_getaffinity(0))
-    assert DevicePool.choose(2, []).environments == [{"OMP_NUM_THREADS": str(max(1, cores // 2))}] * 2
+    assert device_environments(2, []) == [{"OMP_NUM_THREADS": str(max(1, cores // 2))}] * 2
 
 
 def test_samples_so_far_are_read_from_half_written_lines(tmp_path: Path) -> None:
