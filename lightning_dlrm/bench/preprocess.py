@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     return rows + beside
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Ours:
     """The command ``preprocess``; each run writes a new folder inside ``folder``."""
 
@@ -156,32 +156,22 @@ class _Ours:
     dataset: str
     protocol: str
     folder: Path
-    output: Path | None = None
-    """Output of the latest run."""
+
+    @property
+    def output(self) -> Path:
+        """Output of the latest run."""
+        return self.folder / "data"
 
     def __call__(self, footprint: Footprint | None = None) -> float:
         """Run, and return the seconds."""
-        if self.output is not None:
-            shutil.rmtree(self.folder)
-        self.folder.mkdir()
-        self.output = self.folder / "data"
+        _empty(self.folder)
         command = [sys.executable, "-m", "lightning_dlrm", "preprocess"]
         command += ["--dataset", self.dataset, "--protocol", self.protocol]
         command += ["--input", str(self.raw), "--output", str(self.output)]
         return run_process("lightning_dlrm preprocess", command, footprint)[0]
 
-    def schema(self) -> DatasetSchema:
-        """Return the schema of the latest run's dataset."""
-        assert self.output is not None
-        return DatasetSchema.load(self.output)
-
-    def output_bytes(self) -> int:
-        assert self.output is not None
-        return bytes_below(self.output)
-
     def stage_seconds(self) -> dict[str, float]:
         """Return the seconds of each stage from the latest run's report."""
-        assert self.output is not None
         report = json.loads((self.output / REPORT_FILE).read_text())
         return {stage["name"]: stage["seconds"] for stage in report["stages"]}
 
@@ -200,8 +190,7 @@ class _Script:
     def __call__(self, footprint: Footprint | None = None) -> float:
         """Run, and return the seconds that the program prints."""
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir()
+            _empty(self.folder)
         return float(run_process(self.name, self.command, footprint)[1])
 
 
@@ -221,7 +210,7 @@ def _measure(ours: _Ours, name: Implementation, other: _Script, args: argparse.N
         for who, contender in contenders.items():
             contender(footprints[who])
             bar.update()
-    schema = ours.schema()
+    schema = DatasetSchema.load(ours.output)
     rows = sum(split.rows for split in schema.splits.values())
     row = _row("ours", rows, seconds["ours"], footprints["ours"], args)
     row_of_other = _row(name, other.samples, seconds[name], footprints[name], args)
@@ -229,7 +218,7 @@ def _measure(ours: _Ours, name: Implementation, other: _Script, args: argparse.N
         f"speed_over_{name}": row.samples_per_s / row_of_other.samples_per_s,
         **row.extra,
         "peak_disk_bytes": float(footprints["ours"].peak_disk_bytes),
-        "output_bytes": float(ours.output_bytes()),
+        "output_bytes": float(bytes_below(ours.output)),
         "largest_table_rows": float(max(schema.features.table_rows)),
         **{f"{stage}_s": statistics.median(of_run[stage] for of_run in stages) for stage in _STAGES},
     }
@@ -262,6 +251,12 @@ def _measure_peer(raw: Path, folder: Path, args: argparse.Namespace) -> list[Mea
     command = peer_command(args, "data_utils", _PEER, str(few), str(beside / "train.txt"))
     peer = _Script(peer_name(args), command, samples=_lines(few), folder=beside)
     return _measure(ours, "peer", peer, args)
+
+
+def _empty(folder: Path) -> None:
+    """Make a folder, or empty it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
 
 
 def _lines(path: Path) -> int:

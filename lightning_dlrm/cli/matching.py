@@ -10,7 +10,7 @@ import yaml
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.models.accounting import ModelSize, model_size
+from lightning_dlrm.models.network import ModelSize, model_size
 
 COSTS: Mapping[str, Callable[[ModelSize], int]] = {
     "total": lambda size: size.total,

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_dlrm.sharding.balance import HostPlacement
 from lightning_dlrm.sharding.costs import RankCost, TableCost, TableLoad, imbalance
-from lightning_dlrm.sharding.offload import HostPlacement
 from lightning_dlrm.sharding.plan import Plan
 
 _RANKS_SHOWN = 16

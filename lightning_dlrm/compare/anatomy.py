@@ -77,14 +77,10 @@ def anatomy(run: Run) -> Anatomy:
 
 def merge_equal(anatomies: Mapping[str, Anatomy]) -> dict[str, Anatomy]:
     """Merge equal anatomies under the names of all of them."""
-    groups: list[tuple[list[str], Anatomy]] = []
+    groups: dict[str, list[str]] = {}
     for name, anatomy in anatomies.items():
-        alike = next((g for g in groups if (g[1].tables, g[1].dense) == (anatomy.tables, anatomy.dense)), None)
-        if alike is None:
-            groups.append(([name], anatomy))
-        else:
-            alike[0].append(name)
-    return {",\n".join(members): anatomy for members, anatomy in groups}
+        groups.setdefault(repr((sorted(anatomy.tables.items()), sorted(anatomy.dense.items()))), []).append(name)
+    return {",\n".join(members): anatomies[members[0]] for members in groups.values()}
 
 
 def _count(parameters: Any, dense: set[int]) -> int:
@@ -141,7 +137,7 @@ def _known(cache: Path) -> dict[str, dict[str, float]]:
 
 def _key(arm: Arm) -> str:
     """Return a key of everything that the times depend on."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    gpus = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
     machine = (platform.node(), platform.machine(), torch.backends.cpu.get_cpu_capability(), *gpus)
     code = (ROUNDS, WARM_UP, STEPS, code_version(), torch.__version__, torch.get_num_threads())
     described = json.dumps([arm.settings, arm["data_fingerprint"], machine, code], sort_keys=True)

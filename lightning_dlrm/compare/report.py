@@ -175,7 +175,10 @@ def page_of(
         ),
     }  # fmt: skip
     return ComparisonPage(
-        figures=figures, tables={name: table for name, table in tables.items() if table.rows}, files=files
+        figures=figures,
+        tables={name: table for name, table in tables.items() if table.rows},
+        files=files,
+        findings=[pair.sentence for pair in comparison.pairs],
     )
 
 

@@ -1,11 +1,9 @@
 """The result of a comparison, from which the report, its figures and the W&B page are made."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -196,9 +194,6 @@ class Comparison:
         ]
         return {"runs": runs, "pairs": pairs}
 
-    def write_json(self, path: Path) -> None:
-        path.write_text(json.dumps(self.document(), indent=1) + "\n")
-
 
 _STEADY = 1.5
 
@@ -241,12 +236,11 @@ def compare(
         raise UserError(f"{runs}: all of one configuration; give runs of at least two to compare")
     pairs = []
     for metric in METRICS:
-        parts: dict[str, list[Components]] = {}
-        for arm in arms:
-            of_arm = [scores[run.name] for run in arm.runs]
-            parts[arm.name] = [components(metric, score.probabilities, score.labels) for score in of_arm]
-        for a, b in combinations(arms, 2):
-            pairs.append(_pair(metric, a, b, parts))
+        parts = {
+            arm.name: [components(metric, scores[run.name].probabilities, scores[run.name].labels) for run in arm.runs]
+            for arm in arms
+        }
+        pairs += [_pair(metric, a, b, parts) for a, b in combinations(arms, 2)]
     return Comparison(title=title, split=split, arms=arms, scores=scores, pairs=pairs, warnings=list(warnings))
 
 

@@ -240,11 +240,6 @@ class WandbExtras(pl.Callback):
             log.warning("W&B: the run does not refer to its dataset: %s", " ".join(str(error).split()))
 
 
-def default_entity() -> str:
-    """Return the default user or team of the API key."""
-    return wandb.Api().default_entity or ""
-
-
 def finish_wandb(succeeded: bool) -> None:
     """Finish the open run of this process, if there is one, with its exit state."""
     if wandb.run is not None:
@@ -270,11 +265,13 @@ class ComparisonPage:
         figures: name in ``names.COMPARISON_FIGURES`` -> PNG files, each with its caption.
         tables: name in ``names.COMPARISON_TABLES`` -> table.
         files: files of an artifact, such as the report.
+        findings: sentences at the head of a dashboard's report.
     """
 
     figures: Mapping[str, Sequence[tuple[Path, str]]]
     tables: Mapping[str, Table]
     files: Sequence[Path]
+    findings: Sequence[str] = ()
 
 
 def send_comparison(
@@ -311,9 +308,10 @@ def _log(page: ComparisonPage, run: wandb.Run) -> None:
         names.comparison_figure(name): [wandb.Image(str(path), caption=caption) for path, caption in pictures]
         for name, pictures in page.figures.items()
     }
-    for name, table in page.tables.items():
-        rows = [list(row) for row in table.rows]
-        shown[names.comparison_table(name)] = wandb.Table(columns=list(table.columns), data=rows)
+    shown |= {
+        names.comparison_table(name): wandb.Table(columns=list(table.columns), data=list(map(list, table.rows)))
+        for name, table in page.tables.items()
+    }
     run.log(shown)
     report = wandb.Artifact(f"comparison-{run.id}", "report")
     for path in page.files:
