@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lightning_dlrm.contracts.documents import is_inner_path, parse_json
 from lightning_dlrm.contracts.errors import UserError, require
 
 FORMAT_VERSION = 1
@@ -64,6 +65,9 @@ class DataFile:
     bytes: int
     row_groups: tuple[int, ...] = ()
     """Rows of each Parquet row group, in order."""
+
+    def __post_init__(self) -> None:
+        require(is_inner_path(self.path), f"the path {self.path!r} leads out of its folder")
 
     @property
     def rows(self) -> int:
@@ -242,46 +246,27 @@ class DatasetSchema:
         Raises:
             UserError: the content is not a schema of this version, or it was altered after it was written.
         """
-        try:
-            document = json.loads(text)
-            version = document.pop("format_version")
-            require(
-                version == FORMAT_VERSION,
-                f"{where} has format version {version}; this release reads {FORMAT_VERSION}: "
-                "preprocess the data again, or use the release that wrote it",
-            )
-            fingerprints = document.pop("fingerprints")
-            schema = cls._from_document(document)
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{where} is not a dataset schema ({type(error).__name__}: {error}); "
-                "restore it or preprocess the data again"
-            ) from error
+        advice = "restore it or preprocess the data again"
+        stored = parse_json(text, _Stored, where, advice)
         require(
-            fingerprints == {"encoding": schema.encoding_fingerprint, "data": schema.data_fingerprint},
+            stored.format_version == FORMAT_VERSION,
+            f"{where} has format version {stored.format_version}; this release reads {FORMAT_VERSION}: "
+            "preprocess the data again, or use the release that wrote it",
+        )
+        schema = parse_json(text, cls, where, advice)
+        require(
+            stored.fingerprints == {"encoding": schema.encoding_fingerprint, "data": schema.data_fingerprint},
             f"{where} was altered after it was written (fingerprints differ); restore it or preprocess again",
         )
         return schema
 
-    @classmethod
-    def _from_document(cls, document: dict[str, Any]) -> "DatasetSchema":
-        def data_file(entry: dict[str, Any]) -> DataFile:
-            return DataFile(**{**entry, "row_groups": tuple(entry["row_groups"])})
 
-        def split(entry: dict[str, Any]) -> Split:
-            return Split(**{**entry, "files": tuple(data_file(file) for file in entry["files"])})
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What ``dataset.json`` holds beside the schema's own fields."""
 
-        return cls(
-            **{
-                **document,
-                "columns": tuple(Column(**column) for column in document["columns"]),
-                "splits": {name: split(entry) for name, entry in document["splits"].items()},
-                "vocabulary": {name: data_file(entry) for name, entry in document["vocabulary"].items()},
-                "optimum": {name: Optimum(**entry) for name, entry in document["optimum"].items()},
-            }
-        )
+    format_version: int
+    fingerprints: Mapping[str, str]
 
 
 def file_sha256(path: Path) -> str:

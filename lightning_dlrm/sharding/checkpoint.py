@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_dlrm.contracts.documents import is_inner_path, read_json
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import file_sha256
 from lightning_dlrm.sharding.collectives import Ranks
@@ -60,6 +61,9 @@ class PieceFile:
     bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        require(is_inner_path(self.file), f"the file {self.file!r} leads out of its folder")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TableEntry:
@@ -68,6 +72,9 @@ class TableEntry:
     shapes: Mapping[str, tuple[int, ...]]
     """Global shape of ``weight`` and of each tensor of optimizer state."""
     pieces: tuple[PieceFile, ...]
+
+    def __post_init__(self) -> None:
+        require(self.shapes.get("weight"), "a table has no shape of its weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +85,15 @@ class Manifest:
     """JSON values about the run: model, fingerprints, step, epoch."""
     tables: Mapping[str, TableEntry]
     rest: PieceFile
+
+    def __post_init__(self) -> None:
+        for name in self.tables:
+            require(is_inner_path(name), f"the name of the table {name!r} leads out of the checkpoint's folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Version:
+    format_version: int
 
 
 def save_checkpoint(
@@ -251,17 +267,20 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = resolve_checkpoint(folder)
         self._checked: set[str] = set()
-        try:
-            document = json.loads((self.folder / MANIFEST).read_text())
-            version = document.pop("format_version")
-            require(
-                version == FORMAT_VERSION,
-                f"checkpoint {self.folder} has format version {version}; this release reads {FORMAT_VERSION}: "
-                "use the release that wrote it",
-            )
-            self.manifest = _parse_manifest(document)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{self.folder / MANIFEST} is damaged ({error!r}); use another checkpoint") from error
+        path = self.folder / MANIFEST
+        version = read_json(path, _Version, "use another checkpoint").format_version
+        require(
+            version == FORMAT_VERSION,
+            f"checkpoint {self.folder} has format version {version}; this release reads {FORMAT_VERSION}: "
+            "use the release that wrote it",
+        )
+        self.manifest = read_json(path, Manifest, "use another checkpoint")
+        outside = [
+            f.file for f in self._files() if not (self.folder / f.file).resolve().is_relative_to(self.folder.resolve())
+        ]
+        require(
+            not outside, f"checkpoint {self.folder} has links out of its folder: {', '.join(outside)}; copy its files"
+        )
         missing = [f.file for f in self._files() if not (self.folder / f.file).is_file()]
         require(not missing, f"checkpoint {self.folder} lacks {', '.join(missing)}; use another checkpoint")
         for part in self._files():
@@ -355,20 +374,6 @@ def _check_tiling(folder: Path, name: str, entry: TableEntry) -> None:
     require(
         row == rows and sum(part.stop - part.start for part in entry.pieces) == rows,
         f"checkpoint {folder}: the pieces of table {name} do not cover its {rows} rows; use another checkpoint",
-    )
-
-
-def _parse_manifest(document: Mapping[str, Any]) -> Manifest:
-    return Manifest(
-        header=document["header"],
-        tables={
-            name: TableEntry(
-                shapes={slot: tuple(shape) for slot, shape in entry["shapes"].items()},
-                pieces=tuple(PieceFile(**part) for part in entry["pieces"]),
-            )
-            for name, entry in document["tables"].items()
-        },
-        rest=PieceFile(**document["rest"]),
     )
 
 
