@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_dlrm.cli.settings import build_model_and_data
+from lightning_dlrm.cli.parser import build_model_and_data
 from lightning_dlrm.compare.runs import Run
 from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.sharding.balance import make_plan

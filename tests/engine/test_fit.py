@@ -15,9 +15,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from lightning_dlrm.cli.report import final_report
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
-from lightning_dlrm.engine.metrics_logger import MetricsLogger
+from lightning_dlrm.engine.metrics_logger import EvaluationWriter, MetricsLogger
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.engine.result_files import EvaluationWriter
 from lightning_dlrm.engine.stopping import FinalValidation
 from lightning_dlrm.objectives.metrics import click_metrics
 from lightning_dlrm.optim.optimizer import CTROptimizer
