@@ -1,8 +1,9 @@
-"""A dataset folder on this machine or behind a URL: its schema, and its files by size and checksum.
+"""A dataset folder on this machine or behind a URL: its file system, its schema, and its files by size and checksum.
 
 ``lightning_dlrm.contracts.schema`` defines what a dataset folder holds. Nothing here imports torch.
 """
 
+import errno
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from datamodules.filesystems import failures_as_user_errors, file_system, is_remote
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DataFile, DatasetSchema
 
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
@@ -26,6 +28,80 @@ REMEDY = "restore the file, or make the dataset again"
 
 _CHECKSUM_BYTES = 1 << 20  # read at a time
 _SIZES_AT_ONCE = 16  # requests in flight: a remote file system takes a while to answer each
+
+
+def is_remote(place: str) -> bool:
+    """Return whether a place is a URL rather than a path."""
+    return "://" in place
+
+
+def file_system(address: str) -> "tuple[AbstractFileSystem, str]":
+    """Return the fsspec file system of a URL, and the path in it.
+
+    Raises:
+        UserError: fsspec does not know the file system, or its package is not installed.
+    """
+    # Imported here: most data are on this machine, and workers start faster without it.
+    import fsspec
+
+    kind = address.partition("://")[0]
+    try:
+        system, path = fsspec.core.url_to_fs(address)
+    except ImportError as error:
+        raise UserError(f"{address} needs a package that is not installed: {one_line(error)}") from error
+    except ValueError as error:
+        if kind in fsspec.available_protocols():
+            raise _failure(address, "is not a valid URL", error, "correct the URL") from error
+        raise UserError(
+            f"{address}: fsspec does not know the protocol {kind}://; give a path, or a URL such as s3://, gs://, "
+            "hf:// or https://"
+        ) from error
+    except Exception as error:
+        raise _failure(
+            address, "cannot be reached", error, "check the URL, the network and your credentials"
+        ) from error
+    return system, path
+
+
+@contextmanager
+def failures_as_user_errors(
+    place: str,
+    what: str = "cannot be read",
+    remedy: str = "check the path and your access to it",
+    *,
+    passing: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
+    """Turn failures of a file system, each of which has exceptions of its own, into a UserError that names the place.
+
+    The exceptions of a full disk pass unchanged.
+
+    Args:
+        place: a path or a URL.
+        what: what happened to the place.
+        remedy: what the user can do.
+        passing: further exceptions that pass unchanged.
+
+    Raises:
+        UserError: no permission, no network, no such bucket, a folder in place of a file, ...
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (UserError, *passing)) or is_disk_full(error):
+            raise
+        raise _failure(place, what, error, remedy) from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error, of Python or of pyarrow, means that a disk or a quota is full."""
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or f"[errno {errno.ENOSPC}]" in str(error).lower()
+
+
+def _failure(place: str, what: str, error: Exception, remedy: str) -> UserError:
+    words = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+    return UserError(f"{place} {what} ({type(error).__name__}: {words}); {remedy}")
 
 
 class Folder:
@@ -220,16 +296,21 @@ def verify(folder: str | Path | Folder, schema: DatasetSchema, progress: bool = 
     where = Folder(folder)
     files = (*schema.vocabulary.values(), *part_files(schema))
     check_sizes(where, files)
-    total = sum(file.bytes for file in files)
-    with tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, disable=None if progress else True) as bar:
+    with tqdm(
+        total=sum(file.bytes for file in files),
+        desc="Verifying",
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,
+    ) as bar:
         for file in files:
             checksum = hashlib.sha256()
             with where.open(file.path) as stored:
                 while piece := stored.read(_CHECKSUM_BYTES):
                     checksum.update(piece)
                     bar.update(len(piece))
-            if checksum.hexdigest() != file.sha256:
-                raise UserError(
-                    f"{where / file.path} is altered: its sha256 is {checksum.hexdigest()[:12]}..., its dataset.json "
-                    f"says {file.sha256[:12]}...; {REMEDY}"
-                )
+            require(
+                checksum.hexdigest() == file.sha256,
+                f"{where / file.path} is altered: its sha256 is {checksum.hexdigest()[:12]}..., its dataset.json "
+                f"says {file.sha256[:12]}...; {REMEDY}",
+            )

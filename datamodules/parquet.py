@@ -54,11 +54,11 @@ def open_part(
             raise UserError(f"{path}: column {column.name} {state}, expected {ARROW_TYPES[column.role]}; {REMEDY}")
     metadata = part.metadata
     groups = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
-    if groups != file.row_groups:
-        raise UserError(
-            f"{path} is altered: it has {sum(groups)} rows in {len(groups)} row groups, its dataset.json says "
-            f"{file.rows} in {len(file.row_groups)} (or splits them differently); {REMEDY}"
-        )
+    require(
+        groups == file.row_groups,
+        f"{path} is altered: it has {sum(groups)} rows in {len(groups)} row groups, its dataset.json says "
+        f"{file.rows} in {len(file.row_groups)} (or splits them differently); {REMEDY}",
+    )
     _check_ids(path, schema, metadata)
     return part
 
@@ -144,11 +144,11 @@ def read_group(
             f"{path} is altered: row group {group} cannot be decoded ({one_line(error)}); {REMEDY}"
         ) from error
     for column in columns:
-        if column.role in _REMEDY_OF_NULLS and (nulls := _nulls(table.column(column.name))):
-            remedy = _REMEDY_OF_NULLS[column.role]
-            raise UserError(f"{path}, row group {group}, column {column.name} has nulls ({nulls:,}); {remedy}")
+        place, values = f"{path}, row group {group}, column {column.name}", table.column(column.name)
+        if remedy := _REMEDY_OF_NULLS.get(column.role):
+            require(not _nulls(values), f"{place} has nulls ({_nulls(values):,}); {remedy}")
         if column.role == "label":
-            check_labels(f"{path}, row group {group}, column {column.name}", table.column(column.name))
+            check_labels(place, values)
     return table
 
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -145,7 +146,7 @@ class DatasetWriter:
         """Remove working folders of processes that were killed on this machine."""
         for leftover in self.folder.parent.glob(f"{self._prefix}*"):
             process = leftover.name.removeprefix(self._prefix)
-            if process.isdigit() and (int(process) == os.getpid() or not _is_running(int(process))):
+            if process.isdigit() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -290,13 +291,3 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -44,6 +44,10 @@ class RankProcess:
     def kill(self) -> None:
         self._process.kill()
 
+    def said(self) -> str:
+        """What it has printed so far."""
+        return self._output.read_text()
+
     def communicate(self, timeout: float) -> tuple[str, None]:
         """What it printed, once it has ended."""
         self._process.join(timeout)

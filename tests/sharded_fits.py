@@ -35,7 +35,7 @@ from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
 from tests.ranks import environment
 from tests.toy import TABLES, toy_dcn, toy_dlrm, toy_module, toy_schema, wide_dlrm
 
-STEPS = 50
+STEPS = 20
 GLOBAL_BATCH = 24
 RULES: dict[str, Any] = {
     "sgd": lambda: SGD(0.5),
@@ -164,14 +164,13 @@ WIDE_RESUMED = replace(WIDE_HALF, name="wide_resumed", steps=STEPS, resume_from=
 
 
 DROPOUT = (
-    Fit(name="dropout", rule="sgd", plan="auto", network="dropout", steps=20),
-    Fit(name="dropout_half", rule="sgd", plan="auto", network="dropout", steps=10),
+    Fit(name="dropout", rule="sgd", plan="auto", network="dropout"),
+    Fit(name="dropout_half", rule="sgd", plan="auto", network="dropout", steps=STEPS // 2),
     Fit(
         name="dropout_resumed",
         rule="sgd",
         plan="auto",
         network="dropout",
-        steps=20,
         resume_from="dropout_half/checkpoints/last",
     ),
 )

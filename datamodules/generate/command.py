@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from datamodules.generate import fit
 from datamodules.generate.demo import DemoSettings, generate_demo
 from datamodules.generate.profiles import LEAST_ACCESSES, Profile, TraceSource, save_profiles
 from datamodules.generate.random import PRESETS, Law, RandomSettings, generate_random
-from datamodules.generate.trace import TraceSettings, generate_trace
+from datamodules.generate.trace import TraceSettings, check_plot, generate_trace, measure_fit, plot_fits, render_fits
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import require
@@ -296,7 +295,7 @@ def _run_trace(args: argparse.Namespace) -> int:
         f"{args.profile} exists; name a new file, or leave --from out to generate from it",
     )
     if args.plot is not None:
-        fit.check_plot(args.plot)
+        check_plot(args.plot)
     if args.output is not None:
         DatasetWriter(args.output, ())
     for file in filter(None, (args.plot, args.profile if saves else None)):
@@ -329,7 +328,7 @@ def _run_trace(args: argparse.Namespace) -> int:
 
 def _report_fit(originals: list[Profile], folder: Path, plot: Path | None) -> None:
     generated = TraceSource(folder).profiles()
-    print(fit.render([fit.measure(*pair) for pair in zip(originals, generated, strict=True)]))
+    print(render_fits([measure_fit(*pair) for pair in zip(originals, generated, strict=True)]))
     for original, copy in zip(originals, generated, strict=True):
         if copy.accesses > original.accesses and original.distinct < original.rows:
             print(
@@ -338,7 +337,7 @@ def _report_fit(originals: list[Profile], folder: Path, plot: Path | None) -> No
                 f"there are {copy.distinct:,} after {copy.accesses:,}"
             )
     if plot is not None:
-        fit.plot(originals, generated, plot)
+        plot_fits(originals, generated, plot)
         print(f"the fit is drawn in {plot}")
 
 
@@ -365,10 +364,9 @@ def _run_tsv(args: argparse.Namespace) -> int:
     for path, size in zip(args.output, sizes, strict=True):
         print(f"{path}: {size / 1e6:,.1f} MB")
     print(f"{settings.rows:,} rows after {seconds:.1f} s ({settings.rows / seconds:,.0f} rows/s)")
-    words = " ".join(str(path) for path in args.output)
     print(
         f"preprocess them: python -m lightning_dlrm preprocess --dataset {args.dataset} --protocol dlrm "
-        f"--input {words} --output DIR"
+        f"--input {' '.join(map(str, args.output))} --output DIR"
     )
     return 0
 

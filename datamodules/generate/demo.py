@@ -36,8 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.generate.draws import stream
-from datamodules.generate.folder import cache_folder, make_once
-from datamodules.generate.settings import SEED_RANGE, check_settings, rows_of_splits
+from datamodules.generate.folder import SEED_RANGE, cache_folder, check_settings, make_once, rows_of_splits
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.schema import (
     CRITEO_CATEGORICAL,

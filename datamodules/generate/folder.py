@@ -1,4 +1,5 @@
-"""Generated datasets as folders: made once, whole or not at all, also by several processes at the same time."""
+"""What all generated data have in common: checked settings, and folders that are made once, whole or not at all, also
+by several processes at the same time."""
 
 import hashlib
 import json
@@ -11,14 +12,40 @@ from typing import Any
 
 from tqdm import tqdm
 
-from datamodules.preprocess.estimate import format_duration, format_size
+from datamodules.preprocess.progress import format_duration, format_size
 from datamodules.writer import DatasetWriter, Values
 from lightning_dlrm.contracts.cache import cache_root
 from lightning_dlrm.contracts.errors import UserError, one_line, require
-from lightning_dlrm.contracts.schema import SCHEMA_FILE, Column, DatasetSchema
+from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, Column, DatasetSchema, SplitName
+
+SEED_RANGE = "a number from 0 to 2**64 - 1"
 
 Write = Callable[[DatasetWriter, "tqdm[Any]"], dict[str, Any]]
 """Writes all rows and updates the progress bar; returns further fields of the schema, such as ``optimum``."""
+
+
+def rows_of_splits(settings: object) -> dict[SplitName, int]:
+    """Return the rows of each split that has any, from settings such as ``train_rows``.
+
+    A function, because a configuration names the class of settings that inherit from another class.
+    """
+    return {split: rows for split in SPLITS if (rows := getattr(settings, f"{split}_rows"))}
+
+
+def check_settings(kind: str, settings: object, checks: Mapping[str, tuple[bool, str]]) -> None:
+    """Check settings one by one.
+
+    Args:
+        kind: of data, the beginning of the message.
+        settings: has an attribute for each check.
+        checks: for each setting whether it is valid, and what is expected. (A comparison with NaN is False: write
+            checks so that they hold for valid values.)
+
+    Raises:
+        UserError: a setting is not valid.
+    """
+    for name, (valid, expected) in checks.items():
+        require(valid, f"{kind}: {name} is {getattr(settings, name)!r}; give {expected}")
 
 
 def cache_folder(kind: str, key: Any) -> Path:
@@ -62,13 +89,12 @@ def make_once(planned: DatasetSchema, folder: Path, write: Write, progress: bool
                 disable=None if progress else True,
             ) as bar,
         ):
-            further = write(writer, bar)
             return writer.finish(
                 dataset=planned.dataset,
                 protocol=planned.protocol,
                 settings=planned.settings,
                 indices=planned.indices,
-                **further,
+                **write(writer, bar),
             )
     except (UserError, OSError) as error:
         # Another process may have finished the same folder first; its rows are these rows.

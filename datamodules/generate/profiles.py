@@ -23,10 +23,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from datamodules.filesystems import failures_as_user_errors
-from datamodules.folder import Folder, load_schema
+from datamodules.folder import Folder, failures_as_user_errors, load_schema
 from datamodules.generate.draws import exp, log
 from datamodules.parquet import read_groups
+from datamodules.preprocess.journal import written_aside
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SplitName
 
@@ -219,9 +219,11 @@ class TraceSource:
             tables = {name: profile.rows for name, profile in self._saved.items()}
         else:
             self.schema = load_schema(self.path)
-            if not self.schema.splits.get(split) or not self.schema.splits[split].rows:
-                has = ", ".join(self.schema.splits) or "none"
-                raise UserError(f"{self.path} has no rows in its {split} split; it has {has}: choose another split")
+            require(
+                split in self.schema.splits and self.schema.splits[split].rows,
+                f"{self.path} has no rows in its {split} split; it has {', '.join(self.schema.splits) or 'none'}: "
+                "choose another split",
+            )
             self.identity = f"data {self.schema.data_fingerprint} {split}"
             tables = dict(self.schema.features.tables)
         require(tables, f"{self.path} has no categorical or multi-hot columns, so there are no accesses to profile")
@@ -262,11 +264,11 @@ class TraceSource:
                 for ids, count in self._accesses(name):
                     profiler.add(ids)
                     bar.update(count)
-                if profiler.accesses < LEAST_ACCESSES:
-                    raise UserError(
-                        f"column {name} of {self.path} has {profiler.accesses:,} accesses in its {self.split} split; "
-                        f"a profile needs at least {LEAST_ACCESSES:,}: choose other columns or more data"
-                    )
+                require(
+                    profiler.accesses >= LEAST_ACCESSES,
+                    f"column {name} of {self.path} has {profiler.accesses:,} accesses in its {self.split} split; "
+                    f"a profile needs at least {LEAST_ACCESSES:,}: choose other columns or more data",
+                )
                 profiles.append(profiler.profile())
         return profiles
 
@@ -276,17 +278,15 @@ class TraceSource:
         for file in self.schema.splits[self.split].files:
             for table in read_groups(self.path, self.schema, file, chosen):
                 column = table.column(name)
-                ids = pc.list_flatten(column) if pa.types.is_list(column.type) else column
-                yield ids.to_numpy(), len(column)
+                yield (pc.list_flatten(column) if pa.types.is_list(column.type) else column).to_numpy(), len(column)
 
 
 def save_profiles(profiles: Sequence[Profile], path: Path) -> None:
     """Write profiles to a JSON file, whole or not at all."""
     document = {"trace_profiles": PROFILE_VERSION, "columns": [profile.as_json() for profile in profiles]}
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(document) + "\n")
-        partial.replace(path)
+        with written_aside(path) as partial:
+            partial.write_text(json.dumps(document) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose a file that you may write") from error
 

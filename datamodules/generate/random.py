@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from datamodules.generate.demo import KAGGLE_CARDINALITIES
 from datamodules.generate.draws import Gaussian, Uniform, Zipf, halves, integers, normal_quantile, stream, uniforms
-from datamodules.generate.folder import cache_folder, make_once
-from datamodules.generate.settings import SEED_RANGE, check_settings, rows_of_splits
-from datamodules.preprocess.multi_hot import MLPERF_SIZES
+from datamodules.generate.folder import SEED_RANGE, cache_folder, check_settings, make_once, rows_of_splits
+from datamodules.preprocess.options import MLPERF_SIZES
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import (
@@ -146,8 +145,12 @@ class RandomSettings:
             UserError: there is no such preset, or something was given that has no effect or is out of range.
         """
         require(preset is None or preset in PRESETS, f"random data: preset {preset!r} is none of {', '.join(PRESETS)}")
-        chosen = PRESETS[preset] if preset else {}
-        settings = cls(**{**chosen, **{name: value for name, value in given.items() if value is not None}})
+        settings = cls(
+            **{
+                **(PRESETS[preset] if preset else {}),
+                **{name: value for name, value in given.items() if value is not None},
+            }
+        )
         for name, law in (("exponent", "zipf"), ("mean", "gaussian"), ("deviation", "gaussian")):
             require(
                 given.get(name) is None or settings.law == law,
@@ -188,9 +191,10 @@ class RandomRows:
             [N] and int64 offsets [rows + 1], their weights of float32 weights [N] and the same offsets.
         """
         place = SPLITS.index(split), number
-        columns: dict[str, Any] = {"label": label_block(self.settings.click_rate, self.settings.seed, *place, rows)}
-        for i in range(self.settings.dense):
-            columns[f"I{i + 1}"] = dense_block(self.settings.seed, i, *place, rows)
+        columns: dict[str, Any] = {
+            "label": label_block(self.settings.click_rate, self.settings.seed, *place, rows),
+            **{f"I{i + 1}": dense_block(self.settings.seed, i, *place, rows) for i in range(self.settings.dense)},
+        }
         for table in range(len(self.settings.tables)):
             columns |= self._table_block(table, *place, rows)
         return columns
@@ -231,7 +235,6 @@ def dense_block(seed: int, column: int, split: int, number: int, rows: int) -> N
 
 def random_schema(settings: RandomSettings) -> DatasetSchema:
     """Return the schema of random data without generating them: without files and positives."""
-    kept = dataclasses.asdict(settings)
     return DatasetSchema(
         dataset="random",
         protocol="random",
@@ -241,7 +244,7 @@ def random_schema(settings: RandomSettings) -> DatasetSchema:
             "generator_version": GENERATOR_VERSION,
             **{
                 name: list(value) if isinstance(value, tuple) else value
-                for name, value in kept.items()
+                for name, value in dataclasses.asdict(settings).items()
                 if name not in ("train_rows", "validation_rows", "test_rows")
             },
         },

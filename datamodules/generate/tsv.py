@@ -14,11 +14,10 @@ does not matter over how many files they are spread.
 
 import dataclasses
 import gzip
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,8 +30,8 @@ from tqdm import tqdm
 
 from datamodules.generate import demo
 from datamodules.generate.demo import AD, BLOCK_ROWS, VISITOR, Draw, Feature, PlantedModel
-from datamodules.generate.folder import checked_estimate
-from datamodules.generate.settings import SEED_RANGE, check_settings
+from datamodules.generate.folder import SEED_RANGE, check_settings, checked_estimate
+from datamodules.preprocess.journal import written_aside
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE
 
@@ -231,10 +230,9 @@ def planted_model(settings: TsvSettings) -> PlantedModel:
 def _text_blocks(settings: TsvSettings) -> Iterator[tuple[bytes, NDArray[np.int64]]]:
     """Yield the rows as text, BLOCK_ROWS at a time, with 0 and the position after each line."""
     model = planted_model(settings)
-    signed = _SHAPES[settings.dataset].signed
     for start in range(0, settings.rows, BLOCK_ROWS):
-        rows = min(BLOCK_ROWS, settings.rows - start)
-        yield _text(model.draw("train", start // BLOCK_ROWS, rows), model.features, signed)
+        drawn = model.draw("train", start // BLOCK_ROWS, min(BLOCK_ROWS, settings.rows - start))
+        yield _text(drawn, model.features, _SHAPES[settings.dataset].signed)
 
 
 _HASH_DIGITS = 8
@@ -291,8 +289,8 @@ def _integer_words(signed: bool) -> tuple[NDArray[np.void], NDArray[np.int64]]:
     if signed:
         numbers[[100, 1_000]] = -2, -3
     texts = [b"\t", *(f"{number}\t".encode() for number in numbers.tolist())]
-    filled = b"".join(text.ljust(_WORD, b"\t") for text in texts)
-    return np.frombuffer(filled, f"V{_WORD}"), np.array([len(text) for text in texts])
+    words = np.frombuffer(b"".join(text.ljust(_WORD, b"\t") for text in texts), f"V{_WORD}")
+    return words, np.array([len(text) for text in texts])
 
 
 @cache
@@ -303,8 +301,8 @@ def _hexadecimal_pairs() -> NDArray[np.uint32]:
 
 def _hexadecimal(hashes: NDArray[np.uint32]) -> NDArray[np.void]:
     """Return the 8 digits of each hash as a word."""
-    halves = hashes.astype(">u4").view(">u2")  # the high one first on any machine
-    return _hexadecimal_pairs()[halves].view(f"V{_WORD}")
+    # The high half comes first on any machine.
+    return _hexadecimal_pairs()[hashes.astype(">u4").view(">u2")].view(f"V{_WORD}")
 
 
 def _hashes(ids: NDArray[np.int32], column: int) -> NDArray[np.uint32]:
@@ -340,10 +338,9 @@ def _whole_file(path: Path) -> Iterator[Callable[[bytes], Any]]:
     Raises:
         UserError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with written_aside(path) as partial, partial.open("wb") as file:
             if path.suffix == ".gz":
                 # Neither name nor time, so that equal text makes equal files.
                 with gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as compressed:
@@ -353,11 +350,7 @@ def _whole_file(path: Path) -> Iterator[Callable[[bytes], Any]]:
                     yield compressed.write
             else:
                 yield file.write
-        partial.replace(path)
     except OSError as error:
         raise UserError(
             f"cannot write {path} ({error.strerror or error}); free some disk, or choose another place"
         ) from error
-    finally:
-        with suppress(OSError):  # not there
-            partial.unlink()

@@ -8,17 +8,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from datamodules.folder import Folder, check_sizes, load_schema, part_files, verify
-from datamodules.preprocess.figure import check_figure, draw
-from datamodules.preprocess.inspection import render, summary
+from datamodules.preprocess.inspection import render, render_report, summary
 from datamodules.preprocess.leakage import equal_rows
-from datamodules.preprocess.multi_hot import DISTRIBUTIONS
-from datamodules.preprocess.options import OnBadRow
+from datamodules.preprocess.options import DISTRIBUTIONS, OnBadRow
 from datamodules.preprocess.pipeline import order_warning, preprocess
 from datamodules.preprocess.progress import Progress
-from datamodules.preprocess.protocols import PROTOCOLS
-from datamodules.preprocess.report import render_report
-from datamodules.preprocess.skew import all_skews
-from datamodules.preprocess.splits import DATASETS
+from datamodules.preprocess.protocols import DATASETS, PROTOCOLS
+from datamodules.preprocess.skew import all_skews, check_figure, draw
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 
 _PREPROCESS_DESCRIPTION = """\

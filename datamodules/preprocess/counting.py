@@ -4,8 +4,11 @@ segment's distinct values.
 Distinct values are counted and looked up, not rows: 138,000 skewed rows of a column have 7,000 distinct values on
 average. A worker holds the distinct values between two bounds; the others are on disk. All vocabularies together are
 never in memory.
+
+The alternative is to look a column's values up in the vocabulary of another dataset.
 """
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, islice, pairwise
 from operator import itemgetter
@@ -14,13 +17,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from datamodules.preprocess.encoding import Encoding, IdsWriter, distinct_values, read_items, scratch_folder
+from datamodules.folder import Folder
+from datamodules.preprocess.encoding import Encoding, distinct_values, read_items, scratch_folder, write_ids
 from datamodules.preprocess.journal import record, recorded, written_aside
 from datamodules.preprocess.protocols import Table, by_frequency
-from datamodules.preprocess.segments import OpenSegment, Segment, load_segments, rows_of
-from lightning_dlrm.contracts.schema import SPLITS, SplitName
+from datamodules.preprocess.staging import OpenSegment, Segment, load_segments, rows_of
+from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema, SplitName
 
 _VALUES_AT_ONCE = 1 << 22  # of a column's distinct values in all segments: 200 MB while they are sorted
 _IDS_AT_ONCE = 1 << 20  # a row group of a vocabulary
@@ -57,7 +62,7 @@ def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
         _write_vocabulary(
             encoding.vocabulary(table), spread, first_id, kept, reserved, missing_rows, rare_rows, modulus
         )
-        _write_ids(encoding, table, spread, reserved.get("missing", 0), modulus)
+        write_ids(encoding, table, reserved.get("missing", 0), _ids_of_segments(encoding, table, spread, modulus))
     facts = {
         "cardinality": modulus or rows,
         "distinct": kept + rare_values,
@@ -77,7 +82,7 @@ class _ValueRanges:
     """Arrays of a column by ranges of value: the distinct values of every segment, and what is computed from them.
 
     The ``entries`` of a range are in the order of the segments; ``inverse`` and ``ids`` have one item for each entry.
-    A single range is kept in memory, several are files.
+    Each array is a file.
     """
 
     def __init__(self, scratch: Path, bounds: np.ndarray):
@@ -85,38 +90,22 @@ class _ValueRanges:
         self.parts = len(bounds) + 1
         self.lengths: list[int] = []
         """Entries of each segment."""
-        self._held: dict[str, np.ndarray] = {}
 
-    def add(self, part: int, entries: np.ndarray) -> None:
-        """Append ``entries`` to a range."""
-        if self.parts == 1:
-            self._held["entries"] = np.concatenate([self._held.get("entries", entries[:0]), entries])
-            return
+    def add(self, part: int, name: str, items: np.ndarray) -> None:
+        """Append items to an array of a range."""
         # Opened anew: of Terabyte's large columns there are hundreds, and the threads of a Dask worker share
         # what a process may have open.
-        with self._place(part, "entries").open("ab") as file:
-            entries.tofile(file)
-
-    def put(self, part: int, name: str, items: np.ndarray) -> None:
-        """Keep an array of a range."""
-        if self.parts == 1:
-            self._held[name] = items
-        else:
-            items.tofile(self._place(part, name))
+        with self._place(part, name).open("ab") as file:
+            items.tofile(file)
 
     def get(self, part: int, name: str, kind: np.dtype, begin: int = 0, end: int | None = None) -> np.ndarray:
         """Return the items ``begin`` to ``end`` of an array of a range."""
-        if self.parts == 1:
-            return self._held[name][begin:end]
         return read_items(self._place(part, name), kind, begin, end)
 
     def take(self, part: int, name: str, kind: np.dtype) -> np.ndarray:
         """Return all of an array of a range and forget it."""
         items = self.get(part, name, kind)
-        if self.parts == 1:
-            del self._held[name]
-        else:
-            self._place(part, name).unlink()
+        self._place(part, name).unlink()
         return items
 
     def _place(self, part: int, name: str) -> Path:
@@ -144,14 +133,13 @@ def _spread_values(encoding: Encoding, table: Table, scratch: Path) -> tuple[_Va
                 rows = rows_of(encoding.rule, opened, counted)
                 counts = np.bincount(codes[rows], minlength=len(values) + 1)
                 missing_rows += int(counts[len(values) :].sum())
-                found.append(np.empty(len(values), _ENTRY))
-                found[-1]["value"], found[-1]["count"] = values, counts[: len(values)]
+                found.append(np.rec.fromarrays([values, counts[: len(values)]], dtype=_ENTRY))
         spread.lengths += map(len, found)
         entries = np.concatenate(found)
         order, ends = spread.order(entries["value"])
         entries = entries[order]
         for part, (start, end) in enumerate(pairwise([0, *ends])):
-            spread.add(part, entries[start:end])
+            spread.add(part, "entries", entries[start:end])
     return spread, missing_rows
 
 
@@ -195,14 +183,12 @@ def _group(spread: _ValueRanges, part: int) -> np.ndarray:
     del packed
     first = np.concatenate([np.ones(min(len(values), 1), bool), values[1:] != values[:-1]])
     starts = np.flatnonzero(first)
-    groups = np.empty(len(starts), _RUN)
-    groups["value"] = values[starts]
-    groups["count"] = np.add.reduceat(entries["count"][order], starts, dtype=np.int64) if len(starts) else 0
+    counts = np.add.reduceat(entries["count"][order], starts, dtype=np.int64) if len(starts) else np.empty(0, np.int64)
     inverse = np.empty(len(entries), np.int32)
     inverse[order] = np.cumsum(first, dtype=np.int32) - 1
-    spread.put(part, "groups", groups)
-    spread.put(part, "inverse", inverse)
-    return groups["count"].copy()
+    spread.add(part, "groups", np.rec.fromarrays([values[starts], counts], dtype=_RUN))
+    spread.add(part, "inverse", inverse)
+    return counts
 
 
 def _assign(
@@ -242,11 +228,11 @@ def _assign(
         of_group[rare] = reserved.get("rare", 0)
         of_group[chosen] = ids
         rare_values, rare_rows = rare_values + len(rare), rare_rows + int(total[rare].sum())
-        spread.put(part, "ids", of_group[spread.take(part, "inverse", _ID)])
-        spread.put(part, "run", groups[chosen])
-        spread.put(part, "run_ids", ids.astype(_ID))
-        spread.put(part, "edges", np.searchsorted(ids, edges))
-        spread.put(part, "rare", groups[rare])
+        spread.add(part, "ids", of_group[spread.take(part, "inverse", _ID)])
+        spread.add(part, "run", groups[chosen])
+        spread.add(part, "run_ids", ids.astype(_ID))
+        spread.add(part, "edges", np.searchsorted(ids, edges))
+        spread.add(part, "rare", groups[rare])
     return kept, rare_values, rare_rows
 
 
@@ -307,9 +293,10 @@ def _write_vocabulary(
             write(pa.array(rare["value"]), rare["count"], np.full(len(rare), reserved["rare"]))
 
 
-def _write_ids(encoding: Encoding, table: Table, spread: _ValueRanges, missing_id: int, modulus: int | None) -> None:
-    """Write the ids of the entries in the order of the segments."""
-    out = IdsWriter(spread.scratch, encoding, table, missing_id)
+def _ids_of_segments(
+    encoding: Encoding, table: Table, spread: _ValueRanges, modulus: int | None
+) -> Iterator[np.ndarray]:
+    """Yield the ids of the entries of each segment, in order."""
     begins = np.zeros(spread.parts, np.int64)
     all_lengths = iter(spread.lengths)
     for some in _segments_at_once(table, load_segments(encoding.segments)):
@@ -320,15 +307,97 @@ def _write_ids(encoding: Encoding, table: Table, spread: _ValueRanges, missing_i
             else range(sum(lengths))
         )
         stops = begins + np.diff(ends, prepend=0)
-        parts = [
-            spread.get(part, "ids", _ID, begin, stop)
-            for part, (begin, stop) in enumerate(zip(begins.tolist(), stops.tolist(), strict=True))
-        ]
-        begins = stops
+        bounds = zip(begins.tolist(), stops.tolist(), strict=True)
         ids = np.empty(sum(lengths), _ID)
-        ids[order] = np.concatenate(parts)
+        ids[order] = np.concatenate([spread.get(part, "ids", _ID, *of_part) for part, of_part in enumerate(bounds)])
+        begins = stops
         if modulus:
             ids %= modulus
-        for of_segment in np.split(ids, np.cumsum(lengths)[:-1]):
-            out.write(of_segment)
-    out.finish()
+        yield from np.split(ids, np.cumsum(lengths)[:-1])
+
+
+def look_up_column(encoding: Encoding, vocabulary: str, known: DatasetSchema, table: Table) -> dict[str, Any]:
+    """Write the ids of every segment's distinct values by the vocabulary of another dataset, and copy the vocabulary.
+
+    A value that the vocabulary lacks gets the id ``unknown``; without one, ``rare``; without either, the last id: that
+    of the rarest value, whose row was trained least.
+
+    Args:
+        encoding: the encoding.
+        vocabulary: the folder of the other dataset.
+        known: its schema.
+        table: the column.
+
+    Returns:
+        ``cardinality`` and ``unknown_rows``.
+    """
+    if done := recorded(encoding.record_of(table)):
+        return done
+    folder, file = Folder(vocabulary), known.vocabulary[table.name].path
+    (column,) = (column for column in known.columns if column.name == table.name)
+    unknown = column.reserved.get("unknown", column.reserved.get("rare", column.cardinality - 1))
+    known_values, unknown_rows = _known_values(folder, file), 0
+
+    def ids_of_segments() -> Iterator[np.ndarray]:
+        nonlocal unknown_rows
+        for segment in load_segments(encoding.segments):
+            with OpenSegment(segment) as opened:
+                values, codes = distinct_values(encoding, table, opened)
+                ids, found = _look_up(known_values, values, unknown)
+                unknown_rows += int(np.bincount(codes, minlength=len(values))[: len(values)][~found].sum())
+            yield ids
+
+    write_ids(encoding, table, column.reserved.get("missing", 0), ids_of_segments())
+    encoding.vocabulary(table).parent.mkdir(parents=True, exist_ok=True)
+    with (
+        written_aside(encoding.vocabulary(table)) as partial,
+        folder.open(file) as source,
+        partial.open("wb") as copy,
+    ):
+        shutil.copyfileobj(source, copy, _COPIED_AT_ONCE)
+    return record(
+        encoding.record_of(table),
+        {"cardinality": column.cardinality, "unknown_rows": unknown_rows},
+        encoding.files_of(table),
+    )
+
+
+def _known_values(folder: Folder, path: str) -> np.ndarray:
+    """Return the hashes of a vocabulary and their ids as ``hash << 32 | id``, uint64 [n] in ascending order.
+
+    Terabyte's largest column takes 2.3 GB; neither reading nor sorting holds it twice.
+
+    Raises:
+        UserError: the file is missing or altered.
+    """
+    end = 0
+    with folder.open_vocabulary(path) as file:
+        known = np.empty(file.metadata.num_rows, np.uint64)
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=["hash", "id"], use_threads=False)
+            table = table.filter(pc.is_valid(table.column("hash")))
+            part = known[end : end + table.num_rows]
+            part[:] = table.column("hash").to_numpy()
+            part <<= np.uint64(32)
+            part |= table.column("id").to_numpy().astype(np.uint64)
+            end += len(part)
+    known = known[:end]
+    known.sort()
+    return known
+
+
+def _look_up(known: np.ndarray, values: np.ndarray, unknown: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids int32 [d] of values uint32 [d], and whether each is known, bool [d].
+
+    Args:
+        known: as ``_known_values`` returns them.
+        unknown: the id of unknown values.
+    """
+    ids, found = np.full(len(values), unknown, np.int32), np.zeros(len(values), bool)
+    if len(known):
+        ascending = np.argsort(values)  # any other order would jump through a large vocabulary
+        wanted = values[ascending].astype(np.uint64) << np.uint64(32)
+        entry = known[np.minimum(np.searchsorted(known, wanted), len(known) - 1)]
+        found[ascending] = is_known = entry >> np.uint64(32) == wanted >> np.uint64(32)
+        ids[ascending[is_known]] = (entry[is_known] & np.uint64(0xFFFFFFFF)).astype(np.int32)
+    return ids, found

@@ -150,7 +150,7 @@ def parse(text: bytes, labelled: bool = True) -> pa.Table:
         table = pyarrow.csv.read_csv(
             pa.BufferReader(text),
             read_options=pyarrow.csv.ReadOptions(
-                column_names=columns_of(labelled), use_threads=False, block_size=_ARROW_BLOCK_BYTES
+                column_names=COLUMNS if labelled else COLUMNS[1:], use_threads=False, block_size=_ARROW_BLOCK_BYTES
             ),
             parse_options=_PARSE,
             convert_options=_CONVERT,
@@ -197,10 +197,6 @@ def parse_good(text: bytes, labelled: bool = True, first: int = 0) -> tuple[list
             raise bad
         good = b"".join(line + b"\n" for line, fault in zip(lines, found, strict=True) if not fault)
         return ([parse(good, labelled)] if good else []), faults
-
-
-def columns_of(labelled: bool) -> tuple[str, ...]:
-    return COLUMNS if labelled else COLUMNS[1:]
 
 
 def _pair_values() -> np.ndarray:
@@ -252,7 +248,7 @@ def _fault(line: bytes, labelled: bool) -> str | None:
     if b"\0" in line:
         return "binary data, expected text; unpack the archive or download the file again"
     fields = line.split(b"\t")
-    columns = columns_of(labelled)
+    columns = COLUMNS if labelled else COLUMNS[1:]
     if len(fields) != len(columns):
         unlabelled = labelled and len(fields) == len(COLUMNS) - 1
         hint = " (rows without labels, such as Kaggle's test.txt, are encoded with --vocabulary)" if unlabelled else ""

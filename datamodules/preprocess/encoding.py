@@ -1,21 +1,26 @@
-"""What the stages ``counting``, ``lookup`` and ``parts`` share: options, places of files, ids of distinct values."""
+"""Encode: write the part files of the splits from segments and the ids of their distinct values.
+
+``Encoding`` says how rows are encoded and where the files are, also to ``counting``.
+"""
 
 import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from datamodules.preprocess.journal import written_aside
+from datamodules.preprocess.journal import record, recorded, written_aside
 from datamodules.preprocess.options import Options
-from datamodules.preprocess.protocols import Protocol, Table, hash_modulo
-from datamodules.preprocess.segments import OpenSegment
-from datamodules.preprocess.splits import SplitRule
+from datamodules.preprocess.protocols import Protocol, SplitRule, Table, hash_modulo
+from datamodules.preprocess.staging import OpenSegment, load_segments, rows_of
+from datamodules.writer import ROWS_PER_FILE, SplitWriter, arrow_table
+from lightning_dlrm.contracts.schema import CRITEO_DENSE, CRITEO_LABEL, SPLITS, Column, DataFile, SplitName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,33 +91,122 @@ def distinct_values(encoding: Encoding, table: Table, opened: OpenSegment) -> tu
     return values, codes
 
 
-class IdsWriter:
-    """Writes the ids of the distinct values of one segment after the other, each ending with the id of missing values.
+def write_ids(encoding: Encoding, table: Table, missing_id: int, of_segments: Iterable[np.ndarray]) -> None:
+    """Write the ids of the distinct values of one segment after the other, and where the ids of each end.
 
     Args:
-        scratch: the folder to write in before ``finish`` moves the file to its place.
         encoding: the encoding.
         table: the column.
-        missing_id: the id of missing values, unless these count as a value.
+        missing_id: the id of missing values, which ends each segment unless these count as a value.
+        of_segments: for each segment the ids int32 [d].
     """
+    ends = [0]
+    with written_aside(encoding.ids(table)) as partial, partial.open("wb") as file:
+        for ids in of_segments:
+            assert ids.dtype == np.int32
+            file.write((ids if table.missing_as_value else np.append(ids, np.int32(missing_id))).tobytes())
+            ends.append(ends[-1] + len(ids) + (not table.missing_as_value))
+    with written_aside(encoding.ends(table)) as partial:
+        np.array(ends, np.int64).tofile(partial)
 
-    def __init__(self, scratch: Path, encoding: Encoding, table: Table, missing_id: int) -> None:
-        self._encoding, self._table, self._missing_id = encoding, table, np.int32(missing_id)
-        self._place = scratch / "all.ids"
-        self._file = self._place.open("wb")
-        self._ends = [0]
 
-    def write(self, ids: np.ndarray) -> None:
-        """Append the ids int32 [d] of a segment's distinct values."""
-        assert ids.dtype == np.int32
-        if not self._table.missing_as_value:
-            ids = np.append(ids, self._missing_id)
-        self._file.write(ids.tobytes())
-        self._ends.append(self._ends[-1] + len(ids))
+def rows_per_split(encoding: Encoding, numbers: range) -> np.ndarray:
+    """Count the rows of each segment in each split of ``SPLITS``: int64 [segments, splits]."""
+    result = []
+    for segment in load_segments(encoding.segments)[numbers.start : numbers.stop]:
+        with OpenSegment(segment) as opened:
+            of_splits = (rows_of(encoding.rule, opened, (split,)) for split in SPLITS)
+            result.append([rows.stop - rows.start if isinstance(rows, slice) else len(rows) for rows in of_splits])
+    return np.array(result, np.int64)
 
-    def finish(self) -> None:
-        """Move the file to its place and write where the ids of each segment end."""
-        self._file.close()
-        self._place.replace(self._encoding.ids(self._table))
-        with written_aside(self._encoding.ends(self._table)) as partial:
-            np.array(self._ends, np.int64).tofile(partial)
+
+@dataclass(frozen=True, kw_only=True)
+class PartJob:
+    """A part file to write, and its rows."""
+
+    encoding: Encoding
+    columns: tuple[Column, ...]
+    split: SplitName
+    part: int
+    pieces: tuple[tuple[int, int, int], ...]
+    """(segment, how many of its rows in the split to skip, how many to take), in order."""
+
+    @property
+    def record_path(self) -> Path:
+        return self.encoding.folder / "parts" / f"{self.split}-{self.part:05d}"
+
+
+def part_jobs(encoding: Encoding, columns: tuple[Column, ...], rows: np.ndarray) -> Iterator[PartJob]:
+    """Yield the part files of all splits.
+
+    Args:
+        rows: int64 [segments, splits], as ``rows_per_split``.
+    """
+    for split, of_split in zip(SPLITS, rows.T, strict=True):
+        ends = np.cumsum(of_split)
+        total = int(ends[-1])
+        for part, start in enumerate(range(0, total, ROWS_PER_FILE)):
+            stop = min(start + ROWS_PER_FILE, total)
+            pieces = []
+            segment = int(np.searchsorted(ends, start, side="right"))
+            while start < stop:
+                take = min(stop, int(ends[segment])) - start
+                if take:
+                    pieces.append((segment, int(start - (ends[segment] - of_split[segment])), take))
+                start, segment = start + take, segment + 1
+            yield PartJob(encoding=encoding, columns=columns, split=split, part=part, pieces=tuple(pieces))
+
+
+def encode_part(job: PartJob) -> tuple[DataFile, int | None]:
+    """Write one part file.
+
+    Returns:
+        The file, and its rows with label 1, None of rows without labels.
+    """
+    encoding = job.encoding
+    if (facts := recorded(job.record_path)) is None:
+        segments = load_segments(encoding.segments)
+        with scratch_folder(encoding, job.record_path.name) as scratch, ExitStack() as stack:
+            writer = SplitWriter(scratch, job.split, job.columns, first_part=job.part)
+            stack.callback(writer.abandon)
+            for number, skip, take in job.pieces:
+                with OpenSegment(segments[number]) as opened:
+                    rows = rows_of(encoding.rule, opened, (job.split,))
+                    rows = (
+                        slice(rows.start + skip, rows.start + skip + take)
+                        if isinstance(rows, slice)
+                        else rows[skip : skip + take]
+                    )
+                    writer.append(arrow_table(job.columns, _encoded(encoding, opened, number, rows, job.columns)))
+            split = writer.close()
+            (file,) = split.files
+            place = encoding.result / file.path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (scratch / file.path).replace(place)
+        facts = {"file": asdict(file), "positives": split.positives}
+        record(job.record_path, facts, (place,), {place: file.sha256})
+    file = DataFile(**{**facts["file"], "row_groups": tuple(facts["file"]["row_groups"])})
+    return file, facts["positives"]
+
+
+def _encoded(
+    encoding: Encoding, opened: OpenSegment, number: int, rows: np.ndarray | slice, columns: Sequence[Column]
+) -> dict[str, Any]:
+    """Return the columns of some rows of a segment, as ``writer.arrow_table`` takes them."""
+    protocol, bags = encoding.protocol, encoding.options.bags
+    arrays: dict[str, Any] = {}
+    if opened.labels is not None:
+        arrays[CRITEO_LABEL] = opened.labels[rows]
+    if protocol.dense:
+        for name in CRITEO_DENSE:
+            values, missing = opened.integers(name)
+            arrays[name] = protocol.dense(values[rows], missing[rows], encoding.minimum.get(name, 0))
+    tables = {column.name: column for column in columns}
+    for table in protocol.tables():
+        _, codes = opened.categories(table)
+        begin, end = read_items(encoding.ends(table), np.dtype(np.int64), number, number + 2)
+        ids = read_items(encoding.ids(table), np.dtype(np.int32), begin, end).take(codes[rows])
+        column = tables[table.name]
+        is_bag = column.role == "multi_hot"
+        arrays[table.name] = bags.bags(table.name, ids, column.cardinality) if bags and is_bag else ids
+    return arrays

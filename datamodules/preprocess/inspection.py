@@ -1,13 +1,21 @@
-"""The facts of a dataset folder, as tables or as JSON."""
+"""What people are told of a dataset: the facts of a dataset folder, as tables or as JSON, and the report of a run of
+``preprocess``, printed and kept in the folder."""
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datamodules.folder import Folder
+from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.leakage import render_equal_rows
+from datamodules.preprocess.progress import StageTime
 from datamodules.preprocess.skew import vocabulary_skew
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema
+
+REPORT_FILE = "report.json"
+"""How a dataset was made: inputs, options, times. Not part of dataset.json, because it differs from run to run."""
 
 
 def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any]:
@@ -125,10 +133,9 @@ def _next_name(name: str) -> str | None:
 
 def _reserved(ids: Mapping[str, int]) -> str:
     """Format reserved ids, such as ``0 missing, 1 rare/unknown``."""
-    names: dict[int, list[str]] = {}
-    for name, row in ids.items():
-        names.setdefault(row, []).append(name)
-    return ", ".join(f"{row} {'/'.join(names[row])}" for row in sorted(names))
+    return ", ".join(
+        f"{row} {'/'.join(name for name, of_name in ids.items() if of_name == row)}" for row in sorted({*ids.values()})
+    )
 
 
 def _split_table(facts: Mapping[str, Any]) -> list[str]:
@@ -172,3 +179,67 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[s
         if any(column[1:]):
             columns.append([cell.ljust(width) if number in left else cell.rjust(width) for cell in column])
     return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+
+
+def write_report(path: Path, schema: DatasetSchema, run: Mapping[str, Any], stages: Sequence[StageTime]) -> None:
+    """Write the report as JSON.
+
+    Args:
+        run: what the dataset's bytes depend on; a later run compares it with its own.
+    """
+    content = {
+        "run": run,
+        "rows": {name: split.rows for name, split in schema.splits.items()},
+        "label_mean": {name: _label_mean(schema, name) for name in schema.splits},
+        "table_rows": dict(schema.features.tables),
+        **schema.report,
+        "stages": [dataclasses.asdict(stage) for stage in stages],
+    }
+    with written_aside(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def render_report(schema: DatasetSchema, stages: Sequence[StageTime]) -> str:
+    """Format the report as text."""
+    report = schema.report
+    rows = sum(split.rows for split in schema.splits.values())
+    read = sum(count for _, count in report["rows_per_file"])
+    splits = [("split", "rows", "label mean")]
+    for name in (name for name in SPLITS if name in schema.splits):
+        mean = _label_mean(schema, name)
+        splits.append((name, f"{schema.splits[name].rows:,}", "" if mean is None else f"{mean:.4f}"))
+    lines = ["", *aligned(splits), "", *_column_lines(schema), "", *map(str, stages)]
+    lines.append(
+        f"{read:,} rows read, {rows:,} written in {sum(stage.seconds for stage in stages):,.1f} s, "
+        f"{max(stage.peak_bytes for stage in stages) / 1e9:,.2f} GB of memory at most"
+    )
+    if report.get("bad_rows"):
+        were = "row was" if report["bad_rows"] == 1 else "rows were"
+        lines.append(f"{report['bad_rows']:,} bad {were} left out, see bad_rows.tsv")
+    return "\n".join(lines)
+
+
+def _label_mean(schema: DatasetSchema, split: str) -> float | None:
+    found = schema.splits[split]
+    return None if found.positives is None else found.positives / found.rows
+
+
+def _column_lines(schema: DatasetSchema) -> list[str]:
+    """Format missing values of the raw columns, and what thresholds and moduli left of the tables."""
+    report = schema.report
+    rows = sum(count for _, count in report["rows_per_file"])
+    counts = [report.get(fact, {}) for fact in ("distinct", "kept", "unknown")]
+    header = ("column", "missing", "values", "kept", "unknown rows", "table rows")
+    body = [
+        (
+            column.name,
+            f"{report['missing'][column.name.replace('B', 'I')] / rows:.2%}" if rows else "",
+            *(f"{of_columns[column.name]:,}" if column.name in of_columns else "" for of_columns in counts),
+            f"{column.cardinality:,}" if column.cardinality else "",
+        )
+        for column in schema.columns
+        if column.role != "label"
+    ]
+    totals = (sum(of_columns.values()) for of_columns in counts)
+    last = ("all", "", *(f"{total:,}" if total else "" for total in totals), f"{sum(schema.features.table_rows):,}")
+    return aligned([header, *body, last])

@@ -4,8 +4,8 @@ A stage is a function of one job, which any worker may do:
 
 1. ``staging`` parses a piece of a raw file, or a whole compressed file, into segments.
 2. ``counting`` takes one categorical column: it counts the values, orders them into a vocabulary, and writes the id of
-   every segment's distinct values. With the vocabulary of another dataset, ``lookup`` takes its place.
-3. ``parts`` writes one part file of one split.
+   every segment's distinct values. With the vocabulary of another dataset, it looks them up.
+3. ``encoding`` writes one part file of one split.
 
 A worker holds one piece, or a bounded share of one column's distinct values, or some row groups.
 
@@ -21,7 +21,7 @@ Each finished file has a record beside it, see ``journal``.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,11 +31,10 @@ import numpy as np
 import pyarrow as pa
 
 from datamodules.folder import Folder
-from datamodules.preprocess.counting import count_column
+from datamodules.preprocess.counting import count_column, look_up_column
 from datamodules.preprocess.criteo_tsv import COLUMNS
-from datamodules.preprocess.description import columns_of_dataset, report_of, settings_of
-from datamodules.preprocess.encoding import Encoding
-from datamodules.preprocess.estimate import Estimate
+from datamodules.preprocess.encoding import Encoding, encode_part, part_jobs, rows_per_split
+from datamodules.preprocess.inspection import REPORT_FILE, write_report
 from datamodules.preprocess.journal import (
     discard_damaged,
     find_records,
@@ -44,21 +43,25 @@ from datamodules.preprocess.journal import (
     remove_partial_files,
     written_aside,
 )
-from datamodules.preprocess.lookup import look_up_column
 from datamodules.preprocess.options import Options
-from datamodules.preprocess.parts import encode_part, part_jobs, rows_per_split
-from datamodules.preprocess.progress import Progress
-from datamodules.preprocess.protocols import Table
-from datamodules.preprocess.report import write_report
-from datamodules.preprocess.segments import Segment, save_segments
+from datamodules.preprocess.progress import Estimate, Progress
+from datamodules.preprocess.protocols import Span, SplitRule, Table
 from datamodules.preprocess.sources import RawFile
-from datamodules.preprocess.splits import Span, SplitRule
-from datamodules.preprocess.staging import StageJob, segment_path, stage
-from datamodules.preprocess.target import REPORT_FILE
+from datamodules.preprocess.staging import Segment, StageJob, save_segments, segment_path, stage
 from datamodules.preprocess.workers import Workers
 from datamodules.writer import data_file
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.contracts.schema import CRITEO_DENSE, SPLITS, Column, DataFile, DatasetSchema, Split, SplitName
+from lightning_dlrm.contracts.schema import (
+    CRITEO_CATEGORICAL,
+    CRITEO_DENSE,
+    CRITEO_LABEL,
+    SPLITS,
+    Column,
+    DataFile,
+    DatasetSchema,
+    Split,
+    SplitName,
+)
 
 BAD_ROWS_FILE = "bad_rows.tsv"
 
@@ -68,6 +71,88 @@ VERSION = 2
 _SEGMENTS_A_JOB = 64
 _TOLERATED_BAD_ROWS = 1000
 """A piece with more bad rows, and more bad than good ones, belongs to a wrong file."""
+
+
+def columns_of_dataset(
+    options: Options,
+    known: DatasetSchema | None,
+    labelled: bool,
+    minimum: Mapping[str, int],
+    counted: Mapping[str, Mapping[str, Any]],
+) -> tuple[Column, ...]:
+    """Return the columns of the dataset.
+
+    Args:
+        options: the options of the run.
+        known: the schema of the dataset whose vocabulary is used, if any.
+        labelled: whether the rows have labels.
+        minimum: of each integer column, if the protocol needs it.
+        counted: for each table the result of ``count_column``.
+    """
+    label = (Column(name=CRITEO_LABEL, role="label"),) if labelled else ()
+    if known is not None:
+        return (*label, *(column for column in known.columns if column.role != "label"))
+    rules, bags = options.rules, options.bags
+    dense = (
+        Column(name=name, role="dense", transform=rules.dense_words.format(minimum=minimum.get(name, "")))
+        for name in (CRITEO_DENSE if rules.dense else ())
+    )
+    tables = (
+        Column(
+            name=table.name,
+            role="multi_hot" if bags and bags.size(table.name) > 1 else "categorical",
+            cardinality=counted[table.name]["cardinality"],
+            transform=_category_words(options, table.source),
+            reserved=rules.reserved_of(table, options.threshold),
+        )
+        for table in rules.tables()
+    )
+    return (*label, *dense, *tables)
+
+
+def _category_words(options: Options, source: str) -> str:
+    """Describe the encoding of a categorical column."""
+    rules, words = options.rules, options.rules.category_words
+    if options.threshold > 1:
+        words += f"; rare is below {options.threshold}"
+    if source not in CRITEO_CATEGORICAL:
+        missing = "missing as 0, " if rules.missing_bin_as_value else ""
+        return f"{missing}floor(log(x)^2) where x > 2, {words}"
+    if options.max_rows is not None and rules.modulo:
+        modulo = f"{rules.modulo} % {options.max_rows}"
+        words = f"{modulo}, {words}" if rules.modulo == "hash" else f"{words}, {modulo}"
+    if options.bags and options.bags.size(source) > 1:
+        words += f"; a bag of {options.bags.size(source)}: the id and {options.multi_hot_distribution} ones"
+    return words
+
+
+def report_of(
+    options: Options,
+    rows_per_file: list[list[Any]],
+    facts: Sequence[Mapping[str, Any]],
+    counted: Mapping[str, Mapping[str, Any]],
+    bad_rows: int,
+) -> dict[str, Any]:
+    """Return the report of the schema: rows of each file, missing and distinct values, unknown and bad rows.
+
+    Args:
+        options: the options of the run.
+        rows_per_file: name and rows of each input.
+        facts: of each segment.
+        counted: for each table the result of ``count_column`` or ``look_up_column``.
+        bad_rows: rows that were skipped.
+    """
+    columns = (*CRITEO_DENSE, *CRITEO_CATEGORICAL)
+    sources = {"distinct": "distinct", "kept": "kept"} if options.encoding_of is None else {"unknown": "unknown_rows"}
+    return {
+        "rows_per_file": rows_per_file,
+        "missing": {name: sum(of_segment["missing"][name] for of_segment in facts) for name in columns},
+        **{
+            name: {table.name: counted[table.name][fact] for table in options.rules.tables()}
+            for name, fact in sources.items()
+        },
+        **({"bad_rows": bad_rows} if options.on_bad_row == "skip" else {}),
+    }
 
 
 @dataclass(kw_only=True)
@@ -187,7 +272,7 @@ class Job:
             protocol=options.protocol,
             columns=columns,
             splits=splits,
-            settings=settings_of(options, self.known, encoding.minimum),
+            settings=dict(self.known.settings) if self.known else options.settings(encoding.minimum),
             vocabulary={
                 table.name: data_file(result, f"vocabulary/{table.name}.parquet") for table in options.rules.tables()
             },

@@ -129,14 +129,12 @@ class _SortedRuns:
         """Write the pending hashes as a run."""
         if not self._waiting_rows:
             return
-        hashes, counts = np.unique(np.concatenate(self._waiting), return_counts=True)
+        run = np.rec.fromarrays(np.unique(np.concatenate(self._waiting), return_counts=True), dtype=_ENTRY)
         self._waiting, self._waiting_rows = [], 0
-        run = np.empty(len(hashes), _ENTRY)
-        run["hash"], run["count"] = hashes, counts
-        inner = np.searchsorted(hashes, self._bounds)
+        inner = np.searchsorted(run["hash"], self._bounds)
         self._cuts.append(self._written + np.concatenate([[0], inner, [len(run)]]))
         try:
-            self._file.write(run.data)
+            self._file.write(run.tobytes())
         except OSError as error:
             raise UserError(
                 f"cannot write to {tempfile.gettempdir()} ({error.strerror}); set TMPDIR to another folder"
@@ -199,9 +197,13 @@ def _compare(runs: Mapping[SplitName, _SortedRuns], ranges: Iterable[int]) -> di
 
 def render_equal_rows(facts: Mapping[str, Any]) -> list[str]:
     """Format the facts of ``equal_rows`` as lines of text."""
-    lines = ["rows of equal features (without the label)"]
-    for split, within in facts["within"].items():
-        lines.append(f"  within {split}: {within['repeats']:,} repeat an earlier row ({within['share']:.3%})")
+    lines = [
+        "rows of equal features (without the label)",
+        *(
+            f"  within {split}: {within['repeats']:,} repeat an earlier row ({within['share']:.3%})"
+            for split, within in facts["within"].items()
+        ),
+    ]
     for pair in facts["between"]:
         first, second = pair["splits"]
         lines.append(

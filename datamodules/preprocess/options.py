@@ -1,16 +1,74 @@
-"""The options of ``preprocess`` that the dataset depends on, and their checks."""
+"""The options of ``preprocess`` that the dataset depends on, and their checks.
 
+One of them makes MLPerf DLRM v2's synthetic multi-hot rows: each id becomes a bag of a fixed size per column. As in
+torchrec_dlrm, a bag begins with the id itself, and the rest depends on the id alone, so that equal ids have equal bags.
+The rest is uniform over the table, or floor(Pareto(0.25)) modulo its rows. torchrec draws a whole table of bags from
+numpy's global generator; here each id is mixed with the seed, so that any row can be made anywhere, without tables of
+40M bags.
+"""
+
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from datamodules.folder import Folder, load_schema
-from datamodules.preprocess.multi_hot import DISTRIBUTIONS, Distribution, MultiHot
-from datamodules.preprocess.protocols import PROTOCOLS, Protocol, find_protocol
-from datamodules.preprocess.splits import DATASETS, Dataset
+from datamodules.preprocess.protocols import DATASETS, PROTOCOLS, Dataset, Protocol, find_protocol, mixed
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, DatasetSchema
+
+Distribution = Literal["uniform", "pareto"]
+DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
+
+MLPERF_SIZES = dict(
+    zip(
+        CRITEO_CATEGORICAL,
+        (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1),
+        strict=True,
+    )
+)
+"""Ids of each column's bag in MLPerf DLRM v2; 214 a row."""
+
+_STREAM = 16  # of random numbers, plus the column's position; apart from those of ``splits``
 
 OnBadRow = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiHot:
+    """The rule that makes bags of single ids."""
+
+    distribution: Distribution
+    seed: int
+
+    def size(self, column: str) -> int:
+        """Return the ids of each bag of a column; 1 leaves the column as it is."""
+        return MLPERF_SIZES.get(column, 1)
+
+    def bags(self, column: str, ids: np.ndarray, table_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bags of some rows.
+
+        Args:
+            ids: int32 [n].
+            table_rows: rows of the column's table.
+
+        Returns:
+            int32 values [n * size] and int32 offsets [n + 1].
+        """
+        size = self.size(column)
+        values = np.empty((len(ids), size), np.int32)
+        values[:, 0] = ids
+        positions = ids.astype(np.uint64)[:, None] * np.uint64(size) + np.arange(1, size, dtype=np.uint64)
+        drawn = mixed(self.seed, _STREAM + CRITEO_CATEGORICAL.index(column), positions) >> np.uint64(32)
+        if self.distribution == "uniform":
+            values[:, 1:] = drawn * np.uint64(table_rows) >> np.uint64(32)
+        else:
+            # (1 - u) ** (-1 / 0.25) - 1 for u uniform in [0, 1), by multiplication, which is exact everywhere.
+            inverse = 2.0**32 / (2.0**32 - drawn.astype(np.float64))
+            squared = inverse * inverse
+            values[:, 1:] = np.fmod(np.floor(squared * squared - 1.0), float(table_rows))
+        return values.reshape(-1), np.arange(len(ids) + 1, dtype=np.int32) * np.int32(size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +142,9 @@ class Options:
     def bags(self) -> MultiHot | None:
         return MultiHot(distribution=self.multi_hot_distribution, seed=self.seed) if self.multi_hot else None
 
-    def settings(self) -> dict[str, Any]:
-        """Return the options that shape the encoding, as the schema keeps them."""
+    def settings(self, minimum: Mapping[str, int]) -> dict[str, Any]:
+        """Return what shapes the encoding, as the schema keeps it: options, and the ``minimum`` of each integer column
+        if the protocol needs it."""
         values, sampled, bags = self.document(), self.negative_sampling_rate < 1, self.multi_hot is not None
         shaping = {
             "max_rows": self.max_rows is not None,
@@ -95,7 +154,8 @@ class Options:
             "multi_hot_distribution": bags,
             "seed": bags or sampled or self.protocol == "bars",
         }
-        return {name: values[name] for name, shapes in shaping.items() if shapes}
+        kept = {name: values[name] for name, shapes in shaping.items() if shapes}
+        return kept | ({"minimum": dict(minimum)} if minimum else {})
 
     def document(self) -> dict[str, Any]:
         """Return all options as JSON values."""

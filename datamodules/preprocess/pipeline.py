@@ -1,27 +1,207 @@
-"""Make a dataset folder of raw Criteo TSV: ``preprocess``, its checks, and the set-up of a ``job``."""
+"""Make a dataset folder of raw Criteo TSV: ``preprocess``, its checks, the set-up of a ``job``, and the place of the
+dataset (a path or a URL) with the working folder in which it is made."""
 
+import json
 import os
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from datamodules.filesystems import in_process_only, is_disk_full
-from datamodules.folder import Folder
-from datamodules.preprocess.estimate import estimate
+from datamodules.folder import Folder, failures_as_user_errors, file_system, is_disk_full, is_remote
+from datamodules.preprocess.inspection import REPORT_FILE
 from datamodules.preprocess.job import VERSION, Job
+from datamodules.preprocess.journal import find_records, fingerprint, locked
 from datamodules.preprocess.options import options_of
-from datamodules.preprocess.progress import Progress
+from datamodules.preprocess.progress import Progress, estimate
+from datamodules.preprocess.protocols import Dataset
 from datamodules.preprocess.sources import RawFile, find_files
-from datamodules.preprocess.splits import Dataset
 from datamodules.preprocess.staging import PIECE_BYTES
-from datamodules.preprocess.target import Target
 from datamodules.preprocess.workers import open_workers
+from datamodules.writer import flush
 from lightning_dlrm.contracts.errors import UserError, one_line, require
-from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
+
+_FLUSHED_AT_ONCE = 16  # each flush waits for the disk
 
 # For less input, workers take longer to start than to work, and no step is worth keeping for a later run.
 _SMALL_BYTES = 8 << 20
+
+
+class Target:
+    """The place of the dataset, and its working folder.
+
+    Args:
+        output: a path, or a URL that fsspec knows.
+        work: the parent of the working folder; None for the parent of ``output``, or the current folder if ``output``
+            is a URL.
+
+    Raises:
+        UserError: fsspec does not know the URL.
+    """
+
+    def __init__(self, output: str, work: Path | None):
+        self.output = output
+        self.remote = is_remote(output)
+        if self.remote:
+            self._system, self._path = file_system(output.rstrip("/"))
+            name, parent = self._path.rpartition("/")[2], Path.cwd()
+        else:
+            self._folder = Path(output).absolute()
+            name, parent = self._folder.name, self._folder.parent
+        self._beside = work is None and not self.remote
+        # In another parent, outputs of the same name need different working folders.
+        mark = "" if self._beside else f"-{fingerprint(self._path if self.remote else str(self._folder))[:8]}"
+        self.work = (parent if work is None else work.absolute()) / f".{name}{mark}.preprocess"
+        self.resume_hint = f"The same command resumes the run; its finished steps are in {self.work}"
+
+    def finished(self, run: Mapping[str, Any]) -> DatasetSchema | None:
+        """Return the schema of the dataset if this run has made it already, else None.
+
+        Args:
+            run: everything that its bytes depend on, as ``REPORT_FILE`` keeps it under ``run``.
+
+        Raises:
+            UserError: the place holds something else.
+        """
+        names = self._names()
+        if not names or (SCHEMA_FILE not in names and (self.work / "uploading").exists()):
+            return None
+        found = None
+        if SCHEMA_FILE in names and REPORT_FILE in names:
+            with suppress(ValueError, KeyError, TypeError):
+                found = json.loads(self._read(REPORT_FILE))["run"]
+        if found is None:
+            raise UserError(
+                f"{self.output} exists and is not an empty folder; name a new folder, or remove it if it is not needed"
+            )
+        difference = _difference(found, run)
+        require(
+            not difference,
+            f"{self.output} was made of other input or with other options: {difference}; name a new folder, or "
+            "remove this one to make it again",
+        )
+        return DatasetSchema.from_json(self._read(SCHEMA_FILE), f"{self.output}/{SCHEMA_FILE}")
+
+    @property
+    def parent(self) -> Path | None:
+        """The nearest existing parent of the dataset; None for a URL."""
+        return None if self.remote else next(parent for parent in self._folder.parents if parent.exists())
+
+    def remove_leftovers(self) -> None:
+        """Remove the working folder of a finished dataset, left by a run that was killed while removing it."""
+        if self._beside and self.work.exists():
+            with suppress(UserError), locked(self.work, self.output):
+                shutil.rmtree(self.work, ignore_errors=True)
+
+    @contextmanager
+    def working_folder(self, worth_keeping: bool) -> Iterator[Path]:
+        """Lock the working folder for this run.
+
+        It is removed afterwards if the dataset is delivered, or nothing in it is worth keeping. (Killed runs always
+        leave it.)
+
+        Args:
+            worth_keeping: whether to keep finished steps if the run is interrupted.
+
+        Raises:
+            UserError: the folder cannot be made, another run makes the same dataset, or the dataset's place is not
+                writable.
+        """
+        require(
+            self.parent is None or (self.parent.is_dir() and os.access(self.parent, os.W_OK)),
+            f"cannot write to {self.parent}; choose another --output",
+        )
+        new_parents = [parent for parent in self.work.parents if not parent.exists()]
+        with locked(self.work, self.output):
+            try:
+                yield self.work
+            finally:
+                if (self.work / "delivered").exists() or not worth_keeping or not find_records(self.work):
+                    shutil.rmtree(self.work, ignore_errors=True)
+                    for parent in new_parents:
+                        with suppress(OSError):  # not empty: the dataset lies in it
+                            parent.rmdir()
+
+    def deliver(self, result: Path) -> None:
+        """Move the finished dataset to its place: by renaming, or, if it has to be copied, with dataset.json last.
+
+        Raises:
+            UserError: the place was taken in the meantime, or is not writable.
+            OSError: its disk is full.
+        """
+        with self._reached(f". {self.resume_hint}"):
+            self._deliver(result)
+        (self.work / "delivered").touch()
+
+    def _deliver(self, result: Path) -> None:
+        if self.remote:
+            (self.work / "uploading").touch()
+            files = [path for path in sorted(result.rglob("*")) if path.is_file() and path.name != SCHEMA_FILE]
+            for file in (*files, result / SCHEMA_FILE):
+                place = f"{self._path}/{file.relative_to(result).as_posix()}"
+                self._system.makedirs(place.rpartition("/")[0], exist_ok=True)
+                self._system.put_file(str(file), place)
+        else:
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            if result.stat().st_dev != self._folder.parent.stat().st_dev:
+                copy = self._folder.with_name(f".{self._folder.name}.copy")
+                shutil.rmtree(copy, ignore_errors=True)
+                result = Path(shutil.copytree(result, copy))
+            with ThreadPoolExecutor(_FLUSHED_AT_ONCE) as pool:
+                list(pool.map(flush, (*result.rglob("*"), result)))
+            try:
+                result.rename(self._folder)
+            except OSError as error:
+                raise UserError(
+                    f"{self.output} was created in the meantime ({error.strerror}); move it away"
+                ) from error
+            flush(self._folder.parent)
+
+    def _reached(self, then: str = "") -> AbstractContextManager[None]:
+        """Turn failures of the place into UserErrors; full disks pass.
+
+        Args:
+            then: end of the message.
+        """
+        return failures_as_user_errors(self.output, "cannot be reached", f"check the place and your access to it{then}")
+
+    def _names(self) -> set[str]:
+        """Return the names in the target; its own name if it is a file."""
+        with self._reached():
+            if not self.remote:
+                if self._folder.is_dir():
+                    return {path.name for path in self._folder.iterdir()}
+                return {self._folder.name} if self._folder.exists() else set()
+            if not self._system.exists(self._path):
+                return set()
+            return {str(name).rstrip("/").rpartition("/")[2] for name in self._system.ls(self._path, detail=False)}
+
+    def _read(self, name: str) -> bytes:
+        with self._reached():
+            if self.remote:
+                return self._system.cat_file(f"{self._path}/{name}")
+            return (self._folder / name).read_bytes()
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """Describe the first difference between two runs."""
+    options, now = found.get("options", {}), wanted["options"]
+    for name in now | options:
+        if options.get(name) != now.get(name):
+            return f"{name} was {options.get(name)}, now it is {now.get(name)}"
+    before, after = found.get("inputs", []), wanted["inputs"]
+    if [file["name"] for file in before] != [file["name"] for file in after]:
+        names = [", ".join(file["name"] for file in files) for files in (before, after)]
+        return f"the input was {names[0]}, now it is {names[1]}"
+    for old, new in zip(before, after, strict=True):
+        for fact, words in (("bytes", "bytes"), ("stamp", "as time of change")):
+            if old.get(fact) != new[fact]:
+                return f"{new['name']} had {old.get(fact)} {words}, now it has {new[fact]}"
+    return None if dict(found) == dict(wanted) else "another release of this package made it"
 
 
 def preprocess(
@@ -66,21 +246,17 @@ def preprocess(
     progress = progress or Progress()
     known_folder = None if vocabulary is None else Folder(vocabulary)
     chosen, known = options_of(known_folder, dataset=dataset, protocol=protocol, max_rows=max_rows, **options)
-    _check_workers(workers, scheduler)
+    require(workers is None or workers >= 1, f"workers is {workers}, expected at least 1")
+    require(
+        workers is None or scheduler is None,
+        "both workers and a scheduler are given, but a cluster has workers of its own: leave one out",
+    )
     files = find_files([str(path) for path in inputs])
     target = Target(str(output), None if work is None else Path(work))
     job = Job(
         options=chosen, known=known, vocabulary=known_folder, files=files, piece_bytes=block_bytes, progress=progress
     )
     return _run(job, target, workers, scheduler)
-
-
-def _check_workers(workers: int | None, scheduler: str | None) -> None:
-    require(workers is None or workers >= 1, f"workers is {workers}, expected at least 1")
-    require(
-        workers is None or scheduler is None,
-        "both workers and a scheduler are given, but a cluster has workers of its own: leave one out",
-    )
 
 
 def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -> DatasetSchema:
@@ -119,7 +295,8 @@ def _worker_count(
     Raises:
         UserError: other processes are asked for, but cannot read a file.
     """
-    unshared = [place for place in (*(file.path for file in files), str(vocabulary)) if in_process_only(place)]
+    places = (*(file.path for file in files), str(vocabulary))
+    unshared = [place for place in places if place.startswith("memory://")]
     if unshared and (scheduler is not None or (workers or 1) > 1):
         raise UserError(
             f"{unshared[0]} is in the memory of this process, where others cannot read it; leave --workers and "

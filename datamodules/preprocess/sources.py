@@ -11,7 +11,7 @@ from typing import IO, Any, Literal, cast
 
 import pyarrow as pa
 
-from datamodules.filesystems import failures_as_user_errors, file_system, is_remote
+from datamodules.folder import failures_as_user_errors, file_system, is_remote
 from datamodules.preprocess.journal import fingerprint
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
@@ -125,8 +125,7 @@ def find_files(paths: Sequence[str]) -> list[RawFile]:
         with _named(path):
             files.append(_find_remote(path) if is_remote(path) else _find_local(path))
         same = path if is_remote(path) else str(Path(path).resolve())
-        if same in seen:
-            raise UserError(f"{path} is given twice (as {seen[same]}); name each file once")
+        require(same not in seen, f"{path} is given twice (as {seen.get(same)}); name each file once")
         seen[same] = path
     return files
 
@@ -139,30 +138,26 @@ def _find_local(path: str) -> RawFile:
         place.is_file() and os.access(place, os.R_OK),
         f"{path} cannot be read; expected a readable file: check its type and permissions",
     )
-    status = place.stat()
     with place.open("rb") as file:
-        compression = _compression(path, file.read(4))
-    return RawFile(
-        path=str(place.absolute()),
-        name=place.name,
-        size=status.st_size,
-        stamp=str(status.st_mtime_ns),
-        compression=compression,
-    )
+        return RawFile(
+            path=str(place.absolute()),
+            name=place.name,
+            size=place.stat().st_size,
+            stamp=str(place.stat().st_mtime_ns),
+            compression=_compression(path, file.read(4)),
+        )
 
 
 def _find_remote(path: str) -> RawFile:
     system, inner = file_system(path)
     info = system.info(inner)
     require(info["type"] == "file", f"{path} is a folder; name the files in it")
-    start = system.cat_file(inner, start=0, end=4)
-    stamp = str(system.checksum(inner))
     return RawFile(
         path=path,
         name=inner.rstrip("/").rpartition("/")[2],
         size=info["size"],
-        stamp=stamp,
-        compression=_compression(path, start),
+        stamp=str(system.checksum(inner)),
+        compression=_compression(path, system.cat_file(inner, start=0, end=4)),
     )
 
 

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datamodules.filesystems import is_disk_full
+from datamodules.folder import is_disk_full
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 T = TypeVar("T")
@@ -190,10 +190,11 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
             ) from error
         finally:
             token.unlink()
-        if blind := [address for address, found in seen.items() if not found]:
-            raise UserError(
-                f"the worker {blind[0]} cannot open {folder}: all workers must share the file system of the output "
-                "(or of --work)"
+        for address, found in seen.items():
+            require(
+                found,
+                f"the worker {address} cannot open {folder}: all workers must share the file system of the output "
+                "(or of --work)",
             )
         # Failed jobs are not retried. (Dask retries a job whose worker dies, as often as the scheduler allows.)
         executor = client.get_executor(pure=False, retries=0)

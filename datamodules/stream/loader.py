@@ -1,6 +1,7 @@
 """The loaders that Lightning iterates: batches from a background thread, and a position to resume from."""
 
 import logging
+import math
 import threading
 import time
 import weakref
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.folder import Folder, part_files
-from datamodules.stream.memory import available_memory
 from datamodules.stream.order import Order, Shuffle
-from datamodules.stream.reader import batches_at_once, read_batches
 from datamodules.stream.rows import Decoder, Rows
-from datamodules.stream.sources import CachedRows, Source, Window, cache_rows
+from datamodules.stream.sources import CachedRows, Source, Window, batches_at_once, cache_rows, read_batches
 from lightning_dlrm.contracts.batch import Batch
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import DatasetSchema, SplitName
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -25,6 +26,23 @@ Cache = Literal["none", "memory"]
 
 _BATCHES_AHEAD = 32
 _BYTES_AHEAD = 256 * 2**20
+
+
+def available_memory() -> float:
+    """Return the bytes that can be allocated without swapping, within a container's limit; infinite if the
+    system does not say."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return math.inf
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # Cached file content gives way.
+        return min(available, limit - used + int(cached["inactive_file"]))
+    except (OSError, ValueError):  # no such control group, or no limit ("max")
+        return available
 
 
 class Loader:
@@ -236,11 +254,11 @@ class TrainingLoader(Loader):
             UserError: the position belongs to another order of samples.
         """
         for name, mine in self._identity().items():
-            if state.get(name) != mine:
-                raise UserError(
-                    f"the checkpoint is from the middle of an epoch with {name.replace('_', ' ')} {state.get(name)}, "
-                    f"this run has {mine}: resume with the same data, seed, shuffle and batch size, or start a new run"
-                )
+            require(
+                state.get(name) == mine,
+                f"the checkpoint is from the middle of an epoch with {name.replace('_', ' ')} {state.get(name)}, "
+                f"this run has {mine}: resume with the same data, seed, shuffle and batch size, or start a new run",
+            )
         self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
     def _identity(self) -> dict[str, Any]:

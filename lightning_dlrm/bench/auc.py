@@ -6,8 +6,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_dlrm.bench.measurement import Implementation, Measurement, peak_bytes, time_rounds
-from lightning_dlrm.bench.options import DEFAULT, add_rounds, check_numbers
+from lightning_dlrm.bench.measurement import (
+    DEFAULT,
+    Implementation,
+    Measurement,
+    add_rounds,
+    check_numbers,
+    peak_bytes,
+    time_rounds,
+)
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import exact_auc
 
@@ -46,16 +53,16 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     labels = [(torch.rand(size, generator=generator) < args.click_rate).to(torch.int8) for size in sizes]
     before = peak_bytes()
     ours = time_rounds({"ours": lambda: exact_auc(logits, labels)}, args.rounds)["ours"]
-    extra = peak_bytes() - before
-    rows = [_row(args, "ours", args.samples, ours, {"bytes_beside_samples": extra})]
+    rows = [_row(args, "ours", args.samples, ours, {"bytes_beside_samples": peak_bytes() - before})]
     few_logits, few_labels = (torch.cat(parts)[:_PEER_SAMPLES] for parts in (logits, labels))
     peer = _scikit_learn(few_logits, few_labels)
     difference = abs(peer() - exact_auc(few_logits, few_labels))
-    contenders = {"ours": lambda: exact_auc(few_logits, few_labels), "peer": peer}
-    seconds = time_rounds(contenders, args.rounds)
-    rows.append(_row(args, "ours", len(few_labels), seconds["ours"], {"difference": difference}))
-    rows.append(_row(args, "peer", len(few_labels), seconds["peer"], {}))
-    return rows
+    seconds = time_rounds({"ours": lambda: exact_auc(few_logits, few_labels), "peer": peer}, args.rounds)
+    return [
+        *rows,
+        _row(args, "ours", len(few_labels), seconds["ours"], {"difference": difference}),
+        _row(args, "peer", len(few_labels), seconds["peer"], {}),
+    ]
 
 
 def _scikit_learn(logits: Tensor, labels: Tensor) -> Callable[[], float]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lightning_dlrm.bench.options import finisher
+from lightning_dlrm.bench.measurement import finisher
 
 ROWS = "rows: gather, sort, scatter"
 PRODUCTS = "matrix products"
@@ -167,8 +167,7 @@ def _times_of_steps(profiled: profile, on_gpu: bool) -> list[Times]:
         times[part, kind] += seconds
         if not on_gpu:
             times[part, OTHER] -= seconds
-    uncounted = ("", _END)
-    return [{key: max(value, 0.0) for key, value in step.items() if key[0] not in uncounted} for step in steps]
+    return [{key: max(value, 0.0) for key, value in step.items() if key[0] not in ("", _END)} for step in steps]
 
 
 def by_part(times: Times) -> dict[str, float]:

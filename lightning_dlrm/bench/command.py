@@ -2,9 +2,10 @@
 
 import argparse
 import importlib
+import json
 from pathlib import Path
 
-from lightning_dlrm.bench.measurement import machine, render, write_json
+from lightning_dlrm.bench.measurement import machine, render
 from lightning_dlrm.contracts.errors import UserError
 
 WORKS: dict[str, str] = {
@@ -60,5 +61,8 @@ def run(args: argparse.Namespace) -> int:
     rows = importlib.import_module(f"lightning_dlrm.bench.{args.work}").run(args)
     print(render(rows))
     if args.json is not None:
-        write_json(rows, args.json)
+        try:
+            args.json.write_text(json.dumps([row.row() for row in rows], indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {args.json}: {error.strerror}; give another --json FILE") from error
     return 0

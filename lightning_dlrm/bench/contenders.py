@@ -4,6 +4,7 @@ Shape suffixes: B samples, I dense features, F tables, V vectors, D width, P pai
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from datamodules.generate.demo import KAGGLE_CARDINALITIES
 from datamodules.generate.random import PRESETS
-from lightning_dlrm.bench.options import autocast, finisher
+from lightning_dlrm.bench.measurement import finisher
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dcn import DCN, CrossKind
@@ -46,6 +47,16 @@ class Workload:
     bags: tuple[int, int] | None = None
     """Fewest and most ids of a bag, with uniform ids; None for one log-uniform id a bag."""
     model: Model = "dlrm"
+
+    @property
+    def pairs(self) -> int:
+        """Number of DLRM's dot products: of the vectors of all tables and the bottom MLP's."""
+        return math.comb(len(self.tables) + 1, 2)
+
+    @property
+    def joined(self) -> int:
+        """Width of what the top MLP, or the cross and deep networks, take."""
+        return self.width + self.pairs if self.model == "dlrm" else self.width * len(self.tables) + self.dense
 
     @property
     def features(self) -> Features:
@@ -79,23 +90,19 @@ def paper(max_rows: int | None = None) -> Workload:
     )
 
 
-def log_uniform(rows: int, count: int, generator: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Draw ids of a table, int32 [count], whose logarithms are uniform, so that low ids are frequent."""
-    return np.minimum(rows ** generator.random(count) - 1, rows - 1).astype(np.int32)
-
-
 def draw_batch(workload: Workload, size: int, seed: int) -> Batch:
     """Draw a batch of a workload; a seed always gives the same batch."""
     generator = np.random.default_rng(seed)
     offsets = None
     if workload.bags is None:
-        columns = [log_uniform(rows, size, generator) for rows in workload.tables]
-        values = np.stack(columns, axis=1)
+        # Ids whose logarithms are uniform, so that low ids are frequent.
+        columns = [np.minimum(rows ** generator.random(size) - 1, rows - 1) for rows in workload.tables]
+        values = np.stack(columns, axis=1).astype(np.int32)
     else:
         fewest, most = workload.bags
         lengths = generator.integers(fewest, most + 1, size * len(workload.tables))
-        table_of_bag = np.tile(np.array(workload.tables), size)
-        values = (generator.random(lengths.sum()) * np.repeat(table_of_bag, lengths)).astype(np.int32)
+        rows_of_bag = np.tile(workload.tables, size)
+        values = (generator.random(lengths.sum()) * np.repeat(rows_of_bag, lengths)).astype(np.int32)
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
     return Batch(
         label=torch.from_numpy((generator.random(size) < 0.25).astype(np.int8)),
@@ -103,10 +110,6 @@ def draw_batch(workload: Workload, size: int, seed: int) -> Batch:
         ids=SparseIds(values=torch.from_numpy(values), tables=len(workload.tables), offsets=offsets),
         global_size=size,
     )
-
-
-def _no_mark(part: str) -> None:
-    pass
 
 
 class _Step:
@@ -131,7 +134,7 @@ class _Step:
         self.network, self.optimizer, self._loss = network, optimizer, loss
         self._precision, self._device = precision, device
 
-    def __call__(self, batch: Any, mark: Callable[[str], object] = _no_mark) -> Tensor:
+    def __call__(self, batch: Any, mark: Callable[[str], object] = lambda part: None) -> Tensor:
         """Train on a batch, which may still be in host memory, and return its loss.
 
         Args:
@@ -142,7 +145,7 @@ class _Step:
         mark("update")
         self.optimizer.zero_grad()
         mark("")
-        with autocast(self._device, self._precision):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16-mixed"):
             loss = self._loss(batch)
         loss.backward()
         mark("update")
@@ -205,15 +208,13 @@ class PlainBatch:
     def of(batch: Batch) -> "PlainBatch":
         """Return our batch in this form."""
         assert batch.label is not None
-        ids: list[tuple[Tensor, Tensor]] = []
         if batch.ids.offsets is None:
             starts_B = torch.arange(len(batch), device=batch.dense.device)
             ids = [(values_B, starts_B) for values_B in batch.ids.values.long().T.contiguous()]
         else:
-            for table in range(batch.ids.tables):
-                bags = batch.ids.of_tables(torch.tensor([table], device=batch.dense.device))
-                assert bags.offsets is not None
-                ids.append((bags.values.long(), bags.offsets[:-1]))
+            tables = torch.arange(batch.ids.tables, device=batch.dense.device).split(1)
+            bags: Any = map(batch.ids.of_tables, tables)
+            ids = [(bag.values.long(), bag.offsets[:-1]) for bag in bags]
         return PlainBatch(batch.label.float(), batch.dense, ids)
 
     def to(self, device: torch.device) -> "PlainBatch":
@@ -243,11 +244,9 @@ class PlainDLRM(nn.Module):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__()
-        vectors = 1 + len(workload.tables)
         self.tables = PlainTables(workload.tables, workload.width)
         self.bottom = _plain_mlp([workload.dense, *workload.bottom])
-        pairs = vectors * (vectors - 1) // 2
-        self.top = _plain_mlp([workload.width + pairs, *workload.top], 1)
+        self.top = _plain_mlp([workload.joined, *workload.top], 1)
 
     def forward(self, dense_BI: Tensor, ids: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Return logits [B]."""
@@ -263,7 +262,7 @@ class PlainDCN(nn.Module):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__()
-        width = workload.width * len(workload.tables) + workload.dense
+        width = workload.joined
         outputs = 1 if workload.model == "dcn" else width
         self.tables = PlainTables(workload.tables, workload.width)
         self.cross = nn.ModuleList(nn.Linear(width, outputs, bias=False) for _ in range(6))

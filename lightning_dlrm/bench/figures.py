@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from lightning_dlrm.bench.floors import MachineRates
+from matplotlib.figure import Figure
+
 from lightning_dlrm.bench.measurement import duration
-from lightning_dlrm.bench.roofline import Cost, Part
+from lightning_dlrm.bench.roofline import Cost, MachineRates, Part
 from lightning_dlrm.contracts.errors import UserError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _FORMATS = (".png", ".pdf", ".svg")
 # Colours of Okabe and Ito, and hatches.
@@ -48,33 +46,22 @@ def draw_breakdown(columns: Mapping[str, Mapping[str, float]], device: str, titl
         title: name of the benchmark.
         path: file of the figure; its suffix is the format.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8.5, 1.6 + 0.55 * len(columns)), layout="constrained")
     axes = figure.subplots()
-    names = list(columns)[::-1]
-    begins = dict.fromkeys(names, 0.0)
+    begins = dict.fromkeys(list(columns)[::-1], 0.0)
     for (colour, hatch), operator in zip(_FILLS, next(iter(columns.values())), strict=True):
-        widths = [columns[name][operator] * 1e3 for name in names]
-        axes.barh(
-            names,
-            widths,
-            left=[begins[name] for name in names],
-            color=colour,
-            hatch=hatch,
-            edgecolor="black",
-            linewidth=0.6,
-            label=operator,
-        )
-        for name, width in zip(names, widths, strict=True):
-            begins[name] += width
-    for row, name in enumerate(names):
-        axes.text(begins[name], row, f" {duration(begins[name] / 1e3)}", va="center")
-    axes.set_xlim(0, max(begins.values()) * 1.12)
-    axes.set_xlabel(f"milliseconds of a training step on {device}")
-    axes.set_title(f"{title}: time of a step by operator")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+        widths = {name: columns[name][operator] * 1e3 for name in begins}
+        look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
+        axes.barh(list(widths), list(widths.values()), left=list(begins.values()), label=operator, **look)
+        begins = {name: begin + widths[name] for name, begin in begins.items()}
+    for row, end in enumerate(begins.values()):
+        axes.text(end, row, f" {duration(end / 1e3)}", va="center")
+    axes.set(
+        xlim=(0, max(begins.values()) * 1.12),
+        xlabel=f"milliseconds of a training step on {device}",
+        title=f"{title}: time of a step by operator",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
 
@@ -90,23 +77,15 @@ def draw_roofline(
         title: name of the benchmark.
         path: file of the figure; its suffix is the format.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8.5, 5.2), layout="constrained")
     axes = figure.subplots()
-    points = [(cost.intensity, cost.flops / s) for parts in precisions.values() for cost, s in parts.values()]
-    low, high = min(x for x, _ in points) / 3, max(x for x, _ in points) * 3
+    intensities = [cost.intensity for parts in precisions.values() for cost, _ in parts.values()]
+    low, high = min(intensities) / 3, max(intensities) * 3
     for (colour, style), (precision, parts) in zip(_LINES, precisions.items(), strict=False):
         peak = rates.flops[precision]
-        ridge = peak / rates.bytes
-        xs = [low, min(max(ridge, low), high), high]
-        axes.plot(
-            xs,
-            [min(peak, x * rates.bytes) / 1e9 for x in xs],
-            color=colour,
-            linestyle=style,
-            label=f"roof, {precision}: {rates.bytes / 1e9:.3g} GB/s, {peak / 1e9:,.0f} GFLOP/s",
-        )
+        xs = [low, min(max(peak / rates.bytes, low), high), high]
+        roof = f"roof, {precision}: {rates.bytes / 1e9:.3g} GB/s, {peak / 1e9:,.0f} GFLOP/s"
+        axes.plot(xs, [min(peak, x * rates.bytes) / 1e9 for x in xs], color=colour, linestyle=style, label=roof)
         for marker, (part, (cost, seconds)) in zip(_MARKERS, parts.items(), strict=True):
             axes.plot(
                 cost.intensity,
@@ -118,17 +97,19 @@ def draw_roofline(
                 linestyle="none",
                 label=f"{part}, {precision}",
             )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("operations per byte between processor and memory")
-    axes.set_ylabel("GFLOP/s")
-    axes.set_title(f"{title}: parts of our model, profiled separately, below the machine's roofs")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations per byte between processor and memory",
+        ylabel="GFLOP/s",
+        title=f"{title}: parts of our model, profiled separately, below the machine's roofs",
+    )
     axes.grid(True, which="major", color="0.9")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     _save(figure, path)
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 
 from datamodules.stream.loader import TrainingLoader
-from lightning_dlrm.bench import floors, peer, roofline
+from lightning_dlrm.bench import peer, roofline
 from lightning_dlrm.bench.contenders import (
     LEARNING_RATE,
     OurStep,
@@ -28,8 +27,9 @@ from lightning_dlrm.bench.contenders import (
     repeat,
 )
 from lightning_dlrm.bench.gate import Gate
-from lightning_dlrm.bench.measurement import Implementation, Measurement, time_rounds, times_as_fast
-from lightning_dlrm.bench.options import (
+from lightning_dlrm.bench.measurement import (
+    Implementation,
+    Measurement,
     add_data,
     add_device_arguments,
     add_peer_python,
@@ -37,8 +37,10 @@ from lightning_dlrm.bench.options import (
     check,
     finisher,
     open_dataset,
+    time_rounds,
+    times_as_fast,
 )
-from lightning_dlrm.bench.worker import REPLIES, REQUESTS, Worker
+from lightning_dlrm.bench.processes import Worker
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.compilation import compile_score
@@ -76,8 +78,7 @@ class StepGate(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         if self._gate is None:
-            finish = finisher(trainer.strategy.root_device)
-            self._gate = Gate(int(os.environ[REQUESTS]), int(os.environ[REPLIES]), finish)
+            self._gate = Gate(finisher(trainer.strategy.root_device))
         if not self._gate.passed():
             trainer.should_stop = True
 
@@ -102,8 +103,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     """
     device = check(args)
     folder, schema = open_dataset(args.data)
-    features = schema.features
-    workload = replace(kaggle(), tables=features.table_rows, dense=features.dense)
+    workload = replace(kaggle(), tables=schema.features.table_rows, dense=schema.features.dense)
     compiled = ", compiled" if args.compile else ""
     # A loader has a position, so every loop needs its own.
     options: dict[str, Any] = {"seed": 1, "batch_size": args.batch_size, "pin": device.type == "cuda"}
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         contenders = _loops(args, workload, loader, device)
         for precision in args.precision:
             command = _fit_command(args, folder, precision, temporary / f"fit-{precision}")
-            fit = stack.enter_context(Worker(command, temporary))
+            fit = stack.enter_context(Worker("lightning_dlrm fit", command, temporary))
             fit(WARM_UP_STEPS)
             contenders["ours", "fit", precision] = partial(fit, args.steps)
         if args.peer is not None:
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
             worker = stack.enter_context(peer.fit_worker(args, workload, rows, temporary / "peer"))
             contenders["peer", "whole program", "32-true"] = partial(worker, args.steps)
             waited = worker.waited
-        rates = floors.measure(device, args.precision)
+        rates = roofline.measure_rates(device, args.precision)
         print(rates)
         some = list(islice(loader(), 4))
         floor = {precision: roofline.floor(workload, some, rates, precision) for precision in args.precision}

@@ -9,8 +9,7 @@ import torch
 
 from datamodules.preprocess.inspection import aligned
 from lightning_dlrm.bench.contenders import OurStep, Workload, draw_batch, kaggle
-from lightning_dlrm.bench.measurement import Measurement
-from lightning_dlrm.bench.options import DEFAULT, check
+from lightning_dlrm.bench.measurement import DEFAULT, Measurement, check
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tables.lookup import EmbeddingTables
 
@@ -98,13 +97,13 @@ def loss_targets(workload: Workload, device: torch.device, batch_size: int, step
             assert isinstance(lookup, EmbeddingTables)
             lookup.kernels = "triton" if fused else "plain"
         step = OurStep(network, precision, device)
-        batches = (draw_batch(workload, batch_size, seed) for seed in range(steps))
-        return torch.stack([step(batch) for batch in batches]).double().cpu()
+        found = [step(draw_batch(workload, batch_size, seed)) for seed in range(steps)]
+        return torch.stack(found).double().cpu()
 
     exact, fused, bf16 = losses("32-true", False), losses("32-true", True), losses("bf16-mixed", True)
     first = abs(fused[0] / exact[0] - 1).item()
-    windows = [part.mean() for part in exact.split(_WINDOW)], [part.mean() for part in bf16.split(_WINDOW)]
-    drift = max(abs(mine / plain - 1).item() for plain, mine in zip(*windows, strict=True))
+    windows = zip(exact.split(_WINDOW), bf16.split(_WINDOW), strict=True)
+    drift = max(abs(mine.mean() / plain.mean() - 1).item() for plain, mine in windows)
     return [
         Target("fused float32: first loss against eager", "1e-6", f"{first:.1e}", first <= 1e-6),
         Target(f"fused bfloat16: means of {_WINDOW} losses, {steps} steps", "2e-3", f"{drift:.1e}", drift <= 2e-3),

@@ -3,17 +3,24 @@
 import argparse
 import functools
 import statistics
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from datamodules.folder import check_sizes, part_files
 from datamodules.stream.loader import TrainingLoader
-from lightning_dlrm.bench.measurement import Measurement, peak_bytes, time_rounds
-from lightning_dlrm.bench.options import add_data, add_rounds, check_numbers, open_dataset
+from lightning_dlrm.bench.measurement import (
+    Measurement,
+    add_data,
+    add_rounds,
+    check_numbers,
+    open_dataset,
+    peak_bytes,
+    time_rounds,
+)
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DataFile
 
@@ -29,16 +36,17 @@ examples:
   python -m lightning_dlrm bench loader --data criteo --threads 1 --rounds 9
 """
 
-
 Key = tuple[str, int, int]
 """Case, threads, and batch size; 0 for bare decoding."""
+_BARE = "bare decoding"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
-    sizes = [2048, 128, 16_384]
-    names = ("--batch-sizes", "--batch-size")
-    parser.add_argument(*names, type=int, nargs="+", default=sizes, metavar="N", help="default: 2048 128 16384")
+    parser.add_argument(
+        "--batch-sizes", "--batch-size", type=int, nargs="+", default=[2048, 128, 16_384], metavar="N",
+        help="default: 2048 128 16384",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     add_rounds(parser)
 
@@ -84,9 +92,6 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         waits = [_first_batch(loader(shuffle="window", batch_size=first, threads=threads)) for _ in range(args.rounds)]
         rows.append(_row(("first batch", threads, first), first, waits, {}))
     return rows
-
-
-_BARE = "bare decoding"
 
 
 def _loaders(args: argparse.Namespace, loader: Callable[..., TrainingLoader]) -> dict[Key, TrainingLoader]:
@@ -148,8 +153,5 @@ def _decode(folder: Path, files: tuple[DataFile, ...], threads: int, verify: boo
             parts[file.path].read_row_group(group, use_threads=False)
 
     groups = [(file, group) for file in files for group in range(len(file.row_groups))]
-    workers = [threading.Thread(target=decode, args=(groups[i::threads],)) for i in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(decode, [groups[i::threads] for i in range(threads)]))

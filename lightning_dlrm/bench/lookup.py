@@ -5,16 +5,23 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import cycle
+from itertools import accumulate, cycle
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dlrm.bench import floors, roofline
+from lightning_dlrm.bench import roofline
 from lightning_dlrm.bench.contenders import PlainBatch, PlainTables, Workload, draw_batch, repeat
-from lightning_dlrm.bench.measurement import Implementation, Measurement, time_rounds
-from lightning_dlrm.bench.options import DEFAULT, add_device_arguments, add_steps, check
+from lightning_dlrm.bench.measurement import (
+    DEFAULT,
+    Implementation,
+    Measurement,
+    add_device_arguments,
+    add_steps,
+    check,
+    time_rounds,
+)
 from lightning_dlrm.bench.step import DRAWN_BATCHES, StepKey, speeds_of_ours
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.errors import UserError
@@ -65,11 +72,11 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         raise UserError(
             f"bench lookup: --bag is {args.bag[0]} {args.bag[1]}; give the fewest ids of a bag, then the most"
         )
-    bags = None if args.bag is None else (args.bag[0], args.bag[1])
-    workload = Workload(tables=(args.rows,) * args.tables, dense=1, width=args.width, bottom=(args.width,), bags=bags)
+    tables = (args.rows,) * args.tables
+    workload = Workload(tables=tables, dense=1, width=args.width, bottom=(args.width,), bags=args.bag)
     batches = [draw_batch(workload, args.batch_size, seed).to(device) for seed in range(DRAWN_BATCHES)]
     contenders = _contenders(args, workload, batches, device)
-    rates = floors.measure(device, args.precision)
+    rates = roofline.measure_rates(device, args.precision)
     print(rates)
     seconds = time_rounds(contenders, args.rounds, warm_up=1, steps=args.steps)
     return [
@@ -110,7 +117,7 @@ def _contenders(
     }
 
 
-def _floor(workload: Workload, batches: list[Any], rates: floors.MachineRates, precision: str) -> float:
+def _floor(workload: Workload, batches: list[Any], rates: roofline.MachineRates, precision: str) -> float:
     """Return the least seconds of lookup and backward, and of the update of rows and their accumulators."""
     tables = roofline.costs(workload, batches, precision)["tables"]
     distinct = sum(roofline.distinct_rows(workload, batch) for batch in batches) / len(batches)
@@ -175,9 +182,7 @@ class _Fbgemm:
 
 def _table_major(of_tables: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return the ids of all tables one after the other, and the offset of each bag, as FBGEMM takes them."""
-    begins, offsets = 0, []
-    for values, starts in of_tables:
-        offsets.append(starts + begins)
-        begins += len(values)
+    begins = [0, *accumulate(len(values) for values, _ in of_tables)]
     values = torch.cat([values for values, _ in of_tables])
-    return values, torch.cat([*offsets, torch.tensor([begins], device=values.device)])
+    offsets = [starts + begin for begin, (_, starts) in zip(begins, of_tables, strict=False)]
+    return values, torch.cat([*offsets, torch.tensor(begins[-1:], device=values.device)])

@@ -1,19 +1,127 @@
-"""Timing in rounds that alternate between the contenders, and its results as a table and as JSON rows."""
+"""What all benchmarks share: options, timing in rounds that alternate between the contenders, and rows of results."""
 
-import json
+import argparse
 import os
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
+
+from datamodules.folder import load_schema
+from datamodules.generate.demo import DemoSettings, demo_folder, generate_demo
 from datamodules.preprocess.inspection import aligned
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.kernels.choice import choose
+
+PRECISIONS = ("32-true", "bf16-mixed")
+DEFAULT = "default: %(default)s"
+
+
+def add_rounds(parser: argparse.ArgumentParser, rounds: int = 5) -> None:
+    """Add ``--rounds``."""
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, metavar="N", help=f"rounds, of which the median counts ({DEFAULT})"
+    )
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``, ``--precision``, ``--batch-size``, ``--rounds``."""
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help=DEFAULT)
+    parser.add_argument(
+        "--precision", nargs="+", default=["32-true"], choices=PRECISIONS, help="one or more, all in the same run"
+    )
+    parser.add_argument("--batch-size", type=int, default=2048, metavar="N", help=DEFAULT)
+    add_rounds(parser)
+
+
+def add_steps(parser: argparse.ArgumentParser) -> None:
+    """Add ``--steps``."""
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help=f"steps of a round ({DEFAULT})")
+
+
+def add_max_rows(parser: argparse.ArgumentParser) -> None:
+    """Add ``--max-rows``."""
+    parser.add_argument("--max-rows", type=int, metavar="N", help="cut every table to N rows (default: no limit)")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add ``--data``."""
+    parser.add_argument("--data", type=Path, metavar="DIR", help="dataset folder (default: the demo data of fit)")
+
+
+def add_peer_python(parser: argparse.ArgumentParser) -> None:
+    """Add ``--peer`` and ``--peer-python``."""
+    parser.add_argument(
+        "--peer", type=Path, metavar="DIR", help="checkout of facebookresearch/dlrm, which is timed as well"
+    )
+    parser.add_argument(
+        "--peer-python",
+        default=sys.executable,
+        metavar="FILE",
+        help="interpreter of the peer; it needs numpy<2, torch, scikit-learn, tensorboard (default: this one)",
+    )
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Check that every number among the options is 1 or more.
+
+    Raises:
+        UserError: a number is below 1.
+    """
+    for name, value in vars(args).items():
+        # --bag may begin with empty bags; its own check follows.
+        numbers = value if isinstance(value, list) and name != "bag" else [value]
+        below = [number for number in numbers if isinstance(number, int) and number < 1 and number is not False]
+        if below:
+            raise UserError(f"bench {args.work}: --{name.replace('_', '-')} is {below[0]}; give 1 or more")
+
+
+def check(args: argparse.Namespace) -> torch.device:
+    """Check the options, print which kernels ours has, and return the device.
+
+    Raises:
+        UserError: a number is below 1, there is no such device, or no such checkout.
+    """
+    check_numbers(args)
+    check_peer(args, "dlrm_s_pytorch.py")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, and torch finds no CUDA device here: use --device cpu")
+    print(f"kernels of ours: {choose(getattr(args, 'kernels', 'auto'), args.device, torch.float32)}")
+    return torch.device(args.device)
+
+
+def check_peer(args: argparse.Namespace, file: str) -> None:
+    """Check that ``--peer``, if given, is a folder with a file of the peer's.
+
+    Raises:
+        UserError: the file is missing.
+    """
+    peer = getattr(args, "peer", None)
+    if peer is not None and not (peer / file).is_file():
+        raise UserError(f"--peer {peer} is not a checkout of facebookresearch/dlrm: it has no {file}")
+
+
+def open_dataset(folder: Path | None) -> tuple[Path, DatasetSchema]:
+    """Return a dataset folder and its schema; without a folder, make those of the demo data."""
+    if folder is None:
+        folder = demo_folder(DemoSettings())
+        generate_demo(DemoSettings(), folder)
+    return folder, load_schema(folder)
+
+
+def finisher(device: torch.device) -> Callable[[], object]:
+    """Return a function that waits until the device has done its work."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
 
 Implementation = Literal["ours", "baseline", "peer"]
 
@@ -55,9 +163,8 @@ class Measurement:
 
     def row(self) -> dict[str, object]:
         """Return the row as one flat JSON object."""
-        fields = asdict(self)
-        del fields["shown"]
-        return {**fields.pop("extra"), **fields, "samples_per_s": self.samples_per_s}
+        fields = {name: value for name, value in vars(self).items() if name not in ("extra", "shown")}
+        return {**self.extra, **fields, "samples_per_s": self.samples_per_s}
 
 
 Key = TypeVar("Key")
@@ -106,42 +213,28 @@ def peak_bytes() -> int:
 def render(rows: Sequence[Measurement]) -> str:
     """Return the rows as a table for a terminal."""
     cells = [("case", "implementation", "median", "spread", "samples/s", "floor", "x floor", "")]
-    for row in (row for row in rows if row.shown):
-        floor, ratio = "", ""
-        if row.floor_s is not None:
-            floor, ratio = duration(row.floor_s), f"{row.median_s / row.floor_s:.2f}"
-        cells.append(
-            (
-                row.case,
-                row.implementation,
-                duration(row.median_s),
-                duration(row.spread_s),
-                f"{row.samples_per_s:,.0f}",
-                floor,
-                ratio,
-                ", ".join(f"{name} {value:,.4g}" for name, value in row.extra.items()),
-            )
+    cells += [
+        (
+            row.case,
+            row.implementation,
+            duration(row.median_s),
+            duration(row.spread_s),
+            f"{row.samples_per_s:,.0f}",
+            "" if row.floor_s is None else duration(row.floor_s),
+            "" if row.floor_s is None else f"{row.median_s / row.floor_s:.2f}",
+            ", ".join(f"{name} {value:,.4g}" for name, value in row.extra.items()),
         )
+        for row in rows
+        if row.shown
+    ]
     return "\n".join(aligned(cells, left=(0, 1, 7)))
-
-
-def write_json(rows: Sequence[Measurement], path: Path) -> None:
-    """Write the rows as a list of flat objects.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
-        path.write_text(json.dumps([row.row() for row in rows], indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another --json FILE") from error
 
 
 def machine() -> str:
     """Return one line with the processor, the cores of this process, the memory, and versions of packages."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "pytorch-lightning", "pyarrow", "numpy"))
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "pytorch-lightning", "pyarrow", "numpy"))
     return f"{_processor()}, {cores} cores, {memory:.0f} GiB; Python {platform.python_version()}, {packages}"
 
 
@@ -153,13 +246,6 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def duration(seconds: float) -> str:

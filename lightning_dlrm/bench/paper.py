@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.preprocess.inspection import aligned
-from lightning_dlrm.bench import floors, roofline, step
+from lightning_dlrm.bench import roofline, step
 from lightning_dlrm.bench.breakdown import Times, by_part, mark, marked_parts, profile_steps
 from lightning_dlrm.bench.contenders import draw_batch, paper
-from lightning_dlrm.bench.figures import check_figure, draw_breakdown, draw_roofline
-from lightning_dlrm.bench.measurement import Measurement, duration
-from lightning_dlrm.bench.options import DEFAULT, add_device_arguments, add_max_rows, add_peer_python, check
+from lightning_dlrm.bench.measurement import (
+    DEFAULT,
+    Measurement,
+    add_device_arguments,
+    add_max_rows,
+    add_peer_python,
+    check,
+    duration,
+)
 from lightning_dlrm.bench.roofline import Part
 from lightning_dlrm.bench.step import StepKey
 from lightning_dlrm.contracts.errors import UserError
@@ -52,6 +58,8 @@ _PUBLISHED_BATCHES, _PUBLISHED_BATCH_SIZE = 1000, 2048
 
 Profile = Mapping[str, Sequence[float]]
 """Part of a step -> its seconds in each step."""
+PartTimes = Mapping[Part, tuple[roofline.Cost, float]]
+"""Part of the model -> its cost, and the median seconds of its forward and backward pass."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,20 +91,20 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     if args.batches < args.rounds:
         raise UserError(f"--batches is {args.batches} and --rounds {args.rounds}: give at least as many batches")
     if args.plot is not None:
+        # Matplotlib takes long to import.
+        from lightning_dlrm.bench.figures import check_figure, draw_breakdown, draw_roofline
+
         check_figure(args.plot)
     workload = paper(args.max_rows)
-    title = "DLRM paper, section 5.2"
-    if workload != paper():
-        title += f", tables cut to {args.max_rows:,} rows"
-    published = workload == paper() and args.batch_size == _PUBLISHED_BATCH_SIZE
+    whole = workload == paper()
+    title = "DLRM paper, section 5.2" + ("" if whole else f", tables cut to {args.max_rows:,} rows")
     batches = [draw_batch(workload, args.batch_size, seed) for seed in range(step.DRAWN_BATCHES)]
     if device.type == "cuda":
         batches = [batch.pin_memory() for batch in batches]
     steps = step.make_steps(args, workload, batches, device)
-    rates = floors.measure(device, args.precision)
-    count = args.batches // args.rounds
-    totals = step.time_steps(args, title, workload, batches, steps, count, rates)
-    if published:
+    rates = roofline.measure_rates(device, args.precision)
+    totals = step.time_steps(args, title, workload, batches, steps, args.batches // args.rounds, rates)
+    if whole and args.batch_size == _PUBLISHED_BATCH_SIZE:
         name = "seconds_for_1000" if args.batches >= _PUBLISHED_BATCHES else "projected_seconds_for_1000"
         totals = [replace(row, extra={name: row.median_s * _PUBLISHED_BATCHES, **row.extra}) for row in totals]
     profiles: dict[StepKey, Profile] = {}
@@ -109,14 +117,15 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         with marked_parts(contender.network):
             # The first step warms up.
             profiles[key] = _profile(profile_steps(make, len(some), device)[1:])
-    costs = {precision: roofline.costs(workload, batches, precision) for precision in args.precision}
-    print(render_operators(profiles))
-    print(render_roofline(profiles, costs, rates))
+    columns = {f"{name} {precision}": _medians(profile) for (name, precision), profile in profiles.items()}
+    parts = {p: _parts(profiles["ours", p], roofline.costs(workload, batches, p)) for p in args.precision}
+    print(render_operators(columns))
+    print(render_roofline(parts, rates))
     if args.plot is not None:
-        columns = {f"{name}, {precision}": _medians(profile) for (name, precision), profile in profiles.items()}
-        draw_breakdown(columns, args.device, title, args.plot)
+        named = {name.replace(" ", ", "): column for name, column in columns.items()}
+        draw_breakdown(named, args.device, title, args.plot)
         second = args.plot.with_stem(args.plot.stem + "-roofline")
-        draw_roofline({p: _parts(profiles["ours", p], costs[p]) for p in args.precision}, rates, title, second)
+        draw_roofline(parts, rates, title, second)
         print(f"figures: {args.plot}, {second}")
     return totals + _operator_rows(args, profiles)
 
@@ -126,39 +135,26 @@ def _profile(steps: Sequence[Times]) -> Profile:
     return {part: [of_step.get(part, 0.0) for of_step in parts] for part in parts[0]}
 
 
-def _by_operator(profile: Profile) -> dict[str, list[float]]:
-    """Operator -> its seconds in each step."""
-    return {operator: _summed(profile, parts) for operator, parts in OPERATORS.items()}
-
-
 def _medians(profile: Profile) -> dict[str, float]:
     """Operator -> median seconds of a step."""
-    return {operator: statistics.median(seconds) for operator, seconds in _by_operator(profile).items()}
+    return {operator: statistics.median(_summed(profile, parts)) for operator, parts in OPERATORS.items()}
 
 
 def _summed(profile: Profile, parts: Sequence[str]) -> list[float]:
     return [sum(values) for values in zip(*(profile[part] for part in parts), strict=True)]
 
 
-def _parts(profile: Profile, costs: Mapping[Part, roofline.Cost]) -> dict[Part, tuple[roofline.Cost, float]]:
-    """Part of the model -> its cost, and the median seconds of its forward and backward pass."""
-    return {
-        part: (
-            cost,
-            statistics.median(
-                _summed(profile, ("update",) if part == "update" else (f"{part} forward", f"{part} backward"))
-            ),
-        )
-        for part, cost in costs.items()
-    }
+def _parts(profile: Profile, costs: Mapping[Part, roofline.Cost]) -> PartTimes:
+    passes = {part: (f"{part} forward", f"{part} backward") for part in costs} | {"update": ("update",)}
+    return {part: (cost, statistics.median(_summed(profile, passes[part]))) for part, cost in costs.items()}
 
 
 def _operator_rows(args: argparse.Namespace, profiles: Mapping[StepKey, Profile]) -> list[Measurement]:
     rows = []
     for (implementation, precision), profile in profiles.items():
-        for operator, seconds in _by_operator(profile).items():
+        for operator, parts in OPERATORS.items():
             row = Measurement.of_rounds(
-                seconds,
+                _summed(profile, parts),
                 work="paper",
                 case=f"{operator}, {precision}, {args.device}",
                 implementation=implementation,
@@ -173,33 +169,23 @@ def _operator_rows(args: argparse.Namespace, profiles: Mapping[StepKey, Profile]
     return rows
 
 
-def render_operators(profiles: Mapping[StepKey, Profile]) -> str:
+def render_operators(columns: Mapping[str, Mapping[str, float]]) -> str:
     """Return a table of the time of a step by operator, with a column for each contender."""
-    columns = {key: _medians(profile) for key, profile in profiles.items()}
-    cells = [("operator", *(f"{name} {precision}" for name, precision in columns))]
+    steps = {name: sum(column.values()) for name, column in columns.items()}
+    cells = [("operator", *columns)]
     for operator in OPERATORS:
-        sums = {key: sum(column.values()) for key, column in columns.items()}
-        cells.append(
-            (
-                operator,
-                *(f"{duration(max(c[operator], 1e-9))} {c[operator] / sums[key]:4.0%}" for key, c in columns.items()),
-            )
-        )
-    cells.append(("step", *(f"{duration(sum(column.values()))} {1:4.0%}" for column in columns.values())))
+        shares = (f"{duration(max(c[operator], 1e-9))} {c[operator] / steps[name]:4.0%}" for name, c in columns.items())
+        cells.append((operator, *shares))
+    cells.append(("step", *(f"{duration(seconds)} {1:4.0%}" for seconds in steps.values())))
     return "\n".join(["", *aligned(cells, left=(0,)), ""])
 
 
-def render_roofline(
-    profiles: Mapping[StepKey, Profile],
-    costs: Mapping[str, Mapping[Part, roofline.Cost]],
-    rates: floors.MachineRates,
-) -> str:
-    """Return a table of what bounds each part of ours, and the share of that bound that it reaches."""
+def render_roofline(parts: Mapping[str, PartTimes], rates: roofline.MachineRates) -> str:
+    """Return a table of what bounds each part of ours, and the share of that bound that it reaches, by precision."""
     cells = [("part of ours", "precision", "MFLOP", "MB", "FLOP/byte", "bound by", "floor", "takes", "reaches")]
-    for precision, of_parts in costs.items():
-        for part, (cost, seconds) in _parts(profiles["ours", precision], of_parts).items():
+    for precision, of_parts in parts.items():
+        for part, (cost, seconds) in of_parts.items():
             floor = rates.floor(cost.flops, cost.bytes, precision)
-            memory = cost.intensity < rates.flops[precision] / rates.bytes
             cells.append(
                 (
                     part,
@@ -207,7 +193,7 @@ def render_roofline(
                     f"{cost.flops / 1e6:,.0f}",
                     f"{cost.bytes / 1e6:,.1f}",
                     f"{cost.intensity:.3g}",
-                    "memory" if memory else "processor",
+                    "memory" if cost.intensity < rates.flops[precision] / rates.bytes else "processor",
                     duration(floor),
                     duration(seconds),
                     f"{floor / seconds:.0%}",

@@ -10,29 +10,35 @@ import numpy as np
 import torch
 
 from lightning_dlrm.bench.contenders import LEARNING_RATE, PlainBatch, Workload
-from lightning_dlrm.bench.worker import Worker
+from lightning_dlrm.bench.processes import Worker
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 
-_START = """
-    import json, os, sys
+_LOAD = """
+    import importlib, sys
 
-    import numpy
-
-    if int(numpy.__version__.split(".")[0]) >= 2:
-        sys.exit(f"NumPy {numpy.__version__} found, which it fails on; name one with numpy<2 with --peer-python")
     sys.path.insert(0, sys.argv[1])
+    try:
+        import numpy
+
+        if int(numpy.__version__.split(".")[0]) >= 2:
+            raise ImportError(f"NumPy {numpy.__version__} found, which it fails on")
+        peer = importlib.import_module(sys.argv[2])
+    except ImportError as error:
+        sys.exit(
+            f"{error}; name an interpreter with numpy<2, torch, scikit-learn and tensorboard with --peer-python"
+        )
+"""
+
+_START = """
+    import json, os
+
     import torch
-    import dlrm_s_pytorch as peer
     from lightning_dlrm.bench.gate import Gate
 
-    settings = json.loads(sys.argv[2])
+    settings = json.loads(sys.argv[3])
     cuda = settings["device"] == "cuda"
-    gate = Gate(
-        int(os.environ["BENCH_REQUESTS"]),
-        int(os.environ["BENCH_REPLIES"]),
-        torch.cuda.synchronize if cuda else lambda: None,
-    )
+    gate = Gate(torch.cuda.synchronize if cuda else lambda: None)
 """
 
 _STEP = """
@@ -92,16 +98,14 @@ def step_worker(args: argparse.Namespace, workload: Workload, batches: Sequence[
     Raises:
         UserError: the program fails.
     """
-    plain = [PlainBatch.of(batch) for batch in batches]
+    plain = map(PlainBatch.of, batches)
     torch.save([(b.dense, *_stacked(b), b.label[:, None]) for b in plain], folder / "batches.pt")
-    vectors = len(workload.tables) + 1
-    joined = workload.width + vectors * (vectors - 1) // 2
     settings = {
         "device": args.device,
         "width": workload.width,
         "tables": workload.tables,
         "bottom": (workload.dense, *workload.bottom),
-        "top": (joined, *workload.top, 1),
+        "top": (workload.joined, *workload.top, 1),
         "learning_rate": LEARNING_RATE,
     }
     return _worker(args, _STEP, settings, folder)
@@ -125,17 +129,15 @@ def fit_worker(args: argparse.Namespace, workload: Workload, batches: Sequence[B
         )
     label = np.concatenate([batch.label.numpy() for batch in batches if batch.label is not None])
     dense = np.concatenate([batch.dense.numpy() for batch in batches])
-    ids = np.concatenate([batch.ids.values.numpy() for batch in batches])
     np.savez(
         folder / "processed.npz",
         X_int=np.expm1(np.nan_to_num(dense)).clip(0, 2**30).astype(np.int32),
-        X_cat=ids,
+        X_cat=np.concatenate([batch.ids.values.numpy() for batch in batches]),
         y=label.astype(np.int32),
         counts=np.array(workload.tables),
     )
     # Rows of each day; the program trains on all days but the last.
-    rows = len(label) - 2
-    np.savez(folder / "train_day_count.npz", total_per_file=np.array([rows, 0, 0, 0, 0, 0, 2]))
+    np.savez(folder / "train_day_count.npz", total_per_file=np.array([len(label) - 2, 0, 0, 0, 0, 0, 2]))
     arguments = {
         "arch-sparse-feature-size": workload.width,
         "arch-mlp-bot": "-".join(map(str, (workload.dense, *workload.bottom))),
@@ -152,13 +154,34 @@ def fit_worker(args: argparse.Namespace, workload: Workload, batches: Sequence[B
         "nepochs": 1_000_000,
     }
     words = [f"--{name}={value}" for name, value in arguments.items()] + ["--print-time"]
-    settings = {"device": args.device, "arguments": words + (["--use-gpu"] if args.device == "cuda" else [])}
-    return _worker(args, _FIT, settings, folder)
+    if args.device == "cuda":
+        words.append("--use-gpu")
+    return _worker(args, _FIT, {"device": args.device, "arguments": words}, folder)
+
+
+def peer_name(args: argparse.Namespace) -> str:
+    """Return the name of the peer for errors: its checkout and its interpreter."""
+    return f"the peer {args.peer} (run by {args.peer_python})"
+
+
+def peer_command(args: argparse.Namespace, module: str, program: str, *arguments: str) -> list[str]:
+    """Return a command that imports a module of the peer as ``peer``, and runs a program.
+
+    If the interpreter lacks a package, the program ends with the reason and what to do.
+
+    Args:
+        args: options with the peer's folder and its interpreter.
+        module: module of the peer's checkout.
+        program: text of the program, whose ``sys.argv[3:]`` are ``arguments``.
+        arguments: arguments of the program.
+    """
+    text = textwrap.dedent(_LOAD) + textwrap.dedent(program)
+    return [args.peer_python, "-c", text, str(args.peer.absolute()), module, *arguments]
 
 
 def _worker(args: argparse.Namespace, program: str, settings: dict[str, object], folder: Path) -> Worker:
-    text = textwrap.dedent(_START) + textwrap.dedent(program)
-    return Worker([args.peer_python, "-c", text, str(args.peer.absolute()), json.dumps(settings)], folder)
+    command = peer_command(args, "dlrm_s_pytorch", _START + program, json.dumps(settings))
+    return Worker(peer_name(args), command, folder)
 
 
 def _stacked(batch: PlainBatch) -> tuple[object, object]:

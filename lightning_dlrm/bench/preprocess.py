@@ -8,7 +8,7 @@ import statistics
 import sys
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,14 +16,21 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
+from datamodules.preprocess.inspection import REPORT_FILE
 from datamodules.preprocess.progress import bytes_below
-from datamodules.preprocess.target import REPORT_FILE
-from lightning_dlrm.bench.footprint import Footprint, run_process
-from lightning_dlrm.bench.measurement import Implementation, Measurement
-from lightning_dlrm.bench.options import DEFAULT, add_peer_python, add_rounds, check_numbers, check_peer
-from lightning_dlrm.bench.prediction import Cost, render_predictions
+from lightning_dlrm.bench.measurement import (
+    DEFAULT,
+    Implementation,
+    Measurement,
+    add_peer_python,
+    add_rounds,
+    check_numbers,
+    check_peer,
+)
+from lightning_dlrm.bench.peer import peer_command, peer_name
+from lightning_dlrm.bench.processes import Footprint, run_process
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, DatasetSchema
 
 DESCRIPTION = """\
 Times in turns, each in a process of its own, so that memory is measured too:
@@ -63,19 +70,12 @@ _BASELINE = """
 """
 
 _PEER = """
-    import contextlib, os, sys, time
+    import contextlib, os, time
 
-    sys.path.insert(0, sys.argv[1])
-    import numpy
-
-    if int(numpy.__version__.split(".")[0]) >= 2:
-        sys.exit(f"NumPy {numpy.__version__} found, which it fails on; name one with numpy<2 with --peer-python")
-    import data_utils
-
-    os.link(sys.argv[2], sys.argv[3])
+    os.link(sys.argv[3], sys.argv[4])
     start = time.perf_counter()
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-        data_utils.getCriteoAdData(sys.argv[3], "processed", randomize="none", criteo_kaggle=True)
+        peer.getCriteoAdData(sys.argv[4], "processed", randomize="none", criteo_kaggle=True)
     print(time.perf_counter() - start)
 """
 
@@ -136,7 +136,8 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         if _lines(raw) > args.baseline_rows:
             parsed = folder / "parsed.txt"
             _copy_first_lines(raw, parsed, args.baseline_rows)
-        baseline = _Script(_BASELINE, sys.executable, (str(parsed),), samples=_lines(parsed))
+        command = [sys.executable, "-c", textwrap.dedent(_BASELINE), str(parsed)]
+        baseline = _Script("pyarrow's parse", command, samples=_lines(parsed))
         rows = _measure(ours, "baseline", baseline, args)
     if rows[0].samples >= _PREDICT_FROM_ROWS:
         print(render_predictions(_cost(rows[0])))
@@ -147,7 +148,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     return rows + beside
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Ours:
     """The command ``preprocess``; each run writes a new folder inside ``folder``."""
 
@@ -155,32 +156,22 @@ class _Ours:
     dataset: str
     protocol: str
     folder: Path
-    output: Path | None = None
-    """Output of the latest run."""
+
+    @property
+    def output(self) -> Path:
+        """Output of the latest run."""
+        return self.folder / "data"
 
     def __call__(self, footprint: Footprint | None = None) -> float:
         """Run, and return the seconds."""
-        if self.output is not None:
-            shutil.rmtree(self.folder)
-        self.folder.mkdir()
-        self.output = self.folder / "data"
+        _empty(self.folder)
         command = [sys.executable, "-m", "lightning_dlrm", "preprocess"]
         command += ["--dataset", self.dataset, "--protocol", self.protocol]
         command += ["--input", str(self.raw), "--output", str(self.output)]
-        return run_process(command, footprint)[0]
-
-    def schema(self) -> DatasetSchema:
-        """Return the schema of the latest run's dataset."""
-        assert self.output is not None
-        return DatasetSchema.load(self.output)
-
-    def output_bytes(self) -> int:
-        assert self.output is not None
-        return bytes_below(self.output)
+        return run_process("lightning_dlrm preprocess", command, footprint)[0]
 
     def stage_seconds(self) -> dict[str, float]:
         """Return the seconds of each stage from the latest run's report."""
-        assert self.output is not None
         report = json.loads((self.output / REPORT_FILE).read_text())
         return {stage["name"]: stage["seconds"] for stage in report["stages"]}
 
@@ -189,9 +180,8 @@ class _Ours:
 class _Script:
     """A Python program that prints the seconds of the part that counts."""
 
-    program: str
-    python: str
-    arguments: tuple[str, ...]
+    name: str
+    command: Sequence[str]
     samples: int
     """Number of rows that the program reads."""
     folder: Path | None = None
@@ -200,10 +190,8 @@ class _Script:
     def __call__(self, footprint: Footprint | None = None) -> float:
         """Run, and return the seconds that the program prints."""
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir()
-        command = [self.python, "-c", textwrap.dedent(self.program), *self.arguments]
-        return float(run_process(command, footprint)[1])
+            _empty(self.folder)
+        return float(run_process(self.name, self.command, footprint)[1])
 
 
 def _measure(ours: _Ours, name: Implementation, other: _Script, args: argparse.Namespace) -> list[Measurement]:
@@ -222,7 +210,7 @@ def _measure(ours: _Ours, name: Implementation, other: _Script, args: argparse.N
         for who, contender in contenders.items():
             contender(footprints[who])
             bar.update()
-    schema = ours.schema()
+    schema = DatasetSchema.load(ours.output)
     rows = sum(split.rows for split in schema.splits.values())
     row = _row("ours", rows, seconds["ours"], footprints["ours"], args)
     row_of_other = _row(name, other.samples, seconds[name], footprints[name], args)
@@ -230,7 +218,7 @@ def _measure(ours: _Ours, name: Implementation, other: _Script, args: argparse.N
         f"speed_over_{name}": row.samples_per_s / row_of_other.samples_per_s,
         **row.extra,
         "peak_disk_bytes": float(footprints["ours"].peak_disk_bytes),
-        "output_bytes": float(ours.output_bytes()),
+        "output_bytes": float(bytes_below(ours.output)),
         "largest_table_rows": float(max(schema.features.table_rows)),
         **{f"{stage}_s": statistics.median(of_run[stage] for of_run in stages) for stage in _STAGES},
     }
@@ -260,9 +248,15 @@ def _measure_peer(raw: Path, folder: Path, args: argparse.Namespace) -> list[Mea
     ours = _Ours(few, args.dataset, args.protocol, folder / "few")
     # The peer writes beside its input.
     beside = folder / "peer"
-    arguments = (str(args.peer), str(few), str(beside / "train.txt"))
-    peer = _Script(_PEER, args.peer_python, arguments, samples=_lines(few), folder=beside)
+    command = peer_command(args, "data_utils", _PEER, str(few), str(beside / "train.txt"))
+    peer = _Script(peer_name(args), command, samples=_lines(few), folder=beside)
     return _measure(ours, "peer", peer, args)
+
+
+def _empty(folder: Path) -> None:
+    """Make a folder, or empty it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
 
 
 def _lines(path: Path) -> int:
@@ -275,6 +269,22 @@ def _copy_first_lines(source: Path, target: Path, rows: int) -> None:
         copy.writelines(islice(lines, rows))
 
 
+# --- prediction for the real data sets, from the costs of a row -------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Costs of one row in a measured run."""
+
+    core_s: Mapping[str, float]
+    """Stage -> core seconds, if all cores were busy."""
+    disk_bytes: float
+    """Peak disk space beside the input."""
+    output_bytes: float
+    worker_bytes: float
+    """Memory of a worker; it does not depend on the number of rows."""
+
+
 def _cost(row: Measurement) -> Cost:
     """Return the costs of a row from a measurement of ours, which has as many workers as this machine has cores."""
     workers = os.cpu_count() or 1
@@ -283,4 +293,78 @@ def _cost(row: Measurement) -> Cost:
         disk_bytes=row.extra["peak_disk_bytes"] / row.samples,
         output_bytes=row.extra["output_bytes"] / row.samples,
         worker_bytes=row.extra["peak_bytes"] / workers,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    name: str
+    rows: int
+    largest_table: float
+    """Share of the largest table in the distinct values of all tables."""
+
+
+TARGETS = (
+    Target(name="kaggle", rows=45_840_617, largest_table=10_131_227 / 33_762_577),
+    Target(name="terabyte, 24 days", rows=4_373_472_329, largest_table=292_775_614 / 882_774_559),
+)
+# Assumptions; they are printed with the prediction.
+_NODES = (1, 10)
+_NODE_CORES = 16
+_EFFICIENCY = 0.7
+_NODE_BYTES_PER_S = 1e9
+_TEXT_BYTES = 250
+
+
+def predict(cost: Cost, target: Target, nodes: int) -> dict[str, float]:
+    """Return the seconds of each stage and their ``total``, ``memory`` of a node, ``disk`` and ``output`` in bytes."""
+    cores = nodes * _NODE_CORES * _EFFICIENCY
+    parallel = dict.fromkeys(cost.core_s, 1 / cores)
+    # One core counts a column.
+    parallel["count"] = max(1 / min(cores, len(CRITEO_CATEGORICAL)), target.largest_table)
+    seconds = {stage: target.rows * core_s * parallel[stage] for stage, core_s in cost.core_s.items()}
+    # The text is read once; intermediate files are written and read once.
+    moved = target.rows * (_TEXT_BYTES + 2 * cost.disk_bytes)
+    return {
+        **seconds,
+        "total": max(sum(seconds.values()), moved / (nodes * _NODE_BYTES_PER_S)),
+        "memory": _NODE_CORES * cost.worker_bytes,
+        "disk": target.rows * cost.disk_bytes,
+        "output": target.rows * cost.output_bytes,
+    }
+
+
+def render_predictions(cost: Cost) -> str:
+    """Return the predictions for the real data sets as text, with the assumptions."""
+    stages = list(cost.core_s)
+    lines = ["prediction, not measured, from the largest run of ours above:"]
+    header = f"  {'data set':<20}{'nodes x cores':>14}" + "".join(f"{stage:>10}" for stage in stages)
+    lines.append(f"{header}{'total':>10}{'memory of a node':>18}{'disk meanwhile':>16}{'result':>10}")
+    for target in TARGETS:
+        for nodes in _NODES:
+            found = predict(cost, target, nodes)
+            times = "".join(f"{_minutes(found[name]):>10}" for name in (*stages, "total"))
+            sizes = (
+                f"{found['memory'] / 1e9:>15,.1f} GB{found['disk'] / 1e9:>13,.0f} GB{found['output'] / 1e9:>7,.0f} GB"
+            )
+            lines.append(f"  {target.name:<20}{f'{nodes} x {_NODE_CORES}':>14}{times}{sizes}")
+    lines += [
+        f"  assumed: a core at {_EFFICIENCY:.0%} of the speed of these here; plain text (of compressed days, one core "
+        "reads one file);",
+        "  a column is counted by one core, in a share of the stage like its share of the distinct values; costs of a "
+        "row as measured",
+        f"  here; disks or a shared file system of {_NODE_BYTES_PER_S / 1e9:.0f} GB/s a node, which bound the total; "
+        "as many workers as cores, each with",
+        "  the memory of one here, whatever the rows.",
+    ]
+    return "\n".join(lines)
+
+
+def _minutes(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.1f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
     )

@@ -1,4 +1,4 @@
-"""Costs of the parts of a model: operations, memory traffic, and the least time of both on this machine.
+"""Costs of the parts of a model: operations, memory traffic, and the least time of both at this machine's rates.
 
 A multiply-add counts as two operations, an addition as one. Traffic is the least number of bytes between processor and
 memory: every parameter, activation and gradient once for each pass that reads or writes it, and the unique table rows
@@ -6,14 +6,15 @@ of the batch. Caches may hold some of it, so a small part can be faster than its
 """
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
 from lightning_dlrm.bench.contenders import Workload
-from lightning_dlrm.bench.floors import MachineRates
+from lightning_dlrm.bench.measurement import finisher
 from lightning_dlrm.contracts.batch import Batch
 
 Part = Literal["tables", "bottom MLP", "interaction", "top MLP", "update"]
@@ -21,6 +22,8 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 _EXACT = 4
 """Bytes of an element of parameters, their gradients, and looked-up vectors, in either precision."""
+_LONG_S, _BUDGET_S = 0.05, 1.0
+"""Seconds after which a product is large enough, and after which no further try is made."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,63 @@ class Cost:
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class MachineRates:
+    """Peak rates, from which floors are computed."""
+
+    flops: Mapping[str, float]
+    """Precision -> floating-point operations a second of a large square matrix product."""
+    bytes: float
+    """Bytes a second, read and written, of a copy that is larger than the caches."""
+
+    def floor(self, flops: float, moved: float, precision: str) -> float:
+        """Return the least seconds of some operations and bytes moved, if the two overlap completely."""
+        return max(flops / self.flops[precision], moved / self.bytes)
+
+    def __str__(self) -> str:
+        products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {precision}" for precision, rate in self.flops.items())
+        return f"floors from rates measured now: {products}, {self.bytes / 1e9:,.1f} GB/s"
+
+
+def measure_rates(device: torch.device, precisions: Iterable[str]) -> MachineRates:
+    """Measure the rates: the best of several tries of each."""
+    flops = {
+        precision: _product_rate(torch.bfloat16 if precision == "bf16-mixed" else torch.float32, device)
+        for precision in precisions
+    }
+    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 27) // 4, device=device)
+    target = torch.empty_like(source)
+    return MachineRates(flops, 2 * source.nbytes / _best(lambda: target.copy_(source), device))
+
+
+def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the operations a second of a matrix product that is as large as it needs to be.
+
+    Processors without instructions for bfloat16 multiply a hundred times slower, so the size grows from a small one.
+    """
+    rate, size, largest = 0.0, 192, 8192 if device.type == "cuda" else 1536
+    while size <= largest:
+        left, right, out = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(3))
+        seconds = _best(lambda: torch.mm(left, right, out=out), device)  # noqa: B023
+        rate, size = max(rate, 2 * size**3 / seconds), 2 * size
+        if seconds > _LONG_S:
+            break
+    return rate
+
+
+def _best(work: Callable[[], object], device: torch.device, tries: int = 10) -> float:
+    finish = finisher(device)
+    seconds: list[float] = []
+    # The first try warms up.
+    while len(seconds) <= tries and (len(seconds) < 2 or sum(seconds) < _BUDGET_S):
+        finish()
+        start = time.perf_counter()
+        work()
+        finish()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
 def costs(workload: Workload, batches: Sequence[Batch], precision: str) -> dict[Part, Cost]:
@@ -62,32 +122,29 @@ def distinct_rows(workload: Workload, batch: Batch) -> int:
 
 
 def _costs(workload: Workload, batch: Batch, precision: str) -> dict[Part, Cost]:
-    size, width, count = len(batch), workload.width, len(workload.tables)
+    size, width, joined = len(batch), workload.width, workload.joined
     number = 2 if precision == "bf16-mixed" else 4
     looked_up, distinct = batch.ids.values.numel(), distinct_rows(workload, batch)
-    vectors, rows = size * count * width * _EXACT, distinct * width * _EXACT
+    vectors, rows = size * len(workload.tables) * width * _EXACT, distinct * width * _EXACT
     # Forward reads ids and rows and writes vectors; backward reads their gradients and writes the rows'.
     tables = Cost(2 * looked_up * width, 4 * looked_up + rows + vectors + vectors + rows)
     if workload.model == "dlrm":
-        joined = count + 1
-        pairs = joined * (joined - 1) // 2
         bottom = _mlp((workload.dense, *workload.bottom), size, number)
-        top = _mlp((width + pairs, *workload.top, 1), size, number)
+        top = _mlp((joined, *workload.top, 1), size, number)
         # Forward reads the vectors and writes the pairs; backward reads both again and writes the vectors' gradients.
-        interaction = Cost(6 * size * pairs * width, number * size * (3 * joined * width + 2 * pairs))
+        moved = 3 * (len(workload.tables) + 1) * width + 2 * workload.pairs
+        interaction = Cost(6 * size * workload.pairs * width, number * size * moved)
+        crosses = 0
     else:
-        joined = count * width + workload.dense
-        outputs = 1 if workload.model == "dcn" else joined
         bottom = Cost(0, 0)
-        deep, logit = _mlp((joined, *workload.top), size, number), _mlp((joined + workload.top[-1], 1), size, number)
-        top = deep + logit
-        product = Cost(
-            6 * size * (joined * outputs + joined), 3 * number * joined * outputs + 5 * number * size * joined
-        )
-        interaction = Cost(6 * product.flops, 6 * product.bytes)
-    update = Cost(2 * (distinct * width + _weights(workload)), 3 * (rows + _weights(workload) * _EXACT))
+        top = _mlp((joined, *workload.top), size, number) + _mlp((joined + workload.top[-1], 1), size, number)
+        crosses = 6 * joined * (1 if workload.model == "dcn" else joined)
+        interaction = Cost(6 * size * (crosses + 6 * joined), number * (3 * crosses + 30 * size * joined))
+    # Biases are left out.
+    dense = (bottom.flops + top.flops) / (6 * size) + crosses
     parts: dict[Part, Cost] = {
-        "tables": tables, "bottom MLP": bottom, "interaction": interaction, "top MLP": top, "update": update
+        "tables": tables, "bottom MLP": bottom, "interaction": interaction, "top MLP": top,
+        "update": Cost(2 * (distinct * width + dense), 3 * (rows + dense * _EXACT)),
     }  # fmt: skip
     return {part: cost for part, cost in parts.items() if cost.bytes}
 
@@ -98,22 +155,7 @@ def _mlp(widths: Sequence[int], size: int, number: int) -> Cost:
     Forward reads inputs and weights and writes outputs. Backward reads both and the outputs' gradients, and writes the
     gradients of both.
     """
-    flops = moved = 0
-    for width_in, width_out in itertools.pairwise(widths):
-        flops += 6 * size * width_in * width_out
-        moved += number * (3 * width_in * width_out + size * (3 * width_in + 2 * width_out))
-    return Cost(flops, moved)
-
-
-def _weights(workload: Workload) -> int:
-    """Return the number of dense weights without biases."""
-    joined = len(workload.tables) + 1
-    if workload.model == "dlrm":
-        chains: tuple[tuple[int, ...], ...] = (
-            (workload.dense, *workload.bottom),
-            (workload.width + joined * (joined - 1) // 2, *workload.top, 1),
-        )
-        return sum(a * b for chain in chains for a, b in itertools.pairwise(chain))
-    wide = len(workload.tables) * workload.width + workload.dense
-    crosses = 6 * wide * (1 if workload.model == "dcn" else wide)
-    return crosses + sum(a * b for a, b in itertools.pairwise((wide, *workload.top))) + wide + workload.top[-1]
+    layers = itertools.pairwise(widths)
+    return sum(
+        (Cost(6 * size * i * o, number * (3 * i * o + size * (3 * i + 2 * o))) for i, o in layers), start=Cost(0, 0)
+    )

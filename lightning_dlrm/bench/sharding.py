@@ -1,6 +1,7 @@
 """``bench sharding``: training steps with tables in pieces on several processes, against copied tables."""
 
 import argparse
+import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dlrm.bench.contenders import kaggle
-from lightning_dlrm.bench.measurement import Measurement
-from lightning_dlrm.bench.options import DEFAULT, add_max_rows, add_rounds, add_steps, check_numbers
+from lightning_dlrm.bench.measurement import DEFAULT, Measurement, add_max_rows, add_rounds, add_steps, check_numbers
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dlrm import DLRM
@@ -98,23 +98,21 @@ def _measure(rank: int, options: dict[str, Any], address: str, results: Any) -> 
     )
     tables = dict(kaggle(options["max_rows"]).features.tables)
     batches = [_slice(tables, options, rank, index) for index in range(_BATCHES)]
-    steps: dict[str, Callable[[tuple[Tensor, SparseIds, Tensor], SparseIds], None]] = {}
-    held: dict[str, int] = {}
-    for name in ("ours", "baseline", "peer", *(["host"] if options["host"] else [])):
-        steps[name], held[name] = _contender(name, tables, options)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = ("ours", "baseline", "peer", *(["host"] if options["host"] else []))
+    contenders = {name: _contender(name, tables, options) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     # The first round warms up.
     for round_ in range(options["rounds"] + 1):
-        for name in list(steps)[:: 1 if round_ % 2 == 0 else -1]:
+        for name in names[:: 1 if round_ % 2 == 0 else -1]:
             dist.barrier()
             start = time.perf_counter()
             for index in range(options["steps"]):
-                steps[name](batches[index % _BATCHES], batches[(index + 1) % _BATCHES][1])
+                contenders[name][0](batches[index % _BATCHES], batches[(index + 1) % _BATCHES][1])
             dist.barrier()
             if round_:
                 seconds[name].append(time.perf_counter() - start)
     if rank == 0:
-        results.put((seconds, held))
+        results.put((seconds, {name: held for name, (_, held) in contenders.items()}))
     dist.destroy_process_group()
 
 
@@ -122,48 +120,40 @@ def _slice(tables: dict[str, int], options: dict[str, Any], rank: int, index: in
     """Return this rank's slice of a drawn batch: dense values, ids, labels."""
     generator = torch.Generator().manual_seed(index * options["ranks"] + rank)
     size = options["batch_size"] * (rank + 1) // options["ranks"] - options["batch_size"] * rank // options["ranks"]
-    sizes = torch.tensor(list(tables.values()))
-    values = (torch.rand(size, len(tables), generator=generator, dtype=torch.float64) ** 3 * sizes).int()
+    shares = torch.rand(size, len(tables), generator=generator, dtype=torch.float64) ** 3
+    ids = SparseIds(values=(shares * torch.tensor(list(tables.values()))).int(), tables=len(tables))
     label = (torch.rand(size, generator=generator) < 0.25).float()
-    return torch.rand(size, 13, generator=generator), SparseIds(values=values, tables=len(tables)), label
+    return torch.rand(size, 13, generator=generator), ids, label
 
 
 def _contender(
     name: str, tables: dict[str, int], options: dict[str, Any]
 ) -> tuple[Callable[[tuple[Tensor, SparseIds, Tensor], SparseIds], None], int]:
     """Return a function that trains on a slice and prefetches the next one, and the bytes of this rank's tables."""
-    features, ranks = Features(dense=13, tables=tables), Ranks()
-    settings = TableSettings(on_host="all" if name == "host" else ())
-
-    def build() -> DLRM:
-        return DLRM(features, seed=1, embedding_dim=_WIDTH, tables=settings)
-
+    placement: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if options["ranks"] > 1 and name in ("ours", "host"):
         loads = [
             TableLoad(name=table, rows=rows, width=_WIDTH, bytes_per_row=4 * _WIDTH) for table, rows in tables.items()
         ]
-        plan = make_plan(loads, ranks.ranks, options["batch_size"])
-        with placed_by(partial(ShardedPlacement, plan=plan, ranks=ranks)):
-            network = build()
-    else:
-        network = build()
+        plan = make_plan(loads, options["ranks"], options["batch_size"])
+        placement = placed_by(partial(ShardedPlacement, plan=plan, ranks=Ranks()))
+    with placement:
+        settings = TableSettings(on_host="all" if name == "host" else ())
+        network = DLRM(Features(dense=13, tables=tables), seed=1, embedding_dim=_WIDTH, tables=settings)
     (group,) = network.embeddings.groups
     weight = group.lookup.weight
     if name == "baseline":
         group.add_module("lookup", _EmbeddingBag(group.lookup))
-    # Buffers are constants; DDP would send them before every step.
-    ignored = [key for key, _ in network.named_buffers()]
-    if name != "baseline":
-        ignored += [key for key, parameter in network.named_parameters() if parameter is weight]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, ignored)
-    wrapped = DistributedDataParallel(network)
-    optimizer: torch.optim.Optimizer
-    if name == "baseline":
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     else:
         optimizer = CTROptimizer(
             network.dense_parameters(), network.lookups(), partial(torch.optim.SGD, lr=0.1), SGD(0.1)
         )
+    # Buffers are constants, which DDP would send before every step; the baseline has no parameter ``weight`` any more.
+    ignored = [key for key, _ in network.named_buffers()]
+    ignored += [key for key, parameter in network.named_parameters() if parameter is weight]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, ignored)
+    wrapped = DistributedDataParallel(network)
     factor = options["ranks"] / options["batch_size"]
 
     def step(batch: tuple[Tensor, SparseIds, Tensor], upcoming: SparseIds) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightning_dlrm.bench import floors, peer, roofline
+from lightning_dlrm.bench import peer, roofline
 from lightning_dlrm.bench.contenders import (
     OurStep,
     PlainBatch,
@@ -23,14 +23,17 @@ from lightning_dlrm.bench.contenders import (
     plain_network,
     repeat,
 )
-from lightning_dlrm.bench.measurement import Implementation, Measurement, time_rounds, times_as_fast
-from lightning_dlrm.bench.options import (
+from lightning_dlrm.bench.measurement import (
     DEFAULT,
+    Implementation,
+    Measurement,
     add_device_arguments,
     add_max_rows,
     add_peer_python,
     add_steps,
     check,
+    time_rounds,
+    times_as_fast,
 )
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
@@ -89,7 +92,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         raise UserError(f"--peer has DLRM only; leave it out for --model {args.model}")
     batches = [draw_batch(workload, args.batch_size, seed).to(device) for seed in range(DRAWN_BATCHES)]
     steps = make_steps(args, workload, batches, device)
-    rates = floors.measure(device, args.precision)
+    rates = roofline.measure_rates(device, args.precision)
     return time_steps(args, args.model, workload, batches, steps, args.steps, rates)
 
 
@@ -116,7 +119,7 @@ def time_steps(
     batches: Sequence[Batch],
     steps: Mapping[StepKey, tuple[Any, list[Any]]],
     count: int,
-    rates: floors.MachineRates,
+    rates: roofline.MachineRates,
 ) -> list[Measurement]:
     """Time our steps, the baseline's, and with ``--peer`` the peer's.
 

@@ -9,8 +9,14 @@ from numpy.typing import NDArray
 
 from datamodules.generate.profiles import Profile, Profiler
 from datamodules.generate.trace import BLOCK_ACCESSES, TraceGenerator
-from lightning_dlrm.bench.measurement import Implementation, Measurement, time_rounds
-from lightning_dlrm.bench.options import DEFAULT, add_rounds, check_numbers
+from lightning_dlrm.bench.measurement import (
+    DEFAULT,
+    Implementation,
+    Measurement,
+    add_rounds,
+    check_numbers,
+    time_rounds,
+)
 from lightning_dlrm.contracts.errors import UserError
 
 DESCRIPTION = """\

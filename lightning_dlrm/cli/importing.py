@@ -15,8 +15,7 @@ from lightning_dlrm.cli.parser import build_model_and_data
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.models.published import reference_state_dict
+from lightning_dlrm.models.dlrm import DLRM, reference_state_dict
 
 DESCRIPTION = """Make a checkpoint folder from a .pt file that facebookresearch/dlrm saved (--save-model).
 

@@ -13,7 +13,7 @@ from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.models.accounting import ModelSize, model_size
+from lightning_dlrm.models.network import ModelSize, model_size
 from lightning_dlrm.optim.dense import dense_state_bytes
 
 

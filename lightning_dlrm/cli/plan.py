@@ -21,9 +21,8 @@ from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.models.network import CTRNetwork
-from lightning_dlrm.sharding.balance import make_plan
+from lightning_dlrm.sharding.balance import make_plan, place_tables
 from lightning_dlrm.sharding.costs import TableLoad, parse_bytes, parse_memory, rank_costs, table_costs
-from lightning_dlrm.sharding.offload import place_tables
 from lightning_dlrm.sharding.plan import Plan, read_plan
 from lightning_dlrm.tables.embeddings import WidthGroup
 

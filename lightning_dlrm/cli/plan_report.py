@@ -10,8 +10,8 @@ import numpy as np
 
 from lightning_dlrm.cli.palette import OKABE_ITO, filling
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.sharding.balance import HostPlacement
 from lightning_dlrm.sharding.costs import RankCost, TableCost, TableLoad, imbalance
-from lightning_dlrm.sharding.offload import HostPlacement
 from lightning_dlrm.sharding.plan import Plan
 
 _RANKS_SHOWN = 16

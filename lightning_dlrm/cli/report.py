@@ -6,7 +6,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from lightning_dlrm.contracts.schema import DatasetSchema
-from lightning_dlrm.models.accounting import ModelSize
+from lightning_dlrm.models.network import ModelSize
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
 from lightning_dlrm.tracking.sparkline import sparkline

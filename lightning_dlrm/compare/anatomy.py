@@ -1,20 +1,39 @@
-"""Parameters of each table and dense part of a run's model, and the load of each rank."""
+"""What a configuration consists of: parameters of tables and dense parts, load of each rank, and the time of a step by
+kind of operator, measured on this machine, outside Lightning."""
 
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from lightning_dlrm.bench.breakdown import KINDS, by_kind, profile_steps
 from lightning_dlrm.cli.parser import build_model_and_data
-from lightning_dlrm.compare.runs import Run
+from lightning_dlrm.cli.version import code_version
+from lightning_dlrm.compare.runs import Arm, Run
 from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.sharding.balance import make_plan
 from lightning_dlrm.sharding.costs import RankCost, TableLoad, parse_memory, rank_costs
 from lightning_dlrm.sharding.plan import Plan, read_plan
 from lightning_dlrm.tracking import names
-from lightning_dlrm.tracking.run_folder import CONFIG
+from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
+
+log = logging.getLogger("lightning_dlrm")
+
+ROUNDS, WARM_UP, STEPS = 5, 2, 5
+"""Rounds; steps of a round that do not count; steps that do."""
+PAUSE_SECONDS = 0.5
+"""Pause between rounds, so that a burst of other work on the machine does not slow all of them down."""
+_PRECISIONS = ("32-true", "32", "64-true", "64", "bf16-mixed", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +77,10 @@ def anatomy(run: Run) -> Anatomy:
 
 def merge_equal(anatomies: Mapping[str, Anatomy]) -> dict[str, Anatomy]:
     """Merge equal anatomies under the names of all of them."""
-    groups: list[tuple[list[str], Anatomy]] = []
+    groups: dict[str, list[str]] = {}
     for name, anatomy in anatomies.items():
-        alike = next((g for g in groups if (g[1].tables, g[1].dense) == (anatomy.tables, anatomy.dense)), None)
-        if alike is None:
-            groups.append(([name], anatomy))
-        else:
-            alike[0].append(name)
-    return {",\n".join(members): anatomy for members, anatomy in groups}
+        groups.setdefault(repr((sorted(anatomy.tables.items()), sorted(anatomy.dense.items()))), []).append(name)
+    return {",\n".join(members): anatomies[members[0]] for members in groups.values()}
 
 
 def _count(parameters: Any, dense: set[int]) -> int:
@@ -81,3 +96,106 @@ def _sharding(run: Run, loads: Sequence[TableLoad], ranks: int, batch_size: int)
     else:
         plan = make_plan(loads, ranks, batch_size, None if memory is None else parse_memory(memory))
     return Sharding(plan=plan, loads=loads, costs=rank_costs(plan, loads, batch_size), batch_size=batch_size)
+
+
+# --- time of a step ---------------------------------------------------------------------------------
+
+
+def breakdown(arms: Sequence[Arm], cache: Path) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Measure a training step of each configuration.
+
+    Args:
+        arms: configurations; each is measured with the settings of its first run.
+        cache: file with earlier measurements; new ones are added to it.
+
+    Returns:
+        Arm -> kind of operator -> milliseconds; and a line with the reason for each arm that was not measured.
+    """
+    known = _known(cache)
+    found, notes = {}, []
+    for arm in arms:
+        key = _key(arm)
+        if key not in known:
+            why_not = _obstacle(arm.runs[0])
+            if why_not:
+                notes.append(f"{arm.name}: {why_not}")
+                continue
+            log.info("a step of %s, operator by operator", arm.name)
+            known[key] = measure(arm.runs[0])
+            RunFolder(cache.parent).write_json(cache.name, known)
+        found[arm.name] = known[key]
+    return found, notes
+
+
+def _known(cache: Path) -> dict[str, dict[str, float]]:
+    try:
+        known: dict[str, dict[str, float]] = json.loads(cache.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known
+
+
+def _key(arm: Arm) -> str:
+    """Return a key of everything that the times depend on."""
+    gpus = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
+    machine = (platform.node(), platform.machine(), torch.backends.cpu.get_cpu_capability(), *gpus)
+    code = (ROUNDS, WARM_UP, STEPS, code_version(), torch.__version__, torch.get_num_threads())
+    described = json.dumps([arm.settings, arm["data_fingerprint"], machine, code], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def _obstacle(run: Run) -> str:
+    """Return why a run's step cannot be measured here; empty if it can."""
+    if run.final[names.RANKS] > 1:
+        return f"its tables are on {run.final[names.RANKS]} ranks"
+    precision = str(run.config["trainer"].get("precision") or "32-true")
+    if precision not in _PRECISIONS:
+        return f"only steps in {', '.join(_PRECISIONS)} are measured, and its precision is {precision}"
+    needed, free = run.final[names.BYTES_PER_RANK], psutil.virtual_memory().available
+    if needed * 1.5 > free:
+        return f"its tables need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    return ""
+
+
+def measure(run: Run) -> dict[str, float]:
+    """Measure a step with a run's configuration and data: kind of operator -> least milliseconds of several steps.
+
+    The least, because other work on the machine makes steps longer, and never shorter.
+    """
+    built = build_model_and_data(["--config", str(run.path / CONFIG)])
+    module, trainer = built.module, built.settings.trainer
+    on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+    device = torch.device("cuda" if on_gpu else "cpu")
+    precision = str(trainer.precision)
+    data = built.datamodule
+    data.prepare_data()
+    batches = [batch.to(device) for batch in itertools.islice(_endless(data), WARM_UP + STEPS)]
+    with contextlib.ExitStack() as stack:
+        if precision.startswith("64"):
+            torch.set_default_dtype(torch.float64)
+            stack.callback(torch.set_default_dtype, torch.float32)
+        module.configure_model()
+        network = module.network.to(device)
+        optimizer = module.make_optimizer(network)
+        mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
+
+        def step(number: int) -> None:
+            batch = batches[number]
+            assert batch.label is not None
+            optimizer.zero_grad()
+            with mixed:
+                loss = module.loss.summed(network(batch.dense, batch.ids), batch.label) / batch.global_size
+            loss.backward()
+            optimizer.step()
+
+        steps = []
+        for _ in range(ROUNDS):
+            steps += profile_steps(step, len(batches), device)[WARM_UP:]
+            time.sleep(PAUSE_SECONDS)
+    kinds = [by_kind(times) for times in steps]
+    return {kind: 1e3 * min(of_step[kind] for of_step in kinds) for kind in KINDS}
+
+
+def _endless(data: Any) -> Any:
+    while True:
+        yield from data.train_dataloader()

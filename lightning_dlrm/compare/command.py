@@ -1,10 +1,10 @@
 """``compare``: an experiment of several configurations and seeds, or finished runs."""
 
 import argparse
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,22 +13,19 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_dlrm.cli.configs import find_config
-from lightning_dlrm.compare.anatomy import anatomy
+from lightning_dlrm.compare.anatomy import anatomy, breakdown
 from lightning_dlrm.compare.experiment import (
     Experiment,
     PlannedArm,
-    compared_settings,
     is_experiment,
     keep_configurations,
     plan_arms,
     read_experiment,
 )
 from lightning_dlrm.compare.figures import draw_all
-from lightning_dlrm.compare.operators import breakdown
-from lightning_dlrm.compare.page import page_of
-from lightning_dlrm.compare.processes import DevicePool, Job, run_jobs
-from lightning_dlrm.compare.report import write_report
-from lightning_dlrm.compare.results import Comparison, check_data, compare
+from lightning_dlrm.compare.processes import Job, device_environments, run_jobs
+from lightning_dlrm.compare.report import arms_table, closing_words, page_of, write_report
+from lightning_dlrm.compare.results import check_data, compare
 from lightning_dlrm.compare.runs import Arm, arms_of, by_data, read_run
 from lightning_dlrm.compare.scores import (
     Split,
@@ -38,13 +35,11 @@ from lightning_dlrm.compare.scores import (
     scoring_command,
     shared_labels,
 )
-from lightning_dlrm.compare.terminal import arms_table, closing_words
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tracking.dashboard import Dashboard, publish
 from lightning_dlrm.tracking.run_folder import SUMMARY
-from lightning_dlrm.tracking.wandb_comparison import JOB_TYPE, ComparisonPage, send_comparison
 from lightning_dlrm.tracking.wandb_mode import choose_mode
-from lightning_dlrm.tracking.wandb_run import RunPlace
+from lightning_dlrm.tracking.wandb_run import JOB_TYPE, ComparisonPage, RunPlace, send_comparison
 
 EXAMPLES = """\
 examples:
@@ -133,7 +128,7 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
     arms, notes = plan_arms(experiment, overlays, rest)
     for note in notes:
         print(note)
-    print(arms_table(arms, compared_settings(arms), experiment.seeds))
+    print(arms_table(arms, experiment.seeds))
     if options.dry_run:
         return 0
     _make(output)
@@ -142,13 +137,12 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
     group = f"{experiment.name}-{output.resolve().name}"
     names = {(arm.name, seed): f"{arm.name}-{seed}" for arm in arms for seed in experiment.seeds}
     # Seed by seed, so that an interrupted experiment has all arms of the first seeds.
-    jobs = []
-    for seed in experiment.seeds:
-        for arm in arms:
-            name = names[arm.name, seed]
-            job = _job(arm, seed, name, files[arm.name], output, options.split, group)
-            if job.commands:
-                jobs.append(job)
+    every_job = [
+        _job(arm, seed, names[arm.name, seed], files[arm.name], output, options.split, group)
+        for seed in experiment.seeds
+        for arm in arms
+    ]
+    jobs = [job for job in every_job if job.commands]
 
     def scored(job: Job) -> None:
         note_source(read_run(job.run), options.split, _scores(output, job.name))
@@ -156,14 +150,14 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
             shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
 
     print(f"{len(names)} runs, {len(names) - len(jobs)} of them finished before; their output: {output / 'logs'}")
-    run_jobs(jobs, DevicePool.choose(options.parallel, _gpus(arms)), scored)
+    run_jobs(jobs, device_environments(options.parallel, _gpus(arms)), scored)
     finished = [
         Arm(name=arm.name, runs=[read_run(output / "runs" / names[arm.name, seed]) for seed in experiment.seeds])
         for arm in arms
     ]
     labels = shared_labels([run for arm in finished for run in arm.runs], options.split)
-    report = _report(finished, labels, options, output, title=_title(experiment, arms))
-    print(_to_wandb(report, arms[0].document["wandb"] | {"group": group}, output, runs_too=True))
+    page = _report(finished, labels, options, output, title=_title(experiment, arms))
+    print(_to_wandb(page, arms[0].document["wandb"] | {"group": group}, output, runs_too=True))
     return 0
 
 
@@ -180,9 +174,14 @@ def _job(arm: PlannedArm, seed: int, name: str, config: Path, output: Path, spli
             "--wandb.group", group, "--wandb.name", name, "--wandb.tags", f"[{arm.name}]",
         ]  # fmt: skip
         commands = [fit, predict_command(run, split, scores)]
-    scored = arm.schema.splits[split].rows if split in arm.schema.splits else 0
-    log = output / "logs" / f"{name}.log"
-    return Job(name=name, commands=commands, run=run, log=log, samples=samples, scored=scored)
+    return Job(
+        name=name,
+        commands=commands,
+        run=run,
+        log=output / "logs" / f"{name}.log",
+        samples=samples,
+        scored=arm.schema.splits[split].rows if split in arm.schema.splits else 0,
+    )
 
 
 def _scores(output: Path, name: str) -> Path:
@@ -228,37 +227,38 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
     if options.dry_run:
         return 0
     _make(output)
-    jobs = []
-    for run, command in zip(runs, commands, strict=True):
-        if command is not None:
-            log, scored = output / "logs" / f"{run.name}.log", len(labels[run.final["data_fingerprint"]])
-            jobs.append(Job(name=run.name, commands=[command], run=run.path, log=log, scored=scored))
+    jobs = [
+        Job(
+            name=run.name,
+            commands=[command],
+            run=run.path,
+            log=output / "logs" / f"{run.name}.log",
+            scored=len(labels[run.final["data_fingerprint"]]),
+        )
+        for run, command in zip(runs, commands, strict=True)
+        if command is not None
+    ]
     by_name = {run.name: run for run in runs}
+
+    def scored(job: Job) -> None:
+        note_source(by_name[job.name], options.split, _scores(output, job.name))
+
     if jobs:
         print(f"scoring {len(jobs)} of {len(runs)} runs on their {options.split} split")
-        devices = DevicePool.choose(options.parallel, [])
-        run_jobs(jobs, devices, lambda job: note_source(by_name[job.name], options.split, _scores(output, job.name)))
+        run_jobs(jobs, device_environments(options.parallel, []), scored)
     title = " / ".join(
         f"{' / '.join(arm.name for arm in of_data)} on {data}" for data, of_data in by_data(arms).items()
     )
-    report = _report(arms, labels, options, output, title=title, warnings=warnings)
+    page = _report(arms, labels, options, output, title=title, warnings=warnings)
     places = [run.config["wandb"] for run in runs]
     if any(place[key] != places[0][key] for place in places for key in ("project", "entity", "group")):
         print("W&B: no page of this comparison, as its runs are of several projects or groups")
     else:
-        print(_to_wandb(report, places[0], output))
+        print(_to_wandb(page, places[0], output))
     return 0
 
 
 # --- report -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Report:
-    """A comparison and its W&B page."""
-
-    comparison: Comparison
-    page: ComparisonPage
 
 
 def _report(
@@ -269,7 +269,8 @@ def _report(
     *,
     title: str,
     warnings: Sequence[str] = (),
-) -> _Report:
+) -> ComparisonPage:
+    """Compare the scored runs, write the report, print the result, and return the comparison's W&B page."""
     runs = [run for arm in arms for run in arm.runs]
     scores = {run.name: read_scores(_scores(output, run.name), labels[run.final["data_fingerprint"]]) for run in runs}
     comparison = compare(arms, scores, title=title, split=options.split, warnings=warnings)
@@ -278,16 +279,16 @@ def _report(
     pictures = draw_all(comparison, anatomies, times, output / "figures")
     html, document = output / "report.html", output / "report.json"
     write_report(comparison, pictures, anatomies, notes, html)
-    comparison.write_json(document)
+    document.write_text(json.dumps(comparison.document(), indent=1) + "\n")
     print(closing_words(comparison, output))
-    return _Report(comparison=comparison, page=page_of(comparison, pictures, anatomies, times, [html, document]))
+    return page_of(comparison, pictures, anatomies, times, [html, document])
 
 
-def _to_wandb(report: _Report, settings: Mapping[str, Any], output: Path, runs_too: bool = False) -> str:
+def _to_wandb(page: ComparisonPage, settings: Mapping[str, Any], output: Path, runs_too: bool = False) -> str:
     """Log the comparison as a run of the same group, and, if W&B is online, save a workspace and a report.
 
     Args:
-        report: report of the comparison.
+        page: page of the comparison.
         settings: W&B settings of the runs: project, entity, group and mode.
         output: folder of the comparison.
         runs_too: whether the runs are in the same folder, and may be offline too.
@@ -300,7 +301,7 @@ def _to_wandb(report: _Report, settings: Mapping[str, Any], output: Path, runs_t
         return "W&B: disabled"
     project, entity, group = settings["project"], settings["entity"], settings["group"]
     place = RunPlace(project=project, entity=entity, group=group, name=output.resolve().name, job_type=JOB_TYPE)
-    where, reason = send_comparison(report.page, output, place, mode, reason)
+    where, reason = send_comparison(page, output, place, mode, reason)
     later = f"python -m lightning_dlrm dashboard --project {project} --group {group}"
     if reason:
         sent = f"{output / 'runs/*/wandb/offline-run-*'} " if runs_too else ""
@@ -309,9 +310,8 @@ def _to_wandb(report: _Report, settings: Mapping[str, Any], output: Path, runs_t
     lines = [f"W&B comparison: {where}"]
     if group is None:
         return lines[0]
-    findings = [pair.sentence for pair in report.comparison.pairs]
     try:
-        saved = publish(Dashboard(project=project, entity=entity or "", group=group, findings=findings))
+        saved = publish(Dashboard(project=project, entity=entity or "", group=group, findings=page.findings))
         lines += [f"W&B {name}: {address}" for name, address in saved.items()]
     except UserError as error:
         # The report is written; a missing page at W&B is no reason to fail.

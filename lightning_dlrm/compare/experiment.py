@@ -1,5 +1,6 @@
 """Experiments in YAML: arms, seeds, compared sections, and settings of all arms."""
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from lightning_dlrm.cli.parser import ModelAndData, build_model_and_data
 from lightning_dlrm.compare.runs import differing, settings_of, within
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
-from lightning_dlrm.models.accounting import ModelSize
+from lightning_dlrm.models.network import ModelSize
 
 _KEYS = {"arms": dict, "seeds": list, "compared": list, "kept": list, "settings": dict}
 
@@ -78,13 +79,13 @@ def read_experiment(path: Path, seeds: Sequence[int] | None = None) -> Experimen
         if key not in _KEYS:
             raise UserError(f"{path}: unknown key {key}{nearest(key, _KEYS)}; an experiment has {', '.join(_KEYS)}")
         if not isinstance(value, _KEYS[key]) or not value:
-            kind = "a list" if _KEYS[key] is list else "keys with values"
-            raise UserError(f"{path}: {key} is {value!r}; expected {kind}")
+            expected = "a list" if _KEYS[key] is list else "keys with values"
+            raise UserError(f"{path}: {key} is {value!r}; expected {expected}")
     arms = document["arms"]
     if len(arms) < 2:
         raise UserError(f"{path} has one arm, {next(iter(arms))}; give two or more to compare")
     for name, files in arms.items():
-        if not isinstance(name, str) or not name or set(name) - set(_NAME_CHARACTERS):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
             raise UserError(f"{path}: an arm's name is part of file names; {name!r} is not of letters, digits, . _ -")
         if not isinstance(files, str) and not (isinstance(files, list) and all(isinstance(f, str) for f in files)):
             raise UserError(f"{path}: arm {name} is {files!r}; expected a configuration's file, or a list of them")
@@ -99,9 +100,6 @@ def read_experiment(path: Path, seeds: Sequence[int] | None = None) -> Experimen
         kept=document.get("kept", []),
         settings=document.get("settings", {}),
     )
-
-
-_NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"
 
 
 def plan_arms(
@@ -203,23 +201,19 @@ def _format_by_name(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{value} in {name}" for name, value in values.items())
 
 
-def compared_settings(arms: Sequence[PlannedArm]) -> dict[str, dict[str, Any]]:
-    """Return the settings in which the arms differ: full key -> arm -> value."""
-    return differing({arm.name: arm.settings for arm in arms})
-
-
 def _training_samples(built: ModelAndData) -> float:
     """Return the number of samples of a whole fit with these settings."""
     trainer, data = built.settings.trainer, built.datamodule
     split = data.schema.splits.get("train")
-    batches, batch_size = data.training_batches, data.batch_size
-    limit = trainer.limit_train_batches
+    batches, limit = data.training_batches, trainer.limit_train_batches
     if limit is not None:
         batches = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
-    rows = min(batches * batch_size, split.rows) if split else 0
-    epochs = rows * trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
-    steps = trainer.max_steps * batch_size * trainer.accumulate_grad_batches
-    return min(epochs, steps if trainer.max_steps >= 0 else float("inf"))
+    bounds = [float("inf")]
+    if trainer.max_epochs not in (None, -1):
+        bounds.append(trainer.max_epochs * min(batches * data.batch_size, split.rows if split else 0))
+    if trainer.max_steps >= 0:
+        bounds.append(trainer.max_steps * data.batch_size * trainer.accumulate_grad_batches)
+    return min(bounds)
 
 
 def keep_configurations(arms: Sequence[PlannedArm], folder: Path) -> dict[str, Path]:
@@ -232,19 +226,16 @@ def keep_configurations(arms: Sequence[PlannedArm], folder: Path) -> dict[str, P
         UserError: the folder has files of an experiment with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = {}
+    files = {arm.name: folder / f"{arm.name}.yaml" for arm in arms}
     for arm in arms:
-        path = folder / f"{arm.name}.yaml"
-        if path.exists():
-            before = settings_of(yaml.safe_load(path.read_text()))
-            changed = differing({"there": before, "here": arm.settings})
-            if changed:
-                listed = "; ".join(f"{key}: {_format_by_name(values)}" for key, values in list(changed.items())[:5])
-                raise UserError(
-                    f"{folder.parent} holds runs with other settings of {arm.name} ({listed}): give the same settings "
-                    "to continue, or another --output"
-                )
-        else:
+        path = files[arm.name]
+        if not path.exists():
             _write(path, arm.document)
-        files[arm.name] = path
+        changed = differing({"there": settings_of(yaml.safe_load(path.read_text())), "here": arm.settings})
+        if changed:
+            listed = "; ".join(f"{key}: {_format_by_name(values)}" for key, values in list(changed.items())[:5])
+            raise UserError(
+                f"{folder.parent} holds runs with other settings of {arm.name} ({listed}): give the same settings to "
+                "continue, or another --output"
+            )
     return files

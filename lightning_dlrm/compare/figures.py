@@ -4,6 +4,7 @@ Colours are those of Okabe and Ito. Each configuration also has its own line sty
 in black and white and for colour-blind people.
 """
 
+import base64
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,7 @@ from lightning_dlrm.bench.breakdown import KINDS
 from lightning_dlrm.cli.palette import OKABE_ITO, TOL_MUTED, filling
 from lightning_dlrm.cli.plan_report import PLOT_WIDTH as PLAN_WIDTH
 from lightning_dlrm.cli.plan_report import draw as draw_plan
-from lightning_dlrm.compare.anatomy import Anatomy, merge_equal
-from lightning_dlrm.compare.operators import ROUNDS, STEPS
+from lightning_dlrm.compare.anatomy import ROUNDS, STEPS, Anatomy, merge_equal
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
 from lightning_dlrm.compare.runs import Arm
 from lightning_dlrm.compare.statistics import METRICS
@@ -34,6 +34,13 @@ PAGE_WIDTH = 11.0
 """Inches of a figure as wide as the report; narrower figures are scaled alike, so that letters have one size."""
 SHOWN_MARKS = 8
 """Markers along a curve."""
+_OPERATIONS = "floating-point operations"
+_ABSCISSAE = (
+    (names.SAMPLES, "samples seen"),
+    (names.TRAINING_SECONDS, "seconds of training"),
+    (names.SAMPLES, _OPERATIONS),
+)
+"""Metric and label of each x-axis; operations are those of the samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,11 @@ class Picture:
     """Inches."""
     title: str
     caption: str
+
+    @property
+    def data(self) -> str:
+        """The file in base64, to be embedded in HTML."""
+        return base64.b64encode(self.path.read_bytes()).decode()
 
 
 def draw_all(
@@ -80,13 +92,14 @@ class _Drawing:
     def __init__(self, comparison: Comparison, folder: Path) -> None:
         self._comparison = comparison
         self._folder = folder
-        self._styles: dict[str, dict[str, Any]] = {}
-        for i, arm in enumerate(comparison.arms):
-            self._styles[arm.name] = {
+        self._styles: dict[str, dict[str, Any]] = {
+            arm.name: {
                 "color": OKABE_ITO[i % len(OKABE_ITO)],
                 "linestyle": LINES[i % len(LINES)],
                 "marker": MARKERS[i % len(MARKERS)],
             }
+            for i, arm in enumerate(comparison.arms)
+        }
 
     # --- learning ---------------------------------------------------------------------------------
 
@@ -99,8 +112,7 @@ class _Drawing:
             for arm in arms:
                 self._course(panel, arm, names.SAMPLES, f"{names.VALIDATION}/accuracy", f"{arm.name}, validation")
                 self._course(panel, arm, names.SAMPLES, "train/accuracy", f"{arm.name}, training", thin=True)
-            panel.set_title(title)
-            panel.set_xlabel("samples seen")
+            panel.set(title=title, xlabel="samples seen")
             panel.xaxis.set_major_formatter(EngFormatter())
             panel.legend(frameon=False, fontsize=8)
         axes[0].set_ylabel("accuracy")
@@ -118,8 +130,9 @@ class _Drawing:
         figure = Figure(figsize=(PAGE_WIDTH, 6.2), layout="constrained")
         rows = figure.subplots(2, 3, sharey="row")
         for row, split in zip(rows, (names.TRAIN, names.VALIDATION), strict=True):
-            for axes, (x, label, factor) in zip(row, self._abscissae(), strict=True):
+            for axes, (x, label) in zip(row, _ABSCISSAE, strict=True):
                 for arm in self._comparison.arms:
+                    factor = float(arm[names.FLOPS_TRAINING]) if label == _OPERATIONS else 1.0
                     self._course(axes, arm, x, f"{split}/{metric}", arm.name, factor=factor)
                 axes.xaxis.set_major_formatter(EngFormatter())
                 axes.locator_params(axis="x", nbins=4)
@@ -137,13 +150,6 @@ class _Drawing:
             f"{self._lines()}",
         )
 
-    def _abscissae(self) -> list[tuple[str, str, Any]]:
-        return [
-            (names.SAMPLES, "samples seen", lambda arm: 1.0),
-            (names.TRAINING_SECONDS, "seconds of training", lambda arm: 1.0),
-            (names.SAMPLES, "floating-point operations", lambda arm: float(arm[names.FLOPS_TRAINING])),
-        ]
-
     def _panels(self) -> dict[str, list[Arm]]:
         """Group configurations by optimizer, if each optimizer has several; else all in one panel."""
         panels: dict[str, list[Arm]] = {}
@@ -155,14 +161,14 @@ class _Drawing:
         return {"": list(self._comparison.arms)}
 
     def _course(
-        self, axes: Axes, arm: Arm, x: str, y: str, label: str, *, thin: bool = False, factor: Any = None
+        self, axes: Axes, arm: Arm, x: str, y: str, label: str, *, thin: bool = False, factor: float = 1.0
     ) -> None:
         """Draw the mean over the runs of a configuration, and the band from the lowest to the highest."""
         curves = [run.curve(x, y) for run in arm.runs]
         length = min(len(ys) for _, ys in curves)
         if not length:
             return
-        xs = np.mean([curve[0][:length] for curve in curves], axis=0) * (factor(arm) if factor else 1.0)
+        xs = np.mean([curve[0][:length] for curve in curves], axis=0) * factor
         ys = np.array([curve[1][:length] for curve in curves])
         # The first values come from few samples, and would take most of the axis.
         shown = xs >= FIRST_SHOWN * xs[-1]
@@ -185,8 +191,8 @@ class _Drawing:
     def differences(self) -> Picture:
         """Draw the interval of every difference."""
         comparison = self._comparison
-        count = len(comparison.pairs) // len(METRICS)
-        figure = Figure(figsize=(PAGE_WIDTH, 1.7 + 0.42 * count), layout="constrained")
+        height = 1.7 + 0.42 * len(comparison.pairs) / len(METRICS)
+        figure = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
         panels = figure.subplots(1, len(METRICS))
         for axes, metric in zip(panels, METRICS, strict=True):
             pairs = [pair for pair in comparison.pairs if pair.metric == metric]
@@ -203,10 +209,8 @@ class _Drawing:
                     capsize=3,
                 )
             axes.axvline(0, color="0.6", linewidth=0.8)
-            axes.set_yticks(range(len(pairs)), [f"{pair.a}\nminus {pair.b}" for pair in pairs], fontsize=8)
-            axes.set_ylim(len(pairs) - 0.5, -0.5)
-            axes.set_xlabel(f"difference in {METRIC_TITLES[metric]}")
-            axes.tick_params(axis="x", labelsize=8)
+            self._rows(axes, [f"{pair.a}\nminus {pair.b}" for pair in pairs], f"difference in {METRIC_TITLES[metric]}")
+            axes.tick_params(labelsize=8)
         panels[1].set_yticklabels([])
         return self._save(
             figure,
@@ -238,9 +242,7 @@ class _Drawing:
                 if interval is not None:
                     reach = [[interval.value - interval.low], [interval.high - interval.value]]
                     axes.errorbar(interval.value, row + 0.22, xerr=reach, fmt="|", color=style["color"], capsize=3)
-            axes.set_xlabel(METRIC_TITLES[metric])
-            axes.set_yticks(range(len(comparison.arms)), [arm.name for arm in comparison.arms])
-            axes.set_ylim(len(comparison.arms) - 0.5, -0.5)
+            self._rows(axes, list(self._styles), METRIC_TITLES[metric])
             axes.tick_params(axis="x", labelsize=8)
             axes.locator_params(axis="x", nbins=6)
         return self._save(
@@ -257,14 +259,13 @@ class _Drawing:
         """Draw the share of clicks among samples of about the same predicted probability."""
         figure = Figure(figsize=(9.5, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        highest = 0.0
-        for arm in self._comparison.arms:
-            found, style = self._comparison.reliability[arm.name], self._styles[arm.name]
+        groups = self._comparison.reliability
+        for name, found in groups.items():
             reach = [found.clicked - found.low, found.high - found.clicked]
-            look = {"markersize": 4, "linewidth": 1.2, **style}
-            left.errorbar(found.predicted, found.clicked, yerr=reach, label=arm.name, **look)
+            look = {"markersize": 4, "linewidth": 1.2, **self._styles[name]}
+            left.errorbar(found.predicted, found.clicked, yerr=reach, label=name, **look)
             right.errorbar(found.predicted, found.clicked - found.predicted, yerr=reach, **look)
-            highest = max(highest, float(found.predicted.max()), float(found.high.max()))
+        highest = max(max(found.predicted.max(), found.high.max()) for found in groups.values())
         left.plot([0, highest], [0, highest], color="0.6", linewidth=0.8)
         right.axhline(0, color="0.6", linewidth=0.8)
         left.set(xlabel="mean predicted probability", ylabel="share of clicks")
@@ -284,7 +285,7 @@ class _Drawing:
     def cost(self) -> Picture:
         """Draw time and memory of every run."""
         arms = self._comparison.arms
-        shown: list[tuple[str, str, float]] = [
+        shown = [
             (names.TRAINING_SECONDS, "seconds of training", 1.0),
             (names.SAMPLES_PER_SECOND, "samples/s", 1.0),
             (names.PEAK_MEMORY, "peak memory of the process, GiB", 2.0**30),
@@ -300,10 +301,8 @@ class _Drawing:
                     axes.plot(
                         values, [row] * len(values), self._styles[arm.name]["marker"], color="black", markersize=4
                     )
-            axes.set_xlabel(label)
+            self._rows(axes, list(self._styles), label)
             axes.set_xlim(left=0)
-            axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
-            axes.set_ylim(len(arms) - 0.5, -0.5)
             if name == names.SAMPLES_PER_SECOND:
                 axes.xaxis.set_major_formatter(EngFormatter())
         return self._save(
@@ -317,29 +316,26 @@ class _Drawing:
     def parameters(self, anatomies: Mapping[str, Anatomy]) -> Picture:
         """Draw the parameters of each table, and of the dense parts as a stacked bar."""
         distinct = merge_equal(anatomies)
-        tables = list(dict.fromkeys(name for anatomy in distinct.values() for name in anatomy.tables))
-        shown = tables if len(tables) <= 40 else sorted(tables, key=lambda t: -_most(distinct, t))[:40]
+        most: dict[str, int] = {}
+        for anatomy in distinct.values():
+            most |= {name: max(count, most.get(name, 0)) for name, count in anatomy.tables.items()}
+        shown = list(most) if len(most) <= 40 else sorted(most, key=lambda name: -most[name])[:40]
         figure = Figure(figsize=(PAGE_WIDTH, 4.6), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
         width = 0.8 / len(distinct)
         for i, (title, anatomy) in enumerate(distinct.items()):
             at = np.arange(len(shown)) + (i - (len(distinct) - 1) / 2) * width
-            counts = [anatomy.tables.get(name, 0) for name in shown]
-            left.bar(at, counts, width, label=title, **filling(i))
-        left.set_yscale("log")
+            left.bar(at, [anatomy.tables.get(name, 0) for name in shown], width, label=title, **filling(i))
         left.set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
-        left.set_ylabel("parameters")
-        left.set_xlabel("table")
-        left.margins(x=0.01)
+        left.set(yscale="log", xlabel="table", ylabel="parameters", xmargin=0.01)
         if len(distinct) > 1:
             # Above the axes: inside they would hide bars.
             left.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(distinct), frameon=False, fontsize=8)
-        parts = list(dict.fromkeys(name for anatomy in distinct.values() for name in anatomy.dense))
+        parts = dict.fromkeys(name for anatomy in distinct.values() for name in anatomy.dense)
         amounts = {part: [anatomy.dense.get(part, 0) for anatomy in distinct.values()] for part in parts}
         _stack(right, list(distinct), amounts, "{:,.0f}")
-        right.set_ylabel("parameters")
+        right.set(xlabel="dense parts", ylabel="parameters")
         right.yaxis.set_major_formatter(EngFormatter())
-        right.set_xlabel("dense parts")
         return self._save(
             figure,
             "parameters",
@@ -385,6 +381,12 @@ class _Drawing:
 
     # --- all --------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _rows(axes: Axes, labels: Sequence[str], xlabel: str) -> None:
+        """Label the rows of a panel from top to bottom, and its x-axis."""
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(xlabel=xlabel, ylim=(len(labels) - 0.5, -0.5))
+
     def _legend(self, figure: Figure, axes: Axes) -> None:
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
@@ -417,14 +419,10 @@ class _Drawing:
         return Picture(name=name, path=path, width=figure.get_figwidth(), title=title, caption=caption)
 
 
-def _most(anatomies: Mapping[str, Anatomy], table: str) -> int:
-    return max(anatomy.tables.get(table, 0) for anatomy in anatomies.values())
-
-
 def _stack(axes: Axes, bars: Sequence[str], amounts: Mapping[str, Sequence[float]], text: str) -> None:
     """Draw stacked bars; large parts show their number."""
     bottom = np.zeros(len(bars))
-    highest = max(float(np.sum([values[i] for values in amounts.values()])) for i in range(len(bars)))
+    highest = np.sum(list(amounts.values()), axis=0).max()
     for i, (name, values) in enumerate(amounts.items()):
         # Configurations have the colours of the other palette.
         look: dict[str, Any] = filling(i, TOL_MUTED)

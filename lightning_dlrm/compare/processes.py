@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -55,43 +55,36 @@ class _Running:
     process: subprocess.Popen[bytes] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class DevicePool:
-    """Environments of the processes that run at a time, each with its device."""
+def device_environments(parallel: int | None, gpus: Sequence[str]) -> list[dict[str, str]]:
+    """Return the environments of the processes that run at a time: each has a GPU, or else a share of the cores.
 
-    environments: Sequence[Mapping[str, str]] = field(default_factory=lambda: [{}])
-
-    @classmethod
-    def choose(cls, parallel: int | None, gpus: Sequence[str]) -> "DevicePool":
-        """Give each process a GPU if there are any, or else a share of the cores.
-
-        Args:
-            parallel: processes at a time; None for one for each GPU, or one.
-            gpus: names of GPUs for CUDA_VISIBLE_DEVICES; empty if runs use none, or several each.
-        """
-        count = parallel or max(1, len(gpus))
-        if gpus:
-            return cls(environments=[{"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(count)])
-        if count == 1 or "OMP_NUM_THREADS" in os.environ:
-            return cls(environments=[{}] * count)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return cls(environments=[{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count)
+    Args:
+        parallel: processes at a time; None for one for each GPU, or one.
+        gpus: names of GPUs for CUDA_VISIBLE_DEVICES; empty if runs use none, or several each.
+    """
+    count = parallel or max(1, len(gpus))
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(count)]
+    if count == 1 or "OMP_NUM_THREADS" in os.environ:
+        return [{}] * count
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
 
 
-def run_jobs(jobs: Sequence[Job], devices: DevicePool, done: Callable[[Job], None]) -> None:
+def run_jobs(jobs: Sequence[Job], environments: Sequence[Mapping[str, str]], done: Callable[[Job], None]) -> None:
     """Run all jobs; if one fails, the others continue, because they may take days.
 
     SIGTERM, SIGHUP and Ctrl-C are passed on to the processes, which save whole checkpoints.
 
     Args:
         jobs: jobs in the order in which they begin.
-        devices: environments, as many as jobs may run at a time.
+        environments: variables of the processes that run at a time: see ``device_environments``.
         done: called after each job that succeeds; if it raises UserError, the job has failed.
 
     Raises:
         UserError: jobs have failed, or another process works on one of the runs.
     """
-    waiting, free, running = deque(jobs), deque(range(len(devices.environments))), list[_Running]()
+    waiting, free, running = deque(jobs), deque(range(len(environments))), list[_Running]()
     failed: list[tuple[Job, str]] = []
     progress = _Progress(jobs)
     with exit_on_signals():
@@ -116,7 +109,7 @@ def run_jobs(jobs: Sequence[Job], devices: DevicePool, done: Callable[[Job], Non
                                 failed.append((each.job, f"left no usable results: {error}"))
                         progress.done(each.job)
                     else:
-                        _next_command(each, devices.environments[each.slot])
+                        _next_command(each, environments[each.slot])
                 progress.show(running)
                 time.sleep(POLL_SECONDS if running else 0)
         except KeyboardInterrupt:

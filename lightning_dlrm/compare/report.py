@@ -1,21 +1,23 @@
-"""``report.html``: the result of a comparison in one file that opens without a network."""
+"""The result of a comparison: ``report.html``, one file that opens without a network; a page at W&B; text."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
 import numpy as np
-from markupsafe import Markup, escape
 
 from lightning_dlrm.compare.anatomy import Anatomy
+from lightning_dlrm.compare.experiment import PlannedArm
 from lightning_dlrm.compare.figures import PAGE_WIDTH, Picture
-from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
+from lightning_dlrm.compare.results import METRIC_TITLES, Comparison, span
 from lightning_dlrm.compare.runs import Arm, by_data, differing, format_value
 from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.sparkline import sparkline
+from lightning_dlrm.tracking.wandb_run import ComparisonPage, Table
 
+SPARK_WIDTH = 12
+"""Characters of a sparkline, with which the closing table fits into 80 columns."""
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-_METRICS = ("auc", "log_loss", "accuracy", "normalized_entropy", "calibration")
 
 
 def write_report(
@@ -34,143 +36,64 @@ def write_report(
         operator_notes: reason for each configuration whose operators were not measured.
         path: HTML file.
     """
-    data = by_data(comparison.arms)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    paired = any(pair.difference.paired for pair in comparison.pairs)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=comparison.title,
-        warnings=comparison.warnings,
+        comparison=comparison,
         pairs=comparison.pairs,
+        data=by_data(comparison.arms),
         metric_titles=METRIC_TITLES,
+        optimum=names.OPTIMUM_AUC,
         summary=_summary(comparison),
-        split_note=_split_note(comparison),
         pictures=pictures,
-        show=_embedded,
-        pairing="Runs of the same seed see the samples in the same order and are taken in pairs." if paired else "",
+        page_width=PAGE_WIDTH,
         operator_notes=operator_notes,
         parameters=_parameters(comparison.arms, anatomies),
-        settings=_settings(comparison.arms),
+        settings=[["", *(arm.name for arm in comparison.arms)], *_differing(comparison.arms)],
         runs=_runs(comparison),
-        data_note=" ".join(
-            f"Data{'' if len(data) == 1 else ' of ' + ', '.join(arm.name for arm in arms)}: {arms[0]['dataset']}, "
-            f"protocol {arms[0]['protocol']}, fingerprint {arms[0]['data_fingerprint'][:12]}."
-            for arms in data.values()
-        ),
-        verdict_note=_verdict_note(comparison),
-        seeds_note=_seeds_note(comparison),
     )
     path.write_text(text, encoding="utf-8")
 
 
-def _embedded(picture: Picture) -> Markup:
-    """Return a figure as HTML with its file embedded."""
-    data = base64.b64encode(picture.path.read_bytes()).decode()
-    share = min(1.0, picture.width / PAGE_WIDTH)
-    title, caption = escape(picture.title), escape(picture.caption)
-    return Markup(
-        f'<figure><img style="width: {share:.0%}" alt="{title}: {caption}" src="data:image/png;base64,{data}">'
-        f"<figcaption><strong>{title}.</strong> {caption}</figcaption></figure>"
-    )
-
-
-def _verdict_note(comparison: Comparison) -> str:
-    """Return an explanation of the verdicts and their intervals."""
-    pairs = comparison.pairs
-    notes = []
-    judged = sum(not pair.single for pair in pairs)
-    if judged:
-        notes.append(
-            "A verdict compares configurations, not single runs: its interval includes the variation over seeds and "
-            f"over test samples. Each of these {judged} intervals contains the true difference 19 times out of 20, so "
-            "some of many intervals miss it."
-        )
-    if judged < len(pairs):
-        notes.append(
-            "If a side has one seed, there is no verdict: the interval leaves out the variation over its seeds, which "
-            "may be larger than the interval."
-        )
-    if not all(pair.same_data for pair in pairs):
-        notes.append(
-            "If the data differ, both sides scored different samples: the interval takes them as independent and shows "
-            "the distance of their scores, each on its own data; it does not show which model is better."
-        )
-    else:
-        notes.append(
-            "The verdicts hold for these data and settings: rates tuned for one side, or longer training, can reverse "
-            "them."
-        )
-    return " ".join(notes)
-
-
-def _seeds_note(comparison: Comparison) -> str:
-    """Return the meaning of the numbers of each configuration."""
-    if comparison.one_seed:
-        return "Each configuration has one run: the numbers are that run's, and the variation between seeds is unknown."
-    several = "Means over the seeds ± half of the 95% interval over the seeds (Student's t)"
-    alone = any(len(arm.runs) == 1 for arm in comparison.arms)
-    return f"{several}; for a configuration with one seed, the number of its run." if alone else f"{several}."
-
-
-def _split_note(comparison: Comparison) -> str:
-    """Return a description of the scored samples, and the best reachable score if it is known."""
-    note = f"On {comparison.scored}, with the parameters of each run's best validation AUC."
-    data = by_data(comparison.arms)
-    for title, arms in data.items():
-        optimum = arms[0].runs[0].final.get(names.OPTIMUM_AUC)
-        if optimum is None:
-            continue
-        which = "Demo data" if len(data) == 1 else f"{title} is demo data"
-        note += (
-            f" {which}: generated clicks of a planted model, whose best reachable validation AUC is {optimum:.4f}; "
-            "results on them do not apply to real clicks."
-        )
-    return note
-
-
 def _summary(comparison: Comparison) -> list[list[str]]:
-    arms = comparison.arms
-
-    def median(arm: Arm, name: str) -> float:
-        return float(np.median([run.final.get(name, np.nan) for run in arm.runs]))
-
-    def timing(arm: Arm, name: str) -> str:
-        if comparison.steady(name):
-            return f"{median(arm, name):,.0f}"
-        values = [run.final[name] for run in arm.runs]
-        ends = dict.fromkeys(f"{value:,.0f}" for value in (min(values), max(values)))
-        return f"{' to '.join(ends)}, not comparable"
-
-    times = {"training, s": names.TRAINING_SECONDS, "samples/s": names.SAMPLES_PER_SECOND}
-
-    def best(arm: Arm) -> float:
-        return float(np.mean([run.best[f"{names.VALIDATION}/auc"] for run in arm.runs]))
-
+    arms, validation = comparison.arms, f"{names.VALIDATION}/auc"
     return [
         ["", *(arm.name for arm in arms)],
         ["seeds", *(", ".join(map(str, arm.seeds)) for arm in arms)],
-        *([METRIC_TITLES[metric], *(_mean_and_reach(comparison, arm, metric) for arm in arms)] for metric in _METRICS),
-        ["best validation AUC", *(f"{best(arm):.5f}" for arm in arms)],
-        *([title, *(timing(arm, name) for arm in arms)] for title, name in times.items()),
-        ["peak memory, GiB", *(f"{median(arm, names.PEAK_MEMORY) / 2**30:.2f}" for arm in arms)],
+        *([title, *(_score(comparison, arm, metric) for arm in arms)] for metric, title in METRIC_TITLES.items()),
+        ["best validation AUC", *(f"{np.mean([run.best[validation] for run in arm.runs]):.5f}" for arm in arms)],
+        ["training, s", *(_time(comparison, arm, names.TRAINING_SECONDS) for arm in arms)],
+        ["samples/s", *(_time(comparison, arm, names.SAMPLES_PER_SECOND) for arm in arms)],
+        ["peak memory, GiB", *(f"{_median(arm, names.PEAK_MEMORY) / 2**30:.2f}" for arm in arms)],
         ["parameters", *(f"{arm[names.PARAMETERS_TOTAL]:,}" for arm in arms)],
         ["FLOPs a sample, training", *(f"{arm[names.FLOPS_TRAINING]:,}" for arm in arms)],
     ]
 
 
-def _mean_and_reach(comparison: Comparison, arm: Arm, metric: str) -> str:
+def _score(comparison: Comparison, arm: Arm, metric: str) -> str:
     interval = comparison.interval(arm, metric)
     if interval is None:
         return f"{comparison.values(arm, metric)[0]:.5f}"
     return f"{interval.value:.5f} ± {interval.high - interval.value:.5f}"
 
 
+def _time(comparison: Comparison, arm: Arm, name: str) -> str:
+    if comparison.steady(name):
+        return f"{_median(arm, name):,.0f}"
+    ends = dict.fromkeys(f"{value:,.0f}" for value in span(arm, name))
+    return f"{' to '.join(ends)}, not comparable"
+
+
+def _median(arm: Arm, name: str) -> float:
+    return float(np.median([run.final.get(name, np.nan) for run in arm.runs]))
+
+
 def _parameters(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy]) -> list[list[str]]:
+    counted = {
+        "all": names.PARAMETERS_TOTAL, "in tables": names.PARAMETERS_TABLES, "dense": names.PARAMETERS_DENSE,
+        "FLOPs per sample, forward": names.FLOPS_FORWARD, "FLOPs per sample, training": names.FLOPS_TRAINING,
+    }  # fmt: skip
     rows = [["", *(arm.name for arm in arms)]]
-    rows.append(["all", *(f"{arm[names.PARAMETERS_TOTAL]:,}" for arm in arms)])
-    rows.append(["in tables", *(f"{arm[names.PARAMETERS_TABLES]:,}" for arm in arms)])
-    rows.append(["dense", *(f"{arm[names.PARAMETERS_DENSE]:,}" for arm in arms)])
-    rows.append(["FLOPs per sample, forward", *(f"{arm[names.FLOPS_FORWARD]:,}" for arm in arms)])
-    rows.append(["FLOPs per sample, training", *(f"{arm[names.FLOPS_TRAINING]:,}" for arm in arms)])
+    rows += [[title, *(f"{arm[name]:,}" for arm in arms)] for title, name in counted.items()]
     for kind, prefix in (("dense", ""), ("tables", "table ")):
         of_arms = [getattr(anatomies[arm.name], kind) for arm in arms]
         for part in dict.fromkeys(name for counts in of_arms for name in counts):
@@ -178,27 +101,149 @@ def _parameters(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy]) -> list[l
     return rows
 
 
-def _settings(arms: Sequence[Arm]) -> list[list[str]]:
-    rows = [["", *(arm.name for arm in arms)]]
-    for key, values in differing({arm.name: arm.settings for arm in arms}).items():
-        cells = [format_value(values.get(arm.name)) for arm in arms]
-        if len(set(cells)) > 1:
-            rows.append([key, *cells])
-    return rows
+def _differing(arms: Sequence[Arm] | Sequence[PlannedArm]) -> list[list[str]]:
+    """Return the settings in which configurations differ: full key, then the value of each, as text."""
+    found = differing({arm.name: arm.settings for arm in arms}).items()
+    rows = [[key, *(format_value(values.get(arm.name)) for arm in arms)] for key, values in found]
+    return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def _runs(comparison: Comparison) -> list[list[str]]:
-    rows = [["run", "seed", *(METRIC_TITLES[name] for name in _METRICS), "samples", "training s", "folder"]]
-    for run in comparison.runs:
-        metrics = comparison.scores[run.name].metrics
-        rows.append(
-            [
-                run.name,
-                str(run.seed),
-                *(f"{metrics[name]:.5f}" for name in _METRICS),
-                f"{run.final[names.SAMPLES]:,.0f}",
-                f"{run.final[names.TRAINING_SECONDS]:,.0f}",
-                str(run.path),
-            ]
-        )
+    rows = [["run", "seed", *METRIC_TITLES.values(), "samples", "training s", "folder"]]
+    rows += [
+        [
+            run.name,
+            str(run.seed),
+            *(f"{comparison.scores[run.name].metrics[name]:.5f}" for name in METRIC_TITLES),
+            f"{run.final[names.SAMPLES]:,.0f}",
+            f"{run.final[names.TRAINING_SECONDS]:,.0f}",
+            str(run.path),
+        ]
+        for run in comparison.runs
+    ]
     return rows
+
+
+# --- W&B --------------------------------------------------------------------------------------------
+
+
+def page_of(
+    comparison: Comparison,
+    pictures: Sequence[Picture],
+    anatomies: Mapping[str, Anatomy],
+    operators: Mapping[str, Mapping[str, float]],
+    files: Sequence[Path],
+) -> ComparisonPage:
+    """Return the page at W&B: the figures, and the numbers behind them as tables.
+
+    Args:
+        comparison: result of the comparison.
+        pictures: figures of its report.
+        anatomies: configuration -> its anatomy.
+        operators: measured configuration -> kind of operator -> milliseconds of a step.
+        files: further files, such as the report.
+    """
+    figures: dict[str, list[tuple[Path, str]]] = {}
+    for picture in pictures:
+        figures.setdefault(picture.name, []).append((picture.path, f"{picture.title}. {picture.caption}"))
+    verdicts = comparison.document()["pairs"]
+    parts = [
+        (arm, kind, part, count)
+        for arm, anatomy in anatomies.items()
+        for kind, counts in (("dense", anatomy.dense), ("table", anatomy.tables))
+        for part, count in counts.items()
+    ]
+    times = [(arm, kind, value) for arm, kinds in operators.items() for kind, value in kinds.items()]
+    loads = [
+        (arm, cost.rank, cost.rows, cost.bytes, cost.work, cost.sent_ids, cost.sent_vectors, cost.sent_gradients)
+        for arm, anatomy in anatomies.items()
+        if anatomy.sharding
+        for cost in anatomy.sharding.costs
+    ]
+    tables = {
+        "verdicts": Table(columns=list(verdicts[0]), rows=[list(pair.values()) for pair in verdicts]),
+        "parameters": Table(columns=["configuration", "kind", "part", "parameters"], rows=parts),
+        "operators": Table(
+            columns=["configuration", "kind of operator", "milliseconds of a training step"], rows=times
+        ),
+        "load": Table(
+            columns=[
+                "configuration", "rank", "rows", "bytes", "rows asked for a batch", "ids sent in a step, bytes",
+                "vectors sent, bytes", "gradients sent, bytes",
+            ],
+            rows=loads,
+        ),
+    }  # fmt: skip
+    return ComparisonPage(
+        figures=figures,
+        tables={name: table for name, table in tables.items() if table.rows},
+        files=files,
+        findings=[pair.sentence for pair in comparison.pairs],
+    )
+
+
+# --- terminal ---------------------------------------------------------------------------------------
+
+
+def arms_table(arms: Sequence[PlannedArm], seeds: Sequence[int]) -> str:
+    """Return a table of each arm's parameters and FLOPs, and of the settings in which the arms differ."""
+    rows = [["arm", "tables", "dense", "total", "forward", "training", "samples"]]
+    for arm in arms:
+        size = arm.size
+        counts = (f"{count:,}" for count in (size.tables, size.dense, size.total))
+        flops = (f"{n:,}" if n else "unknown" for n in (size.flops_per_sample_forward, size.flops_per_sample_training))
+        samples = f"{arm.samples:,.0f}" if arm.samples != float("inf") else "unbounded"
+        rows.append([arm.name, *counts, *flops, samples])
+    differ = [["differs", *(arm.name for arm in arms)]]
+    for key, *cells in _differing(arms):
+        differ.append([key.removeprefix("model.").replace("init_args.", "").replace(".class_path", ""), *cells])
+    return "\n".join(
+        [
+            *_table(rows),
+            "tables, dense, total: parameters; forward, training: FLOPs per sample",
+            "samples: trained on in a run, in the same order for all arms of a seed",
+            "",
+            *_table(differ),
+            "",
+            f"seeds {', '.join(map(str, seeds))}: {len(arms) * len(seeds)} runs",
+        ]
+    )
+
+
+def closing_words(comparison: Comparison, output: Path) -> str:
+    """Return a table of each configuration's metrics and validations, and the verdicts."""
+    columns = ("auc", "log_loss", "accuracy", "calibration")
+    rows = [["", *(METRIC_TITLES[name] for name in columns), "samples/s", "validation"]]
+    for arm in comparison.arms:
+        values = (f"{np.mean(comparison.values(arm, name)):.5f}" for name in columns)
+        speed = f"{_median(arm, names.SAMPLES_PER_SECOND):,.0f}"
+        rows.append([arm.name, *values, speed, sparkline(_mean_course(arm, f"{names.VALIDATION}/auc"), SPARK_WIDTH)])
+    seeds = ", ".join(dict.fromkeys(str(len(arm.runs)) for arm in comparison.arms))
+    of = "one seed each" if comparison.one_seed else f"means over the seeds ({seeds})"
+    on = comparison.scored if comparison.warnings else f"the {comparison.split} split"
+    return "\n".join(
+        [
+            *(f"WARNING: {warning}" for warning in comparison.warnings),
+            "",
+            *_table(rows),
+            f"{of}, on {on}; validation: the course of the AUC",
+            "",
+            *(pair.sentence for pair in comparison.pairs),
+            "",
+            f"report: {output / 'report.html'}",
+        ]
+    )
+
+
+def _mean_course(arm: Arm, metric: str) -> list[float]:
+    """Return the mean over a configuration's runs of each logged value, in order."""
+    courses = [run.curve(names.SAMPLES, metric)[1] for run in arm.runs]
+    # As far as every run has values.
+    return [float(np.mean(values)) for values in zip(*courses, strict=False)]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return aligned lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = ([cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, aligned, strict=True)]

@@ -1,11 +1,9 @@
 """The result of a comparison, from which the report, its figures and the W&B page are made."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,7 +151,7 @@ class Comparison:
 
         If it differs more, other work slowed the machine down, and times say nothing about the configurations.
         """
-        return all(high <= _STEADY * low for low, high in (_range(arm, name) for arm in self.arms))
+        return all(high <= _STEADY * low for low, high in (span(arm, name) for arm in self.arms))
 
     @cached_property
     def reliability(self) -> dict[str, Reliability]:
@@ -196,14 +194,12 @@ class Comparison:
         ]
         return {"runs": runs, "pairs": pairs}
 
-    def write_json(self, path: Path) -> None:
-        path.write_text(json.dumps(self.document(), indent=1) + "\n")
-
 
 _STEADY = 1.5
 
 
-def _range(arm: Arm, name: str) -> tuple[float, float]:
+def span(arm: Arm, name: str) -> tuple[float, float]:
+    """Return the smallest and the largest value of a metric at the end of a configuration's runs."""
     values = [run.final[name] for run in arm.runs if run.final.get(name) is not None]
     return min(values, default=0.0), max(values, default=0.0)
 
@@ -240,12 +236,11 @@ def compare(
         raise UserError(f"{runs}: all of one configuration; give runs of at least two to compare")
     pairs = []
     for metric in METRICS:
-        parts: dict[str, list[Components]] = {}
-        for arm in arms:
-            of_arm = [scores[run.name] for run in arm.runs]
-            parts[arm.name] = [components(metric, score.probabilities, score.labels) for score in of_arm]
-        for a, b in combinations(arms, 2):
-            pairs.append(_pair(metric, a, b, parts))
+        parts = {
+            arm.name: [components(metric, scores[run.name].probabilities, scores[run.name].labels) for run in arm.runs]
+            for arm in arms
+        }
+        pairs += [_pair(metric, a, b, parts) for a, b in combinations(arms, 2)]
     return Comparison(title=title, split=split, arms=arms, scores=scores, pairs=pairs, warnings=list(warnings))
 
 

@@ -98,9 +98,8 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in flat(update_document(config)[0]).items()
         if value is not None
     }
-    left_out: tuple[str, ...] = NO_PART_OF_A_CONFIGURATION
-    if settings.get("data.init_args.path") != "demo":
-        left_out = (*left_out, "data.init_args.demo")
+    demo = () if settings.get("data.init_args.path") == "demo" else ("data.init_args.demo",)
+    left_out = (*NO_PART_OF_A_CONFIGURATION, *demo)
     return {key: value for key, value in settings.items() if not within(key, left_out)}
 
 
@@ -176,20 +175,12 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
 
 def name_arms(settings: Sequence[Mapping[str, Any]], fallback: Sequence[str]) -> list[str]:
     """Return a short name for each configuration: its network, and optimizers if they differ; else the run's name."""
-    network = [_last(setting.get("model.network.class_path")) for setting in settings]
-    rules = [
-        [_last(setting.get(f"model.{rule}_optimizer.class_path")) for rule in ("table", "dense")]
-        for setting in settings
-    ]
-    both = [f"{net} {' / '.join(dict.fromkeys(rule))}" for net, rule in zip(network, rules, strict=True)]
-    for titles in (network, both):
-        if len(set(titles)) == len(titles):
-            return titles
-    return list(fallback)
-
-
-def _last(class_path: Any) -> str:
-    return str(class_path).rpartition(".")[2]
+    parts = ("network", "table_optimizer", "dense_optimizer")
+    paths = [[str(setting.get(f"model.{part}.class_path")) for part in parts] for setting in settings]
+    classes = [[path.rpartition(".")[2] for path in of_arm] for of_arm in paths]
+    networks = [network for network, *_ in classes]
+    both = [f"{network} {' / '.join(dict.fromkeys(rules))}" for network, *rules in classes]
+    return next((titles for titles in (networks, both) if len(set(titles)) == len(titles)), list(fallback))
 
 
 def differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -231,9 +222,8 @@ def data_differences(runs: Sequence[Run]) -> list[str]:
     if lines:
         for key, by_run in differing({run.name: run.settings for run in runs}).items():
             # Sizes of demo data do not matter beside other data.
-            if within(key, ("data.class_path", "data.init_args.path", "data.init_args.demo")) and len(by_run) == len(
-                runs
-            ):
+            of_data = within(key, ("data.class_path", "data.init_args.path", "data.init_args.demo"))
+            if of_data and len(by_run) == len(runs):
                 lines.append(f"{key}: {', '.join(dict.fromkeys(str(value) for value in by_run.values()))}")
     return lines
 

@@ -93,12 +93,10 @@ def read_labels(run: Run, split: Split) -> NDArray[np.int8]:
             f"data of its configuration now have {data.schema.data_fingerprint[:12]}: restore the data"
         )
     data.setup("predict")
-    parts = []
-    for batch in data.predict_dataloader():
-        if batch.label is None:
-            raise UserError(f"the {split} split of {run.path} has no labels: compare on another --split")
-        parts.append(batch.label.numpy().astype(np.int8))
-    labels = np.concatenate(parts)
+    parts = [batch.label for batch in data.predict_dataloader()]
+    if any(part is None for part in parts):
+        raise UserError(f"the {split} split of {run.path} has no labels: compare on another --split")
+    labels: NDArray[np.int8] = torch.cat(parts).to(torch.int8).numpy()
     if labels.min() == labels.max():
         raise UserError(f"all {len(labels):,} labels of the {split} split are {labels[0]}: nothing can be compared")
     return labels
@@ -124,9 +122,5 @@ def read_scores(folder: Path, labels_N: NDArray[np.int8]) -> Scores:
 
 def shared_labels(runs: Sequence[Run], split: Split) -> dict[str, NDArray[np.int8]]:
     """Return data fingerprint -> labels of a split; each dataset is read once."""
-    found: dict[str, NDArray[np.int8]] = {}
-    for run in runs:
-        fingerprint = run.final["data_fingerprint"]
-        if fingerprint not in found:
-            found[fingerprint] = read_labels(run, split)
-    return found
+    first_runs = {run.final["data_fingerprint"]: run for run in reversed(runs)}
+    return {fingerprint: read_labels(run, split) for fingerprint, run in first_runs.items()}

@@ -22,9 +22,8 @@ from lightning_dlrm.engine.loading import KEY, describe_module, load_module
 from lightning_dlrm.engine.timing import StepTimer
 from lightning_dlrm.engine.transfer import SideStream
 from lightning_dlrm.kernels.choice import Kernels, choose
-from lightning_dlrm.models.accounting import ModelSize, model_size
 from lightning_dlrm.models.layers import MLP, DotInteraction
-from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.models.network import CTRNetwork, ModelSize, model_size
 from lightning_dlrm.objectives.losses import LogLoss, Loss
 from lightning_dlrm.objectives.metrics import ClickCurves
 from lightning_dlrm.optim.dense import DenseOptimizer

@@ -8,7 +8,6 @@ C sorted indices that one program handles.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,18 +23,6 @@ _BLOCKS_PER_READ = 64
 _INTEGERS = (torch.int32, torch.int64)
 _FLOATS = (torch.float32, torch.bfloat16)
 _FACTORS = (*_FLOATS, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True)
-class Formula:
-    """An update rule as the kernel computes it; see ``lightning_dlrm.optim.rules``."""
-
-    rule: str
-    """``sgd``, ``adagrad``, ``row_wise_adagrad`` or ``adam``."""
-    l2: float = 0.0
-    epsilon: float = 0.0
-    beta1: float = 0.0
-    beta2: float = 0.0
 
 
 def lookup(
@@ -66,7 +53,8 @@ def update(
     bags_N: Tensor | None,
     factors_N: Tensor | None,
     state: Mapping[str, Tensor],
-    formula: Formula,
+    rule: str,
+    settings: Mapping[str, float],
     scalars_4: Tensor,
 ) -> None:
     """Sum the gradients of each unique row, and update the row and its state, in place.
@@ -81,16 +69,17 @@ def update(
         bags_N: int64, the output vector that each index went into; None if index i went into vector i.
         factors_N: a factor for each index; None means 1.
         state: optimizer state of the rule, float32 [R, D] or [R], contiguous.
-        formula: the rule and its hyperparameters.
+        rule: ``sgd``, ``adagrad``, ``row_wise_adagrad`` or ``adam``.
+        settings: the rule's hyperparameters, by name.
         scalars_4: float32: the learning rate, 1 - learning rate * weight decay, and Adam's two bias corrections.
 
     Raises:
         ValueError: shapes do not fit.
         TypeError: dtypes, devices or strides are not those above.
     """
-    settings = (formula.rule, formula.l2, formula.epsilon, formula.beta1, formula.beta2)
+    numbers = [settings.get(name, 0.0) for name in ("l2", "epsilon", "beta1", "beta2")]
     torch.ops.lightning_dlrm.fused_update(
-        weight_RD, list(state.values()), rows_N, grad_BD, bags_N, factors_N, scalars_4, *settings
+        weight_RD, list(state.values()), rows_N, grad_BD, bags_N, factors_N, scalars_4, rule, *numbers
     )
 
 

@@ -306,6 +306,4 @@ def _update_by_triton(
         dtype=torch.float32,
         device="cpu",
     )
-    names = ("l2", "epsilon", "beta1", "beta2")
-    formula = fused.Formula(known, **{name: settings[name] for name in names if name in settings})
-    fused.update(weight, *lookups, state, formula, scalars.to(weight.device, non_blocking=True))
+    fused.update(weight, *lookups, state, known, settings, scalars.to(weight.device, non_blocking=True))

@@ -19,8 +19,9 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,12 @@ def save_checkpoint(
     folder, ranks = Path(folder), ranks or Ranks()
     partial = _hidden_sibling(folder, "partial")
 
+    @_save_errors(folder)
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "tables").mkdir(parents=True)
 
+    @_save_errors(folder)
     def write_pieces() -> list[dict[str, Any]]:
         if not partial.is_dir():
             raise OSError(
@@ -114,6 +117,7 @@ def save_checkpoint(
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             return list(pool.map(lambda piece: _write_piece(partial, piece), pieces))
 
+    @_save_errors(folder)
     def finish() -> None:
         torch.save(dict(rest), partial / REST)
         tables = _table_entries(entry for entries in written for entry in entries)
@@ -123,9 +127,9 @@ def save_checkpoint(
         _publish(partial, folder)
 
     try:
-        ranks.run_on_rank_zero(_raising_save_errors(folder, begin))
-        written = ranks.run_on_all_ranks(_raising_save_errors(folder, write_pieces))
-        ranks.run_on_rank_zero(_raising_save_errors(folder, finish))
+        ranks.run_on_rank_zero(begin)
+        written = ranks.run_on_all_ranks(write_pieces)
+        ranks.run_on_rank_zero(finish)
     except UserError:
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -138,17 +142,15 @@ def staging_bytes(pieces: Sequence[PieceTensors]) -> int:
     return sum(sorted(sizes, reverse=True)[: torch.get_num_threads()])
 
 
-def _raising_save_errors(folder: Path, action: Callable[[], Any]) -> Callable[[], Any]:
-    def act() -> Any:
-        try:
-            return action()
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(
-                f"cannot save the checkpoint {folder}: {error}; the previous one is untouched: "
-                "free disk space or choose another --run_dir, then resume"
-            ) from error
-
-    return act
+@contextmanager
+def _save_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"cannot save the checkpoint {folder}: {error}; the previous one is untouched: "
+            "free disk space or choose another --run_dir, then resume"
+        ) from error
 
 
 def _table_entries(written: Iterable[Mapping[str, Any]]) -> dict[str, TableEntry]:

@@ -131,8 +131,8 @@ class RunFolder:
         """Drop the lines of ``metrics.jsonl`` after ``step``, which a resumed run writes again."""
         if not self.metrics.exists():
             return
-        kept = [line for line in self.lines() if line[names.STEP] <= step]
-        self.write_text(METRICS, "".join(f"{json.dumps(line)}\n" for line in kept))
+        kept = (json.dumps(line) + "\n" for line in self.lines() if line[names.STEP] <= step)
+        self.write_text(METRICS, "".join(kept))
 
     def remove_without_results(self) -> None:
         """Remove the folder if the run failed before its first result."""

@@ -1,4 +1,4 @@
-"""Runs of Weights & Biases: start, callback and end."""
+"""Runs of Weights & Biases: start, callback and end; and the run of a comparison, beside the compared runs."""
 
 import logging
 import os
@@ -20,6 +20,9 @@ from lightning_dlrm.tracking.run_folder import WANDB, RunFolder
 _PER_TENSOR_PREFIXES = tuple(
     f"{name}/" for name in (names.GRADIENT_NORM, names.ROW_NORM, names.ROW_GRADIENT_NORM, names.TABLES)
 )
+
+JOB_TYPE = "compare"
+"""Job type of the run of a comparison."""
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -237,12 +240,80 @@ class WandbExtras(pl.Callback):
             log.warning("W&B: the run does not refer to its dataset: %s", " ".join(str(error).split()))
 
 
-def default_entity() -> str:
-    """Return the default user or team of the API key."""
-    return wandb.Api().default_entity or ""
-
-
 def finish_wandb(succeeded: bool) -> None:
     """Finish the open run of this process, if there is one, with its exit state."""
     if wandb.run is not None:
         wandb.finish(exit_code=0 if succeeded else 1)
+
+
+# --- comparisons ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table with numbers and names."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonPage:
+    """Figures, tables and files of a comparison.
+
+    Args:
+        figures: name in ``names.COMPARISON_FIGURES`` -> PNG files, each with its caption.
+        tables: name in ``names.COMPARISON_TABLES`` -> table.
+        files: files of an artifact, such as the report.
+        findings: sentences at the head of a dashboard's report.
+    """
+
+    figures: Mapping[str, Sequence[tuple[Path, str]]]
+    tables: Mapping[str, Table]
+    files: Sequence[Path]
+    findings: Sequence[str] = ()
+
+
+def send_comparison(
+    page: ComparisonPage, output: Path, place: RunPlace, mode: Literal["online", "offline"], reason: str = ""
+) -> tuple[str, str]:
+    """Log a page in one run, which later calls for the same folder continue.
+
+    Args:
+        page: the page.
+        output: folder of the comparison, which also holds W&B's files.
+        place: project, group and name of the run; its job type is ``compare``.
+        mode: see ``choose_mode``.
+        reason: see ``choose_mode``.
+
+    Returns:
+        The URL of the page, or the command that sends it; and the reason of the offline mode, empty if online.
+    """
+    folder = RunFolder(output)
+    logger, reason = start_wandb(
+        output, place, mode=mode, reason=reason, run_id=training_run_id(folder), config={"comparison": place.name}
+    )
+    succeeded = False
+    try:
+        _log(page, logger.experiment)
+        where = run_address([logger], folder) or ""
+        succeeded = True
+    finally:
+        finish_wandb(succeeded)
+    return where, reason
+
+
+def _log(page: ComparisonPage, run: wandb.Run) -> None:
+    shown: dict[str, Any] = {
+        names.comparison_figure(name): [wandb.Image(str(path), caption=caption) for path, caption in pictures]
+        for name, pictures in page.figures.items()
+    }
+    shown |= {
+        names.comparison_table(name): wandb.Table(columns=list(table.columns), data=list(map(list, table.rows)))
+        for name, table in page.tables.items()
+    }
+    run.log(shown)
+    report = wandb.Artifact(f"comparison-{run.id}", "report")
+    for path in page.files:
+        report.add_file(str(path))
+    run.log_artifact(report)

@@ -10,9 +10,9 @@ import pytest
 
 from datamodules.generate.tsv import TsvSettings, generate_tsv
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.bench import prediction, preprocess
-from lightning_dlrm.bench.footprint import Footprint, run_process
+from lightning_dlrm.bench import preprocess
 from lightning_dlrm.bench.measurement import Measurement
+from lightning_dlrm.bench.processes import Footprint, run_process
 from lightning_dlrm.contracts.errors import UserError
 
 
@@ -84,7 +84,7 @@ def test_memory_is_that_of_all_processes(tmp_path: Path) -> None:
     program = "import subprocess, sys; held = bytearray(b'1') * 60_000_000\n"
     program += f"subprocess.run([sys.executable, '-c', {child!r}])"
     footprint = Footprint(None)
-    seconds, _ = run_process([sys.executable, "-c", program], footprint)
+    seconds, _ = run_process("two", [sys.executable, "-c", program], footprint)
     assert 160e6 < footprint.peak_bytes < 230e6
     assert seconds > 0.7
     assert len(footprint.cpu_of) == 2 and footprint.cpu_s > 0
@@ -110,17 +110,18 @@ def test_mistakes(options: list[str], message: str, tmp_path: Path, monkeypatch:
 
 
 def test_peer_on_numpy_2_is_told(peer: Path) -> None:
-    with pytest.raises(UserError, match=r"fails on; name one with numpy<2 with --peer-python"):
+    message = r"^the peer \S+ \(run by \S+\) failed: NumPy \S+ found, which it fails on; name an interpreter"
+    with pytest.raises(UserError, match=message):
         bench("--rows", "200", "--rounds", "1", "--peer", str(peer), "--peer-rows", "150")
 
 
 def test_prediction_is_arithmetic_on_the_costs() -> None:
     """Kaggle, worked out by hand: 1 and 10 nodes of 16 cores at 70% speed, the largest column 30% of all counting."""
-    cost = prediction.Cost(
+    cost = preprocess.Cost(
         core_s={"stage": 2e-6, "count": 1e-6, "encode": 3e-6}, disk_bytes=100, output_bytes=40, worker_bytes=2e8
     )
-    kaggle = prediction.TARGETS[0]
-    one, ten = (prediction.predict(cost, kaggle, nodes) for nodes in (1, 10))
+    kaggle = preprocess.TARGETS[0]
+    one, ten = (preprocess.predict(cost, kaggle, nodes) for nodes in (1, 10))
     rows = 45_840_617
     assert one["stage"] == pytest.approx(rows * 2e-6 / 11.2) and ten["stage"] == pytest.approx(rows * 2e-6 / 112)
     assert one["count"] == ten["count"] == pytest.approx(rows * 1e-6 * 10_131_227 / 33_762_577)
@@ -129,5 +130,5 @@ def test_prediction_is_arithmetic_on_the_costs() -> None:
     assert ten["total"] == pytest.approx(ten["stage"] + ten["count"] + ten["encode"])
     assert one["memory"] == ten["memory"] == 16 * 2e8
     assert (one["disk"], one["output"]) == (rows * 100, rows * 40)
-    text = prediction.render_predictions(cost)
+    text = preprocess.render_predictions(cost)
     assert text.startswith("prediction, not measured") and text.count("kaggle") == text.count("terabyte") == 2

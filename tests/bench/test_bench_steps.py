@@ -11,7 +11,7 @@ import torch
 
 from datamodules.generate.random import RandomSettings, generate_random
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.bench import fit, roofline
+from lightning_dlrm.bench import fit, peer, roofline
 from lightning_dlrm.bench.breakdown import OTHER, ROWS, by_kind, by_part, mark, marked_parts, profile_steps
 from lightning_dlrm.bench.contenders import (
     OurStep,
@@ -26,10 +26,10 @@ from lightning_dlrm.bench.contenders import (
 from lightning_dlrm.bench.gpu import loss_targets, render_targets
 from lightning_dlrm.bench.measurement import times_as_fast
 from lightning_dlrm.bench.paper import OPERATORS
-from lightning_dlrm.bench.worker import Worker
+from lightning_dlrm.bench.processes import Worker
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.kernels.choice import choose
-from lightning_dlrm.models.accounting import model_size
+from lightning_dlrm.models.network import model_size
 
 CPU = torch.device("cpu")
 DLRM = Workload(tables=(50, 3, 200), dense=5, width=8, bottom=(16, 8), top=(12,))
@@ -37,6 +37,13 @@ FIELDS = {
     *("work", "implementation", "device", "precision", "batch_size"),
     *("median_s", "spread_s", "samples_per_s", "floor_s"),
 }
+
+
+@pytest.fixture(autouse=True)
+def rough_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's rates are measured once each: floors are not tested here."""
+    monkeypatch.setattr(roofline, "_LONG_S", 0.0)
+    monkeypatch.setattr(roofline, "_BUDGET_S", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +94,9 @@ def test_the_losses_that_a_gpu_is_asked_for_are_compared() -> None:
 
 
 LOOP = """
-import os, sys
+import sys
 from lightning_dlrm.bench.gate import Gate
-gate = Gate(int(os.environ["BENCH_REQUESTS"]), int(os.environ["BENCH_REPLIES"]))
+gate = Gate()
 steps = 0
 while True:
     steps += 1
@@ -101,7 +108,7 @@ while True:
 
 
 def test_a_worker_makes_the_steps_it_is_asked_for(tmp_path: Path) -> None:
-    with Worker([sys.executable, "-c", LOOP], tmp_path) as worker:
+    with Worker("loop", [sys.executable, "-c", LOOP], tmp_path) as worker:
         assert (tmp_path / "steps").read_text() == "1"  # the first step, then it waits
         worker(3)
         worker(2)
@@ -110,8 +117,22 @@ def test_a_worker_makes_the_steps_it_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_fails_tells_its_last_words(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="ValueError: no such thing"):
-        Worker([sys.executable, "-c", "raise ValueError('no such thing')"], tmp_path)
+    with pytest.raises(UserError, match=r"^loop failed: ValueError: no such thing$"):
+        Worker("loop", [sys.executable, "-c", "raise ValueError('no such thing')"], tmp_path)
+
+
+def test_a_peer_that_cannot_run_is_one_line(tmp_path: Path) -> None:
+    """It names the peer, what its interpreter lacks and what to do, and has nothing of the program that it runs."""
+    (tmp_path / "dlrm_s_pytorch.py").write_text("import no_such_package\n")
+    args = argparse.Namespace(peer=tmp_path, peer_python=sys.executable, device="cpu")
+    for version, found in (("2.4.0", "NumPy 2.4.0 found, which it fails on"), ("1.26.4", "No module named 'no_such_")):
+        (tmp_path / "numpy.py").write_text(f"__version__ = '{version}'\n")
+        with pytest.raises(UserError) as raised:
+            peer.step_worker(args, DLRM, [draw_batch(DLRM, 4, 0)], tmp_path)
+        line = str(raised.value)
+        assert line.startswith(f"the peer {tmp_path} (run by {sys.executable}) failed: {found}")
+        assert line.endswith("with numpy<2, torch, scikit-learn and tensorboard with --peer-python")
+        assert "\n" not in line and len(line) < 400
 
 
 @pytest.mark.parametrize(

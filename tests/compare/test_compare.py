@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,13 @@ from datamodules.criteo import Criteo
 from datamodules.generate.demo import DemoSettings
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.compare import anatomy as anatomies
 from lightning_dlrm.compare import command as comparing
-from lightning_dlrm.compare import operators, processes, report
-from lightning_dlrm.compare.anatomy import anatomy
+from lightning_dlrm.compare import processes, report
+from lightning_dlrm.compare.anatomy import anatomy, breakdown
 from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, plan_arms, read_experiment
 from lightning_dlrm.compare.figures import PAGE_WIDTH, draw_all
-from lightning_dlrm.compare.operators import breakdown
-from lightning_dlrm.compare.processes import DevicePool, Job, run_jobs, trained_samples
+from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, trained_samples
 from lightning_dlrm.compare.results import compare
 from lightning_dlrm.compare.runs import arms_of, data_differences, format_value, read_run, settings_of
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
@@ -42,8 +41,8 @@ from lightning_dlrm.objectives.metrics import exact_auc
 from lightning_dlrm.tables import lookup
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
-from lightning_dlrm.tracking.wandb_comparison import ComparisonPage, send_comparison
-from lightning_dlrm.tracking.wandb_run import RunPlace
+from lightning_dlrm.tracking.wandb_run import ComparisonPage, RunPlace, send_comparison
+from tests.caches import new_cache
 from tests.tracking.test_wandb import merged, of_type, read_back
 
 REPOSITORY = Path(__file__).parents[2]
@@ -58,12 +57,12 @@ NETWORKS = {
 @pytest.fixture(autouse=True)
 def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "compare-cache"))
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path_factory.getbasetemp() / "compare-cache"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     # What is measured is not tested here; one step of each configuration is enough.
     for name, value in {"PAUSE_SECONDS": 0.0, "ROUNDS": 1, "WARM_UP": 1, "STEPS": 1}.items():
-        monkeypatch.setattr(operators, name, value)
+        monkeypatch.setattr(anatomies, name, value)
 
 
 def write_experiment(**changes: Any) -> Path:
@@ -463,12 +462,12 @@ def test_times_are_kept_for_what_they_depend_on(monkeypatch: pytest.MonkeyPatch)
     dlrm, _ = plain_arms()
     arms = arms_of([read_run(leave_run(dlrm, 1, Path("out"), 1.0))])
     measured = []
-    times = dict.fromkeys(operators.KINDS, 1.0)
-    monkeypatch.setattr(operators, "measure", lambda run: measured.append(run.name) or times)
+    times = dict.fromkeys(anatomies.KINDS, 1.0)
+    monkeypatch.setattr(anatomies, "measure", lambda run: measured.append(run.name) or times)
     for _ in range(2):
         assert breakdown(arms, Path("operators.json")) == ({"DLRM": times}, [])
     assert len(measured) == 1
-    monkeypatch.setattr(operators, "code_version", lambda: {"version": "9", "git_commit": None})
+    monkeypatch.setattr(anatomies, "code_version", lambda: {"version": "9", "git_commit": None})
     breakdown(arms, Path("operators.json"))
     assert len(measured) == 2
     monkeypatch.setattr(torch, "__version__", "9")
@@ -550,23 +549,22 @@ def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPa
     labels = shared_labels(runs, "test")
     scores = {run.name: read_scores(Path("out/scores") / run.name, *labels.values()) for run in runs}
     comparison = compare(arms_of(runs), scores, title="t", split="test")
-    report = comparing._Report(comparison=comparison, page=ComparisonPage(figures={}, tables={}, files=[]))
+    findings = [pair.sentence for pair in comparison.pairs]
+    page = ComparisonPage(figures={}, tables={}, files=[], findings=findings)
     published = []
     monkeypatch.setattr(comparing, "choose_mode", lambda mode: ("online", ""))
     monkeypatch.setattr(comparing, "send_comparison", lambda page, output, place, *_: (f"https://w/{place.group}", ""))
     monkeypatch.setattr(comparing, "publish", lambda board: published.append(board) or {"report": "https://w/r"})
     settings = {"project": "p", "entity": "team", "mode": "auto", "group": "tiny-out"}
-    said = comparing._to_wandb(report, settings, Path("out"))
+    said = comparing._to_wandb(page, settings, Path("out"))
     assert said == "W&B comparison: https://w/tiny-out\nW&B report: https://w/r"
-    assert published == [
-        Dashboard(project="p", entity="team", group="tiny-out", findings=[pair.sentence for pair in comparison.pairs])
-    ]
+    assert published == [Dashboard(project="p", entity="team", group="tiny-out", findings=findings)]
 
     def refuse(board: Dashboard) -> None:
         raise UserError("no extra")
 
     monkeypatch.setattr(comparing, "publish", refuse)
-    said = comparing._to_wandb(report, settings, Path("out"))
+    said = comparing._to_wandb(page, settings, Path("out"))
     assert "no workspace and no report (no extra); later: python -m" in said
 
 
@@ -585,9 +583,9 @@ def test_a_server_that_refuses_the_page_is_told(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(comparing, "choose_mode", lambda mode: ("online", ""))
     monkeypatch.setattr(comparing, "publish", lambda board: pytest.fail("there is nothing there to publish"))
     Path("out").mkdir()
-    report: Any = SimpleNamespace(page=ComparisonPage(figures={}, tables={}, files=[]))
+    page = ComparisonPage(figures={}, tables={}, files=[])
     settings = {"project": "p", "entity": None, "mode": "auto", "group": "g"}
-    said = comparing._to_wandb(report, settings, Path("out"))
+    said = comparing._to_wandb(page, settings, Path("out"))
     assert said.startswith("W&B: offline (permission denied); send it with: wandb sync out/wandb/offline-run-*\n")
     assert started == ["online", "offline"] and wandb.run is None
 
@@ -611,7 +609,7 @@ def test_jobs_go_on_where_one_fails() -> None:
     done = []
     jobs = [job("bad", ["nosuch"]), job("good", ["--help"], ["--help"])]
     with pytest.raises(UserError, match=r"1 of 2 runs failed.*\n  bad ended with code 2: no command nosuch"):
-        run_jobs(jobs, DevicePool.choose(2, []), lambda finished: done.append(finished.name))
+        run_jobs(jobs, device_environments(2, []), lambda finished: done.append(finished.name))
     assert done == ["good"]
     assert Path("logs/good.log").read_text().count("usage:") == 2
 
@@ -625,7 +623,7 @@ def test_jobs_go_on_where_the_results_of_one_cannot_be_used() -> None:
             raise UserError("no validation")
 
     with pytest.raises(UserError, match=r"1 of 2 runs failed.*\n  bad left no usable results: no validation"):
-        run_jobs([job("bad", ["--help"]), job("good", ["--help"])], DevicePool.choose(1, []), look)
+        run_jobs([job("bad", ["--help"]), job("good", ["--help"])], device_environments(1, []), look)
     assert seen == ["bad", "good"]
 
 
@@ -634,18 +632,18 @@ def test_a_run_that_another_process_is_at_is_left_alone() -> None:
     with Path("logs/busy.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is working on busy"):
-            run_jobs([job("busy", ["--help"])], DevicePool.choose(1, []), lambda finished: None)
+            run_jobs([job("busy", ["--help"])], device_environments(1, []), lambda finished: None)
 
 
 def test_slots_share_out_gpus_or_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert DevicePool.choose(None, ["0", "3"]).environments == [
+    assert device_environments(None, ["0", "3"]) == [
         {"CUDA_VISIBLE_DEVICES": "0"},
         {"CUDA_VISIBLE_DEVICES": "3"},
     ]
-    assert DevicePool.choose(None, []).environments == [{}]
+    assert device_environments(None, []) == [{}]
     cores = len(os.sched_getaffinity(0))
-    assert DevicePool.choose(2, []).environments == [{"OMP_NUM_THREADS": str(max(1, cores // 2))}] * 2
+    assert device_environments(2, []) == [{"OMP_NUM_THREADS": str(max(1, cores // 2))}] * 2
 
 
 def test_samples_so_far_are_read_from_half_written_lines(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from datamodules.folder import verify
 from datamodules.generate import command, demo
 from datamodules.generate.demo import BLOCK_ROWS, DemoSettings, PlantedModel, demo_folder, demo_schema, generate_demo
-from datamodules.generate.settings import rows_of_splits
+from datamodules.generate.folder import rows_of_splits
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, DatasetSchema
 
@@ -338,8 +338,8 @@ def test_processes_generating_into_one_folder_agree(tmp_path: Path) -> None:
         "generate_demo(DemoSettings(train_rows=30_000, validation_rows=100, test_rows=100), Path(sys.argv[1]))"
     )
     target = tmp_path / "cache" / "data"
-    processes = [subprocess.Popen([sys.executable, "-c", program, str(target)]) for _ in range(3)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    processes = [subprocess.Popen([sys.executable, "-c", program, str(target)]) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
     verify(target, DatasetSchema.load(target))
     assert list(target.parent.iterdir()) == [target]
 

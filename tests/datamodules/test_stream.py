@@ -29,8 +29,8 @@ from datamodules import writer as writing
 from datamodules.criteo import Criteo
 from datamodules.folder import Folder
 from datamodules.stream import loader as loader_module
-from datamodules.stream import memory, reader, sources
 from datamodules.stream import rows as decoded
+from datamodules.stream import sources
 from datamodules.stream.loader import BackgroundIterator, Loader, TrainingLoader
 from datamodules.stream.order import Order, _shares, bijection, permutation
 from datamodules.writer import DatasetWriter
@@ -103,7 +103,7 @@ def splits(draw: st.DrawFn) -> list[list[int]]:
     return [groups[i : i + per_file] for i in range(0, len(groups), per_file)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     splits(),
     st.integers(1, 150),
@@ -402,6 +402,17 @@ def served(batches: Iterator[Batch], count: int | None = None) -> list[list[int]
     return found
 
 
+_EPOCHS: dict[str, list[list[list[int]]]] = {}
+
+
+def undisturbed_epochs(wide: tuple[Path, DatasetSchema], options: dict[str, Any]) -> list[list[list[int]]]:
+    """Four epochs of a loader that is not stopped, served once for all stops."""
+    if str(options) not in _EPOCHS:
+        undisturbed = training_loader(wide, **options)
+        _EPOCHS[str(options)] = [served(iter(undisturbed)) for _ in range(4)]
+    return _EPOCHS[str(options)]
+
+
 @pytest.mark.parametrize(
     ("options", "stop"),
     [
@@ -414,8 +425,7 @@ def served(batches: Iterator[Batch], count: int | None = None) -> list[list[int]
 def test_resume_goes_on_with_the_batch_that_would_have_come(
     wide: tuple[Path, DatasetSchema], stop: int, options: dict[str, Any]
 ) -> None:
-    undisturbed = training_loader(wide, **options)
-    epochs = [served(iter(undisturbed)) for _ in range(4)]
+    epochs = undisturbed_epochs(wide, options)
     assert len(epochs[0]) == 21 and epochs[0] != epochs[1]
     flat = [rows for epoch in epochs for rows in epoch]
 
@@ -567,7 +577,7 @@ def test_memory_is_bounded_by_two_row_groups_a_lane(
             windows.append(self)
 
     monkeypatch.setattr(loader_module, "Window", Watched)
-    monkeypatch.setattr(reader, "_BLOCK_ROWS", 100)
+    monkeypatch.setattr(sources, "_BLOCK_ROWS", 100)
     folder, schema = wide
     loader = training_loader(wide, batch_size=20, threads=threads)
     for batch in loader:
@@ -613,22 +623,22 @@ def test_rows_that_do_not_fit_into_memory_are_refused(
             Loader(folder, schema, ["train"], copies=ranks, **options)
 
 
-def hold_all(folder: Path, schema: DatasetSchema) -> reader.Rows:
+def hold_all(folder: Path, schema: DatasetSchema) -> sources.Rows:
     files = schema.splits["train"].files
     order = Order([file.row_groups for file in files], batch_size=1, shuffle="none")
     return sources.cache_rows(decoded.Decoder(Folder(folder), schema, files), order, 0, order.rows, 1)
 
 
 def test_available_memory_heeds_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    free = memory.available_memory()
+    monkeypatch.setattr(loader_module, "_CGROUP", tmp_path)
+    free = loader_module.available_memory()
     assert free is not None and 2**24 < free < 2**50
     contents = {"max": "9000", "current": "5000", "stat": "anon 3\ninactive_file 1000\n"}
     for name, content in contents.items():
         (tmp_path / f"memory.{name}").write_text(content)
-    assert memory.available_memory() == 5000
+    assert loader_module.available_memory() == 5000
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available_memory() == pytest.approx(free, rel=0.5)
+    assert loader_module.available_memory() == pytest.approx(free, rel=0.5)
 
 
 def test_batches_for_a_gpu_are_pinned_in_the_readers_thread(

@@ -3,6 +3,7 @@ number of distinct rows, phase by phase, stays within its table, and depends on 
 cannot be profiled is refused by name."""
 
 import argparse
+import hashlib
 import itertools
 import json
 import subprocess
@@ -18,11 +19,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from datamodules.folder import verify
-from datamodules.generate import command, fit, lru
+from datamodules.generate import command, lru
+from datamodules.generate.folder import rows_of_splits
 from datamodules.generate.lru import LruStack
 from datamodules.generate.profiles import CLASS_LOW, Profile, Profiler, TraceSource, phase_end, save_profiles
-from datamodules.generate.settings import rows_of_splits
-from datamodules.generate.trace import BLOCK_ACCESSES, TraceGenerator, TraceSettings, generate_trace, trace_schema
+from datamodules.generate.trace import (
+    BLOCK_ACCESSES,
+    TraceGenerator,
+    TraceSettings,
+    generate_trace,
+    measure_fit,
+    render_fits,
+    trace_schema,
+)
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
@@ -159,7 +168,7 @@ def test_a_generated_trace_has_the_originals_profile(case: tuple[np.ndarray, int
     assert trace.dtype == np.int32 and trace.min() >= 0 and trace.max() < rows
     copy = make_profile(trace, rows)
     assert copy.counts[:, 0].tolist() == original.counts[:, 0].tolist()
-    figures = fit.measure(original, copy)
+    figures = measure_fit(original, copy)
     assert figures.distance_error < 0.006 and figures.variation < 0.012
     assert figures.distinct == (original.distinct,) * 2
     # The figures themselves, by plain counting on either trace.
@@ -209,12 +218,12 @@ def test_traces_are_the_same_in_every_process() -> None:
         "profile = make_profile(zipf_by_hand(), 2_000);"
         "print(hashlib.sha256(generated(profile, 200_000, seed=9).tobytes()).hexdigest()[:16])"
     )
-    command = [sys.executable, "-c", program]
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for _ in range(2)
-    ]
-    assert [process.communicate(timeout=120)[0].strip() for process in processes] == ["b97e48c081d4b2db"] * 2
+    other = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], timeout=120
+    )
     profile = make_profile(zipf_by_hand(), 2_000)
+    here = hashlib.sha256(generated(profile, 200_000, seed=9).tobytes()).hexdigest()[:16]
+    assert [other.stdout.strip(), here] == ["b97e48c081d4b2db"] * 2
     assert not np.array_equal(generated(profile, 1_000, seed=9), generated(profile, 1_000, seed=10))
 
 
@@ -324,7 +333,7 @@ def test_command_reports_the_fit(
     schema = DatasetSchema.load(Path(data))
     assert schema.splits["train"].rows == ROWS and list(schema.features.tables) == ["C1"]
     original, copy = (TraceSource(Path(path), ["C1"]).profiles(progress=False)[0] for path in (source[0], data))
-    assert fit.render([fit.measure(original, copy)]) in text
+    assert render_fits([measure_fit(original, copy)]) in text
     text = run("--profile", profile, "--output", str(tmp_path / "long"), "--rows", "25000", "--test-rows", "0")
     assert f"beyond the original's {ROWS:,} accesses, distinct rows grow" in text and "after 25,000\n" in text
     text = run("--profile", profile, "--output", str(tmp_path / "short"), "--rows", "5000", "--test-rows", "0")

@@ -77,7 +77,7 @@ def test_indices_after_the_last_bag_have_no_gradient() -> None:
 
 
 def move(weight: Tensor, rows: Tensor, state: dict[str, Tensor], factors: Tensor | None = None) -> None:
-    fused.update(weight, rows, draw(3, 4), None, factors, state, fused.Formula("adagrad"), draw(4))
+    fused.update(weight, rows, draw(3, 4), None, factors, state, "adagrad", {}, draw(4))
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,9 @@ from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.params import COSTS, count, match
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.models.accounting import model_size
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.models.network import CTRNetwork, model_size
 from tests.toy import TABLES, toy_dlrm, toy_module, toy_schema
 
 

@@ -8,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, Features
-from lightning_dlrm.models.accounting import model_size
 from lightning_dlrm.models.dcn import DCN, VectorCross
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.models.layers import DotInteraction
+from lightning_dlrm.models.network import model_size
 
 KAGGLE = (
     1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306, 10, 5652,

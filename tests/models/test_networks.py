@@ -14,7 +14,6 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models import baselines
-from lightning_dlrm.models.accounting import model_size
 from lightning_dlrm.models.baselines import (
     DeepFM,
     FactorizationMachine,
@@ -26,7 +25,7 @@ from lightning_dlrm.models.baselines import (
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.models.layers import MLP, BatchNorm, CompressedInteraction, PairwiseSum
-from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.models.network import CTRNetwork, model_size
 from lightning_dlrm.objectives.losses import LogLoss
 from lightning_dlrm.optim.rules import Adagrad, Adam
 from lightning_dlrm.tables.embeddings import MixedDimensions, QuotientRemainder, TableSettings

@@ -17,9 +17,8 @@ from torch import Tensor
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dcn import CrossNetwork, LowRankCross, MatrixCross, MixtureCross, VectorCross
-from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.models.dlrm import DLRM, reference_state_dict
 from lightning_dlrm.models.layers import PairwiseSum
-from lightning_dlrm.models.published import reference_state_dict
 from lightning_dlrm.objectives.losses import LogLoss, Loss, WeightedLogLoss
 from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
 from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay

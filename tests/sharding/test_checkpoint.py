@@ -7,8 +7,6 @@ import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.sharding import checkpoint
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors, link_checkpoint, save_checkpoint
 from lightning_dlrm.tables.table import TablePiece
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, start_ranks
 
 ROWS = 100
 
@@ -96,21 +94,15 @@ def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None
     folder, moments = tmp_path / "last", random.Random(0)
     write(folder, step=0)
     for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(folder)],
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        process.stdout.readline()  # imports are done, saves follow each other
+        (process,) = start_ranks([["-c", KILLED, str(folder)]])
+        while not process.said() and process.poll() is None:  # imports are done, saves follow each other
+            time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        saved = [int(line) for line in process.stdout.read().split()]
-        process.wait()
-        process.stdout.close()
+        process.kill()
+        saved = [int(line) for line in process.communicate(timeout=60)[0].split()]
+        assert process.returncode == -signal.SIGKILL
         reader = CheckpointReader(folder)
-        assert reader.header["step"] >= (saved[-1] if saved else 0)
+        assert reader.header["step"] >= saved[-1]
         whole = torch.empty(ROWS, 3)
         reader.read_rows(TablePiece(name="C1", table_rows=ROWS, start=0, stop=ROWS, offset=0), "weight", whole)
         assert torch.equal(whole, table()[0])
@@ -227,16 +219,16 @@ try:
     save(2)
 except UserError as error:
     print(error)
-set_timeout(2)
+set_timeout(1)
 Ranks().run_on_all_ranks(lambda: None)
 if ranks.rank == 1:
-    time.sleep(6)
+    time.sleep(4)
 else:
     start = time.monotonic()
     try:
         Ranks().run_on_all_ranks(lambda: None)
     except RuntimeError as error:
-        print("given up:", is_lost_rank(error), time.monotonic() - start < 5)
+        print("given up:", is_lost_rank(error), time.monotonic() - start < 3.5)
 """
 
 

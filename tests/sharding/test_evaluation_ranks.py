@@ -59,9 +59,8 @@ def test_scores_are_those_of_one_process(run: Path, ranks: int, monkeypatch: pyt
 
 def test_predictions_are_those_of_one_process(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(run.parent / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    arguments = ["predict", *_again(run), "--trainer.devices=3", "--data.predict_split=all"]
-    subprocess.run([sys.executable, "-m", "lightning_dlrm", *arguments], check=True, timeout=120, cwd=run)
+    arguments = ["-m", "lightning_dlrm", "predict", *_again(run), "--trainer.devices=3", "--data.predict_split=all"]
+    run_ranks(arguments, 3)
     found, alone = (pq.read_table(run / name) for name in ("predictions.parquet", "alone.parquet"))
     assert found["row"].equals(alone["row"]) and len(found) == 40_000 + 40_001 + 3000
     difference = np.abs(found["probability"].to_numpy() - alone["probability"].to_numpy())

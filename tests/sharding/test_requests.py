@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.sharding.placement import LookupRequest, RowMap, decode_rows
 from lightning_dlrm.sharding.plan import Piece, Plan
-from lightning_dlrm.sharding.requests import LookupRequest, RowMap, decode_rows
 from lightning_dlrm.tables.gradients import LookupGradient, RowRequest
 from lightning_dlrm.tables.lookup import EmbeddingTables, look_up
 from lightning_dlrm.tables.table import Table, TablePiece

@@ -4,6 +4,7 @@ and evaluation too. Here the CPU stands in for the device: what is fetched is a 
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adam
+from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.sharding.placement import ShardedPlacement
+from lightning_dlrm.sharding.plan import Piece, Plan
 from lightning_dlrm.tables import host as host_module
 from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.tables.host import HostStorage
-from lightning_dlrm.tables.lookup import DeviceStorage, EmbeddingTables
+from lightning_dlrm.tables.lookup import DeviceStorage, EmbeddingTables, placed_by
 from lightning_dlrm.tables.table import Table
 from tests.sharded_fits import HALF, PARITY, RESUMED, RULES, Fit, global_batch, metrics, run
 from tests.sharding.test_sharded import tables
@@ -265,8 +269,13 @@ def test_two_lookups_before_an_update(kind: str) -> None:
         assert torch.equal(device, host)
 
 
-def test_ids_that_a_network_changes_after_the_prefetch() -> None:
+@pytest.mark.parametrize("place", ["host", "shards"])
+def test_ids_that_a_network_changes_after_the_prefetch(place: str) -> None:
     tables = host_tables()
+    if place == "shards":
+        plan = Plan(ranks=1, pieces=(Piece(table="A", start=0, stop=50, rank=0),))
+        with placed_by(partial(ShardedPlacement, plan=plan, ranks=Ranks())):
+            tables = EmbeddingTables([Table.of_column("A", 50)], 3)
     for change in (
         lambda ids: ids.map(lambda tensor: None if tensor is None else 5 - tensor),
         lambda ids: dataclasses.replace(ids, values=5 - ids.values),

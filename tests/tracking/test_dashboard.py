@@ -13,7 +13,8 @@ import pytest
 
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.tracking import names
-from lightning_dlrm.tracking.dashboard import Dashboard, build_report, build_workspace
+from lightning_dlrm.tracking.dashboard import Dashboard
+from lightning_dlrm.tracking.panels import build_report, build_workspace
 
 SECTIONS = ["comparison", "quality", "training", "speed", "system", "parallel"]
 

@@ -24,6 +24,7 @@ from lightning_dlrm.engine.metrics_logger import NormLogger
 from lightning_dlrm.tracking.run_folder import RunFolder
 from lightning_dlrm.tracking.wandb_mode import choose_mode
 from lightning_dlrm.tracking.wandb_run import RunPlace, WandbExtras, start_wandb
+from tests.caches import new_cache
 from tests.cli.test_cli import FIT, QUICK
 from tests.engine.test_fit import lines, trainer_of
 from tests.toy import ToyData, ToyLoader, toy_dlrm, toy_module
@@ -122,7 +123,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
             patch.delenv(name, raising=False)
         patch.setenv("NETRC", str(run.parent / "netrc"))
-        patch.setenv("LIGHTNING_DLRM_CACHE", str(run.parent / "cache"))
+        patch.setenv("LIGHTNING_DLRM_CACHE", new_cache(run.parent / "cache"))
         patch.chdir(run.parent)
         place = ["--wandb.project", "p", "--wandb.group", "figure 5", "--wandb.tags", "[night, dlrm]"]
         fit = [*FIT, *QUICK[:2], *place, "--wandb.log_model", "true", "--trainer.val_check_interval", "4"]
