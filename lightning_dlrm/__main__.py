@@ -4,6 +4,7 @@ Commands that need no Trainer start without loading Lightning.
 """
 
 import argparse
+import atexit
 import gc
 import importlib
 import os
@@ -11,10 +12,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lightning_dlrm.cli import plain
 from lightning_dlrm.cli.configs import nearest
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 COMMANDS = {
     "fit": "train a model; ends with a validation",
@@ -32,6 +33,16 @@ COMMANDS = {
     "bench": "measure the speed of a part of this project on this machine",
 }
 
+# Commands on argparse: the module, the function that adds the options, and the function that takes what they parse to.
+_PLAIN = {
+    "preprocess": ("datamodules.preprocess.command", "add_arguments", "run"),
+    "inspect": ("datamodules.preprocess.command", "add_inspect_arguments", "run_inspect"),
+    "generate": ("datamodules.generate.command", "add_arguments", "run"),
+    "checkpoint": ("lightning_dlrm.cli.checkpoint", "add_arguments", "run"),
+    "dashboard": ("lightning_dlrm.cli.dashboard", "add_arguments", "run"),
+    "bench": ("lightning_dlrm.bench.command", "add_arguments", "run"),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, or 2 after a user error.
@@ -41,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         search_current_folder_last()
-        plain.begin(sys.argv[1:])
+        _start_workers(sys.argv[1:])
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
@@ -96,29 +107,39 @@ def _is_refusal_of_lightning(error: BaseException) -> bool:
     return package in ("pytorch_lightning", "lightning_fabric") and type(error).__name__ in kinds
 
 
-def _run(command: str, arguments: list[str]) -> int:
-    if command not in COMMANDS:
-        raise UserError(f"no command {command}{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
-    if command == "checkpoint" and arguments[:1] == ["import"]:
-        from lightning_dlrm.cli import importing
+def _start_workers(arguments: Sequence[str]) -> None:
+    """Start the worker processes of ``preprocess`` before this process loads anything."""
+    if arguments[:1] == ["preprocess"] and "--input" in arguments:
+        importlib.import_module("datamodules.preprocess.workers").serve_processes()
 
-        return importing.run(arguments[1:])
-    if command in ("preprocess", "inspect", "generate", "checkpoint", "dashboard", "bench"):
+
+def _run(command: str, arguments: list[str]) -> int:
+    require(command in COMMANDS, f"no command {command}{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+    if command == "checkpoint" and arguments[:1] == ["import"]:
+        return _imported("lightning_dlrm.cli.importing").run(arguments[1:])
+    if command in _PLAIN:
         return _run_plain_command(command, arguments)
     if command == "compare":
-        from lightning_dlrm.compare import command as comparing
-
-        return comparing.run(arguments)
+        return _imported("lightning_dlrm.compare.command").run(arguments)
     if command in ("params", "plan"):
-        module = importlib.import_module(f"lightning_dlrm.cli.{command}")
-        code: int = module.run(arguments, COMMANDS[command])
-        return code
-    # Importing torch and Lightning makes a million permanent objects: garbage collection takes a tenth of the start.
-    gc.disable()
-    from lightning_dlrm.cli import run
+        return _imported(f"lightning_dlrm.cli.{command}").run(arguments, COMMANDS[command])
+    return _imported("lightning_dlrm.cli.run").run(command, arguments, COMMANDS[command])
 
-    gc.enable()
-    return run.run(command, arguments, COMMANDS[command])
+
+def _imported(module: str) -> Any:
+    """Import the module of a command, so that each command loads only what it needs."""
+    if module not in sys.modules:
+        # Importing torch and Lightning makes a million permanent objects. Looking through them for garbage, while they
+        # are made and at the first collections after that, takes a tenth of the start.
+        gc.disable()
+        try:
+            importlib.import_module(module)
+        finally:
+            gc.freeze()
+            # Triton reports objects that are left at the end of the interpreter.
+            atexit.register(gc.unfreeze)
+            gc.enable()
+    return sys.modules[module]
 
 
 def _run_plain_command(command: str, arguments: list[str]) -> int:
@@ -128,8 +149,10 @@ def _run_plain_command(command: str, arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    run = plain.add_arguments(command, parser)
-    return run(parser.parse_args(arguments))
+    name, add_arguments, run = _PLAIN[command]
+    module = _imported(name)
+    getattr(module, add_arguments)(parser)
+    return getattr(module, run)(parser.parse_args(arguments))
 
 
 def _help() -> str:

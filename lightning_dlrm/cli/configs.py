@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 import lightning_dlrm
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.retired import log_updates, update_document, update_options
 
 
@@ -40,10 +40,10 @@ def find_config(name: str) -> Path:
 def _find_run_config(name: str) -> Path:
     path = find_config(name)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "arms" in content:
-        raise UserError(
-            f"{name} is an experiment of several runs: python -m lightning_dlrm compare --config {name} --output DIR"
-        )
+    require(
+        "arms" not in content,
+        f"{name} is an experiment of several runs: python -m lightning_dlrm compare --config {name} --output DIR",
+    )
     return path
 
 
@@ -52,8 +52,9 @@ def _check_yaml(path: Path) -> None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}; correct it there") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no settings; expected keys such as 'trainer:', each with its values")
+    require(
+        isinstance(content, dict), f"{path} holds no settings; expected keys such as 'trainer:', each with its values"
+    )
 
 
 def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:

@@ -11,8 +11,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_dlrm.cli.settings import build_model_and_data
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.cli.parser import build_model_and_data
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.dlrm import DLRM, reference_state_dict
@@ -40,17 +40,15 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     if "--help" in arguments or "-h" in arguments:
         parser.parse_args(["--help"])
-    if arguments[0].startswith("-"):
-        raise UserError(
-            "checkpoint import: the .pt file comes first: checkpoint import FILE --config YAML --output DIR"
-        )
+    require(
+        not arguments[0].startswith("-"),
+        "checkpoint import: the .pt file comes first: checkpoint import FILE --config YAML --output DIR",
+    )
     source = Path(arguments[0])
     options, rest = parser.parse_known_args(arguments[1:])
-    if options.output is None:
-        raise UserError("checkpoint import: give the new checkpoint folder with --output")
+    require(options.output is not None, "checkpoint import: give the new checkpoint folder with --output")
     output = Path(options.output)
-    if output.exists():
-        raise UserError(f"{output} exists; choose another --output")
+    require(not output.exists(), f"{output} exists; choose another --output")
     weights = read_published(source)
     module = build_model_and_data(rest).module
     module.configure_model()
@@ -73,8 +71,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, or is not of this form.
     """
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; expected what facebookresearch/dlrm wrote with --save-model")
+    require(path.is_file(), f"there is no file {path}; expected what facebookresearch/dlrm wrote with --save-model")
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -83,9 +80,11 @@ def read_published(path: Path) -> dict[str, Tensor]:
             f"{path} is not a file of tensors and plain values ({' '.join(str(error).split())[:120]}); "
             "expected what facebookresearch/dlrm wrote with --save-model"
         ) from error
-    weights = content.get("state_dict") if isinstance(content, Mapping) else None
-    if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise UserError(f"{path} has no state_dict of tensors; expected what facebookresearch/dlrm wrote")
+    weights: Any = content.get("state_dict") if isinstance(content, Mapping) else None
+    require(
+        isinstance(weights, Mapping) and all(isinstance(weight, Tensor) for weight in weights.values()),
+        f"{path} has no state_dict of tensors; expected what facebookresearch/dlrm wrote",
+    )
     return dict(weights)
 
 
@@ -96,19 +95,19 @@ def take_weights(module: CTRModule, weights: Mapping[str, Tensor], source: Path)
     Raises:
         UserError: the module has another network, or the parameters have other names or shapes.
     """
-    network = module.network
-    if not isinstance(network, DLRM):
-        raise UserError(
-            f"{source} is of a DLRM, the configuration makes a {type(network).__name__}: use one like dlrm.yaml"
-        )
+    network: Any = module.network
+    require(
+        isinstance(network, DLRM),
+        f"{source} is of a DLRM, the configuration makes a {type(network).__name__}: use one like dlrm.yaml",
+    )
     ours = {name: weight for name, weight in reference_state_dict(network).items() if weight.requires_grad}
     for name in sorted(ours.keys() | weights.keys()):
         found, expected = (tuple(of[name].shape) if name in of else "missing" for of in (weights, ours))
-        if found != expected:
-            raise UserError(
-                f"{name} is {found} in {source} and {expected} in this configuration: give the widths, table settings "
-                "and dataset that the file was trained with"
-            )
+        require(
+            found == expected,
+            f"{name} is {found} in {source} and {expected} in this configuration: give the widths, table settings "
+            "and dataset that the file was trained with",
+        )
     for name, weight in ours.items():
         weight.copy_(weights[name])
 

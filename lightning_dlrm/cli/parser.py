@@ -1,7 +1,9 @@
 """The options of a fit, which all commands with a model share, on Lightning's public argument parser."""
 
+import logging
 import os
 import re
+import warnings
 from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +14,11 @@ import yaml
 from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 from lightning_utilities.core.enums import StrEnum
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from lightning_dlrm.cli.configs import resolve_config_arguments
 from lightning_dlrm.cli.mistakes import explain, known_keys
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.tracking.wandb_mode import Mode
 
@@ -192,6 +195,67 @@ def seed_from(given: bool | int) -> int:
         UserError: the seed is out of NumPy's range.
     """
     seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if isinstance(given, bool) else given
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed_everything is {seed}; give a number from 0 to {2**32 - 1}")
+    require(0 <= seed < 2**32, f"seed_everything is {seed}; give a number from 0 to {2**32 - 1}")
     return seed
+
+
+SPOKEN_AT_INFO = ("lightning_fabric.strategies.launchers.subprocess_script", "pytorch_lightning.profilers")
+"""Loggers of Lightning whose INFO messages are shown: a rank that died, and the report of a profiler."""
+
+
+def configure_logging() -> None:
+    """Set the levels of loggers; Lightning's INFO messages are advice for authors of training code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log = logging.getLogger("lightning_dlrm")
+    log.setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in SPOKEN_AT_INFO:
+        logging.getLogger(name).setLevel(logging.INFO)
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        log.setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelAndData:
+    """The model and the data of a configuration.
+
+    Args:
+        settings: all settings, as parsed.
+        parser: parser of the settings.
+        module: the model; its network has not been built.
+        datamodule: the data; they have not been prepared.
+    """
+
+    settings: Namespace
+    parser: CommandParser
+    module: CTRModule
+    datamodule: Any
+
+    def document(self) -> dict[str, Any]:
+        """Return the whole configuration with all defaults, as plain values."""
+        document: dict[str, Any] = yaml.safe_load(self.parser.dump(self.settings, skip_unset=False))
+        return document
+
+
+def build_model_and_data(arguments: Sequence[str], parser: CommandParser | None = None) -> ModelAndData:
+    """Parse options and build the model and the data that they describe.
+
+    Args:
+        arguments: options, such as ``--config dlrm.yaml --data.path DIR``.
+        parser: made by ``build_model_parser``; by default one without further options.
+
+    Raises:
+        UserError: a configuration, an option, or a setting of model or data is wrong.
+    """
+    configure_logging()
+    parser = parser or build_model_parser("params", "")
+    settings = parse(parser, arguments)
+    to_build = settings.clone()
+    fill_data_seed(to_build)
+    # Callbacks, loggers and strategies belong to a Trainer.
+    to_build.pop("trainer")
+    built = parser.build(to_build)
+    assert isinstance(built.model, CTRModule) and isinstance(built.data, pl.LightningDataModule)
+    return ModelAndData(settings=settings, parser=parser, module=built.model, datamodule=built.data)

@@ -15,10 +15,9 @@ from tqdm import tqdm
 
 from datamodules.folder import load_schema
 from datamodules.preprocess.skew import lookup_counts
-from lightning_dlrm.cli.parser import CommandParser, build_model_parser
-from lightning_dlrm.cli.plan_text import describe_places, describe_plan, plan_document
-from lightning_dlrm.cli.settings import build_model_and_data
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser
+from lightning_dlrm.cli.plan_report import describe_places, describe_plan, plan_document
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.models.network import CTRNetwork
@@ -121,7 +120,7 @@ def run(arguments: Sequence[str], description: str) -> int:
         _write(Path(settings.output), yaml.safe_dump(plan.document(), default_flow_style=None, sort_keys=False))
     if settings.plot is not None:
         # Matplotlib takes long to load.
-        from lightning_dlrm.cli.plan_drawing import draw
+        from lightning_dlrm.cli.plan_report import draw
 
         draw(plan, loads, costs, batch_size, Path(settings.plot))
     if settings.json:
@@ -171,8 +170,7 @@ def _place(settings: Namespace, network: CTRNetwork, loads: Sequence[TableLoad],
         ("--plot", settings.plot is not None),
         ("--wire", settings.wire != "full"),
     ):
-        if given:
-            raise UserError(f"--device-memory is for one device, {option} for several ranks: give one of them")
+        require(not given, f"--device-memory is for one device, {option} for several ranks: give one of them")
     # A table that the configuration splits has two loads.
     whole: dict[str, TableLoad] = {}
     for load in loads:
@@ -216,10 +214,10 @@ def parse_indices(text: str | None, features: Features) -> dict[str, float] | No
     except ValueError as error:
         raise UserError(f"--indices {text!r}: expected numbers separated by commas") from error
     columns = list(features.tables)
-    if len(given) not in (1, len(columns)):
-        raise UserError(
-            f"--indices gives {len(given)} numbers, the data have {len(columns)} columns: give 1 or {len(columns)}"
-        )
+    require(
+        len(given) in (1, len(columns)),
+        f"--indices gives {len(given)} numbers, the data have {len(columns)} columns: give 1 or {len(columns)}",
+    )
     return dict(zip(columns, given if len(given) > 1 else given * len(columns), strict=True))
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.tracking.run_folder import PREDICTIONS, RunFolder
 
 SCHEMA = pa.schema([("row", pa.int64()), ("probability", pa.float32())])
@@ -100,8 +100,10 @@ def read_predictions(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    if table.schema.names != SCHEMA.names:
-        raise UserError(f"{path} has columns {table.schema.names}, expected {SCHEMA.names}: make it with predict")
+    require(
+        table.schema.names == SCHEMA.names,
+        f"{path} has columns {table.schema.names}, expected {SCHEMA.names}: make it with predict",
+    )
     # torch warns about Arrow's memory, which is read-only.
     return table["row"].to_numpy(), table["probability"].to_numpy().copy()
 

@@ -28,9 +28,8 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_dlrm.cli.configs import flat
-from lightning_dlrm.cli.log_levels import configure_logging
 from lightning_dlrm.cli.loggers import finish_loggers, make_loggers, wandb_address
-from lightning_dlrm.cli.parser import CommandParser, build_trainer_parser, fill_data_seed, parse
+from lightning_dlrm.cli.parser import CommandParser, build_trainer_parser, configure_logging, fill_data_seed, parse
 from lightning_dlrm.cli.predictions import PredictionWriter
 from lightning_dlrm.cli.report import demo_note, early_stop_note, final_report, size_note
 from lightning_dlrm.cli.trainer_settings import (
@@ -40,14 +39,12 @@ from lightning_dlrm.cli.trainer_settings import (
     validate_trainer_settings,
 )
 from lightning_dlrm.cli.version import code_version
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
 from lightning_dlrm.engine.fit_length import fit_length
-from lightning_dlrm.engine.metrics_logger import MetricsLogger
+from lightning_dlrm.engine.metrics_logger import CurveWriter, EvaluationWriter, MetricsLogger, NormLogger
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.engine.norms import NormLogger
 from lightning_dlrm.engine.progress import RunProgress
-from lightning_dlrm.engine.result_files import CurveWriter, EvaluationWriter
 from lightning_dlrm.engine.stopping import FinalValidation, StayStopped, StopAtAUC, StopOnSigterm
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
@@ -131,10 +128,8 @@ def choose_checkpoint(command: str, settings: Namespace) -> None:
     """
     path, run_dir = settings.ckpt_path, settings.run_dir
     if command in EVALUATIONS:
-        if settings.resume is not None:
-            raise UserError(f"--resume is for fit; {command} takes --ckpt_path")
-        if path is None:
-            raise UserError(f"{command} needs a checkpoint: give --ckpt_path, such as runs/NAME/checkpoints/best")
+        require(settings.resume is None, f"--resume is for fit; {command} takes --ckpt_path")
+        require(path is not None, f"{command} needs a checkpoint: give --ckpt_path, such as runs/NAME/checkpoints/best")
         in_run = path in ("best", "last") and run_dir is not None
         folder = RunFolder(Path(run_dir)).checkpoints if in_run else Path()
         settings.ckpt_path = str(resolve_checkpoint(folder / path))

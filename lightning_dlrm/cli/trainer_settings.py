@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 from jsonargparse import Namespace
 from pytorch_lightning.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.tracking import names
@@ -31,25 +31,28 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
         UserError: a value is out of range, or does not work with this project.
     """
     for name in ("accumulate_grad_batches", "log_every_n_steps"):
-        if trainer[name] is not None and trainer[name] < 1:
-            raise UserError(f"trainer.{name} is {trainer[name]}; give 1 or more")
-    if (trainer["gradient_clip_val"] or 0) < 0:
-        raise UserError(f"trainer.gradient_clip_val is {trainer['gradient_clip_val']}; give 0 (no clipping) or more")
+        require(trainer[name] is None or trainer[name] >= 1, f"trainer.{name} is {trainer[name]}; give 1 or more")
+    require(
+        (trainer["gradient_clip_val"] or 0) >= 0,
+        f"trainer.gradient_clip_val is {trainer['gradient_clip_val']}; give 0 (no clipping) or more",
+    )
     if str(trainer["precision"]) in ("16", "16-mixed"):
         # On a CPU Lightning would take bf16-mixed in its place.
         raise UserError(f"trainer.precision {trainer['precision']} scales the loss; use bf16-mixed")
-    if stop_at_auc is not None and trainer["limit_val_batches"] == 0:
-        raise UserError("stop_at_auc needs validations, and trainer.limit_val_batches is 0: leave one of them out")
-    if trainer["reload_dataloaders_every_n_epochs"]:
-        raise UserError(
-            "trainer.reload_dataloaders_every_n_epochs: the stream orders every epoch by itself; leave it at 0"
-        )
+    require(
+        stop_at_auc is None or trainer["limit_val_batches"] != 0,
+        "stop_at_auc needs validations, and trainer.limit_val_batches is 0: leave one of them out",
+    )
+    require(
+        not trainer["reload_dataloaders_every_n_epochs"],
+        "trainer.reload_dataloaders_every_n_epochs: the stream orders every epoch by itself; leave it at 0",
+    )
     for callback in as_list(trainer["callbacks"]):
-        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
-            raise UserError(
-                f"trainer.callbacks: the averages of {type(callback).__name__} would not be in the checkpoints, "
-                "which hold the table rows as trained: set model.averaging.decay, such as 0.99, instead"
-            )
+        require(
+            not isinstance(callback, (StochasticWeightAveraging, WeightAveraging)),
+            f"trainer.callbacks: the averages of {type(callback).__name__} would not be in the checkpoints, "
+            "which hold the table rows as trained: set model.averaging.decay, such as 0.99, instead",
+        )
         if isinstance(callback, EarlyStopping):
             _check_early_stopping(callback, trainer["limit_val_batches"])
 
@@ -69,11 +72,11 @@ def check_early_stopping_after_validation(trainer: Namespace) -> None:
         options = callback.get("init_args")
         if options is None or "check_on_train_epoch_end" not in options:
             continue
-        if options.check_on_train_epoch_end:
-            raise UserError(
-                "trainer.callbacks: EarlyStopping's check_on_train_epoch_end comes after a validation's checkpoint is "
-                "saved, which would be without its count: leave it out"
-            )
+        require(
+            not options.check_on_train_epoch_end,
+            "trainer.callbacks: EarlyStopping's check_on_train_epoch_end comes after a validation's checkpoint is "
+            "saved, which would be without its count: leave it out",
+        )
         options.check_on_train_epoch_end = False
 
 
@@ -84,13 +87,15 @@ def check_processes(trainer: pl.Trainer, command: str, sync_batchnorm: bool) -> 
     """
     if trainer.world_size == 1:
         return
-    if sync_batchnorm and trainer.strategy.root_device.type != "cuda":
-        raise UserError("trainer.sync_batchnorm works on GPUs only; without it each rank normalizes over its own slice")
-    if command == "fit" and not isinstance(trainer.strategy, EmbeddingShardedDDP):
-        raise UserError(
-            f"training in {trainer.world_size} processes needs --trainer.strategy {EMBEDDING_SHARDED_DDP}: "
-            "give it, or set --trainer.devices 1 and --trainer.num_nodes 1"
-        )
+    require(
+        not sync_batchnorm or trainer.strategy.root_device.type == "cuda",
+        "trainer.sync_batchnorm works on GPUs only; without it each rank normalizes over its own slice",
+    )
+    require(
+        command != "fit" or isinstance(trainer.strategy, EmbeddingShardedDDP),
+        f"training in {trainer.world_size} processes needs --trainer.strategy {EMBEDDING_SHARDED_DDP}: "
+        "give it, or set --trainer.devices 1 and --trainer.num_nodes 1",
+    )
 
 
 def _check_early_stopping(callback: EarlyStopping, limit_val_batches: float | None) -> None:
@@ -98,19 +103,18 @@ def _check_early_stopping(callback: EarlyStopping, limit_val_batches: float | No
     Raises:
         UserError: its metric does not exist, or it would stop when it should continue.
     """
-    if limit_val_batches == 0:
-        raise UserError(
-            "trainer.callbacks: EarlyStopping needs validations, and trainer.limit_val_batches is 0: leave one of "
-            "them out"
-        )
+    require(
+        limit_val_batches != 0,
+        "trainer.callbacks: EarlyStopping needs validations, and trainer.limit_val_batches is 0: leave one of them out",
+    )
     modes = {f"{names.VALIDATION}/{metric}": mode for metric, mode in names.BETTER.items()}
-    if callback.monitor not in modes:
-        raise UserError(
-            f"trainer.callbacks: EarlyStopping's monitor is {callback.monitor}; expected one of {', '.join(modes)}"
-        )
+    require(
+        callback.monitor in modes,
+        f"trainer.callbacks: EarlyStopping's monitor is {callback.monitor}; expected one of {', '.join(modes)}",
+    )
     mode = modes[callback.monitor]
-    if callback.mode != mode:
-        raise UserError(
-            f"trainer.callbacks: EarlyStopping's mode is {callback.mode}, and of {callback.monitor} "
-            f"{'more' if mode == 'max' else 'less'} is better: set mode to {mode}"
-        )
+    require(
+        callback.mode == mode,
+        f"trainer.callbacks: EarlyStopping's mode is {callback.mode}, and of {callback.monitor} "
+        f"{'more' if mode == 'max' else 'less'} is better: set mode to {mode}",
+    )

@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from lightning_dlrm.bench.breakdown import KINDS, by_kind, profile_steps
-from lightning_dlrm.cli.settings import build_model_and_data
+from lightning_dlrm.cli.parser import build_model_and_data
 from lightning_dlrm.cli.version import code_version
 from lightning_dlrm.compare.runs import Arm, Run
 from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lightning_dlrm.cli.configs import find_config, nearest
-from lightning_dlrm.cli.settings import ModelAndData, build_model_and_data
+from lightning_dlrm.cli.parser import ModelAndData, build_model_and_data
 from lightning_dlrm.compare.runs import differing, settings_of, within
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema

@@ -18,8 +18,8 @@ from matplotlib.ticker import EngFormatter
 
 from lightning_dlrm.bench.breakdown import KINDS
 from lightning_dlrm.cli.palette import OKABE_ITO, TOL_MUTED, filling
-from lightning_dlrm.cli.plan_drawing import PLOT_WIDTH as PLAN_WIDTH
-from lightning_dlrm.cli.plan_drawing import draw as draw_plan
+from lightning_dlrm.cli.plan_report import PLOT_WIDTH as PLAN_WIDTH
+from lightning_dlrm.cli.plan_report import draw as draw_plan
 from lightning_dlrm.compare.anatomy import ROUNDS, STEPS, Anatomy, merge_equal
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
 from lightning_dlrm.compare.runs import Arm

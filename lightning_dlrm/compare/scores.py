@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lightning_dlrm.cli.parser import build_model_and_data
 from lightning_dlrm.cli.predictions import read_predictions
-from lightning_dlrm.cli.settings import build_model_and_data
 from lightning_dlrm.compare.runs import Run
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import click_metrics

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.fit_length import planned_steps
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
@@ -45,11 +45,10 @@ class Averaging:
     start_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay <= 1 or not 0 <= self.start_share < 1:
-            raise UserError(
-                f"averaging: decay is {self.decay} and start_share {self.start_share}; "
-                "expected 0 to 1, and 0 to below 1"
-            )
+        require(
+            0 <= self.decay <= 1 and 0 <= self.start_share < 1,
+            f"averaging: decay is {self.decay} and start_share {self.start_share}; expected 0 to 1, and 0 to below 1",
+        )
 
 
 def kept_share(decay: float, before_U: Tensor, steps: int) -> Tensor:
@@ -188,11 +187,11 @@ class WeightAverages:
             UserError: the averages were made with other settings.
         """
         ours = asdict(self.settings) | {"start_step": self.start_step}
-        if state["settings"] != ours:
-            raise UserError(
-                f"checkpoint {reader.folder} averages parameters with {_words(state['settings'])}, this run with "
-                f"{_words(ours)}: resume with the same settings and length of the fit, or start a new run"
-            )
+        require(
+            state["settings"] == ours,
+            f"checkpoint {reader.folder} averages parameters with {_words(state['settings'])}, this run with "
+            f"{_words(ours)}: resume with the same settings and length of the fit, or start a new run",
+        )
         for name, average in self.dense_average.items():
             average.copy_(state["dense"][name])
         self.dense_steps = state["dense_steps"]

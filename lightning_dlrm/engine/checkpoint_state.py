@@ -1,4 +1,4 @@
-"""State that a module adds to Lightning's checkpoint and loads from it: tables piece by piece, without a copy."""
+"""State that a module adds to Lightning's checkpoint and loads from it: tables by pieces, random generators."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,12 +6,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.averaging import KEY as AVERAGES
 from lightning_dlrm.engine.averaging import average_rows, averaged_dense
 from lightning_dlrm.engine.fit_length import planned_steps, refuse_longer_fit
 from lightning_dlrm.engine.guards import refuse_bad_parameters
-from lightning_dlrm.engine.random_state import random_states, restore_random_states
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.schedules import needs_total_steps
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors
@@ -20,6 +19,9 @@ from lightning_dlrm.tables.lookup import EmbeddingTables
 
 if TYPE_CHECKING:
     from lightning_dlrm.engine.module import CTRModule
+from collections.abc import Mapping
+
+import numpy as np
 
 
 def add_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:
@@ -93,11 +95,11 @@ def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) 
         UserError: the checkpoint is of another model or dataset encoding, or a fit would continue on other data.
     """
     reader: CheckpointReader = checkpoint["tables"]
-    if training and not checkpoint.get("optimizer_states"):
-        raise UserError(
-            f"checkpoint {reader.folder} has no optimizer state, so a fit cannot continue from it; validate, test and "
-            "predict take it"
-        )
+    require(
+        not training or checkpoint.get("optimizer_states"),
+        f"checkpoint {reader.folder} has no optimizer state, so a fit cannot continue from it; validate, test and "
+        "predict take it",
+    )
     _check_header(module, reader, training)
     _check_parameters(module, reader, checkpoint["state_dict"])
     averages = checkpoint.get(AVERAGES)
@@ -136,11 +138,11 @@ def check_checkpoint_plugin(trainer: pl.Trainer) -> None:
         UserError: the trainer saves or opens checkpoints as single files.
     """
     uses_checkpoints = trainer.checkpoint_callbacks or trainer.ckpt_path is not None
-    if uses_checkpoints and not getattr(trainer.strategy.checkpoint_io, "HOLDS_TABLES", False):
-        raise UserError(
-            "this Trainer keeps checkpoints as single files, which do not hold tables: give it "
-            "plugins=[lightning_dlrm.FolderCheckpointIO()], or enable_checkpointing=False"
-        )
+    require(
+        not uses_checkpoints or getattr(trainer.strategy.checkpoint_io, "HOLDS_TABLES", False),
+        "this Trainer keeps checkpoints as single files, which do not hold tables: give it "
+        "plugins=[lightning_dlrm.FolderCheckpointIO()], or enable_checkpointing=False",
+    )
 
 
 def optimizer_of(module: "CTRModule") -> CTROptimizer:
@@ -157,11 +159,11 @@ def _check_parameters(module: "CTRModule", reader: CheckpointReader, state_dict:
     """
     theirs = set(reader.manifest.tables)
     ours = {table.name for lookup in module.network.lookups() for table in lookup.tables}
-    if theirs != ours:
-        raise UserError(
-            f"checkpoint {reader.folder} has tables {_few(theirs)}, this run needs {_few(ours)}: "
-            "it is of another model or dataset"
-        )
+    require(
+        theirs == ours,
+        f"checkpoint {reader.folder} has tables {_few(theirs)}, this run needs {_few(ours)}: "
+        "it is of another model or dataset",
+    )
     table_keys = _table_keys(module)
     dense = {k: tuple(v.shape) for k, v in module.state_dict().items() if k not in table_keys}
     saved = {k: tuple(v.shape) for k, v in state_dict.items()}
@@ -190,11 +192,11 @@ def _keep_averages(module: "CTRModule", averages: dict[str, Any] | None, reader:
 
 def _check_header(module: "CTRModule", reader: CheckpointReader, training: bool) -> None:
     header, network = reader.header, type(module.network).__name__
-    if header["model"] != network:
-        raise UserError(
-            f"checkpoint {reader.folder} is of a {header['model']}, this run trains a "
-            f"{network}: use the configuration it was trained with"
-        )
+    require(
+        header["model"] == network,
+        f"checkpoint {reader.folder} is of a {header['model']}, this run trains a "
+        f"{network}: use the configuration it was trained with",
+    )
     encoding = module.schema.encoding_fingerprint
     if header["encoding_fingerprint"] != encoding:
         raise UserError(
@@ -219,3 +221,29 @@ def _table_keys(module: "CTRModule") -> dict[str, EmbeddingTables]:
 def _few(items: set[str]) -> str:
     listed = sorted(items)
     return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of all ranks' generators; all ranks call it together.
+
+    Returns:
+        ``cpu``, and ``cuda`` on a CUDA device: uint8 [ranks, bytes of a state].
+    """
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    ranks = Ranks()
+    return {kind: torch.from_numpy(np.stack(ranks.all_gather(state.numpy()))) for kind, state in states.items()}
+
+
+def restore_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Restore the states that ``random_states`` returned; another device or more ranks draw other numbers."""
+    rank = Ranks().rank
+    for kind, of_ranks in states.items():
+        # Older checkpoints have the state of one rank.
+        of_ranks = torch.atleast_2d(of_ranks)
+        state = of_ranks[rank % len(of_ranks)].clone()
+        if kind == "cpu":
+            torch.set_rng_state(state)
+        elif device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.checkpoint_state import dense_tensors, table_pieces
 from lightning_dlrm.engine.fit_length import all_micro_batches
 from lightning_dlrm.engine.module import CTRModule
@@ -65,8 +65,7 @@ class RunCheckpoints(Checkpoint):
     """
 
     def __init__(self, run_folder: RunFolder, every_n_steps: int) -> None:
-        if every_n_steps < 0:
-            raise UserError(f"checkpoint.every_n_steps is {every_n_steps}; expected 0 or more")
+        require(every_n_steps >= 0, f"checkpoint.every_n_steps is {every_n_steps}; expected 0 or more")
         self._run_folder = run_folder
         self.every_n_steps = every_n_steps
         self.best: dict[str, float] = {}
@@ -85,9 +84,8 @@ class RunCheckpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = dict(state_dict["best"])
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         self._saved_step = trainer.global_step
-        assert isinstance(pl_module, CTRModule)
         pieces = table_pieces(pl_module)
         here = sum(tensor.nbytes for piece in pieces for tensor in piece.tensors.values())
         sizes = np.stack(Ranks().all_gather(np.array([here, staging_bytes(pieces)])))
@@ -105,10 +103,9 @@ class RunCheckpoints(Checkpoint):
         if due and not _validates_now(trainer, batch_idx):
             self._save(trainer)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        assert isinstance(pl_module, CTRModule)
         score, best = pl_module.results[MONITOR], self.best.get(MONITOR)
         # The first validation is the best so far, even if its AUC is NaN.
         improved = best is None or score > best or (best != best and score == score)

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 import torch._dynamo
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.models.network import CTRNetwork
 
 log = logging.getLogger("lightning_dlrm")
@@ -53,11 +53,11 @@ def compile_score(network: CTRNetwork, mode: CompileMode) -> None:
     Raises:
         UserError: the network defines ``forward`` and no ``score``.
     """
-    if not network.has_score:
-        raise UserError(
-            f"model.compile compiles a network's score, and {type(network).__name__} defines forward only: "
-            "define score(dense, vectors), or set model.compile to false"
-        )
+    require(
+        network.has_score,
+        f"model.compile compiles a network's score, and {type(network).__name__} defines forward only: "
+        "define score(dense, vectors), or set model.compile to false",
+    )
     network.score = compiled(network.score, mode)  # type: ignore[method-assign]
 
 

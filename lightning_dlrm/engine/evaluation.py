@@ -1,12 +1,19 @@
-"""The logits, labels and metrics of an evaluation."""
+"""The logits and labels that metrics are computed from: of an evaluation, and of the last training samples."""
+
+from collections import deque
+from collections.abc import Iterator
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.engine.guards import warn_of_chance
-from lightning_dlrm.objectives.metrics import ClickCurves, ClickMetrics, click_curves
+from lightning_dlrm.objectives.metrics import ClickCurves, ClickMetrics, click_curves, click_metrics
 from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.tracking import names
 
 
 class Evaluation(nn.Module):
@@ -51,3 +58,67 @@ class Evaluation(nn.Module):
     def reset(self) -> None:
         """Forget every batch."""
         self.metrics.reset()
+
+
+WINDOW_SAMPLES = 65_536
+WINDOW_METRICS = ("auc", "accuracy", "log_loss")
+
+
+class TrainingWindow:
+    """Logits and labels of the last ``WINDOW_SAMPLES`` training samples of all ranks.
+
+    Each sample is scored with the parameters of its own step. New batches stay on their rank and device until they
+    are gathered.
+    """
+
+    def __init__(self) -> None:
+        self._gathered = [torch.empty(0), torch.empty(0, dtype=torch.int8)]
+        """Logits float32 [N] and labels int8 [N] on the CPU: batch after batch, in each of them rank after rank."""
+        self._new: deque[tuple[Tensor, Tensor, int]] = deque()
+        """Logits and labels of this rank's slice, and the global size, of each batch since the last ``gather``."""
+        self._new_samples = 0
+
+    def load(self, gathered: list[Tensor]) -> None:
+        """Continue from what ``gather`` returned; an empty list is an empty window."""
+        if gathered:
+            self._gathered = list(gathered)
+
+    def add(self, logits_B: Tensor, labels_B: Tensor, global_size: int) -> None:
+        """Add this rank's slice of a batch; drop batches that lie wholly before the window."""
+        self._new.append((logits_B.float(), labels_B, global_size))
+        self._new_samples += global_size
+        while self._new_samples - self._new[0][2] >= WINDOW_SAMPLES:
+            self._new_samples -= self._new.popleft()[2]
+
+    def gather(self) -> list[Tensor]:
+        """Return the logits and labels of the window over all ranks; all ranks call it together.
+
+        Raises:
+            UserError: a label is neither 0 nor 1.
+        """
+        if self._new:
+            ranks = Ranks()
+            logits, labels = (torch.cat(parts).cpu() for parts in list(zip(*self._new, strict=True))[:2])
+            counts = ranks.all_gather(np.array([len(part) for part, *_ in self._new]))
+            self._new.clear()
+            self._new_samples = 0
+            self._gathered = [
+                torch.cat([old, *_by_batch(ranks.all_gather_uneven(new.numpy()), counts)])[-WINDOW_SAMPLES:]
+                for old, new in zip(self._gathered, (logits, labels), strict=True)
+            ]
+            # Here, since all ranks see the labels of all, and no step waits for the device.
+            values = self._gathered[1].unique().tolist()
+            require(set(values) <= {0, 1}, f"the labels are {values}; expected 0 (no click) and 1 (click)")
+        return list(self._gathered)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of the gathered samples by name."""
+        logits, labels = self._gathered
+        found = click_metrics(logits, labels)
+        return {f"{names.TRAIN}/{name}": found[name] for name in WINDOW_METRICS}
+
+
+def _by_batch(of_ranks: list[NDArray], counts: list[NDArray]) -> Iterator[Tensor]:
+    """Cut each rank's samples into batches and yield them batch after batch, rank after rank."""
+    cut = [np.split(samples, np.cumsum(count)[:-1]) for samples, count in zip(of_ranks, counts, strict=True)]
+    return (torch.from_numpy(part) for batch in zip(*cut, strict=True) for part in batch)

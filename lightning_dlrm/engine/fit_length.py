@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 
 
 class FitLength(NamedTuple):
@@ -54,8 +54,7 @@ def planned_steps(trainer: pl.Trainer, user: str) -> int:
     """
     batches = getattr(trainer.datamodule, "training_batches", None)  # type: ignore[attr-defined]
     if batches is None or trainer.max_epochs in (None, -1):
-        if trainer.max_steps == -1:
-            raise UserError(f"{user} needs to know the fit's length: set trainer.max_steps")
+        require(trainer.max_steps != -1, f"{user} needs to know the fit's length: set trainer.max_steps")
         return trainer.max_steps
     steps = steps_of_epochs(trainer, batches)
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
@@ -77,11 +76,11 @@ def refuse_longer_fit(end: int, steps: float) -> None:
     Raises:
         UserError: the fit takes more steps than a OneCycleLR, which torch ends with an error.
     """
-    if steps > end:
-        raise UserError(
-            f"the schedule OneCycleLR ends at step {end:,}, where the length of the cycle was fixed, and this fit goes "
-            f"on: set trainer.max_steps to {end} or less, or start a new run"
-        )
+    require(
+        steps <= end,
+        f"the schedule OneCycleLR ends at step {end:,}, where the length of the cycle was fixed, and this fit goes "
+        f"on: set trainer.max_steps to {end} or less, or start a new run",
+    )
 
 
 def unreached_settings(trainer: pl.Trainer, length: FitLength) -> list[str]:

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.collectives import Ranks
 
@@ -120,8 +120,10 @@ def refuse_bad_parameters(network: CTRNetwork, step: int, advice: str) -> None:
         # A sum reads a table once, and is NaN or infinite if an element is. It is computed in parts, because a CPU
         # first copies the elements to float64.
         parts = parameter.detach().flatten().split(_SUMMED_AT_ONCE)
-        if parameter.numel() and not math.isfinite(sum(part.sum(dtype=torch.float64) for part in parts).item()):
-            raise UserError(f"{name} is not finite after step {step}, so nothing is saved; {advice}")
+        require(
+            not parameter.numel() or math.isfinite(sum(part.sum(dtype=torch.float64) for part in parts).item()),
+            f"{name} is not finite after step {step}, so nothing is saved; {advice}",
+        )
 
 
 def warn_of_chance(auc: float, clicks: int, samples: int, batch_size: int, rates: Mapping[str, float]) -> bool:

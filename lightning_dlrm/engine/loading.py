@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
 from lightning_dlrm.engine.checkpoint_state import take_state
 from lightning_dlrm.engine.retired import update_document
@@ -69,11 +69,11 @@ def load_module(
     rest = reader.rest()
     described = rest.get(KEY) or _describe_old(reader)
     if schema is None:
-        if described["schema"] is None:
-            raise UserError(
-                f"checkpoint {reader.folder} of an earlier release has no schema of its data: give it, such as "
-                "load_from_checkpoint(folder, schema=data.schema)"
-            )
+        require(
+            described["schema"] is not None,
+            f"checkpoint {reader.folder} of an earlier release has no schema of its data: give it, such as "
+            "load_from_checkpoint(folder, schema=data.schema)",
+        )
         schema = DatasetSchema.from_json(described["schema"], str(reader.folder))
     options = dict(described["options"])
     if network is not None:
@@ -90,12 +90,12 @@ def load_module(
 def _describe_old(reader: CheckpointReader) -> dict[str, Any]:
     """Return the options of a checkpoint without ``KEY`` from the run folder's configuration."""
     path = reader.folder.resolve().parent.parent / "config.yaml"
-    document = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
-        raise UserError(
-            f"checkpoint {reader.folder} does not say how its model is made, and {path} is not a configuration: make "
-            "the module yourself and give the folder to trainer.validate, test or predict as ckpt_path"
-        )
+    document: Any = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    require(
+        isinstance(document, dict) and isinstance(document.get("model"), dict),
+        f"checkpoint {reader.folder} does not say how its model is made, and {path} is not a configuration: make "
+        "the module yourself and give the folder to trainer.validate, test or predict as ckpt_path",
+    )
     return {"options": update_document(document)[0]["model"], "schema": None, "seed": 0}
 
 
@@ -106,20 +106,19 @@ def _build(kind: "type[CTRModule]", options: Mapping[str, Any], folder: Path) ->
         UserError: an option is missing or wrong, or names a class outside ``BUILT``.
     """
     network = options.get("network")
-    if network is None:
-        raise UserError(f"checkpoint {folder} does not name its network: give it with network=")
+    require(network is not None, f"checkpoint {folder} does not name its network: give it with network=")
     for name in ("table_optimizer", "dense_optimizer"):
-        if name not in options:
-            raise UserError(
-                f"checkpoint {folder} does not say how its {name} is made, which was no class and no functools.partial "
-                "of one: make the module yourself and give the folder to trainer.validate, test or predict as ckpt_path"
-            )
+        require(
+            name in options,
+            f"checkpoint {folder} does not say how its {name} is made, which was no class and no functools.partial "
+            "of one: make the module yourself and give the folder to trainer.validate, test or predict as ckpt_path",
+        )
     for path in _class_paths({name: value for name, value in options.items() if not callable(value)}):
-        if not path.startswith(BUILT):
-            raise UserError(
-                f"checkpoint {folder} names {path}, which is not a class of this package and is not imported from a "
-                "checkpoint: pass a custom network as load_from_checkpoint(folder, network=...)"
-            )
+        require(
+            path.startswith(BUILT),
+            f"checkpoint {folder} names {path}, which is not a class of this package and is not imported from a "
+            "checkpoint: pass a custom network as load_from_checkpoint(folder, network=...)",
+        )
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
     parser = ArgumentParser(exit_on_error=False)
     skip = {"schema", "seed", *(["network"] if callable(network) else [])}

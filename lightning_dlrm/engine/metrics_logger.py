@@ -1,24 +1,28 @@
-"""The callback that logs the metrics of a fit and writes ``summary.json``."""
+"""The callbacks that log metrics and norms of a fit, and write ``summary.json`` and the results of evaluations."""
 
 import logging
+import resource
+import sys
 import time
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.engine.checkpointing import RunCheckpoints, refuse_validation_amid_a_step
+from lightning_dlrm.engine.evaluation import TrainingWindow
 from lightning_dlrm.engine.fit_length import micro_batches
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.engine.run_facts import describe, fingerprints, peak_memory
-from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
-from lightning_dlrm.engine.training_window import TrainingWindow
+from lightning_dlrm.engine.strategy import EmbeddingShardedDDP, table_loads
+from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
-from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
+from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder, curves_file
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -94,8 +98,7 @@ class MetricsLogger(pl.Callback):
         self.folder.path = trainer.strategy.broadcast(self.folder.path)
         self._start = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, CTRModule)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         # GradientAccumulationScheduler sets it when an epoch starts, so not in a fit that resumes amid an epoch.
         trainer.accumulate_grad_batches = micro_batches(trainer, trainer.current_epoch)
         if self.checkpoints is not None:
@@ -136,16 +139,14 @@ class MetricsLogger(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._evaluation_start = time.perf_counter()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        assert isinstance(pl_module, CTRModule)
         self._evaluation_seconds += time.perf_counter() - self._evaluation_start
         self._log(trainer, {**pl_module.results, names.TRAINING_SECONDS: self._training_seconds()})
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         # Not in on_train_end, which Lightning does not call for a resumed run that has no step left.
-        assert isinstance(pl_module, CTRModule)
         if not trainer.is_global_zero or not self.samples:
             return
         step = trainer.global_step
@@ -207,3 +208,163 @@ class MetricsLogger(pl.Callback):
         shares = {name: (now.parts[name] - since.parts[name]) / seconds for name in now.parts}
         shares[names.LIGHTNING_SHARE] = max(0.0, 1.0 - sum(shares.values()))
         return {names.SAMPLES_PER_SECOND: (now.samples - since.samples) / seconds, **shares}
+
+
+class NormLogger(pl.Callback):
+    """Callback that logs 2-norms at each logged step, before clipping and before the update.
+
+    These are the norms of every gradient, and of each table's rows and their gradients, averaged over the rows that
+    the step updates.
+
+    Args:
+        metrics: the callback that counts the samples; must come earlier in the list of callbacks.
+    """
+
+    def __init__(self, metrics: MetricsLogger) -> None:
+        self._metrics = metrics
+        self._norms: dict[str, float] = {}
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: CTRModule, optimizer: Any) -> None:  # type: ignore[override]
+        if (trainer.global_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        ours: CTROptimizer = getattr(optimizer, "optimizer", optimizer)
+        self._norms = norms(pl_module.network, ours)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        found, self._norms = self._norms, {}
+        for logger in trainer.loggers if found else ():
+            logger.log_metrics({names.SAMPLES: self._metrics.samples, **found}, step=trainer.global_step)
+
+
+@torch.no_grad()
+def norms(network: CTRNetwork, optimizer: CTROptimizer) -> dict[str, float]:
+    """Return the norms by name; with sharded tables all ranks call it together.
+
+    The names are ``gradient_norm/total``, ``gradient_norm/PARAMETER``, ``row_norm/TABLE`` and
+    ``row_gradient_norm/TABLE``. Tables without updated rows are left out.
+    """
+    found = {f"{names.GRADIENT_NORM}/total": optimizer.gradient_norm().item()}
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None:
+            found[f"{names.GRADIENT_NORM}/{name}"] = parameter.grad.float().norm().item()
+    tables = [table.name for lookup in network.lookups() for table in lookup.tables]
+    row_norms, gradient_norms, rows = np.sum(Ranks().all_gather(_sums_over_rows(network, tables)), axis=0)
+    for name, row_norm, gradient_norm, count in zip(tables, row_norms, gradient_norms, rows, strict=True):
+        if count:
+            found[f"{names.ROW_NORM}/{name}"] = float(row_norm / count)
+            found[f"{names.ROW_GRADIENT_NORM}/{name}"] = float(gradient_norm / count)
+    return found
+
+
+def _sums_over_rows(network: CTRNetwork, tables: list[str]) -> NDArray[np.float64]:
+    """Return sums over this rank's updated rows, [3, tables]: of their norms, of their gradients' norms, of ones."""
+    sums = np.zeros((3, len(tables)))
+    for lookup in network.lookups():
+        gradient = lookup.gradient()
+        if gradient is None:
+            continue
+        ends = torch.tensor([piece.offset + piece.stop - piece.start for piece in lookup.pieces])
+        piece_U = torch.searchsorted(ends, gradient.rows.cpu(), right=True)
+        # Rows of tables on the host may still be in flight.
+        lookup.flush()
+        touched = lookup.weight.index_select(0, gradient.rows.to(lookup.weight.device))
+        weights = touched.float().norm(dim=1), gradient.values.float().norm(dim=1), torch.ones(len(touched))
+        for i, weight in enumerate(weights):
+            of_pieces = torch.bincount(piece_U, weight.double().cpu(), len(lookup.pieces))
+            for piece, total in zip(lookup.pieces, of_pieces.tolist(), strict=True):
+                sums[i, tables.index(piece.name)] += total
+    return sums
+
+
+class EvaluationWriter(pl.Callback):
+    """Callback that writes the metrics of ``validate`` and ``test`` to JSON files.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Rank 0 chose the folder.
+        self.folder.path = trainer.strategy.broadcast(self.folder.path)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._write("validate.json", trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write("test.json", trainer, pl_module)
+
+    def _write(self, name: str, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            self.folder.write_json(name, pl_module.results)
+
+
+class CurveWriter(pl.Callback):
+    """Callback that writes the curves of the last evaluation of each split, also within a fit.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(names.VALIDATION, trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(names.TEST, trainer, pl_module)
+
+    def _write(self, stage: str, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking and pl_module.curves is not None:
+            self._folder.write_json(curves_file(stage), pl_module.curves.document())
+
+
+def describe(trainer: pl.Trainer, module: CTRModule) -> dict[str, float]:
+    """Return sizes of the model, rows and bytes per rank, and the best reachable scores of planted data."""
+    size, strategy, loads = module.size, trainer.strategy, table_loads(module.network, module)
+    if isinstance(strategy, EmbeddingShardedDDP):
+        held = strategy.held(loads)
+    else:
+        held = {names.ROWS_PER_RANK: sum(load.rows for load in loads)}
+        held |= {names.BYTES_PER_RANK: sum(load.bytes for load in loads)}
+        if on_host := sum(load.bytes for load in loads if load.on_host):
+            held[names.HOST_BYTES] = on_host
+    facts: dict[str, float] = {
+        names.PARAMETERS_TABLES: size.tables,
+        names.PARAMETERS_DENSE: size.dense,
+        names.PARAMETERS_TOTAL: size.total,
+        names.FLOPS_FORWARD: size.flops_per_sample_forward,
+        names.FLOPS_TRAINING: size.flops_per_sample_training,
+        names.RANKS: trainer.world_size,
+        **held,
+    }
+    optimum = module.data_schema().optimum.get(names.VALIDATION)
+    if optimum is not None:
+        facts |= {names.OPTIMUM_AUC: optimum.auc, names.OPTIMUM_LOG_LOSS: optimum.log_loss}
+    return facts
+
+
+def fingerprints(module: CTRModule) -> dict[str, str]:
+    """Return the dataset, protocol and fingerprints of a run's data."""
+    schema = module.data_schema()
+    return {
+        "dataset": schema.dataset,
+        "protocol": schema.protocol,
+        "encoding_fingerprint": schema.encoding_fingerprint,
+        "data_fingerprint": schema.data_fingerprint,
+    }
+
+
+def peak_memory() -> dict[str, float]:
+    """Return the peak memory of this process in bytes: resident, and allocated on its GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak: dict[str, float] = {names.PEAK_MEMORY: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak[names.PEAK_DEVICE_MEMORY] = torch.cuda.max_memory_allocated()
+    return peak

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_dlrm.contracts.batch import Batch
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
 from lightning_dlrm.engine.averaging import AverageForEvaluation, Averaging, WeightAverages
 from lightning_dlrm.engine.checkpoint_state import add_state, check_checkpoint_plugin, take_state
@@ -168,10 +168,10 @@ class CTRModule(pl.LightningModule):
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             # A gradient scaler would unscale the dense gradients and pass over the tables' rows.
             raise UserError("precision 16-mixed scales the loss, which table rows do not support; use bf16-mixed")
-        if self.trainer.world_size > 1 and not all(lookup.placement.is_sharded for lookup in self.network.lookups()):
-            raise UserError(
-                "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp"
-            )
+        require(
+            self.trainer.world_size <= 1 or all(lookup.placement.is_sharded for lookup in self.network.lookups()),
+            "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp",
+        )
         optimizer = self.make_optimizer(self.network)
         name = f"the schedule {schedule_name(self.schedule)}"
         schedule = make_schedule(self.schedule, optimizer, lambda: planned_steps(self.trainer, name))
@@ -342,11 +342,11 @@ class CTRModule(pl.LightningModule):
         with torch.device("meta"):
             # Nothing is allocated, and errors are found before the data are prepared.
             network = make_network(self.schema.features, self.seed)
-        if self.wide_rule is not None and not network.wide_lookups():
-            raise UserError(
-                f"wide_optimizer is given, but this {type(network).__name__} has no linear terms: set network.wide to "
-                "true if the model has that option, or leave wide_optimizer out"
-            )
+        require(
+            self.wide_rule is None or network.wide_lookups(),
+            f"wide_optimizer is given, but this {type(network).__name__} has no linear terms: set network.wide to "
+            "true if the model has that option, or leave wide_optimizer out",
+        )
         optimizer = self.make_optimizer(network)
         self.learning_rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
         # The length of the fit is not known yet; any length shows whether the schedule accepts its settings.

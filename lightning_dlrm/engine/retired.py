@@ -13,7 +13,6 @@ To retire an option, add an entry here; no other code handles the old form.
 """
 
 import copy
-import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,12 +84,12 @@ def update_document(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
         The configuration, and a line for each kind of change; without changes an equal copy and no line.
     """
     updated = copy.deepcopy(dict(document))
-    removed = [option for option in REMOVED if _is_retired(option) and _pop(updated, option.key.split("."))]
+    removed = [option for option in REMOVED if _pop(updated, option.key.split("."))]
     notes = _removal_notes(removed)
     for option in CHANGED:
         *path, last = option.key.split(".")
         section = _section(updated, path)
-        if section is None or last not in section:
+        if last not in section:
             continue
         value = option.rewrite(copy.deepcopy(section[last]))
         if value != section[last]:
@@ -112,20 +111,17 @@ def update_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if not name.startswith("--"):
             updated.append(argument)
             continue
-        key = name.removeprefix("--")
+        key, given = name.removeprefix("--"), [argument]
         if not equals and waiting and not waiting[0].startswith("--"):
             value = waiting.pop(0)
             given = [name, value]
-        else:
-            given = [argument]
-        if key in by_key and _is_retired(by_key[key]):
+        if key in by_key:
             removed[key] = by_key[key]
-            continue
-        changed = _changed_option(key, value)
-        if changed is not None:
-            given, note = changed
-            notes.append(note)
-        updated += given
+        elif (changed := _changed_option(key, value)) is not None:
+            updated += changed[0]
+            notes.append(changed[1])
+        else:
+            updated += given
     return updated, [*_removal_notes(list(removed.values())), *dict.fromkeys(notes)]
 
 
@@ -133,14 +129,6 @@ def log_updates(source: str, notes: Sequence[str]) -> None:
     """Log a line for each kind of change in ``source``, such as the name of a file."""
     for note in notes:
         log.info("%s: %s", source, note)
-
-
-def _is_retired(option: RemovedOption) -> bool:
-    """Whether ``CTRModule`` does not have the option any more."""
-    # Not at the top of the file: commands without a model start without torch.
-    from lightning_dlrm.engine.module import CTRModule
-
-    return option.key not in {f"model.{name}" for name in inspect.signature(CTRModule).parameters}
 
 
 def _removal_notes(removed: Sequence[RemovedOption]) -> list[str]:
@@ -173,19 +161,17 @@ def _as_argument(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
 
 
-def _section(document: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None:
+def _section(document: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of a section; an empty dictionary if the document has no such section."""
     for name in path:
         inner = document.get(name)
-        if not isinstance(inner, dict):
-            return None
-        document = inner
+        document = inner if isinstance(inner, dict) else {}
     return document
 
 
 def _pop(document: dict[str, Any], path: Sequence[str]) -> bool:
     """Remove a key; return whether it existed."""
     section = _section(document, path[:-1])
-    if section is None or path[-1] not in section:
-        return False
-    del section[path[-1]]
-    return True
+    existed = path[-1] in section
+    section.pop(path[-1], None)
+    return existed

@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import EarlyStopping, Timer
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.engine.checkpointing import MONITOR
 from lightning_dlrm.engine.fit_length import FitLength, fit_length, unreached_settings
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
@@ -80,8 +80,7 @@ class StopAtAUC(pl.Callback):
     """
 
     def __init__(self, target: float, metrics: MetricsLogger) -> None:
-        if not 0.5 < target <= 1:
-            raise UserError(f"stop_at_auc is {target}; expected a number above 0.5, at most 1")
+        require(0.5 < target <= 1, f"stop_at_auc is {target}; expected a number above 0.5, at most 1")
         self.target = target
         self._metrics = metrics
         self._seconds_before = 0.0
@@ -101,10 +100,9 @@ class StopAtAUC(pl.Callback):
             # The run reached its target before it was resumed.
             trainer.should_stop = True
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        assert isinstance(pl_module, CTRModule)
         auc = pl_module.results[MONITOR]
         if not auc >= self.target:
             return

@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.balance import make_plan, refuse_cut_tables
@@ -62,10 +62,8 @@ class EmbeddingShardedDDP(DDPStrategy):
         timeout_seconds: float = 60.0,
         **options: Any,
     ) -> None:
-        if timeout_seconds <= 0:
-            raise UserError(f"strategy: timeout_seconds is {timeout_seconds}; expected more than 0")
-        if wire not in ("full", "bf16"):
-            raise UserError(f"strategy: wire {wire!r} is neither full nor bf16")
+        require(timeout_seconds > 0, f"strategy: timeout_seconds is {timeout_seconds}; expected more than 0")
+        require(wire in ("full", "bf16"), f"strategy: wire {wire!r} is neither full nor bf16")
         super().__init__(**options)
         self._plan_file = plan
         self._memory = None if memory_per_rank is None else parse_memory(memory_per_rank)
@@ -247,11 +245,11 @@ def compare_ranks(facts: Mapping[str, Any], ranks: Ranks) -> None:
     for rank, theirs in enumerate(all_facts):
         for name in sorted(all_facts[0].keys() | theirs.keys()):
             ours, other = all_facts[0].get(name), theirs.get(name)
-            if ours != other:
-                raise UserError(
-                    f"rank {rank} has {name} = {_short(other)}, rank 0 has {_short(ours)}: "
-                    "start every rank with the same command and the same data"
-                )
+            require(
+                ours == other,
+                f"rank {rank} has {name} = {_short(other)}, rank 0 has {_short(ours)}: "
+                "start every rank with the same command and the same data",
+            )
 
 
 def _short(value: Any) -> str:

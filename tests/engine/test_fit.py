@@ -15,9 +15,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from lightning_dlrm.cli.report import final_report
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
-from lightning_dlrm.engine.metrics_logger import MetricsLogger
+from lightning_dlrm.engine.metrics_logger import EvaluationWriter, MetricsLogger
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.engine.result_files import EvaluationWriter
 from lightning_dlrm.engine.stopping import FinalValidation
 from lightning_dlrm.objectives.metrics import click_metrics
 from lightning_dlrm.optim.optimizer import CTROptimizer
@@ -123,27 +122,27 @@ def test_linear_terms_with_a_rule_of_their_own_are_resumed_to_the_last_bit(tmp_p
     assert lines(tmp_path / "run")[-2]["learning_rate/wide"] < 0.01
 
 
-@pytest.mark.parametrize("stop", [1, 9, 14, 23])
 @pytest.mark.parametrize(
     "options", [{}, {"val_check_interval": 4, "check_val_every_n_epoch": None}], ids=["each epoch", "every 4 steps"]
 )
-def test_resumed_fit_goes_on_with_the_same_losses(stop: int, options: dict, tmp_path: Path) -> None:
+def test_resumed_fit_goes_on_with_the_same_losses(options: dict, tmp_path: Path) -> None:
     options = {"max_epochs": 2, "every": 1, **options}
     whole = toy_module(schedule=DECAY)
     trainer_of(tmp_path / "whole", **options).fit(whole, ToyData())
 
-    run = tmp_path / "run"
-    with pytest.raises(InterruptedError):
-        trainer_of(run, callbacks=[StopAt(stop)], **options).fit(toy_module(schedule=DECAY), ToyData())
-    resumed = toy_module(schedule=DECAY)
-    trainer_of(run, **options).fit(resumed, ToyData(), ckpt_path=newest_checkpoint(run / "checkpoints"))
+    for stop in (1, 9, 14, 23):
+        run = tmp_path / f"stopped at {stop}"
+        with pytest.raises(InterruptedError):
+            trainer_of(run, callbacks=[StopAt(stop)], **options).fit(toy_module(schedule=DECAY), ToyData())
+        resumed = toy_module(schedule=DECAY)
+        trainer_of(run, **options).fit(resumed, ToyData(), ckpt_path=newest_checkpoint(run / "checkpoints"))
 
-    assert all_but_speed(run) == all_but_speed(tmp_path / "whole")
-    validated = [[line["step"] for line in lines(f) if "validation/auc" in line] for f in (run, tmp_path / "whole")]
-    assert validated[0] == validated[1]
-    assert [line["samples"] for line in lines(run)] == [line["samples"] for line in lines(tmp_path / "whole")]
-    for a, b in zip(resumed.network.parameters(), whole.network.parameters(), strict=True):
-        assert torch.equal(a, b)
+        assert all_but_speed(run) == all_but_speed(tmp_path / "whole"), stop
+        validated = [[line["step"] for line in lines(f) if "validation/auc" in line] for f in (run, tmp_path / "whole")]
+        assert validated[0] == validated[1], stop
+        assert [line["samples"] for line in lines(run)] == [line["samples"] for line in lines(tmp_path / "whole")], stop
+        for a, b in zip(resumed.network.parameters(), whole.network.parameters(), strict=True):
+            assert torch.equal(a, b), stop
 
 
 @pytest.mark.parametrize(

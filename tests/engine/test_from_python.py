@@ -16,7 +16,7 @@ from lightning_dlrm import DLRM, SGD, Averaging, CTRModule, CTRNetwork, FolderCh
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.engine.result_files import EvaluationWriter
+from lightning_dlrm.engine.metrics_logger import EvaluationWriter
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
 from lightning_dlrm.tracking.run_folder import RunFolder
 from tests.front_door.test_frozen_files import ARCHIVE

@@ -13,10 +13,10 @@ import torch
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, newest_checkpoint
+from lightning_dlrm.engine.evaluation import TrainingWindow
 from lightning_dlrm.engine.guards import warn_of_chance
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.stopping import StopAtAUC
-from lightning_dlrm.engine.training_window import TrainingWindow
 from lightning_dlrm.models.baselines import DeepFM
 from lightning_dlrm.objectives.metrics import exact_auc
 from lightning_dlrm.optim.rules import SGD, Adam

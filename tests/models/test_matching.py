@@ -11,8 +11,7 @@ import yaml
 from torch import Tensor
 
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.cli import matching
-from lightning_dlrm.cli.params import count
+from lightning_dlrm.cli.params import COSTS, count, match
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dcn import DCN
@@ -31,17 +30,17 @@ def test_operations_that_are_not_known_are_no_zeros() -> None:
     own = toy_module(partial(Own, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[6]))
     assert own.size.flops_per_sample_forward == 0 and count(own)["flops_per_sample_training"] is None
     with pytest.raises(UserError, match="--by flops"):
-        matching.match(toy_module(), {"bottom_mlp": [8, 4], "top_mlp": [6]}, own.size, "flops")
+        match(toy_module(), {"bottom_mlp": [8, 4], "top_mlp": [6]}, own.size, "flops")
 
 
-@pytest.mark.parametrize("by", matching.COSTS)
+@pytest.mark.parametrize("by", COSTS)
 def test_no_other_width_comes_nearer(by: str) -> None:
     def make(features: Features, seed: int, **widths: list[int]) -> DCN:
         return DCN(features, seed, **{"embedding_dim": 4, "cross_layers": 2, "deep": [12, 5], **widths})
 
     goal = toy_module(toy_dlrm).size
-    widths, found = matching.match(toy_module(make), {"deep": [12, 5]}, goal, by)
-    cost = matching.COSTS[by]
+    widths, found = match(toy_module(make), {"deep": [12, 5]}, goal, by)
+    cost = COSTS[by]
 
     def distance(widest: int) -> int:
         with torch.device("meta"):

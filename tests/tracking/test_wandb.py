@@ -20,7 +20,7 @@ from datamodules.criteo import Criteo
 from datamodules.generate.demo import DemoSettings
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.engine.norms import NormLogger
+from lightning_dlrm.engine.metrics_logger import NormLogger
 from lightning_dlrm.tracking.run_folder import RunFolder
 from lightning_dlrm.tracking.wandb_mode import choose_mode
 from lightning_dlrm.tracking.wandb_run import RunPlace, WandbExtras, start_wandb
