@@ -5,6 +5,7 @@ Commands that need no Trainer start without loading Lightning.
 
 import argparse
 import atexit
+import errno
 import gc
 import importlib
 import os
@@ -90,13 +91,25 @@ def search_current_folder_last() -> None:
 def _user_error_in(error: BaseException | None) -> UserError | None:
     """Return the user's mistake behind an error; None if the error is not one.
 
-    Parsing libraries wrap the errors of constructors. Refusals of Lightning count as mistakes of the user's.
+    Parsing libraries wrap the errors of constructors. Errors of the system about a file and refusals of Lightning count
+    as mistakes of the user's.
     """
     while error is not None and not isinstance(error, UserError):
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            return UserError(f"{error.filename}: {error.strerror}; check the path, its permissions and free space")
+        if _is_lack_of_memory(error):
+            return UserError(f"not enough memory: {one_line(error)}; make the model or the batch smaller")
         if _is_refusal_of_lightning(error):
             return UserError(f"Lightning: {one_line(error)}")
         error = error.__cause__
     return error
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be allocated; torch has a class of errors for GPUs only."""
+    cpu = type(error) is RuntimeError and "can't allocate memory" in str(error)
+    system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return cpu or system or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _is_refusal_of_lightning(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 import lightning_dlrm
+from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.retired import log_updates, update_document, update_options
 
@@ -27,7 +28,7 @@ def find_config(name: str) -> Path:
     """
     for candidate in (Path(name), shipped_configs() / name):
         if candidate.is_file():
-            _check_yaml(candidate)
+            read_yaml(candidate)
             return candidate
     known = sorted(str(p.relative_to(shipped_configs())) for p in shipped_configs().rglob("*.yaml"))
     raise UserError(
@@ -39,22 +40,11 @@ def find_config(name: str) -> Path:
 
 def _find_run_config(name: str) -> Path:
     path = find_config(name)
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
     require(
-        "arms" not in content,
+        "arms" not in read_yaml(path),
         f"{name} is an experiment of several runs: python -m lightning_dlrm compare --config {name} --output DIR",
     )
     return path
-
-
-def _check_yaml(path: Path) -> None:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}; correct it there") from error
-    require(
-        isinstance(content, dict), f"{path} holds no settings; expected keys such as 'trainer:', each with its values"
-    )
 
 
 def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
@@ -77,7 +67,7 @@ def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
 
 def _resolve_run_config(name: str) -> str:
     path = _find_run_config(name)
-    document, notes = update_document(yaml.safe_load(path.read_text(encoding="utf-8")))
+    document, notes = update_document(read_yaml(path))
     log_updates(name, notes)
     return yaml.safe_dump(document, sort_keys=False) if notes else str(path)
 

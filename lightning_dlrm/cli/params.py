@@ -11,6 +11,7 @@ import yaml
 
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser
+from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.network import ModelSize, model_size
@@ -189,7 +190,7 @@ def write_config(sources: Sequence[str], widths: Mapping[str, Any], output: Path
     """
     document: dict[str, Any] = {}
     for source in sources:
-        document = _overlaid(document, yaml.safe_load(find_config(source).read_text(encoding="utf-8")))
+        document = _overlaid(document, read_yaml(find_config(source)))
     document["model"]["network"].setdefault("init_args", {}).update(widths)
     text = "".join(f"# {line}".rstrip() + "\n" for line in header) + "\n" + yaml.safe_dump(document, sort_keys=False)
     try:

@@ -1,7 +1,9 @@
 """The options of a fit, which all commands with a model share, on Lightning's public argument parser."""
 
+import inspect
 import logging
 import os
+import pydoc
 import re
 import warnings
 from argparse import SUPPRESS
@@ -175,10 +177,31 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
         UserError: a configuration or an option is wrong.
     """
     settings = parser.parse_args(resolve_config_arguments(arguments))
+    refuse_nulls(settings)
     if settings.seed_everything is not False:
         given = None if settings.seed_everything is True else settings.seed_everything
         settings.seed_everything = pl.seed_everything(given, workers=True)
     return settings
+
+
+def refuse_nulls(settings: Namespace, key: str = "") -> None:
+    """Refuse null for options of classes that do not take None, which the parser lets through.
+
+    Raises:
+        UserError: an option is null.
+    """
+    for name, value in vars(settings).items():
+        if isinstance(value, Namespace):
+            refuse_nulls(value, f"{key}{name}.")
+    given = settings.get("init_args")
+    made = pydoc.locate(settings.class_path) if isinstance(given, Namespace) else None
+    if not callable(made):
+        return
+    parameters = inspect.signature(made).parameters
+    for name in [name for name, value in vars(given).items() if value is None and name in parameters]:
+        kind, default = parameters[name].annotation, parameters[name].default
+        takes_none = default is None or any(word in str(kind) for word in ("None", "Optional", "Any", "empty"))
+        require(takes_none, f"{key}init_args.{name} is null; give a value of {getattr(kind, '__name__', kind)}")
 
 
 def fill_data_seed(settings: Namespace) -> None:

@@ -12,6 +12,7 @@ import yaml
 from lightning_dlrm.cli.configs import find_config, nearest
 from lightning_dlrm.cli.parser import ModelAndData, build_model_and_data
 from lightning_dlrm.compare.runs import differing, settings_of, within
+from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.models.network import ModelSize
@@ -61,7 +62,7 @@ class PlannedArm:
 
 def is_experiment(path: Path) -> bool:
     """Whether a YAML is an experiment and not the configuration of a run."""
-    return "arms" in yaml.safe_load(path.read_text(encoding="utf-8"))
+    return "arms" in read_yaml(path)
 
 
 def read_experiment(path: Path, seeds: Sequence[int] | None = None) -> Experiment:
@@ -74,7 +75,7 @@ def read_experiment(path: Path, seeds: Sequence[int] | None = None) -> Experimen
     Raises:
         UserError: a key is unknown or missing, or its value has another type.
     """
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document = read_yaml(path)
     for key, value in document.items():
         if key not in _KEYS:
             raise UserError(f"{path}: unknown key {key}{nearest(key, _KEYS)}; an experiment has {', '.join(_KEYS)}")
@@ -122,7 +123,7 @@ def plan_arms(
     documents = {"settings.yaml": experiment.settings} if experiment.settings else {}
     for number, overlay in enumerate(overlays):
         path = find_config(overlay)
-        document, left_out = without(yaml.safe_load(path.read_text(encoding="utf-8")), experiment.kept)
+        document, left_out = without(read_yaml(path), experiment.kept)
         if left_out:
             notes.append(f"{overlay}: {', '.join(left_out)} left as the arms of {experiment.name} have it")
         if document:
@@ -231,7 +232,7 @@ def keep_configurations(arms: Sequence[PlannedArm], folder: Path) -> dict[str, P
         path = files[arm.name]
         if not path.exists():
             _write(path, arm.document)
-        changed = differing({"there": settings_of(yaml.safe_load(path.read_text())), "here": arm.settings})
+        changed = differing({"there": settings_of(read_yaml(path)), "here": arm.settings})
         if changed:
             listed = "; ".join(f"{key}: {_format_by_name(values)}" for key, values in list(changed.items())[:5])
             raise UserError(

@@ -1,15 +1,13 @@
 """Finished runs as ``fit`` leaves them, grouped by configuration."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_dlrm.cli.configs import flat
+from lightning_dlrm.contracts.documents import read_json, read_yaml
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.retired import update_document
 from lightning_dlrm.tracking import names
@@ -133,16 +131,16 @@ def read_run(path: Path, name: str | None = None) -> Run:
 
 
 def _read(path: Path, missing: str) -> dict[str, Any]:
-    try:
-        # JSON is YAML, but its own parser is faster.
-        content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(missing + ("" if path.parent.is_dir() else f" (there is no folder {path.parent})")) from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not what fit writes; train the run again")
-    return content
+    """Return the content of a file of a run folder.
+
+    Raises:
+        UserError: there is no such file, with the message ``missing``, or it is damaged.
+    """
+    if not path.exists():
+        raise UserError(missing + ("" if path.parent.is_dir() else f" (there is no folder {path.parent})"))
+    if path.suffix == ".json":
+        return read_json(path, dict[str, Any], "train the run again")
+    return read_yaml(path)
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:

@@ -1,7 +1,9 @@
-"""JSON files that other people may have written or damaged: checked against a form before anything uses them."""
+"""JSON and YAML files that other people may have written or damaged: checked before anything uses them."""
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import yaml
 
 from lightning_dlrm.contracts.errors import UserError, one_line
 
@@ -46,6 +48,23 @@ def read_json(path: Path, form: type[Form], advice: str) -> Form:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}") from error
     return parse_json(content, form, str(path), advice)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the settings in a YAML file.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML in UTF-8, or does not hold keys with values.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path} is not YAML: {one_line(error)}; correct it there") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings; expected keys such as 'trainer:', each with its values")
+    return content
 
 
 def is_inner_path(name: str) -> bool:

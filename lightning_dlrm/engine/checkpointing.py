@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.engine.checkpoint_state import dense_tensors, table_pieces
 from lightning_dlrm.engine.fit_length import all_micro_batches
 from lightning_dlrm.engine.module import CTRModule
@@ -128,17 +128,31 @@ class RunCheckpoints(Checkpoint):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the whole checkpoint with the most steps in a run's ``checkpoints`` folder; None if there is none."""
-    found = []
+    """Return the whole checkpoint with the most steps in a run's ``checkpoints`` folder; None if there is none.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    found: list[tuple[int, Path]] = []
+    damaged: list[str] = []
     for name in (LAST, BEST):
         try:
             path = resolve_checkpoint(folder / name)
         except UserError:
+            if (folder / name).exists():
+                damaged.append(f"checkpoint {folder / name} has no manifest")
             continue
         try:
-            found.append((CheckpointReader(path).header[names.STEP], path))
-        except (UserError, KeyError) as error:
-            log.warning("passing over a checkpoint that is not whole: %s", error)
+            found.append((int(CheckpointReader(path).header[names.STEP]), path))
+        except (UserError, KeyError, TypeError, ValueError) as error:
+            damaged.append(one_line(error) if isinstance(error, UserError) else f"checkpoint {path} has no step")
+    if damaged and not found:
+        raise UserError(
+            f"no checkpoint in {folder} is whole ({'; '.join(damaged)}): restore one, or start again with "
+            "another --run_dir"
+        )
+    for problem in damaged:
+        log.warning("passing over a checkpoint that is not whole: %s", problem)
     return max(found)[1] if found else None
 
 

@@ -10,8 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 
 
@@ -132,12 +131,4 @@ def read_plan(path: Path) -> Plan:
     Raises:
         UserError: the file cannot be read, or holds no plan.
     """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"cannot read the plan {path}: {error.strerror}; make one with 'python -m lightning_dlrm plan'"
-        ) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"the plan {path} is not YAML: {' '.join(str(error).split())}; make it again") from error
-    return Plan.of_document(document)
+    return Plan.of_document(read_yaml(path))

@@ -6,6 +6,7 @@
 
 import datetime
 import json
+import logging
 import math
 import os
 import shutil
@@ -16,8 +17,11 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.documents import read_json
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.tracking import names
+
+log = logging.getLogger("lightning_dlrm")
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -98,13 +102,22 @@ class RunFolder:
         return self.path / METRICS
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return the lines of ``metrics.jsonl`` without an incomplete line of a killed run."""
+        """Return the lines of ``metrics.jsonl`` without an incomplete line of a killed run.
+
+        Raises:
+            UserError: a line is no object with a step.
+        """
         found = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
+        for line in self.metrics.read_bytes().splitlines() if self.metrics.exists() else ():
             try:
-                found.append(json.loads(line))
-            except ValueError:
+                content = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            require(
+                isinstance(content, dict) and isinstance(content.get(names.STEP), int),
+                f"{self.metrics} has a line without a step ({line[:40]!r}); remove the line",
+            )
+            found.append(content)
         return found
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -122,10 +135,15 @@ class RunFolder:
         self.write_json(SUMMARY, {"final": final, "best": best})
 
     def final(self) -> dict[str, Any]:
-        """Return the metrics at the end of the run from ``summary.json``; empty if there is no such file."""
+        """Return the metrics at the end of the run from ``summary.json``; empty without such a file, or if damaged."""
         path = self.path / SUMMARY
-        found: dict[str, Any] = json.loads(path.read_text())["final"] if path.exists() else {}
-        return found
+        if not path.exists():
+            return {}
+        try:
+            return read_json(path, dict[str, dict[str, Any]], "it is written again").get("final", {})
+        except UserError as error:
+            log.warning("%s", error)
+            return {}
 
     def drop_lines_after(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` after ``step``, which a resumed run writes again."""

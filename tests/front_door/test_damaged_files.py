@@ -1,0 +1,122 @@
+"""Contract: a damaged file, or a stranger's, is refused in one line; nothing is written outside of the output."""
+
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_dlrm.__main__ import main
+from tests.front_door.test_frozen_files import ARCHIVE
+
+MANIFEST = Path("runs/dlrm/checkpoints/last/manifest.json")
+
+
+@pytest.fixture(autouse=True)
+def frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path / "inside", filter="data")
+    monkeypatch.chdir(tmp_path / "inside")
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return the one line on stderr of a command that is refused."""
+    assert main(arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def change(path: Path, edit: Callable[[Any], Any]) -> None:
+    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+
+
+@pytest.mark.parametrize(
+    "content", [b"null", b"[]", b"\xff\xfe{}", b"", b'{"format_version": 1}', b"[" * 100_000], ids=lambda c: repr(c[:9])
+)
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        (MANIFEST, "checkpoint info runs/dlrm/checkpoints/last"),
+        (Path("dataset/dataset.json"), "inspect dataset"),
+        (Path("runs/dlrm/summary.json"), "compare runs/dlrm runs/dcn --output out"),
+    ],
+    ids=["manifest", "dataset", "summary"],
+)
+def test_json_of_another_form(content: bytes, path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path.write_bytes(content)
+    line = refusal(capsys, *command.split())
+    assert path.name in line or (b"{" in content and "is not finished" in line)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda d: d | {"tables": {"../../../escaped": d["tables"]["C1"]}},
+        lambda d: d | {"tables": {"/tmp/escaped": d["tables"]["C1"]}},
+        lambda d: d | {"rest": d["rest"] | {"file": "../best/rest.pt"}},
+        lambda d: d | {"rest": d["rest"] | {"bytes": "12"}},
+        lambda d: d | {"tables": {"C1": d["tables"]["C1"] | {"shapes": {}}}},
+    ],
+    ids=["table above", "absolute table", "file above", "text for a number", "no shapes"],
+)
+def test_manifest_that_leads_out_of_its_folder(
+    edit: Callable[[Any], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(MANIFEST, edit)
+    before = {path for path in tmp_path.rglob("*") if "merged" not in str(path)}
+    assert "manifest.json" in refusal(capsys, "checkpoint", "merge", str(MANIFEST.parent), "--output", "merged/a")
+    assert {path for path in tmp_path.rglob("*") if "merged" not in str(path)} == before
+
+
+def test_link_out_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = MANIFEST.parent / "rest.pt"
+    file.rename(tmp_path / "rest.pt")
+    file.symlink_to(tmp_path / "rest.pt")
+    assert "rest.pt" in refusal(capsys, "checkpoint", "info", str(MANIFEST.parent))
+
+
+@pytest.mark.parametrize("path", ["../train.parquet", "/etc/passwd", "train/../../x"])
+def test_dataset_with_files_elsewhere(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def edit(document: Any) -> Any:
+        document["splits"]["train"]["files"][0]["path"] = path
+        return document
+
+    change(Path("dataset/dataset.json"), edit)
+    assert path in refusal(capsys, "inspect", "dataset")
+
+
+def test_resume_takes_the_next_checkpoint_and_refuses_if_none_is_whole(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    fit = ["fit", "--config", "runs/dlrm/config.yaml", "--run_dir", "runs/dlrm", "--resume", "auto"]
+    # A hard link of the same file in ``best``.
+    MANIFEST.unlink()
+    MANIFEST.write_text("null")
+    Path("runs/dlrm/summary.json").write_text("")
+    assert main(fit) == 0
+    assert "passing over" in caplog.text and json.loads(Path("runs/dlrm/summary.json").read_text())["final"]
+    metrics = Path("runs/dlrm/metrics.jsonl").read_bytes()
+    for manifest in Path("runs/dlrm/checkpoints").rglob("manifest.json"):
+        manifest.write_text("{}")
+    assert "--run_dir" in refusal(capsys, *fit)
+    assert Path("runs/dlrm/metrics.jsonl").read_bytes() == metrics
+
+
+def test_metrics_without_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    with Path("runs/dlrm/metrics.jsonl").open("a") as file:
+        file.write("null\n")
+    assert "metrics.jsonl" in refusal(capsys, "compare", "runs/dlrm", "runs/dcn", "--output", "out")
+
+
+def test_options_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("deep.yaml").write_text("model: " + "[" * 4000 + "]" * 4000)
+    dlrm = ["--config", "dlrm.yaml"]
+    assert "deep.yaml" in refusal(capsys, "params", *dlrm, "--config", "deep.yaml")
+    line = refusal(capsys, "params", *dlrm, "--model.table_optimizer.learning_rate", "null")
+    assert "learning_rate is null" in line
+    fit = ["fit", "--config", "runs/dlrm/config.yaml", "--run_dir"]
+    assert "name too long" in refusal(capsys, *fit, "r" * 300)
+    large = ["--model.network.embedding_dim", "100000000", "--model.network.bottom_mlp", "[64, 100000000]"]
+    assert "not enough memory" in refusal(capsys, *fit, "big", *large)
