@@ -37,6 +37,11 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
 }
 
+TRAINER_CLASSES = {
+    "accelerator": "auto", "strategy": "auto", "logger": None, "callbacks": None, "profiler": None, "plugins": None
+}  # fmt: skip
+"""Arguments of the Trainer that take objects, with their defaults."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
@@ -118,14 +123,14 @@ def build_model_parser(command: str, description: str, **options: Any) -> Comman
         description: shown by ``--help``.
         options: options of the parser, such as ``epilog``.
     """
-    parser = _build_parser(command, description, **options)
+    parser = _build_parser(command, description, builds_trainer=False, **options)
     # The config.yaml of a run has these two options of fit; they do not concern model and data.
     parser.add_argument("--ckpt_path", type=str | None, default=None, help=SUPPRESS)
     parser.add_argument("--weights_only", type=bool | None, default=None, help=SUPPRESS)
     return parser
 
 
-def _build_parser(command: str, description: str, **options: Any) -> CommandParser:
+def _build_parser(command: str, description: str, builds_trainer: bool = True, **options: Any) -> CommandParser:
     parser = CommandParser(prog=f"python -m lightning_dlrm {command}", description=description, **options)
     parser.add_argument(
         "-c", "--config", action=ActionConfigFile, help="YAML file, here or one shipped; later ones overlay earlier"
@@ -136,7 +141,16 @@ def _build_parser(command: str, description: str, **options: Any) -> CommandPars
         default=1,
         help="seed of initial parameters and data; true takes PL_GLOBAL_SEED, or 0",
     )
-    parser.add_lightning_class_args(pl.Trainer, "trainer")
+    if builds_trainer:
+        parser.add_lightning_class_args(pl.Trainer, "trainer")
+    else:
+        # Without types these stay data: the classes that they name are not even imported.
+        parser.add_class_arguments(
+            pl.Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip=set(TRAINER_CLASSES)
+        )
+        for name, default in TRAINER_CLASSES.items():
+            kind = list[Any] | dict[str, Any] | str | bool | None
+            parser.add_argument(f"--trainer.{name}", type=kind, default=default, help="as in fit, not built here")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
     parser.add_lightning_class_args(CTRModule, "model")
     parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)

@@ -131,4 +131,5 @@ def read_plan(path: Path) -> Plan:
     Raises:
         UserError: the file cannot be read, or holds no plan.
     """
+    require(path.is_file(), f"cannot read the plan {path}: no such file; make one with 'python -m lightning_dlrm plan'")
     return Plan.of_document(read_yaml(path))

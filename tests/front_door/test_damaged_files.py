@@ -120,3 +120,17 @@ def test_options_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     assert "name too long" in refusal(capsys, *fit, "r" * 300)
     large = ["--model.network.embedding_dim", "100000000", "--model.network.bottom_mlp", "[64, 100000000]"]
     assert "not enough memory" in refusal(capsys, *fit, "big", *large)
+
+
+@pytest.mark.parametrize("command", ["params", "plan"])
+def test_classes_of_a_trainer_are_not_imported_without_one(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "foreign.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    classes = [
+        "--trainer.callbacks+=foreign.Class",
+        "--trainer.strategy=foreign.Class",
+        "--trainer.profiler=foreign.Class",
+    ]
+    assert main([command, "--config", "dlrm.yaml", *classes, "--config", "runs/dlrm/config.yaml"]) == 0
