@@ -20,8 +20,6 @@ from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DataFile, Datas
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
 
 REMEDY = "restore the file, or make the dataset again"
 """What error messages advise for a missing or altered file."""

@@ -146,7 +146,8 @@ def read_group(
     for column in columns:
         place, values = f"{path}, row group {group}, column {column.name}", table.column(column.name)
         if remedy := _REMEDY_OF_NULLS.get(column.role):
-            require(not _nulls(values), f"{place} has nulls ({_nulls(values):,}); {remedy}")
+            nulls = _nulls(values)
+            require(not nulls, f"{place} has nulls ({nulls:,}); {remedy}")
         if column.role == "label":
             check_labels(place, values)
     return table

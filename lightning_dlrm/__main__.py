@@ -95,10 +95,10 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
     as mistakes of the user's.
     """
     while error is not None and not isinstance(error, UserError):
+        if _is_lack_of_memory(error):
+            return UserError(f"not enough memory: {one_line(error)}; free memory, or give smaller sizes")
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             return UserError(f"{error.filename}: {error.strerror}; check the path, its permissions and free space")
-        if _is_lack_of_memory(error):
-            return UserError(f"not enough memory: {one_line(error)}; make the model or the batch smaller")
         if _is_refusal_of_lightning(error):
             return UserError(f"Lightning: {one_line(error)}")
         error = error.__cause__

@@ -115,15 +115,16 @@ def build_trainer_parser(command: str, description: str) -> CommandParser:
     return parser
 
 
-def build_model_parser(command: str, description: str, **options: Any) -> CommandParser:
+def build_model_parser(command: str, description: str, builds_trainer: bool = False, **options: Any) -> CommandParser:
     """Return the parser of a command that needs a configuration's model and data, and no Trainer.
 
     Args:
         command: its name.
         description: shown by ``--help``.
+        builds_trainer: whether a later fit takes the settings; otherwise classes of the trainer are not imported.
         options: options of the parser, such as ``epilog``.
     """
-    parser = _build_parser(command, description, builds_trainer=False, **options)
+    parser = _build_parser(command, description, builds_trainer, **options)
     # The config.yaml of a run has these two options of fit; they do not concern model and data.
     parser.add_argument("--ckpt_path", type=str | None, default=None, help=SUPPRESS)
     parser.add_argument("--weights_only", type=bool | None, default=None, help=SUPPRESS)
@@ -144,7 +145,7 @@ def _build_parser(command: str, description: str, builds_trainer: bool = True, *
     if builds_trainer:
         parser.add_lightning_class_args(pl.Trainer, "trainer")
     else:
-        # Without types these stay data: the classes that they name are not even imported.
+        # Without types these stay data: the classes that they name are not imported.
         parser.add_class_arguments(
             pl.Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip=set(TRAINER_CLASSES)
         )
@@ -211,7 +212,10 @@ def refuse_nulls(settings: Namespace, key: str = "") -> None:
     made = pydoc.locate(settings.class_path) if isinstance(given, Namespace) else None
     if not callable(made):
         return
-    parameters = inspect.signature(made).parameters
+    try:
+        parameters = inspect.signature(made).parameters
+    except ValueError:  # a class in C without a signature
+        return
     for name in [name for name, value in vars(given).items() if value is None and name in parameters]:
         kind, default = parameters[name].annotation, parameters[name].default
         takes_none = default is None or any(word in str(kind) for word in ("None", "Optional", "Any", "empty"))

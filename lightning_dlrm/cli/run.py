@@ -359,7 +359,13 @@ def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
     if job.command != "fit" or not trainer.is_global_zero:
         return
     step, folder = f"{trainer.global_step:,}", job.folder
-    if newest_checkpoint(folder.checkpoints) is None:
+    try:
+        newest = newest_checkpoint(folder.checkpoints)
+    except UserError as error:
+        # The exit code stays that of the signal.
+        log.warning("interrupted at step %s; %s", step, error)
+        return
+    if newest is None:
         log.info("interrupted at step %s, before the first checkpoint", step)
         return
     config, path = (shlex.quote(str(given)) for given in (folder.path / CONFIG, folder.path))

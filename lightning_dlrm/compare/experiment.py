@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lightning_dlrm.cli.configs import find_config, nearest
-from lightning_dlrm.cli.parser import ModelAndData, build_model_and_data
+from lightning_dlrm.cli.parser import ModelAndData, build_model_and_data, build_model_parser
 from lightning_dlrm.compare.runs import differing, settings_of, within
 from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError
@@ -138,7 +138,7 @@ def plan_arms(
 def _plan_arm(name: str, files: Sequence[str], options: Sequence[str]) -> PlannedArm:
     configs = [part for file in files for part in ("--config", file)]
     try:
-        built = build_model_and_data([*configs, *options])
+        built = build_model_and_data([*configs, *options], build_model_parser("params", "", builds_trainer=True))
     except UserError as error:
         raise UserError(f"arm {name}: {error}") from error
     return PlannedArm(

@@ -1,9 +1,7 @@
-"""JSON and YAML files that other people may have written or damaged: checked before anything uses them."""
+"""Read JSON and YAML files, which may be damaged or foreign, and check their form."""
 
 from pathlib import Path
 from typing import Any, TypeVar
-
-import yaml
 
 from lightning_dlrm.contracts.errors import UserError, one_line
 
@@ -13,7 +11,7 @@ Form = TypeVar("Form")
 def parse_json(content: str | bytes, form: type[Form], where: str, advice: str) -> Form:
     """Return the content of a JSON file as a value of a type, such as a dataclass.
 
-    No value is converted: ``"1"`` is no int, and a list no mapping.
+    No value is converted: ``"1"`` is refused for an int, and a list for a mapping.
 
     Args:
         content: the file's content.
@@ -56,6 +54,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is not YAML in UTF-8, or does not hold keys with values.
     """
+    # Processes that read no YAML start without it.
+    import yaml
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -69,4 +70,4 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def is_inner_path(name: str) -> bool:
     """Return whether a path that a file names stays within its folder: relative, and without ``..``."""
-    return "\0" not in name and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
+    return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))

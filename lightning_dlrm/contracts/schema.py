@@ -1,6 +1,6 @@
 """The schema of a dataset folder: columns, splits, files and fingerprints.
 
-Standard library only, so that preprocessing and planning start without torch.
+Imports no torch, so that preprocessing and planning start fast; what checks a file is imported when one is read.
 
 A dataset folder looks like this::
 
@@ -247,13 +247,13 @@ class DatasetSchema:
             UserError: the content is not a schema of this version, or it was altered after it was written.
         """
         advice = "restore it or preprocess the data again"
-        stored = parse_json(text, _Stored, where, advice)
+        version = parse_json(text, _Version, where, advice).format_version
         require(
-            stored.format_version == FORMAT_VERSION,
-            f"{where} has format version {stored.format_version}; this release reads {FORMAT_VERSION}: "
+            version == FORMAT_VERSION,
+            f"{where} has format version {version}; this release reads {FORMAT_VERSION}: "
             "preprocess the data again, or use the release that wrote it",
         )
-        schema = parse_json(text, cls, where, advice)
+        stored, schema = parse_json(text, _Stored, where, advice), parse_json(text, cls, where, advice)
         require(
             stored.fingerprints == {"encoding": schema.encoding_fingerprint, "data": schema.data_fingerprint},
             f"{where} was altered after it was written (fingerprints differ); restore it or preprocess again",
@@ -262,10 +262,14 @@ class DatasetSchema:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Stored:
-    """What ``dataset.json`` holds beside the schema's own fields."""
-
+class _Version:
     format_version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What ``dataset.json`` holds beside its version and the schema's own fields."""
+
     fingerprints: Mapping[str, str]
 
 

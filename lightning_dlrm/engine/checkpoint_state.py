@@ -1,7 +1,9 @@
 """State that a module adds to Lightning's checkpoint and loads from it: tables by pieces, random generators."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -19,9 +21,6 @@ from lightning_dlrm.tables.lookup import EmbeddingTables
 
 if TYPE_CHECKING:
     from lightning_dlrm.engine.module import CTRModule
-from collections.abc import Mapping
-
-import numpy as np
 
 
 def add_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:

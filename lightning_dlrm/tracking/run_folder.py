@@ -105,7 +105,7 @@ class RunFolder:
         """Return the lines of ``metrics.jsonl`` without an incomplete line of a killed run.
 
         Raises:
-            UserError: a line is no object with a step.
+            UserError: a line is not a JSON object with an integer step.
         """
         found = []
         for line in self.metrics.read_bytes().splitlines() if self.metrics.exists() else ():

@@ -7,6 +7,7 @@ import pytest
 
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import shipped_configs
+from lightning_dlrm.cli.parser import build_model_parser, parse
 from lightning_dlrm.engine.retired import update_options
 
 OVERLAYS = ("small.yaml", "figure5/small.yaml", "criteo_kaggle.yaml", "criteo_terabyte.yaml")
@@ -66,3 +67,11 @@ def test_what_does_not_fit_is_one_line(options: list[str], message: str, capsys:
 def test_kernels_of_an_earlier_release_become_auto() -> None:
     new, notes = update_options(["--model.kernels", "fbgemm"])
     assert new == ["--model.kernels=auto"] and "no fbgemm any more: auto is used" in notes[0]
+
+
+def test_arms_of_a_comparison_keep_the_options_of_callbacks() -> None:
+    options = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=validation/auc"]
+    parser = build_model_parser("params", "", builds_trainer=True)
+    settings = parse(parser, ["--config", "dlrm.yaml", *options])
+    (callback,) = settings.trainer.callbacks
+    assert callback.init_args.monitor == "validation/auc"

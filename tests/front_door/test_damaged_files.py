@@ -104,6 +104,11 @@ def test_resume_takes_the_next_checkpoint_and_refuses_if_none_is_whole(
     assert Path("runs/dlrm/metrics.jsonl").read_bytes() == metrics
 
 
+def test_dataset_of_another_version(capsys: pytest.CaptureFixture[str]) -> None:
+    change(Path("dataset/dataset.json"), lambda document: {"format_version": 99})
+    assert "format version 99" in refusal(capsys, "inspect", "dataset")
+
+
 def test_metrics_without_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     with Path("runs/dlrm/metrics.jsonl").open("a") as file:
         file.write("null\n")
