@@ -116,7 +116,7 @@ def test_evaluations_take_the_average_of_all_rows(
     for name, value in trained.network.state_dict().items():
         assert torch.equal(value, weights.after[-1][name])
         assert torch.equal(value, module.network.state_dict()[name])
-    assert results["test/auc"] != evaluated(module_of(network), tmp_path / "plain")[1]["test/auc"]
+    assert results["test/log_loss"] != evaluated(module_of(network), tmp_path / "plain")[1]["test/log_loss"]
 
 
 def test_a_validation_in_the_fit_scores_the_same_average(tmp_path: Path) -> None:
