@@ -150,7 +150,8 @@ def _build_parser(command: str, description: str, builds_trainer: bool = True, *
             pl.Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip=set(TRAINER_CLASSES)
         )
         for name, default in TRAINER_CLASSES.items():
-            kind = list[Any] | dict[str, Any] | str | bool | None
+            # Any, also within a list, would import the class that a class_path names.
+            kind = list[dict | str] | dict | str | bool | None
             parser.add_argument(f"--trainer.{name}", type=kind, default=default, help="as in fit, not built here")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
     parser.add_lightning_class_args(CTRModule, "model")

@@ -1,6 +1,7 @@
 """Contract: a damaged file, or a stranger's, is refused in one line; nothing is written outside of the output."""
 
 import json
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -138,4 +139,9 @@ def test_classes_of_a_trainer_are_not_imported_without_one(
         "--trainer.strategy=foreign.Class",
         "--trainer.profiler=foreign.Class",
     ]
-    assert main([command, "--config", "dlrm.yaml", *classes, "--config", "runs/dlrm/config.yaml"]) == 0
+    # In YAML too, in a list and by itself, with and without arguments.
+    described = "{class_path: foreign.Class, init_args: {a: {class_path: foreign.Other}}}"
+    Path("foreign.yaml").write_text(f"trainer: {{callbacks: [{described}, foreign.Class], logger: {described}}}\n")
+    run = ["--config", "runs/dlrm/config.yaml"]
+    assert main([command, "--config", "dlrm.yaml", *classes, *run, "--config", "foreign.yaml"]) == 0
+    assert "foreign" not in sys.modules
