@@ -91,10 +91,12 @@ def failures_as_user_errors(
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error, of Python or of pyarrow, means that a disk or a quota is full."""
+    """Return whether an error, of Python or of pyarrow, means that a disk or a quota is full, or a file larger than
+    allowed."""
     if not isinstance(error, OSError):
         return False
-    return error.errno in (errno.ENOSPC, errno.EDQUOT) or f"[errno {errno.ENOSPC}]" in str(error).lower()
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return error.errno in numbers or any(f"[errno {number}]" in str(error).lower() for number in numbers)
 
 
 def _failure(place: str, what: str, error: Exception, remedy: str) -> UserError:

@@ -94,7 +94,10 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
     Parsing libraries wrap the errors of constructors. Errors of the system about a file and refusals of Lightning count
     as mistakes of the user's.
     """
-    while error is not None and not isinstance(error, UserError):
+    seen = set()
+    # A library may raise an error from itself.
+    while error is not None and not isinstance(error, UserError) and id(error) not in seen:
+        seen.add(id(error))
         if _is_lack_of_memory(error):
             return UserError(f"not enough memory: {one_line(error)}; free memory, or give smaller sizes")
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
@@ -102,7 +105,7 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
         if _is_refusal_of_lightning(error):
             return UserError(f"Lightning: {one_line(error)}")
         error = error.__cause__
-    return error
+    return error if isinstance(error, UserError) else None
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:

@@ -73,11 +73,13 @@ class Workers:
             while waiting:
                 yield waiting.popleft().result()
         except Exception as error:
-            raise self._explained(error) from error
+            explained = self._explained(error)
+            if explained is None:
+                raise
+            raise explained from error
 
-    def _explained(self, error: Exception) -> Exception:
-        if isinstance(error, UserError):
-            return error
+    def _explained(self, error: Exception) -> UserError | None:
+        """Return what the user can do about an error; None if it explains itself, or is not foreseen."""
         if is_disk_full(error):
             return UserError(f"the disk is full ({one_line(error)}); make room. {self.resume_hint}")
         if isinstance(error, BrokenProcessPool):
@@ -90,7 +92,7 @@ class Workers:
                 f"the cluster lost a worker or its scheduler ({type(error).__name__}: {one_line(error)[:200]}). "
                 f"{self.resume_hint}"
             )
-        return error
+        return None
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.cli.loggers import finish_loggers, make_loggers, wandb_address
 from lightning_dlrm.cli.parser import CommandParser, build_trainer_parser, configure_logging, fill_data_seed, parse
 from lightning_dlrm.cli.predictions import PredictionWriter
-from lightning_dlrm.cli.report import demo_note, early_stop_note, final_report, size_note
+from lightning_dlrm.cli.report import cells_note, demo_note, early_stop_note, final_report, size_note
 from lightning_dlrm.cli.trainer_settings import (
     as_list,
     check_early_stopping_after_validation,
@@ -336,6 +336,8 @@ def log_start(job: Job, trainer: pl.Trainer) -> None:
     job.metrics_logger.configuration = job.parser.dump(settings, skip_unset=False)
     log.info("run folder: %s", job.folder.path)
     log.info(size_note(job.module.size))
+    if note := cells_note(job.datamodule.schema):
+        log.info(note)
     if job.datamodule.schema.dataset == "demo":
         log.info(demo_note())
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from datamodules.preprocess import command, counting, encoding, pipeline, stagin
 from datamodules.preprocess.journal import find_records, written_aside
 from datamodules.preprocess.pipeline import Target, preprocess
 from datamodules.preprocess.progress import Progress, Stage
+from datamodules.preprocess.workers import Workers
+from lightning_dlrm.__main__ import _user_error_in
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from tests.raw_criteo import Plain, assert_equals_plain, folder_bytes, generated_lines, written
@@ -51,7 +54,7 @@ def undisturbed(days: list[Path], tmp_path_factory: pytest.TempPathFactory) -> d
 
 def make(days: list[Path], output: Path, **options: Any) -> DatasetSchema:
     given = {"progress": QUIET, "block_bytes": 33_000, "workers": 1, **options}
-    return preprocess("terabyte", "modern", days, output, negative_sampling_rate=0.5, **given)
+    return preprocess("terabyte", "quantile", days, output, negative_sampling_rate=0.5, **given)
 
 
 def names_in(folder: Path) -> set[str]:
@@ -337,6 +340,30 @@ def test_full_disk_is_told_and_the_next_run_goes_on(
     assert names_in(tmp_path) == {".out.preprocess"}
     make(days, tmp_path / "out")
     assert folder_bytes(tmp_path / "out") == undisturbed
+
+
+def test_unforeseen_error_of_a_worker_ends_the_run() -> None:
+    class Unforeseen(Executor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_exception(KeyError("unforeseen"))
+            return future
+
+    pool = Workers(executor=Unforeseen(), count=1, resume_hint="")
+    with pytest.raises(KeyError, match="unforeseen") as error:
+        list(pool.map(print, ["job"]))
+    assert error.value.__cause__ is None
+    error.value.__cause__ = error.value
+    assert _user_error_in(error.value) is None
+
+
+def test_file_larger_than_allowed_is_told(tmp_path: Path, days: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def limited(*args: Any) -> Any:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(staging, "_segment", limited)
+    with pytest.raises(UserError, match=r"File too large.*make room"):
+        make(days, tmp_path / "out")
 
 
 def test_dead_worker_is_told_and_the_next_run_goes_on(tmp_path: Path) -> None:
