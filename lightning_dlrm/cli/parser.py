@@ -171,6 +171,12 @@ def _add_run_options(parser: CommandParser) -> None:
         help="auto: continue from the newest whole checkpoint in --run_dir, or start a new run if there is none",
     )
     parser.add_argument(
+        "--allow_nonfinite",
+        type=bool,
+        default=False,
+        help="open a checkpoint with NaN or infinite values too, to look at a wreck",
+    )
+    parser.add_argument(
         "--stop_at_auc",
         type=float | None,
         default=None,
