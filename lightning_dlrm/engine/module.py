@@ -350,7 +350,7 @@ class CTRModule(pl.LightningModule):
         optimizer = self.make_optimizer(network)
         self.learning_rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
         # The length of the fit is not known yet; any length shows whether the schedule accepts its settings.
-        make_schedule(self.schedule, optimizer, lambda: 1000)
+        make_schedule(self.schedule, optimizer, lambda: 1 << 40)
         return model_size(network, self.schema.features)
 
 
