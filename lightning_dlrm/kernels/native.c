@@ -448,9 +448,17 @@ ENTRY(update, update_rows) {
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
-enum { LANES = 16, TILE = 4 };
+/* Floats of one register: compilers keep sums of wider vectors in memory, which takes five times as long. */
+#if defined(__AVX512F__)
+enum { VECTOR = 16 };
+#elif defined(__AVX__)
+enum { VECTOR = 8 };
+#else
+enum { VECTOR = 4 };
+#endif
+enum { LANES = 16, TILE = 4, PARTS = LANES / VECTOR };
 
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float vector __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
 
 struct pairs {
     const char *first;   /* [B, D] */
@@ -489,18 +497,18 @@ INLINE void write_floats(char *to, const float *from, int64_t count, bool bf16) 
 }
 
 /* Adds left[r * row + k * step] * right[k * stride : k * stride + LANES], summed over k, to sum[r] for TILE rows r. */
-INLINE void add_tile(lanes *sum, const float *left, int64_t row, int64_t step, const float *right, int64_t stride,
-                     int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; k++) {
-        const lanes across = *(const lanes *)(right + k * stride);
+INLINE void add_tile(vector (*sum)[PARTS], const float *left, int64_t row, int64_t step, const float *right,
+                     int64_t stride, int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; k++)
         for (int r = 0; r < TILE; r++)
-            sum[r] += left[r * row + k * step] * across;
-    }
+            for (int p = 0; p < PARTS; p++)
+                sum[r][p] += left[r * row + k * step] * *(const vector *)(right + k * stride + p * VECTOR);
 }
 
-INLINE void put_tile(float *to, int64_t stride, const lanes *sum) {
+INLINE void put_tile(float *to, int64_t stride, vector (*sum)[PARTS]) {
     for (int r = 0; r < TILE; r++)
-        *(lanes *)(to + r * stride) = sum[r];
+        for (int p = 0; p < PARTS; p++)
+            *(vector *)(to + r * stride + p * VECTOR) = sum[r][p];
 }
 
 INLINE void multiply_pairs(const struct pairs *a, int64_t sample, int64_t width, float *space) {
@@ -515,7 +523,7 @@ INLINE void multiply_pairs(const struct pairs *a, int64_t sample, int64_t width,
             columns[d * across + v] = rows[v * width + d];
     for (int64_t i = 0; i < vectors; i += TILE)
         for (int64_t j = 0; j < i + TILE; j += LANES) {
-            lanes sum[TILE] = {{0}};
+            vector sum[TILE][PARTS] = {{{0}}};
             add_tile(sum, rows + i * width, width, 1, columns + j, across, 0, width);
             put_tile(products + i * across + j, across, sum);
         }
@@ -546,7 +554,7 @@ INLINE void differentiate_pairs(const struct pairs *a, int64_t sample, int64_t w
     }
     for (int64_t i = 0; i < vectors; i += TILE)
         for (int64_t d = 0; d < across; d += LANES) {
-            lanes sum[TILE] = {{0}};
+            vector sum[TILE][PARTS] = {{{0}}};
             add_tile(sum, lower + i * down, down, 1, rows + d, across, 0, minimum(i + TILE, vectors));
             add_tile(sum, lower + i, 1, down, rows + d, across, i, vectors);
             put_tile(grads + i * across + d, across, sum);

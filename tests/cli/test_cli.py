@@ -21,6 +21,7 @@ from sklearn.metrics import roc_auc_score
 
 from lightning_dlrm.__main__ import COMMANDS, main
 from lightning_dlrm.contracts.schema import DatasetSchema
+from tests.engine.test_finished import checksums
 
 REPOSITORY = Path(__file__).parents[2]
 SAMPLE = REPOSITORY.parent / "shared/criteo_terabyte_sample/day_0"
@@ -246,12 +247,19 @@ def test_sigterm_ends_an_evaluation() -> None:
 
 
 def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixture[str]) -> None:
-    for steps in ("2", "4", "4"):
-        # The last one has nothing left to train. A schedule over the length of the fit would change with it.
-        options = ["--run_dir", "run", "--resume=auto", f"--trainer.max_steps={steps}", "--model.schedule=Constant"]
-        assert main([*FIT, *QUICK, *options]) == 0
-    said = capsys.readouterr().out
-    assert said.count("already finished at step 4; nothing to do\n") == said.count("already finished") == 1
+    # A schedule over the length of the fit would change with it.
+    fit = [*FIT, *QUICK, "--run_dir", "run", "--model.schedule=Constant"]
+    for steps in ("2", "4"):
+        assert main([*fit, "--resume=auto", f"--trainer.max_steps={steps}"]) == 0
+    kept = checksums(Path("run"))
+    capsys.readouterr()
+    for again in (["--resume=auto"], ["--ckpt_path=last"], ["--ckpt_path=run/checkpoints/last", "--run_dir=new"]):
+        # W&B would make a folder.
+        assert main([*fit, "--trainer.max_steps=4", "--wandb.mode=offline", *again]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("already finished at step 4; nothing to do (trainer.max_steps 4 ended it")
+        assert said.count("\n") == 1
+    assert checksums(Path("run")) == kept and not Path("new").exists()
     assert main(["validate", "--config", "run/config.yaml"]) == 2
     assert "validate needs a checkpoint" in capsys.readouterr().err
     assert main(["fit", "--config", "run/config.yaml", "--run_dir", "other"]) == 0
