@@ -234,8 +234,11 @@ class CTRModule(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Return the batch on the device; a side stream copies it to a GPU while earlier steps compute."""
-        if device.type == batch.dense.device.type == "cpu":
-            return batch
+        if batch.dense.device.type == "cpu":
+            # Here, since a check on the device would wait for it.
+            batch.check_values(self.schema.features)
+            if device.type == "cpu":
+                return batch
         if device.type != "cuda":
             return batch.to(device)
         if self._side_stream is None:
