@@ -4,6 +4,7 @@ import gzip
 import math
 import random
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,11 @@ class Plain:
         min_count: int | None = None,
         negative_sampling_rate: float = 1.0,
         seed: int = 0,
+        bins: int = 30,
     ) -> None:
         self.protocol, self.max_rows = protocol, max_rows
-        self.min_count = {"nvidia": 15, "bars": 10, "modern": 2}.get(protocol, 1) if min_count is None else min_count
+        thresholds = {"nvidia": 15, "bars": 10, "modern": 2, "quantile": 3}
+        self.min_count = thresholds.get(protocol, 1) if min_count is None else min_count
         lines = [line for file in files for line in file]
         where = self._split(files, dataset, seed)
         for position, line in enumerate(lines):
@@ -83,21 +86,28 @@ class Plain:
         self.minimum = {
             name: min(int(line[column] or "0") for line in lines) for column, name in enumerate(CRITEO_DENSE, 1)
         }
-        train_only = protocol in ("bars", "modern")
+        train_only = protocol in ("bars", "modern", "quantile")
         counted = [
             line for line, split in zip(lines, where, strict=True) if split in (("train",) if train_only else SPLITS)
         ]
         self.tables: dict[str, tuple[int, bool]] = {}
+        self.edges = {
+            name: edges_of([line[column] for line in counted], bins) for column, name in enumerate(CRITEO_DENSE, 1)
+        }
         for column, name in enumerate(CRITEO_DENSE, 1):
             if train_only:
                 self.tables[("I" if protocol == "bars" else "B") + name[1:]] = (column, True)
         for column, name in enumerate(CRITEO_CATEGORICAL, 14):
             self.tables[name] = (column, False)
         self.vocabulary: dict[str, list[tuple[int | None, int, int]]] = {}
-        self.rows, self.distinct, self.ids = {}, {}, {}
+        self.rows, self.distinct, self.ids, self.rare = {}, {}, {}, {}
         self.reserved: dict[str, dict[str, int]] = {}
         for name, (column, is_bin) in self.tables.items():
             self._count(name, [line[column] for line in counted], is_bin)
+        self.cells = {split: {name: Counter[str]() for name in self.tables} for split in SPLITS}
+        for line, split in zip(lines, where, strict=True):
+            for name, (column, _) in self.tables.items() if split in SPLITS else ():
+                self.cells[split][name].update(self._kinds(name, line[column]))
         self.splits: dict[str, list[dict[str, float | None]]] = {split: [] for split in SPLITS}
         for line, split in zip(lines, where, strict=True):
             if split in SPLITS:
@@ -121,11 +131,13 @@ class Plain:
         half = (held_out + 1) // 2
         return ["train"] * (rows - held_out) + [first] * half + [second] * (held_out - half)
 
-    def _value(self, text: str, is_bin: bool) -> int | None:
+    def _value(self, name: str, text: str) -> int | None:
         """What is counted; None for missing."""
-        if is_bin:
-            if not text and self.protocol == "modern":
+        if self.tables[name][1]:
+            if not text and self.protocol in ("modern", "quantile"):
                 return None
+            if self.protocol == "quantile":
+                return sum(edge < int(text) for edge in self.edges["I" + name[1:]])
             x = int(text or "0")
             return (math.floor(math.log(x) ** 2) if x > 2 else x) % 2**32
         if self.protocol in ("dlrm", "mlperf"):
@@ -134,7 +146,7 @@ class Plain:
         return int(text, 16) if text else None
 
     def _count(self, name: str, texts: list[str], is_bin: bool) -> None:
-        values = [self._value(text, is_bin) for text in texts]
+        values = [self._value(name, text) for text in texts]
         counts = Counter(value for value in values if value is not None)
         missing = sum(value is None for value in values)
         ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -143,7 +155,10 @@ class Plain:
         rare_rows = sum(count for _, count in rare)
         listed: list[tuple[int | None, int, int]] = []
         reserved = {}
-        if self.protocol == "modern":
+        if self.protocol == "quantile":
+            reserved = {"missing": 0, "rare": 1, "unknown": 1}
+            listed = [(None, missing, 0), (None, 0, 1)]
+        elif self.protocol == "modern":
             reserved = {"missing": 0, "rare": 1, "unknown": 2}
             listed = [(None, missing, 0), (None, 0, 1), (None, 0, 2)]
         elif self.protocol in ("nvidia", "bars"):
@@ -155,18 +170,30 @@ class Plain:
         first = len(listed)
         modulus = self.max_rows if self.max_rows and self.protocol == "mlperf" else 2**31
         listed += [(value, count, i % modulus) for i, (value, count) in enumerate(kept, first)]
-        if self.protocol == "modern":
+        if self.protocol in ("modern", "quantile"):
             listed += [(value, count, 1) for value, count in sorted(rare)]
         listed = [(value, count, i % modulus) for value, count, i in listed]
         self.vocabulary[name], self.reserved[name] = listed, reserved
         self.rows[name] = min(max(first + len(kept), 1), modulus)
+        if self.protocol == "quantile":  # an id that no training row has gives way
+            if not rare:
+                reserved["rare"] = reserved["unknown"] = self.rows[name] - 1 if kept else 0
+            if not missing:
+                reserved["missing"] = reserved["rare"]
         self.distinct[name] = len(ordered)
+        self.rare[name] = {value for value, _ in rare}
         self.ids[name] = {value: reserved["rare"] % modulus for value, _ in rare}
         self.ids[name] |= {value: i for value, _, i in listed if value is not None}
 
+    def _kinds(self, name: str, text: str) -> list[str]:
+        """What the report counts a value as: nothing if it has an id of its own."""
+        value = self._value(name, text)
+        if not text:
+            return ["missing"]
+        return ["rare"] if value in self.rare[name] else [] if value in self.ids[name] else ["unknown"]
+
     def id_of(self, name: str, text: str) -> int:
-        _, is_bin = self.tables[name]
-        value = self._value(text, is_bin)
+        value = self._value(name, text)
         reserved = self.reserved[name]
         if value is None:
             return reserved["missing"]
@@ -190,6 +217,14 @@ class Plain:
         if self.protocol == "nvidia":
             return math.log(x + 3) if text and x + 3 > 0 else 0.0
         return math.copysign(math.log(abs(x) + 1), x) if text else None
+
+
+def edges_of(texts: list[str], bins: int) -> list[int]:
+    """Upper edges of quantile bins: the least values up to which at least 1, 2, ... of ``bins`` parts lie, each once,
+    without the greatest value."""
+    values = sorted(int(text) for text in texts if text)
+    edges = {values[math.ceil(Fraction(k * len(values), bins)) - 1] for k in range(1, bins)} if values else set()
+    return sorted(edges - {values[-1]}) if values else []
 
 
 def mixed(seed: int, stream: int, value: int) -> int:
@@ -218,6 +253,9 @@ def assert_equals_plain(folder: Path, plain: Plain) -> DatasetSchema:
         stored: list[dict[str, Any]] = pq.read_table(folder / f"vocabulary/{name}.parquet").to_pylist()
         assert [(entry["hash"], entry["count"], entry["id"]) for entry in stored] == listed, name
     assert schema.report["distinct"] == plain.distinct
+    assert schema.settings.get("edges") == (plain.edges if plain.protocol == "quantile" else None)
+    for split, tables in plain.cells.items():
+        assert {name: Counter(counts) for name, counts in schema.cells[split].items()} == tables, split
     return schema
 
 

@@ -35,15 +35,15 @@ then:
 
 _SPLITS = """\
 splits:
-  terabyte, several files   the last file given is held out and halved: dlrm, nvidia and modern test on the first half
-                            and validate on the second, mlperf the other way round
+  terabyte, several files   the last file given is held out and halved: the first half tests and the second
+                            validates; in mlperf it is the other way round
   kaggle, or a single file  by position into seven equal days: six train, the last one is held out likewise
   bars                      random 8:1:1: one of every ten rows tests and another validates, drawn from --seed
 
 new rows:
   --vocabulary DIR encodes rows, with labels or without, as DIR's were, and makes them the test split; a model trained
   on DIR scores them. Values that DIR does not know get the id of unknown ones; in dlrm and mlperf, which have none,
-  that of rare ones, or else the last id: of the rarest value, whose row was trained least.
+  that of rare ones, or else the last id: of the rarest value, whose row was trained least. Bins keep DIR's edges.
 
 what to expect:
   The same input gives the same bytes, whatever the workers. The order of rows is kept. The same command
@@ -129,6 +129,11 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--vocabulary": {
             "metavar": "DIR",
             "help": "encode new rows like this dataset, which decides about --dataset and all options of this group",
+        },
+        "--bins": {
+            "type": int,
+            "metavar": "N",
+            "help": "quantile: the largest number of bins of an integer column (default: 30); equal values share a bin",
         },
         "--min-count": {
             "type": int,

@@ -9,7 +9,7 @@ The alternative is to look a column's values up in the vocabulary of another dat
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 from datamodules.folder import Folder
 from datamodules.preprocess.encoding import Encoding, distinct_values, read_items, scratch_folder, write_ids
 from datamodules.preprocess.journal import record, recorded, written_aside
-from datamodules.preprocess.protocols import Table, by_frequency
+from datamodules.preprocess.protocols import KINDS, Table, by_frequency, trained
 from datamodules.preprocess.staging import OpenSegment, Segment, load_segments, rows_of
+from datamodules.preprocess.transforms import quantile_edges
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema, SplitName
 
 _VALUES_AT_ONCE = 1 << 22  # of a column's distinct values in all segments: 200 MB while they are sorted
@@ -45,7 +46,7 @@ def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
 
     Returns:
         ``cardinality`` (rows of the table), ``distinct`` (values counted), ``kept`` (of them with an id
-        of their own), ``rare_rows``, ``missing_rows`` (of those counted).
+        of their own), ``reserved`` (ids of missing, rare and unknown values, as far as the protocol has them).
     """
     if done := recorded(encoding.record_of(table)):
         return done
@@ -54,23 +55,38 @@ def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
         spread, missing_rows = _spread_values(encoding, table, scratch)
         totals = [_group(spread, part) for part in range(spread.parts)]
         first_id = max(reserved.values(), default=-1) + 1
-        kept, rare_values, rare_rows = _assign(spread, totals, encoding.options.threshold, first_id, reserved)
+        kept, rare_values, rare_rows = _assign(spread, totals, encoding.options.threshold, first_id)
         rows = max(first_id + kept, 1)
         modulus = encoding.options.max_rows if encoding.protocol.modulo == "id" else None
         if modulus is not None and modulus >= rows:
             modulus = None  # changes nothing, and might not fit an id's type
-        _write_vocabulary(
-            encoding.vocabulary(table), spread, first_id, kept, reserved, missing_rows, rare_rows, modulus
-        )
-        write_ids(encoding, table, reserved.get("missing", 0), _ids_of_segments(encoding, table, spread, modulus))
+        _write_vocabulary(encoding, table, spread, first_id, kept, missing_rows, rare_rows, modulus)
+        write_ids(encoding, table, _ids_of_segments(encoding, table, spread, modulus))
+    if encoding.protocol.trained_rows:
+        reserved = trained(reserved, missing_rows, rare_rows, rows)
     facts = {
         "cardinality": modulus or rows,
         "distinct": kept + rare_values,
         "kept": kept,
-        "rare_rows": rare_rows,
-        "missing_rows": missing_rows,
+        "reserved": reserved,
     }
     return record(encoding.record_of(table), facts, encoding.files_of(table))
+
+
+def count_edges(encoding: Encoding, name: str) -> list[int]:
+    """Return the edges of the quantile bins of an integer column's training rows."""
+    path = encoding.folder / "ids" / f"{name}.edges"
+
+    def values() -> Iterator[np.ndarray]:
+        for segment in load_segments(encoding.segments):
+            with OpenSegment(segment) as opened:
+                rows = rows_of(encoding.rule, opened, ("train",))
+                integers, missing = (part[rows] for part in opened.integers(name))
+                yield integers[~missing]
+
+    bins = encoding.options.quantiles
+    assert bins is not None
+    return (recorded(path) or record(path, {"edges": quantile_edges(values, bins)}))["edges"]
 
 
 def _values_of(encoding: Encoding, table: Table, segment: Segment) -> np.ndarray:
@@ -191,9 +207,7 @@ def _group(spread: _ValueRanges, part: int) -> np.ndarray:
     return counts
 
 
-def _assign(
-    spread: _ValueRanges, totals: list[np.ndarray], min_count: int, first_id: int, reserved: Mapping[str, int]
-) -> tuple[int, int, int]:
+def _assign(spread: _ValueRanges, totals: list[np.ndarray], min_count: int, first_id: int) -> tuple[int, int, int]:
     """Assign every value its id: by descending count over all ranges, ties by value.
 
     Replaces ``groups`` and ``inverse`` by ``ids`` (int32, of each entry), ``run`` (``_RUN``, the values in the order of
@@ -224,8 +238,8 @@ def _assign(
         ids = next_id[position] + rank
         next_id[position[starts]] += lengths
         rare = np.flatnonzero((total > 0) & (total < min_count))
-        of_group = np.full(len(total), reserved.get("unknown", 0), np.int32)
-        of_group[rare] = reserved.get("rare", 0)
+        of_group = np.full(len(total), KINDS["unknown"], np.int32)
+        of_group[rare] = KINDS["rare"]
         of_group[chosen] = ids
         rare_values, rare_rows = rare_values + len(rare), rare_rows + int(total[rare].sum())
         spread.add(part, "ids", of_group[spread.take(part, "inverse", _ID)])
@@ -240,21 +254,21 @@ _VOCABULARY_SCHEMA = pa.schema([("hash", pa.uint32()), ("count", pa.int64()), ("
 
 
 def _write_vocabulary(
-    path: Path,
+    encoding: Encoding,
+    table: Table,
     spread: _ValueRanges,
     first_id: int,
     kept: int,
-    reserved: Mapping[str, int],
     missing_rows: int,
     rare_rows: int,
     modulus: int | None,
 ) -> None:
     """Write the values in the order of ids: row i has id i (modulo the table's rows in ``mlperf``).
 
-    Reserved ids come first and have no hash. Where rare values have an id apart from unknown ones,
-    they follow at the end, so that they can be told apart in other rows too.
+    Reserved ids come first and have no hash. Rare values follow at the end if the protocol lists them.
     """
-    lists_rare = "unknown" in reserved and reserved["rare"] != reserved["unknown"]
+    path, lists_rare = encoding.vocabulary(table), encoding.protocol.lists_rare
+    reserved = encoding.protocol.reserved_of(table, encoding.options.threshold)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         written_aside(path) as partial,
@@ -312,15 +326,12 @@ def _ids_of_segments(
         ids[order] = np.concatenate([spread.get(part, "ids", _ID, *of_part) for part, of_part in enumerate(bounds)])
         begins = stops
         if modulus:
-            ids %= modulus
+            ids = np.where(ids < 0, ids, ids % modulus)
         yield from np.split(ids, np.cumsum(lengths)[:-1])
 
 
 def look_up_column(encoding: Encoding, vocabulary: str, known: DatasetSchema, table: Table) -> dict[str, Any]:
     """Write the ids of every segment's distinct values by the vocabulary of another dataset, and copy the vocabulary.
-
-    A value that the vocabulary lacks gets the id ``unknown``; without one, ``rare``; without either, the last id: that
-    of the rarest value, whose row was trained least.
 
     Args:
         encoding: the encoding.
@@ -329,25 +340,21 @@ def look_up_column(encoding: Encoding, vocabulary: str, known: DatasetSchema, ta
         table: the column.
 
     Returns:
-        ``cardinality`` and ``unknown_rows``.
+        ``cardinality``.
     """
     if done := recorded(encoding.record_of(table)):
         return done
     folder, file = Folder(vocabulary), known.vocabulary[table.name].path
-    (column,) = (column for column in known.columns if column.name == table.name)
-    unknown = column.reserved.get("unknown", column.reserved.get("rare", column.cardinality - 1))
-    known_values, unknown_rows = _known_values(folder, file), 0
+    known_values, rules = _known_values(folder, file), encoding.protocol
 
     def ids_of_segments() -> Iterator[np.ndarray]:
-        nonlocal unknown_rows
         for segment in load_segments(encoding.segments):
-            with OpenSegment(segment) as opened:
-                values, codes = distinct_values(encoding, table, opened)
-                ids, found = _look_up(known_values, values, unknown)
-                unknown_rows += int(np.bincount(codes, minlength=len(values))[: len(values)][~found].sum())
+            ids = _look_up(known_values, _values_of(encoding, table, segment), KINDS["unknown"])
+            if rules.lists_rare:
+                ids[ids == rules.reserved["rare"]] = KINDS["rare"]
             yield ids
 
-    write_ids(encoding, table, column.reserved.get("missing", 0), ids_of_segments())
+    write_ids(encoding, table, ids_of_segments())
     encoding.vocabulary(table).parent.mkdir(parents=True, exist_ok=True)
     with (
         written_aside(encoding.vocabulary(table)) as partial,
@@ -357,7 +364,7 @@ def look_up_column(encoding: Encoding, vocabulary: str, known: DatasetSchema, ta
         shutil.copyfileobj(source, copy, _COPIED_AT_ONCE)
     return record(
         encoding.record_of(table),
-        {"cardinality": column.cardinality, "unknown_rows": unknown_rows},
+        {"cardinality": known.features.tables[table.name]},
         encoding.files_of(table),
     )
 
@@ -386,18 +393,18 @@ def _known_values(folder: Folder, path: str) -> np.ndarray:
     return known
 
 
-def _look_up(known: np.ndarray, values: np.ndarray, unknown: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids int32 [d] of values uint32 [d], and whether each is known, bool [d].
+def _look_up(known: np.ndarray, values: np.ndarray, unknown: int) -> np.ndarray:
+    """Return the ids int32 [d] of values uint32 [d].
 
     Args:
         known: as ``_known_values`` returns them.
         unknown: the id of unknown values.
     """
-    ids, found = np.full(len(values), unknown, np.int32), np.zeros(len(values), bool)
+    ids = np.full(len(values), unknown, np.int32)
     if len(known):
         ascending = np.argsort(values)  # any other order would jump through a large vocabulary
         wanted = values[ascending].astype(np.uint64) << np.uint64(32)
         entry = known[np.minimum(np.searchsorted(known, wanted), len(known) - 1)]
-        found[ascending] = is_known = entry >> np.uint64(32) == wanted >> np.uint64(32)
+        is_known = entry >> np.uint64(32) == wanted >> np.uint64(32)
         ids[ascending[is_known]] = (entry[is_known] & np.uint64(0xFFFFFFFF)).astype(np.int32)
-    return ids, found
+    return ids

@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from datamodules.preprocess.journal import record, recorded, written_aside
 from datamodules.preprocess.options import Options
-from datamodules.preprocess.protocols import Protocol, SplitRule, Table, hash_modulo
+from datamodules.preprocess.protocols import KINDS, Protocol, SplitRule, Table, hash_modulo
 from datamodules.preprocess.staging import OpenSegment, load_segments, rows_of
 from datamodules.writer import ROWS_PER_FILE, SplitWriter, arrow_table
 from lightning_dlrm.contracts.schema import CRITEO_DENSE, CRITEO_LABEL, SPLITS, Column, DataFile, SplitName
@@ -33,12 +33,18 @@ class Encoding:
     rule: SplitRule
     folder: Path
     """``encode/<options>``."""
-    minimum: Mapping[str, int]
+    minimum: Mapping[str, int] = field(default_factory=dict)
     """Of each integer column, over all files."""
+    edges: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Of each integer column's quantile bins; empty for a protocol without them."""
 
     @property
     def protocol(self) -> Protocol:
         return self.options.rules
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        return self.protocol.tables(self.edges)
 
     @property
     def result(self) -> Path:
@@ -91,20 +97,21 @@ def distinct_values(encoding: Encoding, table: Table, opened: OpenSegment) -> tu
     return values, codes
 
 
-def write_ids(encoding: Encoding, table: Table, missing_id: int, of_segments: Iterable[np.ndarray]) -> None:
+def write_ids(encoding: Encoding, table: Table, of_segments: Iterable[np.ndarray]) -> None:
     """Write the ids of the distinct values of one segment after the other, and where the ids of each end.
+
+    That of missing values ends each segment unless these count as a value.
 
     Args:
         encoding: the encoding.
         table: the column.
-        missing_id: the id of missing values, which ends each segment unless these count as a value.
-        of_segments: for each segment the ids int32 [d].
+        of_segments: for each segment the ids int32 [d], or one of ``KINDS``.
     """
     ends = [0]
     with written_aside(encoding.ids(table)) as partial, partial.open("wb") as file:
         for ids in of_segments:
             assert ids.dtype == np.int32
-            file.write((ids if table.missing_as_value else np.append(ids, np.int32(missing_id))).tobytes())
+            file.write((ids if table.missing_as_value else np.append(ids, np.int32(KINDS["missing"]))).tobytes())
             ends.append(ends[-1] + len(ids) + (not table.missing_as_value))
     with written_aside(encoding.ends(table)) as partial:
         np.array(ends, np.int64).tofile(partial)
@@ -157,15 +164,16 @@ def part_jobs(encoding: Encoding, columns: tuple[Column, ...], rows: np.ndarray)
             yield PartJob(encoding=encoding, columns=columns, split=split, part=part, pieces=tuple(pieces))
 
 
-def encode_part(job: PartJob) -> tuple[DataFile, int | None]:
+def encode_part(job: PartJob) -> tuple[DataFile, int | None, dict[str, dict[str, int]]]:
     """Write one part file.
 
     Returns:
-        The file, and its rows with label 1, None of rows without labels.
+        The file; its rows with label 1, None of rows without labels; and for each table its rows of each of ``KINDS``.
     """
     encoding = job.encoding
     if (facts := recorded(job.record_path)) is None:
         segments = load_segments(encoding.segments)
+        cells = {table.name: dict.fromkeys(KINDS, 0) for table in encoding.tables}
         with scratch_folder(encoding, job.record_path.name) as scratch, ExitStack() as stack:
             writer = SplitWriter(scratch, job.split, job.columns, first_part=job.part)
             stack.callback(writer.abandon)
@@ -177,22 +185,23 @@ def encode_part(job: PartJob) -> tuple[DataFile, int | None]:
                         if isinstance(rows, slice)
                         else rows[skip : skip + take]
                     )
-                    writer.append(arrow_table(job.columns, _encoded(encoding, opened, number, rows, job.columns)))
+                    writer.append(arrow_table(job.columns, _encoded(job, opened, number, rows, cells)))
             split = writer.close()
             (file,) = split.files
             place = encoding.result / file.path
             place.parent.mkdir(parents=True, exist_ok=True)
             (scratch / file.path).replace(place)
-        facts = {"file": asdict(file), "positives": split.positives}
+        facts = {"file": asdict(file), "positives": split.positives, "cells": cells}
         record(job.record_path, facts, (place,), {place: file.sha256})
     file = DataFile(**{**facts["file"], "row_groups": tuple(facts["file"]["row_groups"])})
-    return file, facts["positives"]
+    return file, facts["positives"], facts["cells"]
 
 
 def _encoded(
-    encoding: Encoding, opened: OpenSegment, number: int, rows: np.ndarray | slice, columns: Sequence[Column]
+    job: PartJob, opened: OpenSegment, number: int, rows: np.ndarray | slice, cells: Mapping[str, dict[str, int]]
 ) -> dict[str, Any]:
-    """Return the columns of some rows of a segment, as ``writer.arrow_table`` takes them."""
+    """Return the columns of some rows of a segment, as ``writer.arrow_table`` takes them; add to ``cells``."""
+    encoding = job.encoding
     protocol, bags = encoding.protocol, encoding.options.bags
     arrays: dict[str, Any] = {}
     if opened.labels is not None:
@@ -201,12 +210,21 @@ def _encoded(
         for name in CRITEO_DENSE:
             values, missing = opened.integers(name)
             arrays[name] = protocol.dense(values[rows], missing[rows], encoding.minimum.get(name, 0))
-    tables = {column.name: column for column in columns}
-    for table in protocol.tables():
+    tables = {column.name: column for column in job.columns}
+    for table in encoding.tables:
         _, codes = opened.categories(table)
         begin, end = read_items(encoding.ends(table), np.dtype(np.int64), number, number + 2)
-        ids = read_items(encoding.ids(table), np.dtype(np.int32), begin, end).take(codes[rows])
+        ids = read_items(encoding.ids(table), np.dtype(np.int32), begin, end)
         column = tables[table.name]
+        counts = np.bincount(codes[rows], minlength=len(ids))
+        unknown = column.reserved.get("unknown", column.reserved.get("rare", column.cardinality - 1))
+        for kind, of_kind in KINDS.items():
+            is_kind = ids == of_kind
+            if kind == "missing":
+                is_kind[-1] = True  # also if missing values count as a value
+            cells[table.name][kind] += int(counts[is_kind].sum())
+            ids[ids == of_kind] = column.reserved.get(kind, unknown)
+        ids = ids.take(codes[rows])
         is_bag = column.role == "multi_hot"
         arrays[table.name] = bags.bags(table.name, ids, column.cardinality) if bags and is_bag else ids
     return arrays

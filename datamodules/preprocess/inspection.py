@@ -12,7 +12,7 @@ from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.leakage import render_equal_rows
 from datamodules.preprocess.progress import StageTime
 from datamodules.preprocess.skew import vocabulary_skew
-from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema
+from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, Column, DatasetSchema
 
 REPORT_FILE = "report.json"
 """How a dataset was made: inputs, options, times. Not part of dataset.json, because it differs from run to run."""
@@ -22,7 +22,8 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
     """Return the facts of a dataset as JSON values.
 
     ``columns`` has for each column ``missing`` (share of the rows read), ``most_frequent`` (share of the lookups of the
-    most frequent id) and ``ids_for_90`` (the smallest number of ids that 90% of the lookups go to); None if unknown.
+    most frequent id), ``ids_for_90`` (the smallest number of ids that 90% of the lookups go to) and ``unknown`` (share
+    of the rows after the training split); None if not known. ``note`` names columns of one value, none, and few bins.
 
     Raises:
         UserError: a vocabulary is not a readable Parquet file.
@@ -47,6 +48,7 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
                 "rows": split.rows,
                 "label_mean": None if split.positives is None or not split.rows else split.positives / split.rows,
                 "files": len(split.files),
+                **schema.cell_shares(name),
             }
             for name in SPLITS
             if (split := schema.splits.get(name))
@@ -61,6 +63,8 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
                 "missing": missing[column.name] / rows_read if column.name in missing else None,
                 "most_frequent": skew.most_frequent if skew else None,
                 "ids_for_90": skew.ids_for.get(0.9) if skew else None,
+                "unknown": _unknown_share(schema, column.name),
+                "note": _note(schema, column),
             }
             for column in schema.columns
             for skew in (skews[column.name],)
@@ -70,6 +74,27 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
         },
         "rows_per_file": rows_per_file,
     }
+
+
+def _unknown_share(schema: DatasetSchema, column: str) -> float | None:
+    """Return the share of unknown values among the rows after the training split; None if they are not counted."""
+    counted = [
+        (schema.splits[name].rows, cells[column])
+        for name, cells in schema.cells.items()
+        if name != "train" and column in cells
+    ]
+    rows = sum(of_split for of_split, _ in counted)
+    return sum(cells.get("unknown", 0) for _, cells in counted) / rows if rows else None
+
+
+def _note(schema: DatasetSchema, column: Column) -> str:
+    """Return what is unusual about the values over which a column was counted."""
+    values = schema.report.get("distinct", {}).get(column.name)
+    bins = schema.settings.get("bins")
+    if values is None or values > 1:
+        is_binned = bins is not None and column.transform.startswith("quantile(")
+        return f"{values} of at most {bins} bins" if is_binned and values < bins else ""
+    return "one value" if values else "all missing"
 
 
 def render(facts: Mapping[str, Any]) -> str:
@@ -139,7 +164,7 @@ def _reserved(ids: Mapping[str, int]) -> str:
 
 
 def _split_table(facts: Mapping[str, Any]) -> list[str]:
-    header = ("split", "rows", "share", "label mean", "files")
+    header = ("split", "rows", "share", "label mean", "files", "unknown ids", "rare", "missing")
     body = [
         (
             name,
@@ -147,6 +172,7 @@ def _split_table(facts: Mapping[str, Any]) -> list[str]:
             f"{split['rows'] / facts['rows']:.1%}" if facts["rows"] else "",
             "" if split["label_mean"] is None else f"{split['label_mean']:.4f}",
             f"{split['files']:,}",
+            *(f"{split[kind]:.2%}" if kind in split else "" for kind in ("unknown", "rare", "missing")),
         )
         for name, split in facts["splits"].items()
     ]
@@ -154,20 +180,34 @@ def _split_table(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _column_table(facts: Mapping[str, Any]) -> list[str]:
-    header = ("column", "role", "table rows", "missing", "most frequent id", "ids for 90%", "reserved ids")
+    header = (
+        "column",
+        "role",
+        "table rows",
+        "missing",
+        "unknown",
+        "most frequent id",
+        "ids for 90%",
+        "reserved ids",
+        "",
+    )
     body = [
         (
             column["name"],
             column["role"],
             f"{column['cardinality']:,}" if column["cardinality"] else "",
-            *("" if share is None else f"{share:.2%}" for share in (column["missing"], column["most_frequent"])),
+            *(
+                "" if column[share] is None else f"{column[share]:.2%}"
+                for share in ("missing", "unknown", "most_frequent")
+            ),
             "" if column["ids_for_90"] is None else f"{column['ids_for_90']:,}",
             _reserved(column["reserved"]),
+            column["note"],
         )
         for column in facts["columns"]
     ]
-    total = ("all tables", "", f"{facts['table_rows']:,}", "", "", "", "")
-    return aligned([header, *body, total], left=(0, 1, 6))
+    total = ("all tables", "", f"{facts['table_rows']:,}", *[""] * 6)
+    return aligned([header, *body, total], left=(0, 1, 7, 8))
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:

@@ -22,7 +22,7 @@ Each finished file has a record beside it, see ``journal``.
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from datamodules.folder import Folder
-from datamodules.preprocess.counting import count_column, look_up_column
+from datamodules.preprocess.counting import count_column, count_edges, look_up_column
 from datamodules.preprocess.criteo_tsv import COLUMNS
 from datamodules.preprocess.encoding import Encoding, encode_part, part_jobs, rows_per_split
 from datamodules.preprocess.inspection import REPORT_FILE, write_report
@@ -65,7 +65,7 @@ from lightning_dlrm.contracts.schema import (
 
 BAD_ROWS_FILE = "bad_rows.tsv"
 
-VERSION = 2
+VERSION = 3
 """Incremented if the same input would give other bytes, so that no run resumes with files of another release."""
 
 _SEGMENTS_A_JOB = 64
@@ -74,27 +74,25 @@ _TOLERATED_BAD_ROWS = 1000
 
 
 def columns_of_dataset(
-    options: Options,
+    encoding: Encoding,
     known: DatasetSchema | None,
     labelled: bool,
-    minimum: Mapping[str, int],
     counted: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Column, ...]:
     """Return the columns of the dataset.
 
     Args:
-        options: the options of the run.
+        encoding: how rows are encoded.
         known: the schema of the dataset whose vocabulary is used, if any.
         labelled: whether the rows have labels.
-        minimum: of each integer column, if the protocol needs it.
         counted: for each table the result of ``count_column``.
     """
     label = (Column(name=CRITEO_LABEL, role="label"),) if labelled else ()
     if known is not None:
         return (*label, *(column for column in known.columns if column.role != "label"))
-    rules, bags = options.rules, options.bags
+    options, rules, bags = encoding.options, encoding.protocol, encoding.options.bags
     dense = (
-        Column(name=name, role="dense", transform=rules.dense_words.format(minimum=minimum.get(name, "")))
+        Column(name=name, role="dense", transform=rules.dense_words.format(minimum=encoding.minimum.get(name, "")))
         for name in (CRITEO_DENSE if rules.dense else ())
     )
     tables = (
@@ -102,19 +100,21 @@ def columns_of_dataset(
             name=table.name,
             role="multi_hot" if bags and bags.size(table.name) > 1 else "categorical",
             cardinality=counted[table.name]["cardinality"],
-            transform=_category_words(options, table.source),
-            reserved=rules.reserved_of(table, options.threshold),
+            transform=_category_words(options, table),
+            reserved=counted[table.name]["reserved"],
         )
-        for table in rules.tables()
+        for table in encoding.tables
     )
     return (*label, *dense, *tables)
 
 
-def _category_words(options: Options, source: str) -> str:
+def _category_words(options: Options, table: Table) -> str:
     """Describe the encoding of a categorical column."""
-    rules, words = options.rules, options.rules.category_words
+    rules, words, source = options.rules, options.rules.category_words, table.source
     if options.threshold > 1:
         words += f"; rare is below {options.threshold}"
+    if table.edges is not None:
+        return f"quantile({options.quantiles}) of the training split, up to each of settings.edges, {words}"
     if source not in CRITEO_CATEGORICAL:
         missing = "missing as 0, " if rules.missing_bin_as_value else ""
         return f"{missing}floor(log(x)^2) where x > 2, {words}"
@@ -131,6 +131,7 @@ def report_of(
     rows_per_file: list[list[Any]],
     facts: Sequence[Mapping[str, Any]],
     counted: Mapping[str, Mapping[str, Any]],
+    cells: Mapping[str, Mapping[str, Mapping[str, int]]],
     bad_rows: int,
 ) -> dict[str, Any]:
     """Return the report of the schema: rows of each file, missing and distinct values, unknown and bad rows.
@@ -140,17 +141,19 @@ def report_of(
         rows_per_file: name and rows of each input.
         facts: of each segment.
         counted: for each table the result of ``count_column`` or ``look_up_column``.
+        cells: of the schema.
         bad_rows: rows that were skipped.
     """
     columns = (*CRITEO_DENSE, *CRITEO_CATEGORICAL)
-    sources = {"distinct": "distinct", "kept": "kept"} if options.encoding_of is None else {"unknown": "unknown_rows"}
+    tables = [table.name for table in options.rules.tables()]
     return {
         "rows_per_file": rows_per_file,
         "missing": {name: sum(of_segment["missing"][name] for of_segment in facts) for name in columns},
-        **{
-            name: {table.name: counted[table.name][fact] for table in options.rules.tables()}
-            for name, fact in sources.items()
-        },
+        **(
+            {fact: {name: counted[name][fact] for name in tables} for fact in ("distinct", "kept")}
+            if options.encoding_of is None
+            else {"unknown": {name: cells["test"][name]["unknown"] for name in tables}}
+        ),
         **({"bad_rows": bad_rows} if options.on_bad_row == "skip" else {}),
     }
 
@@ -260,9 +263,10 @@ class Job:
             minimum=self._minimum(staged),
         )
         save_segments(encoding.segments, staged.segments)
+        encoding = replace(encoding, edges=self._edges(pool, encoding))
         counted = self._count(pool, encoding, staged)
-        columns = columns_of_dataset(options, self.known, self.labelled, encoding.minimum, counted)
-        splits = self._encode(pool, encoding, columns, staged)
+        columns = columns_of_dataset(encoding, self.known, self.labelled, counted)
+        splits, cells = self._encode(pool, encoding, columns, staged)
         result = encoding.result
         if options.on_bad_row == "skip":
             _write_bad_rows(result / BAD_ROWS_FILE, staged.bad_rows)
@@ -272,16 +276,22 @@ class Job:
             protocol=options.protocol,
             columns=columns,
             splits=splits,
-            settings=dict(self.known.settings) if self.known else options.settings(encoding.minimum),
+            settings=(
+                dict(self.known.settings)
+                if self.known
+                else options.settings(minimum=encoding.minimum, edges=encoding.edges)
+            ),
             vocabulary={
                 table.name: data_file(result, f"vocabulary/{table.name}.parquet") for table in options.rules.tables()
             },
             indices={c.name: bags.size(c.name) for c in columns if c.role == "multi_hot"} if bags else {},
+            cells=cells,
             report=report_of(
                 options,
                 [[file.name, staged.rows[file.path]] for file in self.files],
                 staged.facts,
                 counted,
+                cells,
                 len(staged.bad_rows),
             ),
         )
@@ -331,9 +341,17 @@ class Job:
             return dict(self.known.settings["minimum"])
         return {name: min(facts["minimum"][name] for facts in staged.facts) for name in CRITEO_DENSE}
 
+    def _edges(self, pool: Workers, encoding: Encoding) -> dict[str, list[int]]:
+        """Return the edges of each integer column's quantile bins, if the protocol has such bins."""
+        if self.options.quantiles is None:
+            return {}
+        if self.known is not None:
+            return dict(self.known.settings["edges"])
+        return dict(zip(CRITEO_DENSE, pool.map(partial(count_edges, encoding), CRITEO_DENSE), strict=True))
+
     def _count(self, pool: Workers, encoding: Encoding, staged: _Staged) -> dict[str, dict[str, Any]]:
         """Return the results of ``count_column`` or ``look_up_column`` by column."""
-        tables = self.options.rules.tables()
+        tables = encoding.tables
         weights = {table.name: 1 + sum(s.distinct.get(table.source, 0) for s in staged.segments) for table in tables}
         # The largest columns first, so that no worker is left with one at the end.
         tables = tuple(sorted(tables, key=lambda table: -weights[table.name]))
@@ -350,24 +368,30 @@ class Job:
 
     def _encode(
         self, pool: Workers, encoding: Encoding, columns: tuple[Column, ...], staged: _Staged
-    ) -> dict[str, Split]:
+    ) -> tuple[dict[str, Split], dict[str, dict[str, dict[str, int]]]]:
+        """Return the splits, and ``cells`` of the schema."""
         count = len(staged.segments)
         some = [range(start, min(start + _SEGMENTS_A_JOB, count)) for start in range(0, count, _SEGMENTS_A_JOB)]
         rows = np.concatenate(list(pool.map(partial(rows_per_split, encoding), some)))
         files: dict[SplitName, list[DataFile]] = {}
         positives = dict.fromkeys(SPLITS, 0)
+        cells: dict[str, dict[str, dict[str, int]]] = {}
         with self.progress.stage("encode", int(rows.sum())) as shown:
             parts = list(part_jobs(encoding, columns, rows))
-            for job, (file, of_part) in zip(parts, pool.map(encode_part, parts), strict=True):
+            for job, (file, of_part, cells_of_part) in zip(parts, pool.map(encode_part, parts), strict=True):
                 files.setdefault(job.split, []).append(file)
                 positives[job.split] += of_part or 0
+                for name, counts in cells_of_part.items():
+                    of_table = cells.setdefault(job.split, {}).setdefault(name, dict.fromkeys(counts, 0))
+                    for kind, rows_of_kind in counts.items():
+                        of_table[kind] += rows_of_kind
                 shown.advance(file.rows)
         for split in SPLITS:
             require(
                 split in files or self.known is not None,
                 f"no rows are left in the {split} split; give more input, or keep more negatives",
             )
-        return {
+        made: dict[str, Split] = {
             split: Split(
                 rows=sum(file.rows for file in files[split]),
                 positives=positives[split] if self.labelled else None,
@@ -376,6 +400,7 @@ class Job:
             for split in SPLITS
             if split in files
         }
+        return made, cells
 
 
 def _staged_so_far(folders: Sequence[Path], text_bytes: float) -> Callable[[], tuple[int, float]]:

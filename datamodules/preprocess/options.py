@@ -15,6 +15,7 @@ import numpy as np
 
 from datamodules.folder import Folder, load_schema
 from datamodules.preprocess.protocols import DATASETS, PROTOCOLS, Dataset, Protocol, find_protocol, mixed
+from datamodules.preprocess.transforms import MOST_QUANTILE_BINS
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, DatasetSchema
 
@@ -31,6 +32,9 @@ MLPERF_SIZES = dict(
 """Ids of each column's bag in MLPerf DLRM v2; 214 a row."""
 
 _STREAM = 16  # of random numbers, plus the column's position; apart from those of ``splits``
+
+OF_COLUMNS = ("minimum", "edges")
+"""Settings of a schema that are no options: of each integer column its minimum, and the edges of its quantile bins."""
 
 OnBadRow = Literal["fail", "skip"]
 
@@ -82,6 +86,8 @@ class Options:
     keeps every value."""
     min_count: int | None = None
     """Rarer values share one id; None for the protocol's own threshold."""
+    bins: int | None = None
+    """The largest number of quantile bins of an integer column; None for the protocol's own."""
     negative_sampling_rate: float = 1.0
     """The share of the training rows with label 0 that is kept."""
     multi_hot: Literal["mlperf"] | None = None
@@ -115,6 +121,14 @@ class Options:
             f"min_count is {self.min_count}, expected at least 1, which keeps every value",
         )
         require(
+            self.bins is None or protocol.quantiles is not None,
+            f"protocol {protocol.name} has no quantile bins; leave bins out, or choose the protocol quantile",
+        )
+        require(
+            self.bins is None or 2 <= self.bins <= MOST_QUANTILE_BINS,
+            f"bins is {self.bins}, expected 2 to {MOST_QUANTILE_BINS}",
+        )
+        require(
             0 < self.negative_sampling_rate <= 1,
             f"negative_sampling_rate is {self.negative_sampling_rate}, expected a share of the rows to keep, more "
             "than 0 and at most 1",
@@ -134,6 +148,11 @@ class Options:
         return find_protocol(self.protocol)
 
     @property
+    def quantiles(self) -> int | None:
+        """The largest number of quantile bins in force: ``bins``, or the protocol's own; None if it has none."""
+        return self.rules.quantiles if self.bins is None else self.bins
+
+    @property
     def threshold(self) -> int:
         """The threshold in force: ``min_count``, or the protocol's own."""
         return self.rules.min_count if self.min_count is None else self.min_count
@@ -142,12 +161,13 @@ class Options:
     def bags(self) -> MultiHot | None:
         return MultiHot(distribution=self.multi_hot_distribution, seed=self.seed) if self.multi_hot else None
 
-    def settings(self, minimum: Mapping[str, int]) -> dict[str, Any]:
-        """Return what shapes the encoding, as the schema keeps it: options, and the ``minimum`` of each integer column
-        if the protocol needs it."""
+    def settings(self, **of_columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what shapes the encoding, as the schema keeps it: options, and what is known of integer columns, see
+        ``OF_COLUMNS``, as far as the protocol needs it."""
         values, sampled, bags = self.document(), self.negative_sampling_rate < 1, self.multi_hot is not None
         shaping = {
             "max_rows": self.max_rows is not None,
+            "bins": self.quantiles is not None,
             "min_count": max(self.threshold, self.rules.min_count) > 1,
             "negative_sampling_rate": sampled,
             "multi_hot": bags,
@@ -155,11 +175,11 @@ class Options:
             "seed": bags or sampled or self.protocol == "bars",
         }
         kept = {name: values[name] for name, shapes in shaping.items() if shapes}
-        return kept | ({"minimum": dict(minimum)} if minimum else {})
+        return kept | {name: dict(values) for name, values in of_columns.items() if values}
 
     def document(self) -> dict[str, Any]:
         """Return all options as JSON values."""
-        return {**asdict(self), "min_count": self.threshold}
+        return {**asdict(self), "min_count": self.threshold, "bins": self.quantiles}
 
 
 def options_of(
@@ -191,6 +211,7 @@ def options_of(
                 f"{name} is {value}, but the vocabulary of {vocabulary} was made with "
                 f"{known.get(name, getattr(default, name))}; leave the option out"
             )
-    known.pop("minimum", None)
+    for name in OF_COLUMNS:
+        known.pop(name, None)
     options = Options(**known, on_bad_row=others.get("on_bad_row", "fail"), encoding_of=schema.encoding_fingerprint)
     return options, schema

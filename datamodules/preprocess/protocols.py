@@ -25,6 +25,15 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 
 from datamodules.mixing import GOLDEN, mix
+from datamodules.preprocess.transforms import (
+    DenseTransform,
+    log_above_minimum,
+    log_of_positive_part,
+    log_plus_three,
+    log_squared_bins,
+    quantile_bins,
+    signed_log,
+)
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, SPLITS, SplitName
 
@@ -163,18 +172,21 @@ def mixed(seed: int, stream: int, values: np.ndarray) -> np.ndarray:
     return mix(mix(values * np.uint64(GOLDEN) + key))
 
 
-DenseTransform: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """A categorical column of the dataset."""
 
     name: str
     source: str
-    """The raw column that it is made of: ``C1..C26``, or ``I1..I13`` by ``bucket``."""
+    """The raw column that it is made of: ``C1..C26``, or ``I1..I13`` in bins."""
     missing_as_value: bool
     """Whether a missing value counts as the value 0, rather than as missing."""
+    edges: tuple[int, ...] | None = None
+    """Of quantile bins; None for log-squared bins, and for hashes."""
+
+    def binned(self, values: np.ndarray) -> np.ndarray:
+        """Return the bins uint32 [n] of integers int32 [n]."""
+        return log_squared_bins(values) if self.edges is None else quantile_bins(values, self.edges)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,12 +206,18 @@ class Protocol:
     """The same of categorical values."""
     bins: str = ""
     """What names the categorical columns made of I1..I13: ``B`` for B1..B13; empty for none."""
+    quantiles: int | None = None
+    """The default number of quantile bins; None for log-squared bins."""
     missing_as_value: bool = False
     """Whether a missing hash counts as hash 0."""
     missing_bin_as_value: bool = False
     """Whether a missing integer counts as 0 when it is made a category."""
     reserved: Mapping[str, int] = field(default_factory=dict)
     """Ids of ``missing``, ``rare`` and ``unknown`` values; several may share one."""
+    trained_rows: bool = False
+    """Whether reserved ids without a row in training give way to others, see ``trained``."""
+    lists_rare: bool = False
+    """Whether the vocabulary lists rare values, so that they can be told from unknown ones in other rows."""
     counts: Literal["all rows", "the training split"]
     """The rows over which the vocabulary is counted."""
     min_count: int = 1
@@ -207,16 +225,23 @@ class Protocol:
     modulo: Literal["hash", "id"] | None = None
     """What ``max_rows`` is the modulus of: the raw hash before counting or the id after it."""
     split: Splitter
+    followed_by: str = ""
+    """One line about the protocol that took this one's place."""
 
-    def tables(self) -> tuple[Table, ...]:
-        """Return the categorical columns, in the order of the dataset."""
-        bins = (
-            tuple(
-                Table(name=self.bins + name[1:], source=name, missing_as_value=self.missing_bin_as_value)
-                for name in CRITEO_DENSE
+    def tables(self, edges: Mapping[str, Sequence[int]] | None = None) -> tuple[Table, ...]:
+        """Return the categorical columns, in the order of the dataset.
+
+        Args:
+            edges: of the quantile bins of I1..I13, if they are known.
+        """
+        bins = tuple(
+            Table(
+                name=self.bins + name[1:],
+                source=name,
+                missing_as_value=self.missing_bin_as_value,
+                edges=tuple(edges[name]) if edges else None,
             )
-            if self.bins
-            else ()
+            for name in (CRITEO_DENSE if self.bins else ())
         )
         hashes = (Table(name=name, source=name, missing_as_value=self.missing_as_value) for name in CRITEO_CATEGORICAL)
         return (*bins, *hashes)
@@ -228,38 +253,25 @@ class Protocol:
         return {name: row for name, row in self.reserved.items() if name != "missing" or not table.missing_as_value}
 
 
-def log_of_positive_part(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
-    # In float64 and then rounded, so that the bytes do not depend on the processor's float32 logarithm.
-    return np.log(np.maximum(values, 0).astype(np.float64) + 1.0).astype(np.float32)
+KINDS: Mapping[str, int] = {"missing": -1, "rare": -2, "unknown": -3}
+"""Stand-ins for the reserved ids of a table, until it is counted."""
 
 
-def log_above_minimum(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
-    # Below the minimum lie only rows that are encoded later with this dataset's vocabulary.
-    return np.log(np.maximum(values, minimum).astype(np.float64) - minimum + 2.0).astype(np.float32)
+def trained(reserved: Mapping[str, int], missing_rows: int, rare_rows: int, table_rows: int) -> dict[str, int]:
+    """Return reserved ids of which each has rows in training, so that no row answers as it was initialised.
 
-
-def log_plus_three(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
-    return np.log(np.where(missing | (values < -2), 1.0, values.astype(np.float64) + 3.0)).astype(np.float32)
-
-
-def signed_log(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
-    wide = values.astype(np.float64)
-    result = np.copysign(np.log(np.abs(wide) + 1.0), wide).astype(np.float32)
-    result[missing] = np.nan
-    return result
-
-
-def bucket(values: np.ndarray) -> np.ndarray:
-    """Return floor(log(x)^2) of values above 2, other values unchanged.
+    Without rare values, rare and unknown ones get the last id, that of the rarest value; without missing values,
+    missing ones get the id of rare ones.
 
     Args:
-        values: int32 [n].
-
-    Returns:
-        uint32 [n], negative values in two's complement.
+        reserved: ids of ``missing``, ``rare`` and ``unknown``.
+        missing_rows: training rows whose value is missing.
+        rare_rows: training rows whose value is rare.
+        table_rows: rows of the table; there are no other values if all of them are reserved.
     """
-    large = np.square(np.log(np.maximum(values, 2).astype(np.float64))).astype(np.int32)
-    return np.where(values > 2, large, values).view(np.uint32)
+    others = table_rows > max(reserved.values()) + 1
+    rare = reserved["rare"] if rare_rows else table_rows - 1 if others else reserved["missing"]
+    return {"missing": reserved["missing"] if missing_rows else rare, "rare": rare, "unknown": rare}
 
 
 def hash_modulo(values: np.ndarray, max_rows: int | None) -> np.ndarray:
@@ -344,12 +356,35 @@ _MODERN = Protocol(
     category_words="id by descending count over the training split",
     bins="B",
     reserved={"missing": 0, "rare": 1, "unknown": 2},
+    lists_rare=True,
     counts="the training split",
     min_count=2,
     split=halves_of_last_day("test", "validation"),
+    followed_by="protocol modern is followed by quantile, whose bins have no collisions and whose unknown values share "
+    "the row of rare ones; datasets of modern stay usable",
+)
+_QUANTILE = Protocol(
+    name="quantile",
+    summary="our own: sign(x) log(|x| + 1) with missing as null, and the same integers as categories B1..B13, in "
+    "quantile bins of the training split (--bins, at most 30 by default); missing 0 apart; rare values (seen fewer "
+    "than 3 times) and unknown ones share id 1, or the rarest value's id if training has none; counted over the "
+    "training split",
+    dense_words="sign(x) * log(|x| + 1), missing as null",
+    dense=signed_log,
+    category_words="id by descending count over the training split; unknown as rare",
+    bins="B",
+    quantiles=30,
+    reserved={"missing": 0, "rare": 1, "unknown": 1},
+    trained_rows=True,
+    lists_rare=True,
+    counts="the training split",
+    min_count=3,
+    split=halves_of_last_day("test", "validation"),
 )
 
-PROTOCOLS: Mapping[str, Protocol] = {protocol.name: protocol for protocol in (_DLRM, _MLPERF, _NVIDIA, _BARS, _MODERN)}
+PROTOCOLS: Mapping[str, Protocol] = {
+    protocol.name: protocol for protocol in (_DLRM, _MLPERF, _NVIDIA, _BARS, _QUANTILE, _MODERN)
+}
 
 
 def find_protocol(name: str) -> Protocol:

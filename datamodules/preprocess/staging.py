@@ -28,7 +28,7 @@ from datamodules.preprocess.criteo_tsv import (
     pieces_of_text,
 )
 from datamodules.preprocess.journal import record, recorded, written_aside
-from datamodules.preprocess.protocols import Span, SplitRule, Table, bucket
+from datamodules.preprocess.protocols import Span, SplitRule, Table
 from datamodules.preprocess.sources import RawFile
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, CRITEO_LABEL, SPLITS, SplitName
 
@@ -79,7 +79,7 @@ class OpenSegment(AbstractContextManager["OpenSegment"]):
             column = self._batch.column(table.source)
             return column.dictionary.to_numpy()[:-1], column.indices.to_numpy()
         values, missing = self.integers(table.source)
-        binned = pa.array(bucket(values), mask=None if table.missing_as_value else missing).dictionary_encode()
+        binned = pa.array(table.binned(values), mask=missing).dictionary_encode()
         return binned.dictionary.to_numpy(), binned.indices.fill_null(len(binned.dictionary)).to_numpy()
 
 

@@ -23,6 +23,18 @@ def demo_note() -> str:
     )
 
 
+def cells_note(schema: DatasetSchema) -> str:
+    """Return the note at the start of a fit: the share of unknown, rare and missing values in each split's ids; empty
+    if preprocessing did not count them."""
+    splits = []
+    for name, tables in schema.cells.items():
+        words = ", ".join(f"{share:.2%} {kind}" for kind, share in schema.cell_shares(name).items())
+        most = sorted(((counts.get("unknown", 0), table) for table, counts in tables.items()), reverse=True)[:2]
+        most_words = ", ".join(f"{table} {count / schema.splits[name].rows:.0%}" for count, table in most if count)
+        splits.append(f"{name} {words}{f' (unknown most in {most_words})' if most_words else ''}")
+    return f"ids of unknown, rare and missing values: {'; '.join(splits)}" if splits else ""
+
+
 def size_note(size: ModelSize) -> str:
     """Return the note at the start of every run; the same numbers as ``params`` counts."""
     forward, training = size.flops_per_sample_forward, size.flops_per_sample_training

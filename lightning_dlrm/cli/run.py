@@ -4,7 +4,8 @@
 
 1. parse: ``build_trainer_parser`` and ``parse`` (parser.py)
 2. check: ``choose_checkpoint``
-3. build: ``instantiate``, ``build_callbacks``, ``build_trainer``, ``open_run_folder``, ``attach_loggers``
+3. build: ``instantiate``, ``build_callbacks``, ``build_trainer``; ``is_finished`` ends the command here;
+   ``open_run_folder``, ``attach_loggers``
 4. run: ``log_start``, ``call_trainer``
 5. report: ``report_fit``, ``report_evaluation``
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from jsonargparse import Namespace
-from pytorch_lightning.callbacks import EarlyStopping, ProgressBar, Timer
+from pytorch_lightning.callbacks import ProgressBar, Timer
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -31,7 +32,7 @@ from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.cli.loggers import finish_loggers, make_loggers, wandb_address
 from lightning_dlrm.cli.parser import CommandParser, build_trainer_parser, configure_logging, fill_data_seed, parse
 from lightning_dlrm.cli.predictions import PredictionWriter
-from lightning_dlrm.cli.report import demo_note, early_stop_note, final_report, size_note
+from lightning_dlrm.cli.report import cells_note, demo_note, early_stop_note, final_report, size_note
 from lightning_dlrm.cli.trainer_settings import (
     as_list,
     check_early_stopping_after_validation,
@@ -46,9 +47,9 @@ from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import CurveWriter, EvaluationWriter, MetricsLogger, NormLogger
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.progress import RunProgress
-from lightning_dlrm.engine.stopping import FinalValidation, StayStopped, StopAtAUC, StopOnSigterm
+from lightning_dlrm.engine.stopping import FinalValidation, StopAtAUC, StopOnSigterm, what_ended
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
-from lightning_dlrm.sharding.checkpoint import resolve_checkpoint
+from lightning_dlrm.sharding.checkpoint import CheckpointReader, resolve_checkpoint
 from lightning_dlrm.sharding.collectives import is_lost_rank
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS, RunFolder
@@ -105,6 +106,8 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
     choose_checkpoint(command, settings)
     job, trainer_settings = instantiate(command, parser, settings)
     trainer = build_trainer(job, trainer_settings, build_callbacks(job, trainer_settings))
+    if is_finished(job, trainer):
+        return 0
     with finishing(job, trainer):
         if trainer.is_global_zero:
             open_run_folder(job)
@@ -128,14 +131,16 @@ def choose_checkpoint(command: str, settings: Namespace) -> None:
         UserError: the options contradict each other, or the checkpoint does not exist.
     """
     path, run_dir = settings.ckpt_path, settings.run_dir
+    in_run = path in ("best", "last") and run_dir is not None
+    folder = RunFolder(Path(run_dir)).checkpoints if in_run else Path()
     if command in EVALUATIONS:
         require(settings.resume is None, f"--resume is for fit; {command} takes --ckpt_path")
         require(path is not None, f"{command} needs a checkpoint: give --ckpt_path, such as runs/NAME/checkpoints/best")
-        in_run = path in ("best", "last") and run_dir is not None
-        folder = RunFolder(Path(run_dir)).checkpoints if in_run else Path()
         settings.ckpt_path = str(resolve_checkpoint(folder / path))
     elif settings.resume is None:
-        settings.ckpt_path = None if path is None else str(resolve_checkpoint(Path(path)))
+        settings.ckpt_path = None if path is None else str(resolve_checkpoint(folder / path))
+        # The run of a checkpoint that is named within it continues.
+        settings.resume = "auto" if in_run else None
     elif run_dir is None:
         raise UserError("--resume auto looks for checkpoints in a run folder: give it with --run_dir")
     elif path is not None:
@@ -189,7 +194,6 @@ def build_callbacks(job: Job, trainer_settings: dict[str, Any]) -> list[pl.Callb
     settings, metrics_logger = job.settings, job.metrics_logger
     callbacks: list[pl.Callback] = as_list(trainer_settings["callbacks"])
     if metrics_logger is not None:
-        callbacks += [StayStopped(given) for given in callbacks if isinstance(given, EarlyStopping)]
         if settings.stop_at_auc is not None:
             callbacks.append(StopAtAUC(settings.stop_at_auc, metrics_logger))
         callbacks += [FinalValidation(), metrics_logger]
@@ -245,6 +249,31 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
     if isinstance(trainer.strategy, EmbeddingShardedDDP):
         trainer.strategy.facts = facts_of_all_ranks(job)
     return trainer
+
+
+def is_finished(job: Job, trainer: pl.Trainer) -> bool:
+    """Return whether a fit has no step left after its checkpoint and its results are written; print that in a line.
+
+    Nothing is written to the run folder of a finished run.
+    """
+    if job.command != "fit" or job.settings.ckpt_path is None:
+        return False
+    folder = Path(job.settings.ckpt_path)
+    checkpoint = CheckpointReader(folder).rest()
+    if "loops" not in checkpoint:
+        return False
+    # As Lightning attaches them at the start of a fit; the length of an epoch depends on the trainer.
+    trainer.datamodule, job.datamodule.trainer = job.datamodule, trainer  # type: ignore[attr-defined]
+    setting, step = what_ended(trainer, checkpoint), checkpoint["global_step"]
+    # A run that was killed after its last checkpoint has no results yet.
+    is_resumed = job.settings.resume is not None
+    if setting is None or (is_resumed and RunFolder(Path(job.settings.run_dir)).final().get(names.STEP) != step):
+        return False
+    if trainer.is_global_zero:
+        print(
+            f"already finished at step {step:,}; nothing to do ({setting} ended it: to train on, raise or remove that)"
+        )
+    return True
 
 
 def facts_of_all_ranks(job: Job) -> dict[str, Any]:
@@ -308,6 +337,8 @@ def log_start(job: Job, trainer: pl.Trainer) -> None:
     job.metrics_logger.configuration = job.parser.dump(settings, skip_unset=False)
     log.info("run folder: %s", job.folder.path)
     log.info(size_note(job.module.size))
+    if note := cells_note(job.datamodule.schema):
+        log.info(note)
     if job.datamodule.schema.dataset == "demo":
         log.info(demo_note())
 

@@ -124,6 +124,8 @@ class DatasetSchema:
     """Split name -> the best expected scores; empty for real data."""
     indices: Mapping[str, float] = field(default_factory=dict)
     """Multi-hot column -> mean number of ids in a sample's bag, for plans; empty if it is not known."""
+    cells: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
+    """Split name -> table -> rows whose value is ``missing``, ``rare`` or ``unknown``; empty if not counted."""
     report: Mapping[str, Any] = field(default_factory=dict)
     """Counts of preprocessing (JSON values), for readers only."""
 
@@ -157,6 +159,16 @@ class DatasetSchema:
     def by_role(self, *roles: Role) -> tuple[Column, ...]:
         """Return the columns of some roles, in the order of the schema."""
         return tuple(column for column in self.columns if column.role in roles)
+
+    def cell_shares(self, split: str) -> dict[str, float]:
+        """Return the shares of the ids of a split that stand for ``unknown``, ``rare`` and ``missing`` values; empty if
+        they are not counted."""
+        tables = self.cells.get(split, {}).values()
+        lookups = self.splits[split].rows * len(tables)
+        return {
+            kind: sum(counts.get(kind, 0) for counts in tables) / lookups
+            for kind in (("unknown", "rare", "missing") if lookups else ())
+        }
 
     @cached_property
     def features(self) -> Features:

@@ -99,8 +99,9 @@ class RunCheckpoints(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        due = self.every_n_steps and step % self.every_n_steps == 0 and step != self._saved_step
-        if due and not _validates_now(trainer, batch_idx):
+        # At the end of a fit without validations too: after that Lightning counts an unfinished epoch as finished.
+        due = (self.every_n_steps and step % self.every_n_steps == 0) or _ends_now(trainer)
+        if due and step != self._saved_step and not _validates_now(trainer, batch_idx):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
@@ -116,7 +117,7 @@ class RunCheckpoints(Checkpoint):
             Ranks(long_timeout=True).run_on_rank_zero(lambda: link_checkpoint(self.folder / LAST, self.folder / BEST))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The last validation has saved already if it came after the last step.
+        # Only the end of a fit without the callback FinalValidation has not been saved yet.
         if trainer.global_step != self._saved_step:
             self._save(trainer)
 
@@ -156,13 +157,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
+def _ends_now(trainer: pl.Trainer) -> bool:
+    """Return whether the fit ends with this step; a wish to end it waits for the smallest number of steps or epochs."""
+    return trainer.should_stop and not trainer.fit_loop.min_epochs and not trainer.fit_loop.min_steps
+
+
 def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Return whether a validation, which saves too, follows this step."""
     interval = trainer.val_check_batch
     epochs = trainer.check_val_every_n_epoch
     if not trainer.enable_validation or (epochs is not None and (trainer.current_epoch + 1) % epochs):
         return False
-    if trainer.should_stop:
+    if _ends_now(trainer):
         return True
     counted = trainer.fit_loop.total_batch_idx if epochs is None else batch_idx
     return isinstance(interval, int) and interval > 0 and (counted + 1) % interval == 0

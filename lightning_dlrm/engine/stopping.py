@@ -1,8 +1,9 @@
-"""Callbacks that end a fit: with a validation, at a target score, after EarlyStopping, or on SIGTERM."""
+"""What ends a fit, and the callbacks that end it: with a validation, at a target score, or on SIGTERM."""
 
 import logging
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -31,7 +32,15 @@ class FinalValidation(pl.Callback):
         self._length = FitLength(math.inf, "")
         self._stop_after_step = False
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == "fit" and what_ended(trainer, checkpoint) is not None:
+            _end_without_step(trainer)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A verdict that the smallest number of steps or epochs has deferred stays one.
+        trainer.should_stop |= _stopped_by_callback(trainer) is not None
         self._length, self._stop_after_step = fit_length(trainer), False
         steps, setting = self._length
         if math.isfinite(steps):
@@ -53,16 +62,81 @@ class FinalValidation(pl.Callback):
         is_met = trainer.global_step >= (trainer.min_steps or 0) and epochs_done >= (trainer.min_epochs or 0)
         if trainer.global_step >= self._length.steps or last_epoch or (trainer.should_stop and is_met):
             # Lightning validates before it stops if none of these settings forbids it.
-            trainer.should_stop = True
-            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+            _end_without_step(trainer)
             if trainer.check_val_every_n_epoch is not None:
                 trainer.check_val_every_n_epoch = 1
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            remaining = callback.time_remaining() if isinstance(callback, Timer) else None
-            if remaining is not None and remaining <= 0 and trainer.global_step < self._length.steps:
+            if isinstance(callback, Timer) and _is_over(callback) and trainer.global_step < self._length.steps:
                 log.info("stopped at step %s by the time limit (trainer.max_time)", f"{trainer.global_step:,}")
+
+
+def _end_without_step(trainer: pl.Trainer) -> None:
+    trainer.should_stop = True
+    trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+
+
+def what_ended(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> str | None:
+    """Return the setting that ends a fit at a checkpoint, such as ``trainer.max_steps 100``; None if steps are left.
+
+    Args:
+        trainer: trainer of the fit that continues; its callbacks that can end a fit get their state.
+        checkpoint: Lightning's dictionary.
+    """
+    states, step = checkpoint.get("callbacks", {}), checkpoint["global_step"]
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, (EarlyStopping, MetricsLogger, Timer)) and callback.state_key in states:
+            callback.load_state_dict(states[callback.state_key])
+    epochs = _close_epoch(checkpoint["loops"]["fit_loop"], trainer)
+    if 0 <= trainer.max_steps <= step:
+        return f"trainer.max_steps {trainer.max_steps:,}"
+    if 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) <= epochs:
+        return f"trainer.max_epochs {trainer.max_epochs:,}"
+    is_met = step >= (trainer.min_steps or 0) and epochs >= (trainer.min_epochs or 0)
+    return _stopped_by_callback(trainer) if is_met else None
+
+
+def _close_epoch(loops: dict[str, Any], trainer: pl.Trainer) -> int:
+    """Move a position after the last batch of an epoch to the start of the next; return the number of epochs done.
+
+    Checkpoints of an epoch's last batch are saved before Lightning closes the epoch. From such a position Lightning
+    trains a batch too many, unless the validation that saved it was due at that batch.
+
+    Args:
+        loops: Lightning's state of the fit loop; modified in place.
+        trainer: trainer of the fit that continues from it, maybe with a longer epoch.
+    """
+    epoch, batch = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    batches = getattr(trainer.datamodule, "training_batches", None)  # type: ignore[attr-defined]
+    at_end = batch["is_last_batch"] if batches is None else batch["current"]["ready"] >= batches
+    if at_end and epoch["total"]["ready"] > epoch["total"]["processed"]:
+        for counts in epoch.values():
+            done = counts["processed"] + 1
+            counts.update(ready=done + 1, started=done, processed=done, completed=done)
+        batch["total"]["completed"] = batch["total"]["ready"]
+        batch["current"] = dict.fromkeys(batch["current"], 0)
+        batch["is_last_batch"] = False
+    processed: int = epoch["current"]["processed"]
+    return processed
+
+
+def _stopped_by_callback(trainer: pl.Trainer) -> str | None:
+    """Return the setting of the callback whose state ends the fit; None if no callback ends it."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Timer) and _is_over(callback):
+            return "trainer.max_time"
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
+            return "EarlyStopping in trainer.callbacks"
+        if isinstance(callback, StopAtAUC) and callback.is_reached:
+            return f"stop_at_auc {callback.target:g}"
+    return None
+
+
+def _is_over(timer: Timer) -> bool:
+    remaining = timer.time_remaining()
+    return remaining is not None and remaining <= 0
 
 
 class StopAtAUC(pl.Callback):
@@ -86,6 +160,11 @@ class StopAtAUC(pl.Callback):
         self._seconds_before = 0.0
         self._start: float | None = None
 
+    @property
+    def is_reached(self) -> bool:
+        """Whether the last validation reached the target."""
+        return self._metrics.latest.get(MONITOR, 0.0) >= self.target
+
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self._seconds()}
 
@@ -96,9 +175,6 @@ class StopAtAUC(pl.Callback):
         self._start = time.perf_counter()
         for name in (names.TIME_TO_TARGET, names.SAMPLES_TO_TARGET):
             self._metrics.latest.setdefault(name, float("nan"))
-        if self._metrics.latest.get(MONITOR, 0.0) >= self.target:
-            # The run reached its target before it was resumed.
-            trainer.should_stop = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -116,23 +192,6 @@ class StopAtAUC(pl.Callback):
 
     def _seconds(self) -> float:
         return self._seconds_before + (0.0 if self._start is None else time.perf_counter() - self._start)
-
-
-class StayStopped(pl.Callback):
-    """Callback that ends a resumed fit at its start if EarlyStopping ended it before.
-
-    Args:
-        stopping: the callback; it must come before the callback that saves checkpoints, and be made with
-            ``check_on_train_epoch_end=False``, so that the checkpoint of a validation holds the decision.
-    """
-
-    def __init__(self, stopping: EarlyStopping) -> None:
-        self.stopping = stopping
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.stopping.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
-            log.info("EarlyStopping has ended this fit: to train on, take it out of trainer.callbacks")
-            trainer.should_stop = True
 
 
 class StopOnSigterm(pl.Callback):

@@ -66,6 +66,9 @@ EVERY_PROTOCOL = [
     ("nvidia", {"min_count": 3}),
     ("bars", {}),
     ("bars", {"min_count": 2, "seed": 2018, "negative_sampling_rate": 0.5}),
+    ("quantile", {}),
+    ("quantile", {"bins": 2, "min_count": 1}),
+    ("quantile", {"bins": 256, "min_count": 20, "negative_sampling_rate": 0.9}),
     ("modern", {}),
     ("modern", {"min_count": 1}),
     ("modern", {"min_count": 20, "negative_sampling_rate": 0.9}),
@@ -106,7 +109,7 @@ def test_dlrm_without_options_has_no_settings(tmp_path: Path) -> None:
     assert dict(preprocess("kaggle", "dlrm", [raw], tmp_path / "out", progress=QUIET).settings) == {}
 
 
-@pytest.mark.parametrize("protocol", ["dlrm", "mlperf", "modern"])
+@pytest.mark.parametrize("protocol", ["dlrm", "mlperf", "quantile", "modern"])
 def test_spilled_counts_equal_plain_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
     monkeypatch.setattr(counting, "_VALUES_AT_ONCE", 60)
     monkeypatch.setattr(counting, "_IDS_AT_ONCE", 16)
@@ -424,6 +427,9 @@ def test_bad_arguments(tmp_path: Path) -> None:
         ("no protocol is given", lambda: preprocess("kaggle", None, [raw], out)),
         ("no dataset is given", lambda: preprocess(None, "dlrm", [raw], out)),
         ("nvidia has no max_rows, dlrm and mlperf have", lambda: preprocess("kaggle", "nvidia", [raw], out, 9)),
+        ("dlrm has no quantile bins", lambda: preprocess("kaggle", "dlrm", [raw], out, bins=9)),
+        ("bins is 1, expected 2 to 256", lambda: preprocess("kaggle", "quantile", [raw], out, bins=1)),
+        ("bins is 257", lambda: preprocess("kaggle", "quantile", [raw], out, bins=257)),
         ("min_count is 0", lambda: preprocess("kaggle", "dlrm", [raw], out, min_count=0)),
         ("rate is 0", lambda: preprocess("kaggle", "dlrm", [raw], out, negative_sampling_rate=0)),
         ("rate is 1.5", lambda: preprocess("kaggle", "dlrm", [raw], out, negative_sampling_rate=1.5)),
@@ -510,6 +516,7 @@ NEW_ROWS_OF: list[tuple[str, dict[str, Any]]] = [
     ("mlperf", {"max_rows": 30, "min_count": 5}),
     ("nvidia", {"min_count": 3}),
     ("bars", {}),
+    ("quantile", {"bins": 7}),
     ("modern", {}),
 ]
 
@@ -578,11 +585,9 @@ def test_known_values_are_looked_up_as_by_a_dict(tmp_path: Path) -> None:
     known = counting._known_values(Folder(tmp_path), "C1.parquet")
     wanted = np.concatenate([hashes, generator.integers(0, 2**32, 5000).astype(np.uint32), hashes[:9]])
     of = dict(zip(hashes.tolist(), ids.tolist(), strict=True))
-    found = counting._look_up(known, wanted, unknown=1)
-    assert found[0].dtype == np.int32 and found[0].tolist() == [of.get(value, 1) for value in wanted.tolist()]
-    assert found[1].tolist() == [value in of for value in wanted.tolist()]
-    nothing = counting._look_up(known[:0], wanted, unknown=1)
-    assert (nothing[0] == 1).all() and not nothing[1].any()
+    found = counting._look_up(known, wanted, unknown=-3)
+    assert found.dtype == np.int32 and found.tolist() == [of.get(value, -3) for value in wanted.tolist()]
+    assert (counting._look_up(known[:0], wanted, unknown=-3) == -3).all()
     with pytest.raises(UserError, match=r"C2.parquet is missing"):
         counting._known_values(Folder(tmp_path), "C2.parquet")
     (tmp_path / "C2.parquet").write_bytes((tmp_path / "C1.parquet").read_bytes()[:-9])
@@ -656,7 +661,7 @@ def test_starts_without_torch() -> None:
 
 @pytest.mark.parametrize(
     ("protocol", "options", "dense", "tables"),
-    [("bars", {}, 0, 39), ("modern", {}, 13, 39), ("mlperf", {"multi_hot": "mlperf"}, 13, 26)],
+    [("bars", {}, 0, 39), ("quantile", {}, 13, 39), ("mlperf", {"multi_hot": "mlperf"}, 13, 26)],
 )
 def test_every_kind_of_dataset_can_be_streamed(
     tmp_path: Path, protocol: str, options: dict[str, Any], dense: int, tables: int
@@ -669,7 +674,7 @@ def test_every_kind_of_dataset_can_be_streamed(
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     assert batch.dense.shape == (100, dense) and batch.ids.tables == tables == len(schema.features.tables)
-    assert batch.dense.isnan().any().item() == (protocol == "modern")
+    assert batch.dense.isnan().any().item() == (protocol == "quantile")
     first = pq.read_table(tmp_path / "out/train").slice(0, 100)
     bags = [first.column(column.name).to_pylist() for column in schema.by_role("categorical", "multi_hot")]
     in_order = [bag if isinstance(bag, list) else [bag] for row in zip(*bags, strict=True) for bag in row]

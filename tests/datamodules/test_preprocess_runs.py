@@ -54,7 +54,7 @@ def undisturbed(days: list[Path], tmp_path_factory: pytest.TempPathFactory) -> d
 
 def make(days: list[Path], output: Path, **options: Any) -> DatasetSchema:
     given = {"progress": QUIET, "block_bytes": 33_000, "workers": 1, **options}
-    return preprocess("terabyte", "modern", days, output, negative_sampling_rate=0.5, **given)
+    return preprocess("terabyte", "quantile", days, output, negative_sampling_rate=0.5, **given)
 
 
 def names_in(folder: Path) -> set[str]:
