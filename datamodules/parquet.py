@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,6 +21,11 @@ ARROW_TYPES: Mapping[str, pa.DataType] = {
     "multi_hot": pa.list_(pa.int32()),
     "weights": pa.list_(pa.float32()),
 }
+
+SLICE_ROWS = 65_536
+"""Rows that are decoded together, at most: row groups of other writers may have any number of rows."""
+_SLICE_VALUES = 1 << 24
+"""Values of a column that are decoded together, on average."""
 
 _REMEDY_OF_NULLS: Mapping[str, str] = {
     "label": "give every row the label 0 or 1",
@@ -73,16 +79,19 @@ def check_labels(where: str, labels: pa.Array | pa.ChunkedArray) -> None:
 
     Args:
         where: the column, and its file if there is one, for the message.
-        labels: int8.
+        labels: int8, without nulls.
 
     Raises:
         UserError: some labels are other values.
     """
-    limits = pc.min_max(labels)
-    if len(labels) and (limits["min"].as_py() < 0 or limits["max"].as_py() > 1):
-        found = ", ".join(str(value) for value in sorted(pc.unique(labels).to_pylist())[:5])
+    values = labels.to_numpy()
+    # As uint8, negative labels are large.
+    if values.view(np.uint8).max(initial=0) > 1:
+        row = int(np.flatnonzero(values.view(np.uint8) > 1)[0])
+        found = ", ".join(map(str, np.unique(values).tolist()[:5]))
         raise UserError(
-            f"{where} has the labels {found}; expected 0 (no click) and 1 (click): give each row one of them"
+            f"{where} has the labels {found} (row {row:,} has {values[row]}); expected 0 (no click) and 1 (click): "
+            "give each row one of them"
         )
 
 
@@ -95,7 +104,7 @@ def check_weights(where: str, weights: pa.Array | pa.ChunkedArray, ids: pa.Array
         ids: list<int32>, as many lists.
 
     Raises:
-        UserError: the numbers of weights and ids of a bag differ, or a weight is null or NaN.
+        UserError: the numbers of weights and ids of a bag differ, or a weight is null, NaN or infinite.
     """
     lengths = pc.list_value_length(weights)
     different = pc.indices_nonzero(pc.fill_null(pc.not_equal(lengths, pc.list_value_length(ids)), True))
@@ -107,8 +116,8 @@ def check_weights(where: str, weights: pa.Array | pa.ChunkedArray, ids: pa.Array
             "and an empty bag an empty list"
         )
     require(
-        not pc.any(pc.is_null(pc.list_flatten(weights), nan_is_null=True)).as_py(),
-        f"{where}: a weight is null or NaN; give each id a number, such as 1",
+        pc.all(pc.fill_null(pc.is_finite(pc.list_flatten(weights)), False)).as_py(),
+        f"{where}: a weight is null, NaN or infinite; give each id a number, such as 1",
     )
 
 
@@ -120,58 +129,117 @@ def count_values(part: pq.ParquetFile, columns: Sequence[Column]) -> int:
     return sum(group.column(positions[column.name]).num_values for group in groups for column in columns)
 
 
-def read_group(
+def read_slices(
     where: Folder, file: DataFile, part: pq.ParquetFile, group: int, columns: Sequence[Column], threads: bool = True
-) -> pa.Table:
-    """Read some columns of a row group.
+) -> Iterator[pa.RecordBatch]:
+    """Yield some columns of a row group in slices of ``SLICE_ROWS`` rows, and check every value.
+
+    The check reads each column once more: 0.3 ms for the 40 columns of 16,384 Criteo rows, 7% of the time that decoding
+    takes, and less than 0.2% of a fit at 100,000 samples a second.
 
     Args:
         where: the dataset folder.
         file: one of its part files.
         part: the same file, open.
         group: index of the row group in the file.
-        columns: the columns to read.
+        columns: the columns to read, at least one.
         threads: decode columns in parallel.
 
     Raises:
-        UserError: the row group cannot be decoded, has nulls in a column without nulls, or labels other than 0 and 1.
+        UserError: the row group cannot be decoded or lacks rows; it has nulls in a column without nulls, labels other
+            than 0 and 1, infinite dense values or weights, or ids that their table does not have.
     """
     path = where / file.path
-    try:
-        table = part.read_row_group(group, columns=[column.name for column in columns], use_threads=threads)
-    except Exception as error:  # remote file systems have errors of their own
-        raise UserError(
-            f"{path} is altered: row group {group} cannot be decoded ({one_line(error)}); {REMEDY}"
-        ) from error
-    for column in columns:
-        place, values = f"{path}, row group {group}, column {column.name}", table.column(column.name)
-        if remedy := _REMEDY_OF_NULLS.get(column.role):
-            nulls = _nulls(values)
-            require(not nulls, f"{place} has nulls ({nulls:,}); {remedy}")
-        if column.role == "label":
-            check_labels(place, values)
-    return table
+    names = [column.name for column in columns]
+    slices = part.iter_batches(_rows_of_slice(part, group), row_groups=[group], columns=names, use_threads=threads)
+    first = row = sum(file.row_groups[:group])
+    while True:
+        try:
+            found = next(slices, None)
+        except Exception as error:  # remote file systems have errors of their own
+            raise UserError(
+                f"{path} is altered: row group {group} cannot be decoded ({one_line(error)}); {REMEDY}"
+            ) from error
+        if found is None:
+            break
+        for column in columns:
+            _check_values(f"{path}, row group {group}, column {column.name}", column, found, row)
+        row += len(found)
+        yield found
+    expected = file.row_groups[group]
+    require(row - first == expected, f"{path} is altered: row group {group} has {row - first} rows of {expected}")
 
 
-def read_groups(
+def read_part(
     folder: str | Path | Folder, schema: DatasetSchema, file: DataFile, columns: Sequence[Column]
-) -> Iterator[pa.Table]:
-    """Yield some columns of a part file, row group by row group.
+) -> Iterator[pa.RecordBatch]:
+    """Yield some columns of a part file in slices of ``SLICE_ROWS`` rows at most.
 
     Raises:
-        UserError: see ``open_part`` and ``read_group``.
+        UserError: see ``open_part`` and ``read_slices``.
     """
     where = Folder(folder)
     with open_part(where, schema, file) as part:
         for group in range(part.num_row_groups):
-            yield read_group(where, file, part, group, columns)
+            yield from read_slices(where, file, part, group, columns)
 
 
-def _nulls(values: pa.ChunkedArray) -> int:
-    """Count the nulls among values, or among the items of lists; a null list is an empty list."""
-    if pa.types.is_list(values.type):
-        return sum(chunk.flatten().null_count for chunk in values.chunks)
-    return values.null_count
+def _rows_of_slice(part: pq.ParquetFile, group: int) -> int:
+    """Return ``SLICE_ROWS``, or fewer rows if they have many ids."""
+    metadata = part.metadata.row_group(group)
+    values = max((metadata.column(i).num_values for i in range(metadata.num_columns)), default=0)
+    return max(1, min(SLICE_ROWS, _SLICE_VALUES * max(metadata.num_rows, 1) // max(values, 1)))
+
+
+def _check_values(place: str, column: Column, rows: pa.RecordBatch, first: int) -> None:
+    """Check the values of a column.
+
+    Args:
+        place: the column and its file, for messages.
+        column: one column of ``rows``.
+        rows: decoded rows.
+        first: place of the first of them in the file.
+
+    Raises:
+        UserError: see ``read_slices``.
+    """
+    values = rows.column(column.name)
+    items = values.flatten() if pa.types.is_list(values.type) else values
+    if remedy := _REMEDY_OF_NULLS.get(column.role):
+        require(not items.null_count, f"{place} has nulls ({items.null_count:,}); {remedy}")
+    if column.role == "label":
+        check_labels(f"{place}, rows from {first:,}", values)
+    elif column.role == "dense":
+        _check_dense(place, values, first)
+    elif column.role == "weights":
+        bags = weighted_column(column)
+        if bags in rows.schema.names:
+            check_weights(f"{place}, rows from {first:,}", values, rows.column(bags))
+    else:
+        # As uint32, negative ids are large. NumPy takes a tenth of the time of pyarrow's min_max.
+        ids = items.to_numpy().view(np.uint32)
+        if ids.max(initial=0) >= column.cardinality:
+            index = int(np.flatnonzero(ids >= column.cardinality)[0])
+            row = index if items is values else int(np.searchsorted(_bag_ends(values), index, side="right"))
+            raise UserError(
+                f"{place} has the id {ids.view(np.int32)[index]} in row {first + row:,} of the file, its table has "
+                f"rows 0 to {column.cardinality - 1}; make the dataset again"
+            )
+
+
+def _bag_ends(bags: pa.ListArray) -> np.ndarray:
+    """Return where each bag ends among the items of all bags."""
+    return np.cumsum(pc.fill_null(pc.list_value_length(bags), 0).to_numpy())
+
+
+def _check_dense(place: str, values: pa.Array, first: int) -> None:
+    stored = np.frombuffer(values.buffers()[1] or b"", np.float32)[values.offset :][: len(values)]
+    # What is stored in place of nulls may be anything.
+    if np.isinf(stored).any() and (infinite := np.flatnonzero(np.isinf(values.to_numpy(zero_copy_only=False)))).size:
+        raise UserError(
+            f"{place} has {stored[infinite[0]]} in row {first + infinite[0]:,} of the file; expected finite numbers, "
+            "or null for a missing value: correct the data"
+        )
 
 
 def _leaves(metadata: pq.FileMetaData) -> dict[str, int]:
@@ -181,23 +249,18 @@ def _leaves(metadata: pq.FileMetaData) -> dict[str, int]:
 
 
 def _check_ids(path: str, schema: DatasetSchema, metadata: pq.FileMetaData) -> None:
+    """Check the ids' least and largest values in the footer, which is read before the rows are."""
     positions = _leaves(metadata)
     for column in schema.by_role("categorical", "multi_hot"):
         for group in range(metadata.num_row_groups):
+            statistics = metadata.row_group(group).column(positions[column.name]).statistics
+            if statistics is None:
+                continue
             place = f"{path}: row group {group} of column {column.name}"
-            values = metadata.row_group(group).column(positions[column.name])
-            statistics = values.statistics
-            if column.role == "categorical" and statistics is not None and statistics.null_count:
-                raise UserError(f"{place} has nulls ({statistics.null_count:,}); {_REMEDY_OF_NULLS['categorical']}")
-            if statistics is None or not statistics.has_min_max:
-                if column.role == "multi_hot" and statistics is not None and statistics.num_values == 0:
-                    continue  # all bags are empty
-                raise UserError(
-                    f"{place} has no statistics, so its ids cannot be checked; write the file with statistics, as "
-                    "DatasetWriter does"
-                )
+            nulls = statistics.null_count if column.role == "categorical" else 0
+            require(not nulls, f"{place} has nulls ({nulls:,}); {_REMEDY_OF_NULLS['categorical']}")
             require(
-                statistics.min >= 0 and statistics.max < column.cardinality,
+                not statistics.has_min_max or (statistics.min >= 0 and statistics.max < column.cardinality),
                 f"{place} has ids from {statistics.min} to {statistics.max}, its table has rows 0 to "
                 f"{column.cardinality - 1}; make the dataset again",
             )

@@ -7,7 +7,7 @@ so that the profile shows how the distances and the number of distinct rows grow
 A profile does not hold which rows stay popular (from distances alone, every row is accessed equally often in the long
 run), how the columns of a sample depend on each other, and labels. Rows are numbered by first access.
 
-To measure a profile takes the memory of one LRU stack (see ``lru``) and of a row group, for any number of accesses.
+To measure a profile takes the memory of one LRU stack (see ``lru``) and of 65,536 rows, for any number of accesses.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from datamodules.folder import Folder, failures_as_user_errors, load_schema
 from datamodules.generate.draws import exp, log
-from datamodules.parquet import read_groups
+from datamodules.parquet import read_part
 from datamodules.preprocess.journal import written_aside
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SplitName
@@ -273,10 +273,10 @@ class TraceSource:
         return profiles
 
     def _accesses(self, name: str) -> Iterator[tuple[NDArray[np.int32], int]]:
-        """Yield the ids of a column, row group by row group, and the number of rows they belong to."""
+        """Yield the ids of a column, slice by slice, and the number of rows they belong to."""
         chosen = [column for column in self.schema.columns if column.name == name]
         for file in self.schema.splits[self.split].files:
-            for table in read_groups(self.path, self.schema, file, chosen):
+            for table in read_part(self.path, self.schema, file, chosen):
                 column = table.column(name)
                 yield (pc.list_flatten(column) if pa.types.is_list(column.type) else column).to_numpy(), len(column)
 

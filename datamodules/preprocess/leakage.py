@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from datamodules.folder import Folder
-from datamodules.parquet import read_groups
+from datamodules.parquet import read_part
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SPLITS, Column, DatasetSchema, SplitName
 
@@ -56,7 +56,7 @@ def equal_rows(folder: str | Path | Folder, schema: DatasetSchema, progress: boo
     with tqdm(total=rows, desc="Hashing", unit=" rows", unit_scale=True, disable=None if progress else True) as bar:
         for split, split_runs in runs.items():
             for file in schema.splits[split].files:
-                for table in read_groups(folder, schema, file, columns):
+                for table in read_part(folder, schema, file, columns):
                     split_runs.add(content_hashes(table, columns))
                     bar.update(table.num_rows)
             split_runs.end()
@@ -64,12 +64,12 @@ def equal_rows(folder: str | Path | Folder, schema: DatasetSchema, progress: boo
     return _compare(runs, shown)
 
 
-def content_hashes(table: pa.Table, columns: Sequence[Column]) -> Hashes:
+def content_hashes(table: pa.RecordBatch, columns: Sequence[Column]) -> Hashes:
     """Return a 64-bit hash of the values of ``columns`` in each row, [rows]. Null is a value of its own; -0.0 equals
     0.0."""
     hashes = np.full(table.num_rows, 0x9E3779B97F4A7C15, np.uint64)
     for column in columns:
-        values = table.column(column.name).combine_chunks()
+        values = table.column(column.name)
         if column.role == "multi_hot":
             _mix_lists(hashes, values)
         elif column.role == "dense":

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from datamodules.folder import REMEDY, Folder, part_files
-from datamodules.parquet import read_groups
+from datamodules.parquet import read_part
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import Column, DatasetSchema
 
@@ -144,7 +144,7 @@ def all_skews(folder: str | Path | Folder, schema: DatasetSchema, progress: bool
 def _counted(folder: str | Path | Folder, schema: DatasetSchema, column: Column) -> NDArray[np.int64]:
     counts = np.zeros(column.cardinality, np.int64)
     for file in part_files(schema):
-        for table in read_groups(folder, schema, file, [column]):
+        for table in read_part(folder, schema, file, [column]):
             ids = table.column(column.name)
             np.add.at(counts, (pc.list_flatten(ids) if column.role == "multi_hot" else ids).to_numpy(), 1)
     return counts

@@ -10,6 +10,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from datamodules.folder import Folder, part_files
 from datamodules.stream.order import Order, Shuffle
 from datamodules.stream.rows import Decoder, Rows
@@ -143,15 +145,17 @@ class Loader:
 
     def _source(self, order: Order, buffer: Rows | None) -> Source:
         decoder = self._decoder()
-        read: Callable[[int], Rows] = decoder
+        read: Callable[[int, np.ndarray | None], Rows] = decoder
         if self._caches:
             start, _ = self._cached_range()
             rows = self._decode_all(decoder, order)
             if order.shuffle != "window":
                 return CachedRows(rows, start, order)
 
-            def read(group: int) -> Rows:
+            def read(group: int, positions: np.ndarray | None) -> Rows:
                 first = int(order.group_starts[group])
+                if positions is not None:
+                    return rows.take(first + positions)
                 return rows.slice(first, first + int(order.group_rows[group]))
 
         return Window(

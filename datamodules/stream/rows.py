@@ -6,7 +6,7 @@ Shape suffixes: n rows, I dense columns, F tables, N multi-hot indices.
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamodules.folder import Folder
-from datamodules.parquet import check_weights, count_values, open_part, read_group, weighted_column
+from datamodules.parquet import count_values, open_part, read_slices, weighted_column
 from datamodules.stream.order import LANES, ranges
 from lightning_dlrm.contracts.schema import Column, DataFile, DatasetSchema
 
@@ -102,23 +102,81 @@ class Decoder:
         self._where = [(i, group) for i, file in enumerate(self.files) for group in range(len(file.row_groups))]
         # pyarrow does not promise that a ParquetFile is thread-safe, so each thread has its own.
         self._idle: OrderedDict[int, list[pq.ParquetFile]] = OrderedDict()
+        self._cursors: dict[int, list[_Cursor]] = {}
+        """By row group: readers in the middle of it."""
         self._lock = threading.Lock()
 
-    def __call__(self, group: int) -> Rows:
-        """Decode a row group, counted over the whole split.
+    def __call__(self, group: int, positions: np.ndarray | None = None) -> Rows:
+        """Decode a row group, counted over the whole split, or some of its rows.
+
+        Args:
+            group: the row group.
+            positions: int64 [n], the rows of the row group to return, in that order, each once; None for all rows in
+                the order of the file. In memory are these rows and a slice of the row group. The rows after the last
+                ones that were read are found without reading from the beginning.
 
         Raises:
-            UserError: its file is missing, altered or cannot be decoded.
+            UserError: its file is missing or altered, cannot be decoded, or has values that its schema does not allow.
         """
-        columns = self._read(group)
-        count = len(next(iter(columns.values())))
+        if positions is None:
+            return join_rows(list(self.slices(group)) or [self._empty_slice()])
+        order = np.argsort(positions, kind="stable")
+        wanted = positions[order]
+        cursor, pieces, found = self._cursor(group, int(wanted[0])), [], 0
+        while found < len(wanted):
+            until = int(np.searchsorted(wanted, cursor.first + len(cursor.rows)))
+            if until > found:
+                pieces.append(cursor.rows.take(wanted[found:until] - cursor.first))
+                found = until
+            else:
+                cursor.advance()
+        if wanted[-1] + 1 < self._group_rows(group):
+            with self._lock:
+                self._cursors.setdefault(group, []).append(cursor)
+        rows = join_rows(pieces)
+        return rows if (order[1:] > order[:-1]).all() else rows.take(np.argsort(order))
+
+    def slices(self, group: int) -> Iterator[Rows]:
+        """Decode a row group in slices of a bounded number of rows, in the order of the file.
+
+        Raises:
+            UserError: see ``__call__``.
+        """
+        index, in_file = self._where[group]
+        part = self._borrow(index)
+        # One thread, because a wider pool would take cores from training.
+        for found in read_slices(self.folder, self.files[index], part, in_file, self.schema.columns, threads=False):
+            yield self._decoded(dict(zip(found.schema.names, found.columns, strict=True)), len(found))
+        self._give_back(index, part)
+
+    def _group_rows(self, group: int) -> int:
+        index, in_file = self._where[group]
+        return self.files[index].row_groups[in_file]
+
+    def _cursor(self, group: int, first: int) -> "_Cursor":
+        """Return a reader of a row group before its row ``first``: the nearest one, or one at its beginning."""
+        with self._lock:
+            before = [cursor for cursor in self._cursors.get(group, ()) if cursor.first <= first]
+            if before:
+                nearest = max(before, key=lambda cursor: cursor.first)
+                self._cursors[group].remove(nearest)
+                return nearest
+        return _Cursor(self.slices(group), self._empty_slice())
+
+    def _empty_slice(self) -> Rows:
+        rows = self.empty(0)
+        if self.multi_hot:
+            rows.ends = np.zeros(1, np.int64)
+        return rows
+
+    def _decoded(self, columns: dict[str, pa.Array], count: int) -> Rows:
         rows = Rows(
             label=None if self.label is None else columns[self.label].to_numpy(),
             dense=_side_by_side([_floats(columns[name]) for name in self.dense], count, _FLOAT32),
             ids=np.empty((0, 0), np.int32),
         )
         if self.multi_hot:
-            rows.ids, rows.values, rows.ends = self._bags(columns, group)
+            rows.ids, rows.values, rows.ends = self._bags(columns)
         else:
             rows.ids = _side_by_side([columns[column.name].to_numpy() for column in self.tables], count, _INT32)
         return rows
@@ -146,18 +204,6 @@ class Decoder:
             total += (stop - start) * 8 + self.value_type.itemsize * values * (stop - start) // max(rows, 1)
         return total
 
-    def _read(self, group: int) -> dict[str, pa.Array]:
-        index, group = self._where[group]
-        part = self._borrow(index)
-        # One thread, because a wider pool would take cores from training.
-        table = read_group(self.folder, self.files[index], part, group, self.schema.columns, threads=False)
-        self._give_back(index, part)
-        # A row group mostly has the values of a column in one chunk.
-        return {
-            name: column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
-            for name, column in zip(table.column_names, table.columns, strict=True)
-        }
-
     def _borrow(self, index: int) -> pq.ParquetFile:
         with self._lock:
             if self._idle.get(index):
@@ -171,7 +217,7 @@ class Decoder:
             if len(self._idle) > _OPEN_FILES:
                 self._idle.popitem(last=False)
 
-    def _bags(self, columns: dict[str, pa.Array], group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _bags(self, columns: dict[str, pa.Array]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return lengths int32 [n, F], values [N] and ends int64 [n + 1], as in ``Rows``."""
         parts = [_bag_column(columns[column.name], column) for column in self.tables]
         lengths_nF = np.stack([lengths for lengths, _ in parts], axis=1)
@@ -182,18 +228,43 @@ class Decoder:
             places = ranges(stops_nF[:, table] - lengths, lengths)
             ids[places] = column_values
             if self.weights:
-                values["weight"][places] = self._weights(columns, self.tables[table].name, group)
+                values["weight"][places] = self._weights(columns, self.tables[table].name)
         return lengths_nF, values, np.append(0, stops_nF[:, -1])
 
-    def _weights(self, columns: dict[str, pa.Array], name: str, group: int) -> np.ndarray | float:
+    def _weights(self, columns: dict[str, pa.Array], name: str) -> np.ndarray | float:
         """Return the weights float32 [N] of a column's ids, or 1 for all of them."""
-        if name not in self.weights:
-            return 1.0
-        weights = columns[self.weights[name]]
-        index, in_file = self._where[group]
-        where = f"{self.folder / self.files[index].path}, row group {in_file}, column {self.weights[name]}"
-        check_weights(where, weights, columns[name])
-        return weights.flatten().to_numpy()
+        return columns[self.weights[name]].flatten().to_numpy() if name in self.weights else 1.0
+
+
+class _Cursor:
+    """A reader in the middle of a row group.
+
+    Args:
+        slices: the rows of the row group, slice by slice.
+        empty: no rows.
+    """
+
+    def __init__(self, slices: Iterator[Rows], empty: Rows) -> None:
+        self._slices, self.rows, self.first = slices, empty, 0
+
+    def advance(self) -> None:
+        """Read the next slice: ``rows`` from the place ``first`` on."""
+        self.first += len(self.rows)
+        self.rows = next(self._slices)
+
+
+def join_rows(pieces: Sequence[Rows]) -> Rows:
+    """Return the rows of several pieces, one after the other."""
+    if len(pieces) == 1:
+        return pieces[0]
+    label, dense, ids = ([getattr(piece, name) for piece in pieces] for name in ("label", "dense", "ids"))
+    rows = Rows(
+        label=None if label[0] is None else np.concatenate(label), dense=np.concatenate(dense), ids=np.concatenate(ids)
+    )
+    if pieces[0].values is not None:
+        rows.values = np.concatenate([piece.values for piece in pieces if piece.values is not None])
+        rows.ends = np.append(0, np.cumsum(rows.ids.sum(axis=1, dtype=np.int64)))
+    return rows
 
 
 def take_bags(values: np.ndarray, ends: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,9 @@ from lightning_dlrm.contracts.batch import Batch, SparseIds
 _BOUNDS_AT_ONCE = 256
 # Small batches are cut from a block of several: gathering has a cost per call.
 _BLOCK_ROWS = 16_384
+LARGE = 65_536
+"""Rows of a row group that is still read whole: four times those that DatasetWriter makes."""
+_PARTS_BYTES = 512 * 2**20
 
 
 class Window:
@@ -32,8 +35,12 @@ class Window:
     wait while all of them decode the next, they decode one after the other, from 0.6 of a row group
     ahead of the batch down to 0.1.
 
+    Row groups of more than ``LARGE`` rows, which other writers make, are read in parts: so many rows of all lanes
+    together take ``_PARTS_BYTES`` at most. Each part of a shuffled row group is drawn from all over it, so the row
+    group is decoded once for each part.
+
     Args:
-        read: decodes a row group; called from several threads.
+        read: decodes a row group, or some of its rows, as ``Decoder.__call__``; called from several threads.
         empty: allocates rows.
         order: of one epoch.
         rank, world: the rank whose lanes are read, and the world size.
@@ -44,7 +51,7 @@ class Window:
 
     def __init__(
         self,
-        read: Callable[[int], Rows],
+        read: Callable[[int, np.ndarray | None], Rows],
         empty: Callable[[int], Rows],
         order: Order,
         *,
@@ -60,7 +67,11 @@ class Window:
             order.edges[lanes.start : lanes.stop],
             order.edges[lanes.start + 1 : lanes.stop + 1],
         )
-        largest = int(order.group_rows.max(initial=0))
+        busy = max(int(np.count_nonzero(self._lane_ends_L > begins_L)), 1)
+        affordable = _PARTS_BYTES // (busy * max(empty(1).nbytes, 1))
+        self._part_rows = max(LARGE, affordable) if order.shuffle == "window" else LARGE
+        """Rows that are decoded into a ring at once, at most."""
+        largest = min(int(order.group_rows.max(initial=0)), self._part_rows)
         # A single lane is read in file order: each further thread decodes a row group ahead.
         ahead = 0.1 + 0.5 * np.arange(1, len(lanes) + 1) / len(lanes) if len(lanes) > 1 else np.array([threads - 1])
         self._reach_L = (ahead * largest).astype(np.int64)
@@ -106,9 +117,9 @@ class Window:
             self._pool.shutdown(cancel_futures=True)
 
     def _begin_load(self, lane: int, begin: int) -> int:
-        """Start to decode the row group at a place of a lane; return the place after it."""
+        """Start to decode the row group at a place of a lane, or a part of it; return the place after it."""
         index = int(np.searchsorted(self._order.ends, begin, side="right"))
-        end = int(min(self._order.ends[index], self._lane_ends_L[lane]))
+        end = int(min(self._order.ends[index], self._lane_ends_L[lane], begin + self._part_rows))
         run = functools.partial(self._load, lane, index, begin, end)
         if self._pool is None:
             run()
@@ -132,10 +143,13 @@ class Window:
     def _load(self, lane: int, index: int, begin: int, end: int) -> None:
         """Decode a row group of the sequence and copy its rows ``begin`` to ``end - 1`` into the ring."""
         group = int(self._order.sequence[index])
-        rows, permutation = self._read(group), self._order.permutation(group)
-        first = int(self._order.ends[index]) - len(rows)
-        taken = np.arange(len(rows)) if permutation is None else permutation
-        taken = taken[begin - first : end - first]
+        count = int(self._order.group_rows[group])
+        first = int(self._order.ends[index]) - count
+        taken = self._order.permutation(group, begin - first, end - first)
+        if count <= self._part_rows:
+            rows = self._read(group, None)
+        else:
+            rows, taken = self._read(group, taken), np.arange(end - begin)
         if rows.values is not None and rows.ends is not None:
             self._bags[lane][begin] = take_bags(rows.values, rows.ends, taken)
         ring, capacity = int(self._ring_starts_L[lane]), int(self._capacity_L[lane])
@@ -228,19 +242,24 @@ def cache_rows(decoder: Decoder, order: Order, start: int, stop: int, threads: i
     """
     cached = decoder.empty(stop - start)
 
-    def load(group: int) -> Rows:
-        rows, first = decoder(group), int(order.group_starts[group])
-        rows = rows.slice(max(start - first, 0), min(stop - first, len(rows)))
-        at = max(first - start, 0)
-        for array, decoded in zip(cached.arrays, rows.arrays, strict=True):
-            array[at : at + len(rows)] = decoded
-        return rows if decoder.multi_hot else decoder.empty(0)
+    def load(group: int) -> list[np.ndarray]:
+        """Copy the rows of a row group, and return the values of their bags."""
+        bags, first = [], int(order.group_starts[group])
+        for decoded in decoder.slices(group):
+            rows = decoded.slice(min(max(start - first, 0), len(decoded)), max(min(stop - first, len(decoded)), 0))
+            at = max(first - start, 0)
+            for array, of_rows in zip(cached.arrays, rows.arrays, strict=True):
+                array[at : at + len(rows)] = of_rows
+            if rows.values is not None:
+                bags.append(rows.values)
+            first += len(decoded)
+        return bags
 
     groups = np.flatnonzero((order.group_starts < stop) & (order.group_starts + order.group_rows > start))
     with ThreadPoolExecutor(threads) as pool:
         bags = list(pool.map(load, groups.tolist()))
     if cached.values is not None:
-        cached.values = np.concatenate([cached.values, *(rows.values for rows in bags if rows.values is not None)])
+        cached.values = np.concatenate([cached.values, *itertools.chain(*bags)])
         cached.ends = np.append(0, np.cumsum(cached.ids.sum(axis=1, dtype=np.int64)))
     return cached
 

@@ -1,10 +1,12 @@
 """Text that a fit prints at its start and at its end."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
+from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.models.network import ModelSize
 from lightning_dlrm.tracking import names
@@ -97,13 +99,14 @@ def final_report(
     if schema.dataset == "demo" and auc is not None and optimum is not None:
         lines += ["", demo_result(auc, optimum)]
     if (folder.checkpoints / "best").exists():
-        again = f"--config {folder.path / CONFIG} --ckpt_path {folder.checkpoints / 'best'}"
+        trust = shlex.join(trust_options())
+        again = f"--config {folder.path / CONFIG} --ckpt_path {folder.checkpoints / 'best'} {trust}".rstrip()
         lines += [
             "",
             "next:",
             f"  python -m lightning_dlrm test {again}",
             f"  python -m lightning_dlrm predict {again} --data.predict_split all",
-            f"  python -m lightning_dlrm compare {folder.path} OTHER_RUN --output comparison",
+            f"  python -m lightning_dlrm compare {folder.path} OTHER_RUN --output comparison {trust}".rstrip(),
         ]
     return "\n".join(lines)
 

@@ -39,6 +39,7 @@ from lightning_dlrm.cli.trainer_settings import (
     check_processes,
     validate_trainer_settings,
 )
+from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.cli.version import code_version
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
@@ -400,11 +401,9 @@ def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
     if newest is None:
         log.info("interrupted at step %s, before the first checkpoint", step)
         return
-    config, path = (shlex.quote(str(given)) for given in (folder.path / CONFIG, folder.path))
-    log.info(
-        "interrupted at step %s; continue with: python -m lightning_dlrm fit --config %s --run_dir %s --resume auto",
-        *(step, config, path),
-    )
+    again = ["fit", "--config", str(folder.path / CONFIG), "--run_dir", str(folder.path), "--resume", "auto"]
+    command = shlex.join([*again, *trust_options()])
+    log.info("interrupted at step %s; continue with: python -m lightning_dlrm %s", step, command)
 
 
 # --- report ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.cli.trust import HELP, admit_file, trust_options
 from lightning_dlrm.compare.anatomy import anatomy, breakdown
 from lightning_dlrm.compare.experiment import (
     Experiment,
@@ -96,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         help="remove a run's checkpoints once it is scored; at the paper's size they take 4 to 9 GiB a run",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, show what is compared, and end")
+    # Only for the list in --help: ``take_trust`` has taken it.
+    parser.add_argument("--trust", metavar="MODULE", help=HELP)
     return parser
 
 
@@ -117,6 +120,8 @@ def _positive(text: str) -> int:
 
 def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Path) -> int:
     configs = [find_config(name) for name in options.config]
+    for path in configs:
+        admit_file(path)
     experiments = [path for path in configs if is_experiment(path)]
     if len(experiments) != 1:
         raise UserError(
@@ -171,7 +176,7 @@ def _job(arm: PlannedArm, seed: int, name: str, config: Path, output: Path, spli
         samples = arm.samples
         fit = [
             "fit", "--config", str(config), "--seed_everything", str(seed), "--run_dir", str(run), "--resume", "auto",
-            "--wandb.group", group, "--wandb.name", name, "--wandb.tags", f"[{arm.name}]",
+            "--wandb.group", group, "--wandb.name", name, "--wandb.tags", f"[{arm.name}]", *trust_options(),
         ]  # fmt: skip
         commands = [fit, predict_command(run, split, scores)]
     return Job(

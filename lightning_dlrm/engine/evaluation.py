@@ -1,5 +1,7 @@
 """The logits and labels that metrics are computed from: of an evaluation, and of the last training samples."""
 
+import logging
+import math
 from collections import deque
 from collections.abc import Iterator
 
@@ -14,6 +16,8 @@ from lightning_dlrm.engine.guards import warn_of_chance
 from lightning_dlrm.objectives.metrics import ClickCurves, ClickMetrics, click_curves, click_metrics
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
+
+log = logging.getLogger("lightning_dlrm")
 
 
 class Evaluation(nn.Module):
@@ -34,7 +38,14 @@ class Evaluation(nn.Module):
 
     def results(self) -> dict[str, float]:
         """Return the metrics over all ranks, in full precision; all ranks call it together."""
-        return {f"{self.stage}/{name}": value for name, value in self.metrics.compute().items()}
+        found = self.metrics.compute()
+        if math.isnan(found["auc"]) and math.isfinite(found["log_loss"]) and Ranks().rank == 0:
+            log.warning(
+                "all labels of the %s split are equal, so its AUC is not defined (nan): evaluate on rows with clicks "
+                "and rows without",
+                self.stage,
+            )
+        return {f"{self.stage}/{name}": value for name, value in found.items()}
 
     def curves(self) -> ClickCurves:
         """Return the curves over all ranks; all ranks call it together."""

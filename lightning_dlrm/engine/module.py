@@ -242,8 +242,11 @@ class CTRModule(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Return the batch on the device; a side stream copies it to a GPU while earlier steps compute."""
-        if device.type == batch.dense.device.type == "cpu":
-            return batch
+        if batch.dense.device.type == "cpu":
+            # Here, since a check on the device would wait for it.
+            batch.check_values(self.schema.features)
+            if device.type == "cpu":
+                return batch
         if device.type != "cuda":
             return batch.to(device)
         if self._side_stream is None:
@@ -384,7 +387,7 @@ class CTRModule(pl.LightningModule):
         optimizer = self.make_optimizer(network)
         self.learning_rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
         # The length of the fit is not known yet; any length shows whether the schedule accepts its settings.
-        make_schedule(self.schedule, optimizer, lambda: 1000)
+        make_schedule(self.schedule, optimizer, lambda: 1 << 40)
         return model_size(network, self.schema.features)
 
 

@@ -249,7 +249,7 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
     assert "DLRM is better than DCN by AUC" in said and "report: out/report.html" in said
 
     document = json.loads((output / "report.json").read_text())
-    assert set(document) == {"runs", "pairs"}
+    assert set(document) == {"runs", "arms", "pairs", "adjustment"} and document["adjustment"] == "holm"
     assert [(run["arm"], run["seed"]) for run in document["runs"]] == [
         (a, s) for a in ("DLRM", "DCN") for s in (1, 2, 3)
     ]
@@ -258,6 +258,11 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
     assert log_loss["metric"] == "log_loss"
     for pair in (auc, log_loss):
         assert pair["low"] < pair["difference"] < pair["high"]
+        assert 0 < pair["p"] <= pair["p_adjusted"] <= min(1, 2 * pair["p"]) and pair["verdict_unadjusted"] == "a_better"
+        assert pair["seed_variance"] > 0 <= pair["sample_variance"] and pair["degrees_of_freedom"] == 2
+    assert "adjusted for their number, 2, by Holm's method" in said
+    of_dlrm = document["arms"][0]["intervals"]["log_loss"]
+    assert document["arms"][0]["name"] == "DLRM" and of_dlrm["low"] < of_dlrm["mean"] < of_dlrm["high"]
     means = [
         np.mean([r["metrics"]["test/auc"] for r in document["runs"] if r["arm"] == arm]) for arm in ("DLRM", "DCN")
     ]
@@ -275,6 +280,8 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
     assert html.count("data:image/png;base64,") == len(figures)
     assert "http" not in html and "WARNING" not in html
     assert auc["reason"].startswith("the interval leaves out 0 with 3 seeds in pairs")
+    assert "adjusted for 2 verdicts" in auc["reason"] and "by Holm&#39;s method" in html
+    assert "<th>adjusted p</th>" in html and "<th>without adjustment</th>" in html
     assert html.index("<h2>Verdicts</h2>") < html.index("<table>") and "is better than DCN by AUC" in html
 
 
@@ -284,7 +291,9 @@ def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys
     paths = [leave_run(dlrm, 1, Path("out"), 5.0), leave_run(dcn, 1, Path("out"), 0.0)]
     assert main(["compare", *map(str, paths), "--output", "out"]) == 0
     pairs = json.loads(Path("out/report.json").read_text())["pairs"]
-    assert [pair["verdict"] for pair in pairs] == ["not_distinguishable"] * 2
+    assert [(pair["verdict"], pair["p_adjusted"], pair["seed_variance"]) for pair in pairs] == [
+        ("none", None, None)
+    ] * 2
     assert all("one seed of DLRM and of DCN" in pair["reason"] for pair in pairs)
     said, html = capsys.readouterr().out, " ".join(Path("out/report.html").read_text().split())
     for text in (said, html):
@@ -301,7 +310,7 @@ def test_one_seed_on_one_side_is_named() -> None:
     (labels,) = shared_labels(runs, "test").values()
     scores = {run.name: read_scores(Path("out/scores") / run.name, labels) for run in runs}
     for pair in compare(arms_of(runs), scores, title="t", split="test").pairs:
-        assert pair.verdict == "not_distinguishable" and pair.reason.endswith("the interval leaves its seeds out")
+        assert pair.verdict == "none" and pair.reason.endswith("the interval leaves its seeds out")
         assert "no verdict: one seed of DCN does not show" in pair.sentence and pair.word == "none: one seed"
 
 

@@ -299,7 +299,7 @@ def test_hash_tells_apart_rows_that_differ_in_one_value() -> None:
     zeros = np.zeros_like(ids)
     hashes = np.concatenate(
         [
-            leakage.content_hashes(pa.table({**dict.fromkeys("abc", zeros), name: ids}), columns)[name != "a" :]
+            leakage.content_hashes(pa.record_batch({**dict.fromkeys("abc", zeros), name: ids}), columns)[name != "a" :]
             for name in "abc"
         ]
     )

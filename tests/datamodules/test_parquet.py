@@ -12,7 +12,7 @@ import pytest
 
 from datamodules import writer as writing
 from datamodules.folder import Folder, check_sizes, load_schema, part_files, verify
-from datamodules.parquet import open_part, read_groups
+from datamodules.parquet import open_part, read_part
 from datamodules.stream.rows import Decoder
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
@@ -214,36 +214,46 @@ def test_parts_that_do_not_fit_the_schema_are_named(tmp_path: Path, change: dict
     [
         ("label", pa.array([0, None, 0], pa.int8()), r"label has nulls \(1\); give every row the label"),
         ("M1", pa.array([[1, None], [], [8]], pa.list_(pa.int32())), r"M1 has nulls \(1\); leave missing ids out"),
-        ("label", pa.array([1, -1, 1], pa.int8()), r"label has the labels -1, 1; expected 0 \(no click\) and 1"),
-        ("label", pa.array([0, 2, 1], pa.int8()), r"label has the labels 0, 1, 2; expected 0"),
+        (
+            "label",
+            pa.array([1, -1, 1], pa.int8()),
+            r"label.* has the labels -1, 1 \(row 1 has -1\); expected 0 \(no cl",
+        ),
+        ("label", pa.array([0, 2, 1], pa.int8()), r"label.* has the labels 0, 1, 2 \(row 1 has 2\); expected 0"),
+        ("I1", pa.array([None, 1, np.inf], pa.float32()), "I1 has inf in row 2 of the file; expected finite"),
+        ("I1", pa.array([-np.inf, np.nan, 1], pa.float32()), "I1 has -inf in row 0 of the file"),
+        ("C1", pa.array([0, 40, 1], pa.int32()), "C1 has the id 40 in row 1 of the file, its table has rows 0 to 39"),
+        ("C1", pa.array([0, 1, -7], pa.int32()), "C1 has the id -7 in row 2 of the file"),
+        ("M1", pa.array([[], None, [1, 9]], pa.list_(pa.int32())), "M1 has the id 9 in row 2 of the file"),
     ],
 )
-def test_nulls_and_other_labels_are_refused_with_their_place(
+def test_values_that_cannot_be_are_refused_with_their_place(
     tmp_path: Path, name: str, values: pa.Array, message: str
 ) -> None:
-    folder, schema, file = hand_made(tmp_path, {name: values})
+    # Without statistics, which would tell of the ids before a row is read.
+    folder, schema, file = hand_made(tmp_path, {name: values}, write_statistics=False)
     message = rf"part-00000\.parquet, row group 0, column {message}"
     with pytest.raises(UserError, match=message):
-        list(read_groups(folder, schema, file, schema.columns))
+        list(read_part(folder, schema, file, schema.columns))
     with pytest.raises(UserError, match=message):
         Decoder(Folder(folder), schema, [file])(0)
 
 
 def test_lists_of_other_writers_are_checked_too(tmp_path: Path) -> None:
-    """Some name the items of lists "item"; some write no statistics, of which bags that are all empty need none."""
+    """Some name the items of lists "item"; some write no statistics."""
     old: dict[str, Any] = {"use_compliant_nested_type": False}
     table = {"M1": pa.array([[1], None, [8]], pa.list_(pa.field("item", pa.int32())))}
     folder, schema, file = hand_made(tmp_path, table, **old)
     assert pq.ParquetFile(folder / file.path).schema.column(3).path == "M1.list.item"
-    (found,) = read_groups(folder, schema, file, schema.columns)
+    (found,) = read_part(folder, schema, file, schema.columns)
     rows = Decoder(Folder(folder), schema, [file])(0)
     assert rows.values is not None and rows.ends is not None
     assert (rows.values.tolist(), rows.ends.tolist()) == ([0, 1, 1, 39, 8], [0, 2, 3, 5])
     assert found.column("M1").to_pylist() == [[1], None, [8]]
     beyond = {"M1": pa.array([[1], [], [9]], pa.list_(pa.int32()))}
     folder, schema, file = hand_made(tmp_path / "beyond", beyond, write_statistics=["label", "C1"])
-    with pytest.raises(UserError, match="row group 0 of column M1 has no statistics"):
-        open_part(folder, schema, file)
+    with pytest.raises(UserError, match="M1 has the id 9 in row 2"):
+        list(read_part(folder, schema, file, schema.columns))
     folder, schema, file = hand_made(tmp_path / "empty", {"M1": pa.array([[], [], []], pa.list_(pa.int32()))})
     open_part(folder, schema, file)
 
@@ -341,8 +351,9 @@ def test_data_without_weights_keep_their_fingerprint(tmp_path: Path) -> None:
         ([[1], [1, 2], []], "M1_weights: row 1 has 2 weights for 1 ids; give each id one weight"),
         ([[1], [1], [1]], "row 2 has 1 weights for 0 ids"),
         ([[1], [1], None], "row 2 has 0 weights for 0 ids"),
-        ([[1], [None], []], "a weight is null or NaN; give each id a number"),
-        ([[float("nan")], [1], []], "a weight is null or NaN"),
+        ([[1], [None], []], "a weight is null, NaN or infinite; give each id a number"),
+        ([[float("inf")], [1], []], "a weight is null, NaN or infinite"),
+        ([[float("nan")], [1], []], "a weight is null, NaN or infinite"),
     ],
 )
 def test_weights_that_do_not_fit_their_bags_are_refused(tmp_path: Path, weights: Any, message: str) -> None:

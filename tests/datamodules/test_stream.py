@@ -2,6 +2,7 @@
 ranks, each row once an epoch; loaders give exactly the rows it says, from any position on, and their
 thread never outlives them."""
 
+import dataclasses
 import functools
 import gc
 import itertools
@@ -25,18 +26,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datamodules import parquet
 from datamodules import writer as writing
 from datamodules.criteo import Criteo
 from datamodules.folder import Folder
+from datamodules.mixing import GOLDEN, mix
 from datamodules.stream import loader as loader_module
 from datamodules.stream import rows as decoded
 from datamodules.stream import sources
 from datamodules.stream.loader import BackgroundIterator, Loader, TrainingLoader
 from datamodules.stream.order import Order, _shares, bijection, permutation
-from datamodules.writer import DatasetWriter
+from datamodules.writer import DatasetWriter, data_file
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.schema import Column, DatasetSchema
+from lightning_dlrm.contracts.schema import Column, DatasetSchema, Split
 from tests.ranks import run_ranks
 
 WIDE = (
@@ -466,8 +469,8 @@ from lightning_dlrm.contracts.schema import DatasetSchema
 folder, state, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 schema, read = DatasetSchema.load(folder), []
-whole_read = decoded.Decoder._read
-decoded.Decoder._read = lambda self, group: read.append(group) or whole_read(self, group)
+whole_read = decoded.Decoder.slices
+decoded.Decoder.slices = lambda self, group: read.append(group) or whole_read(self, group)
 
 def served(loader):
     read.clear()
@@ -587,17 +590,91 @@ def test_memory_is_bounded_by_two_row_groups_a_lane(
     assert windows[0]._rings.nbytes <= 48 * (2 * GROUP_ROWS + 6) * windows[0]._rings.nbytes / len(windows[0]._rings)
 
 
+@pytest.mark.parametrize("columns", ["wide", "bags"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shuffle": "none"},
+        {"shuffle": "none", "threads": 3},
+        {"shuffle": "window"},
+        {"shuffle": "window", "threads": 2},
+        {"shuffle": "window", "cache": "memory"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_large_row_groups_are_read_in_parts_in_the_same_order(
+    of_columns: Callable[[str], tuple[Path, DatasetSchema]],
+    columns: str,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dataset = of_columns(columns)
+
+    def rows() -> list[Any]:
+        loaders = [training_loader(dataset, batch_size=33, rank=rank, world=2, **options) for rank in range(2)]
+        for loader in loaders:
+            loader.load_state_dict(loader.state_dict() | {"batch": 2})
+        tensors = [(b.label, b.dense, b.ids.values, b.ids.offsets) for loader in loaders for b in loader]
+        return [None if tensor is None else tensor.numpy().tobytes() for batch in tensors for tensor in batch]
+
+    whole = rows()
+    monkeypatch.setattr(sources, "LARGE", 5)
+    monkeypatch.setattr(sources, "_PARTS_BYTES", 0)
+    monkeypatch.setattr(parquet, "SLICE_ROWS", 3)
+    assert rows() == whole
+
+
+@pytest.mark.parametrize("n", [10, 70_000, 1_100_000])
+def test_a_part_of_a_permutation_is_that_of_the_whole(n: int) -> None:
+    whole = permutation(n, 7)
+    assert np.array_equal(np.sort(whole), np.arange(n))
+    bits = mix(np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(7))
+    sorted_bits = bits.astype(np.uint16 if n <= 1 << 16 else np.uint32)
+    np.testing.assert_array_equal(whole, np.argsort(sorted_bits, kind="stable"))
+    for start, stop in ((0, n), (0, 1), (n // 3, n // 2), (n - 1, n)):
+        np.testing.assert_array_equal(permutation(n, 7, start, stop), whole[start:stop])
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows_of_a_row_group(tmp_path: Path) -> None:
+    """A file of some 100 KB whose row groups have 20 million rows each."""
+    columns, count, piece = WIDE[2:4], 20_000_000, 1_000_000
+    with DatasetWriter(tmp_path / "data", columns) as writer:
+        writer.write("train", make_arrays(columns, 1, 0))
+        schema = writer.finish(dataset="mine", protocol="own")
+    path = tmp_path / "data" / schema.splits["train"].files[0].path
+    rows = pa.table({"I2": np.zeros(piece, np.float32), "C1": np.zeros(piece, np.int32)})
+    pq.write_table(pa.concat_tables([rows] * (count // piece)), path, row_group_size=count)
+    file = data_file(tmp_path / "data", schema.splits["train"].files[0].path, (count,))
+    dataclasses.replace(schema, splits={"train": Split(rows=count, files=(file,))}).save(tmp_path / "data")
+    for shuffle, most in (("none", 100e6), ("window", 600e6)):
+        read = [sys.executable, "-c", FIRST_BATCH, str(tmp_path / "data"), shuffle]
+        assert int(subprocess.run(read, check=True, capture_output=True, text=True).stdout) < most
+
+
+FIRST_BATCH = """
+import resource, sys
+from datamodules.folder import load_schema
+from datamodules.stream.loader import TrainingLoader
+folder, shuffle = sys.argv[1:]
+loader = TrainingLoader(folder, load_schema(folder), ["train"], shuffle=shuffle, seed=0, batch_size=2048)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+next(iter(loader))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
 def test_cached_rows_are_decoded_once_and_the_log_says_how_much(
     wide: tuple[Path, DatasetSchema], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     groups: list[int] = []
-    read = decoded.Decoder._read
+    read = decoded.Decoder.slices
 
     def watched(self: decoded.Decoder, group: int) -> Any:
         groups.append(group)
         return read(self, group)
 
-    monkeypatch.setattr(decoded.Decoder, "_read", watched)
+    monkeypatch.setattr(decoded.Decoder, "slices", watched)
     loader = training_loader(wide, cache="memory", shuffle="full")
     with caplog.at_level("INFO", logger="lightning_dlrm"):
         epochs = [served(iter(loader)) for _ in range(3)]

@@ -3,6 +3,8 @@ a fit with a target stops there and says how long it took."""
 
 import json
 import logging
+import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file, save_file
 
+from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import file_sha256
 from lightning_dlrm.engine import guards
@@ -34,11 +37,11 @@ from tests.toy import ToyData, ToyLoader, toy_dlrm, toy_module
 
 
 class Spoilt(ToyData):
-    """One infinite dense value, in sample 3 of the batch of step 6."""
+    """One dense value that overflows, in sample 3 of the batch of step 6."""
 
     def train_dataloader(self) -> ToyLoader:
         loader = ToyLoader("train", self.batch_size)
-        loader.batches[5].dense[3, 1] = float("inf")
+        loader.batches[5].dense[3, 1] = torch.finfo(torch.float32).max
         return loader
 
 
@@ -209,6 +212,45 @@ def test_half_precision_weights_train_and_resume(tmp_path: Path) -> None:
         toy_module(toy_dlrm, Adam(0.02), Adam(0.02)), ToyData(), ckpt_path=newest_checkpoint(run / "checkpoints")
     )
     assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda batch: batch.label.__setitem__(3, -1),
+            r"the label -1 for sample 3 of a batch; expected 0 \(no click\)",
+        ),
+        (lambda batch: batch.label.__setitem__(0, 7), "the label 7 for sample 0"),
+        (lambda batch: setattr(batch, "label", torch.full([len(batch)], math.nan)), "the label nan for sample 0"),
+        (lambda batch: batch.dense.__setitem__((4, 1), -math.inf), "-inf as dense value 1 of sample 4"),
+        (lambda batch: batch.ids.values.__setitem__((4, 0), 5), "the id 5 of table C1 for sample 4"),
+        (lambda batch: batch.ids.values.__setitem__((0, 1), -1), "the id -1 of table C2 for sample 0"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["train", "validation", "test", "predict"])
+def test_values_that_cannot_be_end_every_command(
+    spoil: Callable[[Batch], Any], message: str, stage: str, tmp_path: Path
+) -> None:
+    data, trainer = ToyData(), trainer_in(tmp_path, enable_checkpointing=False)
+    split = {"predict": "test"}.get(stage, stage)
+    loader = ToyLoader(split, 50)
+    spoil(loader.batches[1])
+    run = {"train": trainer.fit, "validation": trainer.validate, "test": trainer.test, "predict": trainer.predict}
+    name = {"validation": "val"}.get(stage, stage)
+    setattr(data, f"{name}_dataloader", lambda: loader)
+    with pytest.raises(UserError, match=message):
+        run[stage](toy_module(), data)
+
+
+def test_one_label_is_explained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data, trainer = ToyData(), trainer_in(tmp_path)
+    loader = ToyLoader("test", 50)
+    for batch in loader.batches:
+        batch.label.zero_()
+    data.test_dataloader = lambda: loader  # type: ignore[method-assign]
+    trainer.test(toy_module(), data)
+    assert "all labels of the test split are equal, so its AUC is not defined (nan)" in caplog.text
 
 
 def test_labels_other_than_0_and_1_end_a_fit() -> None:

@@ -1,7 +1,6 @@
 """Contract: a damaged file, or a stranger's, is refused in one line; nothing is written outside of the output."""
 
 import json
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -126,22 +125,3 @@ def test_options_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     assert "name too long" in refusal(capsys, *fit, "r" * 300)
     large = ["--model.network.embedding_dim", "100000000", "--model.network.bottom_mlp", "[64, 100000000]"]
     assert "not enough memory" in refusal(capsys, *fit, "big", *large)
-
-
-@pytest.mark.parametrize("command", ["params", "plan"])
-def test_classes_of_a_trainer_are_not_imported_without_one(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "foreign.py").write_text("raise SystemExit('imported')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    classes = [
-        "--trainer.callbacks+=foreign.Class",
-        "--trainer.strategy=foreign.Class",
-        "--trainer.profiler=foreign.Class",
-    ]
-    # In YAML too, in a list and by itself, with and without arguments.
-    described = "{class_path: foreign.Class, init_args: {a: {class_path: foreign.Other}}}"
-    Path("foreign.yaml").write_text(f"trainer: {{callbacks: [{described}, foreign.Class], logger: {described}}}\n")
-    run = ["--config", "runs/dlrm/config.yaml"]
-    assert main([command, "--config", "dlrm.yaml", *classes, *run, "--config", "foreign.yaml"]) == 0
-    assert "foreign" not in sys.modules
