@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_dlrm.cli.configs import nearest
+from lightning_dlrm.cli.configs import expand_home, nearest
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 COMMANDS = {
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _prepare_streams()
         search_current_folder_last()
         _start_workers(sys.argv[1:])
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Shells replace ~ at the start of a word only.
+    arguments = [expand_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0 if arguments else 2
@@ -171,10 +172,13 @@ def _start_workers(arguments: Sequence[str]) -> None:
 
 def _run(command: str, arguments: list[str]) -> int:
     require(command in COMMANDS, f"no command {command}{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
-    if command == "checkpoint" and arguments[:1] == ["import"]:
-        return _imported("lightning_dlrm.cli.importing").run(arguments[1:])
-    if command in _PLAIN:
+    imports = command == "checkpoint" and arguments[:1] == ["import"]
+    if command in _PLAIN and not imports:
         return _run_plain_command(command, arguments)
+    # The others read configurations.
+    arguments = _imported("lightning_dlrm.cli.trust").take_trust(arguments)
+    if imports:
+        return _imported("lightning_dlrm.cli.importing").run(arguments[1:])
     if command == "compare":
         return _imported("lightning_dlrm.compare.command").run(arguments)
     if command in ("params", "plan"):

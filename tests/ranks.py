@@ -1,82 +1,13 @@
-"""Several real processes, for tests of what spans ranks.
+"""Several real processes, for tests of what spans ranks."""
 
-Each is forked from one server that has imported what they all need, which takes longer than most tests.
-"""
-
-import multiprocessing
 import os
-import runpy
 import socket
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from tests.forked import ForkedPython
 
 ROOT = Path(__file__).resolve().parent.parent
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["lightning_dlrm.cli.run", "datamodules.criteo", "tests.toy"])
-
-
-class RankProcess:
-    """``python ARGUMENTS`` in a process of its own; used as a subprocess.Popen is."""
-
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-        descriptor, path = tempfile.mkstemp(prefix="rank-")
-        os.close(descriptor)
-        self._output = Path(path)
-        self._process = _FORKS.Process(target=_run, args=(list(arguments), dict(environment), path))
-        self._process.start()
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def said(self) -> str:
-        """What it has printed so far."""
-        return self._output.read_text()
-
-    def communicate(self, timeout: float) -> tuple[str, None]:
-        """What it printed, once it has ended."""
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("python", timeout, self._output.read_bytes())
-        said = self._output.read_text()
-        self._output.unlink()
-        return said, None
-
-
-def _run(arguments: list[str], environment: dict[str, str], output: str) -> None:
-    with Path(output).open("w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    os.environ.clear()
-    os.environ |= environment
-    os.chdir(ROOT)
-    import torch
-
-    # The server has read the environment before.
-    torch.set_num_threads(1)
-    kind, what, *rest = arguments
-    sys.argv = [what, *rest]
-    if kind == "-m":
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
-    else:
-        assert kind == "-c"
-        module: dict[str, Any] = {"__name__": "__main__"}
-        exec(what, module)
 
 
 def run_ranks(arguments: Sequence[str], ranks: int, timeout: float = 120) -> list[str]:
@@ -95,13 +26,13 @@ def run_ranks(arguments: Sequence[str], ranks: int, timeout: float = 120) -> lis
     return outputs
 
 
-def start_ranks(arguments: Sequence[Sequence[str]]) -> list[RankProcess]:
+def start_ranks(arguments: Sequence[Sequence[str]]) -> list[ForkedPython]:
     """Starts ``python ARGUMENTS`` for each rank, with the environment that torchrun gives."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return [
-        RankProcess(of_rank, os.environ | environment(rank, len(arguments), port))
+        ForkedPython(of_rank, os.environ | environment(rank, len(arguments), port), ROOT)
         for rank, of_rank in enumerate(arguments)
     ]
 

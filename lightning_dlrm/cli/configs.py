@@ -9,7 +9,7 @@ import yaml
 
 import lightning_dlrm
 from lightning_dlrm.contracts.documents import read_yaml
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.engine.retired import log_updates, update_document, update_options
 
 
@@ -20,15 +20,20 @@ def shipped_configs() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
+def expand_home(text: str) -> str:
+    """Return a path, or an option with a path such as ``--run_dir=~/runs``, with the home folder in place of ``~``."""
+    option, equals, path = text.partition("=") if text.startswith("--") else ("", "", text)
+    return f"{option}{equals}{Path.home()}{path[1:]}" if path.startswith("~/") else text
+
+
 def find_config(name: str) -> Path:
     """Return the path of a configuration: the file of this name, else a shipped one.
 
     Raises:
-        UserError: there is none, or it is not YAML of settings.
+        UserError: there is none.
     """
-    for candidate in (Path(name), shipped_configs() / name):
+    for candidate in (Path(expand_home(name)), shipped_configs() / name):
         if candidate.is_file():
-            read_yaml(candidate)
             return candidate
     known = sorted(str(p.relative_to(shipped_configs())) for p in shipped_configs().rglob("*.yaml"))
     raise UserError(
@@ -36,15 +41,6 @@ def find_config(name: str) -> Path:
         # The common ending must not count as similarity.
         f"{nearest(name.removesuffix('.yaml') + '.yaml', known, cutoff=0.8)}"
     )
-
-
-def _find_run_config(name: str) -> Path:
-    path = find_config(name)
-    require(
-        "arms" not in read_yaml(path),
-        f"{name} is an experiment of several runs: python -m lightning_dlrm compare --config {name} --output DIR",
-    )
-    return path
 
 
 def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
@@ -55,7 +51,10 @@ def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: there is no configuration of this name, or it is for another command.
     """
-    resolved, notes = update_options(arguments)
+    try:
+        resolved, notes = update_options(arguments)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"an option is not YAML: {one_line(error)}") from error
     log_updates("command line", notes)
     for i, argument in enumerate(resolved):
         if argument in ("--config", "-c") and i + 1 < len(resolved):
@@ -66,8 +65,13 @@ def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def _resolve_run_config(name: str) -> str:
-    path = _find_run_config(name)
-    document, notes = update_document(read_yaml(path))
+    path = find_config(name)
+    content = read_yaml(path)
+    require(
+        "arms" not in content,
+        f"{name} is an experiment of several runs: python -m lightning_dlrm compare --config {name} --output DIR",
+    )
+    document, notes = update_document(content)
     log_updates(name, notes)
     return yaml.safe_dump(document, sort_keys=False) if notes else str(path)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.cli.parser import build_model_and_data
+from lightning_dlrm.cli.trust import HELP
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
 from lightning_dlrm.engine.module import CTRModule
@@ -35,6 +36,8 @@ def run(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--output", metavar="DIR", help="the new checkpoint folder")
+    # Only for the list in --help: ``take_trust`` has taken it.
+    parser.add_argument("--trust", metavar="MODULE", help=HELP)
     if not arguments:
         parser.print_help()
         return 2

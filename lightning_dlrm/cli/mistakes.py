@@ -8,12 +8,15 @@ from jsonargparse import ArgumentParser
 
 from lightning_dlrm.cli.classes import KNOWN_CLASSES
 from lightning_dlrm.cli.configs import nearest
+from lightning_dlrm.cli.trust import refusal
 
 
 def explain(message: str, known: Sequence[str]) -> str:
     """Return jsonargparse's message in one line, with the nearest key or class if one is misspelt."""
     named = re.search(r'Parser key "([\w.]+)"', message)
     key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
+    if match := re.search(r"Importing '([\w.]+)' is not allowed", message):
+        return f"{key}: {refusal(match[1])}"
     # A nested parser has already shortened its message.
     if match := re.search(r"unknown key [\w.]+(; did you mean [\w.]+\?)?", message):
         return match[0]

@@ -1,9 +1,7 @@
 """The options of a fit, which all commands with a model share, on Lightning's public argument parser."""
 
-import inspect
 import logging
 import os
-import pydoc
 import re
 import warnings
 from argparse import SUPPRESS
@@ -13,13 +11,14 @@ from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 import yaml
-from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
+from jsonargparse import ActionConfigFile, Namespace
 from lightning_utilities.core.enums import StrEnum
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from lightning_dlrm.cli.configs import resolve_config_arguments
 from lightning_dlrm.cli.mistakes import explain, known_keys
+from lightning_dlrm.cli.trust import HELP, admit_arguments, check_values
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.tracking.wandb_mode import Mode
@@ -27,20 +26,12 @@ from lightning_dlrm.tracking.wandb_mode import Mode
 # Defaults of Lightning's callbacks may be enums, such as the interval of a Timer.
 yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
 
-# A value whose type is not declared stays data: a configuration builds no other class than an option declares.
-set_parsing_settings(instantiate_subclass_spec_in_any=False)
-
 TRAINER_DEFAULTS = {
     # The stream gives each rank its own rows, and fits need no validation before their first step.
     "use_distributed_sampler": False,
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
-
-TRAINER_CLASSES = {
-    "accelerator": "auto", "strategy": "auto", "logger": None, "callbacks": None, "profiler": None, "plugins": None
-}  # fmt: skip
-"""Arguments of the Trainer that take objects, with their defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +71,21 @@ class WandbSettings:
     log_model: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class PublishedScore:
+    """A published score that a configuration is compared with, at the end of its runs and in reports.
+
+    Args:
+        metric: name of the metric, as in a run's summary without its split.
+        value: published value.
+        source: where it is published, and on what it was measured.
+    """
+
+    metric: Literal["auc", "log_loss", "accuracy", "normalized_entropy", "calibration"]
+    value: float
+    source: str
+
+
 class CommandParser(LightningArgumentParser):
     """A parser that raises ``UserError`` with one line, and takes no abbreviations: they hide misspelt keys."""
 
@@ -88,7 +94,7 @@ class CommandParser(LightningArgumentParser):
         self.allow_abbrev = False
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(explain(message, known_keys(self)))
+        raise UserError(" ".join(explain(message, known_keys(self)).split()))
 
     def build(self, settings: Namespace) -> Namespace:
         """Return the settings with all classes instantiated.
@@ -115,23 +121,22 @@ def build_trainer_parser(command: str, description: str) -> CommandParser:
     return parser
 
 
-def build_model_parser(command: str, description: str, builds_trainer: bool = False, **options: Any) -> CommandParser:
-    """Return the parser of a command that needs a configuration's model and data, and no Trainer.
+def build_model_parser(command: str, description: str, **options: Any) -> CommandParser:
+    """Return the parser of a command that needs a configuration's model and data, and builds no Trainer.
 
     Args:
         command: its name.
         description: shown by ``--help``.
-        builds_trainer: whether a later fit takes the settings; otherwise classes of the trainer are not imported.
         options: options of the parser, such as ``epilog``.
     """
-    parser = _build_parser(command, description, builds_trainer, **options)
+    parser = _build_parser(command, description, **options)
     # The config.yaml of a run has these two options of fit; they do not concern model and data.
     parser.add_argument("--ckpt_path", type=str | None, default=None, help=SUPPRESS)
     parser.add_argument("--weights_only", type=bool | None, default=None, help=SUPPRESS)
     return parser
 
 
-def _build_parser(command: str, description: str, builds_trainer: bool = True, **options: Any) -> CommandParser:
+def _build_parser(command: str, description: str, **options: Any) -> CommandParser:
     parser = CommandParser(prog=f"python -m lightning_dlrm {command}", description=description, **options)
     parser.add_argument(
         "-c", "--config", action=ActionConfigFile, help="YAML file, here or one shipped; later ones overlay earlier"
@@ -142,17 +147,8 @@ def _build_parser(command: str, description: str, builds_trainer: bool = True, *
         default=1,
         help="seed of initial parameters and data; true takes PL_GLOBAL_SEED, or 0",
     )
-    if builds_trainer:
-        parser.add_lightning_class_args(pl.Trainer, "trainer")
-    else:
-        # Without types these stay data: the classes that they name are not imported.
-        parser.add_class_arguments(
-            pl.Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip=set(TRAINER_CLASSES)
-        )
-        for name, default in TRAINER_CLASSES.items():
-            # Any, also within a list, would import the class that a class_path names.
-            kind = list[dict | str] | dict | str | bool | None
-            parser.add_argument(f"--trainer.{name}", type=kind, default=default, help="as in fit, not built here")
+    parser.add_argument_group("custom classes", f"--trust MODULE  {HELP}")
+    parser.add_lightning_class_args(pl.Trainer, "trainer")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
     parser.add_lightning_class_args(CTRModule, "model")
     parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
@@ -171,6 +167,12 @@ def _add_run_options(parser: CommandParser) -> None:
         help="auto: continue from the newest whole checkpoint in --run_dir, or start a new run if there is none",
     )
     parser.add_argument(
+        "--allow_nonfinite",
+        type=bool,
+        default=False,
+        help="open a checkpoint with NaN or infinite values too, to look at a wreck",
+    )
+    parser.add_argument(
         "--stop_at_auc",
         type=float | None,
         default=None,
@@ -182,6 +184,12 @@ def _add_run_options(parser: CommandParser) -> None:
         default=False,
         help="log the norms of every gradient, and of the table rows that a step updates and of their gradients",
     )
+    parser.add_argument(
+        "--published",
+        type=list[PublishedScore] | None,
+        default=None,
+        help="published scores (metric, value, source); the end of a run and reports say how far they are away",
+    )
     parser.add_class_arguments(CheckpointSettings, "checkpoint")
     parser.add_class_arguments(WandbSettings, "wandb")
 
@@ -192,35 +200,13 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
     Raises:
         UserError: a configuration or an option is wrong.
     """
+    admit_arguments(arguments)
     settings = parser.parse_args(resolve_config_arguments(arguments))
-    refuse_nulls(settings)
+    check_values(settings)
     if settings.seed_everything is not False:
         given = None if settings.seed_everything is True else settings.seed_everything
         settings.seed_everything = pl.seed_everything(given, workers=True)
     return settings
-
-
-def refuse_nulls(settings: Namespace, key: str = "") -> None:
-    """Refuse null for options of classes that do not take None, which the parser lets through.
-
-    Raises:
-        UserError: an option is null.
-    """
-    for name, value in vars(settings).items():
-        if isinstance(value, Namespace):
-            refuse_nulls(value, f"{key}{name}.")
-    given = settings.get("init_args")
-    made = pydoc.locate(settings.class_path) if isinstance(given, Namespace) else None
-    if not callable(made):
-        return
-    try:
-        parameters = inspect.signature(made).parameters
-    except ValueError:  # a class in C without a signature
-        return
-    for name in [name for name, value in vars(given).items() if value is None and name in parameters]:
-        kind, default = parameters[name].annotation, parameters[name].default
-        takes_none = default is None or any(word in str(kind) for word in ("None", "Optional", "Any", "empty"))
-        require(takes_none, f"{key}init_args.{name} is null; give a value of {getattr(kind, '__name__', kind)}")
 
 
 def fill_data_seed(settings: Namespace) -> None:

@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.cli.trust import HELP, admit_file, trust_options
 from lightning_dlrm.compare.anatomy import anatomy, breakdown
 from lightning_dlrm.compare.experiment import (
+    EXPECTED,
     Experiment,
     PlannedArm,
     is_experiment,
@@ -37,7 +39,7 @@ from lightning_dlrm.compare.scores import (
 )
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tracking.dashboard import Dashboard, publish
-from lightning_dlrm.tracking.run_folder import SUMMARY
+from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY
 from lightning_dlrm.tracking.wandb_mode import choose_mode
 from lightning_dlrm.tracking.wandb_run import JOB_TYPE, ComparisonPage, RunPlace, send_comparison
 
@@ -96,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         help="remove a run's checkpoints once it is scored; at the paper's size they take 4 to 9 GiB a run",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, show what is compared, and end")
+    # Only for the list in --help: ``take_trust`` has taken it.
+    parser.add_argument("--trust", metavar="MODULE", help=HELP)
     return parser
 
 
@@ -117,6 +121,8 @@ def _positive(text: str) -> int:
 
 def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Path) -> int:
     configs = [find_config(name) for name in options.config]
+    for path in configs:
+        admit_file(path, EXPECTED)
     experiments = [path for path in configs if is_experiment(path)]
     if len(experiments) != 1:
         raise UserError(
@@ -171,7 +177,7 @@ def _job(arm: PlannedArm, seed: int, name: str, config: Path, output: Path, spli
         samples = arm.samples
         fit = [
             "fit", "--config", str(config), "--seed_everything", str(seed), "--run_dir", str(run), "--resume", "auto",
-            "--wandb.group", group, "--wandb.name", name, "--wandb.tags", f"[{arm.name}]",
+            "--wandb.group", group, "--wandb.name", name, "--wandb.tags", f"[{arm.name}]", *trust_options(),
         ]  # fmt: skip
         commands = [fit, predict_command(run, split, scores)]
     return Job(
@@ -214,6 +220,8 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
         read_run(path, name if short.count(name) == 1 else f"{path.resolve().parent.name}-{name}")
         for path, name in zip(paths, short, strict=True)
     ]
+    for run in runs:
+        admit_file(run.path / CONFIG)
     warnings = check_data(runs, options.force)
     arms = arms_of(runs)
     if len(arms) < 2:

@@ -23,7 +23,7 @@ from lightning_dlrm.cli.plan_report import draw as draw_plan
 from lightning_dlrm.compare.anatomy import ROUNDS, STEPS, Anatomy, merge_equal
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
 from lightning_dlrm.compare.runs import Arm
-from lightning_dlrm.compare.statistics import METRICS
+from lightning_dlrm.compare.statistics import METRICS, Score
 from lightning_dlrm.tracking import names
 
 LINES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 1)), (0, (5, 1)), (0, (1, 3)))
@@ -125,7 +125,7 @@ class _Drawing:
             f"the run. {self._lines()}",
         )
 
-    def curves(self, metric: str) -> Picture:
+    def curves(self, metric: Score) -> Picture:
         """Draw a metric, training and validation, against samples, time and operations."""
         figure = Figure(figsize=(PAGE_WIDTH, 6.2), layout="constrained")
         rows = figure.subplots(2, 3, sharey="row")
@@ -198,7 +198,7 @@ class _Drawing:
             pairs = [pair for pair in comparison.pairs if pair.metric == metric]
             for row, pair in enumerate(pairs):
                 interval = pair.difference.interval
-                decided = pair.verdict != "not_distinguishable"
+                decided = pair.verdict in ("a_better", "b_better")
                 axes.errorbar(
                     interval.value,
                     row,
@@ -220,15 +220,16 @@ class _Drawing:
             + (
                 "the samples only, because each side has one seed; all markers are open, without a verdict."
                 if comparison.one_seed
-                else "seeds and samples (the samples only if a side has one seed). Markers are filled if the interval "
-                "leaves out 0, and open if the two are not distinguishable or a side has one seed."
+                else "seeds and samples (the samples only if a side has one seed). Markers are filled if the verdict, "
+                "adjusted for the number of verdicts by Holm's method, is that the two differ; the intervals are not "
+                "adjusted."
             ),
         )
 
     def results(self) -> Picture:
         """Draw every run's result, with mean and interval."""
         comparison = self._comparison
-        shown = ("auc", "log_loss", "accuracy")
+        shown: tuple[Score, ...] = ("auc", "log_loss", "accuracy")
         figure = Figure(figsize=(PAGE_WIDTH, 1.6 + 0.42 * len(comparison.arms)), layout="constrained")
         panels = figure.subplots(1, len(shown), sharey=True)
         for axes, metric in zip(panels, shown, strict=True):
@@ -238,7 +239,7 @@ class _Drawing:
                 axes.plot(
                     values, [row] * len(values), style["marker"], color=style["color"], markersize=6, fillstyle="none"
                 )
-                interval = comparison.interval(arm, metric)
+                interval = comparison.intervals[arm.name, metric]
                 if interval is not None:
                     reach = [[interval.value - interval.low], [interval.high - interval.value]]
                     axes.errorbar(interval.value, row + 0.22, xerr=reach, fmt="|", color=style["color"], capsize=3)
@@ -250,9 +251,7 @@ class _Drawing:
             "results",
             "Results of every seed",
             f"On the {comparison.split} split: a mark for each run"
-            + (
-                "." if comparison.one_seed else "; below it the mean and its 95% interval over the seeds (Student's t)."
-            ),
+            + ("." if comparison.one_seed else "; below it the mean and its 95% interval over seeds and samples."),
         )
 
     def calibration(self) -> Picture:
@@ -276,7 +275,7 @@ class _Drawing:
             "calibration",
             "Calibration",
             f"The samples of the {self._comparison.split} split in 20 groups of equal size by their probability"
-            + ("; " if self._comparison.one_seed else ", all seeds together; ")
+            + ("; " if self._comparison.one_seed else ", the mean over the seeds; ")
             + "bars are Wilson's 95% intervals. On the grey line clicks are as frequent as predicted.",
         )
 

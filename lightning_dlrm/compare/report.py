@@ -11,6 +11,7 @@ from lightning_dlrm.compare.experiment import PlannedArm
 from lightning_dlrm.compare.figures import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison, span
 from lightning_dlrm.compare.runs import Arm, by_data, differing, format_value
+from lightning_dlrm.compare.statistics import Score
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.sparkline import sparkline
 from lightning_dlrm.tracking.wandb_run import ComparisonPage, Table
@@ -69,8 +70,8 @@ def _summary(comparison: Comparison) -> list[list[str]]:
     ]
 
 
-def _score(comparison: Comparison, arm: Arm, metric: str) -> str:
-    interval = comparison.interval(arm, metric)
+def _score(comparison: Comparison, arm: Arm, metric: Score) -> str:
+    interval = comparison.intervals[arm.name, metric]
     if interval is None:
         return f"{comparison.values(arm, metric)[0]:.5f}"
     return f"{interval.value:.5f} ± {interval.high - interval.value:.5f}"
@@ -212,7 +213,7 @@ def arms_table(arms: Sequence[PlannedArm], seeds: Sequence[int]) -> str:
 
 def closing_words(comparison: Comparison, output: Path) -> str:
     """Return a table of each configuration's metrics and validations, and the verdicts."""
-    columns = ("auc", "log_loss", "accuracy", "calibration")
+    columns: tuple[Score, ...] = ("auc", "log_loss", "accuracy", "calibration")
     rows = [["", *(METRIC_TITLES[name] for name in columns), "samples/s", "validation"]]
     for arm in comparison.arms:
         values = (f"{np.mean(comparison.values(arm, name)):.5f}" for name in columns)
@@ -229,6 +230,8 @@ def closing_words(comparison: Comparison, output: Path) -> str:
             f"{of}, on {on}; validation: the course of the AUC",
             "",
             *(pair.sentence for pair in comparison.pairs),
+            *filter(None, [comparison.adjustment]),
+            *(note for arm in comparison.arms for note in comparison.published(arm)),
             "",
             f"report: {output / 'report.html'}",
         ]

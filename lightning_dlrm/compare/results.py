@@ -1,33 +1,36 @@
 """The result of a comparison, from which the report, its figures and the W&B page are made."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
+from lightning_dlrm.cli.report import published_notes
 from lightning_dlrm.compare.runs import Arm, Run, by_data, data_differences
 from lightning_dlrm.compare.scores import Scores, Split
 from lightning_dlrm.compare.statistics import (
     HIGHER_IS_BETTER,
     METRICS,
-    Components,
+    SCORES,
     Difference,
     Interval,
     Metric,
     Reliability,
+    Score,
     Verdict,
     components,
     difference,
-    over_seeds,
+    holm,
+    mean_interval,
     reliability,
     verdict,
 )
 from lightning_dlrm.contracts.errors import UserError
 
-METRIC_TITLES: Mapping[str, str] = {
+METRIC_TITLES: Mapping[Score, str] = {
     "auc": "AUC",
     "log_loss": "log loss",
     "accuracy": "accuracy",
@@ -53,6 +56,11 @@ class Pair:
     difference: Difference
     """The difference a minus b."""
     verdict: Verdict
+    """By ``p_adjusted``; ``none`` if a side has one seed."""
+    unadjusted: Verdict
+    """By the p-value of the difference alone."""
+    p_adjusted: float | None
+    """The p-value of the difference, adjusted for all verdicts of the comparison; None without a verdict."""
     reason: str
     """Reason of the verdict, as text."""
     single: Sequence[str]
@@ -98,7 +106,9 @@ class Pair:
             return f"{self.reason} (difference {span})"
         near, far = sorted((abs(interval.low), abs(interval.high)))
         word = "higher" if HIGHER_IS_BETTER[self.metric] else "lower"
-        return f"{abs(interval.value):.5f} {word}, 95% interval {near:.5f} to {far:.5f}"
+        return (
+            f"{abs(interval.value):.5f} {word}, 95% interval {near:.5f} to {far:.5f}, adjusted p {self.p_adjusted:.2g}"
+        )
 
     @property
     def sentence(self) -> str:
@@ -116,6 +126,8 @@ class Comparison:
     scores: Mapping[str, Scores]
     """Run name -> its scores."""
     pairs: Sequence[Pair]
+    intervals: Mapping[tuple[str, Score], Interval | None]
+    """(Configuration, metric) -> mean over the seeds with its interval; None for a single seed."""
     warnings: Sequence[str]
     """Reasons against comparing the runs; empty unless --force was given."""
 
@@ -138,13 +150,25 @@ class Comparison:
     def runs(self) -> list[Run]:
         return [run for arm in self.arms for run in arm.runs]
 
-    def values(self, arm: Arm, metric: str) -> list[float]:
+    @property
+    def adjustment(self) -> str:
+        """Return how verdicts are adjusted for their number; empty without verdicts."""
+        judged = sum(not pair.single for pair in self.pairs)
+        if not judged:
+            return ""
+        return (
+            f"verdicts are adjusted for their number, {judged}, by Holm's method: of comparisons of equal "
+            "configurations at most 5% have a verdict that they differ"
+        )
+
+    def published(self, arm: Arm) -> list[str]:
+        """Return how far a configuration's means are from its published scores."""
+        means = {f"{self.split}/{metric}": float(np.mean(self.values(arm, metric))) for metric in METRIC_TITLES}
+        return [f"{arm.name}: {note}" for note in published_notes(arm.published, means, self.split, arm["dataset"])]
+
+    def values(self, arm: Arm, metric: Score) -> list[float]:
         """Return a metric of each run of a configuration."""
         return [self.scores[run.name].metrics[metric] for run in arm.runs]
-
-    def interval(self, arm: Arm, metric: str) -> Interval | None:
-        """Return the mean over the seeds and its 95% interval; None for a single seed."""
-        return over_seeds(self.values(arm, metric))
 
     def steady(self, name: str) -> bool:
         """Whether a time differs at most 1.5 times between the runs of each configuration.
@@ -155,11 +179,11 @@ class Comparison:
 
     @cached_property
     def reliability(self) -> dict[str, Reliability]:
-        """Configuration -> reliability of all its runs together."""
+        """Configuration -> reliability of the mean prediction of its runs for each sample."""
         return {
             arm.name: reliability(
-                np.concatenate([self.scores[run.name].probabilities for run in arm.runs]),
-                np.concatenate([self.scores[run.name].labels for run in arm.runs]),
+                np.mean([self.scores[run.name].probabilities for run in arm.runs], axis=0, dtype=np.float64),
+                self.scores[arm.runs[0].name].labels,
             )
             for arm in self.arms
         }
@@ -187,12 +211,32 @@ class Comparison:
                 "difference": pair.difference.interval.value,
                 "low": pair.difference.interval.low,
                 "high": pair.difference.interval.high,
+                "p": pair.difference.p,
+                "p_adjusted": pair.p_adjusted,
                 "verdict": pair.verdict,
+                "verdict_unadjusted": pair.unadjusted,
                 "reason": pair.reason,
+                "seed_variance": None if pair.single else pair.difference.seed_variance,
+                "sample_variance": pair.difference.sample_variance,
+                "degrees_of_freedom": (
+                    pair.difference.degrees_of_freedom if np.isfinite(pair.difference.degrees_of_freedom) else None
+                ),
             }
             for pair in self.pairs
         ]
-        return {"runs": runs, "pairs": pairs}
+        arms = [
+            {
+                "name": arm.name,
+                "intervals": {
+                    metric: {"mean": found.value, "low": found.low, "high": found.high}
+                    for metric in METRIC_TITLES
+                    if (found := self.intervals[arm.name, metric])
+                },
+                "published": [asdict(score) for score in arm.published],
+            }
+            for arm in self.arms
+        ]
+        return {"runs": runs, "arms": arms, "pairs": pairs, "adjustment": "holm"}
 
 
 _STEADY = 1.5
@@ -234,35 +278,75 @@ def compare(
     if len(arms) < 2:
         runs = ", ".join(run.name for arm in arms for run in arm.runs)
         raise UserError(f"{runs}: all of one configuration; give runs of at least two to compare")
-    pairs = []
-    for metric in METRICS:
+    found: list[tuple[Arm, Arm, Metric, Difference]] = []
+    intervals: dict[tuple[str, Score], Interval | None] = {}
+    for score in SCORES:
         parts = {
-            arm.name: [components(metric, scores[run.name].probabilities, scores[run.name].labels) for run in arm.runs]
+            arm.name: [components(score, scores[run.name].probabilities, scores[run.name].labels) for run in arm.runs]
             for arm in arms
         }
-        pairs += [_pair(metric, a, b, parts) for a, b in combinations(arms, 2)]
-    return Comparison(title=title, split=split, arms=arms, scores=scores, pairs=pairs, warnings=list(warnings))
+        intervals |= {(name, score): mean_interval(runs) for name, runs in parts.items()}
+        for metric in METRICS:
+            for a, b in combinations(arms, 2) if metric == score else ():
+                paired = a.seeds == b.seeds and len(a.seeds) > 1
+                of_pair = difference(parts[a.name], parts[b.name], paired=paired, same_samples=_same_data(a, b))
+                found.append((a, b, metric, of_pair))
+    adjusted = holm([of_pair.p for a, b, _, of_pair in found if not _single(a, b)])
+    remaining = iter(adjusted)
+    pairs = [
+        _pair(a, b, metric, of_pair, None if _single(a, b) else next(remaining), len(adjusted))
+        for a, b, metric, of_pair in found
+    ]
+    return Comparison(
+        title=title,
+        split=split,
+        arms=arms,
+        scores=scores,
+        pairs=pairs,
+        intervals=intervals,
+        warnings=list(warnings),
+    )
 
 
-def _pair(metric: Metric, a: Arm, b: Arm, parts: Mapping[str, list[Components]]) -> Pair:
-    paired = a.seeds == b.seeds and len(a.seeds) > 1
-    same = a["data_fingerprint"] == b["data_fingerprint"]
-    found = difference(parts[a.name], parts[b.name], paired=paired, same_samples=same)
-    single = [arm.name for arm in (a, b) if len(arm.seeds) < 2]
-    if single:
-        given: Verdict = "not_distinguishable"
+def _same_data(a: Arm, b: Arm) -> bool:
+    same: bool = a["data_fingerprint"] == b["data_fingerprint"]
+    return same
+
+
+def _single(a: Arm, b: Arm) -> list[str]:
+    """Return the names of configurations with one seed."""
+    return [arm.name for arm in (a, b) if len(arm.seeds) < 2]
+
+
+def _pair(a: Arm, b: Arm, metric: Metric, found: Difference, p_adjusted: float | None, verdicts: int) -> Pair:
+    single, same = _single(a, b), _same_data(a, b)
+    given: Verdict = "none"
+    unadjusted: Verdict = "none"
+    if p_adjusted is None:
         counts = "includes the test samples only" if len(single) == 2 else "leaves its seeds out"
         reason = (
             f"one seed of {' and of '.join(single)} does not show the variation over seeds, and the interval {counts}"
         )
     else:
-        given = verdict(metric, found.interval)
+        given, unadjusted = (verdict(metric, found.interval.value, p) for p in (p_adjusted, found.p))
         share = found.seed_variance / (found.seed_variance + found.sample_variance or 1.0)
         how = f"{len(a.seeds)} seeds in pairs" if found.paired else f"{len(a.seeds)} and {len(b.seeds)} seeds"
-        leaves = "holds" if given == "not_distinguishable" else "leaves out"
-        reason = f"the interval {leaves} 0 with {how}; {100 * share:.0f}% of the variance is the seeds'"
+        leaves = "holds" if unadjusted == "not_distinguishable" else "leaves out"
+        reason = (
+            f"the interval {leaves} 0 with {how}; {100 * share:.0f}% of the variance is the seeds'; p {found.p:.2g}, "
+            f"adjusted for {verdicts} verdicts {p_adjusted:.2g}"
+        )
     if not same:
         reason += f"; {OTHER_DATA}"
     return Pair(
-        a=a.name, b=b.name, metric=metric, difference=found, verdict=given, reason=reason, single=single, same_data=same
+        a=a.name,
+        b=b.name,
+        metric=metric,
+        difference=found,
+        verdict=given,
+        unadjusted=unadjusted,
+        p_adjusted=p_adjusted,
+        reason=reason,
+        single=single,
+        same_data=same,
     )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_dlrm.cli.parser import build_model_and_data
 from lightning_dlrm.cli.predictions import read_predictions
+from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.compare.runs import Run
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import click_metrics
@@ -49,11 +50,15 @@ def scoring_command(run: Run, split: Split, folder: Path) -> list[str] | None:
 
 
 def predict_command(run: Path, split: Split, folder: Path) -> list[str]:
-    """Return the command that scores the best checkpoint, on a single device."""
+    """Return the command that scores the best checkpoint, on a single device.
+
+    The run may be a stranger's, and callbacks, loggers and profilers write files: scores need none.
+    """
     return [
         "predict", "--config", str(run / CONFIG), "--ckpt_path", str(run / "checkpoints" / "best"),
         "--run_dir", str(folder), "--data.predict_split", split,
         "--trainer.strategy", "auto", "--trainer.devices", "1", "--trainer.num_nodes", "1",
+        "--trainer.callbacks", "null", "--trainer.logger", "false", "--trainer.profiler", "null", *trust_options(),
     ]  # fmt: skip
 
 

@@ -1,9 +1,14 @@
 """Read JSON and YAML files, which may be damaged or foreign, and check their form."""
 
+import functools
+import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, one_line, require
+
+if TYPE_CHECKING:
+    import yaml
 
 Form = TypeVar("Form")
 
@@ -48,24 +53,81 @@ def read_json(path: Path, form: type[Form], advice: str) -> Form:
     return parse_json(content, form, str(path), advice)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the settings in a YAML file.
+CONFIGURATION = "expected a configuration: keys such as 'trainer:', each with its values"
+"""What a YAML file is expected to be if its reader does not say."""
+
+MAX_VALUES = 1_000_000
+"""Most values of a YAML file, each counted as often as an alias repeats it."""
+
+
+def read_yaml(path: Path, expected: str = CONFIGURATION) -> dict[str, Any]:
+    """Return the keys and values of a YAML file.
+
+    Args:
+        path: the file.
+        expected: what the file should hold and where it comes from, for messages.
 
     Raises:
-        UserError: the file cannot be read, is not YAML in UTF-8, or does not hold keys with values.
+        UserError: the file cannot be read, is not YAML in UTF-8, has a key twice, or does not hold keys with values.
     """
     # Processes that read no YAML start without it.
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path} is not YAML: {one_line(error)}; correct it there") from error
+        raise UserError(f"{path} is not YAML ({one_line(error)}); {expected}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no settings; expected keys such as 'trainer:', each with its values")
+        raise UserError(f"{path} holds no keys with values; {expected}")
     return content
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text.
+
+    Raises:
+        UserError: a key stands twice in a mapping, or aliases repeat values without end.
+        yaml.YAMLError, RecursionError: the text is not YAML of plain values, or is nested too deeply.
+    """
+    import yaml
+
+    value = yaml.load(text, _strict_loader())
+    if _count_values(value, {}) > MAX_VALUES:
+        raise UserError(f"aliases make more than {MAX_VALUES:,} values; write the values themselves")
+    return value
+
+
+@functools.cache
+def _strict_loader() -> type["yaml.SafeLoader"]:
+    """Return the loader that refuses equal keys, of which PyYAML takes the last in silence."""
+    import yaml
+
+    class StrictLoader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            keys: set[str] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                twice = f"the key {key.value} stands twice, again in line {key.start_mark.line + 1}; keep one"
+                require(key.value not in keys, twice)
+                keys.add(key.value)
+            return node
+
+    return StrictLoader
+
+
+def _count_values(value: Any, known: dict[int, float]) -> float:
+    """Return the number of values in a YAML value; infinite if it holds itself."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count_values(item, known) for item in inner)
+    return known[id(value)]
 
 
 def is_inner_path(name: str) -> bool:

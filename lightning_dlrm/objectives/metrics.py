@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 from torchmetrics import Metric
 
 _CHUNK = 1 << 20  # samples of a chunk, whose float64 and int64 copies stay small
@@ -96,7 +95,7 @@ def exact_auc(scores_N: Samples, labels_N: Samples, peers: Peers = SINGLE_RANK) 
 def click_metrics(logits_N: Samples, labels_N: Samples, peers: Peers = SINGLE_RANK) -> dict[str, float]:
     """Return the metrics of the samples of all ranks by name; all samples have the same weight.
 
-    - ``log_loss``: mean cross-entropy in nats.
+    - ``log_loss``: mean cross-entropy in nats; infinite if an infinite logit is wrong.
     - ``auc``: see ``exact_auc``.
     - ``accuracy``: share of samples whose label is 1 if and only if the probability is at least 0.5.
     - ``normalized_entropy``: log loss divided by the log loss of the samples' click rate as a constant prediction (He
@@ -117,7 +116,8 @@ def click_metrics(logits_N: Samples, labels_N: Samples, peers: Peers = SINGLE_RA
         sums += (
             len(labels),
             float(labels.sum()),
-            float(functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")),
+            # -log p of the label, 0 or infinite for an infinite logit: not NaN, as torch's cross-entropy would be.
+            float(torch.where(labels > 0.5, -logits, logits).logaddexp(logits.new_zeros(())).sum()),
             float(((logits >= 0) == (labels > 0.5)).sum()),
             float(logits.sigmoid().sum()),
         )

@@ -105,27 +105,27 @@ class WarmupThenDecay(StepSchedule):
 
     Args:
         optimizer: optimizer whose learning rates change.
-        warmup_steps: steps of linear warm-up.
+        warmup_steps: steps of linear warm-up, at most half of the fit; None for those of ``warmup_share``.
         decay_share: share of the fit's steps that the decay takes, 0 to 1.
+        warmup_share: share of the fit's steps that the warm-up takes, 0 to 0.5.
         total_steps: optimizer steps of the whole fit; CTRModule gives it.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        warmup_steps: int = 0,
+        warmup_steps: int | None = None,
         decay_share: float = 0.5,
         *,
+        warmup_share: float = 0.0,
         total_steps: int | None = None,
     ) -> None:
         require(
-            warmup_steps >= 0 and 0 <= decay_share <= 1,
-            f"WarmupThenDecay: warmup_steps is {warmup_steps} and decay_share {decay_share}; "
-            "expected 0 or more, and 0 to 1",
+            0 <= decay_share <= 1, f"WarmupThenDecay: decay_share is {decay_share}; give a share of the fit, 0 to 1"
         )
-        self.warmup_steps = warmup_steps
         self.decay_share = decay_share
         self.total_steps = _known(total_steps, "WarmupThenDecay")
+        self.warmup_steps = _warmup("WarmupThenDecay", warmup_steps, warmup_share, self.total_steps)
         super().__init__(optimizer)
 
     def rate(self, step: int, base: float) -> float:
@@ -142,26 +142,25 @@ class Cosine(StepSchedule):
 
     Args:
         optimizer: optimizer whose learning rates change.
-        warmup_steps: steps of linear warm-up.
+        warmup_steps: steps of linear warm-up, at most half of the fit; None for those of ``warmup_share``.
         final_share: share of the full rate that the cosine reaches one step after the last step.
+        warmup_share: share of the fit's steps that the warm-up takes, 0 to 0.5.
         total_steps: optimizer steps of the whole fit; CTRModule gives it.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        warmup_steps: int = 0,
+        warmup_steps: int | None = None,
         final_share: float = 0.0,
         *,
+        warmup_share: float = 0.0,
         total_steps: int | None = None,
     ) -> None:
-        require(
-            warmup_steps >= 0 and 0 <= final_share <= 1,
-            f"Cosine: warmup_steps is {warmup_steps} and final_share {final_share}; expected 0 or more, and 0 to 1",
-        )
-        self.warmup_steps = warmup_steps
+        require(0 <= final_share <= 1, f"Cosine: final_share is {final_share}; give a share of the rate, 0 to 1")
         self.final_share = final_share
         self.total_steps = _known(total_steps, "Cosine")
+        self.warmup_steps = _warmup("Cosine", warmup_steps, warmup_share, self.total_steps)
         super().__init__(optimizer)
 
     def rate(self, step: int, base: float) -> float:
@@ -220,3 +219,19 @@ def _known(total_steps: int | None, name: str) -> int:
     if total_steps is None:
         raise UserError(f"{name} depends on the fit's length: give total_steps, or use it as CTRModule's schedule")
     return total_steps
+
+
+def _warmup(name: str, steps: int | None, share: float, total_steps: int) -> int:
+    """Return the steps of a warm-up, given as steps or as a share of the fit.
+
+    Raises:
+        UserError: they are negative, or more than half of the fit: the rate would hardly reach its value.
+    """
+    require(0 <= share <= 0.5, f"{name}: warmup_share is {share}; give a share of the fit, 0 to 0.5")
+    require(steps is None or steps >= 0, f"{name}: warmup_steps is {steps}; give 0 or more")
+    require(
+        steps is None or 2 * steps <= total_steps,
+        f"{name}: warmup_steps is {steps}, more than half of the fit's {total_steps} steps; give at most "
+        f"{total_steps // 2}, or leave it out and give warmup_share",
+    )
+    return round(share * total_steps) if steps is None else steps

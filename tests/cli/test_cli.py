@@ -22,6 +22,8 @@ from sklearn.metrics import roc_auc_score
 from lightning_dlrm.__main__ import COMMANDS, main
 from lightning_dlrm.contracts.schema import DatasetSchema
 from tests.engine.test_finished import checksums
+from tests.engine.test_guards import wreck
+from tests.forked import ForkedPython
 
 REPOSITORY = Path(__file__).parents[2]
 SAMPLE = REPOSITORY.parent / "shared/criteo_terabyte_sample/day_0"
@@ -56,7 +58,7 @@ def losses(run: str) -> dict[int, float]:
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
-def wait_for_step(process: subprocess.Popen, run: str, step: int) -> None:
+def wait_for_step(process: ForkedPython, run: str, step: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if Path(run, "metrics.jsonl").exists() and len(Path(run, "metrics.jsonl").read_text().splitlines()) >= step:
@@ -205,22 +207,16 @@ def test_killed_and_resumed_the_losses_are_those_of_an_undisturbed_run(caplog: p
 
 
 def interrupted(arguments: list[str], step: int, sent: signal.Signals) -> tuple[int, str]:
-    """Send a signal to a command at a step of its run; return the exit code and what it wrote to stderr."""
-    process = subprocess.Popen(
-        command(*arguments),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        # A shell that starts the tests in the background has SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    """Send a signal to a command at a step of its run; return the exit code and what it wrote."""
+    process = ForkedPython(["-m", "lightning_dlrm", *arguments], os.environ, Path.cwd())
     try:
         wait_for_step(process, "run", step)
         process.send_signal(sent)
-        _, err = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    return process.returncode, err
+    assert process.returncode is not None
+    return process.returncode, said
 
 
 def test_exit_code_after_sigint() -> None:
@@ -234,9 +230,8 @@ def test_exit_code_after_sigint() -> None:
 def test_sigterm_ends_an_evaluation() -> None:
     assert main([*FIT, *QUICK, "--run_dir", "run", "--trainer.max_steps=2"]) == 0
     predict = ["predict", *FIT[1:], "--data.evaluation_batch_size=1", "--data.predict_split=train"]
-    process = subprocess.Popen(
-        command(*predict, "--ckpt_path", "run/checkpoints/last"), stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    evaluation = ["-m", "lightning_dlrm", *predict, "--ckpt_path", "run/checkpoints/last"]
+    process = ForkedPython(evaluation, os.environ, Path.cwd())
     deadline = time.monotonic() + 60
     while not Path("run/predictions.parquet.partial-0").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -260,6 +255,12 @@ def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixtu
         assert said.startswith("already finished at step 4; nothing to do (trainer.max_steps 4 ended it")
         assert said.count("\n") == 1
     assert checksums(Path("run")) == kept and not Path("new").exists()
+    wreck(Path("run/checkpoints/best"), "rest")
+    validate = ["validate", "--config", "run/config.yaml", "--ckpt_path", "best", "--run_dir", "run"]
+    assert main(validate) == 2
+    assert "error: checkpoint run/checkpoints/best has NaN or infinite values: state_dict" in capsys.readouterr().err
+    assert main(["checkpoint", "info", "run/checkpoints/best", "--verify"]) == 2
+    assert main([*validate, "--allow_nonfinite", "true", "--wandb.mode=disabled"]) == 0
     assert main(["validate", "--config", "run/config.yaml"]) == 2
     assert "validate needs a checkpoint" in capsys.readouterr().err
     assert main(["fit", "--config", "run/config.yaml", "--run_dir", "other"]) == 0

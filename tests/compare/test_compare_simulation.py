@@ -47,8 +47,8 @@ def simulate(laws: range, seeds: int, fewer: int) -> Counter[tuple[str, str, int
         ):
             for metric in METRICS:
                 for count in (fewer, seeds):
-                    interval = difference(whole[metric][:count], b[metric][:count], paired=paired).interval
-                    found[sides, metric, count, verdict(metric, interval)] += 1
+                    of_count = difference(whole[metric][:count], b[metric][:count], paired=paired)
+                    found[sides, metric, count, verdict(metric, of_count.interval.value, of_count.p)] += 1
     return found
 
 

@@ -6,18 +6,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss, roc_auc_score
 
 from lightning_dlrm.compare.statistics import (
+    SCORES,
     Interval,
     components,
     difference,
-    over_seeds,
+    holm,
+    mean_interval,
     reliability,
     verdict,
 )
+from lightning_dlrm.objectives.metrics import click_metrics
 
 
 def clicks(samples: int, seed: int = 0) -> tuple[Any, Any]:
@@ -79,7 +83,9 @@ def test_where_only_seeds_vary_the_interval_is_students_and_welchs() -> None:
     expected = result.confidence_interval(0.95)
     assert (welch.interval.low, welch.interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert welch.degrees_of_freedom == pytest.approx(result.df, rel=1e-12)
-    mean = over_seeds(a)
+    assert paired.p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
+    assert welch.p == pytest.approx(result.pvalue, rel=1e-9)
+    mean = mean_interval(constant(a))
     assert mean is not None
     assert (mean.low, mean.high) == pytest.approx(stats.t.interval(0.95, 3, np.mean(a), stats.sem(a)), abs=1e-12)
 
@@ -132,14 +138,29 @@ def test_equal_runs_differ_by_nothing() -> None:
     runs = [components("auc", probabilities, labels)] * 2
     found = difference(runs, runs, paired=True)
     assert found.interval == Interval(value=0.0, low=0.0, high=0.0)
-    assert verdict("auc", found.interval) == "not_distinguishable"
+    assert found.p == 1.0
 
 
 def test_verdicts_know_which_way_is_better() -> None:
-    above, below = Interval(value=0.2, low=0.1, high=0.3), Interval(value=-0.2, low=-0.3, high=-0.1)
-    assert (verdict("auc", above), verdict("auc", below)) == ("a_better", "b_better")
-    assert (verdict("log_loss", above), verdict("log_loss", below)) == ("b_better", "a_better")
-    assert verdict("auc", Interval(value=0.1, low=-0.1, high=0.3)) == "not_distinguishable"
+    assert (verdict("auc", 0.2, 0.04), verdict("auc", -0.2, 0.04)) == ("a_better", "b_better")
+    assert (verdict("log_loss", 0.2, 0.04), verdict("log_loss", -0.2, 0.04)) == ("b_better", "a_better")
+    assert verdict("auc", 0.1, 0.05) == "not_distinguishable"
+
+
+def test_the_p_value_is_the_level_of_the_interval_that_touches_zero() -> None:
+    random = np.random.default_rng(4)
+    for shift in (0.0, 0.3, 3.0, 30.0):
+        a = random.normal(size=(4, 1)) * 0.1 + random.normal(size=60) * 0.5 + random.normal(size=(4, 60)) * 0.2 + shift
+        found = difference([(row,) for row in a], constant([0.0] * 4, 60), paired=True)
+        t, z = stats.t.ppf(found.p / 2, found.degrees_of_freedom), stats.norm.ppf(found.p / 2)
+        reach = np.hypot(t * found.seed_variance**0.5, z * found.sample_variance**0.5)
+        assert reach == pytest.approx(abs(found.interval.value), rel=1e-6)
+        assert (found.p < 0.05) == (not found.interval.low <= 0 <= found.interval.high)
+
+
+def test_holm_multiplies_by_the_number_of_p_values_that_are_not_smaller() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.2]) == pytest.approx([0.04, 0.09, 0.09, 0.2])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
 
 
 def test_one_class_alone_is_refused() -> None:
@@ -148,7 +169,22 @@ def test_one_class_alone_is_refused() -> None:
 
 
 def test_a_single_seed_has_no_interval() -> None:
-    assert over_seeds([0.7]) is None
+    assert mean_interval(constant([0.7])) is None
+
+
+@pytest.mark.parametrize("metric", SCORES)
+def test_every_score_is_the_mean_of_its_components(metric: Any) -> None:
+    labels, probabilities = clicks(500)
+    logits = torch.logit(torch.from_numpy(probabilities.astype(float)))
+    expected = click_metrics(logits, torch.from_numpy(labels))[metric]
+    for stratum in components(metric, probabilities, labels):
+        assert stratum.mean() == pytest.approx(expected, abs=1e-9)
+    # The variance of a single run over the samples is that of the bootstrap.
+    random = np.random.default_rng(0)
+    drawn = [random.integers(0, 500, 500) for _ in range(600)]
+    resampled = [click_metrics(logits[rows], torch.from_numpy(labels[rows]))[metric] for rows in drawn]
+    variance = sum(np.var(stratum) / len(stratum) for stratum in components(metric, probabilities, labels))
+    assert variance == pytest.approx(np.var(resampled), rel=0.2)
 
 
 def test_reliability_is_that_of_scikit_learn() -> None:

@@ -8,11 +8,14 @@ import sys
 import termios
 import threading
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.forked import ForkedPython
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -58,11 +61,18 @@ class Shell:
                 timeout=timeout,
             )
             return Finished(done.returncode, done.stdout.decode(errors="replace"))
+        return self.on_terminal(
+            lambda terminal: subprocess.Popen(
+                arguments, cwd=self.folder, env=self.environment, stdin=terminal, stdout=terminal, stderr=terminal
+            ),
+            timeout,
+        )
+
+    def on_terminal(self, start: Callable[[int], subprocess.Popen[bytes] | ForkedPython], timeout: float) -> Finished:
+        """Run what ``start`` starts on a pseudo-terminal, whose file descriptor it gets."""
         ours, theirs = os.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-        process = subprocess.Popen(
-            arguments, cwd=self.folder, env=self.environment, stdin=theirs, stdout=theirs, stderr=theirs
-        )
+        process = start(theirs)
         os.close(theirs)
         chunks: list[bytes] = []
         reader = threading.Thread(target=_read_all, args=(ours, chunks))
@@ -79,9 +89,19 @@ class Shell:
         """Run this interpreter."""
         return self.run([sys.executable, *arguments], terminal)
 
-    def cli(self, *arguments: str, terminal: bool = False) -> Finished:
-        """Run ``python -m lightning_dlrm``."""
-        return self.python("-m", "lightning_dlrm", *arguments, terminal=terminal)
+    def cli(self, *arguments: str, terminal: bool = False, timeout: float = 300) -> Finished:
+        """Run ``python -m lightning_dlrm`` in a process that has torch and Lightning imported already."""
+
+        def start(descriptor: int | None = None) -> ForkedPython:
+            return ForkedPython(["-m", "lightning_dlrm", *arguments], self.environment, self.folder, descriptor)
+
+        if terminal:
+            return self.on_terminal(start, timeout)
+        process = start()
+        try:
+            return Finished(process.wait(timeout), process.said())
+        finally:
+            process.kill()
 
 
 def _read_all(descriptor: int, chunks: list[bytes]) -> None:

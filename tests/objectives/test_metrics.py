@@ -111,3 +111,10 @@ def test_ranks_find_what_one_process_finds(ranks: int) -> None:
         together = json.loads(output.partition("found ")[2])
         assert together["auc"] == alone["auc"]
         assert together == pytest.approx(alone, abs=1e-12)
+
+
+def test_infinite_logits_cost_nothing_if_right_and_everything_if_wrong() -> None:
+    right = click_metrics(torch.tensor([math.inf, -math.inf, 0.0]), torch.tensor([1, 0, 1]))
+    assert right["log_loss"] == pytest.approx(math.log(2) / 3, rel=1e-12) and right["auc"] == 1.0
+    wrong = click_metrics(torch.tensor([math.inf, -math.inf, 0.0]), torch.tensor([1, 1, 0]))
+    assert wrong["log_loss"] == math.inf and wrong["normalized_entropy"] == math.inf and wrong["auc"] == 0.5

@@ -225,6 +225,8 @@ def test_formulas_of_schedules() -> None:
     assert rates(Constant, 3, 8.0) == [8.0] * 3
     assert rates(partial(WarmupThenDecay, warmup_steps=2), 9, 16.0, 8) == [8, 16, 16, 16, 16, 9, 4, 1, 0]
     assert rates(partial(WarmupThenDecay, decay_share=0.0), 8, 16.0, 8)[-1] == 16.0
+    assert rates(partial(WarmupThenDecay, warmup_share=0.25), 9, 16.0, 8) == [8, 16, 16, 16, 16, 9, 4, 1, 0]
+    assert rates(partial(WarmupThenDecay, warmup_steps=4, warmup_share=0.1), 4, 16.0, 8) == [4, 8, 12, 16]
     found = rates(partial(Cosine, warmup_steps=2, final_share=0.1), 11, 10.0, 10)
     assert found[:3] == [5.0, 10.0, 10.0]
     expected = [1 + 9 * 0.5, 1 + 9 * 0.5 * (1 + math.cos(math.pi * 7 / 8)), 1.0]
@@ -235,8 +237,9 @@ def test_formulas_of_schedules() -> None:
     ("schedule", "message"),
     [
         (partial(WarmupThenDecay, warmup_steps=-1), "WarmupThenDecay: warmup_steps is -1"),
-        (partial(WarmupThenDecay, decay_share=1.5), "decay_share 1.5"),
-        (partial(Cosine, final_share=1.5), "Cosine: warmup_steps is 0 and final_share 1.5"),
+        (partial(WarmupThenDecay, decay_share=1.5), "decay_share is 1.5"),
+        (partial(WarmupThenDecay, warmup_share=0.6), "WarmupThenDecay: warmup_share is 0.6"),
+        (partial(Cosine, final_share=1.5), "Cosine: final_share is 1.5"),
         (partial(lr_scheduler.StepLR, step_size=1, gama=2), "schedule StepLR: .*gama"),
         (lr_scheduler.ReduceLROnPlateau, "schedule ReduceLROnPlateau follows a metric"),
         (lambda optimizer: optimizer, "schedule makes a CTROptimizer"),
@@ -247,6 +250,14 @@ def test_a_schedule_that_cannot_be_made_is_refused_before_the_data_are_prepared(
         toy_module(schedule=schedule)
     with pytest.raises(UserError, match="give total_steps"):
         Cosine(torch.optim.SGD([torch.zeros(1)], lr=1.0))
+
+
+@pytest.mark.parametrize("schedule", [WarmupThenDecay, Cosine])
+def test_a_warm_up_above_half_of_the_fit_is_refused(schedule: type[WarmupThenDecay | Cosine]) -> None:
+    rates(partial(schedule, warmup_steps=28), 1, total_steps=57)
+    message = r"warmup_steps is 29, more than half of the fit's 57 steps; give at most 28, or leave it out and give w"
+    with pytest.raises(UserError, match=message):
+        rates(partial(schedule, warmup_steps=29), 1, total_steps=57)
 
 
 def test_schedules_of_torch_change_all_groups() -> None:

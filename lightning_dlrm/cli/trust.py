@@ -1,0 +1,322 @@
+"""Which classes a configuration may name: decided here, before anything is imported.
+
+A class path may come from ``PACKAGES``, from a ``*.py`` at the top of the current folder if the user's own YAML or
+option names it, or from a module that the user trusts with ``--trust``. The YAML of a run or checkpoint folder may be a
+stranger's: its custom classes always need ``--trust``.
+
+``admit_arguments`` decides on the plain text of options and YAML files. jsonargparse gets the decision as its list of
+import paths, so that it resolves no other name, wherever it finds it. ``check_values`` looks at what the names were
+resolved to: of ``PACKAGES`` only classes of ``KINDS`` are built, and no function is called.
+"""
+
+import dataclasses
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+import pytorch_lightning as pl
+import pytorch_lightning.cli  # It lets configurations be read from fsspec addresses, which ends below.
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
+from lightning_fabric.plugins import CheckpointIO, ClusterEnvironment
+from pytorch_lightning.accelerators import Accelerator
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins import LayerSync, Precision
+from pytorch_lightning.profilers import Profiler
+from pytorch_lightning.strategies import Strategy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_dlrm.cli.configs import expand_home, find_config
+from lightning_dlrm.contracts.documents import CONFIGURATION, parse_yaml, read_yaml
+from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.objectives.losses import Loss
+from lightning_dlrm.optim.rules import UpdateRule
+from lightning_dlrm.tracking.run_folder import CONFIG, METRICS, SUMMARY
+
+PACKAGES = (
+    "lightning_dlrm", "datamodules", "pytorch_lightning", "lightning.pytorch", "lightning_fabric", "torch",
+    "torchmetrics",
+)  # fmt: skip
+"""Packages whose classes every configuration may name."""
+
+KINDS = (
+    CTRNetwork, Loss, UpdateRule, Optimizer, LRScheduler, pl.LightningDataModule, pl.Callback, Logger, Profiler,
+    Strategy, Accelerator, Precision, ClusterEnvironment, CheckpointIO, LayerSync,
+)  # fmt: skip
+"""Base classes of what options take; of ``PACKAGES`` only these and dataclasses are built."""
+
+HELP = (
+    "let configurations name classes and functions of this module; may be repeated, and counts on the command line only"
+)
+
+_PACKAGES = ", ".join(package for package in PACKAGES if "." not in package)
+_CLASS_KEYS = ("class_path", "accelerator", "strategy", "profiler")
+"""Keys at which a dotted name is a class; of the Trainer's options, those that also take text."""
+_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+_trusted: set[str] = set()
+"""Modules beside ``PACKAGES`` that configurations may name in this process."""
+
+set_parsing_settings(
+    import_path_denylist=["*"],
+    import_path_allowlist=list(PACKAGES),
+    # A value whose type is not declared stays data.
+    instantiate_subclass_spec_in_any=False,
+    config_read_mode_fsspec_enabled=False,
+)
+
+_load_plain = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """Return the value of a YAML text as jsonargparse reads it, in files that options and files name too."""
+    value = _load_plain(text)
+    if isinstance(value, (dict, list)):
+        parse_yaml(text)
+    return value
+
+
+set_loader("yaml", _load, (yaml.YAMLError,))
+
+
+# --- what is trusted -------------------------------------------------------------------------------
+
+
+def take_trust(arguments: Sequence[str]) -> list[str]:
+    """Trust the modules that a command line names with ``--trust``, and no others; return the other arguments.
+
+    Raises:
+        UserError: the option has no name of a module.
+    """
+    rest, modules = [], []
+    waiting = iter(arguments)
+    for argument in waiting:
+        option, equals, module = argument.partition("=")
+        if option != "--trust":
+            rest.append(argument)
+            continue
+        module = module if equals else next(waiting, "")
+        # A configuration that names jsonargparse could change what is trusted.
+        is_name = all(part.isidentifier() for part in module.split(".")) and module.partition(".")[0] != "jsonargparse"
+        require(is_name, f"--trust {module}: expected the name of a module, such as --trust my_models")
+        modules.append(module)
+    set_parsing_settings(import_path_denylist=sorted(_trusted))
+    _trusted.clear()
+    _trust(modules)
+    return rest
+
+
+def trust_options() -> list[str]:
+    """Return ``--trust MODULE`` for each trusted module that this process has imported, for commands that repeat it."""
+    return [part for module in sorted(_trusted & sys.modules.keys()) for part in ("--trust", module)]
+
+
+def refusal(path: str) -> str:
+    """Return the message about a class path that is not trusted."""
+    return (
+        f"{path} is not imported: classes come from {_PACKAGES}, or from a *.py in the current folder that your own "
+        "YAML or option names (a YAML in a run or checkpoint folder is not your own); if you trust the module, add "
+        f"--trust {path.partition('.')[0]}"
+    )
+
+
+def _trust(modules: Iterable[str]) -> None:
+    _trusted.update(modules)
+    set_parsing_settings(import_path_allowlist=sorted(_trusted))
+
+
+def _is_trusted(path: str) -> bool:
+    return any(path == module or path.startswith(f"{module}.") for module in (*PACKAGES, *_trusted))
+
+
+# --- text, before anything is imported -------------------------------------------------------------
+
+
+def admit_arguments(arguments: Sequence[str]) -> None:
+    """Check the class paths in options and in the configurations that they name, and trust the user's own modules.
+
+    Raises:
+        UserError: a class path is not trusted, a configuration cannot be read, or a key stands twice.
+    """
+    option = ""
+    for argument in arguments:
+        value = argument
+        if argument.startswith("-"):
+            option, equals, value = argument.partition("=")
+            if not equals:
+                continue
+        if option in ("-c", "--config"):
+            admit_file(find_config(value))
+            continue
+        try:
+            admit({option.rpartition(".")[2]: parse_yaml(value)}, typed=True)
+        except UserError as error:
+            raise UserError(f"{option}: {error}") from error
+        except (yaml.YAMLError, RecursionError):
+            # The parser says what is wrong if the option takes no text.
+            continue
+
+
+def admit_file(path: Path, expected: str = CONFIGURATION) -> None:
+    """Check the class paths in a YAML file; see ``admit_arguments``, and ``read_yaml`` for ``expected``."""
+    document = read_yaml(path, expected)
+    for option in ("trust", "config"):
+        require(option not in document, f"{path}: {option} is an option of the command line (--{option}), not of files")
+    try:
+        admit(document, typed=not _in_run_folder(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def admit(value: Any, typed: bool) -> None:
+    """Check the class paths in plain values.
+
+    Args:
+        value: content of a YAML.
+        typed: whether modules of the current folder are trusted if the value names them.
+
+    Raises:
+        UserError: a class path is not trusted.
+    """
+    for path, is_class in _dotted_names(value):
+        if _is_trusted(path):
+            continue
+        module = path.partition(".")[0]
+        if typed and _is_here(module):
+            _trust([module])
+        else:
+            require(not is_class, refusal(path))
+
+
+def _dotted_names(value: Any, key: Any = "") -> Iterator[tuple[str, bool]]:
+    """Yield each text that may be an import path, and whether its key takes a class."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _dotted_names(inner, name)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _dotted_names(inner, key)
+    elif isinstance(value, str) and _DOTTED.fullmatch(value):
+        yield value, key in _CLASS_KEYS
+    elif isinstance(value, str) and "class_path" in value:
+        # jsonargparse reads text as YAML.
+        try:
+            inner = parse_yaml(value)
+        except (yaml.YAMLError, RecursionError):
+            return
+        if not isinstance(inner, str):
+            yield from _dotted_names(inner, key)
+
+
+def _is_here(module: str) -> bool:
+    """Whether a module is a ``*.py`` at the top of the current folder, and not another one of its name."""
+    try:
+        spec = find_spec(module)
+    except (ImportError, ValueError):
+        return False
+    return (
+        spec is not None and spec.origin is not None and Path(spec.origin).resolve() == Path(f"{module}.py").resolve()
+    )
+
+
+def _in_run_folder(path: Path) -> bool:
+    """Whether a file lies in a run folder or a checkpoint, at any depth."""
+    return any(
+        (folder / "manifest.json").exists()
+        or ((folder / CONFIG).exists() and any((folder / name).exists() for name in (METRICS, SUMMARY, "checkpoints")))
+        for folder in (*path.absolute().parents, *path.resolve().parents)
+    )
+
+
+# --- values, before anything is built --------------------------------------------------------------
+
+
+def check_values(settings: Namespace) -> None:
+    """Check the values of parsed settings, and replace ``~/`` at the start of texts by the user's folder.
+
+    Raises:
+        UserError: a class of ``PACKAGES`` is of no kind that options take, a function of theirs is named, or an option
+            is null that takes no None.
+    """
+    for name, value in vars(settings).items():
+        settings[name] = _checked(value, name)
+
+
+def _checked(value: Any, key: str, defaults: Sequence[Any] = ()) -> Any:
+    """Return a value with its home folder; see ``check_values``.
+
+    Args:
+        value: a parsed value.
+        key: its full key.
+        defaults: defaults of the class that it is an argument of.
+    """
+    if isinstance(value, str):
+        return expand_home(value)
+    if isinstance(value, int):
+        require(abs(value) < 1 << 63, f"{key} is too large; expected a number of 64 bits")
+    if isinstance(value, (list, tuple)):
+        return type(value)(_checked(item, key, defaults) for item in value)
+    if isinstance(value, (Namespace, dict)):
+        given = vars(value) if isinstance(value, Namespace) else value
+        made = _resolved(given.get("class_path"))
+        if made is not None:
+            defaults = _check_class(made, given, key)
+        for name, item in given.items():
+            value[name] = _checked(item, f"{key}.{name}", defaults)
+    elif callable(value) and not inspect.isclass(value):
+        require(
+            any(value is default for default in defaults) or not _is_of_packages(value),
+            f"{key} names a function of {_PACKAGES}, of which only classes may be named: name a function of a module "
+            "of your own that calls it",
+        )
+    return value
+
+
+def _check_class(made: Any, given: Mapping[str, Any], key: str) -> list[Any]:
+    """Check what a class path names, and that no argument is null that takes no None; return the defaults."""
+    is_kind = inspect.isclass(made) and (issubclass(made, KINDS) or dataclasses.is_dataclass(made))
+    require(
+        made not in KINDS and (is_kind or not _is_of_packages(made)),
+        f"{key}: {given['class_path']} is no class that an option takes",
+    )
+    try:
+        parameters, hints = inspect.signature(made).parameters, typing.get_type_hints(getattr(made, "__init__", made))
+    except (ValueError, NameError):  # a class in C without a signature, or names that only type checkers import
+        return []
+    options = given.get("init_args")
+    for name, value in vars(options).items() if isinstance(options, Namespace) else ():
+        if value is None and name in hints and name in parameters and parameters[name].default is not None:
+            kind = hints[name]
+            message = f"{key}.init_args.{name} is null; give a value of {getattr(kind, '__name__', kind)}"
+            require(_takes_none(kind), message)
+    return [parameter.default for parameter in parameters.values()]
+
+
+def _resolved(path: Any) -> Any:
+    """Return what an import path names if it has been imported; else None, and it is not built."""
+    if not isinstance(path, str):
+        return None
+    module, _, name = path.rpartition(".")
+    outer, _, inner = module.rpartition(".")
+    nested = getattr(sys.modules.get(outer), inner, None)
+    return getattr(sys.modules.get(module, nested), name, None)
+
+
+def _is_of_packages(made: Any) -> bool:
+    """Whether a class or a function is defined in one of ``PACKAGES``."""
+    defined = made.__module__ if inspect.isclass(made) or inspect.isroutine(made) else type(made).__module__
+    return str(defined).partition(".")[0] in {package.partition(".")[0] for package in PACKAGES}
+
+
+def _takes_none(kind: Any) -> bool:
+    """Whether a type includes None."""
+    if typing.get_origin(kind) in (typing.Union, UnionType):
+        return any(_takes_none(member) for member in typing.get_args(kind))
+    return kind in (None, type(None), Any, object)

@@ -1,0 +1,194 @@
+"""``python ARGUMENTS`` in processes that are forked from a server, which has imported torch and Lightning.
+
+Importing them takes longer than most tests. The server imports packages of others alone: each process imports ours from
+its own path, and ends as an interpreter ends.
+"""
+
+import atexit
+import contextlib
+import gc
+import json
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PACKAGES = "pytorch_lightning.cli", "pyarrow.parquet", "scipy.stats", "wandb.sdk.launch"
+
+
+class ForkedPython:
+    """A process that runs ``python ARGUMENTS``; its methods are those of subprocess.Popen.
+
+    Args:
+        arguments: ``-m MODULE``, ``-c CODE`` or a script, and its arguments.
+        environment: all environment variables of the process. Those that torch reads when it is imported have the
+            values of the tests' own process.
+        cwd: its current folder.
+        terminal: the file descriptor of its stdin, stdout and stderr; without one, stdin is empty, and a file takes
+            the rest.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, terminal: int | None = None
+    ) -> None:
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 open as long as the process is of interest
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(_server())
+        request = {"arguments": list(arguments), "environment": dict(environment), "cwd": str(cwd)}
+        data = json.dumps(request).encode()
+        with Path(os.devnull).open() as nothing:
+            output = self._output.fileno()
+            stdio = [nothing.fileno(), output, output] if terminal is None else [terminal] * 3
+            socket.send_fds(self._connection, [struct.pack("i", len(data))], stdio)
+        self._connection.sendall(data)
+        self.pid = self._receive()
+        self.returncode: int | None = None
+
+    def said(self) -> str:
+        """What it has printed so far."""
+        return os.pread(self._output.fileno(), 1 << 30, 0).decode(errors="replace")
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        """What it printed, once it has ended."""
+        self.wait(timeout)
+        return self.said(), None
+
+    def _receive(self) -> int:
+        number: int = struct.unpack("i", self._connection.recv(4, socket.MSG_WAITALL))[0]
+        return number
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("python", timeout or 0)
+            self.returncode = self._receive()
+            self._connection.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+@cache
+def _server() -> str:
+    """Start the server; return the address that it listens at."""
+    address = tempfile.mkdtemp(prefix="fork-") + "/server"
+    # Its stdin ends with this process, and the server with it.
+    read_end, _ = os.pipe()
+    subprocess.Popen([sys.executable, __file__, address], stdin=read_end, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not Path(address).exists():
+        assert time.monotonic() < deadline, "the server of forked processes does not start"
+        time.sleep(0.05)
+    return address
+
+
+def serve(address: Path) -> None:
+    """Fork a process for each connection; return in each such process, with its arguments in place."""
+    # No folder of tests hides a package.
+    del sys.path[0]
+    for package in PACKAGES:
+        __import__(package)
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    # Not the first process that ends removes W&B's temporary folder, but the server.
+    atexit.unregister(MEDIA_TMP.cleanup)
+    MEDIA_TMP._finalizer.detach()
+    gc.freeze()
+    listener = socket.socket(socket.AF_UNIX)
+    unfinished = address.with_suffix(".new")
+    listener.bind(str(unfinished))
+    listener.listen()
+    unfinished.rename(address)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        ready, _, _ = select.select([listener, 0], [], [])
+        if 0 in ready:
+            shutil.rmtree(MEDIA_TMP.name)
+            shutil.rmtree(address.parent)
+            os._exit(0)
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            request, stdio = _receive_request(connection)
+            # This process reports how its child ends.
+            pid = os.fork()
+            if pid == 0:
+                connection.close()
+                return _become(request, stdio)
+            connection.sendall(struct.pack("i", pid))
+            for descriptor in stdio:
+                os.close(descriptor)
+            _, status = os.waitpid(pid, 0)
+            with contextlib.suppress(OSError):
+                connection.sendall(struct.pack("i", os.waitstatus_to_exitcode(status)))
+            os._exit(0)
+        connection.close()
+
+
+def _receive_request(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    size, stdio, _, _ = socket.recv_fds(connection, 4, 3)
+    data = connection.recv(struct.unpack("i", size)[0], socket.MSG_WAITALL)
+    return json.loads(data), stdio
+
+
+def _become(request: dict[str, Any], stdio: list[int]) -> None:
+    """Take over what a new process has of its own."""
+    os.setsid()
+    for target, descriptor in enumerate(stdio):
+        os.dup2(descriptor, target)
+        os.close(descriptor)
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    sys.argv = request["arguments"]
+    start = (
+        "" if sys.argv[0] == "-c" else str(Path.cwd() if sys.argv[0] == "-m" else Path(sys.argv[0]).resolve().parent)
+    )
+    sys.path[:0] = [start, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+
+
+def run() -> None:
+    """Run what ``python`` runs with the arguments in ``sys.argv``."""
+    kind, *others = sys.argv
+    if kind == "-m":
+        sys.argv = others
+        runpy.run_module(others[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        code, *words = others
+        sys.argv = ["-c", *words]
+        exec(code, {"__name__": "__main__"})
+    else:
+        runpy.run_path(kind, run_name="__main__")
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))
+    run()
