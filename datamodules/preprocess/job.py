@@ -116,7 +116,7 @@ def _category_words(options: Options, table: Table) -> str:
     if options.threshold > 1:
         words += f"; rare is below {options.threshold}"
     if table.edges is not None:
-        return f"quantile({options.quantiles}) of the training split, up to each of settings.edges, {words}"
+        return f"quantile({options.quantiles}): bins of the training split up to each of settings.edges; {words}"
     if source not in CRITEO_CATEGORICAL:
         missing = "missing as 0, " if rules.missing_bin_as_value else ""
         return f"{missing}floor(log(x)^2) where x > 2, {words}"
