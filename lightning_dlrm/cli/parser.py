@@ -94,7 +94,7 @@ class CommandParser(LightningArgumentParser):
         self.allow_abbrev = False
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(explain(message, known_keys(self)))
+        raise UserError(" ".join(explain(message, known_keys(self)).split()))
 
     def build(self, settings: Namespace) -> Namespace:
         """Return the settings with all classes instantiated.
@@ -165,6 +165,12 @@ def _add_run_options(parser: CommandParser) -> None:
         type=Literal["auto"] | None,
         default=None,
         help="auto: continue from the newest whole checkpoint in --run_dir, or start a new run if there is none",
+    )
+    parser.add_argument(
+        "--allow_nonfinite",
+        type=bool,
+        default=False,
+        help="open a checkpoint with NaN or infinite values too, to look at a wreck",
     )
     parser.add_argument(
         "--stop_at_auc",

@@ -236,7 +236,7 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
     """
     ours = {
         "callbacks": callbacks,
-        "plugins": [*as_list(trainer_settings["plugins"]), FolderCheckpointIO()],
+        "plugins": [*as_list(trainer_settings["plugins"]), FolderCheckpointIO(job.settings.allow_nonfinite)],
         "logger": False,
     }
     try:
@@ -334,6 +334,7 @@ def log_start(job: Job, trainer: pl.Trainer) -> None:
     # What this command resumes from is not part of the configuration: later commands open it with --config.
     settings = job.settings.clone()
     settings.ckpt_path = settings.resume = settings.run_dir = None
+    settings.allow_nonfinite = False
     job.metrics_logger.configuration = job.parser.dump(settings, skip_unset=False)
     log.info("run folder: %s", job.folder.path)
     log.info(size_note(job.module.size))
