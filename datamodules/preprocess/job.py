@@ -318,10 +318,18 @@ class Job:
             for job, of_job in zip(jobs, pool.map(stage, jobs), strict=True):
                 for index, facts in enumerate(of_job, job.index or 0):
                     staged.add(job, index, facts)
-            for path, count in staged.lines.items():
-                require(count, f"{path} is empty; expected Criteo lines of {len(COLUMNS)} fields: download it again")
+            for file in self.files:
+                self._require_rows(file, staged)
             shown.reached(staged.all_rows, 1.0)
         return staged
+
+    def _require_rows(self, file: RawFile, staged: _Staged) -> None:
+        path = file.path
+        lines = staged.lines[path]
+        require(lines, f"{path} is empty; expected Criteo lines of {len(COLUMNS)} fields: download it again")
+        if not staged.rows[path]:
+            _, line, fault = next(bad for bad in staged.bad_rows if bad[0] == file.name)
+            raise UserError(f"{path}: all {lines:,} lines are bad, such as line {line:,}: {fault}")
 
     def _rule(self, staged: _Staged) -> SplitRule:
         if self.known is not None:

@@ -56,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         work.add_argument("checkpoint", type=Path, metavar="PATH", help="checkpoint folder")
         if name == "info":
-            work.add_argument("--verify", action="store_true", help="compare every file's checksum")
+            work.add_argument(
+                "--verify",
+                action="store_true",
+                help="compare every file's checksum, and look for NaN and infinite values",
+            )
             work.add_argument("--json", action="store_true", help="print JSON")
         else:
             work.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the new checkpoint")
@@ -80,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         found = info(reader)
         print(json.dumps(found, indent=1) if args.json else _describe(found))
         if args.verify and not args.json:
-            print("every file's checksum is right")
+            print("every file's checksum is right and every value is finite")
         return 0
     rewrite_checkpoint(source, args.output, None if args.work == "merge" else _bounds(CheckpointReader(source), args))
     print(f"written: {args.output}")

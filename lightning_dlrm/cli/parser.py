@@ -71,6 +71,21 @@ class WandbSettings:
     log_model: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class PublishedScore:
+    """A published score that a configuration is compared with, at the end of its runs and in reports.
+
+    Args:
+        metric: name of the metric, as in a run's summary without its split.
+        value: published value.
+        source: where it is published, and on what it was measured.
+    """
+
+    metric: Literal["auc", "log_loss", "accuracy", "normalized_entropy", "calibration"]
+    value: float
+    source: str
+
+
 class CommandParser(LightningArgumentParser):
     """A parser that raises ``UserError`` with one line, and takes no abbreviations: they hide misspelt keys."""
 
@@ -79,7 +94,7 @@ class CommandParser(LightningArgumentParser):
         self.allow_abbrev = False
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(explain(message, known_keys(self)))
+        raise UserError(" ".join(explain(message, known_keys(self)).split()))
 
     def build(self, settings: Namespace) -> Namespace:
         """Return the settings with all classes instantiated.
@@ -152,6 +167,12 @@ def _add_run_options(parser: CommandParser) -> None:
         help="auto: continue from the newest whole checkpoint in --run_dir, or start a new run if there is none",
     )
     parser.add_argument(
+        "--allow_nonfinite",
+        type=bool,
+        default=False,
+        help="open a checkpoint with NaN or infinite values too, to look at a wreck",
+    )
+    parser.add_argument(
         "--stop_at_auc",
         type=float | None,
         default=None,
@@ -162,6 +183,12 @@ def _add_run_options(parser: CommandParser) -> None:
         type=bool,
         default=False,
         help="log the norms of every gradient, and of the table rows that a step updates and of their gradients",
+    )
+    parser.add_argument(
+        "--published",
+        type=list[PublishedScore] | None,
+        default=None,
+        help="published scores (metric, value, source); the end of a run and reports say how far they are away",
     )
     parser.add_class_arguments(CheckpointSettings, "checkpoint")
     parser.add_class_arguments(WandbSettings, "wandb")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
+from lightning_dlrm.cli.parser import PublishedScore
 from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.models.network import ModelSize
@@ -67,8 +68,32 @@ def early_stop_note(callback: EarlyStopping, step: int, total: float) -> str:
     return f"stopped early at step {step:,}: {reason}" if reason and step < total else ""
 
 
+def published_notes(
+    published: Sequence[PublishedScore] | None, metrics: Mapping[str, float], split: str, dataset: str
+) -> list[str]:
+    """Return a line for each published score: how far a run's or a mean metric is from it; none on demo data.
+
+    Args:
+        published: the scores of the configuration.
+        metrics: name, with the split before it -> value; scores of other metrics are left out.
+        split: split of the metrics.
+        dataset: name of the dataset.
+    """
+    return [
+        f"{split} {score.metric.replace('_', ' ')} {metrics[name]:.5f} is {metrics[name] - score.value:+.5f} from the "
+        f"published {score.value:g} ({score.source})"
+        for score in published or ()
+        if dataset != "demo" and (name := f"{split}/{score.metric}") in metrics
+    ]
+
+
 def final_report(
-    folder: RunFolder, final: Mapping[str, float], best: Mapping[str, float], schema: DatasetSchema, wandb: str | None
+    folder: RunFolder,
+    final: Mapping[str, float],
+    best: Mapping[str, float],
+    schema: DatasetSchema,
+    wandb: str | None,
+    published: Sequence[PublishedScore] | None = None,
 ) -> str:
     """Return the report at the end of a run: scores and their course, size, speed, locations, and next commands.
 
@@ -78,8 +103,9 @@ def final_report(
         best: metrics of the best validation.
         schema: schema of the data.
         wandb: address of the run at W&B; None without W&B.
+        published: the published scores of the configuration.
     """
-    lines = ["", *_scores(final, best)]
+    lines = ["", *_scores(final, best), *published_notes(published, final, names.VALIDATION, schema.dataset)]
     history = folder.lines()
     courses = ((f"{names.VALIDATION}/auc", "validation AUC"), (names.TRAIN_LOSS, "training loss"))
     facts: list[tuple[str, str | None]] = [(title, _course(history, name)) for name, title in courses]

@@ -32,7 +32,7 @@ from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.cli.loggers import finish_loggers, make_loggers, wandb_address
 from lightning_dlrm.cli.parser import CommandParser, build_trainer_parser, configure_logging, fill_data_seed, parse
 from lightning_dlrm.cli.predictions import PredictionWriter
-from lightning_dlrm.cli.report import cells_note, demo_note, early_stop_note, final_report, size_note
+from lightning_dlrm.cli.report import cells_note, demo_note, early_stop_note, final_report, published_notes, size_note
 from lightning_dlrm.cli.trainer_settings import (
     as_list,
     check_early_stopping_after_validation,
@@ -236,7 +236,7 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
     """
     ours = {
         "callbacks": callbacks,
-        "plugins": [*as_list(trainer_settings["plugins"]), FolderCheckpointIO()],
+        "plugins": [*as_list(trainer_settings["plugins"]), FolderCheckpointIO(job.settings.allow_nonfinite)],
         "logger": False,
     }
     try:
@@ -334,6 +334,7 @@ def log_start(job: Job, trainer: pl.Trainer) -> None:
     # What this command resumes from is not part of the configuration: later commands open it with --config.
     settings = job.settings.clone()
     settings.ckpt_path = settings.resume = settings.run_dir = None
+    settings.allow_nonfinite = False
     job.metrics_logger.configuration = job.parser.dump(settings, skip_unset=False)
     log.info("run folder: %s", job.folder.path)
     log.info(size_note(job.module.size))
@@ -426,11 +427,14 @@ def report_fit(job: Job, trainer: pl.Trainer) -> None:
         if note := early_stop_note(callback, trainer.global_step, fit_length(trainer).steps):
             print(note)
     wandb = wandb_address(trainer.loggers, job.folder)
-    print(final_report(job.folder, final, best, job.datamodule.schema, wandb))
+    print(final_report(job.folder, final, best, job.datamodule.schema, wandb, job.settings.published))
 
 
 def report_evaluation(job: Job, trainer: pl.Trainer) -> None:
     """Print the metrics of ``validate`` or ``test``."""
     if trainer.is_global_zero:
         print("\n".join(f"{name:32s} {value:.6f}" for name, value in job.module.results.items()))
+        split = names.VALIDATION if job.command == "validate" else names.TEST
+        for note in published_notes(job.settings.published, job.module.results, split, job.datamodule.schema.dataset):
+            print(note)
         print(f"kept in {job.folder.path}")

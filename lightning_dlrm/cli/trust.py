@@ -23,7 +23,7 @@ from typing import Any
 import pytorch_lightning as pl
 import pytorch_lightning.cli  # It lets configurations be read from fsspec addresses, which ends below.
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from lightning_fabric.plugins import CheckpointIO, ClusterEnvironment
 from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.loggers import Logger
@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_dlrm.cli.configs import expand_home, find_config
-from lightning_dlrm.contracts.documents import parse_yaml, read_yaml
+from lightning_dlrm.contracts.documents import CONFIGURATION, parse_yaml, read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.losses import Loss
@@ -71,6 +71,19 @@ set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
     config_read_mode_fsspec_enabled=False,
 )
+
+_load_plain = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """Return the value of a YAML text as jsonargparse reads it, in files that options and files name too."""
+    value = _load_plain(text)
+    if isinstance(value, (dict, list)):
+        parse_yaml(text)
+    return value
+
+
+set_loader("yaml", _load, (yaml.YAMLError,))
 
 
 # --- what is trusted -------------------------------------------------------------------------------
@@ -151,10 +164,11 @@ def admit_arguments(arguments: Sequence[str]) -> None:
             continue
 
 
-def admit_file(path: Path) -> None:
-    """Check the class paths in a YAML file; see ``admit_arguments``."""
-    document = read_yaml(path)
-    require("trust" not in document, f"{path}: trust is an option of the command line (--trust MODULE), not of files")
+def admit_file(path: Path, expected: str = CONFIGURATION) -> None:
+    """Check the class paths in a YAML file; see ``admit_arguments``, and ``read_yaml`` for ``expected``."""
+    document = read_yaml(path, expected)
+    for option in ("trust", "config"):
+        require(option not in document, f"{path}: {option} is an option of the command line (--{option}), not of files")
     try:
         admit(document, typed=not _in_run_folder(path))
     except UserError as error:
@@ -245,6 +259,8 @@ def _checked(value: Any, key: str, defaults: Sequence[Any] = ()) -> Any:
     """
     if isinstance(value, str):
         return expand_home(value)
+    if isinstance(value, int):
+        require(abs(value) < 1 << 63, f"{key} is too large; expected a number of 64 bits")
     if isinstance(value, (list, tuple)):
         return type(value)(_checked(item, key, defaults) for item in value)
     if isinstance(value, (Namespace, dict)):
@@ -266,7 +282,10 @@ def _checked(value: Any, key: str, defaults: Sequence[Any] = ()) -> Any:
 def _check_class(made: Any, given: Mapping[str, Any], key: str) -> list[Any]:
     """Check what a class path names, and that no argument is null that takes no None; return the defaults."""
     is_kind = inspect.isclass(made) and (issubclass(made, KINDS) or dataclasses.is_dataclass(made))
-    require(is_kind or not _is_of_packages(made), f"{key}: {given['class_path']} is no class that an option takes")
+    require(
+        made not in KINDS and (is_kind or not _is_of_packages(made)),
+        f"{key}: {given['class_path']} is no class that an option takes",
+    )
     try:
         parameters, hints = inspect.signature(made).parameters, typing.get_type_hints(getattr(made, "__init__", made))
     except (ValueError, NameError):  # a class in C without a signature, or names that only type checkers import

@@ -231,6 +231,7 @@ def closing_words(comparison: Comparison, output: Path) -> str:
             "",
             *(pair.sentence for pair in comparison.pairs),
             *filter(None, [comparison.adjustment]),
+            *(note for arm in comparison.arms for note in comparison.published(arm)),
             "",
             f"report: {output / 'report.html'}",
         ]

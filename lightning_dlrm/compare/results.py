@@ -1,13 +1,14 @@
 """The result of a comparison, from which the report, its figures and the W&B page are made."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
+from lightning_dlrm.cli.report import published_notes
 from lightning_dlrm.compare.runs import Arm, Run, by_data, data_differences
 from lightning_dlrm.compare.scores import Scores, Split
 from lightning_dlrm.compare.statistics import (
@@ -160,6 +161,11 @@ class Comparison:
             "configurations at most 5% have a verdict that they differ"
         )
 
+    def published(self, arm: Arm) -> list[str]:
+        """Return how far a configuration's means are from its published scores."""
+        means = {f"{self.split}/{metric}": float(np.mean(self.values(arm, metric))) for metric in METRIC_TITLES}
+        return [f"{arm.name}: {note}" for note in published_notes(arm.published, means, self.split, arm["dataset"])]
+
     def values(self, arm: Arm, metric: Score) -> list[float]:
         """Return a metric of each run of a configuration."""
         return [self.scores[run.name].metrics[metric] for run in arm.runs]
@@ -226,6 +232,7 @@ class Comparison:
                     for metric in METRIC_TITLES
                     if (found := self.intervals[arm.name, metric])
                 },
+                "published": [asdict(score) for score in arm.published],
             }
             for arm in self.arms
         ]

@@ -1,5 +1,6 @@
 """Finished runs as ``fit`` leaves them, grouped by configuration."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dlrm.cli.configs import flat
-from lightning_dlrm.contracts.documents import read_json, read_yaml
+from lightning_dlrm.cli.parser import PublishedScore
+from lightning_dlrm.contracts.documents import parse_json, read_json, read_yaml
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.retired import update_document
 from lightning_dlrm.tracking import names
@@ -16,7 +18,7 @@ from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY, RunFolder
 NO_PART_OF_A_CONFIGURATION = (
     "seed_everything", "model.seed", "data.init_args.seed", "wandb", "run_dir", "resume", "ckpt_path", "config",
     "checkpoint", "trainer.logger", "trainer.default_root_dir", "trainer.enable_progress_bar",
-    "data.init_args.predict_split", "data.init_args.demo.class_path", "log_norms",
+    "data.init_args.predict_split", "data.init_args.demo.class_path", "log_norms", "published",
 )  # fmt: skip
 """Settings that may differ between runs of one configuration."""
 
@@ -79,6 +81,17 @@ class Arm:
     def settings(self) -> dict[str, Any]:
         return self.runs[0].settings
 
+    @property
+    def published(self) -> list[PublishedScore]:
+        """The published scores of the configuration.
+
+        Raises:
+            UserError: they have another form.
+        """
+        run = self.runs[0]
+        found = json.dumps(run.config.get("published") or [])
+        return parse_json(found, list[PublishedScore], f"published in {run.path / CONFIG}", "correct it there")
+
     def __getitem__(self, name: str) -> Any:
         """Return a number that does not depend on the seed, such as ``parameters/total``."""
         return self.runs[0].final[name]
@@ -140,7 +153,7 @@ def _read(path: Path, missing: str) -> dict[str, Any]:
         raise UserError(missing + ("" if path.parent.is_dir() else f" (there is no folder {path.parent})"))
     if path.suffix == ".json":
         return read_json(path, dict[str, Any], "train the run again")
-    return read_yaml(path)
+    return read_yaml(path, "the run folder is damaged: restore the file from a copy, or train the run again")
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:

@@ -267,6 +267,10 @@ class AverageForEvaluation(pl.Callback):
         self._steps_done = 0
         """Number of optimizer steps of the parameters; also valid when another trainer evaluates them."""
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # An earlier fit may have failed before it took the state.
+        self.saved = None
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not earlier: Lightning has just moved the parameters to the training device.
         start = self.settings.start_share

@@ -12,10 +12,15 @@ from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.averaging import KEY as AVERAGES
 from lightning_dlrm.engine.averaging import average_rows, averaged_dense
 from lightning_dlrm.engine.fit_length import planned_steps, refuse_longer_fit
-from lightning_dlrm.engine.guards import refuse_bad_parameters
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.schedules import needs_total_steps
-from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors
+from lightning_dlrm.sharding.checkpoint import (
+    CHECKED_REST,
+    CheckpointReader,
+    PieceTensors,
+    is_finite,
+    nonfinite_tensors,
+)
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tables.lookup import EmbeddingTables
 
@@ -31,17 +36,11 @@ def add_state(module: "CTRModule", checkpoint: dict[str, Any]) -> None:
         checkpoint: Lightning's dictionary; modified in place.
 
     Raises:
-        UserError: on all ranks, if a loss or a parameter of a rank is not finite, so that no checkpoint replaces the
-            last good one.
+        UserError: on all ranks, if a loss, a parameter or an element of the optimizer state of a rank is not finite,
+            so that no checkpoint replaces the last good one.
     """
-
-    def refuse_bad_state() -> None:
-        for lookup in module.network.lookups():
-            lookup.flush()
-        module.guard.check()
-        refuse_bad_parameters(module.network, checkpoint["global_step"], module.guard.advice)
-
-    Ranks().run_on_all_ranks(refuse_bad_state)
+    optimizer = optimizer_of(module) if checkpoint.get("optimizer_states") else None
+    module.guard.check_state(module.network, optimizer, checkpoint["global_step"])
     for key in _table_keys(module):
         del checkpoint["state_dict"][key]
     if (averages := module.averages) is not None:
@@ -91,7 +90,8 @@ def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) 
         training: whether a fit continues from it.
 
     Raises:
-        UserError: the checkpoint is of another model or dataset encoding, or a fit would continue on other data.
+        UserError: the checkpoint is of another model or dataset encoding, or has NaN or infinite values, or a fit would
+            continue on other data.
     """
     reader: CheckpointReader = checkpoint["tables"]
     require(
@@ -101,6 +101,8 @@ def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) 
     )
     _check_header(module, reader, training)
     _check_parameters(module, reader, checkpoint["state_dict"])
+    if not reader.allow_nonfinite:
+        _refuse_nonfinite(module, reader, checkpoint, training)
     averages = checkpoint.get(AVERAGES)
     if training:
         if needs_total_steps(module.schedule):
@@ -172,6 +174,24 @@ def _check_parameters(module: "CTRModule", reader: CheckpointReader, state_dict:
             f"checkpoint {reader.folder} is of another model: {key} is {saved.get(key, 'missing')} there "
             f"and {dense.get(key, 'missing')} here; use the configuration it was trained with"
         )
+
+
+def _refuse_nonfinite(
+    module: "CTRModule", reader: CheckpointReader, checkpoint: Mapping[str, Any], training: bool
+) -> None:
+    """
+    Raises:
+        UserError: dense tensors that are needed have NaN or infinite elements; rows of tables are checked when read.
+    """
+    # A custom network may have infinite constants, such as masks.
+    ours = module.state_dict()
+    saved = {
+        **{key: checkpoint.get(key) for key in CHECKED_REST if training or key != "optimizer_states"},
+        "state_dict": {key: value for key, value in checkpoint["state_dict"].items() if is_finite(ours[key])},
+    }
+    bad = [name for key in CHECKED_REST for name in nonfinite_tensors(saved.get(key), key)]
+    if bad:
+        raise reader.nonfinite(", ".join(bad))
 
 
 def _keep_averages(module: "CTRModule", averages: dict[str, Any] | None, reader: CheckpointReader) -> None:

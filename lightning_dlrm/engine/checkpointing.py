@@ -33,10 +33,17 @@ MONITOR = f"{names.VALIDATION}/auc"
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Lightning plugin for checkpoint folders; every rank saves its table rows."""
+    """Lightning plugin for checkpoint folders; every rank saves its table rows.
+
+    Args:
+        allow_nonfinite: whether to open checkpoints with NaN or infinite values, which are refused by default.
+    """
 
     HOLDS_TABLES = True
     """Whether tables are written piece by piece; CTRModule needs such a plugin."""
+
+    def __init__(self, allow_nonfinite: bool = False) -> None:
+        self.allow_nonfinite = allow_nonfinite
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         rest = {key: value for key, value in checkpoint.items() if key not in ("tables", "header")}
@@ -45,7 +52,7 @@ class FolderCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        reader = CheckpointReader(Path(path))
+        reader = CheckpointReader(Path(path), self.allow_nonfinite)
         return reader.rest() | {"tables": reader}
 
     def remove_checkpoint(self, path: Any) -> None:

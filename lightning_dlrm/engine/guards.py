@@ -11,12 +11,11 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.optim.optimizer import CTROptimizer
+from lightning_dlrm.sharding.checkpoint import is_finite, nonfinite_tensors
 from lightning_dlrm.sharding.collectives import Ranks
 
 log = logging.getLogger("lightning_dlrm")
-
-_SUMMED_AT_ONCE = 1 << 22
-"""Elements."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,11 @@ class Position:
 
 
 class LossGuard(pl.Callback):
-    """Callback that ends a fit if a loss is NaN or infinite.
+    """Callback that ends a fit if a loss, a parameter or an element of the optimizer state is NaN or infinite.
 
-    Losses and logits stay on the device until ``check`` reads them together, before the update of each logged step and
-    before each save. Between checks nothing is computed or read, so the host does not wait for the device.
+    Losses and logits stay on the device until ``check`` reads them together, before the update of each logged step,
+    before each save and at the end. Between checks nothing is computed or read, so the host does not wait for the
+    device. Parameters and optimizer state are read before each save and at the end.
 
     Args:
         advice: what to do about a loss that is not finite, for the message.
@@ -48,6 +48,7 @@ class LossGuard(pl.Callback):
         self.advice = advice
         self._unseen: list[tuple[Position, Tensor, Tensor]] = []
         self._largest: tuple[int, dict[str, float]] = (0, {})
+        self._saved_step = -1
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: object) -> None:
         step = trainer.global_step + 1
@@ -59,18 +60,43 @@ class LossGuard(pl.Callback):
             self.remember_gradients(pl_module.network, step)  # type: ignore[arg-type]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Of a fit that neither logs nor saves its last steps.
-        Ranks().run_on_all_ranks(self.check)
+        # Of a fit that does not save its last step.
+        if trainer.global_step != self._saved_step:
+            self.check_state(pl_module.network, pl_module.optimizers(False), trainer.global_step)  # type: ignore[arg-type]
+
+    def check_state(self, network: CTRNetwork, optimizer: CTROptimizer | None, step: int) -> None:
+        """Check every loss since the last check, and the whole state of the model; all ranks call it together.
+
+        Args:
+            network: the network under training.
+            optimizer: its optimizer; None to check parameters only.
+            step: number of steps done.
+
+        Raises:
+            UserError: on all ranks, if a loss, a parameter or an element of the optimizer state of a rank is NaN or
+                infinite.
+        """
+
+        def check() -> None:
+            for lookup in network.lookups():
+                lookup.flush()
+            self.check()
+            refuse_bad_state(network, optimizer, step, self.advice)
+
+        Ranks().run_on_all_ranks(check)
+        self._saved_step = step
 
     def watch(self, loss: Tensor, logits_B: Tensor, position: Position) -> None:
         """Keep the loss of a batch (0-dim) and its logits, both detached, until the next check.
 
+        All ranks call it together, because after ``MOST_KEPT`` losses they check together.
+
         Raises:
-            UserError: see ``check``, which is called after ``MOST_KEPT`` losses.
+            UserError: on all ranks, if a loss of a rank was NaN or infinite.
         """
         self._unseen.append((position, loss, logits_B))
         if len(self._unseen) >= self.MOST_KEPT:
-            self.check()
+            Ranks().run_on_all_ranks(self.check)
 
     def remember_gradients(self, network: CTRNetwork, step: int) -> None:
         """Read the largest gradients of a step from the device and keep them for the message."""
@@ -110,20 +136,21 @@ def gradient_sizes(network: CTRNetwork) -> dict[str, float]:
     return dict(sorted(sizes.items(), key=lambda item: (not math.isnan(item[1]), -item[1])))
 
 
-def refuse_bad_parameters(network: CTRNetwork, step: int, advice: str) -> None:
-    """Check every parameter before a save.
+def refuse_bad_state(network: CTRNetwork, optimizer: CTROptimizer | None, step: int, advice: str) -> None:
+    """Check every parameter and the optimizer state, before a save and at the end of a fit.
 
     Raises:
-        UserError: a parameter is NaN or infinite.
+        UserError: an element is NaN or infinite.
     """
-    for name, parameter in network.named_parameters():
-        # A sum reads a table once, and is NaN or infinite if an element is. It is computed in parts, because a CPU
-        # first copies the elements to float64.
-        parts = parameter.detach().flatten().split(_SUMMED_AT_ONCE)
-        require(
-            not parameter.numel() or math.isfinite(sum(part.sum(dtype=torch.float64) for part in parts).item()),
-            f"{name} is not finite after step {step}, so nothing is saved; {advice}",
-        )
+    bad = [name for name, parameter in network.named_parameters() if not is_finite(parameter.detach())]
+    if optimizer is not None:
+        dense = {name: optimizer.state.get(parameter) for name, parameter in network.named_parameters()}
+        tables = {
+            f"rows of {lookup.tables[0].name}..{lookup.tables[-1].name}": state
+            for lookup, state in zip(optimizer.lookups, optimizer.table_state, strict=True)
+        }
+        bad += nonfinite_tensors({"dense": dense, "tables": tables}, "optimizer state")
+    require(not bad, f"{', '.join(bad[:3])} is not finite after step {step}, so nothing is saved; {advice}")
 
 
 def warn_of_chance(auc: float, clicks: int, samples: int, batch_size: int, rates: Mapping[str, float]) -> bool:

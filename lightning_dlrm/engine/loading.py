@@ -36,7 +36,13 @@ def describe_module(module: "CTRModule") -> dict[str, Any]:
 
     Options without such a form, such as a network made by a lambda, are left out.
     """
-    options = module.configuration
+    options = plain_options(module)[0]
+    return {"options": options, "schema": module.data_schema().to_json(), "seed": module.seed}
+
+
+def plain_options(module: "CTRModule") -> tuple[dict[str, Any], list[str]]:
+    """Return the options of a module as plain values, and the names of those without such a form."""
+    options, left_out = module.configuration, []
     if options is None:
         averaging = module.averaging
         given = {
@@ -54,18 +60,17 @@ def describe_module(module: "CTRModule") -> dict[str, Any]:
             try:
                 options[name] = _describe(value)
             except (AttributeError, TypeError):
-                continue
-    return {"options": options, "schema": module.data_schema().to_json(), "seed": module.seed}
+                left_out.append(name)
+    return options, left_out
 
 
 def load_module(
     kind: "type[CTRModule]",
-    folder: Path,
+    reader: CheckpointReader,
     network: Callable[[Features, int], CTRNetwork] | None,
     schema: DatasetSchema | None,
 ) -> "CTRModule":
     """Return a module with the parameters of a checkpoint; see ``CTRModule.load_from_checkpoint``."""
-    reader = CheckpointReader(folder)
     rest = reader.rest()
     described = rest.get(KEY) or _describe_old(reader)
     if schema is None:

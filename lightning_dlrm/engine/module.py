@@ -1,5 +1,7 @@
 """The one LightningModule: any network, any optimizer, any dataset."""
 
+import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,12 @@ from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
 from lightning_dlrm.engine.averaging import AverageForEvaluation, Averaging, WeightAverages
-from lightning_dlrm.engine.checkpoint_state import add_state, check_checkpoint_plugin, take_state
+from lightning_dlrm.engine.checkpoint_state import add_state, check_checkpoint_plugin, optimizer_of, take_state
 from lightning_dlrm.engine.compilation import CompilationLog, CompileMode, compile_mode, compile_score, compiled
 from lightning_dlrm.engine.evaluation import Evaluation
 from lightning_dlrm.engine.fit_length import fit_length, planned_steps, refuse_longer_fit
 from lightning_dlrm.engine.guards import LossGuard, Position
-from lightning_dlrm.engine.loading import KEY, describe_module, load_module
+from lightning_dlrm.engine.loading import KEY, describe_module, load_module, plain_options
 from lightning_dlrm.engine.memory import require_memory
 from lightning_dlrm.engine.timing import StepTimer
 from lightning_dlrm.engine.transfer import SideStream
@@ -31,8 +33,12 @@ from lightning_dlrm.optim.dense import DenseOptimizer
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import UpdateRule
 from lightning_dlrm.optim.schedules import Constant, Schedule, make_schedule, schedule_name
+from lightning_dlrm.sharding.checkpoint import CheckpointReader
+from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tables.lookup import EmbeddingTables
 from lightning_dlrm.tracking import names
+
+log = logging.getLogger("lightning_dlrm")
 
 
 class CTRModule(pl.LightningModule):
@@ -131,6 +137,7 @@ class CTRModule(pl.LightningModule):
         network: Callable[[Features, int], CTRNetwork] | None = None,
         *,
         schema: DatasetSchema | None = None,
+        allow_nonfinite: bool = False,
     ) -> "CTRModule":
         """Return a module with the parameters of a checkpoint folder, on the CPU.
 
@@ -138,11 +145,12 @@ class CTRModule(pl.LightningModule):
             checkpoint_path: checkpoint folder, such as ``runs/NAME/checkpoints/best``.
             network: makes the network; needed for a custom network, because only classes of this package are imported.
             schema: schema of the data; needed for checkpoints of releases that did not keep it.
+            allow_nonfinite: whether to load NaN and infinite values, which are refused by default.
 
         Raises:
-            UserError: the checkpoint is damaged, or does not say how its module is made.
+            UserError: the checkpoint is damaged, has NaN or infinite values, or does not say how its module is made.
         """
-        return load_module(cls, Path(checkpoint_path), network, schema)
+        return load_module(cls, CheckpointReader(Path(checkpoint_path), allow_nonfinite), network, schema)
 
     def setup(self, stage: str) -> None:
         check_checkpoint_plugin(self.trainer)
@@ -253,6 +261,14 @@ class CTRModule(pl.LightningModule):
         # Kernels that do not work on this machine end the fit before its first step.
         for lookup in self.network.lookups():
             choose(self.kernels, lookup.device.type, lookup.weight.dtype)
+        # A network is given to load_from_checkpoint.
+        left_out = [name for name in plain_options(self)[1] if name != "network"]
+        if left_out and self.trainer.checkpoint_callbacks:
+            log.warning(
+                "checkpoints do not say how %s is made, which load_from_checkpoint would need: give a class or a "
+                "functools.partial of one instead of a function",
+                " and ".join(left_out),
+            )
 
     def on_train_start(self) -> None:
         # A loader that holds the next batch passes its ids to prefetch; with other loaders no rows are prefetched.
@@ -308,6 +324,8 @@ class CTRModule(pl.LightningModule):
         if not self.trainer.sanity_checking:
             self.results, self.curves = evaluation.results(), evaluation.curves()
             fitting = self.trainer.state.fn == "fit"
+            if not math.isfinite(self.results[f"{evaluation.stage}/log_loss"]):
+                self._refuse_nonfinite(evaluation.stage, fitting)
             if fitting:
                 evaluation.warn_of_chance(self.results, self.data_schema(), self._batch_size, self.learning_rates)
             # For callbacks such as EarlyStopping, and what ``trainer.validate`` and ``test`` return: only metrics that
@@ -315,6 +333,21 @@ class CTRModule(pl.LightningModule):
             exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.results.items()}
             self.log_dict(exact, logger=not fitting, rank_zero_only=True)
         evaluation.reset()
+
+    def _refuse_nonfinite(self, stage: str, fitting: bool) -> None:
+        """
+        Raises:
+            UserError: unless a checkpoint with NaN or infinite values may be opened; on all ranks, as they call it.
+        """
+        if getattr(self.trainer.strategy.checkpoint_io, "allow_nonfinite", False):
+            return
+        if fitting:
+            # A loss or a parameter says more.
+            self.guard.check_state(self.network, optimizer_of(self), self.trainer.global_step)
+        raise UserError(
+            f"the log loss of the {stage} split is NaN or infinite: values of its rows are, or the model overflows on "
+            "them; look for outliers in its dense columns"
+        )
 
     # --- checkpoints and data ---------------------------------------------------------------------
 
@@ -325,7 +358,8 @@ class CTRModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the checkpoint and read the tables in place: see ``checkpoint_state.take_state``."""
-        take_state(self, checkpoint, self.trainer.training)
+        # Together, because a rank may read a damaged piece that the others do not need.
+        Ranks().run_on_all_ranks(lambda: take_state(self, checkpoint, self.trainer.training))
 
     @property
     def averages(self) -> WeightAverages | None:

@@ -103,6 +103,11 @@ class EmbeddingShardedDDP(DDPStrategy):
         # Every rank writes its pieces.
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        # Together, because a rank may read a damaged piece that the others do not need.
+        load = super().load_optimizer_state_dict
+        Ranks().run_on_all_ranks(lambda: load(checkpoint))
+
     def held(self, loads: Sequence[TableLoad]) -> dict[str, float]:
         """Return the largest number of rows and of bytes, with optimizer state, on a rank: of all tables and of each.
 

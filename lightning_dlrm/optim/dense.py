@@ -94,7 +94,7 @@ def dense_settings(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     return {
         group["name"]: {
             "rule": type(optimizer).__name__,
-            **{key: plain_number(value) for key, value in group.items() if key not in left_out},
+            **{key: plain_setting(value) for key, value in group.items() if key not in left_out},
         }
         for group in optimizer.param_groups
     }
@@ -118,6 +118,8 @@ def dense_state_bytes(dense_optimizer: DenseOptimizer, parameters: Sequence[nn.P
     return sum(tensor.nbytes for tensor in tensors if tensor.dim())
 
 
-def plain_number(value: Any) -> Any:
-    """Return a number in place of a 0-dim tensor, and anything else as it is."""
+def plain_setting(value: Any) -> Any:
+    """Return a number in place of a 0-dim tensor, a tuple in place of a list, and anything else as it is."""
+    if isinstance(value, list):
+        return tuple(value)
     return value.item() if torch.is_tensor(value) and value.numel() == 1 else value

@@ -16,7 +16,7 @@ from lightning_dlrm.optim.dense import (
     DenseOptimizer,
     dense_settings,
     make_dense_optimizer,
-    plain_number,
+    plain_setting,
 )
 from lightning_dlrm.optim.rules import UpdateRule, update_rows
 from lightning_dlrm.tables.lookup import EmbeddingTables
@@ -237,7 +237,7 @@ class CTROptimizer(torch.optim.Optimizer):
         defaults = getattr(torch.optim, name)([torch.zeros(1)], **arguments).defaults
         groups = [
             {
-                key: int(value) if key == "steps" else plain_number(value)
+                key: int(value) if key == "steps" else plain_setting(value)
                 for key, value in ({"steps": 0} | group).items()
             }
             for group in state_dict["param_groups"]
@@ -272,7 +272,7 @@ class CTROptimizer(torch.optim.Optimizer):
         require(
             saved.keys() == self._settings.keys()
             and all(
-                saved[name][key] == value
+                plain_setting(saved[name][key]) == plain_setting(value)
                 for name, ours in self._settings.items()
                 for key, value in ours.items()
                 if key in saved[name]

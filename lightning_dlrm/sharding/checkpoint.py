@@ -16,6 +16,7 @@ A *slot* is ``weight`` or the name of a tensor of optimizer state with a first d
 import dataclasses
 import itertools
 import json
+import math
 import os
 import pickle
 import shutil
@@ -31,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_dlrm.contracts.disk import flush
 from lightning_dlrm.contracts.documents import is_inner_path, read_json
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import file_sha256
@@ -40,6 +42,8 @@ from lightning_dlrm.tables.table import TablePiece
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 REST = "rest.pt"
+CHECKED_REST = ("state_dict", "optimizer_states", "averages")
+"""Keys of ``rest.pt`` whose tensors are finite; best scores of callbacks may be infinite."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,7 @@ def rewrite_checkpoint(source: Path, folder: Path, bounds: Mapping[str, Sequence
         UserError: ``source`` is incomplete, or ``folder`` exists or cannot be written.
     """
     require(not Path(folder).exists(), f"{folder} exists; give another folder for the new checkpoint")
-    reader = CheckpointReader(source)
+    reader = CheckpointReader(source, allow_nonfinite=True)
     pieces = []
     for name, entry in reader.manifest.tables.items():
         rows = entry.shapes["weight"][0]
@@ -254,18 +258,38 @@ def resolve_checkpoint(folder: Path) -> Path:
     raise UserError(f"checkpoint {folder} {what}; expected a folder such as runs/NAME/checkpoints/last")
 
 
+def is_finite(values: Tensor) -> bool:
+    """Return whether no element is NaN or infinite."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    # A sum reads the elements once and needs no memory; a sum of finite elements may overflow.
+    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
+
+
+def nonfinite_tensors(values: Any, name: str) -> Iterator[str]:
+    """Yield the paths of the tensors with NaN or infinite elements in nested mappings and sequences."""
+    if isinstance(values, Tensor):
+        if not is_finite(values):
+            yield name
+    elif isinstance(values, (Mapping, list, tuple)):
+        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+            yield from nonfinite_tensors(value, f"{name}.{key}")
+
+
 class CheckpointReader:
-    """Reader of a checkpoint, which verifies the checksum of every file before it uses the file.
+    """Reader of a checkpoint, which verifies the checksum of every file that it uses.
 
     Args:
         folder: folder of the checkpoint.
+        allow_nonfinite: whether to read rows of tables that are NaN or infinite.
 
     Raises:
         UserError: the checkpoint does not exist or has another version, or pieces are missing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, allow_nonfinite: bool = False) -> None:
         self.folder = resolve_checkpoint(folder)
+        self.allow_nonfinite = allow_nonfinite
         self._checked: set[str] = set()
         path = self.folder / MANIFEST
         version = read_json(path, _Version, "use another checkpoint").format_version
@@ -314,7 +338,8 @@ class CheckpointReader:
         """Fill ``out`` with a piece's rows of one slot; the rows may come from several stored pieces.
 
         Raises:
-            UserError: the checkpoint does not have the table or slot, has another shape, or is damaged.
+            UserError: the checkpoint does not have the table or slot, has another shape, is damaged, or has rows that
+                are NaN or infinite.
         """
         entry = self.manifest.tables.get(piece.name)
         if entry is None or slot not in entry.shapes:
@@ -328,10 +353,12 @@ class CheckpointReader:
         for part in entry.pieces:
             start, stop = max(piece.start, part.start), min(piece.stop, part.stop)
             if start < stop:
-                self._check(part)
-                with safe_open(str(self.folder / part.file), framework="pt") as file:
-                    rows = file.get_slice(slot)[start - part.start : stop - part.start]
-                out[start - piece.start : stop - piece.start].copy_(rows)
+                read = out[start - piece.start : stop - piece.start]
+                with self._checking(part), safe_open(str(self.folder / part.file), framework="pt") as file:
+                    read.copy_(file.get_slice(slot)[start - part.start : stop - part.start])
+                    finite = self.allow_nonfinite or is_finite(read)
+                if not finite:
+                    raise self.nonfinite(_describe_rows(read, slot, piece.name, start, part))
 
     def dtype(self, table: str, slot: str) -> torch.dtype:
         """Return the stored dtype of a slot."""
@@ -339,13 +366,39 @@ class CheckpointReader:
             return file.get_slice(slot)[:0].dtype
 
     def verify(self) -> None:
-        """Verify the checksum of every file.
+        """Verify the checksum of every file, and that no parameter and no optimizer state is NaN or infinite.
 
         Raises:
-            UserError: a checksum differs.
+            UserError: a checksum differs, or elements are not finite.
         """
         for part in self._files():
             self._check(part)
+        rest = self.rest()
+        bad = [f"{name} ({REST})" for key in CHECKED_REST for name in nonfinite_tensors(rest.get(key), key)]
+        for name, entry in self.manifest.tables.items():
+            for part in entry.pieces:
+                with safe_open(str(self.folder / part.file), framework="pt") as file:
+                    for slot in entry.shapes:
+                        if not is_finite(rows := file.get_tensor(slot)):
+                            bad.append(_describe_rows(rows, slot, name, part.start, part))
+        if bad:
+            raise self.nonfinite("; ".join(bad))
+
+    def nonfinite(self, where: str) -> UserError:
+        return UserError(
+            f"checkpoint {self.folder} has NaN or infinite values: {where}; use an earlier checkpoint, or look at this "
+            "one with --allow_nonfinite true"
+        )
+
+    @contextmanager
+    def _checking(self, part: PieceFile) -> Iterator[None]:
+        """Context in which a file is read while its checksum is computed; a wrong checksum precedes other errors."""
+        with ThreadPoolExecutor(1) as pool:
+            check = pool.submit(self._check, part)
+            try:
+                yield
+            finally:
+                check.result()
 
     def _files(self) -> Iterable[PieceFile]:
         yield self.manifest.rest
@@ -361,6 +414,12 @@ class CheckpointReader:
             f"checkpoint file {path} is damaged (its checksum differs); use another checkpoint",
         )
         self._checked.add(part.file)
+
+
+def _describe_rows(rows: Tensor, slot: str, table: str, start: int, part: PieceFile) -> str:
+    """Return which rows of a table, from row ``start`` on, are not finite."""
+    first = int((~rows.isfinite()).nonzero()[0, 0])
+    return f"{slot} of table {table}, first in row {start + first:,} ({part.file})"
 
 
 def _check_tiling(folder: Path, name: str, entry: TableEntry) -> None:
@@ -385,7 +444,7 @@ def _write_piece(partial: Path, piece: PieceTensors) -> dict[str, Any]:
     tensors = {slot: _in_host_memory(tensor.detach()) for slot, tensor in piece.tensors.items()}
     save_file(tensors, str(partial / name))
     # Each rank flushes its own files: on a network file system only the machine that wrote them can.
-    _flush(partial / name)
+    flush(partial / name)
     return {
         "table": rows.name,
         "shapes": {slot: [rows.table_rows, *tensor.shape[1:]] for slot, tensor in tensors.items()},
@@ -408,22 +467,14 @@ def _describe_file(partial: Path, name: str, start: int, stop: int) -> PieceFile
 def _publish(partial: Path, folder: Path) -> None:
     """Flush a complete checkpoint to disk and rename it."""
     for path in [partial / MANIFEST, partial / REST, *(p for p in partial.rglob("*") if p.is_dir()), partial]:
-        _flush(path)
+        flush(path)
     previous = _hidden_sibling(folder, "previous")
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     partial.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(previous, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hidden_sibling(folder: Path, suffix: str) -> Path:

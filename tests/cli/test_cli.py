@@ -22,6 +22,7 @@ from sklearn.metrics import roc_auc_score
 from lightning_dlrm.__main__ import COMMANDS, main
 from lightning_dlrm.contracts.schema import DatasetSchema
 from tests.engine.test_finished import checksums
+from tests.engine.test_guards import wreck
 from tests.forked import ForkedPython
 
 REPOSITORY = Path(__file__).parents[2]
@@ -254,6 +255,12 @@ def test_configuration_of_a_resumed_run_serves_again(capsys: pytest.CaptureFixtu
         assert said.startswith("already finished at step 4; nothing to do (trainer.max_steps 4 ended it")
         assert said.count("\n") == 1
     assert checksums(Path("run")) == kept and not Path("new").exists()
+    wreck(Path("run/checkpoints/best"), "rest")
+    validate = ["validate", "--config", "run/config.yaml", "--ckpt_path", "best", "--run_dir", "run"]
+    assert main(validate) == 2
+    assert "error: checkpoint run/checkpoints/best has NaN or infinite values: state_dict" in capsys.readouterr().err
+    assert main(["checkpoint", "info", "run/checkpoints/best", "--verify"]) == 2
+    assert main([*validate, "--allow_nonfinite", "true", "--wandb.mode=disabled"]) == 0
     assert main(["validate", "--config", "run/config.yaml"]) == 2
     assert "validate needs a checkpoint" in capsys.readouterr().err
     assert main(["fit", "--config", "run/config.yaml", "--run_dir", "other"]) == 0

@@ -134,6 +134,8 @@ def test_a_class_of_a_stranger_is_refused_and_not_imported(place: str, tmp_path:
         ["--trainer.profiler=stranger.Evil"],
         ["--trainer.callbacks", "section.yaml"],
         ["--trainer", "sections.yaml"],
+        ["-cnamed.yaml"],
+        ["--trainer.callbacks", "lightning_dlrm.compare.processes.subprocess.Popen"],
     ],
     ids=lambda options: options[0],
 )
@@ -141,7 +143,8 @@ def test_a_class_of_a_stranger_in_an_option_is_refused(options: list[str], tmp_p
     # Options take files too.
     Path("section.yaml").write_text("class_path: stranger.Evil")
     Path("sections.yaml").write_text("callbacks: [{class_path: stranger.Evil}]")
-    assert "stranger" in refused(*options)
+    Path("named.yaml").write_text("trainer: {callbacks: [stranger.Evil]}")
+    assert "is not imported" in refused(*options)
     assert not (tmp_path / "imported").exists() and "stranger" not in sys.modules
 
 
@@ -206,6 +209,7 @@ def test_own_modules_count_in_the_user_s_configurations_and_not_in_those_of_runs
 def test_trust_is_never_read_from_a_file() -> None:
     text = "trust: [stranger]\ntrainer: {callbacks: [stranger.Evil]}"
     assert "trust is an option of the command line" in refused(written(text))
+    assert "config is an option of the command line" in refused(written("config: other.yaml"))
     for wrong in ("", "*", "a b", "jsonargparse", "../x"):
         with pytest.raises(UserError, match="expected the name of a module"):
             take_trust(["--trust", wrong])
@@ -263,9 +267,10 @@ def test_the_runs_of_a_comparison_build_no_callbacks_loggers_and_profilers() -> 
         ("trainer.callbacks", "[{class_path: own.Keeper, init_args: {table: null, anything: null}}]", None),
         ("model.dense_optimizer.weight_decay", "null", "weight_decay is null"),
         ("model.dense_optimizer.foreach", "null", None),
+        ("model.network.top_mlp", f"[1{'0' * 400}]", "top_mlp is too large"),
     ],
 )
-def test_null_where_no_none_is_taken(option: str, value: str, said: str | None) -> None:
+def test_null_where_no_none_is_taken_and_numbers_beyond_64_bits(option: str, value: str, said: str | None) -> None:
     if said is None:
         parsed(f"--{option}={value}")
     else:
@@ -298,6 +303,8 @@ def test_yaml_that_says_something_else_than_it_seems(text: str, said: str | None
 
 def test_keys_twice_in_an_option_and_configurations_at_addresses() -> None:
     assert "--trainer: the key max_steps stands twice" in refused("--trainer", "{max_steps: 1, max_steps: 2}")
+    Path("section.yaml").write_text("max_steps: 1\nmax_steps: 2")
+    assert "the key max_steps stands twice" in refused("--trainer", "section.yaml")
     for address in ("http://localhost:1/x.yaml", "memory://x.yaml"):
         assert "no configuration" in refused("--config", address)
         assert "Unable to load" in refused("--trainer", address)

@@ -2,6 +2,7 @@
 and what it concludes is in report.json, in the report and in its figures."""
 
 import base64
+import dataclasses
 import fcntl
 import functools
 import json
@@ -26,6 +27,7 @@ from datamodules.criteo import Criteo
 from datamodules.generate.demo import DemoSettings
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.cli.report import published_notes
 from lightning_dlrm.compare import anatomy as anatomies
 from lightning_dlrm.compare import command as comparing
 from lightning_dlrm.compare import processes, report
@@ -34,7 +36,7 @@ from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, p
 from lightning_dlrm.compare.figures import PAGE_WIDTH, draw_all
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, trained_samples
 from lightning_dlrm.compare.results import compare
-from lightning_dlrm.compare.runs import arms_of, data_differences, format_value, read_run, settings_of
+from lightning_dlrm.compare.runs import Arm, arms_of, data_differences, format_value, read_run, settings_of
 from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import exact_auc
@@ -707,3 +709,41 @@ def test_an_experiment_runs_once_stops_cleanly_and_goes_on() -> None:
     assert written == {path: path.stat().st_mtime_ns for path in Path("out").glob("runs/*/*")}
     with pytest.raises(UserError, match="holds runs with other settings of dlrm"):
         comparing.run([*command[4:], "--trainer.max_steps", "3"])
+
+
+# --- published scores ----------------------------------------------------------------------------------
+
+
+def test_published_scores_are_shown_with_the_distance_from_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_parameters", lambda *found: [[""]])
+    dlrm, dcn = plain_arms()
+    folders = [leave_run(arm, seed, Path("out"), 1.0) for arm in (dlrm, dcn) for seed in (1, 2)]
+    for folder in folders[:2]:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["published"] = [{"metric": "accuracy", "value": 0.25, "source": "a paper"}]
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for folder in folders:
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["final"]["dataset"] = "kaggle"  # distances on demo data would say nothing
+        (folder / "summary.json").write_text(json.dumps(summary))
+    runs = [read_run(folder) for folder in folders]
+    (labels,) = shared_labels(runs, "test").values()
+    scores = {run.name: read_scores(Path("out/scores") / run.name, labels) for run in runs}
+    comparison = compare(arms_of(runs), scores, title="t", split="test")
+    mean = np.mean([scores[run.name].metrics["accuracy"] for run in runs[:2]])
+    line = f"DLRM: test accuracy {mean:.5f} is {mean - 0.25:+.5f} from the published 0.25 (a paper)"
+    assert [comparison.published(arm) for arm in comparison.arms] == [[line], []]
+    assert line in report.closing_words(comparison, Path("out")).splitlines()
+    report.write_report(comparison, [], {}, [], Path("report.html"))
+    assert f"<li>{line}</li>" in Path("report.html").read_text()
+    assert comparison.document()["arms"][0]["published"] == [{"metric": "accuracy", "value": 0.25, "source": "a paper"}]
+    assert published_notes(comparison.arms[0].published, {"test/accuracy": 0.3}, "test", "demo") == []
+
+
+def test_published_scores_of_another_form_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "dlrm.yaml", "--published", '[{"metric": "auk", "value": 1, "source": "x"}]']) == 2
+    assert "auk" in capsys.readouterr().err
+    run = read_run(leave_run(plain_arms()[0], 1, Path("out"), 1.0))
+    arm = Arm(name="a", runs=[dataclasses.replace(run, config={**run.config, "published": [{"metric": "auc"}]})])
+    with pytest.raises(UserError, match=r"published in .*config\.yaml is damaged or was changed \(0: value: "):
+        _ = arm.published

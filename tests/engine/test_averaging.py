@@ -183,3 +183,18 @@ def test_other_averages_than_the_checkpoints_are_refused(tmp_path: Path) -> None
     for wrong in ({"decay": 1.5}, {"decay": 0.9, "start_share": 1.0}):
         with pytest.raises(UserError, match="expected 0 to 1, and 0 to below 1"):
             Averaging(**wrong)
+
+
+def test_averages_of_a_fit_that_failed_are_not_those_of_the_next(tmp_path: Path) -> None:
+    averaging = Averaging(decay=0.9)
+    trainer_of(tmp_path / "a", max_steps=2).fit(module_of(averaging=averaging), ToyData())
+    module = module_of(averaging=averaging)
+
+    class Fail(pl.Callback):
+        def on_load_checkpoint(self, *args: Any) -> None:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        trainer_of(tmp_path / "b", callbacks=[Fail()]).fit(module, ToyData(), ckpt_path=tmp_path / "a/checkpoints/last")
+    trainer_of(tmp_path / "c", max_steps=1, limit_val_batches=0).fit(module, ToyData())
+    assert module.averages is not None and module.averages.dense_steps == 0

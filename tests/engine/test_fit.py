@@ -307,6 +307,14 @@ def test_other_rates_on_resume_are_refused(tmp_path: Path) -> None:
         trainer_of(tmp_path / "other").fit(other, ToyData(), ckpt_path=tmp_path / "run/checkpoints/last")
 
 
+def test_settings_of_a_yaml_and_of_python_are_the_same_on_resume(tmp_path: Path) -> None:
+    for steps, betas in ((2, (0.9, 0.99)), (4, [0.9, 0.99])):
+        last = tmp_path / "run/checkpoints/last"
+        module = toy_module(dense=partial(torch.optim.Adam, lr=0.05, betas=betas))
+        trainer_of(tmp_path / "run", max_steps=steps).fit(module, ToyData(), ckpt_path=last if last.exists() else None)
+    assert max(losses(tmp_path / "run")) == 4
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tmp_path / "run"
     trainer_of(run, max_steps=2).fit(toy_module(), ToyData())

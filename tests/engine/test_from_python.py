@@ -141,3 +141,11 @@ def test_a_checkpoint_of_an_earlier_release(run: str, tmp_path: Path) -> None:
     (folder.parents[1] / "config.yaml").unlink()
     with pytest.raises(UserError, match="does not say how its model is made"):
         CTRModule.load_from_checkpoint(folder, schema=data.schema)
+
+
+def test_options_that_a_checkpoint_cannot_name_draw_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = toy_module(schedule=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer))
+    trainer = trainer_in(tmp_path, limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(module, ToyData())
+    said = [record.getMessage() for record in caplog.records if "checkpoints do not say" in record.getMessage()]
+    assert len(said) == 1 and "schedule" in said[0] and "network" not in said[0]

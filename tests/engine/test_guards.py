@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import file_sha256
+from lightning_dlrm.engine import guards
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, newest_checkpoint
 from lightning_dlrm.engine.evaluation import TrainingWindow
 from lightning_dlrm.engine.guards import warn_of_chance
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
+from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.stopping import StopAtAUC
 from lightning_dlrm.models.baselines import DeepFM
 from lightning_dlrm.objectives.metrics import exact_auc
@@ -254,3 +258,103 @@ def test_labels_other_than_0_and_1_end_a_fit() -> None:
     window.add(torch.zeros(3), torch.tensor([1, -1, 1], dtype=torch.int8), global_size=3)
     with pytest.raises(UserError, match=r"the labels are \[-1, 1\]; expected 0 \(no click\) and 1 \(click\)"):
         window.gather()
+
+
+def test_parameters_and_optimizer_state_are_checked_at_the_end_of_a_fit_that_saves_nothing(tmp_path: Path) -> None:
+    class Spoil(pl.Callback):
+        def __init__(self, what: str) -> None:
+            self.what = what
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            if trainer.global_step == 14:
+                optimizer = module.optimizers(False)
+                {
+                    "dense": next(iter(optimizer.state.values()))["sum"],
+                    "tables": optimizer.table_state[0]["sum"],
+                    "rows": module.network.lookups()[0].weight.data,
+                }[self.what][0] = float("inf")
+
+    for what, named in {
+        "dense": r"optimizer state\.dense\.bottom.*\.sum",
+        "tables": r"optimizer state\.tables\.rows of C1\.\.C4\.sum",
+        "rows": r"embeddings.*weight",
+    }.items():
+        trainer = trainer_in(tmp_path, enable_checkpointing=False, limit_val_batches=0, callbacks=[Spoil(what)])
+        with pytest.raises(UserError, match=f"^{named} is not finite after step 14"):
+            trainer.fit(toy_module(), ToyData())
+
+
+def test_an_unlogged_loss_is_checked_on_all_ranks_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[Any] = []
+    monkeypatch.setattr(guards.Ranks, "run_on_all_ranks", lambda self, action: together.append(action))
+    guard = guards.LossGuard("")
+    for step in range(guard.MOST_KEPT):
+        assert not together
+        guard.watch(torch.tensor(0.0), torch.zeros(1), guards.Position(step, 0, step))
+    assert together == [guard.check]
+
+
+def wreck(folder: Path, what: str) -> None:
+    """Put a NaN into a checkpoint that is whole otherwise."""
+    reader = CheckpointReader(folder)
+    rest = reader.rest()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if what == "rest":
+        rest["state_dict"][min(rest["state_dict"])].flatten()[0] = float("nan")
+        torch.save(rest, folder / "rest.pt")
+        parts = [manifest["rest"]]
+    else:
+        parts = manifest["tables"]["C2"]["pieces"]
+        tensors = load_file(folder / parts[0]["file"])
+        tensors[what][7] = float("inf")
+        save_file(tensors, folder / parts[0]["file"])
+    for part in parts:
+        part["bytes"], part["sha256"] = (folder / part["file"]).stat().st_size, file_sha256(folder / part["file"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("rest", r"state_dict\.network\.bottom"),
+        ("weight", r"weight of table C2, first in row 7 \(tables/C2\.0\.safetensors\)"),
+        ("sum", r"sum of table C2, first in row 7 \(tables/C2\.0\.safetensors\)"),
+    ],
+)
+def test_a_checkpoint_with_nan_is_refused_and_named(what: str, named: str, tmp_path: Path) -> None:
+    module = toy_module(dense=partial(torch.optim.Adagrad, lr=0.05))
+    trainer_of(tmp_path / "run", max_steps=2).fit(module, ToyData())
+    last = tmp_path / "run/checkpoints/last"
+    wreck(last, what)
+    with pytest.raises(UserError, match=named):
+        CheckpointReader(last).verify()
+
+    def evaluate(**options: Any) -> None:
+        trainer_in(tmp_path, plugins=[FolderCheckpointIO(**options)]).validate(
+            toy_module(), ToyData(), ckpt_path=last, verbose=False
+        )
+
+    with pytest.raises(UserError, match=f"has NaN or infinite values: {named}"):
+        trainer_of(tmp_path / "again").fit(toy_module(), ToyData(), ckpt_path=last)
+    if what == "sum":
+        # Evaluations do not need the optimizer state.
+        evaluate()
+        return
+    with pytest.raises(UserError, match=named):
+        evaluate()
+    with pytest.raises(UserError, match=named):
+        CTRModule.load_from_checkpoint(last, toy_dlrm)
+    evaluate(allow_nonfinite=True)
+    found = CTRModule.load_from_checkpoint(last, toy_dlrm, allow_nonfinite=True).network.state_dict()
+    assert not all(value.isfinite().all() for value in found.values())
+
+
+def test_an_infinite_value_among_the_rows_to_validate_ends_the_fit(tmp_path: Path) -> None:
+    class SpoiltValidation(ToyData):
+        def val_dataloader(self) -> ToyLoader:
+            loader = ToyLoader("validation", self.batch_size)
+            loader.batches[2].dense[3, 1] = float("inf")
+            return loader
+
+    with pytest.raises(UserError, match="the log loss of the validation split is NaN or infinite"):
+        trainer_of(tmp_path / "run").fit(toy_module(), SpoiltValidation())
