@@ -63,6 +63,8 @@ _CLASS_KEYS = ("class_path", "accelerator", "strategy", "profiler")
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _trusted: set[str] = set()
 """Modules beside ``PACKAGES`` that configurations may name in this process."""
+_given: set[str] = set()
+"""Those of them that the command line names with ``--trust``."""
 
 set_parsing_settings(
     import_path_denylist=["*"],
@@ -109,13 +111,16 @@ def take_trust(arguments: Sequence[str]) -> list[str]:
         modules.append(module)
     set_parsing_settings(import_path_denylist=sorted(_trusted))
     _trusted.clear()
+    _given.clear()
+    _given.update(modules)
     _trust(modules)
     return rest
 
 
 def trust_options() -> list[str]:
-    """Return ``--trust MODULE`` for each trusted module that this process has imported, for commands that repeat it."""
-    return [part for module in sorted(_trusted & sys.modules.keys()) for part in ("--trust", module)]
+    """Return ``--trust MODULE`` for each module that this process was told to trust or has imported."""
+    modules = _given | (_trusted & sys.modules.keys())
+    return [part for module in sorted(modules) for part in ("--trust", module)]
 
 
 def refusal(path: str) -> str:
@@ -156,7 +161,7 @@ def admit_arguments(arguments: Sequence[str]) -> None:
             admit_file(find_config(value))
             continue
         try:
-            admit({option.rpartition(".")[2]: parse_yaml(value)}, typed=True)
+            admit({option: parse_yaml(value)}, typed=True)
         except UserError as error:
             raise UserError(f"{option}: {error}") from error
         except (yaml.YAMLError, RecursionError):
@@ -204,7 +209,7 @@ def _dotted_names(value: Any, key: Any = "") -> Iterator[tuple[str, bool]]:
         for inner in value:
             yield from _dotted_names(inner, key)
     elif isinstance(value, str) and _DOTTED.fullmatch(value):
-        yield value, key in _CLASS_KEYS
+        yield value, str(key).rpartition(".")[2] in _CLASS_KEYS
     elif isinstance(value, str) and "class_path" in value:
         # jsonargparse reads text as YAML.
         try:

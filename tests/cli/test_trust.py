@@ -105,6 +105,7 @@ NAMED = {
     "checkpoint": "ckpt_path: {class_path: X, init_args: {args: touch imported, shell: true}}",
     "weights_only": "weights_only: {class_path: X}",
     "unknown key": "no_such_key: {class_path: X}",
+    "full key": "trainer.callbacks.class_path: X",
 }
 """Where a configuration can name a class: place -> a setting of the model or the Trainer, or at the top."""
 
@@ -113,7 +114,8 @@ def document(setting: str) -> str:
     key = setting.partition(":")[0]
     if key in ("network", "loss", "table_optimizer", "dense_optimizer", "schedule"):
         return f"model: {{{setting}}}"
-    return setting if key in ("data", "ckpt_path", "weights_only", "no_such_key") else f"trainer: {{{setting}}}"
+    at_top = ("data", "ckpt_path", "weights_only", "no_such_key", "trainer.callbacks.class_path")
+    return setting if key in at_top else f"trainer: {{{setting}}}"
 
 
 @pytest.mark.parametrize("place", NAMED)
@@ -214,6 +216,7 @@ def test_trust_is_never_read_from_a_file() -> None:
         with pytest.raises(UserError, match="expected the name of a module"):
             take_trust(["--trust", wrong])
     assert take_trust(["--x", "--trust=a.b", "y"]) == ["--x", "y"]
+    assert trust_options() == ["--trust", "a.b"]
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "params", "plan", "compare", "checkpoint import"])
