@@ -163,6 +163,7 @@ def test_a_class_of_a_stranger_in_an_option_is_refused(options: list[str], tmp_p
         ("Callable", "torch.utils.cpp_extension.load"),
         ("Callable", "{class_path: torch.nn.ReLU}"),
         ("Any", "torch.nn.ReLU"),
+        ("Any", "pytorch_lightning.Callback"),
         ("dict", "torch.nn.ReLU"),
         ("callback", "torch.hub.load"),
         ("callback", "pytorch_lightning.LightningModule"),
@@ -194,10 +195,12 @@ def test_own_modules_count_in_the_user_s_configurations_and_not_in_those_of_runs
     assert parsed(written(text)).trainer.callbacks[0].class_path == "own.Keeper"
     assert trust_options() == ["--trust", "own"]
     Path("run/checkpoints/last").mkdir(parents=True)
-    Path("run/checkpoints/last/manifest.json").touch()
+    for name in ("manifest.json", "rest.pt"):
+        Path("run/checkpoints/last", name).touch()
     for inside in ("run/config.yaml", "run/checkpoints/last/config.yaml"):
         assert "--trust own" in refused(written(text, inside))
         parsed("--trust", "own", written(text, inside))
+    assert trust_options() == ["--trust", "own"]
     # The next command starts without it.
     assert "--trust own" in refused(written(text, "run/config.yaml"))
     # Named by the user's own option.
