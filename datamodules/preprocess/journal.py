@@ -6,7 +6,6 @@ After a power failure a file may still be short: records hold checksums, and ``d
 run resumes.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning_dlrm.contracts import disk
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import file_sha256
 
@@ -128,18 +128,20 @@ def locked(folder: Path, output: str) -> Iterator[None]:
         UserError: the folder is not writable, or another run has locked it.
     """
     busy = UserError(f"another run is making {output}; wait for it, or choose another --output")
+    path = folder / "lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-    except FileNotFoundError:
-        raise busy from None  # the run that finished removed it between the two calls
+        file = path.open("w")
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.filename == str(path):
+            raise busy from None  # the run that finished removed it between the two calls
         raise UserError(f"cannot write to {folder.parent} ({error.strerror}); choose another --output") from error
-    with lock:
+    with file:
+        if not disk.lock(file):
+            raise busy
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise busy
-        except (BlockingIOError, FileNotFoundError):
+        except FileNotFoundError:
             raise busy from None
         yield

@@ -20,8 +20,8 @@ from datamodules.preprocess.progress import Progress, estimate
 from datamodules.preprocess.protocols import Dataset
 from datamodules.preprocess.sources import RawFile, find_files
 from datamodules.preprocess.staging import PIECE_BYTES
-from datamodules.preprocess.workers import open_workers
-from datamodules.writer import flush
+from datamodules.preprocess.workers import open_workers, usable_cores
+from lightning_dlrm.contracts.disk import flush
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
 
@@ -304,7 +304,7 @@ def _worker_count(
             f"{unshared[0]} is in the memory of this process, where others cannot read it; leave --workers and "
             "--scheduler out"
         )
-    return workers or (1 if small or unshared else os.cpu_count() or 1)
+    return workers or (1 if small or unshared else usable_cores())
 
 
 def order_warning(dataset: Dataset | None, inputs: Sequence[Path | str]) -> str | None:

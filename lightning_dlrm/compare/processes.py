@@ -1,6 +1,5 @@
 """Processes of an experiment's runs: the commands that a user would type, several at a time, each on a device."""
 
-import fcntl
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ from typing import IO
 
 from tqdm import tqdm
 
+from lightning_dlrm.contracts import disk
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.engine.progress import Lines
@@ -131,11 +131,9 @@ def _begin(job: Job, slot: int) -> _Running:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     # The processes inherit the lock, so it is free only when the last of them has ended.
     lock = job.log.with_suffix(".lock").open("wb")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not disk.lock(lock):
         lock.close()
-        raise UserError(f"another process is working on {job.run}: wait for it, or choose another --output") from None
+        raise UserError(f"another process is working on {job.run}: wait for it, or choose another --output")
     return _Running(job=job, slot=slot, waiting=list(job.commands), log=job.log.open("ab"), lock=lock)
 
 

@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_dlrm.contracts.disk import flush
 from lightning_dlrm.contracts.documents import is_inner_path, read_json
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import file_sha256
@@ -443,7 +444,7 @@ def _write_piece(partial: Path, piece: PieceTensors) -> dict[str, Any]:
     tensors = {slot: _in_host_memory(tensor.detach()) for slot, tensor in piece.tensors.items()}
     save_file(tensors, str(partial / name))
     # Each rank flushes its own files: on a network file system only the machine that wrote them can.
-    _flush(partial / name)
+    flush(partial / name)
     return {
         "table": rows.name,
         "shapes": {slot: [rows.table_rows, *tensor.shape[1:]] for slot, tensor in tensors.items()},
@@ -466,22 +467,14 @@ def _describe_file(partial: Path, name: str, start: int, stop: int) -> PieceFile
 def _publish(partial: Path, folder: Path) -> None:
     """Flush a complete checkpoint to disk and rename it."""
     for path in [partial / MANIFEST, partial / REST, *(p for p in partial.rglob("*") if p.is_dir()), partial]:
-        _flush(path)
+        flush(path)
     previous = _hidden_sibling(folder, "previous")
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     partial.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(previous, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hidden_sibling(folder: Path, suffix: str) -> Path:
