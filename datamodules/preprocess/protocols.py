@@ -16,6 +16,10 @@ Differences between these protocols and the published systems:
 - FuxiCTR keeps a row for padding beside the one for missing, rare and unknown values; no Criteo row
   ever uses it, so ``bars`` has none. Its split is stratified by label with scikit-learn; ours draws
   one of every ten rows for test and another for validation, which needs no second look at the data.
+- FuxiCTR takes the integer 0 as missing (``na_value: 0``), so that 0 and missing integers share the
+  row of rare ones; in ``bars`` 0 and missing integers share a row of their own. That is one row more
+  for each integer column, and keeps rare bins apart from 0: these are 0.0003% of the integers in
+  160,000 generated training rows, and 0.7% in 8,000 rows of Terabyte.
 """
 
 from collections.abc import Callable, Mapping, Sequence
