@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from lightning_dlrm.cli.params import count
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.gradient import RowGradient
-from lightning_dlrm.engine.strategy import table_loads
+from lightning_dlrm.engine.memory import table_loads
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.optim.compatibility import torch_configuration
 from lightning_dlrm.optim.dense import DenseOptimizer
