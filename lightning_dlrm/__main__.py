@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mistake = _user_error_in(error)
         if mistake is None:
             raise
-        print(f"error: {printable(str(mistake))}", file=sys.stderr)
+        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        if not mistake.on_all_ranks or local_rank == "0":
+            print(f"error: {printable(str(mistake))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

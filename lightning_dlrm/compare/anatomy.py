@@ -22,7 +22,7 @@ from lightning_dlrm.cli.version import code_version
 from lightning_dlrm.compare.runs import Arm, Run
 from lightning_dlrm.contracts.documents import read_json
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
+from lightning_dlrm.engine.memory import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.sharding.balance import make_plan
 from lightning_dlrm.sharding.costs import RankCost, TableLoad, parse_memory, rank_costs
 from lightning_dlrm.sharding.plan import Plan, read_plan

@@ -105,6 +105,7 @@ NAMED = {
     "checkpoint": "ckpt_path: {class_path: X, init_args: {args: touch imported, shell: true}}",
     "weights_only": "weights_only: {class_path: X}",
     "unknown key": "no_such_key: {class_path: X}",
+    "full key": "trainer.callbacks.class_path: X",
 }
 """Where a configuration can name a class: place -> a setting of the model or the Trainer, or at the top."""
 
@@ -113,7 +114,8 @@ def document(setting: str) -> str:
     key = setting.partition(":")[0]
     if key in ("network", "loss", "table_optimizer", "dense_optimizer", "schedule"):
         return f"model: {{{setting}}}"
-    return setting if key in ("data", "ckpt_path", "weights_only", "no_such_key") else f"trainer: {{{setting}}}"
+    at_top = ("data", "ckpt_path", "weights_only", "no_such_key", "trainer.callbacks.class_path")
+    return setting if key in at_top else f"trainer: {{{setting}}}"
 
 
 @pytest.mark.parametrize("place", NAMED)
@@ -161,6 +163,7 @@ def test_a_class_of_a_stranger_in_an_option_is_refused(options: list[str], tmp_p
         ("Callable", "torch.utils.cpp_extension.load"),
         ("Callable", "{class_path: torch.nn.ReLU}"),
         ("Any", "torch.nn.ReLU"),
+        ("Any", "pytorch_lightning.Callback"),
         ("dict", "torch.nn.ReLU"),
         ("callback", "torch.hub.load"),
         ("callback", "pytorch_lightning.LightningModule"),
@@ -192,10 +195,12 @@ def test_own_modules_count_in_the_user_s_configurations_and_not_in_those_of_runs
     assert parsed(written(text)).trainer.callbacks[0].class_path == "own.Keeper"
     assert trust_options() == ["--trust", "own"]
     Path("run/checkpoints/last").mkdir(parents=True)
-    Path("run/checkpoints/last/manifest.json").touch()
+    for name in ("manifest.json", "rest.pt"):
+        Path("run/checkpoints/last", name).touch()
     for inside in ("run/config.yaml", "run/checkpoints/last/config.yaml"):
         assert "--trust own" in refused(written(text, inside))
         parsed("--trust", "own", written(text, inside))
+    assert trust_options() == ["--trust", "own"]
     # The next command starts without it.
     assert "--trust own" in refused(written(text, "run/config.yaml"))
     # Named by the user's own option.
@@ -214,6 +219,7 @@ def test_trust_is_never_read_from_a_file() -> None:
         with pytest.raises(UserError, match="expected the name of a module"):
             take_trust(["--trust", wrong])
     assert take_trust(["--x", "--trust=a.b", "y"]) == ["--x", "y"]
+    assert trust_options() == ["--trust", "a.b"]
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "params", "plan", "compare", "checkpoint import"])
