@@ -100,6 +100,8 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def _failure(place: str, what: str, error: Exception, remedy: str) -> UserError:
+    if "range requests" in str(error):
+        remedy = "its server does not send parts of files: copy the files to this machine and give their path"
     words = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
     return UserError(f"{place} {what} ({type(error).__name__}: {words}); {remedy}")
 
@@ -212,12 +214,13 @@ class Folder:
             UserError: the file is missing or altered.
         """
         try:
-            with self.open_parquet(path, verify=True) as file:
+            with (
+                failures_as_user_errors(self / path, "cannot be decoded", REMEDY, passing=(FileNotFoundError,)),
+                self.open_parquet(path, verify=True) as file,
+            ):
                 yield file
         except FileNotFoundError as error:
             raise UserError(f"{self / path} is missing; {REMEDY}") from error
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self / path} is altered: it cannot be decoded ({one_line(error)}); {REMEDY}") from error
 
     def _inner(self, path: str) -> str:
         """Return the name of a file of the folder within its file system."""

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamodules.parquet import ARROW_TYPES, check_labels, check_weights, weighted_column
+from lightning_dlrm.contracts.disk import flush
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SPLITS, Column, DataFile, DatasetSchema, Split, file_sha256
 
@@ -282,12 +283,3 @@ def _leaf(column: Column) -> str:
 def data_file(root: Path, path: str, groups: tuple[int, ...] = ()) -> DataFile:
     """Return the schema's entry of a finished file below ``root``."""
     return DataFile(path=path, sha256=file_sha256(root / path), bytes=(root / path).stat().st_size, row_groups=groups)
-
-
-def flush(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ import atexit
 import errno
 import gc
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dlrm.cli.configs import expand_home, nearest
+from lightning_dlrm.contracts.documents import printable
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 COMMANDS = {
@@ -52,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: arguments of the command line; None for those of this process.
     """
     if arguments is None:
+        _prepare_streams()
         search_current_folder_last()
         _start_workers(sys.argv[1:])
     # Shells replace ~ at the start of a word only.
@@ -70,10 +73,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mistake = _user_error_in(error)
         if mistake is None:
             raise
-        print(f"error: {mistake}", file=sys.stderr)
+        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        if not mistake.on_all_ranks or local_rank == "0":
+            print(f"error: {printable(str(mistake))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _prepare_streams() -> None:
+    """Replace closed standard streams, whose numbers the next open files would get, by the null device; escape
+    characters that an encoding lacks."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 (open as long as the process lives)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        encoding = sys.stderr.encoding
+        sys.stderr = _StandardError(
+            sys.stderr.detach(), encoding=encoding, errors="backslashreplace", line_buffering=True
+        )
+
+
+class _StandardError(io.TextIOWrapper):
+    """Standard error whose reader may go away, as a pipe or a terminal: the work goes on without it."""
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
 
 
 def search_current_folder_last() -> None:
@@ -103,6 +144,8 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
             return UserError(f"not enough memory: {one_line(error)}; free memory, or give smaller sizes")
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             return UserError(f"{error.filename}: {error.strerror}; check the path, its permissions and free space")
+        if isinstance(error, UnicodeEncodeError):
+            return UserError(f"a name cannot be written in {error.encoding}: set PYTHONUTF8=1, or use ASCII names")
         if _is_refusal_of_lightning(error):
             return UserError(f"Lightning: {one_line(error)}")
         error = error.__cause__

@@ -249,6 +249,11 @@ def _fault(line: bytes, labelled: bool) -> str | None:
         return "binary data, expected text; unpack the archive or download the file again"
     fields = line.split(b"\t")
     columns = COLUMNS if labelled else COLUMNS[1:]
+    if len(fields) == 1 and line.count(b",") >= len(columns) - 2:
+        return (
+            f"{line.count(b',') + 1} fields between commas, expected {len(columns)} between tabs and no header; "
+            "convert the file: tr , '\\t', and tail -n +2 if its first line has names"
+        )
     if len(fields) != len(columns):
         unlabelled = labelled and len(fields) == len(COLUMNS) - 1
         hint = " (rows without labels, such as Kaggle's test.txt, are encoded with --vocabulary)" if unlabelled else ""
@@ -266,7 +271,8 @@ def _fault(line: bytes, labelled: bool) -> str | None:
         else:
             good, expected = bool(re.fullmatch(rb"[0-9a-fA-F]{8}", field)), "8 hexadecimal digits, or nothing"
         if not good and (field or name == CRITEO_LABEL):
-            return f"{name} is {_shown(field)}, expected {expected}; {_FAULT_REMEDY}"
+            header = " (Criteo's files have no header line)" if name == CRITEO_LABEL and field[:1].isalpha() else ""
+            return f"{name} is {_shown(field)}, expected {expected}{header}; {_FAULT_REMEDY}"
     return None
 
 

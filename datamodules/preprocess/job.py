@@ -4,7 +4,8 @@ A stage is a function of one job, which any worker may do:
 
 1. ``staging`` parses a piece of a raw file, or a whole compressed file, into segments.
 2. ``counting`` takes one categorical column: it counts the values, orders them into a vocabulary, and writes the id of
-   every segment's distinct values. With the vocabulary of another dataset, it looks them up.
+   every segment's distinct values. With the vocabulary of another dataset, it looks them up. Before that it takes each
+   integer column that becomes quantile bins, for their edges.
 3. ``encoding`` writes one part file of one split.
 
 A worker holds one piece, or a bounded share of one column's distinct values, or some row groups.
@@ -13,6 +14,7 @@ Working folder::
 
     stage/<file>/000000.arrow ...       segments; <file> names the state of an input
     encode/<options>/segments           lists them
+    encode/<options>/ids/I1.edges       the edges of its quantile bins
     encode/<options>/ids/C1.ids, .ends  the ids of every segment's distinct values, and where they end
     encode/<options>/parts/             records of part files
     encode/<options>/result/            the dataset folder in the making
@@ -114,7 +116,7 @@ def _category_words(options: Options, table: Table) -> str:
     if options.threshold > 1:
         words += f"; rare is below {options.threshold}"
     if table.edges is not None:
-        return f"quantile({options.quantiles}) of the training split, up to each of settings.edges, {words}"
+        return f"quantile({options.quantiles}): bins of the training split up to each of settings.edges; {words}"
     if source not in CRITEO_CATEGORICAL:
         missing = "missing as 0, " if rules.missing_bin_as_value else ""
         return f"{missing}floor(log(x)^2) where x > 2, {words}"
@@ -263,7 +265,7 @@ class Job:
             minimum=self._minimum(staged),
         )
         save_segments(encoding.segments, staged.segments)
-        encoding = replace(encoding, edges=self._edges(pool, encoding))
+        encoding = replace(encoding, edges=self._edges(pool, encoding, staged.all_rows))
         counted = self._count(pool, encoding, staged)
         columns = columns_of_dataset(encoding, self.known, self.labelled, counted)
         splits, cells = self._encode(pool, encoding, columns, staged)
@@ -318,10 +320,18 @@ class Job:
             for job, of_job in zip(jobs, pool.map(stage, jobs), strict=True):
                 for index, facts in enumerate(of_job, job.index or 0):
                     staged.add(job, index, facts)
-            for path, count in staged.lines.items():
-                require(count, f"{path} is empty; expected Criteo lines of {len(COLUMNS)} fields: download it again")
+            for file in self.files:
+                self._require_rows(file, staged)
             shown.reached(staged.all_rows, 1.0)
         return staged
+
+    def _require_rows(self, file: RawFile, staged: _Staged) -> None:
+        path = file.path
+        lines = staged.lines[path]
+        require(lines, f"{path} is empty; expected Criteo lines of {len(COLUMNS)} fields: download it again")
+        if not staged.rows[path]:
+            _, line, fault = next(bad for bad in staged.bad_rows if bad[0] == file.name)
+            raise UserError(f"{path}: all {lines:,} lines are bad, such as line {line:,}: {fault}")
 
     def _rule(self, staged: _Staged) -> SplitRule:
         if self.known is not None:
@@ -341,13 +351,20 @@ class Job:
             return dict(self.known.settings["minimum"])
         return {name: min(facts["minimum"][name] for facts in staged.facts) for name in CRITEO_DENSE}
 
-    def _edges(self, pool: Workers, encoding: Encoding) -> dict[str, list[int]]:
+    def _edges(self, pool: Workers, encoding: Encoding, rows: int) -> dict[str, list[int]]:
         """Return the edges of each integer column's quantile bins, if the protocol has such bins."""
         if self.options.quantiles is None:
             return {}
         if self.known is not None:
             return dict(self.known.settings["edges"])
-        return dict(zip(CRITEO_DENSE, pool.map(partial(count_edges, encoding), CRITEO_DENSE), strict=True))
+        edges = {}
+        with self.progress.stage("bins", rows) as shown:
+            for name, of_column in zip(
+                CRITEO_DENSE, pool.map(partial(count_edges, encoding), CRITEO_DENSE), strict=True
+            ):
+                edges[name] = of_column
+                shown.advance(rows / len(CRITEO_DENSE))
+        return edges
 
     def _count(self, pool: Workers, encoding: Encoding, staged: _Staged) -> dict[str, dict[str, Any]]:
         """Return the results of ``count_column`` or ``look_up_column`` by column."""

@@ -2,11 +2,10 @@
 
 A file is written under another name, closed and renamed; then its record is written in the same way. So a record means
 a complete file, whenever the process was killed, and processes on any number of machines never write the same record.
-After a power failure a file may still be short: records hold checksums, and ``discard_damaged`` compares them before a
-run resumes.
+After a power failure a file may still be short: records hold checksums, also of themselves, and ``discard_damaged``
+compares them before a run resumes.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning_dlrm.contracts import disk
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import file_sha256
 
@@ -73,7 +73,7 @@ def record(
         ],
     }
     with written_aside(path.with_name(path.name + _SUFFIX)) as partial:
-        partial.write_text(json.dumps(content))
+        partial.write_text(json.dumps({**content, "check": fingerprint(content)}))
     return kept
 
 
@@ -83,9 +83,16 @@ def recorded(path: Path) -> dict[str, Any] | None:
     Args:
         path: of the record, without its suffix.
     """
+    content = _content(path)
+    return None if content is None else content["facts"]
+
+
+def _content(path: Path) -> dict[str, Any] | None:
+    """Return the content of a record, None if there is none or it is damaged."""
     try:
-        return json.loads(path.with_name(path.name + _SUFFIX).read_text())["facts"]
-    except (OSError, ValueError, KeyError):
+        content = json.loads(path.with_name(path.name + _SUFFIX).read_text())
+        return content if content.pop("check") == fingerprint(content) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -108,16 +115,18 @@ def discard_damaged(path: Path) -> bool:
     Args:
         path: of the record, without its suffix.
     """
-    place = path.with_name(path.name + _SUFFIX)
+    content = _content(path)
+    if content is not None and all(_is_whole(path.parent / file["path"], file) for file in content["files"]):
+        return False
+    path.with_name(path.name + _SUFFIX).unlink(missing_ok=True)
+    return True
+
+
+def _is_whole(path: Path, recorded: Mapping[str, Any]) -> bool:
     try:
-        for file in json.loads(place.read_text())["files"]:
-            found = path.parent / file["path"]
-            if found.stat().st_size != file["bytes"] or file_sha256(found) != file["sha256"]:
-                raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
-        place.unlink(missing_ok=True)
-        return True
-    return False
+        return path.stat().st_size == recorded["bytes"] and file_sha256(path) == recorded["sha256"]
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -128,18 +137,20 @@ def locked(folder: Path, output: str) -> Iterator[None]:
         UserError: the folder is not writable, or another run has locked it.
     """
     busy = UserError(f"another run is making {output}; wait for it, or choose another --output")
+    path = folder / "lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-    except FileNotFoundError:
-        raise busy from None  # the run that finished removed it between the two calls
+        file = path.open("w")
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.filename == str(path):
+            raise busy from None  # the run that finished removed it between the two calls
         raise UserError(f"cannot write to {folder.parent} ({error.strerror}); choose another --output") from error
-    with lock:
+    with file:
+        if not disk.lock(file):
+            raise busy
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise busy
-        except (BlockingIOError, FileNotFoundError):
+        except FileNotFoundError:
             raise busy from None
         yield

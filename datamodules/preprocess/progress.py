@@ -242,7 +242,10 @@ class Estimate:
                 f"free at {output}; make room, or choose another --output",
             )
         seconds = self.rows / (_ROWS_PER_WORKER_S * min(workers, _WORKERS_PER_DISK))
-        return f"{words} ({format_size(free)} are free) and {format_duration(seconds)} with {workers} workers"
+        return (
+            f"{words} ({format_size(free)} are free) and {format_duration(seconds)} with "
+            f"{workers} worker{'s' if workers > 1 else ''}"
+        )
 
 
 def estimate(files: Sequence[RawFile], multi_hot: bool) -> Estimate:
@@ -283,6 +286,8 @@ def _sample(file: RawFile) -> tuple[float, float, int]:
 
 def format_size(size: float) -> str:
     """Format a number of bytes."""
+    if size < 1e5:
+        return f"{size / 1e3:,.1f} KB" if size >= 1e3 else f"{size:.0f} bytes"
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 

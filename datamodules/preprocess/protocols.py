@@ -16,6 +16,10 @@ Differences between these protocols and the published systems:
 - FuxiCTR keeps a row for padding beside the one for missing, rare and unknown values; no Criteo row
   ever uses it, so ``bars`` has none. Its split is stratified by label with scikit-learn; ours draws
   one of every ten rows for test and another for validation, which needs no second look at the data.
+- FuxiCTR takes the integer 0 as missing (``na_value: 0``), so that 0 and missing integers share the
+  row of rare ones; in ``bars`` 0 and missing integers share a row of their own. That is one row more
+  for each integer column, and keeps rare bins apart from 0: these are 0.0003% of the integers in
+  160,000 generated training rows, and 0.7% in 8,000 rows of Terabyte.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -215,7 +219,7 @@ class Protocol:
     reserved: Mapping[str, int] = field(default_factory=dict)
     """Ids of ``missing``, ``rare`` and ``unknown`` values; several may share one."""
     trained_rows: bool = False
-    """Whether reserved ids without a row in training give way to others, see ``trained``."""
+    """Whether reserved ids without a row in training give way to others, see ``trained_ids``."""
     lists_rare: bool = False
     """Whether the vocabulary lists rare values, so that they can be told from unknown ones in other rows."""
     counts: Literal["all rows", "the training split"]
@@ -257,7 +261,7 @@ KINDS: Mapping[str, int] = {"missing": -1, "rare": -2, "unknown": -3}
 """Stand-ins for the reserved ids of a table, until it is counted."""
 
 
-def trained(reserved: Mapping[str, int], missing_rows: int, rare_rows: int, table_rows: int) -> dict[str, int]:
+def trained_ids(reserved: Mapping[str, int], missing_rows: int, rare_rows: int, table_rows: int) -> dict[str, int]:
     """Return reserved ids of which each has rows in training, so that no row answers as it was initialised.
 
     Without rare values, rare and unknown ones get the last id, that of the rarest value; without missing values,

@@ -18,6 +18,20 @@ from lightning_dlrm.contracts.errors import UserError, one_line, require
 Compression = Literal["none", "gzip", "zstd"]
 
 _MAGIC: dict[bytes, Compression] = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_FOREIGN = {
+    b"PAR1": "a Parquet file",
+    b"PK\x03\x04": "a zip archive",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"\x89HDF": "an HDF5 file",
+    b"ORC": "an ORC file",
+    b"ARROW1": "an Arrow file",
+    b"\xef\xbb\xbf": "text with a byte order mark",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+}
+"""How files begin that are often given in place of raw text."""
+_FIRST_BYTES = 8
 _SUFFIX: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _NAMES = {"gzip": "gzip", "zstd": "Zstandard"}
 _PIECE = 1 << 20
@@ -144,7 +158,7 @@ def _find_local(path: str) -> RawFile:
             name=place.name,
             size=place.stat().st_size,
             stamp=str(place.stat().st_mtime_ns),
-            compression=_compression(path, file.read(4)),
+            compression=_compression(path, file.read(_FIRST_BYTES)),
         )
 
 
@@ -152,16 +166,31 @@ def _find_remote(path: str) -> RawFile:
     system, inner = file_system(path)
     info = system.info(inner)
     require(info["type"] == "file", f"{path} is a folder; name the files in it")
+    require(
+        info["size"] is not None,
+        f"{path}: its server does not tell the size of the file; download it and give its path",
+    )
+    with system.open(inner, "rb", cache_type="none") as file:
+        start = file.read(_FIRST_BYTES)
+        # Fails if the server would send the whole file for each part of it.
+        file.seek(max(info["size"] - 1, 0))
+        file.read(1)
     return RawFile(
         path=path,
         name=inner.rstrip("/").rpartition("/")[2],
         size=info["size"],
         stamp=str(system.checksum(inner)),
-        compression=_compression(path, system.cat_file(inner, start=0, end=4)),
+        compression=_compression(path, start),
     )
 
 
 def _compression(path: str, start: bytes) -> Compression:
+    foreign = next((words for magic, words in _FOREIGN.items() if start.startswith(magic)), None)
+    require(
+        foreign is None,
+        f"{path} is {foreign}; expected raw Criteo text, plain, gzip or Zstandard: convert it (DatasetWriter makes a "
+        "dataset folder of columns of any kind)",
+    )
     found: Compression = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), "none")
     expected = _SUFFIX.get(Path(path).suffix, "none")
     require(

@@ -118,12 +118,25 @@ def open_workers(workers: int, scheduler: str | None, folder: Path, resume_hint:
             yield Workers(executor=executor, count=workers, resume_hint=resume_hint)
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use: a scheduler or a container may give it some of them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such control group, or no quota ("max")
+        return cores
+
+
 def serve_processes() -> None:
     """Start a server that loads the libraries once, in parallel with this process, and forks the worker processes. For
-    programs only, as it sets the start method of all their processes."""
+    programs only, as it sets the start method of all their processes. Without a server, each worker loads them."""
     multiprocessing.set_start_method("forkserver")
     forkserver.set_forkserver_preload(["datamodules.preprocess.pipeline", "numpy.ma"])  # pyarrow loads that when used
-    forkserver.ensure_running()
+    try:
+        forkserver.ensure_running()
+    except OSError:  # the name of the temporary folder may be too long for a socket
+        multiprocessing.set_start_method("spawn", force=True)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
 from datamodules.preprocess.inspection import REPORT_FILE
 from datamodules.preprocess.progress import bytes_below
+from datamodules.preprocess.workers import usable_cores
 from lightning_dlrm.bench.measurement import (
     DEFAULT,
     Implementation,
@@ -287,7 +287,7 @@ class Cost:
 
 def _cost(row: Measurement) -> Cost:
     """Return the costs of a row from a measurement of ours, which has as many workers as this machine has cores."""
-    workers = os.cpu_count() or 1
+    workers = usable_cores()
     return Cost(
         core_s={stage: row.extra[f"{stage}_s"] * workers / row.samples for stage in _STAGES},
         disk_bytes=row.extra["peak_disk_bytes"] / row.samples,

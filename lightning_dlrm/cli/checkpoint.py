@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dlrm.sharding.balance import make_plan
-from lightning_dlrm.sharding.checkpoint import CheckpointReader, TableEntry, resolve_checkpoint
+from lightning_dlrm.sharding.checkpoint import CheckpointReader, resolve_checkpoint
 from lightning_dlrm.sharding.costs import TableLoad
+from lightning_dlrm.sharding.manifest import TableEntry
 from lightning_dlrm.sharding.plan import read_plan
 from lightning_dlrm.sharding.rewriting import rewrite_checkpoint
 from lightning_dlrm.tracking.lock import lock_run_of

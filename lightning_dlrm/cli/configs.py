@@ -9,7 +9,7 @@ import yaml
 
 import lightning_dlrm
 from lightning_dlrm.contracts.documents import read_yaml
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.engine.retired import log_updates, update_document, update_options
 
 
@@ -51,7 +51,10 @@ def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: there is no configuration of this name, or it is for another command.
     """
-    resolved, notes = update_options(arguments)
+    try:
+        resolved, notes = update_options(arguments)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"an option is not YAML: {one_line(error)}") from error
     log_updates("command line", notes)
     for i, argument in enumerate(resolved):
         if argument in ("--config", "-c") and i + 1 < len(resolved):

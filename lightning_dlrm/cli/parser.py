@@ -94,7 +94,7 @@ class CommandParser(LightningArgumentParser):
         self.allow_abbrev = False
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(explain(message, known_keys(self)))
+        raise UserError(" ".join(explain(message, known_keys(self)).split()))
 
     def build(self, settings: Namespace) -> Namespace:
         """Return the settings with all classes instantiated.

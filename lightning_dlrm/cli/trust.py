@@ -23,7 +23,7 @@ from typing import Any
 import pytorch_lightning as pl
 import pytorch_lightning.cli  # It lets configurations be read from fsspec addresses, which ends below.
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from lightning_fabric.plugins import CheckpointIO, ClusterEnvironment
 from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.loggers import Logger
@@ -34,11 +34,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_dlrm.cli.configs import expand_home, find_config
-from lightning_dlrm.contracts.documents import parse_yaml, read_yaml
+from lightning_dlrm.contracts.documents import CONFIGURATION, parse_yaml, read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.losses import Loss
 from lightning_dlrm.optim.rules import UpdateRule
+from lightning_dlrm.sharding.checkpoint import MANIFEST, REST
 from lightning_dlrm.tracking.run_folder import CONFIG, METRICS, SUMMARY
 
 PACKAGES = (
@@ -57,12 +58,14 @@ HELP = (
     "let configurations name classes and functions of this module; may be repeated, and counts on the command line only"
 )
 
-_PACKAGES = ", ".join(package for package in PACKAGES if "." not in package)
+_LISTED = ", ".join(package for package in PACKAGES if "." not in package)
 _CLASS_KEYS = ("class_path", "accelerator", "strategy", "profiler")
 """Keys at which a dotted name is a class; of the Trainer's options, those that also take text."""
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _trusted: set[str] = set()
 """Modules beside ``PACKAGES`` that configurations may name in this process."""
+_given: set[str] = set()
+"""Those of them that the command line names with ``--trust``."""
 
 set_parsing_settings(
     import_path_denylist=["*"],
@@ -71,6 +74,19 @@ set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
     config_read_mode_fsspec_enabled=False,
 )
+
+_load_plain = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """Return the value of a YAML text as jsonargparse reads it, in files that options and files name too."""
+    value = _load_plain(text)
+    if isinstance(value, (dict, list)):
+        parse_yaml(text)
+    return value
+
+
+set_loader("yaml", _load, (yaml.YAMLError,))
 
 
 # --- what is trusted -------------------------------------------------------------------------------
@@ -96,19 +112,22 @@ def take_trust(arguments: Sequence[str]) -> list[str]:
         modules.append(module)
     set_parsing_settings(import_path_denylist=sorted(_trusted))
     _trusted.clear()
+    _given.clear()
+    _given.update(modules)
     _trust(modules)
     return rest
 
 
 def trust_options() -> list[str]:
-    """Return ``--trust MODULE`` for each trusted module that this process has imported, for commands that repeat it."""
-    return [part for module in sorted(_trusted & sys.modules.keys()) for part in ("--trust", module)]
+    """Return ``--trust MODULE`` for each module that this process was told to trust or has imported."""
+    modules = _given | (_trusted & sys.modules.keys())
+    return [part for module in sorted(modules) for part in ("--trust", module)]
 
 
 def refusal(path: str) -> str:
     """Return the message about a class path that is not trusted."""
     return (
-        f"{path} is not imported: classes come from {_PACKAGES}, or from a *.py in the current folder that your own "
+        f"{path} is not imported: classes come from {_LISTED}, or from a *.py in the current folder that your own "
         "YAML or option names (a YAML in a run or checkpoint folder is not your own); if you trust the module, add "
         f"--trust {path.partition('.')[0]}"
     )
@@ -116,7 +135,7 @@ def refusal(path: str) -> str:
 
 def _trust(modules: Iterable[str]) -> None:
     _trusted.update(modules)
-    set_parsing_settings(import_path_allowlist=sorted(_trusted))
+    set_parsing_settings(import_path_allowlist=[*PACKAGES, *sorted(_trusted)])
 
 
 def _is_trusted(path: str) -> bool:
@@ -143,7 +162,7 @@ def admit_arguments(arguments: Sequence[str]) -> None:
             admit_file(find_config(value))
             continue
         try:
-            admit({option.rpartition(".")[2]: parse_yaml(value)}, typed=True)
+            admit({option: parse_yaml(value)}, typed=True)
         except UserError as error:
             raise UserError(f"{option}: {error}") from error
         except (yaml.YAMLError, RecursionError):
@@ -151,10 +170,11 @@ def admit_arguments(arguments: Sequence[str]) -> None:
             continue
 
 
-def admit_file(path: Path) -> None:
-    """Check the class paths in a YAML file; see ``admit_arguments``."""
-    document = read_yaml(path)
-    require("trust" not in document, f"{path}: trust is an option of the command line (--trust MODULE), not of files")
+def admit_file(path: Path, expected: str = CONFIGURATION) -> None:
+    """Check the class paths in a YAML file; see ``admit_arguments``, and ``read_yaml`` for ``expected``."""
+    document = read_yaml(path, expected)
+    for option in ("trust", "config"):
+        require(option not in document, f"{path}: {option} is an option of the command line (--{option}), not of files")
     try:
         admit(document, typed=not _in_run_folder(path))
     except UserError as error:
@@ -190,7 +210,7 @@ def _dotted_names(value: Any, key: Any = "") -> Iterator[tuple[str, bool]]:
         for inner in value:
             yield from _dotted_names(inner, key)
     elif isinstance(value, str) and _DOTTED.fullmatch(value):
-        yield value, key in _CLASS_KEYS
+        yield value, str(key).rpartition(".")[2] in _CLASS_KEYS
     elif isinstance(value, str) and "class_path" in value:
         # jsonargparse reads text as YAML.
         try:
@@ -214,9 +234,10 @@ def _is_here(module: str) -> bool:
 
 def _in_run_folder(path: Path) -> bool:
     """Whether a file lies in a run folder or a checkpoint, at any depth."""
+    results = (METRICS, SUMMARY, "checkpoints/last", "checkpoints/best")
     return any(
-        (folder / "manifest.json").exists()
-        or ((folder / CONFIG).exists() and any((folder / name).exists() for name in (METRICS, SUMMARY, "checkpoints")))
+        ((folder / CONFIG).exists() and any((folder / name).exists() for name in results))
+        or ((folder / MANIFEST).exists() and (folder / REST).exists())
         for folder in (*path.absolute().parents, *path.resolve().parents)
     )
 
@@ -245,7 +266,9 @@ def _checked(value: Any, key: str, defaults: Sequence[Any] = ()) -> Any:
     """
     if isinstance(value, str):
         return expand_home(value)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, int):
+        require(abs(value) < 1 << 63, f"{key} is too large; expected a number of 64 bits")
+    if type(value) in (list, tuple):
         return type(value)(_checked(item, key, defaults) for item in value)
     if isinstance(value, (Namespace, dict)):
         given = vars(value) if isinstance(value, Namespace) else value
@@ -257,7 +280,7 @@ def _checked(value: Any, key: str, defaults: Sequence[Any] = ()) -> Any:
     elif callable(value) and not inspect.isclass(value):
         require(
             any(value is default for default in defaults) or not _is_of_packages(value),
-            f"{key} names a function of {_PACKAGES}, of which only classes may be named: name a function of a module "
+            f"{key} names a function of {_LISTED}, of which only classes may be named: name a function of a module "
             "of your own that calls it",
         )
     return value
@@ -266,10 +289,16 @@ def _checked(value: Any, key: str, defaults: Sequence[Any] = ()) -> Any:
 def _check_class(made: Any, given: Mapping[str, Any], key: str) -> list[Any]:
     """Check what a class path names, and that no argument is null that takes no None; return the defaults."""
     is_kind = inspect.isclass(made) and (issubclass(made, KINDS) or dataclasses.is_dataclass(made))
-    require(is_kind or not _is_of_packages(made), f"{key}: {given['class_path']} is no class that an option takes")
+    is_base = any(made is kind for kind in KINDS)
+    require(
+        not is_base and (is_kind or not _is_of_packages(made)),
+        f"{key}: {given['class_path']} is no class that an option takes; expected a dataclass or a class that derives "
+        f"from one of {', '.join(kind.__name__ for kind in KINDS)}",
+    )
     try:
         parameters, hints = inspect.signature(made).parameters, typing.get_type_hints(getattr(made, "__init__", made))
-    except (ValueError, NameError):  # a class in C without a signature, or names that only type checkers import
+    except (TypeError, ValueError, NameError, AttributeError):
+        # Not a class, a class in C without a signature, or names that only type checkers import.
         return []
     options = given.get("init_args")
     for name, value in vars(options).items() if isinstance(options, Namespace) else ():

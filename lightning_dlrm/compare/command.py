@@ -16,6 +16,7 @@ from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.trust import HELP, admit_file, trust_options
 from lightning_dlrm.compare.anatomy import anatomy, breakdown
 from lightning_dlrm.compare.experiment import (
+    EXPECTED,
     Experiment,
     PlannedArm,
     is_experiment,
@@ -38,7 +39,7 @@ from lightning_dlrm.compare.scores import (
 )
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tracking.dashboard import Dashboard, publish
-from lightning_dlrm.tracking.run_folder import SUMMARY
+from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY
 from lightning_dlrm.tracking.wandb_mode import choose_mode
 from lightning_dlrm.tracking.wandb_run import JOB_TYPE, ComparisonPage, RunPlace, send_comparison
 
@@ -121,7 +122,7 @@ def _positive(text: str) -> int:
 def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Path) -> int:
     configs = [find_config(name) for name in options.config]
     for path in configs:
-        admit_file(path)
+        admit_file(path, EXPECTED)
     experiments = [path for path in configs if is_experiment(path)]
     if len(experiments) != 1:
         raise UserError(
@@ -219,6 +220,8 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
         read_run(path, name if short.count(name) == 1 else f"{path.resolve().parent.name}-{name}")
         for path, name in zip(paths, short, strict=True)
     ]
+    for run in runs:
+        admit_file(run.path / CONFIG)
     warnings = check_data(runs, options.force)
     arms = arms_of(runs)
     if len(arms) < 2:

@@ -17,6 +17,8 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.models.network import ModelSize
 
+EXPECTED = "expected an experiment such as figure5.yaml, or an overlay for its runs"
+_WRITTEN = "it holds an arm as an earlier call trained it: restore the file from a copy, or choose another --output"
 _KEYS = {"arms": dict, "seeds": list, "compared": list, "kept": list, "settings": dict}
 
 
@@ -62,7 +64,7 @@ class PlannedArm:
 
 def is_experiment(path: Path) -> bool:
     """Whether a YAML is an experiment and not the configuration of a run."""
-    return "arms" in read_yaml(path)
+    return "arms" in read_yaml(path, EXPECTED)
 
 
 def read_experiment(path: Path, seeds: Sequence[int] | None = None) -> Experiment:
@@ -75,7 +77,7 @@ def read_experiment(path: Path, seeds: Sequence[int] | None = None) -> Experimen
     Raises:
         UserError: a key is unknown or missing, or its value has another type.
     """
-    document = read_yaml(path)
+    document = read_yaml(path, EXPECTED)
     for key, value in document.items():
         if key not in _KEYS:
             raise UserError(f"{path}: unknown key {key}{nearest(key, _KEYS)}; an experiment has {', '.join(_KEYS)}")
@@ -232,7 +234,7 @@ def keep_configurations(arms: Sequence[PlannedArm], folder: Path) -> dict[str, P
         path = files[arm.name]
         if not path.exists():
             _write(path, arm.document)
-        changed = differing({"there": settings_of(read_yaml(path)), "here": arm.settings})
+        changed = differing({"there": settings_of(read_yaml(path, _WRITTEN)), "here": arm.settings})
         if changed:
             listed = "; ".join(f"{key}: {_format_by_name(values)}" for key, values in list(changed.items())[:5])
             raise UserError(

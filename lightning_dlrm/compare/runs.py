@@ -153,7 +153,7 @@ def _read(path: Path, missing: str) -> dict[str, Any]:
         raise UserError(missing + ("" if path.parent.is_dir() else f" (there is no folder {path.parent})"))
     if path.suffix == ".json":
         return read_json(path, dict[str, Any], "train the run again")
-    return read_yaml(path)
+    return read_yaml(path, "the run folder is damaged: restore the file from a copy, or train the run again")
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:

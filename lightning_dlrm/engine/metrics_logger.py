@@ -16,8 +16,9 @@ from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.engine.checkpointing import RunCheckpoints, refuse_validation_amid_a_step
 from lightning_dlrm.engine.evaluation import TrainingWindow
 from lightning_dlrm.engine.fit_length import micro_batches
+from lightning_dlrm.engine.memory import table_loads
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.engine.strategy import EmbeddingShardedDDP, table_loads
+from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.sharding.collectives import Ranks

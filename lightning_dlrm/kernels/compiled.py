@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.cache import cache_root
+from lightning_dlrm.contracts.disk import flush
 
 _SOURCE = Path(__file__).with_name("native.c")
 # No flag may change the results of the formulas as written.
@@ -197,8 +198,7 @@ def _compile(command: list[str], path: Path) -> None:
             raise NativeError(f"the C compiler {command[0]} failed: {reason.strip()}", broken=True)
         made.chmod(0o700)
         # Without this, a power failure could leave an incomplete file under the final name.
-        with made.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(made)
         made.replace(path)
 
 

@@ -70,6 +70,9 @@ def torch_configuration(value: Any) -> Any:
         path, settings = value.get("class_path", ""), value.get("init_args", {} if "class_path" in value else value)
     else:
         return value
+    if not isinstance(path, str) or not isinstance(settings or {}, Mapping):
+        # The parser says what is wrong.
+        return value
     is_old = path.startswith(_RULES) or any(name in (settings or {}) for name in (*RENAMED, "beta1", "beta2"))
     rule = path.removeprefix(_RULES)
     if rule == "RowWiseAdagrad" or (is_old and "." not in rule and rule):

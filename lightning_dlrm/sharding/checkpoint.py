@@ -30,15 +30,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_dlrm.contracts.documents import is_inner_path, read_json
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.disk import flush
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import file_sha256
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.finite import is_finite, nonfinite_tensors
+from lightning_dlrm.sharding.manifest import FORMAT_VERSION, MANIFEST, Manifest, PieceFile, TableEntry, read_manifest
 from lightning_dlrm.tables.table import TablePiece
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+_WEIGHT_TYPES = ("F16", "BF16", "F32", "F64")
 REST = "rest.pt"
 CHECKED_REST = ("state_dict", "optimizer_states", "averages")
 """Keys of ``rest.pt`` whose tensors are finite; best scores of callbacks may be infinite."""
@@ -51,51 +51,6 @@ class PieceTensors:
     piece: TablePiece
     tensors: Mapping[str, Tensor]
     """``weight`` [rows of the piece, D], and optimizer state [rows of the piece, ...]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PieceFile:
-    """The file that holds a range of a table's rows."""
-
-    start: int
-    stop: int
-    file: str
-    bytes: int
-    sha256: str
-
-    def __post_init__(self) -> None:
-        require(is_inner_path(self.file), f"the file {self.file!r} leads out of its folder")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableEntry:
-    """The manifest's entry of a table."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    """Global shape of ``weight`` and of each tensor of optimizer state."""
-    pieces: tuple[PieceFile, ...]
-
-    def __post_init__(self) -> None:
-        require(self.shapes.get("weight"), "a table has no shape of its weight")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """The content of a checkpoint."""
-
-    header: Mapping[str, Any]
-    """JSON values about the run: model, fingerprints, step, epoch."""
-    tables: Mapping[str, TableEntry]
-    rest: PieceFile
-
-    def __post_init__(self) -> None:
-        for name in self.tables:
-            require(is_inner_path(name), f"the name of the table {name!r} leads out of the checkpoint's folder")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Version:
-    format_version: int
 
 
 def save_checkpoint(
@@ -139,7 +94,7 @@ def save_checkpoint(
     def finish() -> None:
         torch.save(dict(rest), partial / REST)
         tables = _table_entries(entry for entries in written for entry in entries)
-        manifest = Manifest(header=header, tables=tables, rest=_describe_file(partial, REST, 0, 0))
+        manifest = Manifest(header=header, tables=tables, rest=PieceFile.of(partial, REST, 0, 0))
         document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
         (partial / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
         _publish(partial, folder)
@@ -166,7 +121,7 @@ def _save_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"cannot save the checkpoint {folder}: {error}; the previous one is untouched: "
+            f"cannot save the checkpoint {folder}: {one_line(error)}; the previous one is untouched: "
             "free disk space or choose another --run_dir, then resume"
         ) from error
 
@@ -227,14 +182,7 @@ class CheckpointReader:
         self.folder = resolve_checkpoint(folder)
         self.allow_nonfinite = allow_nonfinite
         self._checked: set[str] = set()
-        path = self.folder / MANIFEST
-        version = read_json(path, _Version, "use another checkpoint").format_version
-        require(
-            version == FORMAT_VERSION,
-            f"checkpoint {self.folder} has format version {version}; this release reads {FORMAT_VERSION}: "
-            "use the release that wrote it",
-        )
-        self.manifest = read_json(path, Manifest, "use another checkpoint")
+        self.manifest = read_manifest(self.folder)
         outside = [
             f.file for f in self._files() if not (self.folder / f.file).resolve().is_relative_to(self.folder.resolve())
         ]
@@ -248,8 +196,6 @@ class CheckpointReader:
                 (self.folder / part.file).stat().st_size == part.bytes,
                 f"checkpoint file {self.folder / part.file} is damaged (its size differs)",
             )
-        for name, entry in self.manifest.tables.items():
-            _check_tiling(self.folder, name, entry)
 
     @property
     def header(self) -> Mapping[str, Any]:
@@ -262,13 +208,17 @@ class CheckpointReader:
             UserError: the file is damaged, or holds objects other than tensors and plain values.
         """
         self._check(self.manifest.rest)
+        path = self.folder / self.manifest.rest.file
         try:
-            return torch.load(self.folder / REST, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise UserError(
-                f"{self.folder / REST} holds more than tensors and plain values, so it is not opened; "
-                "use a checkpoint that this project wrote"
+                f"{path} holds more than tensors and plain values; use a checkpoint that this project wrote"
             ) from error
+        except Exception as error:  # torch has many kinds for a damaged file
+            raise UserError(f"{path} is damaged ({one_line(error)}); use another checkpoint") from error
+        require(isinstance(found, dict), f"{path} does not hold names with values; use another checkpoint")
+        return found
 
     def read_rows(self, piece: TablePiece, slot: str, out: Tensor) -> None:
         """Fill ``out`` with a piece's rows of one slot; the rows may come from several stored pieces.
@@ -290,7 +240,7 @@ class CheckpointReader:
             start, stop = max(piece.start, part.start), min(piece.stop, part.stop)
             if start < stop:
                 read = out[start - piece.start : stop - piece.start]
-                with self._checking(part), safe_open(str(self.folder / part.file), framework="pt") as file:
+                with self._checking(part), self._opened(part, entry) as file:
                     read.copy_(file.get_slice(slot)[start - part.start : stop - part.start])
                     finite = self.allow_nonfinite or is_finite(read)
                 if not finite:
@@ -298,8 +248,31 @@ class CheckpointReader:
 
     def dtype(self, table: str, slot: str) -> torch.dtype:
         """Return the stored dtype of a slot."""
-        with safe_open(str(self.folder / self.manifest.tables[table].pieces[0].file), framework="pt") as file:
+        entry = self.manifest.tables[table]
+        with self._opened(entry.pieces[0], entry) as file:
             return file.get_slice(slot)[:0].dtype
+
+    @contextmanager
+    def _opened(self, part: PieceFile, entry: TableEntry) -> Iterator[Any]:
+        """Open a file of a table, and compare its header with the manifest.
+
+        Raises:
+            UserError: it cannot be read, or its tensors have other names, shapes or types.
+        """
+        path = self.folder / part.file
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                found = {slot: tuple(file.get_slice(slot).get_shape()) for slot in file.keys()}  # noqa: SIM118
+                expected = {slot: (part.stop - part.start, *shape[1:]) for slot, shape in entry.shapes.items()}
+                types = {slot: file.get_slice(slot).get_dtype() for slot in found}
+                require(
+                    found == expected and types["weight"] in _WEIGHT_TYPES,
+                    f"checkpoint file {path} has tensors of other shapes or types ({found}, {types}) than its manifest "
+                    f"says ({expected}); use another checkpoint",
+                )
+                yield file
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise UserError(f"checkpoint file {path} is damaged ({one_line(error)}); use another checkpoint") from error
 
     def verify(self) -> None:
         """Verify the checksum of every file, and that no parameter and no optimizer state is NaN or infinite.
@@ -307,13 +280,13 @@ class CheckpointReader:
         Raises:
             UserError: a checksum differs, or elements are not finite.
         """
-        for part in self._files():
-            self._check(part)
+        damaged = [message for part in self._files() if (message := self._damage(part))]
+        require(not damaged, "; ".join(damaged))
         rest = self.rest()
         bad = [f"{name} ({REST})" for key in CHECKED_REST for name in nonfinite_tensors(rest.get(key), key)]
         for name, entry in self.manifest.tables.items():
             for part in entry.pieces:
-                with safe_open(str(self.folder / part.file), framework="pt") as file:
+                with self._opened(part, entry) as file:
                     for slot in entry.shapes:
                         if not is_finite(rows := file.get_tensor(slot)):
                             bad.append(_describe_rows(rows, slot, name, part.start, part))
@@ -351,6 +324,14 @@ class CheckpointReader:
             finally:
                 check.result()
 
+    def _damage(self, part: PieceFile) -> str:
+        """Return what is wrong with a file; empty if its checksum is right."""
+        try:
+            self._check(part)
+            return ""
+        except UserError as error:
+            return str(error)
+
     def _files(self) -> Iterable[PieceFile]:
         yield self.manifest.rest
         for entry in self.manifest.tables.values():
@@ -373,20 +354,6 @@ def _describe_rows(rows: Tensor, slot: str, table: str, start: int, part: PieceF
     return f"{slot} of table {table}, first in row {start + first:,} ({part.file})"
 
 
-def _check_tiling(folder: Path, name: str, entry: TableEntry) -> None:
-    """Check that the pieces of a table cover each of its rows once."""
-    row = 0
-    for part in sorted(entry.pieces, key=lambda part: part.start):
-        if part.start != row:
-            break
-        row = part.stop
-    rows = entry.shapes["weight"][0]
-    require(
-        row == rows and sum(part.stop - part.start for part in entry.pieces) == rows,
-        f"checkpoint {folder}: the pieces of table {name} do not cover its {rows} rows; use another checkpoint",
-    )
-
-
 def _write_piece(partial: Path, piece: PieceTensors) -> dict[str, Any]:
     """Write the file of a piece, and return its entry for ``_table_entries``."""
     rows = piece.piece
@@ -395,11 +362,11 @@ def _write_piece(partial: Path, piece: PieceTensors) -> dict[str, Any]:
     tensors = {slot: _in_host_memory(tensor.detach()) for slot, tensor in piece.tensors.items()}
     save_file(tensors, str(partial / name))
     # Each rank flushes its own files: on a network file system only the machine that wrote them can.
-    _flush(partial / name)
+    flush(partial / name)
     return {
         "table": rows.name,
         "shapes": {slot: [rows.table_rows, *tensor.shape[1:]] for slot, tensor in tensors.items()},
-        "file": dataclasses.asdict(_describe_file(partial, name, rows.start, rows.stop)),
+        "file": dataclasses.asdict(PieceFile.of(partial, name, rows.start, rows.stop)),
     }
 
 
@@ -410,30 +377,17 @@ def _in_host_memory(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(tensor)
 
 
-def _describe_file(partial: Path, name: str, start: int, stop: int) -> PieceFile:
-    path = partial / name
-    return PieceFile(start=start, stop=stop, file=name, bytes=path.stat().st_size, sha256=file_sha256(path))
-
-
 def _publish(partial: Path, folder: Path) -> None:
     """Flush a complete checkpoint to disk and rename it."""
     for path in [partial / MANIFEST, partial / REST, *(p for p in partial.rglob("*") if p.is_dir()), partial]:
-        _flush(path)
+        flush(path)
     previous = _hidden_sibling(folder, "previous")
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     partial.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(previous, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hidden_sibling(folder: Path, suffix: str) -> Path:

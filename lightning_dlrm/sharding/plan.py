@@ -13,6 +13,8 @@ from typing import Any
 from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 
+MADE_BY_PLAN = "a plan that 'python -m lightning_dlrm plan --output FILE' wrote"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -120,7 +122,7 @@ class Plan:
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise UserError(
                 f"the plan is not of the form 'ranks: 2, tables: {{C1: [[0, 100, 1]]}}' ({error!r}); "
-                "make one with 'python -m lightning_dlrm plan --output FILE'"
+                f"expected {MADE_BY_PLAN}"
             ) from error
         return Plan(ranks=ranks, pieces=tuple(pieces), pooled=pooled)
 
@@ -132,4 +134,4 @@ def read_plan(path: Path) -> Plan:
         UserError: the file cannot be read, or holds no plan.
     """
     require(path.is_file(), f"cannot read the plan {path}: no such file; make one with 'python -m lightning_dlrm plan'")
-    return Plan.of_document(read_yaml(path))
+    return Plan.of_document(read_yaml(path, f"expected {MADE_BY_PLAN}"))

@@ -11,15 +11,16 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from lightning_dlrm.contracts.documents import read_json
+from lightning_dlrm.contracts.documents import MAX_BYTES, read_json
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.lock import LOCK
@@ -123,17 +124,24 @@ class RunFolder:
             UserError: a line is not a JSON object with an integer step.
         """
         found = []
-        for line in self.metrics.read_bytes().splitlines() if self.metrics.exists() else ():
+        for line in self._raw_lines():
             try:
                 content = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            require(
-                isinstance(content, dict) and isinstance(content.get(names.STEP), int),
-                f"{self.metrics} has a line without a step ({line[:40]!r}); remove the line",
-            )
+            is_line = isinstance(content, dict) and type(content.get(names.STEP)) is int and content[names.STEP] >= 0
+            require(is_line, f"{self.metrics} has a line without a step ({line[:40]!r}); remove the line")
+            other = [name for name, value in content.items() if not isinstance(value, (int, float, NoneType))]
+            require(not other, f"{self.metrics} has {other[:1]} that is not a number in a line; remove the line")
             found.append(content)
         return found
+
+    def _raw_lines(self) -> Iterator[bytes]:
+        if not self.metrics.is_file():
+            return
+        with self.metrics.open("rb") as file:
+            while line := file.readline(MAX_BYTES):
+                yield line
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a small JSON file atomically; NaN and infinite values become null."""

@@ -456,8 +456,8 @@ def test_misspelt_keys_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (b"trainer:\n  max_steps: [1\n bad: :\n", "bad.yaml is not YAML"),
         (b"\xff\xfe\x00", "bad.yaml is not YAML"),
-        (b"", "bad.yaml holds no settings"),
-        (b"- a\n- b\n", "bad.yaml holds no settings"),
+        (b"", "bad.yaml holds no keys with values"),
+        (b"- a\n- b\n", "bad.yaml holds no keys with values"),
     ],
 )
 def test_files_that_are_no_configuration(content: bytes, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,16 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import shipped_configs
 from lightning_dlrm.cli.parser import build_model_parser, parse
 from lightning_dlrm.engine.retired import update_options
+from tests.raw_criteo import generated_lines, written
 
 OVERLAYS = ("small.yaml", "figure5/small.yaml", "criteo_kaggle.yaml", "criteo_terabyte.yaml")
 NO_FITS = ("figure5.yaml",)
@@ -22,6 +25,35 @@ def test_it_opens_with_what_it_needs(name: str) -> None:
     for word in ("Needs:", "Run:", "Expect:"):
         assert f"# {word}" in header
     assert name in header.split("Run:")[1]
+
+
+def test_no_warm_up_depends_on_the_number_of_rows() -> None:
+    """A warm-up in steps takes all of a fit on few rows, and none of one on many."""
+    for name in NAMES:
+        given = yaml.safe_load((shipped_configs() / name).read_text())
+        schedule = given.get("model", {}).get("schedule", {}).get("init_args", {})
+        assert schedule.get("warmup_steps") is None and schedule.get("warmup_share", 0) <= 0.2, name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if "logistic" in name else pytest.mark.slow)
+        for name in NAMES
+        if name.startswith("recipes/")
+    ],
+)
+def test_a_recipe_trains_as_its_header_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On few rows, the commands of the header, with all their options, make a dataset, a fit and a test."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "train.txt", generated_lines(700))
+    header = (shipped_configs() / name).read_text().split("\n\n")[0].replace("\\\n#", "")
+    commands = [found.split() for found in re.findall(r"-m lightning_dlrm (.*)", header)]
+    assert [words[0] for words in commands] == ["preprocess", "fit", "test"]
+    for words in commands:
+        assert main(words) == 0, words
+    assert (tmp_path / "RUN/test.json").exists()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -105,6 +105,7 @@ NAMED = {
     "checkpoint": "ckpt_path: {class_path: X, init_args: {args: touch imported, shell: true}}",
     "weights_only": "weights_only: {class_path: X}",
     "unknown key": "no_such_key: {class_path: X}",
+    "full key": "trainer.callbacks.class_path: X",
 }
 """Where a configuration can name a class: place -> a setting of the model or the Trainer, or at the top."""
 
@@ -113,7 +114,8 @@ def document(setting: str) -> str:
     key = setting.partition(":")[0]
     if key in ("network", "loss", "table_optimizer", "dense_optimizer", "schedule"):
         return f"model: {{{setting}}}"
-    return setting if key in ("data", "ckpt_path", "weights_only", "no_such_key") else f"trainer: {{{setting}}}"
+    at_top = ("data", "ckpt_path", "weights_only", "no_such_key", "trainer.callbacks.class_path")
+    return setting if key in at_top else f"trainer: {{{setting}}}"
 
 
 @pytest.mark.parametrize("place", NAMED)
@@ -134,6 +136,8 @@ def test_a_class_of_a_stranger_is_refused_and_not_imported(place: str, tmp_path:
         ["--trainer.profiler=stranger.Evil"],
         ["--trainer.callbacks", "section.yaml"],
         ["--trainer", "sections.yaml"],
+        ["-cnamed.yaml"],
+        ["--trainer.callbacks", "lightning_dlrm.compare.processes.subprocess.Popen"],
     ],
     ids=lambda options: options[0],
 )
@@ -141,7 +145,8 @@ def test_a_class_of_a_stranger_in_an_option_is_refused(options: list[str], tmp_p
     # Options take files too.
     Path("section.yaml").write_text("class_path: stranger.Evil")
     Path("sections.yaml").write_text("callbacks: [{class_path: stranger.Evil}]")
-    assert "stranger" in refused(*options)
+    Path("named.yaml").write_text("trainer: {callbacks: [stranger.Evil]}")
+    assert "is not imported" in refused(*options)
     assert not (tmp_path / "imported").exists() and "stranger" not in sys.modules
 
 
@@ -158,6 +163,7 @@ def test_a_class_of_a_stranger_in_an_option_is_refused(options: list[str], tmp_p
         ("Callable", "torch.utils.cpp_extension.load"),
         ("Callable", "{class_path: torch.nn.ReLU}"),
         ("Any", "torch.nn.ReLU"),
+        ("Any", "pytorch_lightning.Callback"),
         ("dict", "torch.nn.ReLU"),
         ("callback", "torch.hub.load"),
         ("callback", "pytorch_lightning.LightningModule"),
@@ -189,10 +195,12 @@ def test_own_modules_count_in_the_user_s_configurations_and_not_in_those_of_runs
     assert parsed(written(text)).trainer.callbacks[0].class_path == "own.Keeper"
     assert trust_options() == ["--trust", "own"]
     Path("run/checkpoints/last").mkdir(parents=True)
-    Path("run/checkpoints/last/manifest.json").touch()
+    for name in ("manifest.json", "rest.pt"):
+        Path("run/checkpoints/last", name).touch()
     for inside in ("run/config.yaml", "run/checkpoints/last/config.yaml"):
         assert "--trust own" in refused(written(text, inside))
         parsed("--trust", "own", written(text, inside))
+    assert trust_options() == ["--trust", "own"]
     # The next command starts without it.
     assert "--trust own" in refused(written(text, "run/config.yaml"))
     # Named by the user's own option.
@@ -206,10 +214,12 @@ def test_own_modules_count_in_the_user_s_configurations_and_not_in_those_of_runs
 def test_trust_is_never_read_from_a_file() -> None:
     text = "trust: [stranger]\ntrainer: {callbacks: [stranger.Evil]}"
     assert "trust is an option of the command line" in refused(written(text))
+    assert "config is an option of the command line" in refused(written("config: other.yaml"))
     for wrong in ("", "*", "a b", "jsonargparse", "../x"):
         with pytest.raises(UserError, match="expected the name of a module"):
             take_trust(["--trust", wrong])
     assert take_trust(["--x", "--trust=a.b", "y"]) == ["--x", "y"]
+    assert trust_options() == ["--trust", "a.b"]
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "params", "plan", "compare", "checkpoint import"])
@@ -263,9 +273,10 @@ def test_the_runs_of_a_comparison_build_no_callbacks_loggers_and_profilers() -> 
         ("trainer.callbacks", "[{class_path: own.Keeper, init_args: {table: null, anything: null}}]", None),
         ("model.dense_optimizer.weight_decay", "null", "weight_decay is null"),
         ("model.dense_optimizer.foreach", "null", None),
+        ("model.network.top_mlp", f"[1{'0' * 400}]", "top_mlp is too large"),
     ],
 )
-def test_null_where_no_none_is_taken(option: str, value: str, said: str | None) -> None:
+def test_null_where_no_none_is_taken_and_numbers_beyond_64_bits(option: str, value: str, said: str | None) -> None:
     if said is None:
         parsed(f"--{option}={value}")
     else:
@@ -298,6 +309,8 @@ def test_yaml_that_says_something_else_than_it_seems(text: str, said: str | None
 
 def test_keys_twice_in_an_option_and_configurations_at_addresses() -> None:
     assert "--trainer: the key max_steps stands twice" in refused("--trainer", "{max_steps: 1, max_steps: 2}")
+    Path("section.yaml").write_text("max_steps: 1\nmax_steps: 2")
+    assert "the key max_steps stands twice" in refused("--trainer", "section.yaml")
     for address in ("http://localhost:1/x.yaml", "memory://x.yaml"):
         assert "no configuration" in refused("--config", address)
         assert "Unable to load" in refused("--trainer", address)

@@ -29,10 +29,10 @@ from hypothesis import strategies as st
 from datamodules import writer as writing
 from datamodules.folder import Folder
 from datamodules.preprocess import command, counting, encoding, progress
-from datamodules.preprocess.criteo_tsv import BadLineError, parse
+from datamodules.preprocess.criteo_tsv import COLUMNS, BadLineError, parse
 from datamodules.preprocess.options import MLPERF_SIZES
 from datamodules.preprocess.pipeline import order_warning, preprocess
-from datamodules.preprocess.progress import Progress
+from datamodules.preprocess.progress import Progress, format_size
 from datamodules.preprocess.protocols import PROTOCOLS, Dataset
 from datamodules.preprocess.sources import find_files
 from datamodules.preprocess.staging import PIECE_BYTES
@@ -56,7 +56,7 @@ EVERY_PROTOCOL = [
     ("dlrm", {}),
     ("dlrm", {"max_rows": 1}),
     ("dlrm", {"max_rows": 10}),
-    ("dlrm", {"max_rows": 2**40, "min_count": 3}),
+    ("dlrm", {"max_rows": 2**40, "min_count": 60}),
     ("dlrm", {"negative_sampling_rate": 0.25, "seed": 7}),
     ("mlperf", {}),
     ("mlperf", {"max_rows": 7}),
@@ -396,6 +396,15 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "plain named gzip": ("day.gz", b"1\t2\n", "not gzip"),
     "no line ends": ("day", b"1\t" * (1 << 20), "fields, expected 40"),
     "carriage returns only": ("day", b"\r".join(b"1" + b"\t" * 39 for _ in range(50)), "fields, expected 40"),
+    "commas and a header": (
+        "day.csv",
+        (",".join(COLUMNS) + "\n").encode(),
+        "40 fields between commas, expected 40 betw",
+    ),
+    "a header": ("day", ("\t".join(COLUMNS) + "\n").encode(), "label is 'label', expected the label 0 or 1 (Criteo's"),
+    "Parquet": ("day", b"PAR1\x15\x04", "day is a Parquet file; expected raw Criteo text"),
+    "zip": ("day", b"PK\x03\x04\x14", "day is a zip archive"),
+    "byte order mark": ("day", b"\xef\xbb\xbf1\t", "day is text with a byte order mark"),
     "too few rows": ("day", (b"1" + b"\t" * 39 + b"\n") * 13, "too few rows: 13"),
 }
 
@@ -408,6 +417,25 @@ def test_bad_file_is_named(tmp_path: Path, case: str) -> None:
         preprocess("kaggle", "dlrm", [tmp_path / name], tmp_path / "new/out", progress=QUIET, block_bytes=10_000)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert names_in(tmp_path) == {name}
+
+
+def test_every_line_bad_is_named_although_bad_lines_are_skipped(tmp_path: Path) -> None:
+    good = written(tmp_path / "day_0", generated_lines(30))
+    (tmp_path / "day_1").write_text("1\t2\n" * 7)
+    for paths in ([tmp_path / "day_1"], [good, tmp_path / "day_1"]):
+        with pytest.raises(UserError, match=r"day_1: all 7 lines are bad, such as line 1: 2 fields, expected 40"):
+            preprocess("terabyte", "dlrm", paths, tmp_path / "out", progress=QUIET, on_bad_row="skip")
+
+
+def test_a_place_where_no_folder_can_be_made_is_named() -> None:
+    with pytest.raises(UserError, match=r"cannot write to /proc .*choose another --output"):
+        preprocess("kaggle", "dlrm", [Path(__file__)], Path("/proc/x"), progress=QUIET)
+
+
+def test_small_sizes_are_told_in_small_units() -> None:
+    assert [format_size(size) for size in (0, 999, 12_345, 123_456, 2e8)] == [
+        "0 bytes", "999 bytes", "12.3 KB", "0.1 MB", "0.2 GB"
+    ]  # fmt: skip
 
 
 def test_last_day_too_small(tmp_path: Path) -> None:
@@ -598,7 +626,7 @@ def test_known_values_are_looked_up_as_by_a_dict(tmp_path: Path) -> None:
 def test_disk_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = written(tmp_path / "train.txt", generated_lines(100))
     monkeypatch.setattr(progress.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 9000})())
-    with pytest.raises(UserError, match=r"of disk are needed, 0\.0 MB are free"):
+    with pytest.raises(UserError, match=r"of disk are needed, 9\.0 KB are free"):
         preprocess("kaggle", "dlrm", [raw], tmp_path / "out", progress=QUIET)
     assert names_in(tmp_path) == {"train.txt"}
 
@@ -611,7 +639,7 @@ def test_disk_of_the_output_too_small_is_told_before(tmp_path: Path, monkeypatch
     raw = written(tmp_path / "train.txt", generated_lines(100))
     found = progress.estimate(find_files([str(raw)]), multi_hot=False)
     assert "about 100 rows" in found.checked(tmp_path, tmp_path, 2)
-    with pytest.raises(UserError, match=r"needed for the dataset, 0\.0 MB are free at /proc; .*--output"):
+    with pytest.raises(UserError, match=r"needed for the dataset, 10 bytes are free at /proc; .*--output"):
         found.checked(tmp_path, elsewhere, 2)
 
 

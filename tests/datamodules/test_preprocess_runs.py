@@ -12,10 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from datamodules.preprocess import command, counting, encoding, pipeline, stagin
 from datamodules.preprocess.journal import find_records, written_aside
 from datamodules.preprocess.pipeline import Target, preprocess
 from datamodules.preprocess.progress import Progress, Stage
-from datamodules.preprocess.workers import Workers
+from datamodules.preprocess.workers import Workers, usable_cores
 from lightning_dlrm.__main__ import _user_error_in
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
@@ -436,6 +439,53 @@ def test_addresses_in_memory(
             make(addresses, tmp_path / "out", **options)
     with pytest.raises(UserError, match="memory://raw/none does not exist"):
         make(["memory://raw/none"], tmp_path / "out")  # type: ignore[list-item]
+
+
+class WholeFiles(SimpleHTTPRequestHandler):
+    """A server that sends the whole file for any part of it."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class NoSizes(WholeFiles):
+    def send_header(self, keyword: str, value: str) -> None:
+        if keyword != "Content-Length":
+            super().send_header(keyword, value)
+
+
+@pytest.mark.parametrize(
+    ("handler", "message"),
+    [(WholeFiles, "does not send parts of files: copy the files"), (NoSizes, "does not tell the size of the file")],
+)
+def test_servers_that_cannot_send_parts_of_files(
+    tmp_path: Path, days: list[Path], handler: type[WholeFiles], message: str
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=days[0].parent)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            address: Any = f"http://127.0.0.1:{server.server_port}/{days[0].name}"
+            with pytest.raises(UserError, match=message):
+                make([address], tmp_path / "out")
+        finally:
+            server.shutdown()
+
+
+def test_a_job_with_few_cores_and_a_long_temporary_folder_whose_messages_nobody_reads(tmp_path: Path) -> None:
+    raw = written(tmp_path / "train.txt", generated_lines(300))
+    temporary = tmp_path / ("x" * 110)
+    temporary.mkdir()
+    words = ["preprocess", "--dataset", "kaggle", "--protocol", "dlrm", "--input", str(raw), "--workers", "2"]
+    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONIOENCODING": "ascii"}
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_dlrm", *words, "--output", str(tmp_path / "ö")],
+        cwd=Path(__file__).parents[2], env=environment, stdout=subprocess.PIPE, stderr=write, check=True,
+    )  # fmt: skip
+    os.close(write)
+    assert done.stdout.decode().endswith("xf6\n") and (tmp_path / "ö/dataset.json").is_file()
+    assert usable_cores() == len(os.sched_getaffinity(0))
 
 
 def test_addresses_and_worker_processes(tmp_path: Path, days: list[Path], undisturbed: dict[str, bytes]) -> None:

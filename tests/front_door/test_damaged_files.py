@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lightning_dlrm.__main__ import main
 from tests.front_door.test_frozen_files import ARCHIVE
@@ -125,3 +126,49 @@ def test_options_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     assert "name too long" in refusal(capsys, *fit, "r" * 300)
     large = ["--model.network.embedding_dim", "100000000", "--model.network.bottom_mlp", "[64, 100000000]"]
     assert "not enough memory" in refusal(capsys, *fit, "big", *large)
+
+
+@pytest.mark.parametrize(
+    ("path", "command", "advice"),
+    [
+        ("runs/dcn/config.yaml", "compare runs/dlrm runs/dcn --output out", "restore the file from a copy"),
+        ("runs/dcn/config.yaml", "validate --config runs/dcn/config.yaml", "expected a configuration"),
+        ("plan.yaml", "plan --config dlrm.yaml --ranks 2 --plan plan.yaml", "plan --output FILE' wrote"),
+        ("arms.yaml", "compare --config arms.yaml --output out", "expected an experiment such as figure5.yaml"),
+    ],
+)
+@pytest.mark.parametrize("content", [b"a: [", b"\xff", b"[]"], ids=["not closed", "not UTF-8", "a list"])
+def test_yaml_of_another_form(
+    path: str, command: str, advice: str, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(path).write_bytes(content)
+    line = refusal(capsys, *command.split())
+    assert path in line and advice in line
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "compare runs/dlrm runs/dcn --dry-run",
+        "fit --config runs/dcn/config.yaml",
+        "predict --config runs/dcn/config.yaml --ckpt_path runs/dcn/checkpoints/best",
+        "params --config runs/dcn/config.yaml",
+    ],
+)
+def test_run_of_a_stranger_names_no_classes(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # In the user's own configurations a module of the current folder would do.
+    Path("callbacks_here.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(Path.cwd())
+    config = Path("runs/dcn/config.yaml")
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"]["callbacks"] = [{"class_path": "callbacks_here.Mine"}]
+    config.write_text(yaml.safe_dump(settings))
+    assert "add --trust callbacks_here" in refusal(capsys, *command.split())
+    if command.startswith("compare"):
+        # It parses the configuration of one run for each dataset.
+        assert main([*command.split(), "--trust", "callbacks_here"]) == 0
+        return
+    with pytest.raises(SystemExit, match="imported"):
+        main([*command.split(), "--trust", "callbacks_here"])
