@@ -66,7 +66,7 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
 
     Raises:
         UserError: a setting is wrong, the data or a checkpoint do not fit, or another rank was lost.
-        SystemExit: with 128 + signal after SIGTERM or SIGINT.
+        SystemExit: with 128 + signal after SIGTERM, SIGHUP or SIGINT.
     """
     configure_logging()
     parser = build_trainer_parser(command, description)
@@ -315,8 +315,11 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
     succeeded = False
     try:
         with deferred_signals() as received:
-            yield
-        succeeded = True
+            try:
+                yield
+                succeeded = True
+            finally:
+                finish_loggers(succeeded)
     except (SIGTERMException, KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and not received and not trainer.interrupted:
             raise
@@ -331,7 +334,6 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
             "see its output; earlier checkpoints are whole: resume with --resume auto"
         ) from error
     finally:
-        finish_loggers(succeeded)
         trained = succeeded and (job.metrics_logger is None or job.metrics_logger.samples > 0)
         if not trained and job.made_folder:
             job.folder.remove_without_results()

@@ -103,10 +103,10 @@ def save_checkpoint(
         ranks.run_on_rank_zero(begin)
         written = ranks.run_on_all_ranks(write_pieces)
         ranks.run_on_rank_zero(finish)
-    except UserError:
+    finally:
+        # After an error or Ctrl-C; a complete checkpoint has another name by now.
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def staging_bytes(pieces: Sequence[PieceTensors]) -> int:
@@ -147,8 +147,9 @@ def link_checkpoint(source: Path, folder: Path) -> None:
         shutil.copytree(source, partial, copy_function=_link_or_copy)
         _publish(partial, folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot keep {source} as {folder}: {error}; free disk space, then resume") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def resolve_checkpoint(folder: Path) -> Path:
