@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import yaml
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -32,6 +33,8 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PREDICTIONS = "predictions.parquet"
 WANDB = "wandb"
+BOUNDS = ("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs", "limit_train_batches")
+"""Settings of the trainer that end a fit."""
 
 
 def curves_file(stage: str) -> str:
@@ -73,7 +76,7 @@ class RunFolder:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"--run_dir {path} is a file; give an empty folder or a new one")
-        if path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
+        if path.exists() and any(not entry.name.startswith(LOCK) for entry in path.iterdir()):
             raise UserError(
                 f"the run folder {path} exists and is not empty; continue that run with --resume auto, "
                 "or choose another --run_dir"
@@ -88,7 +91,7 @@ class RunFolder:
         Raises:
             UserError: the folder does not hold a run.
         """
-        found = {entry.name for entry in path.iterdir()} - {LOCK}
+        found = {entry.name for entry in path.iterdir() if not entry.name.startswith(LOCK)}
         if found and not found & {CONFIG, METRICS, "checkpoints", WANDB}:
             raise UserError(
                 f"{path} is not a run folder: it holds {min(found)} and no {CONFIG}; give the folder of the run to "
@@ -183,9 +186,9 @@ class RunFolder:
             log.info("the lines of %s after step %s are set aside in %s", self.metrics, step, aside)
 
     def write_config(self, text: str) -> None:
-        """Write ``config.yaml``; one with other settings is set aside."""
+        """Write ``config.yaml``; one with other settings than the bounds of the fit is set aside."""
         path = self.path / CONFIG
-        if path.exists() and path.read_text() != text:
+        if path.exists() and _without_bounds(path.read_text()) != _without_bounds(text):
             log.info("%s has other settings and is set aside as %s", path, set_aside(path))
         self.write_text(CONFIG, text)
 
@@ -246,6 +249,16 @@ def _free_name(path: Path) -> Path:
     date = datetime.datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     names_of_today = (path.with_name(f"{path.stem}-{date}{n or ''}{path.suffix}") for n in itertools.count())
     return next(name for name in names_of_today if not name.exists())
+
+
+def _without_bounds(text: str) -> Any:
+    """Return a configuration without the settings that end a fit."""
+    try:
+        document = yaml.safe_load(text)
+        trainer = {key: value for key, value in document["trainer"].items() if key not in BOUNDS}
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError):
+        return text
+    return document | {"trainer": trainer, "stop_at_auc": None}
 
 
 def _create_folder(path: Path) -> None:
