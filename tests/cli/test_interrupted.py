@@ -42,7 +42,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "closing": (run_module, "finish_loggers", 1),
 }
 """Moment -> owner and name of a function, and the call before which the signal comes."""
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+SIGNALS: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 CASES = list(itertools.product(MOMENTS, SIGNALS))
 DEFAULT = {(moment, list(SIGNALS)[i % 3]) for i, moment in enumerate(MOMENTS)}
 
@@ -187,11 +187,37 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(kills: int, steps:
     assert_same_runs(Path("run"), Path("whole"))
 
 
+SHARDED = ["--trainer.strategy=embedding_sharded_ddp", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_ranks_end_together_after_a_signal_to_one_of_them_or_to_all() -> None:
+    fit = [*CHAOS, *SHARDED, "--trainer.max_epochs=-1", "--trainer.max_steps=1000", "--resume=auto"]
+    draw = random.Random(3)
+    for to_all, sent in [
+        (True, signal.SIGTERM),
+        (False, signal.SIGTERM),
+        (True, signal.SIGHUP),
+        (False, signal.SIGHUP),
+    ]:
+        processes = start([*fit, "--run_dir", str(Path("run").absolute())], 2)
+        logged = lines_of("run")
+        while lines_of("run") == logged and processes[0].poll() is None:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 1.5))
+        for process in processes if to_all else processes[:1]:
+            process.send_signal(sent)
+        said = [process.communicate(timeout=40)[0] for process in processes]
+        assert [process.returncode for process in processes] == [SIGNALS[sent], SIGNALS[sent if to_all else 15]], said
+        assert "continue with: python -m lightning_dlrm" in said[0] and not left_over(Path("run"))
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_ranks_killed_at_random_moments_end_the_same_in_float64() -> None:
     fit = [*CHAOS, "--trainer.max_epochs=-1", "--trainer.max_steps=300", "--trainer.precision=64-true"]
-    fit += ["--trainer.strategy=embedding_sharded_ddp", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    fit += SHARDED
     processes = start([*fit, "--run_dir", str(Path("whole").absolute())], 2)
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
