@@ -33,6 +33,11 @@ NEEDED = (
 """Keys of a run's summary without which it cannot be compared."""
 
 
+_SECTIONS = {"seed_everything": int, "model": dict, "data": dict, "trainer": dict, "wandb": dict}
+"""Keys of a run's configuration that are read here, with the types of their values."""
+_DAMAGED = "the run folder is damaged: restore the file from a copy, or train the run again"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One finished fit."""
@@ -126,6 +131,9 @@ def read_run(path: Path, name: str | None = None) -> Run:
         UserError: the folder is not a run, its fit has not ended, or its summary lacks a number.
     """
     config = _read(path / CONFIG, f"{path} is not a run folder: give a folder that fit wrote with --run_dir")
+    for key, kind in _SECTIONS.items():
+        if not isinstance(config.get(key), kind):
+            raise UserError(f"{path / CONFIG} has no {key} as fit writes it; {_DAMAGED}")
     again = f"python -m lightning_dlrm fit --config {path / CONFIG} --run_dir {path} --resume auto"
     summary = _read(path / SUMMARY, f"the run {path} is not finished; end it with: {again}")
     final = summary.get("final", {})
@@ -153,7 +161,7 @@ def _read(path: Path, missing: str) -> dict[str, Any]:
         raise UserError(missing + ("" if path.parent.is_dir() else f" (there is no folder {path.parent})"))
     if path.suffix == ".json":
         return read_json(path, dict[str, Any], "train the run again")
-    return read_yaml(path, "the run folder is damaged: restore the file from a copy, or train the run again")
+    return read_yaml(path, _DAMAGED)
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:
