@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from datamodules.folder import Folder
 from datamodules.preprocess.encoding import Encoding, distinct_values, read_items, scratch_folder, write_ids
 from datamodules.preprocess.journal import record, recorded, written_aside
-from datamodules.preprocess.protocols import KINDS, Table, by_frequency, trained
+from datamodules.preprocess.protocols import KINDS, Table, by_frequency, trained_ids
 from datamodules.preprocess.staging import OpenSegment, Segment, load_segments, rows_of
 from datamodules.preprocess.transforms import quantile_edges
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema, SplitName
@@ -63,7 +63,7 @@ def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
         _write_vocabulary(encoding, table, spread, first_id, kept, missing_rows, rare_rows, modulus)
         write_ids(encoding, table, _ids_of_segments(encoding, table, spread, modulus))
     if encoding.protocol.trained_rows:
-        reserved = trained(reserved, missing_rows, rare_rows, rows)
+        reserved = trained_ids(reserved, missing_rows, rare_rows, rows)
     facts = {
         "cardinality": modulus or rows,
         "distinct": kept + rare_values,

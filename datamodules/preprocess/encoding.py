@@ -217,12 +217,12 @@ def _encoded(
         ids = read_items(encoding.ids(table), np.dtype(np.int32), begin, end)
         column = tables[table.name]
         counts = np.bincount(codes[rows], minlength=len(ids))
+        cells[table.name]["missing"] += int(counts[-1])
+        counts[-1] = 0  # whatever value missing ones count as
+        # Without an id for unknown values they get that of rare ones, or the last: the rarest value's, trained least.
         unknown = column.reserved.get("unknown", column.reserved.get("rare", column.cardinality - 1))
         for kind, of_kind in KINDS.items():
-            is_kind = ids == of_kind
-            if kind == "missing":
-                is_kind[-1] = True  # also if missing values count as a value
-            cells[table.name][kind] += int(counts[is_kind].sum())
+            cells[table.name][kind] += int(counts[ids == of_kind].sum())
             ids[ids == of_kind] = column.reserved.get(kind, unknown)
         ids = ids.take(codes[rows])
         is_bag = column.role == "multi_hot"

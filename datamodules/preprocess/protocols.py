@@ -219,7 +219,7 @@ class Protocol:
     reserved: Mapping[str, int] = field(default_factory=dict)
     """Ids of ``missing``, ``rare`` and ``unknown`` values; several may share one."""
     trained_rows: bool = False
-    """Whether reserved ids without a row in training give way to others, see ``trained``."""
+    """Whether reserved ids without a row in training give way to others, see ``trained_ids``."""
     lists_rare: bool = False
     """Whether the vocabulary lists rare values, so that they can be told from unknown ones in other rows."""
     counts: Literal["all rows", "the training split"]
@@ -261,7 +261,7 @@ KINDS: Mapping[str, int] = {"missing": -1, "rare": -2, "unknown": -3}
 """Stand-ins for the reserved ids of a table, until it is counted."""
 
 
-def trained(reserved: Mapping[str, int], missing_rows: int, rare_rows: int, table_rows: int) -> dict[str, int]:
+def trained_ids(reserved: Mapping[str, int], missing_rows: int, rare_rows: int, table_rows: int) -> dict[str, int]:
     """Return reserved ids of which each has rows in training, so that no row answers as it was initialised.
 
     Without rare values, rare and unknown ones get the last id, that of the rarest value; without missing values,

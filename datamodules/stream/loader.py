@@ -1,7 +1,6 @@
 """The loaders that Lightning iterates: batches from a background thread, and a position to resume from."""
 
 import logging
-import math
 import threading
 import time
 import weakref
@@ -18,9 +17,8 @@ from datamodules.stream.rows import Decoder, Rows
 from datamodules.stream.sources import CachedRows, Source, Window, batches_at_once, cache_rows, read_batches
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import require
+from lightning_dlrm.contracts.memory import available_memory
 from lightning_dlrm.contracts.schema import DatasetSchema, SplitName
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -28,23 +26,6 @@ Cache = Literal["none", "memory"]
 
 _BATCHES_AHEAD = 32
 _BYTES_AHEAD = 256 * 2**20
-
-
-def available_memory() -> float:
-    """Return the bytes that can be allocated without swapping, within a container's limit; infinite if the
-    system does not say."""
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    except OSError:
-        return math.inf
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    try:
-        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cached = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        # Cached file content gives way.
-        return min(available, limit - used + int(cached["inactive_file"]))
-    except (OSError, ValueError):  # no such control group, or no limit ("max")
-        return available
 
 
 class Loader:

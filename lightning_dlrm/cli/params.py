@@ -13,9 +13,9 @@ from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser
 from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.engine.memory import DEFAULT_BATCH_SIZE, count_memory
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.network import ModelSize, model_size
-from lightning_dlrm.optim.dense import dense_state_bytes
 
 
 def run(arguments: Sequence[str], description: str) -> int:
@@ -26,7 +26,7 @@ def run(arguments: Sequence[str], description: str) -> int:
     if options.match is not None:
         return _match(options, rest)
     built = build_model_and_data(arguments, _parser(description))
-    sizes = count(built.module)
+    sizes = count(built.module, getattr(built.datamodule, "batch_size", DEFAULT_BATCH_SIZE))
     if built.settings.json:
         print(json.dumps(sizes, indent=1))
     else:
@@ -85,28 +85,25 @@ def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def count(module: CTRModule) -> dict[str, int | None]:
-    """Return the number of parameters, of FLOPs per sample (None if they are not known), and of bytes of parameters and
-    optimizer state."""
+def count(module: CTRModule, batch_size: int = DEFAULT_BATCH_SIZE) -> dict[str, int | None]:
+    """Return the number of parameters, of FLOPs per sample (None if they are not known), and of bytes that a fit in one
+    process takes."""
     size = module.size
     with torch.device("meta"):
         network = module.make_network(module.schema.features, module.seed)
-    tables = [lookup.weight for lookup in network.lookups()]
-    trained = [lookup for lookup in network.lookups() if lookup.weight.requires_grad]
-    dense = network.dense_parameters()
+    memory = count_memory(module, network, batch_size)
     return {
         "tables": size.tables,
         "dense": size.dense,
         "total": size.total,
         "flops_per_sample_forward": size.flops_per_sample_forward or None,
         "flops_per_sample_training": size.flops_per_sample_training or None,
-        "bytes_weights": sum(p.numel() * p.element_size() for p in (*tables, *dense)),
-        "bytes_optimizer_tables": sum(
-            values.nbytes
-            for lookup in trained
-            for values in module.rule_of(lookup, network).state(lookup.weight.detach()).values()
-        ),
-        "bytes_optimizer_dense": dense_state_bytes(module.dense_optimizer, dense),
+        "bytes_weights": memory["tables"] + memory["dense"],
+        "bytes_optimizer_tables": memory["optimizer_tables"],
+        "bytes_optimizer_dense": memory["optimizer_dense"],
+        "bytes_averages": memory["averages"],
+        "bytes_gradients": memory["gradients"],
+        "bytes_total": memory.total(),
     }
 
 

@@ -19,7 +19,7 @@ from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build
 from lightning_dlrm.cli.plan_report import describe_places, describe_plan, plan_document
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
+from lightning_dlrm.engine.memory import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.balance import make_plan, place_tables
 from lightning_dlrm.sharding.costs import TableLoad, parse_bytes, parse_memory, rank_costs, table_costs

@@ -304,7 +304,7 @@ def _check_class(made: Any, given: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _arguments_of(made: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the defaults and the types of the arguments of a function, or of a class and those that it derives from."""
+    """Return the defaults and the types of the arguments of a function, or of a class and its base classes."""
     defaults: dict[str, Any] = {}
     kinds: dict[str, Any] = {}
     for base in reversed(inspect.getmro(made)) if inspect.isclass(made) else [made]:

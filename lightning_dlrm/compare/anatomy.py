@@ -20,7 +20,9 @@ from lightning_dlrm.bench.breakdown import KINDS, by_kind, profile_steps
 from lightning_dlrm.cli.parser import build_model_and_data
 from lightning_dlrm.cli.version import code_version
 from lightning_dlrm.compare.runs import Arm, Run
-from lightning_dlrm.engine.strategy import DEFAULT_BATCH_SIZE, table_loads
+from lightning_dlrm.contracts.documents import read_json
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine.memory import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.sharding.balance import make_plan
 from lightning_dlrm.sharding.costs import RankCost, TableLoad, parse_memory, rank_costs
 from lightning_dlrm.sharding.plan import Plan, read_plan
@@ -129,10 +131,10 @@ def breakdown(arms: Sequence[Arm], cache: Path) -> tuple[dict[str, dict[str, flo
 
 def _known(cache: Path) -> dict[str, dict[str, float]]:
     try:
-        known: dict[str, dict[str, float]] = json.loads(cache.read_text())
-    except (OSError, ValueError):
+        known = read_json(cache, dict[str, dict[str, float]], "it is measured again")
+    except UserError:
         return {}
-    return known
+    return {key: times for key, times in known.items() if set(times) == set(KINDS)}
 
 
 def _key(arm: Arm) -> str:

@@ -8,6 +8,9 @@ class UserError(ValueError):
     was found, what was expected and what to do.
     """
 
+    on_all_ranks = False
+    """Whether every rank raises it; the first one of a machine prints it."""
+
 
 def one_line(error: BaseException) -> str:
     """Return the message of an error on one line."""

@@ -21,6 +21,7 @@ from lightning_dlrm.engine.evaluation import Evaluation
 from lightning_dlrm.engine.fit_length import fit_length, planned_steps, refuse_longer_fit
 from lightning_dlrm.engine.guards import LossGuard, Position
 from lightning_dlrm.engine.loading import KEY, describe_module, load_module, plain_options
+from lightning_dlrm.engine.memory import require_memory
 from lightning_dlrm.engine.timing import StepTimer
 from lightning_dlrm.engine.transfer import SideStream
 from lightning_dlrm.kernels.choice import Kernels, choose
@@ -153,6 +154,9 @@ class CTRModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         check_checkpoint_plugin(self.trainer)
+        # With several ranks, the strategy compares the memory after it has made its plan.
+        if self.trainer.world_size == 1 and not hasattr(self, "network"):
+            require_memory(self)
 
     def configure_model(self) -> None:
         # Lightning calls this once for every fit, validate, test and predict.

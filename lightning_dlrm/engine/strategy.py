@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dlrm.contracts.errors import require
+from lightning_dlrm.engine.memory import batch_size_of, require_memory, table_loads
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.balance import make_plan, refuse_cut_tables
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
 from lightning_dlrm.sharding.costs import TableLoad, imbalance, parse_memory, rank_costs
@@ -28,9 +27,6 @@ from lightning_dlrm.tracking import names
 log = logging.getLogger("lightning_dlrm")
 
 NAME = "embedding_sharded_ddp"
-
-DEFAULT_BATCH_SIZE = 2048
-"""Batch size for the plan if the datamodule has no ``batch_size``; it changes the balance of a plan little."""
 
 
 class EmbeddingShardedDDP(DDPStrategy):
@@ -92,7 +88,9 @@ class EmbeddingShardedDDP(DDPStrategy):
         data = {"the data's fingerprint": module.data_schema().data_fingerprint}
         compare_ranks(self.facts | data, ranks)
         if self.plan is None:
-            self.plan = self._agreed_plan(module, ranks)
+            self.plan = plan = self._agreed_plan(module, ranks)
+            # All ranks look at the free memory before one of them allocates.
+            ranks.run_on_all_ranks(lambda: require_memory(module, plan))
         with placed_by(partial(ShardedPlacement, plan=self.plan, ranks=ranks, wire=self._wire)):
             yield
         sharded = {id(lookup.weight) for lookup in module.network.lookups()}
@@ -198,47 +196,6 @@ class EmbeddingShardedDDP(DDPStrategy):
 
 
 StrategyRegistry.register(NAME, EmbeddingShardedDDP, description="DDP with embedding tables in pieces over all ranks")
-
-
-def table_loads(
-    network: CTRNetwork, module: CTRModule, skew: float = 1.0, indices: Mapping[str, float] | None = None
-) -> list[TableLoad]:
-    """Return the loads of a network's tables, from which plans are made.
-
-    Args:
-        network: the module's network; it may be on the meta device.
-        module: module with the tables' update rules.
-        skew: skew of every table's ids; see TableLoad.
-        indices: column -> mean number of ids in a sample's bag; by default that of the data's schema, or 1.
-    """
-    schema = module.data_schema()
-    indices = schema.indices if indices is None else indices
-    loads = []
-    for lookup in network.lookups():
-        row = torch.empty(1, lookup.width, dtype=lookup.weight.dtype, device="meta")
-        kept = [row, *(module.rule_of(lookup, network).state(row).values() if lookup.weight.requires_grad else ())]
-        bytes_per_row = sum(tensor.numel() * tensor.element_size() for tensor in kept)
-        # If a table is split between a device and its host, each lookup has a part.
-        loads += [
-            TableLoad(
-                name=table.name,
-                rows=stop - start,
-                width=lookup.width,
-                bytes_per_row=bytes_per_row,
-                indices_per_sample=indices.get(table.name.partition("/")[0], 1.0),
-                factors=bool(schema.by_role("weights")),
-                may_pool=lookup.may_pool,
-                on_host=lookup.storage.on_host,
-                skew=skew,
-            )
-            for table, (start, stop) in zip(lookup.tables, lookup.ranges, strict=True)
-        ]
-    return loads
-
-
-def batch_size_of(trainer: pl.Trainer) -> int:
-    """Return the number of samples of a global training batch."""
-    return getattr(trainer.datamodule, "batch_size", DEFAULT_BATCH_SIZE)  # type: ignore[attr-defined]
 
 
 def compare_ranks(facts: Mapping[str, Any], ranks: Ranks) -> None:

@@ -35,7 +35,8 @@ def make_schedule(schedule: Schedule, optimizer: Optimizer, total_steps: Callabl
         total_steps: returns the optimizer steps of the whole fit; called if the schedule needs them.
 
     Raises:
-        UserError: a setting is out of range, or the schedule follows a metric.
+        UserError: a setting is out of range, the warm-up takes more than half of the fit, or the schedule follows a
+            metric.
     """
     settings = {"total_steps": total_steps()} if needs_total_steps(schedule) else {}
     try:
@@ -53,7 +54,23 @@ def make_schedule(schedule: Schedule, optimizer: Optimizer, total_steps: Callabl
         "schedule ReduceLROnPlateau follows a metric of validations, and schedules here are stepped after each "
         "optimizer step: choose another schedule, such as WarmupThenDecay",
     )
+    _require_short_warmup(getattr(made, "warmup_steps", 0), schedule_name(schedule), total_steps)
     return made
+
+
+def _require_short_warmup(warmup_steps: int, name: str, total_steps: Callable[[], int]) -> None:
+    """Refuse a warm-up of more than half of the fit: the rate would hardly reach its value."""
+    if not warmup_steps:
+        return
+    try:
+        steps = total_steps()
+    except UserError:
+        return  # nothing bounds the fit
+    require(
+        2 * warmup_steps <= steps,
+        f"{name}: warmup_steps is {warmup_steps}, more than half of the fit's {steps} steps; give at most {steps // 2} "
+        "or a schedule with warmup_share, such as WarmupThenDecay",
+    )
 
 
 class StepSchedule(LRScheduler):
@@ -178,7 +195,7 @@ class WarmupQuadraticDecay(StepSchedule):
 
     Args:
         optimizer: optimizer whose learning rates change.
-        warmup_steps: steps of linear warm-up.
+        warmup_steps: steps of linear warm-up, at most half of the fit.
         decay_start_step: first step of the decay; not before the end of the warm-up.
         decay_steps: length of the decay; 0 for none.
     """
@@ -225,13 +242,8 @@ def _warmup(name: str, steps: int | None, share: float, total_steps: int) -> int
     """Return the steps of a warm-up, given as steps or as a share of the fit.
 
     Raises:
-        UserError: they are negative, or more than half of the fit: the rate would hardly reach its value.
+        UserError: they are out of range.
     """
     require(0 <= share <= 0.5, f"{name}: warmup_share is {share}; give a share of the fit, 0 to 0.5")
     require(steps is None or steps >= 0, f"{name}: warmup_steps is {steps}; give 0 or more")
-    require(
-        steps is None or 2 * steps <= total_steps,
-        f"{name}: warmup_steps is {steps}, more than half of the fit's {total_steps} steps; give at most "
-        f"{total_steps // 2}, or leave it out and give warmup_share",
-    )
     return round(share * total_steps) if steps is None else steps

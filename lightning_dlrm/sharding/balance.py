@@ -28,6 +28,8 @@ from lightning_dlrm.sharding.plan import Piece, Plan
 
 _CHUNKS_PER_RANK = (1, 2, 4, 8)
 _GOOD_IMBALANCE = 1.1
+MOST_RANKS = 4096
+"""A plan for more would take longer than 10 s."""
 # A rank with this many times its fair load gets no more while other ranks have less.
 _FULL = 1.02
 # The smallest share of a fair load that is worth cutting a piece for.
@@ -59,8 +61,8 @@ def make_plan(
         UserError: the tables do not fit; the message has the missing bytes and the remedies.
     """
     require(
-        ranks >= 1 and batch_size >= 1,
-        f"a plan needs 1 rank or more and a batch of 1 or more; got {ranks} and {batch_size}",
+        1 <= ranks <= MOST_RANKS and batch_size >= 1,
+        f"a plan needs 1 to {MOST_RANKS:,} ranks and a batch of 1 or more; got {ranks} and {batch_size}",
     )
     refuse_cut_tables(tables)
     limits = _limits(memory, ranks)

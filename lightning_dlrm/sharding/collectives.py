@@ -100,12 +100,14 @@ class Ranks:
         """
         try:
             result = {"value": action()}
-        except UserError as error:
-            result = {"error": str(error)}
+        except UserError as mistake:
+            result = {"error": str(mistake)}
         results = self.all_gather_json(result)
         for result in results:
             if "error" in result:
-                raise UserError(result["error"])
+                error = UserError(result["error"])
+                error.on_all_ranks = True
+                raise error
         return [result["value"] for result in results]
 
     def run_on_rank_zero(self, action: Callable[[], Any]) -> Any:

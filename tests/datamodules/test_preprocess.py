@@ -56,7 +56,7 @@ EVERY_PROTOCOL = [
     ("dlrm", {}),
     ("dlrm", {"max_rows": 1}),
     ("dlrm", {"max_rows": 10}),
-    ("dlrm", {"max_rows": 2**40, "min_count": 3}),
+    ("dlrm", {"max_rows": 2**40, "min_count": 60}),
     ("dlrm", {"negative_sampling_rate": 0.25, "seed": 7}),
     ("mlperf", {}),
     ("mlperf", {"max_rows": 7}),

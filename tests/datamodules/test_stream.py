@@ -37,6 +37,7 @@ from datamodules.stream import sources
 from datamodules.stream.loader import BackgroundIterator, Loader, TrainingLoader
 from datamodules.stream.order import Order, _shares, bijection, permutation
 from datamodules.writer import DatasetWriter, data_file
+from lightning_dlrm.contracts import memory
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Column, DatasetSchema, Split
@@ -707,15 +708,15 @@ def hold_all(folder: Path, schema: DatasetSchema) -> sources.Rows:
 
 
 def test_available_memory_heeds_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_module, "_CGROUP", tmp_path)
-    free = loader_module.available_memory()
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    free = memory.available_memory()
     assert free is not None and 2**24 < free < 2**50
     contents = {"max": "9000", "current": "5000", "stat": "anon 3\ninactive_file 1000\n"}
     for name, content in contents.items():
         (tmp_path / f"memory.{name}").write_text(content)
-    assert loader_module.available_memory() == 5000
+    assert memory.available_memory() == 5000
     (tmp_path / "memory.max").write_text("max\n")
-    assert loader_module.available_memory() == pytest.approx(free, rel=0.5)
+    assert memory.available_memory() == pytest.approx(free, rel=0.5)
 
 
 def test_batches_for_a_gpu_are_pinned_in_the_readers_thread(

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from lightning_dlrm.cli.params import count
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.gradient import RowGradient
-from lightning_dlrm.engine.strategy import table_loads
+from lightning_dlrm.engine.memory import table_loads
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.optim.compatibility import torch_configuration
 from lightning_dlrm.optim.dense import DenseOptimizer
@@ -220,8 +220,8 @@ def test_a_decay_before_the_warm_up_ends_is_refused() -> None:
 
 def test_formulas_of_schedules() -> None:
     published = partial(WarmupQuadraticDecay, warmup_steps=4, decay_start_step=6, decay_steps=2)
-    assert rates(published, 9, 8.0) == [2.0, 4.0, 6.0, 6.0, 6.0, 8.0, 2.0, 2.0, 2.0]
-    assert rates(partial(WarmupQuadraticDecay, warmup_steps=2), 50, 8.0)[-1] == 8.0
+    assert rates(published, 9, 8.0, 9) == [2.0, 4.0, 6.0, 6.0, 6.0, 8.0, 2.0, 2.0, 2.0]
+    assert rates(partial(WarmupQuadraticDecay, warmup_steps=2), 50, 8.0, 50)[-1] == 8.0
     assert rates(Constant, 3, 8.0) == [8.0] * 3
     assert rates(partial(WarmupThenDecay, warmup_steps=2), 9, 16.0, 8) == [8, 16, 16, 16, 16, 9, 4, 1, 0]
     assert rates(partial(WarmupThenDecay, decay_share=0.0), 8, 16.0, 8)[-1] == 16.0
@@ -252,10 +252,10 @@ def test_a_schedule_that_cannot_be_made_is_refused_before_the_data_are_prepared(
         Cosine(torch.optim.SGD([torch.zeros(1)], lr=1.0))
 
 
-@pytest.mark.parametrize("schedule", [WarmupThenDecay, Cosine])
-def test_a_warm_up_above_half_of_the_fit_is_refused(schedule: type[WarmupThenDecay | Cosine]) -> None:
+@pytest.mark.parametrize("schedule", [WarmupThenDecay, Cosine, partial(WarmupQuadraticDecay, decay_start_step=30)])
+def test_a_warm_up_above_half_of_the_fit_is_refused(schedule: Schedule) -> None:
     rates(partial(schedule, warmup_steps=28), 1, total_steps=57)
-    message = r"warmup_steps is 29, more than half of the fit's 57 steps; give at most 28, or leave it out and give w"
+    message = r"warmup_steps is 29, more than half of the fit's 57 steps; give at most 28 or a schedule with w"
     with pytest.raises(UserError, match=message):
         rates(partial(schedule, warmup_steps=29), 1, total_steps=57)
 

@@ -1,0 +1,175 @@
+"""Memory that a run takes, counted before a row is allocated, and its refusal if a machine has less."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import pytorch_lightning as pl
+import torch
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.memory import available_memory
+from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.optim.dense import dense_state_bytes
+from lightning_dlrm.sharding.costs import TableLoad, format_bytes
+from lightning_dlrm.sharding.plan import Plan
+
+if TYPE_CHECKING:
+    from lightning_dlrm.engine.module import CTRModule
+
+DEFAULT_BATCH_SIZE = 2048
+"""Batch size for the plan if the datamodule has no ``batch_size``; it changes the balance of a plan little."""
+
+
+def count_memory(
+    module: "CTRModule",
+    network: CTRNetwork,
+    samples: float,
+    training: bool = True,
+    rows: Mapping[str, int] | None = None,
+    on_host: bool | None = None,
+) -> Counter[str]:
+    """Return the bytes that a rank takes: ``tables``, ``dense``, and in training ``optimizer_tables``,
+    ``optimizer_dense``, ``averages`` and ``gradients``.
+
+    Gradients are those of dense parameters, and the vectors of a batch with the gradients of vectors and rows.
+    Activations of layers, and batches that are read ahead, are not counted.
+
+    Args:
+        module: the module; nothing is allocated.
+        network: its network; it may be on the meta device.
+        samples: samples of a batch on this rank.
+        training: whether the run is a fit.
+        rows: rows of each table that the rank holds; None for all rows.
+        on_host: count only tables in host memory (true), or only the rest (false).
+    """
+    found: Counter[str] = Counter()
+    averages = training and module.averaging is not None
+    element = max((lookup.weight.element_size() for lookup in network.lookups()), default=0)
+    for load in table_loads(network, module):
+        if on_host is not None and load.on_host != on_host:
+            continue
+        held, row = load.rows if rows is None else rows.get(load.name, 0), load.width * element
+        found["tables"] += held * row
+        found["optimizer_tables"] += training * held * (load.bytes_per_row - row)
+        # An average in float32, and the number of steps in it.
+        found["averages"] += averages * held * (4 * load.width + 4)
+        found["gradients"] += training * int(samples * load.width * (2 * element + 4 * load.indices_per_sample))
+    if not on_host:
+        dense = network.dense_parameters()
+        size = sum(parameter.nbytes for parameter in dense)
+        found["dense"] += size
+        if training:
+            # Counting steps once with zeros, for which layers that do not fit leave no room.
+            fits = 4 * size <= available_memory()
+            found["optimizer_dense"] += dense_state_bytes(module.dense_optimizer, dense) if fits else 0
+            found["gradients"] += size
+            found["averages"] += averages * 4 * sum(parameter.numel() for parameter in dense)
+    return found
+
+
+def require_memory(module: "CTRModule", plan: Plan | None = None) -> None:
+    """Refuse a run that needs more memory than this rank's device, or this machine, has free.
+
+    Args:
+        module: module with a trainer, before its network is built.
+        plan: rows of each rank; None if one process holds all rows.
+
+    Raises:
+        UserError: there is too little memory; the message says what would fit.
+    """
+    trainer = module.trainer
+    with trainer.precision_plugin.module_init_context(), torch.device("meta"):
+        network = module.make_network(module.schema.features, module.seed)
+    ranks = range(trainer.node_rank * trainer.num_devices, (trainer.node_rank + 1) * trainer.num_devices)
+    rows = dict.fromkeys(ranks) if plan is None else {rank: rows_on_rank(plan, rank) for rank in ranks}
+    samples, device = batch_size_of(trainer) / trainer.world_size, trainer.strategy.root_device
+
+    def needed(rank: int, on_host: bool | None) -> Counter[str]:
+        return count_memory(module, network, samples, bool(trainer.training), rows[rank], on_host)
+
+    loads = table_loads(network, module)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        _require(needed(trainer.global_rank, False), free, f"the device {device}", loads)
+    on_host = True if device.type == "cuda" else None
+    everything = sum((needed(rank, on_host) for rank in ranks), start=Counter())
+    _require(everything, available_memory(), "this machine", loads)
+
+
+def rows_on_rank(plan: Plan, rank: int) -> dict[str, int]:
+    """Return the rows of each table that a rank holds."""
+    return {name: sum(p.rows for p in pieces if p.rank == rank) for name, pieces in plan.tables.items()}
+
+
+def _require(needed: Counter[str], free: float, where: str, loads: Sequence[TableLoad]) -> None:
+    total = needed.total()
+    if total <= free:
+        return
+    named = {name.replace("optimizer_", "optimizer state of "): size for name, size in needed.most_common()}
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in named.items() if size > total / 100)
+    raise UserError(
+        f"this run needs {format_bytes(total)} of memory ({parts}), and {where} has {format_bytes(free)} free; "
+        f"what would fit: {'; '.join(_remedies(needed, free, where, loads))}"
+    )
+
+
+def _remedies(needed: Counter[str], free: float, where: str, loads: Sequence[TableLoad]) -> list[str]:
+    """Return what would need less memory than ``free`` bytes; each entry would do alone."""
+    total, found = needed.total(), []
+    row_wise = total - needed["optimizer_tables"] + 4 * sum(load.rows for load in loads)
+    if row_wise <= free:
+        found.append(f"--model.table_optimizer RowWiseAdagrad takes {format_bytes(row_wise)}")
+    # Each rank has a copy of the dense layers.
+    copied = 2 * needed["dense"] + needed["optimizer_dense"]
+    if copied >= free:
+        return ["narrower layers"]
+    width = int(max((load.width for load in loads), default=0) * (free - copied) / (total - copied))
+    if width >= 1:
+        found.append(f"vectors of width {width} or less")
+    if where != "this machine":
+        found.append("tables in host memory, chosen by 'python -m lightning_dlrm plan --device-memory'")
+    count, kind = math.ceil((total - copied) / (free - copied)), "machines" if where == "this machine" else "devices"
+    return [*found, f"{count} such {kind} with --trainer.strategy embedding_sharded_ddp"]
+
+
+def table_loads(
+    network: CTRNetwork, module: "CTRModule", skew: float = 1.0, indices: Mapping[str, float] | None = None
+) -> list[TableLoad]:
+    """Return the loads of a network's tables, from which plans are made.
+
+    Args:
+        network: the module's network; it may be on the meta device.
+        module: module with the tables' update rules.
+        skew: skew of every table's ids; see TableLoad.
+        indices: column -> mean number of ids in a sample's bag; by default that of the data's schema, or 1.
+    """
+    schema = module.data_schema()
+    indices = schema.indices if indices is None else indices
+    loads = []
+    for lookup in network.lookups():
+        row = torch.empty(1, lookup.width, dtype=lookup.weight.dtype, device="meta")
+        kept = [row, *(module.rule_of(lookup, network).state(row).values() if lookup.weight.requires_grad else ())]
+        bytes_per_row = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        # If a table is split between a device and its host, each lookup has a part.
+        loads += [
+            TableLoad(
+                name=table.name,
+                rows=stop - start,
+                width=lookup.width,
+                bytes_per_row=bytes_per_row,
+                indices_per_sample=indices.get(table.name.partition("/")[0], 1.0),
+                factors=bool(schema.by_role("weights")),
+                may_pool=lookup.may_pool,
+                on_host=lookup.storage.on_host,
+                skew=skew,
+            )
+            for table, (start, stop) in zip(lookup.tables, lookup.ranges, strict=True)
+        ]
+    return loads
+
+
+def batch_size_of(trainer: pl.Trainer) -> int:
+    """Return the number of samples of a global training batch."""
+    return getattr(trainer.datamodule, "batch_size", DEFAULT_BATCH_SIZE)  # type: ignore[attr-defined]
