@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.cli.parser import PublishedScore
 from lightning_dlrm.contracts.documents import parse_json, read_json, read_yaml
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.retired import update_document
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY, RunFolder
@@ -32,6 +32,11 @@ NEEDED = (
     names.FLOPS_FORWARD, names.FLOPS_TRAINING, names.RANKS, names.BYTES_PER_RANK, *DATA,
 )  # fmt: skip
 """Keys of a run's summary without which it cannot be compared."""
+
+
+_SECTIONS = {"seed_everything": int, "model": dict, "data": dict, "trainer": dict, "wandb": dict}
+"""Keys of a run's configuration that are read here, with the types of their values."""
+_DAMAGED = "the run folder is damaged: restore the file from a copy, or train the run again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +125,6 @@ def _class_name(value: Any) -> Any:
     return value.rpartition(".")[2] if ours else value
 
 
-_RESTORE = "the run folder is damaged: restore the file from a copy, or train the run again"
 _Values: TypeAlias = Mapping[str, float | int | str | bool | None]
 
 
@@ -139,11 +143,10 @@ def read_run(path: Path, name: str | None = None) -> Run:
         UserError: the folder is not a run, its fit has not ended, or its summary lacks a number.
     """
     _require_file(path / CONFIG, f"{path} is not a run folder: give a folder that fit wrote with --run_dir")
-    config = read_yaml(path / CONFIG, _RESTORE)
-    require(
-        isinstance(config.get("seed_everything"), int) and isinstance(config.get("trainer"), dict),
-        f"{path / CONFIG} lacks seed_everything, a number, or the section trainer; {_RESTORE}",
-    )
+    config = read_yaml(path / CONFIG, _DAMAGED)
+    for key, kind in _SECTIONS.items():
+        if not isinstance(config.get(key), kind):
+            raise UserError(f"{path / CONFIG} has no {key} as fit writes it; {_DAMAGED}")
     again = f"python -m lightning_dlrm fit --config {path / CONFIG} --run_dir {path} --resume auto"
     _require_file(path / SUMMARY, f"the run {path} is not finished; end it with: {again}")
     summary = read_json(path / SUMMARY, _Summary, "train the run again")

@@ -125,12 +125,17 @@ def parse_yaml(text: str) -> Any:
     """Return the value of a YAML text.
 
     Raises:
-        UserError: a key stands twice in a mapping, or aliases repeat values without end.
+        UserError: a key stands twice in a mapping, a number is too large, or aliases repeat values without end.
         yaml.YAMLError, RecursionError: the text is not YAML of plain values, or is nested too deeply.
     """
     import yaml
 
-    value = yaml.load(text, _strict_loader())
+    try:
+        value = yaml.load(text, _strict_loader())
+    except UserError:
+        raise
+    except ValueError as error:  # a date that does not exist, or thousands of digits
+        raise yaml.YAMLError(str(error)) from error
     if _count_values(value, {}) > MAX_VALUES:
         raise UserError(f"aliases make more than {MAX_VALUES:,} values; write the values themselves")
     return value
@@ -155,7 +160,9 @@ def _strict_loader() -> type["yaml.SafeLoader"]:
 
 
 def _count_values(value: Any, known: dict[int, float]) -> float:
-    """Return the number of values in a YAML value; infinite if it holds itself."""
+    """Return the number of values in a YAML value, infinite if it holds itself, and refuse values of no use."""
+    if isinstance(value, int):
+        require(abs(value) < 1 << 63, "a number has more than 64 bits; give a smaller one")
     if isinstance(value, str):
         require(not _CONTROL.search(value), f"a value has control characters: {value[:40]!r}")
     if not isinstance(value, (dict, list)):

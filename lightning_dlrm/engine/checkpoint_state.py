@@ -14,14 +14,9 @@ from lightning_dlrm.engine.averaging import average_rows, averaged_dense
 from lightning_dlrm.engine.fit_length import planned_steps, refuse_longer_fit
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.schedules import needs_total_steps
-from lightning_dlrm.sharding.checkpoint import (
-    CHECKED_REST,
-    CheckpointReader,
-    PieceTensors,
-    is_finite,
-    nonfinite_tensors,
-)
+from lightning_dlrm.sharding.checkpoint import CHECKED_REST, CheckpointReader, PieceTensors
 from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.sharding.finite import is_finite, nonfinite_tensors
 from lightning_dlrm.tables.lookup import EmbeddingTables
 
 if TYPE_CHECKING:

@@ -14,9 +14,7 @@ A *slot* is ``weight`` or the name of a tensor of optimizer state with a first d
 """
 
 import dataclasses
-import itertools
 import json
-import math
 import os
 import pickle
 import shutil
@@ -36,6 +34,7 @@ from lightning_dlrm.contracts.disk import flush
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import file_sha256
 from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.sharding.finite import is_finite, nonfinite_tensors
 from lightning_dlrm.sharding.manifest import FORMAT_VERSION, MANIFEST, Manifest, PieceFile, TableEntry, read_manifest
 from lightning_dlrm.tables.table import TablePiece
 
@@ -104,10 +103,10 @@ def save_checkpoint(
         ranks.run_on_rank_zero(begin)
         written = ranks.run_on_all_ranks(write_pieces)
         ranks.run_on_rank_zero(finish)
-    except UserError:
+    finally:
+        # After an error or Ctrl-C; a complete checkpoint has another name by now.
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def staging_bytes(pieces: Sequence[PieceTensors]) -> int:
@@ -140,50 +139,6 @@ def _table_entries(written: Iterable[Mapping[str, Any]]) -> dict[str, TableEntry
     }
 
 
-def rewrite_checkpoint(source: Path, folder: Path, bounds: Mapping[str, Sequence[int]] | None = None) -> None:
-    """Write a checkpoint again with other pieces of its tables; each thread has one piece in memory at a time.
-
-    Args:
-        source: folder of the checkpoint.
-        folder: folder of the new checkpoint.
-        bounds: table name -> the first row of each piece, then the number of the table's rows; None for whole
-            tables.
-
-    Raises:
-        UserError: ``source`` is incomplete, or ``folder`` exists or cannot be written.
-    """
-    require(not Path(folder).exists(), f"{folder} exists; give another folder for the new checkpoint")
-    reader = CheckpointReader(source, allow_nonfinite=True)
-    pieces = []
-    for name, entry in reader.manifest.tables.items():
-        rows = entry.shapes["weight"][0]
-        for start, stop in itertools.pairwise((0, rows) if bounds is None else bounds[name]):
-            piece = TablePiece(name=name, table_rows=rows, start=start, stop=stop, offset=0)
-            pieces.append(PieceTensors(piece, _StoredRows(reader, piece)))
-    save_checkpoint(folder, pieces, reader.rest(), reader.header)
-
-
-class _StoredRows(Mapping[str, Tensor]):
-    """The rows of a piece in a checkpoint; each slot is read at its access."""
-
-    def __init__(self, reader: "CheckpointReader", piece: TablePiece) -> None:
-        self._reader, self._piece = reader, piece
-        self._shapes = reader.manifest.tables[piece.name].shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def __getitem__(self, slot: str) -> Tensor:
-        rows = self._piece.stop - self._piece.start
-        dtype = self._reader.dtype(self._piece.name, slot)
-        out = torch.empty(rows, *self._shapes[slot][1:], dtype=dtype)
-        self._reader.read_rows(self._piece, slot, out)
-        return out
-
-
 def link_checkpoint(source: Path, folder: Path) -> None:
     """Give a checkpoint a second name by hard links: its files are never changed in place."""
     partial = _hidden_sibling(folder, "partial")
@@ -192,8 +147,9 @@ def link_checkpoint(source: Path, folder: Path) -> None:
         shutil.copytree(source, partial, copy_function=_link_or_copy)
         _publish(partial, folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot keep {source} as {folder}: {error}; free disk space, then resume") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def resolve_checkpoint(folder: Path) -> Path:
@@ -210,24 +166,6 @@ def resolve_checkpoint(folder: Path) -> Path:
             return candidate
     what = "is not a checkpoint folder (no manifest.json)" if folder.exists() else "does not exist"
     raise UserError(f"checkpoint {folder} {what}; expected a folder such as runs/NAME/checkpoints/last")
-
-
-def is_finite(values: Tensor) -> bool:
-    """Return whether no element is NaN or infinite."""
-    if not values.is_floating_point() or not values.numel():
-        return True
-    # A sum reads the elements once and needs no memory; a sum of finite elements may overflow.
-    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
-
-
-def nonfinite_tensors(values: Any, name: str) -> Iterator[str]:
-    """Yield the paths of the tensors with NaN or infinite elements in nested mappings and sequences."""
-    if isinstance(values, Tensor):
-        if not is_finite(values):
-            yield name
-    elif isinstance(values, (Mapping, list, tuple)):
-        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
-            yield from nonfinite_tensors(value, f"{name}.{key}")
 
 
 class CheckpointReader:
@@ -355,6 +293,21 @@ class CheckpointReader:
                             bad.append(_describe_rows(rows, slot, name, part.start, part))
         if bad:
             raise self.nonfinite("; ".join(bad))
+
+    def verify_files(self, ranks: Ranks) -> None:
+        """Verify the checksum of every file, each rank of a share of the files; all ranks call it together.
+
+        Raises:
+            UserError: on all ranks, if a checksum differs.
+        """
+        files = list(self._files())
+
+        def check() -> None:
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                list(pool.map(self._check, files[ranks.rank :: ranks.ranks]))
+
+        ranks.run_on_all_ranks(check)
+        self._checked |= {part.file for part in files}
 
     def nonfinite(self, where: str) -> UserError:
         return UserError(

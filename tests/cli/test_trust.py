@@ -269,11 +269,16 @@ def test_the_runs_of_a_comparison_build_no_callbacks_loggers_and_profilers() -> 
     [
         ("model.table_optimizer.learning_rate", "null", "learning_rate is null; give a value of float"),
         ("model.network.embedding_dim", "null", "embedding_dim is null; give a value of int"),
+        ("data.batch_size", "null", "batch_size is null; give a value of int"),
+        ("data.demo.train_rows", "null", "train_rows"),
+        ("trainer.max_steps", "null", "max_steps"),
+        ("log_norms", "null", "log_norms"),
+        ("wandb.log_model", "null", "log_model"),
         ("trainer.callbacks", "[{class_path: own.Keeper, init_args: {rate: null}}]", "rate is null; give a value"),
         ("trainer.callbacks", "[{class_path: own.Keeper, init_args: {table: null, anything: null}}]", None),
         ("model.dense_optimizer.weight_decay", "null", "weight_decay is null"),
         ("model.dense_optimizer.foreach", "null", None),
-        ("model.network.top_mlp", f"[1{'0' * 400}]", "top_mlp is too large"),
+        ("model.network.top_mlp", f"[1{'0' * 400}]", "top_mlp: a number has more than 64 bits"),
     ],
 )
 def test_null_where_no_none_is_taken_and_numbers_beyond_64_bits(option: str, value: str, said: str | None) -> None:
@@ -297,6 +302,8 @@ DOUBLING = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" 
         (DOUBLING, "aliases make more"),
         ("trainer: !!python/object/apply:os.system ['touch imported']", "mine.yaml is not YAML"),
         ("run_dir: ${oc.env:HOME}", None),
+        ("trainer: null", "trainer is None; expected keys with values"),
+        ("wandb: []", "wandb is []; expected keys with values"),
         ("model: &a {seed: 1}\ntrainer: {<<: *a, max_steps: 1}", "unknown key seed"),
     ],
 )  # fmt: skip
