@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_dlrm.cli.configs import expand_home, find_config
-from lightning_dlrm.contracts.documents import CONFIGURATION, parse_yaml, read_yaml
+from lightning_dlrm.contracts.documents import CONFIGURATION, YAML_FAULTS, parse_yaml, read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.losses import Loss
@@ -80,7 +80,10 @@ _load_plain = get_loader("yaml")
 
 def _load(text: str) -> Any:
     """Return the value of a YAML text as jsonargparse reads it, in files that options and files name too."""
-    value = _load_plain(text)
+    try:
+        value = _load_plain(text)
+    except YAML_FAULTS as error:
+        raise yaml.YAMLError(repr(error)) from error
     if isinstance(value, (dict, list)):
         parse_yaml(text)
     return value
@@ -161,6 +164,7 @@ def admit_arguments(arguments: Sequence[str]) -> None:
         if option in ("-c", "--config"):
             admit_file(find_config(value))
             continue
+        require(not value.startswith("!!"), f"{option}: {value} has a tag of YAML; give the value without it")
         try:
             admit({option: parse_yaml(value)}, typed=True)
         except UserError as error:

@@ -92,6 +92,9 @@ def read_bounded(path: Path, advice: str) -> bytes:
 CONFIGURATION = "expected a configuration: keys such as 'trainer:', each with its values"
 """What a YAML file is expected to be if its reader does not say."""
 
+YAML_FAULTS = (ValueError, OverflowError, LookupError, AttributeError, TypeError)
+"""What PyYAML raises beside YAMLError: for dates that do not exist, thousands of digits, tags of other values."""
+
 MAX_VALUES = 1_000_000
 """Most values of a YAML file, each counted as often as an alias repeats it."""
 
@@ -114,7 +117,7 @@ def read_yaml(path: Path, expected: str = CONFIGURATION) -> dict[str, Any]:
         content = parse_yaml(text.decode())
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (ValueError, OverflowError, yaml.YAMLError, RecursionError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is not YAML ({one_line(error)}); {expected}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no keys with values; {expected}")
@@ -134,8 +137,8 @@ def parse_yaml(text: str) -> Any:
         value = yaml.load(text, _strict_loader())
     except UserError:
         raise
-    except ValueError as error:  # a date that does not exist, or thousands of digits
-        raise yaml.YAMLError(str(error)) from error
+    except YAML_FAULTS as error:
+        raise yaml.YAMLError(repr(error)) from error
     if _count_values(value, {}) > MAX_VALUES:
         raise UserError(f"aliases make more than {MAX_VALUES:,} values; write the values themselves")
     return value
