@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_dlrm.cli.configs import expand_home, find_config
-from lightning_dlrm.contracts.documents import CONFIGURATION, parse_yaml, read_yaml
+from lightning_dlrm.contracts.documents import CONFIGURATION, YAML_FAULTS, parse_yaml, read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.losses import Loss
@@ -80,7 +80,10 @@ _load_plain = get_loader("yaml")
 
 def _load(text: str) -> Any:
     """Return the value of a YAML text as jsonargparse reads it, in files that options and files name too."""
-    value = _load_plain(text)
+    try:
+        value = _load_plain(text)
+    except YAML_FAULTS as error:
+        raise yaml.YAMLError(repr(error)) from error
     if isinstance(value, (dict, list)):
         parse_yaml(text)
     return value
@@ -161,6 +164,7 @@ def admit_arguments(arguments: Sequence[str]) -> None:
         if option in ("-c", "--config"):
             admit_file(find_config(value))
             continue
+        require(not value.startswith("!!"), f"{option}: {value} has a tag of YAML; give the value without it")
         try:
             admit({option: parse_yaml(value)}, typed=True)
         except UserError as error:
@@ -266,8 +270,6 @@ def _checked(value: Any, key: str, defaults: Sequence[Any] = ()) -> Any:
     """
     if isinstance(value, str):
         return expand_home(value)
-    if isinstance(value, int):
-        require(abs(value) < 1 << 63, f"{key} is too large; expected a number of 64 bits")
     if type(value) in (list, tuple):
         return type(value)(_checked(item, key, defaults) for item in value)
     if isinstance(value, (Namespace, dict)):
@@ -295,18 +297,30 @@ def _check_class(made: Any, given: Mapping[str, Any], key: str) -> list[Any]:
         f"{key}: {given['class_path']} is no class that an option takes; expected a dataclass or a class that derives "
         f"from one of {', '.join(kind.__name__ for kind in KINDS)}",
     )
-    try:
-        parameters, hints = inspect.signature(made).parameters, typing.get_type_hints(getattr(made, "__init__", made))
-    except (TypeError, ValueError, NameError, AttributeError):
-        # Not a class, a class in C without a signature, or names that only type checkers import.
-        return []
+    known, kinds = _arguments_of(made)
     options = given.get("init_args")
     for name, value in vars(options).items() if isinstance(options, Namespace) else ():
-        if value is None and name in hints and name in parameters and parameters[name].default is not None:
-            kind = hints[name]
+        if value is None and known.get(name) is not None and name in kinds:
+            kind = kinds[name]
             message = f"{key}.init_args.{name} is null; give a value of {getattr(kind, '__name__', kind)}"
             require(_takes_none(kind), message)
-    return [parameter.default for parameter in parameters.values()]
+    return list(known.values())
+
+
+def _arguments_of(made: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the defaults and the types of the arguments of a function, or of a class and its base classes."""
+    defaults: dict[str, Any] = {}
+    kinds: dict[str, Any] = {}
+    for base in reversed(inspect.getmro(made)) if inspect.isclass(made) else [made]:
+        function: Any = vars(base).get("__init__") if inspect.isclass(base) else base
+        try:
+            parameters, hints = inspect.signature(function).parameters, typing.get_type_hints(function)
+        except (TypeError, ValueError, NameError, AttributeError):
+            # No function of its own, one in C without a signature, or types that only type checkers import.
+            continue
+        defaults |= {name: parameter.default for name, parameter in parameters.items()}
+        kinds |= hints
+    return defaults, kinds
 
 
 def _resolved(path: Any) -> Any:
