@@ -165,7 +165,7 @@ class SplitWriter:
         self.root, self.split, self.first_part = root, split, first_part
         self.arrow = _arrow_schema(columns)
         self.label = next((column.name for column in columns if column.role == "label"), None)
-        # Readers compare the largest id with the table; statistics of other columns only grow the footer.
+        # Earlier releases compare the largest id with the table; statistics of other columns only grow the footer.
         self.ids = [_leaf(column) for column in columns if column.cardinality]
         self.others = [_leaf(column) for column in columns if not column.cardinality]
         self.pending: list[pa.Table] = []

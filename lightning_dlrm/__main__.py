@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dlrm.cli.configs import expand_home, nearest
+from lightning_dlrm.contracts.documents import printable
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 COMMANDS = {
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
         if not mistake.on_all_ranks or local_rank == "0":
-            print(f"error: {mistake}", file=sys.stderr)
+            print(f"error: {printable(str(mistake))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -12,7 +12,7 @@ To measure a profile takes the memory of one LRU stack (see ``lru``) and of 65,5
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,8 @@ from datamodules.folder import Folder, failures_as_user_errors, load_schema
 from datamodules.generate.draws import exp, log
 from datamodules.parquet import read_part
 from datamodules.preprocess.journal import written_aside
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.documents import is_name, parse_json, read_bounded
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import SplitName
 
 if TYPE_CHECKING:
@@ -47,6 +48,33 @@ CLASS_LOW: NDArray[np.int64] = np.concatenate(
 def phase_end(phase: int) -> int:
     """Return the number of accesses up to the end of a phase."""
     return (64, 76, 90, 107)[phase % 4] << (phase // 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Phase:
+    distances_from: list[int]
+    counts: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Column:
+    column: str
+    table_rows: int
+    accesses: int
+    distinct_rows: int
+    phases: list[_Phase]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Version:
+    trace_profiles: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Profiles:
+    """A file of profiles."""
+
+    columns: list[_Column]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,20 +145,22 @@ class Profile:
         }
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> "Profile":
-        counts = np.zeros((len(document["phases"]), len(CLASS_LOW)), dtype=np.int64)
-        for row, phase in zip(counts, document["phases"], strict=True):
-            low = np.array(phase["distances_from"], dtype=np.int64)
-            classes = np.searchsorted(CLASS_LOW, low)
+    def from_json(cls, document: "_Column") -> "Profile":
+        counts = np.zeros((len(document.phases), len(CLASS_LOW)), dtype=np.int64)
+        for row, phase in zip(counts, document.phases, strict=True):
+            low = np.array(phase.distances_from, dtype=np.int64)
+            classes = np.searchsorted(CLASS_LOW[:-1], low)
             if not np.array_equal(CLASS_LOW[classes], low):
                 raise ValueError("its classes of distances are unknown")
-            row[classes] = phase["counts"]
-        profile = cls(str(document["column"]), int(document["table_rows"]), counts)
+            row[classes] = phase.counts
+        profile = cls(document.column, document.table_rows, counts)
         ends = np.cumsum(counts.sum(axis=1))
+        if not (is_name(document.column) and 0 < document.table_rows < 2**31 and len(counts) > 0):
+            raise ValueError("no column can have its name, rows or phases")
         whole = all(end == phase_end(phase) for phase, end in enumerate(ends[:-1].tolist()))
         whole = whole and ends[-1] <= phase_end(len(ends) - 1)
-        if not whole or counts.min() < 0 or (profile.accesses, profile.distinct) != (
-            document["accesses"], document["distinct_rows"]
+        if not whole or not 0 <= counts.min() <= counts.max() < 2**40 or (profile.accesses, profile.distinct) != (
+            document.accesses, document.distinct_rows
         ):  # fmt: skip
             raise ValueError("its counts do not add up")
         if profile.accesses < LEAST_ACCESSES or not counts[0, 0] or profile.distinct > profile.rows:
@@ -212,7 +242,7 @@ class TraceSource:
                 f"{path} does not exist; give a dataset folder, or a file of trace profiles",
             )
             if file is not None and file.is_file():
-                text = file.read_bytes()
+                text = read_bounded(file, "give a file of trace profiles")
         if file is not None and text is not None:
             self._saved = _read_profiles(file, text)
             self.identity = f"profile {hashlib.sha256(text).hexdigest()}"
@@ -292,13 +322,14 @@ def save_profiles(profiles: Sequence[Profile], path: Path) -> None:
 
 
 def _read_profiles(path: Path, text: bytes) -> dict[str, Profile]:
+    where = f"{path} is not a file of trace profiles: it"
+    advice = "make one with 'python -m lightning_dlrm generate trace --from DIR --profile FILE'"
+    version = parse_json(text, _Version, where, advice).trace_profiles
+    require(
+        version == PROFILE_VERSION, f"{where} is of version {version}, this release reads {PROFILE_VERSION}; {advice}"
+    )
+    columns = parse_json(text, _Profiles, where, advice).columns
     try:
-        document = json.loads(text)
-        if document["trace_profiles"] != PROFILE_VERSION:
-            raise ValueError(f"it is of version {document['trace_profiles']}, this release reads {PROFILE_VERSION}")
-        return {profile.column: profile for profile in map(Profile.from_json, document["columns"])}
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a file of trace profiles ({type(error).__name__}: {error}); "
-            "make one with 'python -m lightning_dlrm generate trace --from DIR --profile FILE'"
-        ) from error
+        return {column.column: Profile.from_json(column) for column in columns}
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{where} holds other numbers ({one_line(error)}); {advice}") from error

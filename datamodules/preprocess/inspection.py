@@ -4,6 +4,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,20 @@ from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.leakage import render_equal_rows
 from datamodules.preprocess.progress import StageTime
 from datamodules.preprocess.skew import vocabulary_skew
+from lightning_dlrm.contracts.documents import parse_json
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, Column, DatasetSchema
 
 REPORT_FILE = "report.json"
 """How a dataset was made: inputs, options, times. Not part of dataset.json, because it differs from run to run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    """The counts of ``DatasetSchema.report`` that are shown."""
+
+    rows_per_file: tuple[tuple[str, int], ...] = ()
+    missing: Mapping[str, int] = field(default_factory=dict)
+    distinct: Mapping[str, int] = field(default_factory=dict)
 
 
 def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any]:
@@ -29,10 +40,10 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
         UserError: a vocabulary is not a readable Parquet file.
     """
     rows = sum(split.rows for split in schema.splits.values())
-    rows_per_file = schema.report.get("rows_per_file")
+    report = parse_json(json.dumps(schema.report), _Report, Folder(folder) / SCHEMA_FILE, "make the dataset again")
     # Missing values are counted in the rows that were read, of which sampling may drop some.
-    rows_read = sum(count for _, count in rows_per_file) if rows_per_file else rows
-    missing: Mapping[str, int] = schema.report.get("missing", {})
+    rows_read = sum(count for _, count in report.rows_per_file) or rows
+    missing = report.missing if rows_read else {}
     skews = {column.name: vocabulary_skew(folder, schema, column) for column in schema.columns}
     return {
         "folder": str(folder),
@@ -64,7 +75,7 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
                 "most_frequent": skew.most_frequent if skew else None,
                 "ids_for_90": skew.ids_for.get(0.9) if skew else None,
                 "unknown": _unknown_share(schema, column.name),
-                "note": _note(schema, column),
+                "note": _note(schema, column, report.distinct.get(column.name)),
             }
             for column in schema.columns
             for skew in (skews[column.name],)
@@ -72,7 +83,7 @@ def summary(folder: str | Path | Folder, schema: DatasetSchema) -> dict[str, Any
         "optimum": {
             name: {"auc": optimum.auc, "log_loss": optimum.log_loss} for name, optimum in schema.optimum.items()
         },
-        "rows_per_file": rows_per_file,
+        "rows_per_file": [list(of_file) for of_file in report.rows_per_file] or None,
     }
 
 
@@ -87,13 +98,15 @@ def _unknown_share(schema: DatasetSchema, column: str) -> float | None:
     return sum(cells.get("unknown", 0) for _, cells in counted) / rows if rows else None
 
 
-def _note(schema: DatasetSchema, column: Column) -> str:
-    """Return what is unusual about the values over which a column was counted."""
-    values = schema.report.get("distinct", {}).get(column.name)
+def _note(schema: DatasetSchema, column: Column, values: int | None) -> str:
+    """Return what is unusual about a column, given the number of different values over which it was counted."""
     bins = schema.settings.get("bins")
-    if values is None or values > 1:
-        is_binned = bins is not None and column.transform.startswith("quantile(")
-        return f"{values} of at most {bins} bins" if is_binned and values < bins else ""
+    if values is None:
+        return ""
+    if values > 1:
+        if isinstance(bins, int) and column.transform.startswith("quantile(") and values < bins:
+            return f"{values} of at most {bins} bins"
+        return ""
     return "one value" if values else "all missing"
 
 

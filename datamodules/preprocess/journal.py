@@ -2,8 +2,8 @@
 
 A file is written under another name, closed and renamed; then its record is written in the same way. So a record means
 a complete file, whenever the process was killed, and processes on any number of machines never write the same record.
-After a power failure a file may still be short: records hold checksums, and ``discard_damaged`` compares them before a
-run resumes.
+After a power failure a file may still be short: records hold checksums, also of themselves, and ``discard_damaged``
+compares them before a run resumes.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ def record(
         ],
     }
     with written_aside(path.with_name(path.name + _SUFFIX)) as partial:
-        partial.write_text(json.dumps(content))
+        partial.write_text(json.dumps({**content, "check": fingerprint(content)}))
     return kept
 
 
@@ -83,9 +83,16 @@ def recorded(path: Path) -> dict[str, Any] | None:
     Args:
         path: of the record, without its suffix.
     """
+    content = _content(path)
+    return None if content is None else content["facts"]
+
+
+def _content(path: Path) -> dict[str, Any] | None:
+    """Return the content of a record, None if there is none or it is damaged."""
     try:
-        return json.loads(path.with_name(path.name + _SUFFIX).read_text())["facts"]
-    except (OSError, ValueError, KeyError):
+        content = json.loads(path.with_name(path.name + _SUFFIX).read_text())
+        return content if content.pop("check") == fingerprint(content) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -108,16 +115,18 @@ def discard_damaged(path: Path) -> bool:
     Args:
         path: of the record, without its suffix.
     """
-    place = path.with_name(path.name + _SUFFIX)
+    content = _content(path)
+    if content is not None and all(_is_whole(path.parent / file["path"], file) for file in content["files"]):
+        return False
+    path.with_name(path.name + _SUFFIX).unlink(missing_ok=True)
+    return True
+
+
+def _is_whole(path: Path, recorded: Mapping[str, Any]) -> bool:
     try:
-        for file in json.loads(place.read_text())["files"]:
-            found = path.parent / file["path"]
-            if found.stat().st_size != file["bytes"] or file_sha256(found) != file["sha256"]:
-                raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
-        place.unlink(missing_ok=True)
-        return True
-    return False
+        return path.stat().st_size == recorded["bytes"] and file_sha256(path) == recorded["sha256"]
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -7,17 +7,19 @@ numpy's global generator; here each id is mixed with the seed, so that any row c
 40M bags.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
 from datamodules.folder import Folder, load_schema
 from datamodules.preprocess.protocols import DATASETS, PROTOCOLS, Dataset, Protocol, find_protocol, mixed
 from datamodules.preprocess.transforms import MOST_QUANTILE_BINS
+from lightning_dlrm.contracts.documents import parse_json
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, DatasetSchema
+from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, SCHEMA_FILE, DatasetSchema
 
 Distribution = Literal["uniform", "pareto"]
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
@@ -76,8 +78,18 @@ class MultiHot:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _OfColumns:
+    """What a schema's settings hold of integer columns: see ``OF_COLUMNS``."""
+
+    minimum: Mapping[str, int]
+    edges: Mapping[str, list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """Everything that the bytes of the dataset depend on, apart from the rows."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     dataset: Dataset
     protocol: str
@@ -211,7 +223,14 @@ def options_of(
                 f"{name} is {value}, but the vocabulary of {vocabulary} was made with "
                 f"{known.get(name, getattr(default, name))}; leave the option out"
             )
-    for name in OF_COLUMNS:
-        known.pop(name, None)
-    options = Options(**known, on_bad_row=others.get("on_bad_row", "fail"), encoding_of=schema.encoding_fingerprint)
+    where, advice = vocabulary / SCHEMA_FILE, "give a dataset folder that preprocess made"
+    of_columns = parse_json(json.dumps({name: known.pop(name, {}) for name in OF_COLUMNS}), _OfColumns, where, advice)
+    known |= {"on_bad_row": others.get("on_bad_row", "fail"), "encoding_of": schema.encoding_fingerprint}
+    options = parse_json(json.dumps(known), Options, where, advice)
+    needed = {"minimum": options.rules.dense_needs_minimum, "edges": options.quantiles is not None}
+    for name, is_needed in needed.items():
+        require(
+            not is_needed or set(getattr(of_columns, name)) == set(CRITEO_DENSE),
+            f"{where} has no {name} of each integer column; {advice}",
+        )
     return options, schema

@@ -1,13 +1,13 @@
 """Make a dataset folder of raw Criteo TSV: ``preprocess``, its checks, the set-up of a ``job``, and the place of the
 dataset (a path or a URL) with the working folder in which it is made."""
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from datamodules.preprocess.sources import RawFile, find_files
 from datamodules.preprocess.staging import PIECE_BYTES
 from datamodules.preprocess.workers import open_workers, usable_cores
 from lightning_dlrm.contracts.disk import flush
+from lightning_dlrm.contracts.documents import parse_json
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
 
@@ -58,7 +59,7 @@ class Target:
         self.work = (parent if work is None else work.absolute()) / f".{name}{mark}.preprocess"
         self.resume_hint = f"The same command resumes the run; its finished steps are in {self.work}"
 
-    def finished(self, run: Mapping[str, Any]) -> DatasetSchema | None:
+    def finished(self, run: "Run") -> DatasetSchema | None:
         """Return the schema of the dataset if this run has made it already, else None.
 
         Args:
@@ -72,8 +73,8 @@ class Target:
             return None
         found = None
         if SCHEMA_FILE in names and REPORT_FILE in names:
-            with suppress(ValueError, KeyError, TypeError):
-                found = json.loads(self._read(REPORT_FILE))["run"]
+            with suppress(UserError):
+                found = parse_json(self._read(REPORT_FILE), _Report, REPORT_FILE, "").run
         if found is None:
             raise UserError(
                 f"{self.output} exists and is not an empty folder; name a new folder, or remove it if it is not needed"
@@ -187,21 +188,46 @@ class Target:
             return (self._folder / name).read_bytes()
 
 
-def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """An input file in a certain state."""
+
+    name: str
+    bytes: int
+    stamp: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that the bytes of a dataset depend on."""
+
+    version: int
+    options: Mapping[str, Any]
+    inputs: tuple[Input, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    """What a later run reads of ``REPORT_FILE``."""
+
+    run: Run
+
+
+def _difference(found: Run, wanted: Run) -> str | None:
     """Describe the first difference between two runs."""
-    options, now = found.get("options", {}), wanted["options"]
-    for name in now | options:
+    options, now = found.options, wanted.options
+    for name in {**now, **options}:
         if options.get(name) != now.get(name):
             return f"{name} was {options.get(name)}, now it is {now.get(name)}"
-    before, after = found.get("inputs", []), wanted["inputs"]
-    if [file["name"] for file in before] != [file["name"] for file in after]:
-        names = [", ".join(file["name"] for file in files) for files in (before, after)]
+    before, after = found.inputs, wanted.inputs
+    if [file.name for file in before] != [file.name for file in after]:
+        names = [", ".join(file.name for file in files) for files in (before, after)]
         return f"the input was {names[0]}, now it is {names[1]}"
     for old, new in zip(before, after, strict=True):
         for fact, words in (("bytes", "bytes"), ("stamp", "as time of change")):
-            if old.get(fact) != new[fact]:
-                return f"{new['name']} had {old.get(fact)} {words}, now it has {new[fact]}"
-    return None if dict(found) == dict(wanted) else "another release of this package made it"
+            if getattr(old, fact) != getattr(new, fact):
+                return f"{new.name} had {getattr(old, fact)} {words}, now it has {getattr(new, fact)}"
+    return None if found == wanted else "another release of this package made it"
 
 
 def preprocess(
@@ -262,11 +288,11 @@ def preprocess(
 
 
 def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -> DatasetSchema:
-    run = {
-        "version": VERSION,
-        "options": job.options.document(),
-        "inputs": [{"name": file.name, "bytes": file.size, "stamp": file.stamp} for file in job.files],
-    }
+    run = Run(
+        version=VERSION,
+        options=job.options.document(),
+        inputs=tuple(Input(name=file.name, bytes=file.size, stamp=file.stamp) for file in job.files),
+    )
     if (finished := target.finished(run)) is not None:
         target.remove_leftovers()
         job.progress.note(f"{target.output} is finished already: same input, same options; nothing to do")
@@ -280,7 +306,7 @@ def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -
             try:
                 job.prepare(pool)
                 job.progress.note(job.estimate.checked(folder, target.parent, pool.count))
-                schema = job.make(pool, run)
+                schema = job.make(pool, asdict(run))
                 target.deliver(job.encode_folder / "result")
             except OSError as error:
                 if is_disk_full(error):

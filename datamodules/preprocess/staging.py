@@ -7,7 +7,6 @@ for the distinct values once more; the narrowest integers make them 86 bytes a r
 text itself 244.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -30,6 +29,7 @@ from datamodules.preprocess.criteo_tsv import (
 from datamodules.preprocess.journal import record, recorded, written_aside
 from datamodules.preprocess.protocols import Span, SplitRule, Table
 from datamodules.preprocess.sources import RawFile
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, CRITEO_LABEL, SPLITS, SplitName
 
 PIECE_BYTES = 30 << 20
@@ -86,14 +86,15 @@ class OpenSegment(AbstractContextManager["OpenSegment"]):
 @lru_cache(maxsize=2)
 def load_segments(path: Path) -> list[Segment]:
     """Load the list of segments that ``save_segments`` wrote."""
-    return [Segment(**{**entry, "path": path.parent / entry["path"]}) for entry in json.loads(path.read_text())]
+    found = recorded(path)
+    require(found is not None, f"{path} is damaged; start the command again")
+    assert found is not None
+    return [Segment(**{**entry, "path": path.parent / entry["path"]}) for entry in found["segments"]]
 
 
 def save_segments(path: Path, segments: Sequence[Segment]) -> None:
-    with written_aside(path) as partial:
-        partial.write_text(
-            json.dumps([{**vars(segment), "path": os.path.relpath(segment.path, path.parent)} for segment in segments])
-        )
+    entries = [{**vars(segment), "path": os.path.relpath(segment.path, path.parent)} for segment in segments]
+    record(path, {"segments": entries})
 
 
 def rows_of(rule: SplitRule, opened: OpenSegment, splits: Sequence[SplitName]) -> np.ndarray | slice:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dlrm.sharding.balance import make_plan
-from lightning_dlrm.sharding.checkpoint import CheckpointReader, TableEntry, resolve_checkpoint, rewrite_checkpoint
+from lightning_dlrm.sharding.checkpoint import CheckpointReader, resolve_checkpoint
 from lightning_dlrm.sharding.costs import TableLoad
+from lightning_dlrm.sharding.manifest import TableEntry
 from lightning_dlrm.sharding.plan import read_plan
+from lightning_dlrm.sharding.rewriting import rewrite_checkpoint
+from lightning_dlrm.tracking.lock import lock_run_of
 
 _BALANCED_FOR = 2048  # samples of a global batch, which a checkpoint does not hold
 
@@ -86,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
         if args.verify and not args.json:
             print("every file's checksum is right and every value is finite")
         return 0
-    rewrite_checkpoint(source, args.output, None if args.work == "merge" else _bounds(CheckpointReader(source), args))
+    bounds = None if args.work == "merge" else _bounds(CheckpointReader(source), args)
+    with lock_run_of(args.output):
+        rewrite_checkpoint(source, args.output, bounds)
     print(f"written: {args.output}")
     return 0
 

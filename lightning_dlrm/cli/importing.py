@@ -17,6 +17,7 @@ from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.dlrm import DLRM, reference_state_dict
+from lightning_dlrm.tracking.lock import lock_run_of
 
 DESCRIPTION = """Make a checkpoint folder from a .pt file that facebookresearch/dlrm saved (--save-model).
 
@@ -63,7 +64,8 @@ def run(arguments: Sequence[str]) -> int:
         "pytorch-lightning_version": pl.__version__,
     }
     module.on_save_checkpoint(checkpoint)
-    FolderCheckpointIO().save_checkpoint(checkpoint, output)
+    with lock_run_of(output):
+        FolderCheckpointIO().save_checkpoint(checkpoint, output)
     print(f"{module.size.total:,} parameters of {source} are in {output}: use it with --ckpt_path {output}")
     return 0
 

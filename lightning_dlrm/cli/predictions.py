@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.tracking.run_folder import PREDICTIONS, RunFolder
 
 SCHEMA = pa.schema([("row", pa.int64()), ("probability", pa.float32())])
@@ -90,19 +90,31 @@ def merge_by_row(parts: Sequence[Path], target: Path) -> None:
     partial.replace(target)
 
 
-def read_predictions(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def read_predictions(path: Path, rows: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return rows int64 [N] and probabilities float32 [N] that ``predict`` wrote.
 
+    Args:
+        path: the file.
+        rows: N, the number of rows that it should have.
+
     Raises:
-        UserError: the file is missing, or was not written by ``predict``.
+        UserError: the file is missing, was not written by ``predict``, or has another number of rows.
     """
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        # Not read_table, which takes names of parent folders for columns.
+        with pq.ParquetFile(path) as file:
+            found, columns = file.metadata.num_rows, file.schema_arrow
+            require(found == rows, f"{path} has {found:,} rows, the data {rows:,}: remove it, and compare again")
+            is_whole = columns.names == SCHEMA.names and columns.types == SCHEMA.types
+            require(is_whole, f"{path} has the columns {columns.names}, expected {SCHEMA.names}: make it with predict")
+            table = file.read()
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow has many kinds for a damaged file
+        raise UserError(f"cannot read {path}: {one_line(error)}; make it again with predict") from error
     require(
-        table.schema.names == SCHEMA.names,
-        f"{path} has columns {table.schema.names}, expected {SCHEMA.names}: make it with predict",
+        len(table) == rows and not any(column.null_count for column in table.columns),
+        f"{path} lacks values: make it again with predict",
     )
     # torch warns about Arrow's memory, which is read-only.
     return table["row"].to_numpy(), table["probability"].to_numpy().copy()

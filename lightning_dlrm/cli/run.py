@@ -3,9 +3,9 @@
 ``run`` calls, from top to bottom:
 
 1. parse: ``build_trainer_parser`` and ``parse`` (parser.py)
-2. check: ``choose_checkpoint``
+2. check: ``choose_checkpoint`` (resuming.py)
 3. build: ``instantiate``, ``build_callbacks``, ``build_trainer``; ``is_finished`` ends the command here;
-   ``open_run_folder``, ``attach_loggers``
+   ``prepare_run_folder``
 4. run: ``log_start``, ``call_trainer``
 5. report: ``report_fit``, ``report_evaluation``
 """
@@ -13,11 +13,9 @@
 import inspect
 import json
 import logging
-import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,63 +27,33 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_dlrm.cli.configs import flat
+from lightning_dlrm.cli.job import EVALUATIONS, Job
 from lightning_dlrm.cli.loggers import finish_loggers, make_loggers, wandb_address
 from lightning_dlrm.cli.parser import CommandParser, build_trainer_parser, configure_logging, fill_data_seed, parse
 from lightning_dlrm.cli.predictions import PredictionWriter
 from lightning_dlrm.cli.report import cells_note, demo_note, early_stop_note, final_report, published_notes, size_note
+from lightning_dlrm.cli.resuming import choose_checkpoint, is_finished, log_how_to_resume
 from lightning_dlrm.cli.trainer_settings import (
     as_list,
     check_early_stopping_after_validation,
     check_processes,
     validate_trainer_settings,
 )
-from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.cli.version import code_version
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
+from lightning_dlrm.contracts.interrupts import deferred_signals
+from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint, whole_checkpoints
 from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import CurveWriter, EvaluationWriter, MetricsLogger, NormLogger
-from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.engine.progress import RunProgress
-from lightning_dlrm.engine.stopping import FinalValidation, StopAtAUC, StopOnSigterm, what_ended
+from lightning_dlrm.engine.stopping import FinalValidation, StopAtAUC, StopOnSigterm
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
-from lightning_dlrm.sharding.checkpoint import CheckpointReader, resolve_checkpoint
 from lightning_dlrm.sharding.collectives import is_lost_rank
 from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.lock import FolderLock
 from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS, RunFolder
 
 log = logging.getLogger("lightning_dlrm")
-
-EVALUATIONS = ("validate", "test", "predict")
-
-
-@dataclass(kw_only=True)
-class Job:
-    """One command with everything that it needs.
-
-    Args:
-        command: fit, validate, test or predict.
-        parser: parser of the settings.
-        settings: parsed settings, with the chosen checkpoint and seeds.
-        module: the model.
-        datamodule: the data.
-        folder: the run folder; rank 0 chooses its path, and callbacks of other ranks get it in ``setup``.
-        metrics_logger: callback with the metrics of a fit; None for evaluations.
-        made_folder: whether this command has made the run folder.
-    """
-
-    command: str
-    parser: CommandParser
-    settings: Namespace
-    module: CTRModule
-    datamodule: Any
-    folder: RunFolder
-    metrics_logger: MetricsLogger | None
-    made_folder: bool = False
-
-    def latest_metrics(self) -> dict[str, float]:
-        """Return what a fit has logged last, by name; nothing for an evaluation."""
-        return {} if self.metrics_logger is None else self.metrics_logger.latest
 
 
 def run(command: str, arguments: Sequence[str], description: str) -> int:
@@ -98,7 +66,7 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
 
     Raises:
         UserError: a setting is wrong, the data or a checkpoint do not fit, or another rank was lost.
-        SystemExit: with 128 + signal after SIGTERM or SIGINT.
+        SystemExit: with 128 + signal after SIGTERM, SIGHUP or SIGINT.
     """
     configure_logging()
     parser = build_trainer_parser(command, description)
@@ -110,8 +78,7 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
         return 0
     with finishing(job, trainer):
         if trainer.is_global_zero:
-            open_run_folder(job)
-            attach_loggers(job, trainer, trainer_settings["logger"])
+            prepare_run_folder(job, trainer, trainer_settings["logger"])
         log_start(job, trainer)
         call_trainer(job, trainer)
         if command == "fit":
@@ -119,38 +86,6 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
         elif command != "predict":
             report_evaluation(job, trainer)
     return 0
-
-
-# --- check -----------------------------------------------------------------------------------------
-
-
-def choose_checkpoint(command: str, settings: Namespace) -> None:
-    """Set ``ckpt_path`` to the checkpoint folder that the command opens, or to None if a fit starts from scratch.
-
-    Raises:
-        UserError: the options contradict each other, or the checkpoint does not exist.
-    """
-    path, run_dir = settings.ckpt_path, settings.run_dir
-    in_run = path in ("best", "last") and run_dir is not None
-    folder = RunFolder(Path(run_dir)).checkpoints if in_run else Path()
-    if command in EVALUATIONS:
-        require(settings.resume is None, f"--resume is for fit; {command} takes --ckpt_path")
-        require(path is not None, f"{command} needs a checkpoint: give --ckpt_path, such as runs/NAME/checkpoints/best")
-        settings.ckpt_path = str(resolve_checkpoint(folder / path))
-    elif settings.resume is None:
-        settings.ckpt_path = None if path is None else str(resolve_checkpoint(folder / path))
-        # The run of a checkpoint that is named within it continues.
-        settings.resume = "auto" if in_run else None
-    elif run_dir is None:
-        raise UserError("--resume auto looks for checkpoints in a run folder: give it with --run_dir")
-    elif path is not None:
-        raise UserError("--resume auto and --ckpt_path both choose a checkpoint: give one of them")
-    else:
-        newest = newest_checkpoint(RunFolder(Path(run_dir)).checkpoints)
-        if newest is None:
-            log.info("no checkpoint in %s yet: starting a new run", run_dir)
-        else:
-            settings.ckpt_path = str(newest)
 
 
 # --- build -----------------------------------------------------------------------------------------
@@ -236,7 +171,10 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
     """
     ours = {
         "callbacks": callbacks,
-        "plugins": [*as_list(trainer_settings["plugins"]), FolderCheckpointIO(job.settings.allow_nonfinite)],
+        "plugins": [
+            *as_list(trainer_settings["plugins"]),
+            FolderCheckpointIO(job.settings.allow_nonfinite, fallbacks(job)),
+        ],
         "logger": False,
     }
     try:
@@ -251,42 +189,44 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
     return trainer
 
 
-def is_finished(job: Job, trainer: pl.Trainer) -> bool:
-    """Return whether a fit has no step left after its checkpoint and its results are written; print that in a line.
-
-    Nothing is written to the run folder of a finished run.
-    """
-    if job.command != "fit" or job.settings.ckpt_path is None:
-        return False
-    folder = Path(job.settings.ckpt_path)
-    checkpoint = CheckpointReader(folder).rest()
-    if "loops" not in checkpoint:
-        return False
-    # As Lightning attaches them at the start of a fit; the length of an epoch depends on the trainer.
-    trainer.datamodule, job.datamodule.trainer = job.datamodule, trainer  # type: ignore[attr-defined]
-    setting, step = what_ended(trainer, checkpoint), checkpoint["global_step"]
-    # A run that was killed after its last checkpoint has no results yet.
-    is_resumed = job.settings.resume is not None
-    if setting is None or (is_resumed and RunFolder(Path(job.settings.run_dir)).final().get(names.STEP) != step):
-        return False
-    if trainer.is_global_zero:
-        print(
-            f"already finished at step {step:,}; nothing to do ({setting} ended it: to train on, raise or remove that)"
-        )
-    return True
-
-
 def facts_of_all_ranks(job: Job) -> dict[str, Any]:
     """Return every setting by its full key, without those that may differ from rank to rank."""
     document = json.loads(job.parser.dump(job.settings, format="json", skip_unset=False))
     return {k: v for k, v in flat(document).items() if not k.startswith(("config", "wandb.", "run_dir"))}
 
 
-def open_run_folder(job: Job) -> None:
-    """Choose the run folder, on rank 0.
+def fallbacks(job: Job) -> list[Path]:
+    """Return the checkpoints, newest first, that ``--resume auto`` takes if the one that it has chosen is damaged."""
+    settings = job.settings
+    if settings.resume is None or settings.ckpt_path is None:
+        return []
+    found = whole_checkpoints(RunFolder(Path(settings.run_dir)).checkpoints)
+    return found[found.index(Path(settings.ckpt_path)) + 1 :]
+
+
+def prepare_run_folder(job: Job, trainer: pl.Trainer, logger: Any) -> None:
+    """Open the run folder and its loggers, on rank 0.
+
+    A refusal reaches ranks that were started beside this one when they ask for the folder: see ``RunFolder.agree``.
 
     Raises:
-        UserError: the folder belongs to another run or to no run, or cannot be made.
+        UserError: see ``open_run_folder``.
+    """
+    try:
+        open_run_folder(job)
+        attach_loggers(job, trainer, logger)
+    except UserError as error:
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if environment is None or not environment.creates_processes_externally:
+            raise
+        job.folder.refusal = str(error)
+
+
+def open_run_folder(job: Job) -> None:
+    """Choose the run folder, on rank 0; a fit locks it.
+
+    Raises:
+        UserError: the folder belongs to another run or to no run, cannot be made, or another process holds its lock.
     """
     settings = job.settings
     path = None if settings.run_dir is None else Path(settings.run_dir)
@@ -299,10 +239,21 @@ def open_run_folder(job: Job) -> None:
             return
     elif settings.resume is not None and path is not None and path.is_dir():
         job.folder.path = RunFolder.reopen(path).path
+        job.lock = FolderLock(path).acquire()
+        newest = newest_checkpoint(job.folder.checkpoints)
+        require(
+            newest is None or settings.ckpt_path is not None,
+            f"another process has trained in {path} meanwhile: start this command again to continue",
+        )
         return
+    elif path is not None and path.is_dir():
+        # Whoever trains in it is named, rather than what it holds.
+        job.lock = FolderLock(path).acquire()
     model = settings.model.network.class_path.rpartition(".")[2].lower()
     job.folder.path = RunFolder.create(path, model).path
     job.made_folder = True
+    if job.command not in EVALUATIONS and job.lock is None:
+        job.lock = FolderLock(job.folder.path).acquire()
 
 
 def attach_loggers(job: Job, trainer: pl.Trainer, given: Any) -> None:
@@ -325,7 +276,7 @@ def attach_loggers(job: Job, trainer: pl.Trainer, given: Any) -> None:
 
 def log_start(job: Job, trainer: pl.Trainer) -> None:
     """Log what a command is about to do, and keep the configuration of a fit."""
-    if not trainer.is_global_zero:
+    if not trainer.is_global_zero or job.folder.refusal is not None:
         return
     if job.command == "predict":
         log.info("predictions go to %s", job.folder.path / PREDICTIONS)
@@ -357,22 +308,24 @@ def call_trainer(job: Job, trainer: pl.Trainer) -> None:
 
 @contextmanager
 def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
-    """End a command as schedulers and shells expect: exit codes, W&B's run closed, no empty run folder.
+    """End a command as schedulers and shells expect: exit codes, W&B's run closed, no empty run folder, no lock.
 
     Lightning exits with 0 after SIGTERM and with 1 after Ctrl-C; they expect 128 + signal.
     """
     succeeded = False
     try:
-        yield
-        succeeded = True
-    except SIGTERMException:
-        log_how_to_resume(job, trainer)
-        raise SystemExit(128 + signal.SIGTERM) from None
-    except SystemExit:
-        if not trainer.interrupted:
+        with deferred_signals() as received:
+            try:
+                yield
+                succeeded = True
+            finally:
+                finish_loggers(succeeded)
+    except (SIGTERMException, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and not received and not trainer.interrupted:
             raise
         log_how_to_resume(job, trainer)
-        raise SystemExit(128 + signal.SIGINT) from None
+        default = signal.SIGTERM if isinstance(error, SIGTERMException) else signal.SIGINT
+        raise SystemExit(128 + (received[0] if received else default)) from None
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
@@ -381,29 +334,11 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
             "see its output; earlier checkpoints are whole: resume with --resume auto"
         ) from error
     finally:
-        finish_loggers(succeeded)
         trained = succeeded and (job.metrics_logger is None or job.metrics_logger.samples > 0)
         if not trained and job.made_folder:
             job.folder.remove_without_results()
-
-
-def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
-    """Log the command that continues an interrupted fit."""
-    if job.command != "fit" or not trainer.is_global_zero:
-        return
-    step, folder = f"{trainer.global_step:,}", job.folder
-    try:
-        newest = newest_checkpoint(folder.checkpoints)
-    except UserError as error:
-        # The exit code stays that of the signal.
-        log.warning("interrupted at step %s; %s", step, error)
-        return
-    if newest is None:
-        log.info("interrupted at step %s, before the first checkpoint", step)
-        return
-    again = ["fit", "--config", str(folder.path / CONFIG), "--run_dir", str(folder.path), "--resume", "auto"]
-    command = shlex.join([*again, *trust_options()])
-    log.info("interrupted at step %s; continue with: python -m lightning_dlrm %s", step, command)
+        if job.lock is not None:
+            job.lock.release()
 
 
 # --- report ----------------------------------------------------------------------------------------

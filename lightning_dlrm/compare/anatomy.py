@@ -20,6 +20,8 @@ from lightning_dlrm.bench.breakdown import KINDS, by_kind, profile_steps
 from lightning_dlrm.cli.parser import build_model_and_data
 from lightning_dlrm.cli.version import code_version
 from lightning_dlrm.compare.runs import Arm, Run
+from lightning_dlrm.contracts.documents import read_json
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.memory import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.sharding.balance import make_plan
 from lightning_dlrm.sharding.costs import RankCost, TableLoad, parse_memory, rank_costs
@@ -88,7 +90,7 @@ def _count(parameters: Any, dense: set[int]) -> int:
 
 
 def _sharding(run: Run, loads: Sequence[TableLoad], ranks: int, batch_size: int) -> Sharding:
-    strategy = run.config["trainer"]["strategy"]
+    strategy = run.config["trainer"].get("strategy")
     options = strategy.get("init_args") or {} if isinstance(strategy, Mapping) else {}
     file, memory = options.get("plan"), options.get("memory_per_rank")
     if file is not None:
@@ -129,10 +131,10 @@ def breakdown(arms: Sequence[Arm], cache: Path) -> tuple[dict[str, dict[str, flo
 
 def _known(cache: Path) -> dict[str, dict[str, float]]:
     try:
-        known: dict[str, dict[str, float]] = json.loads(cache.read_text())
-    except (OSError, ValueError):
+        known = read_json(cache, dict[str, dict[str, float]], "it is measured again")
+    except UserError:
         return {}
-    return known
+    return {key: times for key, times in known.items() if set(times) == set(KINDS)}
 
 
 def _key(arm: Arm) -> str:

@@ -13,11 +13,11 @@ from typing import IO
 
 from tqdm import tqdm
 
-from lightning_dlrm.contracts import disk
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.engine.progress import Lines
 from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.lock import FolderLock
 from lightning_dlrm.tracking.run_folder import RunFolder
 
 POLL_SECONDS = 0.5
@@ -51,7 +51,7 @@ class _Running:
     slot: int
     waiting: list[Sequence[str]]
     log: IO[bytes]
-    lock: IO[bytes]
+    lock: FolderLock
     process: subprocess.Popen[bytes] | None = None
 
 
@@ -129,11 +129,8 @@ def run_jobs(jobs: Sequence[Job], environments: Sequence[Mapping[str, str]], don
 
 def _begin(job: Job, slot: int) -> _Running:
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    # The processes inherit the lock, so it is free only when the last of them has ended.
-    lock = job.log.with_suffix(".lock").open("wb")
-    if not disk.lock(lock):
-        lock.close()
-        raise UserError(f"another process is working on {job.run}: wait for it, or choose another --output")
+    # A fit locks its run folder; this lock lasts from the first command of the run to its last one.
+    lock = FolderLock(job.run, job.log.with_suffix(".lock")).acquire()
     return _Running(job=job, slot=slot, waiting=list(job.commands), log=job.log.open("ab"), lock=lock)
 
 
@@ -145,7 +142,6 @@ def _next_command(each: _Running, environment: Mapping[str, str]) -> None:
         stdout=each.log,
         stderr=subprocess.STDOUT,
         env={**os.environ, **environment},
-        pass_fds=(each.lock.fileno(),),
         # Ctrl-C reaches this process only, which passes it on.
         start_new_session=True,
     )
@@ -153,7 +149,7 @@ def _next_command(each: _Running, environment: Mapping[str, str]) -> None:
 
 def _close(each: _Running) -> None:
     each.log.close()
-    each.lock.close()
+    each.lock.release()
 
 
 def _stop(running: Sequence[_Running]) -> None:

@@ -14,6 +14,7 @@ from lightning_dlrm.cli.parser import build_model_and_data
 from lightning_dlrm.cli.predictions import read_predictions
 from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.compare.runs import Run
+from lightning_dlrm.contracts.documents import read_json
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import click_metrics
 from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS
@@ -69,8 +70,8 @@ def note_source(run: Run, split: Split, folder: Path) -> None:
 
 def _is_scored(run: Run, split: Split, folder: Path) -> bool:
     try:
-        kept = json.loads((folder / SOURCE).read_text())
-    except (OSError, ValueError):
+        kept = read_json(folder / SOURCE, dict[str, Any], "they are made again")
+    except UserError:
         return False
     return kept == _source(run, split) and (folder / PREDICTIONS).is_file()
 
@@ -114,11 +115,14 @@ def read_scores(folder: Path, labels_N: NDArray[np.int8]) -> Scores:
         UserError: the predictions are of other rows, or are not finite.
     """
     path = folder / PREDICTIONS
-    rows, probabilities = read_predictions(path)
-    if len(rows) != len(labels_N) or not np.array_equal(rows, np.arange(len(labels_N))):
-        raise UserError(f"{path} has {len(rows):,} rows, the data {len(labels_N):,}: remove it, and compare again")
-    if not np.isfinite(probabilities).all():
-        raise UserError(f"{path} holds probabilities that are not finite: the run has diverged; train it again")
+    rows, probabilities = read_predictions(path, len(labels_N))
+    if not np.array_equal(rows, np.arange(len(labels_N))):
+        raise UserError(f"{path} has other rows than the data: remove it, and compare again")
+    if not (np.isfinite(probabilities) & (probabilities >= 0) & (probabilities <= 1)).all():
+        raise UserError(
+            f"{path} holds probabilities that are not from 0 to 1: the run has diverged or the file was changed; "
+            "train the run again"
+        )
     logits = torch.logit(torch.from_numpy(probabilities.astype(np.float64)), eps=2.0**-25)
     return Scores(
         probabilities=probabilities, labels=labels_N, metrics=click_metrics(logits, torch.from_numpy(labels_N))

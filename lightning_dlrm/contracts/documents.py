@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -9,8 +10,25 @@ from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 if TYPE_CHECKING:
     import yaml
+    from pydantic import TypeAdapter
 
 Form = TypeVar("Form")
+
+MAX_BYTES = 32 * 2**20
+"""Most bytes of a JSON or YAML file; dataset.json of all of Terabyte takes a tenth of it."""
+
+_INVISIBLE = r"\x7f-\x9f\u202a-\u202e\u2066-\u2069"
+_CONTROL = re.compile(rf"[\x00-\x08\x0b-\x1f{_INVISIBLE}]")
+"""Characters that change how a terminal shows a text: control characters except tab and line feed, and characters that
+change the direction of writing."""
+_CONTROL_IN_JSON = re.compile(
+    rf"[{_INVISIBLE}]|(?<!\\)(?:\\\\)*\\(?:[bfr]|u00[0189][0-9a-f]|u007f|u202[a-e]|u206[6-9])", re.IGNORECASE
+)
+"""The same characters in JSON, where those below the space are written as escapes."""
+
+
+_ADAPTERS: "dict[object, TypeAdapter[Any]]" = {}
+"""Of each form: making one takes milliseconds."""
 
 
 def parse_json(content: str | bytes, form: type[Form], where: str, advice: str) -> Form:
@@ -25,13 +43,19 @@ def parse_json(content: str | bytes, form: type[Form], where: str, advice: str) 
         advice: what the user can do about a damaged file, for messages.
 
     Raises:
-        UserError: the content is not JSON in UTF-8, or has another form.
+        UserError: the content is not JSON in UTF-8, has another form, or control characters.
     """
     # Importing it takes a tenth of a second.
     from pydantic import TypeAdapter, ValidationError
 
+    adapter: TypeAdapter[Form] = _ADAPTERS.get(form) or TypeAdapter(form)
+    _ADAPTERS[form] = adapter
     try:
-        return TypeAdapter(form).validate_json(content, strict=True)
+        text = content if isinstance(content, str) else content.decode()
+        require(not _CONTROL_IN_JSON.search(text), "it has control characters")
+        return adapter.validate_json(text, strict=True)
+    except (UnicodeDecodeError, UserError) as error:
+        raise UserError(f"{where} is damaged or was changed ({one_line(error)}); {advice}") from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raised = first.get("ctx", {}).get("error")
@@ -46,15 +70,30 @@ def read_json(path: Path, form: type[Form], advice: str) -> Form:
     Raises:
         UserError: the file cannot be read, or ``parse_json`` refuses its content.
     """
+    return parse_json(read_bounded(path, advice), form, str(path), advice)
+
+
+def read_bounded(path: Path, advice: str) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        UserError: the file cannot be read, is not a regular file, or has more than ``MAX_BYTES``.
+    """
     try:
-        content = path.read_bytes()
+        require(not path.exists() or path.is_file(), f"{path} is not a file; {advice}")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}") from error
-    return parse_json(content, form, str(path), advice)
+    require(len(content) <= MAX_BYTES, f"{path} has more than {MAX_BYTES:,} bytes; {advice}")
+    return content
 
 
 CONFIGURATION = "expected a configuration: keys such as 'trainer:', each with its values"
 """What a YAML file is expected to be if its reader does not say."""
+
+YAML_FAULTS = (ValueError, OverflowError, LookupError, AttributeError, TypeError)
+"""What PyYAML raises beside YAMLError: for dates that do not exist, thousands of digits, tags of other values."""
 
 MAX_VALUES = 1_000_000
 """Most values of a YAML file, each counted as often as an alias repeats it."""
@@ -73,10 +112,9 @@ def read_yaml(path: Path, expected: str = CONFIGURATION) -> dict[str, Any]:
     # Processes that read no YAML start without it.
     import yaml
 
+    text = read_bounded(path, "check the path")
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); check the path") from error
+        content = parse_yaml(text.decode())
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
@@ -90,12 +128,17 @@ def parse_yaml(text: str) -> Any:
     """Return the value of a YAML text.
 
     Raises:
-        UserError: a key stands twice in a mapping, or aliases repeat values without end.
+        UserError: a key stands twice in a mapping, a number is too large, or aliases repeat values without end.
         yaml.YAMLError, RecursionError: the text is not YAML of plain values, or is nested too deeply.
     """
     import yaml
 
-    value = yaml.load(text, _strict_loader())
+    try:
+        value = yaml.load(text, _strict_loader())
+    except UserError:
+        raise
+    except YAML_FAULTS as error:
+        raise yaml.YAMLError(repr(error)) from error
     if _count_values(value, {}) > MAX_VALUES:
         raise UserError(f"aliases make more than {MAX_VALUES:,} values; write the values themselves")
     return value
@@ -120,16 +163,34 @@ def _strict_loader() -> type["yaml.SafeLoader"]:
 
 
 def _count_values(value: Any, known: dict[int, float]) -> float:
-    """Return the number of values in a YAML value; infinite if it holds itself."""
+    """Return the number of values in a YAML value, infinite if it holds itself, and refuse values of no use."""
+    if isinstance(value, int):
+        require(abs(value) < 1 << 63, "a number has more than 64 bits; give a smaller one")
+    if isinstance(value, str):
+        require(not _CONTROL.search(value), f"a value has control characters: {value[:40]!r}")
     if not isinstance(value, (dict, list)):
         return 1
     if id(value) not in known:
         known[id(value)] = math.inf
-        inner = value.values() if isinstance(value, dict) else value
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_count_values(item, known) for item in inner)
     return known[id(value)]
 
 
+def printable(text: str) -> str:
+    """Return a text with control characters and characters that UTF-8 lacks as escapes."""
+    escaped = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return escaped.encode(errors="backslashreplace").decode()
+
+
+def is_name(name: str) -> bool:
+    """Return whether a name from a file may name a file: short, without separators and control characters."""
+    return is_inner_path(name) and "/" not in name and printable(name) == name
+
+
 def is_inner_path(name: str) -> bool:
-    """Return whether a path that a file names stays within its folder: relative, and without ``..``."""
-    return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+    """Return whether a path that a file names stays within its folder: relative, without ``..``, and of a length that
+    file systems allow."""
+    parts = name.split("/")
+    short = len(name) <= 1024 and max(map(len, parts)) <= 200
+    return short and "\0" not in name and not {"", ".", ".."} & set(parts)

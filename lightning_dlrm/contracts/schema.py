@@ -21,10 +21,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from lightning_dlrm.contracts.documents import is_inner_path, parse_json
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.documents import is_inner_path, is_name, parse_json
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = "dataset.json"
@@ -41,9 +41,15 @@ CRITEO_DENSE = tuple(f"I{i}" for i in range(1, 14))
 CRITEO_CATEGORICAL = tuple(f"C{i}" for i in range(1, 27))
 
 
+_NO_OTHER_KEYS = {"extra": "forbid"}
+"""Configuration of pydantic for classes of which a file may not have further keys."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """One feature (or the label) of a dataset."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _NO_OTHER_KEYS
 
     name: str
     role: Role
@@ -59,6 +65,8 @@ class Column:
 class DataFile:
     """One file of a dataset folder."""
 
+    __pydantic_config__: ClassVar[dict[str, str]] = _NO_OTHER_KEYS
+
     path: str
     """Relative to the dataset folder, with forward slashes."""
     sha256: str
@@ -68,6 +76,10 @@ class DataFile:
 
     def __post_init__(self) -> None:
         require(is_inner_path(self.path), f"the path {self.path!r} leads out of its folder")
+        require(
+            self.bytes >= 0 and min(self.row_groups, default=0) >= 0,
+            f"{self.path} has a negative size or number of rows",
+        )
 
     @property
     def rows(self) -> int:
@@ -78,15 +90,25 @@ class DataFile:
 class Split:
     """The rows of one split, in order, and the files that hold them."""
 
+    __pydantic_config__: ClassVar[dict[str, str]] = _NO_OTHER_KEYS
+
     rows: int
     positives: int | None = None
     """Rows whose label is 1; None if the rows have no labels or are not counted yet."""
     files: tuple[DataFile, ...] = ()
 
+    def __post_init__(self) -> None:
+        require(
+            0 <= (self.positives or 0) <= self.rows,
+            f"a split has {self.rows} rows, {self.positives} of them with label 1",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optimum:
     """The best expected scores on a split: those of the true probabilities, known for generated data only."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _NO_OTHER_KEYS
 
     auc: float
     log_loss: float
@@ -131,10 +153,20 @@ class DatasetSchema:
 
     def __post_init__(self) -> None:
         names = [column.name for column in self.columns]
+        for name in (self.dataset, self.protocol, *names):
+            require(
+                is_name(name), f"{name[:40]!r} is not a name: expected 1 to 200 characters, none of them / or control"
+            )
+        require(names, "there are no columns")
         require(len(set(names)) == len(names), f"column names must differ; got {names}")
         for column in self.columns:
             require(
                 column.role in get_args(Role), f"column {column.name}: role {column.role!r} is none of {get_args(Role)}"
+            )
+            require(
+                column.cardinality < 2**31 and all(0 <= row < column.cardinality for row in column.reserved.values()),
+                f"column {column.name}: its table has {column.cardinality} rows and the reserved ids "
+                f"{dict(column.reserved)}; ids are below the number of rows, which is below 2**31",
             )
             has_table = column.role in ("categorical", "multi_hot")
             require(
@@ -265,9 +297,14 @@ class DatasetSchema:
             f"{where} has format version {version}; this release reads {FORMAT_VERSION}: "
             "preprocess the data again, or use the release that wrote it",
         )
-        stored, schema = parse_json(text, _Stored, where, advice), parse_json(text, cls, where, advice)
+        stored = parse_json(text, _Document, where, advice)
+        schema = cls(**{field.name: getattr(stored, field.name) for field in dataclasses.fields(cls)})
+        try:
+            found = {"encoding": schema.encoding_fingerprint, "data": schema.data_fingerprint}
+        except ValueError as error:
+            raise UserError(f"{where} is damaged or was changed ({one_line(error)}); {advice}") from error
         require(
-            stored.fingerprints == {"encoding": schema.encoding_fingerprint, "data": schema.data_fingerprint},
+            stored.fingerprints == found,
             f"{where} was altered after it was written (fingerprints differ); restore it or preprocess again",
         )
         return schema
@@ -279,9 +316,12 @@ class _Version:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Stored:
-    """What ``dataset.json`` holds beside its version and the schema's own fields."""
+class _Document(DatasetSchema):
+    """The content of ``dataset.json``. A later version may have other keys; a file of this one may not."""
 
+    __pydantic_config__: ClassVar[dict[str, str]] = _NO_OTHER_KEYS
+
+    format_version: int
     fingerprints: Mapping[str, str]
 
 

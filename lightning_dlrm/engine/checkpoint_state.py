@@ -14,14 +14,9 @@ from lightning_dlrm.engine.averaging import average_rows, averaged_dense
 from lightning_dlrm.engine.fit_length import planned_steps, refuse_longer_fit
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.schedules import needs_total_steps
-from lightning_dlrm.sharding.checkpoint import (
-    CHECKED_REST,
-    CheckpointReader,
-    PieceTensors,
-    is_finite,
-    nonfinite_tensors,
-)
+from lightning_dlrm.sharding.checkpoint import CHECKED_REST, CheckpointReader, PieceTensors
 from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.sharding.finite import is_finite, nonfinite_tensors
 from lightning_dlrm.tables.lookup import EmbeddingTables
 
 if TYPE_CHECKING:
@@ -212,21 +207,21 @@ def _keep_averages(module: "CTRModule", averages: dict[str, Any] | None, reader:
 def _check_header(module: "CTRModule", reader: CheckpointReader, training: bool) -> None:
     header, network = reader.header, type(module.network).__name__
     require(
-        header["model"] == network,
-        f"checkpoint {reader.folder} is of a {header['model']}, this run trains a "
+        header.get("model") == network,
+        f"checkpoint {reader.folder} is of a {header.get('model')}, this run trains a "
         f"{network}: use the configuration it was trained with",
     )
-    encoding = module.schema.encoding_fingerprint
-    if header["encoding_fingerprint"] != encoding:
+    encoding, stored = module.schema.encoding_fingerprint, str(header.get("encoding_fingerprint"))
+    if stored != encoding:
         raise UserError(
             f"checkpoint {reader.folder} was trained on data with another encoding (fingerprint "
-            f"{header['encoding_fingerprint'][:12]}, the data here have {encoding[:12]}): "
+            f"{stored[:12]}, the data here have {encoding[:12]}): "
             "encode the data with the vocabulary and protocol of the training data"
         )
-    data = module.data_schema().data_fingerprint
-    if training and header["data_fingerprint"] != data:
+    data, stored = module.data_schema().data_fingerprint, str(header.get("data_fingerprint"))
+    if training and stored != data:
         raise UserError(
-            f"checkpoint {reader.folder} was trained on other rows (fingerprint {header['data_fingerprint'][:12]}, "
+            f"checkpoint {reader.folder} was trained on other rows (fingerprint {stored[:12]}, "
             f"the data here have {data[:12]}): resume on the same dataset"
         )
 

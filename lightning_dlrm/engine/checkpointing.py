@@ -1,8 +1,10 @@
 """Callback and plugin through which Lightning saves and opens checkpoint folders."""
 
 import logging
+import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lightning_dlrm.engine.checkpoint_state import dense_tensors, table_pieces
 from lightning_dlrm.engine.fit_length import all_micro_batches
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.sharding.checkpoint import (
+    MANIFEST,
     CheckpointReader,
     link_checkpoint,
     resolve_checkpoint,
@@ -24,7 +27,7 @@ from lightning_dlrm.sharding.checkpoint import (
 )
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
-from lightning_dlrm.tracking.run_folder import RunFolder
+from lightning_dlrm.tracking.run_folder import RunFolder, set_aside
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -37,13 +40,15 @@ class FolderCheckpointIO(CheckpointIO):
 
     Args:
         allow_nonfinite: whether to open checkpoints with NaN or infinite values, which are refused by default.
+        fallbacks: checkpoints to open, the first of them that is whole, if the checkpoint to open is damaged.
     """
 
     HOLDS_TABLES = True
     """Whether tables are written piece by piece; CTRModule needs such a plugin."""
 
-    def __init__(self, allow_nonfinite: bool = False) -> None:
+    def __init__(self, allow_nonfinite: bool = False, fallbacks: Sequence[Path] = ()) -> None:
         self.allow_nonfinite = allow_nonfinite
+        self.fallbacks = fallbacks
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         rest = {key: value for key, value in checkpoint.items() if key not in ("tables", "header")}
@@ -53,6 +58,13 @@ class FolderCheckpointIO(CheckpointIO):
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         reader = CheckpointReader(Path(path), self.allow_nonfinite)
+        for fallback in self.fallbacks:
+            try:
+                reader.verify_files(Ranks(long_timeout=True))
+                break
+            except UserError as error:
+                log.warning("passing over a checkpoint that is not whole: %s", one_line(error))
+                reader = CheckpointReader(fallback, self.allow_nonfinite)
         return reader.rest() | {"tables": reader}
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -93,6 +105,11 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            # Not earlier: if the checkpoint is refused, the run folder stays as it is.
+            for path in (self.folder / LAST, self.folder / BEST):
+                if path.exists() and _step_of(path) > self._saved_step:
+                    log.warning("%s, damaged or of a later step, is set aside as %s", path, set_aside(path))
         pieces = table_pieces(pl_module)
         here = sum(tensor.nbytes for piece in pieces for tensor in piece.tensors.values())
         sizes = np.stack(Ranks().all_gather(np.array([here, staging_bytes(pieces)])))
@@ -135,8 +152,21 @@ class RunCheckpoints(Checkpoint):
         self.seconds += time.perf_counter() - start
 
 
+def _step_of(folder: Path) -> float:
+    """Return the step of a checkpoint; infinite if it is damaged."""
+    try:
+        return float(CheckpointReader(folder).header[names.STEP]) if (folder / MANIFEST).is_file() else math.inf
+    except (UserError, KeyError, TypeError, ValueError):
+        return math.inf
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the whole checkpoint with the most steps in a run's ``checkpoints`` folder; None if there is none.
+    """Return the first of ``whole_checkpoints``; None if there is none."""
+    return next(iter(whole_checkpoints(folder)), None)
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run's ``checkpoints`` folder whose files are there, by descending step.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -161,7 +191,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         )
     for problem in damaged:
         log.warning("passing over a checkpoint that is not whole: %s", problem)
-    return max(found)[1] if found else None
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def _ends_now(trainer: pl.Trainer) -> bool:

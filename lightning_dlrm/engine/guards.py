@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.optim.optimizer import CTROptimizer
-from lightning_dlrm.sharding.checkpoint import is_finite, nonfinite_tensors
 from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.sharding.finite import is_finite, nonfinite_tensors
 
 log = logging.getLogger("lightning_dlrm")
 

@@ -23,7 +23,7 @@ from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
-from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder, curves_file
+from lightning_dlrm.tracking.run_folder import RunFolder, curves_file
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -95,8 +95,7 @@ class MetricsLogger(pl.Callback):
         self._seconds_before = state_dict.get("seconds", 0.0)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Rank 0 chose the folder.
-        self.folder.path = trainer.strategy.broadcast(self.folder.path)
+        self.folder.agree(trainer.strategy)
         self._start = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
@@ -107,9 +106,9 @@ class MetricsLogger(pl.Callback):
         self._step = self.logged_step = trainer.global_step
         if trainer.is_global_zero:
             # Not earlier: if the checkpoint is refused, the run folder stays as it is.
-            self.folder.drop_lines_after(self._step)
+            self.folder.set_lines_aside(self._step)
             if self.configuration is not None:
-                self.folder.write_text(CONFIG, self.configuration)
+                self.folder.write_config(self.configuration)
         if self._step:
             log.info("resumed at step %d (%s samples)", self._step, f"{self.samples:,}")
         for logger in trainer.loggers:
@@ -290,8 +289,7 @@ class EvaluationWriter(pl.Callback):
         self.folder = folder
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Rank 0 chose the folder.
-        self.folder.path = trainer.strategy.broadcast(self.folder.path)
+        self.folder.agree(trainer.strategy)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "validate":

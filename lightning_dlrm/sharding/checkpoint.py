@@ -14,9 +14,7 @@ A *slot* is ``weight`` or the name of a tensor of optimizer state with a first d
 """
 
 import dataclasses
-import itertools
 import json
-import math
 import os
 import pickle
 import shutil
@@ -33,14 +31,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_dlrm.contracts.disk import flush
-from lightning_dlrm.contracts.documents import is_inner_path, read_json
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import file_sha256
 from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.sharding.finite import is_finite, nonfinite_tensors
+from lightning_dlrm.sharding.manifest import FORMAT_VERSION, MANIFEST, Manifest, PieceFile, TableEntry, read_manifest
 from lightning_dlrm.tables.table import TablePiece
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+_WEIGHT_TYPES = ("F16", "BF16", "F32", "F64")
 REST = "rest.pt"
 CHECKED_REST = ("state_dict", "optimizer_states", "averages")
 """Keys of ``rest.pt`` whose tensors are finite; best scores of callbacks may be infinite."""
@@ -53,51 +51,6 @@ class PieceTensors:
     piece: TablePiece
     tensors: Mapping[str, Tensor]
     """``weight`` [rows of the piece, D], and optimizer state [rows of the piece, ...]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PieceFile:
-    """The file that holds a range of a table's rows."""
-
-    start: int
-    stop: int
-    file: str
-    bytes: int
-    sha256: str
-
-    def __post_init__(self) -> None:
-        require(is_inner_path(self.file), f"the file {self.file!r} leads out of its folder")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableEntry:
-    """The manifest's entry of a table."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    """Global shape of ``weight`` and of each tensor of optimizer state."""
-    pieces: tuple[PieceFile, ...]
-
-    def __post_init__(self) -> None:
-        require(self.shapes.get("weight"), "a table has no shape of its weight")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """The content of a checkpoint."""
-
-    header: Mapping[str, Any]
-    """JSON values about the run: model, fingerprints, step, epoch."""
-    tables: Mapping[str, TableEntry]
-    rest: PieceFile
-
-    def __post_init__(self) -> None:
-        for name in self.tables:
-            require(is_inner_path(name), f"the name of the table {name!r} leads out of the checkpoint's folder")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Version:
-    format_version: int
 
 
 def save_checkpoint(
@@ -141,7 +94,7 @@ def save_checkpoint(
     def finish() -> None:
         torch.save(dict(rest), partial / REST)
         tables = _table_entries(entry for entries in written for entry in entries)
-        manifest = Manifest(header=header, tables=tables, rest=_describe_file(partial, REST, 0, 0))
+        manifest = Manifest(header=header, tables=tables, rest=PieceFile.of(partial, REST, 0, 0))
         document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
         (partial / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
         _publish(partial, folder)
@@ -150,10 +103,10 @@ def save_checkpoint(
         ranks.run_on_rank_zero(begin)
         written = ranks.run_on_all_ranks(write_pieces)
         ranks.run_on_rank_zero(finish)
-    except UserError:
+    finally:
+        # After an error or Ctrl-C; a complete checkpoint has another name by now.
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def staging_bytes(pieces: Sequence[PieceTensors]) -> int:
@@ -168,7 +121,7 @@ def _save_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"cannot save the checkpoint {folder}: {error}; the previous one is untouched: "
+            f"cannot save the checkpoint {folder}: {one_line(error)}; the previous one is untouched: "
             "free disk space or choose another --run_dir, then resume"
         ) from error
 
@@ -186,50 +139,6 @@ def _table_entries(written: Iterable[Mapping[str, Any]]) -> dict[str, TableEntry
     }
 
 
-def rewrite_checkpoint(source: Path, folder: Path, bounds: Mapping[str, Sequence[int]] | None = None) -> None:
-    """Write a checkpoint again with other pieces of its tables; each thread has one piece in memory at a time.
-
-    Args:
-        source: folder of the checkpoint.
-        folder: folder of the new checkpoint.
-        bounds: table name -> the first row of each piece, then the number of the table's rows; None for whole
-            tables.
-
-    Raises:
-        UserError: ``source`` is incomplete, or ``folder`` exists or cannot be written.
-    """
-    require(not Path(folder).exists(), f"{folder} exists; give another folder for the new checkpoint")
-    reader = CheckpointReader(source, allow_nonfinite=True)
-    pieces = []
-    for name, entry in reader.manifest.tables.items():
-        rows = entry.shapes["weight"][0]
-        for start, stop in itertools.pairwise((0, rows) if bounds is None else bounds[name]):
-            piece = TablePiece(name=name, table_rows=rows, start=start, stop=stop, offset=0)
-            pieces.append(PieceTensors(piece, _StoredRows(reader, piece)))
-    save_checkpoint(folder, pieces, reader.rest(), reader.header)
-
-
-class _StoredRows(Mapping[str, Tensor]):
-    """The rows of a piece in a checkpoint; each slot is read at its access."""
-
-    def __init__(self, reader: "CheckpointReader", piece: TablePiece) -> None:
-        self._reader, self._piece = reader, piece
-        self._shapes = reader.manifest.tables[piece.name].shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def __getitem__(self, slot: str) -> Tensor:
-        rows = self._piece.stop - self._piece.start
-        dtype = self._reader.dtype(self._piece.name, slot)
-        out = torch.empty(rows, *self._shapes[slot][1:], dtype=dtype)
-        self._reader.read_rows(self._piece, slot, out)
-        return out
-
-
 def link_checkpoint(source: Path, folder: Path) -> None:
     """Give a checkpoint a second name by hard links: its files are never changed in place."""
     partial = _hidden_sibling(folder, "partial")
@@ -238,8 +147,9 @@ def link_checkpoint(source: Path, folder: Path) -> None:
         shutil.copytree(source, partial, copy_function=_link_or_copy)
         _publish(partial, folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot keep {source} as {folder}: {error}; free disk space, then resume") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def resolve_checkpoint(folder: Path) -> Path:
@@ -258,24 +168,6 @@ def resolve_checkpoint(folder: Path) -> Path:
     raise UserError(f"checkpoint {folder} {what}; expected a folder such as runs/NAME/checkpoints/last")
 
 
-def is_finite(values: Tensor) -> bool:
-    """Return whether no element is NaN or infinite."""
-    if not values.is_floating_point() or not values.numel():
-        return True
-    # A sum reads the elements once and needs no memory; a sum of finite elements may overflow.
-    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
-
-
-def nonfinite_tensors(values: Any, name: str) -> Iterator[str]:
-    """Yield the paths of the tensors with NaN or infinite elements in nested mappings and sequences."""
-    if isinstance(values, Tensor):
-        if not is_finite(values):
-            yield name
-    elif isinstance(values, (Mapping, list, tuple)):
-        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
-            yield from nonfinite_tensors(value, f"{name}.{key}")
-
-
 class CheckpointReader:
     """Reader of a checkpoint, which verifies the checksum of every file that it uses.
 
@@ -291,14 +183,7 @@ class CheckpointReader:
         self.folder = resolve_checkpoint(folder)
         self.allow_nonfinite = allow_nonfinite
         self._checked: set[str] = set()
-        path = self.folder / MANIFEST
-        version = read_json(path, _Version, "use another checkpoint").format_version
-        require(
-            version == FORMAT_VERSION,
-            f"checkpoint {self.folder} has format version {version}; this release reads {FORMAT_VERSION}: "
-            "use the release that wrote it",
-        )
-        self.manifest = read_json(path, Manifest, "use another checkpoint")
+        self.manifest = read_manifest(self.folder)
         outside = [
             f.file for f in self._files() if not (self.folder / f.file).resolve().is_relative_to(self.folder.resolve())
         ]
@@ -312,8 +197,6 @@ class CheckpointReader:
                 (self.folder / part.file).stat().st_size == part.bytes,
                 f"checkpoint file {self.folder / part.file} is damaged (its size differs)",
             )
-        for name, entry in self.manifest.tables.items():
-            _check_tiling(self.folder, name, entry)
 
     @property
     def header(self) -> Mapping[str, Any]:
@@ -326,13 +209,17 @@ class CheckpointReader:
             UserError: the file is damaged, or holds objects other than tensors and plain values.
         """
         self._check(self.manifest.rest)
+        path = self.folder / self.manifest.rest.file
         try:
-            return torch.load(self.folder / REST, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise UserError(
-                f"{self.folder / REST} holds more than tensors and plain values, so it is not opened; "
-                "use a checkpoint that this project wrote"
+                f"{path} holds more than tensors and plain values; use a checkpoint that this project wrote"
             ) from error
+        except Exception as error:  # torch has many kinds for a damaged file
+            raise UserError(f"{path} is damaged ({one_line(error)}); use another checkpoint") from error
+        require(isinstance(found, dict), f"{path} does not hold names with values; use another checkpoint")
+        return found
 
     def read_rows(self, piece: TablePiece, slot: str, out: Tensor) -> None:
         """Fill ``out`` with a piece's rows of one slot; the rows may come from several stored pieces.
@@ -354,7 +241,7 @@ class CheckpointReader:
             start, stop = max(piece.start, part.start), min(piece.stop, part.stop)
             if start < stop:
                 read = out[start - piece.start : stop - piece.start]
-                with self._checking(part), safe_open(str(self.folder / part.file), framework="pt") as file:
+                with self._checking(part), self._opened(part, entry) as file:
                     read.copy_(file.get_slice(slot)[start - part.start : stop - part.start])
                     finite = self.allow_nonfinite or is_finite(read)
                 if not finite:
@@ -362,8 +249,31 @@ class CheckpointReader:
 
     def dtype(self, table: str, slot: str) -> torch.dtype:
         """Return the stored dtype of a slot."""
-        with safe_open(str(self.folder / self.manifest.tables[table].pieces[0].file), framework="pt") as file:
+        entry = self.manifest.tables[table]
+        with self._opened(entry.pieces[0], entry) as file:
             return file.get_slice(slot)[:0].dtype
+
+    @contextmanager
+    def _opened(self, part: PieceFile, entry: TableEntry) -> Iterator[Any]:
+        """Open a file of a table, and compare its header with the manifest.
+
+        Raises:
+            UserError: it cannot be read, or its tensors have other names, shapes or types.
+        """
+        path = self.folder / part.file
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                found = {slot: tuple(file.get_slice(slot).get_shape()) for slot in file.keys()}  # noqa: SIM118
+                expected = {slot: (part.stop - part.start, *shape[1:]) for slot, shape in entry.shapes.items()}
+                types = {slot: file.get_slice(slot).get_dtype() for slot in found}
+                require(
+                    found == expected and types["weight"] in _WEIGHT_TYPES,
+                    f"checkpoint file {path} has tensors of other shapes or types ({found}, {types}) than its manifest "
+                    f"says ({expected}); use another checkpoint",
+                )
+                yield file
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise UserError(f"checkpoint file {path} is damaged ({one_line(error)}); use another checkpoint") from error
 
     def verify(self) -> None:
         """Verify the checksum of every file, and that no parameter and no optimizer state is NaN or infinite.
@@ -371,18 +281,33 @@ class CheckpointReader:
         Raises:
             UserError: a checksum differs, or elements are not finite.
         """
-        for part in self._files():
-            self._check(part)
+        damaged = [message for part in self._files() if (message := self._damage(part))]
+        require(not damaged, "; ".join(damaged))
         rest = self.rest()
         bad = [f"{name} ({REST})" for key in CHECKED_REST for name in nonfinite_tensors(rest.get(key), key)]
         for name, entry in self.manifest.tables.items():
             for part in entry.pieces:
-                with safe_open(str(self.folder / part.file), framework="pt") as file:
+                with self._opened(part, entry) as file:
                     for slot in entry.shapes:
                         if not is_finite(rows := file.get_tensor(slot)):
                             bad.append(_describe_rows(rows, slot, name, part.start, part))
         if bad:
             raise self.nonfinite("; ".join(bad))
+
+    def verify_files(self, ranks: Ranks) -> None:
+        """Verify the checksum of every file, each rank of a share of the files; all ranks call it together.
+
+        Raises:
+            UserError: on all ranks, if a checksum differs.
+        """
+        files = list(self._files())
+
+        def check() -> None:
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                list(pool.map(self._check, files[ranks.rank :: ranks.ranks]))
+
+        ranks.run_on_all_ranks(check)
+        self._checked |= {part.file for part in files}
 
     def nonfinite(self, where: str) -> UserError:
         return UserError(
@@ -399,6 +324,14 @@ class CheckpointReader:
                 yield
             finally:
                 check.result()
+
+    def _damage(self, part: PieceFile) -> str:
+        """Return what is wrong with a file; empty if its checksum is right."""
+        try:
+            self._check(part)
+            return ""
+        except UserError as error:
+            return str(error)
 
     def _files(self) -> Iterable[PieceFile]:
         yield self.manifest.rest
@@ -422,20 +355,6 @@ def _describe_rows(rows: Tensor, slot: str, table: str, start: int, part: PieceF
     return f"{slot} of table {table}, first in row {start + first:,} ({part.file})"
 
 
-def _check_tiling(folder: Path, name: str, entry: TableEntry) -> None:
-    """Check that the pieces of a table cover each of its rows once."""
-    row = 0
-    for part in sorted(entry.pieces, key=lambda part: part.start):
-        if part.start != row:
-            break
-        row = part.stop
-    rows = entry.shapes["weight"][0]
-    require(
-        row == rows and sum(part.stop - part.start for part in entry.pieces) == rows,
-        f"checkpoint {folder}: the pieces of table {name} do not cover its {rows} rows; use another checkpoint",
-    )
-
-
 def _write_piece(partial: Path, piece: PieceTensors) -> dict[str, Any]:
     """Write the file of a piece, and return its entry for ``_table_entries``."""
     rows = piece.piece
@@ -448,7 +367,7 @@ def _write_piece(partial: Path, piece: PieceTensors) -> dict[str, Any]:
     return {
         "table": rows.name,
         "shapes": {slot: [rows.table_rows, *tensor.shape[1:]] for slot, tensor in tensors.items()},
-        "file": dataclasses.asdict(_describe_file(partial, name, rows.start, rows.stop)),
+        "file": dataclasses.asdict(PieceFile.of(partial, name, rows.start, rows.stop)),
     }
 
 
@@ -457,11 +376,6 @@ def _in_host_memory(tensor: Tensor) -> Tensor:
     if not tensor.is_cuda:
         return tensor.contiguous()
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(tensor)
-
-
-def _describe_file(partial: Path, name: str, start: int, stop: int) -> PieceFile:
-    path = partial / name
-    return PieceFile(start=start, stop=stop, file=name, bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -5,21 +5,25 @@
 """
 
 import datetime
+import itertools
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from lightning_dlrm.contracts.documents import read_json
+from lightning_dlrm.contracts.documents import MAX_BYTES, read_json
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.lock import LOCK
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -40,6 +44,18 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self.refusal: str | None = None
+        """Why this run may not use the folder; on rank 0."""
+
+    def agree(self, strategy: Strategy) -> None:
+        """Take the path that rank 0 has chosen; all ranks call it together.
+
+        Raises:
+            UserError: on all ranks, if rank 0 was refused the folder.
+        """
+        self.path, refusal = strategy.broadcast((self.path, self.refusal))
+        if refusal is not None:
+            raise UserError(refusal)
 
     @classmethod
     def create(cls, path: Path | None, model: str) -> "RunFolder":
@@ -57,7 +73,7 @@ class RunFolder:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"--run_dir {path} is a file; give an empty folder or a new one")
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
             raise UserError(
                 f"the run folder {path} exists and is not empty; continue that run with --resume auto, "
                 "or choose another --run_dir"
@@ -72,7 +88,7 @@ class RunFolder:
         Raises:
             UserError: the folder does not hold a run.
         """
-        found = {entry.name for entry in path.iterdir()}
+        found = {entry.name for entry in path.iterdir()} - {LOCK}
         if found and not found & {CONFIG, METRICS, "checkpoints", WANDB}:
             raise UserError(
                 f"{path} is not a run folder: it holds {min(found)} and no {CONFIG}; give the folder of the run to "
@@ -108,17 +124,24 @@ class RunFolder:
             UserError: a line is not a JSON object with an integer step.
         """
         found = []
-        for line in self.metrics.read_bytes().splitlines() if self.metrics.exists() else ():
+        for line in self._raw_lines():
             try:
                 content = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            require(
-                isinstance(content, dict) and isinstance(content.get(names.STEP), int),
-                f"{self.metrics} has a line without a step ({line[:40]!r}); remove the line",
-            )
+            is_line = isinstance(content, dict) and type(content.get(names.STEP)) is int and content[names.STEP] >= 0
+            require(is_line, f"{self.metrics} has a line without a step ({line[:40]!r}); remove the line")
+            other = [name for name, value in content.items() if not isinstance(value, (int, float, NoneType))]
+            require(not other, f"{self.metrics} has {other[:1]} that is not a number in a line; remove the line")
             found.append(content)
         return found
+
+    def _raw_lines(self) -> Iterator[bytes]:
+        if not self.metrics.is_file():
+            return
+        with self.metrics.open("rb") as file:
+            while line := file.readline(MAX_BYTES):
+                yield line
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a small JSON file atomically; NaN and infinite values become null."""
@@ -145,12 +168,26 @@ class RunFolder:
             log.warning("%s", error)
             return {}
 
-    def drop_lines_after(self, step: int) -> None:
-        """Drop the lines of ``metrics.jsonl`` after ``step``, which a resumed run writes again."""
+    def set_lines_aside(self, step: int) -> None:
+        """Move the lines of ``metrics.jsonl`` after ``step``, which a resumed run writes again, to a file of today."""
         if not self.metrics.exists():
             return
-        kept = (json.dumps(line) + "\n" for line in self.lines() if line[names.STEP] <= step)
-        self.write_text(METRICS, "".join(kept))
+        text = self.metrics.read_text()
+        kept = "".join(json.dumps(line) + "\n" for line in self.lines() if line[names.STEP] <= step)
+        if text != kept:
+            stays = set(kept.splitlines())
+            cut = [line for line in text.splitlines() if line not in stays]
+            aside = _free_name(self.metrics)
+            self.write_text(aside.name, "\n".join(cut) + "\n")
+            self.write_text(METRICS, kept)
+            log.info("the lines of %s after step %s are set aside in %s", self.metrics, step, aside)
+
+    def write_config(self, text: str) -> None:
+        """Write ``config.yaml``; one with other settings is set aside."""
+        path = self.path / CONFIG
+        if path.exists() and path.read_text() != text:
+            log.info("%s has other settings and is set aside as %s", path, set_aside(path))
+        self.write_text(CONFIG, text)
 
     def remove_without_results(self) -> None:
         """Remove the folder if the run failed before its first result."""
@@ -198,6 +235,17 @@ class JsonLinesLogger(Logger):
                 file.seek(0, os.SEEK_END)
             self._line |= metrics
             file.write((json.dumps(_replace_nonfinite(self._line)) + "\n").encode())
+
+
+def set_aside(path: Path) -> Path:
+    """Give a file or folder a name with the date, and return the name."""
+    return path.rename(_free_name(path))
+
+
+def _free_name(path: Path) -> Path:
+    date = datetime.datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    names_of_today = (path.with_name(f"{path.stem}-{date}{n or ''}{path.suffix}") for n in itertools.count())
+    return next(name for name in names_of_today if not name.exists())
 
 
 def _create_folder(path: Path) -> None:

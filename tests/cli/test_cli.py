@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -56,15 +55,6 @@ def command(*arguments: str) -> list[str]:
 def losses(run: str) -> dict[int, float]:
     lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
-
-
-def wait_for_step(process: ForkedPython, run: str, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if Path(run, "metrics.jsonl").exists() and len(Path(run, "metrics.jsonl").read_text().splitlines()) >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no step {step}; exit code {process.poll()}")
 
 
 def raw_rows(path: Path, rows: int) -> Path:
@@ -179,52 +169,6 @@ def test_repeated_with_the_same_seed_to_the_last_bit() -> None:
         assert main([*FIT, *QUICK, "--run_dir", run, "--trainer.max_steps=10", *seed]) == 0
     assert losses("a") == losses("same")
     assert losses("weights") != losses("a") and losses("orders") not in (losses("a"), losses("weights"))
-
-
-def test_killed_and_resumed_the_losses_are_those_of_an_undisturbed_run(caplog: pytest.LogCaptureFixture) -> None:
-    """SIGKILL at any step; SIGTERM ends with 143 and says how to continue; what it says continues to the end."""
-    options = [
-        *FIT,
-        *QUICK,
-        "--trainer.max_epochs=2",
-        "--trainer.val_check_interval=20",
-        "--checkpoint.every_n_steps=7",
-    ]
-    assert main([*options, "--run_dir", "whole"]) == 0
-    resume = [*options, "--run_dir", "run", "--resume", "auto"]
-    code, _ = interrupted(resume, 9, signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    code, err = interrupted(resume, 41, signal.SIGTERM)
-    assert code == 143 and "resumed at step" in err and "Traceback" not in err, err
-    again = re.search(r"interrupted at step \d+; continue with: python -m lightning_dlrm (.*)\n", err)
-    assert again is not None, err
-    with caplog.at_level(logging.INFO, logger="lightning_dlrm"):
-        assert main(again[1].split()) == 0
-    assert "resumed at step" in caplog.text
-    assert losses("run") == losses("whole")
-    finals = [json.loads(Path(run, "summary.json").read_text()) for run in ("run", "whole")]
-    assert finals[0]["best"] == finals[1]["best"]
-
-
-def interrupted(arguments: list[str], step: int, sent: signal.Signals) -> tuple[int, str]:
-    """Send a signal to a command at a step of its run; return the exit code and what it wrote."""
-    process = ForkedPython(["-m", "lightning_dlrm", *arguments], os.environ, Path.cwd())
-    try:
-        wait_for_step(process, "run", step)
-        process.send_signal(sent)
-        said, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode is not None
-    return process.returncode, said
-
-
-def test_exit_code_after_sigint() -> None:
-    options = [*FIT, *QUICK, "--trainer.max_epochs=100", "--run_dir", "run", "--trainer.val_check_interval=null"]
-    options += ["--model.schedule=Constant", "--trainer.check_val_every_n_epoch=100"]
-    code, err = interrupted(options, 3, signal.SIGINT)
-    assert code == 130 and "Traceback" not in err, err
-    assert re.search(r"interrupted at step \d+, before the first checkpoint\n", err), err
 
 
 def test_sigterm_ends_an_evaluation() -> None:

@@ -3,7 +3,6 @@ and what it concludes is in report.json, in the report and in its figures."""
 
 import base64
 import dataclasses
-import fcntl
 import functools
 import json
 import os
@@ -43,6 +42,7 @@ from lightning_dlrm.objectives.metrics import exact_auc
 from lightning_dlrm.tables import lookup
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
+from lightning_dlrm.tracking.lock import FolderLock
 from lightning_dlrm.tracking.wandb_run import ComparisonPage, RunPlace, send_comparison
 from tests.caches import new_cache
 from tests.tracking.test_wandb import merged, of_type, read_back
@@ -640,10 +640,8 @@ def test_jobs_go_on_where_the_results_of_one_cannot_be_used() -> None:
 
 def test_a_run_that_another_process_is_at_is_left_alone() -> None:
     Path("logs").mkdir()
-    with Path("logs/busy.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is working on busy"):
-            run_jobs([job("busy", ["--help"])], device_environments(1, []), lambda finished: None)
+    with FolderLock(Path("busy"), Path("logs/busy.lock")), pytest.raises(UserError, match="busy is in use by process"):
+        run_jobs([job("busy", ["--help"])], device_environments(1, []), lambda finished: None)
 
 
 def test_slots_share_out_gpus_or_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -668,8 +666,8 @@ def test_the_bar_is_full_when_all_is_scored(tmp_path: Path) -> None:
     (tmp_path / "a/metrics.jsonl").write_text('{"step": 2, "samples": 50}\n')
     fitted = Job(name="a", commands=[], run=tmp_path / "a", log=tmp_path / "log", samples=100.0, scored=60.0)
     progress = processes._Progress([fitted])
-    with (tmp_path / "log").open("wb") as log:
-        running = processes._Running(job=fitted, slot=0, waiting=[["predict"]], log=log, lock=log)
+    with (tmp_path / "log").open("wb") as log, FolderLock(tmp_path) as lock:
+        running = processes._Running(job=fitted, slot=0, waiting=[["predict"]], log=log, lock=lock)
         progress.show([running])
         assert "a 50%" in str(progress._bar) and " 31%" in str(progress._bar)
         (tmp_path / "a/metrics.jsonl").write_text('{"step": 4, "samples": 100}\n')

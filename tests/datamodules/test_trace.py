@@ -425,7 +425,7 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> str:
 )
 def test_files_that_hold_no_profiles_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(text)
-    with pytest.raises(UserError, match=r"p\.json is not a file of trace profiles .* make one with") as error:
+    with pytest.raises(UserError, match=r"p\.json is not a file of trace profiles: .* make one with") as error:
         TraceSource(tmp_path / "p.json")
     assert "\n" not in str(error.value)
 

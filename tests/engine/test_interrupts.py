@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from lightning_dlrm.contracts.interrupts import exit_on_signals
+from lightning_dlrm.contracts.interrupts import deferred_signals, exit_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -31,6 +31,20 @@ def test_a_second_signal_does_not_end_the_cleaning_up() -> None:
                 cleaned.append(number)
     assert left.value.code == 128 + signal.SIGHUP and cleaned == [signal.SIGTERM, signal.SIGHUP]
     assert [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)] == before
+
+
+def test_a_library_that_handles_sigterm_ends_the_work_on_sighup_too() -> None:
+    seen: list[int] = []
+    with deferred_signals() as received:
+        ours = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda number, frame: (seen.append(number), ours(number, frame)))
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert seen == [signal.SIGTERM] and received[0] == signal.SIGHUP
+        signal.signal(signal.SIGTERM, ours)
+        with pytest.raises(SystemExit) as left:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert left.value.code == 128 + signal.SIGHUP, "the first signal counts"
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

@@ -5,9 +5,6 @@ import itertools
 import json
 import os
 import pickle
-import random
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.sharding import checkpoint
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, PieceTensors, link_checkpoint, save_checkpoint
 from lightning_dlrm.tables.table import TablePiece
-from tests.ranks import run_ranks, start_ranks
+from tests.ranks import run_ranks
 
 ROWS = 100
 
@@ -77,36 +74,6 @@ def test_a_link_outlives_what_it_was_made_from(tmp_path: Path) -> None:
     assert CheckpointReader(tmp_path / "last").header["step"] == 2
     CheckpointReader(tmp_path / "best").rest()
     assert {p.name for p in tmp_path.iterdir()} == {"best", "last"}
-
-
-KILLED = """
-import itertools, sys
-from pathlib import Path
-from tests.sharding.test_checkpoint import write
-folder = Path(sys.argv[1])
-for step in itertools.count(1):
-    write(folder, *range(0, 101, 5), step=step)
-    print(step, flush=True)
-"""
-
-
-def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    folder, moments = tmp_path / "last", random.Random(0)
-    write(folder, step=0)
-    for _ in range(4):
-        (process,) = start_ranks([["-c", KILLED, str(folder)]])
-        while not process.said() and process.poll() is None:  # imports are done, saves follow each other
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.3))
-        process.kill()
-        saved = [int(line) for line in process.communicate(timeout=60)[0].split()]
-        assert process.returncode == -signal.SIGKILL
-        reader = CheckpointReader(folder)
-        assert reader.header["step"] >= saved[-1]
-        whole = torch.empty(ROWS, 3)
-        reader.read_rows(TablePiece(name="C1", table_rows=ROWS, start=0, stop=ROWS, offset=0), "weight", whole)
-        assert torch.equal(whole, table()[0])
-        reader.rest()
 
 
 def test_killed_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

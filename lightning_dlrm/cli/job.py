@@ -1,0 +1,45 @@
+"""One command of the Trainer with everything that it needs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import Namespace
+
+from lightning_dlrm.cli.parser import CommandParser
+from lightning_dlrm.engine.metrics_logger import MetricsLogger
+from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.tracking.lock import FolderLock
+from lightning_dlrm.tracking.run_folder import RunFolder
+
+EVALUATIONS = ("validate", "test", "predict")
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One command with everything that it needs.
+
+    Args:
+        command: fit, validate, test or predict.
+        parser: parser of the settings.
+        settings: parsed settings, with the chosen checkpoint and seeds.
+        module: the model.
+        datamodule: the data.
+        folder: the run folder; rank 0 chooses its path, and callbacks of other ranks get it in ``setup``.
+        metrics_logger: callback with the metrics of a fit; None for evaluations.
+        made_folder: whether this command has made the run folder.
+        lock: lock of the run folder, on rank 0 of a fit.
+    """
+
+    command: str
+    parser: CommandParser
+    settings: Namespace
+    module: CTRModule
+    datamodule: Any
+    folder: RunFolder
+    metrics_logger: MetricsLogger | None
+    made_folder: bool = False
+    lock: FolderLock | None = None
+
+    def latest_metrics(self) -> dict[str, float]:
+        """Return what a fit has logged last, by name; nothing for an evaluation."""
+        return {} if self.metrics_logger is None else self.metrics_logger.latest

@@ -1,0 +1,102 @@
+"""From which checkpoint a command goes on, and how an interrupted fit is continued."""
+
+import logging
+import shlex
+from pathlib import Path
+
+import pytorch_lightning as pl
+from jsonargparse import Namespace
+
+from lightning_dlrm.cli.job import EVALUATIONS, Job
+from lightning_dlrm.cli.trust import trust_options
+from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.engine.checkpointing import newest_checkpoint
+from lightning_dlrm.engine.stopping import what_ended
+from lightning_dlrm.sharding.checkpoint import CheckpointReader, resolve_checkpoint
+from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
+
+log = logging.getLogger("lightning_dlrm")
+
+
+def choose_checkpoint(command: str, settings: Namespace) -> None:
+    """Set ``ckpt_path`` to the checkpoint folder that the command opens, or to None if a fit starts from scratch.
+
+    Raises:
+        UserError: the options contradict each other, the checkpoint does not exist, or the run to resume has had
+            checkpoints and has no whole one.
+    """
+    path, run_dir = settings.ckpt_path, settings.run_dir
+    in_run = path in ("best", "last") and run_dir is not None
+    folder = RunFolder(Path(run_dir)).checkpoints if in_run else Path()
+    if command in EVALUATIONS:
+        require(settings.resume is None, f"--resume is for fit; {command} takes --ckpt_path")
+        require(path is not None, f"{command} needs a checkpoint: give --ckpt_path, such as runs/NAME/checkpoints/best")
+        settings.ckpt_path = str(resolve_checkpoint(folder / path))
+    elif settings.resume is None:
+        settings.ckpt_path = None if path is None else str(resolve_checkpoint(folder / path))
+        # The run of a checkpoint that is named within it continues.
+        settings.resume = "auto" if in_run else None
+    elif run_dir is None:
+        raise UserError("--resume auto looks for checkpoints in a run folder: give it with --run_dir")
+    elif path is not None:
+        raise UserError("--resume auto and --ckpt_path both choose a checkpoint: give one of them")
+    else:
+        run = RunFolder(Path(run_dir))
+        newest = newest_checkpoint(run.checkpoints)
+        if newest is not None:
+            settings.ckpt_path = str(newest)
+            return
+        require(
+            names.STEP not in run.final(),
+            f"{run_dir} has results of step {run.final().get(names.STEP)} and no checkpoint to continue from: restore "
+            "its checkpoints, or choose another --run_dir",
+        )
+        log.info("no checkpoint in %s yet: starting a new run", run_dir)
+
+
+def is_finished(job: Job, trainer: pl.Trainer) -> bool:
+    """Return whether a fit has no step left after its checkpoint and its results are written; print that in a line.
+
+    Nothing is written to the run folder of a finished run.
+    """
+    if job.command != "fit" or job.settings.ckpt_path is None:
+        return False
+    try:
+        checkpoint = CheckpointReader(Path(job.settings.ckpt_path)).rest()
+    except UserError:
+        # The fit passes over a damaged checkpoint, or says what is wrong.
+        return False
+    if "loops" not in checkpoint:
+        return False
+    # As Lightning attaches them at the start of a fit; the length of an epoch depends on the trainer.
+    trainer.datamodule, job.datamodule.trainer = job.datamodule, trainer  # type: ignore[attr-defined]
+    setting, step = what_ended(trainer, checkpoint), checkpoint["global_step"]
+    # A run that was killed after its last checkpoint has no results yet.
+    is_resumed = job.settings.resume is not None
+    if setting is None or (is_resumed and RunFolder(Path(job.settings.run_dir)).final().get(names.STEP) != step):
+        return False
+    if trainer.is_global_zero:
+        print(
+            f"already finished at step {step:,}; nothing to do ({setting} ended it: to train on, raise or remove that)"
+        )
+    return True
+
+
+def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
+    """Log the command that continues an interrupted fit."""
+    if job.command != "fit" or not trainer.is_global_zero:
+        return
+    step, folder = f"{trainer.global_step:,}", job.folder
+    try:
+        newest = newest_checkpoint(folder.checkpoints)
+    except UserError as error:
+        # The exit code stays that of the signal.
+        log.warning("interrupted at step %s; %s", step, error)
+        return
+    if newest is None:
+        log.info("interrupted at step %s, before the first checkpoint", step)
+        return
+    again = ["fit", "--config", str(folder.path / CONFIG), "--run_dir", str(folder.path), "--resume", "auto"]
+    command = shlex.join([*again, *trust_options()])
+    log.info("interrupted at step %s; continue with: python -m lightning_dlrm %s", step, command)

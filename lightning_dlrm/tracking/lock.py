@@ -1,0 +1,249 @@
+"""The lock of a run folder: one process at a time writes a run.
+
+A lock is a file with its holder, whose time of change the holder renews. Only calls that file systems shared over a
+network offer too are used: exclusive creation, rename, reading back.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from lightning_dlrm.contracts.documents import read_json
+from lightning_dlrm.contracts.errors import UserError
+
+log = logging.getLogger("lightning_dlrm")
+
+LOCK = ".run.lock"
+"""Name of the lock file in a run folder."""
+HEARTBEAT_SECONDS = 30.0
+SILENCE_SECONDS = 120.0
+"""Seconds without a heartbeat after which another process takes a lock over."""
+SETTLE_SECONDS = 0.5
+"""Seconds after which a process that has taken a lock over looks whether another one did so too."""
+_CLOCK_SECONDS = 5.0
+"""The start of a process, computed twice, may differ by so much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """The process that holds a lock."""
+
+    token: str
+    host: str
+    system: str
+    """The running system and its process numbers: the boot, and the container."""
+    pid: int
+    process_start: float
+    """Seconds since 1970."""
+    locked: str
+    """When the lock was taken."""
+    command: str
+    slurm_job: str
+    slurm_restarts: int
+
+    @classmethod
+    def current(cls) -> "Holder":
+        """Return this process as a new holder."""
+        return cls(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            system=_system(),
+            pid=os.getpid(),
+            process_start=psutil.Process().create_time(),
+            locked=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            command=shlex.join(sys.argv)[:200],
+            slurm_job=os.environ.get("SLURM_JOB_ID", ""),
+            slurm_restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0),
+        )
+
+    def has_ended(self, mine: "Holder") -> bool:
+        """Return whether this process is known to have ended, to the process ``mine``."""
+        if self.slurm_job and self.slurm_job == mine.slurm_job:
+            return self.slurm_restarts < mine.slurm_restarts or self._is_dead_here(mine)
+        return self._is_dead_here(mine)
+
+    def _is_dead_here(self, mine: "Holder") -> bool:
+        if (self.host, self.system) != (mine.host, mine.system):
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            is_another = abs(process.create_time() - self.process_start) > _CLOCK_SECONDS
+            return is_another or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+
+class FolderLock:
+    """A lock on a folder, held by this process from ``acquire`` to ``release``; also a context manager.
+
+    If another process takes the lock over, because this one was stopped for longer than ``SILENCE_SECONDS``, this
+    process sends itself SIGTERM.
+
+    Args:
+        folder: the folder, for messages.
+        path: the lock file; by default ``.run.lock`` in the folder.
+    """
+
+    def __init__(self, folder: Path, path: Path | None = None) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / LOCK if path is None else path
+        self._mine = Holder.current()
+        self._released = threading.Event()
+
+    def acquire(self) -> "FolderLock":
+        """Take the lock, also from a process that has ended.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        while not self._create():
+            try:
+                silence = self._silence()
+                holder = self._read()
+            except FileNotFoundError:
+                # Released in this moment.
+                continue
+            if holder is not None and holder.has_ended(self._mine):
+                silence = float("inf")
+            if silence <= SILENCE_SECONDS:
+                raise self._refusal(holder, silence)
+            self._take_over(holder)
+            break
+        threading.Thread(target=self._renew, name="lock of the run folder", daemon=True).start()
+        return self
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._released.set()
+        with contextlib.suppress(OSError):
+            if self._is_mine():
+                self.path.unlink()
+
+    def __enter__(self) -> "FolderLock":
+        return self.acquire()
+
+    def __exit__(self, *args: object) -> None:
+        self.release()
+
+    def _create(self) -> bool:
+        """Create the lock file; return whether it did not exist."""
+        try:
+            with self.path.open("x") as file:
+                file.write(self._text())
+        except FileExistsError:
+            return False
+        return True
+
+    def _take_over(self, stale: Holder | None) -> None:
+        """Replace the lock of a process that has ended.
+
+        Raises:
+            UserError: another process takes it over in the same moment.
+        """
+        beside = self._beside()
+        beside.write_text(self._text())
+        if self._read() == stale:
+            beside.replace(self.path)
+            time.sleep(SETTLE_SECONDS)
+        beside.unlink(missing_ok=True)
+        if not self._is_mine():
+            raise self._refusal(self._read(), 0.0)
+        log.info("took the lock of %s over from %s, which has ended", self.folder, _describe(stale))
+
+    def _renew(self) -> None:
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            try:
+                if self._is_mine():
+                    os.utime(self.path)
+                    continue
+                holder = self._read()
+            except FileNotFoundError:
+                with contextlib.suppress(OSError):
+                    self._create()
+                continue
+            except OSError:
+                # A network file system that does not answer now may do so later.
+                continue
+            log.error("%s has taken %s over: this process was silent, and stops", _describe(holder), self.folder)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+
+    def _silence(self) -> float:
+        """Return the seconds since the last heartbeat, by the clock of the file system."""
+        beside = self._beside()
+        beside.touch()
+        try:
+            return beside.stat().st_mtime - self.path.stat().st_mtime
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def _read(self) -> Holder | None:
+        """Return the holder; None if the file is not one, such as a file that is being written.
+
+        Raises:
+            FileNotFoundError: there is no lock.
+        """
+        self.path.stat()
+        try:
+            return read_json(self.path, Holder, "")
+        except UserError:
+            return None
+
+    def _is_mine(self) -> bool:
+        holder = self._read()
+        return holder is not None and holder.token == self._mine.token
+
+    def _beside(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.{self._mine.token}")
+
+    def _text(self) -> str:
+        return json.dumps(dataclasses.asdict(self._mine), indent=1) + "\n"
+
+    def _refusal(self, holder: Holder | None, silence: float) -> UserError:
+        return UserError(
+            f"{self.folder} is in use by {_describe(holder)}, last heard of {max(0, silence):.0f} s ago: wait until "
+            f"it ends, or choose another folder; after {SILENCE_SECONDS:.0f} s of silence it loses this one"
+        )
+
+
+@contextlib.contextmanager
+def lock_run_of(path: Path) -> Iterator[None]:
+    """Context in which the run folder that a path lies in is locked; without effect for other paths.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
+    parents = list(Path(path).absolute().parents)[:2]
+    run = next((folder for folder in parents if (folder / "metrics.jsonl").is_file() or (folder / LOCK).exists()), None)
+    with contextlib.nullcontext() if run is None else FolderLock(run):
+        yield
+
+
+def _describe(holder: Holder | None) -> str:
+    if holder is None:
+        return "an unknown process"
+    return f"process {holder.pid} on {holder.host} since {holder.locked} ({holder.command})"
+
+
+def _system() -> str:
+    """Return what tells systems with the same host name apart; process numbers mean the same within one."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""

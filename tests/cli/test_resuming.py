@@ -1,0 +1,106 @@
+"""Contract: a resumed run passes over damaged checkpoints and names them, sets aside what it would overwrite, and
+starts afresh only where there never was a checkpoint; one process at a time trains in a run folder."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.tracking.lock import LOCK, FolderLock
+from tests.cli.test_cli import FIT, QUICK, losses, own_folders
+from tests.engine.test_finished import checksums
+from tests.ranks import start_ranks
+
+__all__ = ["own_folders"]  # a fixture that every test uses
+
+RESUME = [*FIT, *QUICK, "--model.schedule=Constant", "--run_dir", "run", "--resume", "auto"]
+
+
+def flip(path: Path) -> None:
+    """Change one bit; the size stays."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_checkpoints_are_passed_over_and_nothing_is_wiped(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    last, best = Path("run/checkpoints/last"), Path("run/checkpoints/best")
+    assert main([*RESUME, "--trainer.max_steps=3"]) == 0
+    shutil.copytree(last, "earlier")
+    assert main([*RESUME, "--trainer.max_steps=5"]) == 0
+    assert not Path("run", LOCK).exists()
+    shutil.rmtree(best)
+    shutil.copytree("earlier", best)
+    flip(last / "tables/C3.0.safetensors")
+    with Path("run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "trai')  # killed while writing
+    written, damaged = Path("run/metrics.jsonl").read_text().splitlines(), checksums(last)
+    with caplog.at_level(logging.INFO, "lightning_dlrm"):
+        assert main([*RESUME, "--trainer.max_steps=6"]) == 0
+    said = caplog.text
+    assert "passing over a checkpoint that is not whole: checkpoint file run/checkpoints/last/tables/C3.0" in said
+    assert "resumed at step 3" in said
+    (aside,) = Path("run").glob("metrics-*.jsonl")
+    assert aside.read_text().splitlines() == written[-3:], "steps 4 and 5, and the broken line"
+    (config,) = (text for path in Path("run").glob("config-*.yaml") if "max_steps: 5" in (text := path.read_text()))
+    assert "max_steps: 6" in Path("run/config.yaml").read_text() and config
+    (kept,) = Path("run/checkpoints").glob("last-*")
+    assert {path.replace(str(kept), str(last)): sums for path, sums in checksums(kept).items()} == damaged
+    assert main([*FIT, *QUICK, "--model.schedule=Constant", "--run_dir=whole", "--trainer.max_steps=6"]) == 0
+    assert losses("run") == losses("whole")
+
+    flip(last / "rest.pt")
+    (best / "manifest.json").write_text("{}")
+    before = checksums(Path("run"))
+    assert main([*RESUME, "--trainer.max_steps=8"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    (last / "manifest.json").unlink()
+    assert main([*RESUME, "--trainer.max_steps=8"]) == 2
+    assert "no checkpoint in run/checkpoints is whole" in capsys.readouterr().err
+    shutil.rmtree("run/checkpoints")
+    assert main([*RESUME, "--trainer.max_steps=8"]) == 2
+    assert "run has results of step 6 and no checkpoint to continue from" in capsys.readouterr().err
+    assert {name: sums for name, sums in before.items() if "checkpoints" not in name} == checksums(Path("run"))
+
+
+def test_a_run_that_never_had_a_checkpoint_starts_afresh(caplog: pytest.LogCaptureFixture) -> None:
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text('{"step": 1, "train/loss": 0.5}\n')
+    with caplog.at_level(logging.INFO, "lightning_dlrm"):
+        assert main([*RESUME, "--trainer.max_steps=2"]) == 0
+    assert "no checkpoint in run yet: starting a new run" in caplog.text
+    (aside,) = Path("run").glob("metrics-*.jsonl")
+    assert json.loads(aside.read_text())["train/loss"] == 0.5 and list(losses("run")) == [1, 2]
+
+
+def test_a_second_fit_learns_who_trains_in_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RESUME, "--trainer.max_steps=2"]) == 0
+    more, merged = [*RESUME, "--trainer.max_steps=4"], "run/checkpoints/merged"
+    with FolderLock(Path("run")):
+        kept = checksums(Path("run"))
+        capsys.readouterr()
+        shutil.copytree("run/checkpoints/last", "earlier")
+        for refused in (more, more[:-3], ["checkpoint", "merge", "earlier", "--output", merged]):
+            assert main(refused) == 2, refused
+            assert "error: run is in use by process " in capsys.readouterr().err.replace(f"{Path.cwd()}/", "")
+        assert checksums(Path("run")) == kept
+    assert main(more) == 0
+
+
+@pytest.mark.dist
+def test_all_ranks_learn_that_the_folder_is_in_use() -> None:
+    Path("run").mkdir()
+    run = Path("run").absolute()
+    sharded = ["--trainer.strategy=embedding_sharded_ddp", "--trainer.devices=2", "--trainer.accelerator=cpu"]
+    fit = [*FIT, *QUICK, "--trainer.max_steps=2", "--run_dir", str(run), "--resume=auto", *sharded]
+    with FolderLock(run):
+        ranks = start_ranks([["-m", "lightning_dlrm", *fit]] * 2)
+        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert all(f"error: {run} is in use by process " in text for text in said), said
+    assert not list(run.iterdir())

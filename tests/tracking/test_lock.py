@@ -1,0 +1,127 @@
+"""Contract: one process at a time writes a run folder; the second one learns who does; a process that has ended, or was
+silent for two minutes, does not keep others out."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.tracking import lock
+from lightning_dlrm.tracking.lock import LOCK, FolderLock, Holder, lock_run_of
+
+
+def left_behind(folder: Path, seconds: float = 0.0, **changed: object) -> None:
+    """A lock whose holder was last heard of so long ago."""
+    holder = dataclasses.asdict(Holder.current()) | changed
+    (folder / LOCK).write_text(json.dumps(holder))
+    then = time.time() - seconds
+    os.utime(folder / LOCK, (then, then))
+
+
+def is_taken(folder: Path) -> bool:
+    try:
+        with FolderLock(folder):
+            return True
+    except UserError:
+        return False
+
+
+def test_a_second_comer_learns_who_holds_the_folder(tmp_path: Path) -> None:
+    with FolderLock(tmp_path), pytest.raises(UserError) as refused:
+        FolderLock(tmp_path).acquire()
+    assert f"{tmp_path} is in use by process {os.getpid()} on " in str(refused.value) and "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir()) and is_taken(tmp_path) and not list(tmp_path.iterdir())
+
+
+def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedError), FolderLock(tmp_path):
+        raise InterruptedError
+    assert not list(tmp_path.iterdir())
+
+
+def test_which_locks_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    elsewhere = {"host": "another", "slurm_job": ""}
+    for taken, silence, changed in [
+        (False, 0, {}),
+        (True, 0, {"pid": ended.pid}),
+        (True, 0, {"process_start": 1.0}),  # its number was given to another process
+        (False, 0, {"pid": ended.pid, "host": "another"}),
+        (False, 0, {"pid": ended.pid, "system": "another container"}),
+        (False, 110, elsewhere),
+        (True, 130, elsewhere),
+        (True, 130, {}),
+        (True, 0, {**elsewhere, "slurm_job": "17", "slurm_restarts": 0}),
+        (False, 0, {**elsewhere, "slurm_job": "17", "slurm_restarts": 1}),
+        (False, 0, {**elsewhere, "slurm_job": "18", "slurm_restarts": 0}),
+    ]:
+        left_behind(tmp_path, silence, **changed)
+        assert is_taken(tmp_path) == taken, (silence, changed)
+        assert [path.name for path in tmp_path.iterdir()] == ([] if taken else [LOCK])
+    (tmp_path / LOCK).write_text("{")
+    with pytest.raises(UserError, match="in use by an unknown process"):
+        FolderLock(tmp_path).acquire()
+
+
+def test_of_many_that_take_over_one_wins(tmp_path: Path) -> None:
+    for _ in range(5):
+        left_behind(tmp_path, 130, host="another")
+        begin = threading.Barrier(8)
+
+        def comes(_: int, begin: threading.Barrier = begin) -> FolderLock | None:
+            begin.wait()
+            try:
+                return FolderLock(tmp_path).acquire()
+            except UserError:
+                return None
+
+        with ThreadPoolExecutor(8) as pool:
+            winners = [winner for winner in pool.map(comes, range(8)) if winner is not None]
+        assert len(winners) == 1
+        winners[0].release()
+        assert not list(tmp_path.iterdir())
+
+
+def test_heartbeats_and_a_process_that_was_silent_for_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.01)
+    received = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *args: received.set())
+    try:
+        with FolderLock(tmp_path):
+            os.utime(tmp_path / LOCK, (0, 0))
+            deadline = time.monotonic() + 10
+            while (tmp_path / LOCK).stat().st_mtime < 1 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert not is_taken(tmp_path) and not received.is_set()
+            left_behind(tmp_path, host="another")
+            assert received.wait(10)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "another" in (tmp_path / LOCK).read_text(), "the lock of the other process stays"
+
+
+def test_writers_of_checkpoints_lock_the_run_that_they_write_into(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/metrics.jsonl").touch()
+    with FolderLock(tmp_path / "run"):
+        for inside in ("run/checkpoints/whole", "run/whole"):
+            with pytest.raises(UserError, match="in use by"), lock_run_of(tmp_path / inside):
+                pass
+        with lock_run_of(tmp_path / "beside"):
+            pass
+    with lock_run_of(tmp_path / "run/checkpoints/whole"):
+        assert (tmp_path / "run" / LOCK).exists()
+    assert not (tmp_path / "run" / LOCK).exists()
