@@ -7,14 +7,14 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 
 from datamodules.folder import Folder, check_sizes, load_schema, part_files
-from datamodules.parquet import open_part
+from datamodules.parquet import open_part, read_slices
 from datamodules.stream.loader import Cache, Loader, TrainingLoader
 from datamodules.stream.order import LANES, Shuffle
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema, SplitName
 
-# A footer takes some 10 ms to check. Footers of further files are checked when the files are opened.
-_FOOTERS_AT_START = 100
+# A file takes some 10 ms to check. Further files are checked when their rows are read.
+_FILES_AT_START = 100
 
 _STAGE_SPLITS: dict[str, tuple[SplitName, ...]] = {
     "fit": ("train", "validation"),
@@ -104,10 +104,10 @@ class FolderData(pl.LightningDataModule):
             self._generate(self.folder.local)
 
     def setup(self, stage: str) -> None:
-        """Check the files that the stage needs: their sizes and their footers.
+        """Check the files that the stage needs: their sizes, their footers, and, on this machine, the first values.
 
         Raises:
-            UserError: a split has no rows; a file is missing or altered, or has ids beyond its table.
+            UserError: a split has no rows; a file is missing or altered, or has values that its schema does not allow.
         """
         splits = list(_STAGE_SPLITS.get(stage, self._predict_splits))
         if stage == "fit" and self.trainer is not None and self.trainer.limit_val_batches == 0:
@@ -116,8 +116,10 @@ class FolderData(pl.LightningDataModule):
         files = list(part_files(self.schema, splits))
         check_sizes(self.folder, files)
         rank, world = self._rank_and_world
-        for file in files[rank::world][:_FOOTERS_AT_START]:
-            open_part(self.folder, self.schema, file).close()
+        for file in files[rank::world][:_FILES_AT_START]:
+            with open_part(self.folder, self.schema, file) as part:
+                if self.folder.local is not None and file.row_groups:
+                    next(read_slices(self.folder, file, part, 0, self.schema.columns, threads=False), None)
 
     def train_dataloader(self) -> TrainingLoader:
         """Return shuffled batches; Lightning keeps the loader's position in checkpoints."""

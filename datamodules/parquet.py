@@ -1,7 +1,6 @@
 """Part files of a dataset folder: open them, check them against the schema, and read their row groups. Nothing here
 imports torch."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,8 +23,8 @@ ARROW_TYPES: Mapping[str, pa.DataType] = {
 
 SLICE_ROWS = 65_536
 """Rows that are decoded together, at most: row groups of other writers may have any number of rows."""
-_SLICE_VALUES = 1 << 24
-"""Values of a column that are decoded together, on average."""
+_SLICE_BYTES = 64 * 2**20
+"""Encoded bytes that are decoded together, about."""
 
 _REMEDY_OF_NULLS: Mapping[str, str] = {
     "label": "give every row the label 0 or 1",
@@ -46,7 +45,7 @@ def open_part(
         verify: compare the checksums of pages while reading.
 
     Raises:
-        UserError: the file is missing or not Parquet, or its columns, row groups or ids do not match the schema.
+        UserError: the file is missing or not Parquet, or its columns or row groups do not match the schema.
     """
     where = Folder(folder)
     check_sizes(where, [file])
@@ -65,7 +64,6 @@ def open_part(
         f"{path} is altered: it has {sum(groups)} rows in {len(groups)} row groups, its dataset.json says "
         f"{file.rows} in {len(file.row_groups)} (or splits them differently); {REMEDY}",
     )
-    _check_ids(path, schema, metadata)
     return part
 
 
@@ -119,14 +117,6 @@ def check_weights(where: str, weights: pa.Array | pa.ChunkedArray, ids: pa.Array
         pc.all(pc.fill_null(pc.is_finite(pc.list_flatten(weights)), False)).as_py(),
         f"{where}: a weight is null, NaN or infinite; give each id a number, such as 1",
     )
-
-
-def count_values(part: pq.ParquetFile, columns: Sequence[Column]) -> int:
-    """Count the values of some columns of a part file (an empty bag counts as one)."""
-    metadata = part.metadata
-    positions = _leaves(metadata)
-    groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
-    return sum(group.column(positions[column.name]).num_values for group in groups for column in columns)
 
 
 def read_slices(
@@ -185,10 +175,9 @@ def read_part(
 
 
 def _rows_of_slice(part: pq.ParquetFile, group: int) -> int:
-    """Return ``SLICE_ROWS``, or fewer rows if they have many ids."""
+    """Return ``SLICE_ROWS``, or fewer rows if they are long."""
     metadata = part.metadata.row_group(group)
-    values = max((metadata.column(i).num_values for i in range(metadata.num_columns)), default=0)
-    return max(1, min(SLICE_ROWS, _SLICE_VALUES * max(metadata.num_rows, 1) // max(values, 1)))
+    return max(1, min(SLICE_ROWS, _SLICE_BYTES * metadata.num_rows // max(metadata.total_byte_size, 1)))
 
 
 def _check_values(place: str, column: Column, rows: pa.RecordBatch, first: int) -> None:
@@ -240,30 +229,6 @@ def _check_dense(place: str, values: pa.Array, first: int) -> None:
             f"{place} has {stored[infinite[0]]} in row {first + infinite[0]:,} of the file; expected finite numbers, "
             "or null for a missing value: correct the data"
         )
-
-
-def _leaves(metadata: pq.FileMetaData) -> dict[str, int]:
-    """Return the position of each column by its name; writers name the items of lists differently."""
-    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    return {re.sub(r"\.list\.\w+$", "", path): i for i, path in enumerate(paths)}
-
-
-def _check_ids(path: str, schema: DatasetSchema, metadata: pq.FileMetaData) -> None:
-    """Check the ids' least and largest values in the footer, which is read before the rows are."""
-    positions = _leaves(metadata)
-    for column in schema.by_role("categorical", "multi_hot"):
-        for group in range(metadata.num_row_groups):
-            statistics = metadata.row_group(group).column(positions[column.name]).statistics
-            if statistics is None:
-                continue
-            place = f"{path}: row group {group} of column {column.name}"
-            nulls = statistics.null_count if column.role == "categorical" else 0
-            require(not nulls, f"{place} has nulls ({nulls:,}); {_REMEDY_OF_NULLS['categorical']}")
-            require(
-                not statistics.has_min_max or (statistics.min >= 0 and statistics.max < column.cardinality),
-                f"{place} has ids from {statistics.min} to {statistics.max}, its table has rows 0 to "
-                f"{column.cardinality - 1}; make the dataset again",
-            )
 
 
 def _fits(found: pa.DataType, column: Column) -> bool:

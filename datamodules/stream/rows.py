@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamodules.folder import Folder
-from datamodules.parquet import count_values, open_part, read_slices, weighted_column
+from datamodules.parquet import open_part, read_slices, weighted_column
 from datamodules.stream.order import LANES, ranges
 from lightning_dlrm.contracts.schema import Column, DataFile, DatasetSchema
 
@@ -195,13 +195,13 @@ class Decoder:
         bags.
 
         Raises:
-            UserError: with multi-hot columns, whose footers are read: a file is missing or altered.
+            UserError: with multi-hot columns, of which some rows are read: see ``__call__``.
         """
         total = (stop - start) * self.empty(1).nbytes
-        if self.multi_hot:
-            rows = sum(file.rows for file in self.files)
-            values = sum(count_values(open_part(self.folder, self.schema, file), self.tables) for file in self.files)
-            total += (stop - start) * 8 + self.value_type.itemsize * values * (stop - start) // max(rows, 1)
+        if self.multi_hot and self._where:
+            some = next(self.slices(0), self._empty_slice())
+            assert some.values is not None
+            total += (stop - start) * 8 + some.values.nbytes * (stop - start) // max(len(some), 1)
         return total
 
     def _borrow(self, index: int) -> pq.ParquetFile:

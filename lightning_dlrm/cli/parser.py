@@ -202,6 +202,9 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
     """
     admit_arguments(arguments)
     settings = parser.parse_args(resolve_config_arguments(arguments))
+    for section in ("model", "trainer", "checkpoint", "wandb"):
+        found = settings[section]
+        require(isinstance(found, Namespace), f"{section} is {found}; expected keys with values")
     check_values(settings)
     if settings.seed_everything is not False:
         given = None if settings.seed_everything is True else settings.seed_everything

@@ -39,7 +39,7 @@ from lightning_dlrm.cli.trainer_settings import (
     check_processes,
     validate_trainer_settings,
 )
-from lightning_dlrm.cli.version import code_version
+from lightning_dlrm.cli.version import code_version, versions
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.interrupts import deferred_signals
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
@@ -278,6 +278,7 @@ def log_start(job: Job, trainer: pl.Trainer) -> None:
     settings.ckpt_path = settings.resume = settings.run_dir = None
     settings.allow_nonfinite = False
     job.metrics_logger.configuration = job.parser.dump(settings, skip_unset=False)
+    job.metrics_logger.versions = versions()
     log.info("run folder: %s", job.folder.path)
     log.info(size_note(job.module.size))
     if note := cells_note(job.datamodule.schema):

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_dlrm.cli.configs import expand_home, find_config
-from lightning_dlrm.contracts.documents import CONFIGURATION, parse_yaml, read_yaml
+from lightning_dlrm.contracts.documents import CONFIGURATION, YAML_FAULTS, parse_yaml, read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.losses import Loss
@@ -42,11 +42,8 @@ from lightning_dlrm.optim.rules import UpdateRule
 from lightning_dlrm.sharding.checkpoint import MANIFEST, REST
 from lightning_dlrm.tracking.run_folder import CONFIG, METRICS, SUMMARY
 
-PACKAGES = (
-    "lightning_dlrm", "datamodules", "pytorch_lightning", "lightning.pytorch", "lightning_fabric", "torch",
-    "torchmetrics",
-)  # fmt: skip
-"""Packages whose classes every configuration may name."""
+PACKAGES = ("lightning_dlrm", "datamodules", "pytorch_lightning", "lightning_fabric", "torch", "torchmetrics")
+"""Packages whose classes every configuration may name; those of ``lightning.pytorch`` have other base classes."""
 
 KINDS = (
     CTRNetwork, Loss, UpdateRule, Optimizer, LRScheduler, pl.LightningDataModule, pl.Callback, Logger, Profiler,
@@ -58,9 +55,12 @@ HELP = (
     "let configurations name classes and functions of this module; may be repeated, and counts on the command line only"
 )
 
-_LISTED = ", ".join(package for package in PACKAGES if "." not in package)
-_CLASS_KEYS = ("class_path", "accelerator", "strategy", "profiler")
-"""Keys at which a dotted name is a class; of the Trainer's options, those that also take text."""
+_LISTED = ", ".join(PACKAGES)
+_CLASS_KEYS = (
+    "class_path", "network", "loss", "schedule", "table_optimizer", "dense_optimizer", "wide_optimizer", "data",
+    "callbacks", "logger", "profiler", "strategy", "accelerator", "plugins",
+)  # fmt: skip
+"""Keys at which a dotted name is a class, or the file of a section."""
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _trusted: set[str] = set()
 """Modules beside ``PACKAGES`` that configurations may name in this process."""
@@ -80,7 +80,10 @@ _load_plain = get_loader("yaml")
 
 def _load(text: str) -> Any:
     """Return the value of a YAML text as jsonargparse reads it, in files that options and files name too."""
-    value = _load_plain(text)
+    try:
+        value = _load_plain(text)
+    except YAML_FAULTS as error:
+        raise yaml.YAMLError(repr(error)) from error
     if isinstance(value, (dict, list)):
         parse_yaml(text)
     return value
@@ -161,6 +164,7 @@ def admit_arguments(arguments: Sequence[str]) -> None:
         if option in ("-c", "--config"):
             admit_file(find_config(value))
             continue
+        require(not value.startswith("!!"), f"{option}: {value} has a tag of YAML; give the value without it")
         try:
             admit({option: parse_yaml(value)}, typed=True)
         except UserError as error:
@@ -210,7 +214,8 @@ def _dotted_names(value: Any, key: Any = "") -> Iterator[tuple[str, bool]]:
         for inner in value:
             yield from _dotted_names(inner, key)
     elif isinstance(value, str) and _DOTTED.fullmatch(value):
-        yield value, str(key).rpartition(".")[2] in _CLASS_KEYS
+        takes_class = str(key).rpartition(".")[2].rstrip("+") in _CLASS_KEYS
+        yield value, takes_class and not value.endswith((".yaml", ".yml", ".json"))
     elif isinstance(value, str) and "class_path" in value:
         # jsonargparse reads text as YAML.
         try:
@@ -266,8 +271,6 @@ def _checked(value: Any, key: str, defaults: Sequence[Any] = ()) -> Any:
     """
     if isinstance(value, str):
         return expand_home(value)
-    if isinstance(value, int):
-        require(abs(value) < 1 << 63, f"{key} is too large; expected a number of 64 bits")
     if type(value) in (list, tuple):
         return type(value)(_checked(item, key, defaults) for item in value)
     if isinstance(value, (Namespace, dict)):
@@ -295,18 +298,30 @@ def _check_class(made: Any, given: Mapping[str, Any], key: str) -> list[Any]:
         f"{key}: {given['class_path']} is no class that an option takes; expected a dataclass or a class that derives "
         f"from one of {', '.join(kind.__name__ for kind in KINDS)}",
     )
-    try:
-        parameters, hints = inspect.signature(made).parameters, typing.get_type_hints(getattr(made, "__init__", made))
-    except (TypeError, ValueError, NameError, AttributeError):
-        # Not a class, a class in C without a signature, or names that only type checkers import.
-        return []
+    known, kinds = _arguments_of(made)
     options = given.get("init_args")
     for name, value in vars(options).items() if isinstance(options, Namespace) else ():
-        if value is None and name in hints and name in parameters and parameters[name].default is not None:
-            kind = hints[name]
+        if value is None and known.get(name) is not None and name in kinds:
+            kind = kinds[name]
             message = f"{key}.init_args.{name} is null; give a value of {getattr(kind, '__name__', kind)}"
             require(_takes_none(kind), message)
-    return [parameter.default for parameter in parameters.values()]
+    return list(known.values())
+
+
+def _arguments_of(made: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the defaults and the types of the arguments of a function, or of a class and its base classes."""
+    defaults: dict[str, Any] = {}
+    kinds: dict[str, Any] = {}
+    for base in reversed(inspect.getmro(made)) if inspect.isclass(made) else [made]:
+        function: Any = vars(base).get("__init__") if inspect.isclass(base) else base
+        try:
+            parameters, hints = inspect.signature(function).parameters, typing.get_type_hints(function)
+        except (TypeError, ValueError, NameError, AttributeError):
+            # No function of its own, one in C without a signature, or types that only type checkers import.
+            continue
+        defaults |= {name: parameter.default for name, parameter in parameters.items()}
+        kinds |= hints
+    return defaults, kinds
 
 
 def _resolved(path: Any) -> Any:
@@ -322,7 +337,7 @@ def _resolved(path: Any) -> Any:
 def _is_of_packages(made: Any) -> bool:
     """Whether a class or a function is defined in one of ``PACKAGES``."""
     defined = made.__module__ if inspect.isclass(made) or inspect.isroutine(made) else type(made).__module__
-    return str(defined).partition(".")[0] in {package.partition(".")[0] for package in PACKAGES}
+    return str(defined).partition(".")[0] in PACKAGES
 
 
 def _takes_none(kind: Any) -> bool:

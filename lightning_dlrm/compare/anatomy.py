@@ -90,7 +90,7 @@ def _count(parameters: Any, dense: set[int]) -> int:
 
 
 def _sharding(run: Run, loads: Sequence[TableLoad], ranks: int, batch_size: int) -> Sharding:
-    strategy = run.config["trainer"]["strategy"]
+    strategy = run.config["trainer"].get("strategy")
     options = strategy.get("init_args") or {} if isinstance(strategy, Mapping) else {}
     file, memory = options.get("plan"), options.get("memory_per_rank")
     if file is not None:

@@ -1,6 +1,7 @@
 """``compare``: an experiment of several configurations and seeds, or finished runs."""
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.cli.parser import WandbSettings
 from lightning_dlrm.cli.trust import HELP, admit_file, trust_options
 from lightning_dlrm.compare.anatomy import anatomy, breakdown
 from lightning_dlrm.compare.experiment import (
@@ -258,7 +260,7 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
         f"{' / '.join(arm.name for arm in of_data)} on {data}" for data, of_data in by_data(arms).items()
     )
     page = _report(arms, labels, options, output, title=title, warnings=warnings)
-    places = [run.config["wandb"] for run in runs]
+    places = [dataclasses.asdict(WandbSettings()) | run.config["wandb"] for run in runs]
     if any(place[key] != places[0][key] for place in places for key in ("project", "entity", "group")):
         print("W&B: no page of this comparison, as its runs are of several projects or groups")
     else:

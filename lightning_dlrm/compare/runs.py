@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Number
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.cli.parser import PublishedScore
@@ -31,6 +32,11 @@ NEEDED = (
     names.FLOPS_FORWARD, names.FLOPS_TRAINING, names.RANKS, names.BYTES_PER_RANK, *DATA,
 )  # fmt: skip
 """Keys of a run's summary without which it cannot be compared."""
+
+
+_SECTIONS = {"seed_everything": int, "model": dict, "data": dict, "trainer": dict, "wandb": dict}
+"""Keys of a run's configuration that are read here, with the types of their values."""
+_DAMAGED = "the run folder is damaged: restore the file from a copy, or train the run again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,41 +125,53 @@ def _class_name(value: Any) -> Any:
     return value.rpartition(".")[2] if ours else value
 
 
+_Values: TypeAlias = Mapping[str, float | int | str | bool | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Summary:
+    """The content of ``summary.json``."""
+
+    final: _Values = field(default_factory=dict)
+    best: _Values | None = None
+
+
 def read_run(path: Path, name: str | None = None) -> Run:
     """Read a run folder.
 
     Raises:
         UserError: the folder is not a run, its fit has not ended, or its summary lacks a number.
     """
-    config = _read(path / CONFIG, f"{path} is not a run folder: give a folder that fit wrote with --run_dir")
+    _require_file(path / CONFIG, f"{path} is not a run folder: give a folder that fit wrote with --run_dir")
+    config = read_yaml(path / CONFIG, _DAMAGED)
+    for key, kind in _SECTIONS.items():
+        if not isinstance(config.get(key), kind):
+            raise UserError(f"{path / CONFIG} has no {key} as fit writes it; {_DAMAGED}")
     again = f"python -m lightning_dlrm fit --config {path / CONFIG} --run_dir {path} --resume auto"
-    summary = _read(path / SUMMARY, f"the run {path} is not finished; end it with: {again}")
-    final = summary.get("final", {})
-    history = RunFolder(path).lines()
-    if history and history[-1][names.STEP] > final.get(names.STEP, 0):
+    _require_file(path / SUMMARY, f"the run {path} is not finished; end it with: {again}")
+    summary = read_json(path / SUMMARY, _Summary, "train the run again")
+    final, best = summary.final, summary.best or {}
+    history, step = RunFolder(path).lines(), final.get(names.STEP)
+    step = step if isinstance(step, int) else 0
+    if history and history[-1][names.STEP] > step:
         raise UserError(
             f"the run {path} is not finished: it has gone on to step {history[-1][names.STEP]} since its summary of "
-            f"step {final.get(names.STEP, 0)}; end it with: {again}"
+            f"step {step}; end it with: {again}"
         )
-    best = summary.get("best") or {}
-    missing = [metric for metric in NEEDED if final.get(metric) is None]
-    missing += [f"best {metric}" for metric in NEEDED[:1] if best.get(metric) is None]
+    missing = [metric for metric in NEEDED if not isinstance(final.get(metric), str if metric in DATA else Number)]
+    missing += [f"best {metric}" for metric in NEEDED[:1] if not isinstance(best.get(metric), Number)]
     if missing:
         raise UserError(f"the run {path} has no {', '.join(missing)} in its {SUMMARY}; train it again")
     return Run(name=name or path.resolve().name, path=path, config=config, final=final, best=best, history=history)
 
 
-def _read(path: Path, missing: str) -> dict[str, Any]:
-    """Return the content of a file of a run folder.
-
+def _require_file(path: Path, missing: str) -> None:
+    """
     Raises:
-        UserError: there is no such file, with the message ``missing``, or it is damaged.
+        UserError: there is no such file, with the message ``missing``.
     """
     if not path.exists():
         raise UserError(missing + ("" if path.parent.is_dir() else f" (there is no folder {path.parent})"))
-    if path.suffix == ".json":
-        return read_json(path, dict[str, Any], "train the run again")
-    return read_yaml(path, "the run folder is damaged: restore the file from a copy, or train the run again")
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:

@@ -10,6 +10,7 @@ from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 if TYPE_CHECKING:
     import yaml
+    from pydantic import TypeAdapter
 
 Form = TypeVar("Form")
 
@@ -24,6 +25,10 @@ _CONTROL_IN_JSON = re.compile(
     rf"[{_INVISIBLE}]|(?<!\\)(?:\\\\)*\\(?:[bfr]|u00[0189][0-9a-f]|u007f|u202[a-e]|u206[6-9])", re.IGNORECASE
 )
 """The same characters in JSON, where those below the space are written as escapes."""
+
+
+_ADAPTERS: "dict[object, TypeAdapter[Any]]" = {}
+"""Of each form: making one takes milliseconds."""
 
 
 def parse_json(content: str | bytes, form: type[Form], where: str, advice: str) -> Form:
@@ -43,10 +48,12 @@ def parse_json(content: str | bytes, form: type[Form], where: str, advice: str) 
     # Importing it takes a tenth of a second.
     from pydantic import TypeAdapter, ValidationError
 
+    adapter: TypeAdapter[Form] = _ADAPTERS.get(form) or TypeAdapter(form)
+    _ADAPTERS[form] = adapter
     try:
         text = content if isinstance(content, str) else content.decode()
         require(not _CONTROL_IN_JSON.search(text), "it has control characters")
-        return TypeAdapter(form).validate_json(text, strict=True)
+        return adapter.validate_json(text, strict=True)
     except (UnicodeDecodeError, UserError) as error:
         raise UserError(f"{where} is damaged or was changed ({one_line(error)}); {advice}") from error
     except ValidationError as error:
@@ -85,6 +92,9 @@ def read_bounded(path: Path, advice: str) -> bytes:
 CONFIGURATION = "expected a configuration: keys such as 'trainer:', each with its values"
 """What a YAML file is expected to be if its reader does not say."""
 
+YAML_FAULTS = (ValueError, OverflowError, LookupError, AttributeError, TypeError)
+"""What PyYAML raises beside YAMLError: for dates that do not exist, thousands of digits, tags of other values."""
+
 MAX_VALUES = 1_000_000
 """Most values of a YAML file, each counted as often as an alias repeats it."""
 
@@ -107,7 +117,7 @@ def read_yaml(path: Path, expected: str = CONFIGURATION) -> dict[str, Any]:
         content = parse_yaml(text.decode())
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (ValueError, OverflowError, yaml.YAMLError, RecursionError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is not YAML ({one_line(error)}); {expected}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no keys with values; {expected}")
@@ -118,12 +128,17 @@ def parse_yaml(text: str) -> Any:
     """Return the value of a YAML text.
 
     Raises:
-        UserError: a key stands twice in a mapping, or aliases repeat values without end.
+        UserError: a key stands twice in a mapping, a number is too large, or aliases repeat values without end.
         yaml.YAMLError, RecursionError: the text is not YAML of plain values, or is nested too deeply.
     """
     import yaml
 
-    value = yaml.load(text, _strict_loader())
+    try:
+        value = yaml.load(text, _strict_loader())
+    except UserError:
+        raise
+    except YAML_FAULTS as error:
+        raise yaml.YAMLError(repr(error)) from error
     if _count_values(value, {}) > MAX_VALUES:
         raise UserError(f"aliases make more than {MAX_VALUES:,} values; write the values themselves")
     return value
@@ -148,7 +163,9 @@ def _strict_loader() -> type["yaml.SafeLoader"]:
 
 
 def _count_values(value: Any, known: dict[int, float]) -> float:
-    """Return the number of values in a YAML value; infinite if it holds itself."""
+    """Return the number of values in a YAML value, infinite if it holds itself, and refuse values of no use."""
+    if isinstance(value, int):
+        require(abs(value) < 1 << 63, "a number has more than 64 bits; give a smaller one")
     if isinstance(value, str):
         require(not _CONTROL.search(value), f"a value has control characters: {value[:40]!r}")
     if not isinstance(value, (dict, list)):
@@ -168,9 +185,12 @@ def printable(text: str) -> str:
 
 def is_name(name: str) -> bool:
     """Return whether a name from a file may name a file: short, without separators and control characters."""
-    return is_inner_path(name) and "/" not in name and len(name) <= 200 and printable(name) == name
+    return is_inner_path(name) and "/" not in name and printable(name) == name
 
 
 def is_inner_path(name: str) -> bool:
-    """Return whether a path that a file names stays within its folder: relative, and without ``..``."""
-    return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+    """Return whether a path that a file names stays within its folder: relative, without ``..``, and of a length that
+    file systems allow."""
+    parts = name.split("/")
+    short = len(name) <= 1024 and max(map(len, parts)) <= 200
+    return short and "\0" not in name and not {"", ".", ".."} & set(parts)

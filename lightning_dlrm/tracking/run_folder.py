@@ -1,6 +1,6 @@
 """The run folder, which holds all results of a run.
 
-``config.yaml``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``, ``predictions.parquet``,
+``config.yaml``, ``versions.json``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``, ``predictions.parquet``,
 ``validate.json``, ``test.json``, ``validation_curves.json``, ``test_curves.json``, and W&B's files in ``wandb/``.
 """
 
@@ -29,6 +29,7 @@ from lightning_dlrm.tracking.lock import LOCK
 log = logging.getLogger("lightning_dlrm")
 
 CONFIG = "config.yaml"
+VERSIONS = "versions.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PREDICTIONS = "predictions.parquet"
@@ -185,12 +186,16 @@ class RunFolder:
             self.write_text(METRICS, kept)
             log.info("the lines of %s after step %s are set aside in %s", self.metrics, step, aside)
 
-    def write_config(self, text: str) -> None:
-        """Write ``config.yaml``; one with other settings than the bounds of the fit is set aside."""
-        path = self.path / CONFIG
-        if path.exists() and _without_bounds(path.read_text()) != _without_bounds(text):
-            log.info("%s has other settings and is set aside as %s", path, set_aside(path))
-        self.write_text(CONFIG, text)
+    def write_start(self, config: str, versions: Mapping[str, str | None]) -> None:
+        """Write ``config.yaml`` and ``versions.json``; those of an earlier start are set aside if they differ.
+
+        Settings that end a fit may differ.
+        """
+        for name, text in ((CONFIG, config), (VERSIONS, json.dumps(versions, indent=1) + "\n")):
+            path = self.path / name
+            if path.exists() and _without_bounds(path.read_text()) != _without_bounds(text):
+                log.info("%s is another one now; the earlier one is set aside as %s", path, set_aside(path))
+            self.write_text(name, text)
 
     def remove_without_results(self) -> None:
         """Remove the folder if the run failed before its first result."""

@@ -269,11 +269,16 @@ def test_the_runs_of_a_comparison_build_no_callbacks_loggers_and_profilers() -> 
     [
         ("model.table_optimizer.learning_rate", "null", "learning_rate is null; give a value of float"),
         ("model.network.embedding_dim", "null", "embedding_dim is null; give a value of int"),
+        ("data.batch_size", "null", "batch_size is null; give a value of int"),
+        ("data.demo.train_rows", "null", "train_rows"),
+        ("trainer.max_steps", "null", "max_steps"),
+        ("log_norms", "null", "log_norms"),
+        ("wandb.log_model", "null", "log_model"),
         ("trainer.callbacks", "[{class_path: own.Keeper, init_args: {rate: null}}]", "rate is null; give a value"),
         ("trainer.callbacks", "[{class_path: own.Keeper, init_args: {table: null, anything: null}}]", None),
         ("model.dense_optimizer.weight_decay", "null", "weight_decay is null"),
         ("model.dense_optimizer.foreach", "null", None),
-        ("model.network.top_mlp", f"[1{'0' * 400}]", "top_mlp is too large"),
+        ("model.network.top_mlp", f"[1{'0' * 400}]", "top_mlp: a number has more than 64 bits"),
     ],
 )
 def test_null_where_no_none_is_taken_and_numbers_beyond_64_bits(option: str, value: str, said: str | None) -> None:
@@ -296,7 +301,11 @@ DOUBLING = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" 
         ("a: &a [*a]", "aliases make more"),
         (DOUBLING, "aliases make more"),
         ("trainer: !!python/object/apply:os.system ['touch imported']", "mine.yaml is not YAML"),
+        ("trainer: {max_steps: !!timestamp x}", "mine.yaml is not YAML"),
+        (f"trainer: {{max_steps: 1{'0' * 5000}}}", "mine.yaml is not YAML"),
         ("run_dir: ${oc.env:HOME}", None),
+        ("trainer: null", "trainer is None; expected keys with values"),
+        ("wandb: []", "wandb is []; expected keys with values"),
         ("model: &a {seed: 1}\ntrainer: {<<: *a, max_steps: 1}", "unknown key seed"),
     ],
 )  # fmt: skip
@@ -307,8 +316,13 @@ def test_yaml_that_says_something_else_than_it_seems(text: str, said: str | None
         assert said in refused(written(text))
 
 
-def test_keys_twice_in_an_option_and_configurations_at_addresses() -> None:
+def test_yaml_in_options_and_configurations_at_addresses() -> None:
     assert "--trainer: the key max_steps stands twice" in refused("--trainer", "{max_steps: 1, max_steps: 2}")
+    assert "has a tag of YAML" in refused("--trainer.max_steps", "!!bool x")
+    assert "not YAML" in refused("--model.dense_optimizer", "{lr: !!bool x}")
+    for broken in ("{max_steps: !!bool x}", "1" * 5000):
+        assert "Unable to load" in refused("--trainer", broken)
+    assert parsed("--wandb.name", "2020-13-45").wandb.name == "2020-13-45"
     Path("section.yaml").write_text("max_steps: 1\nmax_steps: 2")
     assert "the key max_steps stands twice" in refused("--trainer", "section.yaml")
     for address in ("http://localhost:1/x.yaml", "memory://x.yaml"):

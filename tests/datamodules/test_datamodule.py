@@ -202,7 +202,7 @@ def test_damage_is_seen_at_the_start(tmp_path: Path) -> None:
 
 def test_ids_beyond_their_table_are_seen_at_the_start(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "data", ids=6000)
-    with pytest.raises(UserError, match=r"train/part-00000\.parquet: row group 0 of column C1 has ids from"):
+    with pytest.raises(UserError, match=r"train/part-00000\.parquet, row group 0, column C1 has the id "):
         Criteo(str(folder)).setup("fit")
 
 

@@ -125,7 +125,7 @@ def test_options_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     fit = ["fit", "--config", "runs/dlrm/config.yaml", "--run_dir"]
     assert "name too long" in refusal(capsys, *fit, "r" * 300)
     large = ["--model.network.embedding_dim", "100000000", "--model.network.bottom_mlp", "[64, 100000000]"]
-    assert "not enough memory" in refusal(capsys, *fit, "big", *large)
+    assert "of memory" in refusal(capsys, *fit, "big", *large)
 
 
 @pytest.mark.parametrize(
@@ -172,3 +172,13 @@ def test_run_of_a_stranger_names_no_classes(
         return
     with pytest.raises(SystemExit, match="imported"):
         main([*command.split(), "--trust", "callbacks_here"])
+
+
+@pytest.mark.parametrize("section", ["seed_everything", "trainer", "wandb"])
+def test_configuration_of_a_run_without_a_section(section: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Path("runs/dcn/config.yaml")
+    settings = yaml.safe_load(config.read_text())
+    for value in (None, "x"):
+        config.write_text(yaml.safe_dump(settings | {section: value}))
+        line = refusal(capsys, "compare", "runs/dlrm", "runs/dcn", "--dry-run")
+        assert f"config.yaml has no {section}" in line and "restore the file" in line
