@@ -267,13 +267,18 @@ def _to_arrow(column: Column, values: Values) -> pa.Array:
         if not isinstance(values, tuple):
             assert values.type.equals(kind), f"column {column.name}: {values.type} given, {kind} expected"
             return values
-        items = np.array(values[0], dtype=kind.value_type.to_pandas_dtype())
+        items = np.array(values[0], dtype=_dtype(kind.value_type))
         return pa.ListArray.from_arrays(pa.array(np.array(values[1], dtype=np.int32)), pa.array(items), type=kind)
-    assert isinstance(values, np.ndarray) and values.dtype == kind.to_pandas_dtype(), (
+    assert isinstance(values, np.ndarray) and values.dtype == _dtype(kind), (
         f"column {column.name}: {getattr(values, 'dtype', type(values))} given, {kind} expected"
     )
     values = values.copy()
     return pa.array(values, mask=np.isnan(values)) if column.role == "dense" else pa.array(values)
+
+
+def _dtype(kind: pa.DataType) -> np.dtype:
+    """Return NumPy's dtype of an Arrow type. (``to_pandas_dtype`` of pyarrow 21 needs pandas.)"""
+    return pa.nulls(0, kind).to_numpy(zero_copy_only=False).dtype
 
 
 def _leaf(column: Column) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 import lightning_dlrm
-from lightning_dlrm.contracts.documents import read_yaml
+from lightning_dlrm.contracts.documents import YAML_FAULTS, read_yaml
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.engine.retired import log_updates, update_document, update_options
 
@@ -53,7 +53,9 @@ def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:
     """
     try:
         resolved, notes = update_options(arguments)
-    except (yaml.YAMLError, RecursionError) as error:
+    except UserError:
+        raise
+    except (*YAML_FAULTS, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"an option is not YAML: {one_line(error)}") from error
     log_updates("command line", notes)
     for i, argument in enumerate(resolved):

@@ -42,11 +42,8 @@ from lightning_dlrm.optim.rules import UpdateRule
 from lightning_dlrm.sharding.checkpoint import MANIFEST, REST
 from lightning_dlrm.tracking.run_folder import CONFIG, METRICS, SUMMARY
 
-PACKAGES = (
-    "lightning_dlrm", "datamodules", "pytorch_lightning", "lightning.pytorch", "lightning_fabric", "torch",
-    "torchmetrics",
-)  # fmt: skip
-"""Packages whose classes every configuration may name."""
+PACKAGES = ("lightning_dlrm", "datamodules", "pytorch_lightning", "lightning_fabric", "torch", "torchmetrics")
+"""Packages whose classes every configuration may name; those of ``lightning.pytorch`` have other base classes."""
 
 KINDS = (
     CTRNetwork, Loss, UpdateRule, Optimizer, LRScheduler, pl.LightningDataModule, pl.Callback, Logger, Profiler,
@@ -58,9 +55,12 @@ HELP = (
     "let configurations name classes and functions of this module; may be repeated, and counts on the command line only"
 )
 
-_LISTED = ", ".join(package for package in PACKAGES if "." not in package)
-_CLASS_KEYS = ("class_path", "accelerator", "strategy", "profiler")
-"""Keys at which a dotted name is a class; of the Trainer's options, those that also take text."""
+_LISTED = ", ".join(PACKAGES)
+_CLASS_KEYS = (
+    "class_path", "network", "loss", "schedule", "table_optimizer", "dense_optimizer", "wide_optimizer", "data",
+    "callbacks", "logger", "profiler", "strategy", "accelerator", "plugins",
+)  # fmt: skip
+"""Keys at which a dotted name is a class, or the file of a section."""
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _trusted: set[str] = set()
 """Modules beside ``PACKAGES`` that configurations may name in this process."""
@@ -214,7 +214,8 @@ def _dotted_names(value: Any, key: Any = "") -> Iterator[tuple[str, bool]]:
         for inner in value:
             yield from _dotted_names(inner, key)
     elif isinstance(value, str) and _DOTTED.fullmatch(value):
-        yield value, str(key).rpartition(".")[2] in _CLASS_KEYS
+        takes_class = str(key).rpartition(".")[2].rstrip("+") in _CLASS_KEYS
+        yield value, takes_class and not value.endswith((".yaml", ".yml", ".json"))
     elif isinstance(value, str) and "class_path" in value:
         # jsonargparse reads text as YAML.
         try:
@@ -336,7 +337,7 @@ def _resolved(path: Any) -> Any:
 def _is_of_packages(made: Any) -> bool:
     """Whether a class or a function is defined in one of ``PACKAGES``."""
     defined = made.__module__ if inspect.isclass(made) or inspect.isroutine(made) else type(made).__module__
-    return str(defined).partition(".")[0] in {package.partition(".")[0] for package in PACKAGES}
+    return str(defined).partition(".")[0] in PACKAGES
 
 
 def _takes_none(kind: Any) -> bool:

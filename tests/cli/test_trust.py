@@ -319,6 +319,7 @@ def test_yaml_that_says_something_else_than_it_seems(text: str, said: str | None
 def test_yaml_in_options_and_configurations_at_addresses() -> None:
     assert "--trainer: the key max_steps stands twice" in refused("--trainer", "{max_steps: 1, max_steps: 2}")
     assert "has a tag of YAML" in refused("--trainer.max_steps", "!!bool x")
+    assert "not YAML" in refused("--model.dense_optimizer", "{lr: !!bool x}")
     for broken in ("{max_steps: !!bool x}", "1" * 5000):
         assert "Unable to load" in refused("--trainer", broken)
     assert parsed("--wandb.name", "2020-13-45").wandb.name == "2020-13-45"
