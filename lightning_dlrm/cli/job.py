@@ -1,6 +1,8 @@
 """One command of the Trainer with everything that it needs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -28,6 +30,7 @@ class Job:
         metrics_logger: callback with the metrics of a fit; None for evaluations.
         made_folder: whether this command has made the run folder.
         lock: lock of the run folder, on rank 0 of a fit.
+        fallbacks: checkpoints to open if the chosen one is damaged.
     """
 
     command: str
@@ -39,6 +42,7 @@ class Job:
     metrics_logger: MetricsLogger | None
     made_folder: bool = False
     lock: FolderLock | None = None
+    fallbacks: Sequence[Path] = ()
 
     def latest_metrics(self) -> dict[str, float]:
         """Return what a fit has logged last, by name; nothing for an evaluation."""

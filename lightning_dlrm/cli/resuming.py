@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from lightning_dlrm.cli.job import EVALUATIONS, Job
 from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.engine.checkpointing import newest_checkpoint
+from lightning_dlrm.engine.checkpointing import newest_checkpoint, whole_checkpoints
 from lightning_dlrm.engine.stopping import what_ended
 from lightning_dlrm.sharding.checkpoint import CheckpointReader, resolve_checkpoint
 from lightning_dlrm.tracking import names
@@ -19,8 +19,11 @@ from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
 log = logging.getLogger("lightning_dlrm")
 
 
-def choose_checkpoint(command: str, settings: Namespace) -> None:
+def choose_checkpoint(command: str, settings: Namespace) -> list[Path]:
     """Set ``ckpt_path`` to the checkpoint folder that the command opens, or to None if a fit starts from scratch.
+
+    Returns:
+        The older checkpoints, newest first, that ``--resume auto`` takes if that one turns out to be damaged.
 
     Raises:
         UserError: the options contradict each other, the checkpoint does not exist, or the run to resume has had
@@ -43,16 +46,17 @@ def choose_checkpoint(command: str, settings: Namespace) -> None:
         raise UserError("--resume auto and --ckpt_path both choose a checkpoint: give one of them")
     else:
         run = RunFolder(Path(run_dir))
-        newest = newest_checkpoint(run.checkpoints)
-        if newest is not None:
-            settings.ckpt_path = str(newest)
-            return
+        found = whole_checkpoints(run.checkpoints)
+        if found:
+            settings.ckpt_path = str(found[0])
+            return found[1:]
         require(
             names.STEP not in run.final(),
             f"{run_dir} has results of step {run.final().get(names.STEP)} and no checkpoint to continue from: restore "
             "its checkpoints, or choose another --run_dir",
         )
         log.info("no checkpoint in %s yet: starting a new run", run_dir)
+    return []
 
 
 def is_finished(job: Job, trainer: pl.Trainer) -> bool:

@@ -39,10 +39,10 @@ from lightning_dlrm.cli.trainer_settings import (
     check_processes,
     validate_trainer_settings,
 )
-from lightning_dlrm.cli.version import code_version
+from lightning_dlrm.cli.version import code_version, versions
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.interrupts import deferred_signals
-from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint, whole_checkpoints
+from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
 from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import CurveWriter, EvaluationWriter, MetricsLogger, NormLogger
 from lightning_dlrm.engine.progress import RunProgress
@@ -71,8 +71,9 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
     configure_logging()
     parser = build_trainer_parser(command, description)
     settings = parse(parser, arguments)
-    choose_checkpoint(command, settings)
+    older = choose_checkpoint(command, settings)
     job, trainer_settings = instantiate(command, parser, settings)
+    job.fallbacks = older
     trainer = build_trainer(job, trainer_settings, build_callbacks(job, trainer_settings))
     if is_finished(job, trainer):
         return 0
@@ -173,7 +174,7 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
         "callbacks": callbacks,
         "plugins": [
             *as_list(trainer_settings["plugins"]),
-            FolderCheckpointIO(job.settings.allow_nonfinite, fallbacks(job)),
+            FolderCheckpointIO(job.settings.allow_nonfinite, job.fallbacks),
         ],
         "logger": False,
     }
@@ -193,15 +194,6 @@ def facts_of_all_ranks(job: Job) -> dict[str, Any]:
     """Return every setting by its full key, without those that may differ from rank to rank."""
     document = json.loads(job.parser.dump(job.settings, format="json", skip_unset=False))
     return {k: v for k, v in flat(document).items() if not k.startswith(("config", "wandb.", "run_dir"))}
-
-
-def fallbacks(job: Job) -> list[Path]:
-    """Return the checkpoints, newest first, that ``--resume auto`` takes if the one that it has chosen is damaged."""
-    settings = job.settings
-    if settings.resume is None or settings.ckpt_path is None:
-        return []
-    found = whole_checkpoints(RunFolder(Path(settings.run_dir)).checkpoints)
-    return found[found.index(Path(settings.ckpt_path)) + 1 :]
 
 
 def prepare_run_folder(job: Job, trainer: pl.Trainer, logger: Any) -> None:
@@ -240,9 +232,8 @@ def open_run_folder(job: Job) -> None:
     elif settings.resume is not None and path is not None and path.is_dir():
         job.folder.path = RunFolder.reopen(path).path
         job.lock = FolderLock(path).acquire()
-        newest = newest_checkpoint(job.folder.checkpoints)
         require(
-            newest is None or settings.ckpt_path is not None,
+            settings.ckpt_path is not None or newest_checkpoint(job.folder.checkpoints) is None,
             f"another process has trained in {path} meanwhile: start this command again to continue",
         )
         return
@@ -287,6 +278,7 @@ def log_start(job: Job, trainer: pl.Trainer) -> None:
     settings.ckpt_path = settings.resume = settings.run_dir = None
     settings.allow_nonfinite = False
     job.metrics_logger.configuration = job.parser.dump(settings, skip_unset=False)
+    job.metrics_logger.versions = versions()
     log.info("run folder: %s", job.folder.path)
     log.info(size_note(job.module.size))
     if note := cells_note(job.datamodule.schema):

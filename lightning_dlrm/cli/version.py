@@ -1,6 +1,8 @@
-"""The version of the code that makes a run."""
+"""The versions of the code and the packages that make a run."""
 
 import importlib.metadata
+import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,6 +12,17 @@ import lightning_dlrm
 def code_version() -> dict[str, str | None]:
     """Return the release of this project and, in a checkout, the commit."""
     return {"version": _version(), "git_commit": _git_commit()}
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of this project, Python, and each package that this project needs."""
+    try:
+        needed = importlib.metadata.requires("lightning-dlrm") or []
+    except importlib.metadata.PackageNotFoundError:
+        needed = ["torch", "pytorch-lightning"]
+    names = [re.split(r"[^\w.-]", line)[0] for line in needed if "extra ==" not in line]
+    packages = {name: importlib.metadata.version(name) for name in names}
+    return {"lightning-dlrm": _version(), "git_commit": _git_commit(), "python": platform.python_version(), **packages}
 
 
 def _version() -> str:

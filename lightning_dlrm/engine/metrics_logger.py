@@ -59,6 +59,8 @@ class MetricsLogger(pl.Callback):
         """The last step whose training metrics were logged."""
         self.configuration: str | None = None
         """The text of ``config.yaml``, which is written when training starts."""
+        self.versions: dict[str, str | None] = {}
+        """The content of ``versions.json``, which is written then too."""
         self._window = TrainingWindow()
         self._learning_rates: dict[str, float] = {}
         self._losses: list[Tensor] = []
@@ -108,7 +110,7 @@ class MetricsLogger(pl.Callback):
             # Not earlier: if the checkpoint is refused, the run folder stays as it is.
             self.folder.set_lines_aside(self._step)
             if self.configuration is not None:
-                self.folder.write_config(self.configuration)
+                self.folder.write_start(self.configuration, self.versions)
         if self._step:
             log.info("resumed at step %d (%s samples)", self._step, f"{self.samples:,}")
         for logger in trainer.loggers:

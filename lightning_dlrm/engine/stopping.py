@@ -2,10 +2,13 @@
 
 import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping, Timer
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
@@ -16,6 +19,7 @@ from lightning_dlrm.engine.checkpointing import MONITOR
 from lightning_dlrm.engine.fit_length import FitLength, fit_length, unreached_settings
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
 
 log = logging.getLogger("lightning_dlrm")
@@ -195,10 +199,38 @@ class StopAtAUC(pl.Callback):
 
 
 class StopOnSigterm(pl.Callback):
-    """Callback that ends an evaluation at its next batch after SIGTERM; Lightning checks for it in training only."""
+    """Callback that ends a command at a batch after SIGTERM, on all ranks at the same one.
 
-    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        if trainer.received_sigterm:
+    Lightning looks for the signal in training only. With several ranks its handler broadcasts, which blocks if the
+    signal comes amid another collective; so there this callback takes the signal.
+    """
+
+    EVERY = 8
+    """Number of batches after which several ranks ask each other for signals."""
+
+    def __init__(self) -> None:
+        self._received = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning has set its handler by now, and restores the handler of before at the end.
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if trainer.world_size > 1 and in_main_thread and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+            signal.signal(signal.SIGTERM, self._note)
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        received = self._received or trainer.received_sigterm
+        if trainer.world_size > 1:
+            if batch_idx % self.EVERY:
+                return
+            received = bool(np.sum(Ranks().all_gather(np.array([received], np.int64))))
+        if received:
             raise SIGTERMException
 
-    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
+
+    def _note(self, number: int, frame: object) -> None:
+        self._received = True

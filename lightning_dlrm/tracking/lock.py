@@ -112,18 +112,15 @@ class FolderLock:
             UserError: another process holds it.
         """
         while not self._create():
-            try:
-                silence = self._silence()
-                holder = self._read()
-            except FileNotFoundError:
-                # Released in this moment.
-                continue
-            if holder is not None and holder.has_ended(self._mine):
-                silence = float("inf")
-            if silence <= SILENCE_SECONDS:
-                raise self._refusal(holder, silence)
-            self._take_over(holder)
-            break
+            # It may be released in between.
+            with contextlib.suppress(FileNotFoundError):
+                silence, holder = self._silence(), self._read()
+                has_ended = holder is not None and holder.has_ended(self._mine)
+                if silence <= SILENCE_SECONDS and not has_ended:
+                    raise self._refusal(holder, silence)
+                self._take_over(holder)
+                break
+        self._remove_probes()
         threading.Thread(target=self._renew, name="lock of the run folder", daemon=True).start()
         return self
 
@@ -191,6 +188,13 @@ class FolderLock:
             return beside.stat().st_mtime - self.path.stat().st_mtime
         finally:
             beside.unlink(missing_ok=True)
+
+    def _remove_probes(self) -> None:
+        """Remove files that processes which were killed in ``acquire`` have left."""
+        for left in self.path.parent.glob(f"{self.path.name}.*"):
+            with contextlib.suppress(OSError):
+                if self.path.stat().st_mtime - left.stat().st_mtime > SILENCE_SECONDS:
+                    left.unlink()
 
     def _read(self) -> Holder | None:
         """Return the holder; None if the file is not one, such as a file that is being written.

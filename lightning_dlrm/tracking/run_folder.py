@@ -1,6 +1,6 @@
 """The run folder, which holds all results of a run.
 
-``config.yaml``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``, ``predictions.parquet``,
+``config.yaml``, ``versions.json``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``, ``predictions.parquet``,
 ``validate.json``, ``test.json``, ``validation_curves.json``, ``test_curves.json``, and W&B's files in ``wandb/``.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import yaml
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -28,10 +29,13 @@ from lightning_dlrm.tracking.lock import LOCK
 log = logging.getLogger("lightning_dlrm")
 
 CONFIG = "config.yaml"
+VERSIONS = "versions.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PREDICTIONS = "predictions.parquet"
 WANDB = "wandb"
+BOUNDS = ("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs", "limit_train_batches")
+"""Settings of the trainer that end a fit."""
 
 
 def curves_file(stage: str) -> str:
@@ -73,7 +77,7 @@ class RunFolder:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"--run_dir {path} is a file; give an empty folder or a new one")
-        if path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
+        if path.exists() and any(not entry.name.startswith(LOCK) for entry in path.iterdir()):
             raise UserError(
                 f"the run folder {path} exists and is not empty; continue that run with --resume auto, "
                 "or choose another --run_dir"
@@ -88,7 +92,7 @@ class RunFolder:
         Raises:
             UserError: the folder does not hold a run.
         """
-        found = {entry.name for entry in path.iterdir()} - {LOCK}
+        found = {entry.name for entry in path.iterdir() if not entry.name.startswith(LOCK)}
         if found and not found & {CONFIG, METRICS, "checkpoints", WANDB}:
             raise UserError(
                 f"{path} is not a run folder: it holds {min(found)} and no {CONFIG}; give the folder of the run to "
@@ -182,12 +186,16 @@ class RunFolder:
             self.write_text(METRICS, kept)
             log.info("the lines of %s after step %s are set aside in %s", self.metrics, step, aside)
 
-    def write_config(self, text: str) -> None:
-        """Write ``config.yaml``; one with other settings is set aside."""
-        path = self.path / CONFIG
-        if path.exists() and path.read_text() != text:
-            log.info("%s has other settings and is set aside as %s", path, set_aside(path))
-        self.write_text(CONFIG, text)
+    def write_start(self, config: str, versions: Mapping[str, str | None]) -> None:
+        """Write ``config.yaml`` and ``versions.json``; those of an earlier start are set aside if they differ.
+
+        Settings that end a fit may differ.
+        """
+        for name, text in ((CONFIG, config), (VERSIONS, json.dumps(versions, indent=1) + "\n")):
+            path = self.path / name
+            if path.exists() and _without_bounds(path.read_text()) != _without_bounds(text):
+                log.info("%s is another one now; the earlier one is set aside as %s", path, set_aside(path))
+            self.write_text(name, text)
 
     def remove_without_results(self) -> None:
         """Remove the folder if the run failed before its first result."""
@@ -246,6 +254,16 @@ def _free_name(path: Path) -> Path:
     date = datetime.datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     names_of_today = (path.with_name(f"{path.stem}-{date}{n or ''}{path.suffix}") for n in itertools.count())
     return next(name for name in names_of_today if not name.exists())
+
+
+def _without_bounds(text: str) -> Any:
+    """Return a configuration without the settings that end a fit."""
+    try:
+        document = yaml.safe_load(text)
+        trainer = {key: value for key, value in document["trainer"].items() if key not in BOUNDS}
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError):
+        return text
+    return document | {"trainer": trainer, "stop_at_auc": None}
 
 
 def _create_folder(path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from sklearn.metrics import roc_auc_score
 
@@ -119,6 +121,8 @@ def test_demo_fit_as_a_process_says_what_it_is() -> None:
     assert "DEMO DATA" in done.stderr and "preprocess" in done.stderr
     assert done.stderr.count("W&B: offline (no API key)") == 1 and "wandb sync run/wandb/offline-run-" in done.stderr
     assert "% of the way from 0.5" in done.stdout
+    versions = json.loads(Path("run/versions.json").read_text())
+    assert versions["torch"] == torch.__version__ and versions["python"] == platform.python_version()
     final = json.loads(Path("run/summary.json").read_text())["final"]
     assert f"best reachable {final['data/optimum_auc']:.4f}" in done.stdout
     told = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines()}

@@ -3,6 +3,7 @@ with a larger bound it goes on as a run that was never interrupted."""
 
 import hashlib
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from pytorch_lightning.callbacks import EarlyStopping, Timer
 
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.stopping import StopAtAUC
-from tests.engine.test_fit import DECAY, losses, trainer_of
+from lightning_dlrm.optim.schedules import WarmupQuadraticDecay
+from tests.engine.test_fit import losses, trainer_of
 from tests.toy import ToyData, toy_module
+
+SCHEDULE = partial(WarmupQuadraticDecay, warmup_steps=1, decay_start_step=2, decay_steps=15)
 
 
 class Counted(ToyData):
@@ -34,7 +38,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def fit(run: Path, data: type[ToyData] = Counted, **options: Any) -> tuple[pl.Trainer, Any]:
     last = run / "checkpoints/last"
-    trainer, module = trainer_of(run, **options), toy_module(schedule=DECAY)
+    trainer, module = trainer_of(run, **options), toy_module(schedule=SCHEDULE)
     stopped_at = options.get("callbacks") or []
     for callback in [c for c in stopped_at if isinstance(c, (EarlyStopping, StopAtAUC, Timer))]:
         # As the command line orders them.
