@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from datamodules.folder import REMEDY, Folder, check_sizes
+from datamodules.folder import REMEDY, Folder, check_sizes, load_schema
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import WEIGHTS_SUFFIX, Column, DataFile, DatasetSchema
 
@@ -48,6 +48,22 @@ def open_part(
         UserError: the file is missing or not Parquet, or its columns or row groups do not match the schema.
     """
     where = Folder(folder)
+    try:
+        return _opened(where, schema, file, verify)
+    except UserError as error:
+        try:
+            found = load_schema(where).data_fingerprint
+        except UserError:
+            raise error from None
+        require(
+            found == schema.data_fingerprint,
+            f"{where} now holds another dataset (fingerprint {found[:12]}, it was {schema.data_fingerprint[:12]}): put "
+            "the first one back, or start a new run",
+        )
+        raise
+
+
+def _opened(where: Folder, schema: DatasetSchema, file: DataFile, verify: bool) -> pq.ParquetFile:
     check_sizes(where, [file])
     path = where / file.path
     part = where.open_parquet(file.path, verify)

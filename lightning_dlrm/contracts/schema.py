@@ -266,7 +266,7 @@ class DatasetSchema:
                 f"{folder} is not a dataset folder: it has no {SCHEMA_FILE} (an interrupted preprocessing leaves "
                 f"none); make it with 'python -m lightning_dlrm preprocess --output {folder}'",
             )
-            text = read_bounded(path, "restore it or preprocess the data again")
+            text = read_bounded(path, "check the path and its permissions")
         except OSError as error:
             raise UserError(
                 f"{path} cannot be read ({error.strerror or error}); check the path and its permissions"

@@ -1,6 +1,7 @@
 """Contract: a dataset folder is written whole or not at all, byte for byte the same for equal rows,
 and whatever is missing, truncated, altered or out of range in it is named with its file."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,15 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match=r"part-00001\.parquet is missing"):
         open_part(folder, schema, file)
+
+
+def test_a_dataset_that_another_one_has_replaced_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    schema = write(folder, make_rows(50))
+    shutil.rmtree(folder)
+    write(folder, make_rows(50, seed=1))
+    with pytest.raises(UserError, match=r"data now holds another dataset \(fingerprint .*put the first one back"):
+        open_part(folder, schema, schema.splits["train"].files[0])
 
 
 @pytest.mark.parametrize(
