@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from datamodules.folder import REMEDY, Folder, check_sizes
+from datamodules.folder import REMEDY, Folder, check_sizes, load_schema
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import WEIGHTS_SUFFIX, Column, DataFile, DatasetSchema
 
@@ -48,6 +48,22 @@ def open_part(
         UserError: the file is missing or not Parquet, or its columns or row groups do not match the schema.
     """
     where = Folder(folder)
+    try:
+        return _opened(where, schema, file, verify)
+    except UserError as error:
+        try:
+            found = load_schema(where).data_fingerprint
+        except UserError:
+            raise error from None
+        require(
+            found == schema.data_fingerprint,
+            f"{where} now holds another dataset (fingerprint {found[:12]}, it was {schema.data_fingerprint[:12]}): put "
+            "the first one back, or start a new run",
+        )
+        raise
+
+
+def _opened(where: Folder, schema: DatasetSchema, file: DataFile, verify: bool) -> pq.ParquetFile:
     check_sizes(where, [file])
     path = where / file.path
     part = where.open_parquet(file.path, verify)
@@ -72,27 +88,6 @@ def weighted_column(weights: Column) -> str:
     return weights.name.removesuffix(WEIGHTS_SUFFIX)
 
 
-def check_labels(where: str, labels: pa.Array | pa.ChunkedArray) -> None:
-    """Check that all labels are 0 or 1.
-
-    Args:
-        where: the column, and its file if there is one, for the message.
-        labels: int8, without nulls.
-
-    Raises:
-        UserError: some labels are other values.
-    """
-    values = labels.to_numpy()
-    # As uint8, negative labels are large.
-    if values.view(np.uint8).max(initial=0) > 1:
-        row = int(np.flatnonzero(values.view(np.uint8) > 1)[0])
-        found = ", ".join(map(str, np.unique(values).tolist()[:5]))
-        raise UserError(
-            f"{where} has the labels {found} (row {row:,} has {values[row]}); expected 0 (no click) and 1 (click): "
-            "give each row one of them"
-        )
-
-
 def check_weights(where: str, weights: pa.Array | pa.ChunkedArray, ids: pa.Array | pa.ChunkedArray) -> None:
     """Check that every bag has one finite weight for each of its ids.
 
@@ -114,7 +109,7 @@ def check_weights(where: str, weights: pa.Array | pa.ChunkedArray, ids: pa.Array
             "and an empty bag an empty list"
         )
     require(
-        pc.all(pc.fill_null(pc.is_finite(pc.list_flatten(weights)), False)).as_py(),
+        pc.all(pc.fill_null(pc.is_finite(pc.list_flatten(weights)), False), min_count=0).as_py(),
         f"{where}: a weight is null, NaN or infinite; give each id a number, such as 1",
     )
 
@@ -136,8 +131,7 @@ def read_slices(
         threads: decode columns in parallel.
 
     Raises:
-        UserError: the row group cannot be decoded or lacks rows; it has nulls in a column without nulls, labels other
-            than 0 and 1, infinite dense values or weights, or ids that their table does not have.
+        UserError: the row group cannot be decoded or lacks rows, or see ``check_values``.
     """
     path = where / file.path
     names = [column.name for column in columns]
@@ -152,8 +146,7 @@ def read_slices(
             ) from error
         if found is None:
             break
-        for column in columns:
-            _check_values(f"{path}, row group {group}, column {column.name}", column, found, row)
+        check_values(f"{path}, row group {group}", columns, found, row)
         row += len(found)
         yield found
     expected = file.row_groups[group]
@@ -180,24 +173,30 @@ def _rows_of_slice(part: pq.ParquetFile, group: int) -> int:
     return max(1, min(SLICE_ROWS, _SLICE_BYTES * metadata.num_rows // max(metadata.total_byte_size, 1)))
 
 
-def _check_values(place: str, column: Column, rows: pa.RecordBatch, first: int) -> None:
-    """Check the values of a column.
+def check_values(place: str, columns: Sequence[Column], rows: pa.RecordBatch, first: int) -> None:
+    """Check the values of some columns.
 
     Args:
-        place: the column and its file, for messages.
-        column: one column of ``rows``.
-        rows: decoded rows.
+        place: the file, for messages.
+        columns: the columns to check, which ``rows`` have.
+        rows: rows in the types of part files.
         first: place of the first of them in the file.
 
     Raises:
-        UserError: see ``read_slices``.
+        UserError: a column without nulls has some, labels are other than 0 and 1, dense values or weights are infinite,
+            or ids are not those of their table.
     """
+    for column in columns:
+        _check_column(f"{place}, column {column.name}", column, rows, first)
+
+
+def _check_column(place: str, column: Column, rows: pa.RecordBatch, first: int) -> None:
     values = rows.column(column.name)
     items = values.flatten() if pa.types.is_list(values.type) else values
     if remedy := _REMEDY_OF_NULLS.get(column.role):
         require(not items.null_count, f"{place} has nulls ({items.null_count:,}); {remedy}")
     if column.role == "label":
-        check_labels(f"{place}, rows from {first:,}", values)
+        _check_labels(place, values, first)
     elif column.role == "dense":
         _check_dense(place, values, first)
     elif column.role == "weights":
@@ -214,6 +213,18 @@ def _check_values(place: str, column: Column, rows: pa.RecordBatch, first: int) 
                 f"{place} has the id {ids.view(np.int32)[index]} in row {first + row:,} of the file, its table has "
                 f"rows 0 to {column.cardinality - 1}; make the dataset again"
             )
+
+
+def _check_labels(place: str, labels: pa.Array, first: int) -> None:
+    # As uint8, negative labels are large.
+    values = labels.to_numpy().view(np.uint8)
+    if values.max(initial=0) > 1:
+        row = int(np.flatnonzero(values > 1)[0])
+        found = ", ".join(map(str, np.unique(values.view(np.int8)).tolist()[:5]))
+        raise UserError(
+            f"{place} has the labels {found} (row {first + row:,} of the file has {labels[row]}); expected 0 (no "
+            "click) and 1 (click): give each row one of them"
+        )
 
 
 def _bag_ends(bags: pa.ListArray) -> np.ndarray:

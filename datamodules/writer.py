@@ -14,7 +14,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.parquet import ARROW_TYPES, check_labels, check_weights, weighted_column
+from datamodules.parquet import ARROW_TYPES, check_values, check_weights, weighted_column
 from lightning_dlrm.contracts.disk import flush
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SPLITS, Column, DataFile, DatasetSchema, Split, file_sha256
@@ -87,7 +87,7 @@ class DatasetWriter:
                 with float32 values.
 
         Raises:
-            UserError: the numbers of weights and ids of a bag differ, or a weight is null or NaN.
+            UserError: the numbers of weights and ids of a bag differ, or see ``parquet.check_values``.
         """
         assert split in SPLITS, f"split {split!r} is none of {SPLITS}"
         if split not in self._splits:
@@ -162,7 +162,7 @@ class SplitWriter:
     """
 
     def __init__(self, root: Path, split: str, columns: Sequence[Column], first_part: int = 0) -> None:
-        self.root, self.split, self.first_part = root, split, first_part
+        self.root, self.split, self.first_part, self.columns = root, split, first_part, columns
         self.arrow = _arrow_schema(columns)
         self.label = next((column.name for column in columns if column.role == "label"), None)
         # Earlier releases compare the largest id with the table; statistics of other columns only grow the footer.
@@ -219,10 +219,11 @@ class SplitWriter:
                 store_schema=False,
                 write_page_checksum=True,
             )
+        for batch in rows.to_batches():
+            check_values(f"{self.split} split", self.columns, batch, sum(self.groups))
         self.writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
         self.groups.append(rows.num_rows)
         if self.label is not None:
-            check_labels(f"{self.split} split, column {self.label}", rows.column(self.label))
             self.positives += int(np.count_nonzero(rows.column(self.label)))
         if sum(self.groups) == ROWS_PER_FILE:
             self._close_file()

@@ -8,6 +8,7 @@ fingerprints computed again, as a stranger would.
 import json
 import random
 import resource
+import shutil
 import tarfile
 import time
 import zlib
@@ -123,10 +124,16 @@ class World:
     def original(self, name: str) -> bytes:
         return (self.root / "whole" / name).read_bytes()
 
+    def reset(self) -> None:
+        """Put the whole files back where they are read."""
+        shutil.rmtree(self.root)
+        shutil.copytree(self.root.with_name("pristine"), self.root)
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    root = tmp_path_factory.mktemp("fuzz")
+    root = tmp_path_factory.mktemp("fuzz") / "pristine"
+    root.mkdir()
     whole = root / "whole"
     whole.mkdir()
     columns = (
@@ -170,12 +177,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     lines = b"".join("\t".join(line).encode() + b"\n" for line in generated_lines(6))
     (whole / "raw").write_bytes(lines)
     (whole / "csv").write_bytes(b"label,I1\n" + lines.replace(b"\t", b","))
-    return World(root, schema)
+    shutil.copytree(root, root.with_name("now"))
+    return World(root.with_name("now"), schema)
 
 
 def raw(world: World, content: bytes) -> None:
-    parse_good(content + b"\n")
-    parse(content + b"\n")
+    text = content if content.endswith(b"\n") else content + b"\n"
+    parse_good(text)
+    parse(text)
 
 
 def dataset(world: World, content: bytes) -> None:
@@ -237,7 +246,11 @@ def signed_checkpoint(name: str, entry: Callable[[Any], Any]) -> Callable[[World
 def run_file(name: str) -> Callable[[World, bytes], None]:
     def read(world: World, content: bytes) -> None:
         for other in ("config.yaml", "summary.json", "metrics.jsonl"):
-            whole = b"{seed_everything: 1, trainer: {}}" if other == "config.yaml" else world.original(other)
+            whole = (
+                b"{seed_everything: 1, model: {}, data: {}, trainer: {}, wandb: {}}"
+                if other == "config.yaml"
+                else world.original(other)
+            )
             (world.root / "run" / other).write_bytes(content if other == name else whole)
         RunFolder(world.root / "run").final()
         run = read_run(world.root / "run")
@@ -323,8 +336,11 @@ CASES = [("bytes", kind) for kind in BYTES] + [("values", kind) for kind in JSON
 
 def read_all(world: World, how: str, kind: str, inputs: int) -> None:
     """Read mutations of a kind of file."""
+    world.reset()
     name, read, _ = (BYTES if how == "bytes" else JSON)[kind]
     original = world.original(name)
+    if kind not in ("CSV", "report.json"):
+        read(world, original)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(inputs):
         random_ = random.Random(zlib.crc32(f"{how} {kind} {number}".encode()))

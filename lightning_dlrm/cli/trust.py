@@ -301,10 +301,11 @@ def _check_class(made: Any, given: Mapping[str, Any], key: str) -> list[Any]:
     known, kinds = _arguments_of(made)
     options = given.get("init_args")
     for name, value in vars(options).items() if isinstance(options, Namespace) else ():
-        if value is None and known.get(name) is not None and name in kinds:
-            kind = kinds[name]
-            message = f"{key}.init_args.{name} is null; give a value of {getattr(kind, '__name__', kind)}"
-            require(_takes_none(kind), message)
+        kind, option = kinds.get(name, Any), f"{key}.init_args.{name}"
+        if value is None and known.get(name) is not None:
+            require(_takes_none(kind), f"{option} is null; give a value of {getattr(kind, '__name__', kind)}")
+        if inspect.isclass(kind) and dataclasses.is_dataclass(kind) and value is not None:
+            require(isinstance(value, (Namespace, kind)), f"{option} is {value}; expected keys with values")
     return list(known.values())
 
 

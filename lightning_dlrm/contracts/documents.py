@@ -185,7 +185,7 @@ def printable(text: str) -> str:
 
 def is_name(name: str) -> bool:
     """Return whether a name from a file may name a file: short, without separators and control characters."""
-    return is_inner_path(name) and "/" not in name and printable(name) == name
+    return is_inner_path(name) and "/" not in name and name.isprintable()
 
 
 def is_inner_path(name: str) -> bool:

@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from lightning_dlrm.contracts.documents import is_inner_path, is_name, parse_json
+from lightning_dlrm.contracts.documents import is_inner_path, is_name, parse_json, read_bounded
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 FORMAT_VERSION = 1
@@ -266,7 +266,7 @@ class DatasetSchema:
                 f"{folder} is not a dataset folder: it has no {SCHEMA_FILE} (an interrupted preprocessing leaves "
                 f"none); make it with 'python -m lightning_dlrm preprocess --output {folder}'",
             )
-            text = path.read_bytes()
+            text = read_bounded(path, "check the path and its permissions")
         except OSError as error:
             raise UserError(
                 f"{path} cannot be read ({error.strerror or error}); check the path and its permissions"

@@ -148,6 +148,7 @@ def refuse_bad_state(network: CTRNetwork, optimizer: CTROptimizer | None, step: 
         tables = {
             f"rows of {lookup.tables[0].name}..{lookup.tables[-1].name}": state
             for lookup, state in zip(optimizer.lookups, optimizer.table_state, strict=True)
+            if lookup.tables
         }
         bad += nonfinite_tensors({"dense": dense, "tables": tables}, "optimizer state")
     require(not bad, f"{', '.join(bad[:3])} is not finite after step {step}, so nothing is saved; {advice}")

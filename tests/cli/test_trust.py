@@ -269,6 +269,7 @@ def test_the_runs_of_a_comparison_build_no_callbacks_loggers_and_profilers() -> 
     [
         ("model.table_optimizer.learning_rate", "null", "learning_rate is null; give a value of float"),
         ("model.network.embedding_dim", "null", "embedding_dim is null; give a value of int"),
+        ("data.demo", "[null]", "demo is [None]; expected keys with values"),
         ("data.batch_size", "null", "batch_size is null; give a value of int"),
         ("data.demo.train_rows", "null", "train_rows"),
         ("trainer.max_steps", "null", "max_steps"),

@@ -1,15 +1,20 @@
 """Contract: a damaged file, or a stranger's, is refused in one line; nothing is written outside of the output."""
 
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.contracts.documents import MAX_BYTES
+from lightning_dlrm.contracts.schema import file_sha256
 from tests.front_door.test_frozen_files import ARCHIVE
 
 MANIFEST = Path("runs/dlrm/checkpoints/last/manifest.json")
@@ -103,6 +108,84 @@ def test_resume_takes_the_next_checkpoint_and_refuses_if_none_is_whole(
         manifest.write_text("{}")
     assert "--run_dir" in refusal(capsys, *fit)
     assert Path("runs/dlrm/metrics.jsonl").read_bytes() == metrics
+
+
+def signed(edit: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return an edit of a manifest's first table that also corrects the size and checksum of its file."""
+
+    def change_entry(document: Any) -> Any:
+        (part,) = document["tables"]["C1"]["pieces"]
+        path = MANIFEST.parent / part["file"]
+        edit(path)
+        part.update(bytes=path.stat().st_size, sha256=file_sha256(path))
+        return document
+
+    return change_entry
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-8]),
+        lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]),
+        lambda path: save_file({"weight": torch.zeros(2**18, 1)}, path),
+        lambda path: save_file({name: value.long() for name, value in load_file(path).items()}, path),
+    ],
+    ids=["truncated", "size of the header", "other shape", "other type"],
+)
+def test_tensors_that_do_not_fit_the_manifest(edit: Callable[[Path], Any], capsys: pytest.CaptureFixture[str]) -> None:
+    change(MANIFEST, signed(edit))
+    for command in (["merge", "--output", "merged"], ["info", "--verify"]):
+        line = refusal(capsys, "checkpoint", command[0], str(MANIFEST.parent), *command[1:])
+        assert "C1.0.safetensors" in line and "free disk space" not in line
+    assert not Path("merged").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04", b"\x80\x02]q\x00.", b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f"]
+)
+def test_rest_of_any_damage(content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    path = MANIFEST.parent / "rest.pt"
+    path.write_bytes(content)
+    signature = {"bytes": len(content), "sha256": file_sha256(path)}
+    change(MANIFEST, lambda document: document | {"rest": document["rest"] | signature})
+    assert "rest.pt" in refusal(capsys, "checkpoint", "info", str(MANIFEST.parent), "--verify")
+
+
+def test_every_damaged_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("C1", "C2"):
+        path = MANIFEST.parent / f"tables/{name}.0.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    line = refusal(capsys, "checkpoint", "info", str(MANIFEST.parent), "--verify")
+    assert "C1.0.safetensors" in line and "C2.0.safetensors" in line
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d | {"later": 1}, "later"),
+        (lambda d: d | {"columns": [*d["columns"], {**d["columns"][0], "name": "x", "kind": 1}]}, "kind"),
+        (lambda d: d | {"dataset": "\x1b[2J"}, "control characters"),
+        (lambda d: d | {"dataset": "a\u202eb"}, "control characters"),
+        (lambda d: d | {"dataset": "a\nerror: b"}, "is not a name"),
+        (lambda d: d | {"protocol": "p" * 300}, "is not a name"),
+        (lambda d: d | {"settings": {"x": float("nan")}}, "damaged"),
+        (lambda d: d | {"columns": []}, "no columns"),
+        (lambda d: d | {"report": {"pad": "x" * MAX_BYTES}}, "bytes"),
+    ],
+)
+def test_dataset_with_what_no_dataset_has(
+    edit: Callable[[Any], Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(Path("dataset/dataset.json"), edit)
+    line = refusal(capsys, "inspect", "dataset")
+    assert message in line and line.isprintable()
+
+
+def test_a_pipe_in_place_of_a_file_does_not_hang(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/dlrm/summary.json").unlink()
+    os.mkfifo("runs/dlrm/summary.json")
+    assert "is not a file" in refusal(capsys, "compare", "runs/dlrm", "runs/dcn", "--output", "out")
 
 
 def test_dataset_of_another_version(capsys: pytest.CaptureFixture[str]) -> None:
