@@ -115,13 +115,15 @@ def _close_epoch(loops: dict[str, Any], trainer: pl.Trainer) -> int:
     epoch, batch = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
     batches = getattr(trainer.datamodule, "training_batches", None)  # type: ignore[attr-defined]
     at_end = batch["is_last_batch"] if batches is None else batch["current"]["ready"] >= batches
-    if at_end and epoch["total"]["ready"] > epoch["total"]["processed"]:
+    is_open = epoch["total"]["ready"] > epoch["total"]["processed"]
+    if at_end and is_open:
         for counts in epoch.values():
             done = counts["processed"] + 1
             counts.update(ready=done + 1, started=done, processed=done, completed=done)
         batch["total"]["completed"] = batch["total"]["ready"]
         batch["current"] = dict.fromkeys(batch["current"], 0)
-        batch["is_last_batch"] = False
+    # The last batch of a shorter epoch is none of a longer one.
+    batch["is_last_batch"] &= not is_open
     processed: int = epoch["current"]["processed"]
     return processed
 
