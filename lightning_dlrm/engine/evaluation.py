@@ -58,8 +58,8 @@ class Evaluation(nn.Module):
             UserError: always; the log loss is NaN or infinite.
         """
         raise UserError(
-            f"the log loss of the {self.stage} split is NaN or infinite: values of its rows are, or the model overflows "
-            "on them; look for outliers in its dense columns"
+            f"the log loss of the {self.stage} split is NaN or infinite: values of its rows are, or the model "
+            "overflows on them; look for outliers in its dense columns"
         )
 
     def warn_of_chance(
