@@ -4,13 +4,14 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterator
+from typing import NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_dlrm.contracts.errors import require
+from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.engine.guards import warn_of_chance
 from lightning_dlrm.objectives.metrics import ClickCurves, ClickMetrics, click_curves, click_metrics
@@ -50,6 +51,16 @@ class Evaluation(nn.Module):
     def curves(self) -> ClickCurves:
         """Return the curves over all ranks; all ranks call it together."""
         return click_curves(self.metrics.logits, self.metrics.labels, Ranks())
+
+    def refuse_log_loss(self) -> NoReturn:
+        """
+        Raises:
+            UserError: always; the log loss is NaN or infinite.
+        """
+        raise UserError(
+            f"the log loss of the {self.stage} split is NaN or infinite: values of its rows are, or the model "
+            "overflows on them; look for outliers in its dense columns"
+        )
 
     def warn_of_chance(
         self, results: dict[str, float], schema: DatasetSchema, batch_size: int, learning_rates: dict[str, float]

@@ -6,14 +6,15 @@ package and of ``torch.optim``; a custom network is passed as an argument.
 
 import functools
 import inspect
+import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import DatasetSchema, Features
 from lightning_dlrm.engine.checkpoint_state import take_state
@@ -95,7 +96,7 @@ def load_module(
 def _describe_old(reader: CheckpointReader) -> dict[str, Any]:
     """Return the options of a checkpoint without ``KEY`` from the run folder's configuration."""
     path = reader.folder.resolve().parent.parent / "config.yaml"
-    document: Any = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    document: Any = read_yaml(path) if path.is_file() else None
     require(
         isinstance(document, dict) and isinstance(document.get("model"), dict),
         f"checkpoint {reader.folder} does not say how its model is made, and {path} is not a configuration: make "
@@ -137,13 +138,14 @@ def _build(kind: "type[CTRModule]", options: Mapping[str, Any], folder: Path) ->
 
 
 def _class_paths(value: Any) -> Iterator[str]:
+    """Yield each text that the parser could import; no option of a module takes another text with dots."""
     if isinstance(value, Mapping):
-        if isinstance(value.get("class_path"), str):
-            yield value["class_path"]
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         for item in value:
             yield from _class_paths(item)
+    elif isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)+", value):
+        yield value
 
 
 def _describe(value: Any) -> Any:

@@ -324,8 +324,12 @@ class CTRModule(pl.LightningModule):
         if not self.trainer.sanity_checking:
             self.results, self.curves = evaluation.results(), evaluation.curves()
             fitting = self.trainer.state.fn == "fit"
-            if not math.isfinite(self.results[f"{evaluation.stage}/log_loss"]):
-                self._refuse_nonfinite(evaluation.stage, fitting)
+            may_overflow = getattr(self.trainer.strategy.checkpoint_io, "allow_nonfinite", False)
+            if not may_overflow and not math.isfinite(self.results[f"{evaluation.stage}/log_loss"]):
+                if fitting:
+                    # A loss or a parameter says more.
+                    self.guard.check_state(self.network, optimizer_of(self), self.trainer.global_step)
+                evaluation.refuse_log_loss()
             if fitting:
                 evaluation.warn_of_chance(self.results, self.data_schema(), self._batch_size, self.learning_rates)
             # For callbacks such as EarlyStopping, and what ``trainer.validate`` and ``test`` return: only metrics that
@@ -333,21 +337,6 @@ class CTRModule(pl.LightningModule):
             exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.results.items()}
             self.log_dict(exact, logger=not fitting, rank_zero_only=True)
         evaluation.reset()
-
-    def _refuse_nonfinite(self, stage: str, fitting: bool) -> None:
-        """
-        Raises:
-            UserError: unless a checkpoint with NaN or infinite values may be opened; on all ranks, as they call it.
-        """
-        if getattr(self.trainer.strategy.checkpoint_io, "allow_nonfinite", False):
-            return
-        if fitting:
-            # A loss or a parameter says more.
-            self.guard.check_state(self.network, optimizer_of(self), self.trainer.global_step)
-        raise UserError(
-            f"the log loss of the {stage} split is NaN or infinite: values of its rows are, or the model overflows on "
-            "them; look for outliers in its dense columns"
-        )
 
     # --- checkpoints and data ---------------------------------------------------------------------
 

@@ -16,7 +16,9 @@ from lightning_dlrm import DLRM, SGD, Averaging, CTRModule, CTRNetwork, FolderCh
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.engine.loading import KEY
 from lightning_dlrm.engine.metrics_logger import EvaluationWriter
+from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
 from lightning_dlrm.tracking.run_folder import RunFolder
 from tests.front_door.test_frozen_files import ARCHIVE
@@ -100,6 +102,30 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
     lambdas = CTRModule(DLRM, SGD(0.1), lambda parameters: torch.optim.SGD(parameters, lr=0.1), schema=toy_schema())
     with pytest.raises(UserError, match="does not say how its dense_optimizer is made"):
         CTRModule.load_from_checkpoint(fitted(lambdas, tmp_path / "lambdas"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("network", "hostile.Network"),
+        ("network", {"class_path": "hostile.Network"}),
+        ("schedule", {"class_path": "torch.optim.lr_scheduler.LambdaLR", "init_args": {"lr_lambda": "hostile.rate"}}),
+        ("loss", ["hostile.Loss"]),
+    ],
+)
+def test_a_checkpoint_imports_no_module(
+    option: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hostile.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = fitted(toy_module(dense=partial(torch.optim.Adagrad, lr=0.05)), tmp_path)
+    rest = CheckpointReader(folder).rest()
+    rest[KEY]["options"] |= {"network": {"class_path": "DLRM"}, option: value}
+    monkeypatch.setattr(CheckpointReader, "rest", lambda _: rest)
+    with pytest.raises(
+        UserError, match=r"names hostile\.\w+, which is not a class of this package and is not imported"
+    ):
+        CTRModule.load_from_checkpoint(folder)
 
 
 def test_an_interrupted_evaluation_leaves_no_samples_behind(tmp_path: Path) -> None:
