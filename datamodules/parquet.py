@@ -1,8 +1,10 @@
 """Part files of a dataset folder: open them, check them against the schema, and read their row groups. Nothing here
 imports torch."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -247,3 +249,12 @@ def _fits(found: pa.DataType, column: Column) -> bool:
     if pa.types.is_list(expected):
         return pa.types.is_list(found) and found.value_type.equals(expected.value_type)
     return found.equals(expected)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DatasetWriter":
+        warnings.warn("DatasetWriter is in datamodules.writer", DeprecationWarning, stacklevel=2)
+        from datamodules.writer import DatasetWriter
+
+        return DatasetWriter
+    raise AttributeError(f"module {__name__} has no attribute {name}")

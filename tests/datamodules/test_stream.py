@@ -707,15 +707,30 @@ def hold_all(folder: Path, schema: DatasetSchema) -> sources.Rows:
     return sources.cache_rows(decoded.Decoder(Folder(folder), schema, files), order, 0, order.rows, 1)
 
 
-def test_available_memory_heeds_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+@pytest.mark.parametrize(
+    ("line", "folder", "files"),
+    [
+        ("0::/job", "job", {"max": "9000", "current": "5000", "stat": "anon 3\ninactive_file 1000\n"}),
+        ("0::/job/step", "job", {"max": "9000", "current": "5000", "stat": "anon 3\ninactive_file 1000\n"}),
+        ("0::/gone", "", {"max": "9000", "current": "5000", "stat": "inactive_file 1000\n"}),
+        ("4:memory:/job/step", "memory/job",
+         {"limit_in_bytes": "9000", "usage_in_bytes": "5000", "stat": "total_inactive_file 1000\n"}),
+    ],
+)  # fmt: skip
+def test_available_memory_heeds_the_limits_of_containers_and_jobs(
+    line: str, folder: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "own")
     free = memory.available_memory()
-    assert free is not None and 2**24 < free < 2**50
-    contents = {"max": "9000", "current": "5000", "stat": "anon 3\ninactive_file 1000\n"}
-    for name, content in contents.items():
-        (tmp_path / f"memory.{name}").write_text(content)
+    assert 2**24 < free < 2**50
+    (tmp_path / "own").write_text(f"1:cpu:/\n{line}\n")
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (tmp_path / folder / f"memory.{name}").write_text(content)
     assert memory.available_memory() == 5000
-    (tmp_path / "memory.max").write_text("max\n")
+    limit = next(iter(files))
+    (tmp_path / folder / f"memory.{limit}").write_text("max\n")
     assert memory.available_memory() == pytest.approx(free, rel=0.5)
 
 
