@@ -31,6 +31,7 @@ class Job:
         made_folder: whether this command has made the run folder.
         lock: lock of the run folder, on rank 0 of a fit.
         fallbacks: checkpoints to open if the chosen one is damaged.
+        saved_steps: the ``saved_steps`` of the run to resume, of before the checkpoint was chosen.
     """
 
     command: str
@@ -43,6 +44,7 @@ class Job:
     made_folder: bool = False
     lock: FolderLock | None = None
     fallbacks: Sequence[Path] = ()
+    saved_steps: Sequence[float] = ()
 
     def latest_metrics(self) -> dict[str, float]:
         """Return what a fit has logged last, by name; nothing for an evaluation."""

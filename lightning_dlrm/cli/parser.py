@@ -170,7 +170,7 @@ def _add_run_options(parser: CommandParser) -> None:
         "--allow_nonfinite",
         type=bool,
         default=False,
-        help="open a checkpoint with NaN or infinite values too, to look at a wreck",
+        help="open a checkpoint with NaN or infinite values too, to inspect a diverged run",
     )
     parser.add_argument(
         "--stop_at_auc",

@@ -42,7 +42,7 @@ from lightning_dlrm.cli.trainer_settings import (
 from lightning_dlrm.cli.version import code_version, versions
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.interrupts import deferred_signals
-from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, newest_checkpoint
+from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, saved_steps
 from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import CurveWriter, EvaluationWriter, MetricsLogger, NormLogger
 from lightning_dlrm.engine.progress import RunProgress
@@ -71,9 +71,10 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
     configure_logging()
     parser = build_trainer_parser(command, description)
     settings = parse(parser, arguments)
+    steps = [] if settings.run_dir is None else saved_steps(RunFolder(Path(settings.run_dir)).checkpoints)
     older = choose_checkpoint(command, settings)
     job, trainer_settings = instantiate(command, parser, settings)
-    job.fallbacks = older
+    job.fallbacks, job.saved_steps = older, steps
     trainer = build_trainer(job, trainer_settings, build_callbacks(job, trainer_settings))
     if is_finished(job, trainer):
         return 0
@@ -233,18 +234,23 @@ def open_run_folder(job: Job) -> None:
         job.folder.path = RunFolder.reopen(path).path
         job.lock = FolderLock(path).acquire()
         require(
-            settings.ckpt_path is not None or newest_checkpoint(job.folder.checkpoints) is None,
+            saved_steps(job.folder.checkpoints) == job.saved_steps,
             f"another process has trained in {path} meanwhile: start this command again to continue",
         )
         return
     elif path is not None and path.is_dir():
-        # Whoever trains in it is named, rather than what it holds.
+        # Lock first, so that the message names the process that trains here.
         job.lock = FolderLock(path).acquire()
     model = settings.model.network.class_path.rpartition(".")[2].lower()
-    job.folder.path = RunFolder.create(path, model).path
-    job.made_folder = True
+    folder = RunFolder.create(path, model)
+    job.folder.path = folder.path
     if job.command not in EVALUATIONS and job.lock is None:
-        job.lock = FolderLock(job.folder.path).acquire()
+        job.lock = FolderLock(folder.path).acquire()
+        if not folder.is_new:
+            # Another process made it meanwhile, and may have trained in it.
+            RunFolder.create(folder.path, model)
+    # Not earlier: a command that is refused the lock leaves the folder to the process that holds it.
+    job.made_folder = folder.is_new
 
 
 def attach_loggers(job: Job, trainer: pl.Trainer, given: Any) -> None:

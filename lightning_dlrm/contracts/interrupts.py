@@ -34,7 +34,7 @@ def exit_on_signals() -> Iterator[None]:
 
 @contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Let SIGHUP do what SIGTERM does, and turn SIGTERM into SystemExit if nobody else handles it.
+    """Let SIGHUP do what SIGTERM does, and turn SIGTERM into SystemExit if no library handles it.
 
     A library within the context may set a handler of SIGTERM that calls the one it has found, and ends the work at a
     better moment, as Lightning does. SIGHUP stays ignored if it was, as under ``nohup``.

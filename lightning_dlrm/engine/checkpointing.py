@@ -160,6 +160,11 @@ def _step_of(folder: Path) -> float:
         return math.inf
 
 
+def saved_steps(folder: Path) -> list[float]:
+    """Return the steps of ``last`` and ``best`` in a run's ``checkpoints`` folder; infinite if missing or damaged."""
+    return [_step_of(folder / name) for name in (LAST, BEST)]
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the first of ``whole_checkpoints``; None if there is none."""
     return next(iter(whole_checkpoints(folder)), None)

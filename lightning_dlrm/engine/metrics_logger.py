@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import Batch
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.checkpointing import RunCheckpoints, refuse_validation_amid_a_step
 from lightning_dlrm.engine.evaluation import TrainingWindow
 from lightning_dlrm.engine.fit_length import micro_batches
@@ -106,16 +107,28 @@ class MetricsLogger(pl.Callback):
         if self.checkpoints is not None:
             refuse_validation_amid_a_step(trainer)
         self._step = self.logged_step = trainer.global_step
-        if trainer.is_global_zero:
-            # Not earlier: if the checkpoint is refused, the run folder stays as it is.
-            self.folder.set_lines_aside(self._step)
-            if self.configuration is not None:
-                self.folder.write_start(self.configuration, self.versions)
+        # Not earlier: if the checkpoint is refused, the run folder stays as it is.
+        Ranks(long_timeout=True).run_on_rank_zero(self._prepare_folder)
         if self._step:
             log.info("resumed at step %d (%s samples)", self._step, f"{self.samples:,}")
         for logger in trainer.loggers:
             logger.log_hyperparams(describe(trainer, pl_module) | fingerprints(pl_module))
         self._start = self._last_log = self._mark(trainer, pl_module)
+
+    def _prepare_folder(self) -> None:
+        """Set aside what the fit writes again, and write its settings.
+
+        Raises:
+            UserError: a file cannot be read or written, or ``metrics.jsonl`` has a line of another form.
+        """
+        try:
+            self.folder.set_lines_aside(self._step)
+            if self.configuration is not None:
+                self.folder.write_start(self.configuration, self.versions)
+        except OSError as error:
+            raise UserError(
+                f"the run folder {self.folder.path} cannot be read and written ({error}); check its files and its disk"
+            ) from error
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int

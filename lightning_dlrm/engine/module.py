@@ -254,8 +254,10 @@ class CTRModule(pl.LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Return the batch on the device; a side stream copies it to a GPU while earlier steps compute."""
         if batch.dense.device.type == "cpu":
-            # Here, since a check on the device would wait for it.
-            batch.check_values(self.schema.features)
+            features = self.schema.features
+            if batch.checked_table_rows != features.table_rows:
+                # Here, since a check on the device would wait for it.
+                batch.check_values(features)
             if device.type == "cpu":
                 return batch
         if device.type != "cuda":

@@ -20,10 +20,11 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
-from lightning_dlrm.contracts.documents import read_json
+from lightning_dlrm.contracts.documents import printable, read_json
 from lightning_dlrm.contracts.errors import UserError
 
 log = logging.getLogger("lightning_dlrm")
@@ -35,8 +36,6 @@ SILENCE_SECONDS = 120.0
 """Seconds without a heartbeat after which another process takes a lock over."""
 SETTLE_SECONDS = 0.5
 """Seconds after which a process that has taken a lock over looks whether another one did so too."""
-_CLOCK_SECONDS = 5.0
-"""The start of a process, computed twice, may differ by so much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +47,8 @@ class Holder:
     system: str
     """The running system and its process numbers: the boot, and the container."""
     pid: int
-    process_start: float
-    """Seconds since 1970."""
+    started: float
+    """When the process started, by ``_start_of``."""
     locked: str
     """When the lock was taken."""
     command: str
@@ -64,9 +63,9 @@ class Holder:
             host=socket.gethostname(),
             system=_system(),
             pid=os.getpid(),
-            process_start=psutil.Process().create_time(),
+            started=_start_of(os.getpid()),
             locked=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            command=shlex.join(sys.argv)[:200],
+            command=printable(" ".join(shlex.join(sys.argv).split()))[:200],
             slurm_job=os.environ.get("SLURM_JOB_ID", ""),
             slurm_restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0),
         )
@@ -81,11 +80,18 @@ class Holder:
         if (self.host, self.system) != (mine.host, mine.system):
             return False
         try:
-            process = psutil.Process(self.pid)
-            is_another = abs(process.create_time() - self.process_start) > _CLOCK_SECONDS
-            return is_another or process.status() == psutil.STATUS_ZOMBIE
+            is_another = _start_of(self.pid) != self.started
+            return is_another or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
+
+
+class _State(NamedTuple):
+    """What a lock file says at a moment."""
+
+    heartbeat: int
+    """Time of the last heartbeat in nanoseconds, by the clock of the file system."""
+    holder: Holder | None
 
 
 class FolderLock:
@@ -104,6 +110,8 @@ class FolderLock:
         self.path = self.folder / LOCK if path is None else path
         self._mine = Holder.current()
         self._released = threading.Event()
+        self._writing = threading.Lock()
+        """Held by ``release`` and by each heartbeat, so that none comes amid the other."""
 
     def acquire(self) -> "FolderLock":
         """Take the lock, also from a process that has ended.
@@ -111,23 +119,30 @@ class FolderLock:
         Raises:
             UserError: another process holds it.
         """
+        stale: _State | None = None
         while not self._create():
             # It may be released in between.
             with contextlib.suppress(FileNotFoundError):
-                silence, holder = self._silence(), self._read()
-                has_ended = holder is not None and holder.has_ended(self._mine)
+                state, silence = self._state(self.path), self._silence()
+                has_ended = state.holder is not None and state.holder.has_ended(self._mine)
                 if silence <= SILENCE_SECONDS and not has_ended:
-                    raise self._refusal(holder, silence)
-                self._take_over(holder)
-                break
+                    raise self._refusal(state.holder, silence)
+                stale = state
+                self._remove_stale(stale)
+        if stale is not None:
+            # A process that was slower may have moved this lock, and a third one may have made its own.
+            time.sleep(SETTLE_SECONDS)
+            if not (self._create() or self._is_mine()):
+                raise self._refusal(self._read(self.path), 0.0)
+            log.info("took the lock of %s over from %s, which has ended", self.folder, _describe(stale.holder))
         self._remove_probes()
         threading.Thread(target=self._renew, name="lock of the run folder", daemon=True).start()
         return self
 
     def release(self) -> None:
         """Give the lock back."""
-        self._released.set()
-        with contextlib.suppress(OSError):
+        with self._writing, contextlib.suppress(OSError):
+            self._released.set()
             if self._is_mine():
                 self.path.unlink()
 
@@ -146,39 +161,43 @@ class FolderLock:
             return False
         return True
 
-    def _take_over(self, stale: Holder | None) -> None:
-        """Replace the lock of a process that has ended.
+    def _remove_stale(self, stale: _State) -> None:
+        """Remove the lock of a process that has ended; of several processes, one alone succeeds in renaming it.
 
         Raises:
-            UserError: another process takes it over in the same moment.
+            FileNotFoundError: another process has removed it.
         """
         beside = self._beside()
-        beside.write_text(self._text())
-        if self._read() == stale:
-            beside.replace(self.path)
-            time.sleep(SETTLE_SECONDS)
+        self.path.rename(beside)
+        if self._state(beside) != stale and not self.path.exists():
+            # It belongs to a process that was faster.
+            beside.rename(self.path)
         beside.unlink(missing_ok=True)
-        if not self._is_mine():
-            raise self._refusal(self._read(), 0.0)
-        log.info("took the lock of %s over from %s, which has ended", self.folder, _describe(stale))
 
     def _renew(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
+            with self._writing:
+                holder = None if self._released.is_set() else self._beat()
+            if holder is not None:
+                log.error("%s has taken %s over: this process was silent, and stops", _describe(holder), self.folder)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    def _beat(self) -> Holder | None:
+        """Renew the lock; return the holder if it is another process.
+
+        A lock that cannot be read is renewed too: this process may have too many open files, or the file system may
+        not answer now and do so later.
+        """
+        holder = self._read(self.path)
+        if holder is not None and holder.token != self._mine.token:
+            return holder
+        with contextlib.suppress(OSError):
             try:
-                if self._is_mine():
-                    os.utime(self.path)
-                    continue
-                holder = self._read()
+                os.utime(self.path)
             except FileNotFoundError:
-                with contextlib.suppress(OSError):
-                    self._create()
-                continue
-            except OSError:
-                # A network file system that does not answer now may do so later.
-                continue
-            log.error("%s has taken %s over: this process was silent, and stops", _describe(holder), self.folder)
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
+                self._create()
+        return None
 
     def _silence(self) -> float:
         """Return the seconds since the last heartbeat, by the clock of the file system."""
@@ -196,20 +215,18 @@ class FolderLock:
                 if self.path.stat().st_mtime - left.stat().st_mtime > SILENCE_SECONDS:
                     left.unlink()
 
-    def _read(self) -> Holder | None:
-        """Return the holder; None if the file is not one, such as a file that is being written.
-
-        Raises:
-            FileNotFoundError: there is no lock.
-        """
-        self.path.stat()
+    def _read(self, path: Path) -> Holder | None:
+        """Return the holder; None without a lock, or if it cannot be read, such as one that is being written."""
         try:
-            return read_json(self.path, Holder, "")
+            return read_json(path, Holder, "")
         except UserError:
             return None
 
+    def _state(self, path: Path) -> _State:
+        return _State(path.stat().st_mtime_ns, self._read(path))
+
     def _is_mine(self) -> bool:
-        holder = self._read()
+        holder = self._read(self.path)
         return holder is not None and holder.token == self._mine.token
 
     def _beside(self) -> Path:
@@ -242,6 +259,20 @@ def _describe(holder: Holder | None) -> str:
     if holder is None:
         return "an unknown process"
     return f"process {holder.pid} on {holder.host} since {holder.locked} ({holder.command})"
+
+
+def _start_of(pid: int) -> float:
+    """Return when a process started: in clock ticks since the boot on Linux, elsewhere in seconds since 1970.
+
+    psutil's time on Linux changes when the clock of the system is set.
+
+    Raises:
+        psutil.NoSuchProcess: there is no such process.
+    """
+    with contextlib.suppress(OSError):
+        # Field 22 (starttime); field 2, the command in parentheses, may hold spaces.
+        return float(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    return psutil.Process(pid).create_time()
 
 
 def _system() -> str:

@@ -21,7 +21,7 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from lightning_dlrm.contracts.documents import MAX_BYTES, read_json
+from lightning_dlrm.contracts.documents import MAX_BYTES, YAML_FAULTS, parse_yaml, read_json
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.lock import LOCK
@@ -48,6 +48,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self.is_new = False
+        """Whether this process has made the folder."""
         self.refusal: str | None = None
         """Why this run may not use the folder; on rank 0."""
 
@@ -82,8 +84,9 @@ class RunFolder:
                 f"the run folder {path} exists and is not empty; continue that run with --resume auto, "
                 "or choose another --run_dir"
             )
-        _create_folder(path)
-        return cls(path)
+        folder = cls(path)
+        folder.is_new = _create_folder(path)
+        return folder
 
     @classmethod
     def reopen(cls, path: Path) -> "RunFolder":
@@ -110,7 +113,9 @@ class RunFolder:
                 path.mkdir()
             except FileExistsError:
                 continue
-            return cls(path)
+            folder = cls(path)
+            folder.is_new = True
+            return folder
         raise UserError("runs/ holds 100,000 runs of today; give --run_dir")
 
     @property
@@ -153,8 +158,12 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file atomically."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a small file atomically."""
         partial = self.path / f".{name}.partial"
-        partial.write_text(text)
+        partial.write_bytes(content)
         partial.replace(self.path / name)
 
     def write_summary(self, final: Mapping[str, Any], best: Mapping[str, Any]) -> None:
@@ -176,14 +185,15 @@ class RunFolder:
         """Move the lines of ``metrics.jsonl`` after ``step``, which a resumed run writes again, to a file of today."""
         if not self.metrics.exists():
             return
-        text = self.metrics.read_text()
-        kept = "".join(json.dumps(line) + "\n" for line in self.lines() if line[names.STEP] <= step)
-        if text != kept:
+        # A damaged line may be no text in UTF-8.
+        content = self.metrics.read_bytes()
+        kept = "".join(json.dumps(line) + "\n" for line in self.lines() if line[names.STEP] <= step).encode()
+        if content != kept:
             stays = set(kept.splitlines())
-            cut = [line for line in text.splitlines() if line not in stays]
+            cut = [line for line in content.splitlines() if line not in stays]
             aside = _free_name(self.metrics)
-            self.write_text(aside.name, "\n".join(cut) + "\n")
-            self.write_text(METRICS, kept)
+            self.write_bytes(aside.name, b"\n".join(cut) + b"\n")
+            self.write_bytes(METRICS, kept)
             log.info("the lines of %s after step %s are set aside in %s", self.metrics, step, aside)
 
     def write_start(self, config: str, versions: Mapping[str, str | None]) -> None:
@@ -193,8 +203,8 @@ class RunFolder:
         """
         for name, text in ((CONFIG, config), (VERSIONS, json.dumps(versions, indent=1) + "\n")):
             path = self.path / name
-            if path.exists() and _without_bounds(path.read_text()) != _without_bounds(text):
-                log.info("%s is another one now; the earlier one is set aside as %s", path, set_aside(path))
+            if path.exists() and _without_bounds(path.read_bytes()) != _without_bounds(text.encode()):
+                log.info("%s has changed; the previous version is kept as %s", path, set_aside(path))
             self.write_text(name, text)
 
     def remove_without_results(self) -> None:
@@ -256,19 +266,27 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names_of_today if not name.exists())
 
 
-def _without_bounds(text: str) -> Any:
-    """Return a configuration without the settings that end a fit."""
+def _without_bounds(content: bytes) -> Any:
+    """Return a configuration without the settings that end a fit; the content itself if it is not a configuration."""
     try:
-        document = yaml.safe_load(text)
+        document = parse_yaml(content.decode())
         trainer = {key: value for key, value in document["trainer"].items() if key not in BOUNDS}
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError):
-        return text
+    except (UserError, yaml.YAMLError, RecursionError, *YAML_FAULTS):
+        return content
     return document | {"trainer": trainer, "stop_at_auc": None}
 
 
-def _create_folder(path: Path) -> None:
+def _create_folder(path: Path) -> bool:
+    """Create a folder; return whether there was none."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            if path.is_dir():
+                return False
+            raise
+        return True
     except OSError as error:
         raise UserError(f"cannot create the run folder {path}: {error.strerror}; choose another --run_dir") from error
 

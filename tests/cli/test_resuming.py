@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from jsonargparse import Namespace
 
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.cli import run
+from lightning_dlrm.cli.resuming import choose_checkpoint
 from lightning_dlrm.tracking.lock import LOCK, FolderLock
-from tests.cli.test_cli import FIT, QUICK, losses, own_folders
+from tests.cli.test_cli import FIT, QUICK, STOP_EARLY, losses, own_folders
 from tests.engine.test_finished import checksums
 from tests.ranks import start_ranks
 
@@ -78,6 +81,18 @@ def test_a_run_that_never_had_a_checkpoint_starts_afresh(caplog: pytest.LogCaptu
     assert json.loads(aside.read_text())["train/loss"] == 0.5 and list(losses("run")) == [1, 2]
 
 
+def test_a_run_that_early_stopping_has_ended_says_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    stop, patience = f"{STOP_EARLY}validation/log_loss".split(), "--trainer.callbacks.init_args.patience="
+    fit = [*RESUME, "--trainer.val_check_interval=2", "--trainer.max_steps=8"]
+    assert main([*fit, *stop, patience + "1", "--trainer.callbacks.init_args.min_delta=9"]) == 0
+    capsys.readouterr()
+    assert main([*fit, *stop, patience + "5"]) == 0
+    assert "step 4; nothing to do (EarlyStopping in trainer.callbacks ended it: to train on, remove it)" in (
+        capsys.readouterr().out
+    )
+    assert main(fit) == 0 and max(losses("run")) == 8
+
+
 def test_a_second_fit_learns_who_trains_in_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*RESUME, "--trainer.max_steps=2"]) == 0
     more, merged = [*RESUME, "--trainer.max_steps=4"], "run/checkpoints/merged"
@@ -90,6 +105,55 @@ def test_a_second_fit_learns_who_trains_in_the_folder(capsys: pytest.CaptureFixt
             assert "error: run is in use by process " in capsys.readouterr().err.replace(f"{Path.cwd()}/", "")
         assert checksums(Path("run")) == kept
     assert main(more) == 0
+
+
+def test_a_fit_that_is_refused_the_lock_leaves_the_folder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    winners: list[FolderLock] = []
+
+    class SlowerLock(FolderLock):
+        """The lock of a fit that another one overtakes after both have found no folder."""
+
+        def acquire(self) -> FolderLock:
+            winners.append(FolderLock(self.folder).acquire())
+            return super().acquire()
+
+    monkeypatch.setattr(run, "FolderLock", SlowerLock)
+    assert main([*RESUME[:-2], "--trainer.max_steps=2"]) == 2
+    assert "error: run is in use by process " in capsys.readouterr().err
+    assert [path.name for path in Path("run").iterdir()] == [LOCK]
+    winners[0].release()
+
+
+def test_a_checkpoint_that_another_fit_saves_before_the_lock_is_not_set_aside(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = Path("run/checkpoints/last")
+    assert main([*RESUME, "--trainer.max_steps=2"]) == 0
+    shutil.copytree(last, "earlier")
+    assert main([*RESUME, "--trainer.max_steps=3"]) == 0
+    shutil.copytree(last, "later")
+    kept = checksums(Path("run"))
+
+    def choose(command: str, settings: Namespace) -> list[Path]:
+        chosen = choose_checkpoint(command, settings)
+        shutil.rmtree(last, ignore_errors=True)
+        shutil.copytree("later", last)
+        return chosen
+
+    monkeypatch.setattr(run, "choose_checkpoint", choose)
+    for before, options in (
+        ("earlier", RESUME),
+        ("run/checkpoints/best", [*RESUME[:-2], "--ckpt_path=best"]),
+        (None, RESUME),
+    ):
+        shutil.rmtree(last)
+        if before is not None:
+            shutil.copytree(before, last)
+        assert main([*options, "--trainer.max_steps=4"]) == 2, before
+        assert "another process has trained in run meanwhile: start this command again" in capsys.readouterr().err
+        assert checksums(Path("run")) == kept
 
 
 @pytest.mark.dist

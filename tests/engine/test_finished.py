@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, Timer
 
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.stopping import StopAtAUC
 from lightning_dlrm.optim.schedules import WarmupQuadraticDecay
@@ -108,6 +109,18 @@ def test_a_finished_run_changes_no_byte_and_a_larger_bound_goes_on(
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     for a, b in zip(resumed.network.state_dict().values(), whole.network.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_all_ranks_learn_that_files_of_the_run_cannot_be_set_aside(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    next(c for c in trainer.callbacks if isinstance(c, MetricsLogger)).configuration = "trainer: {max_epochs: 1}\n"
+    (tmp_path / "config.yaml").mkdir()
+    with pytest.raises(UserError, match=r"run folder .* cannot be read and written \(.*config\.yaml") as directory:
+        trainer.fit(toy_module(), ToyData())
+    (tmp_path / "metrics.jsonl").write_text('{"train/loss": 0.5}\n')
+    with pytest.raises(UserError, match="a line without a step") as line:
+        trainer_of(tmp_path).fit(toy_module(), ToyData())
+    assert directory.value.on_all_ranks and line.value.on_all_ranks
 
 
 @pytest.mark.parametrize("data", [Counted, ToyData], ids=["known length", "unknown length"])

@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lightning_dlrm.contracts.errors import UserError
@@ -58,7 +59,7 @@ def test_which_locks_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for taken, silence, changed in [
         (False, 0, {}),
         (True, 0, {"pid": ended.pid}),
-        (True, 0, {"process_start": 1.0}),  # its number was given to another process
+        (True, 0, {"started": 1.0}),  # its number was given to another process
         (False, 0, {"pid": ended.pid, "host": "another"}),
         (False, 0, {"pid": ended.pid, "system": "another container"}),
         (False, 110, elsewhere),
@@ -111,6 +112,80 @@ def test_heartbeats_and_a_process_that_was_silent_for_too_long(tmp_path: Path, m
     finally:
         signal.signal(signal.SIGTERM, before)
     assert "another" in (tmp_path / LOCK).read_text(), "the lock of the other process stays"
+
+
+def test_a_lock_that_cannot_be_read_is_not_taken_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(lock.os, "kill", lambda pid, number: killed.append(number))
+    with FolderLock(tmp_path) as mine:
+        with monkeypatch.context() as patched:
+            patched.setattr(lock, "read_json", cannot_be_read)
+            os.utime(mine.path, (0, 0))
+            deadline = time.monotonic() + 10
+            while mine.path.stat().st_mtime < 1 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert mine.path.stat().st_mtime > 1, "heartbeats go on"
+        assert not killed
+    assert not list(tmp_path.iterdir())
+
+
+def cannot_be_read(path: Path, form: type, advice: str) -> None:
+    raise UserError(f"{path} cannot be read (Stale file handle)")
+
+
+@pytest.mark.parametrize("argument", ["--name=\udce9", "--name=a\x1b[2Jb", "--name=a\nb"])
+def test_any_command_can_hold_a_lock(argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fit", argument])
+    with FolderLock(tmp_path) as mine:
+        assert mine._is_mine()
+        with pytest.raises(UserError, match=r"in use by process \d+ on .* \(fit '--name=[ -~]*'\)"):
+            FolderLock(tmp_path).acquire()
+
+
+def test_a_heartbeat_does_not_make_a_released_lock_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, releases = FolderLock(tmp_path), []
+    assert mine._create()
+
+    def utime(path: Path) -> None:
+        releases.append(threading.Thread(target=mine.release))
+        releases[0].start()
+        releases[0].join(0.2)
+        path.stat()
+
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr(lock.os, "utime", utime)
+    mine._renew()
+    releases[0].join(10)
+    assert len(releases) == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_clock_of_the_system_does_not_end_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = psutil.Process().create_time()
+    with FolderLock(tmp_path):
+        monkeypatch.setattr(psutil.Process, "create_time", lambda process: now + 3600)
+        assert not is_taken(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_the_start_of_a_process_is_in_ticks() -> None:
+    seconds = lock._start_of(os.getpid()) / os.sysconf("SC_CLK_TCK")
+    assert abs(psutil.boot_time() + seconds - psutil.Process().create_time()) < 2
+
+
+def test_a_slower_process_puts_the_lock_of_a_faster_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.0)
+    left_behind(tmp_path, 130, host="another")
+    slower = FolderLock(tmp_path)
+    stale = slower._state(slower.path)
+    with FolderLock(tmp_path) as faster:
+        slower._remove_stale(stale)
+        assert faster._is_mine()
+        with pytest.raises(UserError, match="in use by process"):
+            slower.acquire()
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_writers_of_checkpoints_lock_the_run_that_they_write_into(tmp_path: Path) -> None:
