@@ -29,8 +29,7 @@ from lightning_dlrm.models.layers import MLP, DotInteraction
 from lightning_dlrm.models.network import CTRNetwork, ModelSize, model_size
 from lightning_dlrm.objectives.losses import LogLoss, Loss
 from lightning_dlrm.objectives.metrics import ClickCurves
-from lightning_dlrm.optim.compatibility import torch_class
-from lightning_dlrm.optim.dense import DenseOptimizer
+from lightning_dlrm.optim.dense import DenseOptimizer, torch_class
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import UpdateRule
 from lightning_dlrm.optim.schedules import Constant, Schedule, make_schedule, schedule_name

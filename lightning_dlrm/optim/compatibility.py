@@ -3,16 +3,10 @@
 Earlier releases had update rules of this project for dense layers too. Their configurations and checkpoints still open.
 """
 
-import functools
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.optim.dense import DenseOptimizer
-from lightning_dlrm.optim.rules import UpdateRule
 
 RENAMED = {
     "learning_rate": "lr",
@@ -58,22 +52,6 @@ def torch_optimizer(rule: str, settings: Mapping[str, Any]) -> tuple[str, dict[s
         "Adam, Adagrad and SGD for l2 (there called weight_decay); choose one of them",
     )
     return ("AdamW" if decay else rule), arguments | {"weight_decay": decay or l2}
-
-
-def torch_class(rule: UpdateRule) -> DenseOptimizer:
-    """Return the class of torch.optim that equals a rule, with its arguments; warns of the deprecation.
-
-    Raises:
-        UserError: torch.optim has no such class.
-    """
-    name, arguments = torch_optimizer(type(rule).__name__, vars(rule))
-    settings = ", ".join(f"{key}={value}" for key, value in arguments.items())
-    warnings.warn(
-        f"rules update rows of tables; give dense_optimizer functools.partial(torch.optim.{name}, {settings})",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return functools.partial(getattr(torch.optim, name), **arguments)
 
 
 def torch_configuration(value: Any) -> Any:
