@@ -177,9 +177,9 @@ def warn_of_chance(auc: float, clicks: int, samples: int, batch_size: int, rates
         return False
     listed = " and ".join(f"{rate:g} for {group}" for group, rate in rates.items())
     log.warning(
-        "validation AUC is %.4f, which guessing reaches too (0.5 give or take %.4f with %s samples): the predictions "
-        "say nothing. Likely cause: the learning rates (%s) do not suit batches of %s; try a tenth of them, or a "
-        "warm-up, and ten times as much if the loss hardly moved",
+        "validation AUC is %.4f, no better than random predictions (0.5 give or take %.4f with %s samples). Likely "
+        "causes: too few steps, or learning rates (%s) that do not suit batches of %s: try ten times as much if the "
+        "loss hardly moved, else a tenth",
         *(auc, 3 * noise, f"{samples:,}", listed, f"{batch_size:,}"),
     )
     return True
