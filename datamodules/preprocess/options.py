@@ -205,8 +205,8 @@ def options_of(
         UserError: an option is out of range, missing, or contradicts the vocabulary.
     """
     if vocabulary is None:
-        for name, value, known in (("dataset", dataset, DATASETS), ("protocol", protocol, PROTOCOLS)):
-            require(value is not None, f"no {name} is given; give --{name}, one of {', '.join(known)}")
+        for name, wanted, choices in (("dataset", dataset, DATASETS), ("protocol", protocol, PROTOCOLS)):
+            require(wanted is not None, f"no {name} is given; give --{name}, one of {', '.join(choices)}")
         return Options(dataset=dataset, protocol=protocol, **others), None  # type: ignore[arg-type]
     schema = load_schema(vocabulary)
     require(
