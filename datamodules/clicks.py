@@ -13,7 +13,7 @@ from datamodules.stream.order import LANES, Shuffle
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema, SplitName
 
-# A file takes some 10 ms to check. Further files are checked when their rows are read.
+# A footer takes some 10 ms to check. Those of further files are checked when their rows are read.
 _FILES_AT_START = 100
 
 _STAGE_SPLITS: dict[str, tuple[SplitName, ...]] = {
@@ -104,7 +104,8 @@ class FolderData(pl.LightningDataModule):
             self._generate(self.folder.local)
 
     def setup(self, stage: str) -> None:
-        """Check the files that the stage needs: their sizes, their footers, and, on this machine, the first values.
+        """Check the files that the stage needs: their sizes, their footers, and, on this machine, the first values of
+        each split.
 
         Raises:
             UserError: a split has no rows; a file is missing or altered, or has values that its schema does not allow.
@@ -116,9 +117,12 @@ class FolderData(pl.LightningDataModule):
         files = list(part_files(self.schema, splits))
         check_sizes(self.folder, files)
         rank, world = self._rank_and_world
+        firsts = [next(part_files(self.schema, [split]), None) for split in splits]
+        # They come first, so that they are always among the files that are opened.
+        files.sort(key=lambda file: file not in firsts)
         for file in files[rank::world][:_FILES_AT_START]:
             with open_part(self.folder, self.schema, file) as part:
-                if self.folder.local is not None and file.row_groups:
+                if self.folder.local is not None and file in firsts and file.row_groups:
                     next(read_slices(self.folder, file, part, 0, self.schema.columns, threads=False), None)
 
     def train_dataloader(self) -> TrainingLoader:

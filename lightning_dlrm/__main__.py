@@ -144,6 +144,8 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
             return UserError(f"not enough memory: {one_line(error)}; free memory, or give smaller sizes")
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             return UserError(f"{error.filename}: {error.strerror}; check the path, its permissions and free space")
+        if isinstance(error, SyntaxError) and error.filename:
+            return UserError(f"{error.filename}, line {error.lineno}: {error.msg}; correct this file")
         if isinstance(error, UnicodeEncodeError):
             return UserError(f"a name cannot be written in {error.encoding}: set PYTHONUTF8=1, or use ASCII names")
         if _is_refusal_of_lightning(error):

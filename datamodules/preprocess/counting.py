@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from datamodules.folder import Folder
 from datamodules.preprocess.encoding import Encoding, distinct_values, read_items, scratch_folder, write_ids
 from datamodules.preprocess.journal import record, recorded, written_aside
-from datamodules.preprocess.protocols import KINDS, Table, by_frequency, trained_ids
+from datamodules.preprocess.protocols import PLACEHOLDER_IDS, Table, by_frequency, trained_ids
 from datamodules.preprocess.staging import OpenSegment, Segment, load_segments, rows_of
 from datamodules.preprocess.transforms import quantile_edges
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema, SplitName
@@ -238,8 +238,8 @@ def _assign(spread: _ValueRanges, totals: list[np.ndarray], min_count: int, firs
         ids = next_id[position] + rank
         next_id[position[starts]] += lengths
         rare = np.flatnonzero((total > 0) & (total < min_count))
-        of_group = np.full(len(total), KINDS["unknown"], np.int32)
-        of_group[rare] = KINDS["rare"]
+        of_group = np.full(len(total), PLACEHOLDER_IDS["unknown"], np.int32)
+        of_group[rare] = PLACEHOLDER_IDS["rare"]
         of_group[chosen] = ids
         rare_values, rare_rows = rare_values + len(rare), rare_rows + int(total[rare].sum())
         spread.add(part, "ids", of_group[spread.take(part, "inverse", _ID)])
@@ -349,9 +349,9 @@ def look_up_column(encoding: Encoding, vocabulary: str, known: DatasetSchema, ta
 
     def ids_of_segments() -> Iterator[np.ndarray]:
         for segment in load_segments(encoding.segments):
-            ids = _look_up(known_values, _values_of(encoding, table, segment), KINDS["unknown"])
+            ids = _look_up(known_values, _values_of(encoding, table, segment), PLACEHOLDER_IDS["unknown"])
             if rules.lists_rare:
-                ids[ids == rules.reserved["rare"]] = KINDS["rare"]
+                ids[ids == rules.reserved["rare"]] = PLACEHOLDER_IDS["rare"]
             yield ids
 
     write_ids(encoding, table, ids_of_segments())

@@ -17,7 +17,7 @@ import numpy as np
 
 from datamodules.preprocess.journal import record, recorded, written_aside
 from datamodules.preprocess.options import Options
-from datamodules.preprocess.protocols import KINDS, Protocol, SplitRule, Table, hash_modulo
+from datamodules.preprocess.protocols import PLACEHOLDER_IDS, Protocol, SplitRule, Table, hash_modulo
 from datamodules.preprocess.staging import OpenSegment, load_segments, rows_of
 from datamodules.writer import ROWS_PER_FILE, SplitWriter, arrow_table
 from lightning_dlrm.contracts.schema import CRITEO_DENSE, CRITEO_LABEL, SPLITS, Column, DataFile, SplitName
@@ -105,13 +105,15 @@ def write_ids(encoding: Encoding, table: Table, of_segments: Iterable[np.ndarray
     Args:
         encoding: the encoding.
         table: the column.
-        of_segments: for each segment the ids int32 [d], or one of ``KINDS``.
+        of_segments: for each segment the ids int32 [d], or one of ``PLACEHOLDER_IDS``.
     """
     ends = [0]
     with written_aside(encoding.ids(table)) as partial, partial.open("wb") as file:
         for ids in of_segments:
             assert ids.dtype == np.int32
-            file.write((ids if table.missing_as_value else np.append(ids, np.int32(KINDS["missing"]))).tobytes())
+            file.write(
+                (ids if table.missing_as_value else np.append(ids, np.int32(PLACEHOLDER_IDS["missing"]))).tobytes()
+            )
             ends.append(ends[-1] + len(ids) + (not table.missing_as_value))
     with written_aside(encoding.ends(table)) as partial:
         np.array(ends, np.int64).tofile(partial)
@@ -168,12 +170,13 @@ def encode_part(job: PartJob) -> tuple[DataFile, int | None, dict[str, dict[str,
     """Write one part file.
 
     Returns:
-        The file; its rows with label 1, None of rows without labels; and for each table its rows of each of ``KINDS``.
+        The file; its rows with label 1, None of rows without labels; and for each table its rows of each of
+        ``PLACEHOLDER_IDS``.
     """
     encoding = job.encoding
     if (facts := recorded(job.record_path)) is None:
         segments = load_segments(encoding.segments)
-        cells = {table.name: dict.fromkeys(KINDS, 0) for table in encoding.tables}
+        cells = {table.name: dict.fromkeys(PLACEHOLDER_IDS, 0) for table in encoding.tables}
         with scratch_folder(encoding, job.record_path.name) as scratch, ExitStack() as stack:
             writer = SplitWriter(scratch, job.split, job.columns, first_part=job.part)
             stack.callback(writer.abandon)
@@ -221,7 +224,7 @@ def _encoded(
         counts[-1] = 0  # whatever value missing ones count as
         # Without an id for unknown values they get that of rare ones, or the last: the rarest value's, trained least.
         unknown = column.reserved.get("unknown", column.reserved.get("rare", column.cardinality - 1))
-        for kind, of_kind in KINDS.items():
+        for kind, of_kind in PLACEHOLDER_IDS.items():
             cells[table.name][kind] += int(counts[ids == of_kind].sum())
             ids[ids == of_kind] = column.reserved.get(kind, unknown)
         ids = ids.take(codes[rows])

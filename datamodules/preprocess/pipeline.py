@@ -272,8 +272,8 @@ def preprocess(
     progress = progress or Progress()
     known_folder = None if vocabulary is None else Folder(vocabulary)
     chosen, known = options_of(known_folder, dataset=dataset, protocol=protocol, max_rows=max_rows, **options)
-    if known is None and chosen.rules.followed_by:
-        progress.note(chosen.rules.followed_by)
+    if known is None and chosen.rules.superseded_by:
+        progress.note(chosen.rules.superseded_by)
     require(workers is None or workers >= 1, f"workers is {workers}, expected at least 1")
     require(
         workers is None or scheduler is None,

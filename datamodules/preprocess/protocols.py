@@ -229,7 +229,7 @@ class Protocol:
     modulo: Literal["hash", "id"] | None = None
     """What ``max_rows`` is the modulus of: the raw hash before counting or the id after it."""
     split: Splitter
-    followed_by: str = ""
+    superseded_by: str = ""
     """One line about the protocol that took this one's place."""
 
     def tables(self, edges: Mapping[str, Sequence[int]] | None = None) -> tuple[Table, ...]:
@@ -257,7 +257,7 @@ class Protocol:
         return {name: row for name, row in self.reserved.items() if name != "missing" or not table.missing_as_value}
 
 
-KINDS: Mapping[str, int] = {"missing": -1, "rare": -2, "unknown": -3}
+PLACEHOLDER_IDS: Mapping[str, int] = {"missing": -1, "rare": -2, "unknown": -3}
 """Stand-ins for the reserved ids of a table, until it is counted."""
 
 
@@ -364,8 +364,8 @@ _MODERN = Protocol(
     counts="the training split",
     min_count=2,
     split=halves_of_last_day("test", "validation"),
-    followed_by="protocol modern is followed by quantile, whose bins have no collisions and whose unknown values share "
-    "the row of rare ones; datasets of modern stay usable",
+    superseded_by="protocol modern is superseded by quantile, whose bins have no collisions and whose unknown values "
+    "share the row of rare ones; datasets of modern stay usable",
 )
 _QUANTILE = Protocol(
     name="quantile",

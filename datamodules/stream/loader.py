@@ -112,11 +112,14 @@ class Loader:
         def batches() -> Generator[list[Batch], None, None]:
             # Set to None, because another iteration may begin before this one ends.
             buffer, self._spare_buffer = self._spare_buffer, None
-            source = self._source(order, buffer)
+            source, table_rows = self._source(order, buffer), self.schema.features.table_rows
             try:
                 for several in read_batches(
                     source, order, first=first, rank=self._rank, world=self._world, rows=self._rows
                 ):
+                    for batch in several:
+                        # The decoder has checked every value.
+                        batch.checked_table_rows = table_rows
                     yield [batch.pin_memory() for batch in several] if self._pin else several
             finally:
                 source.close()
@@ -151,7 +154,7 @@ class Loader:
         )
 
     def _decoder(self) -> Decoder:
-        return Decoder(self.folder, self.schema, self._files, self._verify)
+        return Decoder(self.folder, self.schema, self._files, self._verify, self._threads)
 
     def _decode_all(self, decoder: Decoder, order: Order) -> Rows:
         if self._cached_rows is None:

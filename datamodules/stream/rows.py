@@ -88,9 +88,12 @@ class Decoder:
         schema: its schema.
         files: the part files of the split, in order.
         verify: compare the checksums of pages.
+        threads: number of threads that call the decoder.
     """
 
-    def __init__(self, folder: Folder, schema: DatasetSchema, files: Sequence[DataFile], verify: bool = True) -> None:
+    def __init__(
+        self, folder: Folder, schema: DatasetSchema, files: Sequence[DataFile], verify: bool = True, threads: int = 1
+    ) -> None:
         self.folder, self.schema, self.files, self._verify = folder, schema, tuple(files), verify
         self.label = next((column.name for column in schema.by_role("label")), None)
         self.dense = [column.name for column in schema.by_role("dense")]
@@ -102,8 +105,9 @@ class Decoder:
         self._where = [(i, group) for i, file in enumerate(self.files) for group in range(len(file.row_groups))]
         # pyarrow does not promise that a ParquetFile is thread-safe, so each thread has its own.
         self._idle: OrderedDict[int, list[pq.ParquetFile]] = OrderedDict()
-        self._cursors: dict[int, list[_Cursor]] = {}
-        """By row group: readers in the middle of it."""
+        self._threads = threads
+        self._cursors: list[_Cursor] = []
+        """Readers that later calls may continue, one for each thread at most, the latest last."""
         self._lock = threading.Lock()
 
     def __call__(self, group: int, positions: np.ndarray | None = None) -> Rows:
@@ -112,8 +116,8 @@ class Decoder:
         Args:
             group: the row group.
             positions: int64 [n], the rows of the row group to return, in that order, each once; None for all rows in
-                the order of the file. In memory are these rows and a slice of the row group. The rows after the last
-                ones that were read are found without reading from the beginning.
+                the order of the file. Memory holds these rows and one slice. A call for later rows continues where the
+                last one stopped, if that one read consecutive rows.
 
         Raises:
             UserError: its file is missing or altered, cannot be decoded, or has values that its schema does not allow.
@@ -130,9 +134,11 @@ class Decoder:
                 found = until
             else:
                 cursor.advance()
-        if wanted[-1] + 1 < self._group_rows(group):
+        # Other rows are drawn from all over the row group, and so are those of the next call.
+        consecutive = wanted[-1] - wanted[0] + 1 == len(wanted)
+        if consecutive and wanted[-1] + 1 < self._group_rows(group):
             with self._lock:
-                self._cursors.setdefault(group, []).append(cursor)
+                self._cursors = [*self._cursors, cursor][-self._threads :]
         rows = join_rows(pieces)
         return rows if (order[1:] > order[:-1]).all() else rows.take(np.argsort(order))
 
@@ -156,12 +162,12 @@ class Decoder:
     def _cursor(self, group: int, first: int) -> "_Cursor":
         """Return a reader of a row group before its row ``first``: the nearest one, or one at its beginning."""
         with self._lock:
-            before = [cursor for cursor in self._cursors.get(group, ()) if cursor.first <= first]
+            before = [cursor for cursor in self._cursors if cursor.group == group and cursor.first <= first]
             if before:
                 nearest = max(before, key=lambda cursor: cursor.first)
-                self._cursors[group].remove(nearest)
+                self._cursors.remove(nearest)
                 return nearest
-        return _Cursor(self.slices(group), self._empty_slice())
+        return _Cursor(group, self.slices(group), self._empty_slice())
 
     def _empty_slice(self) -> Rows:
         rows = self.empty(0)
@@ -240,12 +246,13 @@ class _Cursor:
     """A reader in the middle of a row group.
 
     Args:
-        slices: the rows of the row group, slice by slice.
+        group: the row group, counted over the whole split.
+        slices: its rows, slice by slice.
         empty: no rows.
     """
 
-    def __init__(self, slices: Iterator[Rows], empty: Rows) -> None:
-        self._slices, self.rows, self.first = slices, empty, 0
+    def __init__(self, group: int, slices: Iterator[Rows], empty: Rows) -> None:
+        self.group, self._slices, self.rows, self.first = group, slices, empty, 0
 
     def advance(self) -> None:
         """Read the next slice: ``rows`` from the place ``first`` on."""

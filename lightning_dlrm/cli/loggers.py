@@ -1,6 +1,7 @@
 """The loggers of a run: the run folder, and W&B or the loggers of the configuration."""
 
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -43,11 +44,12 @@ def make_loggers(
     from lightning_dlrm.tracking.wandb_run import RunPlace, offline_folders, start_wandb, training_run_id
 
     place = RunPlace(
+        # W&B reads its other variables, such as WANDB_ENTITY, itself.
         project=wandb.project,
         entity=wandb.entity,
-        name=wandb.name or folder.path.name,
+        name=wandb.name or os.environ.get("WANDB_NAME") or folder.path.name,
         group=wandb.group,
-        job_type=wandb.job_type or JOB_TYPES[command],
+        job_type=wandb.job_type or os.environ.get("WANDB_JOB_TYPE") or JOB_TYPES[command],
         tags=wandb.tags,
     )
     run_id = training_run_id(folder) if command == "fit" else None

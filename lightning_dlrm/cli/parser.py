@@ -6,7 +6,7 @@ import re
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
@@ -51,17 +51,17 @@ class WandbSettings:
     """Weights & Biases.
 
     Args:
-        project: W&B project.
+        project: W&B project; by default WANDB_PROJECT, or lightning_dlrm.
         mode: auto goes online if there is an API key and the server answers, else offline.
         entity: user or team; by default the account's own.
-        name: name of the run; by default that of the run folder.
+        name: name of the run; by default WANDB_NAME, or that of the run folder.
         group: group of the run, such as an experiment of several runs.
-        job_type: what the run does; by default train, validate or test.
+        job_type: what the run does; by default WANDB_JOB_TYPE, or train, validate or test.
         tags: tags of the run, such as [baseline, night].
         log_model: upload the best checkpoint as an artifact at the end of a fit.
     """
 
-    project: str = "lightning_dlrm"
+    project: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT") or "lightning_dlrm")
     mode: Mode = "auto"
     entity: str | None = None
     name: str | None = None

@@ -205,16 +205,19 @@ def admit(value: Any, typed: bool) -> None:
             require(not is_class, refusal(path))
 
 
-def _dotted_names(value: Any, key: Any = "") -> Iterator[tuple[str, bool]]:
-    """Yield each text that may be an import path, and whether its key takes a class."""
+def _dotted_names(value: Any, key: Any = "", class_keys: Sequence[str] = _CLASS_KEYS) -> Iterator[tuple[str, bool]]:
+    """Yield each text that may be an import path, and whether its key takes a class.
+
+    Arguments of a class may have any names, such as ``data`` for a file; which of them take classes the parser knows.
+    """
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _dotted_names(inner, name)
+            yield from _dotted_names(inner, name, ("class_path",) if name == "init_args" else class_keys)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _dotted_names(inner, key)
+            yield from _dotted_names(inner, key, class_keys)
     elif isinstance(value, str) and _DOTTED.fullmatch(value):
-        takes_class = str(key).rpartition(".")[2].rstrip("+") in _CLASS_KEYS
+        takes_class = str(key).rpartition(".")[2].rstrip("+") in class_keys
         yield value, takes_class and not value.endswith((".yaml", ".yml", ".json"))
     elif isinstance(value, str) and "class_path" in value:
         # jsonargparse reads text as YAML.
@@ -223,7 +226,7 @@ def _dotted_names(value: Any, key: Any = "") -> Iterator[tuple[str, bool]]:
         except (yaml.YAMLError, RecursionError):
             return
         if not isinstance(inner, str):
-            yield from _dotted_names(inner, key)
+            yield from _dotted_names(inner, key, class_keys)
 
 
 def _is_here(module: str) -> bool:

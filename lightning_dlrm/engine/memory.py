@@ -92,6 +92,8 @@ def require_memory(module: "CTRModule", plan: Plan | None = None) -> None:
     loads = table_loads(network, module)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
+        # What torch keeps of freed tensors, such as those of an earlier fit, serves new ones.
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         _require(needed(trainer.global_rank, False), free, f"the device {device}", loads)
     on_host = True if device.type == "cuda" else None
     everything = sum((needed(rank, on_host) for rank in ranks), start=Counter())

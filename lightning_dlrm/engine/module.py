@@ -29,7 +29,7 @@ from lightning_dlrm.models.layers import MLP, DotInteraction
 from lightning_dlrm.models.network import CTRNetwork, ModelSize, model_size
 from lightning_dlrm.objectives.losses import LogLoss, Loss
 from lightning_dlrm.objectives.metrics import ClickCurves
-from lightning_dlrm.optim.dense import DenseOptimizer
+from lightning_dlrm.optim.dense import DenseOptimizer, torch_class
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import UpdateRule
 from lightning_dlrm.optim.schedules import Constant, Schedule, make_schedule, schedule_name
@@ -100,7 +100,9 @@ class CTRModule(pl.LightningModule):
                 )
         self.make_network = network
         self.table_rule, self.wide_rule = table_optimizer, wide_optimizer
-        self.dense_optimizer = dense_optimizer
+        self.dense_optimizer = (
+            torch_class(dense_optimizer) if isinstance(dense_optimizer, UpdateRule) else dense_optimizer
+        )
         self.schedule = schedule or Constant
         self.loss = loss or LogLoss()
         self.kernels = kernels
@@ -154,9 +156,9 @@ class CTRModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         check_checkpoint_plugin(self.trainer)
-        # With several ranks, the strategy compares the memory after it has made its plan.
-        if self.trainer.world_size == 1 and not hasattr(self, "network"):
-            require_memory(self)
+        # A strategy that shards tables compares the memory itself, after it has made its plan.
+        if not hasattr(self, "network") and not hasattr(self.trainer.strategy, "plan"):
+            Ranks().run_on_all_ranks(lambda: require_memory(self))
 
     def configure_model(self) -> None:
         # Lightning calls this once for every fit, validate, test and predict.
@@ -186,7 +188,11 @@ class CTRModule(pl.LightningModule):
         )
         optimizer = self.make_optimizer(self.network)
         name = f"the schedule {schedule_name(self.schedule)}"
-        schedule = make_schedule(self.schedule, optimizer, lambda: planned_steps(self.trainer, name))
+        # A fast_dev_run tries the code of a whole fit, in which a warm-up is short.
+        is_try = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+        schedule = make_schedule(
+            self.schedule, optimizer, lambda: 1 << 40 if is_try else planned_steps(self.trainer, name)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def make_optimizer(self, network: CTRNetwork) -> CTROptimizer:
@@ -247,8 +253,10 @@ class CTRModule(pl.LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Return the batch on the device; a side stream copies it to a GPU while earlier steps compute."""
         if batch.dense.device.type == "cpu":
-            # Here, since a check on the device would wait for it.
-            batch.check_values(self.schema.features)
+            features = self.schema.features
+            if batch.checked_table_rows != features.table_rows:
+                # Here, since a check on the device would wait for it.
+                batch.check_values(features)
             if device.type == "cpu":
                 return batch
         if device.type != "cuda":
@@ -324,8 +332,8 @@ class CTRModule(pl.LightningModule):
         if not self.trainer.sanity_checking:
             self.results, self.curves = evaluation.results(), evaluation.curves()
             fitting = self.trainer.state.fn == "fit"
-            may_overflow = getattr(self.trainer.strategy.checkpoint_io, "allow_nonfinite", False)
-            if not may_overflow and not math.isfinite(self.results[f"{evaluation.stage}/log_loss"]):
+            allow_nonfinite = getattr(self.trainer.strategy.checkpoint_io, "allow_nonfinite", False)
+            if not allow_nonfinite and not math.isfinite(self.results[f"{evaluation.stage}/log_loss"]):
                 if fitting:
                     # A loss or a parameter says more.
                     self.guard.check_state(self.network, optimizer_of(self), self.trainer.global_step)

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.optim.compatibility import torch_optimizer
+from lightning_dlrm.optim.rules import UpdateRule
 
 
 def target_of(factory: Callable[..., Any], base: type) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -86,6 +89,22 @@ def make_dense_optimizer(dense_optimizer: DenseOptimizer, parameters: Sequence[n
     for group in made.param_groups:
         require(math.isfinite(group["lr"]), f"dense_optimizer {name}: lr is {group['lr']}; expected a finite number")
     return made
+
+
+def torch_class(rule: UpdateRule) -> DenseOptimizer:
+    """Return the class of torch.optim that equals a rule, with its arguments; warns of the deprecation.
+
+    Raises:
+        UserError: torch.optim has no such class.
+    """
+    name, arguments = torch_optimizer(type(rule).__name__, vars(rule))
+    settings = ", ".join(f"{key}={value}" for key, value in arguments.items())
+    warnings.warn(
+        f"rules update rows of tables; give dense_optimizer functools.partial(torch.optim.{name}, {settings})",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return functools.partial(getattr(torch.optim, name), **arguments)
 
 
 def dense_settings(optimizer: Optimizer) -> dict[str, dict[str, Any]]:

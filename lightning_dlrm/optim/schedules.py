@@ -68,8 +68,9 @@ def _require_short_warmup(warmup_steps: int, name: str, total_steps: Callable[[]
         return  # nothing bounds the fit
     require(
         2 * warmup_steps <= steps,
-        f"{name}: warmup_steps is {warmup_steps}, more than half of the fit's {steps} steps; give at most {steps // 2} "
-        "or a schedule with warmup_share, such as WarmupThenDecay",
+        f"{name}: warmup_steps is {warmup_steps}, more than half of the fit's {steps} steps; "
+        f"{f'give at most {steps // 2}' if steps > 1 else 'leave it out'}, or take a schedule with warmup_share, such "
+        "as WarmupThenDecay",
     )
 
 

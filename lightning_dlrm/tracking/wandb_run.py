@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import wandb
+from pydantic import ValidationError
 from pytorch_lightning.loggers import WandbLogger
 
+from lightning_dlrm.contracts.errors import UserError, one_line
 from lightning_dlrm.contracts.schema import SCHEMA_FILE
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import WANDB, RunFolder
@@ -71,6 +73,9 @@ def start_wandb(
 
     Returns:
         The logger, and the reason of the offline mode; empty if the run is online.
+
+    Raises:
+        UserError: W&B refuses a setting.
     """
 
     def start(mode: Literal["online", "offline"]) -> WandbLogger:
@@ -93,12 +98,17 @@ def start_wandb(
         _define_metrics(run)
         return WandbLogger(experiment=run)
 
-    if mode == "online":
-        try:
-            return start("online"), ""
-        except (wandb.Error, OSError) as error:
-            reason = " ".join(str(error).split())
-    return start("offline"), reason
+    try:
+        if mode == "online":
+            try:
+                return start("online"), ""
+            except (wandb.Error, OSError) as error:
+                reason = one_line(error)
+        return start("offline"), reason
+    except ValidationError as error:
+        # Such as a tag of 65 characters.
+        reasons = "; ".join(" ".join(found["msg"].split()) for found in error.errors())
+        raise UserError(f"W&B refuses a setting: {reasons}; correct the option of --wandb") from error
 
 
 def _define_metrics(run: wandb.Run) -> None:

@@ -189,6 +189,11 @@ def test_values_without_a_type_stay_data() -> None:
     assert keeper.anything["class_path"] == keeper.table["inner"][0]["class_path"] == full[len("{class_path: ") :][:33]
 
 
+def test_arguments_of_a_class_may_have_the_names_of_options() -> None:
+    text = "trainer: {callbacks: [{class_path: own.Keeper, init_args: {anything: {data: clicks.parquet}}}]}"
+    assert parsed(written(text)).trainer.callbacks[0].init_args.anything == {"data": "clicks.parquet"}
+
+
 def test_own_modules_count_in_the_user_s_configurations_and_not_in_those_of_runs(tmp_path: Path) -> None:
     schedule = "{class_path: LambdaLR, init_args: {lr_lambda: own.rate}}"
     text = f"trainer: {{callbacks: [own.Keeper]}}\nmodel: {{schedule: {schedule}}}"

@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from datamodules import clicks
 from datamodules import writer as writing
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
 from datamodules.generate.demo import DemoSettings, demo_folder
@@ -207,6 +208,25 @@ def test_ids_beyond_their_table_are_seen_at_the_start(tmp_path: Path, monkeypatc
         folder = make_dataset(tmp_path / "data", ids=6000)
     with pytest.raises(UserError, match=r"train/part-00000\.parquet, row group 0, column C1 has the id "):
         Criteo(str(folder)).setup("fit")
+
+
+def test_values_of_one_file_a_split_are_read_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "ROW_GROUP_ROWS", 10)
+    monkeypatch.setattr(writing, "ROWS_PER_FILE", 20)
+    data = Criteo(str(make_dataset(tmp_path / "data", {"train": 70, "validation": 50})))
+    opened, read = [], []
+    open_part, read_slices = clicks.open_part, clicks.read_slices
+    monkeypatch.setattr(clicks, "open_part", lambda *given: opened.append(given[2].path) or open_part(*given))
+    monkeypatch.setattr(
+        clicks, "read_slices", lambda *given, **options: read.append(given[1].path) or read_slices(*given, **options)
+    )
+    data.setup("fit")
+    assert len(opened) == 4 + 3
+    assert read == ["train/part-00000.parquet", "validation/part-00000.parquet"]
+    opened.clear()
+    monkeypatch.setattr(clicks, "_FILES_AT_START", 2)
+    data.setup("fit")
+    assert opened == read[:2] == read[2:]
 
 
 def test_a_full_shuffle_needs_the_rows_in_memory(folder: Path) -> None:

@@ -1,11 +1,12 @@
 """Contract: protocol ``quantile`` keeps integers of different click rates apart, and no row of a table that training
-never touched answers for a value; ``modern``, which it follows, does neither. Edges of bins are exact.
+never touched answers for a value; ``modern``, which it supersedes, does neither. Edges of bins are exact.
 
 ``test_preprocess`` compares every value of ``quantile`` with a plain version.
 """
 
 import argparse
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,18 @@ def test_edges_of_pieces_are_those_of_all_values(pieces: list[list[int]], bins: 
     found = quantile_bins(np.array(values, np.int32), edges)
     assert found.tolist() == [sum(edge < value for edge in edges) for value in values]
     assert len({*found.tolist()}) == (len(edges) + 1 if values else 0) <= bins, "every bin holds values"
+
+
+def test_counts_of_values_are_held_once() -> None:
+    values = np.linspace(-(2**31), 2**31 - 1, 5_000).astype(np.int32)
+    counts = 64 * 65_536 * 8  # of the lower 16 bits, int64, if each of 64 bins ends in a block of its own
+    tracemalloc.start()
+    try:
+        edges = quantile_edges(lambda: [values[:2_500], values[2_500:]], 64)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(edges) == 63 and counts < peak < 1.2 * counts
 
 
 def rows_of_last_day(lines: int) -> range:
@@ -114,10 +127,10 @@ def test_shares_are_told_at_the_start_of_a_fit(tmp_path: Path) -> None:
     )
 
 
-def test_modern_names_its_follower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_modern_names_the_protocol_that_supersedes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = written(tmp_path / "train.txt", lines_of("1", "2", "3"))
     preprocess("kaggle", "modern", [raw], tmp_path / "out")
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "modern" in line)
-    assert line == PROTOCOLS["modern"].followed_by and "followed by quantile" in line
+    assert line == PROTOCOLS["modern"].superseded_by and "superseded by quantile" in line
     preprocess(None, None, [raw], tmp_path / "new", vocabulary=tmp_path / "out")
-    assert "followed by" not in capsys.readouterr().err, "a vocabulary decides the protocol"
+    assert "superseded by" not in capsys.readouterr().err, "a vocabulary decides the protocol"

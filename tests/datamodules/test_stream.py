@@ -19,6 +19,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -337,6 +338,7 @@ def test_loaders_give_the_rows_of_the_order(
         for k, batch in enumerate(batches):
             rows = order.batch_rows(k, rank, world)
             assert batch.rows is not None and batch.global_size == order.global_size(k)
+            assert batch.checked_table_rows == schema.features.table_rows
             np.testing.assert_array_equal(batch.rows, rows)
             check_batch(batch, plain_batch(folder, schema, "train", rows), len(schema.features.tables))
 
@@ -625,6 +627,47 @@ def test_large_row_groups_are_read_in_parts_in_the_same_order(
     assert rows() == whole
 
 
+@pytest.mark.parametrize(
+    ("shuffle", "threads", "most"), [("window", 1, 0), ("window", 2, 0), ("none", 1, 1), ("none", 3, 3)]
+)
+def test_an_epoch_of_parts_keeps_few_readers_of_a_row_group(
+    tmp_path: Path, shuffle: Any, threads: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "GROUP_ROWS", 500)
+    monkeypatch.setattr(sys.modules[__name__], "FILE_ROWS", 1_000)
+    schema = make_dataset(tmp_path, WIDE, 1_000)
+    path = str(tmp_path / schema.splits["train"].files[0].path)
+    begun, kept, opened = [], [0], [0]
+
+    class Watched(decoded.Decoder):
+        def __call__(self, group: int, positions: np.ndarray | None = None) -> decoded.Rows:
+            rows = super().__call__(group, positions)
+            kept.append(len(self._cursors))
+            opened.append(sum(file.path == path for file in psutil.Process().open_files()))
+            return rows
+
+        def slices(self, group: int) -> Iterator[decoded.Rows]:
+            begun.append(group)
+            return super().slices(group)
+
+    monkeypatch.setattr(loader_module, "Decoder", Watched)
+
+    def read() -> list[bytes]:
+        batches = list(training_loader((tmp_path, schema), shuffle=shuffle, threads=threads))
+        return [tensor.numpy().tobytes() for b in batches for tensor in (b.rows, b.label, b.dense, b.ids.values)]
+
+    whole = read()
+    begun.clear()
+    monkeypatch.setattr(sources, "LARGE", 20)
+    monkeypatch.setattr(sources, "_PARTS_BYTES", 0)
+    monkeypatch.setattr(parquet, "SLICE_ROWS", 10)
+    assert read() == whole
+    assert len(kept) == 1 + 2 + 2 * 25, "each row group is read in 25 parts"
+    assert max(kept) <= most and 0 < max(opened) <= 2 + 2 * threads
+    if threads == 1:
+        assert len(begun) == (2 if shuffle == "none" else 50)
+
+
 @pytest.mark.parametrize("n", [10, 70_000, 1_100_000])
 def test_a_part_of_a_permutation_is_that_of_the_whole(n: int) -> None:
     whole = permutation(n, 7)
@@ -707,15 +750,30 @@ def hold_all(folder: Path, schema: DatasetSchema) -> sources.Rows:
     return sources.cache_rows(decoded.Decoder(Folder(folder), schema, files), order, 0, order.rows, 1)
 
 
-def test_available_memory_heeds_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+@pytest.mark.parametrize(
+    ("line", "folder", "files"),
+    [
+        ("0::/job", "job", {"max": "9000", "current": "5000", "stat": "anon 3\ninactive_file 1000\n"}),
+        ("0::/job/step", "job", {"max": "9000", "current": "5000", "stat": "anon 3\ninactive_file 1000\n"}),
+        ("0::/gone", "", {"max": "9000", "current": "5000", "stat": "inactive_file 1000\n"}),
+        ("4:memory:/job/step", "memory/job",
+         {"limit_in_bytes": "9000", "usage_in_bytes": "5000", "stat": "total_inactive_file 1000\n"}),
+    ],
+)  # fmt: skip
+def test_available_memory_heeds_the_limits_of_containers_and_jobs(
+    line: str, folder: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "own")
     free = memory.available_memory()
-    assert free is not None and 2**24 < free < 2**50
-    contents = {"max": "9000", "current": "5000", "stat": "anon 3\ninactive_file 1000\n"}
-    for name, content in contents.items():
-        (tmp_path / f"memory.{name}").write_text(content)
+    assert 2**24 < free < 2**50
+    (tmp_path / "own").write_text(f"1:cpu:/\n{line}\n")
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (tmp_path / folder / f"memory.{name}").write_text(content)
     assert memory.available_memory() == 5000
-    (tmp_path / "memory.max").write_text("max\n")
+    limit = next(iter(files))
+    (tmp_path / folder / f"memory.{limit}").write_text("max\n")
     assert memory.available_memory() == pytest.approx(free, rel=0.5)
 
 

@@ -18,6 +18,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.loading import KEY
 from lightning_dlrm.engine.metrics_logger import EvaluationWriter
+from lightning_dlrm.optim.schedules import WarmupThenDecay
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
 from lightning_dlrm.tracking.run_folder import RunFolder
@@ -126,6 +127,21 @@ def test_a_checkpoint_imports_no_module(
         UserError, match=r"names hostile\.\w+, which is not a class of this package and is not imported"
     ):
         CTRModule.load_from_checkpoint(folder)
+
+
+def test_a_rule_as_dense_optimizer_as_in_earlier_releases() -> None:
+    with pytest.deprecated_call(match=r"functools\.partial\(torch\.optim\.SGD, lr=0\.1"):
+        module = CTRModule(OwnNetwork, SGD(1.0), SGD(0.1), schema=toy_schema())  # type: ignore[arg-type]
+    assert module.learning_rates["dense"] == 0.1
+    with pytest.raises(UserError, match="RowWiseAdagrad updates rows of tables"):
+        CTRModule(OwnNetwork, SGD(1.0), RowWiseAdagrad(0.1), schema=toy_schema())  # type: ignore[arg-type]
+
+
+def test_a_fast_dev_run_takes_any_warm_up(tmp_path: Path) -> None:
+    schedule = partial(WarmupThenDecay, warmup_steps=100)
+    trainer_in(tmp_path, fast_dev_run=True).fit(toy_module(schedule=schedule), ToyData())
+    with pytest.raises(UserError, match=r"more than half of the fit's 1 steps; leave it out, or take a schedule with"):
+        trainer_in(tmp_path, max_steps=1).fit(toy_module(schedule=schedule), ToyData())
 
 
 def test_an_interrupted_evaluation_leaves_no_samples_behind(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Contract: a fit that has gone wrong says so in one line, and never saves a bad state over a good one;
 a fit with a target stops there and says how long it took."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -33,7 +34,7 @@ from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.tracking.run_folder import RunFolder
 from tests.engine.test_fit import StopAt, lines, losses, trainer_of
 from tests.engine.test_from_python import trainer_in
-from tests.toy import ToyData, ToyLoader, toy_dlrm, toy_module
+from tests.toy import ToyData, ToyLoader, toy_batch, toy_dlrm, toy_module
 
 
 class Spoilt(ToyData):
@@ -241,6 +242,19 @@ def test_values_that_cannot_be_end_every_command(
     setattr(data, f"{name}_dataloader", lambda: loader)
     with pytest.raises(UserError, match=message):
         run[stage](toy_module(), data)
+
+
+@pytest.mark.parametrize("change", [None, "features", "replace"])
+def test_values_that_a_loader_has_checked_are_not_checked_again(change: str | None) -> None:
+    module, batch = toy_module(), toy_batch(3, seed=1)
+    batch.dense[2, 1] = math.inf
+    batch.checked_table_rows = (9, 9, 9, 9) if change == "features" else module.schema.features.table_rows
+    batch = dataclasses.replace(batch) if change == "replace" else batch.to("cpu").map(lambda tensor: tensor)
+    if change is None:
+        assert module.transfer_batch_to_device(batch, torch.device("cpu"), 0) is batch
+    else:
+        with pytest.raises(UserError, match="inf as dense value 1 of sample 2"):
+            module.transfer_batch_to_device(batch, torch.device("cpu"), 0)
 
 
 def test_one_label_is_explained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

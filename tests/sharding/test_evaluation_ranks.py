@@ -108,6 +108,7 @@ def test_a_rank_that_dies_ends_the_others(run: Path, monkeypatch: pytest.MonkeyP
         (child,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)
         _, told = first.communicate(timeout=60)
-    assert first.returncode != 0 and "terminated with code -9" in told
+    # The launcher or the other rank is the first to see it.
+    assert first.returncode != 0 and ("terminated with code -9" in told or "another rank has ended" in told)
     for partial in run.glob("predictions.parquet.partial*"):
         partial.unlink()

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 import torch
 import wandb
+from jsonargparse import Namespace
 
 from datamodules.criteo import Criteo
 from datamodules.generate.demo import DemoSettings
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.cli.loggers import make_loggers
+from lightning_dlrm.cli.parser import WandbSettings
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.metrics_logger import NormLogger
 from lightning_dlrm.tracking.run_folder import RunFolder
@@ -91,6 +94,33 @@ def test_a_server_that_refuses_leaves_the_run_offline(monkeypatch: pytest.Monkey
     logger, reason = start_wandb(tmp_path, RunPlace(project="p", name="n"), mode="online", config={})
     logger.experiment.finish()
     assert reason == "permission denied"
+
+
+def test_a_setting_that_wandb_refuses_is_one_line(tmp_path: Path) -> None:
+    place = RunPlace(project="test", name="run", tags=["t" * 65])
+    with pytest.raises(UserError, match=r"^W&B refuses a setting: [^\n]*65 characters[^\n]*; correct the option"):
+        start_wandb(tmp_path, place, mode="offline", config={})
+
+
+def test_names_of_the_environment_count_unless_options_are_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def place(**options: str) -> RunPlace:
+        from lightning_dlrm.tracking import wandb_run
+
+        given: list[RunPlace] = []
+        monkeypatch.setattr(wandb_run, "start_wandb", lambda _, place, **__: (given.append(place), ""))
+        settings = Namespace(**vars(WandbSettings(mode="offline", **options)))
+        make_loggers("fit", RunFolder(tmp_path), None, settings, {})
+        return given[0]
+
+    assert (place().project, place().name, place().job_type) == ("lightning_dlrm", tmp_path.name, "train")
+    for name in ("PROJECT", "NAME", "JOB_TYPE"):
+        monkeypatch.setenv(f"WANDB_{name}", f"of the environment: {name}")
+    assert place().project == "of the environment: PROJECT" and place().name == "of the environment: NAME"
+    assert place().job_type == "of the environment: JOB_TYPE"
+    asked = place(project="p", name="n", job_type="j")
+    assert (asked.project, asked.name, asked.job_type) == ("p", "n", "j")
 
 
 def read_back(run: Path) -> list[dict[str, Any]]:
