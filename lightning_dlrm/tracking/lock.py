@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,8 +33,6 @@ LOCK = ".run.lock"
 HEARTBEAT_SECONDS = 30.0
 SILENCE_SECONDS = 120.0
 """Seconds without a heartbeat after which another process takes a lock over."""
-SETTLE_SECONDS = 0.5
-"""Seconds after which a process that has taken a lock over looks whether another one did so too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +116,6 @@ class FolderLock:
         Raises:
             UserError: another process holds it.
         """
-        stale: _State | None = None
         while not self._create():
             # It may be released in between.
             with contextlib.suppress(FileNotFoundError):
@@ -127,14 +123,8 @@ class FolderLock:
                 has_ended = state.holder is not None and state.holder.has_ended(self._mine)
                 if silence <= SILENCE_SECONDS and not has_ended:
                     raise self._refusal(state.holder, silence)
-                stale = state
-                self._remove_stale(stale)
-        if stale is not None:
-            # A process that was slower may have moved this lock, and a third one may have made its own.
-            time.sleep(SETTLE_SECONDS)
-            if not (self._create() or self._is_mine()):
-                raise self._refusal(self._read(self.path), 0.0)
-            log.info("took the lock of %s over from %s, which has ended", self.folder, _describe(stale.holder))
+                if self._take_over(state):
+                    break
         self._remove_probes()
         threading.Thread(target=self._renew, name="lock of the run folder", daemon=True).start()
         return self
@@ -161,18 +151,30 @@ class FolderLock:
             return False
         return True
 
-    def _remove_stale(self, stale: _State) -> None:
-        """Remove the lock of a process that has ended; of several processes, one alone succeeds in renaming it.
+    def _take_over(self, stale: _State) -> bool:
+        """Replace the lock of a process that has ended; return whether it still was the lock.
 
         Raises:
-            FileNotFoundError: another process has removed it.
+            UserError: another process takes it over in the same moment.
         """
-        beside = self._beside()
-        self.path.rename(beside)
-        if self._state(beside) != stale and not self.path.exists():
-            # It belongs to a process that was faster.
-            beside.rename(self.path)
-        beside.unlink(missing_ok=True)
+        beside, claim = self._beside(), self.path.with_name(f"{self.path.name}.claim")
+        try:
+            claim.open("x").close()
+        except FileExistsError:
+            if self._silence(claim) <= SILENCE_SECONDS:
+                raise self._refusal(self._read(self.path), 0.0) from None
+            # Its process was killed.
+            claim.unlink()
+            return False
+        try:
+            if self._state(self.path) != stale:
+                return False
+            beside.write_text(self._text())
+            beside.replace(self.path)
+        finally:
+            claim.unlink(missing_ok=True)
+        log.info("took the lock of %s over from %s, which has ended", self.folder, _describe(stale.holder))
+        return True
 
     def _renew(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
@@ -199,12 +201,12 @@ class FolderLock:
                 self._create()
         return None
 
-    def _silence(self) -> float:
-        """Return the seconds since the last heartbeat, by the clock of the file system."""
+    def _silence(self, path: Path | None = None) -> float:
+        """Return the seconds since a file was changed, by default the lock, by the clock of the file system."""
         beside = self._beside()
         beside.touch()
         try:
-            return beside.stat().st_mtime - self.path.stat().st_mtime
+            return beside.stat().st_mtime - (path or self.path).stat().st_mtime
         finally:
             beside.unlink(missing_ok=True)
 
