@@ -6,7 +6,6 @@ its own path, and ends as an interpreter ends.
 
 import atexit
 import contextlib
-import gc
 import json
 import os
 import runpy
@@ -95,7 +94,7 @@ def _server() -> str:
     address = tempfile.mkdtemp(prefix="fork-") + "/server"
     # Its stdin ends with this process, and the server with it.
     read_end, _ = os.pipe()
-    subprocess.Popen([sys.executable, __file__, address], stdin=read_end, start_new_session=True)
+    subprocess.run([sys.executable, __file__, address], stdin=read_end, start_new_session=True, check=True)
     deadline = time.monotonic() + 120
     while not Path(address).exists():
         assert time.monotonic() < deadline, "the server of forked processes does not start"
@@ -105,6 +104,9 @@ def _server() -> str:
 
 def serve(address: Path) -> None:
     """Fork a process for each connection; return in each such process, with its arguments in place."""
+    # Not a child of the tests' process, whose memory and time some tests measure.
+    if os.fork():
+        os._exit(0)
     # No folder of tests hides a package.
     del sys.path[0]
     for package in PACKAGES:
@@ -114,7 +116,6 @@ def serve(address: Path) -> None:
     # Not the first process that ends removes W&B's temporary folder, but the server.
     atexit.unregister(MEDIA_TMP.cleanup)
     MEDIA_TMP._finalizer.detach()
-    gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
     unfinished = address.with_suffix(".new")
     listener.bind(str(unfinished))

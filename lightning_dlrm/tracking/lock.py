@@ -239,8 +239,9 @@ class FolderLock:
 
     def _refusal(self, holder: Holder | None, silence: float) -> UserError:
         return UserError(
-            f"{self.folder} is in use by {_describe(holder)}, last heard of {max(0, silence):.0f} s ago: wait until "
-            f"it ends, or choose another folder; after {SILENCE_SECONDS:.0f} s of silence it loses this one"
+            f"{self.folder} is in use by {_describe(holder)}, whose last heartbeat was {max(0, silence):.0f} s ago: "
+            "wait until it ends, or choose another folder (another process may take it over "
+            f"{SILENCE_SECONDS:.0f} s after the last heartbeat)"
         )
 
 

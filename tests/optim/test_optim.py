@@ -255,7 +255,7 @@ def test_a_schedule_that_cannot_be_made_is_refused_before_the_data_are_prepared(
 @pytest.mark.parametrize("schedule", [WarmupThenDecay, Cosine, partial(WarmupQuadraticDecay, decay_start_step=30)])
 def test_a_warm_up_above_half_of_the_fit_is_refused(schedule: Schedule) -> None:
     rates(partial(schedule, warmup_steps=28), 1, total_steps=57)
-    message = r"warmup_steps is 29, more than half of the fit's 57 steps; give at most 28 or a schedule with w"
+    message = r"warmup_steps is 29, more than half of the fit's 57 steps; give at most 28, or take a schedule with w"
     with pytest.raises(UserError, match=message):
         rates(partial(schedule, warmup_steps=29), 1, total_steps=57)
 

@@ -111,6 +111,8 @@ def test_a_file_whose_weights_do_not_fit_is_named(dataset: tuple[Path, DatasetSc
     )
     file = dataclasses.replace(schema.splits["train"].files[0], bytes=path.stat().st_size)
     altered = dataclasses.replace(schema, splits={"train": Split(rows=ROWS, files=(file,))})
-    message = r"train/part-00000\.parquet, row group 1, column M2_weights: row 8 has \d weights for \d ids"
+    message = (
+        r"train/part-00000\.parquet, row group 1, column M2_weights, rows from 32: row 8 has \d weights for \d ids"
+    )
     with pytest.raises(UserError, match=message):
         list(Loader(folder, altered, ["train"], batch_size=50))
