@@ -91,12 +91,12 @@ def test_nothing_is_read_from_the_device_between_logged_steps(tmp_path: Path, mo
 def test_predictions_no_better_than_chance_draw_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "lightning_dlrm"):
         trainer_of(tmp_path / "run").fit(toy_module(toy_dlrm, SGD(1e-9), SGD(1e-9)), ToyData())
-        said = [record.getMessage() for record in caplog.records if "guessing" in record.getMessage()]
+        said = [record.getMessage() for record in caplog.records if "random predictions" in record.getMessage()]
         assert len(said) == 1
         assert "1e-09 for dense and 1e-09 for tables" in said[0] and "batches of 50" in said[0]
         caplog.clear()
         trainer_of(tmp_path / "good", max_epochs=3).fit(toy_module(), ToyData())
-        assert "guessing" not in caplog.text
+        assert "random predictions" not in caplog.text
 
 
 def test_chance_is_told_from_skill_by_the_number_of_samples() -> None:
