@@ -41,7 +41,7 @@ from lightning_dlrm.cli.trainer_settings import (
 )
 from lightning_dlrm.cli.version import code_version, versions
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.contracts.interrupts import deferred_signals
+from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, saved_steps
 from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import CurveWriter, EvaluationWriter, MetricsLogger, NormLogger
@@ -312,7 +312,7 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
     """
     succeeded = False
     try:
-        with deferred_signals() as received:
+        with exit_on_signals() as received:
             try:
                 yield
                 succeeded = True

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from lightning_dlrm.contracts.interrupts import deferred_signals, exit_on_signals
+from lightning_dlrm.contracts.interrupts import exit_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -35,7 +35,7 @@ def test_a_second_signal_does_not_end_the_cleaning_up() -> None:
 
 def test_a_library_that_handles_sigterm_ends_the_work_on_sighup_too() -> None:
     seen: list[int] = []
-    with deferred_signals() as received:
+    with exit_on_signals() as received:
         ours = signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGTERM, lambda number, frame: (seen.append(number), ours(number, frame)))
         os.kill(os.getpid(), signal.SIGHUP)
@@ -55,3 +55,14 @@ def test_an_ignored_signal_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_sighup_counts_where_sigterm_is_ignored() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as left, exit_on_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert left.value.code == 128 + signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGTERM, before)
