@@ -5,12 +5,13 @@ import hashlib
 import itertools
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, Timer
+from pytorch_lightning.callbacks import EarlyStopping, Timer, timer
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
@@ -125,14 +126,20 @@ def test_all_ranks_learn_that_files_of_the_run_cannot_be_set_aside(tmp_path: Pat
 
 @pytest.mark.parametrize("data", [Counted, ToyData], ids=["known length", "unknown length"])
 @pytest.mark.parametrize("verdict", ["early stopping", "target", "time"])
-def test_a_fit_that_a_callback_has_ended_stays_ended(verdict: str, data: type[ToyData], tmp_path: Path) -> None:
+def test_a_fit_that_a_callback_has_ended_stays_ended(
+    verdict: str, data: type[ToyData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A second passes between two looks at the clock, however fast the machine is.
+    seconds = itertools.count()
+    monkeypatch.setattr(timer, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+
     def again(**more: Any) -> int:
         made = {
             "early stopping": lambda: EarlyStopping(
                 "validation/log_loss", patience=1, min_delta=0.5, check_on_train_epoch_end=False
             ),
             "target": lambda: StopAtAUC(0.55, MetricsLogger(None, None)),  # type: ignore[arg-type]
-            "time": lambda: Timer({"seconds": 0.0001}),
+            "time": lambda: Timer({"seconds": 20}),
         }[verdict]()
         given = {"callbacks": [made], "max_epochs": 9, "val_check_interval": 5, **more}
         return fit(tmp_path / "run", data, **given)[0].global_step
