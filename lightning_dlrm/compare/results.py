@@ -333,8 +333,8 @@ def _pair(a: Arm, b: Arm, metric: Metric, found: Difference, p_adjusted: float |
         how = f"{len(a.seeds)} seeds in pairs" if found.paired else f"{len(a.seeds)} and {len(b.seeds)} seeds"
         leaves = "holds" if unadjusted == "not_distinguishable" else "leaves out"
         reason = (
-            f"the interval {leaves} 0 with {how}; {100 * share:.0f}% of the variance is the seeds'; p {found.p:.2g}, "
-            f"adjusted for {verdicts} verdicts {p_adjusted:.2g}"
+            f"the interval {leaves} 0 with {how}; {100 * share:.0f}% of the variance is the seeds'; "
+            f"p = {found.p:.2g}, or {p_adjusted:.2g} if adjusted for {verdicts} verdicts"
         )
     if not same:
         reason += f"; {OTHER_DATA}"
