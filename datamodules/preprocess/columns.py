@@ -1,5 +1,6 @@
 """What the columns of a sample hold, and the role that each one gets in an inferred schema."""
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,19 +33,36 @@ _YEARS = (1990, 2040)
 _VALUES_PARSED = 2_000
 
 _TIME_WORDS = frozenset(
-    ("time", "timestamp", "ts", "date", "datetime", "day", "hour", "dt", "at", "when", "created", "datum", "zeit", "tag")
+    (
+        "time",
+        "timestamp",
+        "ts",
+        "date",
+        "datetime",
+        "day",
+        "hour",
+        "dt",
+        "at",
+        "when",
+        "created",
+        "datum",
+        "zeit",
+        "tag",
+    )
 )
 _ID_WORDS = frozenset(
-    ("id", "ids", "uuid", "guid", "key", "hash", "code", "zip", "ip", "user", "item", "ad", "site", "app", "device")
-    + ("product", "sku", "category", "cat", "type", "brand", "model", "store", "shop", "seller", "city", "country")
-    + ("region", "lang", "language", "position", "pos", "slot", "zone", "segment", "group", "class", "channel", "os")
-    + ("browser", "campaign", "advertiser", "publisher", "domain", "nutzer", "artikel", "kunde", "anzeige")
+    """
+    id ids uuid guid key hash code zip ip user item ad site app device product sku category cat type brand model store
+    shop seller city country region lang language position pos slot zone segment group class channel os browser campaign
+    advertiser publisher domain nutzer artikel kunde anzeige
+    """.split()  # noqa: SIM905
 )
 _QUANTITY_WORDS = frozenset(
-    ("age", "price", "cost", "amount", "count", "counts", "num", "number", "cnt", "qty", "quantity", "duration", "ms")
-    + ("sec", "seconds", "length", "len", "size", "width", "height", "score", "views", "clicks", "impressions")
-    + ("distance", "balance", "income", "weight", "days", "hours", "minutes", "ratio", "rate", "avg", "mean", "sum")
-    + ("total", "bid", "budget", "alter", "preis", "anzahl", "dauer")
+    """
+    age price cost amount count counts num number cnt qty quantity duration ms sec seconds length len size width height
+    score views clicks impressions distance balance income weight days hours minutes ratio rate avg mean sum total bid
+    budget alter preis anzahl dauer
+    """.split()  # noqa: SIM905
 )
 
 _BAG_SEPARATORS = ("|", ";", ",", " ")
@@ -56,6 +74,8 @@ _MANY_SHARE = 0.05  # of the rows of the sample
 _LONG_TEXT = 80
 _LARGE_LOG = 1_000_000
 _LEAK = 0.999
+_EXAMPLES = 3
+_EXAMPLE_LENGTH = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +90,7 @@ class Facts:
     counts: Counter[Any]
     """How often each value occurs; of lists, each item."""
     time: str | None = None
-    """How text or numbers are times: ``unix``, ``unix_ms``, ``iso`` or a format of strptime; None for values that are times."""
+    """How text or numbers are times: ``unix``, ``unix_ms``, ``iso`` or a format of strptime; None if they are times."""
 
     @property
     def distinct(self) -> int:
@@ -224,12 +244,12 @@ def _choose_integer(facts: Facts, sample: Sample) -> Choice:
     if quantity and not ids and facts.distinct > 2:
         return Choice(
             settings={"role": "dense", **_transform(facts)},
-            reason=f"whole numbers, and `{min(quantity)}` is a quantity",
+            reason=f"whole numbers, and `{min(quantity)}` is an amount",
         )
     if ids or facts.distinct <= _FEW:
-        reason = f"whole numbers, and `{min(ids)}` is an id" if ids else "few different whole numbers"
+        reason = f"whole numbers, and `{min(ids)}` names a category" if ids else "few different whole numbers"
         return _categories(facts, sample, {"role": "categorical"}, reason)
-    reason = "many different whole numbers, taken for ids; if they are amounts, {role: dense, transform: log1p}"
+    reason = "many whole numbers, taken for ids (for amounts: {role: dense, transform: log1p})"
     return _categories(facts, sample, {"role": "categorical"}, reason)
 
 
@@ -251,7 +271,7 @@ def _categories(facts: Facts, sample: Sample, settings: dict[str, Any], reason: 
     """Return a column of categories, with a threshold if it has many."""
     if facts.distinct > min(_MANY, _MANY_SHARE * sample.rows):
         settings = {**settings, "min_count": 10 if sample.estimated_rows >= _LARGE_LOG else 2}
-        reason += "; many values, so the rare ones share a row"
+        reason += "; rare ones share a row"
     return Choice(settings=settings, reason=reason)
 
 
@@ -276,9 +296,10 @@ def _bag_separator(facts: Facts) -> str | None:
         if len(bags) < max(_BAG_SHARE * len(facts.values), 2):
             continue
         items = {item for value in facts.counts for item in value.split(separator)}
-        plain = separator == "|" or not any(re.search(r"[\s(){}\[\]]", item.strip()) for item in items)
+        # Commas and spaces also stand in titles and addresses, whose parts hardly recur.
+        plain = not any(re.search(r"[\s(){}\[\]]", item.strip()) for item in items) and len(items) < facts.distinct
         ids = separator != " " or all(re.search(r"\d|_", item) for item in items if item)
-        if plain and ids and len(items) < facts.distinct and max(map(len, items)) <= _LONG_TEXT // 2:
+        if (separator == "|" or (plain and ids)) and max(map(len, items)) <= _LONG_TEXT // 2:
             return separator
     return None
 
@@ -292,7 +313,8 @@ def tells_label(facts: Facts, cells: Sequence[Value], labels: Sequence[bool]) ->
         labels: label of each row.
     """
     rows = len(labels)
-    if min(sum(labels), rows - sum(labels)) < 0.01 * rows or facts.kind in ("empty", "object"):
+    # In few rows values agree with labels by chance.
+    if rows < _FEW or min(sum(labels), rows - sum(labels)) < 0.01 * rows or facts.kind in ("empty", "object"):
         return False
     by_value = facts.kind not in ("list", "numbers") and facts.distinct <= 20
     positives: Counter[Any] = Counter()
@@ -303,3 +325,26 @@ def tells_label(facts: Facts, cells: Sequence[Value], labels: Sequence[bool]) ->
         positives[key] += label
     right = sum(max(positives[key], totals[key] - positives[key]) for key in totals)
     return right >= _LEAK * rows
+
+
+def examples(column: Facts) -> str:
+    """Return the most frequent values of a column, with their shares unless all values are rare."""
+    total = sum(column.counts.values())
+    common = column.counts.most_common(_EXAMPLES)
+    if not common:
+        return "no values"
+    if common[0][1] < 0.01 * total:
+        return "such as " + ", ".join(shortened(value) for value, _ in common)
+    return ", ".join(f"{shortened(value)} ({count / total:.1%})" for value, count in common)
+
+
+def shortened(value: Value) -> str:
+    """Return a value as text that fits in a line with others."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _EXAMPLE_LENGTH else text[: _EXAMPLE_LENGTH - 3] + "..."
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a question about the most similar of the known words; nothing if none is similar."""
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {matches[0]}?)" if matches else ""

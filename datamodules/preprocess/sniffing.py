@@ -54,6 +54,8 @@ class Form:
     format: Format
     separator: str = ","
     header: bool = True
+    quote: str | None = '"'
+    """None if quotes are ordinary characters."""
     decimal: str = "."
     encoding: str = "utf-8"
     nulls: tuple[str, ...] = ("",)
@@ -228,14 +230,14 @@ def _json_columns(pieces: Sequence[_Piece]) -> dict[str, list[Value]]:
     return columns
 
 
-def _fields(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+def _fields(text: str, separator: str, quote: str | None = '"') -> Iterator[tuple[int, list[str]]]:
     """Yield the number of the last line of each row, and the row's fields; a longer separator cannot be quoted."""
-    if len(separator) > 1:
+    if len(separator) > 1 or quote is None:
         for number, line in enumerate(text.split("\n"), 1):
             if line.rstrip("\r"):
                 yield number, line.rstrip("\r").split(separator)
         return
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quotechar=quote)
     try:
         for row in reader:
             if row:
@@ -244,45 +246,55 @@ def _fields(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"line {reader.line_num}: {one_line(error)}; correct the quotes of this line") from error
 
 
-def find_separator(text: str) -> str:
-    r"""Return the separator that splits all of the first lines of a text into equally many fields, two or more.
+def find_separator(text: str) -> tuple[str, str | None]:
+    r"""Return what separates the fields of a text, and what quotes them; None if quotes are ordinary characters.
+
+    The separator is the one that splits the first lines into the most fields, equally many in each.
 
     >>> find_separator("a;b\n1,5;2\n"), find_separator("1::2::3\n4::5::6\n"), find_separator('a,b\n"x,y",1\n')
-    (';', '::', ',')
+    ((';', '"'), ('::', '"'), (',', '"'))
+    >>> find_separator('a\tb\n"x\t1\ny\t2\n')
+    ('\t', None)
 
     Raises:
-        UserError: none does.
+        UserError: there is no such separator.
     """
     start = "".join(text.splitlines(keepends=True)[:_LINES_OF_SEPARATOR])
-    best, most = "", 1
-    seen = []
-    for separator in _SEPARATORS:
-        try:
-            counts = [len(row) for _, row in _fields(start, separator)]
-        except UserError:
-            continue
-        common = max(set(counts), key=counts.count)
-        seen.append((counts.count(common), common, separator))
-        if len(set(counts)) == 1 and counts[0] > most:
-            best, most = separator, counts[0]
-    if best:
-        return best
-    # Some rows are ragged: the separator of most of them, so that the message about them names their lines.
-    lines, common, separator = max((found for found in seen if found[1] > 1), default=(0, 0, ""))
+    quoted, plain = _best_separator(start, '"'), _best_separator(start, None)
+    # A single quote that is an ordinary character joins lines.
+    joined = plain[0] == 1 and quoted[1:3] == plain[1:3] and quoted[3] < plain[3]
+    quote = '"' if (quoted[0] == 1 or plain[0] < 1) and not joined else None
+    share, _, separator, _ = plain if quote is None else quoted
+    # If some rows have other numbers of fields, the message about them names their lines.
     require(
-        lines * 2 > len(start.splitlines()),
-        f"no separator found: expected fields between one of {', '.join(map(repr, _SEPARATORS))}, the same number in "
-        "each line",
+        share > 0.5,
+        f"no separator found: expected one of {', '.join(map(repr, _SEPARATORS))} between fields, equally many in each "
+        "line",
     )
-    return separator
+    return separator, quote
+
+
+def _best_separator(text: str, quote: str | None) -> tuple[float, int, str, int]:
+    """Return the separator that splits a text best, the first of equals.
+
+    Returns:
+        The share of rows with the common number of fields, this number, the separator, and the number of rows.
+    """
+    found: list[tuple[float, int, str, int]] = [(0.0, 0, "", 0)]
+    for separator in _SEPARATORS:
+        counts = [len(row) for _, row in _fields(text, separator, quote)]
+        common = max(set(counts), key=counts.count, default=1)
+        if common > 1:
+            found.append((counts.count(common) / len(counts), common, separator, len(counts)))
+    return max(found, key=lambda one: (one[0] == 1, one[1] if one[0] == 1 else one[0]))
 
 
 def _csv_columns(pieces: Sequence[_Piece], names: Sequence[str] | None) -> tuple[Form, dict[str, list[Value]]]:
     encoding = _encoding(pieces)
     path = pieces[0].path
     with _naming(path):
-        separator = find_separator(_whole_lines(pieces[0], encoding))
-    firsts, rows = _rows(pieces, encoding, separator)
+        separator, quote = find_separator(_whole_lines(pieces[0], encoding))
+    firsts, rows = _rows(pieces, encoding, separator, quote)
     decimal = _decimal([*firsts.values(), *rows], separator)
     header = _has_header(firsts[path], rows or list(firsts.values())[1:], decimal)
     if header:
@@ -300,29 +312,38 @@ def _csv_columns(pieces: Sequence[_Piece], names: Sequence[str] | None) -> tuple
     assert names is not None
     columns = {name: [row[number] for row in rows] for number, name in enumerate(names)}
     nulls = _nulls(columns, decimal)
-    form = Form(format="csv", separator=separator, header=header, decimal=decimal, encoding=encoding, nulls=nulls)
+    form = Form(
+        format="csv",
+        separator=separator,
+        header=header,
+        quote=quote,
+        decimal=decimal,
+        encoding=encoding,
+        nulls=nulls,
+    )
     return form, {name: [None if cell in nulls else cell for cell in cells] for name, cells in columns.items()}
 
 
-def _rows(pieces: Sequence[_Piece], encoding: str, separator: str) -> tuple[dict[str, list[str]], list[list[str]]]:
+def _rows(
+    pieces: Sequence[_Piece], encoding: str, separator: str, quote: str | None
+) -> tuple[dict[str, list[str]], list[list[str]]]:
     """Return the first row of each file, and all others."""
     firsts: dict[str, list[str]] = {}
     rows: list[list[str]] = []
     for piece in pieces:
         with _naming(piece.path):
-            for number, row in _fields(_whole_lines(piece, encoding), separator):
+            found = list(_fields(_whole_lines(piece, encoding), separator, quote))
+            # The last line of a part may end, and the first one of a later part begin, within a quoted field.
+            for number, row in found if piece.at_end else found[:-1]:
                 expected = len(next(iter(firsts.values()), row))
-                # A part in the middle of a file may begin within a quoted field.
                 require(
                     len(row) == expected or not piece.at_start,
                     f"line {number} has {len(row)} fields and the first line {expected}; correct this line, or quote "
                     "fields that contain the separator",
                 )
-                if len(row) != expected:
-                    continue
                 if piece.at_start and piece.path not in firsts:
                     firsts[piece.path] = row
-                else:
+                elif len(row) == expected:
                     rows.append(row)
     return firsts, rows
 
@@ -331,12 +352,11 @@ def _has_header(first: Sequence[str], rows: Sequence[Sequence[str]], decimal: st
     """Return whether a first row holds names: texts that differ, and do not recur as values."""
     if list(first) == [str(number) for number in range(len(first))]:
         return True  # as pandas names columns without names
-    named = len(set(first)) == len(first) and not any(is_number(cell, decimal) for cell in first)
-    if not named or not rows:
-        return named
-    numeric = [all(is_number(row[i], decimal) or not row[i] for row in rows) for i in range(len(first))]
+    if any(is_number(cell, decimal) for cell in first):
+        return False
+    numbers = any(all(is_number(row[i], decimal) or not row[i] for row in rows) for i in range(len(first)))
     recurs = any(row[i] == cell for i, cell in enumerate(first) if cell for row in rows)
-    return any(numeric) or not recurs
+    return (bool(rows) and numbers) or (len(set(first)) == len(first) and not recurs)
 
 
 def _check_names(path: str, names: Sequence[str] | None, first: Sequence[str], separator: str) -> None:
@@ -353,7 +373,8 @@ def _check_names(path: str, names: Sequence[str] | None, first: Sequence[str], s
     )
     twice = sorted({name for name in names if list(names).count(name) > 1})
     require(not twice, f"{path}: two columns are named {', '.join(twice)!r}; rename one of them")
-    require("" not in names, f"{path}: column {list(names).index('') + 1} of the header has no name; name it")
+    for number, name in enumerate(names, 1):
+        require(name, f"{path}: column {number} of the header has no name; name it")
 
 
 def _decimal(rows: Sequence[Sequence[str]], separator: str) -> str:
