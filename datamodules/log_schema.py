@@ -258,13 +258,7 @@ class LogSchema:
 
     def label_in(self, names: Collection[str]) -> Label:
         """Return the label, given the log's columns: a column of that name, else a condition."""
-        condition = _CONDITION.fullmatch(self.label.strip())
-        if self.label in names or condition is None:
-            return Label(column=self.label)
-        value = condition["value"].strip()
-        if value[0] == value[-1] and value[0] in "'\"" and len(value) > 1:
-            value = value[1:-1]
-        return Label(column=condition["column"].strip(), operator=condition["operator"], value=value)
+        return parse_label(self.label, names)
 
     def sources(self, names: Collection[str]) -> dict[str, str]:
         """Return the log's columns that the schema names, each with the key that names it.
@@ -310,6 +304,17 @@ class LogSchema:
     def document(self) -> dict[str, Any]:
         """Return the schema as JSON values, without what is left at its default."""
         return json.loads(json.dumps(_document(self)))
+
+
+def parse_label(text: str, names: Collection[str]) -> Label:
+    """Return the label that a text means, given the log's columns: a column of that name, else a condition."""
+    condition = _CONDITION.fullmatch(text.strip())
+    if text in names or condition is None:
+        return Label(column=text.strip())
+    value = condition["value"].strip()
+    if value[0] == value[-1] and value[0] in "'\"" and len(value) > 1:
+        value = value[1:-1]
+    return Label(column=condition["column"].strip(), operator=condition["operator"], value=value)
 
 
 def read_log_schema(path: Path) -> LogSchema:
