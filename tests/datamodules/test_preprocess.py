@@ -596,7 +596,7 @@ def test_estimate_looks_at_each_compression(tmp_path: Path) -> None:
     lines = generated_lines(400)
     names = ["a", "b.gz", "c.zst", "d", "e.gz"]
     files = find_files([str(written(tmp_path / name, lines)) for name in names])
-    found = progress.estimate(files, multi_hot=False)
+    found = progress.estimate(files, (115, 65))
     size = (tmp_path / "a").stat().st_size
     assert found.rows == pytest.approx(2000, rel=0.01) and found.text_bytes == pytest.approx(5 * size, rel=0.01)
     assert found.fields == 40
