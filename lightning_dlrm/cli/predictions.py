@@ -1,5 +1,6 @@
 """``predict`` writes ``predictions.parquet``, batch by batch: memory does not grow with the rows."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError, one_line, require
-from lightning_dlrm.tracking.run_folder import PREDICTIONS, RunFolder
+from lightning_dlrm.tracking.run_folder import PREDICTIONS, RunFolder, set_aside
+
+log = logging.getLogger("lightning_dlrm")
 
 SCHEMA = pa.schema([("row", pa.int64()), ("probability", pa.float32())])
 
@@ -25,11 +28,13 @@ class PredictionWriter(BasePredictionWriter):
 
     Args:
         folder: the run folder.
+        allow_nonfinite: whether to write probabilities that are NaN, which end the command by default.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, allow_nonfinite: bool = False) -> None:
         super().__init__(write_interval="batch")
         self._folder = folder
+        self._allow_nonfinite = allow_nonfinite
         self._writer: pq.ParquetWriter | None = None
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -47,6 +52,12 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         assert self._writer is not None
         columns = [prediction[name].cpu().numpy() for name in SCHEMA.names]
+        bad = columns[0][np.isnan(columns[1])]
+        if len(bad) and not self._allow_nonfinite:
+            raise UserError(
+                f"the probability of row {bad[0]} is NaN: values of the row are, or the model overflows on it; look "
+                "for outliers in its dense columns, or write all rows with --allow_nonfinite true"
+            )
         self._writer.write_table(pa.table(columns, schema=SCHEMA))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -67,7 +78,7 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def merge_by_row(parts: Sequence[Path], target: Path) -> None:
-    """Merge files that are each in row order into one, and remove them.
+    """Merge files that are each in row order into one, and remove them; an earlier ``target`` is set aside.
 
     Raises:
         UserError: a part is missing.
@@ -87,6 +98,8 @@ def merge_by_row(parts: Sequence[Path], target: Path) -> None:
             part.unlink()
     else:
         partial = parts[0]
+    if target.exists():
+        log.info("the previous %s is kept as %s", target, set_aside(target))
     partial.replace(target)
 
 

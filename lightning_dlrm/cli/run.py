@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytorch_lightning as pl
 from jsonargparse import Namespace
 from pytorch_lightning.callbacks import ProgressBar, Timer
@@ -85,7 +86,9 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
         call_trainer(job, trainer)
         if command == "fit":
             report_fit(job, trainer)
-        elif command != "predict":
+        elif command == "predict":
+            report_predictions(job, trainer)
+        else:
             report_evaluation(job, trainer)
     return 0
 
@@ -139,7 +142,7 @@ def build_callbacks(job: Job, trainer_settings: dict[str, Any]) -> list[pl.Callb
         if metrics_logger.checkpoints is not None:
             callbacks.append(metrics_logger.checkpoints)
     else:
-        callbacks += [EvaluationWriter(job.folder), PredictionWriter(job.folder)]
+        callbacks += [EvaluationWriter(job.folder), PredictionWriter(job.folder, settings.allow_nonfinite)]
     own_bar = any(isinstance(given, ProgressBar) for given in callbacks)
     if trainer_settings["enable_progress_bar"] is not False and not own_bar:
         callbacks.append(RunProgress(metrics_logger))
@@ -158,6 +161,7 @@ class RunTrainer(pl.Trainer):
 
     def __init__(self, folder: RunFolder, **settings: Any) -> None:
         self._run_folder = None if settings["default_root_dir"] else folder
+        self.max_time = settings["max_time"]
         super().__init__(**settings)
 
     @property
@@ -311,12 +315,14 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
     Lightning exits with 0 after SIGTERM and with 1 after Ctrl-C; they expect 128 + signal.
     """
     succeeded = False
+    wandb: str | None = None
     try:
         with exit_on_signals() as received:
             try:
                 yield
                 succeeded = True
             finally:
+                wandb = wandb_address(trainer.loggers, job.folder)
                 finish_loggers(succeeded)
     except (SIGTERMException, KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and not received and not trainer.interrupted:
@@ -335,6 +341,8 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
         trained = succeeded and (job.metrics_logger is None or job.metrics_logger.samples > 0)
         if not trained and job.made_folder:
             job.folder.remove_without_results()
+        if wandb is not None and job.folder.path.exists() and not (succeeded and job.command == "fit"):
+            log.info("W&B: %s", wandb)
         if job.lock is not None:
             job.lock.release()
 
@@ -371,3 +379,10 @@ def report_evaluation(job: Job, trainer: pl.Trainer) -> None:
         for note in published_notes(job.settings.published, job.module.results, split, job.datamodule.schema.dataset):
             print(note)
         print(f"kept in {job.folder.path}")
+
+
+def report_predictions(job: Job, trainer: pl.Trainer) -> None:
+    """Print how many rows ``predict`` wrote, and where."""
+    path = job.folder.path / PREDICTIONS
+    if trainer.is_global_zero:
+        print(f"{pq.read_metadata(path).num_rows:,} rows of predictions written to {path}")
