@@ -149,7 +149,8 @@ def build_callbacks(job: Job, trainer_settings: dict[str, Any]) -> list[pl.Callb
         if metrics_logger.checkpoints is not None:
             callbacks.append(metrics_logger.checkpoints)
     else:
-        callbacks += [EvaluationWriter(job.folder), PredictionWriter(job.folder)]
+        beside = getattr(job.datamodule, "read_beside", None)
+        callbacks += [EvaluationWriter(job.folder), PredictionWriter(job.folder, beside)]
     own_bar = any(isinstance(given, ProgressBar) for given in callbacks)
     if trainer_settings["enable_progress_bar"] is not False and not own_bar:
         callbacks.append(RunProgress(metrics_logger))
