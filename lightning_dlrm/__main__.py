@@ -174,7 +174,7 @@ def _is_refusal_of_lightning(error: BaseException) -> bool:
 
 def _start_workers(arguments: Sequence[str]) -> None:
     """Start the worker processes of ``preprocess`` before this process loads anything."""
-    if arguments[:1] == ["preprocess"] and "--input" in arguments:
+    if arguments[:1] == ["preprocess"] and "--input" in arguments and "--infer" not in arguments:
         importlib.import_module("datamodules.preprocess.workers").serve_processes()
 
 

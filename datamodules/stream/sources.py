@@ -303,10 +303,13 @@ def _to_batches(rows: Rows, sizes: Sequence[int], global_sizes: Sequence[int]) -
     """Split rows into consecutive batches of the given sizes, as views."""
     # torch.split takes a fraction of the time of NumPy slices and a conversion of each.
     labels = [None] * len(sizes) if rows.label is None else torch.from_numpy(rows.label).split(sizes)
+    groups = [None] * len(sizes) if rows.group is None else torch.from_numpy(rows.group).split(sizes)
     dense = torch.from_numpy(rows.dense).split(sizes)
     return [
-        Batch(label=label, dense=dense_BI, ids=ids, global_size=global_size)
-        for label, dense_BI, ids, global_size in zip(labels, dense, _split_ids(rows, sizes), global_sizes, strict=True)
+        Batch(label=label, dense=dense_BI, ids=ids, global_size=global_size, group=group)
+        for label, dense_BI, ids, global_size, group in zip(
+            labels, dense, _split_ids(rows, sizes), global_sizes, groups, strict=True
+        )
     ]
 
 

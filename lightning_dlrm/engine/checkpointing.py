@@ -122,8 +122,8 @@ class RunCheckpoints(Checkpoint):
         step = trainer.global_step
         # At the end of a fit without validations too: after that Lightning counts an unfinished epoch as finished.
         due = (self.every_n_steps and step % self.every_n_steps == 0) or _ends_now(trainer)
-        if due and step != self._saved_step and not _validates_now(trainer, batch_idx):
-            self._save(trainer)
+        if due and not validates_now(trainer, batch_idx):
+            self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -139,6 +139,10 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Only the end of a fit without the callback FinalValidation has not been saved yet.
+        self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Save ``last`` between two steps, unless the step is saved already; all ranks call it together."""
         if trainer.global_step != self._saved_step:
             self._save(trainer)
 
@@ -217,7 +221,7 @@ def _ends_now(trainer: pl.Trainer) -> bool:
     return trainer.should_stop and not trainer.fit_loop.min_epochs and not trainer.fit_loop.min_steps
 
 
-def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
+def validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Return whether a validation, which saves too, follows this step."""
     interval = trainer.val_check_batch
     epochs = trainer.check_val_every_n_epoch

@@ -15,6 +15,12 @@ from lightning_dlrm.contracts.errors import UserError
 
 _LONG_TIMEOUT = timedelta(hours=2)
 
+_LOST = (
+    *("closed by peer", "reset by peer", "pair closure", "timed out", "timeout", "broken pipe", "connection refused"),
+    *("no route to host", "network is unreachable", "connection abort", "read error", "write error", "not connected"),
+)
+"""What gloo says of a rank that has ended, is stopped, or whose network is cut; in lower case."""
+
 _long_timeout_group: tuple[Any, Any] | None = None
 """The default process group for which the gloo group with the long timeout was made, and that group."""
 
@@ -158,8 +164,7 @@ def is_lost_rank(error: BaseException) -> bool:
         return True
     # Gloo raises RuntimeError, whose message begins with a path in gloo's sources.
     text = str(error).lower()
-    phrases = ("closed by peer", "reset by peer", "timed out", "broken pipe", "no route to host", "connection refused")
-    return isinstance(error, RuntimeError) and "/gloo/" in text and any(phrase in text for phrase in phrases)
+    return isinstance(error, RuntimeError) and "/gloo/" in text and any(phrase in text for phrase in _LOST)
 
 
 def _make_long_timeout_group() -> Any:

@@ -97,11 +97,14 @@ def test_from_raw_rows_to_predictions(source: str, tmp_path: Path, capsys: pytes
     for split, expected in {"validation": schema.splits["validation"].rows, "all": rows}.items():
         assert main(["predict", *again, "--data.predict_split", split]) == 0
         table = pq.read_table("run/predictions.parquet")
-        assert table.schema.names == ["row", "probability"]
-        assert [str(t) for t in table.schema.types] == ["int64", "float"]
+        assert table.schema.names == ["split", "row", "label", "probability"]
+        assert [str(t) for t in table.schema.types] == ["string", "int64", "int8", "float"]
+        splits = [split] if split != "all" else ["train", "validation", "test"]
+        assert table["split"].to_pylist() == [name for name in splits for _ in range(schema.splits[name].rows)]
         assert table["row"].to_pylist() == list(range(expected))
         if split == "validation":
             labels = pq.read_table("data/validation", columns=["label"])["label"].to_numpy()
+            assert table["label"].to_numpy().tolist() == labels.tolist()
             auc = roc_auc_score(labels, table["probability"].to_numpy())
             assert auc == pytest.approx(found["validation/auc"], abs=1e-4)
     assert "traceback" not in capsys.readouterr().err.lower()

@@ -249,7 +249,7 @@ def test_evaluations_say_what_they_found_once_and_keep_earlier_predictions(
     run("predict", *trained)
     predictions = Path("run/predictions.parquet").resolve()
     rows, first = pq.read_metadata(predictions).num_rows, predictions.read_bytes()
-    assert capsys.readouterr().out == f"{rows:,} rows of predictions written to {predictions}\n"
+    assert f"{predictions} has the probabilities of {rows:,} rows" in caplog.text
     run("predict", *trained, "--data.predict_split=validation")
     (aside,) = (path for path in predictions.parent.glob("predictions-*"))
     assert aside.read_bytes() == first and f"the previous {predictions} is kept as {aside}" in caplog.text
