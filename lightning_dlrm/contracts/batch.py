@@ -117,6 +117,8 @@ class Batch:
     ids: SparseIds
     global_size: int
     """Samples of the global batch, over all ranks: the divisor of a mean over the batch."""
+    start: int | None = None
+    """Samples of the global batch in the slices of lower ranks; None if the stream does not say."""
     rows: Tensor | None = None
     """int64 [B]: position of each sample in its split, if the stream was asked for it."""
     group: Tensor | None = None
@@ -179,6 +181,7 @@ class Batch:
             dense=change(self.dense),
             ids=ids,
             global_size=self.global_size,
+            start=self.start,
             rows=change(self.rows),
             group=change(self.group),
         )
