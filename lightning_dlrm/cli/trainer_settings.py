@@ -5,7 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from jsonargparse import Namespace
-from pytorch_lightning.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import EarlyStopping, StochasticWeightAveraging, Timer, WeightAveraging
 
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
@@ -48,6 +48,10 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
         "trainer.reload_dataloaders_every_n_epochs: the stream orders every epoch by itself; leave it at 0",
     )
     for callback in as_list(trainer["callbacks"]):
+        require(
+            not isinstance(callback, Timer) or trainer["max_time"] is None,
+            "trainer.max_time counts for nothing beside a Timer in trainer.callbacks: leave one of them out",
+        )
         require(
             not isinstance(callback, (StochasticWeightAveraging, WeightAveraging)),
             f"trainer.callbacks: the averages of {type(callback).__name__} would not be in the checkpoints, "
