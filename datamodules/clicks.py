@@ -1,13 +1,15 @@
 """Click logs in a dataset folder as a LightningDataModule: the base of all datamodules of this package."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import pytorch_lightning as pl
 
 from datamodules.folder import Folder, check_sizes, load_schema, part_files
-from datamodules.parquet import open_part, read_slices
+from datamodules.parquet import open_part, read_beside, read_slices
 from datamodules.stream.loader import Cache, Loader, TrainingLoader
 from datamodules.stream.order import LANES, Shuffle
 from lightning_dlrm.contracts.errors import UserError, require
@@ -15,6 +17,11 @@ from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema, 
 
 # A footer takes some 10 ms to check. Those of further files are checked when their rows are read.
 _FILES_AT_START = 100
+
+_UNEVEN = 1.1
+"""The busiest rank's samples over the mean from which on a warning says so."""
+
+log = logging.getLogger("lightning_dlrm")
 
 _STAGE_SPLITS: dict[str, tuple[SplitName, ...]] = {
     "fit": ("train", "validation"),
@@ -42,6 +49,7 @@ class FolderData(pl.LightningDataModule):
         verify: Compare the checksums of the pages that are read, which takes about 5% of the reader's speed.
         seed: Seed of the orders of `window` and `full`; by default that of seed_everything, or 0 from Python.
         predict_split: The split that predict scores; `all` is train, validation and test, one after the other.
+        group: A kept column, such as the user, whose values the batches of validate and test number in `Batch.group`.
 
     Raises:
         UserError: an option is out of range.
@@ -58,6 +66,7 @@ class FolderData(pl.LightningDataModule):
         verify: bool = True,
         seed: int | None = None,
         predict_split: Literal["train", "validation", "test", "all"] = "test",
+        group: str | None = None,
     ) -> None:
         super().__init__()
         counts = {"batch_size": batch_size, "evaluation_batch_size": evaluation_batch_size, "threads": threads}
@@ -69,7 +78,7 @@ class FolderData(pl.LightningDataModule):
         )
         self.folder = Folder(folder)
         self.batch_size, self.evaluation_batch_size, self.shuffle = batch_size, evaluation_batch_size, shuffle
-        self.seed, self.predict_split = seed or 0, predict_split
+        self.seed, self.predict_split, self.group = seed or 0, predict_split, group
         self._reading = {"cache": cache, "threads": threads, "verify": verify}
         self._schema: DatasetSchema | None = None
 
@@ -146,16 +155,34 @@ class FolderData(pl.LightningDataModule):
             **self._loader_options(),
         )
         loader.limit_epoch(self._limited_batches(len(loader)))
+        self._warn_of_uneven_ranks(loader)
         return loader
 
+    def _warn_of_uneven_ranks(self, loader: TrainingLoader) -> None:
+        rank, world = self._rank_and_world
+        largest = float(loader.rank_shares(world).max()) * world
+        if rank == 0 and largest > _UNEVEN:
+            groups = sum(len(file.row_groups) for file in part_files(self.schema, ["train"]))
+            log.warning(
+                "the busiest rank trains %.2f times the mean number of samples of a batch, and the others wait for "
+                "it: data.shuffle window gives whole row groups to ranks, and the training split has %s of them. Use "
+                "data.shuffle full with data.cache memory if the rows fit, or fewer ranks",
+                *(largest, groups),
+            )
+
     def val_dataloader(self) -> Loader:
-        return self._evaluation_loader(["validation"])
+        return self._evaluation_loader(["validation"], group=self.group)
 
     def test_dataloader(self) -> Loader:
-        return self._evaluation_loader(["test"])
+        return self._evaluation_loader(["test"], group=self.group)
 
     def predict_dataloader(self) -> Loader:
         return self._evaluation_loader(self._predict_splits, rows=True)
+
+    def read_beside(self) -> Iterator[pa.Table]:
+        """Yield what stands beside the features of the rows that predict scores, in their order: ``split``, the label
+        if there is one, and kept columns."""
+        yield from read_beside(self.folder, self.schema, self._predict_splits)
 
     @property
     def _predict_splits(self) -> tuple[SplitName, ...]:

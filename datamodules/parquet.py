@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from datamodules.folder import REMEDY, Folder, check_sizes, load_schema
 from lightning_dlrm.contracts.errors import UserError, one_line, require
-from lightning_dlrm.contracts.schema import WEIGHTS_SUFFIX, Column, DataFile, DatasetSchema
+from lightning_dlrm.contracts.schema import WEIGHTS_SUFFIX, Column, DataFile, DatasetSchema, SplitName
 
 ARROW_TYPES: Mapping[str, pa.DataType] = {
     "label": pa.int8(),
@@ -22,6 +22,15 @@ ARROW_TYPES: Mapping[str, pa.DataType] = {
     "multi_hot": pa.list_(pa.int32()),
     "weights": pa.list_(pa.float32()),
 }
+
+KEPT_TYPES: Mapping[str, pa.DataType] = {
+    "text": pa.string(),
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+    "timestamp": pa.timestamp("us"),
+}
+"""Of kept columns, by ``Column.transform``."""
 
 SLICE_ROWS = 65_536
 """Rows that are decoded together, at most: row groups of other writers may have any number of rows."""
@@ -74,7 +83,7 @@ def _opened(where: Folder, schema: DatasetSchema, file: DataFile, verify: bool) 
         found = types.get(column.name)
         if found is None or not _fits(found, column):
             state = "is missing" if found is None else f"has type {found}"
-            raise UserError(f"{path}: column {column.name} {state}, expected {ARROW_TYPES[column.role]}; {REMEDY}")
+            raise UserError(f"{path}: column {column.name} {state}, expected {arrow_type(column)}; {REMEDY}")
     metadata = part.metadata
     groups = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
     require(
@@ -83,6 +92,11 @@ def _opened(where: Folder, schema: DatasetSchema, file: DataFile, verify: bool) 
         f"{file.rows} in {len(file.row_groups)} (or splits them differently); {REMEDY}",
     )
     return part
+
+
+def arrow_type(column: Column) -> pa.DataType:
+    """Return the type of a column in part files."""
+    return KEPT_TYPES[column.transform] if column.role == "keep" else ARROW_TYPES[column.role]
 
 
 def weighted_column(weights: Column) -> str:
@@ -166,6 +180,23 @@ def read_part(
             yield from read_slices(where, file, part, group, columns)
 
 
+def read_beside(where: Folder, schema: DatasetSchema, splits: Sequence[SplitName]) -> Iterator[pa.Table]:
+    """Yield what stands beside the features of every row, in order: ``split``, the label if there is one, and the kept
+    columns.
+
+    Raises:
+        UserError: see ``read_part``.
+    """
+    columns = schema.by_role("label", "keep")
+    for split in splits:
+        for file in schema.splits[split].files:
+            # Without such columns, any column says how many rows there are.
+            for rows in read_part(where, schema, file, columns or schema.columns[:1]):
+                names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(rows), np.int8)), [split])
+                beside = [rows.column(column.name) for column in columns]
+                yield pa.table([names.cast(pa.string()), *beside], ["split", *(column.name for column in columns)])
+
+
 def _rows_of_slice(part: pq.ParquetFile, group: int) -> int:
     """Return ``SLICE_ROWS``, or fewer rows if they are long."""
     metadata = part.metadata.row_group(group)
@@ -202,7 +233,7 @@ def _check_column(place: str, column: Column, rows: pa.RecordBatch, first: int) 
         bags = weighted_column(column)
         if bags in rows.schema.names:
             check_weights(f"{place}, rows from {first:,}", values, rows.column(bags))
-    else:
+    elif column.cardinality:
         # As uint32, negative ids are large. NumPy takes a tenth of the time of pyarrow's min_max.
         ids = items.to_numpy().view(np.uint32)
         if ids.max(initial=0) >= column.cardinality:
@@ -242,7 +273,7 @@ def _check_dense(place: str, values: pa.Array, first: int) -> None:
 
 
 def _fits(found: pa.DataType, column: Column) -> bool:
-    expected = ARROW_TYPES[column.role]
+    expected = arrow_type(column)
     if pa.types.is_list(expected):
         return pa.types.is_list(found) and found.value_type.equals(expected.value_type)
     return found.equals(expected)

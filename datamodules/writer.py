@@ -14,7 +14,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.parquet import ARROW_TYPES, check_values, check_weights, weighted_column
+from datamodules.parquet import arrow_type, check_values, check_weights, weighted_column
 from lightning_dlrm.contracts.disk import flush
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SPLITS, Column, DataFile, DatasetSchema, Split, file_sha256
@@ -26,7 +26,7 @@ ROW_GROUP_ROWS = 16_384
 # 64 row groups: a footer takes 2 ms to parse, and Kaggle makes 44 files, Terabyte 4,171.
 ROWS_PER_FILE = 64 * ROW_GROUP_ROWS
 
-Values: TypeAlias = Any  # np.ndarray | pa.ListArray | tuple[np.ndarray, np.ndarray]
+Values: TypeAlias = Any  # np.ndarray | pa.Array | tuple[np.ndarray, np.ndarray]
 
 
 class DatasetWriter:
@@ -84,7 +84,7 @@ class DatasetWriter:
             split: ``train``, ``validation`` or ``test``.
             arrays: for every column B values: label int8; dense float32 (NaN is stored as null); categorical int32;
                 multi-hot a list<int32> array, or a pair of int32 values [N] and offsets [B + 1]; weights likewise,
-                with float32 values.
+                with float32 values; kept columns an Arrow array.
 
         Raises:
             UserError: the numbers of weights and ids of a bag differ, or see ``parquet.check_values``.
@@ -255,14 +255,16 @@ def _arrow_schema(columns: Sequence[Column]) -> pa.Schema:
     nulls they are a tenth faster to write and to read."""
     return pa.schema(
         [
-            pa.field(column.name, ARROW_TYPES[column.role], nullable=column.role not in ("label", "categorical"))
+            pa.field(column.name, arrow_type(column), nullable=column.role not in ("label", "categorical"))
             for column in columns
         ]
     )
 
 
 def _to_arrow(column: Column, values: Values) -> pa.Array:
-    kind = ARROW_TYPES[column.role]
+    kind = arrow_type(column)
+    if column.role == "keep":
+        return values.cast(kind)
     if pa.types.is_list(kind):
         if not isinstance(values, tuple):
             assert values.type.equals(kind), f"column {column.name}: {values.type} given, {kind} expected"
@@ -283,7 +285,7 @@ def _dtype(kind: pa.DataType) -> np.dtype:
 
 def _leaf(column: Column) -> str:
     """Return the name of the Parquet leaf that holds a column's values."""
-    return f"{column.name}.list.element" if pa.types.is_list(ARROW_TYPES[column.role]) else column.name
+    return f"{column.name}.list.element" if pa.types.is_list(arrow_type(column)) else column.name
 
 
 def data_file(root: Path, path: str, groups: tuple[int, ...] = ()) -> DataFile:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from datamodules.folder import Folder, check_sizes, load_schema, part_files, verify
-from datamodules.preprocess.inspection import render, render_report, summary
+from datamodules.preprocess.inference import infer
+from datamodules.preprocess.inspection import one_label_warnings, render, render_report, summary
 from datamodules.preprocess.leakage import equal_rows
 from datamodules.preprocess.options import DISTRIBUTIONS, OnBadRow
 from datamodules.preprocess.pipeline import order_warning, preprocess
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import DATASETS, PROTOCOLS
 from datamodules.preprocess.skew import all_skews, check_figure, draw
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 
 _PREPROCESS_DESCRIPTION = """\
@@ -104,9 +106,8 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "raw files or URLs, in the order of days (a shell lists day_* as day_1, day_10, day_11)",
         },
         "--output": {
-            "required": True,
             "metavar": "DIR",
-            "help": "folder or URL to make; must not exist, or be empty",
+            "help": "folder or URL to make; must not exist, or be empty (needed unless --infer is given)",
         },
         "--work": {
             "type": Path,
@@ -173,6 +174,20 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+_INFER_OPTIONS: dict[str, dict[str, Any]] = {
+    "--infer": {
+        "type": Path,
+        "metavar": "FILE.yaml",
+        "help": "read a sample of --input and write a schema of it, with what was found as comments; makes no dataset",
+    },
+    "--label": {
+        "metavar": "LABEL",
+        "help": "what to predict: a column of 0 and 1, or a condition such as 'rating >= 4'; without "
+        "it, candidates are listed",
+    },
+    "--columns": {"metavar": "NAME,...", "help": "names of the columns of text files without a header"},
+}
+
 _INSPECT_OPTIONS: dict[str, dict[str, Any]] = {
     "folder": {"metavar": "DIR", "help": "the dataset folder, made by preprocess or generate; a path or a URL"},
     "--verify": {"action": "store_true", "help": "read every file and compare its checksum (about 1 GB per second)"},
@@ -190,15 +205,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         for name, settings in options.items():
             group.add_argument(name, **settings)
+    group = parser.add_argument_group("how to write a schema of a log of any form")
+    for name, settings in _INFER_OPTIONS.items():
+        group.add_argument(name, **settings)
 
 
 def run(args: argparse.Namespace) -> int:
     """Preprocess with the parsed options, print a report, and return the exit code.
 
     Raises:
-        UserError: see ``pipeline.preprocess``.
+        UserError: see ``pipeline.preprocess`` and ``inference.infer``.
         SystemExit: on SIGTERM and SIGHUP.
     """
+    if args.infer is not None:
+        names = None if args.columns is None else [name.strip() for name in args.columns.split(",")]
+        print(infer(args.infer, args.label, args.input, names))
+        return 0
+    for name in ("label", "columns"):
+        require(getattr(args, name) is None, f"--{name} goes with --infer; with --schema, the schema file says it")
+    require(args.output is not None, "--output is missing; name the folder to make")
     if warning := order_warning(args.dataset, args.input):
         print(warning, file=sys.stderr)
     progress = Progress()
@@ -208,6 +233,8 @@ def run(args: argparse.Namespace) -> int:
         schema = preprocess(inputs=args.input, progress=progress, **given)
     if progress.stages:
         print(render_report(schema, progress.stages))
+    for warning in one_label_warnings(schema):
+        print(f"warning: {warning}", file=sys.stderr)
     if args.vocabulary is None:
         command = f"fit --config dlrm.yaml --config criteo_{schema.dataset}.yaml --data.path {args.output}"
         print(f"train on it: python -m lightning_dlrm {command}")
@@ -250,6 +277,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=1))
         return 0
     print(render(facts))
+    for warning in one_label_warnings(schema):
+        print(f"warning: {warning}", file=sys.stderr)
     print(
         "the checksums of all files match"
         if args.verify

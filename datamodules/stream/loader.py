@@ -47,9 +47,10 @@ class Loader:
         verify: compare the checksums of pages, at 15 ns a row or about 5% of the reader's speed.
         pin: put batches into page-locked memory, from which a GPU copies faster.
         copies: ranks that share this machine's memory.
+        group: the kept column that ``Batch.group`` numbers; None for none.
 
     Raises:
-        UserError: the rows to cache do not fit into memory.
+        UserError: the rows to cache do not fit into memory, or ``group`` is no kept column.
     """
 
     def __init__(
@@ -67,8 +68,16 @@ class Loader:
         verify: bool = True,
         pin: bool = False,
         copies: int = 1,
+        group: str | None = None,
     ) -> None:
         self.folder, self.schema, self.splits = Folder(folder), schema, tuple(splits)
+        kept = [column.name for column in schema.by_role("keep")]
+        require(
+            group is None or group in kept,
+            f"{folder} has no kept column {group!r} to group by; it has {', '.join(kept) or 'none'}: name one of them, "
+            "or preprocess the log again with the column in role keep",
+        )
+        self._group = group
         self.batch_size = batch_size
         self._rank, self._world, self._rows, self._threads, self._pin = rank, world, rows, threads, pin
         self._files = tuple(part_files(schema, self.splits))
@@ -154,7 +163,7 @@ class Loader:
         )
 
     def _decoder(self) -> Decoder:
-        return Decoder(self.folder, self.schema, self._files, self._verify, self._threads)
+        return Decoder(self.folder, self.schema, self._files, self._verify, self._threads, self._group)
 
     def _decode_all(self, decoder: Decoder, order: Order) -> Rows:
         if self._cached_rows is None:
@@ -214,6 +223,10 @@ class TrainingLoader(Loader):
     def limit_epoch(self, batches: int) -> None:
         """End every epoch after so many batches, like a trainer that takes fewer than there are."""
         self._epoch_batches = batches
+
+    def rank_shares(self, world: int) -> np.ndarray:
+        """Return the share of an epoch's rows that each rank serves, float64 [world]."""
+        return self._order(self._shuffle, self._seed, self._epoch).rank_shares(world)
 
     def _cached_range(self) -> tuple[int, int]:
         # Any rank may need any row in some epoch.

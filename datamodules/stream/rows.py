@@ -3,6 +3,7 @@
 Shape suffixes: n rows, I dense columns, F tables, N multi-hot indices.
 """
 
+import hashlib
 import math
 import threading
 from collections import OrderedDict
@@ -36,6 +37,8 @@ class Rows:
     """float32 [n, I], NaN where missing"""
     ids: np.ndarray
     """int32 [n, F]: ids; with multi-hot columns, how many each bag has"""
+    group: np.ndarray | None = None
+    """int64 [n]: numbers of the values of a kept column; see ``group_numbers``"""
     values: np.ndarray | None = None
     """int32 [N]: with multi-hot columns the ids, sample by sample and within it table by table; where a column has
     weights, fields ``id`` int32 and ``weight`` float32"""
@@ -48,7 +51,7 @@ class Rows:
     @property
     def arrays(self) -> list[np.ndarray]:
         """The arrays with one item for each row."""
-        return [array for array in (self.label, self.dense, self.ids) if array is not None]
+        return [array for array in (self.label, self.dense, self.ids, self.group) if array is not None]
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +78,7 @@ class Rows:
             label=None if self.label is None else choose(self.label),
             dense=choose(self.dense),
             ids=choose(self.ids),
+            group=None if self.group is None else choose(self.group),
             values=self.values,
             ends=self.ends,
         )
@@ -89,10 +93,17 @@ class Decoder:
         files: the part files of the split, in order.
         verify: compare the checksums of pages.
         threads: number of threads that call the decoder.
+        group: the kept column whose values ``Rows.group`` numbers; None for none. Other kept columns are not read.
     """
 
     def __init__(
-        self, folder: Folder, schema: DatasetSchema, files: Sequence[DataFile], verify: bool = True, threads: int = 1
+        self,
+        folder: Folder,
+        schema: DatasetSchema,
+        files: Sequence[DataFile],
+        verify: bool = True,
+        threads: int = 1,
+        group: str | None = None,
     ) -> None:
         self.folder, self.schema, self.files, self._verify = folder, schema, tuple(files), verify
         self.label = next((column.name for column in schema.by_role("label")), None)
@@ -102,6 +113,8 @@ class Decoder:
         self.weights = {weighted_column(column): column.name for column in schema.by_role("weights")}
         self.value_type = WEIGHTED_IDS if self.weights else _INT32
         """Of ``Rows.values``."""
+        self._group = group
+        self._columns = [column for column in schema.columns if column.role != "keep" or column.name == group]
         self._where = [(i, group) for i, file in enumerate(self.files) for group in range(len(file.row_groups))]
         # pyarrow does not promise that a ParquetFile is thread-safe, so each thread has its own.
         self._idle: OrderedDict[int, list[pq.ParquetFile]] = OrderedDict()
@@ -151,7 +164,7 @@ class Decoder:
         index, in_file = self._where[group]
         part = self._borrow(index)
         # One thread, because a wider pool would take cores from training.
-        for found in read_slices(self.folder, self.files[index], part, in_file, self.schema.columns, threads=False):
+        for found in read_slices(self.folder, self.files[index], part, in_file, self._columns, threads=False):
             yield self._decoded(dict(zip(found.schema.names, found.columns, strict=True)), len(found))
         self._give_back(index, part)
 
@@ -181,6 +194,8 @@ class Decoder:
             dense=_side_by_side([_floats(columns[name]) for name in self.dense], count, _FLOAT32),
             ids=np.empty((0, 0), np.int32),
         )
+        if self._group is not None:
+            rows.group = group_numbers(columns[self._group])
         if self.multi_hot:
             rows.ids, rows.values, rows.ends = self._bags(columns)
         else:
@@ -193,6 +208,7 @@ class Decoder:
             label=np.empty(count, np.int8) if self.label else None,
             dense=np.empty((count, len(self.dense)), np.float32),
             ids=np.empty((count, len(self.tables)), np.int32),
+            group=None if self._group is None else np.empty(count, np.int64),
             values=np.empty(0, self.value_type) if self.multi_hot else None,
         )
 
@@ -264,14 +280,33 @@ def join_rows(pieces: Sequence[Rows]) -> Rows:
     """Return the rows of several pieces, one after the other."""
     if len(pieces) == 1:
         return pieces[0]
-    label, dense, ids = ([getattr(piece, name) for piece in pieces] for name in ("label", "dense", "ids"))
     rows = Rows(
-        label=None if label[0] is None else np.concatenate(label), dense=np.concatenate(dense), ids=np.concatenate(ids)
+        dense=np.concatenate([piece.dense for piece in pieces]),
+        ids=np.concatenate([piece.ids for piece in pieces]),
+        label=_joined([piece.label for piece in pieces]),
+        group=_joined([piece.group for piece in pieces]),
     )
     if pieces[0].values is not None:
         rows.values = np.concatenate([piece.values for piece in pieces if piece.values is not None])
         rows.ends = np.append(0, np.cumsum(rows.ids.sum(axis=1, dtype=np.int64)))
     return rows
+
+
+def _joined(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    present = [array for array in arrays if array is not None]
+    return np.concatenate(present) if present else None
+
+
+def group_numbers(values: pa.Array) -> np.ndarray:
+    """Return int64 [n], equal for equal values of a kept column, the same in every file: integers as they are, other
+    values by a 64-bit hash of their text, and the least int64 for nulls."""
+    missing = np.iinfo(np.int64).min
+    if pa.types.is_integer(values.type):
+        return values.fill_null(missing).to_numpy()
+    encoded = values.dictionary_encode()
+    digests = (hashlib.blake2b(str(value).encode(), digest_size=8).digest() for value in encoded.dictionary.to_pylist())
+    numbers = np.append(np.frombuffer(b"".join(digests), "<i8"), missing)
+    return numbers[encoded.indices.fill_null(-1).to_numpy()]
 
 
 def take_bags(values: np.ndarray, ends: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

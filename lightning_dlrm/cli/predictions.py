@@ -1,6 +1,7 @@
 """``predict`` writes ``predictions.parquet``, batch by batch: memory does not grow with the rows."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,36 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError, one_line, require
-from lightning_dlrm.tracking.run_folder import PREDICTIONS, RunFolder
+from lightning_dlrm.tracking.run_folder import PREDICTIONS, RunFolder, set_aside
+
+log = logging.getLogger("lightning_dlrm")
 
 SCHEMA = pa.schema([("row", pa.int64()), ("probability", pa.float32())])
+"""What each rank writes, and every file of predictions has."""
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Callback that writes the columns ``row`` (position in the split, int64) and ``probability`` (float32).
+    """Callback that writes the columns ``split``, ``row`` (position in the data that are scored, int64), the label if
+    there is one, ``probability`` (float32) and kept columns.
 
     Each rank writes its rows in order to a file of its own; at the end rank 0 merges the files in row order.
 
     Args:
         folder: the run folder.
+        read_beside: yields what stands beside the features of all rows, in order: ``split``, the label if there is one,
+            and kept columns; None for data without: only ``row`` and ``probability`` are written.
+        allow_nonfinite: whether to write probabilities that are NaN, which end the command by default.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        read_beside: Callable[[], Iterator[pa.Table]] | None = None,
+        allow_nonfinite: bool = False,
+    ) -> None:
         super().__init__(write_interval="batch")
-        self._folder = folder
+        self._folder, self._read_beside = folder, read_beside
+        self._allow_nonfinite = allow_nonfinite
         self._writer: pq.ParquetWriter | None = None
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -47,6 +61,12 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         assert self._writer is not None
         columns = [prediction[name].cpu().numpy() for name in SCHEMA.names]
+        bad = columns[0][np.isnan(columns[1])]
+        if len(bad) and not self._allow_nonfinite:
+            raise UserError(
+                f"the probability of row {bad[0]} is NaN: values of the row are, or the model overflows on it; look "
+                "for outliers in its dense columns, or write all rows with --allow_nonfinite true"
+            )
         self._writer.write_table(pa.table(columns, schema=SCHEMA))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -55,7 +75,9 @@ class PredictionWriter(BasePredictionWriter):
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             parts = [self._partial(rank) for rank in range(trainer.world_size)]
-            merge_by_row(parts, self._folder.path / PREDICTIONS)
+            target = self._folder.path / PREDICTIONS
+            rows = merge_by_row(parts, target, None if self._read_beside is None else self._read_beside())
+            log.info("%s has the probabilities of %s rows", target, f"{rows:,}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._writer is not None:
@@ -66,8 +88,16 @@ class PredictionWriter(BasePredictionWriter):
         return self._folder.path / f"{PREDICTIONS}.partial-{rank}"
 
 
-def merge_by_row(parts: Sequence[Path], target: Path) -> None:
-    """Merge files that are each in row order into one, and remove them.
+def merge_by_row(parts: Sequence[Path], target: Path, beside: Iterator[pa.Table] | None = None) -> int:
+    """Merge files that are each in row order into one, and remove them; an earlier ``target`` is set aside.
+
+    Args:
+        parts: the files.
+        target: the file to write.
+        beside: further columns of all rows from row 0 on: see ``PredictionWriter``.
+
+    Returns:
+        The number of rows.
 
     Raises:
         UserError: a part is missing.
@@ -78,16 +108,21 @@ def merge_by_row(parts: Sequence[Path], target: Path) -> None:
             f"the predictions {missing[0]} of another rank are not visible to rank 0: "
             "put the run folder on a file system that all nodes share"
         )
-    if len(parts) > 1:
-        partial = parts[0].with_name(f"{target.name}.partial")
-        with pq.ParquetWriter(partial, SCHEMA) as writer:
-            for table in _merged([_Source(part) for part in parts]):
-                writer.write_table(table)
-        for part in parts:
-            part.unlink()
-    else:
-        partial = parts[0]
+    partial = parts[0].with_name(f"{target.name}.partial")
+    rows, writer = 0, None
+    try:
+        for table in _with_beside(_merged([_Source(part) for part in parts]), beside):
+            writer = writer or pq.ParquetWriter(partial, table.schema)
+            writer.write_table(table)
+            rows += len(table)
+    finally:
+        (writer or pq.ParquetWriter(partial, SCHEMA)).close()
+    for part in parts:
+        part.unlink()
+    if target.exists():
+        log.info("the previous %s is kept as %s", target, set_aside(target))
     partial.replace(target)
+    return rows
 
 
 def read_predictions(path: Path, rows: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -105,9 +140,9 @@ def read_predictions(path: Path, rows: int) -> tuple[NDArray[np.int64], NDArray[
         with pq.ParquetFile(path) as file:
             found, columns = file.metadata.num_rows, file.schema_arrow
             require(found == rows, f"{path} has {found:,} rows, the data {rows:,}: remove it, and compare again")
-            is_whole = columns.names == SCHEMA.names and columns.types == SCHEMA.types
+            is_whole = all(field in list(columns) for field in SCHEMA)
             require(is_whole, f"{path} has the columns {columns.names}, expected {SCHEMA.names}: make it with predict")
-            table = file.read()
+            table = file.read(SCHEMA.names)
     except UserError:
         raise
     except Exception as error:  # pyarrow has many kinds for a damaged file
@@ -154,3 +189,25 @@ def _merged(sources: Sequence[_Source]) -> Iterator[pa.Table]:
             return
         after = waiting[1][0] if len(waiting) > 1 else None
         yield pa.Table.from_batches([sources[waiting[0][1]].take_below(after)])
+
+
+def _with_beside(scored: Iterator[pa.Table], beside: Iterator[pa.Table] | None) -> Iterator[pa.Table]:
+    """Yield tables of ascending rows with the further columns of these rows."""
+    if beside is None:
+        yield from scored
+        return
+    first, loaded = 0, next(beside, None)
+    for table in scored:
+        rows, found = table["row"].to_numpy(), []
+        while len(rows):
+            assert loaded is not None, "rows beyond the data were scored"
+            inside = int(np.searchsorted(rows, first + len(loaded)))
+            found.append(loaded.take(rows[:inside] - first))
+            rows = rows[inside:]
+            if len(rows):
+                first, loaded = first + len(loaded), next(beside, None)
+        of_rows = pa.concat_tables(found)
+        names = of_rows.column_names
+        columns = {"split": of_rows["split"], "row": table["row"]}
+        columns |= {name: of_rows[name] for name in names if name == "label"} | {"probability": table["probability"]}
+        yield pa.table({**columns, **{name: of_rows[name] for name in names if name not in columns}})

@@ -124,8 +124,12 @@ class Batch:
     ids: SparseIds
     global_size: int
     """Samples of the global batch, over all ranks: the divisor of a mean over the batch."""
+    start: int | None = None
+    """Samples of the global batch in the slices of lower ranks; None if the stream does not say."""
     rows: Tensor | None = None
     """int64 [B]: position of each sample in its split, if the stream was asked for it."""
+    group: Tensor | None = None
+    """int64 [B]: a number of each sample, equal for equal values of a kept column, if the stream was asked for it."""
     checked_table_rows: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
     """``Features.table_rows`` of the features for which a loader has checked the values as ``check_values`` does; None
     if no loader has. Copies made by Batch keep it; ``dataclasses.replace`` resets it, because it may change values."""
@@ -136,7 +140,7 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.label, self.dense, self.rows, self.ids.values, self.ids.offsets, self.ids.weights)
+        tensors = (self.label, self.dense, self.rows, self.group, self.ids.values, self.ids.offsets, self.ids.weights)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def check_values(self, features: Features) -> None:
@@ -184,7 +188,9 @@ class Batch:
             dense=change(self.dense),
             ids=ids,
             global_size=self.global_size,
+            start=self.start,
             rows=change(self.rows),
+            group=change(self.group),
         )
         batch.checked_table_rows = self.checked_table_rows
         return batch

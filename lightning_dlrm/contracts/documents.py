@@ -1,8 +1,10 @@
 """Read JSON and YAML files, which may be damaged or foreign, and check their form."""
 
 import functools
+import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,7 +12,7 @@ from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 if TYPE_CHECKING:
     import yaml
-    from pydantic import TypeAdapter
+    from pydantic import TypeAdapter, ValidationError
 
 Form = TypeVar("Form")
 
@@ -46,22 +48,59 @@ def parse_json(content: str | bytes, form: type[Form], where: str, advice: str) 
         UserError: the content is not JSON in UTF-8, has another form, or control characters.
     """
     # Importing it takes a tenth of a second.
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
-    adapter: TypeAdapter[Form] = _ADAPTERS.get(form) or TypeAdapter(form)
-    _ADAPTERS[form] = adapter
     try:
         text = content if isinstance(content, str) else content.decode()
         require(not _CONTROL_IN_JSON.search(text), "it has control characters")
-        return adapter.validate_json(text, strict=True)
+        return _adapter(form).validate_json(text, strict=True)
     except (UnicodeDecodeError, UserError) as error:
         raise UserError(f"{where} is damaged or was changed ({one_line(error)}); {advice}") from error
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raised = first.get("ctx", {}).get("error")
-        place = "".join(f"{part}: " for part in first["loc"])
-        message = str(raised) if isinstance(raised, UserError) else f"{place}{first['msg']}"
-        raise UserError(f"{where} is damaged or was changed ({one_line(UserError(message))}); {advice}") from error
+        raise UserError(f"{where} is damaged or was changed ({_first_fault(error)}); {advice}") from error
+
+
+def parse_settings(values: Mapping[str, Any], form: type[Form], where: str) -> Form:
+    """Return settings that a user wrote, such as the content of a YAML file, as a value of a type; see ``parse_json``.
+
+    Args:
+        values: the settings.
+        form: the type.
+        where: path of the file, for messages.
+
+    Raises:
+        UserError: a setting is missing, unknown, of another type, or out of range.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(form).validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_fault(error, always_place=True)}") from error
+
+
+def _adapter(form: type[Form]) -> "TypeAdapter[Form]":
+    from pydantic import TypeAdapter
+
+    if form not in _ADAPTERS:
+        _ADAPTERS[form] = TypeAdapter(form)
+    return _ADAPTERS[form]
+
+
+def _first_fault(error: "ValidationError", always_place: bool = False) -> str:
+    """Return the first fault on one line.
+
+    Args:
+        error: pydantic's.
+        always_place: begin with the place also if this project's own check raised the error.
+    """
+    first = error.errors(include_url=False)[0]
+    place = "".join(f"{part}: " for part in first["loc"])
+    raised = first.get("ctx", {}).get("error")
+    if isinstance(raised, UserError):
+        return one_line(UserError(f"{place if always_place else ''}{raised}"))
+    found = f"found {first['input']!r}. " if always_place and isinstance(first["input"], str | int | float) else ""
+    return one_line(UserError(f"{place}{found}{first['msg']}"))
 
 
 def read_json(path: Path, form: type[Form], advice: str) -> Form:

@@ -12,6 +12,8 @@ A dataset folder looks like this::
 Part files store the label as int8, dense columns as float32, categorical columns as int32 row ids
 of their table, multi-hot columns as list<int32>, and weights columns as list<float32>: a multi-hot
 column ``X`` may have a column ``X_weights``, which holds a per-sample weight for each of its ids.
+Kept columns (role ``keep``) are no features: raw values such as users and times, stored beside the features in a type
+of ``KeptType``.
 """
 
 import dataclasses
@@ -29,7 +31,9 @@ from lightning_dlrm.contracts.errors import UserError, one_line, require
 FORMAT_VERSION = 1
 SCHEMA_FILE = "dataset.json"
 
-Role = Literal["label", "dense", "categorical", "multi_hot", "weights"]
+Role = Literal["label", "dense", "categorical", "multi_hot", "weights", "keep"]
+KeptType = Literal["text", "int64", "float64", "bool", "timestamp"]
+"""Types of kept columns; timestamps count microseconds."""
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 WEIGHTS_SUFFIX = "_weights"
@@ -56,7 +60,7 @@ class Column:
     cardinality: int = 0
     """Rows of the column's table, reserved ids included; 0 for columns without a table."""
     transform: str = ""
-    """Description of what preprocessing did to the raw values."""
+    """Description of what preprocessing did to the raw values; of a kept column its ``KeptType``."""
     reserved: Mapping[str, int] = field(default_factory=dict)
     """Meaning -> id of the reserved ids: ``missing``, ``rare``, ``unknown``; empty if there are none."""
 
@@ -170,6 +174,10 @@ class DatasetSchema:
                 f"column {column.name}: its table has {column.cardinality} rows and the reserved ids "
                 f"{dict(column.reserved)}; ids are below the number of rows, which is below 2**31",
             )
+            require(
+                column.role != "keep" or column.transform in get_args(KeptType),
+                f"column {column.name} (keep): transform {column.transform!r} is none of {get_args(KeptType)}",
+            )
             has_table = column.role in ("categorical", "multi_hot")
             require(
                 has_table == (column.cardinality > 0),
@@ -215,14 +223,14 @@ class DatasetSchema:
     def encoding_fingerprint(self) -> str:
         """Fingerprint of the meaning of a model's inputs: columns, transforms, settings, vocabulary.
 
-        A model may score all rows that are encoded in the same way, so rows, files and the presence of labels do not
-        change it.
+        A model may score all rows that are encoded in the same way, so rows, files, kept columns and the presence of
+        labels do not change it.
         """
         label = () if self.by_role("label") else (Column(name=CRITEO_LABEL, role="label"),)
         return _fingerprint(
             {
                 "protocol": self.protocol,
-                "columns": [dataclasses.asdict(column) for column in (*label, *self.columns)],
+                "columns": [dataclasses.asdict(c) for c in (*label, *self.columns) if c.role != "keep"],
                 "settings": dict(self.settings),
                 "vocabulary": {name: file.sha256 for name, file in self.vocabulary.items()},
             }

@@ -25,7 +25,7 @@ from lightning_dlrm.engine.memory import require_memory
 from lightning_dlrm.engine.timing import StepTimer
 from lightning_dlrm.engine.transfer import SideStream
 from lightning_dlrm.kernels.choice import Kernels, choose
-from lightning_dlrm.models.layers import MLP, DotInteraction, initialize
+from lightning_dlrm.models.layers import MLP, DotInteraction, Dropout, initialize, place_dropout
 from lightning_dlrm.models.network import CTRNetwork, ModelSize, model_size
 from lightning_dlrm.objectives.losses import LogLoss, Loss
 from lightning_dlrm.objectives.metrics import ClickCurves
@@ -35,7 +35,7 @@ from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import UpdateRule
 from lightning_dlrm.optim.schedules import Constant, Schedule, make_schedule, schedule_name
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
-from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.sharding.collectives import Ranks, slice_start
 from lightning_dlrm.tables.lookup import EmbeddingTables
 from lightning_dlrm.tracking import names
 
@@ -139,6 +139,7 @@ class CTRModule(pl.LightningModule):
         )
         self._side_stream: SideStream | None = None
         self._batch_size = 0
+        self._dropouts: list[Dropout] = []
 
     # --- building ---------------------------------------------------------------------------------
 
@@ -241,6 +242,9 @@ class CTRModule(pl.LightningModule):
         The loss is the slice's sum times ranks / global size: its average over the ranks, which DDP takes, is the
         mean over the global batch, whatever the sizes of the slices.
         """
+        if self._dropouts:
+            start = slice_start(batch.start, len(batch))
+            place_dropout(self._dropouts, self.seed, f"{self.trainer.current_epoch}/{batch_idx}", start)
         # ``score(dense, lookup(ids))``: see CTRNetwork.forward. The network is called as a module, so that its hooks
         # and a ``forward`` of its own take effect.
         logits_B = self(batch)
@@ -306,6 +310,7 @@ class CTRModule(pl.LightningModule):
             )
 
     def on_train_start(self) -> None:
+        self._dropouts = [layer for layer in self.network.modules() if isinstance(layer, Dropout)]
         # A loader that holds the next batch passes its ids to prefetch; with other loaders no rows are prefetched.
         loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "prefetch"):
@@ -319,6 +324,8 @@ class CTRModule(pl.LightningModule):
     def on_train_end(self) -> None:
         for lookup in self.network.lookups():
             lookup.flush()
+        for layer in self._dropouts:
+            layer.is_placed = False
 
     def _scaled(self, loss: Tensor, batch_idx: int) -> Tensor:
         """Return the loss scaled for a last step with fewer micro-batches.

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -96,11 +97,14 @@ def test_from_raw_rows_to_predictions(source: str, tmp_path: Path, capsys: pytes
     for split, expected in {"validation": schema.splits["validation"].rows, "all": rows}.items():
         assert main(["predict", *again, "--data.predict_split", split]) == 0
         table = pq.read_table("run/predictions.parquet")
-        assert table.schema.names == ["row", "probability"]
-        assert [str(t) for t in table.schema.types] == ["int64", "float"]
+        assert table.schema.names == ["split", "row", "label", "probability"]
+        assert [str(t) for t in table.schema.types] == ["string", "int64", "int8", "float"]
+        splits = [split] if split != "all" else ["train", "validation", "test"]
+        assert table["split"].to_pylist() == [name for name in splits for _ in range(schema.splits[name].rows)]
         assert table["row"].to_pylist() == list(range(expected))
         if split == "validation":
             labels = pq.read_table("data/validation", columns=["label"])["label"].to_numpy()
+            assert table["label"].to_numpy().tolist() == labels.tolist()
             auc = roc_auc_score(labels, table["probability"].to_numpy())
             assert auc == pytest.approx(found["validation/auc"], abs=1e-4)
     assert "traceback" not in capsys.readouterr().err.lower()
@@ -119,7 +123,10 @@ def test_demo_fit_as_a_process_says_what_it_is() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "DEMO DATA" in done.stderr and "preprocess" in done.stderr
-    assert done.stderr.count("W&B: offline (no API key)") == 1 and "wandb sync run/wandb/offline-run-" in done.stderr
+    assert (
+        done.stderr.count("W&B: offline (no API key)") == 1
+        and done.stdout.count("wandb sync run/wandb/offline-run-") == 1
+    )
     assert "% of the way from 0.5" in done.stdout
     versions = json.loads(Path("run/versions.json").read_text())
     assert versions["torch"] == torch.__version__ and versions["python"] == platform.python_version()
@@ -458,7 +465,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_data_commands_start_without_torch() -> None:
     script = (
         "import sys; from lightning_dlrm.__main__ import main; assert main(['inspect', 'nowhere']) == 2; "
+        "assert main(['--version']) == 0; "
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ.copy())
     assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"lightning-dlrm [\d.]+( [0-9a-f]{40})?\n", done.stdout)

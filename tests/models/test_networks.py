@@ -26,7 +26,14 @@ from lightning_dlrm.models.baselines import (
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.models.finalmlp import FinalMLP
-from lightning_dlrm.models.layers import MLP, BatchNorm, CompressedInteraction, PairwiseSum
+from lightning_dlrm.models.layers import (
+    MLP,
+    BatchNorm,
+    CompressedInteraction,
+    Dropout,
+    PairwiseSum,
+    place_dropout,
+)
 from lightning_dlrm.models.masknet import MaskNet
 from lightning_dlrm.models.network import CTRNetwork, model_size
 from lightning_dlrm.objectives.losses import LogLoss
@@ -414,6 +421,45 @@ def test_a_wide_part_adds_a_logistic_regression(narrow: str, wide: str) -> None:
             twin.copy_(parameter.normal_(generator=torch.Generator().manual_seed(2)))
     torch.testing.assert_close(network(dense, ids), without(dense, ids) + linear(dense, ids))
     assert network.multiply_adds() == without.multiply_adds() + linear.multiply_adds()
+
+
+def test_masks_of_a_global_batch_are_the_same_in_any_slices() -> None:
+    layers = [Dropout(0.3), Dropout(0.3)]
+    ones = torch.ones(4096, 64, dtype=torch.float64)
+
+    def masks(batch: str, start: int, stop: int) -> Tensor:
+        place_dropout(layers, seed=1, batch=batch, start=start)
+        return torch.stack([layer(ones[start:stop]) for layer in layers]) != 0
+
+    whole = masks("0/1", 0, 4096)
+    assert torch.equal(torch.cat([masks("0/1", 0, 1000), masks("0/1", 1000, 1000), masks("0/1", 1000, 4096)], 1), whole)
+    # As independent draws: shares of samples, columns and all, and of what two layers, batches and neighbours share.
+    other, left_out = masks("0/2", 0, 4096), ~whole
+    for pair in ((left_out[0], left_out[1]), (left_out[0], ~other[0]), (left_out[0, 1:], left_out[0, :-1])):
+        assert (pair[0] & pair[1]).double().mean() == pytest.approx(0.09, abs=0.003)
+    for over, draws in ((1, 4096), (2, 64)):
+        shares = left_out.double().mean(over)
+        assert shares.mean() == pytest.approx(0.3, abs=0.004)
+        assert shares.std() == pytest.approx((0.21 / draws) ** 0.5, rel=0.15)
+    assert torch.equal(layers[0](ones).unique(), torch.tensor([0, 1 / 0.7], dtype=torch.float64))
+    assert torch.equal(layers[0].eval()(ones), ones)
+
+
+@pytest.mark.parametrize("samples", [1, 7])
+def test_batch_norm_over_ranks_is_that_of_the_batch(samples: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(samples, 5, generator=generator, dtype=torch.float64) + 100
+    plain, ours = BatchNorm(5).double(), BatchNorm(5).double()
+    ours.sum_over_ranks = lambda value: value
+    for _ in range(2):
+        mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        found, expected = ours(mine), plain(theirs)
+        torch.testing.assert_close(found, expected)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-8)
+    if samples > 1:
+        torch.testing.assert_close(ours.state_dict(), plain.state_dict())
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])

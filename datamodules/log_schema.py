@@ -1,0 +1,397 @@
+"""The schema of a raw click log: which columns its files have, and what becomes of each. Nothing here imports torch.
+
+A YAML file of this form goes to ``preprocess --schema``::
+
+    dataset: avazu
+    label: click
+    columns:
+      hour: {role: leave, time: "%y%m%d%H"}
+      C1: {role: categorical}
+      price: {role: dense, transform: log1p}
+    split: {by: time, column: hour}
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias
+
+from lightning_dlrm.contracts.documents import is_name, parse_settings, read_yaml
+from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.schema import CRITEO_LABEL, WEIGHTS_SUFFIX, SplitName
+from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
+
+Format = Literal["csv", "parquet", "jsonl"]
+ColumnRole = Literal["dense", "categorical", "multi_hot", "keep", "leave"]
+Transform = Literal["none", "log1p", "signed_log", "standard", "minmax", "quantile", "log_squared"]
+BINS: tuple[Transform, ...] = ("quantile", "log_squared")
+"""Transforms that make a category of a number."""
+FITTED: tuple[Transform, ...] = ("standard", "minmax", "quantile")
+"""Transforms that depend on the counted rows."""
+SplitKind = Literal["position", "time", "random", "column", "files"]
+Scalar: TypeAlias = bool | int | float | str
+
+LABEL = CRITEO_LABEL
+"""Name of the label in the dataset, whatever the log calls it."""
+MOST_BINS = 256
+_DEFAULT_BINS: Mapping[str, int] = {"dense": MOST_BINS, "categorical": 30}
+
+_STRICT = {"extra": "forbid"}
+_CONDITION = re.compile(r"(?P<column>.+?)\s*(?P<operator>>=|<=|==|!=|>|<)\s*(?P<value>.+)", re.DOTALL)
+_EXPECTED = "expected the schema of a click log: keys such as 'label:' and 'columns:' (see docs/own-data.md)"
+_KEYS_OF_ROLE: Mapping[str, Collection[str]] = {
+    "dense": ("transform", "bins", "fill"),
+    "categorical": ("transform", "bins", "min_count", "max_rows", "missing"),
+    "multi_hot": ("separator", "weights", "min_count", "max_rows"),
+    "keep": ("time",),
+    "leave": ("time",),
+}
+_KEYS_OF_SPLIT: Mapping[str, Collection[str]] = {
+    "position": ("ratios",),
+    "time": ("column", "ratios"),
+    "random": ("ratios", "seed"),
+    "column": ("column", "train", "validation", "test", "leave"),
+    "files": ("train", "validation", "test"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogColumn:
+    """What becomes of a column of the log, or one column of the dataset that is made of it."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+
+    role: ColumnRole
+    """``keep`` stores the values beside the features, for ``predict`` and AUC by group; ``leave`` reads past it."""
+    source: str | None = None
+    """The log's column; None for the one with the name of this column."""
+    time: str | None = None
+    """How a value of ``keep`` or ``leave`` becomes a time: ``unix`` (seconds), ``unix_ms``, ``iso``, or a format of
+    strptime; None if it is no time, or is one in the file."""
+    transform: Transform | None = None
+    """Of a number; for a category one of ``BINS``, or None for the value itself."""
+    bins: int | None = None
+    """The largest number of quantiles; None for 256 (dense) or 30 (categorical)."""
+    fill: float | None = None
+    """The number that takes the place of missing ones, before the transform; None to keep them missing."""
+    min_count: int | None = None
+    """Rarer values share one row; None for that of the schema."""
+    max_rows: int | None = None
+    """Rows of the table: the most frequent values keep theirs; None for that of the schema."""
+    missing: Literal["own", "rare"] | None = None
+    """Whether missing values have a row of their own or that of rare ones; None for that of the schema."""
+    separator: str | None = None
+    """Between the values of a bag, if it is text; None if it is a list."""
+    weights: str | None = None
+    """The log's column with the weights of the bag, in the same form as the bag."""
+
+    def __post_init__(self) -> None:
+        for name in _given(self, "role", "source"):
+            takers = [role for role, names in _KEYS_OF_ROLE.items() if name in names]
+            require(name in _KEYS_OF_ROLE[self.role], f"{name} is for {' and '.join(takers)}, not for {self.role}")
+        require(
+            self.role != "categorical" or self.transform in (None, *BINS),
+            f"transform {self.transform} makes no category of a number; expected {' or '.join(BINS)}, or role dense",
+        )
+        require(self.bins is None or self.transform == "quantile", "bins is for transform quantile")
+        require(self.bins is None or 2 <= self.bins <= MOST_BINS, f"bins is {self.bins}, expected 2 to {MOST_BINS}")
+        require(self.fill is None or math.isfinite(self.fill), f"fill is {self.fill}, expected a number")
+        require(self.separator != "", "separator is empty; leave it out for a column of lists")
+        _check_limits(self)
+        if self.time is not None and self.time not in ("unix", "unix_ms", "iso"):
+            require("%" in self.time, f"time is {self.time!r}; expected unix, unix_ms, iso, or a format as '%Y-%m-%d'")
+
+    @property
+    def quantiles(self) -> int:
+        """The largest number of quantiles in force."""
+        return self.bins or _DEFAULT_BINS[self.role]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSplit:
+    """Which rows train, validate and test."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+
+    by: SplitKind
+    ratios: tuple[float, ...] = (0.8, 0.1, 0.1)
+    """Shares of train, validation and test; they sum to 1, and one may be 0."""
+    column: str | None = None
+    """The log's column of times or of names of splits."""
+    seed: int = 0
+    train: tuple[Scalar, ...] = ()
+    """Values of the column, or patterns of file names."""
+    validation: tuple[Scalar, ...] = ()
+    test: tuple[Scalar, ...] = ()
+    leave: tuple[Scalar, ...] = ()
+    """Values whose rows are left out."""
+
+    def __post_init__(self) -> None:
+        taken = _KEYS_OF_SPLIT[self.by]
+        for name in _given(self, "by"):
+            require(name in taken, f"{name} is not for a split by {self.by}, which takes {', '.join(taken)}")
+        require("column" not in taken or self.column, f"column is missing; a split by {self.by} needs it")
+        shares = ", ".join(map(str, self.ratios))
+        require(
+            len(self.ratios) == 3 and min(self.ratios) >= 0 and abs(sum(self.ratios) - 1) < 1e-6 and self.ratios[0],
+            f"ratios are {shares}; expected shares of train, validation and test that sum to 1",
+        )
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}; expected 0 to 2**63 - 1")
+        values = [value_text(value) for value in (*self.train, *self.validation, *self.test, *self.leave)]
+        require("train" not in taken or self.train, "train is missing; name the rows of the training split")
+        twice = next((value for value in values if values.count(value) > 1), None)
+        require(twice is None, f"{twice} is given twice; each value belongs to one split")
+
+    @property
+    def values(self) -> dict[SplitName | Literal["leave"], tuple[str, ...]]:
+        """The values or file names of each split, as text; splits without any are left out."""
+        given: dict[SplitName | Literal["leave"], tuple[Scalar, ...]] = {
+            "train": self.train,
+            "validation": self.validation,
+            "test": self.test,
+            "leave": self.leave,
+        }
+        return {name: tuple(map(value_text, values)) for name, values in given.items() if values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """The label of a row: a column of 0 and 1 (false and true), or a condition on a column."""
+
+    column: str
+    operator: str | None = None
+    value: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSchema:
+    """The schema of a raw log."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+
+    dataset: str
+    label: str
+    """A column of 0 and 1 (false and true), or a condition such as ``rating >= 4`` or ``clicked == yes``."""
+    columns: Mapping[str, LogColumn]
+    """By their names in the dataset, in its order."""
+    split: LogSplit
+    format: Format | None = None
+    """None to go by the names of the files."""
+    separator: str | None = None
+    """Between the fields of CSV, any text; None for a tab in .tsv and a comma in other files."""
+    header: bool | None = None
+    """Whether the first line of a CSV file has the names; None for true unless ``names`` are given."""
+    names: tuple[str, ...] = ()
+    """The columns of CSV files without a header."""
+    decimal: str = "."
+    quote: str | None = '"'
+    """Around fields of CSV that hold separators or line ends; None if quotes are ordinary characters."""
+    encoding: str = "utf-8"
+    nulls: tuple[str, ...] = ("",)
+    """Texts that mean a missing value, in CSV."""
+    rest: Literal["error", "leave"] = "error"
+    """What becomes of columns that the schema does not name."""
+    min_count: int = 1
+    max_rows: int | None = None
+    missing: Literal["own", "rare"] = "own"
+    """Whether missing values of tables have a row of their own or that of rare ones."""
+    counts: Literal["train", "all"] = "train"
+    """The rows over which vocabularies are counted and transforms are fitted."""
+
+    def __post_init__(self) -> None:
+        require(is_name(self.dataset), f"dataset is {self.dataset[:40]!r}; expected a name of up to 200 characters")
+        require(self.label.strip(), "label is empty; expected a column, or a condition such as 'rating >= 4'")
+        _check_limits(self)
+        self._check_text()
+        made = self.made
+        require(
+            any(column.role not in ("keep", "leave") for column in self.columns.values()),
+            "columns has no dense, categorical or multi_hot column; a model needs at least one",
+        )
+        for name in made:
+            require(
+                is_name(name),
+                f"columns: {name[:40]!r} cannot name files (1 to 200 characters, no / or control character); choose "
+                f"another name, and give 'source: {name[:40]}'",
+            )
+            require(
+                made.count(name) == 1 and name != LABEL,
+                f"columns: {name} would stand twice in the dataset (the label is named {LABEL}, weights of X are named "
+                f"X{WEIGHTS_SUFFIX}); choose another name, and give 'source: {name}'",
+            )
+
+    def _check_text(self) -> None:
+        require(
+            self.separator is None or self.separator not in ("", "\n", self.quote),
+            "separator is empty, a line end or the quote; expected what stands between two fields, such as ';'",
+        )
+        require(self.decimal in (".", ","), f"decimal is {self.decimal!r}; expected '.' or ','")
+        require(self.decimal != self.separator, "decimal and separator are the same; expected two characters")
+        require(
+            self.quote is None or (len(self.quote) == 1 and self.quote.isascii()),
+            f"quote is {self.quote!r}; expected one character, or null",
+        )
+        require(not (self.header and self.names), "header is true and names are given; leave one of them out")
+        require(
+            self.header is not False or self.names, "header is false; give the columns as 'names: [user, item, ...]'"
+        )
+        twice = next((name for name in self.names if self.names.count(name) > 1), None)
+        require(twice is None, f"names: {twice} stands twice; expected different names")
+        try:
+            "".encode(self.encoding)
+        except LookupError as error:
+            raise UserError(f"encoding is {self.encoding!r}; expected a codec of Python, such as latin-1") from error
+
+    @property
+    def made(self) -> list[str]:
+        """Names of the dataset's columns, apart from the label."""
+        return [
+            made
+            for name, column in self.columns.items()
+            if column.role != "leave"
+            for made in (name, *((name + WEIGHTS_SUFFIX,) if column.weights else ()))
+        ]
+
+    def label_in(self, names: Collection[str]) -> Label:
+        """Return the label, given the log's columns: a column of that name, else a condition."""
+        return parse_label(self.label, names)
+
+    def sources(self, names: Collection[str]) -> dict[str, str]:
+        """Return the log's columns that the schema names, each with the key that names it.
+
+        Args:
+            names: the columns of a file.
+        """
+        found = {self.label_in(names).column: "label"}
+        if self.split.column is not None:
+            found.setdefault(self.split.column, "split")
+        for name, column in self.columns.items():
+            found.setdefault(column.source or name, f"columns: {name}")
+            if column.weights is not None:
+                found.setdefault(column.weights, f"columns: {name}: weights")
+        return found
+
+    def check_columns(self, names: Collection[str], where: str, labelled: bool = True) -> None:
+        """Check that a file has the columns that the schema names, and no others unless they may be left.
+
+        Args:
+            names: the columns of the file.
+            where: the file, for messages.
+            labelled: whether the file must have the label.
+
+        Raises:
+            UserError: a column is missing, or is not named.
+        """
+        sources = self.sources(names)
+        for name, key in sources.items():
+            known = name in names or (key == "label" and not labelled)
+            require(
+                known,
+                f"{where} has no column {name!r}, which the schema names ({key}){_nearest(name, names)}; its columns "
+                f"are {_listed(names)}",
+            )
+        others = [name for name in names if name not in sources]
+        require(
+            self.rest == "leave" or not others,
+            f"{where} has columns that the schema does not name: {_listed(others)}; name them in columns (role leave "
+            "reads past one), or set 'rest: leave'",
+        )
+
+    def document(self) -> dict[str, Any]:
+        """Return the schema as JSON values, without what is left at its default."""
+        return json.loads(json.dumps(_document(self)))
+
+
+def parse_label(text: str, names: Collection[str]) -> Label:
+    """Return the label that a text means, given the log's columns: a column of that name, else a condition."""
+    condition = _CONDITION.fullmatch(text.strip())
+    if text in names or condition is None:
+        return Label(column=text.strip())
+    value = condition["value"].strip()
+    if value[0] == value[-1] and value[0] in "'\"" and len(value) > 1:
+        value = value[1:-1]
+    return Label(column=condition["column"].strip(), operator=condition["operator"], value=value)
+
+
+def read_log_schema(path: str | Path) -> LogSchema:
+    """Read the schema of a log from a YAML file: the file of this name, else a shipped one.
+
+    Raises:
+        UserError: there is none, it cannot be read or is not such a schema.
+    """
+    found = next((place for place in (Path(path), shipped_configs() / path) if place.is_file()), None)
+    known = [name for name in shipped_names() if name.startswith(SCHEMAS)]
+    if found is None:
+        raise UserError(
+            f"no schema {path}, neither here nor among the shipped ones: {', '.join(known)}"
+            f"{_nearest(str(path), known)}; preprocess --infer writes one"
+        )
+    return log_schema(read_yaml(found, _EXPECTED), str(path))
+
+
+def log_schema(content: Mapping[str, Any], where: str = "schema") -> LogSchema:
+    """Return the schema of a log from the values of its keys.
+
+    Args:
+        content: as the YAML file holds them.
+        where: the file, for messages.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value is of another type or out of range.
+    """
+    columns = content.get("columns")
+    parts: list[tuple[str, Any, type]] = [("", content, LogSchema), ("split: ", content.get("split"), LogSplit)]
+    if isinstance(columns, Mapping):
+        parts += [(f"columns: {name}: ", column, LogColumn) for name, column in columns.items()]
+    for place, values, form in parts:
+        known = [one.name for one in dataclasses.fields(form)]
+        for key in values if isinstance(values, Mapping) else ():
+            require(
+                key in known, f"{where}: {place}unknown key {key}{_nearest(str(key), known)}; known: {_listed(known)}"
+            )
+    return parse_settings(content, LogSchema, where)
+
+
+def value_text(value: Scalar) -> str:
+    """Return a value as the text that it has as a category: ``true``, ``5`` (also of 5.0), ``0.5``, ``x``."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _check_limits(limits: LogColumn | LogSchema) -> None:
+    require(limits.min_count is None or limits.min_count >= 1, f"min_count is {limits.min_count}, expected at least 1")
+    require(
+        limits.max_rows is None or 3 <= limits.max_rows < 2**31,
+        f"max_rows is {limits.max_rows}, expected at least 3 (missing, rare and one more), or null for no limit",
+    )
+
+
+def _given(settings: LogColumn | LogSplit, *apart: str) -> list[str]:
+    """Return the fields that are not at their default."""
+    fields = (one for one in dataclasses.fields(settings) if one.name not in apart)
+    return [one.name for one in fields if getattr(settings, one.name) != one.default]
+
+
+def _document(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _document(item) for name, item in value.items()}
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {one.name: (getattr(value, one.name), one.default) for one in dataclasses.fields(value)}
+    return {name: _document(item) for name, (item, default) in fields.items() if item != default}
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def _listed(names: Collection[str]) -> str:
+    some = list(names)
+    return ", ".join(some[:20]) + (f" and {len(some) - 20} more" if len(some) > 20 else "")

@@ -1,0 +1,350 @@
+"""What the columns of a sample hold, and the role that each one gets in an inferred schema."""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any, Literal
+
+from datamodules.preprocess.sniffing import Sample, Value, is_number
+
+Kind = Literal["empty", "boolean", "integer", "number", "text", "time", "list", "numbers", "object"]
+"""``list`` is a list of categories, ``numbers`` a list of numbers with fractions."""
+
+_ISO = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d([.,]\d+)?)?(Z|[+-]\d\d:?\d\d)?)?")
+_TIME_FORMATS = (
+    "%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M", "%Y/%m/%d", "%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M", "%d.%m.%Y",
+    "%m/%d/%Y %H:%M:%S", "%m/%d/%Y %H:%M", "%m/%d/%Y", "%d/%m/%Y %H:%M:%S", "%d/%m/%Y %H:%M", "%d/%m/%Y",
+)  # fmt: skip
+_TIME_DIGITS = {
+    8: ("%Y%m%d", "%y%m%d%H"),
+    10: ("%Y%m%d%H",),
+    12: ("%Y%m%d%H%M",),
+    14: ("%Y%m%d%H%M%S",),
+    6: ("%y%m%d",),
+}
+"""Formats of times that are written as whole numbers, by their digits."""
+_UNIX = {"unix": 1.0, "unix_ms": 1e3}
+_UNIX_RANGE = (6e8, 2.2e9)  # seconds: 1989 to 2039
+_YEARS = (1990, 2040)
+_VALUES_PARSED = 2_000
+
+_TIME_WORDS = frozenset(
+    (
+        "time",
+        "timestamp",
+        "ts",
+        "date",
+        "datetime",
+        "day",
+        "hour",
+        "dt",
+        "at",
+        "when",
+        "created",
+        "datum",
+        "zeit",
+        "tag",
+    )
+)
+_ID_WORDS = frozenset(
+    """
+    id ids uuid guid key hash code zip ip user item ad site app device product sku category cat type brand model store
+    shop seller city country region lang language position pos slot zone segment group class channel os browser campaign
+    advertiser publisher domain nutzer artikel kunde anzeige
+    """.split()  # noqa: SIM905
+)
+_QUANTITY_WORDS = frozenset(
+    """
+    age price cost amount count counts num number cnt qty quantity duration ms sec seconds length len size width height
+    score views clicks impressions distance balance income weight days hours minutes ratio rate avg mean sum total bid
+    budget alter preis anzahl dauer
+    """.split()  # noqa: SIM905
+)
+
+_BAG_SEPARATORS = ("|", ";", ",", " ")
+_BAG_SHARE = 0.2  # of the values that must have the separator
+_UNIQUE_SHARE = 0.98
+_FEW = 100  # different values
+_MANY = 1_000
+_MANY_SHARE = 0.05  # of the rows of the sample
+_LONG_TEXT = 80
+_LARGE_LOG = 1_000_000
+_LEAK = 0.999
+_EXAMPLES = 3
+_EXAMPLE_LENGTH = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the sample holds of a column."""
+
+    name: str
+    kind: Kind
+    values: Sequence[Value]
+    """The values that are present: numbers as float or int, others as they are."""
+    missing: int
+    counts: Counter[Any]
+    """How often each value occurs; of lists, each item."""
+    time: str | None = None
+    """How text or numbers are times: ``unix``, ``unix_ms``, ``iso`` or a format of strptime; None if they are times."""
+
+    @property
+    def distinct(self) -> int:
+        return len(self.counts)
+
+    @property
+    def words(self) -> set[str]:
+        return words_of(self.name)
+
+    @property
+    def is_unique(self) -> bool:
+        """Whether nearly every row has another value."""
+        return len(self.values) >= _FEW and self.distinct > _UNIQUE_SHARE * len(self.values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The settings of a column in a schema, and why."""
+
+    settings: Mapping[str, Any]
+    reason: str
+
+
+def words_of(name: str) -> set[str]:
+    """Return the words of a column's name, lower case.
+
+    >>> sorted(words_of("userId")), sorted(words_of("time_ms")), sorted(words_of("uid"))
+    (['id', 'user'], ['ms', 'time'], ['id', 'uid'])
+    """
+    parts = re.findall(r"[A-ZÄÖÜ]+(?![a-zäöü])|[A-ZÄÖÜ]?[a-zäöüß]+|\d+", name)
+    words = {part.lower() for part in parts}
+    return words | {"id" for word in words if word.endswith(("id", "ids")) and len(word) <= 8}
+
+
+def facts_of(sample: Sample) -> list[Facts]:
+    """Return the facts of each column, in order."""
+    decimal = sample.form.decimal
+    return [_facts(name, cells, decimal) for name, cells in sample.columns.items()]
+
+
+def _facts(name: str, cells: Sequence[Value], decimal: str) -> Facts:
+    # A value that differs from itself is NaN.
+    present = [cell for cell in cells if cell is not None and cell == cell]
+    missing = len(cells) - len(present)
+    kind, values = _kind(present, decimal)
+    if kind in ("list", "numbers"):
+        counts = Counter(item for value in values for item in value if not isinstance(item, (list, dict)))
+    elif kind == "object":
+        counts = Counter()
+    else:
+        counts = Counter(values)
+    facts = Facts(name=name, kind=kind, values=values, missing=missing, counts=counts)
+    form = _time_format(facts)
+    if form is None:
+        return facts
+    return Facts(name=name, kind="time", values=values, missing=missing, counts=counts, time=form)
+
+
+def _kind(present: Sequence[Value], decimal: str) -> tuple[Kind, Sequence[Value]]:
+    """Return what kind of values the cells are, and the values."""
+    if not present:
+        return "empty", present
+    if all(isinstance(cell, bool) for cell in present):
+        return "boolean", present
+    if all(isinstance(cell, (int, float, Decimal)) and not isinstance(cell, bool) for cell in present):
+        whole = all(isinstance(cell, int) for cell in present)
+        return "integer" if whole else "number", present if whole else [float(cell) for cell in present]
+    if all(isinstance(cell, (datetime, date)) for cell in present):
+        return "time", present
+    if all(isinstance(cell, (list, tuple)) for cell in present):
+        fractions = any(isinstance(item, float) and item != int(item) for cell in present for item in cell)
+        return "numbers" if fractions else "list", present
+    if all(isinstance(cell, str) for cell in present):
+        if not all(is_number(cell, decimal) for cell in present):
+            return "text", present
+        if all(cell.lstrip("+-").isdigit() for cell in present):
+            return "integer", [int(cell) for cell in present]
+        return "number", [float(cell.replace(decimal, ".")) for cell in present]
+    return "object", present
+
+
+def _time_format(facts: Facts) -> str | None:
+    """Return how text or whole numbers are times; None if they are not."""
+    if facts.kind == "text":
+        values = list(facts.counts)[:_VALUES_PARSED]
+        if all(_ISO.fullmatch(value) for value in values):
+            return "iso"
+        return next((form for form in _TIME_FORMATS if _all_parse(values, form)), None)
+    if facts.kind != "integer":
+        return None
+    sorted_unique = facts.distinct > len(facts.values) / 2 and list(facts.values) == sorted(facts.values)
+    if not (facts.words & _TIME_WORDS or sorted_unique):
+        return None
+    values = [str(value) for value in list(facts.counts)[:_VALUES_PARSED]]
+    lengths = {len(value) for value in values}
+    if len(lengths) == 1 and facts.words & _TIME_WORDS:
+        for form in _TIME_DIGITS.get(lengths.pop(), ()):
+            if _all_parse(values, form):
+                return form
+    for name, scale in _UNIX.items():
+        if all(_UNIX_RANGE[0] <= value / scale <= _UNIX_RANGE[1] for value in facts.counts):
+            return name
+    return None
+
+
+def _all_parse(values: Iterable[str], form: str) -> bool:
+    try:
+        return all(_YEARS[0] <= datetime.strptime(value, form).year <= _YEARS[1] for value in values)
+    except ValueError:
+        return False
+
+
+def choose(facts: Facts, sample: Sample, tells_label: bool) -> Choice:
+    """Return the role of a column that is not the label.
+
+    Args:
+        facts: of the column.
+        sample: the log.
+        tells_label: whether the column's value, or its absence, gives the label away.
+    """
+    if facts.kind == "empty":
+        return Choice(settings={"role": "leave"}, reason="no values in the sample")
+    if facts.distinct == 1 and sample.whole and not facts.missing:
+        return Choice(settings={"role": "leave"}, reason="the same value in every row")
+    if facts.kind == "object":
+        return Choice(settings={"role": "leave"}, reason="values of several kinds, or objects with keys")
+    if tells_label:
+        return Choice(settings={"role": "leave"}, reason="tells the label, so it is probably known only after it")
+    if facts.kind == "time":
+        time = {} if facts.time is None else {"time": facts.time}
+        return Choice(settings={"role": "keep", **time}, reason="a time")
+    if facts.kind == "list":
+        return _categories(facts, sample, {"role": "multi_hot"}, "lists of categories")
+    if facts.kind == "numbers":
+        return Choice(
+            settings={"role": "leave"}, reason="lists of numbers; they can be `weights` of a list of categories"
+        )
+    if facts.kind == "number":
+        return Choice(settings={"role": "dense", **_transform(facts)}, reason="numbers with fractions")
+    if facts.kind == "integer":
+        return _choose_integer(facts, sample)
+    if facts.kind == "text":
+        return _choose_text(facts, sample)
+    return _categories(facts, sample, {"role": "categorical"}, "true and false")
+
+
+def _choose_integer(facts: Facts, sample: Sample) -> Choice:
+    ids, quantity = facts.words & _ID_WORDS, facts.words & _QUANTITY_WORDS
+    if facts.is_unique and (ids or not quantity):
+        return Choice(settings={"role": "leave"}, reason="another number in nearly every row, such as the id of a row")
+    if quantity and not ids and facts.distinct > 2:
+        return Choice(
+            settings={"role": "dense", **_transform(facts)},
+            reason=f"whole numbers, and `{min(quantity)}` is an amount",
+        )
+    if ids or facts.distinct <= _FEW:
+        reason = f"whole numbers, and `{min(ids)}` names a category" if ids else "few different whole numbers"
+        return _categories(facts, sample, {"role": "categorical"}, reason)
+    reason = "many whole numbers, taken for ids (for amounts: {role: dense, transform: log1p})"
+    return _categories(facts, sample, {"role": "categorical"}, reason)
+
+
+def _choose_text(facts: Facts, sample: Sample) -> Choice:
+    separator = _bag_separator(facts)
+    if separator is not None:
+        items = Counter(item for value in facts.values for item in value.split(separator))
+        listed = Facts(name=facts.name, kind="list", values=facts.values, missing=facts.missing, counts=items)
+        settings = {"role": "multi_hot", "separator": separator}
+        return _categories(listed, sample, settings, f"text with several values between {separator!r}")
+    if facts.is_unique:
+        return Choice(settings={"role": "leave"}, reason="another text in nearly every row, such as the id of a row")
+    if sum(map(len, facts.counts)) > _LONG_TEXT * facts.distinct:
+        return Choice(settings={"role": "leave"}, reason="long text")
+    return _categories(facts, sample, {"role": "categorical"}, "text")
+
+
+def _categories(facts: Facts, sample: Sample, settings: dict[str, Any], reason: str) -> Choice:
+    """Return a column of categories, with a threshold if it has many."""
+    if facts.distinct > min(_MANY, _MANY_SHARE * sample.rows):
+        settings = {**settings, "min_count": 10 if sample.estimated_rows >= _LARGE_LOG else 2}
+        reason += "; rare ones share a row"
+    return Choice(settings=settings, reason=reason)
+
+
+def _transform(facts: Facts) -> dict[str, str]:
+    """Return the transform of numbers, by their range and skew."""
+    ordered = sorted(facts.values)
+    least, median, high, most = (ordered[round(share * (len(ordered) - 1))] for share in (0, 0.5, 0.99, 1))
+    if least >= -1 and most <= 1:
+        return {}
+    if least >= 0 and high > 10 * median:
+        return {"transform": "log1p"}
+    spread = ordered[round(0.75 * (len(ordered) - 1))] - ordered[round(0.25 * (len(ordered) - 1))]
+    if least < 0 and max(-least, most) > 100 * max(spread, 1e-9):
+        return {"transform": "signed_log"}
+    return {"transform": "standard"}
+
+
+def _bag_separator(facts: Facts) -> str | None:
+    """Return what separates several values in a text; None if there is one value in each."""
+    for separator in _BAG_SEPARATORS:
+        bags = [value.split(separator) for value in facts.values if separator in value]
+        if len(bags) < max(_BAG_SHARE * len(facts.values), 2):
+            continue
+        items = {item for value in facts.counts for item in value.split(separator)}
+        # Commas and spaces also stand in titles and addresses, whose parts hardly recur.
+        plain = not any(re.search(r"[\s(){}\[\]]", item.strip()) for item in items) and len(items) < facts.distinct
+        ids = separator != " " or all(re.search(r"\d|_", item) for item in items if item)
+        if (separator == "|" or (plain and ids)) and max(map(len, items)) <= _LONG_TEXT // 2:
+            return separator
+    return None
+
+
+def tells_label(facts: Facts, cells: Sequence[Value], labels: Sequence[bool]) -> bool:
+    """Return whether a column's value, or its absence, gives the label of nearly every row of the sample away.
+
+    Args:
+        facts: of the column.
+        cells: value of each row, None where it is missing.
+        labels: label of each row.
+    """
+    rows = len(labels)
+    # In few rows values agree with labels by chance.
+    if rows < _FEW or min(sum(labels), rows - sum(labels)) < 0.01 * rows or facts.kind in ("empty", "object"):
+        return False
+    by_value = facts.kind not in ("list", "numbers") and facts.distinct <= 20
+    positives: Counter[Any] = Counter()
+    totals: Counter[Any] = Counter()
+    for cell, label in zip(cells, labels, strict=True):
+        key = cell if by_value else cell is None
+        totals[key] += 1
+        positives[key] += label
+    right = sum(max(positives[key], totals[key] - positives[key]) for key in totals)
+    return right >= _LEAK * rows
+
+
+def examples(column: Facts) -> str:
+    """Return the most frequent values of a column, with their shares unless all values are rare."""
+    total = sum(column.counts.values())
+    common = column.counts.most_common(_EXAMPLES)
+    if not common:
+        return "no values"
+    if common[0][1] < 0.01 * total:
+        return "such as " + ", ".join(shortened(value) for value, _ in common)
+    return ", ".join(f"{shortened(value)} ({count / total:.1%})" for value, count in common)
+
+
+def shortened(value: Value) -> str:
+    """Return a value as text that fits in a line with others."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _EXAMPLE_LENGTH else text[: _EXAMPLE_LENGTH - 3] + "..."
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a question about the most similar of the known words; nothing if none is similar."""
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {matches[0]}?)" if matches else ""

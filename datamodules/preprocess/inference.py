@@ -1,0 +1,238 @@
+"""A schema file for a log, written from a sample of its rows, with what was seen as comments, to be edited.
+
+Roles are guesses by the form of the values and by words in the names: see ``columns.choose``. Nothing here imports
+torch.
+"""
+
+import re
+import shlex
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from datamodules.log_schema import LABEL, read_log_schema
+from datamodules.preprocess.columns import Choice, Facts, choose, examples, facts_of, shortened, tells_label
+from datamodules.preprocess.journal import written_aside
+from datamodules.preprocess.labels import SampledLabel, find_label, propose_labels
+from datamodules.preprocess.sniffing import Sample, read_sample
+from lightning_dlrm.contracts.documents import is_name, printable
+from lightning_dlrm.contracts.errors import require
+
+_SPLIT_WORDS = {"train": ("train", "training"), "validation": ("valid", "validation", "val", "dev"), "test": ("test",)}
+_GUESSED_ENCODINGS = ("cp1252", "latin-1")
+_WIDTH = 116
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inferred:
+    """What the schema file says of a log."""
+
+    name: str
+    label: SampledLabel
+    facts: Sequence[Facts]
+    choices: Mapping[str, Choice]
+    """By column, in order; without the label's and those of weights."""
+    split: Mapping[str, Any]
+    split_reason: str
+
+
+def infer(output: Path, label: str | None, inputs: Sequence[str], columns: Sequence[str] | None = None) -> str:
+    """Write a schema file for a log.
+
+    Args:
+        output: the YAML file to make.
+        label: a column, or a condition such as ``rating >= 4``.
+        inputs: the log's files: see ``read_sample``.
+        columns: names of the columns of text without a header.
+
+    Returns:
+        What was found and what to do next, in a few lines.
+
+    Raises:
+        UserError: the output exists or cannot be written; no label is given, or see ``find_label`` and ``read_sample``.
+            Nothing is written then.
+    """
+    require(not output.exists(), f"{output} exists; edit it, or name a new file")
+    require(output.absolute().parent.is_dir(), f"cannot write {output}: there is no folder {output.absolute().parent}")
+    sample = read_sample(inputs, columns)
+    facts = facts_of(sample)
+    require(label, propose_labels(facts))
+    assert label is not None
+    log = _infer(output.stem, find_label(label, facts, sample), facts, sample, inputs)
+    named = [] if columns is None else ["--columns", ",".join(columns)]
+    command = _command("preprocess", "--infer", str(output), "--label", label, *named, "--input", *inputs)
+    then = [
+        _command("preprocess", "--schema", str(output), "--input", *inputs, "--output", f"data/{output.stem}"),
+        _command("fit", "--config", "dlrm.yaml", "--config", "own_data.yaml", "--data.path", f"data/{output.stem}"),
+    ]
+    with written_aside(output) as partial:
+        partial.write_text(_schema_text(log, sample, command, then), encoding="utf-8")
+        read_log_schema(partial)
+    return "\n".join([*_report(output, log, sample), "read its comments, edit what is wrong, then:", *then])
+
+
+def _infer(name: str, label: SampledLabel, facts: Sequence[Facts], sample: Sample, inputs: Sequence[str]) -> _Inferred:
+    given = [cell is not None for cell in sample.columns[label.column]]
+    choices: dict[str, Choice] = {}
+    weights = _weights(facts)
+    for column in facts:
+        if column.name == label.column or column.name in weights.values():
+            continue
+        cells = [cell for cell, labelled in zip(sample.columns[column.name], given, strict=True) if labelled]
+        choice = choose(column, sample, tells_label(column, cells, label.labels))
+        if column.name in weights and choice.settings["role"] == "multi_hot":
+            choice = Choice(
+                settings={**choice.settings, "weights": weights[column.name]}, reason=f"{choice.reason}, with weights"
+            )
+        choices[column.name] = choice
+    require(
+        any(choice.settings["role"] not in ("keep", "leave") for choice in choices.values()),
+        f"no column of {inputs[0]} can be a feature: "
+        + "; ".join(f"{column}: {choice.reason}" for column, choice in list(choices.items())[:5]),
+    )
+    split, reason = _split(facts, choices, inputs)
+    return _Inferred(name=name, label=label, facts=facts, choices=choices, split=split, split_reason=reason)
+
+
+def _command(command: str, *arguments: str) -> str:
+    return f"python -m lightning_dlrm {command} {shlex.join(arguments)}"
+
+
+def _report(output: Path, log: _Inferred, sample: Sample) -> list[str]:
+    """Return the lines that say what was found."""
+    by_role: dict[str, list[str]] = {}
+    for name, choice in log.choices.items():
+        by_role.setdefault(choice.settings["role"], []).append(name)
+    of_all = "the whole log" if sample.whole else f"of about {sample.estimated_rows:,}"
+    share = sum(log.label.labels) / len(log.label.labels)
+    lines = [
+        f"{output}: {sample.rows:,} rows read ({of_all}), {len(sample.columns)} columns",
+        f"  label        {log.label.text} (true in {share:.1%} of the rows)",
+    ]
+    for role in ("dense", "categorical", "multi_hot", "keep", "leave"):
+        if role in by_role:
+            lines += textwrap.wrap(
+                ", ".join(by_role[role]), _WIDTH, initial_indent=f"  {role:<12} ", subsequent_indent=" " * 15
+            )
+    return [*lines, f"  split        by {log.split['by']}: {log.split_reason}"]
+
+
+def _split(facts: Sequence[Facts], choices: Mapping[str, Choice], inputs: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Return the split of a schema, and why: by files named so, by a column of splits, by time, or at random."""
+    by_file = _split_names([Path(path).name for path in inputs], whole=False)
+    if len(inputs) > 1 and by_file and sum(map(len, by_file.values())) == len(inputs):
+        return {"by": "files", **by_file}, "the files' names say so"
+    for column in facts:
+        named = _split_names([str(value) for value in column.counts], whole=True) if column.distinct <= 3 else None
+        if column.kind == "text" and column.name in choices and named:
+            return {"by": "column", "column": column.name, **named}, "its values say so"
+    times = [column for column in facts if column.kind == "time" and column.name in choices]
+    if times:
+        # A time that has gaps may be that of something else.
+        column = min(times, key=lambda column: column.missing)
+        if not column.missing:
+            return {"by": "time", "column": column.name, "ratios": [0.8, 0.1, 0.1]}, "later rows test, as in use"
+    return (
+        {"by": "random", "seed": 0, "ratios": [0.8, 0.1, 0.1]},
+        "no column is a time; if the rows are in the order of time, {by: position, ratios: [0.8, 0.1, 0.1]}",
+    )
+
+
+def _split_names(names: Sequence[str], whole: bool) -> dict[str, list[str]] | None:
+    """Sort names into splits; None if one is in none, or train or a held-out split has none."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        words = {name.lower()} if whole else set(re.findall(r"[a-z]+", name.lower()))
+        split = next((split for split, known in _SPLIT_WORDS.items() if words & set(known)), None)
+        if split is None:
+            return None
+        found.setdefault(split, []).append(name)
+    return found if {"train", "validation"} <= set(found) else None
+
+
+def _weights(facts: Sequence[Facts]) -> dict[str, str]:
+    """Return the columns of weights of columns of lists: lists of numbers, always as long, and named like them."""
+    found: dict[str, str] = {}
+    for weights in (column for column in facts if column.kind == "numbers" and not column.missing):
+        for column in facts:
+            alike = column.kind == "list" and weights.name.startswith(column.name) and not column.missing
+            if alike and list(map(len, column.values)) == list(map(len, weights.values)):
+                found[column.name] = weights.name
+    return found
+
+
+def _schema_text(log: _Inferred, sample: Sample, command: str, then: Sequence[str]) -> str:
+    """Return the content of the schema file."""
+    form = sample.form
+    of_all = "all rows" if sample.whole else f"a sample of about {sample.estimated_rows:,}"
+    positives = sum(log.label.labels) / len(log.label.labels)
+    missing = log.label.missing
+    lines = [
+        *_comment(f"Inferred from {sample.rows:,} rows ({of_all}) by: {command}"),
+        *_comment("Roles are guesses from these rows: read the comments, edit what is wrong, then:"),
+        *(f"#   {printable(line)}" for line in then),
+        "",
+        f"dataset: {_scalar(log.name)}",
+        f"format: {form.format}",
+    ]
+    if form.format == "csv":
+        lines += [
+            f"separator: {_scalar(form.separator)}",
+            "header: true" if form.header else f"names: {_flow(list(sample.columns))}",
+            *(["quote: null"] if form.quote is None else []),
+            f"decimal: {_scalar(form.decimal)}",
+            f"encoding: {form.encoding}",
+            f"nulls: {_flow(list(form.nulls))}",
+        ]
+        if form.encoding in _GUESSED_ENCODINGS:
+            lines[-2] += "  # a guess, as the text is not UTF-8: check letters such as é"
+    lines += [
+        *_comment(f"True in {positives:.1%} of the rows" + (f"; missing in {missing:,}." if missing else ".")),
+        f"label: {_scalar(log.label.text)}",
+        "columns:",
+    ]
+    for column in log.facts:
+        if column.name in log.choices:
+            choice = log.choices[column.name]
+            lines += [f"  {line}" for line in _comment(f"{_describe(column, sample)}. Here: {choice.reason}.")]
+            key = _key(column.name)
+            source = {} if key == column.name else {"source": column.name}
+            lines.append(f"  {_scalar(key)}: {_flow({**choice.settings, **source})}")
+    lines += [*_comment(f"Why: {log.split_reason}."), f"split: {_flow(log.split)}", "counts: train"]
+    return "\n".join(lines) + "\n"
+
+
+def _key(name: str) -> str:
+    """Return the name that a column gets in the dataset."""
+    return name if name != LABEL and is_name(name) else re.sub(r"\W", "_", name)[:200] + "_"
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(printable(" ".join(text.split())), _WIDTH, initial_indent="# ", subsequent_indent="#   ")
+
+
+def _scalar(value: Any) -> str:
+    return _flow([value])[1:-1]
+
+
+def _flow(value: Any) -> str:
+    """Return a value as YAML in one line."""
+    width = float("inf")
+    return str(yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=width)).strip()
+
+
+def _describe(column: Facts, sample: Sample) -> str:
+    """Return what the sample holds of a column."""
+    noun = "item" if column.kind in ("list", "numbers") else "value"
+    what = f"{column.distinct:,} different {noun}s" if column.distinct > 1 else f"one {noun}"
+    parts = ["objects" if column.kind == "object" else what]
+    parts.append(f"{column.missing / sample.rows:.1%} missing" if column.missing else "none missing")
+    if column.kind in ("integer", "number", "time") and column.values and column.time in (None, "unix", "unix_ms"):
+        parts.append(f"{shortened(min(column.values))} to {shortened(max(column.values))}")
+    if column.counts:
+        parts.append(examples(column))
+    return ", ".join(parts)

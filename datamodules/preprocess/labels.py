@@ -1,0 +1,133 @@
+"""The label that a user names for a log whose schema is inferred, and proposals where none is named."""
+
+import math
+import operator
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datamodules.log_schema import Label, parse_label
+from datamodules.preprocess.columns import Facts, examples, nearest, words_of
+from datamodules.preprocess.sniffing import Sample, Value, is_number
+from lightning_dlrm.contracts.errors import UserError, require
+
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq, "!=": operator.ne, ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
+_LABEL_WORDS = frozenset(
+    """
+    label click clicked clk target y converted conversion purchase purchased buy bought like liked response install
+    geklickt gekauft
+    """.split()  # noqa: SIM905
+)
+_RATING_WORDS = frozenset(("rating", "ratings", "stars", "bewertung", "note"))
+_YES = ("yes", "true", "y", "t", "ja", "oui", "si", "click", "clicked")
+_MOST_RATINGS = 11  # such as 0 to 10, or 0.5 to 5
+_MOST_CANDIDATES = 5
+_LIKED = 0.75  # of the highest rating: 4 of 5, 8 of 10
+_BOOLEANS = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledLabel:
+    """The label of a log, and the labels of its sample."""
+
+    text: str
+    """As in the schema file."""
+    column: str
+    labels: Sequence[bool]
+    """Of the rows of the sample whose label is not missing."""
+    missing: int
+
+
+def find_label(text: str, facts: Sequence[Facts], sample: Sample) -> SampledLabel:
+    """Return the label that a user has named.
+
+    Args:
+        text: a column of 0 and 1 (false and true), or a condition such as ``rating >= 4``.
+        facts: of the columns.
+        sample: the log.
+
+    Raises:
+        UserError: there is no such column; it has other values and there is no condition; a condition orders what is
+            no number; the whole log is read and every row has the same label.
+    """
+    names = [column.name for column in facts]
+    label = parse_label(text, names)
+    column = next((column for column in facts if column.name == label.column), None)
+    if column is None:
+        raise UserError(
+            f"--label {text!r}: there is no column {label.column!r}{nearest(label.column, names)}; the "
+            f"columns are {', '.join(names)}"
+        )
+    values = {value: _is_positive(label, value) for value in column.counts}
+    other = [value for value, positive in values.items() if positive is None]
+    where = f"--label {text!r}: column {column.name} holds {examples(column)}"
+    require(column.counts and column.kind not in ("list", "numbers"), f"{where}; expected two values, or numbers")
+    require(
+        not other or label.operator is not None,
+        f"{where}; expected 0 and 1, or true and false: give a condition{_example(column)}",
+    )
+    require(
+        not other,
+        f"{where}; {str(other[0])!r} is no number, so compare it by == or !={_example(column)}" if other else "",
+    )
+    labels = [bool(values[value]) for value in column.values]
+    require(
+        0 < sum(labels) < len(labels) or not sample.whole,
+        f"{where}; every row has the same label: give a condition that tells rows apart{_example(column)}",
+    )
+    return SampledLabel(text=text.strip(), column=column.name, labels=labels, missing=column.missing)
+
+
+def _is_positive(label: Label, value: Value) -> bool | None:
+    """Return the label of a row by its value; None if the value cannot be judged."""
+    if label.operator is None:
+        return _BOOLEANS.get(str(value).lower())
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if is_number(text) and is_number(label.value):
+        return _OPERATORS[label.operator](float(text), float(label.value))
+    if label.operator not in ("==", "!="):
+        return None
+    return _OPERATORS[label.operator](text, label.value)
+
+
+def _example(column: Facts) -> str:
+    proposal = _proposal(column, named=True)
+    return f", such as --label {shlex.quote(proposal)}" if proposal else ""
+
+
+def _proposal(column: Facts, named: bool = False) -> str | None:
+    """Return a label that a column may be; None if it hardly is one.
+
+    Args:
+        column: facts of the column.
+        named: whether the user has named the column, so that any condition is better than none.
+    """
+    values = sorted(column.counts, key=str)
+    if column.distinct == 2 and {_BOOLEANS.get(str(value).lower()) for value in values} == {False, True}:
+        return column.name
+    if column.kind == "text" and column.distinct == 2:
+        yes = [value for value in values if value.lower() in _YES]
+        return f"{column.name} == {yes[0] if yes else values[-1]}" if yes or named else None
+    rating = column.kind in ("integer", "number") and 2 < column.distinct <= _MOST_RATINGS
+    if rating and (named or words_of(column.name) & _RATING_WORDS):
+        return f"{column.name} >= {math.ceil(_LIKED * max(column.counts))}"
+    return None
+
+
+def propose_labels(facts: Sequence[Facts]) -> str:
+    """Return, for a message, what a user can give as the label of a log."""
+    proposals = {column.name: proposal for column in facts if (proposal := _proposal(column))}
+    found = [column for column in facts if column.name in proposals]
+    found.sort(key=lambda column: not words_of(column.name) & (_LABEL_WORDS | _RATING_WORDS))
+    if not found:
+        return (
+            "no column looks like a label; give --label COLUMN, of 0 and 1, or a condition such as "
+            f"--label 'rating >= 4'; the columns are {', '.join(column.name for column in facts)}"
+        )
+    return "--label is missing, which says what to predict; give " + ", or ".join(
+        f"--label {shlex.quote(proposals[column.name])} ({column.name}: {examples(column)})"
+        for column in found[:_MOST_CANDIDATES]
+    )

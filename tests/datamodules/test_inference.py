@@ -1,0 +1,264 @@
+"""Contract: ``preprocess --infer`` reads a sample of a log of any form and writes a schema that ``read_log_schema``
+takes, with the form of the files, a role for each column and a split; what it cannot tell is one line that says what to
+give."""
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from datamodules.log_schema import LogSchema, read_log_schema
+from datamodules.preprocess import sniffing
+from datamodules.preprocess.inference import infer
+from datamodules.preprocess.sniffing import Form, read_sample
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.contracts.errors import UserError
+
+LOGS = Path(__file__).parents[3] / "shared" / "small_logs"
+
+
+def inferred(folder: Path, text: str | bytes, label: str = "y", name: str = "log.csv", **options: Any) -> LogSchema:
+    """Write a log, infer its schema, and read it."""
+    log, schema = folder / name, folder / "schema.yaml"
+    log.write_bytes(text if isinstance(text, bytes) else text.encode())
+    schema.unlink(missing_ok=True)
+    infer(schema, label, [str(log)], **options)
+    return read_log_schema(schema)
+
+
+def settings(schema: LogSchema) -> dict[str, dict[str, Any]]:
+    return schema.document()["columns"]
+
+
+def rows(header: str, *cells: Sequence[object], separator: str = ",") -> str:
+    """Return CSV of columns of equally many cells."""
+    return "\n".join([header, *(separator.join(map(str, row)) for row in zip(*cells, strict=True))]) + "\n"
+
+
+N = 200
+LABELS = [int(row % 7 == 0) for row in range(N)]
+FEW = [f"v{row * row % 11}" for row in range(N)]
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("y,a\n1,x\n0,z\n", Form(format="csv")),
+        ("y\ta\n1\tx\n0\tz\n", Form(format="csv", separator="\t")),
+        ("y;a\r\n1;1,5\r\n0;\r\n", Form(format="csv", separator=";", decimal=",")),
+        ("y::a\n1::x\n0::z\n", Form(format="csv", separator="::")),
+        ('y,a\n1,"x,""1""\nnew line"\n0,z\n', Form(format="csv")),
+        ('y\ta\n1\t"x\n0\tz\n', Form(format="csv", separator="\t", quote=None)),
+        ("y|a\n1|NULL\n0|7\n1|?\n", Form(format="csv", separator="|", nulls=("", "?", "NULL"))),
+        ("y,a\n1,NA\n0,de\n", Form(format="csv")),
+        ("0,1\n1,4\n0,5\n", Form(format="csv")),
+        ("y,a\n1,München\n0,z\n".encode("cp1252"), Form(format="csv", encoding="cp1252")),
+        ("y,a\n1,日本\n0,z\n".encode(), Form(format="csv")),
+        ('{"y": 1}\n{"y": 0, "a": [1]}\n', Form(format="jsonl")),
+    ],
+)
+def test_forms(text: str | bytes, form: Form, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    sample = read_sample([str(path)])
+    assert sample.form == form
+    assert sample.whole and sample.rows == sample.estimated_rows == sum(map(len, sample.columns.values())) / len(
+        sample.columns
+    )
+
+
+def test_roles_and_transforms(tmp_path: Path) -> None:
+    header = "row_id,y,user_id,age,ratio,spend,delta,C7,genres,hour,ip_hash,comment,constant,empty,dwell"
+    text = rows(
+        header,
+        [10_000 + 7 * row for row in range(N)],
+        LABELS,
+        [row * row % 53 for row in range(N)],
+        [20 + row % 50 for row in range(N)],
+        [row % 90 / 100 for row in range(N)],
+        [1.5 + 3 ** (row % 12) for row in range(N)],
+        [(-1) ** row * (row % 9 + 0.5) for row in range(N)],
+        [row % 120 for row in range(N)],
+        ["Drama|Sci-Fi" if row % 3 else f"Western|Crime|{'Drama' if row % 2 else 'War'}" for row in range(N)],
+        [f"141021{row // 9:02d}" for row in range(N)],
+        [f"{row * 2654435761 % 2**32:08x}" for row in range(N)],
+        [f"it was {'very ' * (20 + row % 5)} good" for row in range(N)],
+        ["k"] * N,
+        [""] * N,
+        [row if label else "" for row, label in enumerate(LABELS)],
+    )
+    schema = inferred(tmp_path, text)
+    assert settings(schema) == {
+        "row_id": {"role": "leave"},
+        "user_id": {"role": "categorical", "min_count": 2},
+        "age": {"role": "dense", "transform": "standard"},
+        "ratio": {"role": "dense"},
+        "spend": {"role": "dense", "transform": "log1p"},
+        "delta": {"role": "dense", "transform": "standard"},
+        "C7": {"role": "categorical", "min_count": 2},
+        "genres": {"role": "multi_hot", "separator": "|"},
+        "hour": {"role": "keep", "time": "%y%m%d%H"},
+        "ip_hash": {"role": "leave"},
+        "comment": {"role": "leave"},
+        "constant": {"role": "leave"},
+        "empty": {"role": "leave"},
+        "dwell": {"role": "leave"},
+    }
+    assert schema.label == "y" and schema.split.by == "time" and schema.split.column == "hour"
+    comments = (tmp_path / "schema.yaml").read_text()
+    for seen in ("none missing, 20 to 69", "tells the label", "200 rows (all rows)", "True in 14.5%", "Drama ("):
+        assert seen in comments, comments
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "time"),
+    [
+        (["2024-03-01 10:00:00", "2024-03-02T11:30"], "at", "iso"),
+        (["01.02.2024", "15.02.2024"], "wann", "%d.%m.%Y"),
+        (["13/02/2024 10:00", "14/02/2024 11:00"], "x", "%d/%m/%Y %H:%M"),
+        ([978300000, 978300613], "timestamp", "unix"),
+        ([1700000000000, 1700000060000], "time_ms", "unix_ms"),
+        ([20220421, 20220508], "date", "%Y%m%d"),
+        ([2014102100, 2014102123], "hour", "%Y%m%d%H"),
+        ([400, 2300], "hourmin", None),
+        ([978300613, 978300000], "user_id", None),
+    ],
+)
+def test_times(values: Sequence[object], name: str, time: str | None, tmp_path: Path) -> None:
+    schema = inferred(tmp_path, rows(f"y,a,{name}", [1, 0, 1, 0], ["p", "q", "q", "q"], [*values, *values]))
+    assert settings(schema)[name].get("time") == time
+    assert schema.split.by == ("random" if time is None else "time")
+
+
+def test_splits_of_files_and_columns(tmp_path: Path) -> None:
+    paths = []
+    for name in ("train.csv", "valid.csv", "test.csv"):
+        (tmp_path / name).write_text("y,a\n1,p\n0,q\n")
+        paths.append(str(tmp_path / name))
+    infer(tmp_path / "files.yaml", "y", paths)
+    split = read_log_schema(tmp_path / "files.yaml").split
+    assert split.values == {"train": ("train.csv",), "validation": ("valid.csv",), "test": ("test.csv",)}
+    text = rows("y,a,fold", LABELS, FEW, [("train", "val")[row % 5 == 0] for row in range(N)])
+    assert inferred(tmp_path, text).split.values == {"train": ("train",), "validation": ("val",)}
+
+
+def test_json_lists_weights_and_names_that_need_care(tmp_path: Path) -> None:
+    lines = [
+        {"y": row % 2 == 0, "tags": [row % 5, 7], "tags_share": [0.25, 0.5], "a/b": "xyz"[row % 3], "no": {"k": 1}}
+        | ({"age": 3.5 + row % 4} if row % 3 else {})
+        for row in range(N)
+    ]
+    schema = inferred(tmp_path, "\n".join(map(json.dumps, lines)), name="log.jsonl")
+    assert settings(schema) == {
+        "tags": {"role": "multi_hot", "weights": "tags_share"},
+        "a_b_": {"role": "categorical", "source": "a/b"},
+        "no": {"role": "leave"},
+        "age": {"role": "dense", "transform": "standard"},
+    }
+    schema.check_columns(list(lines[1]), "log")
+
+
+def test_parquet_types(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "y": pa.array([True, False] * N),
+            "when": pa.array(range(2 * N), pa.timestamp("ns")),
+            "item": pa.array([row % 30 for row in range(2 * N)], pa.uint32()),
+            "price": pa.array([None if row % 9 == 0 else row % 70 + 0.25 for row in range(2 * N)]),
+            "nan": pa.array([float("nan")] * (2 * N)),
+            "where": pa.array(["DE", "日本"] * N).dictionary_encode(),
+        }
+    )
+    path = tmp_path / "log.parquet"
+    pq.write_table(table, path, row_group_size=16)
+    infer(tmp_path / "s.yaml", "y == true", [str(path)])
+    assert settings(read_log_schema(tmp_path / "s.yaml")) == {
+        "when": {"role": "keep"},
+        "item": {"role": "categorical", "min_count": 2},
+        "price": {"role": "dense", "transform": "standard"},
+        "nan": {"role": "leave"},
+        # It alternates like the label.
+        "where": {"role": "leave"},
+    }
+
+
+def test_samples_of_large_files_reach_their_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sniffing, "_SAMPLE_BYTES", 4_000)
+    text = rows("y,time,title", LABELS * 20, range(1_700_000_000, 1_700_000_000 + 20 * N), FEW * 20)
+    path, packed = tmp_path / "log.csv", tmp_path / "log.csv.gz"
+    path.write_text(text)
+    packed.write_bytes(gzip.compress(text.encode(), mtime=0))
+    sample = read_sample([str(path)])
+    assert not sample.whole and 100 < sample.rows < 400 and abs(sample.estimated_rows - 20 * N) < 2 * N
+    assert (
+        int(sample.columns["time"][0]) == 1_700_000_000
+        and int(sample.columns["time"][-1]) == 1_700_000_000 + 20 * N - 1
+    )
+    assert len(read_sample([str(packed)]).columns["time"]) < 400
+    infer(tmp_path / "s.yaml", "y", [str(packed)])
+    assert "a sample of about" in (tmp_path / "s.yaml").read_text()
+
+
+MISTAKES: list[tuple[str | bytes, str | None, str]] = [
+    ("y,a\n1,x\n0,z\n", None, r"--label is missing.* give --label y \(y: 1 \(50.0%\), 0 \(50.0%\)\)"),
+    ("stars,a\n1,x\n5,z\n3,z\n", None, r"give --label 'stars >= 4'"),
+    ("bought,a\nyes,x\nno,z\n", None, r"give --label 'bought == yes'"),
+    ("a,b\nx,1\nz,7\n", None, r"no column looks like a label.*columns are a, b"),
+    ("y,a\n1,x\n0,z\n", "yy", r"no column 'yy' \(did you mean y\?\)"),
+    ("y,a\nja,x\nnein,z\n", "y", r"holds ja \(50.0%\), nein .*such as --label 'y == ja'"),
+    ("y,a\nja,x\nnein,z\n", "y >= 3", r"'(ja|nein)' is no number, so compare it by == or !="),
+    ("y,a\n1,x\n3,z\n", "y > 5", r"every row has the same label"),
+    ("y,a\n1,x\n0,y,z\n1,x\n1,x\n", "y", r"log.csv: line 3 has 3 fields and the first line 2"),
+    ("y,a,a\n1,x,z\n0,z,z\n", "y", r"two columns are named 'a'"),
+    ("y,,b\n1,x,z\n0,z,z\n", "y", r"column 2 of the header has no name"),
+    (
+        "1,4,x\n0,5,z\n",
+        "y",
+        r"has no header: its first line is '1,4,x'; name its 3 columns, such as --columns c1,c2,c3",
+    ),
+    ("alone\n1\n0\n", "alone", r"no separator found"),
+    ("", "y", r"is empty"),
+    ("y,a\n", "y", r"has no rows"),
+    ('{"y": 1}\n{"y": \n', "y", r"line 2 is not JSON"),
+    ("[1]\n", "y", r"line 1 is not a JSON object"),
+    ("y,a\n" + "1,k\n0,k\n" * N, "y", r"no column of .* can be a feature: a: the same value in every row"),
+]
+
+
+@pytest.mark.parametrize(("text", "label", "message"), MISTAKES)
+def test_mistakes_are_one_line_and_write_nothing(
+    text: str | bytes, label: str | None, message: str, tmp_path: Path
+) -> None:
+    log = tmp_path / "log.csv"
+    log.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message) as caught:
+        infer(tmp_path / "schema.yaml", label, [str(log)])
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("log").write_text("".join(f"{row % 9}::{row % 4}::{1 + row % 5}::{978300000 + row}\n" for row in range(N)))
+    command = ["preprocess", "--infer", "s.yaml", "--columns", "user,item,rating,time", "--input", "log", "--label"]
+    assert main([*command, "rating >= 4"]) == 0
+    said = capsys.readouterr().out
+    assert "label        rating >= 4 (true in 40.0%" in said and "preprocess --schema s.yaml --input log" in said
+    kept = Path("s.yaml").read_text()
+    assert f"# Inferred from 200 rows (all rows) by: python -m lightning_dlrm {' '.join(command[:3])}" in kept
+    assert "names: [user, item, rating, time]" in kept
+    for more, message in (
+        (["rating >= 4"], "s.yaml exists; edit it, or name a new file"),
+        (["rating >= 4", "--infer", "none/s.yaml"], "there is no folder"),
+        (["rating >= 4", "--infer", "t.yaml", "--columns", "a,b"], "--columns names 2 columns"),
+    ):
+        assert main([*command, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["preprocess", "--input", "log", "--output", "o", "--label", "y"]) == 2
+    assert "--label goes with --infer" in capsys.readouterr().err
+    assert Path("s.yaml").read_text() == kept and sorted(path.name for path in Path().iterdir()) == ["log", "s.yaml"]

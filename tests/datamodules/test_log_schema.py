@@ -1,0 +1,110 @@
+"""The schema of a raw log: what a YAML file may say, and the one line that each mistake gets."""
+
+import copy
+from typing import Any
+
+import pytest
+import yaml
+
+from datamodules.log_schema import Label, log_schema, read_log_schema
+from lightning_dlrm.contracts.errors import UserError
+
+TEXT = """
+dataset: avazu
+label: click
+columns:
+  hour: {role: keep, time: "%y%m%d%H"}
+  C1: {role: categorical, min_count: 10, max_rows: 1000000}
+  price: {role: dense, transform: log1p}
+  age: {role: categorical, transform: quantile, bins: 10}
+  genres: {role: multi_hot, separator: "|", weights: genre_weights}
+  id: {role: leave}
+split: {by: time, column: hour, ratios: [0.7, 0.2, 0.1]}
+"""
+COLUMNS = ["click", "hour", "C1", "price", "age", "genres", "genre_weights", "id"]
+
+
+def test_a_schema_is_read_and_written(tmp_path):
+    path = tmp_path / "avazu.yaml"
+    path.write_text(TEXT)
+    schema = read_log_schema(path)
+    assert schema == log_schema(schema.document())
+    assert schema.columns["age"].quantiles == 10
+    assert schema.made == ["hour", "C1", "price", "age", "genres", "genres_weights"]
+    schema.check_columns(COLUMNS, "a.csv")
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("lable", "x", "unknown key lable (did you mean label?)"),
+        ("label", None, "label: "),
+        ("columns", [1], "columns: "),
+        ("columns.x", "dense", "columns: x: found 'dense'"),
+        ("columns.x", {"rol": "dense"}, "columns: x: unknown key rol (did you mean role?)"),
+        ("columns.x", {"role": "dens"}, "columns: x: role: found 'dens'"),
+        (
+            "columns.x",
+            {"role": "dense", "min_count": 3},
+            "x: min_count is for categorical and multi_hot, not for dense",
+        ),
+        ("columns.x", {"role": "categorical", "min_count": "3"}, "columns: x: min_count: found '3'"),
+        ("columns.x", {"role": "categorical", "transform": "log1p"}, "expected quantile or log_squared, or role dense"),
+        ("columns.x", {"role": "categorical", "bins": 5}, "bins is for transform quantile"),
+        ("columns.x", {"role": "dense", "transform": "quantile", "bins": 1}, "bins is 1, expected 2 to 256"),
+        ("columns.x", {"role": "keep", "time": "hour"}, "time is 'hour'; expected unix, unix_ms, iso"),
+        ("columns.genres_weights", {"role": "keep"}, "genres_weights would stand twice"),
+        ("columns.label", {"role": "categorical"}, "label would stand twice"),
+        ("columns.a/b", {"role": "keep"}, "give 'source: a/b'"),
+        ("columns", {"id": {"role": "leave"}}, "no dense, categorical or multi_hot column"),
+        ("split", {"by": "tim"}, "split: by: found 'tim'"),
+        ("split", {"by": "time"}, "split: column is missing"),
+        ("split", {"by": "column", "column": "f", "train": [0, True], "test": ["true"]}, "true is given twice"),
+        ("split", {"by": "position", "seed": 1}, "seed is not for a split by position"),
+        ("split", {"by": "random", "ratios": [0.5, 0.5]}, "ratios are 0.5, 0.5"),
+        ("split", {"by": "files", "test": ["c.csv"]}, "train is missing"),
+        ("nulls", [None], "nulls: 0: "),
+        ("encoding", "utf-9", "encoding is 'utf-9'"),
+        ("header", False, "give the columns as 'names:"),
+        ("names", ["a", "a"], "names: a stands twice"),
+        ("separator", "", "separator is empty"),
+        ("max_rows", 1, "max_rows is 1, expected at least 3"),
+        ("dataset", "a/b", "dataset is 'a/b'"),
+    ],
+)
+def test_a_mistake_gets_one_line_that_names_it(key: str, value: Any, message: str):
+    content = copy.deepcopy(yaml.safe_load(TEXT))
+    parts = key.split(".", 1)
+    (content if len(parts) == 1 else content[parts[0]])[parts[-1]] = value
+    with pytest.raises(UserError) as caught:
+        log_schema(content, "a.yaml")
+    assert str(caught.value).startswith("a.yaml: ") and "\n" not in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_columns_of_files_are_compared_with_the_schema():
+    schema = log_schema(yaml.safe_load(TEXT))
+    wrong = [name.replace("price", "prise") for name in COLUMNS]
+    with pytest.raises(UserError, match=r"a.csv has no column 'price', .*columns: price.*did you mean prise"):
+        schema.check_columns(wrong, "a.csv")
+    with pytest.raises(UserError, match=r"columns that the schema does not name: x; .*rest: leave"):
+        schema.check_columns([*COLUMNS, "x"], "a.csv")
+    log_schema({**schema.document(), "rest": "leave"}).check_columns([*COLUMNS, "x"], "a.csv")
+    schema.check_columns(COLUMNS[1:], "a.csv", labelled=False)
+    with pytest.raises(UserError, match=r"no column 'click'.*\(label\)"):
+        schema.check_columns(COLUMNS[1:], "a.csv")
+
+
+@pytest.mark.parametrize(
+    "text, label",
+    [
+        ("click", Label(column="click")),
+        ("rating >= 4", Label(column="rating", operator=">=", value="4")),
+        ("a b=='x y'", Label(column="a b", operator="==", value="x y")),
+        ("geklickt != nein", Label(column="geklickt", operator="!=", value="nein")),
+        ("a > b", Label(column="a > b")),
+    ],
+)
+def test_a_label_is_a_column_or_a_condition(text: str, label: Label):
+    schema = log_schema({**yaml.safe_load(TEXT), "label": text})
+    assert schema.label_in(["click", "a > b", "rating"]) == label
