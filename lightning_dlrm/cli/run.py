@@ -50,6 +50,7 @@ from lightning_dlrm.cli.trainer_settings import (
 from lightning_dlrm.cli.version import code_version, versions
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
+from lightning_dlrm.engine.batch_norm import SyncBatchNorm
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, saved_steps
 from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import CurveWriter, EvaluationWriter, MetricsLogger, NormLogger
@@ -189,7 +190,9 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
             *(given := as_list(trainer_settings["plugins"])),
             *slurm_plugins(given),
             FolderCheckpointIO(job.settings.allow_nonfinite, job.fallbacks),
+            *([SyncBatchNorm()] if trainer_settings["sync_batchnorm"] else []),
         ],
+        "sync_batchnorm": False,
         "logger": False,
     }
     try:
@@ -199,7 +202,7 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
     # Lightning appends the timer of max_time; the step at which it stops a fit is to be logged and validated.
     trainer.callbacks.sort(key=lambda callback: not isinstance(callback, Timer))  # type: ignore[attr-defined]
     check_started_processes(trainer.world_size, trainer.num_devices, trainer.num_nodes)
-    check_processes(trainer, job.command, trainer_settings["sync_batchnorm"])
+    check_processes(trainer, job.command)
     if isinstance(trainer.strategy, EmbeddingShardedDDP):
         trainer.strategy.facts = facts_of_all_ranks(job)
     return trainer

@@ -84,17 +84,13 @@ def check_early_stopping_after_validation(trainer: Namespace) -> None:
         options.check_on_train_epoch_end = False
 
 
-def check_processes(trainer: pl.Trainer, command: str, sync_batchnorm: bool) -> None:
+def check_processes(trainer: pl.Trainer, command: str) -> None:
     """
     Raises:
         UserError: several processes are asked for, and they do not work together.
     """
     if trainer.world_size == 1:
         return
-    require(
-        not sync_batchnorm or trainer.strategy.root_device.type == "cuda",
-        "trainer.sync_batchnorm works on GPUs only; without it each rank normalizes over its own slice",
-    )
     require(
         command != "fit" or isinstance(trainer.strategy, EmbeddingShardedDDP),
         f"training in {trainer.world_size} processes needs --trainer.strategy {EMBEDDING_SHARDED_DDP}: "
