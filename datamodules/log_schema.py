@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from lightning_dlrm.contracts.documents import is_name, parse_settings, read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, WEIGHTS_SUFFIX
+from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
 
 Format = Literal["csv", "parquet", "jsonl"]
 ColumnRole = Literal["dense", "categorical", "multi_hot", "keep", "leave"]
@@ -317,13 +318,20 @@ def parse_label(text: str, names: Collection[str]) -> Label:
     return Label(column=condition["column"].strip(), operator=condition["operator"], value=value)
 
 
-def read_log_schema(path: Path) -> LogSchema:
-    """Read the schema of a log from a YAML file.
+def read_log_schema(path: str | Path) -> LogSchema:
+    """Read the schema of a log from a YAML file: the file of this name, else a shipped one.
 
     Raises:
-        UserError: the file cannot be read or is not such a schema.
+        UserError: there is none, it cannot be read or is not such a schema.
     """
-    return log_schema(read_yaml(path, _EXPECTED), str(path))
+    found = next((place for place in (Path(path), shipped_configs() / path) if place.is_file()), None)
+    known = [name for name in shipped_names() if name.startswith(SCHEMAS)]
+    if found is None:
+        raise UserError(
+            f"no schema {path}, neither here nor among the shipped ones: {', '.join(known)}"
+            f"{_nearest(str(path), known)}; preprocess --infer writes one"
+        )
+    return log_schema(read_yaml(found, _EXPECTED), str(path))
 
 
 def log_schema(content: Mapping[str, Any], where: str = "schema") -> LogSchema:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from datamodules.generate.demo import DemoSettings, generate_demo
+from datamodules.generate.log import FORMS, LogSettings, generate_log
 from datamodules.generate.profiles import LEAST_ACCESSES, Profile, TraceSource, save_profiles
 from datamodules.generate.random import PRESETS, Law, RandomSettings, generate_random
 from datamodules.generate.trace import TraceSettings, check_plot, generate_trace, measure_fit, plot_fits, render_fits
@@ -76,6 +77,17 @@ examples:
   python -m lightning_dlrm generate tsv --rows 4000000 --dataset terabyte --output day_{0..3}.gz
 then:
   python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm --input train.txt --output data/mine
+"""
+
+_LOG_DESCRIPTION = """\
+Writes a raw log in the form of a public data set (file names, header, separator, look of the values), or one of five
+columns, to try a schema, or `preprocess --infer`, without the data. The labels are drawn from a planted click model.
+
+examples:
+  python -m lightning_dlrm generate log --form shop --rows 100000 --output mylog
+  python -m lightning_dlrm generate log --form avazu --rows 200000 --output avazu
+then:
+  python -m lightning_dlrm preprocess --schema datasets/avazu.yaml --input avazu/train --output data/avazu
 """
 
 
@@ -209,6 +221,16 @@ def _tsv_options() -> list[Option]:
     ]
 
 
+def _log_options() -> list[Option]:
+    forms = "; ".join(f"{name}: {form.about}" for name, form in FORMS.items())
+    return [
+        ("--form", {"required": True, "choices": FORMS, "metavar": "NAME", "help": f"form of the log: {forms}"}),
+        ("--output", {"required": True, "type": Path, "metavar": "DIR", "help": "folder for the files"}),
+        ("--rows", {"required": True, "type": int, "metavar": "N", "help": "rows of all files together"}),
+        ("--seed", {"type": int, "default": 0, "help": "seed of the rows (default: %(default)s)"}),
+    ]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the kinds of data and their options to a parser; ``run`` takes what it parses."""
     parser.description = GENERATE_HELP
@@ -230,6 +252,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
         ("trace", "accesses like those of a dataset's columns", _TRACE_DESCRIPTION, _trace_options(), _run_trace),
         ("tsv", "raw text shaped like Criteo's click logs", _TSV_DESCRIPTION, _tsv_options(), _run_tsv),
+        ("log", "raw logs in the form of other public data sets", _LOG_DESCRIPTION, _log_options(), _run_log),
     ):
         kind = kinds.add_parser(
             name, help=words, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -367,6 +390,17 @@ def _run_tsv(args: argparse.Namespace) -> int:
     print(
         f"preprocess them: python -m lightning_dlrm preprocess --dataset {args.dataset} --protocol dlrm "
         f"--input {' '.join(map(str, args.output))} --output DIR"
+    )
+    return 0
+
+
+def _run_log(args: argparse.Namespace) -> int:
+    made = generate_log(LogSettings(form=args.form, rows=args.rows, seed=args.seed), args.output)
+    for path in made.files:
+        print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+    print(
+        f"{args.rows:,} rows; best scores any model can reach on all of them: AUC {made.best.auc:.4f}, log loss "
+        f"{made.best.log_loss:.4f}"
     )
     return 0
 

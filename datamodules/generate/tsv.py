@@ -178,7 +178,7 @@ def generate_tsv(settings: TsvSettings, outputs: Sequence[Path], progress: bool 
     """
     outputs = [Path(path) for path in outputs]
     _check_outputs(settings, outputs)
-    blocks = _text_blocks(settings)
+    blocks = ((text, line_ends) for _, text, line_ends in text_blocks(settings))
     start = time.monotonic()
     pending: tuple[bytes, NDArray[np.int64]] = next(blocks)
     estimate = _estimate(settings, outputs, *pending, start)
@@ -190,7 +190,7 @@ def generate_tsv(settings: TsvSettings, outputs: Sequence[Path], progress: bool 
     ) as bar:
         for number, path in enumerate(outputs):
             wanted = settings.rows // len(outputs) + (number < settings.rows % len(outputs))
-            with _whole_file(path) as write:
+            with whole_file(path) as write:
                 while wanted:
                     text, line_ends = pending
                     if len(line_ends) == 1:
@@ -227,12 +227,12 @@ def planted_model(settings: TsvSettings) -> PlantedModel:
     return PlantedModel.plant_features(settings.seed, demo.dense_features(shape.dense) | ids, shape.bias)
 
 
-def _text_blocks(settings: TsvSettings) -> Iterator[tuple[bytes, NDArray[np.int64]]]:
-    """Yield the rows as text, BLOCK_ROWS at a time, with 0 and the position after each line."""
+def text_blocks(settings: TsvSettings) -> Iterator[tuple[Draw, bytes, NDArray[np.int64]]]:
+    """Yield the rows, BLOCK_ROWS at a time: as drawn, as text, and 0 and the position after each line."""
     model = planted_model(settings)
     for start in range(0, settings.rows, BLOCK_ROWS):
         drawn = model.draw("train", start // BLOCK_ROWS, min(BLOCK_ROWS, settings.rows - start))
-        yield _text(drawn, model.features, _SHAPES[settings.dataset].signed)
+        yield drawn, *_text(drawn, model.features, _SHAPES[settings.dataset].signed)
 
 
 _HASH_DIGITS = 8
@@ -331,7 +331,7 @@ def _check_outputs(settings: TsvSettings, outputs: Sequence[Path]) -> None:
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[Callable[[bytes], Any]]:
+def whole_file(path: Path) -> Iterator[Callable[[bytes], Any]]:
     """Yield a function that writes text to a file, compressed by the file's suffix; the file gets its name when it is
     complete.
 

@@ -7,17 +7,10 @@ from typing import Any
 
 import yaml
 
-import lightning_dlrm
 from lightning_dlrm.contracts.documents import YAML_FAULTS, read_yaml
 from lightning_dlrm.contracts.errors import UserError, one_line, require
+from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
 from lightning_dlrm.engine.retired import log_updates, update_document, update_options
-
-
-def shipped_configs() -> Path:
-    """Return the project's ``configs/``: inside the installed package, or at the top of a checkout."""
-    package = Path(lightning_dlrm.__file__).parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def expand_home(text: str) -> str:
@@ -35,7 +28,7 @@ def find_config(name: str) -> Path:
     for candidate in (Path(expand_home(name)), shipped_configs() / name):
         if candidate.is_file():
             return candidate
-    known = sorted(str(p.relative_to(shipped_configs())) for p in shipped_configs().rglob("*.yaml"))
+    known = [name for name in shipped_names() if not name.startswith(SCHEMAS)]
     raise UserError(
         f"no configuration {name}, neither here nor among the shipped ones: {', '.join(known)}"
         # The common ending must not count as similarity.
@@ -72,6 +65,11 @@ def _resolve_run_config(name: str) -> str:
     require(
         "arms" not in content,
         f"{name} is an experiment of several runs: python -m lightning_dlrm compare --config {name} --output DIR",
+    )
+    require(
+        not {"label", "columns"} <= set(content),
+        f"{name} is the schema of a raw log: python -m lightning_dlrm preprocess --schema {name} --input FILES "
+        "--output DIR",
     )
     document, notes = update_document(content)
     log_updates(name, notes)

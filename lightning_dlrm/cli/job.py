@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from lightning_dlrm.cli.parser import CommandParser
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.engine.stopping import StopOnSignal
 from lightning_dlrm.tracking.lock import FolderLock
 from lightning_dlrm.tracking.run_folder import RunFolder
 
@@ -28,6 +29,7 @@ class Job:
         datamodule: the data.
         folder: the run folder; rank 0 chooses its path, and callbacks of other ranks get it in ``setup``.
         metrics_logger: callback with the metrics of a fit; None for evaluations.
+        stop: callback that ends the command after a signal.
         made_folder: whether this command has made the run folder.
         lock: lock of the run folder, on rank 0 of a fit.
         fallbacks: checkpoints to open if the chosen one is damaged.
@@ -41,6 +43,7 @@ class Job:
     datamodule: Any
     folder: RunFolder
     metrics_logger: MetricsLogger | None
+    stop: StopOnSignal
     made_folder: bool = False
     lock: FolderLock | None = None
     fallbacks: Sequence[Path] = ()

@@ -8,6 +8,8 @@ import pytorch_lightning as pl
 from jsonargparse import Namespace
 
 from lightning_dlrm.cli.job import EVALUATIONS, Job
+from lightning_dlrm.cli.launchers import is_requeued, run_of_requeued_job
+from lightning_dlrm.cli.parser import CommandParser
 from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.checkpointing import newest_checkpoint, whole_checkpoints
@@ -17,6 +19,35 @@ from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
 
 log = logging.getLogger("lightning_dlrm")
+
+
+def configuration_text(parser: CommandParser, settings: Namespace) -> str:
+    """Return the ``config.yaml`` of a run, which later commands open with --config; it does not say what to resume."""
+    settings = settings.clone()
+    settings.ckpt_path = settings.resume = settings.run_dir = None
+    settings.allow_nonfinite = False
+    return parser.dump(settings, skip_unset=False)
+
+
+def resume_requeued_job(settings: Namespace, configuration: str) -> None:
+    """Let a fit that SLURM has started again continue where it was; it is started with the command of the first time.
+
+    Args:
+        settings: of the fit; its ``run_dir``, ``resume`` and ``ckpt_path`` are set.
+        configuration: its ``configuration_text``.
+    """
+    if not is_requeued():
+        return
+    if settings.run_dir is None:
+        model = settings.model.network.class_path.rpartition(".")[2].lower()
+        found = run_of_requeued_job(model, configuration)
+        settings.run_dir = None if found is None else str(found)
+    if settings.run_dir is None:
+        return
+    run = RunFolder(Path(settings.run_dir))
+    # A fit that started from a checkpoint of another run continues from its own.
+    if run.path.is_dir() and (settings.ckpt_path is None or run.checkpoints.is_dir()):
+        settings.resume, settings.ckpt_path = "auto", None
 
 
 def choose_checkpoint(command: str, settings: Namespace) -> list[Path]:
@@ -81,8 +112,8 @@ def is_finished(job: Job, trainer: pl.Trainer) -> bool:
     if setting is None or (is_resumed and RunFolder(Path(job.settings.run_dir)).final().get(names.STEP) != step):
         return False
     if trainer.is_global_zero:
-        # The state of a callback restores its bounds, such as the patience of EarlyStopping.
-        remedy = "remove it" if setting.endswith(" in trainer.callbacks") else "raise or remove it"
+        # The state of EarlyStopping restores its bounds, such as its patience.
+        remedy = "remove it" if setting.startswith("EarlyStopping") else "raise or remove it"
         print(f"already finished at step {step:,}; nothing to do ({setting} ended it: to train on, {remedy})")
     return True
 

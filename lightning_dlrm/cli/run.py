@@ -3,7 +3,7 @@
 ``run`` calls, from top to bottom:
 
 1. parse: ``build_trainer_parser`` and ``parse`` (parser.py)
-2. check: ``choose_checkpoint`` (resuming.py)
+2. check: ``resume_requeued_job``, ``choose_checkpoint`` (resuming.py)
 3. build: ``instantiate``, ``build_callbacks``, ``build_trainer``; ``is_finished`` ends the command here;
    ``prepare_run_folder``
 4. run: ``log_start``, ``call_trainer``
@@ -14,6 +14,7 @@ import inspect
 import json
 import logging
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +29,18 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 
 from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.cli.job import EVALUATIONS, Job
+from lightning_dlrm.cli.launchers import check_started_processes, requeue, slurm_job, slurm_plugins
 from lightning_dlrm.cli.loggers import finish_loggers, make_loggers, wandb_address
 from lightning_dlrm.cli.parser import CommandParser, build_trainer_parser, configure_logging, fill_data_seed, parse
 from lightning_dlrm.cli.predictions import PredictionWriter
 from lightning_dlrm.cli.report import cells_note, demo_note, early_stop_note, final_report, published_notes, size_note
-from lightning_dlrm.cli.resuming import choose_checkpoint, is_finished, log_how_to_resume
+from lightning_dlrm.cli.resuming import (
+    choose_checkpoint,
+    configuration_text,
+    is_finished,
+    log_how_to_resume,
+    resume_requeued_job,
+)
 from lightning_dlrm.cli.trainer_settings import (
     as_list,
     check_early_stopping_after_validation,
@@ -42,11 +50,12 @@ from lightning_dlrm.cli.trainer_settings import (
 from lightning_dlrm.cli.version import code_version, versions
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
+from lightning_dlrm.engine.batch_norm import SyncBatchNorm
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, saved_steps
 from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import CurveWriter, EvaluationWriter, MetricsLogger, NormLogger
 from lightning_dlrm.engine.progress import RunProgress
-from lightning_dlrm.engine.stopping import FinalValidation, StopAtAUC, StopOnSigterm
+from lightning_dlrm.engine.stopping import FinalValidation, StopAtAUC, StopOnSignal
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.sharding.collectives import is_lost_rank
 from lightning_dlrm.tracking import names
@@ -71,6 +80,9 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
     configure_logging()
     parser = build_trainer_parser(command, description)
     settings = parse(parser, arguments)
+    fill_data_seed(settings)
+    if command == "fit":
+        resume_requeued_job(settings, configuration_text(parser, settings))
     steps = [] if settings.run_dir is None else saved_steps(RunFolder(Path(settings.run_dir)).checkpoints)
     older = choose_checkpoint(command, settings)
     job, trainer_settings = instantiate(command, parser, settings)
@@ -99,7 +111,6 @@ def instantiate(command: str, parser: CommandParser, settings: Namespace) -> tup
     Raises:
         UserError: a setting is out of range, or the model does not fit the data.
     """
-    fill_data_seed(settings)
     to_build = settings.clone()
     check_early_stopping_after_validation(to_build.trainer)
     built = parser.build(to_build)
@@ -108,9 +119,8 @@ def instantiate(command: str, parser: CommandParser, settings: Namespace) -> tup
     trainer_settings = built.trainer.as_dict()
     validate_trainer_settings(trainer_settings, settings.stop_at_auc)
     folder = RunFolder(Path())
-    metrics_logger = None
+    metrics_logger = checkpoints = None
     if command == "fit":
-        checkpoints = None
         if trainer_settings["enable_checkpointing"] is not False and not trainer_settings["fast_dev_run"]:
             checkpoints = RunCheckpoints(folder, settings.checkpoint.every_n_steps)
         metrics_logger = MetricsLogger(folder, checkpoints)
@@ -122,6 +132,7 @@ def instantiate(command: str, parser: CommandParser, settings: Namespace) -> tup
         datamodule=built.data,
         folder=folder,
         metrics_logger=metrics_logger,
+        stop=StopOnSignal(checkpoints),
     )
     return job, trainer_settings
 
@@ -140,13 +151,13 @@ def build_callbacks(job: Job, trainer_settings: dict[str, Any]) -> list[pl.Callb
             callbacks.append(metrics_logger.checkpoints)
     else:
         beside = getattr(job.datamodule, "read_beside", None)
-        callbacks += [EvaluationWriter(job.folder), PredictionWriter(job.folder, beside)]
+        callbacks += [EvaluationWriter(job.folder), PredictionWriter(job.folder, beside, settings.allow_nonfinite)]
     own_bar = any(isinstance(given, ProgressBar) for given in callbacks)
     if trainer_settings["enable_progress_bar"] is not False and not own_bar:
         callbacks.append(RunProgress(metrics_logger))
     if job.command != "predict":
         callbacks.append(CurveWriter(job.folder))
-    return [*callbacks, StopOnSigterm()]
+    return [*callbacks, job.stop]
 
 
 class RunTrainer(pl.Trainer):
@@ -159,6 +170,7 @@ class RunTrainer(pl.Trainer):
 
     def __init__(self, folder: RunFolder, **settings: Any) -> None:
         self._run_folder = None if settings["default_root_dir"] else folder
+        self.max_time = settings["max_time"]
         super().__init__(**settings)
 
     @property
@@ -175,9 +187,12 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
     ours = {
         "callbacks": callbacks,
         "plugins": [
-            *as_list(trainer_settings["plugins"]),
+            *(given := as_list(trainer_settings["plugins"])),
+            *slurm_plugins(given),
             FolderCheckpointIO(job.settings.allow_nonfinite, job.fallbacks),
+            *([SyncBatchNorm()] if trainer_settings["sync_batchnorm"] else []),
         ],
+        "sync_batchnorm": False,
         "logger": False,
     }
     try:
@@ -186,7 +201,8 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     # Lightning appends the timer of max_time; the step at which it stops a fit is to be logged and validated.
     trainer.callbacks.sort(key=lambda callback: not isinstance(callback, Timer))  # type: ignore[attr-defined]
-    check_processes(trainer, job.command, trainer_settings["sync_batchnorm"])
+    check_started_processes(trainer.world_size, trainer.num_devices, trainer.num_nodes)
+    check_processes(trainer, job.command)
     if isinstance(trainer.strategy, EmbeddingShardedDDP):
         trainer.strategy.facts = facts_of_all_ranks(job)
     return trainer
@@ -243,7 +259,7 @@ def open_run_folder(job: Job) -> None:
         # Lock first, so that the message names the process that trains here.
         job.lock = FolderLock(path).acquire()
     model = settings.model.network.class_path.rpartition(".")[2].lower()
-    folder = RunFolder.create(path, model)
+    folder = RunFolder.create(path, model, slurm_job())
     job.folder.path = folder.path
     if job.command not in EVALUATIONS and job.lock is None:
         job.lock = FolderLock(folder.path).acquire()
@@ -280,11 +296,7 @@ def log_start(job: Job, trainer: pl.Trainer) -> None:
         log.info("predictions go to %s", job.folder.path / PREDICTIONS)
     if job.metrics_logger is None:
         return
-    # What this command resumes from is not part of the configuration: later commands open it with --config.
-    settings = job.settings.clone()
-    settings.ckpt_path = settings.resume = settings.run_dir = None
-    settings.allow_nonfinite = False
-    job.metrics_logger.configuration = job.parser.dump(settings, skip_unset=False)
+    job.metrics_logger.configuration = configuration_text(job.parser, job.settings)
     job.metrics_logger.versions = versions()
     log.info("run folder: %s", job.folder.path)
     log.info(size_note(job.module.size))
@@ -312,18 +324,22 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
     Lightning exits with 0 after SIGTERM and with 1 after Ctrl-C; they expect 128 + signal.
     """
     succeeded = False
+    wandb: str | None = None
     try:
         with exit_on_signals() as received:
+            if slurm_job() is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGUSR1, job.stop.receive)
             try:
                 yield
                 succeeded = True
             finally:
+                wandb = wandb_address(trainer.loggers, job.folder)
                 finish_loggers(succeeded)
     except (SIGTERMException, KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and not received and not trainer.interrupted:
             raise
         log_how_to_resume(job, trainer)
-        default = signal.SIGTERM if isinstance(error, SIGTERMException) else signal.SIGINT
+        default = job.stop.agreed or signal.SIGTERM if isinstance(error, SIGTERMException) else signal.SIGINT
         raise SystemExit(128 + (received[0] if received else default)) from None
     except RuntimeError as error:
         if not is_lost_rank(error):
@@ -336,8 +352,12 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
         trained = succeeded and (job.metrics_logger is None or job.metrics_logger.samples > 0)
         if not trained and job.made_folder:
             job.folder.remove_without_results()
+        if wandb is not None and job.folder.path.exists() and not (succeeded and job.command == "fit"):
+            log.info("W&B: %s", wandb)
         if job.lock is not None:
             job.lock.release()
+        if job.stop.agreed == signal.SIGUSR1 and trainer.is_global_zero:
+            requeue()
 
 
 # --- report ----------------------------------------------------------------------------------------

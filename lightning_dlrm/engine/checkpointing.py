@@ -105,11 +105,8 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         self._saved_step = trainer.global_step
-        if trainer.is_global_zero:
-            # Not earlier: if the checkpoint is refused, the run folder stays as it is.
-            for path in (self.folder / LAST, self.folder / BEST):
-                if path.exists() and _step_of(path) > self._saved_step:
-                    log.warning("%s, damaged or of a later step, is set aside as %s", path, set_aside(path))
+        # Not earlier: if the checkpoint is refused, the run folder stays as it is.
+        Ranks(long_timeout=True).run_on_rank_zero(self._set_later_aside)
         pieces = table_pieces(pl_module)
         here = sum(tensor.nbytes for piece in pieces for tensor in piece.tensors.values())
         sizes = np.stack(Ranks().all_gather(np.array([here, staging_bytes(pieces)])))
@@ -125,8 +122,8 @@ class RunCheckpoints(Checkpoint):
         step = trainer.global_step
         # At the end of a fit without validations too: after that Lightning counts an unfinished epoch as finished.
         due = (self.every_n_steps and step % self.every_n_steps == 0) or _ends_now(trainer)
-        if due and step != self._saved_step and not _validates_now(trainer, batch_idx):
-            self._save(trainer)
+        if due and not validates_now(trainer, batch_idx):
+            self.save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -142,8 +139,28 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Only the end of a fit without the callback FinalValidation has not been saved yet.
+        self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Save ``last`` between two steps, unless the step is saved already; all ranks call it together."""
         if trainer.global_step != self._saved_step:
             self._save(trainer)
+
+    def _set_later_aside(self) -> None:
+        """Give checkpoints of later steps than the one that the fit goes on from, and damaged ones, other names.
+
+        Raises:
+            UserError: one cannot be renamed.
+        """
+        for path in (self.folder / LAST, self.folder / BEST):
+            if path.exists() and _step_of(path) > self._saved_step:
+                try:
+                    aside = set_aside(path)
+                except OSError as error:
+                    raise UserError(
+                        f"{path} cannot be renamed ({error.strerror}): check the permissions of {self.folder}"
+                    ) from error
+                log.warning("%s, damaged or of a later step, is set aside as %s", path, aside)
 
     def _save(self, trainer: pl.Trainer) -> None:
         start = time.perf_counter()
@@ -204,7 +221,7 @@ def _ends_now(trainer: pl.Trainer) -> bool:
     return trainer.should_stop and not trainer.fit_loop.min_epochs and not trainer.fit_loop.min_steps
 
 
-def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
+def validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Return whether a validation, which saves too, follows this step."""
     interval = trainer.val_check_batch
     epochs = trainer.check_val_every_n_epoch

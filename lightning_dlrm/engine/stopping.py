@@ -1,4 +1,4 @@
-"""What ends a fit, and the callbacks that end it: with a validation, at a target score, or on SIGTERM."""
+"""What ends a fit, and the callbacks that end it: with a validation, at a target score, or on a signal."""
 
 import logging
 import math
@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_dlrm.contracts.errors import require
-from lightning_dlrm.engine.checkpointing import MONITOR
+from lightning_dlrm.engine.checkpointing import MONITOR, RunCheckpoints, validates_now
 from lightning_dlrm.engine.fit_length import FitLength, fit_length, unreached_settings
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.module import CTRModule
@@ -73,7 +73,7 @@ class FinalValidation(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer) and _is_over(callback) and trainer.global_step < self._length.steps:
-                log.info("stopped at step %s by the time limit (trainer.max_time)", f"{trainer.global_step:,}")
+                log.info("stopped at step %s by the time limit (%s)", f"{trainer.global_step:,}", _time_limit(trainer))
 
 
 def _end_without_step(trainer: pl.Trainer) -> None:
@@ -132,12 +132,17 @@ def _stopped_by_callback(trainer: pl.Trainer) -> str | None:
     """Return the setting of the callback whose state ends the fit; None if no callback ends it."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Timer) and _is_over(callback):
-            return "trainer.max_time"
+            return _time_limit(trainer)
         if isinstance(callback, EarlyStopping) and callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
             return "EarlyStopping in trainer.callbacks"
         if isinstance(callback, StopAtAUC) and callback.is_reached:
             return f"stop_at_auc {callback.target:g}"
     return None
+
+
+def _time_limit(trainer: pl.Trainer) -> str:
+    """Return the setting that the Timer of a trainer comes from: Lightning makes one of ``max_time``."""
+    return "trainer.max_time" if getattr(trainer, "max_time", None) is not None else "Timer in trainer.callbacks"
 
 
 def _is_over(timer: Timer) -> bool:
@@ -200,39 +205,66 @@ class StopAtAUC(pl.Callback):
         return self._seconds_before + (0.0 if self._start is None else time.perf_counter() - self._start)
 
 
-class StopOnSigterm(pl.Callback):
-    """Callback that ends a command at a batch after SIGTERM, on all ranks at the same one.
+class StopOnSignal(pl.Callback):
+    """Callback that ends a command after SIGTERM or SIGUSR1, on all ranks after the same batch.
 
-    Lightning looks for the signal in training only. With several ranks its handler broadcasts, which blocks if the
-    signal comes amid another collective; so there this callback takes the signal.
+    A fit is saved first: at the end of the optimizer step or, if a validation is due there, at the checkpoint before
+    it. Lightning ends a fit on SIGTERM without saving it. With several ranks its handler broadcasts, which blocks if
+    the signal comes amid another collective; so there this callback takes the signal.
+
+    Args:
+        checkpoints: the callback that saves the fit; None if nothing is to be saved.
     """
 
     EVERY = 8
     """Number of batches after which several ranks ask each other for signals."""
 
-    def __init__(self) -> None:
-        self._received = False
+    def __init__(self, checkpoints: RunCheckpoints | None) -> None:
+        self._checkpoints = checkpoints
+        self._received = 0
+        self.agreed = 0
+        """The signal on which all ranks end; 0 for none."""
+
+    def receive(self, number: int, frame: object) -> None:
+        """Note a signal; a handler for ``signal.signal``. SIGUSR1 counts more than others."""
+        if self._received != signal.SIGUSR1:
+            self._received = number
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning has set its handler by now, and restores the handler of before at the end.
         in_main_thread = threading.current_thread() is threading.main_thread()
         if trainer.world_size > 1 and in_main_thread and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
-            signal.signal(signal.SIGTERM, self._note)
+            signal.signal(signal.SIGTERM, self.receive)
 
     on_validation_start = on_test_start = on_predict_start = on_train_start
 
-    def on_train_batch_start(
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._ask(trainer, batch_idx + 1)
+        amid_step = (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch
+        # A fit that is saved before a validation would skip that validation when it continues.
+        if not self.agreed or amid_step or validates_now(trainer, batch_idx):
+            return
+        if self._checkpoints is not None:
+            self._checkpoints.save(trainer)
+        raise SIGTERMException
+
+    def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        received = self._received or trainer.received_sigterm
-        if trainer.world_size > 1:
-            if batch_idx % self.EVERY:
-                return
-            received = bool(np.sum(Ranks().all_gather(np.array([received], np.int64))))
-        if received:
+        self._ask(trainer, batch_idx)
+        if self.agreed:
             raise SIGTERMException
 
-    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
-    def _note(self, number: int, frame: object) -> None:
-        self._received = True
+    def _ask(self, trainer: pl.Trainer, batches: int) -> None:
+        """Learn whether a rank has received a signal, after ``EVERY`` batches."""
+        received = self._received or (signal.SIGTERM if trainer.received_sigterm else 0)
+        if trainer.world_size > 1:
+            if self.agreed or batches % self.EVERY:
+                return
+            theirs = [int(part[0]) for part in Ranks().all_gather(np.array([received], np.int64))]
+            received = signal.SIGUSR1 if signal.SIGUSR1 in theirs else max(theirs)
+        self.agreed = received

@@ -1,6 +1,8 @@
 """Tables in pieces on all ranks, dense layers copied: a DDPStrategy for any CTR network."""
 
 import logging
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,6 +62,12 @@ class EmbeddingShardedDDP(DDPStrategy):
     ) -> None:
         require(timeout_seconds > 0, f"strategy: timeout_seconds is {timeout_seconds}; expected more than 0")
         require(wire in ("full", "bf16"), f"strategy: wire {wire!r} is neither full nor bf16")
+        start_method = options.get("start_method", "popen")
+        require(
+            start_method == "popen",
+            f"strategy: start_method {start_method} trains in copies of this process, which could not save the run; "
+            "leave it out",
+        )
         super().__init__(**options)
         self._plan_file = plan
         self._memory = None if memory_per_rank is None else parse_memory(memory_per_rank)
@@ -71,7 +79,8 @@ class EmbeddingShardedDDP(DDPStrategy):
 
     def setup_environment(self) -> None:
         # Processes may start minutes apart, so the timeout holds from here on.
-        super().setup_environment()
+        with _saying_what_it_waits_for(self):
+            super().setup_environment()
         # DDP warns about a gradient [1, n], whose first stride has no effect.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         set_timeout(self._timeout_seconds)
@@ -193,6 +202,28 @@ class EmbeddingShardedDDP(DDPStrategy):
             return plan.document()
 
         return Plan.of_document(ranks.run_on_rank_zero(make))
+
+
+@contextmanager
+def _saying_what_it_waits_for(strategy: DDPStrategy, seconds: float = 15.0) -> Iterator[None]:
+    """Log every ``seconds`` that this rank waits for others to start."""
+    over, start = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        while not over.wait(seconds):
+            environment = strategy.cluster_environment
+            assert environment is not None
+            log.warning(
+                "rank %s has waited %.0f s for all %s ranks to reach %s:%s: see whether the others have started",
+                *(environment.global_rank(), time.monotonic() - start, environment.world_size()),
+                *(environment.main_address, environment.main_port),
+            )
+
+    threading.Thread(target=say, name="waiting for ranks", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 StrategyRegistry.register(NAME, EmbeddingShardedDDP, description="DDP with embedding tables in pieces over all ranks")

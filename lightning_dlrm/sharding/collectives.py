@@ -8,12 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError
 
 _LONG_TIMEOUT = timedelta(hours=2)
+
+_LOST = (
+    *("closed by peer", "reset by peer", "pair closure", "timed out", "timeout", "broken pipe", "connection refused"),
+    *("no route to host", "network is unreachable", "connection abort", "read error", "write error", "not connected"),
+)
+"""What gloo says of a rank that has ended, is stopped, or whose network is cut; in lower case."""
 
 _long_timeout_group: tuple[Any, Any] | None = None
 """The default process group for which the gloo group with the long timeout was made, and that group."""
@@ -123,6 +130,13 @@ class Ranks:
         return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(device)
 
 
+@torch.compiler.disable
+def differentiable_sum(value: Tensor) -> Tensor:
+    """Return the sum of a tensor over the ranks; its gradient is the sum of the ranks' gradients."""
+    total: Tensor = dist_nn.all_reduce(value)
+    return total
+
+
 class AsyncCollective:
     """A collective operation that has been started.
 
@@ -147,6 +161,19 @@ class AsyncCollective:
         return self._received
 
 
+def slice_start(known: int | None, samples: int) -> int:
+    """Return the position in the global batch of the first sample of this rank's slice.
+
+    Args:
+        known: the position, if the stream says it; None to ask the ranks.
+        samples: size of the slice.
+    """
+    if known is not None:
+        return known
+    ranks = Ranks()
+    return int(sum(int(size[0]) for size in ranks.all_gather(np.array([samples]))[: ranks.rank]))
+
+
 def set_timeout(seconds: float) -> None:
     """Set the time that the default group waits for a rank that does not answer."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
@@ -158,8 +185,7 @@ def is_lost_rank(error: BaseException) -> bool:
         return True
     # Gloo raises RuntimeError, whose message begins with a path in gloo's sources.
     text = str(error).lower()
-    phrases = ("closed by peer", "reset by peer", "timed out", "broken pipe", "no route to host", "connection refused")
-    return isinstance(error, RuntimeError) and "/gloo/" in text and any(phrase in text for phrase in phrases)
+    return isinstance(error, RuntimeError) and "/gloo/" in text and any(phrase in text for phrase in _LOST)
 
 
 def _make_long_timeout_group() -> Any:

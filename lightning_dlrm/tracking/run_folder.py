@@ -34,6 +34,8 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PREDICTIONS = "predictions.parquet"
 WANDB = "wandb"
+RUNS = Path("runs")
+"""Where runs without a folder of the user's choice are."""
 BOUNDS = ("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs", "limit_train_batches")
 """Settings of the trainer that end a fit."""
 
@@ -64,18 +66,19 @@ class RunFolder:
             raise UserError(refusal)
 
     @classmethod
-    def create(cls, path: Path | None, model: str) -> "RunFolder":
+    def create(cls, path: Path | None, model: str, job: str | None = None) -> "RunFolder":
         """Create the folder of a new run.
 
         Args:
             path: path that the user gave; None for ``runs/<date>-<model>-<n>``.
             model: name of the model, for the default path.
+            job: SLURM's job; its default path is ``runs/slurm-<job>-<model>-<n>``, by which it is found again.
 
         Raises:
             UserError: the folder is not empty, or cannot be created.
         """
         if path is None:
-            return cls._create_numbered(model)
+            return cls._create_numbered(f"{_today()}-{model}" if job is None else f"slurm-{job}-{model}")
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"--run_dir {path} is a file; give an empty folder or a new one")
@@ -104,11 +107,10 @@ class RunFolder:
         return cls(path)
 
     @classmethod
-    def _create_numbered(cls, model: str) -> "RunFolder":
-        date = datetime.datetime.now().astimezone().strftime("%Y%m%d")
-        _create_folder(Path("runs"))
+    def _create_numbered(cls, name: str) -> "RunFolder":
+        _create_folder(RUNS)
         for n in range(1, 100_000):
-            path = Path("runs") / f"{date}-{model}-{n}"
+            path = RUNS / f"{name}-{n}"
             try:
                 path.mkdir()
             except FileExistsError:
@@ -116,7 +118,7 @@ class RunFolder:
             folder = cls(path)
             folder.is_new = True
             return folder
-        raise UserError("runs/ holds 100,000 runs of today; give --run_dir")
+        raise UserError(f"{RUNS} holds 100,000 runs named {name}; give --run_dir")
 
     @property
     def checkpoints(self) -> Path:
@@ -274,6 +276,10 @@ def _without_bounds(content: bytes) -> Any:
     except (UserError, yaml.YAMLError, RecursionError, *YAML_FAULTS):
         return content
     return document | {"trainer": trainer, "stop_at_auc": None}
+
+
+def _today() -> str:
+    return datetime.datetime.now().astimezone().strftime("%Y%m%d")
 
 
 def _create_folder(path: Path) -> bool:

@@ -8,18 +8,19 @@ import pytest
 import yaml
 
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.cli.configs import shipped_configs
 from lightning_dlrm.cli.parser import build_model_parser, parse
+from lightning_dlrm.contracts.shipped import shipped_configs, shipped_names
 from lightning_dlrm.engine.retired import update_options
 from tests.raw_criteo import generated_lines, written
 
-OVERLAYS = ("small.yaml", "figure5/small.yaml", "criteo_kaggle.yaml", "criteo_terabyte.yaml")
+OVERLAYS = ("small.yaml", "own_data.yaml", "figure5/small.yaml", "criteo_kaggle.yaml", "criteo_terabyte.yaml")
 NO_FITS = ("figure5.yaml",)
-NAMES = sorted(str(path.relative_to(shipped_configs())) for path in shipped_configs().rglob("*.yaml"))
+SCHEMAS = [name for name in shipped_names() if name.startswith("datasets/")]
+NAMES = [name for name in shipped_names() if name not in SCHEMAS]
 MODELS = [name for name in NAMES if name not in (*OVERLAYS, *NO_FITS)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *SCHEMAS])
 def test_it_opens_with_what_it_needs(name: str) -> None:
     header = (shipped_configs() / name).read_text().split("\n\n")[0]
     for word in ("Needs:", "Run:", "Expect:"):

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.cli.configs import shipped_configs
+from lightning_dlrm.contracts.shipped import shipped_configs
 from lightning_dlrm.engine import retired
 from lightning_dlrm.engine.retired import ChangedOption, RemovedOption, update_document, update_options
 
