@@ -1,5 +1,6 @@
 """Click logs in a dataset folder as a LightningDataModule: the base of all datamodules of this package."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,11 @@ from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema, 
 
 # A footer takes some 10 ms to check. Those of further files are checked when their rows are read.
 _FILES_AT_START = 100
+
+_UNEVEN = 1.1
+"""The busiest rank's samples over the mean from which on a warning says so."""
+
+log = logging.getLogger("lightning_dlrm")
 
 _STAGE_SPLITS: dict[str, tuple[SplitName, ...]] = {
     "fit": ("train", "validation"),
@@ -149,7 +155,20 @@ class FolderData(pl.LightningDataModule):
             **self._loader_options(),
         )
         loader.limit_epoch(self._limited_batches(len(loader)))
+        self._warn_of_uneven_ranks(loader)
         return loader
+
+    def _warn_of_uneven_ranks(self, loader: TrainingLoader) -> None:
+        rank, world = self._rank_and_world
+        largest = float(loader.rank_shares(world).max()) * world
+        if rank == 0 and largest > _UNEVEN:
+            groups = sum(len(file.row_groups) for file in part_files(self.schema, ["train"]))
+            log.warning(
+                "the busiest rank trains %.2f times the mean number of samples of a batch, and the others wait for "
+                "it: data.shuffle window gives whole row groups to ranks, and the training split has %s of them. Use "
+                "data.shuffle full with data.cache memory if the rows fit, or fewer ranks",
+                *(largest, groups),
+            )
 
     def val_dataloader(self) -> Loader:
         return self._evaluation_loader(["validation"], group=self.group)

@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(_version())
+        return 0
     command, *rest = arguments
     try:
         return _run(command, rest)
@@ -220,6 +223,14 @@ def _run_plain_command(command: str, arguments: list[str]) -> int:
     return getattr(module, run)(parser.parse_args(arguments))
 
 
+def _version() -> str:
+    """Return the release and, in a checkout, the commit."""
+    from lightning_dlrm.cli.version import code_version
+
+    code = code_version()
+    return " ".join(filter(None, ["lightning-dlrm", code["version"], code["git_commit"]]))
+
+
 def _help() -> str:
     listed = "\n".join(f"  {name:12s}{text}" for name, text in COMMANDS.items())
     return f"""usage: python -m lightning_dlrm COMMAND [options]
@@ -232,7 +243,7 @@ commands:
 Start here, no data needed:
   python -m lightning_dlrm fit --config dlrm.yaml
 
-Every command explains its options with --help."""
+Every command explains its options with --help. --version prints the release."""
 
 
 if __name__ == "__main__":

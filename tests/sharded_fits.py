@@ -23,9 +23,11 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.batch import Batch, SparseIds
 from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.engine.batch_norm import SyncBatchNorm
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
+from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
 from lightning_dlrm.sharding.collectives import Ranks
@@ -67,6 +69,17 @@ def with_dropout(features: Features, seed: int) -> DLRM:
     return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], dropout=0.5)
 
 
+def with_batch_norm(features: Features, seed: int) -> DCN:
+    return DCN(features, seed, embedding_dim=4, cross_layers=2, deep=[8, 4], batch_norm=True, dropout=0.3)
+
+
+def with_own_dropout(features: Features, seed: int) -> DLRM:
+    """A network with torch's dropout, whose masks each rank draws for itself."""
+    network = DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8])
+    network.top.insert(2, torch.nn.Dropout(0.5))
+    return network
+
+
 def some_on_host(features: Features, seed: int) -> DLRM:
     tables = TableSettings(on_host=["C2", "C4"])
     return DLRM(features, seed, embedding_dim=4, bottom_mlp=[8, 4], top_mlp=[8], tables=tables)
@@ -85,6 +98,8 @@ NETWORKS: dict[str, Any] = {
     "host": some_on_host,
     "cut": cut,
     "dropout": with_dropout,
+    "own_dropout": with_own_dropout,
+    "batch_norm": with_batch_norm,
     "wide": wide_dlrm,
 }
 
@@ -144,6 +159,14 @@ PARITY = (
         recorded=True,
         trainer=(("accumulate_grad_batches", 2), ("gradient_clip_val", 0.05)),
     ),
+    Fit(name="dropout", rule="sgd", plan="auto", network="dropout"),
+    Fit(
+        name="batch_norm",
+        rule="adagrad",
+        plan="auto",
+        network="batch_norm",
+        trainer=(("accumulate_grad_batches", 2), ("sync_batchnorm", True)),
+    ),
     Fit(name="host_auto", rule="adagrad", plan="auto", network="host", recorded=True),
     Fit(
         name="host_pooled_weighted",
@@ -163,16 +186,10 @@ WIDE_HALF = Fit(name="wide_half", rule="row_wise", wide_rule="adam", plan="auto"
 WIDE_RESUMED = replace(WIDE_HALF, name="wide_resumed", steps=STEPS, resume_from="wide_half/checkpoints/last")
 
 
-DROPOUT = (
-    Fit(name="dropout", rule="sgd", plan="auto", network="dropout"),
-    Fit(name="dropout_half", rule="sgd", plan="auto", network="dropout", steps=STEPS // 2),
-    Fit(
-        name="dropout_resumed",
-        rule="sgd",
-        plan="auto",
-        network="dropout",
-        resume_from="dropout_half/checkpoints/last",
-    ),
+OWN_DROPOUT = (
+    Fit(name="own_dropout", rule="sgd", plan="auto", network="own_dropout"),
+    Fit(name="own_half", rule="sgd", plan="auto", network="own_dropout", steps=STEPS // 2),
+    Fit(name="own_resumed", rule="sgd", plan="auto", network="own_dropout", resume_from="own_half/checkpoints/last"),
 )
 
 
@@ -322,6 +339,9 @@ def run(fit: Fit, parent: Path, ranks: int) -> None:
     rule: UpdateRule = RULES[fit.rule]()
     wide_rule = None if fit.wide_rule is None else RULES[fit.wide_rule]()
     module = toy_module(NETWORKS[fit.network], rule, RULES[fit.rule](), wide_rule=wide_rule)
+    plugins: list[Any] = [FolderCheckpointIO()]
+    if options.pop("sync_batchnorm", False):
+        plugins.append(SyncBatchNorm())
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=fit.steps,
@@ -330,7 +350,7 @@ def run(fit: Fit, parent: Path, ranks: int) -> None:
         limit_val_batches=0,
         callbacks=[MetricsLogger(folder, checkpoints) if fit.recorded else Losses(folder), checkpoints],
         logger=[JsonLinesLogger(folder)] if fit.recorded else False,
-        plugins=[FolderCheckpointIO()],
+        plugins=plugins,
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -354,7 +374,7 @@ def run_all(parent: Path) -> None:
     for ranks in (4, 3, 2):
         fits = [FIRST_STEP, *(fit for fit, of_ranks in CASES if of_ranks == ranks)]
         fits += [HALF, WIDE_HALF, BF16] if ranks == 4 else [RESUMED, WIDE_RESUMED]
-        fits += DROPOUT if ranks == 2 else ()
+        fits += OWN_DROPOUT if ranks == 2 else ()
         for_ranks = parent / str(ranks)
         for_ranks.mkdir()
         if ranks < 4:

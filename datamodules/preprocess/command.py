@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from datamodules.folder import Folder, check_sizes, load_schema, part_files, verify
 from datamodules.preprocess.inference import infer
-from datamodules.preprocess.inspection import render, render_report, summary
+from datamodules.preprocess.inspection import one_label_warnings, render, render_report, summary
 from datamodules.preprocess.leakage import equal_rows
 from datamodules.preprocess.options import DISTRIBUTIONS, OnBadRow
 from datamodules.preprocess.pipeline import order_warning, preprocess
@@ -237,6 +237,8 @@ def run(args: argparse.Namespace) -> int:
         schema = preprocess(inputs=args.input, progress=progress, **given)
     if progress.stages:
         print(render_report(schema, progress.stages))
+    for warning in one_label_warnings(schema):
+        print(f"warning: {warning}", file=sys.stderr)
     if args.vocabulary is None:
         command = f"fit --config dlrm.yaml --config criteo_{schema.dataset}.yaml --data.path {args.output}"
         print(f"train on it: python -m lightning_dlrm {command}")
@@ -279,6 +281,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=1))
         return 0
     print(render(facts))
+    for warning in one_label_warnings(schema):
+        print(f"warning: {warning}", file=sys.stderr)
     print(
         "the checksums of all files match"
         if args.verify

@@ -272,6 +272,16 @@ def render_report(schema: DatasetSchema, stages: Sequence[StageTime]) -> str:
     return "\n".join(lines)
 
 
+def one_label_warnings(schema: DatasetSchema) -> list[str]:
+    """Return a line for each split whose rows all have the same label."""
+    return [
+        f"all {split.rows:,} rows of the {name} split have the label {int(split.positives == split.rows)}: nothing can "
+        "be learned or measured there; give rows with clicks and rows without, and look at the rows that were skipped"
+        for name, split in schema.splits.items()
+        if split.rows and split.positives in (0, split.rows)
+    ]
+
+
 def _label_mean(schema: DatasetSchema, split: str) -> float | None:
     found = schema.splits[split]
     return None if found.positives is None else found.positives / found.rows

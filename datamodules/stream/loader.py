@@ -224,6 +224,10 @@ class TrainingLoader(Loader):
         """End every epoch after so many batches, like a trainer that takes fewer than there are."""
         self._epoch_batches = batches
 
+    def rank_shares(self, world: int) -> np.ndarray:
+        """Return the share of an epoch's rows that each rank serves, float64 [world]."""
+        return self._order(self._shuffle, self._seed, self._epoch).rank_shares(world)
+
     def _cached_range(self) -> tuple[int, int]:
         # Any rank may need any row in some epoch.
         return 0, sum(file.rows for file in self._files)

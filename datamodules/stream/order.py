@@ -123,6 +123,24 @@ class Order:
         served += self.edges[lanes.start : lanes.stop]
         return np.stack([served[:-1], served[1:]], axis=2)
 
+    def slice_starts(self, first: int, last: int, rank: int, world: int) -> np.ndarray:
+        """Return how many rows of each of the batches ``first`` to ``last - 1`` lower ranks serve, int64 [n]."""
+        if rank == 0:
+            return np.zeros(last - first, np.int64)
+        totals = np.minimum(np.arange(first, last + 1, dtype=np.int64) * self.batch_size, self.rows)
+        if len(self.edges) == 2:
+            return np.diff(totals) * rank // world
+        lower = self.lanes_of(rank, world).start
+        return np.diff(_shares(np.diff(self.edges), totals)[:, :lower].sum(axis=1))
+
+    def rank_shares(self, world: int) -> np.ndarray:
+        """Return the share of the rows that each rank serves, float64 [world]."""
+        if len(self.edges) == 2:
+            return np.full(world, 1 / world)
+        lanes = [self.lanes_of(rank, world) for rank in range(world)]
+        served = [self.edges[of_rank.stop] - self.edges[of_rank.start] for of_rank in lanes]
+        return np.array(served) / max(self.rows, 1)
+
     def permutation(self, group: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the rows ``start`` to ``stop - 1`` (by default all) in the order of a row group's rows, int64 [n]."""
         rows = int(self.group_rows[group])

@@ -287,14 +287,17 @@ def read_batches(
     """
     at_once = batches_at_once(order, world)
     for block in range(first, order.batches, _BOUNDS_AT_ONCE):
-        bounds = order.bounds(block, min(block + _BOUNDS_AT_ONCE, order.batches), rank, world)
+        until = min(block + _BOUNDS_AT_ONCE, order.batches)
+        bounds = order.bounds(block, until, rank, world)
+        lower = order.slice_starts(block, until, rank, world).tolist()
         for start in range(0, len(bounds), at_once):
             several = bounds[start : start + at_once]
             sizes = (several[:, :, 1] - several[:, :, 0]).sum(axis=1).tolist()
             index = range(block + start, block + start + len(sizes))
             batches = _to_batches(source.fetch(several), sizes, [order.global_size(i) for i in index])
-            if rows:
-                for i, batch in zip(index, batches, strict=True):
+            for i, batch in zip(index, batches, strict=True):
+                batch.start = lower[i - block]
+                if rows:
                     batch.rows = torch.from_numpy(order.batch_rows(i, rank, world))
             yield batches
 

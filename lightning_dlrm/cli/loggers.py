@@ -41,7 +41,7 @@ def make_loggers(
     if mode == "disabled":
         return loggers
     # W&B takes long to load.
-    from lightning_dlrm.tracking.wandb_run import RunPlace, offline_folders, start_wandb, training_run_id
+    from lightning_dlrm.tracking.wandb_run import RunPlace, start_wandb, training_run_id
 
     place = RunPlace(
         # W&B reads its other variables, such as WANDB_ENTITY, itself.
@@ -55,7 +55,7 @@ def make_loggers(
     run_id = training_run_id(folder) if command == "fit" else None
     logger, reason = start_wandb(folder.path, place, mode=mode, reason=reason, run_id=run_id, config=configuration)
     if reason:
-        log.info("W&B: offline (%s); send it later with: wandb sync %s", reason, offline_folders(folder))
+        log.info("W&B: offline (%s)", reason)
     return [*loggers, logger]
 
 

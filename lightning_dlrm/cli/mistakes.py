@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import sys
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
@@ -17,6 +18,10 @@ def explain(message: str, known: Sequence[str]) -> str:
     key, given = named[1] if named else "value", re.search(r"(?:Given|Got) value: (.*)", message)
     if match := re.search(r"Importing '([\w.]+)' is not allowed", message):
         return f"{key}: {refusal(match[1])}"
+    if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        return f"{key}: there is no {match[1]}.{match[2]}{nearest(match[2], dir(sys.modules.get(match[1])), 0.8)}"
+    if match := re.search(r"No module named '([\w.]+)'", message):
+        return f"{key}: there is no module {match[1]}, neither installed nor in the current folder"
     # A nested parser has already shortened its message.
     if match := re.search(r"unknown key [\w.]+(; did you mean [\w.]+\?)?", message):
         return match[0]
@@ -43,6 +48,8 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"no class {name}; known ones: {', '.join(names)}{nearest(name, names)}"
     if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss)", message):
         return _explain_class(message, match[1])
+    if match := re.search(r"[Ii]mport path ?([\w.]*) does not correspond to a subclass of (\w+)", message):
+        return f"{key}: {match[1] or (given[1].strip() if given else 'this class')} is not a subclass of {match[2]}"
     if "collections.abc.Callable" in message:
         return _explain_factory(key, message)
     # The message lists the error of data's class, already shortened, and that data is not None.
@@ -84,12 +91,10 @@ def _explain_factory(key: str, message: str) -> str:
     # The message also says that None and a file would be accepted.
     found = re.search(r"Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.S)
     reason = re.sub(r".*expects a function or a callable class: ", "", found[1] if found else message, flags=re.S)
-    if match := re.search(r"(?:Expected|module) '([\w.]+)' (?:to be a subclass|has no attribute '(\w+)')", reason):
-        given = f"{match[1]}.{match[2]}" if match[2] else match[1]
+    if match := re.search(r"Expected '([\w.]+)' to be a subclass", reason):
         base = _BASES.get(key.rpartition(".")[2], "object")
-        return (
-            f"{key}: {given} is not a subclass of {base}; choose one of {', '.join(_fitting(base))}, or a custom class"
-        )
+        choice = ", ".join(_fitting(base))
+        return f"{key}: {match[1]} is not a subclass of {base}; choose one of {choice}, or a custom class"
     if match := re.search(r"(\w+): Expected an? (\w+)\. Got value: (.*)", reason):
         return f"{key}.{match[1]} is {match[3].strip()}; expected {match[2]}"
     if match := re.search(r"arguments are required: (.*)", reason):

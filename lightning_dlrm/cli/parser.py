@@ -118,6 +118,9 @@ def build_trainer_parser(command: str, description: str) -> CommandParser:
     """Return the parser of ``fit``, ``validate``, ``test`` or ``predict``."""
     parser = _build_parser(command, description)
     parser.add_method_arguments(pl.Trainer, command, skip=set(LightningCLI.subcommands()[command]))
+    if command in ("validate", "test"):
+        # Lightning's table has the metrics that this command prints in full precision.
+        parser.set_defaults({"verbose": False})
     return parser
 
 

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lightning_dlrm.contracts.errors import UserError, one_line, require
-from lightning_dlrm.tracking.run_folder import PREDICTIONS, RunFolder
+from lightning_dlrm.tracking.run_folder import PREDICTIONS, RunFolder, set_aside
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -32,11 +32,18 @@ class PredictionWriter(BasePredictionWriter):
         folder: the run folder.
         read_beside: yields what stands beside the features of all rows, in order: ``split``, the label if there is one,
             and kept columns; None for data without: only ``row`` and ``probability`` are written.
+        allow_nonfinite: whether to write probabilities that are NaN, which end the command by default.
     """
 
-    def __init__(self, folder: RunFolder, read_beside: Callable[[], Iterator[pa.Table]] | None = None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        read_beside: Callable[[], Iterator[pa.Table]] | None = None,
+        allow_nonfinite: bool = False,
+    ) -> None:
         super().__init__(write_interval="batch")
         self._folder, self._read_beside = folder, read_beside
+        self._allow_nonfinite = allow_nonfinite
         self._writer: pq.ParquetWriter | None = None
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -54,6 +61,12 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         assert self._writer is not None
         columns = [prediction[name].cpu().numpy() for name in SCHEMA.names]
+        bad = columns[0][np.isnan(columns[1])]
+        if len(bad) and not self._allow_nonfinite:
+            raise UserError(
+                f"the probability of row {bad[0]} is NaN: values of the row are, or the model overflows on it; look "
+                "for outliers in its dense columns, or write all rows with --allow_nonfinite true"
+            )
         self._writer.write_table(pa.table(columns, schema=SCHEMA))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -76,7 +89,7 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def merge_by_row(parts: Sequence[Path], target: Path, beside: Iterator[pa.Table] | None = None) -> int:
-    """Merge files that are each in row order into one, and remove them.
+    """Merge files that are each in row order into one, and remove them; an earlier ``target`` is set aside.
 
     Args:
         parts: the files.
@@ -106,6 +119,8 @@ def merge_by_row(parts: Sequence[Path], target: Path, beside: Iterator[pa.Table]
         (writer or pq.ParquetWriter(partial, SCHEMA)).close()
     for part in parts:
         part.unlink()
+    if target.exists():
+        log.info("the previous %s is kept as %s", target, set_aside(target))
     partial.replace(target)
     return rows
 

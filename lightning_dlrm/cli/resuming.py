@@ -112,8 +112,8 @@ def is_finished(job: Job, trainer: pl.Trainer) -> bool:
     if setting is None or (is_resumed and RunFolder(Path(job.settings.run_dir)).final().get(names.STEP) != step):
         return False
     if trainer.is_global_zero:
-        # The state of a callback restores its bounds, such as the patience of EarlyStopping.
-        remedy = "remove it" if setting.endswith(" in trainer.callbacks") else "raise or remove it"
+        # The state of EarlyStopping restores its bounds, such as its patience.
+        remedy = "remove it" if setting.startswith("EarlyStopping") else "raise or remove it"
         print(f"already finished at step {step:,}; nothing to do ({setting} ended it: to train on, {remedy})")
     return True
 

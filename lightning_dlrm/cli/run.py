@@ -50,6 +50,7 @@ from lightning_dlrm.cli.trainer_settings import (
 from lightning_dlrm.cli.version import code_version, versions
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
+from lightning_dlrm.engine.batch_norm import SyncBatchNorm
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, saved_steps
 from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import CurveWriter, EvaluationWriter, MetricsLogger, NormLogger
@@ -150,7 +151,7 @@ def build_callbacks(job: Job, trainer_settings: dict[str, Any]) -> list[pl.Callb
             callbacks.append(metrics_logger.checkpoints)
     else:
         beside = getattr(job.datamodule, "read_beside", None)
-        callbacks += [EvaluationWriter(job.folder), PredictionWriter(job.folder, beside)]
+        callbacks += [EvaluationWriter(job.folder), PredictionWriter(job.folder, beside, settings.allow_nonfinite)]
     own_bar = any(isinstance(given, ProgressBar) for given in callbacks)
     if trainer_settings["enable_progress_bar"] is not False and not own_bar:
         callbacks.append(RunProgress(metrics_logger))
@@ -169,6 +170,7 @@ class RunTrainer(pl.Trainer):
 
     def __init__(self, folder: RunFolder, **settings: Any) -> None:
         self._run_folder = None if settings["default_root_dir"] else folder
+        self.max_time = settings["max_time"]
         super().__init__(**settings)
 
     @property
@@ -188,7 +190,9 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
             *(given := as_list(trainer_settings["plugins"])),
             *slurm_plugins(given),
             FolderCheckpointIO(job.settings.allow_nonfinite, job.fallbacks),
+            *([SyncBatchNorm()] if trainer_settings["sync_batchnorm"] else []),
         ],
+        "sync_batchnorm": False,
         "logger": False,
     }
     try:
@@ -198,7 +202,7 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
     # Lightning appends the timer of max_time; the step at which it stops a fit is to be logged and validated.
     trainer.callbacks.sort(key=lambda callback: not isinstance(callback, Timer))  # type: ignore[attr-defined]
     check_started_processes(trainer.world_size, trainer.num_devices, trainer.num_nodes)
-    check_processes(trainer, job.command, trainer_settings["sync_batchnorm"])
+    check_processes(trainer, job.command)
     if isinstance(trainer.strategy, EmbeddingShardedDDP):
         trainer.strategy.facts = facts_of_all_ranks(job)
     return trainer
@@ -320,6 +324,7 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
     Lightning exits with 0 after SIGTERM and with 1 after Ctrl-C; they expect 128 + signal.
     """
     succeeded = False
+    wandb: str | None = None
     try:
         with exit_on_signals() as received:
             if slurm_job() is not None and threading.current_thread() is threading.main_thread():
@@ -328,6 +333,7 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
                 yield
                 succeeded = True
             finally:
+                wandb = wandb_address(trainer.loggers, job.folder)
                 finish_loggers(succeeded)
     except (SIGTERMException, KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and not received and not trainer.interrupted:
@@ -346,6 +352,8 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
         trained = succeeded and (job.metrics_logger is None or job.metrics_logger.samples > 0)
         if not trained and job.made_folder:
             job.folder.remove_without_results()
+        if wandb is not None and job.folder.path.exists() and not (succeeded and job.command == "fit"):
+            log.info("W&B: %s", wandb)
         if job.lock is not None:
             job.lock.release()
         if job.stop.agreed == signal.SIGUSR1 and trainer.is_global_zero:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from jsonargparse import Namespace
-from pytorch_lightning.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import EarlyStopping, StochasticWeightAveraging, Timer, WeightAveraging
 
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
@@ -49,6 +49,10 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
     )
     for callback in as_list(trainer["callbacks"]):
         require(
+            not isinstance(callback, Timer) or trainer["max_time"] is None,
+            "trainer.max_time counts for nothing beside a Timer in trainer.callbacks: leave one of them out",
+        )
+        require(
             not isinstance(callback, (StochasticWeightAveraging, WeightAveraging)),
             f"trainer.callbacks: the averages of {type(callback).__name__} would not be in the checkpoints, "
             "which hold the table rows as trained: set model.averaging.decay, such as 0.99, instead",
@@ -80,17 +84,13 @@ def check_early_stopping_after_validation(trainer: Namespace) -> None:
         options.check_on_train_epoch_end = False
 
 
-def check_processes(trainer: pl.Trainer, command: str, sync_batchnorm: bool) -> None:
+def check_processes(trainer: pl.Trainer, command: str) -> None:
     """
     Raises:
         UserError: several processes are asked for, and they do not work together.
     """
     if trainer.world_size == 1:
         return
-    require(
-        not sync_batchnorm or trainer.strategy.root_device.type == "cuda",
-        "trainer.sync_batchnorm works on GPUs only; without it each rank normalizes over its own slice",
-    )
     require(
         command != "fit" or isinstance(trainer.strategy, EmbeddingShardedDDP),
         f"training in {trainer.world_size} processes needs --trainer.strategy {EMBEDDING_SHARDED_DDP}: "

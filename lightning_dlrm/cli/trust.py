@@ -112,6 +112,9 @@ def take_trust(arguments: Sequence[str]) -> list[str]:
         # A configuration that names jsonargparse could change what is trusted.
         is_name = all(part.isidentifier() for part in module.split(".")) and module.partition(".")[0] != "jsonargparse"
         require(is_name, f"--trust {module}: expected the name of a module, such as --trust my_models")
+        require(
+            _exists(module), f"--trust {module}: there is no such module, neither installed nor in the current folder"
+        )
         modules.append(module)
     set_parsing_settings(import_path_denylist=sorted(_trusted))
     _trusted.clear()
@@ -129,10 +132,13 @@ def trust_options() -> list[str]:
 
 def refusal(path: str) -> str:
     """Return the message about a class path that is not trusted."""
+    module = path.partition(".")[0]
+    if not _exists(module):
+        return f"there is no module {module} for {path}, neither installed nor in the current folder"
     return (
         f"{path} is not imported: classes come from {_LISTED}, or from a *.py in the current folder that your own "
         "YAML or option names (a YAML in a run or checkpoint folder is not your own); if you trust the module, add "
-        f"--trust {path.partition('.')[0]}"
+        f"--trust {module}"
     )
 
 
@@ -227,6 +233,14 @@ def _dotted_names(value: Any, key: Any = "", class_keys: Sequence[str] = _CLASS_
             return
         if not isinstance(inner, str):
             yield from _dotted_names(inner, key, class_keys)
+
+
+def _exists(module: str) -> bool:
+    """Whether the first part of a module's name is installed or in the current folder; nothing is imported."""
+    try:
+        return find_spec(module.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _is_here(module: str) -> bool:

@@ -1,5 +1,6 @@
 """The versions of the code and the packages that make a run."""
 
+import functools
 import importlib.metadata
 import platform
 import re
@@ -32,6 +33,7 @@ def _version() -> str:
         return "not installed"
 
 
+@functools.cache
 def _git_commit() -> str | None:
     """Return the commit of the checkout that this code runs from; None if it is installed from a wheel."""
     command = ["git", "-C", str(Path(lightning_dlrm.__file__).parent), "rev-parse", "HEAD"]

@@ -112,7 +112,7 @@ def run_jobs(jobs: Sequence[Job], environments: Sequence[Mapping[str, str]], don
                         _next_command(each, environments[each.slot])
                 progress.show(running)
                 time.sleep(POLL_SECONDS if running else 0)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             progress.close()
             print("interrupted: stopping the runs; the same command continues them", file=sys.stderr, flush=True)
             raise

@@ -4,7 +4,7 @@ Shape suffixes: B samples, F tables, I dense features, N indices of all bags tog
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,13 @@ class SparseIds:
             weights=None if self.weights is None else self.weights.reshape(-1)[kept_N],
         )
 
+    def without(self, row: int) -> "SparseIds":
+        """Return the ids with weight 0 where they are ``row``, and with the same key."""
+        kept = (self.values != row).to(torch.float32)
+        ids = replace(self, weights=kept if self.weights is None else kept * self.weights)
+        ids.key = self.key
+        return ids
+
     def map(self, change: Callable[[Tensor | None], Any]) -> "SparseIds":
         """Return ids with changed tensors and a new key; ``change`` is called for each tensor, and for None."""
         return SparseIds(
@@ -117,6 +124,8 @@ class Batch:
     ids: SparseIds
     global_size: int
     """Samples of the global batch, over all ranks: the divisor of a mean over the batch."""
+    start: int | None = None
+    """Samples of the global batch in the slices of lower ranks; None if the stream does not say."""
     rows: Tensor | None = None
     """int64 [B]: position of each sample in its split, if the stream was asked for it."""
     group: Tensor | None = None
@@ -179,6 +188,7 @@ class Batch:
             dense=change(self.dense),
             ids=ids,
             global_size=self.global_size,
+            start=self.start,
             rows=change(self.rows),
             group=change(self.group),
         )

@@ -105,11 +105,8 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         self._saved_step = trainer.global_step
-        if trainer.is_global_zero:
-            # Not earlier: if the checkpoint is refused, the run folder stays as it is.
-            for path in (self.folder / LAST, self.folder / BEST):
-                if path.exists() and _step_of(path) > self._saved_step:
-                    log.warning("%s, damaged or of a later step, is set aside as %s", path, set_aside(path))
+        # Not earlier: if the checkpoint is refused, the run folder stays as it is.
+        Ranks(long_timeout=True).run_on_rank_zero(self._set_later_aside)
         pieces = table_pieces(pl_module)
         here = sum(tensor.nbytes for piece in pieces for tensor in piece.tensors.values())
         sizes = np.stack(Ranks().all_gather(np.array([here, staging_bytes(pieces)])))
@@ -148,6 +145,22 @@ class RunCheckpoints(Checkpoint):
         """Save ``last`` between two steps, unless the step is saved already; all ranks call it together."""
         if trainer.global_step != self._saved_step:
             self._save(trainer)
+
+    def _set_later_aside(self) -> None:
+        """Give checkpoints of later steps than the one that the fit goes on from, and damaged ones, other names.
+
+        Raises:
+            UserError: one cannot be renamed.
+        """
+        for path in (self.folder / LAST, self.folder / BEST):
+            if path.exists() and _step_of(path) > self._saved_step:
+                try:
+                    aside = set_aside(path)
+                except OSError as error:
+                    raise UserError(
+                        f"{path} cannot be renamed ({error.strerror}): check the permissions of {self.folder}"
+                    ) from error
+                log.warning("%s, damaged or of a later step, is set aside as %s", path, aside)
 
     def _save(self, trainer: pl.Trainer) -> None:
         start = time.perf_counter()

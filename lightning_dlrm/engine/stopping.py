@@ -73,7 +73,7 @@ class FinalValidation(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer) and _is_over(callback) and trainer.global_step < self._length.steps:
-                log.info("stopped at step %s by the time limit (trainer.max_time)", f"{trainer.global_step:,}")
+                log.info("stopped at step %s by the time limit (%s)", f"{trainer.global_step:,}", _time_limit(trainer))
 
 
 def _end_without_step(trainer: pl.Trainer) -> None:
@@ -132,12 +132,17 @@ def _stopped_by_callback(trainer: pl.Trainer) -> str | None:
     """Return the setting of the callback whose state ends the fit; None if no callback ends it."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Timer) and _is_over(callback):
-            return "trainer.max_time"
+            return _time_limit(trainer)
         if isinstance(callback, EarlyStopping) and callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
             return "EarlyStopping in trainer.callbacks"
         if isinstance(callback, StopAtAUC) and callback.is_reached:
             return f"stop_at_auc {callback.target:g}"
     return None
+
+
+def _time_limit(trainer: pl.Trainer) -> str:
+    """Return the setting that the Timer of a trainer comes from: Lightning makes one of ``max_time``."""
+    return "trainer.max_time" if getattr(trainer, "max_time", None) is not None else "Timer in trainer.callbacks"
 
 
 def _is_over(timer: Timer) -> bool:

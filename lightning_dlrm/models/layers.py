@@ -7,7 +7,7 @@ CIN layer.
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -27,7 +27,8 @@ class MLP(nn.Sequential):
         linear_output: leave the last layer without a ReLU.
         batch_norm: normalize over the batch between each linear layer and its ReLU (Ioffe and Szegedy
             2015, algorithm 1), but not an output without a ReLU. Each rank normalizes over its own slice of
-            the batch; on GPUs, trainer.sync_batchnorm normalizes over the whole batch.
+            the batch; with trainer.sync_batchnorm over the whole batch.
+        norm_output: whether ``batch_norm`` concerns the last layer too, if that has a ReLU.
         dropout: share of each hidden layer's outputs, after the ReLU, that training sets to 0 at random
             (Srivastava et al. 2014, section 4; other outputs are multiplied by 1 / (1 - dropout)).
     """
@@ -36,7 +37,12 @@ class MLP(nn.Sequential):
     """The code of the ReLUs and of the backward pass."""
 
     def __init__(
-        self, widths: Sequence[int], linear_output: bool = False, batch_norm: bool = False, dropout: float = 0.0
+        self,
+        widths: Sequence[int],
+        linear_output: bool = False,
+        batch_norm: bool = False,
+        dropout: float = 0.0,
+        norm_output: bool = True,
     ) -> None:
         require(0 <= dropout < 1, f"dropout is {dropout}; expected 0 or more, below 1")
         require(
@@ -47,10 +53,12 @@ class MLP(nn.Sequential):
         layers: list[nn.Module] = []
         for width_in, width_out in itertools.pairwise(widths):
             normalize = [BatchNorm(width_out)] if batch_norm else []
-            drop = [nn.Dropout(dropout)] if dropout else []
+            drop = [Dropout(dropout)] if dropout else []
             layers += [nn.Linear(width_in, width_out), *normalize, nn.ReLU(), *drop]
         if linear_output:
             del layers[-1 - bool(batch_norm) - bool(dropout) :]
+        elif batch_norm and not norm_output:
+            del layers[-2 - bool(dropout)]
         super().__init__(*layers)
 
     def forward(self, x_Bd: Tensor) -> Tensor:
@@ -80,13 +88,103 @@ class MLP(nn.Sequential):
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalization that uses the running statistics if a batch has fewer than two samples."""
 
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+    """Differentiable sum of a tensor over the ranks; with it, training normalizes over the global batch, and without it
+    over this rank's slice."""
+
     def forward(self, x_Bd: Tensor) -> Tensor:
         """Return the normalized features: [B, d] -> [B, d]."""
+        if self.training and self.sum_over_ranks is not None:
+            return self._over_ranks(x_Bd, self.sum_over_ranks)
         if self.training and len(x_Bd) < 2:
             return nn.functional.batch_norm(
                 x_Bd, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
             )
         return super().forward(x_Bd)
+
+    def _over_ranks(self, x_Bd: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        wide_Bd = x_Bd if x_Bd.dtype == torch.float64 else x_Bd.float()
+        sums = sum_over_ranks(torch.cat([wide_Bd.sum(0), wide_Bd.new_tensor([float(len(x_Bd))])]))
+        samples, is_few = sums[-1], sums[-1] < 2
+        mean_d = torch.where(is_few, self.running_mean, sums[:-1] / samples)
+        # The mean first: sums of squares of uncentered values would lose digits.
+        variance_d = sum_over_ranks((wide_Bd - mean_d).square().sum(0)) / samples
+        variance_d = torch.where(is_few, self.running_var, variance_d)
+        with torch.no_grad():
+            unbiased_d = torch.where(is_few, variance_d, variance_d * samples / (samples - 1).clamp(min=1))
+            self.running_mean.lerp_(mean_d.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased_d.to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked += 1
+        scaled_Bd = (wide_Bd - mean_d) * (variance_d + self.eps).rsqrt() * self.weight + self.bias
+        return scaled_Bd.to(x_Bd.dtype)
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose masks can be a function of a sample's position in the training.
+
+    After ``seek`` the mask of a sample depends on the key and the sample's position in the global batch, so that the
+    masks of a global batch are the same in any slices, on any number of ranks. Without it they come from torch's
+    random numbers, as in ``nn.Dropout``.
+
+    Args:
+        p: share of the values that training sets to 0; others are multiplied by 1 / (1 - p).
+    """
+
+    position: Tensor
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.is_placed = False
+        # Tensors, because a compiled step would be compiled again for every new Python number.
+        self.register_buffer("position", torch.zeros(2, dtype=torch.int32), persistent=False)
+
+    def seek(self, key: int, start: int) -> None:
+        """Set the key, 0 to 2**31 - 1, and the position in the global batch of the next slice's first sample."""
+        self.is_placed = True
+        self.position[0] = key
+        self.position[1] = start
+
+    def forward(self, x_Bd: Tensor) -> Tensor:
+        """Return the values, of which training sets some to 0: [B, d] -> [B, d]."""
+        if not self.training or not self.is_placed or self.p == 0:
+            return super().forward(x_Bd)
+        samples, width = x_Bd.shape
+        sample_B = torch.arange(samples, dtype=torch.int32, device=x_Bd.device) + self.position[1]
+        row_B = _mixed(_mixed(sample_B) + self.position[0])
+        column_d = _mixed(torch.arange(width, dtype=torch.int32, device=x_Bd.device) + _COLUMNS)
+        drawn_Bd = _mixed(row_B[:, None] + column_d) & 0x7FFFFFFF
+        kept_Bd = drawn_Bd >= int(self.p * 2**31)
+        return x_Bd * kept_Bd * (1 / (1 - self.p))
+
+
+_COLUMNS = 1 << 30
+"""Numbers of columns are no positions of samples."""
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """Return 32 random bits of each value: int32 -> int32, the finalizer lowbias32 (Wellons 2018).
+
+    Sums and products of int32 are modulo 2**32 in torch, and the masks make its shifts logical ones.
+    """
+    values = (values ^ ((values >> 16) & 0xFFFF)) * 0x7FEB352D
+    values = (values ^ ((values >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return values ^ ((values >> 16) & 0xFFFF)
+
+
+def place_dropout(layers: Sequence[Dropout], seed: int, batch: str, start: int) -> None:
+    """Set the masks of a network's Dropout layers for a slice of a global batch.
+
+    Args:
+        layers: the layers, in the same order in every step.
+        seed: seed of the training.
+        batch: what names the global batch in the training.
+        start: position in it of the slice's first sample.
+    """
+    for number, layer in enumerate(layers):
+        digest = hashlib.sha256(f"{seed}/dropout/{batch}/{number}".encode()).digest()
+        layer.seek(int.from_bytes(digest[:4], "little") >> 1, start)
 
 
 class MissingValues(nn.Module):
@@ -138,13 +236,16 @@ class DotInteraction(nn.Module):
         self.register_buffer("mirrored", mirrored.flatten(), persistent=False)
         self._self_interaction = self_interaction
 
-    def forward(self, first_BD: Tensor, others_Bn: Tensor) -> Tensor:
+    def forward(self, first_BD: Tensor | None, others_Bn: Tensor) -> Tensor:
         """Return the first vector and the products, in the first vector's dtype: [B, D + P].
 
         Args:
-            first_BD: the first vector.
-            others_Bn: [B, (V - 1) * D], the other vectors.
+            first_BD: the first vector; None to return the products of the others alone.
+            others_Bn: [B, (V - 1) * D], the other vectors; [B, V * D] without the first one.
         """
+        if first_BD is None:
+            vectors_BVD = others_Bn.unflatten(1, (-1, self.width))
+            return torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
         if not self.pairs.numel():  # there is one vector
             return first_BD
         others_BVD = others_Bn.unflatten(1, (-1, self.width))
@@ -266,12 +367,29 @@ class HasInitialVariances(Protocol):
         """Return a parameter by its name."""
 
 
+@runtime_checkable
+class HasXavierVariances(Protocol):
+    """A layer with other variances of its initial parameters in ``initialize`` with ``xavier``."""
+
+    def xavier_variances(self) -> dict[str, float]:
+        """Return the variance of the initial normal values of some parameters."""
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """Return a parameter by its name."""
+
+
 @torch.no_grad()
-def initialize(module: nn.Module, seed: int) -> None:
+def initialize(module: nn.Module, seed: int, xavier: bool = False) -> None:
     """Draw the initial dense parameters of a model as a function of the seed and the layers' names.
 
     Linear layers get weights N(0, 2 / (in + out)) and biases N(0, 1 / out), given as variances, as in the code
     published with Naumov et al. 2019. Other layers get the variances of ``initial_variances``. Tables do not change.
+
+    Args:
+        module: the model.
+        seed: the seed.
+        xavier: draw as FuxiCTR does: all weights Xavier normal (Glorot and Bengio 2010, equation 12), also the vectors
+            and linear weights of dense features; biases of linear layers zero.
     """
 
     def fill(parameter: Tensor, variance: float, name: str) -> None:
@@ -284,7 +402,12 @@ def initialize(module: nn.Module, seed: int) -> None:
         if isinstance(layer, nn.Linear) and not layer.weight.is_meta:
             fill(layer.weight, 2 / (layer.in_features + layer.out_features), f"{name}.weight")
             if layer.bias is not None:
-                fill(layer.bias, 1 / layer.out_features, f"{name}.bias")
+                fill(layer.bias, 0.0 if xavier else 1 / layer.out_features, f"{name}.bias")
+        elif xavier and isinstance(layer, HasXavierVariances):
+            for parameter, variance in layer.xavier_variances().items():
+                weight = layer.get_parameter(parameter)
+                if not weight.is_meta:
+                    fill(weight, variance, f"{name}.{parameter}")
         elif isinstance(layer, HasInitialVariances):
             for parameter, variance in layer.initial_variances().items():
                 weight = layer.get_parameter(parameter)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -129,6 +130,13 @@ class Ranks:
         return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(device)
 
 
+@torch.compiler.disable
+def differentiable_sum(value: Tensor) -> Tensor:
+    """Return the sum of a tensor over the ranks; its gradient is the sum of the ranks' gradients."""
+    total: Tensor = dist_nn.all_reduce(value)
+    return total
+
+
 class AsyncCollective:
     """A collective operation that has been started.
 
@@ -151,6 +159,19 @@ class AsyncCollective:
             self._work.wait()
             self._sent = None
         return self._received
+
+
+def slice_start(known: int | None, samples: int) -> int:
+    """Return the position in the global batch of the first sample of this rank's slice.
+
+    Args:
+        known: the position, if the stream says it; None to ask the ranks.
+        samples: size of the slice.
+    """
+    if known is not None:
+        return known
+    ranks = Ranks()
+    return int(sum(int(size[0]) for size in ranks.all_gather(np.array([samples]))[: ranks.rank]))
 
 
 def set_timeout(seconds: float) -> None:

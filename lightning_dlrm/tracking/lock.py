@@ -1,7 +1,7 @@
 """The lock of a run folder: one process at a time writes a run.
 
 A lock is a file with its holder, whose time of change the holder renews. Only calls that file systems shared over a
-network offer too are used: exclusive creation, rename, reading back.
+network offer too are used: exclusive creation, reading, removal.
 """
 
 import contextlib
@@ -15,16 +15,17 @@ import signal
 import socket
 import sys
 import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
-from lightning_dlrm.contracts.documents import printable, read_json
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.documents import is_name, printable, read_json
+from lightning_dlrm.contracts.errors import UserError, require
 
 log = logging.getLogger("lightning_dlrm")
 
@@ -51,6 +52,9 @@ class Holder:
     command: str
     slurm_job: str
     slurm_restarts: int
+
+    def __post_init__(self) -> None:
+        require(is_name(self.token), "its token is not a name")
 
     @classmethod
     def current(cls) -> "Holder":
@@ -83,29 +87,39 @@ class Holder:
             return True
 
 
-class _State(NamedTuple):
-    """What a lock file says at a moment."""
+class _Link(NamedTuple):
+    """A lock file at a moment."""
 
-    heartbeat: int
-    """Time of the last heartbeat in nanoseconds, by the clock of the file system."""
+    path: Path
+    changed: int
+    """Time of its last heartbeat in nanoseconds, by the clock of the file system."""
     holder: Holder | None
+    """None if it cannot be read, such as a file that is being written."""
 
 
 class FolderLock:
     """A lock on a folder, held by this process from ``acquire`` to ``release``; also a context manager.
+
+    Lock files form a chain: the first has a fixed name, and that of each next one is given by the holder whose lock it
+    takes over. The last one holds the lock. No process replaces or removes the lock of another one, so of processes
+    that come at the same time one creates the next file, whatever is killed or delayed at any moment. A release removes
+    the chain.
 
     If another process takes the lock over, because this one was stopped for longer than ``SILENCE_SECONDS``, this
     process sends itself SIGTERM.
 
     Args:
         folder: the folder, for messages.
-        path: the lock file; by default ``.run.lock`` in the folder.
+        path: the first lock file; by default ``.run.lock`` in the folder.
     """
 
     def __init__(self, folder: Path, path: Path | None = None) -> None:
         self.folder = Path(folder)
         self.path = self.folder / LOCK if path is None else path
         self._mine = Holder.current()
+        self._file = self.path
+        """The file of this process in the chain."""
+        self._last_beat = 0.0
         self._released = threading.Event()
         self._writing = threading.Lock()
         """Held by ``release`` and by each heartbeat, so that none comes amid the other."""
@@ -114,27 +128,41 @@ class FolderLock:
         """Take the lock, also from a process that has ended.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds it, or the folder has been removed.
         """
-        while not self._create():
-            # It may be released in between.
-            with contextlib.suppress(FileNotFoundError):
-                state, silence = self._state(self.path), self._silence()
-                has_ended = state.holder is not None and state.holder.has_ended(self._mine)
+        while not self._create(self.path, self._mine):
+            chain = self._chain()
+            # The lock may be released in between.
+            with contextlib.suppress(FileNotFoundError, IndexError):
+                last, silence = chain[-1], self._silence(chain[-1].path)
+                has_ended = last.holder is not None and last.holder.has_ended(self._mine)
                 if silence <= SILENCE_SECONDS and not has_ended:
-                    raise self._refusal(state.holder, silence)
-                if self._take_over(state):
-                    break
-        self._remove_probes()
+                    raise self._refusal(last.holder, silence)
+                if self._create(successor := self._successor(last), self._mine):
+                    if self._ends_here(self._chain()):
+                        log.info(
+                            "took the lock of %s over from %s, which has ended", self.folder, _describe(last.holder)
+                        )
+                        break
+                    # The chain was released meanwhile, or could not be read whole.
+                    successor.unlink()
+        self._last_beat = time.time()
+        self._remove_leftovers()
         threading.Thread(target=self._renew, name="lock of the run folder", daemon=True).start()
         return self
 
     def release(self) -> None:
         """Give the lock back."""
-        with self._writing, contextlib.suppress(OSError):
+        with self._writing, contextlib.suppress(OSError, UserError):
             self._released.set()
-            if self._is_mine():
-                self.path.unlink()
+            chain = self._chain()
+            if not self._ends_here(chain):
+                return
+            # First take it over from itself, which fails if another process has done so.
+            end = self._successor(chain[-1])
+            if self._create(end, dataclasses.replace(self._mine, token=uuid.uuid4().hex)):
+                for path in (*(link.path for link in chain), end):
+                    path.unlink(missing_ok=True)
 
     def __enter__(self) -> "FolderLock":
         return self.acquire()
@@ -142,100 +170,95 @@ class FolderLock:
     def __exit__(self, *args: object) -> None:
         self.release()
 
-    def _create(self) -> bool:
-        """Create the lock file; return whether it did not exist."""
-        try:
-            with self.path.open("x") as file:
-                file.write(self._text())
-        except FileExistsError:
-            return False
-        return True
-
-    def _take_over(self, stale: _State) -> bool:
-        """Replace the lock of a process that has ended; return whether it still was the lock.
+    def _create(self, path: Path, holder: Holder) -> bool:
+        """Create a lock file; return whether it did not exist.
 
         Raises:
-            UserError: another process takes it over in the same moment.
+            UserError: its folder does not exist.
         """
-        beside, claim = self._beside(), self.path.with_name(f"{self.path.name}.claim")
         try:
-            claim.open("x").close()
+            with path.open("x") as file:
+                file.write(json.dumps(dataclasses.asdict(holder), indent=1) + "\n")
         except FileExistsError:
-            if self._silence(claim) <= SILENCE_SECONDS:
-                raise self._refusal(self._read(self.path), 0.0) from None
-            # Its process was killed.
-            claim.unlink()
             return False
-        try:
-            if self._state(self.path) != stale:
-                return False
-            beside.write_text(self._text())
-            beside.replace(self.path)
-        finally:
-            claim.unlink(missing_ok=True)
-        log.info("took the lock of %s over from %s, which has ended", self.folder, _describe(stale.holder))
+        except FileNotFoundError as error:
+            raise UserError(f"{path.parent} was removed while it was being locked: start the command again") from error
+        self._file = path
         return True
+
+    def _chain(self) -> list[_Link]:
+        """Return the lock files, the last of which holds the lock; empty without a lock."""
+        found: dict[Path, _Link] = {}
+        path = self.path
+        # Of damaged files, one may follow itself.
+        with contextlib.suppress(FileNotFoundError):
+            while path not in found:
+                found[path] = _Link(path, path.stat().st_mtime_ns, self._read(path))
+                path = self._successor(found[path])
+        return list(found.values())
+
+    def _successor(self, link: _Link) -> Path:
+        """Return the file of the process that takes a lock over; only one process can create it."""
+        name = f"unreadable-{link.changed}" if link.holder is None else link.holder.token
+        return self.path.with_name(f"{self.path.name}.{name}")
 
     def _renew(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
             with self._writing:
-                holder = None if self._released.is_set() else self._beat()
-            if holder is not None:
-                log.error("%s has taken %s over: this process was silent, and stops", _describe(holder), self.folder)
+                other = None if self._released.is_set() else self._beat()
+            if other is not None:
+                log.error("%s has taken %s over: this process was silent, and stops", other, self.folder)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
-    def _beat(self) -> Holder | None:
-        """Renew the lock; return the holder if it is another process.
+    def _beat(self) -> str | None:
+        """Renew the lock; return who holds it if it is another process.
 
         A lock that cannot be read is renewed too: this process may have too many open files, or the file system may
         not answer now and do so later.
         """
-        holder = self._read(self.path)
-        if holder is not None and holder.token != self._mine.token:
-            return holder
-        with contextlib.suppress(OSError):
-            try:
-                os.utime(self.path)
-            except FileNotFoundError:
-                self._create()
+        with contextlib.suppress(OSError, UserError):
+            chain = self._chain()
+            if chain and chain[-1].holder is not None and not self._ends_here(chain):
+                return _describe(chain[-1].holder)
+            if not chain and time.time() - self._last_beat > SILENCE_SECONDS:
+                # It may have been taken over and released.
+                return _describe(None)
+            if chain:
+                os.utime(self._file)
+            else:
+                self._create(self.path, self._mine)
+            self._last_beat = time.time()
         return None
 
-    def _silence(self, path: Path | None = None) -> float:
-        """Return the seconds since a file was changed, by default the lock, by the clock of the file system."""
-        beside = self._beside()
+    def _silence(self, path: Path) -> float:
+        """Return the seconds since a file was changed, by the clock of the file system."""
+        beside = self.path.with_name(f"{self.path.name}.probe-{self._mine.token}")
         beside.touch()
         try:
-            return beside.stat().st_mtime - (path or self.path).stat().st_mtime
+            return beside.stat().st_mtime - path.stat().st_mtime
         finally:
             beside.unlink(missing_ok=True)
 
-    def _remove_probes(self) -> None:
-        """Remove files that processes which were killed in ``acquire`` have left."""
-        for left in self.path.parent.glob(f"{self.path.name}.*"):
-            with contextlib.suppress(OSError):
-                if self.path.stat().st_mtime - left.stat().st_mtime > SILENCE_SECONDS:
+    def _remove_leftovers(self) -> None:
+        """Remove files that processes which were killed in ``acquire`` and ``release`` have left."""
+        with contextlib.suppress(OSError):
+            in_use, now = {link.path for link in self._chain()}, self._file.stat().st_mtime
+            for left in self.path.parent.glob(f"{self.path.name}.*"):
+                if left not in in_use and now - left.stat().st_mtime > SILENCE_SECONDS:
                     left.unlink()
 
     def _read(self, path: Path) -> Holder | None:
-        """Return the holder; None without a lock, or if it cannot be read, such as one that is being written."""
+        """Return the holder; None if it cannot be read, such as one that is being written."""
         try:
             return read_json(path, Holder, "")
         except UserError:
             return None
 
-    def _state(self, path: Path) -> _State:
-        return _State(path.stat().st_mtime_ns, self._read(path))
-
-    def _is_mine(self) -> bool:
-        holder = self._read(self.path)
+    def _ends_here(self, chain: Sequence[_Link]) -> bool:
+        """Whether this process holds the lock."""
+        holder = chain[-1].holder if chain else None
         return holder is not None and holder.token == self._mine.token
-
-    def _beside(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.{self._mine.token}")
-
-    def _text(self) -> str:
-        return json.dumps(dataclasses.asdict(self._mine), indent=1) + "\n"
 
     def _refusal(self, holder: Holder | None, silence: float) -> UserError:
         return UserError(

@@ -85,7 +85,8 @@ def start_wandb(
             name=place.name,
             group=place.group,
             job_type=place.job_type,
-            tags=list(place.tags),
+            # An empty list would replace those of WANDB_TAGS.
+            tags=list(place.tags) or None,
             id=run_id,
             resume=None if mode == "offline" else "allow",
             # W&B's service keeps the working directory of its start, so the path must be absolute.

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -122,7 +123,10 @@ def test_demo_fit_as_a_process_says_what_it_is() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "DEMO DATA" in done.stderr and "preprocess" in done.stderr
-    assert done.stderr.count("W&B: offline (no API key)") == 1 and "wandb sync run/wandb/offline-run-" in done.stderr
+    assert (
+        done.stderr.count("W&B: offline (no API key)") == 1
+        and done.stdout.count("wandb sync run/wandb/offline-run-") == 1
+    )
     assert "% of the way from 0.5" in done.stdout
     versions = json.loads(Path("run/versions.json").read_text())
     assert versions["torch"] == torch.__version__ and versions["python"] == platform.python_version()
@@ -461,7 +465,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_data_commands_start_without_torch() -> None:
     script = (
         "import sys; from lightning_dlrm.__main__ import main; assert main(['inspect', 'nowhere']) == 2; "
+        "assert main(['--version']) == 0; "
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ.copy())
     assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"lightning-dlrm [\d.]+( [0-9a-f]{40})?\n", done.stdout)

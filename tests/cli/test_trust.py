@@ -223,8 +223,24 @@ def test_trust_is_never_read_from_a_file() -> None:
     for wrong in ("", "*", "a b", "jsonargparse", "../x"):
         with pytest.raises(UserError, match="expected the name of a module"):
             take_trust(["--trust", wrong])
-    assert take_trust(["--x", "--trust=a.b", "y"]) == ["--x", "y"]
-    assert trust_options() == ["--trust", "a.b"]
+    with pytest.raises(UserError, match="--trust nowhere: there is no such module"):
+        take_trust(["--trust", "nowhere"])
+    assert take_trust(["--x", "--trust=json.tool", "y"]) == ["--x", "y"]
+    assert trust_options() == ["--trust", "json.tool"]
+
+
+def test_classes_that_do_not_exist_are_not_called_unfit() -> None:
+    Path("own.py").write_text("class Foo: pass")
+    for key in ("model.network", "model.loss", "model.schedule", "model.table_optimizer", "data", "trainer.logger"):
+        assert refused(f"--{key}=own.Nope") == f"{key}: there is no own.Nope"
+        assert (
+            refused(f"--{key}=torch.optim.Adagard") == f"{key}: there is no torch.optim.Adagard; did you mean Adagrad?"
+        )
+        assert "there is no module nowhere for nowhere.Nope" in refused(f"--{key}=nowhere.Nope")
+    for key in ("model.network", "model.loss", "model.schedule", "data", "trainer.logger"):
+        assert f"{key}: own.Foo is " in refused(f"--{key}=own.Foo")
+    assert "there is no own.Nope" in refused("--trainer.callbacks=[{class_path: own.Nope}]")
+    assert "own.Foo is not a subclass of Callback" in refused("--trainer.callbacks=[{class_path: own.Foo}]")
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "params", "plan", "compare", "checkpoint import"])

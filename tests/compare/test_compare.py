@@ -655,6 +655,18 @@ def test_slots_share_out_gpus_or_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_environments(2, []) == [{"OMP_NUM_THREADS": str(max(1, cores // 2))}] * 2
 
 
+def test_sigterm_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(processes.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+    job = Job(name="a", commands=[["--version"]], run=tmp_path / "a", log=tmp_path / "log")
+    with pytest.raises(SystemExit) as left:
+        run_jobs([job], [{}], lambda job: None)
+    assert left.value.code == 143 and capsys.readouterr().err.splitlines()[-1].startswith("interrupted: stopping the")
+    assert not list(tmp_path.glob("*.lock"))
+
+
 def test_samples_so_far_are_read_from_half_written_lines(tmp_path: Path) -> None:
     assert trained_samples(tmp_path) == 0
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples": 200}\n{"step": 2, "sam')

@@ -263,6 +263,17 @@ def test_more_ranks_than_lanes_are_refused(folder: Path, monkeypatch: pytest.Mon
     assert DatasetSchema.load(folder) == data.schema
 
 
+def test_ranks_with_more_samples_than_others_are_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for options, told in (({}, True), ({"shuffle": "full", "cache": "memory"}, False), ({"shuffle": "none"}, False)):
+        data = Criteo(str(folder), **options)  # type: ignore[arg-type]
+        monkeypatch.setattr(Criteo, "_rank_and_world", (0, 2))
+        caplog.clear()
+        data.train_dataloader()
+        assert ("the busiest rank trains 2.00 times the mean" in caplog.text) == told, caplog.text
+
+
 def test_short_names_of_the_package() -> None:
     import datamodules
 

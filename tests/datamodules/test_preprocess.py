@@ -36,6 +36,7 @@ from datamodules.preprocess.progress import Progress, format_size
 from datamodules.preprocess.protocols import PROTOCOLS, Dataset
 from datamodules.preprocess.sources import find_files
 from datamodules.preprocess.staging import PIECE_BYTES
+from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, DatasetSchema
 from tests.raw_criteo import (
@@ -359,6 +360,18 @@ def test_bad_rows_are_left_out_and_listed(tmp_path: Path, piece_bytes: int, suff
     assert header == "file\tline\treason" and len(listed) == len(expected) == schema.report["bad_rows"]
     for found, (name, number, reason) in zip(listed, expected, strict=True):
         assert found.startswith(f"{name}\t{number}\t{reason}")
+
+
+def test_a_split_of_one_label_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [["0", *rest] if row % 3 else ["click", *rest] for row, (_, *rest) in enumerate(generated_lines(300))]
+    options = ["--dataset", "kaggle", "--protocol", "dlrm", "--on-bad-row", "skip", "--workers", "1"]
+    paths = ["--input", str(written(tmp_path / "train.txt", lines)), "--output", str(tmp_path / "out")]
+    assert main(["preprocess", *options, *paths]) == 0
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    splits = ("train", "validation", "test")
+    assert [line.split(":")[1].partition("have the label")[2] for line in told] == [" 0"] * 6
+    assert all(f"the {split} split" in line for split, line in zip(splits * 2, told, strict=True))
 
 
 def test_a_wrong_file_is_not_skipped_line_by_line(tmp_path: Path) -> None:

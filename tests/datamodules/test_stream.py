@@ -129,6 +129,8 @@ def test_each_row_once_and_every_world_size_serves_the_same_batches(
     for world in (2, 3, 8, 61):
         for k in (0, order.batches // 2, order.batches - 1):
             slices = [order.batch_rows(k, rank, world) for rank in range(world)]
+            starts = [int(order.slice_starts(k, k + 1, rank, world)[0]) for rank in range(world)]
+            assert starts == [sum(map(len, slices[:rank])) for rank in range(world)]
             assert np.array_equal(np.concatenate(slices), whole[k])
 
 
@@ -338,6 +340,7 @@ def test_loaders_give_the_rows_of_the_order(
         for k, batch in enumerate(batches):
             rows = order.batch_rows(k, rank, world)
             assert batch.rows is not None and batch.global_size == order.global_size(k)
+            assert batch.start == order.slice_starts(k, k + 1, rank, world)[0]
             assert batch.checked_table_rows == schema.features.table_rows
             np.testing.assert_array_equal(batch.rows, rows)
             check_batch(batch, plain_batch(folder, schema, "train", rows), len(schema.features.tables))

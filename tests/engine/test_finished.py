@@ -14,6 +14,7 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, Timer, timer
 
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.engine import checkpointing
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.stopping import StopAtAUC
 from lightning_dlrm.optim.schedules import WarmupQuadraticDecay
@@ -122,6 +123,19 @@ def test_all_ranks_learn_that_files_of_the_run_cannot_be_set_aside(tmp_path: Pat
     with pytest.raises(UserError, match="a line without a step") as line:
         trainer_of(tmp_path).fit(toy_module(), ToyData())
     assert directory.value.on_all_ranks and line.value.on_all_ranks
+
+
+def test_all_ranks_learn_that_a_later_checkpoint_cannot_be_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(path: Path) -> Path:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "checkpoints/last").mkdir(parents=True)
+    monkeypatch.setattr(checkpointing, "set_aside", refuses)
+    with pytest.raises(UserError, match=r"checkpoints/last cannot be renamed \(Permission denied\)") as refused:
+        trainer_of(tmp_path).fit(toy_module(), ToyData())
+    assert refused.value.on_all_ranks
 
 
 @pytest.mark.parametrize("data", [Counted, ToyData], ids=["known length", "unknown length"])

@@ -5,14 +5,17 @@ Each test asserts the effect of a switch, as a callback of the user's own sees i
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow.parquet as pq
 import pytest
 import pytorch_lightning as pl
 import torch
 
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.models.layers import MLP
 from lightning_dlrm.objectives.losses import LogLoss
 from tests.front_door.conftest import TINY
@@ -215,6 +218,51 @@ def test_limit_test_and_predict_batches(given: str, batches: int, trained: list[
     assert Spy.evaluated == 2 * batches
 
 
+class Spoil(pl.Callback):
+    """Spoils a parameter before predictions."""
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        next(pl_module.network.parameters()).data[0] = math.nan
+
+
+class Refuse(pl.Callback):
+    """Ends a fit before its first step."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        raise UserError("not now")
+
+
+def test_runs_that_are_kept_say_how_to_send_them(trained: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    fit("--wandb.mode=offline", f"--trainer.callbacks+={__name__}.Refuse", to="failed", code=2)
+    assert not Path("failed").exists() and "wandb sync" not in caplog.text
+    run("validate", *trained, "--wandb.mode=offline")
+    assert f"W&B: offline; send it with: wandb sync {Path('run').resolve()}/wandb/offline-run-*" in caplog.text
+
+
+def test_evaluations_say_what_they_found_once_and_keep_earlier_predictions(
+    trained: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for command, split in (("validate", "validation"), ("test", "test")):
+        capsys.readouterr()
+        run(command, *trained)
+        assert capsys.readouterr().out.count(f"{split}/auc") == 1
+    run("predict", *trained)
+    predictions = Path("run/predictions.parquet").resolve()
+    rows, first = pq.read_metadata(predictions).num_rows, predictions.read_bytes()
+    assert f"{predictions} has the probabilities of {rows:,} rows" in caplog.text
+    run("predict", *trained, "--data.predict_split=validation")
+    (aside,) = (path for path in predictions.parent.glob("predictions-*"))
+    assert aside.read_bytes() == first and f"the previous {predictions} is kept as {aside}" in caplog.text
+    second, before = predictions.read_bytes(), sorted(Path("run").iterdir())
+    spoil = f"--trainer.callbacks+={__name__}.Spoil"
+    capsys.readouterr()
+    run("predict", *trained, spoil, code=2)
+    assert re.fullmatch(r"error: the probability of row \d+ is NaN: .*\n", capsys.readouterr().err)
+    assert predictions.read_bytes() == second and sorted(Path("run").iterdir()) == before
+    run("predict", *trained, spoil, "--allow_nonfinite=true")
+    assert pq.read_metadata(predictions).num_rows == rows
+
+
 @pytest.mark.parametrize(
     ("options", "validations"),
     [
@@ -359,8 +407,15 @@ def test_lightnings_progress_bars_take_the_place_of_ours(bar: str, capfd: pytest
     assert "Epoch 0" in shown and "fit:" not in shown
 
 
-def test_timer_by_yaml() -> None:
-    fit("--trainer.callbacks+={class_path: Timer, init_args: {duration: {seconds: 1}}}", "--trainer.max_epochs=10000")
+def test_timer_by_yaml(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    timer = "--trainer.callbacks+={class_path: Timer, init_args: {duration: {seconds: 1}}}"
+    fit(timer, "--trainer.max_epochs=10000")
+    assert "by the time limit (Timer in trainer.callbacks)" in caplog.text
+    capsys.readouterr()
+    fit(timer, "--trainer.max_epochs=10000", "--resume=auto")
+    assert "(Timer in trainer.callbacks ended it: to train on, raise or remove it)" in capsys.readouterr().out
+    fit(timer, "--trainer.max_time={seconds: 1}", to="both", code=2)
+    assert "error: trainer.max_time counts for nothing beside a Timer" in capsys.readouterr().err
     assert 0 < steps_done() == Spy.validations[-1]
 
 

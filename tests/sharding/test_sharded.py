@@ -30,9 +30,9 @@ from tests.ranks import ROOT, run_ranks, start_ranks
 from tests.sharded_fits import (
     BF16,
     CASES,
-    DROPOUT,
     FIRST_STEP,
     HALF,
+    OWN_DROPOUT,
     PARITY,
     RESUMED,
     STEPS,
@@ -178,7 +178,7 @@ def test_saved_on_four_ranks_opened_on_fewer(folder: Path, ranks: int, resumed: 
 
 def test_each_rank_goes_on_with_its_own_random_numbers(folder: Path) -> None:
     """Their slices differ in size, so that they have drawn differently many."""
-    whole, resumed = (metrics(folder / "2" / fit.name, "train/loss") for fit in (DROPOUT[0], DROPOUT[2]))
+    whole, resumed = (metrics(folder / "2" / fit.name, "train/loss") for fit in (OWN_DROPOUT[0], OWN_DROPOUT[2]))
     assert torch.equal(resumed, whole[STEPS // 2 :]) and len(resumed) == STEPS // 2
 
 

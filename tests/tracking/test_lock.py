@@ -2,15 +2,23 @@
 silent for two minutes, does not keep others out."""
 
 import dataclasses
+import itertools
 import json
+import multiprocessing
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -139,14 +147,14 @@ def cannot_be_read(path: Path, form: type, advice: str) -> None:
 def test_any_command_can_hold_a_lock(argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["fit", argument])
     with FolderLock(tmp_path) as mine:
-        assert mine._is_mine()
+        assert mine._ends_here(mine._chain())
         with pytest.raises(UserError, match=r"in use by process \d+ on .* \(fit '--name=[ -~]*'\)"):
             FolderLock(tmp_path).acquire()
 
 
 def test_a_heartbeat_does_not_make_a_released_lock_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, releases = FolderLock(tmp_path), []
-    assert mine._create()
+    assert mine._create(mine.path, mine._mine)
 
     def utime(path: Path) -> None:
         if not releases:
@@ -175,17 +183,86 @@ def test_the_start_of_a_process_is_in_ticks() -> None:
     assert abs(psutil.boot_time() + seconds - psutil.Process().create_time()) < 2
 
 
-def test_a_slower_process_leaves_the_lock_of_a_faster_one(tmp_path: Path) -> None:
-    left_behind(tmp_path, 130, host="another")
-    slower = FolderLock(tmp_path)
-    stale = slower._state(slower.path)
-    claim = tmp_path / f"{LOCK}.claim"
-    claim.touch()
-    assert not is_taken(tmp_path), "another process takes it over now"
-    os.utime(claim, (0, 0))
-    with FolderLock(tmp_path) as faster:
-        assert not slower._take_over(stale) and faster._is_mine()
-        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+def comes_and_goes(folder: Path, begin: Barrier, results: Queue, number: int) -> None:
+    """Take the lock over, with a wait of random length before each operation on a file; hold it, and release it."""
+    random_ = random.Random(f"{folder} {number}")
+
+    def waits(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def delayed(*args: Any, **options: Any) -> Any:
+            time.sleep(random_.choice((0, 0, 0.001, 0.01)))
+            return operation(*args, **options)
+
+        return delayed
+
+    for name in ("open", "stat", "unlink", "touch"):
+        setattr(Path, name, waits(getattr(Path, name)))
+    mine = FolderLock(folder)
+    begin.wait(60)
+    for _ in range(3):
+        try:
+            mine.acquire()
+        except UserError:
+            continue
+        start = time.monotonic()
+        time.sleep(0.02)
+        results.put((start, time.monotonic()))
+        mine.release()
+
+
+def test_of_processes_that_take_over_at_the_same_time_one_holds_the_lock(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for chain in ("one", "killed while it took over", "unreadable"):
+        folder = tmp_path / chain
+        folder.mkdir()
+        left_behind(folder, 130, host="another", token="a")
+        if chain == "unreadable":
+            (folder / LOCK).write_text("{")
+        elif chain != "one":
+            (folder / LOCK).rename(folder / f"{LOCK}.b")
+            left_behind(folder, 130, host="another", token="b")
+        for path in folder.iterdir():
+            os.utime(path, (0, 0))
+        begin, results = context.Barrier(6), context.Queue()
+        comers = [context.Process(target=comes_and_goes, args=(folder, begin, results, n)) for n in range(6)]
+        for comer in comers:
+            comer.start()
+        for comer in comers:
+            comer.join(60)
+            assert comer.exitcode == 0
+        held = sorted(results.get(timeout=10) for _ in range(results.qsize()))
+        assert held and all(end < start for (_, end), (start, _) in itertools.pairwise(held)), chain
+        assert not list(folder.iterdir()), chain
+
+
+def test_a_process_that_was_silent_and_one_that_took_over(tmp_path: Path) -> None:
+    silent = FolderLock(tmp_path).acquire()
+    os.utime(tmp_path / LOCK, (0, 0))
+    second = FolderLock(tmp_path).acquire()
+    silent.release()
+    assert not is_taken(tmp_path), "the silent process leaves the lock of the second"
+    assert silent._beat() is not None and second._beat() is None
+    second.release()
+    assert not list(tmp_path.iterdir())
+    assert second._beat() is None, "a user may have removed the lock of a healthy process"
+    second.release()
+    silent._last_beat -= lock.SILENCE_SECONDS + 1
+    assert silent._beat() is not None and not list(tmp_path.iterdir()), "it was taken over and released"
+
+
+def test_a_folder_that_is_removed_while_it_is_locked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run was removed"):
+        FolderLock(tmp_path / "run").acquire()
+    (tmp_path / "run").mkdir()
+    with FolderLock(tmp_path / "run") as mine:
+        shutil.rmtree(tmp_path / "run")
+        assert mine._beat() is None
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("token", ["../x", "a" * 300, "", "\0"])
+def test_tokens_from_files_are_names(token: str, tmp_path: Path) -> None:
+    left_behind(tmp_path, 130, host="another", token=token)
+    assert is_taken(tmp_path) and not list(tmp_path.iterdir())
 
 
 def test_writers_of_checkpoints_lock_the_run_that_they_write_into(tmp_path: Path) -> None:

@@ -123,6 +123,18 @@ def test_names_of_the_environment_count_unless_options_are_given(
     assert (asked.project, asked.name, asked.job_type) == ("p", "n", "j")
 
 
+def test_tags_of_the_environment_count_unless_options_are_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # W&B reads WANDB_TAGS, once in a process, if it is given None.
+    for tags, expected in (((), None), (("mine",), ["mine"])):
+        given: list[object] = []
+        monkeypatch.setattr(wandb, "init", lambda given=given, **options: given.append(options["tags"]) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            start_wandb(tmp_path, RunPlace(project="test", name="run", tags=tags), mode="offline", config={})
+        assert given == [expected]
+
+
 def read_back(run: Path) -> list[dict[str, Any]]:
     """The records of an offline run, by W&B's own reader."""
     # Not the W&B service that runs of this process may have left in the environment.
