@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
     from lightning_dlrm.engine.module import CTRModule
     from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
+    from lightning_dlrm.models.autoint import AutoInt
     from lightning_dlrm.models.baselines import (
         DeepFM,
         FactorizationMachine,
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
     )
     from lightning_dlrm.models.dcn import DCN
     from lightning_dlrm.models.dlrm import DLRM
+    from lightning_dlrm.models.finalmlp import FinalMLP
+    from lightning_dlrm.models.masknet import MaskNet
     from lightning_dlrm.models.network import CTRNetwork
-    from lightning_dlrm.objectives.losses import FocalLoss, LogLoss, WeightedLogLoss
+    from lightning_dlrm.objectives.losses import FocalLoss, LogLoss, ProbabilityLogLoss, WeightedLogLoss
+    from lightning_dlrm.objectives.regularization import Regularization
     from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad
     from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
     from lightning_dlrm.testing import check_network
@@ -50,6 +54,7 @@ _MODULES = {
     "lightning_dlrm.engine.checkpointing": ("FolderCheckpointIO",),
     "lightning_dlrm.engine.module": ("CTRModule",),
     "lightning_dlrm.engine.strategy": ("EmbeddingShardedDDP",),
+    "lightning_dlrm.models.autoint": ("AutoInt",),
     "lightning_dlrm.models.baselines": (
         "DeepFM",
         "FactorizationMachine",
@@ -60,8 +65,11 @@ _MODULES = {
     ),
     "lightning_dlrm.models.dcn": ("DCN",),
     "lightning_dlrm.models.dlrm": ("DLRM",),
+    "lightning_dlrm.models.finalmlp": ("FinalMLP",),
+    "lightning_dlrm.models.masknet": ("MaskNet",),
     "lightning_dlrm.models.network": ("CTRNetwork",),
-    "lightning_dlrm.objectives.losses": ("FocalLoss", "LogLoss", "WeightedLogLoss"),
+    "lightning_dlrm.objectives.losses": ("FocalLoss", "LogLoss", "ProbabilityLogLoss", "WeightedLogLoss"),
+    "lightning_dlrm.objectives.regularization": ("Regularization",),
     "lightning_dlrm.optim.rules": ("SGD", "Adagrad", "Adam", "RowWiseAdagrad"),
     "lightning_dlrm.tables.embeddings": ("Embeddings", "TableSettings"),
     "lightning_dlrm.testing": ("check_network",),
@@ -75,6 +83,7 @@ __all__ = [
     "SGD",
     "Adagrad",
     "Adam",
+    "AutoInt",
     "Averaging",
     "Batch",
     "CTRModule",
@@ -89,12 +98,16 @@ __all__ = [
     "Embeddings",
     "FactorizationMachine",
     "Features",
+    "FinalMLP",
     "FocalLoss",
     "FolderCheckpointIO",
     "LogLoss",
     "LogisticRegression",
+    "MaskNet",
     "MatrixFactorization",
+    "ProbabilityLogLoss",
     "RandomData",
+    "Regularization",
     "RowWiseAdagrad",
     "SparseIds",
     "TableSettings",

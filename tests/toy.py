@@ -135,7 +135,9 @@ def toy_module(
 
 
 def optimizer_of(network: CTRNetwork, dense: DenseOptimizer | UpdateRule, table_rule: UpdateRule) -> CTROptimizer:
-    return CTROptimizer(network.dense_parameters(), network.lookups(), as_dense(dense), table_rule)
+    lookups = network.lookups()
+    rule = None if any(lookup.dense_gradients for lookup in lookups) else table_rule
+    return CTROptimizer(network.dense_parameters(), lookups, as_dense(dense), rule)
 
 
 def as_dense(given: DenseOptimizer | UpdateRule) -> DenseOptimizer:

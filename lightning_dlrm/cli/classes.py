@@ -8,6 +8,7 @@ from torch.optim import lr_scheduler
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
 from datamodules.synthetic import RandomData, TraceData
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
+from lightning_dlrm.models.autoint import AutoInt
 from lightning_dlrm.models.baselines import (
     MLP,
     DeepFM,
@@ -19,7 +20,9 @@ from lightning_dlrm.models.baselines import (
 )
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
-from lightning_dlrm.objectives.losses import FocalLoss, LogLoss, WeightedLogLoss
+from lightning_dlrm.models.finalmlp import FinalMLP
+from lightning_dlrm.models.masknet import MaskNet
+from lightning_dlrm.objectives.losses import FocalLoss, LogLoss, ProbabilityLogLoss, WeightedLogLoss
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad
 from lightning_dlrm.optim.schedules import Constant, Cosine, WarmupQuadraticDecay, WarmupThenDecay
 
@@ -46,6 +49,9 @@ KNOWN_CLASSES = (
     WideAndDeep,
     DeepFM,
     XDeepFM,
+    FinalMLP,
+    AutoInt,
+    MaskNet,
     SGD,
     Adagrad,
     RowWiseAdagrad,
@@ -57,6 +63,7 @@ KNOWN_CLASSES = (
     EmbeddingShardedDDP,
     LogLoss,
     WeightedLogLoss,
+    ProbabilityLogLoss,
     FocalLoss,
     *_public_classes(
         torch.optim, torch.optim.Optimizer, torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam

@@ -4,7 +4,7 @@ Shape suffixes: B samples, F tables, I dense features, N indices of all bags tog
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,13 @@ class SparseIds:
             offsets=torch.cat([ends_b.new_zeros(1), ends_b]),
             weights=None if self.weights is None else self.weights.reshape(-1)[kept_N],
         )
+
+    def without(self, row: int) -> "SparseIds":
+        """Return the ids with weight 0 where they are ``row``, and with the same key."""
+        kept = (self.values != row).to(torch.float32)
+        ids = replace(self, weights=kept if self.weights is None else kept * self.weights)
+        ids.key = self.key
+        return ids
 
     def map(self, change: Callable[[Tensor | None], Any]) -> "SparseIds":
         """Return ids with changed tensors and a new key; ``change`` is called for each tensor, and for None."""

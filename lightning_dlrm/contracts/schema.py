@@ -126,6 +126,8 @@ class Features:
     dense: int
     tables: Mapping[str, int]
     """Table name -> rows, in the order of the ids of a batch."""
+    dense_names: tuple[str, ...] = ()
+    """Names of the dense inputs; empty if they are not known."""
 
     @property
     def table_rows(self) -> tuple[int, ...]:
@@ -214,7 +216,8 @@ class DatasetSchema:
     def features(self) -> Features:
         """Dense inputs and tables, as a model needs them."""
         tables = self.by_role("categorical", "multi_hot")
-        return Features(dense=len(self.by_role("dense")), tables={c.name: c.cardinality for c in tables})
+        dense = tuple(column.name for column in self.by_role("dense"))
+        return Features(dense=len(dense), tables={c.name: c.cardinality for c in tables}, dense_names=dense)
 
     @cached_property
     def encoding_fingerprint(self) -> str:

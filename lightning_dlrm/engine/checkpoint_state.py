@@ -70,10 +70,9 @@ def table_pieces(module: "CTRModule", with_state: bool = True) -> list[PieceTens
 
 
 def dense_tensors(module: "CTRModule") -> list[Tensor]:
-    """Return the dense parameters and their optimizer state."""
-    parameters, state = module.network.dense_parameters(), optimizer_of(module).state
-    kept = (values for parameter in parameters for values in state[parameter].values())
-    return [*parameters, *(values for values in kept if torch.is_tensor(values))]
+    """Return the dense parameters, their optimizer state, and that of tables with ``dense_gradients``."""
+    kept = (values for state in optimizer_of(module).state.values() for values in state.values())
+    return [*module.network.dense_parameters(), *(values for values in kept if torch.is_tensor(values))]
 
 
 def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) -> None:

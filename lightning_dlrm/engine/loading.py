@@ -53,6 +53,8 @@ def plain_options(module: "CTRModule") -> tuple[dict[str, Any], list[str]]:
             "wide_optimizer": module.wide_rule,
             "schedule": module.schedule,
             "loss": module.loss,
+            "regularization": module.regularization,
+            "initialization": module.initialization,
             "averaging": None if averaging is None else averaging.settings,
             "kernels": module.kernels,
         }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 import torch
+from torch import nn
 
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.memory import available_memory
@@ -46,6 +47,7 @@ def count_memory(
     """
     found: Counter[str] = Counter()
     averages = training and module.averaging is not None
+    with_grad = {table.name for lookup in network.lookups() if lookup.dense_gradients for table in lookup.tables}
     element = max((lookup.weight.element_size() for lookup in network.lookups()), default=0)
     for load in table_loads(network, module):
         if on_host is not None and load.on_host != on_host:
@@ -55,6 +57,7 @@ def count_memory(
         found["optimizer_tables"] += training * held * (load.bytes_per_row - row)
         # An average in float32, and the number of steps in it.
         found["averages"] += averages * held * (4 * load.width + 4)
+        found["gradients"] += training * held * row * (load.name in with_grad)
         found["gradients"] += training * int(samples * load.width * (2 * element + 4 * load.indices_per_sample))
     if not on_host:
         dense = network.dense_parameters()
@@ -90,14 +93,15 @@ def require_memory(module: "CTRModule", plan: Plan | None = None) -> None:
         return count_memory(module, network, samples, bool(trainer.training), rows[rank], on_host)
 
     loads = table_loads(network, module)
+    with_grad = any(lookup.dense_gradients for lookup in network.lookups())
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # What torch keeps of freed tensors, such as those of an earlier fit, serves new ones.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        _require(needed(trainer.global_rank, False), free, f"the device {device}", loads)
+        _require(needed(trainer.global_rank, False), free, f"the device {device}", loads, with_grad)
     on_host = True if device.type == "cuda" else None
     everything = sum((needed(rank, on_host) for rank in ranks), start=Counter())
-    _require(everything, available_memory(), "this machine", loads)
+    _require(everything, available_memory(), "this machine", loads, with_grad)
 
 
 def rows_on_rank(plan: Plan, rank: int) -> dict[str, int]:
@@ -105,7 +109,7 @@ def rows_on_rank(plan: Plan, rank: int) -> dict[str, int]:
     return {name: sum(p.rows for p in pieces if p.rank == rank) for name, pieces in plan.tables.items()}
 
 
-def _require(needed: Counter[str], free: float, where: str, loads: Sequence[TableLoad]) -> None:
+def _require(needed: Counter[str], free: float, where: str, loads: Sequence[TableLoad], with_grad: bool) -> None:
     total = needed.total()
     if total <= free:
         return
@@ -113,15 +117,25 @@ def _require(needed: Counter[str], free: float, where: str, loads: Sequence[Tabl
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in named.items() if size > total / 100)
     raise UserError(
         f"this run needs {format_bytes(total)} of memory ({parts}), and {where} has {format_bytes(free)} free; "
-        f"what would fit: {'; '.join(_remedies(needed, free, where, loads))}"
+        f"what would fit: {'; '.join(_remedies(needed, free, where, loads, with_grad))}"
     )
 
 
-def _remedies(needed: Counter[str], free: float, where: str, loads: Sequence[TableLoad]) -> list[str]:
-    """Return what would need less memory than ``free`` bytes; each entry would do alone."""
+def _remedies(needed: Counter[str], free: float, where: str, loads: Sequence[TableLoad], with_grad: bool) -> list[str]:
+    """Return what would need less memory than ``free`` bytes; each entry would do alone.
+
+    Args:
+        needed: bytes by their use.
+        free: free bytes.
+        where: a device, or this machine.
+        loads: loads of the tables.
+        with_grad: whether the tables have ``dense_gradients``.
+    """
     total, found = needed.total(), []
     row_wise = total - needed["optimizer_tables"] + 4 * sum(load.rows for load in loads)
-    if row_wise <= free:
+    if with_grad:
+        found.append("tables.dense_gradients false, with --model.table_optimizer RowWiseAdagrad")
+    elif row_wise <= free:
         found.append(f"--model.table_optimizer RowWiseAdagrad takes {format_bytes(row_wise)}")
     # Each rank has a copy of the dense layers.
     copied = 2 * needed["dense"] + needed["optimizer_dense"]
@@ -130,6 +144,8 @@ def _remedies(needed: Counter[str], free: float, where: str, loads: Sequence[Tab
     width = int(max((load.width for load in loads), default=0) * (free - copied) / (total - copied))
     if width >= 1:
         found.append(f"vectors of width {width} or less")
+    if with_grad:
+        return found
     if where != "this machine":
         found.append("tables in host memory, chosen by 'python -m lightning_dlrm plan --device-memory'")
     count, kind = math.ceil((total - copied) / (free - copied)), "machines" if where == "this machine" else "devices"
@@ -152,8 +168,12 @@ def table_loads(
     loads = []
     for lookup in network.lookups():
         row = torch.empty(1, lookup.width, dtype=lookup.weight.dtype, device="meta")
-        kept = [row, *(module.rule_of(lookup, network).state(row).values() if lookup.weight.requires_grad else ())]
-        bytes_per_row = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        bytes_per_row = row.nbytes
+        rule = module.rule_of(lookup, network)
+        if lookup.dense_gradients and lookup.weight.requires_grad:
+            bytes_per_row += dense_state_bytes(module.dense_optimizer, [nn.Parameter(row)])
+        elif rule is not None and lookup.weight.requires_grad:
+            bytes_per_row += sum(tensor.nbytes for tensor in rule.state(row).values())
         # If a table is split between a device and its host, each lookup has a part.
         loads += [
             TableLoad(

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -25,10 +25,11 @@ from lightning_dlrm.engine.memory import require_memory
 from lightning_dlrm.engine.timing import StepTimer
 from lightning_dlrm.engine.transfer import SideStream
 from lightning_dlrm.kernels.choice import Kernels, choose
-from lightning_dlrm.models.layers import MLP, DotInteraction, Dropout, place_dropout
+from lightning_dlrm.models.layers import MLP, DotInteraction, Dropout, initialize, place_dropout
 from lightning_dlrm.models.network import CTRNetwork, ModelSize, model_size
 from lightning_dlrm.objectives.losses import LogLoss, Loss
 from lightning_dlrm.objectives.metrics import ClickCurves
+from lightning_dlrm.objectives.regularization import Regularization
 from lightning_dlrm.optim.dense import DenseOptimizer, torch_class
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import UpdateRule
@@ -49,7 +50,8 @@ class CTRModule(pl.LightningModule):
 
     Args:
         network: makes the network from the dataset's features and the seed, such as DLRM or DCN.
-        table_optimizer: update rule of the embedding tables: SGD, Adagrad, RowWiseAdagrad or Adam.
+        table_optimizer: update rule of the embedding tables: SGD, Adagrad, RowWiseAdagrad or Adam; None if all of them
+            have tables.dense_gradients.
         dense_optimizer: makes the optimizer of all other parameters: a class of torch.optim with its settings, from
             Python ``functools.partial(torch.optim.Adagrad, lr=0.01)``. Its state has the parameters' precision.
         schedule: makes the schedule of all learning rates, stepped after each optimizer step: Constant, Cosine,
@@ -57,6 +59,9 @@ class CTRModule(pl.LightningModule):
             filled in. None for constant rates.
         loss: the loss: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
             with each of them.
+        regularization: penalty of the size of parameters; None for none.
+        initialization: own (the network's own), or xavier: draw dense parameters as FuxiCTR does, all weights Xavier
+            normal and all biases zero; tables have network.tables.initial_std.
         averaging: evaluate with an average of the parameters of many steps; None for those of the last step.
         wide_optimizer: update rule of the linear terms' rows; None for that of the tables. Cheng et al. 2016, section
             3.3, use different optimizers for the wide and the deep part.
@@ -77,13 +82,15 @@ class CTRModule(pl.LightningModule):
     def __init__(
         self,
         network: Callable[[Features, int], CTRNetwork],
-        table_optimizer: UpdateRule,
+        table_optimizer: UpdateRule | None,
         dense_optimizer: DenseOptimizer,
         schedule: Schedule | None = None,
         loss: Loss | None = None,
         averaging: Averaging | None = None,
         *,
         wide_optimizer: UpdateRule | None = None,
+        regularization: Regularization | None = None,
+        initialization: Literal["own", "xavier"] = "own",
         kernels: Kernels = "auto",
         compile: bool | CompileMode = False,
         schema: DatasetSchema,
@@ -105,6 +112,9 @@ class CTRModule(pl.LightningModule):
         )
         self.schedule = schedule or Constant
         self.loss = loss or LogLoss()
+        self.regularization = regularization or Regularization()
+        require(initialization in ("own", "xavier"), f"initialization {initialization!r} is neither own nor xavier")
+        self.initialization = initialization
         self.kernels = kernels
         self.compile_mode = compile_mode(compile)
         self.schema = schema
@@ -166,6 +176,8 @@ class CTRModule(pl.LightningModule):
         if hasattr(self, "network"):
             return
         self.network = self.make_network(self.schema.features, self.seed)
+        if self.initialization == "xavier":
+            initialize(self.network, self.seed, xavier=True)
         for module in self.network.modules():
             if isinstance(module, (EmbeddingTables, MLP, DotInteraction)):
                 module.kernels = self.kernels
@@ -187,6 +199,11 @@ class CTRModule(pl.LightningModule):
             self.trainer.world_size <= 1 or all(lookup.placement.is_sharded for lookup in self.network.lookups()),
             "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp",
         )
+        require(
+            self.trainer.world_size <= 1 or not any(lookup.dense_gradients for lookup in self.network.lookups()),
+            f"tables.dense_gradients trains in one process, and there are {self.trainer.world_size}: set "
+            "trainer.devices and trainer.num_nodes to 1, or leave tables.dense_gradients out",
+        )
         optimizer = self.make_optimizer(self.network)
         name = f"the schedule {schedule_name(self.schedule)}"
         # A fast_dev_run tries the code of a whole fit, in which a warm-up is short.
@@ -207,8 +224,8 @@ class CTRModule(pl.LightningModule):
             network.wide_lookups(),
         )
 
-    def rule_of(self, lookup: EmbeddingTables, network: CTRNetwork) -> UpdateRule:
-        """Return the update rule of one of a network's lookups."""
+    def rule_of(self, lookup: EmbeddingTables, network: CTRNetwork) -> UpdateRule | None:
+        """Return the update rule of one of a network's lookups; None if ``dense_optimizer`` updates it."""
         return self.wide_rule if self.wide_rule is not None and lookup in network.wide_lookups() else self.table_rule
 
     # --- a training step --------------------------------------------------------------------------
@@ -235,11 +252,21 @@ class CTRModule(pl.LightningModule):
         self._batch_size = batch.global_size * self.trainer.accumulate_grad_batches
         position = Position(self.trainer.global_step + 1, self.trainer.current_epoch, batch_idx)
         self.guard.watch(loss.detach(), logits_B.detach(), position)
-        return {"loss": self._scaled(loss, batch_idx), "step_loss": loss.detach(), "logits": logits_B.detach()}
+        total = self._scaled(loss + self.penalty(), batch_idx)
+        return {"loss": total, "step_loss": loss.detach(), "logits": logits_B.detach()}
 
     def batch_loss(self, logits_B: Tensor, label_B: Tensor) -> Tensor:
         """Return the loss summed over a rank's slice, a 0-dim tensor."""
         return self.loss.summed(logits_B, label_B)
+
+    def penalty(self) -> Tensor | float:
+        """Return the penalty of ``regularization``, a 0-dim tensor; 0 without one."""
+        if self.regularization == Regularization():
+            return 0.0
+        fields = self.network.field_parameters()
+        of_fields = {id(parameter) for parameter in fields}
+        others = [parameter for parameter in self.network.parameters() if id(parameter) not in of_fields]
+        return self.regularization.penalty(fields, others)
 
     def configure_gradient_clipping(
         self,
@@ -391,6 +418,11 @@ class CTRModule(pl.LightningModule):
             self.wide_rule is None or network.wide_lookups(),
             f"wide_optimizer is given, but this {type(network).__name__} has no linear terms: set network.wide to "
             "true if the model has that option, or leave wide_optimizer out",
+        )
+        require(
+            not self.regularization.covers_fields or all(lookup.dense_gradients for lookup in network.lookups()),
+            "regularization.fields_l1 and fields_l2 cover whole tables, whose gradients are of single rows: set "
+            "network.tables.dense_gradients to true, or take l2 of table_optimizer, for the rows of each step",
         )
         optimizer = self.make_optimizer(network)
         self.learning_rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}

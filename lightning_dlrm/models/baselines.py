@@ -13,53 +13,12 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models import layers
+from lightning_dlrm.models.fields import DenseVectors, FieldVectors, LinearTerms, join_fields, scalar_tables
 from lightning_dlrm.models.layers import CompressedInteraction, PairwiseSum, initialize
-from lightning_dlrm.models.network import CTRNetwork, LinearTerms, Missing, scalar_tables
+from lightning_dlrm.models.network import CTRNetwork, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
 from lightning_dlrm.tables.lookup import EmbeddingTables
 from lightning_dlrm.tables.table import Table
-
-
-class FieldVectors(nn.Module):
-    """A vector for every field: v_c[id] for a column's id, x_i v_i for a dense feature (Rendle 2010, equation 1).
-
-    Args:
-        features: dense inputs and tables.
-        embedding_dim: D.
-        seed: seed of the initial rows.
-        tables: see TableSettings; the vectors must have one width.
-        user: the model's name, for messages.
-    """
-
-    def __init__(
-        self, features: Features, embedding_dim: int, seed: int, tables: TableSettings | None, user: str
-    ) -> None:
-        super().__init__()
-        self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
-        self.embeddings.require_one_width(user)
-        self.dense = nn.Parameter(torch.empty(features.dense, embedding_dim))
-        self.fields = len(features.tables) + features.dense
-        self.width = embedding_dim
-        require(self.fields >= 1, f"{user} needs columns or dense features; the dataset has none")
-
-    def lookup(self, ids: SparseIds) -> Tensor:
-        """Return the columns' vectors side by side, [B, F * D]."""
-        vectors_Bn: Tensor = self.embeddings(ids)
-        return vectors_Bn
-
-    def forward(self, dense_BI: Tensor, vectors_Bn: Tensor) -> Tensor:
-        """Return the fields' vectors [B, V, D], the columns first, from dense features and the result of ``lookup``."""
-        vectors_BFD = vectors_Bn.unflatten(1, (-1, self.width))
-        scaled_BID = dense_BI[:, :, None] * self.dense
-        return torch.cat([vectors_BFD, scaled_BID.to(vectors_BFD.dtype)], dim=1)
-
-    def multiply_adds(self) -> int:
-        """Return the multiply-adds of a sample."""
-        return self.embeddings.multiply_adds() + self.dense.numel()
-
-    def initial_variances(self) -> dict[str, float]:
-        """Return small variances, since dense features can be far from 0: see CrossNetwork."""
-        return {"dense": 1e-4}
 
 
 class LogisticRegression(CTRNetwork):
@@ -150,7 +109,7 @@ class FactorizationMachine(CTRNetwork):
         missing: Missing = "zero",
     ) -> None:
         super().__init__(features.dense, missing)
-        self.linear = LinearTerms(features, seed)
+        self.linear = LinearTerms(features, seed, tables)
         self.fields = FieldVectors(features, embedding_dim, seed, tables, type(self).__name__)
         self.pairs = PairwiseSum()
         initialize(self, seed)
@@ -175,6 +134,7 @@ class MLP(CTRNetwork):
         embedding_dim: D, the width of every vector unless ``tables`` says otherwise.
         deep: widths of the hidden layers; a layer of width 1 follows.
         batch_norm: normalize over the batch between each hidden layer and its ReLU.
+        embed_dense: give each dense feature a vector, multiplied with its value, in place of the value alone.
         tables: settings of the tables, such as widths and pooling.
         missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
@@ -189,24 +149,26 @@ class MLP(CTRNetwork):
         embedding_dim: int = 16,
         deep: Sequence[int] = (512, 256),
         batch_norm: bool = False,
+        embed_dense: bool = False,
         tables: TableSettings | None = None,
         missing: Missing = "zero",
     ) -> None:
         super().__init__(features.dense, missing)
         self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
-        width = sum(self.embeddings.widths) + features.dense
+        self.dense_vectors = DenseVectors(features.dense, embedding_dim) if embed_dense else None
+        width = sum(self.embeddings.widths) + features.dense * (embedding_dim if embed_dense else 1)
         self.deep = layers.MLP([width, *deep, 1], linear_output=True, batch_norm=batch_norm)
         initialize(self, seed)
 
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
         """See CTRNetwork.score."""
         dense_BI = self.missing(dense_BI)
-        vectors_Bn = vectors["embeddings"]
-        return self.deep(torch.cat([vectors_Bn, dense_BI.to(vectors_Bn.dtype)], dim=1)).squeeze(1)
+        return self.deep(join_fields(dense_BI, vectors["embeddings"], self.dense_vectors)).squeeze(1)
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""
-        return self.embeddings.multiply_adds() + self.deep.multiply_adds()
+        parts = (self.embeddings, self.dense_vectors, self.deep)
+        return sum(part.multiply_adds() for part in parts if part is not None)
 
 
 class WideAndDeep(MLP):
@@ -215,12 +177,22 @@ class WideAndDeep(MLP):
     Args:
         features: dense inputs and tables, from the dataset's schema.
         seed: seed of the initial parameters.
-        options: options of MLP.
+        linear_bias: whether the linear terms have a bias beside the MLP's.
+        tables: settings of the tables, such as widths and pooling.
+        options: other options of MLP.
     """
 
-    def __init__(self, features: Features, seed: int = 0, **options: Any) -> None:
-        super().__init__(features, seed, **options)
-        self.wide = LinearTerms(features, seed)
+    def __init__(
+        self,
+        features: Features,
+        seed: int = 0,
+        *,
+        linear_bias: bool = True,
+        tables: TableSettings | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(features, seed, tables=tables, **options)
+        self.wide = LinearTerms(features, seed, tables, bias=linear_bias)
 
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
         """See CTRNetwork.score."""
@@ -289,6 +261,7 @@ class XDeepFM(CTRNetwork):
         cin_layers: rows of each layer of the compressed interaction network.
         deep: widths of the MLP's hidden layers; a layer of width 1 follows.
         batch_norm: normalize over the batch between each hidden layer and its ReLU.
+        linear_bias: whether the linear terms have a bias beside the MLP's.
         tables: settings of the tables, such as widths and pooling.
         missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
@@ -304,11 +277,12 @@ class XDeepFM(CTRNetwork):
         cin_layers: Sequence[int] = (64, 64),
         deep: Sequence[int] = (512, 256),
         batch_norm: bool = False,
+        linear_bias: bool = True,
         tables: TableSettings | None = None,
         missing: Missing = "zero",
     ) -> None:
         super().__init__(features.dense, missing)
-        self.linear = LinearTerms(features, seed)
+        self.linear = LinearTerms(features, seed, tables, bias=linear_bias)
         self.fields = FieldVectors(features, embedding_dim, seed, tables, "XDeepFM")
         self.cin = CompressedInteraction(self.fields.fields, embedding_dim, cin_layers)
         self.cin_output = layers.MLP([self.cin.outputs, 1], linear_output=True)

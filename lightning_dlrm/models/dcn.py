@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.models.fields import DenseVectors, LinearTerms, join_fields
 from lightning_dlrm.models.layers import MLP, initialize
-from lightning_dlrm.models.network import CTRNetwork, LinearTerms, Missing
+from lightning_dlrm.models.network import CTRNetwork, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
 
 CrossKind: TypeAlias = Literal["vector", "matrix", "low_rank", "mixture"]
+CrossActivation: TypeAlias = Literal["relu", "tanh"]
 
 
 class CrossNetwork(nn.Module):
@@ -56,13 +58,19 @@ class CrossNetwork(nn.Module):
 class VectorCross(CrossNetwork):
     """DCN v1 (Wang et al. 2017, equation 3): x_{l+1} = x_0 (x_l . w_l) + b_l + x_l."""
 
+    left_to_right: bool = False
+    """Whether the three terms are added in the order of the equation, as FuxiCTR does, which rounds differently."""
+
     def __init__(self, features: int, layers: int) -> None:
         super().__init__(features, layers)
         self.weight = nn.Parameter(torch.empty(layers, features))
         self.bias = nn.Parameter(torch.zeros(layers, features))
 
     def cross(self, layer: int, x0_Bd: Tensor, x_Bd: Tensor) -> Tensor:
-        return torch.addcmul(x_Bd + self.bias[layer], x0_Bd, (x_Bd @ self.weight[layer])[:, None])
+        product_B1 = (x_Bd @ self.weight[layer])[:, None]
+        if self.left_to_right:
+            return x0_Bd * product_B1 + self.bias[layer] + x_Bd
+        return torch.addcmul(x_Bd + self.bias[layer], x0_Bd, product_B1)
 
     def initial_variances(self) -> dict[str, float]:
         return {"weight": 2 / (self.features + 1), "bias": 0.0}
@@ -121,17 +129,22 @@ class MixtureCross(CrossNetwork):
     """DCN v2, mixture of low-rank experts (Wang et al. 2021, equations 3 and 4).
 
     x_{l+1} = sum_e softmax_e(g_e . x_l) E_e(x_l) + x_l, with
-    E_e(x) = x_0 * (U_e relu(C_e relu(V_e x)) + b). The gates g_e serve all layers, as published.
+    E_e(x) = x_0 * (U_e f(C_e f(V_e x)) + b). The gates g_e serve all layers, as published.
 
     Args:
         features: d.
         layers: number of layers.
         rank: r, below d.
         experts: E.
+        activation: f.
     """
 
-    def __init__(self, features: int, layers: int, rank: int, experts: int) -> None:
+    def __init__(
+        self, features: int, layers: int, rank: int, experts: int, activation: CrossActivation = "relu"
+    ) -> None:
         super().__init__(features, layers)
+        require(activation in ("relu", "tanh"), f"cross_activation {activation!r} is neither relu nor tanh")
+        self._activation = torch.relu if activation == "relu" else torch.tanh
         _check_rank(rank, features)
         require(experts >= 1, f"cross_experts is {experts}; expected at least 1")
         self.up = nn.Parameter(torch.empty(layers, experts, features, rank))
@@ -141,8 +154,8 @@ class MixtureCross(CrossNetwork):
         self.gates = nn.Parameter(torch.empty(experts, features))
 
     def cross(self, layer: int, x0_Bd: Tensor, x_Bd: Tensor) -> Tensor:
-        projected_EBr = torch.relu(x_Bd @ self.down[layer].transpose(1, 2))
-        projected_EBr = torch.relu(projected_EBr @ self.core[layer].transpose(1, 2))
+        projected_EBr = self._activation(x_Bd @ self.down[layer].transpose(1, 2))
+        projected_EBr = self._activation(projected_EBr @ self.core[layer].transpose(1, 2))
         expert_EBd = projected_EBr @ self.up[layer].transpose(1, 2) + self.bias[layer]
         gate_EB = torch.softmax(self.gates @ x_Bd.T, dim=0)
         return torch.addcmul(x_Bd, x0_Bd, (gate_EB[..., None] * expert_EBd).sum(0))
@@ -162,11 +175,18 @@ class MixtureCross(CrossNetwork):
         return self.layers * (experts * (2 * features * rank + rank**2 + 2 * features) + features)
 
 
-def make_cross(kind: CrossKind, features: int, layers: int, rank: int | None, experts: int | None) -> CrossNetwork:
+def make_cross(
+    kind: CrossKind,
+    features: int,
+    layers: int,
+    rank: int | None,
+    experts: int | None,
+    activation: CrossActivation = "relu",
+) -> CrossNetwork:
     """Return a cross network by its name in configurations.
 
     Raises:
-        UserError: there is no such kind, or a rank or experts are missing or not supported by the kind.
+        UserError: there is no such kind, or a rank, experts or activation are missing or not supported by the kind.
     """
     needs: dict[str, tuple[str, ...]] = {
         "vector": (),
@@ -180,11 +200,14 @@ def make_cross(kind: CrossKind, features: int, layers: int, rank: int | None, ex
         if (value is None) == (option in needs[kind]):
             verb = "needs" if value is None else "takes no"
             raise UserError(f"cross: {kind} {verb} {option}; it is {'missing' if value is None else value}")
+    require(
+        activation == "relu" or kind == "mixture", f"cross_activation {activation} needs cross: mixture; got {kind}"
+    )
     if rank is None:
         return VectorCross(features, layers) if kind == "vector" else MatrixCross(features, layers)
     if experts is None:
         return LowRankCross(features, layers, rank)
-    return MixtureCross(features, layers, rank, experts)
+    return MixtureCross(features, layers, rank, experts, activation)
 
 
 def _check_rank(rank: int, features: int) -> None:
@@ -205,11 +228,15 @@ class DCN(CTRNetwork):
         cross_layers: layers of the cross network.
         cross_rank: rank of low_rank and mixture; below the number of features they join.
         cross_experts: experts of mixture.
-        deep: widths of the deep network's layers.
-        structure: parallel (both networks get the input) or stacked (the deep network gets the crosses).
+        cross_activation: activation within the experts of mixture: relu, or tanh as in FuxiCTR.
+        deep: widths of the deep network's layers; empty for no deep network.
+        structure: parallel (both networks get the input), stacked (the deep network gets the crosses), or
+            stacked_parallel (one deep network gets the input, another one the crosses).
+        stacked_deep: widths of the deep network over the crosses; for stacked_parallel only.
         batch_norm: normalize over the batch in the deep network, between each layer and its ReLU.
         wide: add linear terms, a weight for each dense feature and each id (Cheng et al. 2016).
         dropout: share of the deep network's outputs, layer by layer, that training sets to 0.
+        embed_dense: give each dense feature a vector, multiplied with its value, in place of the value alone.
         tables: settings of the tables, such as widths and pooling.
         missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
@@ -226,36 +253,67 @@ class DCN(CTRNetwork):
         cross_layers: int = 6,
         cross_rank: int | None = None,
         cross_experts: int | None = None,
+        cross_activation: CrossActivation = "relu",
         deep: Sequence[int] = (512, 256),
-        structure: Literal["parallel", "stacked"] = "parallel",
+        structure: Literal["parallel", "stacked", "stacked_parallel"] = "parallel",
+        stacked_deep: Sequence[int] = (),
         batch_norm: bool = False,
         wide: bool = False,
         dropout: float = 0.0,
+        embed_dense: bool = False,
         tables: TableSettings | None = None,
         missing: Missing = "zero",
     ) -> None:
         super().__init__(features.dense, missing)
-        require(structure in ("parallel", "stacked"), f"structure {structure!r} is neither parallel nor stacked")
+        _check_structure(structure, deep, stacked_deep)
         self.stacked = structure == "stacked"
         self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
-        width = sum(self.embeddings.widths) + features.dense
-        self.cross = make_cross(cross, width, cross_layers, cross_rank, cross_experts)
-        self.deep = MLP([width, *deep], batch_norm=batch_norm, dropout=dropout)
-        self.logit = MLP([self.deep.widths[-1] + (0 if self.stacked else width), 1], linear_output=True)
-        self.wide = LinearTerms(features, seed) if wide else None
+        self.dense_vectors = DenseVectors(features.dense, embedding_dim) if embed_dense else None
+        width = sum(self.embeddings.widths) + features.dense * (embedding_dim if embed_dense else 1)
+        self.cross = make_cross(cross, width, cross_layers, cross_rank, cross_experts, cross_activation)
+        if isinstance(self.cross, VectorCross):
+            self.cross.left_to_right = embed_dense
+        self.deep = MLP([width, *deep], batch_norm=batch_norm, dropout=dropout) if deep else None
+        self.stacked_deep = (
+            MLP([width, *stacked_deep], batch_norm=batch_norm, dropout=dropout) if stacked_deep else None
+        )
+        of_crosses = 0 if self.stacked else [width, *stacked_deep][-1]
+        self.logit = MLP([of_crosses + sum(deep[-1:]), 1], linear_output=True)
+        self.wide = LinearTerms(features, seed, tables) if wide else None
         initialize(self, seed)
 
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
         """See CTRNetwork.score."""
         dense_BI = self.missing(dense_BI)
-        vectors_Bn = vectors["embeddings"]
-        x0_Bd = torch.cat([vectors_Bn, dense_BI.to(vectors_Bn.dtype)], dim=1)
-        crosses_Bd = self.cross(x0_Bd)
-        joined_Bn = self.deep(crosses_Bd) if self.stacked else torch.cat([crosses_Bd, self.deep(x0_Bd)], dim=1)
+        x0_Bd = join_fields(dense_BI, vectors["embeddings"], self.dense_vectors)
+        joined_Bn = self.cross(x0_Bd)
+        if self.stacked_deep is not None:
+            joined_Bn = self.stacked_deep(joined_Bn)
+        if self.deep is not None:
+            joined_Bn = self.deep(joined_Bn) if self.stacked else torch.cat([joined_Bn, self.deep(x0_Bd)], dim=1)
         logits_B = self.logit(joined_Bn).squeeze(1)
         return logits_B if self.wide is None else logits_B + self.wide(dense_BI, vectors["wide"])
 
     def multiply_adds(self) -> int:
         """See CTRNetwork.multiply_adds."""
-        parts = (self.embeddings, self.cross, self.deep, self.logit, self.wide)
+        parts = (
+            *(self.embeddings, self.dense_vectors, self.cross, self.deep, self.stacked_deep, self.logit, self.wide),
+        )
         return sum(part.multiply_adds() for part in parts if part is not None)
+
+
+def _check_structure(structure: str, deep: Sequence[int], stacked_deep: Sequence[int]) -> None:
+    """
+    Raises:
+        UserError: there is no such structure, or it needs other deep networks.
+    """
+    structures = ("parallel", "stacked", "stacked_parallel")
+    require(structure in structures, f"structure {structure!r} is none of {', '.join(structures)}")
+    require(
+        bool(stacked_deep) == (structure == "stacked_parallel"),
+        f"stacked_deep is {list(stacked_deep)} and structure {structure}: give both, or neither",
+    )
+    require(
+        deep or structure == "parallel",
+        f"structure {structure} needs a deep network, and deep is empty: give its widths, or choose parallel",
+    )

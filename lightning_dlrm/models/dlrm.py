@@ -12,8 +12,9 @@ from torch import Tensor
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dcn import CrossKind, CrossNetwork, make_cross
+from lightning_dlrm.models.fields import LinearTerms
 from lightning_dlrm.models.layers import MLP, DotInteraction, ProjectionInteraction, initialize
-from lightning_dlrm.models.network import CTRNetwork, LinearTerms, Missing
+from lightning_dlrm.models.network import CTRNetwork, Missing
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
 
 
@@ -26,7 +27,8 @@ class DLRM(CTRNetwork):
         features: dense inputs and tables, from the dataset's schema.
         seed: seed of the initial parameters.
         embedding_dim: D, the width of every vector unless ``tables`` says otherwise.
-        bottom_mlp: widths of the bottom MLP's layers; the last width equals embedding_dim.
+        bottom_mlp: widths of the bottom MLP's layers; the last width equals embedding_dim. Empty without dense
+            features: then there is no bottom MLP, and no vector of it.
         top_mlp: widths of the top MLP's hidden layers; a layer of width 1 follows.
         interaction: dot (dot products of all pairs of vectors, beside the bottom MLP's output), projection
             (dot products of two sets of vectors made from all), cat (the vectors side by side), or cross (a
@@ -37,6 +39,7 @@ class DLRM(CTRNetwork):
         cross_layers: layers of the cross network; for cross only.
         cross_rank: rank of low_rank and mixture; for cross only.
         cross_experts: experts of mixture; for cross only.
+        batch_norm: normalize over the batch in both MLPs, between each hidden layer and its ReLU.
         wide: add linear terms, a weight for each dense feature and each id (Cheng et al. 2016).
         dropout: share of the top MLP's hidden outputs that training sets to 0.
         tables: settings of the tables, such as widths and pooling.
@@ -60,6 +63,7 @@ class DLRM(CTRNetwork):
         cross_layers: int | None = None,
         cross_rank: int | None = None,
         cross_experts: int | None = None,
+        batch_norm: bool = False,
         wide: bool = False,
         dropout: float = 0.0,
         tables: TableSettings | None = None,
@@ -78,40 +82,46 @@ class DLRM(CTRNetwork):
                 "cross_experts": ("cross", cross_experts),
             },
         )
-        self.bottom = MLP([features.dense, *bottom_mlp])
+        self.bottom = (
+            MLP([features.dense, *bottom_mlp], batch_norm=batch_norm, norm_output=False) if bottom_mlp else None
+        )
         self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
         if interaction in ("dot", "projection"):
             self.embeddings.require_one_width(f"interaction {interaction}", ", or choose interaction: cat or cross")
-        vectors = 1 + len(features.tables)
-        joined = embedding_dim + sum(self.embeddings.widths)
+        of_bottom = embedding_dim if bottom_mlp else 0
+        vectors = bool(bottom_mlp) + len(features.tables)
+        joined = of_bottom + sum(self.embeddings.widths)
         self.interaction: DotInteraction | ProjectionInteraction | CrossNetwork | None = None
         if interaction == "dot":
             self.interaction = DotInteraction(vectors, embedding_dim, self_interaction)
-            width = embedding_dim + self.interaction.pairs.numel()
+            width = of_bottom + self.interaction.pairs.numel()
         elif interaction == "projection":
             assert projection is not None
             self.interaction = ProjectionInteraction(vectors, embedding_dim, projection)
-            width = embedding_dim + self.interaction.outputs
+            width = of_bottom + self.interaction.outputs
         else:
             if interaction == "cross":
                 assert cross is not None and cross_layers is not None
                 self.interaction = make_cross(cross, joined, cross_layers, cross_rank, cross_experts)
             width = joined
-        self.top = MLP([width, *top_mlp, 1], linear_output=True, dropout=dropout)
-        self.wide = LinearTerms(features, seed) if wide else None
+        self.top = MLP([width, *top_mlp, 1], linear_output=True, batch_norm=batch_norm, dropout=dropout)
+        self.wide = LinearTerms(features, seed, tables) if wide else None
         initialize(self, seed)
 
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
         """See CTRNetwork.score."""
         dense_BI = self.missing(dense_BI)
-        bottom_BD = self.bottom(dense_BI)
-        vectors_Bn = vectors["embeddings"]
+        bottom_BD = None if self.bottom is None else self.bottom(dense_BI)
+        joined_Bn = vectors_Bn = vectors["embeddings"]
         if isinstance(self.interaction, DotInteraction):
             joined_Bn = self.interaction(bottom_BD, vectors_Bn)
-        else:
+        elif bottom_BD is not None:
             joined_Bn = torch.cat([bottom_BD.to(vectors_Bn.dtype), vectors_Bn], dim=1)
         if isinstance(self.interaction, ProjectionInteraction):
-            joined_Bn = torch.cat([bottom_BD, self.interaction(joined_Bn).to(bottom_BD.dtype)], dim=1)
+            products_Bn = self.interaction(joined_Bn)
+            joined_Bn = (
+                products_Bn if bottom_BD is None else torch.cat([bottom_BD, products_Bn.to(bottom_BD.dtype)], dim=1)
+            )
         elif isinstance(self.interaction, CrossNetwork):
             joined_Bn = self.interaction(joined_Bn)
         logits_B = self.top(joined_Bn).squeeze(1)
@@ -128,7 +138,13 @@ def _check_bottom(features: Features, bottom_mlp: Sequence[int], embedding_dim: 
     Raises:
         UserError: the bottom MLP has no input, or its output is no vector beside those of the tables.
     """
-    require(features.dense >= 1, "DLRM needs dense features; the dataset has none: use a model without a bottom MLP")
+    if not features.dense:
+        require(
+            not bottom_mlp,
+            "the dataset has no dense features, which DLRM's bottom MLP would take: set bottom_mlp to [], or use "
+            "another model",
+        )
+        return
     require(
         bottom_mlp and bottom_mlp[-1] == embedding_dim,
         f"bottom_mlp ends in {bottom_mlp[-1] if bottom_mlp else 'nothing'} but embedding_dim is "
@@ -185,6 +201,6 @@ def reference_state_dict(network: DLRM) -> dict[str, Tensor]:
         for column, piece in enumerate(embeddings.pooling_weights.pieces):
             names[f"v_W_l.{column}"] = piece.of(embeddings.pooling_weights.weight)[:, 0]
     for prefix, mlp in (("bot_l", network.bottom), ("top_l", network.top)):
-        for i, linear in enumerate(mlp.linears()):
+        for i, linear in enumerate(mlp.linears() if mlp is not None else ()):
             names |= {f"{prefix}.{2 * i}.weight": linear.weight, f"{prefix}.{2 * i}.bias": linear.bias}
     return names

@@ -28,6 +28,7 @@ class MLP(nn.Sequential):
         batch_norm: normalize over the batch between each linear layer and its ReLU (Ioffe and Szegedy
             2015, algorithm 1), but not an output without a ReLU. Each rank normalizes over its own slice of
             the batch; with trainer.sync_batchnorm over the whole batch.
+        norm_output: whether ``batch_norm`` concerns the last layer too, if that has a ReLU.
         dropout: share of each hidden layer's outputs, after the ReLU, that training sets to 0 at random
             (Srivastava et al. 2014, section 4; other outputs are multiplied by 1 / (1 - dropout)).
     """
@@ -36,7 +37,12 @@ class MLP(nn.Sequential):
     """The code of the ReLUs and of the backward pass."""
 
     def __init__(
-        self, widths: Sequence[int], linear_output: bool = False, batch_norm: bool = False, dropout: float = 0.0
+        self,
+        widths: Sequence[int],
+        linear_output: bool = False,
+        batch_norm: bool = False,
+        dropout: float = 0.0,
+        norm_output: bool = True,
     ) -> None:
         require(0 <= dropout < 1, f"dropout is {dropout}; expected 0 or more, below 1")
         require(
@@ -51,6 +57,8 @@ class MLP(nn.Sequential):
             layers += [nn.Linear(width_in, width_out), *normalize, nn.ReLU(), *drop]
         if linear_output:
             del layers[-1 - bool(batch_norm) - bool(dropout) :]
+        elif batch_norm and not norm_output:
+            del layers[-2 - bool(dropout)]
         super().__init__(*layers)
 
     def forward(self, x_Bd: Tensor) -> Tensor:
@@ -228,13 +236,16 @@ class DotInteraction(nn.Module):
         self.register_buffer("mirrored", mirrored.flatten(), persistent=False)
         self._self_interaction = self_interaction
 
-    def forward(self, first_BD: Tensor, others_Bn: Tensor) -> Tensor:
+    def forward(self, first_BD: Tensor | None, others_Bn: Tensor) -> Tensor:
         """Return the first vector and the products, in the first vector's dtype: [B, D + P].
 
         Args:
-            first_BD: the first vector.
-            others_Bn: [B, (V - 1) * D], the other vectors.
+            first_BD: the first vector; None to return the products of the others alone.
+            others_Bn: [B, (V - 1) * D], the other vectors; [B, V * D] without the first one.
         """
+        if first_BD is None:
+            vectors_BVD = others_Bn.unflatten(1, (-1, self.width))
+            return torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
         if not self.pairs.numel():  # there is one vector
             return first_BD
         others_BVD = others_Bn.unflatten(1, (-1, self.width))
@@ -356,12 +367,29 @@ class HasInitialVariances(Protocol):
         """Return a parameter by its name."""
 
 
+@runtime_checkable
+class HasXavierVariances(Protocol):
+    """A layer with other variances of its initial parameters in ``initialize`` with ``xavier``."""
+
+    def xavier_variances(self) -> dict[str, float]:
+        """Return the variance of the initial normal values of some parameters."""
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """Return a parameter by its name."""
+
+
 @torch.no_grad()
-def initialize(module: nn.Module, seed: int) -> None:
+def initialize(module: nn.Module, seed: int, xavier: bool = False) -> None:
     """Draw the initial dense parameters of a model as a function of the seed and the layers' names.
 
     Linear layers get weights N(0, 2 / (in + out)) and biases N(0, 1 / out), given as variances, as in the code
     published with Naumov et al. 2019. Other layers get the variances of ``initial_variances``. Tables do not change.
+
+    Args:
+        module: the model.
+        seed: the seed.
+        xavier: draw as FuxiCTR does: all weights Xavier normal (Glorot and Bengio 2010, equation 12), also the vectors
+            and linear weights of dense features; biases of linear layers zero.
     """
 
     def fill(parameter: Tensor, variance: float, name: str) -> None:
@@ -374,7 +402,12 @@ def initialize(module: nn.Module, seed: int) -> None:
         if isinstance(layer, nn.Linear) and not layer.weight.is_meta:
             fill(layer.weight, 2 / (layer.in_features + layer.out_features), f"{name}.weight")
             if layer.bias is not None:
-                fill(layer.bias, 1 / layer.out_features, f"{name}.bias")
+                fill(layer.bias, 0.0 if xavier else 1 / layer.out_features, f"{name}.bias")
+        elif xavier and isinstance(layer, HasXavierVariances):
+            for parameter, variance in layer.xavier_variances().items():
+                weight = layer.get_parameter(parameter)
+                if not weight.is_meta:
+                    fill(weight, variance, f"{name}.{parameter}")
         elif isinstance(layer, HasInitialVariances):
             for parameter, variance in layer.initial_variances().items():
                 weight = layer.get_parameter(parameter)

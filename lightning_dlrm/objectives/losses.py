@@ -64,6 +64,22 @@ class LogLoss(Loss):
         return functional.binary_cross_entropy_with_logits(logits_B, targets_B, reduction="none")
 
 
+class ProbabilityLogLoss(Loss):
+    """Binary cross-entropy of probabilities rounded to the logits' dtype, each logarithm at least -100, as in FuxiCTR.
+
+    It differs from LogLoss for float32 logits above 17 or below -104 only: there a probability is exactly 1 or 0, its
+    wrong label costs 100, and it has no gradient.
+
+    Args:
+        label_smoothing: e; the target is y (1 - e) + e / 2.
+        clamp: probabilities are clamped to [clamp, 1 - clamp]; 0 for no clamp.
+    """
+
+    def costs(self, logits_B: Tensor, targets_B: Tensor) -> Tensor:
+        with torch.autocast(logits_B.device.type, enabled=False):
+            return functional.binary_cross_entropy(logits_B.sigmoid(), targets_B, reduction="none")
+
+
 class WeightedLogLoss(Loss):
     """Binary cross-entropy with weights of the classes: -c y log p - n (1 - y) log(1 - p).
 

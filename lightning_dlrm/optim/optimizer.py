@@ -38,10 +38,10 @@ class CTROptimizer(torch.optim.Optimizer):
     ``step`` also calls ``dense.step``, so global optimizer hooks and the profiler see two optimizers.
 
     Args:
-        dense: parameters of the dense layers.
+        dense: parameters of the dense layers. Those of tables with ``dense_gradients`` are added.
         lookups: lookups of the tables; those whose rows are not trained are ignored.
         dense_optimizer: makes the dense layers' optimizer; not called without dense parameters.
-        table_rule: update rule of the tables' rows.
+        table_rule: update rule of the tables' rows; None if no table needs one.
         wide_rule: update rule of the rows of ``wide``; None for ``table_rule``.
         wide: the lookups of linear terms, among ``lookups``.
     """
@@ -51,20 +51,25 @@ class CTROptimizer(torch.optim.Optimizer):
         dense: Sequence[nn.Parameter],
         lookups: Sequence[EmbeddingTables],
         dense_optimizer: DenseOptimizer,
-        table_rule: UpdateRule,
+        table_rule: UpdateRule | None,
         wide_rule: UpdateRule | None = None,
         wide: Sequence[EmbeddingTables] = (),
     ) -> None:
         of_wide = set(wide) if wide_rule is not None else set()
         trained = [lookup for lookup in lookups if lookup.weight.requires_grad]
+        with_grad = [lookup.weight for lookup in trained if lookup.dense_gradients]
+        trained = [lookup for lookup in trained if not lookup.dense_gradients]
+        _check_rules(table_rule, wide_rule, any(lookup.tables for lookup in trained), bool(with_grad))
+        dense = [*dense, *with_grad]
         by_group = {
             "tables": [lookup for lookup in trained if lookup not in of_wide],
             "wide": [lookup for lookup in trained if lookup in of_wide],
         }
-        self.rules = {"tables": table_rule} | ({} if wide_rule is None else {"wide": wide_rule})
+        rules = {"tables": table_rule, "wide": wide_rule}
+        self.rules = {name: rule for name, rule in rules.items() if rule is not None}
         self._tables = {lookup.weight for lookup in lookups}
         # In the order of the groups, in which the base class numbers the parameters.
-        self.lookups = (*by_group["tables"], *by_group["wide"])
+        self.lookups = tuple(lookup for name in self.rules for lookup in by_group[name])
         self._group_of = {lookup: name for name, members in by_group.items() for lookup in members}
         # Each step of a fit allocates the same tensors.
         keep_freed_memory()
@@ -279,6 +284,23 @@ class CTROptimizer(torch.optim.Optimizer):
             ),
             f"the checkpoint was trained with {_words(saved)}; this run asks for {_words(self._settings)}: choose "
             "the same classes and settings, or start a new run",
+        )
+
+
+def _check_rules(table_rule: UpdateRule | None, wide_rule: UpdateRule | None, by_rows: bool, by_grad: bool) -> None:
+    """
+    Raises:
+        UserError: there is no rule for tables that need one, or a rule for none.
+    """
+    require(
+        table_rule is not None or not by_rows,
+        "table_optimizer is missing: give a rule such as RowWiseAdagrad, or set network.tables.dense_gradients to "
+        "true, with which dense_optimizer updates the tables too",
+    )
+    for name, rule in (("table_optimizer", table_rule), ("wide_optimizer", wide_rule)):
+        require(
+            rule is None or by_rows or not by_grad,
+            f"{name} is given, and with tables.dense_gradients dense_optimizer updates all tables: set {name} to null",
         )
 
 

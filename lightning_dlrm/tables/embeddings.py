@@ -5,10 +5,8 @@ Shape suffixes: B samples, F columns, G tables of one lookup, D width, N indices
 
 import dataclasses
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -18,6 +16,7 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.tables.host import HostStorage
 from lightning_dlrm.tables.lookup import DeviceStorage, EmbeddingTables
+from lightning_dlrm.tables.pooling import pooling_tables
 from lightning_dlrm.tables.table import Table
 
 
@@ -102,6 +101,11 @@ class TableSettings:
             {C3: 1000000}: rows before it, which should be the more frequent ones, are on the device, and the other
             rows in host memory; on one device only.
         initial_bound: b; initial rows are from U(-b, b), not from U(-1/sqrt(rows), 1/sqrt(rows)).
+        initial_std: s; initial rows, those of linear terms too, are from N(0, s^2).
+        padding_row: row of every table that stands for no value, such as 0: it starts at zero and stays so, and ids of
+            it add nothing to a vector. None if every row is a value.
+        dense_gradients: keep tables as ordinary parameters with a ``.grad`` as large as they are. The model's
+            dense_optimizer updates every row at every step, and regularization covers whole tables. On one rank only.
     """
 
     dims: Mapping[str, int] = field(default_factory=dict)
@@ -112,11 +116,26 @@ class TableSettings:
     pooling_weights: str | None = None
     on_host: Mapping[str, int] | Sequence[str] | str = ()
     initial_bound: float | None = None
+    initial_std: float | None = None
+    padding_row: int | None = None
+    dense_gradients: bool = False
 
     def __post_init__(self) -> None:
         require(
             self.initial_bound is None or 0 <= self.initial_bound < math.inf,
             f"tables.initial_bound is {self.initial_bound}; expected a number of 0 or more",
+        )
+        require(
+            self.initial_std is None or (0 <= self.initial_std < math.inf and self.initial_bound is None),
+            f"tables.initial_std is {self.initial_std} and initial_bound {self.initial_bound}; expected one, 0 or more",
+        )
+        require(
+            self.padding_row is None or self.padding_row >= 0,
+            f"tables.padding_row is {self.padding_row}; expected the number of a row, such as 0",
+        )
+        require(
+            not (self.dense_gradients and self.on_host),
+            "tables.dense_gradients and tables.on_host exclude each other: leave one of them out",
         )
         require(self.pooling in ("sum", "mean"), f"tables.pooling {self.pooling!r} is neither sum nor mean")
         require(
@@ -127,6 +146,22 @@ class TableSettings:
             not isinstance(self.on_host, str) or self.on_host == "all",
             f"tables.on_host {self.on_host!r} is neither all nor a list of columns such as [C3, C12]",
         )
+
+    def table(self, name: str, rows: int, bound: float | None = None) -> Table:
+        """Return a table whose initial rows are as these settings say.
+
+        Args:
+            name: the table's name.
+            rows: number of its rows.
+            bound: bound of the initial rows, if the settings give no ``initial_std``; by default that of the settings.
+        """
+        if bound is None:
+            bound = Table.of_column(name, rows).bound if self.initial_bound is None else self.initial_bound
+        return Table(name=name, rows=rows, bound=bound, deviation=self.initial_std, zero_row=self.padding_row)
+
+    def without_padding(self, ids: SparseIds) -> SparseIds:
+        """Return the ids with weight 0 for those of the padding row."""
+        return ids if self.padding_row is None else ids.without(self.padding_row)
 
     def host_rows(self, columns: Mapping[str, int]) -> dict[str, int]:
         """Return the first row of each column's table that stays in host memory with all rows after it.
@@ -229,8 +264,9 @@ class Embeddings(nn.Module):
                     groups.setdefault((width, False), []).append(here)
                 if name in on_host:
                     groups.setdefault((width, True), []).append(dataclasses.replace(member, start=first))
+        dense = self.settings.dense_gradients
         groups_list = nn.ModuleList(
-            WidthGroup(members, width, seed, len(columns), HostStorage() if host else DeviceStorage())
+            WidthGroup(members, width, seed, len(columns), HostStorage() if host else DeviceStorage(), dense)
             for (width, host), members in groups.items()
         )
         self.groups = cast(Sequence[WidthGroup], groups_list)
@@ -243,7 +279,7 @@ class Embeddings(nn.Module):
         self.widths = tuple(embedding_dim if self.settings.project else width for width in narrow.values())
         self._split_columns = {column for column, name in enumerate(self.names) if on_host.get(name)}
         """Columns whose table is split between two lookups."""
-        self.pooling_weights = _pooling_weights(self.settings.pooling_weights, columns, seed)
+        self.pooling_weights = pooling_tables(self.settings.pooling_weights, columns, seed, dense)
         if self.pooling_weights is not None:
             # ``forward`` multiplies the learned factors with the per-sample weights, so no rank may sum rows before.
             for lookup in (self.pooling_weights, *(group.lookup for group in self.groups)):
@@ -255,7 +291,7 @@ class Embeddings(nn.Module):
         """Return the tables of a column, each with its width."""
         replacement = self.settings.quotient_remainder
         if replacement is None or rows <= replacement.threshold:
-            return [(width, _Member(column, Table(name=name, rows=rows, bound=self._bound(rows))))]
+            return [(width, _Member(column, self.settings.table(name, rows)))]
         if replacement.operation == "concat":
             require(
                 width % 2 == 0,
@@ -263,8 +299,11 @@ class Embeddings(nn.Module):
                 "choose an even width",
             )
             width //= 2
-        quotient = Table(name=f"{name}/quotient", rows=-(-rows // replacement.collisions), bound=self._bound(rows))
-        remainder = Table(name=f"{name}/remainder", rows=replacement.collisions, bound=self._bound(rows))
+        # Ids of the padding row have weight 0, and other ids share its rows here.
+        settings = dataclasses.replace(self.settings, padding_row=None)
+        bound = settings.table(name, rows).bound
+        quotient = settings.table(f"{name}/quotient", -(-rows // replacement.collisions), bound)
+        remainder = settings.table(f"{name}/remainder", replacement.collisions, bound)
         return [(width, _Member(column, quotient, replacement.collisions)), (width, _Member(column, remainder))]
 
     def prefetch(self, ids: SparseIds) -> None:
@@ -275,13 +314,9 @@ class Embeddings(nn.Module):
             if group.lookup.prefetches:
                 group.lookup.prefetch(group.ids_of(ids))
 
-    def _bound(self, rows: int) -> float:
-        """Return the bound of the initial rows of a table."""
-        given = self.settings.initial_bound
-        return Table.of_column("", rows).bound if given is None else given
-
     def forward(self, ids: SparseIds) -> Tensor:
         """Return the columns' vectors side by side: [B, sum of the widths]."""
+        ids = self.settings.without_padding(ids)
         if self.pooling_weights is not None:
             factors = self.pooling_weights.look_up_each(ids).view(ids.values.shape)
             key = ids.key
@@ -347,17 +382,21 @@ class WidthGroup(nn.Module):
         seed: seed of the initial rows.
         columns: number of columns of a batch's ids.
         storage: the memory of the rows.
+        dense: ``dense_gradients`` of EmbeddingTables.
     """
 
     constants: Tensor
     """int64 [5, G]: of each table its column, divisor and rows, and the first row and the row after the last that the
     lookup holds."""
 
-    def __init__(self, members: Sequence[_Member], width: int, seed: int, columns: int, storage: DeviceStorage) -> None:
+    def __init__(
+        self, members: Sequence[_Member], width: int, seed: int, columns: int, storage: DeviceStorage, dense: bool
+    ) -> None:
         super().__init__()
         self.members = tuple(members)
         ranges = [member.range for member in members]
-        self.lookup = EmbeddingTables([member.table for member in members], width, seed, ranges=ranges, storage=storage)
+        tables = [member.table for member in members]
+        self.lookup = EmbeddingTables(tables, width, seed, ranges=ranges, storage=storage, dense_gradients=dense)
         self.cuts = any(
             start or stop < member.table.rows for member, (start, stop) in zip(members, ranges, strict=True)
         )
@@ -399,40 +438,3 @@ class WidthGroup(nn.Module):
             own = own.within(starts, stops)
         own.key = ids.key
         return own
-
-
-def _pooling_weights(setting: str | None, columns: Mapping[str, int], seed: int) -> EmbeddingTables | None:
-    """Return tables of width 1 with a factor for every row, or None without factors.
-
-    Raises:
-        UserError: the file of fixed factors does not fit the tables.
-    """
-    if setting is None:
-        return None
-    if setting == "learned":
-        tables = [Table(name=f"{name}/pooling", rows=rows, bound=0.0, centre=1.0) for name, rows in columns.items()]
-        return EmbeddingTables(tables, 1, seed)
-    given = _read_factors(setting, columns)
-    tables = [
-        Table(name=f"{name}/pooling", rows=rows, bound=0.0, given=given[name].view(rows, 1))
-        for name, rows in columns.items()
-    ]
-    return EmbeddingTables(tables, 1, seed, trainable=False)
-
-
-def _read_factors(path: str, columns: Mapping[str, int]) -> dict[str, Tensor]:
-    remedy = "expected learned, or a file of torch.save({table: factors [rows]})"
-    require(Path(path).is_file(), f"tables.pooling_weights: there is no file {path}; {remedy}")
-    try:
-        given = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"tables.pooling_weights: {path} cannot be read ({' '.join(str(error).split())[:80]}); {remedy}"
-        ) from error
-    for name, rows in columns.items():
-        found = given.get(name) if isinstance(given, dict) else None
-        shape = tuple(found.shape) if isinstance(found, Tensor) else "missing"
-        require(
-            shape == (rows,), f"tables.pooling_weights: {path} has factors {shape} for table {name}, expected ({rows},)"
-        )
-    return given

@@ -40,7 +40,8 @@ Change = Callable[[Tensor, RowGradient, dict[str, Tensor]], None]
 class EmbeddingTables(nn.Module):
     """Embedding tables of one width in one parameter: lookups, their gradient, updates.
 
-    ``weight`` never gets a ``.grad``, which would be as large as all tables: its gradient is a RowGradient.
+    ``weight`` gets no ``.grad``, which would be as large as all tables, unless ``dense_gradients`` asks for it: its
+    gradient is a RowGradient.
 
     Args:
         tables: tables in the order of a batch's ids.
@@ -50,6 +51,8 @@ class EmbeddingTables(nn.Module):
         ranges: (first row, row after the last) of each table that the module holds; ids count from the first row. None
             for all rows.
         storage: the memory of the rows; by default that of the device.
+        dense_gradients: compute ``weight.grad`` by torch's own autograd, for an optimizer of torch.optim. Rows that
+            several ranks hold are only evaluated.
 
     Raises:
         UserError: the width is below 1, or a table has no rows.
@@ -63,6 +66,7 @@ class EmbeddingTables(nn.Module):
         trainable: bool = True,
         ranges: Sequence[tuple[int, int]] | None = None,
         storage: "DeviceStorage | None" = None,
+        dense_gradients: bool = False,
     ) -> None:
         super().__init__()
         require(width >= 1, f"embedding_dim is {width}; expected at least 1")
@@ -79,6 +83,8 @@ class EmbeddingTables(nn.Module):
         self.may_pool = True
         """Whether other ranks may sum a bag's rows before they send them: only ``forward`` is called, and the
         per-sample weights are constants."""
+        self.dense_gradients = dense_gradients
+        """Whether ``weight`` is an ordinary parameter with a ``.grad`` of all rows."""
         self.storage = storage or DeviceStorage()
         self.placement = _make_placement.get()(self.tables, self.ranges)
         rows = sum(piece.rows for piece in self.pieces)
@@ -131,6 +137,9 @@ class EmbeddingTables(nn.Module):
 
         Waits for gradients that other ranks are still sending.
         """
+        if self.dense_gradients:
+            grad = self.weight.grad
+            return None if grad is None else RowGradient(torch.arange(len(grad), device=grad.device), grad)
         self.placement.wait_for_gradients()
         gradients = self.storage.gradients
         if not gradients:
@@ -148,6 +157,8 @@ class EmbeddingTables(nn.Module):
 
     def clear_gradient(self) -> None:
         """Discard all gradients, including gradients that other ranks are still sending."""
+        if self.dense_gradients:
+            self.weight.grad = None
         self.placement.wait_for_gradients()
         self.storage.clear()
 
@@ -171,6 +182,8 @@ class EmbeddingTables(nn.Module):
         self.storage.update(self.weight, gradient, state, change)
 
     def _look_up(self, ids: SparseIds, pooled: bool) -> Tensor:
+        if self.dense_gradients and not self.placement.is_sharded:
+            return look_up(self.weight, self.placement.source(self, ids, pooled).request, "plain")[0]
         # Lookups run eagerly: torch.compile of a whole network breaks the graph here.
         apply = torch.compiler.disable(_Lookup.apply) if torch.compiler.is_compiling() else _Lookup.apply
         vectors_BD: Tensor = apply(self.weight, ids.weights if pooled else None, ids, self, pooled)

@@ -88,8 +88,9 @@ BLOCK_ROWS = 65_536
 class Table:
     """A table before its rows are allocated.
 
-    Its initial rows are ``given``, or drawn from U(centre - bound, centre + bound). Drawn rows are a function of (seed,
-    name, block of rows), so that every rank draws the same rows.
+    Its initial rows are ``given``, or drawn from U(centre - bound, centre + bound), or with a ``deviation`` from
+    N(centre, deviation^2). Drawn rows are a function of (seed, name, block of rows), so that every rank draws the same
+    rows.
     """
 
     name: str
@@ -97,6 +98,10 @@ class Table:
     rows: int
     bound: float
     centre: float = 0.0
+    deviation: float | None = None
+    """Standard deviation of a normal distribution that takes the place of the uniform one."""
+    zero_row: int | None = None
+    """The row that starts at zero in any case."""
     given: Tensor | None = None
     """[rows, D]: the initial rows, if they are not drawn."""
 
@@ -153,15 +158,19 @@ def fill_initial_rows(weight_RD: Tensor, tables: Sequence[Table], pieces: Sequen
         out = weight_RD[start - piece.start + piece.offset : stop - piece.start + piece.offset]
         if table.given is not None:
             out.copy_(table.given[start:stop])
-        elif table.bound == 0:
+        elif not (table.bound if table.deviation is None else table.deviation):
             out.fill_(table.centre)
         else:
             digest = hashlib.sha256(f"{seed}/{table.name}/{block}".encode()).digest()
             generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
-            values = torch.empty(block_stop - block_start, width, dtype=torch.float32, device="cpu").uniform_(
-                table.centre - table.bound, table.centre + table.bound, generator=generator
-            )
+            values = torch.empty(block_stop - block_start, width, dtype=torch.float32, device="cpu")
+            if table.deviation is None:
+                values.uniform_(table.centre - table.bound, table.centre + table.bound, generator=generator)
+            else:
+                values.normal_(table.centre, table.deviation, generator=generator)
             out.copy_(values[start - block_start : stop - block_start])
+        if table.zero_row is not None and start <= table.zero_row < stop:
+            out[table.zero_row - start] = 0
 
     jobs = [
         (piece, block)

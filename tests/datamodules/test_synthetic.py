@@ -160,7 +160,8 @@ def test_models_train_on_them(arguments: list[str], source: Path) -> None:
 def test_dlrm_says_that_it_needs_dense_features(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FIT, "--data=RandomData", "--data.tables=[5]", "--data.dense=0"]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: DLRM needs dense features; the dataset has none: use a model without a bottom MLP"
+        "error: the dataset has no dense features, which DLRM's bottom MLP would take: set bottom_mlp to [], or use "
+        "another model"
     ]
     assert not Path("cache").exists()
 

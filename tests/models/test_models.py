@@ -131,7 +131,7 @@ def test_every_kind_of_dcn_has_true_gradients_and_counts(options: dict, structur
         ({"cross": "mixture", "cross_rank": 3}, "needs cross_experts"),
         ({"cross": "low_rank", "cross_rank": 50}, "expected 1 to 49"),
         ({"cross": "mixture", "cross_rank": 3, "cross_experts": 0}, "cross_experts is 0"),
-        ({"structure": "beside"}, "neither parallel nor stacked"),
+        ({"structure": "beside"}, "none of parallel, stacked, stacked_parallel"),
     ],
 )
 def test_crosses_that_do_not_fit_are_refused(options: dict, message: str) -> None:
@@ -173,7 +173,9 @@ def test_widths_that_do_not_fit_are_refused(options: dict, message: str) -> None
 
 
 def test_dlrm_without_dense_features_and_dcn_without_layers_are_refused() -> None:
-    with pytest.raises(UserError, match="needs dense features"):
+    with pytest.raises(
+        UserError, match=r"has no dense features, which DLRM.s bottom MLP would take: set bottom_mlp to \[\]"
+    ):
         DLRM(Features(dense=0, tables={"A": 3}))
     with pytest.raises(UserError, match="cross_layers is 0"):
         DCN(SMALL, cross_layers=0)

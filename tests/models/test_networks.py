@@ -14,6 +14,7 @@ from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models import baselines
+from lightning_dlrm.models.autoint import AutoInt
 from lightning_dlrm.models.baselines import (
     DeepFM,
     FactorizationMachine,
@@ -24,6 +25,7 @@ from lightning_dlrm.models.baselines import (
 )
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
+from lightning_dlrm.models.finalmlp import FinalMLP
 from lightning_dlrm.models.layers import (
     MLP,
     BatchNorm,
@@ -32,13 +34,14 @@ from lightning_dlrm.models.layers import (
     PairwiseSum,
     place_dropout,
 )
+from lightning_dlrm.models.masknet import MaskNet
 from lightning_dlrm.models.network import CTRNetwork, model_size
 from lightning_dlrm.objectives.losses import LogLoss
 from lightning_dlrm.optim.rules import Adagrad, Adam
 from lightning_dlrm.tables.embeddings import MixedDimensions, QuotientRemainder, TableSettings
 from tests.toy import optimizer_of, toy_batch, toy_schema
 
-SMALL = Features(dense=2, tables={"A": 4, "B": 30, "C": 1})
+SMALL = Features(dense=2, tables={"A": 4, "B": 30, "C": 1}, dense_names=("x0", "x1"))
 TRICK = TableSettings(quotient_remainder=QuotientRemainder(collisions=3, threshold=5), pooling_weights="learned")
 NARROW = TableSettings(mixed_dimensions=MixedDimensions(temperature=0.4))
 MIXED = TableSettings(mixed_dimensions=MixedDimensions(temperature=0.4), project=True)
@@ -52,25 +55,46 @@ NETWORKS: dict[str, tuple[type[CTRNetwork], dict[str, Any]]] = {
         DLRM, DLRM_WIDTHS | {"interaction": "cross", "cross": "low_rank", "cross_layers": 2, "cross_rank": 3}),
     "DLRM tricks": (DLRM, DLRM_WIDTHS | {"tables": TRICK, "missing": "learned"}),
     "DLRM mixed": (DLRM, DLRM_WIDTHS | {"tables": MIXED}),
+    "DLRM batch norm": (DLRM, DLRM_WIDTHS | {"batch_norm": True}),
     "DLRM wide": (DLRM, DLRM_WIDTHS | {"wide": True, "missing": "learned"}),
     "DCN": (DCN, {"embedding_dim": 4, "cross_layers": 2, "deep": [6]}),
     "DCN wide": (DCN, {"embedding_dim": 4, "cross_layers": 2, "deep": [6], "wide": True}),
     "DCN stacked matrix": (
         DCN, {"embedding_dim": 4, "cross_layers": 2, "deep": [6], "cross": "matrix", "structure": "stacked"}),
     "DCN batch norm": (DCN, {"embedding_dim": 4, "cross_layers": 2, "deep": [6], "batch_norm": True, "tables": MIXED}),
+    "DCN vectors": (
+        DCN, {"embedding_dim": 4, "cross_layers": 2, "deep": [6], "embed_dense": True, "structure": "stacked_parallel",
+              "stacked_deep": [5], "tables": TableSettings(padding_row=0)}),
+    "DCN crosses alone": (
+        DCN, {"embedding_dim": 4, "cross_layers": 2, "deep": [], "cross": "mixture", "cross_rank": 2,
+              "cross_experts": 2, "cross_activation": "tanh", "tables": TableSettings(dense_gradients=True)}),
     "LogisticRegression": (LogisticRegression, {"missing": "learned"}),
     "MatrixFactorization": (MatrixFactorization, {"columns": None, "embedding_dim": 4}),
     "FactorizationMachine": (FactorizationMachine, {"embedding_dim": 4}),
     "MLP": (baselines.MLP, {"embedding_dim": 4, "deep": [6]}),
     "WideAndDeep": (WideAndDeep, {"embedding_dim": 4, "deep": [6], "batch_norm": True}),
+    "WideAndDeep vectors": (WideAndDeep, {"embedding_dim": 4, "deep": [6], "embed_dense": True, "linear_bias": False}),
     "DeepFM": (DeepFM, {"embedding_dim": 4, "deep": [6]}),
     "XDeepFM": (XDeepFM, {"embedding_dim": 4, "cin_layers": [3, 2], "deep": [6], "tables": MIXED}),
+    "FinalMLP": (
+        FinalMLP, {"embedding_dim": 4, "first": [6, 4], "second": [6], "heads": 2, "gate": [3],
+                   "context2": ["C", "A", "x1"]}),
+    "FinalMLP without gates": (
+        FinalMLP, {"embedding_dim": 4, "first": [4], "second": [6], "gates": False, "batch_norm": [True, False],
+                   "tables": TableSettings(dense_gradients=True)}),
+    "AutoInt": (AutoInt, {"embedding_dim": 4, "attention": [6, 6], "deep": [6], "scale": True, "wide": True}),
+    "AutoInt alone": (AutoInt, {"embedding_dim": 4, "attention": [4], "heads": 1, "residual": False, "deep": []}),
+    "MaskNet": (MaskNet, {"embedding_dim": 4, "blocks": [24, 12], "reduction": 0.5}),
+    "MaskNet parallel": (
+        MaskNet, {"embedding_dim": 4, "structure": "parallel", "blocks": [24, 20], "deep": [], "field_norm": False}),
 }  # fmt: skip
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
 def make(name: str, features: Features = SMALL) -> CTRNetwork:
     kind, options = NETWORKS[name]
+    if "context2" in options and features is not SMALL:
+        options = options | {"context2": [list(features.tables)[1], features.dense_names[0]]}
     if "columns" in options:
         options = options | {"columns": list(features.tables)[:2]}
     return kind(features, 1, **options)
@@ -209,6 +233,57 @@ def pairs(vectors: list[Tensor]) -> Tensor:
     return sum((a * b).sum(1) for a, b in itertools.combinations(vectors, 2))
 
 
+def rows(lookup: Any, ids: SparseIds, columns: list[int]) -> list[Tensor]:
+    return [p.of(lookup.weight)[ids.values[:, c].long()] for p, c in zip(lookup.pieces, columns, strict=True)]
+
+
+def final_mlp(n: Any, x: Tensor, ids: SparseIds) -> Tensor:
+    e = torch.cat(fields(n.fields, x, ids), 1)
+    gated = [e, e]
+    if n.gate1 is not None:
+        vector = n.gate1.vector.expand(len(x), -1)
+        context = torch.cat([x[:, 1:] * n.gate2.dense.weight, *rows(n.gate2.tables, ids, [0, 2])], 1)
+        gated = [e * 2 * layers(c, g.layers).sigmoid() for c, g in ((vector, n.gate1), (context, n.gate2))]
+    a, b = (mlp(v).double() for mlp, v in zip((n.first, n.second), gated, strict=True))
+    heads, p, q = n.fusion.products.shape
+    linear = sum((v * w.weight).sum(1) + w.bias for v, w in ((a, n.fusion.first), (b, n.fusion.second)))
+    return linear + sum(
+        a[:, h * p + i] * n.fusion.products[h, i, j] * b[:, h * q + j]
+        for h, i, j in itertools.product(range(heads), range(p), range(q))
+    )
+
+
+def auto_int(n: Any, x: Tensor, ids: SparseIds) -> Tensor:
+    e = torch.stack(fields(n.fields, x, ids), 1)
+    y = e
+    for layer in n.attention:
+        q, k, v = (y @ w.weight.T for w in (layer.query, layer.key, layer.value))
+        width, mixed = q.shape[2] // layer.heads, []
+        for h in range(layer.heads):
+            own = slice(h * width, (h + 1) * width)
+            products = torch.einsum("bik,bjk->bij", q[..., own], k[..., own]) * layer.scale
+            mixed.append(torch.einsum("bij,bjk->bik", products.softmax(2), v[..., own]))
+        same = y if layer.residual is None else y @ layer.residual.weight.T
+        y = (torch.cat(mixed, 2) + (same if layer.adds_input else 0)).relu()
+    logits = layers(y.flatten(1), n.logit).squeeze(1)
+    if n.deep is None:
+        return logits
+    wide = sum(rows(n.wide.tables, ids, [0, 1, 2])).squeeze(1) + x @ n.wide.weight
+    return logits + layers(e.flatten(1), n.deep).squeeze(1) + wide
+
+
+def mask_net(n: Any, x: Tensor, ids: SparseIds) -> Tensor:
+    vectors = fields(n.fields, x, ids)
+    e = v = torch.cat(vectors, 1)
+    if len(n.field_norms):
+        v = torch.cat([norm(vector) for norm, vector in zip(n.field_norms, vectors, strict=True)], 1)
+    outputs = []
+    for block in n.blocks:
+        outputs.append(block.norm((layers(e, block.mask) * v) @ block.hidden.weight.T).relu())
+        v = outputs[-1] if n.is_serial else v
+    return layers(v if n.is_serial else torch.cat(outputs, 1), n.logit).squeeze(1)
+
+
 FORMULAS: dict[str, Callable[[Any, Tensor, SparseIds], Tensor]] = {
     "LogisticRegression": lambda n, x, ids: linear(n.linear, x, ids),
     "MatrixFactorization": lambda n, x, ids: (
@@ -222,6 +297,12 @@ FORMULAS: dict[str, Callable[[Any, Tensor, SparseIds], Tensor]] = {
         + pairs(fields(n.fields, x, ids))
         + layers(torch.cat(fields(n.fields, x, ids), 1), n.deep).squeeze(1)
     ),
+    "FinalMLP": final_mlp,
+    "FinalMLP without gates": final_mlp,
+    "AutoInt": auto_int,
+    "AutoInt alone": auto_int,
+    "MaskNet": mask_net,
+    "MaskNet parallel": mask_net,
     "MLP": lambda n, x, ids: layers(torch.cat([n.embeddings(ids), x], 1), n.deep).squeeze(1),
     "WideAndDeep": lambda n, x, ids: linear(n.wide, x, ids) + n.deep(torch.cat([n.embeddings(ids), x], 1)).squeeze(1),
     "XDeepFM": lambda n, x, ids: (
@@ -309,6 +390,14 @@ def test_tables_of_every_kind_have_names_of_their_own() -> None:
         (DLRM, {"tables": TableSettings(dims={"B": 8})}, "B is 8 wide and embedding_dim 16.*tables.project to true"),
         (FactorizationMachine, {"tables": TableSettings(dims={"B": 8})}, "FactorizationMachine needs vectors of one"),
         (XDeepFM, {"cin_layers": []}, "cin_layers is"),
+        (FinalMLP, {"context1": ["Z"]}, "context1 names Z, which is no field; fields: x0, x1, A, B, C"),
+        (FinalMLP, {"heads": 3}, "heads 3; expected widths whose last ones are multiples of heads"),
+        (FinalMLP, {"gates": False, "context2": ["A"]}, "context1 and context2 are for gates, and gates is false"),
+        (FinalMLP, {"dropout": [0.1]}, r"dropout \[0.1\]; expected a value, or two each"),
+        (AutoInt, {"attention": [5]}, r"attention is \[5\] and heads 2; expected at least one width, each a multiple"),
+        (MaskNet, {"blocks": []}, r"blocks is \[\]; expected at least one width"),
+        (MaskNet, {"deep": [4]}, r"deep is \[4\], which needs structure: parallel"),
+        (MaskNet, {"structure": "beside"}, "'beside' is neither serial nor parallel"),
         (MatrixFactorization, {"columns": ["A"]}, "two columns among A, B, C"),
         (MatrixFactorization, {"columns": ["A", "Z"]}, "two columns among A, B, C"),
         (baselines.MLP, {"missing": "mean"}, "neither zero nor learned"),

@@ -1,12 +1,11 @@
 """Contract: our numbers are the numbers of the published code.
 
-Every ``*.npz`` in the folder named by PARITY_DIR (by default the copies beside this file) is one
-case: a small training run of facebookresearch/dlrm (``dlrm_*``), or one layer's forward and
-backward pass (``cross_*``, ``factorization_machine*``). A new case needs no code here.
+Every ``*.npz`` beside this file, and in the folders that PARITY_DIR names, is one case: a small training run of
+facebookresearch/dlrm (``dlrm_*``), or one layer's forward and backward pass (``cross_*``, ``factorization_machine*``).
+A new case needs no code here. ``test_fuxictr.py`` has FuxiCTR's.
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +22,10 @@ from lightning_dlrm.objectives.losses import LogLoss, Loss, WeightedLogLoss
 from lightning_dlrm.optim.rules import SGD, Adagrad, RowWiseAdagrad
 from lightning_dlrm.optim.schedules import Constant, WarmupQuadraticDecay
 from lightning_dlrm.tables.embeddings import MixedDimensions, QuotientRemainder, TableSettings
+from tests.parity.folders import FOLDERS, cases
 from tests.toy import optimizer_of
 
-FOLDER = Path(os.environ.get("PARITY_DIR") or Path(__file__).parent / "golden")
-CASES = sorted(FOLDER.glob("*.npz"))
+CASES = cases("*.npz")
 
 # The reference code's "rwsadagrad" treats the dense layers with ordinary Adagrad.
 RULES = {
@@ -37,7 +36,7 @@ RULES = {
 
 
 def test_the_folder_holds_cases() -> None:
-    assert CASES, f"no *.npz in {FOLDER}"
+    assert CASES, f"no *.npz in {FOLDERS}"
 
 
 def load(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -104,9 +103,9 @@ def read_ids(arrays: dict[str, Tensor], step: int, tables: int) -> SparseIds:
 
 
 def test_mixed_dimensions_are_by_the_published_rule() -> None:
-    cases = [meta for meta, _ in map(load, CASES) if meta.get("md")]
-    assert cases or "PARITY_DIR" in os.environ
-    for meta in cases:
+    mixed = [meta for meta, _ in map(load, CASES) if meta.get("md")]
+    assert mixed
+    for meta in mixed:
         rule = MixedDimensions(temperature=meta["md"]["temperature"], powers_of_two=meta["md"]["round"])
         tables = {f"C{t}": rows for t, rows in enumerate(meta["tables"])}
         assert list(rule.widths(tables, meta["embedding_dim"]).values()) == meta["table_dims"]
