@@ -273,8 +273,11 @@ def check_sizes(folder: str | Path | Folder, files: Sequence[DataFile]) -> None:
         except FileNotFoundError:
             return -1
 
-    with ThreadPoolExecutor(_SIZES_AT_ONCE) as pool:
-        sizes = list(pool.map(size, files))
+    if len(files) == 1:
+        sizes = [size(files[0])]
+    else:
+        with ThreadPoolExecutor(_SIZES_AT_ONCE) as pool:
+            sizes = list(pool.map(size, files))
     for file, found in zip(files, sizes, strict=True):
         if found == -1:
             raise UserError(f"{where / file.path} is missing; {REMEDY}")

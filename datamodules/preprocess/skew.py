@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -118,6 +119,10 @@ def _vocabulary_counts(folder: str | Path | Folder, schema: DatasetSchema, colum
         for group in range(vocabulary.num_row_groups):
             table = vocabulary.read_row_group(group, columns=names)
             stop = start + table.num_rows
+            require(
+                all(pa.types.is_integer(column.type) and not column.null_count for column in table.columns),
+                f"{where / path} has counts or ids that are not whole numbers; {REMEDY}",
+            )
             ids = table.column("id").to_numpy() if "id" in names else np.arange(start, stop)
             try:
                 np.add.at(counts, ids, table.column("count").to_numpy())

@@ -88,7 +88,7 @@ def _adapter(form: type[Form]) -> "TypeAdapter[Form]":
 
 
 def _first_fault(error: "ValidationError", always_place: bool = False) -> str:
-    """Return the first fault on one line.
+    """Return the first fault on one line, without the middle of a long one: names in files may have any length.
 
     Args:
         error: pydantic's.
@@ -98,9 +98,11 @@ def _first_fault(error: "ValidationError", always_place: bool = False) -> str:
     place = "".join(f"{part}: " for part in first["loc"])
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, UserError):
-        return one_line(UserError(f"{place if always_place else ''}{raised}"))
-    found = f"found {first['input']!r}. " if always_place and isinstance(first["input"], str | int | float) else ""
-    return one_line(UserError(f"{place}{found}{first['msg']}"))
+        words = one_line(UserError(f"{place if always_place else ''}{raised}"))
+    else:
+        found = f"found {first['input']!r}. " if always_place and isinstance(first["input"], str | int | float) else ""
+        words = one_line(UserError(f"{place}{found}{first['msg']}"))
+    return words if len(words) <= 1000 else f"{words[:500]} ... {words[-500:]}"
 
 
 def read_json(path: Path, form: type[Form], advice: str) -> Form:
