@@ -238,6 +238,10 @@ def run(args: argparse.Namespace) -> int:
         SystemExit: on SIGTERM and SIGHUP.
     """
     if args.infer is not None:
+        for name in ("dataset", "output", "protocol", "vocabulary"):
+            require(
+                getattr(args, name) is None, f"--infer writes a schema, and no dataset; leave --{name} out, or --infer"
+            )
         names = None if args.columns is None else [name.strip() for name in args.columns.split(",")]
         print(infer(args.infer, args.label, args.input, names))
         return 0
