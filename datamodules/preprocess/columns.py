@@ -137,7 +137,7 @@ def _facts(name: str, cells: Sequence[Value], decimal: str) -> Facts:
     missing = len(cells) - len(present)
     kind, values = _kind(present, decimal)
     if kind in ("list", "numbers"):
-        counts = Counter(item for value in values for item in value if not isinstance(item, (list, dict)))
+        counts = Counter(item for value in values for item in value if item is not None)
     elif kind == "object":
         counts = Counter()
     else:
@@ -160,8 +160,11 @@ def _kind(present: Sequence[Value], decimal: str) -> tuple[Kind, Sequence[Value]
         return "integer" if whole else "number", present if whole else [float(cell) for cell in present]
     if all(isinstance(cell, (datetime, date)) for cell in present):
         return "time", present
-    if all(isinstance(cell, (list, tuple)) for cell in present):
-        fractions = any(isinstance(item, float) and item != int(item) for cell in present for item in cell)
+    if all(isinstance(cell, list) for cell in present):
+        items = [item for cell in present for item in cell]
+        if not all(isinstance(item, (str, int, float)) or item is None for item in items):
+            return "object", present
+        fractions = any(isinstance(item, float) and not item.is_integer() for item in items)
         return "numbers" if fractions else "list", present
     if all(isinstance(cell, str) for cell in present):
         if not all(is_number(cell, decimal) for cell in present):
@@ -203,6 +206,16 @@ def _all_parse(values: Iterable[str], form: str) -> bool:
         return False
 
 
+def in_order(time: Facts) -> list[Any]:
+    """Return the values of a column of times in a form that sorts by time."""
+    form = time.time or ""
+    # Other forms begin with the year.
+    if form.startswith(("%d", "%m")):
+        parsed = {value: datetime.strptime(value, form) for value in time.counts}
+        return [parsed[value] for value in time.values]
+    return list(time.values)
+
+
 def choose(facts: Facts, sample: Sample, tells_label: bool) -> Choice:
     """Return the role of a column that is not the label.
 
@@ -211,7 +224,7 @@ def choose(facts: Facts, sample: Sample, tells_label: bool) -> Choice:
         sample: the log.
         tells_label: whether the column's value, or its absence, gives the label away.
     """
-    if facts.kind == "empty":
+    if facts.kind == "empty" or (facts.kind == "list" and not facts.distinct):
         return Choice(settings={"role": "leave"}, reason="no values in the sample")
     if facts.distinct == 1 and sample.whole and not facts.missing:
         return Choice(settings={"role": "leave"}, reason="the same value in every row")

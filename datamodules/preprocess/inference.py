@@ -9,13 +9,14 @@ import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from datamodules.log_schema import LABEL, read_log_schema
-from datamodules.preprocess.columns import Choice, Facts, choose, examples, facts_of, shortened, tells_label
+from datamodules.preprocess.columns import Choice, Facts, choose, examples, facts_of, in_order, shortened, tells_label
 from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.labels import SampledLabel, find_label, propose_labels
 from datamodules.preprocess.sniffing import Sample, read_sample
@@ -24,6 +25,9 @@ from lightning_dlrm.contracts.errors import require
 
 _SPLIT_WORDS = {"train": ("train", "training"), "validation": ("valid", "validation", "val", "dev"), "test": ("test",)}
 _GUESSED_ENCODINGS = ("cp1252", "latin-1")
+_RATIOS = (0.8, 0.1, 0.1)
+_MANY_TIMES = 20  # rows of equal times stay in one split, which then hardly changes the shares
+_MISSING_LABELS = " Missing in {:,}: remove these rows, or have preprocess leave them out with --on-bad-row skip."
 _WIDTH = 116
 
 
@@ -72,7 +76,8 @@ def infer(output: Path, label: str | None, inputs: Sequence[str], columns: Seque
     with written_aside(output) as partial:
         partial.write_text(_schema_text(log, sample, command, then), encoding="utf-8")
         read_log_schema(partial)
-    return "\n".join([*_report(output, log, sample), "read its comments, edit what is wrong, then:", *then])
+    lines = [*_report(output, log, sample), "read its comments, edit what is wrong, then:", *then]
+    return "\n".join(map(printable, lines))
 
 
 def _infer(name: str, label: SampledLabel, facts: Sequence[Facts], sample: Sample, inputs: Sequence[str]) -> _Inferred:
@@ -94,7 +99,7 @@ def _infer(name: str, label: SampledLabel, facts: Sequence[Facts], sample: Sampl
         f"no column of {inputs[0]} can be a feature: "
         + "; ".join(f"{column}: {choice.reason}" for column, choice in list(choices.items())[:5]),
     )
-    split, reason = _split(facts, choices, inputs)
+    split, reason = _split(facts, choices, label, sample, inputs)
     return _Inferred(name=name, label=label, facts=facts, choices=choices, split=split, split_reason=reason)
 
 
@@ -121,7 +126,9 @@ def _report(output: Path, log: _Inferred, sample: Sample) -> list[str]:
     return [*lines, f"  split        by {log.split['by']}: {log.split_reason}"]
 
 
-def _split(facts: Sequence[Facts], choices: Mapping[str, Choice], inputs: Sequence[str]) -> tuple[dict[str, Any], str]:
+def _split(
+    facts: Sequence[Facts], choices: Mapping[str, Choice], label: SampledLabel, sample: Sample, inputs: Sequence[str]
+) -> tuple[dict[str, Any], str]:
     """Return the split of a schema, and why: by files named so, by a column of splits, by time, or at random."""
     by_file = _split_names([Path(path).name for path in inputs], whole=False)
     if len(inputs) > 1 and by_file and sum(map(len, by_file.values())) == len(inputs):
@@ -130,16 +137,27 @@ def _split(facts: Sequence[Facts], choices: Mapping[str, Choice], inputs: Sequen
         named = _split_names([str(value) for value in column.counts], whole=True) if column.distinct <= 3 else None
         if column.kind == "text" and column.name in choices and named:
             return {"by": "column", "column": column.name, **named}, "its values say so"
-    times = [column for column in facts if column.kind == "time" and column.name in choices]
-    if times:
-        # A time that has gaps may be that of something else.
-        column = min(times, key=lambda column: column.missing)
-        if not column.missing:
-            return {"by": "time", "column": column.name, "ratios": [0.8, 0.1, 0.1]}, "later rows test, as in use"
+    for column in facts:
+        if column.kind == "time" and column.name in choices and _splits_labels(column, label, sample):
+            return {"by": "time", "column": column.name, "ratios": list(_RATIOS)}, "later rows test, as in use"
     return (
-        {"by": "random", "seed": 0, "ratios": [0.8, 0.1, 0.1]},
-        "no column is a time; if the rows are in the order of time, {by: position, ratios: [0.8, 0.1, 0.1]}",
+        {"by": "random", "seed": 0, "ratios": list(_RATIOS)},
+        "no time in every row divides them; if they are in the order of time, {by: position, ratios: [0.8, 0.1, 0.1]}",
     )
+
+
+def _splits_labels(time: Facts, label: SampledLabel, sample: Sample) -> bool:
+    """Return whether each split by a time has rows of both labels, as far as the sample tells."""
+    if time.missing or not sample.whole:
+        return not time.missing
+    given = [cell is not None for cell in sample.columns[label.column]]
+    moments = [value for value, labelled in zip(in_order(time), given, strict=True) if labelled]
+    order = sorted(range(len(moments)), key=lambda row: moments[row])
+    ends = [round(share * len(order)) for share in (0, _RATIOS[0], _RATIOS[0] + _RATIOS[1], 1)]
+    splits = [order[start:end] for start, end in pairwise(ends)]
+    apart = all(moments[a[-1]] != moments[b[0]] for a, b in pairwise(splits) if a and b)
+    both = all(len({label.labels[row] for row in rows}) == 2 for rows in splits)
+    return both and (apart or time.distinct > _MANY_TIMES)
 
 
 def _split_names(names: Sequence[str], whole: bool) -> dict[str, list[str]] | None:
@@ -191,7 +209,7 @@ def _schema_text(log: _Inferred, sample: Sample, command: str, then: Sequence[st
         if form.encoding in _GUESSED_ENCODINGS:
             lines[-2] += "  # a guess, as the text is not UTF-8: check letters such as é"
     lines += [
-        *_comment(f"True in {positives:.1%} of the rows" + (f"; missing in {missing:,}." if missing else ".")),
+        *_comment(f"True in {positives:.1%} of the rows." + (_MISSING_LABELS.format(missing) if missing else "")),
         f"label: {_scalar(log.label.text)}",
         "columns:",
     ]

@@ -108,8 +108,8 @@ def _proposal(column: Facts, named: bool = False) -> str | None:
     values = sorted(column.counts, key=str)
     if column.distinct == 2 and {_BOOLEANS.get(str(value).lower()) for value in values} == {False, True}:
         return column.name
-    if column.kind == "text" and column.distinct == 2:
-        yes = [value for value in values if value.lower() in _YES]
+    if column.distinct == 2:
+        yes = [value for value in values if str(value).lower() in _YES]
         return f"{column.name} == {yes[0] if yes else values[-1]}" if yes or named else None
     rating = column.kind in ("integer", "number") and 2 < column.distinct <= _MOST_RATINGS
     if rating and (named or words_of(column.name) & _RATING_WORDS):

@@ -132,7 +132,18 @@ def test_roles_and_transforms(tmp_path: Path) -> None:
 def test_times(values: Sequence[object], name: str, time: str | None, tmp_path: Path) -> None:
     schema = inferred(tmp_path, rows(f"y,a,{name}", [1, 0, 1, 0], ["p", "q", "q", "q"], [*values, *values]))
     assert settings(schema)[name].get("time") == time
-    assert schema.split.by == ("random" if time is None else "time")
+
+
+def test_a_time_that_cannot_split_the_rows_does_not(tmp_path: Path) -> None:
+    for times, by in (
+        ([f"2024-01-{1 + row // 10:02d}" for row in range(N)], "time"),
+        ([f"{1 + row // 9:02d}.{1 + row % 9:02d}.2024" for row in range(N)], "time"),
+        (["2024-01-01"] * (N - 1) + ["2024-01-02"], "random"),
+        ([""] + ["2024-01-02 10:00:00"] * (N - 1), "random"),
+        # The last clicks are in the middle of the time.
+        ([f"2024-01-01 10:00:{0 if label else 59}" for label in LABELS], "random"),
+    ):
+        assert inferred(tmp_path, rows("y,a,at", LABELS, FEW, times)).split.by == by
 
 
 def test_splits_of_files_and_columns(tmp_path: Path) -> None:
@@ -212,6 +223,7 @@ MISTAKES: list[tuple[str | bytes, str | None, str]] = [
     ("y,a\n1,x\n0,z\n", "yy", r"no column 'yy' \(did you mean y\?\)"),
     ("y,a\nja,x\nnein,z\n", "y", r"holds ja \(50.0%\), nein .*such as --label 'y == ja'"),
     ("y,a\nja,x\nnein,z\n", "y >= 3", r"'(ja|nein)' is no number, so compare it by == or !="),
+    ("y,a\n1,x\n-1,z\n", "y", r"expected 0 and 1, .* such as --label 'y == 1'"),
     ("y,a\n1,x\n3,z\n", "y > 5", r"every row has the same label"),
     ("y,a\n1,x\n0,y,z\n1,x\n1,x\n", "y", r"log.csv: line 3 has 3 fields and the first line 2"),
     ("y,a,a\n1,x,z\n0,z,z\n", "y", r"two columns are named 'a'"),
@@ -255,6 +267,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     for more, message in (
         (["rating >= 4"], "s.yaml exists; edit it, or name a new file"),
         (["rating >= 4", "--infer", "none/s.yaml"], "there is no folder"),
+        (["rating >= 4", "--infer", "t.yaml", "--output", "o"], "leave --output out"),
         (["rating >= 4", "--infer", "t.yaml", "--columns", "a,b"], "--columns names 2 columns"),
     ):
         assert main([*command, *more]) == 2
