@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_dlrm.engine.averaging import Averaging
     from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
     from lightning_dlrm.engine.module import CTRModule
+    from lightning_dlrm.engine.plateau import ReduceOnPlateau
     from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
     from lightning_dlrm.models.autoint import AutoInt
     from lightning_dlrm.models.baselines import (
@@ -53,6 +54,7 @@ _MODULES = {
     "lightning_dlrm.engine.averaging": ("Averaging",),
     "lightning_dlrm.engine.checkpointing": ("FolderCheckpointIO",),
     "lightning_dlrm.engine.module": ("CTRModule",),
+    "lightning_dlrm.engine.plateau": ("ReduceOnPlateau",),
     "lightning_dlrm.engine.strategy": ("EmbeddingShardedDDP",),
     "lightning_dlrm.models.autoint": ("AutoInt",),
     "lightning_dlrm.models.baselines": (
@@ -107,6 +109,7 @@ __all__ = [
     "MatrixFactorization",
     "ProbabilityLogLoss",
     "RandomData",
+    "ReduceOnPlateau",
     "Regularization",
     "RowWiseAdagrad",
     "SparseIds",

@@ -7,6 +7,7 @@ from torch.optim import lr_scheduler
 
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
 from datamodules.synthetic import RandomData, TraceData
+from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.models.autoint import AutoInt
 from lightning_dlrm.models.baselines import (
@@ -61,6 +62,7 @@ KNOWN_CLASSES = (
     WarmupQuadraticDecay,
     WarmupThenDecay,
     EmbeddingShardedDDP,
+    ReduceOnPlateau,
     LogLoss,
     WeightedLogLoss,
     ProbabilityLogLoss,

@@ -9,6 +9,7 @@ from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from lightning_dlrm.cli.parser import PublishedScore
 from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.models.network import ModelSize
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import CONFIG, RunFolder
@@ -48,7 +49,7 @@ def size_words(tables: float, dense: float) -> str:
     return f"{tables + dense:,} ({tables:,} in tables, {dense:,} dense)"
 
 
-def early_stop_note(callback: EarlyStopping, step: int, total: float) -> str:
+def early_stop_note(callback: EarlyStopping | ReduceOnPlateau, step: int, total: float) -> str:
     """Return why a fit ended before its last step; empty if this callback did not end it.
 
     Args:
@@ -56,6 +57,13 @@ def early_stop_note(callback: EarlyStopping, step: int, total: float) -> str:
         step: step at which the fit ended.
         total: number of steps of the whole fit.
     """
+    if isinstance(callback, ReduceOnPlateau):
+        if not callback.stops or step >= total:
+            return ""
+        return (
+            f"stopped early at step {step:,}: {' + '.join(callback.weights)} not better for {callback.count} "
+            f"validation{'s' * (callback.count > 1)} (best {callback.best:.6f})"
+        )
     metric, best, waited = callback.monitor, float(callback.best_score), callback.wait_count
     reasons = {
         EarlyStoppingReason.PATIENCE_EXHAUSTED: f"{metric} not better for {waited} validation{'s' * (waited > 1)} "
@@ -142,7 +150,7 @@ def _scores(final: Mapping[str, float], best: Mapping[str, float]) -> list[str]:
     optimum = {"auc": final.get(names.OPTIMUM_AUC), "log_loss": final.get(names.OPTIMUM_LOG_LOSS)}
     reachable = "" if None in optimum.values() else "best reachable"
     rows = [("validation", "at the end", f"best, step {best[names.STEP]:,}" if best else "", reachable)]
-    for metric in names.METRICS:
+    for metric in (*names.METRICS, names.GROUP_AUC):
         name = f"{names.VALIDATION}/{metric}"
         values = (final.get(name), best.get(name), optimum.get(metric))
         if values[0] is not None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from jsonargparse import Namespace
-from pytorch_lightning.callbacks import ProgressBar, Timer
+from pytorch_lightning.callbacks import EarlyStopping, ProgressBar, Timer
 from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -54,6 +54,7 @@ from lightning_dlrm.engine.batch_norm import SyncBatchNorm
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO, RunCheckpoints, saved_steps
 from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import CurveWriter, EvaluationWriter, MetricsLogger, NormLogger
+from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.engine.progress import RunProgress
 from lightning_dlrm.engine.stopping import FinalValidation, StopAtAUC, StopOnSignal
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
@@ -377,7 +378,9 @@ def report_fit(job: Job, trainer: pl.Trainer) -> None:
     final = {names.SAMPLES: metrics_logger.samples, **metrics_logger.latest}
     if not metrics_logger.trained:
         print(f"already finished at step {trainer.global_step:,}; nothing to do")
-    for callback in trainer.early_stopping_callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, (EarlyStopping, ReduceOnPlateau)):
+            continue
         if note := early_stop_note(callback, trainer.global_step, fit_length(trainer).steps):
             print(note)
     wandb = wandb_address(trainer.loggers, job.folder)
@@ -387,7 +390,8 @@ def report_fit(job: Job, trainer: pl.Trainer) -> None:
 def report_evaluation(job: Job, trainer: pl.Trainer) -> None:
     """Print the metrics of ``validate`` or ``test``."""
     if trainer.is_global_zero:
-        print("\n".join(f"{name:32s} {value:.6f}" for name, value in job.module.results.items()))
+        for name, value in job.module.results.items():
+            print(f"{name:32s} {f'{value:,}' if isinstance(value, int) else f'{value:.6f}'}")
         split = names.VALIDATION if job.command == "validate" else names.TEST
         for note in published_notes(job.settings.published, job.module.results, split, job.datamodule.schema.dataset):
             print(note)

@@ -1,6 +1,6 @@
 """Settings of Lightning's Trainer that a run of this project refuses, each with what to set instead."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 from pytorch_lightning.callbacks import EarlyStopping, StochasticWeightAveraging, Timer, WeightAveraging
 
 from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.tracking import names
@@ -58,7 +59,9 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
             "which hold the table rows as trained: set model.averaging.decay, such as 0.99, instead",
         )
         if isinstance(callback, EarlyStopping):
-            _check_early_stopping(callback, trainer["limit_val_batches"])
+            _check_monitor("EarlyStopping", [callback.monitor], callback.mode, trainer["limit_val_batches"])
+        if isinstance(callback, ReduceOnPlateau):
+            _check_monitor("ReduceOnPlateau", list(callback.weights), callback.mode, trainer["limit_val_batches"])
 
 
 def check_early_stopping_after_validation(trainer: Namespace) -> None:
@@ -98,23 +101,25 @@ def check_processes(trainer: pl.Trainer, command: str) -> None:
     )
 
 
-def _check_early_stopping(callback: EarlyStopping, limit_val_batches: float | None) -> None:
-    """
+def _check_monitor(callback: str, monitors: Sequence[str], mode: str, limit_val_batches: float | None) -> None:
+    """Check what a callback monitors; several metrics are a weighted sum.
+
     Raises:
-        UserError: its metric does not exist, or it would stop when it should continue.
+        UserError: a metric does not exist, or the callback would stop when it should continue.
     """
     require(
         limit_val_batches != 0,
-        "trainer.callbacks: EarlyStopping needs validations, and trainer.limit_val_batches is 0: leave one of them out",
+        f"trainer.callbacks: {callback} needs validations, and trainer.limit_val_batches is 0: leave one of them out",
     )
     modes = {f"{names.VALIDATION}/{metric}": mode for metric, mode in names.BETTER.items()}
+    for monitor in monitors:
+        require(
+            monitor in modes,
+            f"trainer.callbacks: {callback}'s monitor is {monitor}; expected one of {', '.join(modes)}",
+        )
+    better = modes[monitors[0]]
     require(
-        callback.monitor in modes,
-        f"trainer.callbacks: EarlyStopping's monitor is {callback.monitor}; expected one of {', '.join(modes)}",
-    )
-    mode = modes[callback.monitor]
-    require(
-        callback.mode == mode,
-        f"trainer.callbacks: EarlyStopping's mode is {callback.mode}, and of {callback.monitor} "
-        f"{'more' if mode == 'max' else 'less'} is better: set mode to {mode}",
+        mode == better or len(monitors) > 1,
+        f"trainer.callbacks: {callback}'s mode is {mode}, and of {monitors[0]} "
+        f"{'more' if better == 'max' else 'less'} is better: set mode to {better}",
     )

@@ -16,7 +16,9 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.engine.checkpoint_state import dense_tensors, table_pieces
 from lightning_dlrm.engine.fit_length import all_micro_batches
+from lightning_dlrm.engine.loading import load_parameters
 from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.sharding.checkpoint import (
     MANIFEST,
     CheckpointReader,
@@ -74,6 +76,8 @@ class FolderCheckpointIO(CheckpointIO):
 class RunCheckpoints(Checkpoint):
     """Callback that saves the checkpoints ``last``, and ``best`` by validation AUC, in a run folder.
 
+    Beside a ReduceOnPlateau, ``best`` is by its rule, and the module has these parameters at the end of a fit.
+
     Args:
         run_folder: the run folder; checkpoints are in its ``checkpoints``.
         every_n_steps: number of optimizer steps between two saves of ``last``; each validation saves it too. 0 saves
@@ -128,9 +132,11 @@ class RunCheckpoints(Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        score, best = pl_module.results[MONITOR], self.best.get(MONITOR)
+        score, best, rule = pl_module.results[MONITOR], self.best.get(MONITOR), _plateau(trainer)
         # The first validation is the best so far, even if its AUC is NaN.
         improved = best is None or score > best or (best != best and score == score)
+        if rule is not None:
+            improved = rule.improved
         if improved:
             self.best = {names.STEP: trainer.global_step, **pl_module.results}
         self._save(trainer)
@@ -162,11 +168,20 @@ class RunCheckpoints(Checkpoint):
                     ) from error
                 log.warning("%s, damaged or of a later step, is set aside as %s", path, aside)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
+        if _plateau(trainer) is not None and self.best:
+            load_parameters(pl_module, CheckpointReader(resolve_checkpoint(self.folder / BEST)))
+
     def _save(self, trainer: pl.Trainer) -> None:
         start = time.perf_counter()
         trainer.save_checkpoint(self.folder / LAST)
         self._saved_step = trainer.global_step
         self.seconds += time.perf_counter() - start
+
+
+def _plateau(trainer: pl.Trainer) -> ReduceOnPlateau | None:
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, ReduceOnPlateau)), None)
 
 
 def _step_of(folder: Path) -> float:

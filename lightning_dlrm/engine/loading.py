@@ -88,11 +88,15 @@ def load_module(
         options["network"] = network
     module = kind(**_build(kind, options, reader.folder), schema=schema, seed=described["seed"])
     module.configure_model()
-    # Loading does not change the random generators of this process.
-    checkpoint = {key: value for key, value in rest.items() if key != "random_state"} | {"tables": reader}
+    load_parameters(module, reader)
+    return module
+
+
+def load_parameters(module: "CTRModule", reader: CheckpointReader) -> None:
+    """Replace the parameters of a module by those of a checkpoint; random generators do not change."""
+    checkpoint = {key: value for key, value in reader.rest().items() if key != "random_state"} | {"tables": reader}
     take_state(module, checkpoint, training=False)
     module.load_state_dict(checkpoint["state_dict"])
-    return module
 
 
 def _describe_old(reader: CheckpointReader) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lightning_dlrm.engine.checkpointing import MONITOR, RunCheckpoints, validat
 from lightning_dlrm.engine.fit_length import FitLength, fit_length, unreached_settings
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking import names
 
@@ -91,7 +92,10 @@ def what_ended(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> str | None
     states, step = checkpoint.get("callbacks", {}), checkpoint["global_step"]
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
-        if isinstance(callback, (EarlyStopping, MetricsLogger, Timer)) and callback.state_key in states:
+        if (
+            isinstance(callback, (EarlyStopping, MetricsLogger, ReduceOnPlateau, Timer))
+            and callback.state_key in states
+        ):
             callback.load_state_dict(states[callback.state_key])
     epochs = _close_epoch(checkpoint["loops"]["fit_loop"], trainer)
     if 0 <= trainer.max_steps <= step:
@@ -135,6 +139,8 @@ def _stopped_by_callback(trainer: pl.Trainer) -> str | None:
             return _time_limit(trainer)
         if isinstance(callback, EarlyStopping) and callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
             return "EarlyStopping in trainer.callbacks"
+        if isinstance(callback, ReduceOnPlateau) and callback.stops:
+            return "ReduceOnPlateau in trainer.callbacks"
         if isinstance(callback, StopAtAUC) and callback.is_reached:
             return f"stop_at_auc {callback.target:g}"
     return None

@@ -8,7 +8,7 @@ C sorted indices that one program handles.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,12 +17,30 @@ from torch import Tensor
 
 from lightning_dlrm.kernels.operators import check_update, count_change, nothing, register
 
-_BAGS_PER_PROGRAM = 16
-_INDICES_PER_PROGRAM = 64
-_BLOCKS_PER_READ = 64
+BLOCKS_PER_READ = 32
 _INTEGERS = (torch.int32, torch.int64)
 _FLOATS = (torch.float32, torch.bfloat16)
 _FACTORS = (*_FLOATS, torch.float16, torch.float64)
+
+
+class Layout(NamedTuple):
+    """How a kernel divides its work, for a table's width: the most that spills no registers on sm_80, sm_90, sm_100."""
+
+    columns: int
+    """D of the kernel: the width, rounded up to a power of 2."""
+    items: int
+    """Bags or sorted indices that one program handles."""
+    warps: int
+
+
+def lookup_layout(width: int) -> Layout:
+    columns = triton.next_power_of_2(width)
+    return Layout(columns, 16 if columns <= 64 else 8, 4)
+
+
+def update_layout(width: int) -> Layout:
+    columns = max(16, triton.next_power_of_2(width))
+    return Layout(columns, 64 if columns <= 16 else 32 if columns <= 128 else 16, 8)
 
 
 def lookup(
@@ -116,7 +134,8 @@ def _lookup(
     out_BD = _lookup_results(weight_RD, ids_N, row_offsets_F, offsets, factors_N)
     bags, width = out_BD.shape
     if bags:
-        _lookup_kernel[(triton.cdiv(bags, _BAGS_PER_PROGRAM),)](
+        layout = lookup_layout(width)
+        _lookup_kernel[(triton.cdiv(bags, layout.items),)](
             weight_RD,
             ids_N,
             row_offsets_F,
@@ -128,8 +147,10 @@ def _lookup(
             width,
             HAS_BAGS=offsets is not None,
             WEIGHTED=factors_N is not None,
-            BAGS=_BAGS_PER_PROGRAM,
-            D=triton.next_power_of_2(width),
+            BAGS=layout.items,
+            D=layout.columns,
+            num_warps=layout.warps,
+            enable_fp_fusion=True,
         )
     return out_BD
 
@@ -198,14 +219,14 @@ def _update(
         return
     rows, width = weight_RD.shape
     sorted_N, order_N = torch.sort(rows_N, stable=True)
-    blocks = triton.cdiv(len(rows_N), _INDICES_PER_PROGRAM)
-    columns = max(16, triton.next_power_of_2(width))
+    layout = update_layout(width)
+    blocks = triton.cdiv(len(rows_N), layout.items)
     # Partial sums of rows whose indices are in several blocks: one of the row's first block, one of each later block.
-    first_sums, later_sums = (grad_BD.new_empty(blocks, columns, dtype=torch.float32) for _ in range(2))
+    first_sums, later_sums = (grad_BD.new_empty(blocks, layout.columns, dtype=torch.float32) for _ in range(2))
     first, second = (*state, weight_RD, weight_RD)[:2]
     tensors, sizes = (weight_RD, first, second, scalars_4, sorted_N), (len(rows_N), rows, width)
     formula = {"RULE": rule, "L2": l2, "EPSILON": epsilon, "BETA1": beta1, "BETA2": beta2}
-    formula |= {"C": _INDICES_PER_PROGRAM, "D": columns}
+    formula |= {"C": layout.items, "D": layout.columns, "num_warps": layout.warps, "enable_fp_fusion": True}
     _update_kernel[(blocks,)](
         *tensors,
         order_N,
@@ -219,11 +240,12 @@ def _update(
         WEIGHTED=factors_N is not None,
         **formula,
     )
-    _update_spread_kernel[(blocks,)](*tensors, first_sums, later_sums, *sizes, BLOCKS=_BLOCKS_PER_READ, **formula)
+    _update_spread_kernel[(blocks,)](*tensors, first_sums, later_sums, *sizes, BLOCKS=BLOCKS_PER_READ, **formula)
     count_change(weight_RD, *state)
 
 
-@triton.jit
+# A count that happens to be 1 or a multiple of 16 is no reason to compile again.
+@triton.jit(do_not_specialize=["bags"])
 def _lookup_kernel(
     weight,
     ids,
@@ -310,7 +332,7 @@ def _apply_rule(
     tl.store(weight + place, values, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "table_rows"])
 def _update_kernel(
     weight,
     first,
@@ -369,7 +391,7 @@ def _update_kernel(
     tl.store(later_sums + place, sums, mask=((at == block * C) & counts & (row == before))[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "table_rows"])
 def _update_spread_kernel(
     weight,
     first,

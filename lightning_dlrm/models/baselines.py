@@ -95,6 +95,7 @@ class FactorizationMachine(CTRNetwork):
         features: dense inputs and tables, from the dataset's schema.
         seed: seed of the initial parameters.
         embedding_dim: D, the width of every vector.
+        linear_bias: whether the linear terms have a bias.
         tables: settings of the tables, such as widths and pooling.
         missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
@@ -105,11 +106,12 @@ class FactorizationMachine(CTRNetwork):
         seed: int = 0,
         *,
         embedding_dim: int = 16,
+        linear_bias: bool = True,
         tables: TableSettings | None = None,
         missing: Missing = "zero",
     ) -> None:
         super().__init__(features.dense, missing)
-        self.linear = LinearTerms(features, seed, tables)
+        self.linear = LinearTerms(features, seed, tables, bias=linear_bias)
         self.fields = FieldVectors(features, embedding_dim, seed, tables, type(self).__name__)
         self.pairs = PairwiseSum()
         initialize(self, seed)
@@ -134,6 +136,7 @@ class MLP(CTRNetwork):
         embedding_dim: D, the width of every vector unless ``tables`` says otherwise.
         deep: widths of the hidden layers; a layer of width 1 follows.
         batch_norm: normalize over the batch between each hidden layer and its ReLU.
+        dropout: share of the MLP's hidden outputs that training sets to 0.
         embed_dense: give each dense feature a vector, multiplied with its value, in place of the value alone.
         tables: settings of the tables, such as widths and pooling.
         missing: replacement of missing dense values: zero, or learned (a number for each feature).
@@ -149,6 +152,7 @@ class MLP(CTRNetwork):
         embedding_dim: int = 16,
         deep: Sequence[int] = (512, 256),
         batch_norm: bool = False,
+        dropout: float = 0.0,
         embed_dense: bool = False,
         tables: TableSettings | None = None,
         missing: Missing = "zero",
@@ -157,7 +161,7 @@ class MLP(CTRNetwork):
         self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
         self.dense_vectors = DenseVectors(features.dense, embedding_dim) if embed_dense else None
         width = sum(self.embeddings.widths) + features.dense * (embedding_dim if embed_dense else 1)
-        self.deep = layers.MLP([width, *deep, 1], linear_output=True, batch_norm=batch_norm)
+        self.deep = layers.MLP([width, *deep, 1], linear_output=True, batch_norm=batch_norm, dropout=dropout)
         initialize(self, seed)
 
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
@@ -213,6 +217,8 @@ class DeepFM(FactorizationMachine):
         embedding_dim: D, the width of every vector.
         deep: widths of the hidden layers; a layer of width 1 follows.
         batch_norm: normalize over the batch between each hidden layer and its ReLU.
+        dropout: share of the MLP's hidden outputs that training sets to 0.
+        linear_bias: whether the linear terms have a bias beside the MLP's.
         tables: settings of the tables, such as widths and pooling.
         missing: replacement of missing dense values: zero, or learned (a number for each feature).
     """
@@ -227,12 +233,16 @@ class DeepFM(FactorizationMachine):
         embedding_dim: int = 16,
         deep: Sequence[int] = (512, 256),
         batch_norm: bool = False,
+        dropout: float = 0.0,
+        linear_bias: bool = True,
         tables: TableSettings | None = None,
         missing: Missing = "zero",
     ) -> None:
-        super().__init__(features, seed, embedding_dim=embedding_dim, tables=tables, missing=missing)
+        super().__init__(
+            features, seed, embedding_dim=embedding_dim, linear_bias=linear_bias, tables=tables, missing=missing
+        )
         self.deep = layers.MLP(
-            [self.fields.fields * embedding_dim, *deep, 1], linear_output=True, batch_norm=batch_norm
+            [self.fields.fields * embedding_dim, *deep, 1], linear_output=True, batch_norm=batch_norm, dropout=dropout
         )
         initialize(self, seed)
 
@@ -261,6 +271,7 @@ class XDeepFM(CTRNetwork):
         cin_layers: rows of each layer of the compressed interaction network.
         deep: widths of the MLP's hidden layers; a layer of width 1 follows.
         batch_norm: normalize over the batch between each hidden layer and its ReLU.
+        dropout: share of the MLP's hidden outputs that training sets to 0.
         linear_bias: whether the linear terms have a bias beside the MLP's.
         tables: settings of the tables, such as widths and pooling.
         missing: replacement of missing dense values: zero, or learned (a number for each feature).
@@ -277,6 +288,7 @@ class XDeepFM(CTRNetwork):
         cin_layers: Sequence[int] = (64, 64),
         deep: Sequence[int] = (512, 256),
         batch_norm: bool = False,
+        dropout: float = 0.0,
         linear_bias: bool = True,
         tables: TableSettings | None = None,
         missing: Missing = "zero",
@@ -287,7 +299,7 @@ class XDeepFM(CTRNetwork):
         self.cin = CompressedInteraction(self.fields.fields, embedding_dim, cin_layers)
         self.cin_output = layers.MLP([self.cin.outputs, 1], linear_output=True)
         self.deep = layers.MLP(
-            [self.fields.fields * embedding_dim, *deep, 1], linear_output=True, batch_norm=batch_norm
+            [self.fields.fields * embedding_dim, *deep, 1], linear_output=True, batch_norm=batch_norm, dropout=dropout
         )
         initialize(self, seed)
 

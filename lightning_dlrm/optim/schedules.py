@@ -52,7 +52,7 @@ def make_schedule(schedule: Schedule, optimizer: Optimizer, total_steps: Callabl
     require(
         not isinstance(made, ReduceLROnPlateau),
         "schedule ReduceLROnPlateau follows a metric of validations, and schedules here are stepped after each "
-        "optimizer step: choose another schedule, such as WarmupThenDecay",
+        "optimizer step: take the callback ReduceOnPlateau in trainer.callbacks, or a schedule such as WarmupThenDecay",
     )
     _require_short_warmup(getattr(made, "warmup_steps", 0), schedule_name(schedule), total_steps)
     return made

@@ -300,6 +300,18 @@ def test_a_profiler_is_heard_and_kept_in_the_configuration(caplog: pytest.LogCap
             "EarlyStopping's mode is max, and of validation/log_loss less is better",
         ),
         (f"{STOP_EARLY}validation/log_loss --trainer.limit_val_batches=0", "trainer.limit_val_batches is 0"),
+        (
+            "--trainer.callbacks=ReduceOnPlateau",
+            "ReduceOnPlateau sets the learning rates, and so does model.schedule WarmupThenDecay: leave one of them",
+        ),
+        (
+            "--trainer.callbacks=ReduceOnPlateau --trainer.callbacks.monitor=validation/loss",
+            "ReduceOnPlateau's monitor is validation/loss; expected one of validation/auc",
+        ),
+        (
+            "--trainer.callbacks=ReduceOnPlateau --trainer.callbacks.mode=min",
+            "ReduceOnPlateau's mode is min, and of validation/auc more is better",
+        ),
         (f"{STOP_EARLY}validation/log_loss --trainer.callbacks.check_on_train_epoch_end=true", "leave it out"),
     ],
 )

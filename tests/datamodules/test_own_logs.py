@@ -2,12 +2,14 @@
 ``fit`` without an edit."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from datamodules.generate.log import FORMS, LogSettings, generate_log
 from datamodules.log_schema import read_log_schema
+from datamodules.preprocess.inference import fit_command
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.contracts.shipped import shipped_names
@@ -35,7 +37,8 @@ def preprocessed(folder: Path, schema: str, paths: list[str]) -> DatasetSchema:
 
 def fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    command = ["fit", "--config", "dlrm.yaml", "--config", "own_data.yaml", "--data.path", str(folder / "data")]
+    schema = DatasetSchema.load(folder / "data")
+    python, module, package, *command = shlex.split(fit_command(str(folder / "data"), schema.features.dense > 0))
     assert main([*command, "--run_dir", str(folder / "run"), "--trainer.enable_progress_bar", "false"]) == 0
     return json.loads((folder / "run/summary.json").read_text())["final"]
 

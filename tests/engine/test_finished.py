@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import EarlyStopping, Timer, timer
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine import checkpointing
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
+from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.engine.stopping import StopAtAUC
 from lightning_dlrm.optim.schedules import WarmupQuadraticDecay
 from tests.engine.test_fit import losses, trainer_of
@@ -41,9 +42,10 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def fit(run: Path, data: type[ToyData] = Counted, **options: Any) -> tuple[pl.Trainer, Any]:
     last = run / "checkpoints/last"
-    trainer, module = trainer_of(run, **options), toy_module(schedule=SCHEDULE)
     stopped_at = options.get("callbacks") or []
-    for callback in [c for c in stopped_at if isinstance(c, (EarlyStopping, StopAtAUC, Timer))]:
+    on_plateau = any(isinstance(callback, ReduceOnPlateau) for callback in stopped_at)
+    trainer, module = trainer_of(run, **options), toy_module(schedule=None if on_plateau else SCHEDULE)
+    for callback in [c for c in stopped_at if isinstance(c, (EarlyStopping, ReduceOnPlateau, StopAtAUC, Timer))]:
         # As the command line orders them.
         trainer.callbacks.remove(callback)
         trainer.callbacks.insert(0, callback)
@@ -139,7 +141,7 @@ def test_all_ranks_learn_that_a_later_checkpoint_cannot_be_set_aside(
 
 
 @pytest.mark.parametrize("data", [Counted, ToyData], ids=["known length", "unknown length"])
-@pytest.mark.parametrize("verdict", ["early stopping", "target", "time"])
+@pytest.mark.parametrize("verdict", ["early stopping", "plateau", "target", "time"])
 def test_a_fit_that_a_callback_has_ended_stays_ended(
     verdict: str, data: type[ToyData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +154,7 @@ def test_a_fit_that_a_callback_has_ended_stays_ended(
             "early stopping": lambda: EarlyStopping(
                 "validation/log_loss", patience=1, min_delta=0.5, check_on_train_epoch_end=False
             ),
+            "plateau": lambda: ReduceOnPlateau(patience=1, min_delta=0.5),
             "target": lambda: StopAtAUC(0.55, MetricsLogger(None, None)),  # type: ignore[arg-type]
             "time": lambda: Timer({"seconds": 20}),
         }[verdict]()
