@@ -38,7 +38,7 @@ def preprocessed(folder: Path, schema: str, paths: list[str]) -> DatasetSchema:
 def fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     schema = DatasetSchema.load(folder / "data")
-    python, module, package, *command = shlex.split(fit_command(str(folder / "data"), schema.features.dense > 0))
+    command = shlex.split(fit_command(str(folder / "data"), schema.features.dense > 0))[3:]
     assert main([*command, "--run_dir", str(folder / "run"), "--trainer.enable_progress_bar", "false"]) == 0
     return json.loads((folder / "run/summary.json").read_text())["final"]
 
@@ -51,8 +51,8 @@ def test_an_inferred_schema_trains_without_an_edit(name: str, tmp_path: Path, mo
     assert main(["preprocess", "--infer", schema, "--label", label, *more, "--input", str(LOGS / name)]) == 0
     made = preprocessed(tmp_path, schema, [str(LOGS / name)])
     assert sum(split.rows for split in made.splits.values()) == ROWS and len(made.splits) == 3
-    # Clicks of one planted user and item effect.
-    assert fit(tmp_path, monkeypatch)["validation/auc"] > 0.5
+    # Of 300 rows, a quarter of them clicks.
+    assert fit(tmp_path, monkeypatch)["validation/log_loss"] < 0.69
 
 
 @pytest.mark.parametrize(
