@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from datamodules.folder import Folder, check_sizes, load_schema, part_files, verify
 from datamodules.log_schema import read_log_schema
-from datamodules.preprocess.inference import infer
+from datamodules.preprocess.inference import fit_command, infer
 from datamodules.preprocess.inspection import one_label_warnings, render, render_report, summary
 from datamodules.preprocess.leakage import equal_rows
 from datamodules.preprocess.options import DISTRIBUTIONS, OnBadRow
@@ -238,7 +238,7 @@ def run(args: argparse.Namespace) -> int:
         SystemExit: on SIGTERM and SIGHUP.
     """
     if args.infer is not None:
-        for name in ("dataset", "output", "protocol", "vocabulary"):
+        for name in ("schema", "dataset", "output", "protocol", "vocabulary"):
             require(
                 getattr(args, name) is None, f"--infer writes a schema, and no dataset; leave --{name} out, or --infer"
             )
@@ -260,9 +260,10 @@ def run(args: argparse.Namespace) -> int:
         print(render_report(schema, progress.stages))
     for warning in one_label_warnings(schema):
         print(f"warning: {warning}", file=sys.stderr)
-    if args.vocabulary is None:
-        overlay = f"criteo_{schema.dataset}.yaml" if args.schema is None else "own_data.yaml"
-        command = f"fit --config dlrm.yaml --config {overlay} --data.path {args.output}"
+    if args.schema is not None:
+        print(f"train on it: {fit_command(args.output, schema.features.dense > 0)}")
+    elif args.vocabulary is None:
+        command = f"fit --config dlrm.yaml --config criteo_{schema.dataset}.yaml --data.path {args.output}"
         print(f"train on it: python -m lightning_dlrm {command}")
     else:
         command = f"predict --config RUN/config.yaml --ckpt_path RUN/checkpoints/best --data.path {args.output}"
