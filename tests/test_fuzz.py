@@ -27,7 +27,7 @@ import pytest
 import torch
 import yaml
 
-from datamodules.folder import Folder
+from datamodules.folder import Folder, load_schema
 from datamodules.generate.profiles import Profiler, TraceSource, save_profiles
 from datamodules.parquet import open_part, read_slices
 from datamodules.preprocess.criteo_tsv import BadLineError, parse, parse_good
@@ -222,7 +222,7 @@ def dataset(world: World, content: bytes) -> None:
     (world.root / "known").mkdir(exist_ok=True)
     (world.root / "known/dataset.json").write_bytes(content)
     if schema.protocol in PROTOCOLS and schema.vocabulary:
-        options_of(Folder(world.root / "known"), dataset=None, protocol=None)
+        options_of(load_schema(Folder(world.root / "known")), Folder(world.root / "known"), dataset=None, protocol=None)
 
 
 def signed_dataset(world: World, content: bytes) -> None:
