@@ -25,6 +25,7 @@ _OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
 }
 _BOOLEANS: Mapping[str, int] = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
+_YES = ("yes", "y", "t", "ja", "oui", "si", "click", "clicked")
 _SHOWN = 5
 _MICROSECONDS: Mapping[str, int] = {"unix": 1_000_000, "unix_ms": 1_000}
 
@@ -119,7 +120,8 @@ def labels(label: Label, column: pa.ChunkedArray) -> np.ndarray:
         if label.operator is not None:
             expected = f"expected a number, as the label is {label.column} {label.operator} {label.value}"
         else:
-            condition = f"'{label.column} == {encoded[row].as_py()}'"
+            yes = next((one for one in values if one.lower() in _YES), encoded[row].as_py())
+            condition = f"'{label.column} == {yes}'"
             expected = f"expected 0 and 1, or false and true; give a condition such as label: {condition}"
         raise BadValueError(row, f"the label {label.column} is {value}{seen}, {expected}")
     return found

@@ -107,7 +107,7 @@ class LogReader:
 
     @property
     def _transcodes(self) -> bool:
-        return self.format != "parquet" and codecs.lookup(self.schema.encoding).name not in ("utf-8", "ascii")
+        return self.format != "parquet" and not _is_utf8(self.schema.encoding)
 
     @property
     def _quote(self) -> bytes | None:
@@ -172,8 +172,9 @@ class LogReader:
         if not isinstance(piece, bytes):
             return row
         ends = self._row_ends(piece)
+        row = min(row, len(ends))  # if a quote is not closed, the last row has no end
         start = int(ends[row - 1]) if row else 0
-        skipped = piece[start : int(ends[row])]
+        skipped = piece[start : int(ends[row]) if row < len(ends) else None]
         return piece.count(b"\n", 0, start) + skipped.count(b"\n", 0, len(skipped) - len(skipped.lstrip(b"\r\n")))
 
     @property
@@ -246,11 +247,13 @@ class LogReader:
         except pa.ArrowInvalid as error:
             if ragged:
                 row = self._ragged_row(text, separator, ragged[0])
+                quotes = self._quote is not None and self._quote in text
+                hint = ", or set 'quote: null' in the schema if quotes are ordinary characters" if quotes else ""
                 raise BadLineError(
                     self._line_of(plain, row),
                     f"{ragged[0].actual_columns} fields, expected {ragged[0].expected_columns} between "
-                    f"{self.separator!r}: {', '.join(self.names[:4])}...; {_REMEDY}, or quote fields that hold the "
-                    "separator",
+                    f"{self.separator!r}: {', '.join(self.names[:4])}...; {_REMEDY}, quote fields that hold the "
+                    f"separator{hint}",
                 ) from error
             _check_utf8(plain)
             try:
@@ -301,10 +304,10 @@ class LogReader:
                 )
             for name, value in row.items():
                 found = _json_type([value])
-                if found and name in kinds and found != kinds[name] and {found, kinds[name]} != {"int", "float"}:
+                if found and found != kinds.setdefault(name, found) and {found, kinds[name]} != {"int", "float"}:
                     return BadLineError(
                         number,
-                        f"{name} is {json.dumps(value)[:40]}, a {_JSON_WORDS[found]}, where the first lines have a "
+                        f"{name} is {json.dumps(value)[:40]} ({_JSON_WORDS[found]}), where earlier lines have "
                         f"{_JSON_WORDS[kinds[name]]}; write one of the two in every line",
                     )
         return BadLineError(0, f"this or a later line cannot be read ({message}); {_REMEDY}")
@@ -417,6 +420,10 @@ def open_reader(source: RawFile, schema: LogSchema, is_new: bool = True) -> LogR
     return replace(reader, labelled=schema.label_in(reader.names).column in reader.names, splits=is_new)
 
 
+def _is_utf8(encoding: str) -> bool:
+    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig", "ascii")
+
+
 def _format_of(name: str) -> Format:
     stem = Path(name)
     stem = stem.with_suffix("") if stem.suffix in (".gz", ".zst") else stem
@@ -425,7 +432,7 @@ def _format_of(name: str) -> Format:
 
 def _start(source: RawFile, encoding: str) -> bytes:
     """Return the beginning of a text file in UTF-8, and whole lines of it unless they are very long."""
-    with source.text(encoding) as text:
+    with source.text(None if _is_utf8(encoding) else encoding) as text:
         try:
             start = text.read(_HEADER_BYTES)
         except UserError:
@@ -443,13 +450,15 @@ def _csv_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
     )
     if schema.names:
         return reader
+    end = start.find(b"\n")
     try:
-        text = start[bom:].decode()
+        start[bom : end if end >= 0 else None].decode()
     except UnicodeDecodeError as error:
-        line = start.count(b"\n", 0, error.start) + 1
+        example = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
         raise UserError(
-            f"{source.path}, line {line:,}: the text is not UTF-8; set encoding in the schema, such as latin-1"
+            f"{source.path}, line 1: the text is not UTF-8; set encoding in the schema, such as {example}"
         ) from error
+    text = start[bom:].decode(errors="replace")
     first = text.partition("\n")[0].rstrip("\r")
     quote = reader._quote
     if quote is None:
@@ -474,12 +483,12 @@ _JSON_TYPES: Mapping[str, pa.DataType] = {
 }
 _JSON_WORDS: Mapping[str, str] = {
     "text": "text",
-    "int": "number",
-    "float": "number",
+    "int": "numbers",
+    "float": "numbers",
     "bool": "true or false",
-    "texts": "list of text",
-    "ints": "list of numbers",
-    "floats": "list of numbers",
+    "texts": "lists of text",
+    "ints": "lists of numbers",
+    "floats": "lists of numbers",
 }
 
 

@@ -211,7 +211,9 @@ class LogOptions:
 
     def settings(self, fitted: Fitted) -> dict[str, Any]:
         """Return what shapes the encoding, as the schema of the dataset keeps it."""
-        kept = {"schema": self.schema.document(), "edges": dict(fitted.edges), "scales": dict(fitted.scales)}
+        fits = {"edges": fitted.edges, "scales": fitted.scales}
+        kept = {name: {column: list(values) for column, values in of.items()} for name, of in fits.items()}
+        kept["schema"] = self.schema.document()
         return {name: values for name, values in kept.items() if values}
 
     def document(self) -> dict[str, Any]:
