@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 
 from datamodules.folder import Folder, check_sizes, load_schema, part_files
 from datamodules.parquet import open_part, read_beside, read_slices
-from datamodules.stream.loader import Cache, Loader, TrainingLoader
+from datamodules.stream.loader import Cache, Loader, TrainingLoader, require_kept
 from datamodules.stream.order import LANES, Shuffle
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema, SplitName
@@ -49,7 +49,8 @@ class FolderData(pl.LightningDataModule):
         verify: Compare the checksums of the pages that are read, which takes about 5% of the reader's speed.
         seed: Seed of the orders of `window` and `full`; by default that of seed_everything, or 0 from Python.
         predict_split: The split that predict scores; `all` is train, validation and test, one after the other.
-        group: A kept column, such as the user, whose values the batches of validate and test number in `Batch.group`.
+        group: A kept column, such as the user: evaluations also report the mean AUC over the groups of rows with the
+            same value. Their batches number the values in `Batch.group`.
 
     Raises:
         UserError: an option is out of range.
@@ -87,13 +88,15 @@ class FolderData(pl.LightningDataModule):
         """The schema of the data, without preparing them; that of data not yet generated lists no files.
 
         Raises:
-            UserError: the folder holds no dataset, or one that the datamodule does not read.
+            UserError: the folder holds no dataset, or one that the datamodule does not read; `group` is no kept column.
         """
-        if self._schema is None:
-            if (planned := self._to_generate()) is not None:
-                return self._accepted(planned)
-            self._schema = self._accepted(load_schema(self.folder))
-        return self._schema
+        if self._schema is not None:
+            return self._schema
+        planned = self._to_generate()
+        found = self._accepted(load_schema(self.folder) if planned is None else planned)
+        require_kept(self.folder, found, self.group)
+        self._schema = found if planned is None else None
+        return found
 
     @property
     def planned(self) -> DatasetSchema | None:
@@ -177,7 +180,7 @@ class FolderData(pl.LightningDataModule):
         return self._evaluation_loader(["test"], group=self.group)
 
     def predict_dataloader(self) -> Loader:
-        return self._evaluation_loader(self._predict_splits, rows=True)
+        return self._evaluation_loader(self._predict_splits, rows=True, group=self.group)
 
     def read_beside(self) -> Iterator[pa.Table]:
         """Yield what stands beside the features of the rows that predict scores, in their order: ``split``, the label

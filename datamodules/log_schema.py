@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 from lightning_dlrm.contracts.documents import is_name, parse_settings, read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.contracts.schema import CRITEO_LABEL, WEIGHTS_SUFFIX, SplitName
+from lightning_dlrm.contracts.schema import CRITEO_LABEL, WEIGHTS_SUFFIX
 from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
 
 Format = Literal["csv", "parquet", "jsonl"]
@@ -148,9 +148,9 @@ class LogSplit:
         require(twice is None, f"{twice} is given twice; each value belongs to one split")
 
     @property
-    def values(self) -> dict[SplitName | Literal["leave"], tuple[str, ...]]:
+    def values(self) -> dict[str, tuple[str, ...]]:
         """The values or file names of each split, as text; splits without any are left out."""
-        given: dict[SplitName | Literal["leave"], tuple[Scalar, ...]] = {
+        given = {
             "train": self.train,
             "validation": self.validation,
             "test": self.test,
@@ -282,14 +282,14 @@ class LogSchema:
         Args:
             names: the columns of the file.
             where: the file, for messages.
-            labelled: whether the file must have the label.
+            labelled: whether the file must have the label, and what it is split by.
 
         Raises:
             UserError: a column is missing, or is not named.
         """
         sources = self.sources(names)
         for name, key in sources.items():
-            known = name in names or (key == "label" and not labelled)
+            known = name in names or (key in ("label", "split") and not labelled)
             require(
                 known,
                 f"{where} has no column {name!r}, which the schema names ({key}){_nearest(name, names)}; its columns "

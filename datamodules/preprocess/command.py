@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from datamodules.folder import Folder, check_sizes, load_schema, part_files, verify
-from datamodules.preprocess.inference import infer
+from datamodules.log_schema import read_log_schema
+from datamodules.preprocess.inference import fit_command, infer
 from datamodules.preprocess.inspection import one_label_warnings, render, render_report, summary
 from datamodules.preprocess.leakage import equal_rows
 from datamodules.preprocess.options import DISTRIBUTIONS, OnBadRow
@@ -20,11 +21,21 @@ from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 
 _PREPROCESS_DESCRIPTION = """\
-Reads raw Criteo files and makes a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in
-Parquet. A raw line has 40 fields between tabs: label, 13 integers, 26 hashes of 8 hexadecimal digits; an empty
-integer or hash is a missing value. Files are plain text, gzip or Zstandard.
+Reads raw click logs and makes a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in Parquet.
+
+A log of any form (CSV, JSON lines, Parquet) is read by a --schema: a YAML file that names the label, what becomes of
+each column, and the split. --infer writes a first one; docs/own-data.md explains them; those of some public logs are
+shipped.
+
+Criteo's files are read by a --dataset and a --protocol. A raw line has 40 fields between tabs: label, 13 integers, 26
+hashes of 8 hexadecimal digits; an empty integer or hash is a missing value.
+
+Text is plain, or compressed by gzip or Zstandard.
 
 examples:
+  python -m lightning_dlrm preprocess --infer log.yaml --label 'rating >= 4' --input log.csv
+  python -m lightning_dlrm preprocess --schema log.yaml --input log.csv --output data/log
+  python -m lightning_dlrm preprocess --vocabulary data/log --input new.csv --output data/log_new
   python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm --input train.txt --output data/kaggle
   python -m lightning_dlrm preprocess --dataset terabyte --protocol dlrm --max-rows 10000000 \\
       --input day_{0..23}.gz --output data/terabyte
@@ -36,7 +47,7 @@ then:
 """
 
 _SPLITS = """\
-splits:
+splits (a schema has its own):
   terabyte, several files   the last file given is held out and halved: the first half tests and the second
                             validates; in mlperf it is the other way round
   kaggle, or a single file  by position into seven equal days: six train, the last one is held out likewise
@@ -97,7 +108,14 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "what to read and write": {
         "--dataset": {
             "choices": DATASETS,
-            "help": "where the files come from; decides how rows are split (needed unless --vocabulary is given)",
+            "help": "of Criteo: where the files come from; decides how rows are split (needed unless --schema or "
+            "--vocabulary is given)",
+        },
+        "--schema": {
+            "type": Path,
+            "metavar": "FILE.yaml",
+            "help": "the schema of a log of another form; takes the place of --dataset and of all options of how to "
+            "encode Criteo's rows",
         },
         "--input": {
             "required": True,
@@ -117,15 +135,17 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--on-bad-row": {
             "choices": get_args(OnBadRow),
             "default": "fail",
-            "help": "what to do with a line that is not Criteo's: end the run, or skip the line and list it in "
+            "help": "what to do with a line that is not Criteo's, or not as the schema says: end the run, or skip the "
+            "line and list it in "
             "DIR/bad_rows.tsv with file, line and reason (default: %(default)s)",
         },
     },
-    "how to encode it": {
+    "how to encode Criteo's rows, and new rows of any log (--vocabulary)": {
         # No choices: find_protocol refuses an unknown protocol, as in Python.
         "--protocol": {
             "metavar": "NAME",
-            "help": f"how raw values become features (needed unless --vocabulary is given): {', '.join(PROTOCOLS)}",
+            "help": "how raw values become features (needed unless --schema or --vocabulary is given): "
+            f"{', '.join(PROTOCOLS)}",
         },
         "--vocabulary": {
             "metavar": "DIR",
@@ -218,7 +238,7 @@ def run(args: argparse.Namespace) -> int:
         SystemExit: on SIGTERM and SIGHUP.
     """
     if args.infer is not None:
-        for name in ("dataset", "output", "protocol", "vocabulary"):
+        for name in ("schema", "dataset", "output", "protocol", "vocabulary"):
             require(
                 getattr(args, name) is None, f"--infer writes a schema, and no dataset; leave --{name} out, or --infer"
             )
@@ -233,13 +253,16 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     names = [name.strip("-").replace("-", "_") for options in _OPTIONS.values() for name in options]
     given = {name: getattr(args, name) for name in names if name != "input"}
+    given["schema"] = None if args.schema is None else read_log_schema(args.schema)
     with exit_on_signals():
         schema = preprocess(inputs=args.input, progress=progress, **given)
     if progress.stages:
         print(render_report(schema, progress.stages))
     for warning in one_label_warnings(schema):
         print(f"warning: {warning}", file=sys.stderr)
-    if args.vocabulary is None:
+    if args.schema is not None:
+        print(f"train on it: {fit_command(args.output, schema.features.dense > 0)}")
+    elif args.vocabulary is None:
         command = f"fit --config dlrm.yaml --config criteo_{schema.dataset}.yaml --data.path {args.output}"
         print(f"train on it: python -m lightning_dlrm {command}")
     else:

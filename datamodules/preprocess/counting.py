@@ -21,21 +21,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from datamodules.folder import Folder
-from datamodules.preprocess.encoding import Encoding, distinct_values, read_items, scratch_folder, write_ids
+from datamodules.preprocess.encoding import Encoding, distinct_values, items_of, read_items, scratch_folder, write_ids
 from datamodules.preprocess.journal import record, recorded, written_aside
-from datamodules.preprocess.protocols import PLACEHOLDER_IDS, Table, by_frequency, trained_ids
+from datamodules.preprocess.protocols import PLACEHOLDER_IDS, Fit, Table, by_frequency, trained_ids
 from datamodules.preprocess.staging import OpenSegment, Segment, load_segments, rows_of
-from datamodules.preprocess.transforms import quantile_edges
-from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema, SplitName
+from datamodules.preprocess.transforms import quantile_edges, range_scale, standard_scale
+from lightning_dlrm.contracts.schema import DatasetSchema
 
 _VALUES_AT_ONCE = 1 << 22  # of a column's distinct values in all segments: 200 MB while they are sorted
 _IDS_AT_ONCE = 1 << 20  # a row group of a vocabulary
 _SAMPLED_VALUES = 1 << 16
 _COPIED_AT_ONCE = 1 << 20
 
-_ENTRY = np.dtype([("value", np.uint32), ("count", np.uint32)])
+_TEXTS_AT_ONCE = 1 << 20  # the same of texts, which take more memory
+
 _ID = np.dtype(np.int32)
-_RUN = np.dtype([("value", np.uint32), ("count", np.int64)])
+_COUNT = np.dtype(np.int64)
 
 
 def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
@@ -50,19 +51,19 @@ def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
     """
     if done := recorded(encoding.record_of(table)):
         return done
-    reserved = encoding.protocol.reserved_of(table, encoding.options.threshold)
+    reserved = dict(table.reserved)
     with scratch_folder(encoding, table.name) as scratch:
         spread, missing_rows = _spread_values(encoding, table, scratch)
         totals = [_group(spread, part) for part in range(spread.parts)]
         first_id = max(reserved.values(), default=-1) + 1
-        kept, rare_values, rare_rows = _assign(spread, totals, encoding.options.threshold, first_id)
+        kept, rare_values, rare_rows = _assign(spread, totals, table, first_id)
         rows = max(first_id + kept, 1)
-        modulus = encoding.options.max_rows if encoding.protocol.modulo == "id" else None
+        modulus = table.id_modulo
         if modulus is not None and modulus >= rows:
             modulus = None  # changes nothing, and might not fit an id's type
         _write_vocabulary(encoding, table, spread, first_id, kept, missing_rows, rare_rows, modulus)
         write_ids(encoding, table, _ids_of_segments(encoding, table, spread, modulus))
-    if encoding.protocol.trained_rows:
+    if table.trained_rows:
         reserved = trained_ids(reserved, missing_rows, rare_rows, rows)
     facts = {
         "cardinality": modulus or rows,
@@ -73,35 +74,43 @@ def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
     return record(encoding.record_of(table), facts, encoding.files_of(table))
 
 
-def count_edges(encoding: Encoding, name: str) -> list[int]:
-    """Return the edges of the quantile bins of an integer column's training rows."""
-    path = encoding.folder / "ids" / f"{name}.edges"
+def fit_column(encoding: Encoding, fit: Fit) -> dict[str, Any]:
+    """Fit a transform of numbers to the counted rows.
 
-    def values() -> Iterator[np.ndarray]:
+    Returns:
+        ``edges`` of quantile bins, or ``scale``: see ``Fitted``.
+    """
+    path = encoding.folder / "ids" / f"{fit.name}.fit"
+
+    def pieces() -> Iterator[np.ndarray]:
         for segment in load_segments(encoding.segments):
             with OpenSegment(segment) as opened:
-                rows = rows_of(encoding.rule, opened, ("train",))
-                integers, missing = (part[rows] for part in opened.integers(name))
-                yield integers[~missing]
+                rows = rows_of(encoding.rule, opened, encoding.recipe.fitted_on)
+                numbers, missing = (part[rows] for part in opened.numbers(fit.source))
+                yield numbers[~missing] if fit.fill is None else np.where(missing, fit.fill, numbers)
 
-    bins = encoding.options.quantiles
-    assert bins is not None
-    return (recorded(path) or record(path, {"edges": quantile_edges(values, bins)}))["edges"]
+    if done := recorded(path):
+        return done
+    if fit.transform == "quantile":
+        return record(path, {"edges": quantile_edges(pieces, fit.bins)})
+    return record(path, {"scale": list((standard_scale if fit.transform == "standard" else range_scale)(pieces()))})
 
 
-def _values_of(encoding: Encoding, table: Table, segment: Segment) -> np.ndarray:
+def _values_of(table: Table, segment: Segment) -> pa.Array:
     with OpenSegment(segment) as opened:
-        return distinct_values(encoding, table, opened)[0].copy()
+        values = distinct_values(table, opened)[0]
+        # A copy, which outlives the mapped file.
+        return pa.concat_arrays([values, values[:0]])
 
 
 class _ValueRanges:
     """Arrays of a column by ranges of value: the distinct values of every segment, and what is computed from them.
 
-    The ``entries`` of a range are in the order of the segments; ``inverse`` and ``ids`` have one item for each entry.
-    Each array is a file.
+    ``entries`` and ``counts`` (int64) of a range are in the order of the segments; ``inverse`` and ``ids`` have one
+    item for each entry. Each array is a file.
     """
 
-    def __init__(self, scratch: Path, bounds: np.ndarray):
+    def __init__(self, scratch: Path, bounds: pa.Array):
         self.scratch, self.bounds = scratch, bounds
         self.parts = len(bounds) + 1
         self.lengths: list[int] = []
@@ -124,99 +133,150 @@ class _ValueRanges:
         self._place(part, name).unlink()
         return items
 
+    def add_values(self, part: int, name: str, values: pa.Array) -> None:
+        """Append values to an array of a range."""
+        batch = pa.record_batch([values], ["value"])
+        with self._place(part, name).open("ab") as file, pa.ipc.new_stream(file, batch.schema) as writer:
+            writer.write_batch(batch)
+
+    def get_values(self, part: int, name: str) -> pa.Array:
+        """Return all values of an array of a range, mapped into memory if they were added at once."""
+        chunks: list[pa.Array] = []
+        with pa.memory_map(str(self._place(part, name))) as file:
+            while file.tell() < file.size():
+                chunks += pa.ipc.open_stream(file).read_all().column(0).chunks
+        return chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
+
+    def take_values(self, part: int, name: str) -> pa.Array:
+        """Return all values of an array of a range and forget it."""
+        values = self.get_values(part, name)
+        self._place(part, name).unlink()
+        return values
+
     def _place(self, part: int, name: str) -> Path:
         return self.scratch / f"{part:04d}.{name}"
 
-    def order(self, values: np.ndarray | range) -> tuple[np.ndarray | slice, np.ndarray]:
+    def order(self, values: pa.Array | range) -> tuple[np.ndarray | slice, np.ndarray]:
         """Return the order that sorts values by range, and where each range then ends."""
         if self.parts == 1:
             return slice(None), np.array([len(values)])
-        part = np.searchsorted(self.bounds, values, side="right")
+        assert not isinstance(values, range)
+        if pa.types.is_string(self.bounds.type):
+            above = (pc.greater_equal(values, bound).cast(pa.int32()).to_numpy() for bound in self.bounds)
+            part = np.sum(list(above), axis=0)
+        else:
+            part = np.searchsorted(self.bounds.to_numpy(), values.to_numpy(), side="right")
         return np.argsort(part, kind="stable"), np.cumsum(np.bincount(part, minlength=self.parts))
 
 
 def _spread_values(encoding: Encoding, table: Table, scratch: Path) -> tuple[_ValueRanges, int]:
     """Read all segments once; also return how many counted rows are missing."""
     segments = load_segments(encoding.segments)
-    spread = _ValueRanges(scratch, _bounds(encoding, table, segments))
+    spread = _ValueRanges(scratch, _bounds(table, segments))
     missing_rows = 0
-    counted: Sequence[SplitName] = SPLITS if encoding.protocol.counts == "all rows" else ("train",)
     for some in _segments_at_once(table, segments):
-        found = []
+        found, of_values = [], []
         for segment in some:
             with OpenSegment(segment) as opened:
-                values, codes = distinct_values(encoding, table, opened)
-                rows = rows_of(encoding.rule, opened, counted)
-                counts = np.bincount(codes[rows], minlength=len(values) + 1)
+                values, codes, ends = distinct_values(table, opened)
+                items, _ = items_of(rows_of(encoding.rule, opened, encoding.recipe.counted), ends)
+                counts = np.bincount(codes[items], minlength=len(values) + 1)
                 missing_rows += int(counts[len(values) :].sum())
-                found.append(np.rec.fromarrays([values, counts[: len(values)]], dtype=_ENTRY))
+                found.append(pa.concat_arrays([values, values[:0]]))
+                of_values.append(counts[: len(values)])
         spread.lengths += map(len, found)
-        entries = np.concatenate(found)
-        order, ends = spread.order(entries["value"])
-        entries = entries[order]
-        for part, (start, end) in enumerate(pairwise([0, *ends])):
-            spread.add(part, "entries", entries[start:end])
+        entries, of_entries = pa.concat_arrays(found), np.concatenate(of_values)
+        order, range_ends = spread.order(entries)
+        if not isinstance(order, slice):
+            entries, of_entries = entries.take(pa.array(order)), of_entries[order]
+        for part, (start, end) in enumerate(pairwise([0, *range_ends])):
+            spread.add_values(part, "entries", entries[start:end])
+            spread.add(part, "counts", of_entries[start:end])
     return spread, missing_rows
 
 
 def _segments_at_once(table: Table, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Yield consecutive segments with about ``_VALUES_AT_ONCE`` distinct values of a column together."""
+    """Yield consecutive segments with a bounded number of distinct values of a column together."""
     ends = np.cumsum([segment.distinct.get(table.source, 0) for segment in segments])
-    for _, some in groupby(zip(ends // _VALUES_AT_ONCE, segments, strict=True), key=itemgetter(0)):
+    for _, some in groupby(zip(ends // _values_at_once(table), segments, strict=True), key=itemgetter(0)):
         yield [segment for _, segment in some]
 
 
-def _bounds(encoding: Encoding, table: Table, segments: Sequence[Segment]) -> np.ndarray:
-    """Return the bounds between ranges of about ``_VALUES_AT_ONCE`` entries each, from a sample of the values."""
-    parts = -(-sum(segment.distinct.get(table.source, 0) for segment in segments) // _VALUES_AT_ONCE)
+def _values_at_once(table: Table) -> int:
+    return min(_VALUES_AT_ONCE, _TEXTS_AT_ONCE) if table.is_text else _VALUES_AT_ONCE
+
+
+def _bounds(table: Table, segments: Sequence[Segment]) -> pa.Array:
+    """Return the bounds between ranges of about ``_values_at_once`` entries each, from a sample of the values."""
+    parts = -(-sum(segment.distinct.get(table.source, 0) for segment in segments) // _values_at_once(table))
     if parts <= 1:
-        return np.empty(0, np.uint32)
+        return pa.array([], pa.uint32())
     looked_at = segments[:: max(len(segments) // 64, 1)]
     samples = []
     for segment in looked_at:
-        values = _values_of(encoding, table, segment)
+        values = _values_of(table, segment)
         if len(values):
-            samples.append(values[:: max(len(values) * len(looked_at) // _SAMPLED_VALUES, 1)])
-    sample = np.sort(np.concatenate(samples))
-    return np.unique(sample[np.arange(1, parts) * len(sample) // parts])
+            step = max(len(values) * len(looked_at) // _SAMPLED_VALUES, 1)
+            samples.append(values.take(pa.array(np.arange(0, len(values), step))))
+    sample = pa.concat_arrays(samples)
+    places = pc.array_sort_indices(sample).take(pa.array(np.arange(1, parts) * len(sample) // parts))
+    return sample.take(places).unique()
 
 
 def _group(spread: _ValueRanges, part: int) -> np.ndarray:
     """Group the equal values of a range.
 
-    Replaces ``entries`` by ``groups`` (``_RUN``: the values in ascending order and their counts) and ``inverse``
-    (int32: for each entry the position of its value in ``groups``).
+    Replaces ``entries`` and ``counts`` by ``groups`` (the values in ascending order) and ``inverse`` (int32: for each
+    entry the position of its value in ``groups``).
 
     Returns:
-        int64: the counts.
+        int64: the counts of the groups.
     """
-    entries = spread.take(part, "entries", _ENTRY)
+    entries, of_entries = spread.take_values(part, "entries"), spread.take(part, "counts", _COUNT)
+    if pa.types.is_string(entries.type):
+        encoded = entries.dictionary_encode()
+        order = pc.array_sort_indices(encoded.dictionary)
+        rank = np.empty(len(order), np.int32)
+        rank[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
+        inverse = rank[encoded.indices.to_numpy()]
+        # In float64, whose sums of counts are exact below 2**53.
+        counts = np.bincount(inverse, of_entries, len(order)).astype(np.int64)
+        groups = encoded.dictionary.take(order)
+    else:
+        groups, counts, inverse = _group_integers(entries.to_numpy(), of_entries)
+    spread.add_values(part, "groups", groups)
+    spread.add(part, "inverse", inverse)
+    return counts
+
+
+def _group_integers(entries: np.ndarray, of_entries: np.ndarray) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+    """Return the different values of uint32 [n] in ascending order, their counts, and of each entry its value's
+    position."""
     # One sort of 64-bit integers, which numpy does with vector instructions, brings values and positions.
-    packed = entries["value"].astype(np.uint64) << np.uint64(32) | np.arange(len(entries), dtype=np.uint64)
+    packed = entries.astype(np.uint64) << np.uint64(32) | np.arange(len(entries), dtype=np.uint64)
     packed.sort()
     order = (packed & np.uint64(0xFFFFFFFF)).astype(np.uint32)
     values = (packed >> np.uint64(32)).astype(np.uint32)
     del packed
     first = np.concatenate([np.ones(min(len(values), 1), bool), values[1:] != values[:-1]])
     starts = np.flatnonzero(first)
-    counts = np.add.reduceat(entries["count"][order], starts, dtype=np.int64) if len(starts) else np.empty(0, np.int64)
+    counts = np.add.reduceat(of_entries[order], starts, dtype=np.int64) if len(starts) else np.empty(0, np.int64)
     inverse = np.empty(len(entries), np.int32)
     inverse[order] = np.cumsum(first, dtype=np.int32) - 1
-    spread.add(part, "groups", np.rec.fromarrays([values[starts], counts], dtype=_RUN))
-    spread.add(part, "inverse", inverse)
-    return counts
+    return pa.array(values[starts]), counts, inverse
 
 
-def _assign(spread: _ValueRanges, totals: list[np.ndarray], min_count: int, first_id: int) -> tuple[int, int, int]:
+def _assign(spread: _ValueRanges, totals: list[np.ndarray], table: Table, first_id: int) -> tuple[int, int, int]:
     """Assign every value its id: by descending count over all ranges, ties by value.
 
-    Replaces ``groups`` and ``inverse`` by ``ids`` (int32, of each entry), ``run`` (``_RUN``, the values in the order of
-    their ids) with ``run_ids`` and ``edges`` (int64, where in ``run`` each row group of the vocabulary begins), and
-    ``rare``.
+    Replaces ``groups`` and ``inverse`` by ``ids`` (int32, of each entry), ``run`` (the values in the order of their
+    ids) with ``run_counts``, ``run_ids`` and ``edges`` (int64, where in ``run`` each row group of the vocabulary
+    begins), and ``rare`` with ``rare_counts``.
 
     Returns:
         Values with an id of their own, other values counted, and rows with these.
     """
+    min_count = table.min_count
     counts = [np.unique(total[total >= min_count], return_counts=True) for total in totals]
     all_counts = np.unique(np.concatenate([values for values, _ in counts]))
     numbers = np.zeros(len(all_counts), np.int64)
@@ -224,11 +284,12 @@ def _assign(spread: _ValueRanges, totals: list[np.ndarray], min_count: int, firs
         numbers[np.searchsorted(all_counts, values)] += how_many
     kept = int(numbers.sum())
     assert first_id + kept < 1 << 31, "ids are int32"
+    most = kept if table.most_rows is None else min(kept, table.most_rows - first_id)
     next_id = first_id + kept - np.cumsum(numbers)  # of the next value of each count; the largest count comes first
-    edges = np.arange(first_id, first_id + kept + _IDS_AT_ONCE, _IDS_AT_ONCE)
+    edges = np.arange(first_id, first_id + most + _IDS_AT_ONCE, _IDS_AT_ONCE)
     rare_values = rare_rows = 0
     for part, total in enumerate(totals):
-        groups = spread.take(part, "groups", _RUN)
+        groups = spread.take_values(part, "groups")
         chosen = np.flatnonzero(total >= min_count)
         chosen = chosen[by_frequency(total[chosen])]
         position = np.searchsorted(all_counts, total[chosen])
@@ -237,20 +298,23 @@ def _assign(spread: _ValueRanges, totals: list[np.ndarray], min_count: int, firs
         rank = np.arange(len(position)) - np.repeat(starts, lengths)
         ids = next_id[position] + rank
         next_id[position[starts]] += lengths
-        rare = np.flatnonzero((total > 0) & (total < min_count))
+        is_kept = ids < first_id + most
+        chosen, ids = chosen[is_kept], ids[is_kept]
+        is_rare = total > 0
+        is_rare[chosen] = False
+        rare = np.flatnonzero(is_rare)
         of_group = np.full(len(total), PLACEHOLDER_IDS["unknown"], np.int32)
         of_group[rare] = PLACEHOLDER_IDS["rare"]
         of_group[chosen] = ids
         rare_values, rare_rows = rare_values + len(rare), rare_rows + int(total[rare].sum())
         spread.add(part, "ids", of_group[spread.take(part, "inverse", _ID)])
-        spread.add(part, "run", groups[chosen])
+        spread.add_values(part, "run", groups.take(pa.array(chosen)))
+        spread.add(part, "run_counts", total[chosen])
         spread.add(part, "run_ids", ids.astype(_ID))
         spread.add(part, "edges", np.searchsorted(ids, edges))
-        spread.add(part, "rare", groups[rare])
-    return kept, rare_values, rare_rows
-
-
-_VOCABULARY_SCHEMA = pa.schema([("hash", pa.uint32()), ("count", pa.int64()), ("id", pa.int32())])
+        spread.add_values(part, "rare", groups.take(pa.array(rare)))
+        spread.add(part, "rare_counts", total[rare])
+    return most, rare_values, rare_rows
 
 
 def _write_vocabulary(
@@ -265,19 +329,22 @@ def _write_vocabulary(
 ) -> None:
     """Write the values in the order of ids: row i has id i (modulo the table's rows in ``mlperf``).
 
-    Reserved ids come first and have no hash. Rare values follow at the end if the protocol lists them.
+    Reserved ids come first and have no value. Rare values follow at the end if the protocol lists them.
     """
-    path, lists_rare = encoding.vocabulary(table), encoding.protocol.lists_rare
-    reserved = encoding.protocol.reserved_of(table, encoding.options.threshold)
+    path, reserved = encoding.vocabulary(table), table.reserved
+    value = "value" if table.is_text else "hash"
+    schema = pa.schema(
+        [(value, pa.string() if table.is_text else pa.uint32()), ("count", pa.int64()), ("id", pa.int32())]
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         written_aside(path) as partial,
         pq.ParquetWriter(
             partial,
-            _VOCABULARY_SCHEMA,
+            schema,
             compression="zstd",
             use_dictionary=["count"],
-            column_encoding={"hash": "PLAIN", "id": "DELTA_BINARY_PACKED"},
+            column_encoding={value: "PLAIN", "id": "DELTA_BINARY_PACKED"},
             store_schema=False,
         ) as writer,
     ):
@@ -286,25 +353,29 @@ def _write_vocabulary(
             if len(ids):
                 ids = (ids % modulus if modulus else ids).astype(np.int32)
                 columns = [values, pa.array(counts, pa.int64()), pa.array(ids)]
-                writer.write_table(pa.table(columns, schema=_VOCABULARY_SCHEMA))
+                writer.write_table(pa.table(columns, schema=schema))
 
         of_reserved = np.zeros(first_id, np.int64)
         if "missing" in reserved:
             of_reserved[reserved["missing"]] += missing_rows
-        if "rare" in reserved and not lists_rare:
+        if "rare" in reserved and not table.lists_rare:
             of_reserved[reserved["rare"]] += rare_rows
-        write(pa.nulls(first_id, pa.uint32()), of_reserved, np.arange(first_id))
+        write(pa.nulls(first_id, schema.types[0]), of_reserved, np.arange(first_id))
         edges = [spread.get(part, "edges", np.dtype(np.int64)) for part in range(spread.parts)]
         for number, start in enumerate(range(first_id, first_id + kept, _IDS_AT_ONCE)):
-            window = np.empty(min(_IDS_AT_ONCE, first_id + kept - start), _RUN)
+            values, counts, ids = [], [], []
             for part in range(spread.parts):
                 begin, end = edges[part][number], edges[part][number + 1]
-                ids = spread.get(part, "run_ids", _ID, begin, end)
-                window[ids - start] = spread.get(part, "run", _RUN, begin, end)
-            write(pa.array(window["value"]), window["count"], np.arange(start, start + len(window)))
-        for part in range(spread.parts) if lists_rare else ():
-            rare = spread.get(part, "rare", _RUN)
-            write(pa.array(rare["value"]), rare["count"], np.full(len(rare), reserved["rare"]))
+                values.append(spread.get_values(part, "run")[begin:end])
+                counts.append(spread.get(part, "run_counts", _COUNT, begin, end))
+                ids.append(spread.get(part, "run_ids", _ID, begin, end))
+            order = np.argsort(np.concatenate(ids))
+            in_order = pa.concat_arrays(values).take(pa.array(order))
+            write(in_order, np.concatenate(counts)[order], np.arange(start, start + len(order)))
+        for part in range(spread.parts) if table.lists_rare else ():
+            counts_of_rare = spread.get(part, "rare_counts", _COUNT)
+            ids_of_rare = np.full(len(counts_of_rare), reserved["rare"])
+            write(spread.get_values(part, "rare"), counts_of_rare, ids_of_rare)
 
 
 def _ids_of_segments(
@@ -316,7 +387,7 @@ def _ids_of_segments(
     for some in _segments_at_once(table, load_segments(encoding.segments)):
         lengths = list(islice(all_lengths, len(some)))
         order, ends = spread.order(
-            np.concatenate([_values_of(encoding, table, segment) for segment in some])
+            pa.concat_arrays([_values_of(table, segment) for segment in some])
             if spread.parts > 1
             else range(sum(lengths))
         )
@@ -345,16 +416,12 @@ def look_up_column(encoding: Encoding, vocabulary: str, known: DatasetSchema, ta
     if done := recorded(encoding.record_of(table)):
         return done
     folder, file = Folder(vocabulary), known.vocabulary[table.name].path
-    known_values, rules = _known_values(folder, file), encoding.protocol
-
-    def ids_of_segments() -> Iterator[np.ndarray]:
-        for segment in load_segments(encoding.segments):
-            ids = _look_up(known_values, _values_of(encoding, table, segment), PLACEHOLDER_IDS["unknown"])
-            if rules.lists_rare:
-                ids[ids == rules.reserved["rare"]] = PLACEHOLDER_IDS["rare"]
-            yield ids
-
-    write_ids(encoding, table, ids_of_segments())
+    look_up = _look_up_texts if table.is_text else _look_up_integers
+    with_rare = (
+        np.where(ids == table.reserved["rare"], np.int32(PLACEHOLDER_IDS["rare"]), ids) if table.lists_rare else ids
+        for ids in look_up(folder, file, table, load_segments(encoding.segments))
+    )
+    write_ids(encoding, table, with_rare)
     encoding.vocabulary(table).parent.mkdir(parents=True, exist_ok=True)
     with (
         written_aside(encoding.vocabulary(table)) as partial,
@@ -367,6 +434,29 @@ def look_up_column(encoding: Encoding, vocabulary: str, known: DatasetSchema, ta
         {"cardinality": known.features.tables[table.name]},
         encoding.files_of(table),
     )
+
+
+def _look_up_integers(folder: Folder, path: str, table: Table, segments: Sequence[Segment]) -> Iterator[np.ndarray]:
+    known = _known_values(folder, path)
+    for segment in segments:
+        yield _look_up(known, _values_of(table, segment).to_numpy(), PLACEHOLDER_IDS["unknown"])
+
+
+def _look_up_texts(folder: Folder, path: str, table: Table, segments: Sequence[Segment]) -> Iterator[np.ndarray]:
+    """Read the vocabulary once for some segments, a row group at a time; the values of these segments are in memory."""
+    for some in _segments_at_once(table, segments):
+        values = [_values_of(table, segment) for segment in some]
+        encoded = pa.concat_arrays(values).dictionary_encode()
+        ids = np.full(len(encoded.dictionary), PLACEHOLDER_IDS["unknown"], np.int32)
+        with folder.open_vocabulary(path) as file:
+            for group in range(file.num_row_groups):
+                known = file.read_row_group(group, columns=["value", "id"], use_threads=False)
+                known = known.filter(pc.is_valid(known.column("value"))).combine_chunks()
+                places = pc.index_in(encoded.dictionary, value_set=known.column("value"))
+                found = places.is_valid().to_numpy(zero_copy_only=False)
+                ids[found] = known.column("id").to_numpy()[places.drop_null().to_numpy()]
+        of_entries = ids[encoded.indices.to_numpy()]
+        yield from np.split(of_entries, np.cumsum([len(of_segment) for of_segment in values])[:-1])
 
 
 def _known_values(folder: Folder, path: str) -> np.ndarray:

@@ -67,14 +67,27 @@ class BadLineError(Exception):
         self.line, self.fault = line, fault
 
 
-def piece_of_plain(source: RawFile, index: int, piece_bytes: int) -> bytes:
+def piece_of_plain(
+    source: RawFile,
+    index: int,
+    piece_bytes: int,
+    quote: bytes | None = None,
+    opened: tuple[bool, bool] = (False, False),
+) -> bytes:
     """Return the lines that begin in a piece of a plain file, each with its line feed.
+
+    Args:
+        source: the file.
+        index: the piece.
+        piece_bytes: its length.
+        quote: the character that quotes line ends; None for none.
+        opened: whether a quote is open one byte before the piece, and one before the next piece.
 
     Raises:
         UserError: the file cannot be read.
     """
-    start = _begin_of_line(source, index * piece_bytes)
-    stop = _begin_of_line(source, (index + 1) * piece_bytes)
+    start = _begin_of_line(source, index * piece_bytes, quote, opened[0])
+    stop = _begin_of_line(source, (index + 1) * piece_bytes, quote, opened[1])
     if start == stop:
         return b""
     text = source.read(start, stop)
@@ -85,27 +98,56 @@ def piece_of_plain(source: RawFile, index: int, piece_bytes: int) -> bytes:
     return text if text.endswith(b"\n") else text + b"\n"
 
 
-def _begin_of_line(source: RawFile, offset: int) -> int:
+def _begin_of_line(source: RawFile, offset: int, quote: bytes | None, is_open: bool) -> int:
     """Return where the first line begins from an offset on; an endless line ends where it became too long."""
     if offset == 0 or offset >= source.size:
         return min(offset, source.size)
     place = offset - 1  # a line begins here if the byte before it ends another
     while place < source.size and place - offset <= _MAX_LINE_BYTES:
-        found = source.read(place, place + _STEP_BYTES).find(b"\n")
+        text = source.read(place, place + _STEP_BYTES)
+        found = find_line_end(text, 0, quote, is_open)
         if found >= 0:
             return place + found + 1
+        is_open ^= quote is not None and text.count(quote) % 2 == 1
         place += _STEP_BYTES
     return min(place, source.size)
 
 
-def pieces_of_text(source: RawFile, piece_bytes: int) -> Iterator[bytes]:
+def find_line_end(text: bytes, start: int, quote: bytes | None, is_open: bool = False) -> int:
+    """Return the place of the first line feed outside quotes, from ``start`` on; -1 if there is none.
+
+    Args:
+        text: lines.
+        start: where to begin.
+        quote: the character that quotes; None for none.
+        is_open: whether a quote is open at the beginning of the text.
+    """
+    if quote is None or not (is_open or quote in text):
+        return text.find(b"\n", start)
+    characters = np.frombuffer(text, np.uint8)
+    quotes = np.flatnonzero(characters == ord(quote))
+    ends = start + np.flatnonzero(characters[start:] == ord("\n"))
+    outside = ends[(np.searchsorted(quotes, ends) + is_open) % 2 == 0]
+    return int(outside[0]) if len(outside) else -1
+
+
+def pieces_of_text(
+    source: RawFile, piece_bytes: int, quote: bytes | None = None, encoding: str | None = None
+) -> Iterator[bytes]:
     """Yield the same pieces of a file that can only be read from its beginning.
+
+    Args:
+        source: the file.
+        piece_bytes: the length of a piece.
+        quote: the character that quotes line ends; None for none.
+        encoding: of the text, which then becomes UTF-8; None to leave it as it is.
 
     Raises:
         UserError: the file is truncated or corrupt, or cannot be read.
     """
+    remedy = "download the file again" if encoding is None else "download the file again, or set another encoding"
     rest, offset, boundary, lines = b"", 0, piece_bytes, 0  # rest begins at the text's offset
-    with source.text() as text:
+    with source.text(encoding) as text:
         ended = False
         while not ended:
             try:
@@ -114,14 +156,14 @@ def pieces_of_text(source: RawFile, piece_bytes: int) -> Iterator[bytes]:
                 raise
             except ValueError as error:
                 lines += rest.count(b"\n")
-                raise UserError(f"{source.path}, after line {lines:,}: {error}; download the file again") from error
+                raise UserError(f"{source.path}, after line {lines:,}: {error}; {remedy}") from error
             ended = len(chunk) < piece_bytes
             rest += chunk
             if ended and rest and not rest.endswith(b"\n"):
                 rest += b"\n"
             # A line that begins before the boundary is cut off at the first line end from boundary - 1 on.
             while boundary <= offset + len(rest):
-                end = rest.find(b"\n", max(boundary - 1 - offset, 0)) + 1 if boundary > offset else 0
+                end = find_line_end(rest, max(boundary - 1 - offset, 0), quote) + 1 if boundary > offset else 0
                 if boundary > offset and not end:
                     if len(rest) - rest.rfind(b"\n") <= _MAX_LINE_BYTES:
                         break

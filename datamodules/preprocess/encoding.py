@@ -7,44 +7,65 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
+from datamodules.parquet import weighted_column
 from datamodules.preprocess.journal import record, recorded, written_aside
-from datamodules.preprocess.options import Options
-from datamodules.preprocess.protocols import PLACEHOLDER_IDS, Protocol, SplitRule, Table, hash_modulo
+from datamodules.preprocess.options import Fitted, MultiHot
+from datamodules.preprocess.protocols import PLACEHOLDER_IDS, Dense, SplitRule, Table, hash_modulo
 from datamodules.preprocess.staging import OpenSegment, load_segments, rows_of
+from datamodules.values import staged_name
 from datamodules.writer import ROWS_PER_FILE, SplitWriter, arrow_table
-from lightning_dlrm.contracts.schema import CRITEO_DENSE, CRITEO_LABEL, SPLITS, Column, DataFile, SplitName
+from lightning_dlrm.contracts.schema import CRITEO_LABEL, SPLITS, Column, DataFile, SplitName
+
+
+class Recipe(Protocol):
+    """What is made of the rows: the options of Criteo's protocols, or the schema of a log."""
+
+    @property
+    def bags(self) -> MultiHot | None:
+        """The rule that makes bags of single ids; None for none."""
+
+    @property
+    def counted(self) -> tuple[SplitName, ...]:
+        """The splits over which vocabularies are counted."""
+
+    @property
+    def fitted_on(self) -> tuple[SplitName, ...]:
+        """The splits over which transforms are fitted."""
+
+    def dense(self, fitted: Fitted) -> tuple[Dense, ...]:
+        """Return the dense columns."""
+
+    def tables(self, fitted: Fitted) -> tuple[Table, ...]:
+        """Return the categorical and multi-hot columns, in the order of the dataset."""
+
+    def weights(self) -> tuple[Column, ...]:
+        """Return the columns of weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
     """How rows are encoded, and where the files of the stages are."""
 
-    options: Options
+    recipe: Recipe
     segments: Path
     """A file that lists the segments; a list would be too long to send with every job."""
     rule: SplitRule
     folder: Path
     """``encode/<options>``."""
-    minimum: Mapping[str, int] = field(default_factory=dict)
-    """Of each integer column, over all files."""
-    edges: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Of each integer column's quantile bins; empty for a protocol without them."""
-
-    @property
-    def protocol(self) -> Protocol:
-        return self.options.rules
+    fitted: Fitted = field(default_factory=Fitted)
 
     @property
     def tables(self) -> tuple[Table, ...]:
-        return self.protocol.tables(self.edges)
+        return self.recipe.tables(self.fitted)
 
     @property
     def result(self) -> Path:
@@ -84,17 +105,31 @@ def read_items(place: Path, kind: np.dtype, begin: int, end: int | None) -> np.n
     return np.fromfile(place, kind, -1 if end is None else end - begin, offset=begin * kind.itemsize)
 
 
-def distinct_values(encoding: Encoding, table: Table, opened: OpenSegment) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct values uint32 [d] of a segment as the protocol counts them, and codes [n] into them.
+def distinct_values(table: Table, opened: OpenSegment) -> tuple[pa.Array, np.ndarray, np.ndarray | None]:
+    """Return the distinct values of a segment as they are counted; see ``OpenSegment.categories``.
 
-    Values may repeat. If missing values count as 0, the last value stands for them; else code d does.
+    If missing values count as 0, the last value stands for them; else code d does.
     """
-    values, codes = opened.categories(table)
+    values, codes, ends = opened.categories(table)
     if table.missing_as_value:
-        values = np.append(values, np.uint32(0))
-    if encoding.protocol.modulo == "hash":
-        values = hash_modulo(values, encoding.options.max_rows)
-    return values, codes
+        values = pa.concat_arrays([values, pa.array([0], values.type)])
+    if table.hash_modulo is not None:
+        values = pa.array(hash_modulo(values.to_numpy(), table.hash_modulo))
+    return values, codes, ends
+
+
+def items_of(rows: np.ndarray | slice, ends: np.ndarray | None) -> tuple[np.ndarray | slice, np.ndarray | None]:
+    """Return the items of some rows of a segment, and where the bag of each row begins and the last one ends.
+
+    Args:
+        rows: int64 [n] or a slice.
+        ends: where bags begin and end in the segment, int32 [rows + 1]; None for one item in each row.
+    """
+    if ends is None:
+        return rows, None
+    starts, lengths = ends[:-1][rows], np.diff(ends)[rows]
+    new_ends = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    return np.repeat(starts - new_ends[:-1], lengths) + np.arange(new_ends[-1]), new_ends
 
 
 def write_ids(encoding: Encoding, table: Table, of_segments: Iterable[np.ndarray]) -> None:
@@ -205,21 +240,24 @@ def _encoded(
 ) -> dict[str, Any]:
     """Return the columns of some rows of a segment, as ``writer.arrow_table`` takes them; add to ``cells``."""
     encoding = job.encoding
-    protocol, bags = encoding.protocol, encoding.options.bags
+    bags = encoding.recipe.bags
     arrays: dict[str, Any] = {}
     if opened.labels is not None:
         arrays[CRITEO_LABEL] = opened.labels[rows]
-    if protocol.dense:
-        for name in CRITEO_DENSE:
-            values, missing = opened.integers(name)
-            arrays[name] = protocol.dense(values[rows], missing[rows], encoding.minimum.get(name, 0))
+    for dense in encoding.recipe.dense(encoding.fitted):
+        values, missing = opened.numbers(dense.source)
+        arrays[dense.name] = dense.transform(values[rows], missing[rows])
+    for column in job.columns:
+        if column.role in ("keep", "weights"):
+            arrays[column.name] = _beside(column, opened, rows)
     tables = {column.name: column for column in job.columns}
     for table in encoding.tables:
-        _, codes = opened.categories(table)
+        _, codes, ends = opened.categories(table)
+        items, ends = items_of(rows, ends)
         begin, end = read_items(encoding.ends(table), np.dtype(np.int64), number, number + 2)
         ids = read_items(encoding.ids(table), np.dtype(np.int32), begin, end)
         column = tables[table.name]
-        counts = np.bincount(codes[rows], minlength=len(ids))
+        counts = np.bincount(codes[items], minlength=len(ids))
         cells[table.name]["missing"] += int(counts[-1])
         counts[-1] = 0  # whatever value missing ones count as
         # Without an id for unknown values they get that of rare ones, or the last: the rarest value's, trained least.
@@ -227,7 +265,20 @@ def _encoded(
         for kind, of_kind in PLACEHOLDER_IDS.items():
             cells[table.name][kind] += int(counts[ids == of_kind].sum())
             ids[ids == of_kind] = column.reserved.get(kind, unknown)
-        ids = ids.take(codes[rows])
-        is_bag = column.role == "multi_hot"
-        arrays[table.name] = bags.bags(table.name, ids, column.cardinality) if bags and is_bag else ids
+        ids = ids.take(codes[items])
+        if ends is not None:
+            arrays[table.name] = ids, ends
+        else:
+            is_bag = column.role == "multi_hot"
+            arrays[table.name] = bags.bags(table.name, ids, column.cardinality) if bags and is_bag else ids
     return arrays
+
+
+def _beside(column: Column, opened: OpenSegment, rows: np.ndarray | slice) -> Any:
+    """Return the values of a kept column or of weights, as ``writer.arrow_table`` takes them."""
+    if column.role == "keep":
+        values = opened.column(staged_name("keep", column.name))
+        return values[rows] if isinstance(rows, slice) else values.take(pa.array(rows))
+    weights = opened.column(staged_name("weights", weighted_column(column)))
+    items, ends = items_of(rows, weights.offsets.to_numpy())
+    return weights.values.to_numpy()[items].astype(np.float32), ends

@@ -69,9 +69,10 @@ def infer(output: Path, label: str | None, inputs: Sequence[str], columns: Seque
     log = _infer(output.stem, find_label(label, facts, sample), facts, sample, inputs)
     named = [] if columns is None else ["--columns", ",".join(columns)]
     command = _command("preprocess", "--infer", str(output), "--label", label, *named, "--input", *inputs)
+    has_dense = any(choice.settings["role"] == "dense" for choice in log.choices.values())
     then = [
         _command("preprocess", "--schema", str(output), "--input", *inputs, "--output", f"data/{output.stem}"),
-        _command("fit", "--config", "dlrm.yaml", "--config", "own_data.yaml", "--data.path", f"data/{output.stem}"),
+        fit_command(f"data/{output.stem}", has_dense),
     ]
     with written_aside(output) as partial:
         partial.write_text(_schema_text(log, sample, command, then), encoding="utf-8")
@@ -101,6 +102,13 @@ def _infer(name: str, label: SampledLabel, facts: Sequence[Facts], sample: Sampl
     )
     split, reason = _split(facts, choices, label, sample, inputs)
     return _Inferred(name=name, label=label, facts=facts, choices=choices, split=split, split_reason=reason)
+
+
+def fit_command(data: str, has_dense: bool) -> str:
+    """Return the command that trains DLRM on the dataset folder of a log."""
+    # DLRM's bottom MLP takes dense features.
+    without = [] if has_dense else ["--model.network.bottom_mlp", "[]"]
+    return _command("fit", "--config", "dlrm.yaml", "--config", "own_data.yaml", "--data.path", data, *without)
 
 
 def _command(command: str, *arguments: str) -> str:

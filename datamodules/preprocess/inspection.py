@@ -14,7 +14,7 @@ from datamodules.preprocess.leakage import render_equal_rows
 from datamodules.preprocess.progress import StageTime
 from datamodules.preprocess.skew import vocabulary_skew
 from lightning_dlrm.contracts.documents import parse_json
-from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, Column, DatasetSchema
+from lightning_dlrm.contracts.schema import CRITEO_DENSE, SCHEMA_FILE, SPLITS, Column, DatasetSchema
 
 REPORT_FILE = "report.json"
 """How a dataset was made: inputs, options, times. Not part of dataset.json, because it differs from run to run."""
@@ -115,6 +115,7 @@ def render(facts: Mapping[str, Any]) -> str:
     settings = "".join(
         f", {name} {'for each column' if isinstance(value, Mapping) else value}"
         for name, value in facts["settings"].items()
+        if name != "schema"  # of a log, which the columns describe
     )
     lines = [
         Folder(facts["folder"]) / SCHEMA_FILE,
@@ -292,11 +293,14 @@ def _column_lines(schema: DatasetSchema) -> list[str]:
     report = schema.report
     rows = sum(count for _, count in report["rows_per_file"])
     counts = [report.get(fact, {}) for fact in ("distinct", "kept", "unknown")]
+    # Criteo's bins B1..B13 are made of I1..I13.
+    missing = {f"B{name[1:]}": count for name, count in report["missing"].items() if name in CRITEO_DENSE}
+    missing |= report["missing"]
     header = ("column", "missing", "values", "kept", "unknown rows", "table rows")
     body = [
         (
             column.name,
-            f"{report['missing'][column.name.replace('B', 'I')] / rows:.2%}" if rows else "",
+            f"{missing[column.name] / rows:.2%}" if rows and column.name in missing else "",
             *(f"{of_columns[column.name]:,}" if column.name in of_columns else "" for of_columns in counts),
             f"{column.cardinality:,}" if column.cardinality else "",
         )

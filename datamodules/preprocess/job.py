@@ -23,7 +23,7 @@ Each finished file has a record beside it, see ``journal``.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 
 from datamodules.folder import Folder
-from datamodules.preprocess.counting import count_column, count_edges, look_up_column
+from datamodules.preprocess.counting import count_column, fit_column, look_up_column
 from datamodules.preprocess.criteo_tsv import COLUMNS
 from datamodules.preprocess.encoding import Encoding, encode_part, part_jobs, rows_per_split
 from datamodules.preprocess.inspection import REPORT_FILE, write_report
@@ -45,16 +45,27 @@ from datamodules.preprocess.journal import (
     remove_partial_files,
     written_aside,
 )
-from datamodules.preprocess.options import Options
-from datamodules.preprocess.progress import Estimate, Progress
+from datamodules.preprocess.log_reader import count_quotes, open_reader
+from datamodules.preprocess.log_recipe import LogOptions
+from datamodules.preprocess.options import Fitted, Options
+from datamodules.preprocess.progress import CRITEO_ROW_BYTES, Estimate, Progress, estimate, fields_of
 from datamodules.preprocess.protocols import Span, SplitRule, Table
 from datamodules.preprocess.sources import RawFile
-from datamodules.preprocess.staging import Segment, StageJob, save_segments, segment_path, stage
+from datamodules.preprocess.staging import (
+    CriteoReader,
+    OpenSegment,
+    Reader,
+    Segment,
+    StageJob,
+    load_segments,
+    save_segments,
+    segment_path,
+    stage,
+)
 from datamodules.preprocess.workers import Workers
 from datamodules.writer import data_file
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import (
-    CRITEO_CATEGORICAL,
     CRITEO_DENSE,
     CRITEO_LABEL,
     SPLITS,
@@ -80,6 +91,7 @@ def columns_of_dataset(
     known: DatasetSchema | None,
     labelled: bool,
     counted: Mapping[str, Mapping[str, Any]],
+    kept: Mapping[str, str],
 ) -> tuple[Column, ...]:
     """Return the columns of the dataset.
 
@@ -88,48 +100,34 @@ def columns_of_dataset(
         known: the schema of the dataset whose vocabulary is used, if any.
         labelled: whether the rows have labels.
         counted: for each table the result of ``count_column``.
+        kept: types of kept columns.
     """
     label = (Column(name=CRITEO_LABEL, role="label"),) if labelled else ()
+    beside = (Column(name=name, role="keep", transform=kind) for name, kind in kept.items())
+    recipe = encoding.recipe
     if known is not None:
-        return (*label, *(column for column in known.columns if column.role != "label"))
-    options, rules, bags = encoding.options, encoding.protocol, encoding.options.bags
-    dense = (
-        Column(name=name, role="dense", transform=rules.dense_words.format(minimum=encoding.minimum.get(name, "")))
-        for name in (CRITEO_DENSE if rules.dense else ())
-    )
-    tables = (
-        Column(
-            name=table.name,
-            role="multi_hot" if bags and bags.size(table.name) > 1 else "categorical",
-            cardinality=counted[table.name]["cardinality"],
-            transform=_category_words(options, table),
-            reserved=counted[table.name]["reserved"],
+        features = [column for column in known.columns if column.role not in ("label", "keep")]
+    else:
+        bags = recipe.bags
+        features = [Column(name=d.name, role="dense", transform=d.words) for d in recipe.dense(encoding.fitted)]
+        features += (
+            Column(
+                name=table.name,
+                role="multi_hot" if table.bag or (bags and bags.size(table.name) > 1) else "categorical",
+                cardinality=counted[table.name]["cardinality"],
+                transform=table.words,
+                reserved=counted[table.name]["reserved"],
+            )
+            for table in encoding.tables
         )
-        for table in encoding.tables
-    )
-    return (*label, *dense, *tables)
-
-
-def _category_words(options: Options, table: Table) -> str:
-    """Describe the encoding of a categorical column."""
-    rules, words, source = options.rules, options.rules.category_words, table.source
-    if options.threshold > 1:
-        words += f"; rare is below {options.threshold}"
-    if table.edges is not None:
-        return f"quantile({options.quantiles}): bins of the training split up to each of settings.edges; {words}"
-    if source not in CRITEO_CATEGORICAL:
-        missing = "missing as 0, " if rules.missing_bin_as_value else ""
-        return f"{missing}floor(log(x)^2) where x > 2, {words}"
-    if options.max_rows is not None and rules.modulo:
-        modulo = f"{rules.modulo} % {options.max_rows}"
-        words = f"{modulo}, {words}" if rules.modulo == "hash" else f"{words}, {modulo}"
-    if options.bags and options.bags.size(source) > 1:
-        words += f"; a bag of {options.bags.size(source)}: the id and {options.multi_hot_distribution} ones"
-    return words
+        features += recipe.weights()
+    columns = {column.name: column for column in (*features, *beside)}
+    order = recipe.schema.made if isinstance(recipe, LogOptions) else list(columns)
+    return (*label, *(columns[name] for name in order))
 
 
 def report_of(
-    options: Options,
+    options: Options | LogOptions,
     rows_per_file: list[list[Any]],
     facts: Sequence[Mapping[str, Any]],
     counted: Mapping[str, Mapping[str, Any]],
@@ -146,11 +144,13 @@ def report_of(
         cells: of the schema.
         bad_rows: rows that were skipped.
     """
-    columns = (*CRITEO_DENSE, *CRITEO_CATEGORICAL)
-    tables = [table.name for table in options.rules.tables()]
+    tables = [table.name for table in options.tables(Fitted())]
     return {
         "rows_per_file": rows_per_file,
-        "missing": {name: sum(of_segment["missing"][name] for of_segment in facts) for name in columns},
+        "missing": {
+            name: sum(of_segment["missing"].get(source, 0) for of_segment in facts)
+            for name, source in options.missing_sources().items()
+        },
         **(
             {fact: {name: counted[name][fact] for name in tables} for fact in ("distinct", "kept")}
             if options.encoding_of is None
@@ -164,6 +164,8 @@ def report_of(
 class _Staged:
     """Results of the first stage."""
 
+    whose: str
+    """Whose lines are expected, for messages."""
     rows: dict[str, int]
     """Good rows of each file."""
     lines: dict[str, int]
@@ -192,7 +194,7 @@ class _Staged:
         if len(bad) > max(_TOLERATED_BAD_ROWS, facts["rows"]):
             raise UserError(
                 f"{path}: {len(bad):,} of {facts['lines']:,} lines from line {self.lines[path] + 1:,} on are not "
-                f"Criteo's, such as line {bad[0][1]:,}: {bad[0][2]}; give another file"
+                f"{self.whose}, such as line {bad[0][1]:,}: {bad[0][2]}; give another file"
             )
         if facts["rows"]:
             arrow = segment_path(job.folder, index).with_suffix(".arrow")
@@ -209,7 +211,7 @@ class _Staged:
 class Job:
     """One run of ``preprocess``, in its working folder."""
 
-    options: Options
+    options: Options | LogOptions
     known: DatasetSchema | None
     """Schema of the dataset whose vocabulary is used."""
     vocabulary: Folder | None
@@ -217,16 +219,47 @@ class Job:
     files: list[RawFile]
     piece_bytes: int
     progress: Progress
+    fitted: Fitted
+    """What the dataset whose vocabulary is used was fitted to."""
     folder: Path = field(init=False)
-    estimate: Estimate = field(init=False)
 
     @cached_property
+    def readers(self) -> list[Reader]:
+        """Of each file. Rows without labels need a vocabulary.
+
+        Raises:
+            UserError: a log has other columns than its schema, or some of its files have labels and others have not.
+        """
+        if isinstance(self.options, Options):
+            labelled = self.known is None or fields_of(self.files[0]) != len(COLUMNS) - 1
+            return [CriteoReader(labelled=labelled) for _ in self.files]
+        schema, is_new = self.options.schema, self.known is None
+        readers = [open_reader(file, schema, is_new) for file in self.files]
+        for file, reader in zip(self.files, readers, strict=True):
+            require(
+                reader.labelled == readers[0].labelled,
+                f"{file.path} has {'labels' if reader.labelled else 'no labels'}, unlike {self.files[0].path}; give "
+                "files with labels, or without",
+            )
+        return [count_quotes(file, reader, self.piece_bytes) for file, reader in zip(self.files, readers, strict=True)]
+
+    @property
     def labelled(self) -> bool:
-        """Whether rows have labels; rows without labels need a vocabulary."""
-        return self.known is None or self.estimate.fields != len(COLUMNS) - 1
+        return self.readers[0].labelled
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """What the run takes."""
+        if isinstance(self.options, Options):
+            return estimate(self.files, CRITEO_ROW_BYTES[self.options.multi_hot is not None])
+        columns = len(self.options.schema.columns)
+        known_rows = {file.path: reader.rows for file, reader in zip(self.files, self.readers, strict=True)}
+        return estimate(self.files, (12 * columns, 8 * columns), known_rows)
 
     def stage_folder(self, file: RawFile) -> Path:
-        how = [VERSION, file.key, self.piece_bytes, self.labelled, self.options.on_bad_row]
+        how: list[Any] = [VERSION, file.key, self.piece_bytes, self.labelled, self.options.on_bad_row]
+        if isinstance(self.options, LogOptions):
+            how += [self.options.schema.document(), self.known is None]
         return self.folder / "stage" / fingerprint(how)[:16]
 
     @cached_property
@@ -257,36 +290,31 @@ class Job:
         """Make the dataset in ``encode_folder / "result"`` and return its schema."""
         options = self.options
         staged = self._stage(pool)
+        segments = self.encode_folder / "segments"
+        save_segments(segments, staged.segments)
         encoding = Encoding(
-            options=options,
-            segments=self.encode_folder / "segments",
-            rule=self._rule(staged),
+            recipe=options,
+            segments=segments,
+            rule=self._rule(staged, segments),
             folder=self.encode_folder,
-            minimum=self._minimum(staged),
+            fitted=self.fitted,
         )
-        save_segments(encoding.segments, staged.segments)
-        encoding = replace(encoding, edges=self._edges(pool, encoding, staged.all_rows))
+        if self.known is None:
+            encoding = replace(encoding, fitted=self._fit(pool, encoding, staged))
         counted = self._count(pool, encoding, staged)
-        columns = columns_of_dataset(encoding, self.known, self.labelled, counted)
+        columns = columns_of_dataset(encoding, self.known, self.labelled, counted, _kept_types(staged.facts))
         splits, cells = self._encode(pool, encoding, columns, staged)
         result = encoding.result
         if options.on_bad_row == "skip":
             _write_bad_rows(result / BAD_ROWS_FILE, staged.bad_rows)
-        bags = options.bags
         schema = DatasetSchema(
             dataset=options.dataset,
             protocol=options.protocol,
             columns=columns,
             splits=splits,
-            settings=(
-                dict(self.known.settings)
-                if self.known
-                else options.settings(minimum=encoding.minimum, edges=encoding.edges)
-            ),
-            vocabulary={
-                table.name: data_file(result, f"vocabulary/{table.name}.parquet") for table in options.rules.tables()
-            },
-            indices={c.name: bags.size(c.name) for c in columns if c.role == "multi_hot"} if bags else {},
+            settings=(dict(self.known.settings) if self.known else options.settings(encoding.fitted)),
+            vocabulary={table.name: data_file(result, f"vocabulary/{table.name}.parquet") for table in encoding.tables},
+            indices=_bag_sizes(options, columns, staged.facts),
             cells=cells,
             report=report_of(
                 options,
@@ -306,19 +334,23 @@ class Job:
         jobs = [
             StageJob(
                 source=file,
+                reader=reader,
                 index=index,
+                segments=segments,
                 folder=folder,
                 piece_bytes=self.piece_bytes,
-                labelled=self.labelled,
                 skip_bad_rows=self.options.on_bad_row == "skip",
             )
-            for file, folder in zip(self.files, folders, strict=True)
-            for index in (range(-(-file.size // self.piece_bytes)) if file.compression == "none" else (None,))
+            for file, folder, reader in zip(self.files, folders, self.readers, strict=True)
+            for index, segments in reader.jobs(file, self.piece_bytes)
         ]
-        staged = _Staged(rows={file.path: 0 for file in self.files}, lines={file.path: 0 for file in self.files})
+        whose = "Criteo's" if isinstance(self.options, Options) else "as the schema says"
+        staged = _Staged(
+            whose=whose, rows={file.path: 0 for file in self.files}, lines={file.path: 0 for file in self.files}
+        )
         with self.progress.stage("stage", poll=_staged_so_far(folders, self.estimate.text_bytes)) as shown:
             for job, of_job in zip(jobs, pool.map(stage, jobs), strict=True):
-                for index, facts in enumerate(of_job, job.index or 0):
+                for index, facts in enumerate(of_job, job.segments.start if job.segments else 0):
                     staged.add(job, index, facts)
             for file in self.files:
                 self._require_rows(file, staged)
@@ -328,43 +360,61 @@ class Job:
     def _require_rows(self, file: RawFile, staged: _Staged) -> None:
         path = file.path
         lines = staged.lines[path]
-        require(lines, f"{path} is empty; expected Criteo lines of {len(COLUMNS)} fields: download it again")
+        expected = f"Criteo lines of {len(COLUMNS)} fields" if isinstance(self.options, Options) else "rows"
+        require(lines, f"{path} is empty; expected {expected}: download it again")
         if not staged.rows[path]:
+            has_bad = any(name == file.name for name, _, _ in staged.bad_rows)
+            require(has_bad, f"{path} has a header and no rows; give files with rows")
             _, line, fault = next(bad for bad in staged.bad_rows if bad[0] == file.name)
             raise UserError(f"{path}: all {lines:,} lines are bad, such as line {line:,}: {fault}")
 
-    def _rule(self, staged: _Staged) -> SplitRule:
+    def _rule(self, staged: _Staged, segments: Path) -> SplitRule:
         if self.known is not None:
-            require(staged.all_rows, "the input has no rows to encode; give a file with Criteo lines")
+            require(staged.all_rows, "the input has no rows to encode; give a file with rows")
             return SplitRule(spans=(Span(split="test", start=0, stop=staged.all_rows),))
+        if isinstance(self.options, LogOptions):
+            return self.options.rule(self.files, list(staged.rows.values()), partial(_split_keys, segments))
         return SplitRule(
             spans=self.options.rules.split(self.options.dataset, list(staged.rows.values())),
             seed=self.options.seed,
             negative_sampling_rate=self.options.negative_sampling_rate,
         )
 
-    def _minimum(self, staged: _Staged) -> dict[str, int]:
-        """Return the minimum of each integer column over all input, if the protocol needs it."""
-        if not self.options.rules.dense_needs_minimum:
-            return {}
-        if self.known is not None:
-            return dict(self.known.settings["minimum"])
-        return {name: min(facts["minimum"][name] for facts in staged.facts) for name in CRITEO_DENSE}
+    def _fit(self, pool: Workers, encoding: Encoding, staged: _Staged) -> Fitted:
+        """Return what the transforms of numbers take from the rows."""
+        options, minimum = self.options, {}
+        if isinstance(options, Options) and options.rules.dense_needs_minimum:
+            minimum = {name: min(facts["minimum"][name] for facts in staged.facts) for name in CRITEO_DENSE}
+        fits, found = options.fits(), {}
+        if fits:
+            with self.progress.stage("bins", staged.all_rows) as shown:
+                for fit, facts in zip(fits, pool.map(partial(fit_column, encoding), fits), strict=True):
+                    found[fit.name] = facts
+                    shown.advance(staged.all_rows / len(fits))
+        return Fitted(
+            minimum=minimum,
+            edges={name: facts["edges"] for name, facts in found.items() if "edges" in facts},
+            scales={name: (facts["scale"][0], facts["scale"][1]) for name, facts in found.items() if "scale" in facts},
+        )
 
-    def _edges(self, pool: Workers, encoding: Encoding, rows: int) -> dict[str, list[int]]:
-        """Return the edges of each integer column's quantile bins, if the protocol has such bins."""
-        if self.options.quantiles is None:
-            return {}
+    def _check_splits(self, files: Mapping[SplitName, list[DataFile]], positives: Mapping[SplitName, int]) -> None:
+        """Check that each split has rows, and in a log rows of both labels.
+
+        Raises:
+            UserError: a split has none.
+        """
         if self.known is not None:
-            return dict(self.known.settings["edges"])
-        edges = {}
-        with self.progress.stage("bins", rows) as shown:
-            for name, of_column in zip(
-                CRITEO_DENSE, pool.map(partial(count_edges, encoding), CRITEO_DENSE), strict=True
-            ):
-                edges[name] = of_column
-                shown.advance(rows / len(CRITEO_DENSE))
-        return edges
+            return
+        is_log = isinstance(self.options, LogOptions)
+        for split in self.options.wanted_splits():
+            remedy = "change split in the schema" if is_log else "keep more negatives"
+            require(split in files, f"no rows are left in the {split} split; give more input, or {remedy}")
+            rows = sum(file.rows for file in files[split])
+            require(
+                not is_log or 0 < positives[split] < rows,
+                f"all {rows:,} labels of the {split} split are {int(positives[split] > 0)}; expected both: give more "
+                "input, or change label or split in the schema",
+            )
 
     def _count(self, pool: Workers, encoding: Encoding, staged: _Staged) -> dict[str, dict[str, Any]]:
         """Return the results of ``count_column`` or ``look_up_column`` by column."""
@@ -403,11 +453,7 @@ class Job:
                     for kind, rows_of_kind in counts.items():
                         of_table[kind] += rows_of_kind
                 shown.advance(file.rows)
-        for split in SPLITS:
-            require(
-                split in files or self.known is not None,
-                f"no rows are left in the {split} split; give more input, or keep more negatives",
-            )
+        self._check_splits(files, positives)
         made: dict[str, Split] = {
             split: Split(
                 rows=sum(file.rows for file in files[split]),
@@ -418,6 +464,34 @@ class Job:
             if split in files
         }
         return made, cells
+
+
+def _split_keys(segments: Path) -> Iterator[np.ndarray]:
+    """Yield what each segment is split by."""
+    for segment in load_segments(segments):
+        with OpenSegment(segment) as opened:
+            assert opened.split_keys is not None
+            yield opened.split_keys
+
+
+def _kept_types(facts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the type of each kept column: that of all segments, or text if they differ."""
+    found: dict[str, set[str]] = {}
+    for of_segment in facts:
+        for name, kind in of_segment.get("kept", {}).items():
+            found.setdefault(name, set()).add(kind)
+    return {name: kinds.pop() if len(kinds) == 1 else "text" for name, kinds in found.items()}
+
+
+def _bag_sizes(
+    options: Options | LogOptions, columns: Sequence[Column], facts: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Return the mean number of ids in the bags of each multi-hot column."""
+    if isinstance(options, Options):
+        return options.bag_sizes(columns)
+    rows = sum(of_segment["rows"] for of_segment in facts)
+    bags = [column.name for column in columns if column.role == "multi_hot"]
+    return {name: sum(of_segment["items"][name] for of_segment in facts) / max(rows, 1) for name in bags}
 
 
 def _staged_so_far(folders: Sequence[Path], text_bytes: float) -> Callable[[], tuple[int, float]]:

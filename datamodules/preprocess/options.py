@@ -8,18 +8,37 @@ numpy's global generator; here each id is mixed with the seed, so that any row c
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
-from datamodules.folder import Folder, load_schema
-from datamodules.preprocess.protocols import DATASETS, PROTOCOLS, Dataset, Protocol, find_protocol, mixed
-from datamodules.preprocess.transforms import MOST_QUANTILE_BINS
+from datamodules.folder import Folder
+from datamodules.preprocess.protocols import (
+    DATASETS,
+    PROTOCOLS,
+    Dataset,
+    Dense,
+    Fit,
+    Protocol,
+    Table,
+    find_protocol,
+    mixed,
+)
+from datamodules.preprocess.transforms import MOST_QUANTILE_BINS, DenseTransform
 from lightning_dlrm.contracts.documents import parse_json
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, SCHEMA_FILE, DatasetSchema
+from lightning_dlrm.contracts.schema import (
+    CRITEO_CATEGORICAL,
+    CRITEO_DENSE,
+    SCHEMA_FILE,
+    SPLITS,
+    Column,
+    DatasetSchema,
+    SplitName,
+)
 
 Distribution = Literal["uniform", "pareto"]
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
@@ -83,6 +102,22 @@ class _OfColumns:
 
     minimum: Mapping[str, int]
     edges: Mapping[str, list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What the transforms of numbers take from the counted rows; by column, empty as far as no transform needs it."""
+
+    minimum: Mapping[str, int] = field(default_factory=dict)
+    """Over all rows."""
+    edges: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Of quantile bins."""
+    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Of standard and minmax: what is subtracted, and what the difference is divided by."""
+
+
+def _with_minimum(transform: DenseTransform, minimum: int, values: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    return transform(values, missing, minimum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +208,79 @@ class Options:
     def bags(self) -> MultiHot | None:
         return MultiHot(distribution=self.multi_hot_distribution, seed=self.seed) if self.multi_hot else None
 
-    def settings(self, **of_columns: Mapping[str, Any]) -> dict[str, Any]:
+    @property
+    def counted(self) -> tuple[SplitName, ...]:
+        """The splits over which vocabularies are counted."""
+        return SPLITS if self.rules.counts == "all rows" else ("train",)
+
+    @property
+    def fitted_on(self) -> tuple[SplitName, ...]:
+        return ("train",)
+
+    def fits(self) -> tuple[Fit, ...]:
+        """Return the transforms to fit."""
+        bins = self.quantiles
+        names = () if bins is None else CRITEO_DENSE
+        return tuple(Fit(name=name, source=name, transform="quantile", bins=bins or 0) for name in names)
+
+    def dense(self, fitted: Fitted) -> tuple[Dense, ...]:
+        """Return the dense columns."""
+        transform = self.rules.dense
+        if transform is None:
+            return ()
+        minimum = fitted.minimum
+        return tuple(
+            Dense(
+                name=name,
+                source=name,
+                words=self.rules.dense_words.format(minimum=minimum.get(name, "")),
+                transform=partial(_with_minimum, transform, int(minimum.get(name, 0))),
+            )
+            for name in CRITEO_DENSE
+        )
+
+    def tables(self, fitted: Fitted) -> tuple[Table, ...]:
+        """Return the categorical columns, in the order of the dataset."""
+        tables = self.rules.tables(self.threshold, self.max_rows, fitted.edges)
+        return tuple(replace(table, words=self._words(table)) for table in tables)
+
+    def _words(self, table: Table) -> str:
+        rules, words, source = self.rules, self.rules.category_words, table.source
+        if self.threshold > 1:
+            words += f"; rare is below {self.threshold}"
+        if table.bins == "quantile":
+            return f"quantile({self.quantiles}): bins of the training split up to each of settings.edges; {words}"
+        if table.bins is not None:
+            missing = "missing as 0, " if rules.missing_bin_as_value else ""
+            return f"{missing}floor(log(x)^2) where x > 2, {words}"
+        if self.max_rows is not None and rules.modulo:
+            modulo = f"{rules.modulo} % {self.max_rows}"
+            words = f"{modulo}, {words}" if rules.modulo == "hash" else f"{words}, {modulo}"
+        if self.bags and self.bags.size(source) > 1:
+            words += f"; a bag of {self.bags.size(source)}: the id and {self.multi_hot_distribution} ones"
+        return words
+
+    def weights(self) -> tuple[Column, ...]:
+        """Return the columns of weights."""
+        return ()
+
+    def wanted_splits(self) -> tuple[SplitName, ...]:
+        """Return the splits that must have rows."""
+        return SPLITS
+
+    def missing_sources(self) -> dict[str, str]:
+        """Return the columns whose missing values are reported, each with its column of segments."""
+        return {name: name for name in (*CRITEO_DENSE, *CRITEO_CATEGORICAL)}
+
+    def bag_sizes(self, columns: Sequence[Column]) -> dict[str, float]:
+        """Return the ids of a row in each multi-hot column."""
+        bags = self.bags
+        return {c.name: bags.size(c.name) for c in columns if c.role == "multi_hot"} if bags else {}
+
+    def settings(self, fitted: Fitted) -> dict[str, Any]:
         """Return what shapes the encoding, as the schema keeps it: options, and what is known of integer columns, see
         ``OF_COLUMNS``, as far as the protocol needs it."""
+        of_columns = {"minimum": fitted.minimum, "edges": fitted.edges}
         values, sampled, bags = self.document(), self.negative_sampling_rate < 1, self.multi_hot is not None
         shaping = {
             "max_rows": self.max_rows is not None,
@@ -195,20 +300,24 @@ class Options:
 
 
 def options_of(
-    vocabulary: Folder | None, *, dataset: Dataset | None, protocol: str | None, **others: Any
-) -> tuple[Options, DatasetSchema | None]:
-    """Return the options, and the schema of the dataset whose vocabulary is used.
+    schema: DatasetSchema | None,
+    vocabulary: Folder | None,
+    *,
+    dataset: Dataset | None,
+    protocol: str | None,
+    **others: Any,
+) -> tuple[Options, Fitted]:
+    """Return the options, and what the dataset whose vocabulary is used was fitted to.
 
     With a vocabulary, its dataset decides about every option except ``on_bad_row``.
 
     Raises:
         UserError: an option is out of range, missing, or contradicts the vocabulary.
     """
-    if vocabulary is None:
+    if schema is None or vocabulary is None:
         for name, wanted, choices in (("dataset", dataset, DATASETS), ("protocol", protocol, PROTOCOLS)):
             require(wanted is not None, f"no {name} is given; give --{name}, one of {', '.join(choices)}")
-        return Options(dataset=dataset, protocol=protocol, **others), None  # type: ignore[arg-type]
-    schema = load_schema(vocabulary)
+        return Options(dataset=dataset, protocol=protocol, **others), Fitted()  # type: ignore[arg-type]
     require(
         schema.protocol in PROTOCOLS and schema.vocabulary,
         f"{vocabulary} has the protocol {schema.protocol!r} and {len(schema.vocabulary)} vocabularies; give a "
@@ -233,4 +342,4 @@ def options_of(
             not is_needed or set(getattr(of_columns, name)) == set(CRITEO_DENSE),
             f"{where} has no {name} of each integer column; {advice}",
         )
-    return options, schema
+    return options, Fitted(minimum=of_columns.minimum, edges=of_columns.edges)

@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.folder import Folder, failures_as_user_errors, file_system, is_disk_full, is_remote
+from datamodules.folder import Folder, failures_as_user_errors, file_system, is_disk_full, is_remote, load_schema
+from datamodules.log_schema import LogSchema
 from datamodules.preprocess.inspection import REPORT_FILE
 from datamodules.preprocess.job import VERSION, Job
 from datamodules.preprocess.journal import find_records, fingerprint, locked
-from datamodules.preprocess.options import options_of
-from datamodules.preprocess.progress import Progress, estimate
+from datamodules.preprocess.log_recipe import LOG_PROTOCOL, LogOptions, known_options
+from datamodules.preprocess.options import Fitted, Options, options_of
+from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import Dataset
 from datamodules.preprocess.sources import RawFile, find_files
 from datamodules.preprocess.staging import PIECE_BYTES
@@ -243,17 +245,19 @@ def preprocess(
     workers: int | None = None,
     scheduler: str | None = None,
     work: Path | str | None = None,
+    schema: LogSchema | None = None,
     **options: Any,
 ) -> DatasetSchema:
-    """Make a dataset folder of raw Criteo files.
+    """Make a dataset folder of raw Criteo files, or of a click log by its schema.
 
     Equal input gives equal bytes, for any number of workers and interruptions: the same call resumes an interrupted
     run. A finished dataset is left as it is. The memory of a worker is bounded, whatever the number of rows.
 
     Args:
-        dataset: ``kaggle`` or ``terabyte``; decides how rows are split. None with a vocabulary.
-        protocol: how raw values become features, a name of ``protocols.PROTOCOLS``. None with a vocabulary.
-        inputs: TSV files in the order of days, plain, gzip or Zstandard; paths, or URLs that fsspec knows.
+        dataset: ``kaggle`` or ``terabyte``; decides how rows are split. None with a vocabulary or a schema.
+        protocol: how raw values become features, a name of ``protocols.PROTOCOLS``. None with a vocabulary or a schema.
+        inputs: Criteo's TSV files in the order of days, or the files of the log; text may be compressed by gzip or
+            Zstandard; paths, or URLs that fsspec knows.
         output: the folder to make, a path or a URL; it must not exist, or be empty.
         max_rows: see ``Options``, as for the other ``options``.
         progress: shows and times the stages, by default on standard error; a finished dataset has no stages.
@@ -263,7 +267,8 @@ def preprocess(
         workers: processes; None for one per core, or for this process alone if the input is small.
         scheduler: the address of a Dask scheduler, whose workers then do the work.
         work: the folder for the hidden working folder; None for that of ``output``.
-        options: further fields of ``Options``.
+        schema: of the log; it takes the place of ``dataset``, ``protocol`` and ``max_rows``.
+        options: further fields of ``Options``; with a schema only ``on_bad_row``.
 
     Raises:
         UserError: an argument, a path or a line of a file is wrong, the disk is too small, a worker died, or the
@@ -271,20 +276,56 @@ def preprocess(
     """
     progress = progress or Progress()
     known_folder = None if vocabulary is None else Folder(vocabulary)
-    chosen, known = options_of(known_folder, dataset=dataset, protocol=protocol, max_rows=max_rows, **options)
-    if known is None and chosen.rules.superseded_by:
-        progress.note(chosen.rules.superseded_by)
+    known = None if known_folder is None else load_schema(known_folder)
+    chosen: Options | LogOptions
+    fitted = Fitted()
+    if schema is not None or (known is not None and known.protocol == LOG_PROTOCOL):
+        require(schema is None or known is None, "both a schema and a vocabulary are given; leave one out")
+        given = {"dataset": dataset, "protocol": protocol, "max_rows": max_rows, **options}
+        on_bad_row = given.pop("on_bad_row", "fail")
+        _require_no_criteo_options(given)
+        if schema is not None:
+            chosen = LogOptions(schema=schema, on_bad_row=on_bad_row)
+        else:
+            assert known is not None and known_folder is not None
+            chosen, fitted = known_options(known, known_folder, on_bad_row)
+    else:
+        chosen, fitted = options_of(
+            known, known_folder, dataset=dataset, protocol=protocol, max_rows=max_rows, **options
+        )
+        if known is None and chosen.rules.superseded_by:
+            progress.note(chosen.rules.superseded_by)
     require(workers is None or workers >= 1, f"workers is {workers}, expected at least 1")
     require(
         workers is None or scheduler is None,
         "both workers and a scheduler are given, but a cluster has workers of its own: leave one out",
     )
-    files = find_files([str(path) for path in inputs])
+    files = find_files([str(path) for path in inputs], of_criteo=isinstance(chosen, Options))
     target = Target(str(output), None if work is None else Path(work))
     job = Job(
-        options=chosen, known=known, vocabulary=known_folder, files=files, piece_bytes=block_bytes, progress=progress
+        options=chosen,
+        known=known,
+        vocabulary=known_folder,
+        files=files,
+        piece_bytes=block_bytes,
+        progress=progress,
+        fitted=fitted,
     )
     return _run(job, target, workers, scheduler)
+
+
+def _require_no_criteo_options(given: Mapping[str, Any]) -> None:
+    """Refuse options of Criteo's protocols that are not at their default.
+
+    Raises:
+        UserError: one is given.
+    """
+    default = Options(dataset="kaggle", protocol="dlrm")
+    for name, value in given.items():
+        require(
+            value is None or (name not in ("dataset", "protocol") and value == getattr(default, name)),
+            f"{name} is {value}, which is an option of Criteo's protocols; with the schema of a log leave it out",
+        )
 
 
 def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -> DatasetSchema:
@@ -301,7 +342,6 @@ def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -
     count = _worker_count(job.files, job.vocabulary, workers, scheduler, small)
     with target.working_folder(worth_keeping=not small) as folder:
         job.progress.folder = job.folder = folder
-        job.estimate = estimate(job.files, multi_hot=job.options.multi_hot is not None)
         with open_workers(count, scheduler, folder, target.resume_hint) as pool:
             try:
                 job.prepare(pool)

@@ -6,7 +6,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,11 @@ _BAR = "{desc:<7}{percentage:3.0f}%|{bar:20}| [{elapsed}<{remaining}{postfix}]"
 
 _SAMPLE_BYTES = 4 << 20
 
-# Bytes a row, measured on 20M generated Criteo-shaped rows of 244 bytes of text: 86 staged, 6 for the ids of
+# Bytes a row of Criteo, measured on 20M generated Criteo-shaped rows of 244 bytes of text: 86 staged, 6 for the ids of
 # distinct values, 45 of Parquet. The larger figures leave room for the spilled values of the columns in work,
 # for vocabularies and for other protocols.
-_STAGED, _IDS, _RESULT, _MULTI_HOT = 95, 20, 65, 450
+CRITEO_ROW_BYTES = ((115, 65), (115, 515))
+"""Of disk, for staged rows and ids, and for the dataset; then the same with MLPerf's bags."""
 
 _ROWS_PER_WORKER_S = 250_000  # all stages together; 310,000 were measured on a core of an AMD EPYC
 _WORKERS_PER_DISK = 16  # more of them than this are not counted on: they share the disk
@@ -208,8 +209,6 @@ class Estimate:
     rows: float
     text_bytes: float
     """Uncompressed."""
-    fields: int
-    """Of the first line."""
     row_bytes: int
     """Of disk, at most."""
     result_row_bytes: int
@@ -248,8 +247,15 @@ class Estimate:
         )
 
 
-def estimate(files: Sequence[RawFile], multi_hot: bool) -> Estimate:
+def estimate(
+    files: Sequence[RawFile], row_bytes: tuple[int, int], known_rows: Mapping[str, int | None] | None = None
+) -> Estimate:
     """Estimate a run from the beginning of the first file of each compression; other files are assumed to be alike.
+
+    Args:
+        files: the inputs.
+        row_bytes: of disk, for staged rows and ids, and for the dataset.
+        known_rows: rows of some files, by their paths.
 
     Raises:
         UserError: one cannot be read.
@@ -257,31 +263,36 @@ def estimate(files: Sequence[RawFile], multi_hot: bool) -> Estimate:
     rows = text_bytes = 0.0
     samples = {}
     for file in files:
+        if (exact := (known_rows or {}).get(file.path)) is not None:
+            rows, text_bytes = rows + exact, text_bytes + file.size
+            continue
         if file.compression not in samples:
             samples[file.compression] = _sample(file)
-        text, lines, _ = samples[file.compression]
+        text, lines = samples[file.compression]
         rows, text_bytes = rows + file.size * lines, text_bytes + file.size * text
-    result_row_bytes = _RESULT + (_MULTI_HOT if multi_hot else 0)
-    return Estimate(
-        rows=rows,
-        text_bytes=text_bytes,
-        fields=samples[files[0].compression][2],
-        row_bytes=_STAGED + _IDS + result_row_bytes,
-        result_row_bytes=result_row_bytes,
-    )
+    return Estimate(rows=rows, text_bytes=text_bytes, row_bytes=sum(row_bytes), result_row_bytes=row_bytes[1])
 
 
-def _sample(file: RawFile) -> tuple[float, float, int]:
-    """Return bytes of text and lines for each stored byte, and the fields of the first line."""
+def fields_of(file: RawFile) -> int:
+    """Return the fields of the first line of a Criteo file; 1 if it cannot be decompressed."""
+    return _beginning(file)[0].partition(b"\n")[0].count(b"\t") + 1
+
+
+def _beginning(file: RawFile) -> tuple[bytes, int]:
+    """Return the beginning of a file's text, and the stored bytes that it takes."""
     with file.text() as text:
         try:
             sample = text.read(_SAMPLE_BYTES)
         except ValueError:
             sample = b""  # truncated or corrupt: the first stage names the place
         stored = text.stored.tell() if sample else 1
-    stored = len(sample) if file.compression == "none" else min(stored, file.size)
-    fields = sample.partition(b"\n")[0].count(b"\t") + 1
-    return len(sample) / max(stored, 1), sample.count(b"\n") / max(stored, 1), fields
+    return sample, len(sample) if file.compression == "none" else min(stored, file.size)
+
+
+def _sample(file: RawFile) -> tuple[float, float]:
+    """Return bytes of text and lines for each stored byte."""
+    sample, stored = _beginning(file)
+    return len(sample) / max(stored, 1), sample.count(b"\n") / max(stored, 1)
 
 
 def format_size(size: float) -> str:

@@ -68,7 +68,14 @@ class SplitRule:
     """Assigns every row to a split."""
 
     spans: tuple[Span, ...] = ()
-    """Rows by position; empty for random 8:1:1: of every ten rows, one goes to test and one to validation."""
+    """Rows by position; without spans and what follows, random 8:1:1: of every ten rows, one goes to test and one to
+    validation."""
+    ratios: tuple[float, ...] = ()
+    """At random by these shares of ``SPLITS``."""
+    cuts: tuple[int, ...] = ()
+    """By time: the last one of the training split, and of the validation split."""
+    by_value: bool = False
+    """By what segments have staged: positions in ``SPLITS``."""
     seed: int = 0
     negative_sampling_rate: float = 1.0
     """The share of training rows with label 0 that is kept."""
@@ -78,13 +85,14 @@ class SplitRule:
         """Whether the rows of each split follow from the spans alone."""
         return bool(self.spans) and self.negative_sampling_rate == 1.0
 
-    def split_of(self, start: int, rows: int, labels: np.ndarray | None) -> np.ndarray:
+    def split_of(self, start: int, rows: int, labels: np.ndarray | None, keys: np.ndarray | None = None) -> np.ndarray:
         """Return the split of some rows.
 
         Args:
             start: the position of the first, counted over all input files.
             rows: how many they are.
             labels: int8 [rows]; needed for negative sampling only.
+            keys: what a log is split by, see ``OpenSegment.split_keys``.
 
         Returns:
             int8 [rows]: the position of the split in ``SPLITS``, -1 for rows that are left out.
@@ -93,13 +101,19 @@ class SplitRule:
             codes = np.full(rows, -1, np.int8)
             for span in self.spans:
                 codes[max(span.start - start, 0) : max(span.stop - start, 0)] = SPLITS.index(span.split)
+        elif self.cuts or self.by_value:
+            assert keys is not None
+            codes = keys if self.by_value else np.searchsorted(self.cuts, keys).astype(np.int8)
+        elif self.ratios:
+            drawn = _uniform(mixed(self.seed, _SPLIT_STREAM, np.arange(start, start + rows, dtype=np.uint64)))
+            codes = np.searchsorted(np.cumsum(self.ratios[:-1]), drawn, side="right").astype(np.int8)
         else:
             codes = self._random_split(np.arange(start, start + rows, dtype=np.uint64))
         if self.negative_sampling_rate < 1.0:
             assert labels is not None
             negatives = np.flatnonzero((codes == _TRAIN) & (labels == 0))
             drawn = mixed(self.seed, _SAMPLING_STREAM, negatives.astype(np.uint64) + np.uint64(start))
-            kept = (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53 < self.negative_sampling_rate
+            kept = _uniform(drawn) < self.negative_sampling_rate
             codes[negatives[~kept]] = -1
         return codes
 
@@ -176,21 +190,76 @@ def mixed(seed: int, stream: int, values: np.ndarray) -> np.ndarray:
     return mix(mix(values * np.uint64(GOLDEN) + key))
 
 
+def _uniform(bits: np.ndarray) -> np.ndarray:
+    """Return numbers float64 [n] from 0 to 1 (not included) of random bits uint64 [n]."""
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 @dataclass(frozen=True, kw_only=True)
-class Table:
-    """A categorical column of the dataset."""
+class Fit:
+    """A transform of numbers to fit to the counted rows."""
+
+    name: str
+    """Under which the result is kept."""
+    source: str
+    """The column of segments."""
+    transform: Literal["quantile", "standard", "minmax"]
+    bins: int = 0
+    """The largest number of quantile bins."""
+    fill: float | None = None
+    """The number that missing ones count as; None if they do not count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """A dense column of the dataset."""
 
     name: str
     source: str
-    """The raw column that it is made of: ``C1..C26``, or ``I1..I13`` in bins."""
-    missing_as_value: bool
+    """The column of segments that it is made of."""
+    words: str
+    """Description of the transform."""
+    transform: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    """(values [n], 0 where missing; missing bool [n]) -> float32 [n], NaN being stored as null."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A categorical or multi-hot column of the dataset."""
+
+    name: str
+    source: str
+    """The column of segments that it is made of; of Criteo ``C1..C26``, or ``I1..I13`` in bins."""
+    words: str = ""
+    """Description of the encoding."""
+    is_text: bool = False
+    """Whether values are texts; otherwise they are uint32."""
+    bag: bool = False
+    """Whether rows have bags of values."""
+    missing_as_value: bool = False
     """Whether a missing value counts as the value 0, rather than as missing."""
-    edges: tuple[int, ...] | None = None
-    """Of quantile bins; None for log-squared bins, and for hashes."""
+    bins: Literal["log_squared", "quantile"] | None = None
+    """How numbers become categories; None for values that are categories."""
+    edges: tuple[float, ...] = ()
+    """Of quantile bins."""
+    min_count: int = 1
+    """Rarer values share the id ``rare``."""
+    reserved: Mapping[str, int] = field(default_factory=dict)
+    """Ids of ``missing``, ``rare`` and ``unknown`` values; several may share one."""
+    trained_rows: bool = False
+    """Whether reserved ids without a row in training give way to others, see ``trained_ids``."""
+    lists_rare: bool = False
+    """Whether the vocabulary lists rare values, so that they can be told from unknown ones in other rows."""
+    hash_modulo: int | None = None
+    """Modulus of raw hashes before counting."""
+    id_modulo: int | None = None
+    """Modulus of ids after counting."""
+    most_rows: int | None = None
+    """Rows of the table: beyond them, less frequent values are rare."""
 
     def binned(self, values: np.ndarray) -> np.ndarray:
-        """Return the bins uint32 [n] of integers int32 [n]."""
-        return log_squared_bins(values) if self.edges is None else quantile_bins(values, self.edges)
+        """Return the bins uint32 [n] of numbers [n]."""
+        return log_squared_bins(values) if self.bins == "log_squared" else quantile_bins(values, self.edges)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,29 +301,40 @@ class Protocol:
     superseded_by: str = ""
     """One line about the protocol that took this one's place."""
 
-    def tables(self, edges: Mapping[str, Sequence[int]] | None = None) -> tuple[Table, ...]:
+    def tables(
+        self, min_count: int, max_rows: int | None, edges: Mapping[str, Sequence[float]] | None = None
+    ) -> tuple[Table, ...]:
         """Return the categorical columns, in the order of the dataset.
 
         Args:
+            min_count: the threshold in force.
+            max_rows: what ``modulo`` takes values or ids by.
             edges: of the quantile bins of I1..I13, if they are known.
         """
-        bins = tuple(
-            Table(
-                name=self.bins + name[1:],
-                source=name,
-                missing_as_value=self.missing_bin_as_value,
-                edges=tuple(edges[name]) if edges else None,
-            )
-            for name in (CRITEO_DENSE if self.bins else ())
-        )
-        hashes = (Table(name=name, source=name, missing_as_value=self.missing_as_value) for name in CRITEO_CATEGORICAL)
-        return (*bins, *hashes)
+        sources = [*((self.bins + name[1:], name) for name in (CRITEO_DENSE if self.bins else ()))]
+        sources += [(name, name) for name in CRITEO_CATEGORICAL]
+        return tuple(self._table(*names, min_count, max_rows, edges or {}) for names in sources)
 
-    def reserved_of(self, table: Table, min_count: int) -> dict[str, int]:
-        """Return the reserved ids of a table; a protocol without any has ``rare`` if a threshold is set."""
-        if not self.reserved:
-            return {"rare": 0} if min_count > 1 else {}
-        return {name: row for name, row in self.reserved.items() if name != "missing" or not table.missing_as_value}
+    def _table(
+        self, name: str, source: str, min_count: int, max_rows: int | None, edges: Mapping[str, Sequence[float]]
+    ) -> Table:
+        is_bin = source in CRITEO_DENSE
+        missing_as_value = self.missing_bin_as_value if is_bin else self.missing_as_value
+        # A protocol without reserved ids has that of rare values if a threshold is set.
+        reserved = self.reserved or ({"rare": 0} if min_count > 1 else {})
+        return Table(
+            name=name,
+            source=source,
+            missing_as_value=missing_as_value,
+            bins=("log_squared" if self.quantiles is None else "quantile") if is_bin else None,
+            edges=tuple(edges.get(source, ())),
+            min_count=min_count,
+            reserved={kind: row for kind, row in reserved.items() if kind != "missing" or not missing_as_value},
+            trained_rows=self.trained_rows,
+            lists_rare=self.lists_rare,
+            hash_modulo=max_rows if self.modulo == "hash" else None,
+            id_modulo=max_rows if self.modulo == "id" else None,
+        )
 
 
 PLACEHOLDER_IDS: Mapping[str, int] = {"missing": -1, "rare": -2, "unknown": -3}
@@ -268,14 +348,20 @@ def trained_ids(reserved: Mapping[str, int], missing_rows: int, rare_rows: int, 
     missing ones get the id of rare ones.
 
     Args:
-        reserved: ids of ``missing``, ``rare`` and ``unknown``.
+        reserved: ids of ``rare``, ``unknown`` and, unless there are none as in bags, ``missing``.
         missing_rows: training rows whose value is missing.
         rare_rows: training rows whose value is rare.
         table_rows: rows of the table; there are no other values if all of them are reserved.
     """
     others = table_rows > max(reserved.values()) + 1
-    rare = reserved["rare"] if rare_rows else table_rows - 1 if others else reserved["missing"]
-    return {"missing": reserved["missing"] if missing_rows else rare, "rare": rare, "unknown": rare}
+    missing = reserved.get("missing")
+    if missing is None:
+        rare = table_rows - 1 if others and not rare_rows else reserved["rare"]
+        return {"rare": rare, "unknown": rare}
+    if missing == reserved["rare"]:
+        rare_rows = missing_rows = rare_rows + missing_rows
+    rare = reserved["rare"] if rare_rows else table_rows - 1 if others else missing
+    return {"missing": missing if missing_rows else rare, "rare": rare, "unknown": rare}
 
 
 def hash_modulo(values: np.ndarray, max_rows: int | None) -> np.ndarray:

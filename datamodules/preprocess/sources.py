@@ -1,5 +1,6 @@
 """Raw input files, given as paths or as URLs that fsspec knows."""
 
+import codecs
 import gzip
 import os
 import zlib
@@ -31,6 +32,8 @@ _FOREIGN = {
     b"\xfe\xff": "text in UTF-16",
 }
 """How files begin that are often given in place of raw text."""
+_OF_LOGS = ("a Parquet file", "text with a byte order mark", "text in UTF-16")
+"""Those that the schema of a log can read."""
 _FIRST_BYTES = 8
 _SUFFIX: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _NAMES = {"gzip": "gzip", "zstd": "Zstandard"}
@@ -69,12 +72,16 @@ class RawFile:
                 return file.read(stop - start)
 
     @contextmanager
-    def text(self) -> Iterator["TextReader"]:
-        """Open the uncompressed text for reading from its beginning."""
+    def text(self, encoding: str | None = None) -> Iterator["TextReader"]:
+        """Open the uncompressed text for reading from its beginning.
+
+        Args:
+            encoding: of the text, which is read as UTF-8; None to read it as it is.
+        """
         with _named(self.path):
             stored = self._opened()
         with closing(stored):
-            yield TextReader(self, stored)
+            yield TextReader(self, stored, encoding)
 
     def _opened(self) -> Any:
         if is_remote(self.path):
@@ -86,8 +93,10 @@ class RawFile:
 class TextReader:
     """The uncompressed text of a file."""
 
-    def __init__(self, source: RawFile, stored: IO[bytes]):
+    def __init__(self, source: RawFile, stored: IO[bytes], encoding: str | None = None):
         self.source, self.stored = source, stored
+        self._decoder = None if encoding is None else codecs.getincrementaldecoder(encoding)()
+        self._decoded = b""
         self._file: Any
         if source.compression == "gzip":
             self._file = gzip.GzipFile(fileobj=stored)
@@ -100,9 +109,20 @@ class TextReader:
         """Return the next bytes, as many as requested unless the file ends.
 
         Raises:
-            ValueError: the file is truncated or corrupt.
+            ValueError: the file is truncated or corrupt, or has another encoding.
             UserError: the file cannot be read.
         """
+        if self._decoder is None:
+            return self._read(size)
+        while len(self._decoded) < size:
+            stored = self._read(_PIECE)
+            self._decoded += self._decoder.decode(stored, final=not stored).encode()
+            if not stored:
+                break
+        found, self._decoded = self._decoded[:size], self._decoded[size:]
+        return found
+
+    def _read(self, size: int) -> bytes:
         name = _NAMES.get(self.source.compression)
         pieces, missing = [], size
         while missing:
@@ -125,26 +145,30 @@ class TextReader:
         return b"".join(pieces)
 
 
-def find_files(paths: Sequence[str]) -> list[RawFile]:
+def find_files(paths: Sequence[str], of_criteo: bool = True) -> list[RawFile]:
     """Find the input files.
+
+    Args:
+        paths: of the files.
+        of_criteo: whether they should be Criteo's text; otherwise they may be Parquet, and text in any encoding.
 
     Raises:
         UserError: there are no files, or a file is missing, unreadable, a folder, given twice, or not compressed as its
             suffix says.
     """
-    require(paths, "no input files; give at least one Criteo TSV file")
+    require(paths, "no input files; give at least one")
     seen: dict[str, str] = {}
     files = []
     for path in paths:
         with _named(path):
-            files.append(_find_remote(path) if is_remote(path) else _find_local(path))
+            files.append((_find_remote if is_remote(path) else _find_local)(path, of_criteo))
         same = path if is_remote(path) else str(Path(path).resolve())
         require(same not in seen, f"{path} is given twice (as {seen.get(same)}); name each file once")
         seen[same] = path
     return files
 
 
-def _find_local(path: str) -> RawFile:
+def _find_local(path: str, of_criteo: bool) -> RawFile:
     place = Path(path)
     require(not place.is_dir(), f"{path} is a folder; name the files in it")
     require(place.exists(), f"{path} does not exist; check the path, or download the file")
@@ -158,11 +182,11 @@ def _find_local(path: str) -> RawFile:
             name=place.name,
             size=place.stat().st_size,
             stamp=str(place.stat().st_mtime_ns),
-            compression=_compression(path, file.read(_FIRST_BYTES)),
+            compression=_compression(path, file.read(_FIRST_BYTES), of_criteo),
         )
 
 
-def _find_remote(path: str) -> RawFile:
+def _find_remote(path: str, of_criteo: bool) -> RawFile:
     system, inner = file_system(path)
     info = system.info(inner)
     require(info["type"] == "file", f"{path} is a folder; name the files in it")
@@ -180,17 +204,18 @@ def _find_remote(path: str) -> RawFile:
         name=inner.rstrip("/").rpartition("/")[2],
         size=info["size"],
         stamp=str(system.checksum(inner)),
-        compression=_compression(path, start),
+        compression=_compression(path, start, of_criteo),
     )
 
 
-def _compression(path: str, start: bytes) -> Compression:
+def _compression(path: str, start: bytes, of_criteo: bool) -> Compression:
     foreign = next((words for magic, words in _FOREIGN.items() if start.startswith(magic)), None)
-    require(
-        foreign is None,
-        f"{path} is {foreign}; expected raw Criteo text, plain, gzip or Zstandard: convert it (DatasetWriter makes a "
-        "dataset folder of columns of any kind)",
-    )
+    if of_criteo:
+        expected_form, remedy = "raw Criteo text, plain, gzip or Zstandard", "convert it, or give a --schema"
+    else:
+        foreign = None if foreign in _OF_LOGS else foreign
+        expected_form, remedy = "CSV or JSON lines, plain, gzip or Zstandard, or Parquet", "convert it"
+    require(foreign is None, f"{path} is {foreign}; expected {expected_form}: {remedy}")
     found: Compression = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), "none")
     expected = _SUFFIX.get(Path(path).suffix, "none")
     require(

@@ -8,12 +8,12 @@ text itself 244.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -67,20 +67,36 @@ class OpenSegment(AbstractContextManager["OpenSegment"]):
         """Labels int8 [n]; None if rows have no labels."""
         return self._batch.column(CRITEO_LABEL).to_numpy() if CRITEO_LABEL in self._batch.schema.names else None
 
-    def integers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return values int32 [n], 0 where missing, and whether each is missing, bool [n]."""
+    def numbers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return values int32 [n], or float64 [n] of a log, 0 where missing, and whether each is missing, bool [n]."""
         column = self._batch.column(name)
         missing = column.is_null().to_numpy(zero_copy_only=False)
-        return column.fill_null(0).to_numpy().astype(np.int32), missing
+        values = column.fill_null(0).to_numpy()
+        return values if values.dtype == np.float64 else values.astype(np.int32), missing
 
-    def categories(self, table: Table) -> tuple[np.ndarray, np.ndarray]:
-        """Return distinct values uint32 [d] in no order, and codes [n] into them; d stands for missing."""
-        if table.source in CRITEO_CATEGORICAL:
-            column = self._batch.column(table.source)
-            return column.dictionary.to_numpy()[:-1], column.indices.to_numpy()
-        values, missing = self.integers(table.source)
-        binned = pa.array(table.binned(values), mask=missing).dictionary_encode()
-        return binned.dictionary.to_numpy(), binned.indices.fill_null(len(binned.dictionary)).to_numpy()
+    @cached_property
+    def split_keys(self) -> np.ndarray | None:
+        """What a log is split by: int64 [n] times, or int8 [n] positions in ``SPLITS``; None if by neither."""
+        return self._batch.column("split").to_numpy() if "split" in self._batch.schema.names else None
+
+    def column(self, name: str) -> pa.Array:
+        return self._batch.column(name)
+
+    def categories(self, table: Table) -> tuple[pa.Array, np.ndarray, np.ndarray | None]:
+        """Return the values of a table's column.
+
+        Returns:
+            Distinct values [d] in no order, which may repeat: uint32 or strings; codes [n] into them, d for missing;
+            and, if the column has bags, where the bag of each row begins and the last one ends, int32 [rows + 1].
+        """
+        if table.bins is not None:
+            values, missing = self.numbers(table.source)
+            binned = pa.array(table.binned(values), mask=missing).dictionary_encode()
+            return binned.dictionary, binned.indices.fill_null(len(binned.dictionary)).to_numpy(), None
+        column, ends = self._batch.column(table.source), None
+        if table.bag:
+            ends, column = column.offsets.to_numpy(), column.values
+        return column.dictionary[:-1], column.indices.to_numpy(), ends
 
 
 @lru_cache(maxsize=2)
@@ -106,21 +122,90 @@ def rows_of(rule: SplitRule, opened: OpenSegment, splits: Sequence[SplitName]) -
         span = next((span for span in rule.spans if span.split == splits[0]), Span(split=splits[0], start=0, stop=0))
         start = min(max(span.start - segment.start, 0), segment.rows)
         return slice(start, max(min(span.stop - segment.start, segment.rows), start))
-    codes = rule.split_of(segment.start, segment.rows, opened.labels)
+    codes = rule.split_of(segment.start, segment.rows, opened.labels, opened.split_keys)
     return np.flatnonzero(codes >= 0 if len(splits) == len(SPLITS) else codes == SPLITS.index(splits[0]))
+
+
+class Reader(Protocol):
+    """How the pieces of a file become segments."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether rows have labels."""
+
+    @property
+    def header_lines(self) -> int:
+        """Lines before those of the first piece."""
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the file, if they are known."""
+
+    def jobs(self, source: RawFile, piece_bytes: int) -> list[tuple[int | None, range | None]]:
+        """Return the pieces that can be read alone, and the numbers of the segments of each; None and None for a file
+        that can only be read from its beginning."""
+
+    def pieces(self, source: RawFile, index: int | None, piece_bytes: int) -> Iterator[Any]:
+        """Yield the parts of a piece, each of which becomes a segment."""
+
+    def parse(self, piece: Any) -> list[pa.Table]:
+        """Return the rows of a part, or raise BadLineError."""
+
+    def parse_good(self, piece: Any) -> tuple[list[pa.Table], list[tuple[int, str]]]:
+        """Return the good rows of a part, and the line and fault of each bad one."""
+
+    def count_lines(self, piece: Any, rows: int) -> int:
+        """Return the lines of a part, given its rows."""
+
+    def segment(self, tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, Any]]:
+        """Return rows in the form of a segment, and its facts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriteoReader:
+    """The reader of Criteo's files."""
+
+    labelled: bool
+    header_lines: int = 0
+    rows: int | None = None
+
+    def jobs(self, source: RawFile, piece_bytes: int) -> list[tuple[int | None, range | None]]:
+        if source.compression != "none":
+            return [(None, None)]
+        return [(index, range(index, index + 1)) for index in range(-(-source.size // piece_bytes))]
+
+    def pieces(self, source: RawFile, index: int | None, piece_bytes: int) -> Iterator[bytes]:
+        if index is None:
+            yield from pieces_of_text(source, piece_bytes)
+        else:
+            yield piece_of_plain(source, index, piece_bytes)
+
+    def parse(self, piece: bytes) -> list[pa.Table]:
+        return [parse(piece, self.labelled)] if piece else []
+
+    def parse_good(self, piece: bytes) -> tuple[list[pa.Table], list[tuple[int, str]]]:
+        return parse_good(piece, self.labelled) if piece else ([], [])
+
+    def count_lines(self, piece: bytes, rows: int) -> int:
+        return rows
+
+    def segment(self, tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, Any]]:
+        return _segment(pa.concat_tables(tables).unify_dictionaries(), self.labelled)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageJob:
-    """A piece of a raw file, or a whole compressed file, to make segments of."""
+    """A piece of a raw file, or a whole file that can only be read from its beginning, to make segments of."""
 
     source: RawFile
+    reader: Reader
     index: int | None
-    """The piece of a plain file; None for a whole compressed one."""
+    """The piece; None for the whole file."""
+    segments: range | None
+    """Numbers of the piece's segments; None for the whole file."""
     folder: Path
     """The folder of the file's segments."""
     piece_bytes: int
-    labelled: bool
     skip_bad_rows: bool
 
 
@@ -129,10 +214,9 @@ def segment_path(folder: Path, index: int) -> Path:
 
 
 def stage(job: StageJob) -> list[dict[str, Any]]:
-    """Make one segment of a plain file, or all segments of a compressed file.
+    """Make the segments of a piece of a file, or all segments of a file that can only be read from its beginning.
 
-    The text of a compressed file can only be read from its beginning: if the file was begun before, it is decompressed
-    again, but only its new segments are parsed.
+    If a job was begun before, it is read again, but only its new segments are parsed.
 
     Returns:
         The facts of the segments, in order. If bad rows are not to be skipped and a segment has one, its facts are only
@@ -141,39 +225,42 @@ def stage(job: StageJob) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is truncated or corrupt, or cannot be read.
     """
-    if job.index is not None:
-        path = segment_path(job.folder, job.index)
-        return [recorded(path) or _stage(job, path, piece_of_plain(job.source, job.index, job.piece_bytes))]
-    if done := recorded(job.folder / "whole"):
-        found = [recorded(segment_path(job.folder, index)) for index in range(done["segments"])]
+    whole, numbers = job.folder / "whole", job.segments
+    if numbers is None and (done := recorded(whole)):
+        numbers = range(done["segments"])
+    if numbers is not None:
+        found = [recorded(segment_path(job.folder, number)) for number in numbers]
         if None not in found:  # None: it was damaged since
             return [facts for facts in found if facts]
     facts: list[dict[str, Any]] = []
-    for index, text in enumerate(pieces_of_text(job.source, job.piece_bytes)):
-        path = segment_path(job.folder, index)
-        facts.append(recorded(path) or _stage(job, path, text))
+    first = job.segments.start if job.segments else 0
+    for number, piece in enumerate(job.reader.pieces(job.source, job.index, job.piece_bytes), first):
+        path = segment_path(job.folder, number)
+        facts.append(recorded(path) or _stage(job, path, piece, job.reader.header_lines if number == 0 else 0))
         if "bad_line" in facts[-1]:
             return facts
-    record(job.folder / "whole", {"segments": len(facts)})
+    if job.segments is None:
+        record(whole, {"segments": len(facts)})
     return facts
 
 
-def _stage(job: StageJob, path: Path, text: bytes) -> dict[str, Any]:
+def _stage(job: StageJob, path: Path, piece: Any, header_lines: int) -> dict[str, Any]:
     bad: list[tuple[int, str]] = []
-    tables: list[pa.Table] = []
-    if text and job.skip_bad_rows:
-        tables, bad = parse_good(text, job.labelled)
-    elif text:
+    if job.skip_bad_rows:
+        tables, bad = job.reader.parse_good(piece)
+    else:
         try:
-            tables = [parse(text, job.labelled)]
+            tables = job.reader.parse(piece)
         except BadLineError as error:
-            return {"bad_line": [error.line, error.fault]}
-    lines = sum(table.num_rows for table in tables) + len(bad)
-    facts: dict[str, Any] = {"lines": lines, "text_bytes": len(text), "bad": bad, "rows": 0}
-    del text
+            return {"bad_line": [header_lines + error.line, error.fault]}
+    bad = [(header_lines + line, fault) for line, fault in bad]
+    size = len(piece) if isinstance(piece, bytes) else piece.nbytes
+    lines = header_lines + job.reader.count_lines(piece, sum(table.num_rows for table in tables) + len(bad))
+    facts: dict[str, Any] = {"lines": lines, "text_bytes": size, "bad": bad, "rows": 0}
+    del piece
     files: tuple[Path, ...] = ()
     if tables:
-        batch, more = _segment(pa.concat_tables(tables).unify_dictionaries(), job.labelled)
+        batch, more = job.reader.segment(tables)
         facts.update(more)
         arrow = path.with_suffix(".arrow")
         with (
@@ -206,11 +293,15 @@ def _segment(table: pa.Table, labelled: bool) -> tuple[pa.RecordBatch, dict[str,
     for name in CRITEO_CATEGORICAL:
         encoded = table.column(name).combine_chunks()
         missing[name] = encoded.null_count
-        last = len(encoded.dictionary)
-        distinct[name] = last
-        kind = np.min_scalar_type(last)
-        codes = encoded.indices.fill_null(last).to_numpy().astype(kind)
-        values = np.append(encoded.dictionary.to_numpy(), np.uint32(0))
-        columns[name] = pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(values), safe=False)
+        distinct[name] = len(encoded.dictionary)
+        columns[name] = dictionary_with_missing(encoded, np.uint32(0))
     facts = {"rows": table.num_rows, "missing": missing, "minimum": minimum, "distinct": distinct}
     return pa.record_batch(columns), facts
+
+
+def dictionary_with_missing(encoded: pa.DictionaryArray, stand_in: str | np.uint32) -> pa.DictionaryArray:
+    """Return values without nulls: the narrowest codes, and a dictionary whose last entry stands for missing values."""
+    last = len(encoded.dictionary)
+    codes = encoded.indices.fill_null(last).to_numpy().astype(np.min_scalar_type(last))
+    values = pa.concat_arrays([encoded.dictionary, pa.array([stand_in], encoded.dictionary.type)])
+    return pa.DictionaryArray.from_arrays(pa.array(codes), values, safe=False)

@@ -5,11 +5,15 @@ from typing import TypeAlias
 
 import numpy as np
 
+from datamodules.log_schema import MOST_BINS
+from datamodules.values import from_ordered_bits, ordered_bits
+
 DenseTransform: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
-MOST_QUANTILE_BINS = 256  # 134 MB of counts at most, see quantile_edges
+MOST_QUANTILE_BINS = MOST_BINS
 
-_HALF = 1 << 16  # values of half an int32
+_DIGIT = 12
+"""Bits that a pass of ``values_at_ranks`` counts: 8 MB of counts at most for 256 values."""
 
 
 def log_of_positive_part(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
@@ -33,67 +37,130 @@ def signed_log(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndar
     return result
 
 
+def log_squared(values: np.ndarray) -> np.ndarray:
+    """Return floor(log(x)^2) of numbers above 2, others without their fraction, float64 [n] of float64 [n]."""
+    return np.where(values > 2, np.floor(np.square(np.log(np.maximum(values, 2)))), np.trunc(values))
+
+
 def log_squared_bins(values: np.ndarray) -> np.ndarray:
     """Return floor(log(x)^2) of values above 2, other values unchanged.
 
     Args:
-        values: int32 [n].
+        values: int32 [n], or float64 [n] of a log, without their fraction and within the range of int32.
 
     Returns:
         uint32 [n], negative values in two's complement.
     """
+    values = np.clip(values, -(2**31), 2**31 - 1).astype(np.int32)
     large = np.square(np.log(np.maximum(values, 2).astype(np.float64))).astype(np.int32)
     return np.where(values > 2, large, values).view(np.uint32)
 
 
-def quantile_edges(passes: Callable[[], Iterable[np.ndarray]], bins: int) -> list[int]:
+def quantile_edges(passes: Callable[[], Iterable[np.ndarray]], bins: int) -> list[float]:
     """Return the edges of quantile bins: exact, in memory that does not grow with the values.
 
     The upper edge of bin k of K is the least value v for which at least k / K of all values are at most v. Equal edges
-    count once, and the greatest value is no edge, so that each bin holds values and equal values share one. A first
-    pass counts the upper 16 bits of the values; a second the lower 16 bits of values that may be edges.
+    count once, and the greatest value is no edge, so that each bin holds values and equal values share one.
 
     Args:
-        passes: returns all values in pieces, int32 [n] each; called twice.
+        passes: returns all values in pieces, int32 [n] or float64 [n] each; called several times.
         bins: K, the largest number of bins.
 
     Returns:
-        At most K - 1 edges in ascending order; none if there are fewer than two different values.
+        At most K - 1 edges in ascending order, of the type of the values; none if there are fewer than two different
+        values.
     """
-    upper = np.zeros(_HALF, np.int64)
-    for values in passes():
-        upper += np.bincount((values >> 16) + _HALF // 2, minlength=_HALF)
-    ends = np.cumsum(upper)
-    if not ends[-1]:
-        return []
-    ranks = -(-np.arange(1, bins + 1) * ends[-1] // bins)  # of the edges among the sorted values, from 1
-    blocks, block_of = np.unique(np.searchsorted(ends, ranks), return_inverse=True)
-    position = np.full(_HALF, -1)
-    position[blocks] = np.arange(len(blocks))
-    lower = np.zeros(len(blocks) * _HALF, np.int64)
-    for values in passes():
-        places = position[(values >> 16) + _HALF // 2]
-        counted = places >= 0
-        # In place: bincount would allocate as many counts again for each piece.
-        np.add.at(lower, places[counted] * _HALF + (values[counted] & _HALF - 1), 1)
-    within = lower.reshape(len(blocks), _HALF)
-    np.cumsum(within, axis=1, out=within)
-    edges = {
-        int(blocks[block] - _HALF // 2) * _HALF
-        + int(np.searchsorted(within[block], rank - ends[blocks[block]] + upper[blocks[block]]))
-        for block, rank in zip(block_of, ranks, strict=True)
-    }
-    return sorted(edges)[:-1]
+    kind = next((values.dtype for values in passes()), np.dtype(np.int32))
+    if kind == np.float64:
+        pieces = lambda: map(ordered_bits, passes())  # noqa: E731
+        return from_ordered_bits(np.array(values_at_ranks(pieces, bins)[:-1], np.int64)).tolist()
+    return [*values_at_ranks(passes, bins)[:-1]]
 
 
-def quantile_bins(values: np.ndarray, edges: Sequence[int]) -> np.ndarray:
+def values_at_ranks(passes: Callable[[], Iterable[np.ndarray]], shares: int | Sequence[float]) -> list[int]:
+    """Return the least values up to which shares of all values lie, in bounded memory; none if there are no values.
+
+    Each pass counts ``_DIGIT`` bits of the values that begin as a wanted value does.
+
+    Args:
+        passes: returns all values in pieces, int32 [n] or int64 [n] each; called for each pass.
+        shares: more than 0 and at most 1; or a number K for 1/K, 2/K, ..., 1, of which equal values are given once.
+    """
+    kind = next((values.dtype for values in passes()), np.dtype(np.int64))
+    sign = np.uint64(1 << 8 * kind.itemsize - 1)
+    shifts = range((8 * kind.itemsize - 1) // _DIGIT * _DIGIT, -1, -_DIGIT)
+    maps: list[np.ndarray] = []
+    """Of each pass done: block << _DIGIT | digit -> block of the next pass, -1 for none."""
+    ranks = blocks = np.zeros(0, np.int64)
+    """Of each wanted value: its rank, from 1, in its block of values that begin alike."""
+    found: np.ndarray = np.zeros(0, np.uint64)
+    for shift in shifts:
+        counts = np.zeros((int(blocks.max(initial=0)) + 1) << _DIGIT, np.int64)
+        for values in passes():
+            keys = values.astype(np.int64).view(np.uint64) + sign
+            block = np.zeros(len(keys), np.int64)
+            for done, of_pass in zip(shifts, maps, strict=False):
+                block = of_pass[block << _DIGIT | _digit(keys, done)]
+                keys, block = keys[block >= 0], block[block >= 0]
+            counts += np.bincount(block << _DIGIT | _digit(keys, shift), minlength=len(counts))
+        if not maps:
+            if not counts.any():
+                return []
+            ranks = _ranks(shares, int(counts.sum()))
+            blocks, found = np.zeros(len(ranks), np.int64), np.zeros(len(ranks), np.uint64)
+        ends = np.cumsum(counts.reshape(-1, 1 << _DIGIT), axis=1)
+        digits = np.array([np.searchsorted(ends[block], rank) for block, rank in zip(blocks, ranks, strict=True)])
+        ranks = ranks - np.where(digits > 0, ends[blocks, digits - 1], 0)
+        found = found << np.uint64(_DIGIT) | digits.astype(np.uint64)
+        continued, blocks = np.unique(blocks << _DIGIT | digits, return_inverse=True)
+        maps.append(np.full(len(counts), -1, np.int64))
+        maps[-1][continued] = np.arange(len(continued))
+    wanted = (found - sign).view(np.int64).tolist()
+    return sorted(set(wanted)) if isinstance(shares, int) else wanted
+
+
+def _digit(keys: np.ndarray, shift: int) -> np.ndarray:
+    return ((keys >> np.uint64(shift)) & np.uint64((1 << _DIGIT) - 1)).astype(np.int64)
+
+
+def _ranks(shares: int | Sequence[float], total: int) -> np.ndarray:
+    """Return the ranks, from 1, of the last values of shares of all values."""
+    if isinstance(shares, int):
+        return -(-np.arange(1, shares + 1) * total // shares)
+    return np.clip(np.ceil(np.array(shares) * total - 1e-9).astype(np.int64), 1, total)
+
+
+def standard_scale(pieces: Iterable[np.ndarray]) -> tuple[float, float]:
+    """Return mean and standard deviation (of the whole, not a sample) of float64 pieces; 1 if all are equal.
+
+    Pieces are added by Chan's formula, which loses nothing if numbers are large beside their deviation.
+    """
+    count, mean, squares = 0, 0.0, 0.0
+    for values in pieces:
+        if len(values):
+            of_piece = float(values.mean())
+            more, change = len(values), of_piece - mean
+            mean += change * more / (count + more)
+            squares += float(np.square(values - of_piece).sum()) + change**2 * count * more / (count + more)
+            count += more
+    return mean, (squares / count) ** 0.5 or 1.0 if count else 1.0
+
+
+def range_scale(pieces: Iterable[np.ndarray]) -> tuple[float, float]:
+    """Return the minimum and the width of the range of float64 pieces; 1 if all are equal."""
+    bounds = [(float(values.min()), float(values.max())) for values in pieces if len(values)]
+    low, high = min((low for low, _ in bounds), default=0.0), max((high for _, high in bounds), default=0.0)
+    return low, (high - low) or 1.0
+
+
+def quantile_bins(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:
     """Return the bins of values: bin k holds those above edge k - 1, up to edge k.
 
     Args:
-        values: int32 [n].
+        values: int32 [n] or float64 [n].
         edges: as ``quantile_edges`` returns them.
 
     Returns:
         uint32 [n], 0 to the number of edges.
     """
-    return np.searchsorted(np.asarray(edges, np.int32), values).astype(np.uint32)
+    return np.searchsorted(np.asarray(edges, values.dtype), values).astype(np.uint32)

@@ -28,6 +28,19 @@ _BATCHES_AHEAD = 32
 _BYTES_AHEAD = 256 * 2**20
 
 
+def require_kept(folder: str | Path | Folder, schema: DatasetSchema, group: str | None) -> None:
+    """
+    Raises:
+        UserError: ``group`` names no kept column of a dataset folder.
+    """
+    kept = [column.name for column in schema.by_role("keep")]
+    require(
+        group is None or group in kept,
+        f"{folder} has no kept column {group!r} to group by; it has {', '.join(kept) or 'none'}: name one of them, "
+        "or preprocess the log again with the column in role keep",
+    )
+
+
 class Loader:
     """Splits of a dataset folder, batch by batch; each iteration serves every row once.
 
@@ -71,12 +84,7 @@ class Loader:
         group: str | None = None,
     ) -> None:
         self.folder, self.schema, self.splits = Folder(folder), schema, tuple(splits)
-        kept = [column.name for column in schema.by_role("keep")]
-        require(
-            group is None or group in kept,
-            f"{folder} has no kept column {group!r} to group by; it has {', '.join(kept) or 'none'}: name one of them, "
-            "or preprocess the log again with the column in role keep",
-        )
+        require_kept(folder, schema, group)
         self._group = group
         self.batch_size = batch_size
         self._rank, self._world, self._rows, self._threads, self._pin = rank, world, rows, threads, pin

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from datamodules.folder import Folder
 from datamodules.parquet import open_part, read_slices, weighted_column
 from datamodules.stream.order import LANES, ranges
+from lightning_dlrm.contracts.batch import NO_GROUP
 from lightning_dlrm.contracts.schema import Column, DataFile, DatasetSchema
 
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
@@ -299,13 +300,12 @@ def _joined(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
 
 def group_numbers(values: pa.Array) -> np.ndarray:
     """Return int64 [n], equal for equal values of a kept column, the same in every file: integers as they are, other
-    values by a 64-bit hash of their text, and the least int64 for nulls."""
-    missing = np.iinfo(np.int64).min
+    values by a 64-bit hash of their text, and ``NO_GROUP`` for nulls."""
     if pa.types.is_integer(values.type):
-        return values.fill_null(missing).to_numpy()
+        return values.fill_null(NO_GROUP).to_numpy()
     encoded = values.dictionary_encode()
     digests = (hashlib.blake2b(str(value).encode(), digest_size=8).digest() for value in encoded.dictionary.to_pylist())
-    numbers = np.append(np.frombuffer(b"".join(digests), "<i8"), missing)
+    numbers = np.append(np.frombuffer(b"".join(digests), "<i8"), NO_GROUP)
     return numbers[encoded.indices.fill_null(-1).to_numpy()]
 
 

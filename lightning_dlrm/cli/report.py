@@ -150,7 +150,7 @@ def _scores(final: Mapping[str, float], best: Mapping[str, float]) -> list[str]:
     optimum = {"auc": final.get(names.OPTIMUM_AUC), "log_loss": final.get(names.OPTIMUM_LOG_LOSS)}
     reachable = "" if None in optimum.values() else "best reachable"
     rows = [("validation", "at the end", f"best, step {best[names.STEP]:,}" if best else "", reachable)]
-    for metric in names.METRICS:
+    for metric in (*names.METRICS, names.GROUP_AUC):
         name = f"{names.VALIDATION}/{metric}"
         values = (final.get(name), best.get(name), optimum.get(metric))
         if values[0] is not None:

@@ -390,7 +390,8 @@ def report_fit(job: Job, trainer: pl.Trainer) -> None:
 def report_evaluation(job: Job, trainer: pl.Trainer) -> None:
     """Print the metrics of ``validate`` or ``test``."""
     if trainer.is_global_zero:
-        print("\n".join(f"{name:32s} {value:.6f}" for name, value in job.module.results.items()))
+        for name, value in job.module.results.items():
+            print(f"{name:32s} {f'{value:,}' if isinstance(value, int) else f'{value:.6f}'}")
         split = names.VALIDATION if job.command == "validate" else names.TEST
         for note in published_notes(job.settings.published, job.module.results, split, job.datamodule.schema.dataset):
             print(note)

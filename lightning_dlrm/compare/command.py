@@ -9,9 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.parser import WandbSettings
@@ -32,12 +30,13 @@ from lightning_dlrm.compare.report import arms_table, closing_words, page_of, wr
 from lightning_dlrm.compare.results import check_data, compare
 from lightning_dlrm.compare.runs import Arm, arms_of, by_data, read_run
 from lightning_dlrm.compare.scores import (
+    Samples,
     Split,
     note_source,
     predict_command,
     read_scores,
     scoring_command,
-    shared_labels,
+    shared_samples,
 )
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tracking.dashboard import Dashboard, publish
@@ -93,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", default=None, help="seeds in place of the experiment's, such as 1,2,3")
     parser.add_argument("--parallel", default=None, help="runs at a time; by default one for each GPU, on a CPU one")
     parser.add_argument("--split", choices=get_args(Split), default="test", help="which samples are scored")
+    parser.add_argument(
+        "--group",
+        metavar="COLUMN",
+        help="also report the mean AUC over the groups of a kept column, such as the user (default: data.group of the "
+        "runs)",
+    )
     parser.add_argument("--force", action="store_true", help="compare runs of different data, with warnings")
     parser.add_argument(
         "--discard-checkpoints",
@@ -133,7 +138,8 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
         )
     experiment = read_experiment(experiments[0], options.seeds)
     overlays = [str(path) for path in configs if path != experiments[0]]
-    arms, notes = plan_arms(experiment, overlays, rest)
+    grouping = [] if options.group is None else ["--data.group", options.group]
+    arms, notes = plan_arms(experiment, overlays, [*rest, *grouping])
     for note in notes:
         print(note)
     print(arms_table(arms, experiment.seeds))
@@ -163,8 +169,8 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
         Arm(name=arm.name, runs=[read_run(output / "runs" / names[arm.name, seed]) for seed in experiment.seeds])
         for arm in arms
     ]
-    labels = shared_labels([run for arm in finished for run in arm.runs], options.split)
-    page = _report(finished, labels, options, output, title=_title(experiment, arms))
+    samples = shared_samples([run for arm in finished for run in arm.runs], options.split, options.group)
+    page = _report(finished, samples, options, output, title=_title(experiment, arms))
     print(_to_wandb(page, arms[0].document["wandb"] | {"group": group}, output, runs_too=True))
     return 0
 
@@ -233,7 +239,7 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
     for arm in arms:
         print(f"{arm.name}: {', '.join(run.name for run in arm.runs)}")
     commands = [scoring_command(run, options.split, _scores(output, run.name)) for run in runs]
-    labels = shared_labels(runs, options.split)
+    samples = shared_samples(runs, options.split, options.group)
     if options.dry_run:
         return 0
     _make(output)
@@ -243,7 +249,7 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
             commands=[command],
             run=run.path,
             log=output / "logs" / f"{run.name}.log",
-            scored=len(labels[run.final["data_fingerprint"]]),
+            scored=len(samples[run.final["data_fingerprint"]].labels),
         )
         for run, command in zip(runs, commands, strict=True)
         if command is not None
@@ -259,7 +265,7 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
     title = " / ".join(
         f"{' / '.join(arm.name for arm in of_data)} on {data}" for data, of_data in by_data(arms).items()
     )
-    page = _report(arms, labels, options, output, title=title, warnings=warnings)
+    page = _report(arms, samples, options, output, title=title, warnings=warnings)
     places = [dataclasses.asdict(WandbSettings()) | run.config["wandb"] for run in runs]
     if any(place[key] != places[0][key] for place in places for key in ("project", "entity", "group")):
         print("W&B: no page of this comparison, as its runs are of several projects or groups")
@@ -273,7 +279,7 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
 
 def _report(
     arms: Sequence[Arm],
-    labels: Mapping[str, NDArray[np.int8]],
+    samples: Mapping[str, Samples],
     options: argparse.Namespace,
     output: Path,
     *,
@@ -282,7 +288,7 @@ def _report(
 ) -> ComparisonPage:
     """Compare the scored runs, write the report, print the result, and return the comparison's W&B page."""
     runs = [run for arm in arms for run in arm.runs]
-    scores = {run.name: read_scores(_scores(output, run.name), labels[run.final["data_fingerprint"]]) for run in runs}
+    scores = {run.name: read_scores(_scores(output, run.name), samples[run.final["data_fingerprint"]]) for run in runs}
     comparison = compare(arms, scores, title=title, split=options.split, warnings=warnings)
     anatomies = {arm.name: anatomy(arm.runs[0]) for arm in arms}
     times, notes = breakdown(arms, output / "operators.json")

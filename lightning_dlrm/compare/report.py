@@ -60,7 +60,7 @@ def _summary(comparison: Comparison) -> list[list[str]]:
     return [
         ["", *(arm.name for arm in arms)],
         ["seeds", *(", ".join(map(str, arm.seeds)) for arm in arms)],
-        *([title, *(_score(comparison, arm, metric) for arm in arms)] for metric, title in METRIC_TITLES.items()),
+        *([title, *(_score(comparison, arm, metric) for arm in arms)] for metric, title in _titles(comparison).items()),
         ["best validation AUC", *(f"{np.mean([run.best[validation] for run in arm.runs]):.5f}" for arm in arms)],
         ["training, s", *(_time(comparison, arm, names.TRAINING_SECONDS) for arm in arms)],
         ["samples/s", *(_time(comparison, arm, names.SAMPLES_PER_SECOND) for arm in arms)],
@@ -68,6 +68,10 @@ def _summary(comparison: Comparison) -> list[list[str]]:
         ["parameters", *(f"{arm[names.PARAMETERS_TOTAL]:,}" for arm in arms)],
         ["FLOPs a sample, training", *(f"{arm[names.FLOPS_TRAINING]:,}" for arm in arms)],
     ]
+
+
+def _titles(comparison: Comparison) -> dict[Score, str]:
+    return {metric: METRIC_TITLES[metric] for metric in comparison.metrics}
 
 
 def _score(comparison: Comparison, arm: Arm, metric: Score) -> str:
@@ -110,12 +114,12 @@ def _differing(arms: Sequence[Arm] | Sequence[PlannedArm]) -> list[list[str]]:
 
 
 def _runs(comparison: Comparison) -> list[list[str]]:
-    rows = [["run", "seed", *METRIC_TITLES.values(), "samples", "training s", "folder"]]
+    rows = [["run", "seed", *_titles(comparison).values(), "samples", "training s", "folder"]]
     rows += [
         [
             run.name,
             str(run.seed),
-            *(f"{comparison.scores[run.name].metrics[name]:.5f}" for name in METRIC_TITLES),
+            *(f"{comparison.scores[run.name].metrics[name]:.5f}" for name in comparison.metrics),
             f"{run.final[names.SAMPLES]:,.0f}",
             f"{run.final[names.TRAINING_SECONDS]:,.0f}",
             str(run.path),
@@ -213,7 +217,10 @@ def arms_table(arms: Sequence[PlannedArm], seeds: Sequence[int]) -> str:
 
 def closing_words(comparison: Comparison, output: Path) -> str:
     """Return a table of each configuration's metrics and validations, and the verdicts."""
-    columns: tuple[Score, ...] = ("auc", "log_loss", "accuracy", "calibration")
+    # At most four, so that the table fits into 80 columns.
+    columns: list[Score] = ["auc", "log_loss", "accuracy", "calibration"]
+    if "group_auc" in comparison.metrics:
+        columns[-1] = "group_auc"
     rows = [["", *(METRIC_TITLES[name] for name in columns), "samples/s", "validation"]]
     for arm in comparison.arms:
         values = (f"{np.mean(comparison.values(arm, name)):.5f}" for name in columns)
@@ -228,6 +235,7 @@ def closing_words(comparison: Comparison, output: Path) -> str:
             "",
             *_table(rows),
             f"{of}, on {on}; validation: the course of the AUC",
+            *filter(None, [comparison.groups_note]),
             "",
             *(pair.sentence for pair in comparison.pairs),
             *filter(None, [comparison.adjustment]),

@@ -15,6 +15,7 @@ from lightning_dlrm.compare.statistics import (
     HIGHER_IS_BETTER,
     METRICS,
     SCORES,
+    Components,
     Difference,
     Interval,
     Metric,
@@ -36,6 +37,7 @@ METRIC_TITLES: Mapping[Score, str] = {
     "accuracy": "accuracy",
     "normalized_entropy": "normalized entropy",
     "calibration": "calibration",
+    "group_auc": "AUC by group",
 }
 
 
@@ -132,6 +134,27 @@ class Comparison:
     """Reasons against comparing the runs; empty unless --force was given."""
 
     @property
+    def metrics(self) -> list[Score]:
+        """The scores of all runs."""
+        return [score for score in SCORES if all(score in self.scores[run.name].metrics for run in self.runs)]
+
+    @property
+    def judged(self) -> list[Metric]:
+        """The metrics with verdicts."""
+        return list(dict.fromkeys(pair.metric for pair in self.pairs))
+
+    @property
+    def groups_note(self) -> str:
+        """Return what the AUC by group is the mean of; empty without groups."""
+        if "group_auc" not in self.metrics:
+            return ""
+        found = self.scores[self.runs[0].name].metrics
+        return (
+            f"AUC by group: mean over {found['groups']:,} groups with both labels, weighted by samples; "
+            f"{found['groups_left_out']:,} groups with one label are left out"
+        )
+
+    @property
     def one_seed(self) -> bool:
         """Whether every configuration has a single run."""
         return all(len(arm.runs) == 1 for arm in self.arms)
@@ -140,7 +163,7 @@ class Comparison:
     def scored(self) -> str:
         """Return a description of the scored samples."""
         data = by_data(self.arms)
-        counts = {title: len(self.scores[arms[0].runs[0].name].labels) for title, arms in data.items()}
+        counts = {title: len(self.scores[arms[0].runs[0].name].samples.labels) for title, arms in data.items()}
         if len(data) == 1:
             return f"the {next(iter(counts.values())):,} samples of the {self.split} split"
         listed = [f"{counts[title]:,} of {title} for {', '.join(a.name for a in arms)}" for title, arms in data.items()]
@@ -163,7 +186,7 @@ class Comparison:
 
     def published(self, arm: Arm) -> list[str]:
         """Return how far a configuration's means are from its published scores."""
-        means = {f"{self.split}/{metric}": float(np.mean(self.values(arm, metric))) for metric in METRIC_TITLES}
+        means = {f"{self.split}/{metric}": float(np.mean(self.values(arm, metric))) for metric in self.metrics}
         return [f"{arm.name}: {note}" for note in published_notes(arm.published, means, self.split, arm["dataset"])]
 
     def values(self, arm: Arm, metric: Score) -> list[float]:
@@ -183,7 +206,7 @@ class Comparison:
         return {
             arm.name: reliability(
                 np.mean([self.scores[run.name].probabilities for run in arm.runs], axis=0, dtype=np.float64),
-                self.scores[arm.runs[0].name].labels,
+                self.scores[arm.runs[0].name].samples.labels,
             )
             for arm in self.arms
         }
@@ -229,7 +252,7 @@ class Comparison:
                 "name": arm.name,
                 "intervals": {
                     metric: {"mean": found.value, "low": found.low, "high": found.high}
-                    for metric in METRIC_TITLES
+                    for metric in self.metrics
                     if (found := self.intervals[arm.name, metric])
                 },
                 "published": [asdict(score) for score in arm.published],
@@ -280,13 +303,11 @@ def compare(
         raise UserError(f"{runs}: all of one configuration; give runs of at least two to compare")
     found: list[tuple[Arm, Arm, Metric, Difference]] = []
     intervals: dict[tuple[str, Score], Interval | None] = {}
-    for score in SCORES:
-        parts = {
-            arm.name: [components(score, scores[run.name].probabilities, scores[run.name].labels) for run in arm.runs]
-            for arm in arms
-        }
+    grouped = all(scores[run.name].samples.groups is not None for arm in arms for run in arm.runs)
+    for score in SCORES if grouped else SCORES[:-1]:
+        parts = {arm.name: [_components(score, scores[run.name]) for run in arm.runs] for arm in arms}
         intervals |= {(name, score): mean_interval(runs) for name, runs in parts.items()}
-        for metric in METRICS:
+        for metric in (*METRICS, "group_auc"):
             for a, b in combinations(arms, 2) if metric == score else ():
                 paired = a.seeds == b.seeds and len(a.seeds) > 1
                 of_pair = difference(parts[a.name], parts[b.name], paired=paired, same_samples=_same_data(a, b))
@@ -306,6 +327,10 @@ def compare(
         intervals=intervals,
         warnings=list(warnings),
     )
+
+
+def _components(score: Score, of_run: Scores) -> Components:
+    return components(score, of_run.probabilities, of_run.samples.labels, of_run.samples.groups)
 
 
 def _same_data(a: Arm, b: Arm) -> bool:

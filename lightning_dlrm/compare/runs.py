@@ -19,7 +19,7 @@ from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY, RunFolder
 NO_PART_OF_A_CONFIGURATION = (
     "seed_everything", "model.seed", "data.init_args.seed", "wandb", "run_dir", "resume", "ckpt_path", "config",
     "checkpoint", "trainer.logger", "trainer.default_root_dir", "trainer.enable_progress_bar",
-    "data.init_args.predict_split", "data.init_args.demo.class_path", "log_norms", "published",
+    "data.init_args.predict_split", "data.init_args.group", "data.init_args.demo.class_path", "log_norms", "published",
 )  # fmt: skip
 """Settings that may differ between runs of one configuration."""
 

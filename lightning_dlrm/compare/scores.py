@@ -16,7 +16,7 @@ from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.compare.runs import Run
 from lightning_dlrm.contracts.documents import read_json
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.objectives.metrics import click_metrics
+from lightning_dlrm.objectives.metrics import click_metrics, group_aucs
 from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS
 
 Split = Literal["test", "validation"]
@@ -25,11 +25,20 @@ SOURCE = "source.json"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What the data say of every sample of a split, in row order."""
+
+    labels: NDArray[np.int8]
+    groups: NDArray[np.int64] | None = None
+    """Number of each sample's group: see ``Batch.group``; None without groups."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Probabilities, labels and metrics of a run on every sample of a split."""
+    """Probabilities and metrics of a run on every sample of a split."""
 
     probabilities: NDArray[np.float32]
-    labels: NDArray[np.int8]
+    samples: Samples
     metrics: dict[str, float]
     """See ``click_metrics``."""
 
@@ -85,13 +94,16 @@ def _source(run: Run, split: Split) -> dict[str, Any]:
     }
 
 
-def read_labels(run: Run, split: Split) -> NDArray[np.int8]:
-    """Return the labels [N] of a split of the data that a run was trained on, in row order.
+def read_samples(run: Run, split: Split, group: str | None = None) -> Samples:
+    """Return the labels [N] of a split of the data that a run was trained on, and the groups of a kept column.
 
     Raises:
-        UserError: the data are missing or have changed, or they have no such split or no labels in it.
+        UserError: the data are missing or have changed, they have no such split or no labels in it, the column is not
+            kept, or fewer than two of its groups have both labels.
     """
-    data = build_model_and_data(["--config", str(run.path / CONFIG), "--data.predict_split", split]).datamodule
+    grouping = [] if group is None else ["--data.group", group]
+    options = ["--config", str(run.path / CONFIG), "--data.predict_split", split, *grouping]
+    data = build_model_and_data(options).datamodule
     data.prepare_data()
     if data.schema.data_fingerprint != run.final["data_fingerprint"]:
         raise UserError(
@@ -99,22 +111,32 @@ def read_labels(run: Run, split: Split) -> NDArray[np.int8]:
             f"data of its configuration now have {data.schema.data_fingerprint[:12]}: restore the data"
         )
     data.setup("predict")
-    parts = [batch.label for batch in data.predict_dataloader()]
+    batches = [(batch.label, batch.group) for batch in data.predict_dataloader()]
+    parts = [label for label, _ in batches]
     if any(part is None for part in parts):
         raise UserError(f"the {split} split of {run.path} has no labels: compare on another --split")
     labels: NDArray[np.int8] = torch.cat(parts).to(torch.int8).numpy()
     if labels.min() == labels.max():
         raise UserError(f"all {len(labels):,} labels of the {split} split are {labels[0]}: nothing can be compared")
-    return labels
+    if batches[0][1] is None:
+        return Samples(labels=labels)
+    groups: NDArray[np.int64] = torch.cat([number for _, number in batches]).numpy()
+    counted = int((~np.isnan(group_aucs(np.zeros(len(labels), np.float32), labels, groups).auc)).sum())
+    if counted < 2:
+        raise UserError(
+            f"{counted} of the groups of {data.group} in the {split} split of {data.folder} have both labels, and an "
+            "AUC by group needs two: group by another column"
+        )
+    return Samples(labels=labels, groups=groups)
 
 
-def read_scores(folder: Path, labels_N: NDArray[np.int8]) -> Scores:
-    """Return a run's scores from its predictions and the labels of their rows.
+def read_scores(folder: Path, samples: Samples) -> Scores:
+    """Return a run's scores from its predictions and the labels and groups of their rows.
 
     Raises:
         UserError: the predictions are of other rows, or are not finite.
     """
-    path = folder / PREDICTIONS
+    path, labels_N = folder / PREDICTIONS, samples.labels
     rows, probabilities = read_predictions(path, len(labels_N))
     if not np.array_equal(rows, np.arange(len(labels_N))):
         raise UserError(f"{path} has other rows than the data: remove it, and compare again")
@@ -124,12 +146,25 @@ def read_scores(folder: Path, labels_N: NDArray[np.int8]) -> Scores:
             "train the run again"
         )
     logits = torch.logit(torch.from_numpy(probabilities.astype(np.float64)), eps=2.0**-25)
-    return Scores(
-        probabilities=probabilities, labels=labels_N, metrics=click_metrics(logits, torch.from_numpy(labels_N))
-    )
+    groups_N = () if samples.groups is None else torch.from_numpy(samples.groups)
+    metrics = click_metrics(logits, torch.from_numpy(labels_N), groups_N=groups_N)
+    return Scores(probabilities=probabilities, samples=samples, metrics=metrics)
 
 
-def shared_labels(runs: Sequence[Run], split: Split) -> dict[str, NDArray[np.int8]]:
-    """Return data fingerprint -> labels of a split; each dataset is read once."""
+def shared_samples(runs: Sequence[Run], split: Split, group: str | None = None) -> dict[str, Samples]:
+    """Return data fingerprint -> labels and groups of a split; each dataset is read once.
+
+    Args:
+        runs: the runs.
+        split: the split.
+        group: the kept column to group by; by default that of the runs.
+
+    Raises:
+        UserError: the runs are grouped by different columns, or see ``read_samples``.
+    """
+    columns = {run.config["data"].get("init_args", {}).get("group") for run in runs}
+    if group is None and len(columns) > 1:
+        listed = ", ".join(sorted(str(column or "no column") for column in columns))
+        raise UserError(f"the runs are grouped by {listed}: give the column with --group")
     first_runs = {run.final["data_fingerprint"]: run for run in reversed(runs)}
-    return {fingerprint: read_labels(run, split) for fingerprint, run in first_runs.items()}
+    return {fingerprint: read_samples(run, split, group) for fingerprint, run in first_runs.items()}

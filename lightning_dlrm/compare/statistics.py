@@ -23,7 +23,9 @@ for two seeds: it called up to 13% of equal sides different. If the seeds are ta
 s^2 / n is the sum over both sides, and df is Welch's.
 
 A metric is the mean of a number for each sample: for the log loss the cross-entropy; for the AUC DeLong's structural
-components, separately for clicked and for other samples; for ratios of means their linear expansion.
+components, separately for clicked and for other samples; for ratios of means their linear expansion. The AUC by group
+is such a ratio over the groups, which take the place of the samples: groups are taken as independent, the samples of a
+group are not.
 
 The verdicts of an experiment are adjusted for their number as in Holm (1979): if all configurations are equal, at most
 5% of experiments have a verdict that says otherwise.
@@ -39,16 +41,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
+from lightning_dlrm.objectives.metrics import group_aucs
+
 LEVEL = 0.95
 """Confidence of every interval."""
 SIGNIFICANCE = 0.05
 """A verdict needs a smaller p-value."""
 
-Metric = Literal["auc", "log_loss"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
-Score = Literal["auc", "log_loss", "accuracy", "normalized_entropy", "calibration"]
+Metric = Literal["auc", "log_loss", "group_auc"]
+METRICS: tuple[Metric, ...] = ("auc", "log_loss")
+"""Metrics with verdicts; ``group_auc`` has them too if the samples have groups."""
+Score = Literal["auc", "log_loss", "accuracy", "normalized_entropy", "calibration", "group_auc"]
 SCORES: tuple[Score, ...] = get_args(Score)
-HIGHER_IS_BETTER: dict[Metric, bool] = {"auc": True, "log_loss": False}
+"""All scores; ``group_auc`` only if the samples have groups."""
+HIGHER_IS_BETTER: dict[Metric, bool] = {"auc": True, "log_loss": False, "group_auc": True}
 
 Verdict = Literal["a_better", "b_better", "not_distinguishable", "none"]
 
@@ -82,13 +88,20 @@ class Difference:
     """Whether the seeds were taken in pairs."""
 
 
-def components(metric: Score, probabilities_N: NDArray[np.floating], labels_N: NDArray[np.integer]) -> Components:
-    """Return a number for each sample, in strata; the mean of each stratum is the metric.
+def components(
+    metric: Score,
+    probabilities_N: NDArray[np.floating],
+    labels_N: NDArray[np.integer],
+    groups_N: NDArray[np.int64] | None = None,
+) -> Components:
+    """Return a number for each sample (of ``group_auc`` for each group with both labels), in strata; the mean of each
+    stratum is the metric.
 
     Args:
         metric: see ``click_metrics``.
         probabilities_N: probabilities of a click.
         labels_N: labels, 0 or 1; both occur.
+        groups_N: groups of the samples, for ``group_auc``.
 
     Raises:
         ValueError: one of the classes is missing.
@@ -98,6 +111,12 @@ def components(metric: Score, probabilities_N: NDArray[np.floating], labels_N: N
         raise ValueError("samples of both classes are needed")
     if metric == "auc":
         return _auc_components(probabilities_N[clicked], probabilities_N[~clicked])
+    if metric == "group_auc":
+        assert groups_N is not None
+        samples, aucs = group_aucs(probabilities_N, labels_N, groups_N)
+        has_both = ~np.isnan(aucs)
+        weights = samples[has_both].astype(np.float64)
+        return (_ratio(aucs[has_both] * weights, weights),)
     doubles_N = probabilities_N.astype(np.float64)
     if metric == "accuracy":
         return ((clicked == (doubles_N >= 0.5)).astype(np.float64),)

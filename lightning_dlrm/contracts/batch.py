@@ -14,6 +14,9 @@ from torch import Tensor
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 
+NO_GROUP = -(2**63)
+"""Number in ``Batch.group`` of samples without a value of the column."""
+
 
 class BatchKey:
     """The identity of a batch's ids, which all copies of the ids share; a key of weak dictionaries."""
@@ -129,7 +132,8 @@ class Batch:
     rows: Tensor | None = None
     """int64 [B]: position of each sample in its split, if the stream was asked for it."""
     group: Tensor | None = None
-    """int64 [B]: a number of each sample, equal for equal values of a kept column, if the stream was asked for it."""
+    """int64 [B]: a number of each sample, equal for equal values of a kept column and ``NO_GROUP`` without a value, if
+    the stream was asked for it."""
     checked_table_rows: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
     """``Features.table_rows`` of the features for which a loader has checked the values as ``check_values`` does; None
     if no loader has. Copies made by Batch keep it; ``dataclasses.replace`` resets it, because it may change values."""

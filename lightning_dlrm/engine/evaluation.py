@@ -33,9 +33,9 @@ class Evaluation(nn.Module):
         self.stage = stage
         self.metrics = ClickMetrics(Ranks)
 
-    def update(self, logits_B: Tensor, labels_B: Tensor) -> None:
-        """Take the logits and labels of one batch, both [B]."""
-        self.metrics.update(logits_B, labels_B)
+    def update(self, logits_B: Tensor, labels_B: Tensor, groups_B: Tensor | None) -> None:
+        """Take the logits, labels and, if the batch has them, groups of one batch, all [B]."""
+        self.metrics.update(logits_B, labels_B, groups_B)
 
     def results(self) -> dict[str, float]:
         """Return the metrics over all ranks, in full precision; all ranks call it together."""
@@ -44,6 +44,12 @@ class Evaluation(nn.Module):
             log.warning(
                 "all labels of the %s split are equal, so its AUC is not defined (nan): evaluate on rows with clicks "
                 "and rows without",
+                self.stage,
+            )
+        elif math.isnan(found.get(names.GROUP_AUC, 0.0)) and math.isfinite(found["log_loss"]) and Ranks().rank == 0:
+            log.warning(
+                "no group of the %s split has rows with clicks and rows without, so its AUC by group is not defined "
+                "(nan): group by another column (data.group)",
                 self.stage,
             )
         return {f"{self.stage}/{name}": value for name, value in found.items()}

@@ -346,10 +346,10 @@ class CTRModule(pl.LightningModule):
         self.test.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.validation.update(self(batch), _labels(batch))
+        self.validation.update(self(batch), _labels(batch), batch.group)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.test.update(self(batch), _labels(batch))
+        self.test.update(self(batch), _labels(batch), batch.group)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return ``probability`` float32 [B], and ``row`` int64 [B] if the data number their rows."""

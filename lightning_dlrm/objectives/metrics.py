@@ -1,18 +1,21 @@
 """Metrics of click predictions, exact and in float64, over the samples of all ranks; curves in bounded memory.
 
-Shape suffixes: N samples of this rank, P thresholds, G groups of samples, H cells of a histogram.
+Shape suffixes: N samples of this rank, P thresholds, G groups of samples, T groups of samples with equal scores,
+H cells of a histogram.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
+
+from lightning_dlrm.contracts.batch import NO_GROUP
 
 _CHUNK = 1 << 20  # samples of a chunk, whose float64 and int64 copies stay small
 _RANGE = 16.0  # logits beyond it, with probabilities within 1.1e-7 of 0 or 1, are counted in the outermost cells
@@ -92,7 +95,95 @@ def exact_auc(scores_N: Samples, labels_N: Samples, peers: Peers = SINGLE_RANK) 
     return (twice_below if positives_rarer else 2 * pairs - twice_below) / (2 * pairs)
 
 
-def click_metrics(logits_N: Samples, labels_N: Samples, peers: Peers = SINGLE_RANK) -> dict[str, float]:
+class GroupAUCs(NamedTuple):
+    """The AUC of each group of samples."""
+
+    samples: NDArray[np.int64]
+    """[G] Number of samples, by ascending number of the group."""
+    auc: NDArray[np.float64]
+    """[G] NaN if all samples of the group have the same label."""
+
+
+def group_aucs(scores_N: NDArray[np.floating], labels_N: NDArray, groups_N: NDArray[np.int64]) -> GroupAUCs:
+    """Return the exact AUC of each group of samples; a tie counts one half.
+
+    Args:
+        scores_N: any monotone score, without NaN.
+        labels_N: 0 or 1.
+        groups_N: number of each sample's group; samples with ``NO_GROUP`` are left out.
+    """
+    in_group = groups_N != NO_GROUP
+    scores, labels, groups = (values[in_group] for values in (scores_N, labels_N, groups_N))
+    if not len(groups):
+        return GroupAUCs(np.empty(0, np.int64), np.empty(0))
+    order = np.lexsort((scores, groups))
+    scores, labels, groups = scores[order], labels[order] > 0, groups[order]
+    begins_group = np.append(True, groups[1:] != groups[:-1])
+    ties = np.flatnonzero(begins_group | np.append(True, scores[1:] != scores[:-1]))
+    size_T = np.diff(ties, append=len(groups))
+    clicks_T = np.add.reduceat(labels.astype(np.int64), ties)
+    others_T = size_T - clicks_T
+    firsts = np.flatnonzero(begins_group[ties])
+    # Of the same group, with lower scores.
+    below_T = others_T.cumsum() - others_T
+    below_T -= np.repeat(below_T[firsts], np.diff(firsts, append=len(ties)))
+    # Counted twice, so that half a tie is an integer.
+    twice_below_G = np.add.reduceat(clicks_T * (2 * below_T + others_T), firsts)
+    clicks_G, others_G = np.add.reduceat(clicks_T, firsts), np.add.reduceat(others_T, firsts)
+    with np.errstate(invalid="ignore"):
+        return GroupAUCs(clicks_G + others_G, twice_below_G / (2 * clicks_G * others_G))
+
+
+def group_auc(scores_N: Samples, labels_N: Samples, groups_N: Samples, peers: Peers = SINGLE_RANK) -> dict[str, float]:
+    """Return the mean AUC over groups of samples, such as those of a user, weighted by their number of samples (GAUC,
+    Zhou et al. 2018, Deep Interest Network, section 5.3).
+
+    A group whose samples all have the same label has no AUC, and is left out, as are samples with ``NO_GROUP``. Each
+    rank takes the groups whose number has its remainder; the weighted AUCs are added up exactly, so the value does not
+    depend on the number of ranks. It takes 13 bytes a sample (17 for float64) of one other rank at a time.
+
+    Args:
+        scores_N: any monotone score, such as the logit.
+        labels_N: 0 or 1.
+        groups_N: int64, number of each sample's group: see ``Batch.group``.
+        peers: the ranks that hold the samples.
+
+    Returns:
+        ``group_auc``, NaN if no group has both labels or a score is NaN; ``groups``, the number of groups that it is
+        the mean of; and ``groups_left_out``.
+    """
+    scores, labels, groups = (list(_parts(samples)) for samples in (scores_N, labels_N, groups_N))
+    (doubles,) = _total(peers, np.array([any(part.dtype == torch.float64 for part in scores)], np.int64))
+    types = (torch.float64 if doubles else torch.float32, torch.int8, torch.int64)
+    here = [
+        torch.cat([torch.empty(0, dtype=dtype), *(part.cpu().to(dtype) for part in parts)]).numpy()
+        for parts, dtype in zip((scores, labels, groups), types, strict=True)
+    ]
+    received = ([peers.broadcast(values, source) for values in here] for source in range(peers.ranks))
+    owned = [[values[of_one[2] % peers.ranks == peers.rank] for values in of_one] for of_one in received]
+    found = group_aucs(*(np.concatenate(values) for values in zip(*owned, strict=True)))
+    counted = ~np.isnan(found.auc)
+    samples = found.samples[counted]
+    whole, fraction, remainder = _fixed_point(found.auc[counted] * samples)
+    has_nan = np.isnan(here[0]).any()
+    counts = [whole, fraction, remainder, samples.sum(), len(samples), len(counted) - len(samples), has_nan]
+    whole, fraction, remainder, weight, groups_counted, left_out, nans = _total(peers, np.array(counts, np.int64))
+    weighted = (whole << 64) + (fraction << 32) + remainder
+    auc = weighted / (weight << 64) if weight and not nans else float("nan")
+    return {"group_auc": auc, "groups": groups_counted, "groups_left_out": left_out}
+
+
+def _fixed_point(values: NDArray[np.float64]) -> tuple[int, int, int]:
+    """Return the sum of values of at least 0, cut off below 2**-64, as a number of units, of 2**-32 and of 2**-64."""
+    whole = np.floor(values)
+    fraction = np.floor((values - whole) * 2.0**32)
+    remainder = np.floor(((values - whole) * 2.0**32 - fraction) * 2.0**32)
+    return tuple(int(part.astype(np.int64).sum()) for part in (whole, fraction, remainder))  # type: ignore[return-value]
+
+
+def click_metrics(
+    logits_N: Samples, labels_N: Samples, peers: Peers = SINGLE_RANK, groups_N: Samples = ()
+) -> dict[str, float]:
     """Return the metrics of the samples of all ranks by name; all samples have the same weight.
 
     - ``log_loss``: mean cross-entropy in nats; infinite if an infinite logit is wrong.
@@ -101,16 +192,18 @@ def click_metrics(logits_N: Samples, labels_N: Samples, peers: Peers = SINGLE_RA
     - ``normalized_entropy``: log loss divided by the log loss of the samples' click rate as a constant prediction (He
       et al. 2014, section 2.2, equation 1); NaN if a class has no samples.
     - ``calibration``: predicted clicks divided by clicks (He et al. 2014, section 2.2).
+    - ``group_auc``, ``groups``, ``groups_left_out``: see ``group_auc``; only of samples with groups.
 
     Args:
         logits_N: float32 or float64.
         labels_N: 0 or 1.
         peers: the ranks that hold the samples.
+        groups_N: int64, number of each sample's group; empty on every rank for samples without groups.
 
     Raises:
         ValueError: no rank has samples.
     """
-    sums = np.zeros(5)
+    sums = np.zeros(6)
     for logits, labels in sample_chunks(logits_N, labels_N):
         logits, labels = logits.double(), labels.double()
         sums += (
@@ -120,8 +213,10 @@ def click_metrics(logits_N: Samples, labels_N: Samples, peers: Peers = SINGLE_RA
             float(torch.where(labels > 0.5, -logits, logits).logaddexp(logits.new_zeros(())).sum()),
             float(((logits >= 0) == (labels > 0.5)).sum()),
             float(logits.sigmoid().sum()),
+            0.0,
         )
-    samples, clicks, loss, correct, predicted = _total(peers, sums)
+    sums[5] = sum(len(part) for part in _parts(groups_N))
+    samples, clicks, loss, correct, predicted, in_groups = _total(peers, sums)
     if not samples:
         raise ValueError("metrics of no samples")
     rate = clicks / samples
@@ -132,11 +227,13 @@ def click_metrics(logits_N: Samples, labels_N: Samples, peers: Peers = SINGLE_RA
         "accuracy": correct / samples,
         "normalized_entropy": loss / samples / base_entropy if base_entropy > 0 else float("nan"),
         "calibration": predicted / clicks if clicks else float("nan"),
+        **(group_auc(logits_N, labels_N, groups_N, peers) if in_groups else {}),
     }
 
 
 class ClickMetrics(Metric):
-    """Metric that collects logits and labels of a whole evaluation, 5 bytes a sample (9 for float64 logits).
+    """Metric that collects logits and labels of a whole evaluation, 5 bytes a sample (9 for float64 logits), and 8 more
+    for its group.
 
     Each rank keeps its own samples: see ``exact_auc``.
 
@@ -147,6 +244,7 @@ class ClickMetrics(Metric):
     full_state_update = False
     logits: list[Tensor]
     labels: list[Tensor]
+    groups: list[Tensor]
 
     def __init__(self, peers: Callable[[], Peers] = SingleRank) -> None:
         # With sync_on_compute, torchmetrics would gather all samples on every rank.
@@ -154,16 +252,19 @@ class ClickMetrics(Metric):
         self._peers = peers
         self.add_state("logits", default=[], dist_reduce_fx=None)
         self.add_state("labels", default=[], dist_reduce_fx=None)
+        self.add_state("groups", default=[], dist_reduce_fx=None)
 
-    def update(self, logits_B: Tensor, labels_B: Tensor) -> None:
-        """Add a batch; logits are stored as float32 or float64, labels as int8."""
+    def update(self, logits_B: Tensor, labels_B: Tensor, groups_B: Tensor | None = None) -> None:
+        """Add a batch; logits are stored as float32 or float64, labels as int8, and the numbers of groups as int64."""
         logits_B = logits_B.detach()
         self.logits.append(logits_B if logits_B.dtype == torch.float64 else logits_B.float())
         self.labels.append(labels_B.to(torch.int8))
+        if groups_B is not None:
+            self.groups.append(groups_B)
 
     def compute(self) -> dict[str, float]:
         """Return the metrics: see ``click_metrics``."""
-        return click_metrics(self.logits, self.labels, self._peers())
+        return click_metrics(self.logits, self.labels, self._peers(), self.groups)
 
 
 def _total(peers: Peers, values: NDArray) -> list[Any]:

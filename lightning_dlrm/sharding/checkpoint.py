@@ -20,7 +20,7 @@ import pickle
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,9 @@ class CheckpointReader:
     def read_rows(self, piece: TablePiece, slot: str, out: Tensor) -> None:
         """Fill ``out`` with a piece's rows of one slot; the rows may come from several stored pieces.
 
+        A stored piece is verified by the reader of its first row, so that ranks that share it hash it once; its damage
+        is an error of that rank, which must reach the others before the rows are used.
+
         Raises:
             UserError: the checkpoint does not have the table or slot, has another shape, is damaged, or has rows that
                 are NaN or infinite.
@@ -241,7 +244,8 @@ class CheckpointReader:
             start, stop = max(piece.start, part.start), min(piece.stop, part.stop)
             if start < stop:
                 read = out[start - piece.start : stop - piece.start]
-                with self._checking(part), self._opened(part, entry) as file:
+                checking = self._checking(part) if start == part.start else nullcontext()
+                with checking, self._opened(part, entry) as file:
                     read.copy_(file.get_slice(slot)[start - part.start : stop - part.start])
                     finite = self.allow_nonfinite or is_finite(read)
                 if not finite:

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from datamodules.criteo import Criteo
 from datamodules.generate.demo import DemoSettings
+from datamodules.writer import DatasetWriter
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.report import published_notes
@@ -36,8 +37,9 @@ from lightning_dlrm.compare.figures import PAGE_WIDTH, draw_all
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, trained_samples
 from lightning_dlrm.compare.results import compare
 from lightning_dlrm.compare.runs import Arm, arms_of, data_differences, format_value, read_run, settings_of
-from lightning_dlrm.compare.scores import note_source, read_scores, shared_labels
+from lightning_dlrm.compare.scores import note_source, read_scores, shared_samples
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import Column
 from lightning_dlrm.objectives.metrics import exact_auc
 from lightning_dlrm.tables import lookup
 from lightning_dlrm.tracking import names
@@ -45,6 +47,7 @@ from lightning_dlrm.tracking.dashboard import Dashboard
 from lightning_dlrm.tracking.lock import FolderLock
 from lightning_dlrm.tracking.wandb_run import ComparisonPage, RunPlace, send_comparison
 from tests.caches import new_cache
+from tests.objectives.test_metrics import plain_group_auc
 from tests.tracking.test_wandb import merged, of_type, read_back
 
 REPOSITORY = Path(__file__).parents[2]
@@ -210,7 +213,8 @@ def leave_run(arm: PlannedArm, seed: int, output: Path, skill: float) -> Path:
     path = Path(f"{arm.name}-{seed}")
     path.mkdir()
     (path / "config.yaml").write_text(yaml.safe_dump({**arm.document, "seed_everything": seed}))
-    data = Criteo("demo", demo=DemoSettings(**arm.document["data"]["init_args"]["demo"]))
+    options = arm.document["data"]["init_args"]
+    data = Criteo(options["path"], demo=DemoSettings(**options["demo"]))
     data.prepare_data()
     schema = data.schema
     lines = [
@@ -306,11 +310,60 @@ def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys
     assert all(pair["low"] > 0 or pair["high"] < 0 for pair in pairs), "the samples alone would have decided"
 
 
+def test_auc_by_group_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    users = np.random.default_rng(0).integers(0, 60, 400)
+    columns = (
+        Column(name="label", role="label"),
+        Column(name="user", role="keep", transform="int64"),
+        Column(name="I1", role="dense"),
+        Column(name="C1", role="categorical", cardinality=4),
+    )
+    with DatasetWriter(Path("kept"), columns) as writer:
+        for split in ("train", "validation", "test"):
+            labels, ids = (np.arange(400) % 3 == 0).astype(np.int8), (np.arange(400) % 4).astype(np.int32)
+            dense = np.zeros(400, np.float32)
+            writer.write(split, {"label": labels, "user": pa.array(users), "I1": dense, "C1": ids})
+        writer.finish(dataset="own", protocol="own")
+    arms = planned(options=("--data.path", "kept"))
+    runs = [
+        str(leave_run(arm, s, Path("out"), skill)) for arm, skill in zip(arms, (2.0, 1.0), strict=True) for s in (1, 2)
+    ]
+    assert main(["compare", *runs, "--output", "out", "--group", "user"]) == 0
+    said, html = capsys.readouterr().out, " ".join(Path("out/report.html").read_text().split())
+    document = json.loads(Path("out/report.json").read_text())
+    for run in document["runs"]:
+        rows = pq.read_table(Path("out/scores") / run["name"] / "predictions.parquet")
+        expected = plain_group_auc(rows["probability"].to_numpy(), labels, users)
+        assert {name: run["metrics"][f"test/{name}"] for name in expected} == pytest.approx(expected, abs=1e-9)
+        assert f"<td>{expected['group_auc']:.5f}</td>" in html
+    for arm, of_runs in zip(document["arms"], (document["runs"][:2], document["runs"][2:]), strict=True):
+        interval = arm["intervals"]["group_auc"]
+        mean = np.mean([run["metrics"]["test/group_auc"] for run in of_runs])
+        assert interval["low"] < interval["mean"] < interval["high"] and interval["mean"] == pytest.approx(mean)
+    for text in (said, html):
+        assert f"AUC by group: mean over {expected['groups']} groups with both labels" in text
+    of_groups = document["pairs"][-1]
+    assert of_groups["metric"] == "group_auc" and "DLRM and DCN are not distinguishable by AUC by group" in said
+    assert of_groups["low"] < of_groups["difference"] < of_groups["high"]
+    (header,) = (line for line in said.splitlines() if "accuracy  AUC by group" in line)
+    assert len(header) <= 80
+
+    assert "no kept column 'nope' to group by" in error_of(capsys, *runs, "--output", "out", "--group", "nope")
+    config = yaml.safe_load(Path(runs[0], "config.yaml").read_text())
+    config["data"]["init_args"]["group"] = "user"
+    Path(runs[0], "config.yaml").write_text(yaml.safe_dump(config))
+    assert "the runs are grouped by no column, user: give the column" in error_of(capsys, *runs, "--output", "out")
+    assert main(["compare", *runs, "--output", "out", "--group", "user"]) == 0, "it makes no other configuration"
+    assert "error: arm dlrm: kept has no kept column 'nope'" in error_of(
+        capsys, "--config", "tiny.yaml", "--data.path", "kept", "--dry-run", "--group", "nope"
+    )
+
+
 def test_one_seed_on_one_side_is_named() -> None:
     dlrm, dcn = plain_arms()
     runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm, seed in ((dlrm, 1), (dlrm, 2), (dcn, 1))]
-    (labels,) = shared_labels(runs, "test").values()
-    scores = {run.name: read_scores(Path("out/scores") / run.name, labels) for run in runs}
+    (samples,) = shared_samples(runs, "test").values()
+    scores = {run.name: read_scores(Path("out/scores") / run.name, samples) for run in runs}
     for pair in compare(arms_of(runs), scores, title="t", split="test").pairs:
         assert pair.verdict == "none" and pair.reason.endswith("the interval leaves its seeds out")
         assert "no verdict: one seed of DCN does not show" in pair.sentence and pair.word == "none: one seed"
@@ -428,8 +481,8 @@ def test_times_of_a_busy_machine_are_not_compared() -> None:
     summary["final"][names.TRAINING_SECONDS] *= 25
     (paths[1] / "summary.json").write_text(json.dumps(summary))
     runs = [read_run(path) for path in paths]
-    labels = shared_labels(runs, "test")
-    scores = {run.name: read_scores(Path("out/scores") / run.name, *labels.values()) for run in runs}
+    samples = shared_samples(runs, "test")
+    scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
     comparison = compare(arms_of(runs), scores, title="t", split="test")
     assert not comparison.steady(names.TRAINING_SECONDS) and comparison.steady(names.SAMPLES_PER_SECOND)
     rows = {row[0]: row[1:] for row in report._summary(comparison)}
@@ -494,8 +547,8 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
         last = (path / "metrics.jsonl").read_text().splitlines()[-1]
         (path / "metrics.jsonl").write_text(last + "\n")
     runs = [read_run(path) for path in paths]
-    labels = shared_labels(runs, "test")
-    scores = {run.name: read_scores(Path("out/scores") / run.name, *labels.values()) for run in runs}
+    samples = shared_samples(runs, "test")
+    scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
     arms = arms_of(runs)
     drawn: dict[str, Figure] = {}
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.stem: figure}))
@@ -557,8 +610,8 @@ def summary_of(run: Path) -> dict[str, Any]:
 def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPatch) -> None:
     arms = plain_arms()
     runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm in arms for seed in (1, 2)]
-    labels = shared_labels(runs, "test")
-    scores = {run.name: read_scores(Path("out/scores") / run.name, *labels.values()) for run in runs}
+    samples = shared_samples(runs, "test")
+    scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
     comparison = compare(arms_of(runs), scores, title="t", split="test")
     findings = [pair.sentence for pair in comparison.pairs]
     page = ComparisonPage(figures={}, tables={}, files=[], findings=findings)
@@ -737,8 +790,8 @@ def test_published_scores_are_shown_with_the_distance_from_them(monkeypatch: pyt
         summary["final"]["dataset"] = "kaggle"  # distances on demo data would say nothing
         (folder / "summary.json").write_text(json.dumps(summary))
     runs = [read_run(folder) for folder in folders]
-    (labels,) = shared_labels(runs, "test").values()
-    scores = {run.name: read_scores(Path("out/scores") / run.name, labels) for run in runs}
+    (samples,) = shared_samples(runs, "test").values()
+    scores = {run.name: read_scores(Path("out/scores") / run.name, samples) for run in runs}
     comparison = compare(arms_of(runs), scores, title="t", split="test")
     mean = np.mean([scores[run.name].metrics["accuracy"] for run in runs[:2]])
     line = f"DLRM: test accuracy {mean:.5f} is {mean - 0.25:+.5f} from the published 0.25 (a paper)"

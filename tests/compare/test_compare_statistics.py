@@ -21,6 +21,7 @@ from lightning_dlrm.compare.statistics import (
     reliability,
     verdict,
 )
+from lightning_dlrm.contracts.batch import NO_GROUP
 from lightning_dlrm.objectives.metrics import click_metrics
 
 
@@ -172,7 +173,33 @@ def test_a_single_seed_has_no_interval() -> None:
     assert mean_interval(constant([0.7])) is None
 
 
-@pytest.mark.parametrize("metric", SCORES)
+def test_the_auc_by_group_is_the_mean_of_the_components_of_groups() -> None:
+    labels, probabilities = clicks(1500)
+    logits = torch.logit(torch.from_numpy(probabilities.astype(float)))
+    random = np.random.default_rng(1)
+    groups = random.integers(0, 150, 1500)
+    # Left out: one label, and no group.
+    groups[labels == 0] = np.where(groups[labels == 0] < 20, 20, groups[labels == 0])
+    groups[:100] = NO_GROUP
+
+    def group_auc(rows: Any, groups: Any) -> Any:
+        return click_metrics(logits[rows], torch.from_numpy(labels[rows]), groups_N=torch.from_numpy(groups))
+
+    (stratum,) = components("group_auc", probabilities, labels, groups)
+    expected = group_auc(np.arange(1500), groups)
+    assert stratum.mean() == pytest.approx(expected["group_auc"], abs=1e-12)
+    assert (len(stratum), expected["groups_left_out"]) == (expected["groups"], len(set(groups)) - 1 - len(stratum))
+    # The variance of a single run is that of the bootstrap of whole groups.
+    rows_of = [np.flatnonzero(groups == group) for group in set(groups.tolist()) - {NO_GROUP}]
+    resampled = []
+    for _ in range(300):
+        drawn = random.integers(0, len(rows_of), len(rows_of))
+        numbers = np.repeat(np.arange(len(drawn)), [len(rows_of[group]) for group in drawn])
+        resampled.append(group_auc(np.concatenate([rows_of[group] for group in drawn]), numbers)["group_auc"])
+    assert np.var(stratum, ddof=1) / len(stratum) == pytest.approx(np.var(resampled), rel=0.25)
+
+
+@pytest.mark.parametrize("metric", SCORES[:-1])
 def test_every_score_is_the_mean_of_its_components(metric: Any) -> None:
     labels, probabilities = clicks(500)
     logits = torch.logit(torch.from_numpy(probabilities.astype(float)))

@@ -609,10 +609,10 @@ def test_estimate_looks_at_each_compression(tmp_path: Path) -> None:
     lines = generated_lines(400)
     names = ["a", "b.gz", "c.zst", "d", "e.gz"]
     files = find_files([str(written(tmp_path / name, lines)) for name in names])
-    found = progress.estimate(files, multi_hot=False)
+    found = progress.estimate(files, (115, 65))
     size = (tmp_path / "a").stat().st_size
     assert found.rows == pytest.approx(2000, rel=0.01) and found.text_bytes == pytest.approx(5 * size, rel=0.01)
-    assert found.fields == 40
+    assert progress.fields_of(files[0]) == 40
 
 
 def test_known_values_are_looked_up_as_by_a_dict(tmp_path: Path) -> None:
@@ -650,7 +650,7 @@ def test_disk_of_the_output_too_small_is_told_before(tmp_path: Path, monkeypatch
         progress.shutil, "disk_usage", lambda path: argparse.Namespace(free=10 if path == elsewhere else 10**9)
     )
     raw = written(tmp_path / "train.txt", generated_lines(100))
-    found = progress.estimate(find_files([str(raw)]), multi_hot=False)
+    found = progress.estimate(find_files([str(raw)]), (115, 65))
     assert "about 100 rows" in found.checked(tmp_path, tmp_path, 2)
     with pytest.raises(UserError, match=r"needed for the dataset, 10 bytes are free at /proc; .*--output"):
         found.checked(tmp_path, elsewhere, 2)

@@ -11,9 +11,50 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
+from lightning_dlrm.contracts.batch import NO_GROUP
 from lightning_dlrm.objectives.losses import LogLoss
-from lightning_dlrm.objectives.metrics import ClickMetrics, click_metrics, exact_auc
+from lightning_dlrm.objectives.metrics import ClickMetrics, click_metrics, exact_auc, group_auc
 from tests.ranks import run_ranks
+
+
+def plain_group_auc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """The mean AUC over groups with both labels, weighted by their samples; every pair of samples is looked at."""
+    weights, aucs, left_out = [], [], 0
+    for group in sorted(set(groups.tolist()) - {NO_GROUP}):
+        clicks, others = (scores[(groups == group) & (labels == label)] for label in (1, 0))
+        if len(clicks) and len(others):
+            wins = (clicks[:, None] > others).sum() + (clicks[:, None] == others).sum() / 2
+            aucs.append(wins / len(clicks) / len(others))
+            weights.append(len(clicks) + len(others))
+        else:
+            left_out += 1
+    auc = np.average(aucs, weights=weights) if aucs else math.nan
+    return {"group_auc": auc, "groups": len(aucs), "groups_left_out": left_out}
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from([-0.0, 0.0, 1.0, 2.0, math.inf, -math.inf]), st.booleans(), st.integers(-2, 3)),
+        min_size=1,
+        max_size=60,
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_auc_by_group_with_ties(rows: list[tuple[float, bool, int]]) -> None:
+    scores, labels, groups = (np.array(values) for values in zip(*rows, strict=True))
+    # Numbers of text are hashes, and missing values are in no group.
+    groups = np.array([NO_GROUP, -(2**62), 7, 2**63 - 1, 0, 1])[groups + 2]
+    found = group_auc(torch.tensor(scores), torch.tensor(labels), torch.tensor(groups))
+    assert found == pytest.approx(plain_group_auc(scores, labels, groups), abs=1e-12, nan_ok=True)
+    assert found["groups"] or math.isnan(found["group_auc"])
+
+
+def test_auc_by_group_of_one_group_is_the_auc_and_of_nan_scores_none() -> None:
+    logits, labels, groups = drawn()
+    one = click_metrics(logits, labels, groups_N=torch.zeros_like(groups))
+    assert one["group_auc"] == one["auc"] and (one["groups"], one["groups_left_out"]) == (1, 0)
+    logits[3] = math.nan
+    assert math.isnan(group_auc(logits, labels, groups)["group_auc"])
 
 
 @given(
@@ -86,30 +127,35 @@ from tests.objectives.test_metrics import drawn
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
 metrics = ClickMetrics(Ranks)
-logits, labels = drawn()
+logits, labels, groups = drawn()
 # Uneven shares; the last of several ranks has nothing.
 cuts = [0, *(len(logits) * (i * i) // (ranks - 1) ** 2 for i in range(1, ranks)), len(logits)]
 for part in torch.arange(cuts[rank], cuts[rank + 1]).split(1000):
-    metrics.update(logits[part], labels[part])
+    metrics.update(logits[part], labels[part], groups[part])
 print("found", json.dumps(metrics.compute()))
 dist.destroy_process_group()
 """
 
 
-def drawn() -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits with ties, and labels."""
+def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits with ties, labels, and groups of which some have one label."""
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(20_000, generator=generator).round(decimals=2)
-    return logits, (torch.rand(20_000, generator=generator) < torch.sigmoid(logits)).to(torch.int8)
+    groups = (torch.randn(20_000, generator=generator) * 800).long() ** 3
+    return logits, (torch.rand(20_000, generator=generator) < torch.sigmoid(logits)).to(torch.int8), groups
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_find_what_one_process_finds(ranks: int) -> None:
-    alone = click_metrics(*drawn())
+    logits, labels, groups = drawn()
+    alone = click_metrics(logits, labels, groups_N=groups)
+    assert alone["groups"] > 1000 and alone["groups_left_out"] > 100
+    plain = plain_group_auc(logits.numpy(), labels.numpy(), groups.numpy())
+    assert {name: alone[name] for name in plain} == pytest.approx(plain, abs=1e-12)
     for output in run_ranks(["-c", _RANK], ranks):
         together = json.loads(output.partition("found ")[2])
-        assert together["auc"] == alone["auc"]
+        assert {name: together[name] for name in ("auc", *plain)} == {name: alone[name] for name in ("auc", *plain)}
         assert together == pytest.approx(alone, abs=1e-12)
 
 

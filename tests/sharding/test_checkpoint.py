@@ -56,6 +56,33 @@ def test_any_range_is_read_from_any_pieces(written: tuple[int, ...], read: tuple
     assert reader.header == {"step": 1}
 
 
+@pytest.mark.parametrize("ranks", [(0, 50, ROWS), (0, 3, 4, 60, ROWS)])
+@pytest.mark.parametrize("damaged", ["C1.0", "C1.37"])
+def test_ranks_that_share_a_file_hash_it_once(
+    ranks: tuple[int, ...], damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "last", 0, 37, ROWS)
+    hashed: list[str] = []
+    sha256 = checkpoint.file_sha256
+    monkeypatch.setattr(checkpoint, "file_sha256", lambda path: (hashed.append(path.name), sha256(path))[1])
+
+    def read() -> list[UserError]:
+        errors = []
+        for start, stop in itertools.pairwise(ranks):
+            piece = TablePiece(name="C1", table_rows=ROWS, start=start, stop=stop, offset=0)
+            try:
+                CheckpointReader(tmp_path / "last").read_rows(piece, "weight", torch.empty(stop - start, 3))
+            except UserError as error:
+                errors.append(error)
+        return errors
+
+    assert read() == [] and sorted(hashed) == ["C1.0.safetensors", "C1.37.safetensors"]
+    path = tmp_path / f"last/tables/{damaged}.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert [f"{path} is damaged" in str(error) for error in read()] == [True]
+
+
 def test_manifest_names_tables_shapes_and_pieces(tmp_path: Path) -> None:
     write(tmp_path / "last", 0, 30, ROWS)
     manifest = json.loads((tmp_path / "last/manifest.json").read_text())

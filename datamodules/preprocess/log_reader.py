@@ -1,0 +1,562 @@
+"""Click logs (CSV, JSON lines, Parquet) -> segments, piece by piece, in bounded memory, by the schema of the log.
+
+Text is cut at fixed offsets, as Criteo's is: a row belongs to the piece in which it begins. A field in quotes may hold
+line ends, so a row ends at a line end before which the number of quotes is even; for files with quotes, the quotes of
+each piece are counted first. Parquet is cut at row groups.
+
+pyarrow reads all three. What it refuses is looked at again, slowly, for the line and the fault.
+"""
+
+import codecs
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from datamodules import values
+from datamodules.folder import file_system, is_remote
+from datamodules.log_schema import Format, LogSchema
+from datamodules.preprocess.criteo_tsv import BadLineError, piece_of_plain, pieces_of_text
+from datamodules.preprocess.sources import RawFile
+from datamodules.preprocess.staging import dictionary_with_missing
+from datamodules.values import BadValueError, staged_name
+from lightning_dlrm.contracts.errors import UserError, one_line, require
+from lightning_dlrm.contracts.schema import CRITEO_LABEL, SPLITS
+
+SPLIT = "split"
+"""Name of the column of segments by which rows are split."""
+
+_BLOCK_BYTES = 1 << 20
+_HEADER_BYTES = 1 << 20  # the longest header
+_SAMPLED_LINES = 1000  # of JSON, for the types of columns
+_STAND_IN = b"\x1f"  # for a separator of several characters: the unit separator, which text does not have
+_PARQUET_ROWS = 1 << 17
+_BOM = b"\xef\xbb\xbf"
+_SUFFIXES: Mapping[str, Format] = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+_REMEDY = "correct or remove the line"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogReader:
+    """How the pieces of one file become segments."""
+
+    schema: LogSchema
+    format: Format
+    labelled: bool
+    names: tuple[str, ...]
+    """The file's columns."""
+    separator: str = ","
+    header_bytes: int = 0
+    """Of the header in the text, a byte order mark included."""
+    header_lines: int = 0
+    types: tuple[tuple[str, str], ...] = ()
+    """Columns of JSON and their types, as far as the first lines tell."""
+    group_rows: tuple[int, ...] = ()
+    """Of a Parquet file."""
+    splits: bool = True
+    """Whether rows are split."""
+    open_quotes: tuple[bool, ...] = ()
+    """Whether each piece of a plain file begins within quotes; empty if none does."""
+
+    # --- pieces ---
+
+    def jobs(self, source: RawFile, piece_bytes: int) -> list[tuple[int | None, range | None]]:
+        if self.format == "parquet":
+            ends = np.cumsum([-(-rows // _PARQUET_ROWS) for rows in self.group_rows]).tolist()
+            return [(group, range(*span)) for group, span in enumerate(itertools.pairwise([0, *ends]))]
+        if self._transcodes or source.compression != "none":
+            return [(None, None)]
+        return [(index, range(index, index + 1)) for index in range(-(-source.size // piece_bytes))]
+
+    def pieces(self, source: RawFile, index: int | None, piece_bytes: int) -> Iterator[Any]:
+        """Yield the parts of a piece, each of which becomes a segment: text in UTF-8, or a table of Parquet.
+
+        Raises:
+            UserError: the file is truncated or corrupt, or cannot be read or decoded.
+        """
+        quote = self._quote
+        if self.format == "parquet":
+            assert index is not None
+            with open_parquet(source.path) as file:
+                needed = [name for name in self.names if name in self._needed]
+                for batch in file.iter_batches(_PARQUET_ROWS, row_groups=[index], columns=needed, use_threads=False):
+                    yield pa.Table.from_batches([batch])
+        elif index is None:
+            encoding = self.schema.encoding if self._transcodes else None
+            for number, text in enumerate(pieces_of_text(source, piece_bytes, quote, encoding)):
+                yield text[self.header_bytes :] if number == 0 else text
+        else:
+            opened = (*self.open_quotes, False, False) if self.open_quotes else (False,) * (index + 2)
+            text = piece_of_plain(source, index, piece_bytes, quote, (opened[index], opened[index + 1]))
+            yield text[self.header_bytes :] if index == 0 else text
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the file, if they are known."""
+        return sum(self.group_rows) if self.format == "parquet" else None
+
+    @property
+    def _transcodes(self) -> bool:
+        return self.format != "parquet" and not _is_utf8(self.schema.encoding)
+
+    @property
+    def _quote(self) -> bytes | None:
+        alone = self.format == "csv" and self.schema.quote is not None and len(self.separator.encode()) == 1
+        return self.schema.quote.encode() if alone and self.schema.quote else None
+
+    # --- parsing ---
+
+    def parse(self, piece: Any) -> list[pa.Table]:
+        """Return the rows of a piece as columns of segments.
+
+        Raises:
+            BadLineError: a row is not of the schema.
+        """
+        try:
+            if self.format == "csv":
+                table = self._csv(piece)
+            elif self.format == "jsonl":
+                table = self._json(piece)
+            else:
+                table = piece
+            return [self._staged(table)] if len(table) else []
+        except BadValueError as error:
+            raise BadLineError(self._line_of(piece, error.row), error.fault) from error
+        except pa.ArrowException as error:
+            raise BadLineError(
+                0, f"this or a later line cannot be read ({one_line(error)}); correct the file"
+            ) from error
+
+    def parse_good(self, piece: Any, first: int = 0) -> tuple[list[pa.Table], list[tuple[int, str]]]:
+        """Parse the good rows of a piece, and return the line and fault of each bad one; see
+        ``criteo_tsv.parse_good``."""
+        try:
+            return self.parse(piece), []
+        except BadLineError as bad:
+            is_text = isinstance(piece, bytes)
+            ends = self._row_ends(piece) if is_text else np.arange(1, len(piece) + 1)
+            if len(ends) == 1:
+                return [], [(first, bad.fault)]
+            cut = int(ends[len(ends) // 2 - 1])
+            left, right = (piece[:cut], piece[cut:]) if is_text else (piece.slice(0, cut), piece.slice(cut))
+            tables, faults = self.parse_good(left, first)
+            more, more_faults = self.parse_good(right, first + (left.count(b"\n") if is_text else cut))
+            return tables + more, faults + more_faults
+
+    def count_lines(self, piece: Any, rows: int) -> int:
+        return piece.count(b"\n") if isinstance(piece, bytes) else len(piece)
+
+    def _row_ends(self, text: bytes) -> np.ndarray:
+        """Return where each row ends, int64; empty lines belong to the row after them."""
+        characters = np.frombuffer(text, np.uint8)
+        line_ends = np.flatnonzero(characters == ord("\n"))
+        if self._quote is not None and self._quote in text:
+            quotes = np.flatnonzero(characters == ord(self._quote))
+            line_ends = line_ends[np.searchsorted(quotes, line_ends) % 2 == 0]
+        starts = np.append(0, line_ends[:-1] + 1)
+        filled = (line_ends - starts > 1) | ((line_ends > starts) & (characters[starts] != ord("\r")))
+        return line_ends[filled] + 1
+
+    def _line_of(self, piece: Any, row: int) -> int:
+        """Return the line, from 0, in which a row begins; the row itself in Parquet."""
+        if not isinstance(piece, bytes):
+            return row
+        ends = self._row_ends(piece)
+        row = min(row, len(ends))  # if a quote is not closed, the last row has no end
+        start = int(ends[row - 1]) if row else 0
+        skipped = piece[start : int(ends[row]) if row < len(ends) else None]
+        return piece.count(b"\n", 0, start) + skipped.count(b"\n", 0, len(skipped) - len(skipped.lstrip(b"\r\n")))
+
+    @property
+    def _sources(self) -> dict[str, str]:
+        return self.schema.sources(self.names)
+
+    @property
+    def _needed(self) -> set[str]:
+        """The columns that are read."""
+        left = {c.source or name for name, c in self.schema.columns.items() if c.role == "leave"}
+        used = {c.source or name for name, c in self.schema.columns.items() if c.role != "leave"}
+        used |= {c.weights for c in self.schema.columns.values() if c.weights}
+        if self.labelled:
+            used.add(self.schema.label_in(self.names).column)
+        if self.schema.split.column is not None and self.splits:
+            used.add(self.schema.split.column)
+        return (set(self._sources) & used) | (left & used)
+
+    @property
+    def _numeric(self) -> set[str]:
+        """The columns that are read as numbers alone."""
+        columns = self.schema.columns.items()
+        roles: dict[str, set[bool]] = {}
+        for name, column in columns:
+            is_number = column.role == "dense" or column.transform is not None
+            roles.setdefault(column.source or name, set()).add(is_number or column.role == "leave")
+        text = {self.schema.label_in(self.names).column, self.schema.split.column}
+        return {name for name, kinds in roles.items() if kinds == {True}} - text
+
+    def _csv(self, text: bytes) -> pa.Table:
+        separator = self.separator.encode()
+        if len(separator) > 1:
+            if _STAND_IN in text:
+                row = text[: text.index(_STAND_IN)].count(b"\n")
+                raise BadLineError(row, f"a control character (0x1f); {_REMEDY}")
+            plain, text = text, text.replace(separator, _STAND_IN)
+            separator = _STAND_IN
+        else:
+            plain = text
+        ragged: list[pyarrow.csv.InvalidRow] = []
+
+        def refuse(row: pyarrow.csv.InvalidRow) -> Literal["error", "skip"]:
+            ragged.append(row)
+            return "error"
+
+        def read(numeric: set[str]) -> pa.Table:
+            kinds = {n: pa.float64() if n in numeric else pa.dictionary(pa.int32(), pa.string()) for n in self._needed}
+            return pyarrow.csv.read_csv(
+                pa.BufferReader(text),
+                pyarrow.csv.ReadOptions(column_names=self.names, use_threads=False, block_size=_BLOCK_BYTES),
+                pyarrow.csv.ParseOptions(
+                    delimiter=separator.decode(),
+                    quote_char=self._quote.decode() if self._quote else False,
+                    newlines_in_values=self._quote is not None and self._quote in text,
+                    invalid_row_handler=refuse,
+                ),
+                pyarrow.csv.ConvertOptions(
+                    column_types=kinds,
+                    include_columns=[name for name in self.names if name in self._needed],
+                    null_values=self.schema.nulls,
+                    strings_can_be_null=True,
+                    decimal_point=self.schema.decimal,
+                ),
+            )
+
+        if not text.strip():
+            return pa.table({})
+        try:
+            return read(self._numeric)
+        except pa.ArrowInvalid as error:
+            if ragged:
+                row = self._ragged_row(text, separator, ragged[0])
+                quotes = self._quote is not None and self._quote in text
+                hint = ", or set 'quote: null' in the schema if quotes are ordinary characters" if quotes else ""
+                raise BadLineError(
+                    self._line_of(plain, row),
+                    f"{ragged[0].actual_columns} fields, expected {ragged[0].expected_columns} between "
+                    f"{self.separator!r}: {', '.join(self.names[:4])}...; {_REMEDY}, quote fields that hold the "
+                    f"separator{hint}",
+                ) from error
+            _check_utf8(plain)
+            try:
+                return read(set())  # numbers are looked at one by one
+            except pa.ArrowInvalid:
+                raise error from None
+
+    def _ragged_row(self, text: bytes, separator: bytes, ragged: pyarrow.csv.InvalidRow) -> int:
+        if ragged.number is not None:
+            return int(ragged.number) - 1
+        ends = self._row_ends(text)
+        fields = (text[start:end].count(separator) + 1 for start, end in zip((0, *ends), ends, strict=False))
+        return next((row for row, count in enumerate(fields) if count == ragged.actual_columns), 0)
+
+    def _json(self, text: bytes) -> pa.Table:
+        if not text.strip():
+            return pa.table({})
+        known = pa.schema([(name, _JSON_TYPES[kind]) for name, kind in self.types])
+        try:
+            table = pyarrow.json.read_json(
+                pa.BufferReader(text),
+                pyarrow.json.ReadOptions(use_threads=False, block_size=len(text)),
+                pyarrow.json.ParseOptions(explicit_schema=known, unexpected_field_behavior="infer"),
+            )
+        except pa.ArrowInvalid as error:
+            _check_utf8(text)
+            raise self._bad_json(text, one_line(error)) from error
+        if self.schema.rest == "error" and (others := [n for n in table.column_names if n not in self._sources]):
+            lines = text.split(b"\n")
+            line = next((i for i, line in enumerate(lines) if line.strip() and others[0] in json.loads(line)), 0)
+            raise BadLineError(line, f"the key {others[0]} is not in the schema; name it, or set rest: leave")
+        return table
+
+    def _bad_json(self, text: bytes, message: str) -> BadLineError:
+        kinds = dict(self.types)
+        for number, line in enumerate(text.split(b"\n")):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                return BadLineError(
+                    number, f"not JSON ({one_line(error)}); expected one object in each line: {_REMEDY}"
+                )
+            if not isinstance(row, dict):
+                return BadLineError(
+                    number, f"not a JSON object; expected one, such as {{...}}, in each line: {_REMEDY}"
+                )
+            for name, value in row.items():
+                found = _json_type([value])
+                if found and found != kinds.setdefault(name, found) and {found, kinds[name]} != {"int", "float"}:
+                    return BadLineError(
+                        number,
+                        f"{name} is {json.dumps(value)[:40]} ({_JSON_WORDS[found]}), where earlier lines have "
+                        f"{_JSON_WORDS[kinds[name]]}; write one of the two in every line",
+                    )
+        return BadLineError(0, f"this or a later line cannot be read ({message}); {_REMEDY}")
+
+    # --- columns of segments ---
+
+    def _staged(self, table: pa.Table) -> pa.Table:
+        """Return the columns of segments.
+
+        Raises:
+            BadValueError: a value is not of the schema.
+        """
+        columns: dict[str, pa.Array] = {}
+        schema, decimal = self.schema, self.schema.decimal
+
+        def column(name: str) -> pa.ChunkedArray:
+            return table.column(name) if name in table.column_names else pa.chunked_array([pa.nulls(len(table))])
+
+        if self.labelled:
+            label = schema.label_in(self.names)
+            columns[CRITEO_LABEL] = pa.array(values.labels(label, column(label.column)))
+        by = schema.split.column if self.splits else None
+        if by is not None and schema.split.by == "time":
+            form = values.form_of_time(schema.columns, by)
+            columns[SPLIT] = pa.array(values.split_keys(by, column(by), form))
+        elif by is not None:
+            columns[SPLIT] = pa.array(values.split_codes(by, column(by), schema.split.values, SPLITS))
+        for name, one in schema.columns.items():
+            source = one.source or name
+            if one.role == "keep":
+                found = values.kept(source, column(source), one.time)
+                columns[staged_name("keep", name)] = found
+            elif one.role == "multi_hot":
+                bag, keep = values.bags(source, column(source), one.separator)
+                columns[staged_name("bag", name)] = bag
+                if one.weights:
+                    of_bag = values.weights(one.weights, column(one.weights), one.separator, column(source), keep)
+                    columns[staged_name("weights", name)] = of_bag
+            elif one.role == "dense" or one.transform is not None:
+                if (staged := staged_name("number", source)) not in columns:
+                    columns[staged] = values.numbers(source, column(source), decimal)
+            elif one.role == "categorical" and (staged := staged_name("text", source)) not in columns:
+                columns[staged] = values.texts(column(source))
+        return pa.table(columns)
+
+    def segment(self, tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, Any]]:
+        """Return rows in the form of a segment, and its facts."""
+        table = pa.concat_tables(tables, promote_options="permissive")
+        distinct: dict[str, int] = {}
+        missing: dict[str, int] = {}
+        columns: dict[str, pa.Array] = {}
+        kept: dict[str, str] = {}
+        items: dict[str, int] = {}
+        for staged in table.column_names:
+            kind, _, name = staged.partition("/")
+            found = table.column(staged).unify_dictionaries().combine_chunks()
+            if isinstance(found, pa.ChunkedArray):
+                found = found.chunk(0)
+            if kind in ("text", "number"):
+                missing[staged] = found.null_count
+            if kind == "text":
+                found = dictionary_with_missing(found, "")
+                distinct[staged] = len(found.dictionary) - 1
+            elif kind == "bag":
+                found = pa.ListArray.from_arrays(found.offsets, dictionary_with_missing(found.values, ""))
+                distinct[staged] = len(found.values.dictionary) - 1
+                items[name] = len(found.values)
+            elif kind == "keep":
+                kept[name] = values.kept_type(found)
+            columns[staged] = found
+        facts = {
+            "rows": len(table),
+            "missing": missing,
+            "minimum": {},
+            "distinct": distinct,
+            "kept": kept,
+            "items": items,
+        }
+        return pa.record_batch(columns), facts
+
+
+# --- the form of files ---------------------------------------------------------------------------
+
+
+def open_reader(source: RawFile, schema: LogSchema, is_new: bool = True) -> LogReader:
+    """Return the reader of a file, from its beginning.
+
+    Args:
+        source: the file.
+        schema: of the log.
+        is_new: whether a dataset is made, which needs labels and splits; otherwise rows are encoded like those of
+            another one.
+
+    Raises:
+        UserError: the file's columns are not those of the schema, or it cannot be read.
+    """
+    form = schema.format or _format_of(source.name)
+    if form == "parquet":
+        with open_parquet(source.path) as file:
+            names = tuple(file.schema_arrow.names)
+            groups = tuple(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+        reader = LogReader(schema=schema, format=form, labelled=True, names=names, group_rows=groups)
+    else:
+        start = _start(source, schema.encoding)
+        require(start.strip(), f"{source.path} is empty; give files with rows")
+        reader = _json_reader(source, schema, start) if form == "jsonl" else _csv_reader(source, schema, start)
+    twice = sorted({name for name in reader.names if reader.names.count(name) > 1})
+    require(not twice, f"{source.path}: {', '.join(twice)} stands twice in the header; rename one of the two columns")
+    schema.check_columns(reader.names, source.path, labelled=is_new)
+    return replace(reader, labelled=schema.label_in(reader.names).column in reader.names, splits=is_new)
+
+
+def _is_utf8(encoding: str) -> bool:
+    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig", "ascii")
+
+
+def _format_of(name: str) -> Format:
+    stem = Path(name)
+    stem = stem.with_suffix("") if stem.suffix in (".gz", ".zst") else stem
+    return _SUFFIXES.get(stem.suffix, "csv")
+
+
+def _start(source: RawFile, encoding: str) -> bytes:
+    """Return the beginning of a text file in UTF-8, and whole lines of it unless they are very long."""
+    with source.text(None if _is_utf8(encoding) else encoding) as text:
+        try:
+            start = text.read(_HEADER_BYTES)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{source.path}: {one_line(error)}; download the file again, or set encoding") from error
+    return start if len(start) < _HEADER_BYTES else start[: start.rfind(b"\n") + 1] or start
+
+
+def _csv_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
+    separator = schema.separator or ("\t" if ".tsv" in Path(source.name).suffixes else ",")
+    bom = len(_BOM) if start.startswith(_BOM) else 0
+    reader = LogReader(
+        schema=schema, format="csv", labelled=True, names=schema.names, separator=separator, header_bytes=bom
+    )
+    if schema.names:
+        return reader
+    end = start.find(b"\n")
+    try:
+        start[bom : end if end >= 0 else None].decode()
+    except UnicodeDecodeError as error:
+        example = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
+        raise UserError(
+            f"{source.path}, line 1: the text is not UTF-8; set encoding in the schema, such as {example}"
+        ) from error
+    text = start[bom:].decode(errors="replace")
+    first = text.partition("\n")[0].rstrip("\r")
+    quote = reader._quote
+    if quote is None:
+        length = len(text.partition("\n")[0].encode()) + 1
+        return replace(reader, names=tuple(first.split(separator)), header_bytes=bom + length, header_lines=1)
+    header = io.StringIO(text, newline="")
+    names = next(csv.reader(header, delimiter=separator, quotechar=quote.decode()))
+    # A header may hold line ends in quotes.
+    ends = reader._row_ends(start[bom:] if start.endswith(b"\n") else start[bom:] + b"\n")
+    lines = start.count(b"\n", 0, bom + int(ends[0]))
+    return replace(reader, names=tuple(names), header_bytes=bom + int(ends[0]), header_lines=lines)
+
+
+_JSON_TYPES: Mapping[str, pa.DataType] = {
+    "text": pa.string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+    "texts": pa.list_(pa.string()),
+    "ints": pa.list_(pa.int64()),
+    "floats": pa.list_(pa.float64()),
+}
+_JSON_WORDS: Mapping[str, str] = {
+    "text": "text",
+    "int": "numbers",
+    "float": "numbers",
+    "bool": "true or false",
+    "texts": "lists of text",
+    "ints": "lists of numbers",
+    "floats": "lists of numbers",
+}
+
+
+def _json_type(found: Sequence[Any]) -> str | None:
+    """Return the common type of JSON values, None if they are all null or not of one type."""
+    kinds = {type(value) for value in found if value is not None}
+    if kinds == {list}:
+        inner = _json_type([item for value in found if value for item in value])
+        return f"{inner}s" if inner in ("text", "int", "float") else None
+    for kind, name in ((str, "text"), (bool, "bool"), (int, "int")):
+        if kinds == {kind}:
+            return name
+    return "float" if kinds and kinds <= {int, float} else None
+
+
+def _json_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
+    found: dict[str, list[Any]] = {}
+    reader = LogReader(schema=schema, format="jsonl", labelled=True, names=())
+    for number, line in enumerate(start.removeprefix(_BOM).split(b"\n")[:_SAMPLED_LINES]):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            for name, value in row.items():
+                found.setdefault(name, []).append(value)
+        except (ValueError, AttributeError) as error:
+            bad = reader._bad_json(line, one_line(error))
+            raise UserError(f"{source.path}, line {number + 1:,}: {bad.fault}") from error
+    numeric = {c.source or name for name, c in schema.columns.items() if c.role == "dense" or c.transform}
+    types = {name: kind for name, some in found.items() if (kind := _json_type(some))}
+    types = {name: "float" if kind == "int" and name in numeric else kind for name, kind in types.items()}
+    bom = len(_BOM) if start.startswith(_BOM) else 0
+    return replace(reader, names=tuple(found), types=tuple(types.items()), header_bytes=bom)
+
+
+def open_parquet(path: str) -> pq.ParquetFile:
+    """Open a Parquet file of a log.
+
+    Raises:
+        UserError: it is no Parquet file.
+    """
+    try:
+        if is_remote(path):
+            system, inner = file_system(path)
+            return pq.ParquetFile(inner, filesystem=system)
+        return pq.ParquetFile(path, memory_map=True)
+    except pa.ArrowException as error:
+        raise UserError(f"{path} is not a Parquet file ({one_line(error)}); set format in the schema") from error
+
+
+def _check_utf8(text: bytes) -> None:
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        raise BadLineError(
+            text.count(b"\n", 0, error.start),
+            f"the byte 0x{text[error.start]:02x} is not UTF-8; set encoding in the schema, such as latin-1",
+        ) from error
+
+
+def count_quotes(source: RawFile, reader: LogReader, piece_bytes: int) -> LogReader:
+    """Return the reader of a plain file, which knows where quotes are open; see the top of this file."""
+    if reader._quote is None or source.compression != "none" or reader.jobs(source, piece_bytes) == [(None, None)]:
+        return reader
+    quote, total, opened = ord(reader._quote), 0, [False]
+    for start in range(0, source.size, piece_bytes):
+        # A row may end at the last byte before the piece.
+        text = source.read(max(start - 1, 0), min(start + piece_bytes, source.size) - 1)
+        total += int(np.count_nonzero(np.frombuffer(text, np.uint8) == quote))
+        opened.append(total % 2 == 1)
+    return replace(reader, open_quotes=tuple(opened) if total else ())

@@ -1,0 +1,379 @@
+"""Columns of a click log -> labels, numbers, categories, bags and times, as the schema of the log says.
+
+Each function takes an Arrow column as a reader made it, of any type, and names the first row with a value that it does
+not take. Nothing here imports torch.
+"""
+
+import datetime
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from datamodules.log_schema import Label, LogColumn, value_text
+from lightning_dlrm.contracts.errors import one_line
+
+_OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_BOOLEANS: Mapping[str, int] = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
+_YES = ("yes", "y", "t", "ja", "oui", "si", "click", "clicked")
+_SHOWN = 5
+_MICROSECONDS: Mapping[str, int] = {"unix": 1_000_000, "unix_ms": 1_000}
+
+
+class BadValueError(Exception):
+    """A value that a column does not take: its row (from 0), and what is wrong with it and what to do."""
+
+    def __init__(self, row: int, fault: str):
+        super().__init__(row, fault)
+        self.row, self.fault = row, fault
+
+
+def texts(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    """Return values as the texts that they have as categories: ``5`` of 5 and 5.0, ``true``, ``x``.
+
+    Returns:
+        Codes into a dictionary of strings, which may hold equal ones; null where a value is missing or NaN.
+    """
+    if pa.types.is_dictionary(column.type):
+        encoded = column.unify_dictionaries().combine_chunks()
+    else:
+        encoded = column.dictionary_encode().combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.chunk(0) if encoded.num_chunks else pa.array([], pa.string()).dictionary_encode()
+    values = encoded.dictionary
+    if pa.types.is_floating(values.type):
+        texts = pa.array([None if value != value else value_text(value) for value in values.to_pylist()], pa.string())
+    else:
+        texts = values.cast(pa.string())
+    if texts.null_count:
+        whole = texts.take(encoded.indices).dictionary_encode()
+        return pa.DictionaryArray.from_arrays(whole.indices, whole.dictionary)
+    return pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int32()), texts)
+
+
+def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".") -> pa.DoubleArray:
+    """Return numbers float64, null where a value is missing or NaN.
+
+    Args:
+        name: of the column, for messages.
+        column: numbers, or texts of numbers.
+        decimal: the decimal point of texts.
+
+    Raises:
+        BadValueError: a text is no number, or a number is infinite.
+    """
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        encoded = texts(column)
+        values = pa.array([_number(text, decimal) for text in encoded.dictionary.to_pylist()], pa.float64())
+        found = values.take(encoded.indices)
+        if found.null_count > encoded.null_count:
+            row = _first(pc.and_(found.is_null(), encoded.is_valid()))
+            raise BadValueError(
+                row,
+                f"{name} is {_shown(encoded[row].as_py())}, expected a number; correct the line, list texts that mean "
+                "a missing value under nulls, or give the column another role",
+            )
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind):
+        found = _whole(column if kind == column.type else column.cast(kind)).cast(pa.float64(), safe=False)
+    elif pa.types.is_decimal(kind):
+        found = _whole(column).cast(pa.float64())
+    else:
+        raise BadValueError(0, f"{name} has the type {kind}, expected numbers; give the column another role")
+    array = found.to_numpy(zero_copy_only=False)
+    if np.isinf(array).any():
+        row = int(np.isinf(array).argmax())
+        raise BadValueError(row, f"{name} is {array[row]}, expected a finite number; correct the line")
+    return pa.array(array, from_pandas=True)
+
+
+def labels(label: Label, column: pa.ChunkedArray) -> np.ndarray:
+    """Return labels int8 [n].
+
+    Raises:
+        BadValueError: a label is missing, or is none of two values.
+    """
+    encoded = texts(column)
+    if encoded.null_count:
+        raise BadValueError(
+            _first(encoded.is_null()),
+            f"the label {label.column} is missing, expected a value in every row; remove the row",
+        )
+    values = encoded.dictionary.to_pylist()
+    judged = np.array([-1 if (one := label_of(label, value)) is None else one for value in values], np.int8)
+    found = judged[encoded.indices.to_numpy()] if len(values) else np.empty(0, np.int8)
+    if (judged < 0).any() and (found < 0).any():
+        row = int((found < 0).argmax())
+        value = _shown(encoded[row].as_py())
+        others = [one for one in values if one != encoded[row].as_py()]
+        seen = f" (beside {', '.join(map(_shown, others[:_SHOWN]))})" if others else ""
+        if label.operator is not None:
+            expected = f"expected a number, as the label is {label.column} {label.operator} {label.value}"
+        else:
+            yes = next((one for one in values if one.lower() in _YES), encoded[row].as_py())
+            condition = f"'{label.column} == {yes}'"
+            expected = f"expected 0 and 1, or false and true; give a condition such as label: {condition}"
+        raise BadValueError(row, f"the label {label.column} is {value}{seen}, {expected}")
+    return found
+
+
+def label_of(label: Label, text: str) -> int | None:
+    """Return the label, 0 or 1, of a row by the text of its value; None if it cannot be judged."""
+    if label.operator is None:
+        return _BOOLEANS.get(text.lower())
+    left, right = _number(text), _number(label.value)
+    if left is not None and right is not None:
+        return int(_OPERATORS[label.operator](left, right))
+    return int(_OPERATORS[label.operator](text, label.value)) if label.operator in ("==", "!=") else None
+
+
+def bags(name: str, column: pa.ChunkedArray, separator: str | None) -> tuple[pa.ListArray, np.ndarray]:
+    """Return bags of texts, and which items of the column they have.
+
+    Null and empty bags are empty; null and empty items are left out.
+
+    Args:
+        name: of the column, for messages.
+        column: lists, or texts.
+        separator: between the items of a text; None for lists.
+
+    Returns:
+        list<dictionary<string>> [n], no nulls; bool [items].
+
+    Raises:
+        BadValueError: lists are expected and texts found, or the other way round.
+    """
+    lists = _lists(name, column, separator)
+    items = texts(pa.chunked_array([lists.flatten()]))
+    empty = pc.equal(items.dictionary, "").take(items.indices).fill_null(True)
+    keep = ~empty.to_numpy(zero_copy_only=False)
+    ends = np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy())
+    kept_ends = np.append(0, np.cumsum(keep))[np.append(0, ends)]
+    return pa.ListArray.from_arrays(pa.array(kept_ends.astype(np.int32)), items.filter(pa.array(keep))), keep
+
+
+def weights(
+    name: str, column: pa.ChunkedArray, separator: str | None, bag: pa.ChunkedArray, keep: np.ndarray
+) -> pa.ListArray:
+    """Return the weights of the items of bags: list<double> [n].
+
+    Args:
+        name: of the column of weights, for messages.
+        column: lists or texts of numbers.
+        separator: as of the bags.
+        bag: the column of bags.
+        keep: which items the bags have, as ``bags`` returns it.
+
+    Raises:
+        BadValueError: a bag has another number of weights than items, or a weight is missing or no number.
+    """
+    lists, of_bag = _lists(name, column, separator), _lists(name, bag, separator)
+    lengths = [pc.fill_null(pc.list_value_length(one), 0).to_numpy() for one in (lists, of_bag)]
+    if (different := lengths[0] != lengths[1]).any():
+        row = int(different.argmax())
+        raise BadValueError(
+            row, f"{name} has {lengths[0][row]} weights for {lengths[1][row]} items; give each item one"
+        )
+    ends = np.cumsum(lengths[0])
+    try:
+        values = numbers(name, pa.chunked_array([lists.flatten()]))
+    except BadValueError as error:
+        raise BadValueError(int(np.searchsorted(ends, error.row, side="right")), error.fault) from error
+    missing = values.is_null().to_numpy(zero_copy_only=False) & keep
+    if missing.any():
+        row = int(np.searchsorted(ends, int(missing.argmax()), side="right"))
+        raise BadValueError(row, f"{name} lacks a weight; give each item a number")
+    kept_ends = np.append(0, np.cumsum(keep))[np.append(0, ends)]
+    return pa.ListArray.from_arrays(pa.array(kept_ends.astype(np.int32)), values.filter(pa.array(keep)))
+
+
+def times(name: str, column: pa.ChunkedArray, form: str | None) -> pa.TimestampArray:
+    """Return times in microseconds, null where one is missing.
+
+    Args:
+        name: of the column, for messages.
+        column: times, dates, numbers or texts.
+        form: ``LogColumn.time``.
+
+    Raises:
+        BadValueError: a value is no time of that form.
+    """
+    kind = pa.timestamp("us")
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+        return _whole(column.cast(pa.timestamp("us", getattr(column.type, "tz", None)), safe=False)).cast(kind)
+    if form is not None and form in _MICROSECONDS:
+        seconds = numbers(name, column).to_numpy(zero_copy_only=False)
+        whole = np.round(np.nan_to_num(seconds) * _MICROSECONDS[form]).astype(np.int64)
+        return pa.array(whole, mask=np.isnan(seconds)).cast(kind)
+    encoded = texts(column)
+    if form is None or form == "iso":
+        values = pa.array([_iso(text) for text in encoded.dictionary.to_pylist()], kind)
+    else:
+        values = pc.strptime(encoded.dictionary, form, "us", error_is_null=True)
+    found = values.take(encoded.indices)
+    if found.null_count > encoded.null_count:
+        row = _first(pc.and_(found.is_null(), encoded.is_valid()))
+        expected = "an ISO time such as 2024-05-01 12:00:00" if form in (None, "iso") else f"a time as {form!r}"
+        raise BadValueError(
+            row,
+            f"{name} is {_shown(encoded[row].as_py())}, expected {expected}; correct the line, or time in the schema",
+        )
+    return found
+
+
+def kept(name: str, column: pa.ChunkedArray, form: str | None) -> pa.Array:
+    """Return values of a kept column in a type of ``KEPT_TYPES``; texts as a dictionary.
+
+    Raises:
+        BadValueError: see ``times``.
+    """
+    kind = column.type
+    if form is not None or pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return times(name, column, form)
+    if pa.types.is_boolean(kind):
+        return _whole(column)
+    if pa.types.is_integer(kind) and not pa.types.is_uint64(kind):
+        return _whole(column).cast(pa.int64())
+    if pa.types.is_floating(kind):
+        return _whole(column).cast(pa.float64())
+    return texts(column)
+
+
+def kept_type(values: pa.Array) -> str:
+    """Return the name in ``KEPT_TYPES`` of what ``kept`` returns."""
+    kind = values.type
+    if pa.types.is_timestamp(kind):
+        return "timestamp"
+    return {pa.int64(): "int64", pa.float64(): "float64", pa.bool_(): "bool"}.get(kind, "text")
+
+
+def split_keys(name: str, column: pa.ChunkedArray, form: str | None) -> np.ndarray:
+    """Return int64 [n] in the order of times.
+
+    Args:
+        name: of the column, for messages.
+        column: times, or numbers that are in the order of time.
+        form: ``LogColumn.time``.
+
+    Raises:
+        BadValueError: a time is missing or has another form, or text is found and no form given.
+    """
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if form is None and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        found: pa.Array = numbers(name, column)
+        keys = ordered_bits(found.to_numpy(zero_copy_only=False))
+    elif form is None and not (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
+        raise BadValueError(
+            0,
+            f"{name} is text, which a split by time cannot order; say in the schema how it becomes a time: columns: "
+            f"{name}: {{role: leave, time: ...}}",
+        )
+    else:
+        found = times(name, column, form)
+        keys = found.cast(pa.int64()).fill_null(0).to_numpy()
+    if found.null_count:
+        raise BadValueError(
+            _first(found.is_null()), f"{name} is missing, expected a time in every row to split by; remove the row"
+        )
+    return keys
+
+
+def split_codes(
+    name: str, column: pa.ChunkedArray, values: Mapping[str, Sequence[str]], splits: Sequence[str]
+) -> np.ndarray:
+    """Return int8 [n]: the position in ``splits`` of each row's split, -1 for rows that are left out.
+
+    Raises:
+        BadValueError: a value belongs to no split.
+    """
+    code_of = {text: splits.index(split) if split in splits else -1 for split, some in values.items() for text in some}
+    encoded = texts(column)
+    codes = np.array([code_of.get(text, -2) for text in (*encoded.dictionary.to_pylist(), "")], np.int8)
+    codes[-1] = code_of.get("", -2)
+    found = codes[encoded.indices.fill_null(len(encoded.dictionary)).to_numpy()]
+    if (found == -2).any():
+        row = int((found == -2).argmax())
+        raise BadValueError(
+            row,
+            f"{name} is {_shown(encoded[row].as_py())}, which belongs to no split; name it under train, validation, "
+            "test or leave",
+        )
+    return found
+
+
+def ordered_bits(values: np.ndarray) -> np.ndarray:
+    """Return int64 [n] in the order of float64 [n]."""
+    bits = (values + 0.0).view(np.int64)  # -0.0 becomes 0.0
+    return bits ^ ((bits >> 63) & np.int64(0x7FFFFFFFFFFFFFFF))
+
+
+def from_ordered_bits(bits: np.ndarray) -> np.ndarray:
+    """Return the float64 [n] of ``ordered_bits``."""
+    return (bits ^ ((bits >> 63) & np.int64(0x7FFFFFFFFFFFFFFF))).view(np.float64)
+
+
+def _lists(name: str, column: pa.ChunkedArray, separator: str | None) -> pa.ListArray:
+    kind = column.type
+    if pa.types.is_null(kind):
+        return pa.array([None] * len(column), pa.list_(pa.string()))
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if is_list and separator is None:
+        return _whole(column.cast(pa.list_(kind.value_type)))
+    if is_list or separator is None:
+        remedy = "leave separator out" if is_list else "give the separator of its items in the schema"
+        raise BadValueError(0, f"{name} holds {'lists' if is_list else 'single values'}; {remedy}")
+    encoded = texts(column)
+    return pc.split_pattern(encoded.dictionary, separator).take(encoded.indices)
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column in one piece."""
+    found = column.combine_chunks()
+    if isinstance(found, pa.ChunkedArray):
+        return found.chunk(0) if found.num_chunks else pa.array([], column.type)
+    return found
+
+
+def _first(mask: pa.BooleanArray) -> int:
+    return int(pc.index(mask, True).as_py())
+
+
+def _number(text: str, decimal: str = ".") -> float | None:
+    try:
+        # Python also takes underscores between digits.
+        return None if "_" in text else float(text if decimal == "." else text.replace(".", "x").replace(decimal, "."))
+    except ValueError:
+        return None
+
+
+def _iso(text: str) -> datetime.datetime | None:
+    try:
+        time = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return time if time.tzinfo is None else time.astimezone(datetime.UTC).replace(tzinfo=None)
+
+
+def _shown(value: Any) -> str:
+    text = one_line(ValueError(repr(value)))
+    return text if len(text) <= 42 else f"{text[:40]}...'"
+
+
+def staged_name(kind: str, name: str) -> str:
+    """Return the name of a column of a log in segments, which hold some columns in several forms."""
+    return f"{kind}/{name}"
+
+
+def form_of_time(columns: Mapping[str, LogColumn], source: str) -> str | None:
+    """Return how values of a log's column become times; None if the schema does not say."""
+    return next((c.time for name, c in columns.items() if (c.source or name) == source and c.time), None)
