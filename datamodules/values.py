@@ -24,7 +24,8 @@ _OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-_BOOLEANS: Mapping[str, int] = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
+BOOLEANS: Mapping[str, int] = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
+"""Labels without a condition."""
 _YES = ("yes", "y", "t", "ja", "oui", "si", "click", "clicked")
 _SHOWN = 5
 _MICROSECONDS: Mapping[str, int] = {"unix": 1_000_000, "unix_ms": 1_000}
@@ -130,7 +131,7 @@ def labels(label: Label, column: pa.ChunkedArray) -> np.ndarray:
 def label_of(label: Label, text: str) -> int | None:
     """Return the label, 0 or 1, of a row by the text of its value; None if it cannot be judged."""
     if label.operator is None:
-        return _BOOLEANS.get(text.lower())
+        return BOOLEANS.get(text.lower())
     left, right = _number(text), _number(label.value)
     if left is not None and right is not None:
         return int(_OPERATORS[label.operator](left, right))
