@@ -75,7 +75,7 @@ def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".") -> pa.Double
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         encoded = texts(column)
-        values = pa.array([_number(text, decimal) for text in encoded.dictionary.to_pylist()], pa.float64())
+        values = _numbers(encoded.dictionary, decimal)
         found = values.take(encoded.indices)
         if found.null_count > encoded.null_count:
             row = _first(pc.and_(found.is_null(), encoded.is_valid()))
@@ -346,6 +346,16 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
 
 def _first(mask: pa.BooleanArray) -> int:
     return int(pc.index(mask, True).as_py())
+
+
+def _numbers(texts: pa.StringArray, decimal: str) -> pa.DoubleArray:
+    """Return numbers, null for texts that are none."""
+    if decimal == ".":
+        try:
+            return texts.cast(pa.float64())
+        except pa.ArrowInvalid:
+            pass
+    return pa.array([_number(text, decimal) for text in texts.to_pylist()], pa.float64())
 
 
 def _number(text: str, decimal: str = ".") -> float | None:

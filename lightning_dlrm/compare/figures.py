@@ -211,6 +211,7 @@ class _Drawing:
             axes.axvline(0, color="0.6", linewidth=0.8)
             self._rows(axes, [f"{pair.a}\nminus {pair.b}" for pair in pairs], f"difference in {METRIC_TITLES[metric]}")
             axes.tick_params(labelsize=8)
+            axes.locator_params(axis="x", nbins=5)
         for axes in panels[1:]:
             axes.set_yticklabels([])
         return self._save(
