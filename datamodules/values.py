@@ -24,7 +24,9 @@ _OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-_BOOLEANS: Mapping[str, int] = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
+BOOLEANS: Mapping[str, int] = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
+"""Labels without a condition."""
+_YES = ("yes", "y", "t", "ja", "oui", "si", "click", "clicked")
 _SHOWN = 5
 _MICROSECONDS: Mapping[str, int] = {"unix": 1_000_000, "unix_ms": 1_000}
 
@@ -74,7 +76,7 @@ def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".") -> pa.Double
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         encoded = texts(column)
-        values = pa.array([_number(text, decimal) for text in encoded.dictionary.to_pylist()], pa.float64())
+        values = _numbers(encoded.dictionary, decimal)
         found = values.take(encoded.indices)
         if found.null_count > encoded.null_count:
             row = _first(pc.and_(found.is_null(), encoded.is_valid()))
@@ -119,7 +121,8 @@ def labels(label: Label, column: pa.ChunkedArray) -> np.ndarray:
         if label.operator is not None:
             expected = f"expected a number, as the label is {label.column} {label.operator} {label.value}"
         else:
-            condition = f"'{label.column} == {encoded[row].as_py()}'"
+            yes = next((one for one in values if one.lower() in _YES), encoded[row].as_py())
+            condition = f"'{label.column} == {yes}'"
             expected = f"expected 0 and 1, or false and true; give a condition such as label: {condition}"
         raise BadValueError(row, f"the label {label.column} is {value}{seen}, {expected}")
     return found
@@ -128,7 +131,7 @@ def labels(label: Label, column: pa.ChunkedArray) -> np.ndarray:
 def label_of(label: Label, text: str) -> int | None:
     """Return the label, 0 or 1, of a row by the text of its value; None if it cannot be judged."""
     if label.operator is None:
-        return _BOOLEANS.get(text.lower())
+        return BOOLEANS.get(text.lower())
     left, right = _number(text), _number(label.value)
     if left is not None and right is not None:
         return int(_OPERATORS[label.operator](left, right))
@@ -344,6 +347,16 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
 
 def _first(mask: pa.BooleanArray) -> int:
     return int(pc.index(mask, True).as_py())
+
+
+def _numbers(texts: pa.StringArray, decimal: str) -> pa.DoubleArray:
+    """Return numbers, null for texts that are none."""
+    if decimal == ".":
+        try:
+            return texts.cast(pa.float64())
+        except pa.ArrowInvalid:
+            pass
+    return pa.array([_number(text, decimal) for text in texts.to_pylist()], pa.float64())
 
 
 def _number(text: str, decimal: str = ".") -> float | None:

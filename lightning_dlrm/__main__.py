@@ -18,8 +18,10 @@ from typing import Any
 
 from lightning_dlrm.cli.configs import expand_home, nearest
 from lightning_dlrm.contracts.documents import printable
-from lightning_dlrm.contracts.errors import UserError, one_line, require
+from lightning_dlrm.contracts.errors import UserError, one_line, place_in_own_code, require
 
+DEBUG = "--debug"
+"""Option of every command: raise errors, so that Python shows their tracebacks."""
 COMMANDS = {
     "fit": "train a model; ends with a validation",
     "validate": "score a checkpoint on the validation split",
@@ -57,8 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _prepare_streams()
         search_current_folder_last()
         _start_workers(sys.argv[1:])
+    given = sys.argv[1:] if arguments is None else arguments
+    shows_tracebacks = DEBUG in given
     # Shells replace ~ at the start of a word only.
-    arguments = [expand_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    arguments = [expand_home(argument) for argument in given if argument != DEBUG]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0 if arguments else 2
@@ -73,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        mistake = _user_error_in(error)
-        if mistake is None:
+        mistake = _user_error_in(error) or _mistake_in_own_code(error)
+        if mistake is None or shows_tracebacks:
             raise
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
         if not mistake.on_all_ranks or local_rank == "0":
@@ -155,6 +159,21 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
             return UserError(f"Lightning: {one_line(error)}")
         error = error.__cause__
     return error if isinstance(error, UserError) else None
+
+
+def _mistake_in_own_code(error: BaseException) -> UserError | None:
+    """Return where the user's own code, such as a network, raised an error, and which; None if it did not.
+
+    Parsing libraries wrap the errors of constructors.
+    """
+    root = error
+    while root.__cause__ is not None and root.__cause__ is not root:
+        root = root.__cause__
+    place = None if isinstance(root, (UserError, SyntaxError)) else place_in_own_code(root)
+    if place is None:
+        return None
+    said = one_line(root)[:300]
+    return UserError(f"{place}: {type(root).__name__}: {said}; {DEBUG} shows the whole traceback")
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:
@@ -243,7 +262,8 @@ commands:
 Start here, no data needed:
   python -m lightning_dlrm fit --config dlrm.yaml
 
-Every command explains its options with --help. --version prints the release."""
+Every command explains its options with --help. --version prints the release. With {DEBUG}, an error also shows where in
+the code it was raised."""
 
 
 if __name__ == "__main__":

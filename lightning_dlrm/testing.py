@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, one_line, place_in_own_code
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.network import CTRNetwork
 
@@ -171,4 +171,5 @@ def _bags(features: Features) -> tuple[Tensor, SparseIds]:
 
 
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    place = place_in_own_code(error)
+    return f"{type(error).__name__}: {one_line(error)[:200]}{'' if place is None else f' ({place})'}"

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,7 @@ PARITY = (
         trainer=(("accumulate_grad_batches", 2), ("sync_batchnorm", True)),
     ),
     Fit(name="host_auto", rule="adagrad", plan="auto", network="host", recorded=True),
+    Fit(name="hot_rows_weighted", rule="adam", plan="auto", hot="weighted", network="cut"),
     Fit(
         name="host_pooled_weighted",
         rule="adam",
@@ -380,33 +382,42 @@ def run_all(parent: Path) -> None:
         if ranks < 4:
             for half in (HALF, WIDE_HALF):
                 (for_ranks / half.name).symlink_to(parent / "4" / half.name)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        children = {_fork(rank, ranks, port, for_ranks, fits) for rank in range(ranks)}
-        while children:
-            pid, status = os.wait()
-            children.discard(pid)
-            if status:
-                for left in children:
-                    os.kill(left, signal.SIGKILL)
-                sys.exit(f"a rank of {ranks} ended with {status}")
+        on_ranks(ranks, partial(_run_fits, fits, for_ranks, ranks))
 
 
-def _fork(rank: int, ranks: int, port: int, parent: Path, fits: list[Fit]) -> int:
+def _run_fits(fits: list[Fit], parent: Path, ranks: int, rank: int) -> None:
+    # Before Lightning would, so that plans can be written for the ranks.
+    torch.distributed.init_process_group("gloo")  # noqa: TID251
+    for fit in fits:
+        began = time.perf_counter()
+        run(fit, parent, ranks)
+        if rank == 0:
+            print(f"{fit.name} on {ranks} ranks: {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def on_ranks(ranks: int, action: Callable[[int], None]) -> None:
+    """Calls ``action(rank)`` in a forked process for each rank, with the environment that torchrun gives."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = {_fork(rank, ranks, port, action) for rank in range(ranks)}
+    while children:
+        pid, status = os.wait()
+        children.discard(pid)
+        if status:
+            for left in children:
+                os.kill(left, signal.SIGKILL)
+            sys.exit(f"a rank of {ranks} ended with {status}")
+
+
+def _fork(rank: int, ranks: int, port: int, action: Callable[[int], None]) -> int:
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
         os.environ |= environment(rank, ranks, port)
-        # Before Lightning would, so that plans can be written for the ranks.
-        torch.distributed.init_process_group("gloo")  # noqa: TID251
-        for fit in fits:
-            began = time.perf_counter()
-            run(fit, parent, ranks)
-            if rank == 0:
-                print(f"{fit.name} on {ranks} ranks: {time.perf_counter() - began:.1f} s", flush=True)
+        action(rank)
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -352,7 +352,7 @@ def predictions(world: World, content: bytes) -> None:
 
 
 BYTES: dict[str, tuple[str, Callable[[World, bytes], None], float]] = {
-    "TSV": ("raw", raw, 1),
+    "TSV": ("raw", raw, 0.5),
     "CSV": ("csv", raw, 1),
     "dataset.json": ("dataset.json", dataset, 3),
     "Parquet": ("part", part, 3),
@@ -363,9 +363,9 @@ BYTES: dict[str, tuple[str, Callable[[World, bytes], None], float]] = {
         0.7,
     ),
     "rest.pt": ("rest", signed_checkpoint("rest.pt", lambda m: m["rest"]), 0.5),
-    "configuration": ("overlay", configuration, 0.4),
-    "parsed configuration": ("overlay", parsed_configuration, 0.05),
-    "config.yaml of a run": ("config.yaml", run_file("config.yaml"), 0.3),
+    "configuration": ("overlay", configuration, 0.3),
+    "parsed configuration": ("overlay", parsed_configuration, 0.03),
+    "config.yaml of a run": ("config.yaml", run_file("config.yaml"), 0.2),
     "summary.json": ("summary.json", run_file("summary.json"), 0.5),
     "metrics.jsonl": ("metrics.jsonl", run_file("metrics.jsonl"), 0.5),
     "plan": ("plan", plan, 1),
@@ -383,8 +383,8 @@ JSON: dict[str, tuple[str, Callable[[World, bytes], None], float]] = {
     "profiles": ("profiles", profiles, 1),
     "journal": ("record", journal, 1),
     "report.json": ("report", report, 1),
-    "configuration": ("settings", configuration, 0.4),
-    "parsed configuration": ("settings", parsed_configuration, 0.05),
+    "configuration": ("settings", configuration, 0.2),
+    "parsed configuration": ("settings", parsed_configuration, 0.03),
 }
 CASES = [("bytes", kind) for kind in BYTES] + [("values", kind) for kind in JSON]
 

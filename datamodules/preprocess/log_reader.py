@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from datamodules import values
 from datamodules.folder import file_system, is_remote
 from datamodules.log_schema import Format, LogSchema
-from datamodules.preprocess.criteo_tsv import BadLineError, piece_of_plain, pieces_of_text
+from datamodules.preprocess.criteo_tsv import BadLineError, count_bytes, count_lines, piece_of_plain, pieces_of_text
 from datamodules.preprocess.sources import RawFile
 from datamodules.preprocess.staging import dictionary_with_missing
 from datamodules.values import BadValueError, staged_name
@@ -106,8 +106,12 @@ class LogReader:
         return sum(self.group_rows) if self.format == "parquet" else None
 
     @property
+    def unit(self) -> str:
+        return "row" if self.format == "parquet" else "line"
+
+    @property
     def _transcodes(self) -> bool:
-        return self.format != "parquet" and codecs.lookup(self.schema.encoding).name not in ("utf-8", "ascii")
+        return self.format != "parquet" and not _is_utf8(self.schema.encoding)
 
     @property
     def _quote(self) -> bytes | None:
@@ -129,7 +133,7 @@ class LogReader:
                 table = self._json(piece)
             else:
                 table = piece
-            return [self._staged(table)] if len(table) else []
+            return [self.staged(table)] if len(table) else []
         except BadValueError as error:
             raise BadLineError(self._line_of(piece, error.row), error.fault) from error
         except pa.ArrowException as error:
@@ -154,7 +158,7 @@ class LogReader:
             return tables + more, faults + more_faults
 
     def count_lines(self, piece: Any, rows: int) -> int:
-        return piece.count(b"\n") if isinstance(piece, bytes) else len(piece)
+        return count_lines(piece) if isinstance(piece, bytes) else len(piece)
 
     def _row_ends(self, text: bytes) -> np.ndarray:
         """Return where each row ends, int64; empty lines belong to the row after them."""
@@ -172,8 +176,9 @@ class LogReader:
         if not isinstance(piece, bytes):
             return row
         ends = self._row_ends(piece)
+        row = min(row, len(ends))  # if a quote is not closed, the last row has no end
         start = int(ends[row - 1]) if row else 0
-        skipped = piece[start : int(ends[row])]
+        skipped = piece[start : int(ends[row]) if row < len(ends) else None]
         return piece.count(b"\n", 0, start) + skipped.count(b"\n", 0, len(skipped) - len(skipped.lstrip(b"\r\n")))
 
     @property
@@ -195,13 +200,14 @@ class LogReader:
     @property
     def _numeric(self) -> set[str]:
         """The columns that are read as numbers alone."""
-        columns = self.schema.columns.items()
-        roles: dict[str, set[bool]] = {}
-        for name, column in columns:
-            is_number = column.role == "dense" or column.transform is not None
-            roles.setdefault(column.source or name, set()).add(is_number or column.role == "leave")
-        text = {self.schema.label_in(self.names).column, self.schema.split.column}
-        return {name for name, kinds in roles.items() if kinds == {True}} - text
+        uses: dict[str, set[bool]] = {}
+        for name, column in self.schema.columns.items():
+            is_number = column.role == "dense" or column.transform is not None or column.time in ("unix", "unix_ms")
+            uses.setdefault(column.source or name, set()).add(is_number)
+        text = {self.schema.label_in(self.names).column}
+        if self.schema.split.by == "column" and self.schema.split.column is not None:
+            text.add(self.schema.split.column)
+        return {name for name, kinds in uses.items() if kinds == {True}} - text
 
     def _csv(self, text: bytes) -> pa.Table:
         separator = self.separator.encode()
@@ -220,7 +226,8 @@ class LogReader:
             return "error"
 
         def read(numeric: set[str]) -> pa.Table:
-            kinds = {n: pa.float64() if n in numeric else pa.dictionary(pa.int32(), pa.string()) for n in self._needed}
+            # Dictionaries are made later, at once: pyarrow's own, one for each block, take a quarter longer.
+            kinds = {name: pa.float64() if name in numeric else pa.string() for name in self._needed}
             return pyarrow.csv.read_csv(
                 pa.BufferReader(text),
                 pyarrow.csv.ReadOptions(column_names=self.names, use_threads=False, block_size=_BLOCK_BYTES),
@@ -239,18 +246,20 @@ class LogReader:
                 ),
             )
 
-        if not text.strip():
+        if not text[:_BLOCK_BYTES].strip() and not text.strip():
             return pa.table({})
         try:
             return read(self._numeric)
         except pa.ArrowInvalid as error:
             if ragged:
                 row = self._ragged_row(text, separator, ragged[0])
+                quotes = self._quote is not None and self._quote in text
+                hint = ", or set 'quote: null' in the schema if quotes are ordinary characters" if quotes else ""
                 raise BadLineError(
                     self._line_of(plain, row),
                     f"{ragged[0].actual_columns} fields, expected {ragged[0].expected_columns} between "
-                    f"{self.separator!r}: {', '.join(self.names[:4])}...; {_REMEDY}, or quote fields that hold the "
-                    "separator",
+                    f"{self.separator!r}: {', '.join(self.names[:4])}...; {_REMEDY}, quote fields that hold the "
+                    f"separator{hint}",
                 ) from error
             _check_utf8(plain)
             try:
@@ -301,17 +310,17 @@ class LogReader:
                 )
             for name, value in row.items():
                 found = _json_type([value])
-                if found and name in kinds and found != kinds[name] and {found, kinds[name]} != {"int", "float"}:
+                if found and found != kinds.setdefault(name, found) and {found, kinds[name]} != {"int", "float"}:
                     return BadLineError(
                         number,
-                        f"{name} is {json.dumps(value)[:40]}, a {_JSON_WORDS[found]}, where the first lines have a "
+                        f"{name} is {json.dumps(value)[:40]} ({_JSON_WORDS[found]}), where earlier lines have "
                         f"{_JSON_WORDS[kinds[name]]}; write one of the two in every line",
                     )
         return BadLineError(0, f"this or a later line cannot be read ({message}); {_REMEDY}")
 
     # --- columns of segments ---
 
-    def _staged(self, table: pa.Table) -> pa.Table:
+    def staged(self, table: pa.Table) -> pa.Table:
         """Return the columns of segments.
 
         Raises:
@@ -417,6 +426,10 @@ def open_reader(source: RawFile, schema: LogSchema, is_new: bool = True) -> LogR
     return replace(reader, labelled=schema.label_in(reader.names).column in reader.names, splits=is_new)
 
 
+def _is_utf8(encoding: str) -> bool:
+    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig", "ascii")
+
+
 def _format_of(name: str) -> Format:
     stem = Path(name)
     stem = stem.with_suffix("") if stem.suffix in (".gz", ".zst") else stem
@@ -425,7 +438,7 @@ def _format_of(name: str) -> Format:
 
 def _start(source: RawFile, encoding: str) -> bytes:
     """Return the beginning of a text file in UTF-8, and whole lines of it unless they are very long."""
-    with source.text(encoding) as text:
+    with source.text(None if _is_utf8(encoding) else encoding) as text:
         try:
             start = text.read(_HEADER_BYTES)
         except UserError:
@@ -443,13 +456,15 @@ def _csv_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
     )
     if schema.names:
         return reader
+    end = start.find(b"\n")
     try:
-        text = start[bom:].decode()
+        start[bom : end if end >= 0 else None].decode()
     except UnicodeDecodeError as error:
-        line = start.count(b"\n", 0, error.start) + 1
+        example = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
         raise UserError(
-            f"{source.path}, line {line:,}: the text is not UTF-8; set encoding in the schema, such as latin-1"
+            f"{source.path}, line 1: the text is not UTF-8; set encoding in the schema, such as {example}"
         ) from error
+    text = start[bom:].decode(errors="replace")
     first = text.partition("\n")[0].rstrip("\r")
     quote = reader._quote
     if quote is None:
@@ -474,12 +489,12 @@ _JSON_TYPES: Mapping[str, pa.DataType] = {
 }
 _JSON_WORDS: Mapping[str, str] = {
     "text": "text",
-    "int": "number",
-    "float": "number",
+    "int": "numbers",
+    "float": "numbers",
     "bool": "true or false",
-    "texts": "list of text",
-    "ints": "list of numbers",
-    "floats": "list of numbers",
+    "texts": "lists of text",
+    "ints": "lists of numbers",
+    "floats": "lists of numbers",
 }
 
 
@@ -548,6 +563,6 @@ def count_quotes(source: RawFile, reader: LogReader, piece_bytes: int) -> LogRea
     for start in range(0, source.size, piece_bytes):
         # A row may end at the last byte before the piece.
         text = source.read(max(start - 1, 0), min(start + piece_bytes, source.size) - 1)
-        total += int(np.count_nonzero(np.frombuffer(text, np.uint8) == quote))
+        total += count_bytes(text, quote)
         opened.append(total % 2 == 1)
     return replace(reader, open_quotes=tuple(opened) if total else ())

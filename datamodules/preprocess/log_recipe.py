@@ -66,6 +66,10 @@ class LogOptions:
         return None
 
     @property
+    def files_of_split(self) -> int:
+        return 8
+
+    @property
     def counted(self) -> tuple[SplitName, ...]:
         return ("train",) if self.schema.counts == "train" else SPLITS
 
@@ -146,7 +150,6 @@ class LogOptions:
             min_count=min_count,
             reserved={"rare": 0, "unknown": 0} if is_bag else reserved,
             trained_rows=True,
-            lists_rare=True,
             most_rows=most_rows,
         )
 
@@ -211,7 +214,9 @@ class LogOptions:
 
     def settings(self, fitted: Fitted) -> dict[str, Any]:
         """Return what shapes the encoding, as the schema of the dataset keeps it."""
-        kept = {"schema": self.schema.document(), "edges": dict(fitted.edges), "scales": dict(fitted.scales)}
+        fits = {"edges": fitted.edges, "scales": fitted.scales}
+        kept = {name: {column: list(values) for column, values in of.items()} for name, of in fits.items()}
+        kept["schema"] = self.schema.document()
         return {name: values for name, values in kept.items() if values}
 
     def document(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from lightning_dlrm.cli.configs import resolve_config_arguments
 from lightning_dlrm.cli.mistakes import explain, known_keys
 from lightning_dlrm.cli.trust import HELP, admit_arguments, check_values
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError, place_in_own_code, require
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.tracking.wandb_mode import Mode
 
@@ -109,7 +109,7 @@ class CommandParser(LightningArgumentParser):
             while root.__cause__ is not None:
                 root = root.__cause__
             refused = re.search(r"Problem with given class_path '([\w.]+)':\n\s*(.*)", str(error))
-            if refused is None or isinstance(root, UserError):
+            if refused is None or isinstance(root, UserError) or place_in_own_code(root) is not None:
                 raise
             raise UserError(f"{refused[1]}: {refused[2]}") from error
 

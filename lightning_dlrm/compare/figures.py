@@ -23,7 +23,7 @@ from lightning_dlrm.cli.plan_report import draw as draw_plan
 from lightning_dlrm.compare.anatomy import ROUNDS, STEPS, Anatomy, merge_equal
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
 from lightning_dlrm.compare.runs import Arm
-from lightning_dlrm.compare.statistics import METRICS, Score
+from lightning_dlrm.compare.statistics import Score
 from lightning_dlrm.tracking import names
 
 LINES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 1)), (0, (5, 1)), (0, (1, 3)))
@@ -191,10 +191,10 @@ class _Drawing:
     def differences(self) -> Picture:
         """Draw the interval of every difference."""
         comparison = self._comparison
-        height = 1.7 + 0.42 * len(comparison.pairs) / len(METRICS)
+        height = 1.7 + 0.42 * len(comparison.pairs) / len(comparison.judged)
         figure = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
-        panels = figure.subplots(1, len(METRICS))
-        for axes, metric in zip(panels, METRICS, strict=True):
+        panels = figure.subplots(1, len(comparison.judged))
+        for axes, metric in zip(panels, comparison.judged, strict=True):
             pairs = [pair for pair in comparison.pairs if pair.metric == metric]
             for row, pair in enumerate(pairs):
                 interval = pair.difference.interval
@@ -211,7 +211,9 @@ class _Drawing:
             axes.axvline(0, color="0.6", linewidth=0.8)
             self._rows(axes, [f"{pair.a}\nminus {pair.b}" for pair in pairs], f"difference in {METRIC_TITLES[metric]}")
             axes.tick_params(labelsize=8)
-        panels[1].set_yticklabels([])
+            axes.locator_params(axis="x", nbins=5)
+        for axes in panels[1:]:
+            axes.set_yticklabels([])
         return self._save(
             figure,
             "differences",

@@ -139,14 +139,19 @@ class Comparison:
         return [score for score in SCORES if all(score in self.scores[run.name].metrics for run in self.runs)]
 
     @property
+    def judged(self) -> list[Metric]:
+        """The metrics with verdicts."""
+        return list(dict.fromkeys(pair.metric for pair in self.pairs))
+
+    @property
     def groups_note(self) -> str:
         """Return what the AUC by group is the mean of; empty without groups."""
         if "group_auc" not in self.metrics:
             return ""
         found = self.scores[self.runs[0].name].metrics
         return (
-            f"AUC by group is the mean over {found['groups']:,} groups of samples with both labels, weighted by their "
-            f"samples (Zhou et al. 2018); {found['groups_left_out']:,} groups with one label are left out"
+            f"AUC by group: mean over {found['groups']:,} groups with both labels, weighted by samples; "
+            f"{found['groups_left_out']:,} groups with one label are left out"
         )
 
     @property
@@ -302,7 +307,7 @@ def compare(
     for score in SCORES if grouped else SCORES[:-1]:
         parts = {arm.name: [_components(score, scores[run.name]) for run in arm.runs] for arm in arms}
         intervals |= {(name, score): mean_interval(runs) for name, runs in parts.items()}
-        for metric in METRICS:
+        for metric in (*METRICS, "group_auc"):
             for a, b in combinations(arms, 2) if metric == score else ():
                 paired = a.seeds == b.seeds and len(a.seeds) > 1
                 of_pair = difference(parts[a.name], parts[b.name], paired=paired, same_samples=_same_data(a, b))

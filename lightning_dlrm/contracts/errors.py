@@ -1,5 +1,14 @@
 """The exception for mistakes of users, and helpers for its messages."""
 
+import re
+import sysconfig
+import traceback
+from pathlib import Path
+
+_INSTALLED = {Path(path).resolve() for path in sysconfig.get_paths().values()}
+_HERE = Path(__file__).resolve().parents[2]
+_PACKAGES = (_HERE / "lightning_dlrm", _HERE / "datamodules")
+
 
 class UserError(ValueError):
     """A mistake in a path, a file, an option or a combination of them.
@@ -15,6 +24,24 @@ class UserError(ValueError):
 def one_line(error: BaseException) -> str:
     """Return the message of an error on one line."""
     return " ".join(str(error).split())
+
+
+def place_in_own_code(error: BaseException) -> str | None:
+    """Return where the user's own code raised an error, such as ``own.py, line 12, in score``; None if it did not.
+
+    That is the innermost frame of code which neither this project nor an installed package has. torch.compile names
+    the frames of what it compiles in its message.
+    """
+    frames = [(frame.filename, frame.lineno, frame.name) for frame in traceback.extract_tb(error.__traceback__)]
+    frames += re.findall(r'File "(.+?)", line (\d+), in (\w+)', str(error))
+    for file, line, name in reversed(frames):
+        path = Path(file)
+        folders = path.resolve().parents
+        if path.is_file() and not any(
+            folder in _INSTALLED or folder in _PACKAGES or folder.name == "site-packages" for folder in folders
+        ):
+            return f"{path.name if folders[0] == Path.cwd() else path}, line {line}, in {name}"
+    return None
 
 
 def require(condition: object, message: str) -> None:

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.engine.fit_length import planned_steps
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
@@ -85,17 +85,16 @@ class WeightAverages:
         start_step: number of optimizer steps before the first averaged step.
 
     Raises:
-        UserError: tables are on several ranks, or in host memory beside a device.
+        UserError: tables are in host memory.
     """
 
     def __init__(self, network: CTRNetwork, settings: Averaging, start_step: int) -> None:
         for lookup in network.lookups():
-            if lookup.prefetches:
-                where = "in host memory" if lookup.storage.on_host else "in pieces on several ranks"
-                raise UserError(
-                    f"model.averaging needs whole tables on the training device, and these are {where}: "
-                    "leave model.averaging out, or train on one device"
-                )
+            require(
+                not lookup.storage.on_host,
+                "model.averaging needs tables on the training device, and tables.on_host keeps some in host memory: "
+                "leave one of the two out",
+            )
         self.settings = settings
         self.start_step = start_step
         self._network = network

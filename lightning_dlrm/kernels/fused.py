@@ -24,12 +24,13 @@ _FACTORS = (*_FLOATS, torch.float16, torch.float64)
 
 
 class Layout(NamedTuple):
-    """How a kernel divides its work, for a table's width: the most that spills no registers on sm_80, sm_90, sm_100."""
+    """How a kernel divides its work, for a table's width: the most that spills no registers on sm_80, sm_90, sm_100.
+
+    ``columns`` is D, the width rounded up to a power of 2; ``items`` are the bags or sorted indices of a program.
+    """
 
     columns: int
-    """D of the kernel: the width, rounded up to a power of 2."""
     items: int
-    """Bags or sorted indices that one program handles."""
     warps: int
 
 
@@ -134,17 +135,10 @@ def _lookup(
     out_BD = _lookup_results(weight_RD, ids_N, row_offsets_F, offsets, factors_N)
     bags, width = out_BD.shape
     if bags:
-        layout = lookup_layout(width)
+        layout, or_ids = lookup_layout(width), lambda given: ids_N if given is None else given
         _lookup_kernel[(triton.cdiv(bags, layout.items),)](
-            weight_RD,
-            ids_N,
-            row_offsets_F,
-            ids_N if offsets is None else offsets,
-            ids_N if factors_N is None else factors_N,
-            out_BD,
-            bags,
-            len(row_offsets_F),
-            width,
+            *(weight_RD, ids_N, row_offsets_F, or_ids(offsets), or_ids(factors_N), out_BD),
+            *(bags, len(row_offsets_F), width),
             HAS_BAGS=offsets is not None,
             WEIGHTED=factors_N is not None,
             BAGS=layout.items,

@@ -48,6 +48,7 @@ class TableEntry:
         require(len(weight) == 2 and self.pieces, "a table has no shape of its weight, or no pieces")
         elements = 0
         for slot, shape in self.shapes.items():
+            require(is_inner_path(slot), f"{slot!r} is not the name of a tensor")
             require(shape and shape[0] == weight[0] and min(shape) > 0, f"{slot} has the shape {list(shape)}")
             elements += math.prod(shape)
         # So that no more memory is allocated than the files can fill.

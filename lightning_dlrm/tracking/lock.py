@@ -160,9 +160,12 @@ class FolderLock:
                 return
             # First take it over from itself, which fails if another process has done so.
             end = self._successor(chain[-1])
-            if self._create(end, dataclasses.replace(self._mine, token=uuid.uuid4().hex)):
-                for path in (*(link.path for link in chain), end):
-                    path.unlink(missing_ok=True)
+            # On a full disk no process can.
+            with contextlib.suppress(OSError):
+                if not self._create(end, dataclasses.replace(self._mine, token=uuid.uuid4().hex)):
+                    return
+            for path in (*(link.path for link in chain), end):
+                path.unlink(missing_ok=True)
 
     def __enter__(self) -> "FolderLock":
         return self.acquire()
@@ -177,12 +180,17 @@ class FolderLock:
             UserError: its folder does not exist.
         """
         try:
-            with path.open("x") as file:
-                file.write(json.dumps(dataclasses.asdict(holder), indent=1) + "\n")
+            file = path.open("x")
         except FileExistsError:
             return False
         except FileNotFoundError as error:
             raise UserError(f"{path.parent} was removed while it was being locked: start the command again") from error
+        try:
+            with file:
+                file.write(json.dumps(dataclasses.asdict(holder), indent=1) + "\n")
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
         self._file = path
         return True
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ import yaml
 from sklearn.metrics import roc_auc_score
 
 from lightning_dlrm.__main__ import COMMANDS, main
+from lightning_dlrm.cli import version
 from lightning_dlrm.contracts.schema import DatasetSchema
 from tests.engine.test_finished import checksums
 from tests.engine.test_guards import wreck
@@ -472,6 +474,16 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
             main([name, "--help"])
         assert left.value.code == 0
         assert "usage:" in capsys.readouterr().out
+
+
+def test_git_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    version._git_commit.cache_clear()
+    monkeypatch.setattr(
+        version.subprocess, "run", lambda command, **_: asked.append(command) or SimpleNamespace(stdout="c\n")
+    )
+    assert version.code_version()["git_commit"] == version.versions()["git_commit"] == "c" and len(asked) == 1
+    version._git_commit.cache_clear()
 
 
 def test_data_commands_start_without_torch() -> None:

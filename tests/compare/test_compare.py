@@ -341,7 +341,12 @@ def test_auc_by_group_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
         mean = np.mean([run["metrics"]["test/group_auc"] for run in of_runs])
         assert interval["low"] < interval["mean"] < interval["high"] and interval["mean"] == pytest.approx(mean)
     for text in (said, html):
-        assert f"AUC by group is the mean over {expected['groups']} groups of samples with both labels" in text
+        assert f"AUC by group: mean over {expected['groups']} groups with both labels" in text
+    of_groups = document["pairs"][-1]
+    assert of_groups["metric"] == "group_auc" and "DLRM and DCN are not distinguishable by AUC by group" in said
+    assert of_groups["low"] < of_groups["difference"] < of_groups["high"]
+    (header,) = (line for line in said.splitlines() if "accuracy  AUC by group" in line)
+    assert len(header) <= 80
 
     assert "no kept column 'nope' to group by" in error_of(capsys, *runs, "--output", "out", "--group", "nope")
     config = yaml.safe_load(Path(runs[0], "config.yaml").read_text())

@@ -259,6 +259,26 @@ def test_a_folder_that_is_removed_while_it_is_locked(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opens = Path.open
+
+    def to_full_disk(path: Path, *args: Any, **options: Any) -> Any:
+        if args == ("x",):
+            opens(path, *args).close()
+            return opens(Path("/dev/full"), "w")
+        return opens(path, *args, **options)
+
+    mine = FolderLock(tmp_path).acquire()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", to_full_disk)
+        mine.release()
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(OSError, match="No space left"):
+            FolderLock(tmp_path).acquire()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("token", ["../x", "a" * 300, "", "\0"])
 def test_tokens_from_files_are_names(token: str, tmp_path: Path) -> None:
     left_behind(tmp_path, 130, host="another", token=token)

@@ -1,0 +1,513 @@
+"""``preprocess --schema``: a dataset is what the schema of its log says, whatever the form of the log's files, and each
+mistake gets one line that names the file, the line and the remedy."""
+
+import csv
+import datetime
+import gzip
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import datamodules
+from datamodules.encoder import RowEncoder
+from datamodules.log_schema import log_schema
+from datamodules.preprocess import counting
+from datamodules.preprocess.pipeline import preprocess
+from datamodules.preprocess.progress import Progress
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
+
+HEADER = ["click", "user", "price", "tags", "weights", "day", "fold"]
+
+
+def make(inputs: Path | Sequence[Path], output: Path, document: dict[str, Any], **options: Any) -> DatasetSchema:
+    files = [inputs] if isinstance(inputs, Path) else inputs
+    return preprocess(
+        None, None, files, output, schema=log_schema(document), progress=Progress(show=False), workers=1, **options
+    )
+
+
+def rows_of(folder: Path, schema: DatasetSchema, split: str) -> list[dict[str, Any]]:
+    return [row for file in schema.splits[split].files for row in pq.read_table(folder / file.path).to_pylist()]
+
+
+# --- the meaning of a schema, row by row -----------------------------------------------------------
+
+Row = dict[str, Any]
+
+
+def plain_splits(rows: Sequence[Row], split: dict[str, Any]) -> list[str | None]:
+    shares = np.cumsum(split.get("ratios", (0.8, 0.1, 0.1)))
+    if split["by"] == "column":
+        of_value = {str(value): name for name in SPLITS for value in split.get(name, ())}
+        return [of_value.get(row["fold"]) for row in rows]
+    if split["by"] == "time":
+        days = sorted(row["day"] for row in rows)
+        first, second = (days[math.ceil(share * len(days) - 1e-9) - 1] for share in shares[:2])
+        return [SPLITS[0] if r["day"] <= first else SPLITS[1] if r["day"] <= second else SPLITS[2] for r in rows]
+    ends = [round(share * len(rows)) for share in shares]
+    return [next(name for name, end in zip(SPLITS, ends, strict=True) if i < end) for i in range(len(rows))]
+
+
+class PlainTable:
+    """Ids of the values of a column, by the definition."""
+
+    def __init__(self, values: Sequence[str | None], *, min_count: int, max_rows: int | None, missing: str) -> None:
+        counts = Counter(value for value in values if value is not None)
+        self.first = {"own": 2, "rare": 1, "none": 1}[missing]
+        often = sorted((v for v, n in counts.items() if n >= min_count), key=lambda value: (-counts[value], value))
+        kept = often if max_rows is None else often[: max_rows - self.first]
+        self.ids = {value: self.first + i for i, value in enumerate(kept)}
+        self.rows = max(self.first + len(kept), 1)
+        has_missing, has_rare = None in values, len(kept) < len(counts)
+        rare_row = self.first - 1
+        if missing == "rare" and has_missing:
+            has_rare = True
+        self.rare = rare_row if has_rare else self.rows - 1 if kept else 0
+        own = has_missing if missing == "own" else has_rare and missing == "rare"
+        self.missing = 0 if own else self.rare
+
+    def __getitem__(self, value: str | None) -> int:
+        return self.missing if value is None else self.ids.get(value, self.rare)
+
+
+def plain_number(value: float | None, column: dict[str, Any], counted: Sequence[float | None]) -> float | None:
+    fill = column.get("fill")
+    numbers = [fill if number is None else number for number in counted]
+    known = sorted(number for number in numbers if number is not None)
+    value = fill if value is None else value
+    if value is None:
+        return None
+    transform = column.get("transform", "none")
+    if transform == "log1p":
+        return math.log(max(value, 0) + 1)
+    if transform == "signed_log":
+        return math.copysign(math.log(abs(value) + 1), value)
+    if transform == "log_squared":
+        return math.floor(math.log(value) ** 2) if value > 2 else math.trunc(value)
+    if transform == "standard":
+        mean = sum(known) / len(known) if known else 0
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in known) / len(known)) if known else 1
+        return (value - mean) / (deviation if len(set(known)) > 1 else 1)
+    if transform == "minmax":
+        low, high = (known[0], known[-1]) if known else (0, 0)
+        return (value - low) / ((high - low) or 1)
+    if transform == "quantile":
+        edges = plain_edges(known, column.get("bins", 256))
+        return sum(edge < value for edge in edges) / max(len(edges), 1)
+    return value
+
+
+def plain_edges(known: Sequence[float], bins: int) -> list[float]:
+    ranks = [math.ceil(k * len(known) / bins) for k in range(1, bins + 1)] if known else []
+    return sorted({known[rank - 1] for rank in ranks})[:-1]
+
+
+def plain_dataset(rows: Sequence[Row], document: dict[str, Any]) -> dict[str, list[Row]]:
+    splits = plain_splits(rows, document["split"])
+    counted = [r for r, s in zip(rows, splits, strict=True) if s == "train" or (s and document["counts"] == "all")]
+    columns, limits = document["columns"], {"min_count": document["min_count"], "max_rows": document["max_rows"]}
+    users = PlainTable([row["user"] for row in counted], **limits, missing=document["missing"])
+    bag_of = lambda row: [tag for tag in row["tags"] if tag]  # noqa: E731
+    tags = PlainTable([tag for row in counted for tag in bag_of(row)], **limits, missing="none")
+    prices = [row["price"] for row in counted]
+    edges = plain_edges(sorted(price for price in prices if price is not None), columns["bin"]["bins"])
+    bin_of = lambda price: None if price is None else sum(edge < price for edge in edges)  # noqa: E731
+    # Bins of equal counts are in the order of their numbers, and others by their counts.
+    named = {bin_of(price): f"{bin_of(price):04d}" for price in prices if price is not None}
+    bins = PlainTable([named.get(bin_of(price)) for price in prices], **limits, missing=document["missing"])
+    result: dict[str, list[Row]] = {}
+    for row, split in zip(rows, splits, strict=True):
+        if split is None:
+            continue
+        price_bin = bin_of(row["price"])
+        result.setdefault(split, []).append(
+            {
+                "label": int(row["click"]),
+                "user": users[row["user"]],
+                "who": row["user"],
+                "price": plain_number(row["price"], columns["price"], prices),
+                "bin": bins[None if price_bin is None else named.get(price_bin, "none")],
+                "tags": [tags[tag] for tag in bag_of(row)],
+                "tags_weights": [w for tag, w in zip(row["tags"], row["weights"], strict=True) if tag],
+                "day": datetime.datetime(2024, 1, row["day"]),
+            }
+        )
+    return result
+
+
+names = st.sampled_from(["a", "ü", "b c", "ß;", 'q"', "0", "00", "x,y"]) | st.none()
+rows = st.fixed_dictionaries(
+    {
+        "click": st.booleans(),
+        "user": names,
+        "price": st.none() | st.integers(-3, 9).map(float) | st.floats(-1e6, 1e6).map(lambda x: round(x, 3)),
+        "tags": st.lists(st.sampled_from(["s", "t", "ů", "v", ""]), max_size=3),
+        "day": st.integers(1, 28),
+        "fold": st.sampled_from(["0", "1", "2", "3"]),
+    }
+)
+splits = st.sampled_from(
+    [
+        {"by": "position", "ratios": [0.5, 0.25, 0.25]},
+        {"by": "time", "column": "day", "ratios": [0.6, 0.2, 0.2]},
+        {"by": "column", "column": "fold", "train": ["0", "1"], "validation": ["2"], "test": [3]},
+    ]
+)
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> dict[str, Any]:
+    transform = draw(st.sampled_from(["none", "log1p", "signed_log", "log_squared", "standard", "minmax", "quantile"]))
+    price: dict[str, Any] = {"role": "dense", "transform": transform}
+    price |= {"bins": draw(st.integers(2, 9))} if transform == "quantile" else {}
+    price |= {"fill": draw(st.sampled_from([0.0, -1.5]))} if draw(st.booleans()) else {}
+    return {
+        "dataset": "own",
+        "label": "click",
+        "columns": {
+            "user": {"role": "categorical"},
+            "who": {"role": "keep", "source": "user"},
+            "price": price,
+            "bin": {"role": "categorical", "source": "price", "transform": "quantile", "bins": draw(st.integers(2, 5))},
+            "tags": {"role": "multi_hot", "separator": "|", "weights": "weights"},
+            "day": {"role": "keep", "time": "%Y-%m-%d"},
+            "fold": {"role": "leave"},
+        },
+        "split": draw(splits),
+        "counts": draw(st.sampled_from(["train", "all"])),
+        "min_count": draw(st.integers(1, 3)),
+        "max_rows": draw(st.sampled_from([None, 3, 4])),
+        "missing": draw(st.sampled_from(["own", "rare"])),
+    }
+
+
+def as_csv(rows: Sequence[Row], separator: str = ",") -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=separator, lineterminator="\n")
+    writer.writerow(HEADER)
+    for row in rows:
+        joined = ["|".join(map(str, row[name])) for name in ("tags", "weights")]
+        day = f"2024-01-{row['day']:02d}"
+        values = [int(row["click"]), row["user"] or "", row["price"], *joined, day, row["fold"]]
+        writer.writerow(["" if value is None else value for value in values])
+    return out.getvalue()
+
+
+@settings(max_examples=30, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(rows=st.lists(rows, min_size=8, max_size=40), document=documents(), piece=st.sampled_from([40, 150, 10**6]))
+def test_a_dataset_is_what_the_schema_says(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Row], document: dict[str, Any], piece: int
+) -> None:
+    for row in rows:
+        # A bag of one empty text is an empty bag.
+        row["tags"] = [] if row["tags"] == [""] else row["tags"]
+        row["weights"] = [0.5 * (1 + i) for i in range(len(row["tags"]))]
+    folder = tmp_path_factory.mktemp("log")
+    (folder / "log.csv").write_text(as_csv(rows))
+    expected = plain_dataset(rows, document)
+    if not all(len({row["label"] for row in expected.get(split, [])}) == 2 for split in SPLITS):
+        with pytest.raises(UserError, match=r"no rows are left in the|labels of the .* split are"):
+            make(folder / "log.csv", folder / "data", document, block_bytes=piece)
+        return
+    schema = make(folder / "log.csv", folder / "data", document, block_bytes=piece)
+    for split in SPLITS:
+        found = rows_of(folder / "data", schema, split)
+        assert [list(row) for row in found] == [list(row) for row in expected[split]]
+        for one, other in zip(found, expected[split], strict=True):
+            price, wanted = one.pop("price"), other.pop("price")
+            assert (price is None) == (wanted is None)
+            assert price is None or price == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+            assert one == other
+    assert DatasetSchema.load(folder / "data") == schema
+
+
+# --- the form of files changes nothing -------------------------------------------------------------
+
+
+def generated(count: int) -> list[Row]:
+    rng = np.random.default_rng(1)
+    result = []
+    for i in range(count):
+        tags = [f"t{tag}" for tag in rng.integers(0, 9, rng.integers(0, 4))]
+        user = int(rng.zipf(1.3)) % 500
+        price = None if i % 7 == 0 else round(float(rng.normal(3, 2)), 2)
+        result.append(
+            {
+                "click": bool(rng.random() < 0.4),
+                "user": None if user == 3 else f"ü{user}\n,x" if user % 50 == 0 else f"ü{user}",
+                "price": price,
+                "tags": tags,
+                "weights": [round(float(w), 2) for w in rng.random(len(tags))],
+                "day": 1 + i * 28 // count,
+                "fold": str(i % 4),
+            }
+        )
+    return result
+
+
+DOCUMENT: dict[str, Any] = {
+    "dataset": "own",
+    "label": "click",
+    "columns": {
+        "user": {"role": "categorical", "min_count": 2},
+        "who": {"role": "keep", "source": "user"},
+        "price": {"role": "dense", "transform": "standard"},
+        "bin": {"role": "categorical", "source": "price", "transform": "log_squared"},
+        "tags": {"role": "multi_hot", "separator": "|", "weights": "weights"},
+        "day": {"role": "keep", "time": "iso"},
+        "fold": {"role": "leave"},
+    },
+    "split": {"by": "time", "column": "day"},
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
+
+
+def test_the_form_of_the_files_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = generated(1000)
+    text = as_csv(rows)
+    plain = tmp_path / "log.csv"
+    plain.write_text(text)
+    make(plain, tmp_path / "plain", DOCUMENT)
+    expected = contents(tmp_path / "plain")
+    assert len(expected) == 3 + 3
+
+    lists = {name: value for name, value in DOCUMENT["columns"]["tags"].items() if name != "separator"}
+    with_lists = {**DOCUMENT, "columns": {**DOCUMENT["columns"], "tags": lists}}
+    records = [{**row, "day": f"2024-01-{row['day']:02d}"} for row in rows]
+    forms: dict[str, tuple[dict[str, Any], bytes]] = {
+        "semicolons.csv": ({"separator": ";"}, as_csv(rows, ";").encode()),
+        "tabs.tsv": ({}, as_csv(rows, "\t").encode()),
+        "crlf.csv": ({}, text.replace("\n", "\r\n").replace("\r\n,x", "\n,x").encode()),
+        "utf16.csv": ({"encoding": "utf-16"}, text.encode("utf-16")),
+        "packed.csv.gz": ({}, gzip.compress(text.encode())),
+        "lines.jsonl": (with_lists, "".join(json.dumps(one) + "\n" for one in records).encode()),
+    }
+    for name, (changed, content) in forms.items():
+        (tmp_path / name).write_bytes(content)
+        for piece in (20_000, 10**7):
+            output = tmp_path / f"of_{name}_{piece}"
+            make(tmp_path / name, output, {**DOCUMENT, **changed}, block_bytes=piece)
+            assert contents(output) == expected, (name, piece)
+
+    table = pa.Table.from_pylist(records)
+    table = table.set_column(1, "user", table["user"].dictionary_encode())
+    table = table.set_column(5, "day", pc.strptime(table["day"], "%Y-%m-%d", "ns"))
+    pq.write_table(table, tmp_path / "log.parquet", row_group_size=300)
+    make(tmp_path / "log.parquet", tmp_path / "of_parquet", with_lists)
+    assert contents(tmp_path / "of_parquet") == expected
+
+    parts = [tmp_path / "part1.csv", tmp_path / "part2.csv"]
+    header, body = text.split("\n", 1)
+    cut = body.index("\n2024-01-10") if "\n2024-01-10" in body else body.index("2024-01-10")
+    cut = body.index("\n", cut) + 1
+    for part, lines in zip(parts, (body[:cut], body[cut:]), strict=True):
+        part.write_text(f"{header}\n{lines}")
+    make(parts, tmp_path / "of_parts", DOCUMENT)
+    assert contents(tmp_path / "of_parts") == expected
+
+    monkeypatch.setattr(counting, "_VALUES_AT_ONCE", 60)
+    monkeypatch.setattr(counting, "_IDS_AT_ONCE", 16)
+    make(plain, tmp_path / "spilled", DOCUMENT, block_bytes=5000)
+    found = contents(tmp_path / "spilled")
+    assert {n: v for n, v in found.items() if "vocabulary" not in n} == {
+        name: value for name, value in expected.items() if "vocabulary" not in name
+    }
+    for name in expected:
+        if "vocabulary" in name:
+            assert pq.read_table(tmp_path / "spilled" / name).equals(pq.read_table(tmp_path / "plain" / name))
+
+
+def test_new_rows_are_encoded_as_those_of_the_dataset(tmp_path: Path) -> None:
+    rows = generated(2000)
+    (tmp_path / "log.csv").write_text(as_csv(rows))
+    schema = make(tmp_path / "log.csv", tmp_path / "data", DOCUMENT)
+    test = rows_of(tmp_path / "data", schema, "test")
+    new = rows[-len(test) :]
+    # Without labels, and with a user and a tag that the dataset does not know.
+    new += [{**new[-1], "user": "new", "tags": ["new", "t1"], "weights": [1, 2]}]
+    lines = as_csv(new).splitlines(keepends=True)
+    columns = list(csv.reader(io.StringIO("".join(lines), newline="")))
+    with (tmp_path / "new.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(row[1:] for row in columns)
+    found = preprocess(
+        None,
+        None,
+        [tmp_path / "new.csv"],
+        tmp_path / "new",
+        vocabulary=tmp_path / "data",
+        progress=Progress(show=False),
+    )
+    assert found.encoding_fingerprint == schema.encoding_fingerprint
+    encoded = rows_of(tmp_path / "new", found, "test")
+    assert encoded[:-1] == [{k: v for k, v in row.items() if k != "label"} for row in test]
+    reserved = {column.name: column.reserved for column in schema.columns}
+    assert encoded[-1]["user"] == reserved["user"]["unknown"]
+    assert encoded[-1]["tags"] == [reserved["tags"]["unknown"], encoded_tag(tmp_path / "data", "t1")]
+    assert found.cells["test"]["user"]["unknown"] >= 1
+    with pytest.raises(UserError, match="protocol is quantile, which is an option of Criteo's protocols"):
+        preprocess(None, "quantile", [tmp_path / "new.csv"], tmp_path / "x", vocabulary=tmp_path / "data")
+
+
+def encoded_tag(folder: Path, tag: str) -> int:
+    known = pq.read_table(folder / "vocabulary/tags.parquet").to_pylist()
+    return next(entry["id"] for entry in known if entry["value"] == tag)
+
+
+# --- mistakes --------------------------------------------------------------------------------------
+
+FEW: dict[str, Any] = {
+    "dataset": "own",
+    "label": "click",
+    "columns": {"u": {"role": "categorical"}, "p": {"role": "dense"}, "t": {"role": "leave", "time": "%Y-%m-%d"}},
+    "split": {"by": "position", "ratios": [0.5, 0.25, 0.25]},
+}
+LINES = [f"{i % 2},u{i % 5},{i}.5,2024-01-{i % 28 + 1:02d}" for i in range(16)]
+BY_TIME = {"split": {"by": "time", "column": "t"}}
+BY_COLUMN = {"split": {"by": "column", "column": "u", "train": ["u0", "u1"], "validation": ["u2"], "test": ["u3"]}}
+
+
+def log_of(lines: Sequence[str], header: str = "click,u,p,t") -> bytes:
+    return "".join(f"{line}\n" for line in (header, *lines)).encode()
+
+
+def with_line(index: int, line: str) -> bytes:
+    return log_of([*LINES[:index], line, *LINES[index + 1 :]])
+
+
+MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
+    (log_of(LINES, "click,u,pp,t"), {}, r"has no column 'p', which the schema names \(columns: p\) \(did you mean pp"),
+    (log_of(LINES, "click,u,u,t"), {}, "u stands twice in the header; rename"),
+    (log_of(LINES), {"separator": ";"}, "has no column 'click'"),
+    (with_line(5, "1,u1,5,2024-01-01,9"), {}, "line 7: 5 fields, expected 4 between ','"),
+    (with_line(5, "\n\n1,u1"), {}, "line 9: 2 fields, expected 4"),
+    (with_line(5, '1,"u1,5,2024-01-01'), {}, "line 7: 2 fields, .*quote: null"),
+    (with_line(7, "1,u1,cheap,2024-01-01"), {}, "line 9: p is 'cheap', expected a number"),
+    (with_line(7, "1,u1,inf,2024-01-01"), {}, "line 9: p is inf, expected a finite number"),
+    (with_line(3, '1,"u\n1",1,2024-01-01\n2,u1,1,2024-01-01'), {}, "line 7: the label click is '2'"),
+    (with_line(3, ",u1,1,2024-01-01"), {}, "line 5: the label click is missing"),
+    (log_of([line.replace("0,", "no,", 1).replace("1,", "yes,", 1) for line in LINES]), {},
+     r"line 2: the label click is 'no' \(beside 'yes'\), .*click == yes"),
+    (with_line(3, "x,u1,1,2024-01-01"), {"label": "click >= 1"}, "line 5: the label click is 'x' .*expected a number"),
+    (with_line(9, "1,u1,1,yesterday"), BY_TIME, "line 11: t is 'yesterday', expected a time as '%Y-%m-%d'"),
+    (with_line(9, "1,u1,1,"), BY_TIME, "line 11: t is missing, expected a time in every row"),
+    (log_of(LINES), {**BY_TIME, "columns": {"u": {"role": "categorical"}}, "rest": "leave"},
+     "line 2: t is text, .*say in the schema how it becomes a time"),
+    (with_line(9, "1,ü,1,2024-01-01").decode().encode("latin-1"), {}, "line 11: the byte 0xfc is not UTF-8"),
+    (log_of(LINES, "click,ü,p,t").decode().encode("utf-16"), {}, "line 1: the text is not UTF-8; .*utf-16"),
+    (b"", {}, "is empty"),
+    (log_of([]), {}, "has a header and no rows"),
+    (log_of(LINES[:2]), {}, "all 1 labels of the train split are 0; expected both"),
+    (log_of(LINES), {"split": {"by": "time", "column": "t", "ratios": [0.99, 0.005, 0.005]}},
+     "no rows are left in the validation split; .*change split in the schema"),
+    (log_of(LINES), BY_COLUMN, "line 6: u is 'u4', which belongs to no split"),
+    (log_of(LINES), {"split": {"by": "files", "train": ["other*"]}}, "belongs to no split; name it"),
+    (log_of(LINES), {"columns": {"u": {"role": "multi_hot"}, "p": {"role": "leave"}, "t": {"role": "leave"}}},
+     "line 2: u holds single values; give the separator"),
+    (log_of(LINES), {"format": "parquet"}, "is not a Parquet file"),
+    (log_of(LINES), {"format": "jsonl"}, "line 1: not JSON"),
+    (b"PK\x03\x04....", {}, "is a zip archive; expected CSV"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content, changes, message", MISTAKES, ids=[message[:40] for *_, message in MISTAKES])
+def test_a_mistake_is_named_and_nothing_is_left(
+    tmp_path: Path, content: bytes, changes: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "log.csv").write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        make(tmp_path / "log.csv", tmp_path / "data", {**FEW, **changes})
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (
+            ['{"click": 1, "u": "a", "p": 1}', '{"click": 1, "u": 5, "p": 1}'],
+            r"line 2: u is 5 \(numbers\), where earlier",
+        ),
+        (['{"click": 1, "u": "a", "p": 1}', "[1]"], "line 2: not a JSON object"),
+        (
+            ['{"click": 1, "u": "a", "p": 1}'] * 1200 + ['{"click": 1, "u": "a", "q": 1}'],
+            "line 1,201: the key q is not",
+        ),
+        (['{"click": 1, "u": "a", "p": 1}', '{"click": 0, "u": "a", "p": "dear"}'], r'line 2: p is "dear" \(text\)'),
+        (['{"click": 1, "u": "a"}'], "has no column 'p'"),
+    ],
+)
+def test_a_mistake_in_json_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
+    (tmp_path / "log.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    columns = {"u": {"role": "categorical"}, "p": {"role": "dense"}}
+    with pytest.raises(UserError, match=message):
+        make(tmp_path / "log.jsonl", tmp_path / "data", {**FEW, "columns": columns})
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_bad_rows_are_left_out_and_listed(tmp_path: Path) -> None:
+    lines = [*LINES[:5], "9,u,1,2024-01-01", '1,"u\n5",1,2024-01-01', "1,u", *LINES[5:]]
+    (tmp_path / "log.csv").write_bytes(log_of(lines))
+    schema = make(tmp_path / "log.csv", tmp_path / "data", FEW, on_bad_row="skip")
+    assert sum(split.rows for split in schema.splits.values()) == 17 and schema.report["bad_rows"] == 2
+    listed = (tmp_path / "data/bad_rows.tsv").read_text().splitlines()
+    assert [line.split("\t")[1] for line in listed[1:]] == ["7", "10"]
+    assert "the label click is '9'" in listed[1] and "2 fields" in listed[2]
+
+
+# --- from Python -----------------------------------------------------------------------------------
+
+
+def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None:
+    rows = generated(1500)
+    document = {**DOCUMENT, "columns": {**DOCUMENT["columns"], "tags": {"role": "multi_hot", "weights": "weights"}}}
+    table = pa.Table.from_pylist([{**row, "day": f"2024-01-{row['day']:02d}"} for row in rows])
+    schema = datamodules.encode(table, {**document, "format": "csv"}, tmp_path / "data")
+    (tmp_path / "log.csv").write_text(as_csv(rows))
+    make(tmp_path / "log.csv", tmp_path / "of_csv", DOCUMENT)
+    assert contents(tmp_path / "data") == contents(tmp_path / "of_csv")
+
+    test = rows_of(tmp_path / "data", schema, "test")
+    new = table.slice(len(table) - len(test)).drop_columns(["click", "fold"]).append_column("fold", [["0"] * len(test)])
+    found = datamodules.encode(new, None, tmp_path / "new", vocabulary=tmp_path / "data")
+    assert rows_of(tmp_path / "new", found, "test") == [{k: v for k, v in r.items() if k != "label"} for r in test]
+
+    arrays = RowEncoder(tmp_path / "data").encode(new)
+    for i, row in enumerate(test):
+        for name in ("user", "bin"):
+            assert arrays[name][i] == row[name]
+        assert (
+            math.isnan(arrays["price"][i]) if row["price"] is None else arrays["price"][i] == np.float32(row["price"])
+        )
+        for name in ("tags", "tags_weights"):
+            values, offsets = arrays[name]
+            assert values[offsets[i] : offsets[i + 1]].tolist() == row[name]
+    with pytest.raises(UserError, match="the table has no column 'user'"):
+        RowEncoder(tmp_path / "data").encode(new.drop_columns(["user"]))
+    bad = new.set_column(new.column_names.index("price"), "price", pa.array(["dear"] * len(new)))
+    with pytest.raises(UserError, match="row 0: price is 'dear', expected a number"):
+        RowEncoder(tmp_path / "data").encode(bad)
+    with pytest.raises(UserError, match=r"table.parquet, row 1: price is 'dear', expected a number"):
+        datamodules.encode(bad, None, tmp_path / "bad", vocabulary=tmp_path / "data")
+
+    data = datamodules.Clicks(tmp_path / "data", batch_size=64, group="who")
+    data.setup("fit")
+    assert data.schema == schema
+    assert sum(len(batch) for batch in data.train_dataloader()) == schema.splits["train"].rows
+    batch = next(iter(data.val_dataloader()))
+    assert batch.group is not None and batch.ids.weights is not None
