@@ -159,15 +159,27 @@ class SplitWriter:
         split: its name.
         columns: as of the DatasetWriter.
         first_part: the number of the first file; earlier files are written elsewhere.
+        repeating: whether dense values repeat so often that dictionaries make them smaller.
     """
 
-    def __init__(self, root: Path, split: str, columns: Sequence[Column], first_part: int = 0) -> None:
+    def __init__(
+        self, root: Path, split: str, columns: Sequence[Column], first_part: int = 0, repeating: bool = True
+    ) -> None:
         self.root, self.split, self.first_part, self.columns = root, split, first_part, columns
         self.arrow = _arrow_schema(columns)
         self.label = next((column.name for column in columns if column.role == "label"), None)
         # Earlier releases compare the largest id with the table; statistics of other columns only grow the footer.
         self.ids = [_leaf(column) for column in columns if column.cardinality]
         self.others = [_leaf(column) for column in columns if not column.cardinality]
+        # A dictionary that grows too large is given up: three times the CPU of these codings.
+        self.codings = dict.fromkeys(self.ids, "BYTE_STREAM_SPLIT")
+        if not repeating:
+            kinds = {"dense": "BYTE_STREAM_SPLIT", "keep": "DELTA_BINARY_PACKED"}
+            plain = {
+                c.name: kinds[c.role] for c in columns if c.role == "dense" or c.transform in ("int64", "timestamp")
+            }
+            self.codings |= plain
+            self.others = [name for name in self.others if name not in plain]
         self.pending: list[pa.Table] = []
         self.pending_rows = self.positives = 0
         self.files: list[DataFile] = []
@@ -214,7 +226,7 @@ class SplitWriter:
                 # BYTE_STREAM_SPLIT for ids: half the time of dictionaries to write, nine tenths to read, and a sixth
                 # less disk in all. Dense features repeat few values and are smaller with dictionaries.
                 use_dictionary=self.others,
-                column_encoding=dict.fromkeys(self.ids, "BYTE_STREAM_SPLIT"),
+                column_encoding=self.codings,
                 write_statistics=self.ids,
                 store_schema=False,
                 write_page_checksum=True,

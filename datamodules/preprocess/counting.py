@@ -226,8 +226,8 @@ def _bounds(table: Table, segments: Sequence[Segment]) -> pa.Array:
 def _group(spread: _ValueRanges, part: int) -> np.ndarray:
     """Group the equal values of a range.
 
-    Replaces ``entries`` and ``counts`` by ``groups`` (the values in ascending order) and ``inverse`` (int32: for each
-    entry the position of its value in ``groups``).
+    Replaces ``entries`` and ``counts`` by ``groups`` (the different values, integers in ascending order) and
+    ``inverse`` (int32: for each entry the position of its value in ``groups``).
 
     Returns:
         int64: the counts of the groups.
@@ -235,13 +235,9 @@ def _group(spread: _ValueRanges, part: int) -> np.ndarray:
     entries, of_entries = spread.take_values(part, "entries"), spread.take(part, "counts", _COUNT)
     if pa.types.is_string(entries.type):
         encoded = entries.dictionary_encode()
-        order = pc.array_sort_indices(encoded.dictionary)
-        rank = np.empty(len(order), np.int32)
-        rank[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
-        inverse = rank[encoded.indices.to_numpy()]
+        groups, inverse = encoded.dictionary, encoded.indices.to_numpy()
         # In float64, whose sums of counts are exact below 2**53.
-        counts = np.bincount(inverse, of_entries, len(order)).astype(np.int64)
-        groups = encoded.dictionary.take(order)
+        counts = np.bincount(inverse, of_entries, len(groups)).astype(np.int64)
     else:
         groups, counts, inverse = _group_integers(entries.to_numpy(), of_entries)
     spread.add_values(part, "groups", groups)
@@ -271,7 +267,7 @@ def _assign(spread: _ValueRanges, totals: list[np.ndarray], table: Table, first_
 
     Replaces ``groups`` and ``inverse`` by ``ids`` (int32, of each entry), ``run`` (the values in the order of their
     ids) with ``run_counts``, ``run_ids`` and ``edges`` (int64, where in ``run`` each row group of the vocabulary
-    begins), and ``rare`` with ``rare_counts``.
+    begins), and, if the vocabulary lists them, ``rare`` with ``rare_counts``.
 
     Returns:
         Values with an id of their own, other values counted, and rows with these.
@@ -291,6 +287,8 @@ def _assign(spread: _ValueRanges, totals: list[np.ndarray], table: Table, first_
     for part, total in enumerate(totals):
         groups = spread.take_values(part, "groups")
         chosen = np.flatnonzero(total >= min_count)
+        if table.is_text:
+            chosen = chosen[pc.array_sort_indices(groups.take(pa.array(chosen))).to_numpy()]
         chosen = chosen[by_frequency(total[chosen])]
         position = np.searchsorted(all_counts, total[chosen])
         starts = np.flatnonzero(np.append(True, position[1:] != position[:-1])) if len(position) else position
@@ -312,8 +310,9 @@ def _assign(spread: _ValueRanges, totals: list[np.ndarray], table: Table, first_
         spread.add(part, "run_counts", total[chosen])
         spread.add(part, "run_ids", ids.astype(_ID))
         spread.add(part, "edges", np.searchsorted(ids, edges))
-        spread.add_values(part, "rare", groups.take(pa.array(rare)))
-        spread.add(part, "rare_counts", total[rare])
+        if table.lists_rare:
+            spread.add_values(part, "rare", groups.take(pa.array(rare)))
+            spread.add(part, "rare_counts", total[rare])
     return most, rare_values, rare_rows
 
 

@@ -266,10 +266,15 @@ def _dictionary_of_hashes(digits: pa.FixedSizeBinaryArray) -> pa.DictionaryArray
 
 
 def count_lines(text: bytes) -> int:
-    """Count line feeds, twice as fast as ``bytes.count``, in steps that stay in the cache."""
+    """Count line feeds."""
+    return count_bytes(text, ord("\n"))
+
+
+def count_bytes(text: bytes, byte: int) -> int:
+    """Count a byte, twice as fast as ``bytes.count``, in steps that stay in the cache."""
     characters = np.frombuffer(text, np.uint8)
     steps = range(0, len(text), _COUNTED_AT_ONCE)
-    return sum(int(np.count_nonzero(characters[at : at + _COUNTED_AT_ONCE] == ord("\n"))) for at in steps)
+    return sum(int(np.count_nonzero(characters[at : at + _COUNTED_AT_ONCE] == byte)) for at in steps)
 
 
 def _first_bad_line(text: bytes, labelled: bool) -> BadLineError:

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from datamodules import values
 from datamodules.folder import file_system, is_remote
 from datamodules.log_schema import Format, LogSchema
-from datamodules.preprocess.criteo_tsv import BadLineError, piece_of_plain, pieces_of_text
+from datamodules.preprocess.criteo_tsv import BadLineError, count_bytes, count_lines, piece_of_plain, pieces_of_text
 from datamodules.preprocess.sources import RawFile
 from datamodules.preprocess.staging import dictionary_with_missing
 from datamodules.values import BadValueError, staged_name
@@ -106,6 +106,10 @@ class LogReader:
         return sum(self.group_rows) if self.format == "parquet" else None
 
     @property
+    def unit(self) -> str:
+        return "row" if self.format == "parquet" else "line"
+
+    @property
     def _transcodes(self) -> bool:
         return self.format != "parquet" and not _is_utf8(self.schema.encoding)
 
@@ -129,7 +133,7 @@ class LogReader:
                 table = self._json(piece)
             else:
                 table = piece
-            return [self._staged(table)] if len(table) else []
+            return [self.staged(table)] if len(table) else []
         except BadValueError as error:
             raise BadLineError(self._line_of(piece, error.row), error.fault) from error
         except pa.ArrowException as error:
@@ -154,7 +158,7 @@ class LogReader:
             return tables + more, faults + more_faults
 
     def count_lines(self, piece: Any, rows: int) -> int:
-        return piece.count(b"\n") if isinstance(piece, bytes) else len(piece)
+        return count_lines(piece) if isinstance(piece, bytes) else len(piece)
 
     def _row_ends(self, text: bytes) -> np.ndarray:
         """Return where each row ends, int64; empty lines belong to the row after them."""
@@ -196,13 +200,14 @@ class LogReader:
     @property
     def _numeric(self) -> set[str]:
         """The columns that are read as numbers alone."""
-        columns = self.schema.columns.items()
-        roles: dict[str, set[bool]] = {}
-        for name, column in columns:
-            is_number = column.role == "dense" or column.transform is not None
-            roles.setdefault(column.source or name, set()).add(is_number or column.role == "leave")
-        text = {self.schema.label_in(self.names).column, self.schema.split.column}
-        return {name for name, kinds in roles.items() if kinds == {True}} - text
+        uses: dict[str, set[bool]] = {}
+        for name, column in self.schema.columns.items():
+            is_number = column.role == "dense" or column.transform is not None or column.time in ("unix", "unix_ms")
+            uses.setdefault(column.source or name, set()).add(is_number)
+        text = {self.schema.label_in(self.names).column}
+        if self.schema.split.by == "column" and self.schema.split.column is not None:
+            text.add(self.schema.split.column)
+        return {name for name, kinds in uses.items() if kinds == {True}} - text
 
     def _csv(self, text: bytes) -> pa.Table:
         separator = self.separator.encode()
@@ -221,7 +226,8 @@ class LogReader:
             return "error"
 
         def read(numeric: set[str]) -> pa.Table:
-            kinds = {n: pa.float64() if n in numeric else pa.dictionary(pa.int32(), pa.string()) for n in self._needed}
+            # Dictionaries are made later, at once: pyarrow's own, one for each block, take a quarter longer.
+            kinds = {name: pa.float64() if name in numeric else pa.string() for name in self._needed}
             return pyarrow.csv.read_csv(
                 pa.BufferReader(text),
                 pyarrow.csv.ReadOptions(column_names=self.names, use_threads=False, block_size=_BLOCK_BYTES),
@@ -240,7 +246,7 @@ class LogReader:
                 ),
             )
 
-        if not text.strip():
+        if not text[:_BLOCK_BYTES].strip() and not text.strip():
             return pa.table({})
         try:
             return read(self._numeric)
@@ -314,7 +320,7 @@ class LogReader:
 
     # --- columns of segments ---
 
-    def _staged(self, table: pa.Table) -> pa.Table:
+    def staged(self, table: pa.Table) -> pa.Table:
         """Return the columns of segments.
 
         Raises:
@@ -328,7 +334,7 @@ class LogReader:
 
         if self.labelled:
             label = schema.label_in(self.names)
-            columns[CRITEO_LABEL] = pa.array(values.labels(label, column(label.column)))
+            columns[CRITEO_LABEL] = pa.array(values.labels(label, column(label.column), decimal))
         by = schema.split.column if self.splits else None
         if by is not None and schema.split.by == "time":
             form = values.form_of_time(schema.columns, by)
@@ -557,6 +563,6 @@ def count_quotes(source: RawFile, reader: LogReader, piece_bytes: int) -> LogRea
     for start in range(0, source.size, piece_bytes):
         # A row may end at the last byte before the piece.
         text = source.read(max(start - 1, 0), min(start + piece_bytes, source.size) - 1)
-        total += int(np.count_nonzero(np.frombuffer(text, np.uint8) == quote))
+        total += count_bytes(text, quote)
         opened.append(total % 2 == 1)
     return replace(reader, open_quotes=tuple(opened) if total else ())

@@ -66,6 +66,10 @@ class LogOptions:
         return None
 
     @property
+    def files_of_split(self) -> int:
+        return 8
+
+    @property
     def counted(self) -> tuple[SplitName, ...]:
         return ("train",) if self.schema.counts == "train" else SPLITS
 
@@ -146,7 +150,6 @@ class LogOptions:
             min_count=min_count,
             reserved={"rare": 0, "unknown": 0} if is_bag else reserved,
             trained_rows=True,
-            lists_rare=True,
             most_rows=most_rows,
         )
 

@@ -209,6 +209,10 @@ class Options:
         return MultiHot(distribution=self.multi_hot_distribution, seed=self.seed) if self.multi_hot else None
 
     @property
+    def files_of_split(self) -> int:
+        return 1
+
+    @property
     def counted(self) -> tuple[SplitName, ...]:
         """The splits over which vocabularies are counted."""
         return SPLITS if self.rules.counts == "all rows" else ("train",)
