@@ -55,6 +55,23 @@ def test_an_inferred_schema_trains_without_an_edit(name: str, tmp_path: Path, mo
     assert fit(tmp_path, monkeypatch)["validation/log_loss"] < 0.69
 
 
+def test_a_label_is_judged_alike_by_the_sample_and_by_the_rows(tmp_path: Path) -> None:
+    """Numbers with decimal commas, nulls of several kinds, labels as numbers with a point."""
+    logs = {
+        "betrag >= 5": "betrag;x;z\n" + "".join(f"{row % 10},5;a{row % 4};{row % 3 or 'NA'}\n" for row in range(200)),
+        "y": "y,x\n" + "".join(f"{row % 2}.0,a{row % 4 + row % 3}\n" for row in range(200)),
+        "y != no": "y,x\n" + "".join(f'"{("yes", "no")[row % 2]}",a{row % 4 + row % 3}\n' for row in range(200)),
+    }
+    for label, text in logs.items():
+        folder = tmp_path / label[:3].strip() / str(len(text))
+        folder.mkdir(parents=True)
+        (folder / "log.csv").write_text(text)
+        paths, schema = [str(folder / "log.csv")], str(folder / "schema.yaml")
+        assert main(["preprocess", "--infer", schema, "--label", label, "--input", *paths]) == 0
+        made = preprocessed(folder, schema, paths)
+        assert sum(split.positives or 0 for split in made.splits.values()) == 100, label
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if "avazu_x1" in name else pytest.mark.slow) for name in SCHEMAS], ids=str
 )
