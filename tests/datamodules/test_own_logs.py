@@ -63,13 +63,17 @@ def test_an_inferred_schema_trains_without_an_edit(
         assert fit(tmp_path, monkeypatch)["validation/log_loss"] < 0.69
 
 
+def zstd(text: str) -> bytes:
+    return bytes(pa.compress(text.encode(), "zstd", asbytes=True))
+
+
 @pytest.mark.parametrize(
     ("label", "header", "line", "encode"),
     [
         ("preis >= 5", "preis;stadt;z\r\n", '{ten},5;Köln{few};{nulls}\r\n', lambda text: text.encode("cp1252")),
         ("preis >= 5", "preis;stadt;z\r\n", '{ten},5;Köln{few};{nulls}\r\n', lambda text: text.encode("utf-16")),
         ("y", "y\tx\n", "{half}.0\t\ufeff{few}\n", lambda text: gzip.compress(text.encode("utf-8-sig"))),
-        ("y", ",y,x\n", '{row},{half},"a ""{few}"",\nb"\n', lambda text: pa.compress(text.encode(), "zstd", asbytes=True)),
+        ("y", ",y,x\n", '{row},{half},"a ""{few}"",\nb"\n', zstd),
         ("y", "y\tx\n", '{half}\t"{few}\n', str.encode),
         ("y != no", "y|x\n", "{yes}|{few}\n\n", str.encode),
         ("y", "", '{{"y": {half}, "x": [{few}, 7], "no": {{"k": 1}}, "at": "2024-01-{few:02d}"}}\n', str.encode),
