@@ -1,4 +1,5 @@
-"""The datamodules by their short names, such as ``datamodules.Criteo``; loaded when first used."""
+"""The datamodules by their short names, such as ``datamodules.Clicks``, and ``encode``, which makes a dataset folder of
+a table; loaded when first used."""
 
 from typing import Any
 
@@ -9,6 +10,14 @@ def __getattr__(name: str) -> Any:
         from datamodules import criteo
 
         return getattr(criteo, name)
+    if name == "Clicks":
+        from datamodules.clicks import Clicks
+
+        return Clicks
+    if name == "encode":
+        from datamodules.preprocess.tables import encode
+
+        return encode
     if name in ("RandomData", "TraceData"):
         from datamodules import synthetic
 

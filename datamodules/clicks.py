@@ -238,3 +238,20 @@ class FolderData(pl.LightningDataModule):
     def _generate(self, folder: Path) -> None:
         """Generate the planned data."""
         raise TypeError(f"{type(self).__name__} does not define _generate")
+
+
+class Clicks(FolderData):
+    """A dataset folder of any click log, made by `preprocess`, `datamodules.encode` or `DatasetWriter`.
+
+    Args:
+        path: The dataset folder. A URL such as `s3://bucket/folder`, `gs://...` or `hf://...` works if the package for
+            it is installed.
+        options: Those of FolderData.
+
+    Raises:
+        UserError: there is no dataset at `path`, or an option is out of range.
+    """
+
+    def __init__(self, path: str | Path, **options: Any) -> None:
+        super().__init__(path, **options)
+        self.path = path

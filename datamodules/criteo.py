@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.clicks import FolderData
+from datamodules.clicks import Clicks
 from datamodules.generate.demo import DemoSettings, demo_folder, demo_schema, generate_demo
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import DatasetSchema
@@ -11,7 +11,7 @@ from lightning_dlrm.contracts.schema import DatasetSchema
 DEMO = "demo"
 
 
-class Criteo(FolderData):
+class Criteo(Clicks):
     """A dataset folder made by `preprocess` or `generate`, or demo data.
 
     Args:

@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules.clicks import Clicks
     from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
     from datamodules.generate.demo import DemoSettings
     from datamodules.synthetic import RandomData, TraceData
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from lightning_dlrm.testing import check_network
 
 _MODULES = {
+    "datamodules.clicks": ("Clicks",),
     "datamodules.criteo": ("Criteo", "CriteoKaggle", "CriteoTerabyte"),
     "datamodules.generate.demo": ("DemoSettings",),
     "datamodules.synthetic": ("RandomData", "TraceData"),
@@ -90,6 +92,7 @@ __all__ = [
     "Batch",
     "CTRModule",
     "CTRNetwork",
+    "Clicks",
     "Criteo",
     "CriteoKaggle",
     "CriteoTerabyte",

@@ -169,6 +169,7 @@ PARITY = (
         trainer=(("accumulate_grad_batches", 2), ("sync_batchnorm", True)),
     ),
     Fit(name="host_auto", rule="adagrad", plan="auto", network="host", recorded=True),
+    Fit(name="hot_rows_weighted", rule="adam", plan="auto", hot="weighted", network="cut"),
     Fit(
         name="host_pooled_weighted",
         rule="adam",

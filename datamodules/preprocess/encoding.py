@@ -20,7 +20,7 @@ from datamodules.parquet import weighted_column
 from datamodules.preprocess.journal import record, recorded, written_aside
 from datamodules.preprocess.options import Fitted, MultiHot
 from datamodules.preprocess.protocols import PLACEHOLDER_IDS, Dense, SplitRule, Table, hash_modulo
-from datamodules.preprocess.staging import OpenSegment, load_segments, rows_of
+from datamodules.preprocess.staging import OpenSegment, StagedRows, load_segments, rows_of
 from datamodules.values import staged_name
 from datamodules.writer import ROW_GROUP_ROWS, ROWS_PER_FILE, SplitWriter, arrow_table
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, SPLITS, Column, DataFile, SplitName
@@ -109,7 +109,7 @@ def read_items(place: Path, kind: np.dtype, begin: int, end: int | None) -> np.n
     return np.fromfile(place, kind, -1 if end is None else end - begin, offset=begin * kind.itemsize)
 
 
-def distinct_values(table: Table, opened: OpenSegment) -> tuple[pa.Array, np.ndarray, np.ndarray | None]:
+def distinct_values(table: Table, opened: StagedRows) -> tuple[pa.Array, np.ndarray, np.ndarray | None]:
     """Return the distinct values of a segment as they are counted; see ``OpenSegment.categories``.
 
     If missing values count as 0, the last value stands for them; else code d does.
@@ -266,11 +266,9 @@ def _encoded(
         counts = np.bincount(codes[items], minlength=len(ids))
         cells[table.name]["missing"] += int(counts[-1])
         counts[-1] = 0  # whatever value missing ones count as
-        # Without an id for unknown values they get that of rare ones, or the last: the rarest value's, trained least.
-        unknown = column.reserved.get("unknown", column.reserved.get("rare", column.cardinality - 1))
         for kind, of_kind in PLACEHOLDER_IDS.items():
             cells[table.name][kind] += int(counts[ids == of_kind].sum())
-            ids[ids == of_kind] = column.reserved.get(kind, unknown)
+        replace_placeholders(ids, column)
         ids = ids.take(codes[items])
         if ends is not None:
             arrays[table.name] = ids, ends
@@ -278,6 +276,14 @@ def _encoded(
             is_bag = column.role == "multi_hot"
             arrays[table.name] = bags.bags(table.name, ids, column.cardinality) if bags and is_bag else ids
     return arrays
+
+
+def replace_placeholders(ids: np.ndarray, column: Column) -> None:
+    """Put the reserved ids of a column in the place of ``PLACEHOLDER_IDS``."""
+    # Without an id for unknown values they get that of rare ones, or the last: the rarest value's, trained least.
+    unknown = column.reserved.get("unknown", column.reserved.get("rare", column.cardinality - 1))
+    for kind, of_kind in PLACEHOLDER_IDS.items():
+        ids[ids == of_kind] = column.reserved.get(kind, unknown)
 
 
 def _beside(column: Column, opened: OpenSegment, rows: np.ndarray | slice) -> Any:

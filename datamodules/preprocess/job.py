@@ -189,7 +189,7 @@ class _Staged:
         path = job.source.path
         if "bad_line" in facts:
             line, fault = facts["bad_line"]
-            raise UserError(f"{path}, line {self.lines[path] + line + 1:,}: {fault}")
+            raise UserError(f"{path}, {job.reader.unit} {self.lines[path] + line + 1:,}: {fault}")
         bad = [(job.source.name, self.lines[path] + line + 1, fault) for line, fault in facts["bad"]]
         if len(bad) > max(_TOLERATED_BAD_ROWS, facts["rows"]):
             raise UserError(

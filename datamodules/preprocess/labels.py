@@ -1,20 +1,16 @@
 """The label that a user names for a log whose schema is inferred, and proposals where none is named."""
 
 import math
-import operator
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from datamodules.log_schema import Label, parse_label
 from datamodules.preprocess.columns import Facts, examples, nearest, words_of
-from datamodules.preprocess.sniffing import Sample, Value, is_number
+from datamodules.preprocess.sniffing import Sample, Value
+from datamodules.values import BOOLEANS, label_of
 from lightning_dlrm.contracts.errors import UserError, require
 
-_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
-    "==": operator.eq, "!=": operator.ne, ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
-}  # fmt: skip
 _LABEL_WORDS = frozenset(
     """
     label click clicked clk target y converted conversion purchase purchased buy bought like liked response install
@@ -26,7 +22,6 @@ _YES = ("yes", "true", "y", "t", "ja", "oui", "si", "click", "clicked")
 _MOST_RATINGS = 11  # such as 0 to 10, or 0.5 to 5
 _MOST_CANDIDATES = 5
 _LIKED = 0.75  # of the highest rating: 4 of 5, 8 of 10
-_BOOLEANS = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +78,8 @@ def find_label(text: str, facts: Sequence[Facts], sample: Sample) -> SampledLabe
 
 def _is_positive(label: Label, value: Value) -> bool | None:
     """Return the label of a row by its value; None if the value cannot be judged."""
-    if label.operator is None:
-        return _BOOLEANS.get(str(value).lower())
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    if is_number(text) and is_number(label.value):
-        return _OPERATORS[label.operator](float(text), float(label.value))
-    if label.operator not in ("==", "!="):
-        return None
-    return _OPERATORS[label.operator](text, label.value)
+    found = label_of(label, str(value).lower() if isinstance(value, bool) else str(value))
+    return None if found is None else bool(found)
 
 
 def _example(column: Facts) -> str:
@@ -106,7 +95,7 @@ def _proposal(column: Facts, named: bool = False) -> str | None:
         named: whether the user has named the column, so that any condition is better than none.
     """
     values = sorted(column.counts, key=str)
-    if column.distinct == 2 and {_BOOLEANS.get(str(value).lower()) for value in values} == {False, True}:
+    if column.distinct == 2 and {BOOLEANS.get(str(value).lower()) for value in values} == {False, True}:
         return column.name
     if column.distinct == 2:
         yes = [value for value in values if str(value).lower() in _YES]

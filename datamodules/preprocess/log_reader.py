@@ -106,6 +106,10 @@ class LogReader:
         return sum(self.group_rows) if self.format == "parquet" else None
 
     @property
+    def unit(self) -> str:
+        return "row" if self.format == "parquet" else "line"
+
+    @property
     def _transcodes(self) -> bool:
         return self.format != "parquet" and not _is_utf8(self.schema.encoding)
 
@@ -129,7 +133,7 @@ class LogReader:
                 table = self._json(piece)
             else:
                 table = piece
-            return [self._staged(table)] if len(table) else []
+            return [self.staged(table)] if len(table) else []
         except BadValueError as error:
             raise BadLineError(self._line_of(piece, error.row), error.fault) from error
         except pa.ArrowException as error:
@@ -316,7 +320,7 @@ class LogReader:
 
     # --- columns of segments ---
 
-    def _staged(self, table: pa.Table) -> pa.Table:
+    def staged(self, table: pa.Table) -> pa.Table:
         """Return the columns of segments.
 
         Raises:
@@ -330,7 +334,7 @@ class LogReader:
 
         if self.labelled:
             label = schema.label_in(self.names)
-            columns[CRITEO_LABEL] = pa.array(values.labels(label, column(label.column)))
+            columns[CRITEO_LABEL] = pa.array(values.labels(label, column(label.column), decimal))
         by = schema.split.column if self.splits else None
         if by is not None and schema.split.by == "time":
             form = values.form_of_time(schema.columns, by)

@@ -51,16 +51,11 @@ class Segment:
     """Distinct hashes of each categorical column."""
 
 
-class OpenSegment(AbstractContextManager["OpenSegment"]):
-    """A segment mapped into memory; only the columns that are used are read."""
+class StagedRows:
+    """Rows in the form of a segment."""
 
-    def __init__(self, segment: Segment):
-        self.segment = segment
-        self._file = pa.memory_map(str(segment.path))
-        self._batch = pa.ipc.open_file(self._file).get_batch(0)
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __init__(self, batch: pa.RecordBatch):
+        self._batch = batch
 
     @cached_property
     def labels(self) -> np.ndarray | None:
@@ -97,6 +92,18 @@ class OpenSegment(AbstractContextManager["OpenSegment"]):
         if table.bag:
             ends, column = column.offsets.to_numpy(), column.values
         return column.dictionary[:-1], column.indices.to_numpy(), ends
+
+
+class OpenSegment(StagedRows, AbstractContextManager["OpenSegment"]):
+    """A segment mapped into memory; only the columns that are used are read."""
+
+    def __init__(self, segment: Segment):
+        self.segment = segment
+        self._file = pa.memory_map(str(segment.path))
+        super().__init__(pa.ipc.open_file(self._file).get_batch(0))
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 @lru_cache(maxsize=2)
@@ -141,6 +148,10 @@ class Reader(Protocol):
     def rows(self) -> int | None:
         """Rows of the file, if they are known."""
 
+    @property
+    def unit(self) -> str:
+        """What messages count: lines of text, or rows."""
+
     def jobs(self, source: RawFile, piece_bytes: int) -> list[tuple[int | None, range | None]]:
         """Return the pieces that can be read alone, and the numbers of the segments of each; None and None for a file
         that can only be read from its beginning."""
@@ -168,6 +179,7 @@ class CriteoReader:
     labelled: bool
     header_lines: int = 0
     rows: int | None = None
+    unit: str = "line"
 
     def jobs(self, source: RawFile, piece_bytes: int) -> list[tuple[int | None, range | None]]:
         if source.compression != "none":

@@ -5,6 +5,7 @@ from types import ModuleType
 import torch
 from torch.optim import lr_scheduler
 
+from datamodules.clicks import Clicks
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
 from datamodules.synthetic import RandomData, TraceData
 from lightning_dlrm.engine.plateau import ReduceOnPlateau
@@ -36,6 +37,7 @@ def _public_classes(module: ModuleType, base: type, *left_out: type) -> tuple[ty
 
 # Importing a class makes its short name known to the command line.
 KNOWN_CLASSES = (
+    Clicks,
     Criteo,
     CriteoKaggle,
     CriteoTerabyte,

@@ -22,7 +22,7 @@ from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.memory import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.sharding.balance import make_plan, place_tables
-from lightning_dlrm.sharding.costs import TableLoad, parse_bytes, parse_memory, rank_costs, table_costs
+from lightning_dlrm.sharding.costs import TableLoad, parse_bytes, parse_memory, rank_costs, rows_of_tables, table_costs
 from lightning_dlrm.sharding.plan import Plan, read_plan
 from lightning_dlrm.tables.embeddings import WidthGroup
 
@@ -36,15 +36,19 @@ examples:
   python -m lightning_dlrm plan --config dlrm.yaml --device-memory 1GiB --output places.yaml
   python -m lightning_dlrm fit --config dlrm.yaml --config places.yaml
 
---device-memory is for one device whose memory is too small for all tables: it shows which tables stay in host memory
-(model.network.tables.on_host), and --output writes that as a configuration. For several ranks, --output writes the plan
-for a run; a run without a plan makes the one that this shows without --counted and --skew. "pooled" in the file lists
-the tables whose bags are summed by the ranks that hold their rows:
+--device-memory is for devices whose memory, one for each of --ranks, is too small for all tables: it shows which tables
+stay in host memory (model.network.tables.on_host), all of them or from a row on, and --output writes that as a
+configuration. Else --output writes the plan for a run; a run without a plan makes the one that this shows without
+--counted and --skew. "pooled" in the file lists the tables whose bags are summed by the ranks that hold their rows:
   trainer:
     strategy:
       class_path: EmbeddingShardedDDP
       init_args: {plan: plan.yaml}
 """
+
+
+_BALANCED = 0.95
+"""Share of the ranks' memory that a plan fills before it is full on one of them."""
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -140,7 +144,7 @@ def _plan(settings: Namespace, loads: Sequence[TableLoad], batch_size: int, elem
         return make_plan(loads, settings.ranks, batch_size, memory, element_bytes)
     plan = read_plan(Path(settings.plan))
     unpoolable = [load.name for load in loads if not load.may_pool]
-    plan.check({load.name: load.rows for load in loads}, plan.ranks, unpoolable)
+    plan.check(rows_of_tables(loads), plan.ranks, unpoolable)
     return plan
 
 
@@ -164,22 +168,22 @@ def _counted(loads: Sequence[TableLoad], folder: Any) -> list[TableLoad]:
 def _place(settings: Namespace, network: CTRNetwork, loads: Sequence[TableLoad], batch_size: int) -> int:
     """Choose and print which tables stay in host memory, for ``--device-memory``."""
     for option, given in (
-        ("--ranks", settings.ranks > 1),
         ("--memory-per-rank", settings.memory_per_rank is not None),
         ("--plan", settings.plan is not None),
         ("--plot", settings.plot is not None),
         ("--wire", settings.wire != "full"),
     ):
-        require(not given, f"--device-memory is for one device, {option} for several ranks: give one of them")
+        require(not given, f"--device-memory chooses tables for host memory, {option} is for a plan: give one of them")
     # A table that the configuration splits has two loads.
-    whole: dict[str, TableLoad] = {}
-    for load in loads:
-        rows = load.rows + (whole[load.name].rows if load.name in whole else 0)
-        whole[load.name] = dataclasses.replace(load, rows=rows)
+    rows = rows_of_tables(loads)
+    whole = {load.name: dataclasses.replace(load, rows=rows[load.name], start=0, table_rows=0) for load in loads}
     loads = list(whole.values())
     groups = [module for module in network.modules() if isinstance(module, WidthGroup)]
     movable = {member.table.name for group in groups for member in group.members}
-    places = place_tables(loads, movable, batch_size, parse_bytes(settings.device_memory))
+    memory = parse_bytes(settings.device_memory)
+    if settings.ranks > 1:
+        memory = int(memory * settings.ranks * _BALANCED)
+    places = place_tables(loads, movable, batch_size, memory)
     columns = list(dict.fromkeys(name.partition("/")[0] for name in places.on_host))
     on_host = {column: places.cut.get(column, 0) for column in columns} if places.cut else columns
     document = {"model": {"network": {"init_args": {"tables": {"on_host": on_host}}}}}

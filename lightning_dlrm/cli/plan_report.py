@@ -72,11 +72,12 @@ def describe_plan(
         aligned(lines),
         "rows asked: by all ranks for a global batch, or sums of them; out: KiB that a rank sends in a training step",
     ]
-    cut = [load for load in loads if len(plan.tables[load.name]) > 1]
+    pieces_of = {load: plan.pieces_within(load.name, load.start, load.start + load.rows) for load in loads}
+    cut = [load for load in loads if len(pieces_of[load]) > 1]
     if cut:
         rows = [("table", "rows", "pieces", "ranks", "first piece", "largest piece")]
         for load in cut:
-            pieces = plan.tables[load.name]
+            pieces = pieces_of[load]
             first, largest = pieces[0].rows, max(piece.rows for piece in pieces)
             ranks = len({piece.rank for piece in pieces})
             rows.append((load.name, f"{load.rows:,}", str(len(pieces)), str(ranks), f"{first:,}", f"{largest:,}"))
@@ -109,16 +110,18 @@ def describe_places(places: HostPlacement, loads: Sequence[TableLoad]) -> str:
         places: places chosen by ``place_tables``.
         loads: loads of whole tables.
     """
-    lines: list[tuple[str, ...]] = [("table", "rows", "GiB", "rows fetched", "place")]
+    lines: list[tuple[str, ...]] = [("table", "rows", "GiB", "rows fetched", "served", "place")]
     for load in sorted(loads, key=lambda load: -load.bytes):
         fetched = places.fetched.get(load.name)
         size, moved = f"{load.bytes / 2**30:.3f}", "" if fetched is None else f"{fetched:,.0f}"
         place = "device" if fetched is None else "host"
+        served = f"{places.served.get(load.name, 1):.1%}"
         if load.name in places.cut:
             place = f"host from row {places.cut[load.name]:,}"
-        lines.append((load.name, f"{load.rows:,}", size, moved, place))
+        lines.append((load.name, f"{load.rows:,}", size, moved, served, place))
     return (
-        f"{aligned(lines)}\nrows fetched: before each step, from host memory, and written back after it\n\n"
+        f"{aligned(lines)}\nrows fetched: before each step, from host memory, and written back after it\n"
+        "served: share of the lookups that read rows on the device\n\n"
         f"device: {places.device_bytes / 2**30:.3f} GiB, of which {places.cached_bytes / 2**30:.3f} for cached rows; "
         f"host: {places.host_bytes / 2**30:.3f} GiB; a step moves {places.bus_bytes / 2**20:,.1f} MiB either way"
     )

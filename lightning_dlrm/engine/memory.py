@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
@@ -28,7 +29,7 @@ def count_memory(
     network: CTRNetwork,
     samples: float,
     training: bool = True,
-    rows: Mapping[str, int] | None = None,
+    held: Callable[[TableLoad], int] = lambda load: load.rows,
     on_host: bool | None = None,
 ) -> Counter[str]:
     """Return the bytes that a rank takes: ``tables``, ``dense``, and in training ``optimizer_tables``,
@@ -42,7 +43,7 @@ def count_memory(
         network: its network; it may be on the meta device.
         samples: samples of a batch on this rank.
         training: whether the run is a fit.
-        rows: rows of each table that the rank holds; None for all rows.
+        held: returns how many rows of a load the rank holds.
         on_host: count only tables in host memory (true), or only the rest (false).
     """
     found: Counter[str] = Counter()
@@ -52,12 +53,12 @@ def count_memory(
     for load in table_loads(network, module):
         if on_host is not None and load.on_host != on_host:
             continue
-        held, row = load.rows if rows is None else rows.get(load.name, 0), load.width * element
-        found["tables"] += held * row
-        found["optimizer_tables"] += training * held * (load.bytes_per_row - row)
+        rows, row = held(load), load.width * element
+        found["tables"] += rows * row
+        found["optimizer_tables"] += training * rows * (load.bytes_per_row - row)
         # An average in float32, and the number of steps in it.
-        found["averages"] += averages * held * (4 * load.width + 4)
-        found["gradients"] += training * held * row * (load.name in with_grad)
+        found["averages"] += averages * rows * (4 * load.width + 4)
+        found["gradients"] += training * rows * row * (load.name in with_grad)
         found["gradients"] += training * int(samples * load.width * (2 * element + 4 * load.indices_per_sample))
     if not on_host:
         dense = network.dense_parameters()
@@ -86,11 +87,11 @@ def require_memory(module: "CTRModule", plan: Plan | None = None) -> None:
     with trainer.precision_plugin.module_init_context(), torch.device("meta"):
         network = module.make_network(module.schema.features, module.seed)
     ranks = range(trainer.node_rank * trainer.num_devices, (trainer.node_rank + 1) * trainer.num_devices)
-    rows = dict.fromkeys(ranks) if plan is None else {rank: rows_on_rank(plan, rank) for rank in ranks}
     samples, device = batch_size_of(trainer) / trainer.world_size, trainer.strategy.root_device
 
     def needed(rank: int, on_host: bool | None) -> Counter[str]:
-        return count_memory(module, network, samples, bool(trainer.training), rows[rank], on_host)
+        held = {} if plan is None else {"held": partial(rows_on_rank, plan, rank)}
+        return count_memory(module, network, samples, bool(trainer.training), on_host=on_host, **held)
 
     loads = table_loads(network, module)
     with_grad = any(lookup.dense_gradients for lookup in network.lookups())
@@ -104,9 +105,10 @@ def require_memory(module: "CTRModule", plan: Plan | None = None) -> None:
     _require(everything, available_memory(), "this machine", loads, with_grad)
 
 
-def rows_on_rank(plan: Plan, rank: int) -> dict[str, int]:
-    """Return the rows of each table that a rank holds."""
-    return {name: sum(p.rows for p in pieces if p.rank == rank) for name, pieces in plan.tables.items()}
+def rows_on_rank(plan: Plan, rank: int, load: TableLoad) -> int:
+    """Return how many rows of a load a rank holds."""
+    pieces = plan.pieces_within(load.name, load.start, load.start + load.rows)
+    return sum(piece.rows for piece in pieces if piece.rank == rank)
 
 
 def _require(needed: Counter[str], free: float, where: str, loads: Sequence[TableLoad], with_grad: bool) -> None:
@@ -179,6 +181,8 @@ def table_loads(
             TableLoad(
                 name=table.name,
                 rows=stop - start,
+                start=start,
+                table_rows=table.rows,
                 width=lookup.width,
                 bytes_per_row=bytes_per_row,
                 indices_per_sample=indices.get(table.name.partition("/")[0], 1.0),

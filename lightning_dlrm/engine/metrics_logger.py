@@ -23,6 +23,7 @@ from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.tables.embeddings import WidthGroup
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.run_folder import RunFolder, curves_file
 
@@ -196,7 +197,7 @@ class MetricsLogger(pl.Callback):
             return
         training = {names.TRAIN_LOSS: mean_loss, **self._window.metrics()}
         training |= {names.TRAINING_SECONDS: self._training_seconds(), **speed}
-        self._log(trainer, training | self._learning_rates | exchanges)
+        self._log(trainer, training | self._learning_rates | exchanges | served_by_device(module.network))
 
     def _log(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
         self.latest |= metrics
@@ -373,6 +374,17 @@ def fingerprints(module: CTRModule) -> dict[str, str]:
         "encoding_fingerprint": schema.encoding_fingerprint,
         "data_fingerprint": schema.data_fingerprint,
     }
+
+
+def served_by_device(network: CTRNetwork) -> dict[str, float]:
+    """Return which share of the lookups in tables in host memory read rows on the device since the last call."""
+    groups = [module for module in network.modules() if isinstance(module, WidthGroup)]
+    read = asked = 0
+    for group in groups:
+        if group.lookup.storage.on_host:
+            read, asked = read + group.read, asked + group.asked
+        group.read = group.asked = 0
+    return {names.DEVICE_SERVED: 1 - read / asked} if asked else {}
 
 
 def peak_memory() -> dict[str, float]:

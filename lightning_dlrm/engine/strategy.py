@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.engine.memory import batch_size_of, require_memory, table_loads
 from lightning_dlrm.engine.module import CTRModule
-from lightning_dlrm.sharding.balance import make_plan, refuse_cut_tables
+from lightning_dlrm.sharding.balance import make_plan
 from lightning_dlrm.sharding.collectives import Ranks, set_timeout
-from lightning_dlrm.sharding.costs import TableLoad, imbalance, parse_memory, rank_costs
+from lightning_dlrm.sharding.costs import TableLoad, imbalance, parse_memory, rank_costs, rows_of_tables
 from lightning_dlrm.sharding.placement import ShardedPlacement
 from lightning_dlrm.sharding.plan import Plan, read_plan
 from lightning_dlrm.tables.lookup import placed_by
@@ -181,11 +181,10 @@ class EmbeddingShardedDDP(DDPStrategy):
                 with self.precision_plugin.module_init_context(), torch.device("meta"):
                     network = module.make_network(module.schema.features, module.seed)
             loads = table_loads(network, module)
-            refuse_cut_tables(loads)
             if self._plan_file is not None:
                 plan = read_plan(Path(self._plan_file))
                 unpoolable = [load.name for load in loads if not load.may_pool]
-                plan.check({load.name: load.rows for load in loads}, ranks.ranks, unpoolable)
+                plan.check(rows_of_tables(loads), ranks.ranks, unpoolable)
             else:
                 value_bytes = (self._wire or network.lookups()[0].weight.dtype).itemsize
                 plan = make_plan(loads, ranks.ranks, batch_size_of(module.trainer), self._memory, value_bytes)

@@ -64,45 +64,32 @@ def make_plan(
         1 <= ranks <= MOST_RANKS and batch_size >= 1,
         f"a plan needs 1 to {MOST_RANKS:,} ranks and a batch of 1 or more; got {ranks} and {batch_size}",
     )
-    refuse_cut_tables(tables)
     limits = _limits(memory, ranks)
     pieces: dict[str, list[Piece]] = {table.name: [] for table in tables}
     for on_host, room in ((False, limits), (True, [math.inf] * ranks)):
         placed = [table for table in tables if table.on_host == on_host]
         if placed:
             _check_room(placed, room)
-            for piece in _balanced(placed, room, batch_size).pieces:
-                pieces[piece.table].append(piece)
+            first = {table.name: table.start for table in placed}
+            for piece in _balanced(placed, room, batch_size):
+                shift = first[piece.table]
+                pieces[piece.table].append(replace(piece, start=shift + piece.start, stop=shift + piece.stop))
     plan = Plan(ranks=ranks, pieces=tuple(itertools.chain(*pieces.values())))
     return replace(plan, pooled=pooled_tables(table_costs(plan, tables, batch_size, value_bytes)))
 
 
-def refuse_cut_tables(tables: Sequence[TableLoad]) -> None:
-    """Check that no table is split between the device and host memory.
-
-    Raises:
-        UserError: a table is listed twice: its first rows on the device, the others in host memory.
-    """
-    names = [table.name for table in tables]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(
-            f"tables.on_host splits table {twice[0]} between the device and host memory, which one device supports but "
-            "not several ranks: give on_host a list of columns"
-        )
-
-
-def _balanced(tables: Sequence[TableLoad], limits: Sequence[float], batch_size: int) -> Plan:
-    """Return the balanced plan with the fewest cuts, or else the plan with the least imbalance."""
+def _balanced(tables: Sequence[TableLoad], limits: Sequence[float], batch_size: int) -> list[Piece]:
+    """Return the balanced pieces with the fewest cuts, or else those with the least imbalance; rows count from the
+    first row of each load."""
     traffic = [UniqueRows(table, batch_size / len(limits)) for table in tables]
-    best, best_imbalance = None, math.inf
+    best, best_imbalance = list[Piece](), math.inf
     for chunks in _CHUNKS_PER_RANK:
-        plan, imbalance = _distribute(tables, traffic, limits, chunks)
+        pieces, imbalance = _distribute(tables, traffic, limits, chunks)
         # More pieces make more messages and smaller lookups, so they must reduce the imbalance.
         if imbalance < 0.98 * best_imbalance:
-            best, best_imbalance = plan, imbalance
+            best, best_imbalance = pieces, imbalance
         if best_imbalance <= _GOOD_IMBALANCE:
             break
-    assert best is not None
     return best
 
 
@@ -163,8 +150,8 @@ class _Loads:
 
 def _distribute(
     tables: Sequence[TableLoad], traffic: Sequence[UniqueRows], limits: Sequence[float], chunks: int
-) -> tuple[Plan, float]:
-    """Return a plan and its imbalance; no piece has more than 1 / ``chunks`` of a rank's fair load."""
+) -> tuple[list[Piece], float]:
+    """Return pieces and their imbalance; no piece has more than 1 / ``chunks`` of a rank's fair load."""
     ranks = len(limits)
     fair_bytes = _fair_bytes(sum(table.bytes for table in tables), limits)
     fair_work = sum(t.below(table.rows) for t, table in zip(traffic, tables, strict=True)) / ranks
@@ -198,7 +185,7 @@ def _distribute(
         loads.bytes[rank] += rows * tables[i].bytes_per_row
         loads.work[rank] += traffic[i].between(start, start + rows)
         placed.append((i, start, start + rows, rank))
-    return Plan(ranks=ranks, pieces=tuple(_joined(placed, tables))), float(loads.shares().max())
+    return _joined(placed, tables), float(loads.shares().max())
 
 
 def _choose_rank(loads: _Loads, table: TableLoad, traffic: UniqueRows, start: int, stop: int) -> tuple[int, int]:
@@ -267,6 +254,8 @@ class HostPlacement:
     host_bytes: int
     fetched: Mapping[str, float]
     """Table in host memory -> expected unique rows of a batch, which each step fetches and writes back."""
+    served: Mapping[str, float]
+    """Table in host memory -> expected share of its lookups that read rows on the device."""
     bus_bytes: float
     """Bytes that a step moves to the device; as many move back."""
 
@@ -354,5 +343,8 @@ def place_tables(tables: Sequence[TableLoad], movable: Iterable[str], batch_size
         cached_bytes=offload.cached(host),
         host_bytes=sum(offload.tables[name].bytes for name in host) - offload.first_bytes(host),
         fetched={table.name: offload.fetched(table.name) for table in tables if table.name in host},
+        served={
+            t.name: offload.traffic[t.name].share(0, offload.first.get(t.name, 0)) for t in tables if t.name in host
+        },
         bus_bytes=sum(map(offload.fetched_bytes, host)),
     )

@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,10 +16,14 @@ from lightning_dlrm.sharding.plan import Piece, Plan
 
 @dataclass(frozen=True, kw_only=True)
 class TableLoad:
-    """Size and traffic of one embedding table."""
+    """Size and traffic of one embedding table, or of a range of its rows."""
 
     name: str
     rows: int
+    start: int = 0
+    """The first of these rows in the table; more than 0 if a table's earlier rows are on the device."""
+    table_rows: int = 0
+    """Rows of the whole table; 0 if they are ``rows``."""
     width: int
     """D, elements of a row's vector."""
     bytes_per_row: int
@@ -53,7 +58,9 @@ class TableLoad:
 
 
 class UniqueRows:
-    """Expected number of unique rows that a batch looks up, for any range of a table's rows.
+    """Expected number of unique rows that a batch looks up, for any range of the rows of a TableLoad.
+
+    Rows count from the load's first row.
 
     n draws miss row i with probability exp(-n p_i). The first rows are summed one by one, the others in blocks that
     grow by a few percent; unless rows were counted, each row of a block has the probability of its middle row.
@@ -64,13 +71,10 @@ class UniqueRows:
     """
 
     def __init__(self, table: TableLoad, samples: float) -> None:
-        edges = list(range(min(64, table.rows) + 1))
-        while edges[-1] < table.rows:
-            edges.append(min(table.rows, edges[-1] + max(1, edges[-1] // 32)))
-        middles = [(a + b + 1) / 2 for a, b in itertools.pairwise(edges)]
-        shares = [middle**-table.skew for middle in middles]
-        sizes = [b - a for a, b in itertools.pairwise(edges)]
-        total = math.fsum(size * share for size, share in zip(sizes, shares, strict=True))
+        edges, sizes, shares = _blocks(table.start, table.rows, table.skew)
+        others = [(0, table.start), (table.start + table.rows, table.table_rows - table.start - table.rows)]
+        blocks = [(sizes, shares), *(_blocks(start, rows, table.skew)[1:] for start, rows in others if rows > 0)]
+        total = math.fsum(size * share for pair in blocks for size, share in zip(*pair, strict=True))
         draws = samples * table.indices_per_sample
         if table.counts is not None:
             lookups = max(int(table.counts.sum()), 1)
@@ -110,6 +114,27 @@ class UniqueRows:
         step = self._below[i + 1] - self._below[i]
         inside = int((goal - self._below[i]) / step * (self._edges[i + 1] - self._edges[i])) if step > 0 else 0
         return max(start + 1, self._edges[i] + inside)
+
+
+def _blocks(start: int, rows: int, skew: float) -> tuple[list[int], list[int], list[float]]:
+    """Cut ``rows`` rows of a table from row ``start`` on into blocks.
+
+    Returns:
+        The edges of the blocks, from 0 to ``rows``; the rows of each block; the weight of its middle row.
+    """
+    edges = list(range(min(64, rows) + 1))
+    while edges[-1] < rows:
+        edges.append(min(rows, edges[-1] + max(1, (start + edges[-1]) // 32)))
+    weights = [(start + (a + b + 1) / 2) ** -skew for a, b in itertools.pairwise(edges)]
+    return edges, [b - a for a, b in itertools.pairwise(edges)], weights
+
+
+def rows_of_tables(tables: Iterable[TableLoad]) -> dict[str, int]:
+    """Return table name -> rows of the table, of which two loads may have a range each."""
+    found: Counter[str] = Counter()
+    for table in tables:
+        found[table.name] += table.rows
+    return dict(found)
 
 
 def imbalance(values: Sequence[float]) -> float:
@@ -205,16 +230,19 @@ def rank_costs(plan: Plan, tables: Sequence[TableLoad], batch_size: int, value_b
         batch_size: samples of a global batch.
         value_bytes: bytes of one element of a vector or gradient that is sent.
     """
-    requests = {table.name: _requests(plan, table, batch_size, table.name in plan.pooled) for table in tables}
+    requests = {table: _requests(plan, table, batch_size, table.name in plan.pooled) for table in tables}
     ids_R, vectors_R, gradients_R = sum(
-        (_sent(table, requests[table.name], plan.ranks, value_bytes, table.name in plan.pooled) for table in tables),
+        (_sent(table, requests[table], plan.ranks, value_bytes, table.name in plan.pooled) for table in tables),
         start=np.zeros((3, plan.ranks)),
     )
-    pieces = {table.name: _by_rank(plan.tables[table.name]) for table in tables}
+    pieces = {table: _by_rank(plan, table) for table in tables}
     costs = []
     for rank in range(plan.ranks):
-        held = {table: pieces[table.name][rank] for table in tables if rank in pieces[table.name]}
+        held = {table: pieces[table][rank] for table in tables if rank in pieces[table]}
         rows = {table: sum(piece.rows for piece in of_table) for table, of_table in held.items()}
+        bytes_of_table: Counter[str] = Counter()
+        for table, count in rows.items():
+            bytes_of_table[table.name] += count * table.bytes_per_row
         costs.append(
             RankCost(
                 rank=rank,
@@ -222,11 +250,11 @@ def rank_costs(plan: Plan, tables: Sequence[TableLoad], batch_size: int, value_b
                 rows=sum(rows.values()),
                 bytes=sum(count * table.bytes_per_row for table, count in rows.items()),
                 host_bytes=sum(count * table.bytes_per_row for table, count in rows.items() if table.on_host),
-                work=sum(requests[table.name][rank].vectors for table in held) * plan.ranks,
+                work=sum(requests[table][rank].vectors for table in held) * plan.ranks,
                 sent_ids=float(ids_R[rank]),
                 sent_vectors=float(vectors_R[rank]),
                 sent_gradients=float(gradients_R[rank]),
-                bytes_of_table={table.name: count * table.bytes_per_row for table, count in rows.items()},
+                bytes_of_table=bytes_of_table,
             )
         )
     return costs
@@ -247,7 +275,7 @@ def table_costs(plan: Plan, tables: Sequence[TableLoad], batch_size: int, value_
     """Return the costs of each table with rows and with sums; the arguments are those of ``rank_costs``."""
 
     def sent(table: TableLoad, pooled: bool) -> NDArray:
-        if pooled and not table.may_pool:
+        if pooled and not (table.may_pool and table.table_rows in (0, table.rows)):
             return np.full(plan.ranks, np.inf)
         return _sent(table, _requests(plan, table, batch_size, pooled), plan.ranks, value_bytes, pooled).sum(0)
 
@@ -270,10 +298,7 @@ def _requests(plan: Plan, table: TableLoad, batch_size: int, pooled: bool) -> di
     """Return the expected request of each rank to every rank that holds pieces of a table."""
     samples = batch_size / plan.ranks
     traffic = UniqueRows(table, samples)
-    return {
-        rank: _request(table, pieces, traffic, samples, pooled)
-        for rank, pieces in _by_rank(plan.tables[table.name]).items()
-    }
+    return {rank: _request(table, pieces, traffic, samples, pooled) for rank, pieces in _by_rank(plan, table).items()}
 
 
 def _request(
@@ -302,8 +327,9 @@ def _sent(
     return np.stack([ids_R.sum() - ids_R, values_R * (ranks - 1), values_R.sum() - values_R])
 
 
-def _by_rank(pieces: Iterable[Piece]) -> dict[int, list[Piece]]:
+def _by_rank(plan: Plan, table: TableLoad) -> dict[int, list[Piece]]:
+    """Return rank -> its pieces of a load's rows, which count from the load's first row."""
     found: dict[int, list[Piece]] = {}
-    for piece in pieces:
+    for piece in plan.pieces_within(table.name, table.start, table.start + table.rows):
         found.setdefault(piece.rank, []).append(piece)
     return found

@@ -84,6 +84,7 @@ class RowMap(nn.Module):
 
     Args:
         tables: tables in the order of a batch's ids.
+        ranges: (first row, row after the last) of each table; ids count from the first row.
         plan: plan of these tables, and perhaps of others.
     """
 
@@ -97,7 +98,7 @@ class RowMap(nn.Module):
     cell_keys: Tensor
     cell_slots: Tensor
 
-    def __init__(self, tables: Sequence[Table], plan: Plan) -> None:
+    def __init__(self, tables: Sequence[Table], ranges: Sequence[tuple[int, int]], plan: Plan) -> None:
         super().__init__()
         ranks = plan.ranks
         self.pools = any(table.name in plan.pooled for table in tables)
@@ -106,19 +107,23 @@ class RowMap(nn.Module):
         # For each piece: its first row among the rows of all tables, its cell, its first row within the cell, and its
         # first row on its rank.
         pieces, table_offsets, total = [], [], 0
-        for number, table in enumerate(tables):
+        for number, (table, (first, stop)) in enumerate(zip(tables, ranges, strict=True)):
             table_offsets.append(total)
-            for piece in plan.tables[table.name]:
+            for piece in plan.pieces_within(table.name, first, stop):
                 rank, offset = piece.rank, rows_held[piece.rank]
                 held[rank].append(
                     TablePiece(
-                        name=table.name, table_rows=table.rows, start=piece.start, stop=piece.stop, offset=offset
+                        name=table.name,
+                        table_rows=table.rows,
+                        start=first + piece.start,
+                        stop=first + piece.stop,
+                        offset=offset,
                     )
                 )
                 pieces.append((total + piece.start, rank * len(tables) + number, cell_rows[rank][number], offset))
                 rows_held[rank] += piece.rows
                 cell_rows[rank][number] += piece.rows
-            total += table.rows
+            total += stop - first
         self.pieces_of_rank = tuple(tuple(of_rank) for of_rank in held)
         """The pieces of each rank, in the order of their offsets."""
         self.ranks, self._total = ranks, total
@@ -303,7 +308,7 @@ class ShardedPlacement(Placement):
 
     Args:
         tables: tables in the order of a batch's ids.
-        ranges: all rows of each table: see EmbeddingTables.
+        ranges: see EmbeddingTables.
         plan: plan of these tables, and perhaps of others.
         ranks: ranks that hold the tables.
         wire: dtype in which vectors and gradients are sent; None for their own dtype.
@@ -320,10 +325,9 @@ class ShardedPlacement(Placement):
         wire: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        assert all(rows == (0, table.rows) for rows, table in zip(ranges, tables, strict=True))
         self.ranks = ranks
         self._wire = wire
-        self._rows = RowMap(tables, plan)
+        self._rows = RowMap(tables, ranges, plan)
         self.pieces = self._rows.pieces_of_rank[ranks.rank]
         self._pending: weakref.WeakKeyDictionary[object, PendingLookup] = weakref.WeakKeyDictionary()
         """Key of the ids -> their pending lookup."""

@@ -69,6 +69,14 @@ class Plan:
             found.setdefault(piece.table, []).append(piece)
         return {name: tuple(pieces) for name, pieces in found.items()}
 
+    def pieces_within(self, table: str, start: int, stop: int) -> list[Piece]:
+        """Return the parts of a table's pieces within a range of its rows; their rows count from ``start``."""
+        return [
+            Piece(table=table, start=max(p.start, start) - start, stop=min(p.stop, stop) - start, rank=p.rank)
+            for p in self.tables[table]
+            if max(p.start, start) < min(p.stop, stop)
+        ]
+
     def check(self, table_rows: Mapping[str, int], ranks: int, unpoolable: Iterable[str] = ()) -> None:
         """Check that a plan read from a file fits a model and a number of ranks.
 

@@ -99,7 +99,7 @@ class TableSettings:
         on_host: columns whose tables stay in host memory with their optimizer state, or all: for tables that do not
             fit on the device. The command plan with --device-memory chooses them. Or column -> row, such as
             {C3: 1000000}: rows before it, which should be the more frequent ones, are on the device, and the other
-            rows in host memory; on one device only.
+            rows in host memory.
         initial_bound: b; initial rows are from U(-b, b), not from U(-1/sqrt(rows), 1/sqrt(rows)).
         initial_std: s; initial rows, those of linear terms too, are from N(0, s^2).
         padding_row: row of every table that stands for no value, such as 0: it starts at zero and stays so, and ids of
@@ -400,6 +400,8 @@ class WidthGroup(nn.Module):
         self.cuts = any(
             start or stop < member.table.rows for member, (start, stop) in zip(members, ranges, strict=True)
         )
+        self.read = self.asked = self._asked = 0
+        """Lookups of training: those that read rows of this group, and all lookups of its columns."""
         self.takes_all = [member.column for member in members] == list(range(columns))
         # Only a quotient table and a remainder table read the same column.
         self.splits_ids = len({member.column for member in members}) < len(members)
@@ -421,7 +423,11 @@ class WidthGroup(nn.Module):
 
     def forward(self, ids: SparseIds) -> Tensor:
         """Return the tables' vectors: [B, G, D]."""
-        return self.lookup(self.ids_of(ids))
+        own = self.ids_of(ids)
+        if self.training:
+            self.asked += self._asked
+            self.read += own.values.numel()
+        return self.lookup(own)
 
     def ids_of(self, ids: SparseIds) -> SparseIds:
         """Return the ids of the lookup's tables, with the key of the given ids; in host memory or on the device."""
@@ -434,6 +440,7 @@ class WidthGroup(nn.Module):
             table = own.bag_of_each().view(own.values.shape) % len(self.members)
             values = torch.div(own.values, divisors[table], rounding_mode="floor") % rows[table]
             own = dataclasses.replace(own, values=values.to(own.values.dtype))
+        self._asked = own.values.numel()
         if self.cuts:
             own = own.within(starts, stops)
         own.key = ids.key

@@ -41,6 +41,8 @@ MOVED_BYTES = "moved_bytes_per_step"
 IMBALANCE = "work_imbalance"
 HOST_BYTES = "parallel/host_bytes"
 """Bytes of ``BYTES_PER_RANK`` in host memory, on the rank that holds most of them."""
+DEVICE_SERVED = "tables/served_by_device"
+"""Share of the lookups in tables in host memory that read rows on the device, of the first rank's samples."""
 SAMPLES_PER_SECOND = "speed/samples_per_s"
 # Shares of the training time, which add up to 1; with a GPU they are shares of the host's time.
 DATA_WAIT_SHARE = "speed/data_wait_share"

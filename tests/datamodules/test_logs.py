@@ -20,6 +20,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+import datamodules
+from datamodules.encoder import RowEncoder
 from datamodules.log_schema import log_schema
 from datamodules.preprocess import counting
 from datamodules.preprocess.pipeline import preprocess
@@ -466,3 +468,46 @@ def test_bad_rows_are_left_out_and_listed(tmp_path: Path) -> None:
     listed = (tmp_path / "data/bad_rows.tsv").read_text().splitlines()
     assert [line.split("\t")[1] for line in listed[1:]] == ["7", "10"]
     assert "the label click is '9'" in listed[1] and "2 fields" in listed[2]
+
+
+# --- from Python -----------------------------------------------------------------------------------
+
+
+def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None:
+    rows = generated(1500)
+    document = {**DOCUMENT, "columns": {**DOCUMENT["columns"], "tags": {"role": "multi_hot", "weights": "weights"}}}
+    table = pa.Table.from_pylist([{**row, "day": f"2024-01-{row['day']:02d}"} for row in rows])
+    schema = datamodules.encode(table, {**document, "format": "csv"}, tmp_path / "data")
+    (tmp_path / "log.csv").write_text(as_csv(rows))
+    make(tmp_path / "log.csv", tmp_path / "of_csv", DOCUMENT)
+    assert contents(tmp_path / "data") == contents(tmp_path / "of_csv")
+
+    test = rows_of(tmp_path / "data", schema, "test")
+    new = table.slice(len(table) - len(test)).drop_columns(["click", "fold"]).append_column("fold", [["0"] * len(test)])
+    found = datamodules.encode(new, None, tmp_path / "new", vocabulary=tmp_path / "data")
+    assert rows_of(tmp_path / "new", found, "test") == [{k: v for k, v in r.items() if k != "label"} for r in test]
+
+    arrays = RowEncoder(tmp_path / "data").encode(new)
+    for i, row in enumerate(test):
+        for name in ("user", "bin"):
+            assert arrays[name][i] == row[name]
+        assert (
+            math.isnan(arrays["price"][i]) if row["price"] is None else arrays["price"][i] == np.float32(row["price"])
+        )
+        for name in ("tags", "tags_weights"):
+            values, offsets = arrays[name]
+            assert values[offsets[i] : offsets[i + 1]].tolist() == row[name]
+    with pytest.raises(UserError, match="the table has no column 'user'"):
+        RowEncoder(tmp_path / "data").encode(new.drop_columns(["user"]))
+    bad = new.set_column(new.column_names.index("price"), "price", pa.array(["dear"] * len(new)))
+    with pytest.raises(UserError, match="row 0: price is 'dear', expected a number"):
+        RowEncoder(tmp_path / "data").encode(bad)
+    with pytest.raises(UserError, match=r"table.parquet, row 1: price is 'dear', expected a number"):
+        datamodules.encode(bad, None, tmp_path / "bad", vocabulary=tmp_path / "data")
+
+    data = datamodules.Clicks(tmp_path / "data", batch_size=64, group="who")
+    data.setup("fit")
+    assert data.schema == schema
+    assert sum(len(batch) for batch in data.train_dataloader()) == schema.splits["train"].rows
+    batch = next(iter(data.val_dataloader()))
+    assert batch.group is not None and batch.ids.weights is not None

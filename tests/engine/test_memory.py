@@ -3,6 +3,7 @@ fit."""
 
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_ranks_hold_what_one_process_holds() -> None:
     with torch.device("meta"):
         network = module.make_network(module.schema.features, module.seed)
     plan = make_plan(table_loads(network, module), ranks=3, batch_size=50)
-    ranks = [count_memory(module, network, 50 / 3, rows=rows_on_rank(plan, rank)) for rank in range(3)]
+    ranks = [count_memory(module, network, 50 / 3, held=partial(rows_on_rank, plan, rank)) for rank in range(3)]
     whole = count_memory(module, network, 50)
     for part in ("tables", "optimizer_tables"):
         assert sum(rank[part] for rank in ranks) == whole[part]

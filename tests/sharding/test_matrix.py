@@ -34,6 +34,7 @@ CASES |= {
     "dlrm wide": f"dlrm.yaml {NETWORK}.wide=true --model.wide_optimizer=Adagrad "
     "--model.wide_optimizer.learning_rate=0.1",
     "dlrm in host memory": f"dlrm.yaml {TABLES}.on_host=[C1,C3]",
+    "dlrm hot rows": f'dlrm.yaml {TABLES}.on_host={{"C1":10,"C3":100,"C4":0}}',
     "dlrm widths": f'dlrm.yaml {TABLES}.dims={{"C1":4,"C2":8}} {TABLES}.project=true',
     "dlrm quotients": f"dlrm.yaml {TABLES}.quotient_remainder.collisions=4",
     "dlrm cat, linear loss weights": f"dlrm.yaml {NETWORK}.interaction=cat --model.loss=FocalLoss",

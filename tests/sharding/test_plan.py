@@ -25,6 +25,7 @@ from lightning_dlrm.sharding.costs import (
     imbalance,
     parse_memory,
     rank_costs,
+    rows_of_tables,
     table_costs,
 )
 from lightning_dlrm.sharding.plan import Piece, Plan
@@ -149,6 +150,25 @@ def test_expected_distinct_rows_are_those_of_the_sum(rows: int, skew: float) -> 
     for start, stop in ((0, rows), (0, rows // 3), (rows // 3, rows // 2)):
         expected = sum(chance[start:stop])
         assert found.between(start, stop) == pytest.approx(expected, rel=0.02, abs=0.05)
+
+
+@pytest.mark.parametrize("skew", [0.0, 1.1])
+def test_ranges_of_a_table_have_its_traffic_between_them_and_a_plan_of_their_own(skew: float) -> None:
+    whole = TableLoad(name="C1", rows=50_000, width=4, bytes_per_row=16, skew=skew)
+    hot = replace(whole, rows=400, table_rows=50_000)
+    cold = replace(whole, rows=49_600, start=400, table_rows=50_000, on_host=True)
+    of_whole, of_hot, of_cold = (UniqueRows(load, 3000) for load in (whole, hot, cold))
+    for row in (0, 100, 30_000, 49_600):
+        assert of_cold.below(row) == pytest.approx(of_whole.between(400, 400 + row), rel=0.01, abs=0.01)
+    assert of_hot.below(400) == pytest.approx(of_whole.below(400), rel=0.01)
+    assert of_hot.share(0, 400) + of_cold.share(0, 49_600) == pytest.approx(1)
+    plan = make_plan([hot, cold, replace(whole, name="C2")], ranks=3, batch_size=3000)
+    assert rows_of_tables([hot, cold]) == {"C1": 50_000}
+    plan.check({"C1": 50_000, "C2": 50_000}, 3)
+    costs = rank_costs(plan, [hot, cold, replace(whole, name="C2")], 3000)
+    assert sum(cost.host_bytes for cost in costs) == cold.bytes and "C1" not in plan.pooled
+    assert sum(cost.bytes_of_table["C1"] for cost in costs) == whole.bytes
+    assert max(cost.host_bytes for cost in costs) < 1.2 * cold.bytes / 3
 
 
 def test_counted_rows_are_busy_wherever_they_are() -> None:
@@ -344,11 +364,15 @@ def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
     assert list(on_host) == ["C3", "C12"] and 0 < on_host["C3"] < 10_131_227 and 0 < on_host["C12"] < 8_351_593
     assert main([*command, "--config", str(output), "--json"]) == 0
     assert sorted(json.loads(capsys.readouterr().out)["on_host"]) == ["C12", "C3"]
-    assert main(["plan", "--config", "dlrm.yaml", "--config", str(output), "--ranks", "2"]) == 2
-    assert "splits table C3 between the device and host memory" in capsys.readouterr().err
-    for more in (["--ranks", "2"], ["--plot", "plan.png"]):
-        assert main([*command, *more]) == 2
-        assert f"--device-memory is for one device, {more[0]} for several ranks" in capsys.readouterr().err
+    assert "served" in said and "%" in said
+    # Two such devices, with a plan for the rows of each.
+    assert main([*command[:-1], "0.5GiB", "--ranks", "2", "--output", str(output)]) == 0
+    capsys.readouterr()
+    assert main(["plan", "--config", "dlrm.yaml", "--config", str(output), "--ranks", "2", "--json"]) == 0
+    ranks = json.loads(capsys.readouterr().out)["per_rank"]
+    assert all(rank["bytes"] - rank["host_bytes"] <= 0.5 * GIB for rank in ranks)
+    assert main([*command, "--plot", "plan.png"]) == 2
+    assert "--device-memory chooses tables for host memory, --plot is for a plan" in capsys.readouterr().err
 
 
 def test_the_command_counts_the_ids_of_a_bag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (top / "1" / half.name).symlink_to(top / "4" / half.name)
     for fit in (*PARITY, FIRST_STEP, RESUMED, WIDE_RESUMED, BF16):
         # Alone, all tables are on the device.
-        run(replace(fit, network="dlrm") if fit.network == "host" else fit, top / "1", 1)
+        run(replace(fit, network="dlrm") if fit.network in ("host", "cut") else fit, top / "1", 1)
     return top
 
 

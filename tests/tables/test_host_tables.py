@@ -15,6 +15,7 @@ from torch import nn
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.engine.metrics_logger import served_by_device
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD, Adam
@@ -22,10 +23,11 @@ from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.placement import ShardedPlacement
 from lightning_dlrm.sharding.plan import Piece, Plan
 from lightning_dlrm.tables import host as host_module
-from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
+from lightning_dlrm.tables.embeddings import Embeddings, QuotientRemainder, TableSettings
 from lightning_dlrm.tables.host import HostStorage
 from lightning_dlrm.tables.lookup import DeviceStorage, EmbeddingTables, placed_by
 from lightning_dlrm.tables.table import Table
+from lightning_dlrm.tracking import names
 from tests.sharded_fits import HALF, PARITY, RESUMED, RULES, Fit, global_batch, metrics, run
 from tests.sharding.test_sharded import tables
 from tests.toy import optimizer_of, toy_schema
@@ -283,3 +285,20 @@ def test_ids_that_a_network_changes_after_the_prefetch(place: str) -> None:
         ids = SparseIds(values=torch.tensor([[4], [0], [2]], dtype=torch.int32), tables=1)
         tables.prefetch(ids)
         assert torch.equal(tables(change(ids)).flatten(1), tables.weight.detach()[[1, 5, 3]])
+
+
+@pytest.mark.parametrize("offsets", [None, [0, 2, 3, 4]])
+def test_lookups_that_the_device_serves_are_counted(offsets: list[int] | None) -> None:
+    settings = TableSettings(on_host={"C1": 40, "C3": 0})
+    tables = Embeddings({"C1": 50, "C2": 5, "C3": 7}, 4, 0, settings)
+    # Of the lookups in C1 and C3, the device serves the ids below 40 of C1.
+    ids = SparseIds(values=torch.tensor([[39, 1, 2], [40, 2, 3], [5, 3, 4], [49, 0, 0]], dtype=torch.int32), tables=3)
+    served = 2 / 8
+    if offsets is not None:
+        values = torch.tensor([1, 45, 3, 6], dtype=torch.int32)
+        ids, served = SparseIds(values=values, tables=3, offsets=torch.tensor(offsets)), 1 / 3
+    tables(ids)
+    assert served_by_device(tables) == {names.DEVICE_SERVED: pytest.approx(served)}  # type: ignore[arg-type]
+    assert served_by_device(tables) == {}  # type: ignore[arg-type]
+    tables.eval()(ids)
+    assert served_by_device(tables) == {}  # type: ignore[arg-type]

@@ -1,0 +1,89 @@
+"""Rows of a click log -> the inputs of a model, in memory, as the rows of a dataset were encoded. Nothing here imports
+torch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from datamodules.folder import Folder, load_schema
+from datamodules.preprocess.encoding import distinct_values, items_of, replace_placeholders
+from datamodules.preprocess.log_reader import LogReader
+from datamodules.preprocess.log_recipe import LOG_PROTOCOL, known_options
+from datamodules.preprocess.protocols import PLACEHOLDER_IDS
+from datamodules.preprocess.staging import StagedRows
+from datamodules.values import BadValueError, staged_name
+from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.schema import WEIGHTS_SUFFIX
+
+
+class RowEncoder:
+    """Encodes rows as those of a dataset were, by the schema of its log and its vocabularies, which it keeps in memory.
+
+    Args:
+        folder: the dataset folder.
+
+    Raises:
+        UserError: the folder holds no dataset that was made by the schema of a log.
+    """
+
+    def __init__(self, folder: str | Path | Folder) -> None:
+        where = Folder(folder)
+        self.schema = load_schema(where)
+        require(
+            self.schema.protocol == LOG_PROTOCOL,
+            f"{where} has the protocol {self.schema.protocol}; expected a dataset made by preprocess --schema",
+        )
+        self._options, self._fitted = known_options(self.schema, where, "fail")
+        self._known: dict[str, tuple[pa.Array, np.ndarray]] = {}
+        """Of each table: its values, and their ids."""
+        for table in self._options.tables(self._fitted):
+            value = "value" if table.is_text else "hash"
+            with where.open_vocabulary(self.schema.vocabulary[table.name].path) as file:
+                known = file.read(columns=[value, "id"]).combine_chunks()
+            known = known.filter(pc.is_valid(known.column(value))).combine_chunks()
+            values = known.column(value)
+            self._known[table.name] = values.combine_chunks(), known.column("id").to_numpy()
+
+    def encode(self, rows: pa.Table) -> dict[str, Any]:
+        """Return the features of rows.
+
+        Args:
+            rows: the columns that the schema of the log names, without the label and what rows are split by; others are
+                left.
+
+        Returns:
+            For each feature, B rows: dense float32 [B], NaN where missing; categorical int32 [B]; multi-hot a pair of
+            int32 values [N] and int32 offsets [B + 1]; weights likewise, with float32 values.
+
+        Raises:
+            UserError: a column is missing, or a value is not of the schema.
+        """
+        log = self._options.schema
+        named = {name: rows.column(name) for name in rows.column_names if name in log.sources(rows.column_names)}
+        log.check_columns(list(named), "the table", labelled=False)
+        reader = LogReader(schema=log, format="parquet", labelled=False, splits=False, names=tuple(named))
+        try:
+            staged = StagedRows(reader.segment([reader.staged(pa.table(named))])[0])
+        except BadValueError as error:
+            raise UserError(f"row {error.row:,}: {error.fault}") from error
+        columns = {column.name: column for column in self.schema.columns}
+        arrays: dict[str, Any] = {
+            dense.name: dense.transform(*staged.numbers(dense.source)) for dense in self._options.dense(self._fitted)
+        }
+        for table in self._options.tables(self._fitted):
+            values, codes, ends = distinct_values(table, staged)
+            known, known_ids = self._known[table.name]
+            places = pc.index_in(values, value_set=known)
+            ids = np.full(len(values) + 1, PLACEHOLDER_IDS["unknown"], np.int32)
+            ids[-1] = PLACEHOLDER_IDS["missing"]
+            ids[:-1][places.is_valid().to_numpy(zero_copy_only=False)] = known_ids[places.drop_null().to_numpy()]
+            replace_placeholders(ids, columns[table.name])
+            arrays[table.name] = ids[codes] if ends is None else (ids[codes], ends)
+            if table.name + WEIGHTS_SUFFIX in columns:
+                weights = staged.column(staged_name("weights", table.name))
+                _, ends = items_of(slice(None), weights.offsets.to_numpy())
+                arrays[table.name + WEIGHTS_SUFFIX] = weights.values.to_numpy().astype(np.float32), ends
+        return arrays

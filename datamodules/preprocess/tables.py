@@ -1,0 +1,70 @@
+"""Make a dataset folder of a table in memory."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from datamodules.log_schema import LogSchema, log_schema, read_log_schema
+from datamodules.preprocess.pipeline import preprocess
+from datamodules.preprocess.progress import Progress
+from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.schema import DatasetSchema
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_ROWS_OF_GROUP = 1 << 17
+
+
+def encode(
+    rows: "pa.Table | pd.DataFrame",
+    schema: LogSchema | Mapping[str, Any] | Path | str | None,
+    output: Path | str,
+    *,
+    vocabulary: Path | str | None = None,
+    workers: int = 1,
+) -> DatasetSchema:
+    """Make a dataset folder of a table, as ``preprocess --schema`` does of files.
+
+    Args:
+        rows: an Arrow table or a pandas data frame, whose index is left out.
+        schema: of the rows: a LogSchema, the values of its keys, or the path of a YAML file; None with a vocabulary.
+        output: the folder to make, a path or a URL; it must not exist, or be empty.
+        vocabulary: a dataset folder made by a schema; the rows, with labels or without, are encoded as its rows were,
+            and become the test split.
+        workers: processes; more than one only under ``if __name__ == "__main__":``.
+
+    Returns:
+        The schema of the dataset. ``datamodules.Clicks(output)`` reads it.
+
+    Raises:
+        UserError: the schema or a value is wrong, or see ``pipeline.preprocess``; nothing is left then.
+    """
+    if isinstance(schema, Path | str):
+        schema = read_log_schema(Path(schema))
+    elif schema is not None and not isinstance(schema, LogSchema):
+        schema = log_schema(schema)
+    if schema is not None and schema.format is not None:
+        schema = replace(schema, format=None)
+    try:
+        table = rows if isinstance(rows, pa.Table) else pa.Table.from_pandas(rows, preserve_index=False)
+    except pa.ArrowException as error:
+        raise UserError(f"the data frame has a column of several types ({one_line(error)}); use one type") from error
+    with tempfile.TemporaryDirectory(prefix="encode-") as folder:
+        file = Path(folder) / "table.parquet"
+        pq.write_table(table, file, row_group_size=_ROWS_OF_GROUP)
+        return preprocess(
+            None,
+            None,
+            [file],
+            output,
+            schema=schema,
+            vocabulary=vocabulary,
+            workers=workers,
+            progress=Progress(show=False),
+        )
