@@ -224,6 +224,8 @@ def choose(facts: Facts, sample: Sample, tells_label: bool) -> Choice:
         sample: the log.
         tells_label: whether the column's value, or its absence, gives the label away.
     """
+    if not facts.name:
+        return Choice(settings={"role": "leave"}, reason="a column without a name, such as the index of a data frame")
     if facts.kind == "empty" or (facts.kind == "list" and not facts.distinct):
         return Choice(settings={"role": "leave"}, reason="no values in the sample")
     if facts.distinct == 1 and sample.whole and not facts.missing:

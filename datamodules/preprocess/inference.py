@@ -229,12 +229,14 @@ def _schema_text(log: _Inferred, sample: Sample, command: str, then: Sequence[st
             source = {} if key == column.name else {"source": column.name}
             lines.append(f"  {_scalar(key)}: {_flow({**choice.settings, **source})}")
     lines += [*_comment(f"Why: {log.split_reason}."), f"split: {_flow(log.split)}", "counts: train"]
+    if form.format == "jsonl" and not sample.whole:
+        lines += [*_comment("Keys that the sample does not have."), "rest: leave"]
     return "\n".join(lines) + "\n"
 
 
 def _key(name: str) -> str:
     """Return the name that a column gets in the dataset."""
-    return name if name != LABEL and is_name(name) else re.sub(r"\W", "_", name)[:200] + "_"
+    return name if not name or (name != LABEL and is_name(name)) else re.sub(r"\W", "_", name)[:200] + "_"
 
 
 def _comment(text: str) -> list[str]:
