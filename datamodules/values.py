@@ -98,8 +98,13 @@ def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".") -> pa.Double
     return pa.array(array, from_pandas=True)
 
 
-def labels(label: Label, column: pa.ChunkedArray) -> np.ndarray:
+def labels(label: Label, column: pa.ChunkedArray, decimal: str = ".") -> np.ndarray:
     """Return labels int8 [n].
+
+    Args:
+        label: the label.
+        column: its column.
+        decimal: of numbers that are texts.
 
     Raises:
         BadValueError: a label is missing, or is none of two values.
@@ -111,7 +116,7 @@ def labels(label: Label, column: pa.ChunkedArray) -> np.ndarray:
             f"the label {label.column} is missing, expected a value in every row; remove the row",
         )
     values = encoded.dictionary.to_pylist()
-    judged = np.array([-1 if (one := label_of(label, value)) is None else one for value in values], np.int8)
+    judged = np.array([-1 if (one := label_of(label, value, decimal)) is None else one for value in values], np.int8)
     found = judged[encoded.indices.to_numpy()] if len(values) else np.empty(0, np.int8)
     if (judged < 0).any() and (found < 0).any():
         row = int((found < 0).argmax())
@@ -128,11 +133,11 @@ def labels(label: Label, column: pa.ChunkedArray) -> np.ndarray:
     return found
 
 
-def label_of(label: Label, text: str) -> int | None:
+def label_of(label: Label, text: str, decimal: str = ".") -> int | None:
     """Return the label, 0 or 1, of a row by the text of its value; None if it cannot be judged."""
     if label.operator is None:
         return BOOLEANS.get(text.lower())
-    left, right = _number(text), _number(label.value)
+    left, right = _number(text, decimal), _number(label.value)
     if left is not None and right is not None:
         return int(_OPERATORS[label.operator](left, right))
     return int(_OPERATORS[label.operator](text, label.value)) if label.operator in ("==", "!=") else None

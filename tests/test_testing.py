@@ -7,7 +7,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_dlrm import DCN, DLRM, CTRNetwork, DeepFM, Embeddings, Features, UserError, check_network
+from lightning_dlrm import (
+    DCN,
+    DLRM,
+    AutoInt,
+    CTRNetwork,
+    DeepFM,
+    Embeddings,
+    Features,
+    FinalMLP,
+    MaskNet,
+    UserError,
+    check_network,
+)
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.models.baselines import LogisticRegression, MatrixFactorization, XDeepFM
 from lightning_dlrm.models.layers import MLP, initialize
@@ -34,6 +46,9 @@ class Own(CTRNetwork):
         partial(DCN, embedding_dim=4, cross_layers=2, deep=[8], batch_norm=True, dropout=0.2),
         partial(DeepFM, embedding_dim=4, deep=[8]),
         partial(XDeepFM, embedding_dim=4, deep=[8], cin_layers=[3]),
+        partial(FinalMLP, embedding_dim=4, first=[8], second=[4], heads=2, context2=["C2"]),
+        partial(AutoInt, embedding_dim=4, attention=[4], deep=[8], wide=True),
+        partial(MaskNet, embedding_dim=4, structure="parallel", blocks=[4, 4], deep=[4]),
         LogisticRegression,
         partial(MatrixFactorization, columns=["C1", "C2"], embedding_dim=4),
     ],

@@ -334,7 +334,7 @@ class LogReader:
 
         if self.labelled:
             label = schema.label_in(self.names)
-            columns[CRITEO_LABEL] = pa.array(values.labels(label, column(label.column)))
+            columns[CRITEO_LABEL] = pa.array(values.labels(label, column(label.column), decimal))
         by = schema.split.column if self.splits else None
         if by is not None and schema.split.by == "time":
             form = values.form_of_time(schema.columns, by)

@@ -98,7 +98,7 @@ class AutoInt(CTRNetwork):
             attention and heads >= 1 and all(width >= 1 and width % heads == 0 for width in attention),
             f"attention is {list(attention)} and heads {heads}; expected at least one width, each a multiple of heads",
         )
-        self.fields = FieldVectors(features, embedding_dim, seed, tables, "AutoInt")
+        self.fields = FieldVectors(features, embedding_dim, seed, tables, "AutoInt", dense_first=True)
         fields, widths = self.fields.fields, [embedding_dim, *attention]
         layers = [SelfAttention(fields, a, b, heads, scale, residual) for a, b in itertools.pairwise(widths)]
         self.attention = nn.Sequential(*layers)

@@ -115,10 +115,17 @@ class FieldVectors(nn.Module):
         seed: seed of the initial rows.
         tables: see TableSettings; the vectors must have one width.
         user: the model's name, for messages.
+        dense_first: put dense features before the columns, as FuxiCTR does: sums then round in the same way.
     """
 
     def __init__(
-        self, features: Features, embedding_dim: int, seed: int, tables: TableSettings | None, user: str
+        self,
+        features: Features,
+        embedding_dim: int,
+        seed: int,
+        tables: TableSettings | None,
+        user: str,
+        dense_first: bool = False,
     ) -> None:
         super().__init__()
         self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
@@ -126,6 +133,7 @@ class FieldVectors(nn.Module):
         self.dense = nn.Parameter(torch.empty(features.dense, embedding_dim))
         self.fields = len(features.tables) + features.dense
         self.width = embedding_dim
+        self.dense_first = dense_first
         require(self.fields >= 1, f"{user} needs columns or dense features; the dataset has none")
 
     def lookup(self, ids: SparseIds) -> Tensor:
@@ -134,10 +142,10 @@ class FieldVectors(nn.Module):
         return vectors_Bn
 
     def forward(self, dense_BI: Tensor, vectors_Bn: Tensor) -> Tensor:
-        """Return the fields' vectors [B, V, D], the columns first, from dense features and the result of ``lookup``."""
+        """Return the fields' vectors [B, V, D] from dense features and the result of ``lookup``."""
         vectors_BFD = vectors_Bn.unflatten(1, (-1, self.width))
-        scaled_BID = dense_BI[:, :, None] * self.dense
-        return torch.cat([vectors_BFD, scaled_BID.to(vectors_BFD.dtype)], dim=1)
+        scaled_BID = (dense_BI[:, :, None] * self.dense).to(vectors_BFD.dtype)
+        return torch.cat([scaled_BID, vectors_BFD] if self.dense_first else [vectors_BFD, scaled_BID], dim=1)
 
     def multiply_adds(self) -> int:
         """Return the multiply-adds of a sample."""

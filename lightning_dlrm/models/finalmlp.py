@@ -171,7 +171,7 @@ class FinalMLP(CTRNetwork):
             "multiples of heads",
         )
         require(gates or not (context1 or context2), "context1 and context2 are for gates, and gates is false")
-        self.fields = FieldVectors(features, embedding_dim, seed, tables, "FinalMLP")
+        self.fields = FieldVectors(features, embedding_dim, seed, tables, "FinalMLP", dense_first=True)
         width, settings = self.fields.fields * embedding_dim, tables or TableSettings()
         norms = batch_norm if isinstance(batch_norm, Sequence) else (batch_norm, batch_norm)
         drops = dropout if isinstance(dropout, Sequence) else (dropout, dropout)

@@ -82,7 +82,7 @@ class MaskNet(CTRNetwork):
         require(structure in ("serial", "parallel"), f"structure {structure!r} is neither serial nor parallel")
         require(blocks and min(blocks) >= 1, f"blocks is {list(blocks)}; expected at least one width, each 1 or more")
         require(structure == "parallel" or not deep, f"deep is {list(deep)}, which needs structure: parallel")
-        self.fields = FieldVectors(features, embedding_dim, seed, tables, "MaskNet")
+        self.fields = FieldVectors(features, embedding_dim, seed, tables, "MaskNet", dense_first=True)
         fields, guide = self.fields.fields, self.fields.fields * embedding_dim
         norms = nn.ModuleList(nn.LayerNorm(embedding_dim) for _ in range(fields if field_norm else 0))
         self.field_norms = cast(Sequence[nn.LayerNorm], norms)

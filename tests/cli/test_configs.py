@@ -13,7 +13,14 @@ from lightning_dlrm.contracts.shipped import shipped_configs, shipped_names
 from lightning_dlrm.engine.retired import update_options
 from tests.raw_criteo import generated_lines, written
 
-OVERLAYS = ("small.yaml", "own_data.yaml", "figure5/small.yaml", "criteo_kaggle.yaml", "criteo_terabyte.yaml")
+OVERLAYS = (
+    "small.yaml",
+    "own_data.yaml",
+    "own_data_linear.yaml",
+    "figure5/small.yaml",
+    "criteo_kaggle.yaml",
+    "criteo_terabyte.yaml",
+)
 NO_FITS = ("figure5.yaml", "own_data_models.yaml")
 SCHEMAS = [name for name in shipped_names() if name.startswith("datasets/")]
 NAMES = [name for name in shipped_names() if name not in SCHEMAS]

@@ -5,10 +5,14 @@ Rows alone are cut. The commands run in this process: ``test_installed`` shows t
 
 import shlex
 from pathlib import Path
+from typing import get_args
 
+import pyarrow.parquet as pq
 import pytest
 
+from datamodules.log_schema import ColumnRole, Transform
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.contracts.shipped import shipped_names
 from tests.front_door.conftest import REPOSITORY
 from tests.front_door.test_readme import Block, blocks_of, commands_of
 
@@ -20,6 +24,9 @@ SMALL = ["--data.batch_size", "128"]
 
 
 def run(block: Block) -> None:
+    if block.language == "python":
+        exec(compile(block.code, "docs/own-data.md", "exec"), {})
+        return
     for line in commands_of(block.code):
         words = shlex.split(line)
         assert words[:3] == ["python", "-m", "lightning_dlrm"], line
@@ -32,16 +39,25 @@ def test_the_page_takes_a_csv_to_a_score(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) == PAGE.count("\n```") // 2 and {block.language for block in BLOCKS} == {"bash"}
+    assert len(BLOCKS) == PAGE.count("\n```") // 2 and {block.language for block in BLOCKS} == {"bash", "python"}
     assert all(number in PAGE for number in ROWS)
     # A comparison trains six runs in processes of its own: see below.
-    for block in BLOCKS[:-1]:
-        run(block)
+    for block in BLOCKS:
+        if " compare " not in block.code:
+            run(block)
     said = capsys.readouterr().out
-    assert "label        clicked" in said and Path("runs/first/test.json").exists()
-    # Every option that the page names in its text exists.
-    for role in ("dense", "categorical", "multi_hot", "leave", "keep"):
-        assert f"role: {role}" in PAGE
+    assert "label        clicked" in said and "{'train': 2400, 'validation': 300, 'test': 300}" in said
+    assert Path("runs/first/test.json").exists()
+    assert pq.read_table("runs/first/predictions.parquet").num_rows == 1000
+
+
+def test_the_page_names_what_a_schema_takes() -> None:
+    for names in (get_args(ColumnRole), get_args(Transform), ("min_count", "max_rows", "source", "counts", "bins")):
+        assert all(name in PAGE for name in names)
+    for kind in ("position", "random, seed: 1"):
+        assert f"{{by: {kind}}}" in PAGE
+    for shipped in shipped_names():
+        assert not shipped.startswith("datasets/") or Path(shipped).stem in PAGE
 
 
 @pytest.mark.slow
@@ -49,6 +65,6 @@ def test_the_page_compares_two_models(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.chdir(tmp_path)
     for block in BLOCKS:
-        if " compare " in block.code or "generate" in block.code or "preprocess" in block.code:
+        if any(command in block.code for command in (" compare ", "--rows 100000", "--infer", "--schema mylog")):
             run(block)
     assert Path("report/report.html").exists()

@@ -217,7 +217,8 @@ def linear(network: Any, dense: Tensor, ids: SparseIds) -> Tensor:
 def fields(network: Any, dense: Tensor, ids: SparseIds) -> list[Tensor]:
     (group,) = network.embeddings.groups
     vectors = [p.of(group.lookup.weight)[ids.values[:, f].long()] for f, p in enumerate(group.lookup.pieces)]
-    return vectors + [dense[:, i, None] * network.dense[i] for i in range(dense.shape[1])]
+    scaled = [dense[:, i, None] * network.dense[i] for i in range(dense.shape[1])]
+    return scaled + vectors if network.dense_first else vectors + scaled
 
 
 def layers(x: Tensor, stack: MLP) -> Tensor:

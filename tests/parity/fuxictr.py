@@ -19,14 +19,14 @@ from lightning_dlrm.contracts.schema import Column, DatasetSchema, Split
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.layers import BatchNorm
 from lightning_dlrm.models.network import CTRNetwork
-from lightning_dlrm.objectives.losses import LogLoss, ProbabilityLogLoss
+from lightning_dlrm.objectives.losses import ProbabilityLogLoss
 from lightning_dlrm.objectives.regularization import Regularization
 from lightning_dlrm.tables.embeddings import TableSettings
 from tests.parity.layouts import RULES, Change
 from tests.parity.networks import MODELS
 
-DENSE_FIRST = ("DCN", "DCNv2", "WideDeep")
-"""Models whose ``embed_dense`` puts dense features first, as FuxiCTR does; in ours with FieldVectors they come last."""
+DENSE_LAST = ("DeepFM", "xDeepFM")
+"""Models that are older here than these files: their dense features come after the columns, in FuxiCTR before them."""
 
 
 class Place(NamedTuple):
@@ -54,8 +54,8 @@ class Case:
         self.dim: int = self.meta["embedding_dim"]
         self.columns: list[str] = self.meta["categorical_features"]
         self.dense: list[str] = self.meta["numeric_features"]
-        order, dense_first = self.meta["field_order"], self.meta["model"] in DENSE_FIRST
-        ours = [*self.dense, *self.columns] if dense_first else [*self.columns, *self.dense]
+        order, dense_last = self.meta["field_order"], self.meta["model"] in DENSE_LAST
+        ours = [*self.columns, *self.dense] if dense_last else [*self.dense, *self.columns]
         self.fields = torch.tensor([order.index(name) for name in ours])
         self.features = (self.fields[:, None] * self.dim + torch.arange(self.dim)).flatten()
 
@@ -89,7 +89,7 @@ class Case:
             partial(kind, embedding_dim=self.dim, tables=settings, **options),
             None,
             partial(torch.optim.Adam, lr=adam["lr"], betas=tuple(adam["betas"]), eps=adam["eps"]),
-            loss=ProbabilityLogLoss() if self.meta.get("saturates") else LogLoss(),
+            loss=ProbabilityLogLoss(),
             regularization=Regularization(
                 **norms("fields", self.meta["embedding_regularizer"]), **norms("network", self.meta["net_regularizer"])
             ),
