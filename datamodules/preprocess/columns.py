@@ -179,7 +179,7 @@ def _time_format(facts: Facts) -> str | None:
     """Return how text or whole numbers are times; None if they are not."""
     if facts.kind == "text":
         values = list(facts.counts)[:_VALUES_PARSED]
-        if all(_ISO.fullmatch(value) for value in values):
+        if all(_is_iso(value) for value in values):
             return "iso"
         return next((form for form in _TIME_FORMATS if _all_parse(values, form)), None)
     if facts.kind != "integer":
@@ -197,6 +197,17 @@ def _time_format(facts: Facts) -> str | None:
         if all(_UNIX_RANGE[0] <= value / scale <= _UNIX_RANGE[1] for value in facts.counts):
             return name
     return None
+
+
+def _is_iso(value: str) -> bool:
+    # fromisoformat also takes 20240101, which may be an id.
+    if not _ISO.fullmatch(value):
+        return False
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _all_parse(values: Iterable[str], form: str) -> bool:
@@ -224,6 +235,8 @@ def choose(facts: Facts, sample: Sample, tells_label: bool) -> Choice:
         sample: the log.
         tells_label: whether the column's value, or its absence, gives the label away.
     """
+    if not facts.name:
+        return Choice(settings={"role": "leave"}, reason="a column without a name, such as the index of a data frame")
     if facts.kind == "empty" or (facts.kind == "list" and not facts.distinct):
         return Choice(settings={"role": "leave"}, reason="no values in the sample")
     if facts.distinct == 1 and sample.whole and not facts.missing:

@@ -211,11 +211,12 @@ def _schema_text(log: _Inferred, sample: Sample, command: str, then: Sequence[st
             "header: true" if form.header else f"names: {_flow(list(sample.columns))}",
             *(["quote: null"] if form.quote is None else []),
             f"decimal: {_scalar(form.decimal)}",
-            f"encoding: {form.encoding}",
             f"nulls: {_flow(list(form.nulls))}",
         ]
-        if form.encoding in _GUESSED_ENCODINGS:
-            lines[-2] += "  # a guess, as the text is not UTF-8: check letters such as é"
+    if form.encoding in _GUESSED_ENCODINGS:
+        lines += _comment("A guess, as the text is not UTF-8: check letters such as é.")
+    if form.format != "parquet":
+        lines.append(f"encoding: {form.encoding}")
     lines += [
         *_comment(f"True in {positives:.1%} of the rows." + (_MISSING_LABELS.format(missing) if missing else "")),
         f"label: {_scalar(log.label.text)}",
@@ -229,12 +230,14 @@ def _schema_text(log: _Inferred, sample: Sample, command: str, then: Sequence[st
             source = {} if key == column.name else {"source": column.name}
             lines.append(f"  {_scalar(key)}: {_flow({**choice.settings, **source})}")
     lines += [*_comment(f"Why: {log.split_reason}."), f"split: {_flow(log.split)}", "counts: train"]
+    if form.format == "jsonl" and not sample.whole:
+        lines += [*_comment("Keys that the sample does not have."), "rest: leave"]
     return "\n".join(lines) + "\n"
 
 
 def _key(name: str) -> str:
     """Return the name that a column gets in the dataset."""
-    return name if name != LABEL and is_name(name) else re.sub(r"\W", "_", name)[:200] + "_"
+    return name if not name or (name != LABEL and is_name(name)) else re.sub(r"\W", "_", name)[:200] + "_"
 
 
 def _comment(text: str) -> list[str]:

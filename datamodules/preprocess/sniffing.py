@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from datamodules.folder import failures_as_user_errors, file_system, is_remote
 from datamodules.preprocess.sources import RawFile, find_files
+from lightning_dlrm.contracts.documents import printable
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 Format = Literal["csv", "parquet", "jsonl"]
@@ -34,6 +35,8 @@ _LINES_OF_SEPARATOR = 200
 _SEPARATORS = ("\t", ";", "::", "|", ",")
 """In the order in which they are taken if several split all lines into equally many fields."""
 _BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+_CRITEO = "; Criteo's own files need no schema: preprocess --dataset kaggle --protocol dlrm"
 
 _SURE_NULLS = ("\\N", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", "N/A")
 """Texts that mean a missing value in any column."""
@@ -110,13 +113,13 @@ def read_sample(paths: Sequence[str], names: Sequence[str] | None = None) -> Sam
         if _is_parquet(paths[0]):
             require(names is None, "--columns names the columns of text without a header; Parquet files have names")
             return _sample_of_parquet(paths)
-    files = find_files(_spread(paths, _MOST_FILES))
+    files = find_files(_spread(paths, _MOST_FILES), of_criteo=False)
     pieces = [piece for file in files for piece in _pieces(file, _SAMPLE_BYTES // len(files))]
     require(any(piece.text.strip() for piece in pieces), f"{paths[0]} is empty; give files with rows")
     share = sum(len(piece.text) for piece in pieces) / max(_total_bytes(paths, files, pieces), 1)
     if pieces[0].text.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] in (b"{", b"["):
         require(names is None, "--columns names the columns of text without a header; JSON has names")
-        form, columns = Form(format="jsonl"), _json_columns(pieces)
+        form, columns = _json_columns(pieces)
     else:
         form, columns = _csv_columns(pieces, names)
     rows = len(next(iter(columns.values()), []))
@@ -181,6 +184,11 @@ def _encoding(pieces: Sequence[_Piece]) -> str:
     for mark, name in _BYTE_ORDER_MARKS.items():
         if start.startswith(mark):
             return name
+    for piece in pieces:
+        require(
+            b"\0" not in piece.text,
+            f"{piece.path} has null bytes; expected text: if it is UTF-16, write it with a byte order mark",
+        )
     for name in ("utf-8", "cp1252"):
         try:
             for piece in pieces:
@@ -203,18 +211,18 @@ def _whole_lines(piece: _Piece, encoding: str) -> str:
     return lines.decode(encoding)
 
 
-def _json_columns(pieces: Sequence[_Piece]) -> dict[str, list[Value]]:
+def _json_columns(pieces: Sequence[_Piece]) -> tuple[Form, dict[str, list[Value]]]:
+    encoding = _encoding(pieces)
     columns: dict[str, list[Value]] = {}
     rows = 0
     for piece in pieces:
-        text = _whole_lines(piece, "utf-8-sig" if piece.at_start else "utf-8")
-        for number, line in enumerate(text.split("\n"), 1):
+        for number, line in enumerate(_whole_lines(piece, encoding).split("\n"), 1):
             if not line.strip():
                 continue
             where = f"{piece.path}, line {number}" if piece.at_start else piece.path
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{where} is not JSON ({one_line(error)}); expected one JSON object in each line"
                 ) from error
@@ -227,7 +235,7 @@ def _json_columns(pieces: Sequence[_Piece]) -> dict[str, list[Value]]:
             rows += 1
             for values in columns.values():
                 values.extend([None] * (rows - len(values)))
-    return columns
+    return Form(format="jsonl", encoding=encoding), columns
 
 
 def _fields(text: str, separator: str, quote: str | None = '"') -> Iterator[tuple[int, list[str]]]:
@@ -365,16 +373,19 @@ def _check_names(path: str, names: Sequence[str] | None, first: Sequence[str], s
         example = "user,item,rating,time" if len(first) == 4 else ",".join(f"c{i + 1}" for i in range(len(first)))
         raise UserError(
             f"{path} has no header: its first line is {start!r}; name its {len(first)} columns, such as "
-            f"--columns {example}"
+            f"--columns {example}{_CRITEO if len(first) == 40 and separator == _SEPARATORS[0] else ''}"
         )
     require(
         len(names) == len(first),
         f"--columns names {len(names)} columns, and the first line of {path} has {len(first)}: {start!r}",
     )
+    for name in names:
+        require(
+            printable(name) == name and "\n" not in name,
+            f"{path}: the column {name!r} has control characters in its name; rename it",
+        )
     twice = sorted({name for name in names if list(names).count(name) > 1})
     require(not twice, f"{path}: two columns are named {', '.join(twice)!r}; rename one of them")
-    for number, name in enumerate(names, 1):
-        require(name, f"{path}: column {number} of the header has no name; name it")
 
 
 def _decimal(rows: Sequence[Sequence[str]], separator: str) -> str:

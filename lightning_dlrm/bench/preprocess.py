@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from datamodules.generate.log import LogSettings, generate_log
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
 from datamodules.preprocess.inspection import REPORT_FILE
 from datamodules.preprocess.progress import bytes_below
@@ -35,9 +36,12 @@ from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, DatasetSchema
 DESCRIPTION = """\
 Times in turns, each in a process of its own, so that memory is measured too:
   ours      the whole command preprocess, its start included: TSV to the checksummed dataset folder
-  baseline  pyarrow.csv.read_csv of the same file into memory, and nothing more; its start not included
+  baseline  pyarrow.csv.read_csv of the same file into memory, and nothing more; its start not included. Of Criteo's
+            files types are given; of avazu pyarrow finds them.
   peer      with --peer, the preprocessing of a checkout of facebookresearch/dlrm, on the first rows; its start not
             included. It fails on NumPy 2: name an interpreter that has numpy<2 with --peer-python.
+
+--dataset avazu times preprocess --schema datasets/avazu.yaml on a CSV of 24 columns, of which 22 are categorical.
 
 Memory, CPU time and disk space come from one more run of each, which is not timed because sampling takes time: the peak
 memory of all processes together, sampled 50 times a second, with shared pages counted once; and the peak size of the
@@ -45,9 +49,13 @@ working folder without the input. With enough rows, a prediction for the real da
 
 examples:
   python -m lightning_dlrm bench preprocess
+  python -m lightning_dlrm bench preprocess --dataset avazu
   python -m lightning_dlrm bench preprocess --rows 20000000 --rounds 1 --folder /big/disk
   python -m lightning_dlrm bench preprocess --peer ~/dlrm --peer-python ~/numpy1/bin/python
 """
+
+_LOG = "avazu"
+"""The log that is read by a schema."""
 
 _STAGES = ("stage", "count", "encode")
 _PREDICT_FROM_ROWS = 500_000  # runs of fewer rows end before all workers have begun
@@ -66,6 +74,15 @@ _BASELINE = """
             column_types={name: pa.string() if name[0] == "C" else pa.int32() for name in names}
         ),
     )
+    print(time.perf_counter() - start)
+"""
+
+_LOG_BASELINE = """
+    import sys, time
+    import pyarrow.csv
+
+    start = time.perf_counter()
+    pyarrow.csv.read_csv(sys.argv[1])
     print(time.perf_counter() - start)
 """
 
@@ -88,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="uncompressed raw text of this --dataset, to read instead of generated rows",
     )
-    parser.add_argument("--dataset", default="kaggle", choices=TSV_DATASETS, help=DEFAULT)
+    parser.add_argument("--dataset", default="kaggle", choices=(*TSV_DATASETS, _LOG), help=DEFAULT)
     parser.add_argument("--protocol", default="dlrm", metavar="NAME", help=DEFAULT)
     add_rounds(parser, 3)
     parser.add_argument(
@@ -120,6 +137,9 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         raise UserError(
             f"--input {args.input} is compressed; unpack it first, as rows are counted and cut off by lines"
         )
+    is_log = args.dataset == _LOG
+    if is_log and args.peer is not None:
+        raise UserError(f"--peer reads Criteo's files only; leave it out, or --dataset {_LOG}")
     check_peer(args, "data_utils.py")
     if args.folder is not None and not args.folder.is_dir():
         raise UserError(f"--folder {args.folder} is not a folder; make it, or leave it out for the temporary folder")
@@ -128,18 +148,21 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         raw = args.input
         if raw is None:
             raw = folder / "train.txt"
-            generate_tsv(TsvSettings(rows=args.rows, dataset=args.dataset), [raw])
+            if is_log:
+                (raw,) = generate_log(LogSettings(form=_LOG, rows=args.rows), folder).files
+            else:
+                generate_tsv(TsvSettings(rows=args.rows, dataset=args.dataset), [raw])
         # First, because it fails at once with an interpreter that it does not support.
         beside = [] if args.peer is None else _measure_peer(raw, folder, args)
-        ours = _Ours(raw, args.dataset, args.protocol, folder / "ours")
-        parsed = raw
-        if _lines(raw) > args.baseline_rows:
+        ours = _Ours(raw, _encoding(args), folder / "ours")
+        parsed, header = raw, int(is_log)
+        if _lines(raw) - header > args.baseline_rows:
             parsed = folder / "parsed.txt"
-            _copy_first_lines(raw, parsed, args.baseline_rows)
-        command = [sys.executable, "-c", textwrap.dedent(_BASELINE), str(parsed)]
-        baseline = _Script("pyarrow's parse", command, samples=_lines(parsed))
+            _copy_first_lines(raw, parsed, args.baseline_rows + header)
+        command = [sys.executable, "-c", textwrap.dedent(_LOG_BASELINE if is_log else _BASELINE), str(parsed)]
+        baseline = _Script("pyarrow's parse", command, samples=_lines(parsed) - header)
         rows = _measure(ours, "baseline", baseline, args)
-    if rows[0].samples >= _PREDICT_FROM_ROWS:
+    if not is_log and rows[0].samples >= _PREDICT_FROM_ROWS:
         print(render_predictions(_cost(rows[0])))
     if beside:
         # The rate of the peer does not depend on the rows; that of ours does, as its time includes its start.
@@ -148,13 +171,20 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     return rows + beside
 
 
+def _encoding(args: argparse.Namespace) -> list[str]:
+    """Return the options of ``preprocess`` that say how rows are encoded."""
+    if args.dataset == _LOG:
+        return ["--schema", f"datasets/{_LOG}.yaml"]
+    return ["--dataset", args.dataset, "--protocol", args.protocol]
+
+
 @dataclass(frozen=True)
 class _Ours:
     """The command ``preprocess``; each run writes a new folder inside ``folder``."""
 
     raw: Path
-    dataset: str
-    protocol: str
+    encoding: Sequence[str]
+    """Options of the command."""
     folder: Path
 
     @property
@@ -165,8 +195,7 @@ class _Ours:
     def __call__(self, footprint: Footprint | None = None) -> float:
         """Run, and return the seconds."""
         _empty(self.folder)
-        command = [sys.executable, "-m", "lightning_dlrm", "preprocess"]
-        command += ["--dataset", self.dataset, "--protocol", self.protocol]
+        command = [sys.executable, "-m", "lightning_dlrm", "preprocess", *self.encoding]
         command += ["--input", str(self.raw), "--output", str(self.output)]
         return run_process("lightning_dlrm preprocess", command, footprint)[0]
 
@@ -231,7 +260,7 @@ def _row(
     return Measurement.of_rounds(
         seconds,
         work="preprocess",
-        case=f"{samples:,} rows, {args.dataset}, {args.protocol}",
+        case=f"{samples:,} rows, {args.dataset}, {'schema' if args.dataset == _LOG else args.protocol}",
         implementation=name,
         device="cpu",
         precision="32-true",
@@ -245,7 +274,7 @@ def _measure_peer(raw: Path, folder: Path, args: argparse.Namespace) -> list[Mea
     """Time ours and the peer in turns on the first rows of a file."""
     few = folder / "first.txt"
     _copy_first_lines(raw, few, args.peer_rows)
-    ours = _Ours(few, args.dataset, args.protocol, folder / "few")
+    ours = _Ours(few, _encoding(args), folder / "few")
     # The peer writes beside its input.
     beside = folder / "peer"
     command = peer_command(args, "data_utils", _PEER, str(few), str(beside / "train.txt"))

@@ -132,3 +132,12 @@ def test_prediction_is_arithmetic_on_the_costs() -> None:
     assert (one["disk"], one["output"]) == (rows * 100, rows * 40)
     text = preprocess.render_predictions(cost)
     assert text.startswith("prediction, not measured") and text.count("kaggle") == text.count("terabyte") == 2
+
+
+def test_a_log_is_read_by_its_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = bench("--dataset", "avazu", "--rows", "3000", "--rounds", "1", "--folder", str(tmp_path))
+    assert [(row.implementation, row.samples) for row in rows] == [("ours", 3000), ("baseline", 3000)]
+    assert rows[0].case == "3,000 rows, avazu, schema" and rows[0].extra["speed_over_baseline"] > 0
+    assert "prediction" not in capsys.readouterr().out and list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="--peer reads Criteo's files only"):
+        bench("--dataset", "avazu", "--peer", str(tmp_path))

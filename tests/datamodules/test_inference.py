@@ -60,6 +60,7 @@ FEW = [f"v{row * row % 11}" for row in range(N)]
         ("y,a\n1,München\n0,z\n".encode("cp1252"), Form(format="csv", encoding="cp1252")),
         ("y,a\n1,日本\n0,z\n".encode(), Form(format="csv")),
         ('{"y": 1}\n{"y": 0, "a": [1]}\n', Form(format="jsonl")),
+        ('{"y": 1}\n{"y": 0, "a": "é"}\n'.encode("cp1252"), Form(format="jsonl", encoding="cp1252")),
     ],
 )
 def test_forms(text: str | bytes, form: Form, tmp_path: Path) -> None:
@@ -125,6 +126,7 @@ def test_roles_and_transforms(tmp_path: Path) -> None:
         ([1700000000000, 1700000060000], "time_ms", "unix_ms"),
         ([20220421, 20220508], "date", "%Y%m%d"),
         ([2014102100, 2014102123], "hour", "%Y%m%d%H"),
+        (["2024-02-30", "2024-01-01"], "date", None),
         ([400, 2300], "hourmin", None),
         ([978300613, 978300000], "user_id", None),
     ],
@@ -213,6 +215,11 @@ def test_samples_of_large_files_reach_their_end(tmp_path: Path, monkeypatch: pyt
     assert len(read_sample([str(packed)]).columns["time"]) < 400
     infer(tmp_path / "s.yaml", "y", [str(packed)])
     assert "a sample of about" in (tmp_path / "s.yaml").read_text()
+    lines = [
+        json.dumps({"y": label, "a": few, **({"rare": 1} if row == N // 2 else {})})
+        for row, (label, few) in enumerate(zip(LABELS, FEW, strict=True))
+    ]
+    assert inferred(tmp_path, "\n".join(lines), name="log.jsonl").rest == "leave"
 
 
 MISTAKES: list[tuple[str | bytes, str | None, str]] = [
@@ -227,14 +234,17 @@ MISTAKES: list[tuple[str | bytes, str | None, str]] = [
     ("y,a\n1,x\n3,z\n", "y > 5", r"every row has the same label"),
     ("y,a\n1,x\n0,y,z\n1,x\n1,x\n", "y", r"log.csv: line 3 has 3 fields and the first line 2"),
     ("y,a,a\n1,x,z\n0,z,z\n", "y", r"two columns are named 'a'"),
-    ("y,,b\n1,x,z\n0,z,z\n", "y", r"column 2 of the header has no name"),
     (
         "1,4,x\n0,5,z\n",
         "y",
         r"has no header: its first line is '1,4,x'; name its 3 columns, such as --columns c1,c2,c3",
     ),
+    ("\t".join(["1"] * 40) + "\n", "y", r"name its 40 columns.*Criteo's own files need no schema"),
     ("alone\n1\n0\n", "alone", r"no separator found"),
     ("", "y", r"is empty"),
+    ("y,a\n1,x\n0,z\n".encode("utf-16-be"), "y", r"has null bytes; expected text: if it is UTF-16"),
+    ("y,a\x1b[31m\n1,x\n0,z\n", "y", r"the column 'a\\x1b\[31m' has control characters"),
+    ('{"y": 1, "a": ' + "[" * 9_000 + "]" * 9_000 + "}\n", "y", r"line 1 is not JSON \(maximum recursion"),
     ("y,a\n", "y", r"has no rows"),
     ('{"y": 1}\n{"y": \n', "y", r"line 2 is not JSON"),
     ("[1]\n", "y", r"line 1 is not a JSON object"),

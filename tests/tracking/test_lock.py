@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -183,19 +182,23 @@ def test_the_start_of_a_process_is_in_ticks() -> None:
     assert abs(psutil.boot_time() + seconds - psutil.Process().create_time()) < 2
 
 
-def comes_and_goes(folder: Path, begin: Barrier, results: Queue, number: int) -> None:
+def comes_and_goes(folder: Path, begin: Barrier, held: Path, seed: str, killed: bool) -> None:
     """Take the lock over, with a wait of random length before each operation on a file; hold it, and release it."""
-    random_ = random.Random(f"{folder} {number}")
+    random_ = random.Random(seed)
 
-    def waits(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def delayed(*args: Any, **options: Any) -> Any:
+    def delays(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def delayed(path: Path, *args: Any, **options: Any) -> Any:
             time.sleep(random_.choice((0, 0, 0.001, 0.01)))
-            return operation(*args, **options)
+            if killed and path.parent == folder and random_.random() < 0.02:
+                # Between creating a file and writing it too.
+                operation(path, *args, **options)
+                os._exit(0)
+            return operation(path, *args, **options)
 
         return delayed
 
     for name in ("open", "stat", "unlink", "touch"):
-        setattr(Path, name, waits(getattr(Path, name)))
+        setattr(Path, name, delays(getattr(Path, name)))
     mine = FolderLock(folder)
     begin.wait(60)
     for _ in range(3):
@@ -205,12 +208,31 @@ def comes_and_goes(folder: Path, begin: Barrier, results: Queue, number: int) ->
             continue
         start = time.monotonic()
         time.sleep(0.02)
-        results.put((start, time.monotonic()))
+        with held.open("a") as file:
+            file.write(f"{start} {time.monotonic()}\n")
         mine.release()
 
 
-def test_of_processes_that_take_over_at_the_same_time_one_holds_the_lock(tmp_path: Path) -> None:
+def hold_in_turns(folder: Path, killed: bool, seed: str = "") -> None:
+    """Let six processes come at the same time; check that they held the lock one after the other."""
     context = multiprocessing.get_context("fork")
+    begin = context.Barrier(6)
+    files = [folder.with_name(f"{folder.name}-{number}") for number in range(6)]
+    comers = [
+        context.Process(target=comes_and_goes, args=(folder, begin, file, f"{seed} {file.name}", killed))
+        for file in files
+    ]
+    for comer in comers:
+        comer.start()
+    for comer in comers:
+        comer.join(60)
+        assert comer.exitcode == 0
+    lines = (line for file in files if file.exists() for line in file.read_text().splitlines())
+    held = sorted(tuple(map(float, line.split())) for line in lines)
+    assert (held or killed) and all(end < start for (_, end), (start, _) in itertools.pairwise(held))
+
+
+def test_of_processes_that_take_over_at_the_same_time_one_holds_the_lock(tmp_path: Path) -> None:
     for chain in ("one", "killed while it took over", "unreadable"):
         folder = tmp_path / chain
         folder.mkdir()
@@ -222,16 +244,22 @@ def test_of_processes_that_take_over_at_the_same_time_one_holds_the_lock(tmp_pat
             left_behind(folder, 130, host="another", token="b")
         for path in folder.iterdir():
             os.utime(path, (0, 0))
-        begin, results = context.Barrier(6), context.Queue()
-        comers = [context.Process(target=comes_and_goes, args=(folder, begin, results, n)) for n in range(6)]
-        for comer in comers:
-            comer.start()
-        for comer in comers:
-            comer.join(60)
-            assert comer.exitcode == 0
-        held = sorted(results.get(timeout=10) for _ in range(results.qsize()))
-        assert held and all(end < start for (_, end), (start, _) in itertools.pairwise(held)), chain
+        hold_in_turns(folder, killed=False)
         assert not list(folder.iterdir()), chain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(30))
+def test_of_processes_that_are_killed_at_any_operation_one_holds_the_lock(seed: int, tmp_path: Path) -> None:
+    (folder := tmp_path / "run").mkdir()
+    left_behind(folder, 130, host="another", token="a")
+    hold_in_turns(folder, killed=True, seed=str(seed))
+    # What the killed ones left is taken over, at the latest when it is silent for too long.
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))
+    with FolderLock(folder):
+        assert not is_taken(folder)
+    assert not list(folder.iterdir())
 
 
 def test_a_process_that_was_silent_and_one_that_took_over(tmp_path: Path) -> None:
