@@ -12,10 +12,11 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -210,69 +211,65 @@ class LogReader:
         return {name for name, kinds in uses.items() if kinds == {True}} - text
 
     def _csv(self, text: bytes) -> pa.Table:
-        separator = self.separator.encode()
+        plain, separator = text, self.separator.encode()
         if len(separator) > 1:
             if _STAND_IN in text:
-                row = text[: text.index(_STAND_IN)].count(b"\n")
-                raise BadLineError(row, f"a control character (0x1f); {_REMEDY}")
-            plain, text = text, text.replace(separator, _STAND_IN)
-            separator = _STAND_IN
-        else:
-            plain = text
-        ragged: list[pyarrow.csv.InvalidRow] = []
-
-        def refuse(row: pyarrow.csv.InvalidRow) -> Literal["error", "skip"]:
-            ragged.append(row)
-            return "error"
-
-        def read(numeric: set[str]) -> pa.Table:
-            # Dictionaries are made later, at once: pyarrow's own, one for each block, take a quarter longer.
-            kinds = {name: pa.float64() if name in numeric else pa.string() for name in self._needed}
-            return pyarrow.csv.read_csv(
-                pa.BufferReader(text),
-                pyarrow.csv.ReadOptions(column_names=self.names, use_threads=False, block_size=_BLOCK_BYTES),
-                pyarrow.csv.ParseOptions(
-                    delimiter=separator.decode(),
-                    quote_char=self._quote.decode() if self._quote else False,
-                    newlines_in_values=self._quote is not None and self._quote in text,
-                    invalid_row_handler=refuse,
-                ),
-                pyarrow.csv.ConvertOptions(
-                    column_types=kinds,
-                    include_columns=[name for name in self.names if name in self._needed],
-                    null_values=self.schema.nulls,
-                    strings_can_be_null=True,
-                    decimal_point=self.schema.decimal,
-                ),
-            )
-
+                raise BadLineError(
+                    text.count(b"\n", 0, text.index(_STAND_IN)), f"a control character (0x1f); {_REMEDY}"
+                )
+            text, separator = text.replace(separator, _STAND_IN), _STAND_IN
         if not text[:_BLOCK_BYTES].strip() and not text.strip():
             return pa.table({})
         try:
-            return read(self._numeric)
+            return self._read_csv(text, separator, self._numeric)
         except pa.ArrowInvalid as error:
-            if ragged:
-                row = self._ragged_row(text, separator, ragged[0])
-                quotes = self._quote is not None and self._quote in text
-                hint = ", or set 'quote: null' in the schema if quotes are ordinary characters" if quotes else ""
-                raise BadLineError(
-                    self._line_of(plain, row),
-                    f"{ragged[0].actual_columns} fields, expected {ragged[0].expected_columns} between "
-                    f"{self.separator!r}: {', '.join(self.names[:4])}...; {_REMEDY}, quote fields that hold the "
-                    f"separator{hint}",
-                ) from error
+            if fault := self._ragged_row(plain, one_line(error)):
+                raise fault from error
             _check_utf8(plain)
             try:
-                return read(set())  # numbers are looked at one by one
+                return self._read_csv(text, separator, set())  # numbers are looked at one by one
             except pa.ArrowInvalid:
                 raise error from None
 
-    def _ragged_row(self, text: bytes, separator: bytes, ragged: pyarrow.csv.InvalidRow) -> int:
-        if ragged.number is not None:
-            return int(ragged.number) - 1
-        ends = self._row_ends(text)
-        fields = (text[start:end].count(separator) + 1 for start, end in zip((0, *ends), ends, strict=False))
-        return next((row for row, count in enumerate(fields) if count == ragged.actual_columns), 0)
+    def _read_csv(self, text: bytes, separator: bytes, numeric: set[str]) -> pa.Table:
+        # Dictionaries are made later, at once: pyarrow's own, one for each block, take a quarter longer.
+        kinds = {name: pa.float64() if name in numeric else pa.string() for name in self._needed}
+        return pyarrow.csv.read_csv(
+            pa.BufferReader(text),
+            pyarrow.csv.ReadOptions(column_names=self.names, use_threads=False, block_size=_BLOCK_BYTES),
+            pyarrow.csv.ParseOptions(
+                delimiter=separator.decode(),
+                quote_char=self._quote.decode() if self._quote else False,
+                newlines_in_values=self._quote is not None and self._quote in text,
+            ),
+            pyarrow.csv.ConvertOptions(
+                column_types=kinds,
+                include_columns=[name for name in self.names if name in self._needed],
+                null_values=self.schema.nulls,
+                strings_can_be_null=True,
+                decimal_point=self.schema.decimal,
+            ),
+        )
+
+    def _ragged_row(self, text: bytes, message: str) -> BadLineError | None:
+        """Return what is wrong with a row of too many or too few fields, which pyarrow's message counts; None if the
+        message is another one."""
+        found = re.search(r"(?:Row #(\d+): )?Expected (\d+) columns, got (\d+)", message)
+        if found is None:
+            return None
+        row, expected, actual = (int(number or 0) for number in found.groups())
+        if not row:
+            ends = self._row_ends(text)
+            rows = (text[start:end] for start, end in zip((0, *ends), ends, strict=False))
+            counts = (one.count(self.separator.encode()) + 1 for one in rows)
+            row = next((number for number, count in enumerate(counts, 1) if count == actual), 1)
+        quotes = self._quote is not None and self._quote in text
+        hint = ", or set 'quote: null' in the schema if quotes are ordinary characters" if quotes else ""
+        return BadLineError(
+            self._line_of(text, row - 1),
+            f"{actual} fields, expected {expected} between {self.separator!r}: {', '.join(self.names[:4])}...; "
+            f"{_REMEDY}, quote fields that hold the separator{hint}",
+        )
 
     def _json(self, text: bytes) -> pa.Table:
         if not text.strip():
@@ -332,19 +329,23 @@ class LogReader:
         def column(name: str) -> pa.ChunkedArray:
             return table.column(name) if name in table.column_names else pa.chunked_array([pa.nulls(len(table))])
 
+        def single(name: str) -> pa.ChunkedArray:
+            values.check_single(name, found := column(name))
+            return found
+
         if self.labelled:
             label = schema.label_in(self.names)
-            columns[CRITEO_LABEL] = pa.array(values.labels(label, column(label.column), decimal))
+            columns[CRITEO_LABEL] = pa.array(values.labels(label, single(label.column), decimal))
         by = schema.split.column if self.splits else None
         if by is not None and schema.split.by == "time":
             form = values.form_of_time(schema.columns, by)
-            columns[SPLIT] = pa.array(values.split_keys(by, column(by), form))
+            columns[SPLIT] = pa.array(values.split_keys(by, single(by), form))
         elif by is not None:
-            columns[SPLIT] = pa.array(values.split_codes(by, column(by), schema.split.values, SPLITS))
+            columns[SPLIT] = pa.array(values.split_codes(by, single(by), schema.split.values, SPLITS))
         for name, one in schema.columns.items():
             source = one.source or name
             if one.role == "keep":
-                found = values.kept(source, column(source), one.time)
+                found = values.kept(source, single(source), one.time)
                 columns[staged_name("keep", name)] = found
             elif one.role == "multi_hot":
                 bag, keep = values.bags(source, column(source), one.separator)
@@ -354,9 +355,9 @@ class LogReader:
                     columns[staged_name("weights", name)] = of_bag
             elif one.role == "dense" or one.transform is not None:
                 if (staged := staged_name("number", source)) not in columns:
-                    columns[staged] = values.numbers(source, column(source), decimal)
+                    columns[staged] = values.numbers(source, single(source), decimal)
             elif one.role == "categorical" and (staged := staged_name("text", source)) not in columns:
-                columns[staged] = values.texts(column(source))
+                columns[staged] = values.texts(single(source))
         return pa.table(columns)
 
     def segment(self, tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, Any]]:
@@ -565,4 +566,4 @@ def count_quotes(source: RawFile, reader: LogReader, piece_bytes: int) -> LogRea
         text = source.read(max(start - 1, 0), min(start + piece_bytes, source.size) - 1)
         total += count_bytes(text, quote)
         opened.append(total % 2 == 1)
-    return replace(reader, open_quotes=tuple(opened) if total else ())
+    return replace(reader, open_quotes=tuple(opened) if any(opened) else ())

@@ -264,6 +264,7 @@ def _transformed(
         found = quantile_bins(values, edges) / max(len(edges), 1)
     else:
         found = log_squared(values) if transform == "log_squared" else values
-    found = found.astype(np.float32)
+    with np.errstate(over="ignore"):  # the writer refuses infinite values
+        found = found.astype(np.float32)
     found[missing] = np.nan
     return found
