@@ -26,7 +26,7 @@ from datamodules.log_schema import log_schema
 from datamodules.preprocess import counting
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
-from datamodules.preprocess.protocols import SplitRule
+from datamodules.preprocess.splits import SplitRule
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 
