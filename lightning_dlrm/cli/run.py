@@ -118,7 +118,9 @@ def instantiate(command: str, parser: CommandParser, settings: Namespace) -> tup
     # Checkpoints keep it, so that the module can be built from them.
     built.model.configuration = json.loads(parser.dump(settings, format="json", skip_unset=False))["model"]
     trainer_settings = built.trainer.as_dict()
-    validate_trainer_settings(trainer_settings, settings.stop_at_auc)
+    # Other datamodules may give batches with groups.
+    grouped = getattr(built.data, "group", "") is not None
+    validate_trainer_settings(trainer_settings, settings.stop_at_auc, grouped)
     folder = RunFolder(Path())
     metrics_logger = checkpoints = None
     if command == "fit":

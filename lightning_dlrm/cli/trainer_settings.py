@@ -21,12 +21,13 @@ def as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
-def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | None) -> None:
+def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | None, grouped: bool) -> None:
     """Check the Trainer's arguments before it is built.
 
     Args:
         trainer: the arguments; callbacks are instances.
         stop_at_auc: the option.
+        grouped: whether validations report the AUC by group.
 
     Raises:
         UserError: a value is out of range, or does not work with this project.
@@ -59,9 +60,11 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
             "which hold the table rows as trained: set model.averaging.decay, such as 0.99, instead",
         )
         if isinstance(callback, EarlyStopping):
-            _check_monitor("EarlyStopping", [callback.monitor], callback.mode, trainer["limit_val_batches"])
+            _check_monitor("EarlyStopping", [callback.monitor], callback.mode, trainer["limit_val_batches"], grouped)
         if isinstance(callback, ReduceOnPlateau):
-            _check_monitor("ReduceOnPlateau", list(callback.weights), callback.mode, trainer["limit_val_batches"])
+            _check_monitor(
+                "ReduceOnPlateau", list(callback.weights), callback.mode, trainer["limit_val_batches"], grouped
+            )
 
 
 def check_early_stopping_after_validation(trainer: Namespace) -> None:
@@ -101,7 +104,9 @@ def check_processes(trainer: pl.Trainer, command: str) -> None:
     )
 
 
-def _check_monitor(callback: str, monitors: Sequence[str], mode: str, limit_val_batches: float | None) -> None:
+def _check_monitor(
+    callback: str, monitors: Sequence[str], mode: str, limit_val_batches: float | None, grouped: bool
+) -> None:
     """Check what a callback monitors; several metrics are a weighted sum.
 
     Raises:
@@ -112,6 +117,11 @@ def _check_monitor(callback: str, monitors: Sequence[str], mode: str, limit_val_
         f"trainer.callbacks: {callback} needs validations, and trainer.limit_val_batches is 0: leave one of them out",
     )
     modes = {f"{names.VALIDATION}/{metric}": mode for metric, mode in names.BETTER.items()}
+    by_group = f"{names.VALIDATION}/{names.GROUP_AUC}"
+    require(
+        grouped or by_group not in monitors,
+        f"trainer.callbacks: {callback}'s monitor is {by_group}, and no column is given to group by: give --data.group",
+    )
     for monitor in monitors:
         require(
             monitor in modes,

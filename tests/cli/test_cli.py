@@ -296,6 +296,7 @@ def test_a_profiler_is_heard_and_kept_in_the_configuration(caplog: pytest.LogCap
         ("--trainer.callbacks=WeightAveraging", "set model.averaging.decay"),
         (f"{STOP_EARLY}validation/loss", "EarlyStopping's monitor is validation/loss; expected one of validation/auc"),
         (f"{STOP_EARLY}validation/calibration", "EarlyStopping's monitor is validation/calibration; expected one of"),
+        (f"{STOP_EARLY}validation/group_auc --trainer.callbacks.mode=max", "no column is given to group by"),
         (f"{STOP_EARLY}validation/auc", "EarlyStopping's mode is min, and of validation/auc more is better"),
         (
             f"{STOP_EARLY}validation/log_loss --trainer.callbacks.mode=max",

@@ -82,6 +82,13 @@ def test_from_a_fit_to_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     assert "test/group_auc" not in json.loads(Path("a/test.json").read_text())
 
 
+def test_a_fit_can_stop_by_the_auc_by_group(capsys: pytest.CaptureFixture[str]) -> None:
+    stop = "--trainer.callbacks={class_path: EarlyStopping, init_args: {monitor: validation/group_auc, mode: max}}"
+    more = ["--trainer.callbacks.stopping_threshold=0.01", "--trainer.max_epochs=9"]
+    assert main(fit("a", "--data.group", "user", stop, *more)) == 0
+    assert "validation/group_auc has reached the threshold 0.01" in capsys.readouterr().out
+
+
 def test_a_column_that_is_not_kept_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (fit("a", "--data.group", "C1"), ["params", *fit("a", "--data.group", "C1")[1:]]):
         assert main(command) == 2
