@@ -1,6 +1,7 @@
 """Click logs in a dataset folder as a LightningDataModule: the base of all datamodules of this package."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import pytorch_lightning as pl
 
 from datamodules.folder import Folder, check_sizes, load_schema, part_files
 from datamodules.parquet import open_part, read_beside, read_slices
+from datamodules.preprocess.workers import usable_cores
 from datamodules.stream.loader import Cache, Loader, TrainingLoader, require_kept
 from datamodules.stream.order import LANES, Shuffle
 from lightning_dlrm.contracts.errors import UserError, require
@@ -45,7 +47,8 @@ class FolderData(pl.LightningDataModule):
             files.
         cache: `memory` to decode the rows once and keep them: 157 bytes a row for Criteo's columns; every rank keeps
             the whole training split. It is refused if the rows do not fit. `none` to decode them in every epoch.
-        threads: Threads that decode. One is enough for training on a CPU; a GPU may need more.
+        threads: Threads that decode; by default one for training on a CPU, where it is enough, and for a GPU half of
+            the cores of each rank, at most 8.
         verify: Compare the checksums of the pages that are read, which takes about 5% of the reader's speed.
         seed: Seed of the orders of `window` and `full`; by default that of seed_everything, or 0 from Python.
         predict_split: The split that predict scores; `all` is train, validation and test, one after the other.
@@ -63,14 +66,15 @@ class FolderData(pl.LightningDataModule):
         evaluation_batch_size: int = 16_384,
         shuffle: Shuffle = "window",
         cache: Cache = "none",
-        threads: int = 1,
+        threads: int | None = None,
         verify: bool = True,
         seed: int | None = None,
         predict_split: Literal["train", "validation", "test", "all"] = "test",
         group: str | None = None,
     ) -> None:
         super().__init__()
-        counts = {"batch_size": batch_size, "evaluation_batch_size": evaluation_batch_size, "threads": threads}
+        counts = {"batch_size": batch_size, "evaluation_batch_size": evaluation_batch_size}
+        counts |= {} if threads is None else {"threads": threads}
         for name, count in counts.items():
             require(count >= 1, f"data: {name} is {count}; give at least 1")
         require(
@@ -80,7 +84,8 @@ class FolderData(pl.LightningDataModule):
         self.folder = Folder(folder)
         self.batch_size, self.evaluation_batch_size, self.shuffle = batch_size, evaluation_batch_size, shuffle
         self.seed, self.predict_split, self.group = seed or 0, predict_split, group
-        self._reading = {"cache": cache, "threads": threads, "verify": verify}
+        self._threads = threads
+        self._reading = {"cache": cache, "verify": verify}
         self._schema: DatasetSchema | None = None
 
     @property
@@ -157,7 +162,8 @@ class FolderData(pl.LightningDataModule):
             batch_size=self.batch_size,
             **self._loader_options(),
         )
-        loader.limit_epoch(self._limited_batches(len(loader)))
+        batches = self._limited_batches(len(loader))
+        loader.limit_epoch(batches, self._epochs(batches))
         self._warn_of_uneven_ranks(loader)
         return loader
 
@@ -202,6 +208,16 @@ class FolderData(pl.LightningDataModule):
         limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
         return min(limit, batches) if isinstance(limit, int) else int(batches * limit)
 
+    def _epochs(self, batches: int) -> float:
+        """Return how many epochs of so many batches the trainer begins; infinite if its settings do not say, and 0
+        without a trainer."""
+        trainer = self.trainer
+        if trainer is None:
+            return 0
+        epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        steps = math.ceil(batches / trainer.accumulate_grad_batches)
+        return min(epochs, math.ceil(trainer.max_steps / max(steps, 1))) if trainer.max_steps >= 0 else epochs
+
     def _evaluation_loader(self, splits: Sequence[SplitName], **options: Any) -> Loader:
         self._require(splits)
         options |= self._loader_options()
@@ -210,12 +226,16 @@ class FolderData(pl.LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         rank, world = self._rank_and_world
         trainer = self.trainer
+        on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
+        copies = 1 if trainer is None else -(-world // trainer.num_nodes)
+        threads = max(1, min(8, usable_cores() // (2 * copies))) if on_gpu else 1
         return {
             **self._reading,
             "rank": rank,
             "world": world,
-            "pin": trainer is not None and trainer.strategy.root_device.type == "cuda",
-            "copies": 1 if trainer is None else -(-world // trainer.num_nodes),
+            "threads": self._threads or threads,
+            "pin": on_gpu,
+            "copies": copies,
         }
 
     def _to_generate(self) -> DatasetSchema | None:

@@ -31,9 +31,9 @@ COMMANDS = {
     "plan": "show which rank would hold which table rows, and what the ranks would send",
     "compare": "train configurations with several seeds, or take finished runs, and show which is better",
     "checkpoint": "show what a checkpoint holds, write it in other pieces, or import one of facebookresearch/dlrm",
-    "preprocess": "turn raw Criteo TSV files into a dataset folder",
+    "preprocess": "turn raw click logs into a dataset folder, or write a schema of a log (--infer)",
     "inspect": "show what a dataset folder holds; --verify compares every checksum",
-    "generate": "write generated data: a dataset folder, or raw TSV",
+    "generate": "write generated data: a dataset folder, or raw logs",
     "dashboard": "save a W&B workspace and report of a project's or group's runs",
     "bench": "measure the speed of a part of this project on this machine",
 }

@@ -9,7 +9,8 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, Literal
 
-from datamodules.preprocess.sniffing import Sample, Value, is_number
+from datamodules.preprocess.dialect import is_number
+from datamodules.preprocess.sniffing import Sample, Value
 
 Kind = Literal["empty", "boolean", "integer", "number", "text", "time", "list", "numbers", "object"]
 """``list`` is a list of categories, ``numbers`` a list of numbers with fractions."""
@@ -179,7 +180,7 @@ def _time_format(facts: Facts) -> str | None:
     """Return how text or whole numbers are times; None if they are not."""
     if facts.kind == "text":
         values = list(facts.counts)[:_VALUES_PARSED]
-        if all(_ISO.fullmatch(value) for value in values):
+        if all(_is_iso(value) for value in values):
             return "iso"
         return next((form for form in _TIME_FORMATS if _all_parse(values, form)), None)
     if facts.kind != "integer":
@@ -197,6 +198,17 @@ def _time_format(facts: Facts) -> str | None:
         if all(_UNIX_RANGE[0] <= value / scale <= _UNIX_RANGE[1] for value in facts.counts):
             return name
     return None
+
+
+def _is_iso(value: str) -> bool:
+    # fromisoformat also takes 20240101, which may be an id.
+    if not _ISO.fullmatch(value):
+        return False
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _all_parse(values: Iterable[str], form: str) -> bool:

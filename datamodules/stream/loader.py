@@ -125,15 +125,14 @@ class Loader:
             f"{available / 2**30:.1f} GiB are free: set data.cache to none",
         )
 
-    def _iterate(self, order: Order, first: int) -> "BackgroundIterator":
+    def _iterate(self, order: Order, first: int, last: int | None = None) -> "BackgroundIterator":
         def batches() -> Generator[list[Batch], None, None]:
             # Set to None, because another iteration may begin before this one ends.
             buffer, self._spare_buffer = self._spare_buffer, None
             source, table_rows = self._source(order, buffer), self.schema.features.table_rows
             try:
-                for several in read_batches(
-                    source, order, first=first, rank=self._rank, world=self._world, rows=self._rows
-                ):
+                ranks = {"rank": self._rank, "world": self._world}
+                for several in read_batches(source, order, first=first, last=last, rows=self._rows, **ranks):
                     for batch in several:
                         # The decoder has checked every value.
                         batch.checked_table_rows = table_rows
@@ -190,7 +189,8 @@ class Loader:
 class TrainingLoader(Loader):
     """A loader with an order for every epoch, and a position in them that a run resumes from.
 
-    An iteration starts at the position and ends with the epoch; the next iteration serves the next epoch.
+    An iteration starts at the position and ends with the epoch; the next iteration serves the next epoch, which is read
+    as soon as the last batch of this one has been read, if ``limit_epoch`` says that it is wanted.
     ``state_dict`` holds the position, so that a run resumes with the next batch, on any number of ranks. Global batch k
     holds the same rows on any number of ranks.
 
@@ -215,7 +215,10 @@ class TrainingLoader(Loader):
         self._shuffle: Shuffle = shuffle
         self._seed = seed
         self._epoch_batches = len(self)
+        self._epochs = 0.0
         self._epoch = self._batch = 0
+        self._next_epoch: tuple[int, BackgroundIterator] | None = None
+        """The epoch after the one that is served, and its batches from the first on."""
         self.wait_seconds = 0.0
         """Time that the training loop has waited for batches since the loader was made."""
         self.prefetch: Callable[[Batch], None] | None = None
@@ -224,13 +227,26 @@ class TrainingLoader(Loader):
     def __iter__(self) -> Iterator[Batch]:
         if self._batch >= self._epoch_batches:
             self._epoch, self._batch = self._epoch + 1, 0
-        order = self._order(self._shuffle, self._seed, self._epoch)
-        # Decoding starts now, not at the first batch.
-        return self._count(self._iterate(order, self._batch), self._epoch, self._batch)
+        begun, self._next_epoch = self._next_epoch, None
+        if begun is not None and begun[0] == self._epoch and self._batch == 0:
+            source = begun[1]
+        else:
+            # Decoding starts now, not at the first batch.
+            source = self._begin(self._epoch, self._batch)
+        return self._count(source, self._epoch, self._batch)
 
-    def limit_epoch(self, batches: int) -> None:
-        """End every epoch after so many batches, like a trainer that takes fewer than there are."""
-        self._epoch_batches = batches
+    def limit_epoch(self, batches: int, epochs: float = 0) -> None:
+        """End every epoch after so many batches, like a trainer that takes fewer than there are.
+
+        Args:
+            batches: of an epoch.
+            epochs: number of epochs that are wanted; no other epoch is read before it is asked for.
+        """
+        self._epoch_batches, self._epochs = batches, epochs
+
+    def _begin(self, epoch: int, first: int) -> "BackgroundIterator":
+        order = self._order(self._shuffle, self._seed, epoch)
+        return self._iterate(order, first, min(self._epoch_batches, order.batches))
 
     def rank_shares(self, world: int) -> np.ndarray:
         """Return the share of an epoch's rows that each rank serves, float64 [world]."""
@@ -240,7 +256,7 @@ class TrainingLoader(Loader):
         # Any rank may need any row in some epoch.
         return 0, sum(file.rows for file in self._files)
 
-    def _count(self, source: Iterator[Batch], epoch: int, first: int) -> Iterator[Batch]:
+    def _count(self, source: "BackgroundIterator", epoch: int, first: int) -> Iterator[Batch]:
         upcoming: Batch | None = None
         for index in range(first, self._epoch_batches):
             start = time.perf_counter()
@@ -249,6 +265,8 @@ class TrainingLoader(Loader):
             self.wait_seconds += time.perf_counter() - start
             if self.prefetch is not None and upcoming is not None:
                 self.prefetch(upcoming)
+            if source.is_read and self._next_epoch is None and epoch + 1 < self._epochs:
+                self._next_epoch = epoch + 1, self._begin(epoch + 1, 0)
             self._epoch, self._batch = epoch, index + 1
             yield batch
 
@@ -296,10 +314,15 @@ class BackgroundIterator:
     def __init__(self, source: Callable[[], Generator[list[Any], None, None]], ahead: int, bytes_ahead: int) -> None:
         self._queue = _Queue(ahead, bytes_ahead)
         self._taken: deque[Any] = deque()
-        thread = threading.Thread(target=_produce, args=(source, self._queue), name="batch reader", daemon=True)
-        thread.start()
+        self._thread = threading.Thread(target=_produce, args=(source, self._queue), name="batch reader", daemon=True)
+        self._thread.start()
         # Also runs before the interpreter ends, because a thread inside pyarrow would crash then.
-        self._finalizer = weakref.finalize(self, _stop, thread, self._queue)
+        self._finalizer = weakref.finalize(self, _stop, self._thread, self._queue)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the thread has ended: every item is there, or an error."""
+        return not self._thread.is_alive()
 
     def __iter__(self) -> "BackgroundIterator":
         return self

@@ -271,7 +271,14 @@ def batches_at_once(order: Order, world: int) -> int:
 
 
 def read_batches(
-    source: Source, order: Order, *, first: int = 0, rank: int = 0, world: int = 1, rows: bool = False
+    source: Source,
+    order: Order,
+    *,
+    first: int = 0,
+    last: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    rows: bool = False,
 ) -> Generator[list[Batch], None, None]:
     """Yield a rank's slices of the global batches of an order; those that are fetched together, in one list.
 
@@ -279,15 +286,16 @@ def read_batches(
         source: of the rows of ``order``.
         order: of one epoch.
         first: the first global batch to read.
+        last: the global batch at which to end; None for the end of the order.
         rank, world: the rank whose slices are served, and the world size.
         rows: fill ``Batch.rows``.
 
     Raises:
         UserError: a file is missing, altered or cannot be decoded.
     """
-    at_once = batches_at_once(order, world)
-    for block in range(first, order.batches, _BOUNDS_AT_ONCE):
-        until = min(block + _BOUNDS_AT_ONCE, order.batches)
+    at_once, last = batches_at_once(order, world), order.batches if last is None else last
+    for block in range(first, last, _BOUNDS_AT_ONCE):
+        until = min(block + _BOUNDS_AT_ONCE, last)
         bounds = order.bounds(block, until, rank, world)
         lower = order.slice_starts(block, until, rank, world).tolist()
         for start in range(0, len(bounds), at_once):

@@ -195,14 +195,10 @@ class CTRModule(pl.LightningModule):
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             # A gradient scaler would unscale the dense gradients and pass over the tables' rows.
             raise UserError("precision 16-mixed scales the loss, which table rows do not support; use bf16-mixed")
+        Ranks().run_on_all_ranks(self._require_one_process)
         require(
             self.trainer.world_size <= 1 or all(lookup.placement.is_sharded for lookup in self.network.lookups()),
             "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp",
-        )
-        require(
-            self.trainer.world_size <= 1 or not any(lookup.dense_gradients for lookup in self.network.lookups()),
-            f"tables.dense_gradients trains in one process, and there are {self.trainer.world_size}: set "
-            "trainer.devices and trainer.num_nodes to 1, or leave tables.dense_gradients out",
         )
         optimizer = self.make_optimizer(self.network)
         name = f"the schedule {schedule_name(self.schedule)}"
@@ -212,6 +208,17 @@ class CTRModule(pl.LightningModule):
             self.schedule, optimizer, lambda: 1 << 40 if is_try else planned_steps(self.trainer, name)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _require_one_process(self) -> None:
+        """
+        Raises:
+            UserError: tables have dense gradients, which no other rank would get.
+        """
+        require(
+            self.trainer.world_size <= 1 or not any(lookup.dense_gradients for lookup in self.network.lookups()),
+            f"tables.dense_gradients trains in one process, and there are {self.trainer.world_size}: set "
+            "trainer.devices and trainer.num_nodes to 1, or leave tables.dense_gradients out",
+        )
 
     def make_optimizer(self, network: CTRNetwork) -> CTROptimizer:
         """Return the optimizer of a network that ``make_network`` made."""

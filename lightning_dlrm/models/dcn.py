@@ -170,6 +170,13 @@ class MixtureCross(CrossNetwork):
             "gates": 2 / (self.features + 1),
         }
 
+    def xavier_variances(self) -> dict[str, float]:
+        """Return the variances of FuxiCTR, which takes each stack of matrices as one convolution."""
+        _, experts, features, rank = self.up.shape
+        outer = 2 / ((features + experts) * rank)
+        inner = 2 / ((rank + experts) * rank)
+        return {**self.initial_variances(), "up": outer, "down": outer, "core": inner}
+
     def multiply_adds(self) -> int:
         _, experts, features, rank = self.up.shape
         return self.layers * (experts * (2 * features * rank + rank**2 + 2 * features) + features)

@@ -183,7 +183,7 @@ class EmbeddingTables(nn.Module):
 
     def _look_up(self, ids: SparseIds, pooled: bool) -> Tensor:
         if self.dense_gradients and not self.placement.is_sharded:
-            return look_up(self.weight, self.placement.source(self, ids, pooled).request, "plain")[0]
+            return look_up_plain(self.weight, self.placement.source(self, ids, pooled).request)[0]
         # Lookups run eagerly: torch.compile of a whole network breaks the graph here.
         apply = torch.compiler.disable(_Lookup.apply) if torch.compiler.is_compiling() else _Lookup.apply
         vectors_BD: Tensor = apply(self.weight, ids.weights if pooled else None, ids, self, pooled)
@@ -373,22 +373,27 @@ def look_up(weight_RD: Tensor, request: RowRequest, kernels: Kernels) -> tuple[T
     if chosen == "native" and values.dtype == row_offsets_F.dtype == torch.int32:
         vectors_BD, rows_N, bag_N = native.lookup(weight_RD, values, offsets, row_offsets_F, factors)
         return vectors_BD, rows_N, None if offsets is None else bag_N
-    rows_N, bags = request.rows_and_bags()
-    factors_N = None if factors is None else factors.reshape(-1)
     if chosen == "triton":
         # Builds of torch for CPUs come without Triton.
         from lightning_dlrm.kernels import fused
 
-        return fused.lookup(weight_RD, values.reshape(-1), row_offsets_F, offsets, factors_N), rows_N, bags
-    if factors_N is not None:
-        factors_N = factors_N.to(weight_RD.dtype)
-    if offsets is None:
+        factors_N = None if factors is None else factors.reshape(-1)
+        vectors_BD = fused.lookup(weight_RD, values.reshape(-1), row_offsets_F, offsets, factors_N)
+        return vectors_BD, *request.rows_and_bags()
+    return look_up_plain(weight_RD, request)
+
+
+def look_up_plain(weight_RD: Tensor, request: RowRequest) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sum the rows of each bag as ``look_up`` does, by operators of torch, through which gradients flow."""
+    rows_N, bags = request.rows_and_bags()
+    factors_N = None if request.factors is None else request.factors.reshape(-1).to(weight_RD.dtype)
+    if request.offsets is None:
         vectors_BD = gather_rows(weight_RD, rows_N)
         return vectors_BD if factors_N is None else vectors_BD * factors_N[:, None], rows_N, bags
     vectors_BD = functional.embedding_bag(
         rows_N,
         weight_RD,
-        offsets.to(rows_N.dtype),
+        request.offsets.to(rows_N.dtype),
         mode="sum",
         per_sample_weights=factors_N,
         include_last_offset=True,

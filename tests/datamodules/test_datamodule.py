@@ -15,6 +15,7 @@ from datamodules import clicks
 from datamodules import writer as writing
 from datamodules.criteo import Criteo, CriteoKaggle, CriteoTerabyte
 from datamodules.generate.demo import DemoSettings, demo_folder
+from datamodules.preprocess.workers import usable_cores
 from datamodules.stream.loader import TrainingLoader
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.batch import Batch
@@ -244,9 +245,13 @@ def test_batches_are_pinned_where_the_trainer_is_on_a_gpu(folder: Path, monkeypa
             world_size=1,
             num_nodes=1,
             limit_train_batches=1.0,
+            max_epochs=1,
+            max_steps=-1,
+            accumulate_grad_batches=1,
             strategy=SimpleNamespace(root_device=torch.device(device)),
         )
         assert len(list(data.train_dataloader())) == 11 and len(pinned) == count
+        assert data._loader_options()["threads"] == max(1, min(8, usable_cores() // 2) if count else 1)
 
 
 @pytest.mark.parametrize("name", ["batch_size", "evaluation_batch_size", "threads"])

@@ -60,6 +60,7 @@ FEW = [f"v{row * row % 11}" for row in range(N)]
         ("y,a\n1,München\n0,z\n".encode("cp1252"), Form(format="csv", encoding="cp1252")),
         ("y,a\n1,日本\n0,z\n".encode(), Form(format="csv")),
         ('{"y": 1}\n{"y": 0, "a": [1]}\n', Form(format="jsonl")),
+        ('{"y": 1}\n{"y": 0, "a": "é"}\n'.encode("cp1252"), Form(format="jsonl", encoding="cp1252")),
     ],
 )
 def test_forms(text: str | bytes, form: Form, tmp_path: Path) -> None:
@@ -125,6 +126,7 @@ def test_roles_and_transforms(tmp_path: Path) -> None:
         ([1700000000000, 1700000060000], "time_ms", "unix_ms"),
         ([20220421, 20220508], "date", "%Y%m%d"),
         ([2014102100, 2014102123], "hour", "%Y%m%d%H"),
+        (["2024-02-30", "2024-01-01"], "date", None),
         ([400, 2300], "hourmin", None),
         ([978300613, 978300000], "user_id", None),
     ],
@@ -155,7 +157,9 @@ def test_splits_of_files_and_columns(tmp_path: Path) -> None:
     split = read_log_schema(tmp_path / "files.yaml").split
     assert split.values == {"train": ("train.csv",), "validation": ("valid.csv",), "test": ("test.csv",)}
     text = rows("y,a,fold", LABELS, FEW, [("train", "val")[row % 5 == 0] for row in range(N)])
-    assert inferred(tmp_path, text).split.values == {"train": ("train",), "validation": ("val",)}
+    schema = inferred(tmp_path, text)
+    assert schema.split.values == {"train": ("train",), "validation": ("val",)}
+    assert schema.columns["fold"].role == "leave"
 
 
 def test_json_lists_weights_and_names_that_need_care(tmp_path: Path) -> None:
@@ -237,8 +241,12 @@ MISTAKES: list[tuple[str | bytes, str | None, str]] = [
         "y",
         r"has no header: its first line is '1,4,x'; name its 3 columns, such as --columns c1,c2,c3",
     ),
+    ("\t".join(["1"] * 40) + "\n", "y", r"name its 40 columns.*Criteo's own files need no schema"),
     ("alone\n1\n0\n", "alone", r"no separator found"),
     ("", "y", r"is empty"),
+    ("y,a\n1,x\n0,z\n".encode("utf-16-be"), "y", r"has null bytes; expected text: if it is UTF-16"),
+    ("y,a\x1b[31m\n1,x\n0,z\n", "y", r"the column 'a\\x1b\[31m' has control characters"),
+    ('{"y": 1, "a": ' + "[" * 9_000 + "]" * 9_000 + "}\n", "y", r"line 1 is not JSON \(maximum recursion"),
     ("y,a\n", "y", r"has no rows"),
     ('{"y": 1}\n{"y": \n', "y", r"line 2 is not JSON"),
     ("[1]\n", "y", r"line 1 is not a JSON object"),

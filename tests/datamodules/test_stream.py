@@ -532,6 +532,47 @@ def test_processes_together_serve_what_one_serves_and_read_the_data_once(
     assert set(decoded) == set(range(groups)) and len(decoded) <= groups + world - 1
 
 
+@pytest.mark.parametrize("limit", [None, 5])
+@pytest.mark.parametrize("shuffle", ["window", "none"])
+def test_the_next_epoch_is_read_as_soon_as_this_one_has_been(
+    wide: tuple[Path, DatasetSchema], limit: int | None, shuffle: Any
+) -> None:
+    folder, schema = wide
+
+    def loader(epochs: float) -> TrainingLoader:
+        made = TrainingLoader(folder, schema, ["train"], shuffle=shuffle, seed=3, batch_size=97)
+        made.limit_epoch(len(made) if limit is None else limit, epochs)
+        return made
+
+    def content(batch: Batch) -> list[list[float]]:
+        assert batch.label is not None
+        return [part.nan_to_num(-9).tolist() for part in (batch.label, batch.dense, batch.ids.values)]
+
+    plain, ahead = loader(0), loader(3)
+    for _ in range(3):
+        assert [content(batch) for batch in ahead] == [content(batch) for batch in plain]
+    assert plain.state_dict() == ahead.state_dict() and ahead._next_epoch is None
+
+    begun, ahead = list[tuple[int, int]](), loader(2)
+    begin = ahead._begin
+    ahead._begin = lambda *where: (begun.append(where), begin(*where))[1]  # type: ignore[method-assign]
+    batches = iter(ahead)
+    next(batches)
+    while any(thread.name == "batch reader" for thread in threading.enumerate()):
+        time.sleep(0.01)
+    next(batches)
+    assert begun == [(0, 0), (1, 0)]
+    list(batches)
+    list(ahead)
+    assert begun == [(0, 0), (1, 0)]
+    # A position in another epoch does not take batches that were read ahead.
+    other, ahead = loader(0), loader(9)
+    list(ahead)
+    for moved in (other, ahead):
+        moved.load_state_dict(plain.state_dict() | {"epoch": 7, "batch": 2})
+    assert content(next(iter(ahead))) == content(next(iter(other)))
+
+
 def test_epochs_that_a_trainer_cuts_short_resume_alike(wide: tuple[Path, DatasetSchema]) -> None:
     undisturbed = training_loader(wide)
     undisturbed.limit_epoch(4)

@@ -97,6 +97,12 @@ def test_memory_counts_gradients_and_state_of_whole_tables(tmp_path: Path, monke
     assert "\n" not in str(error.value) and "embedding_sharded_ddp" not in str(error.value)
 
 
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pl.Trainer, "world_size", property(lambda trainer: 2))
+    with pytest.raises(UserError, match=r"dense_gradients trains in one process, and there are 2: set trainer.devices"):
+        trainer_of(tmp_path).fit(module_of(), ToyData())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
