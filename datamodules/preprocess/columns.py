@@ -9,7 +9,8 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, Literal
 
-from datamodules.preprocess.sniffing import Sample, Value, is_number
+from datamodules.preprocess.dialect import is_number
+from datamodules.preprocess.sniffing import Sample, Value
 
 Kind = Literal["empty", "boolean", "integer", "number", "text", "time", "list", "numbers", "object"]
 """``list`` is a list of categories, ``numbers`` a list of numbers with fractions."""

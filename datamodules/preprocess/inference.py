@@ -101,6 +101,8 @@ def _infer(name: str, label: SampledLabel, facts: Sequence[Facts], sample: Sampl
         + "; ".join(f"{column}: {choice.reason}" for column, choice in list(choices.items())[:5]),
     )
     split, reason = _split(facts, choices, label, sample, inputs)
+    if split["by"] == "column":
+        choices[split["column"]] = Choice(settings={"role": "leave"}, reason="names the split of each row")
     return _Inferred(name=name, label=label, facts=facts, choices=choices, split=split, split_reason=reason)
 
 
@@ -150,7 +152,7 @@ def _split(
             return {"by": "time", "column": column.name, "ratios": list(_RATIOS)}, "later rows test, as in use"
     return (
         {"by": "random", "seed": 0, "ratios": list(_RATIOS)},
-        "no time in every row divides them; if they are in the order of time, {by: position, ratios: [0.8, 0.1, 0.1]}",
+        "no time splits them; if they are in the order of time, {by: position, ratios: [0.8, 0.1, 0.1]}",
     )
 
 
@@ -169,7 +171,7 @@ def _splits_labels(time: Facts, label: SampledLabel, sample: Sample) -> bool:
 
 
 def _split_names(names: Sequence[str], whole: bool) -> dict[str, list[str]] | None:
-    """Sort names into splits; None if one is in none, or train or a held-out split has none."""
+    """Sort names into splits; None if a name is not that of a split, or training or validation rows have none."""
     found: dict[str, list[str]] = {}
     for name in names:
         words = {name.lower()} if whole else set(re.findall(r"[a-z]+", name.lower()))

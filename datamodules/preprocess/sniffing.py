@@ -4,10 +4,7 @@ Of large files of text, parts at even distances are read, because a log is often
 beginning. Nothing here imports torch.
 """
 
-import csv
-import io
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamodules.folder import failures_as_user_errors, file_system, is_remote
+from datamodules.preprocess.dialect import decimal_of, fields_of, find_separator, has_header, nulls_of
 from datamodules.preprocess.sources import RawFile, find_files
 from lightning_dlrm.contracts.documents import printable
 from lightning_dlrm.contracts.errors import UserError, one_line, require
@@ -30,24 +28,11 @@ _SAMPLE_BYTES = 8 << 20  # of text, over all files
 _SAMPLE_ROWS = 50_000  # of Parquet
 _MOST_FILES = 8
 _PIECES = 8  # of a large file
-_LINES_OF_SEPARATOR = 200
 
-_SEPARATORS = ("\t", ";", "::", "|", ",")
-"""In the order in which they are taken if several split all lines into equally many fields."""
+
 _BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 _CRITEO = "; Criteo's own files need no schema: preprocess --dataset kaggle --protocol dlrm"
-
-_SURE_NULLS = ("\\N", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", "N/A")
-"""Texts that mean a missing value in any column."""
-_NUMERIC_NULLS = ("NA", "None", "none", "-", "?", ".")
-"""Texts that mean a missing value if all other values of their column are numbers."""
-
-_NUMBER = {
-    ".": re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"),
-    ",": re.compile(r"[+-]?(\d+,?\d*|,\d+)([eE][+-]?\d+)?"),
-}
-_LEADING_ZERO = re.compile(r"[+-]?0\d")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +71,6 @@ class _Piece:
     text: bytes
     at_start: bool
     at_end: bool
-
-
-def is_number(text: str, decimal: str = ".") -> bool:
-    """Return whether a text is a number; one with leading zeros is not, because it is the text of an id.
-
-    >>> is_number("-1.5e3"), is_number("7,93", ","), is_number("007"), is_number("1,000")
-    (True, True, False, False)
-    """
-    return bool(_NUMBER[decimal].fullmatch(text)) and not _LEADING_ZERO.match(text)
 
 
 def read_sample(paths: Sequence[str], names: Sequence[str] | None = None) -> Sample:
@@ -238,73 +214,14 @@ def _json_columns(pieces: Sequence[_Piece]) -> tuple[Form, dict[str, list[Value]
     return Form(format="jsonl", encoding=encoding), columns
 
 
-def _fields(text: str, separator: str, quote: str | None = '"') -> Iterator[tuple[int, list[str]]]:
-    """Yield the number of the last line of each row, and the row's fields; a longer separator cannot be quoted."""
-    if len(separator) > 1 or quote is None:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.rstrip("\r"):
-                yield number, line.rstrip("\r").split(separator)
-        return
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quotechar=quote)
-    try:
-        for row in reader:
-            if row:
-                yield reader.line_num, row
-    except csv.Error as error:
-        raise UserError(f"line {reader.line_num}: {one_line(error)}; correct the quotes of this line") from error
-
-
-def find_separator(text: str) -> tuple[str, str | None]:
-    r"""Return what separates the fields of a text, and what quotes them; None if quotes are ordinary characters.
-
-    The separator is the one that splits the first lines into the most fields, equally many in each.
-
-    >>> find_separator("a;b\n1,5;2\n"), find_separator("1::2::3\n4::5::6\n"), find_separator('a,b\n"x,y",1\n')
-    ((';', '"'), ('::', '"'), (',', '"'))
-    >>> find_separator('a\tb\n"x\t1\ny\t2\n')
-    ('\t', None)
-
-    Raises:
-        UserError: there is no such separator.
-    """
-    start = "".join(text.splitlines(keepends=True)[:_LINES_OF_SEPARATOR])
-    quoted, plain = _best_separator(start, '"'), _best_separator(start, None)
-    # A single quote that is an ordinary character joins lines.
-    joined = plain[0] == 1 and quoted[1:3] == plain[1:3] and quoted[3] < plain[3]
-    quote = '"' if (quoted[0] == 1 or plain[0] < 1) and not joined else None
-    share, _, separator, _ = plain if quote is None else quoted
-    # If some rows have other numbers of fields, the message about them names their lines.
-    require(
-        share > 0.5,
-        f"no separator found: expected one of {', '.join(map(repr, _SEPARATORS))} between fields, equally many in each "
-        "line",
-    )
-    return separator, quote
-
-
-def _best_separator(text: str, quote: str | None) -> tuple[float, int, str, int]:
-    """Return the separator that splits a text best, the first of equals.
-
-    Returns:
-        The share of rows with the common number of fields, this number, the separator, and the number of rows.
-    """
-    found: list[tuple[float, int, str, int]] = [(0.0, 0, "", 0)]
-    for separator in _SEPARATORS:
-        counts = [len(row) for _, row in _fields(text, separator, quote)]
-        common = max(set(counts), key=counts.count, default=1)
-        if common > 1:
-            found.append((counts.count(common) / len(counts), common, separator, len(counts)))
-    return max(found, key=lambda one: (one[0] == 1, one[1] if one[0] == 1 else one[0]))
-
-
 def _csv_columns(pieces: Sequence[_Piece], names: Sequence[str] | None) -> tuple[Form, dict[str, list[Value]]]:
     encoding = _encoding(pieces)
     path = pieces[0].path
     with _naming(path):
         separator, quote = find_separator(_whole_lines(pieces[0], encoding))
     firsts, rows = _rows(pieces, encoding, separator, quote)
-    decimal = _decimal([*firsts.values(), *rows], separator)
-    header = _has_header(firsts[path], rows or list(firsts.values())[1:], decimal)
+    decimal = decimal_of([*firsts.values(), *rows], separator)
+    header = has_header(firsts[path], rows or list(firsts.values())[1:], decimal)
     if header:
         require(names is None, f"{path} has a header, {separator.join(firsts[path])[:80]!r}; leave --columns out")
         names = firsts[path]
@@ -319,7 +236,7 @@ def _csv_columns(pieces: Sequence[_Piece], names: Sequence[str] | None) -> tuple
     _check_names(path, names, firsts[path], separator)
     assert names is not None
     columns = {name: [row[number] for row in rows] for number, name in enumerate(names)}
-    nulls = _nulls(columns, decimal)
+    nulls = nulls_of(columns, decimal)
     form = Form(
         format="csv",
         separator=separator,
@@ -340,7 +257,7 @@ def _rows(
     rows: list[list[str]] = []
     for piece in pieces:
         with _naming(piece.path):
-            found = list(_fields(_whole_lines(piece, encoding), separator, quote))
+            found = list(fields_of(_whole_lines(piece, encoding), separator, quote))
             # The last line of a part may end, and the first one of a later part begin, within a quoted field.
             for number, row in found if piece.at_end else found[:-1]:
                 expected = len(next(iter(firsts.values()), row))
@@ -356,24 +273,13 @@ def _rows(
     return firsts, rows
 
 
-def _has_header(first: Sequence[str], rows: Sequence[Sequence[str]], decimal: str) -> bool:
-    """Return whether a first row holds names: texts that differ, and do not recur as values."""
-    if list(first) == [str(number) for number in range(len(first))]:
-        return True  # as pandas names columns without names
-    if any(is_number(cell, decimal) for cell in first):
-        return False
-    numbers = any(all(is_number(row[i], decimal) or not row[i] for row in rows) for i in range(len(first)))
-    recurs = any(row[i] == cell for i, cell in enumerate(first) if cell for row in rows)
-    return (bool(rows) and numbers) or (len(set(first)) == len(first) and not recurs)
-
-
 def _check_names(path: str, names: Sequence[str] | None, first: Sequence[str], separator: str) -> None:
     start = separator.join(first)[:80]
     if names is None:
         example = "user,item,rating,time" if len(first) == 4 else ",".join(f"c{i + 1}" for i in range(len(first)))
         raise UserError(
             f"{path} has no header: its first line is {start!r}; name its {len(first)} columns, such as "
-            f"--columns {example}{_CRITEO if len(first) == 40 and separator == _SEPARATORS[0] else ''}"
+            f"--columns {example}{_CRITEO if len(first) == 40 else ''}"
         )
     require(
         len(names) == len(first),
@@ -386,29 +292,6 @@ def _check_names(path: str, names: Sequence[str] | None, first: Sequence[str], s
         )
     twice = sorted({name for name in names if list(names).count(name) > 1})
     require(not twice, f"{path}: two columns are named {', '.join(twice)!r}; rename one of them")
-
-
-def _decimal(rows: Sequence[Sequence[str]], separator: str) -> str:
-    """Return a comma if numbers are written with one, else a point."""
-    if separator == ",":
-        return "."
-    for cells in zip(*rows[1:], strict=True):
-        found = [cell for cell in cells if cell]
-        if any("," in cell for cell in found) and all(is_number(cell, ",") for cell in found):
-            return ","
-    return "."
-
-
-def _nulls(columns: dict[str, list[str]], decimal: str) -> tuple[str, ...]:
-    """Return the texts that mean a missing value, the empty one always among them."""
-    found = {""}
-    for cells in columns.values():
-        different = set(cells)
-        found |= different & set(_SURE_NULLS)
-        others = different - {"", *_SURE_NULLS, *_NUMERIC_NULLS}
-        if others and all(is_number(cell, decimal) for cell in others):
-            found |= different & set(_NUMERIC_NULLS)
-    return tuple(sorted(found))
 
 
 @contextmanager

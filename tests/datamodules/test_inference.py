@@ -157,7 +157,9 @@ def test_splits_of_files_and_columns(tmp_path: Path) -> None:
     split = read_log_schema(tmp_path / "files.yaml").split
     assert split.values == {"train": ("train.csv",), "validation": ("valid.csv",), "test": ("test.csv",)}
     text = rows("y,a,fold", LABELS, FEW, [("train", "val")[row % 5 == 0] for row in range(N)])
-    assert inferred(tmp_path, text).split.values == {"train": ("train",), "validation": ("val",)}
+    schema = inferred(tmp_path, text)
+    assert schema.split.values == {"train": ("train",), "validation": ("val",)}
+    assert schema.columns["fold"].role == "leave"
 
 
 def test_json_lists_weights_and_names_that_need_care(tmp_path: Path) -> None:
