@@ -62,6 +62,19 @@ def texts(column: pa.ChunkedArray) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int32()), texts)
 
 
+def check_single(name: str, column: pa.ChunkedArray) -> None:
+    """Check that a column holds single values.
+
+    Raises:
+        BadValueError: it holds lists or objects.
+    """
+    if pa.types.is_nested(column.type):
+        what, remedy = (
+            ("objects", "leave it") if pa.types.is_struct(column.type) else ("lists", "role multi_hot takes them")
+        )
+        raise BadValueError(0, f"{name} holds {what} ({column.type}), expected single values; {remedy}")
+
+
 def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".") -> pa.DoubleArray:
     """Return numbers float64, null where a value is missing or NaN.
 

@@ -21,11 +21,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from datamodules.folder import Folder
-from datamodules.preprocess.encoding import Encoding, distinct_values, items_of, read_items, scratch_folder, write_ids
+from datamodules.preprocess.encoding import Encoding, distinct_values, items_of, scratch_folder, write_ids
 from datamodules.preprocess.journal import record, recorded, written_aside
 from datamodules.preprocess.protocols import PLACEHOLDER_IDS, Fit, Table, by_frequency, trained_ids
 from datamodules.preprocess.staging import OpenSegment, Segment, load_segments, rows_of
 from datamodules.preprocess.transforms import quantile_edges, range_scale, standard_scale
+from datamodules.preprocess.value_ranges import ValueRanges
 from lightning_dlrm.contracts.schema import DatasetSchema
 
 _VALUES_AT_ONCE = 1 << 22  # of a column's distinct values in all segments: 200 MB while they are sorted
@@ -103,76 +104,10 @@ def _values_of(table: Table, segment: Segment) -> pa.Array:
         return pa.concat_arrays([values, values[:0]])
 
 
-class _ValueRanges:
-    """Arrays of a column by ranges of value: the distinct values of every segment, and what is computed from them.
-
-    ``entries`` and ``counts`` (int64) of a range are in the order of the segments; ``inverse`` and ``ids`` have one
-    item for each entry. Each array is a file.
-    """
-
-    def __init__(self, scratch: Path, bounds: pa.Array):
-        self.scratch, self.bounds = scratch, bounds
-        self.parts = len(bounds) + 1
-        self.lengths: list[int] = []
-        """Entries of each segment."""
-
-    def add(self, part: int, name: str, items: np.ndarray) -> None:
-        """Append items to an array of a range."""
-        # Opened anew: of Terabyte's large columns there are hundreds, and the threads of a Dask worker share
-        # what a process may have open.
-        with self._place(part, name).open("ab") as file:
-            items.tofile(file)
-
-    def get(self, part: int, name: str, kind: np.dtype, begin: int = 0, end: int | None = None) -> np.ndarray:
-        """Return the items ``begin`` to ``end`` of an array of a range."""
-        return read_items(self._place(part, name), kind, begin, end)
-
-    def take(self, part: int, name: str, kind: np.dtype) -> np.ndarray:
-        """Return all of an array of a range and forget it."""
-        items = self.get(part, name, kind)
-        self._place(part, name).unlink()
-        return items
-
-    def add_values(self, part: int, name: str, values: pa.Array) -> None:
-        """Append values to an array of a range."""
-        batch = pa.record_batch([values], ["value"])
-        with self._place(part, name).open("ab") as file, pa.ipc.new_stream(file, batch.schema) as writer:
-            writer.write_batch(batch)
-
-    def get_values(self, part: int, name: str) -> pa.Array:
-        """Return all values of an array of a range, mapped into memory if they were added at once."""
-        chunks: list[pa.Array] = []
-        with pa.memory_map(str(self._place(part, name))) as file:
-            while file.tell() < file.size():
-                chunks += pa.ipc.open_stream(file).read_all().column(0).chunks
-        return chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
-
-    def take_values(self, part: int, name: str) -> pa.Array:
-        """Return all values of an array of a range and forget it."""
-        values = self.get_values(part, name)
-        self._place(part, name).unlink()
-        return values
-
-    def _place(self, part: int, name: str) -> Path:
-        return self.scratch / f"{part:04d}.{name}"
-
-    def order(self, values: pa.Array | range) -> tuple[np.ndarray | slice, np.ndarray]:
-        """Return the order that sorts values by range, and where each range then ends."""
-        if self.parts == 1:
-            return slice(None), np.array([len(values)])
-        assert not isinstance(values, range)
-        if pa.types.is_string(self.bounds.type):
-            above = (pc.greater_equal(values, bound).cast(pa.int32()).to_numpy() for bound in self.bounds)
-            part = np.sum(list(above), axis=0)
-        else:
-            part = np.searchsorted(self.bounds.to_numpy(), values.to_numpy(), side="right")
-        return np.argsort(part, kind="stable"), np.cumsum(np.bincount(part, minlength=self.parts))
-
-
-def _spread_values(encoding: Encoding, table: Table, scratch: Path) -> tuple[_ValueRanges, int]:
+def _spread_values(encoding: Encoding, table: Table, scratch: Path) -> tuple[ValueRanges, int]:
     """Read all segments once; also return how many counted rows are missing."""
     segments = load_segments(encoding.segments)
-    spread = _ValueRanges(scratch, _bounds(table, segments))
+    spread = ValueRanges(scratch, _bounds(table, segments))
     missing_rows = 0
     for some in _segments_at_once(table, segments):
         found, of_values = [], []
@@ -223,7 +158,7 @@ def _bounds(table: Table, segments: Sequence[Segment]) -> pa.Array:
     return sample.take(places).unique()
 
 
-def _group(spread: _ValueRanges, part: int) -> np.ndarray:
+def _group(spread: ValueRanges, part: int) -> np.ndarray:
     """Group the equal values of a range.
 
     Replaces ``entries`` and ``counts`` by ``groups`` (the different values, integers in ascending order) and
@@ -262,7 +197,7 @@ def _group_integers(entries: np.ndarray, of_entries: np.ndarray) -> tuple[pa.Arr
     return pa.array(values[starts]), counts, inverse
 
 
-def _assign(spread: _ValueRanges, totals: list[np.ndarray], table: Table, first_id: int) -> tuple[int, int, int]:
+def _assign(spread: ValueRanges, totals: list[np.ndarray], table: Table, first_id: int) -> tuple[int, int, int]:
     """Assign every value its id: by descending count over all ranges, ties by value.
 
     Replaces ``groups`` and ``inverse`` by ``ids`` (int32, of each entry), ``run`` (the values in the order of their
@@ -319,7 +254,7 @@ def _assign(spread: _ValueRanges, totals: list[np.ndarray], table: Table, first_
 def _write_vocabulary(
     encoding: Encoding,
     table: Table,
-    spread: _ValueRanges,
+    spread: ValueRanges,
     first_id: int,
     kept: int,
     missing_rows: int,
@@ -378,7 +313,7 @@ def _write_vocabulary(
 
 
 def _ids_of_segments(
-    encoding: Encoding, table: Table, spread: _ValueRanges, modulus: int | None
+    encoding: Encoding, table: Table, spread: ValueRanges, modulus: int | None
 ) -> Iterator[np.ndarray]:
     """Yield the ids of the entries of each segment, in order."""
     begins = np.zeros(spread.parts, np.int64)

@@ -19,7 +19,8 @@ import pyarrow as pa
 from datamodules.parquet import weighted_column
 from datamodules.preprocess.journal import record, recorded, written_aside
 from datamodules.preprocess.options import Fitted, MultiHot
-from datamodules.preprocess.protocols import PLACEHOLDER_IDS, Dense, SplitRule, Table, hash_modulo
+from datamodules.preprocess.protocols import PLACEHOLDER_IDS, Dense, Table, hash_modulo
+from datamodules.preprocess.splits import SplitRule
 from datamodules.preprocess.staging import OpenSegment, StagedRows, load_segments, rows_of
 from datamodules.values import staged_name
 from datamodules.writer import ROW_GROUP_ROWS, ROWS_PER_FILE, SplitWriter, arrow_table

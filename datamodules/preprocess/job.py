@@ -35,6 +35,7 @@ import pyarrow as pa
 from datamodules.folder import Folder
 from datamodules.preprocess.counting import count_column, fit_column, look_up_column
 from datamodules.preprocess.criteo_tsv import COLUMNS
+from datamodules.preprocess.description import bag_sizes, columns_of_dataset, kept_types, report_of
 from datamodules.preprocess.encoding import Encoding, encode_part, part_jobs, rows_per_split
 from datamodules.preprocess.inspection import REPORT_FILE, write_report
 from datamodules.preprocess.journal import (
@@ -45,12 +46,13 @@ from datamodules.preprocess.journal import (
     remove_partial_files,
     written_aside,
 )
-from datamodules.preprocess.log_reader import count_quotes, open_reader
+from datamodules.preprocess.log_files import count_quotes, open_reader
 from datamodules.preprocess.log_recipe import LogOptions
 from datamodules.preprocess.options import Fitted, Options
 from datamodules.preprocess.progress import CRITEO_ROW_BYTES, Estimate, Progress, estimate, fields_of
-from datamodules.preprocess.protocols import Span, SplitRule, Table
+from datamodules.preprocess.protocols import Table
 from datamodules.preprocess.sources import RawFile
+from datamodules.preprocess.splits import Span, SplitRule
 from datamodules.preprocess.staging import (
     CriteoReader,
     OpenSegment,
@@ -67,7 +69,6 @@ from datamodules.writer import data_file
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import (
     CRITEO_DENSE,
-    CRITEO_LABEL,
     SPLITS,
     Column,
     DataFile,
@@ -84,80 +85,6 @@ VERSION = 3
 _SEGMENTS_A_JOB = 64
 _TOLERATED_BAD_ROWS = 1000
 """A piece with more bad rows, and more bad than good ones, belongs to a wrong file."""
-
-
-def columns_of_dataset(
-    encoding: Encoding,
-    known: DatasetSchema | None,
-    labelled: bool,
-    counted: Mapping[str, Mapping[str, Any]],
-    kept: Mapping[str, str],
-) -> tuple[Column, ...]:
-    """Return the columns of the dataset.
-
-    Args:
-        encoding: how rows are encoded.
-        known: the schema of the dataset whose vocabulary is used, if any.
-        labelled: whether the rows have labels.
-        counted: for each table the result of ``count_column``.
-        kept: types of kept columns.
-    """
-    label = (Column(name=CRITEO_LABEL, role="label"),) if labelled else ()
-    beside = (Column(name=name, role="keep", transform=kind) for name, kind in kept.items())
-    recipe = encoding.recipe
-    if known is not None:
-        features = [column for column in known.columns if column.role not in ("label", "keep")]
-    else:
-        bags = recipe.bags
-        features = [Column(name=d.name, role="dense", transform=d.words) for d in recipe.dense(encoding.fitted)]
-        features += (
-            Column(
-                name=table.name,
-                role="multi_hot" if table.bag or (bags and bags.size(table.name) > 1) else "categorical",
-                cardinality=counted[table.name]["cardinality"],
-                transform=table.words,
-                reserved=counted[table.name]["reserved"],
-            )
-            for table in encoding.tables
-        )
-        features += recipe.weights()
-    columns = {column.name: column for column in (*features, *beside)}
-    order = recipe.schema.made if isinstance(recipe, LogOptions) else list(columns)
-    return (*label, *(columns[name] for name in order))
-
-
-def report_of(
-    options: Options | LogOptions,
-    rows_per_file: list[list[Any]],
-    facts: Sequence[Mapping[str, Any]],
-    counted: Mapping[str, Mapping[str, Any]],
-    cells: Mapping[str, Mapping[str, Mapping[str, int]]],
-    bad_rows: int,
-) -> dict[str, Any]:
-    """Return the report of the schema: rows of each file, missing and distinct values, unknown and bad rows.
-
-    Args:
-        options: the options of the run.
-        rows_per_file: name and rows of each input.
-        facts: of each segment.
-        counted: for each table the result of ``count_column`` or ``look_up_column``.
-        cells: of the schema.
-        bad_rows: rows that were skipped.
-    """
-    tables = [table.name for table in options.tables(Fitted())]
-    return {
-        "rows_per_file": rows_per_file,
-        "missing": {
-            name: sum(of_segment["missing"].get(source, 0) for of_segment in facts)
-            for name, source in options.missing_sources().items()
-        },
-        **(
-            {fact: {name: counted[name][fact] for name in tables} for fact in ("distinct", "kept")}
-            if options.encoding_of is None
-            else {"unknown": {name: cells["test"][name]["unknown"] for name in tables}}
-        ),
-        **({"bad_rows": bad_rows} if options.on_bad_row == "skip" else {}),
-    }
 
 
 @dataclass(kw_only=True)
@@ -302,7 +229,7 @@ class Job:
         if self.known is None:
             encoding = replace(encoding, fitted=self._fit(pool, encoding, staged))
         counted = self._count(pool, encoding, staged)
-        columns = columns_of_dataset(encoding, self.known, self.labelled, counted, _kept_types(staged.facts))
+        columns = columns_of_dataset(encoding, self.known, self.labelled, counted, kept_types(staged.facts))
         splits, cells = self._encode(pool, encoding, columns, staged)
         result = encoding.result
         if options.on_bad_row == "skip":
@@ -314,7 +241,7 @@ class Job:
             splits=splits,
             settings=(dict(self.known.settings) if self.known else options.settings(encoding.fitted)),
             vocabulary={table.name: data_file(result, f"vocabulary/{table.name}.parquet") for table in encoding.tables},
-            indices=_bag_sizes(options, columns, staged.facts),
+            indices=bag_sizes(options, columns, staged.facts),
             cells=cells,
             report=report_of(
                 options,
@@ -472,26 +399,6 @@ def _split_keys(segments: Path) -> Iterator[np.ndarray]:
         with OpenSegment(segment) as opened:
             assert opened.split_keys is not None
             yield opened.split_keys
-
-
-def _kept_types(facts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the type of each kept column: that of all segments, or text if they differ."""
-    found: dict[str, set[str]] = {}
-    for of_segment in facts:
-        for name, kind in of_segment.get("kept", {}).items():
-            found.setdefault(name, set()).add(kind)
-    return {name: kinds.pop() if len(kinds) == 1 else "text" for name, kinds in found.items()}
-
-
-def _bag_sizes(
-    options: Options | LogOptions, columns: Sequence[Column], facts: Sequence[Mapping[str, Any]]
-) -> dict[str, float]:
-    """Return the mean number of ids in the bags of each multi-hot column."""
-    if isinstance(options, Options):
-        return options.bag_sizes(columns)
-    rows = sum(of_segment["rows"] for of_segment in facts)
-    bags = [column.name for column in columns if column.role == "multi_hot"]
-    return {name: sum(of_segment["items"][name] for of_segment in facts) / max(rows, 1) for name in bags}
 
 
 def _staged_so_far(folders: Sequence[Path], text_bytes: float) -> Callable[[], tuple[int, float]]:

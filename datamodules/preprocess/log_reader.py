@@ -8,14 +8,12 @@ pyarrow reads all three. What it refuses is looked at again, slowly, for the lin
 """
 
 import codecs
-import csv
-import io
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,23 +24,19 @@ import pyarrow.parquet as pq
 from datamodules import values
 from datamodules.folder import file_system, is_remote
 from datamodules.log_schema import Format, LogSchema
-from datamodules.preprocess.criteo_tsv import BadLineError, count_bytes, count_lines, piece_of_plain, pieces_of_text
+from datamodules.preprocess.criteo_tsv import BadLineError, count_lines, piece_of_plain, pieces_of_text
 from datamodules.preprocess.sources import RawFile
 from datamodules.preprocess.staging import dictionary_with_missing
 from datamodules.values import BadValueError, staged_name
-from lightning_dlrm.contracts.errors import UserError, one_line, require
+from lightning_dlrm.contracts.errors import UserError, one_line
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, SPLITS
 
 SPLIT = "split"
 """Name of the column of segments by which rows are split."""
 
 _BLOCK_BYTES = 1 << 20
-_HEADER_BYTES = 1 << 20  # the longest header
-_SAMPLED_LINES = 1000  # of JSON, for the types of columns
 _STAND_IN = b"\x1f"  # for a separator of several characters: the unit separator, which text does not have
 _PARQUET_ROWS = 1 << 17
-_BOM = b"\xef\xbb\xbf"
-_SUFFIXES: Mapping[str, Format] = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _REMEDY = "correct or remove the line"
 
 
@@ -84,7 +78,7 @@ class LogReader:
         Raises:
             UserError: the file is truncated or corrupt, or cannot be read or decoded.
         """
-        quote = self._quote
+        quote = self.quote
         if self.format == "parquet":
             assert index is not None
             with open_parquet(source.path) as file:
@@ -111,10 +105,10 @@ class LogReader:
 
     @property
     def _transcodes(self) -> bool:
-        return self.format != "parquet" and not _is_utf8(self.schema.encoding)
+        return self.format != "parquet" and not is_utf8(self.schema.encoding)
 
     @property
-    def _quote(self) -> bytes | None:
+    def quote(self) -> bytes | None:
         alone = self.format == "csv" and self.schema.quote is not None and len(self.separator.encode()) == 1
         return self.schema.quote.encode() if alone and self.schema.quote else None
 
@@ -148,7 +142,7 @@ class LogReader:
             return self.parse(piece), []
         except BadLineError as bad:
             is_text = isinstance(piece, bytes)
-            ends = self._row_ends(piece) if is_text else np.arange(1, len(piece) + 1)
+            ends = self.row_ends(piece) if is_text else np.arange(1, len(piece) + 1)
             if len(ends) == 1:
                 return [], [(first, bad.fault)]
             cut = int(ends[len(ends) // 2 - 1])
@@ -160,12 +154,12 @@ class LogReader:
     def count_lines(self, piece: Any, rows: int) -> int:
         return count_lines(piece) if isinstance(piece, bytes) else len(piece)
 
-    def _row_ends(self, text: bytes) -> np.ndarray:
+    def row_ends(self, text: bytes) -> np.ndarray:
         """Return where each row ends, int64; empty lines belong to the row after them."""
         characters = np.frombuffer(text, np.uint8)
         line_ends = np.flatnonzero(characters == ord("\n"))
-        if self._quote is not None and self._quote in text:
-            quotes = np.flatnonzero(characters == ord(self._quote))
+        if self.quote is not None and self.quote in text:
+            quotes = np.flatnonzero(characters == ord(self.quote))
             line_ends = line_ends[np.searchsorted(quotes, line_ends) % 2 == 0]
         starts = np.append(0, line_ends[:-1] + 1)
         filled = (line_ends - starts > 1) | ((line_ends > starts) & (characters[starts] != ord("\r")))
@@ -175,7 +169,7 @@ class LogReader:
         """Return the line, from 0, in which a row begins; the row itself in Parquet."""
         if not isinstance(piece, bytes):
             return row
-        ends = self._row_ends(piece)
+        ends = self.row_ends(piece)
         row = min(row, len(ends))  # if a quote is not closed, the last row has no end
         start = int(ends[row - 1]) if row else 0
         skipped = piece[start : int(ends[row]) if row < len(ends) else None]
@@ -210,69 +204,65 @@ class LogReader:
         return {name for name, kinds in uses.items() if kinds == {True}} - text
 
     def _csv(self, text: bytes) -> pa.Table:
-        separator = self.separator.encode()
+        plain, separator = text, self.separator.encode()
         if len(separator) > 1:
             if _STAND_IN in text:
-                row = text[: text.index(_STAND_IN)].count(b"\n")
-                raise BadLineError(row, f"a control character (0x1f); {_REMEDY}")
-            plain, text = text, text.replace(separator, _STAND_IN)
-            separator = _STAND_IN
-        else:
-            plain = text
-        ragged: list[pyarrow.csv.InvalidRow] = []
-
-        def refuse(row: pyarrow.csv.InvalidRow) -> Literal["error", "skip"]:
-            ragged.append(row)
-            return "error"
-
-        def read(numeric: set[str]) -> pa.Table:
-            # Dictionaries are made later, at once: pyarrow's own, one for each block, take a quarter longer.
-            kinds = {name: pa.float64() if name in numeric else pa.string() for name in self._needed}
-            return pyarrow.csv.read_csv(
-                pa.BufferReader(text),
-                pyarrow.csv.ReadOptions(column_names=self.names, use_threads=False, block_size=_BLOCK_BYTES),
-                pyarrow.csv.ParseOptions(
-                    delimiter=separator.decode(),
-                    quote_char=self._quote.decode() if self._quote else False,
-                    newlines_in_values=self._quote is not None and self._quote in text,
-                    invalid_row_handler=refuse,
-                ),
-                pyarrow.csv.ConvertOptions(
-                    column_types=kinds,
-                    include_columns=[name for name in self.names if name in self._needed],
-                    null_values=self.schema.nulls,
-                    strings_can_be_null=True,
-                    decimal_point=self.schema.decimal,
-                ),
-            )
-
+                raise BadLineError(
+                    text.count(b"\n", 0, text.index(_STAND_IN)), f"a control character (0x1f); {_REMEDY}"
+                )
+            text, separator = text.replace(separator, _STAND_IN), _STAND_IN
         if not text[:_BLOCK_BYTES].strip() and not text.strip():
             return pa.table({})
         try:
-            return read(self._numeric)
+            return self._read_csv(text, separator, self._numeric)
         except pa.ArrowInvalid as error:
-            if ragged:
-                row = self._ragged_row(text, separator, ragged[0])
-                quotes = self._quote is not None and self._quote in text
-                hint = ", or set 'quote: null' in the schema if quotes are ordinary characters" if quotes else ""
-                raise BadLineError(
-                    self._line_of(plain, row),
-                    f"{ragged[0].actual_columns} fields, expected {ragged[0].expected_columns} between "
-                    f"{self.separator!r}: {', '.join(self.names[:4])}...; {_REMEDY}, quote fields that hold the "
-                    f"separator{hint}",
-                ) from error
+            if fault := self._ragged_row(plain, one_line(error)):
+                raise fault from error
             _check_utf8(plain)
             try:
-                return read(set())  # numbers are looked at one by one
+                return self._read_csv(text, separator, set())  # numbers are looked at one by one
             except pa.ArrowInvalid:
                 raise error from None
 
-    def _ragged_row(self, text: bytes, separator: bytes, ragged: pyarrow.csv.InvalidRow) -> int:
-        if ragged.number is not None:
-            return int(ragged.number) - 1
-        ends = self._row_ends(text)
-        fields = (text[start:end].count(separator) + 1 for start, end in zip((0, *ends), ends, strict=False))
-        return next((row for row, count in enumerate(fields) if count == ragged.actual_columns), 0)
+    def _read_csv(self, text: bytes, separator: bytes, numeric: set[str]) -> pa.Table:
+        # Dictionaries are made later, at once: pyarrow's own, one for each block, take a quarter longer.
+        kinds = {name: pa.float64() if name in numeric else pa.string() for name in self._needed}
+        return pyarrow.csv.read_csv(
+            pa.BufferReader(text),
+            pyarrow.csv.ReadOptions(column_names=self.names, use_threads=False, block_size=_BLOCK_BYTES),
+            pyarrow.csv.ParseOptions(
+                delimiter=separator.decode(),
+                quote_char=self.quote.decode() if self.quote else False,
+                newlines_in_values=self.quote is not None and self.quote in text,
+            ),
+            pyarrow.csv.ConvertOptions(
+                column_types=kinds,
+                include_columns=[name for name in self.names if name in self._needed],
+                null_values=self.schema.nulls,
+                strings_can_be_null=True,
+                decimal_point=self.schema.decimal,
+            ),
+        )
+
+    def _ragged_row(self, text: bytes, message: str) -> BadLineError | None:
+        """Return what is wrong with a row of too many or too few fields, which pyarrow's message counts; None if the
+        message is another one."""
+        found = re.search(r"(?:Row #(\d+): )?Expected (\d+) columns, got (\d+)", message)
+        if found is None:
+            return None
+        row, expected, actual = (int(number or 0) for number in found.groups())
+        if not row:
+            ends = self.row_ends(text)
+            rows = (text[start:end] for start, end in zip((0, *ends), ends, strict=False))
+            counts = (one.count(self.separator.encode()) + 1 for one in rows)
+            row = next((number for number, count in enumerate(counts, 1) if count == actual), 1)
+        quotes = self.quote is not None and self.quote in text
+        hint = ", or set 'quote: null' in the schema if quotes are ordinary characters" if quotes else ""
+        return BadLineError(
+            self._line_of(text, row - 1),
+            f"{actual} fields, expected {expected} between {self.separator!r}: {', '.join(self.names[:4])}...; "
+            f"{_REMEDY}, quote fields that hold the separator{hint}",
+        )
 
     def _json(self, text: bytes) -> pa.Table:
         if not text.strip():
@@ -286,14 +276,14 @@ class LogReader:
             )
         except pa.ArrowInvalid as error:
             _check_utf8(text)
-            raise self._bad_json(text, one_line(error)) from error
+            raise self.bad_json(text, one_line(error)) from error
         if self.schema.rest == "error" and (others := [n for n in table.column_names if n not in self._sources]):
             lines = text.split(b"\n")
             line = next((i for i, line in enumerate(lines) if line.strip() and others[0] in json.loads(line)), 0)
             raise BadLineError(line, f"the key {others[0]} is not in the schema; name it, or set rest: leave")
         return table
 
-    def _bad_json(self, text: bytes, message: str) -> BadLineError:
+    def bad_json(self, text: bytes, message: str) -> BadLineError:
         kinds = dict(self.types)
         for number, line in enumerate(text.split(b"\n")):
             if not line.strip():
@@ -309,7 +299,7 @@ class LogReader:
                     number, f"not a JSON object; expected one, such as {{...}}, in each line: {_REMEDY}"
                 )
             for name, value in row.items():
-                found = _json_type([value])
+                found = json_type([value])
                 if found and found != kinds.setdefault(name, found) and {found, kinds[name]} != {"int", "float"}:
                     return BadLineError(
                         number,
@@ -332,19 +322,23 @@ class LogReader:
         def column(name: str) -> pa.ChunkedArray:
             return table.column(name) if name in table.column_names else pa.chunked_array([pa.nulls(len(table))])
 
+        def single(name: str) -> pa.ChunkedArray:
+            values.check_single(name, found := column(name))
+            return found
+
         if self.labelled:
             label = schema.label_in(self.names)
-            columns[CRITEO_LABEL] = pa.array(values.labels(label, column(label.column), decimal))
+            columns[CRITEO_LABEL] = pa.array(values.labels(label, single(label.column), decimal))
         by = schema.split.column if self.splits else None
         if by is not None and schema.split.by == "time":
             form = values.form_of_time(schema.columns, by)
-            columns[SPLIT] = pa.array(values.split_keys(by, column(by), form))
+            columns[SPLIT] = pa.array(values.split_keys(by, single(by), form))
         elif by is not None:
-            columns[SPLIT] = pa.array(values.split_codes(by, column(by), schema.split.values, SPLITS))
+            columns[SPLIT] = pa.array(values.split_codes(by, single(by), schema.split.values, SPLITS))
         for name, one in schema.columns.items():
             source = one.source or name
             if one.role == "keep":
-                found = values.kept(source, column(source), one.time)
+                found = values.kept(source, single(source), one.time)
                 columns[staged_name("keep", name)] = found
             elif one.role == "multi_hot":
                 bag, keep = values.bags(source, column(source), one.separator)
@@ -354,9 +348,9 @@ class LogReader:
                     columns[staged_name("weights", name)] = of_bag
             elif one.role == "dense" or one.transform is not None:
                 if (staged := staged_name("number", source)) not in columns:
-                    columns[staged] = values.numbers(source, column(source), decimal)
+                    columns[staged] = values.numbers(source, single(source), decimal)
             elif one.role == "categorical" and (staged := staged_name("text", source)) not in columns:
-                columns[staged] = values.texts(column(source))
+                columns[staged] = values.texts(single(source))
         return pa.table(columns)
 
     def segment(self, tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, Any]]:
@@ -395,87 +389,8 @@ class LogReader:
         return pa.record_batch(columns), facts
 
 
-# --- the form of files ---------------------------------------------------------------------------
-
-
-def open_reader(source: RawFile, schema: LogSchema, is_new: bool = True) -> LogReader:
-    """Return the reader of a file, from its beginning.
-
-    Args:
-        source: the file.
-        schema: of the log.
-        is_new: whether a dataset is made, which needs labels and splits; otherwise rows are encoded like those of
-            another one.
-
-    Raises:
-        UserError: the file's columns are not those of the schema, or it cannot be read.
-    """
-    form = schema.format or _format_of(source.name)
-    if form == "parquet":
-        with open_parquet(source.path) as file:
-            names = tuple(file.schema_arrow.names)
-            groups = tuple(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
-        reader = LogReader(schema=schema, format=form, labelled=True, names=names, group_rows=groups)
-    else:
-        start = _start(source, schema.encoding)
-        require(start.strip(), f"{source.path} is empty; give files with rows")
-        reader = _json_reader(source, schema, start) if form == "jsonl" else _csv_reader(source, schema, start)
-    twice = sorted({name for name in reader.names if reader.names.count(name) > 1})
-    require(not twice, f"{source.path}: {', '.join(twice)} stands twice in the header; rename one of the two columns")
-    schema.check_columns(reader.names, source.path, labelled=is_new)
-    return replace(reader, labelled=schema.label_in(reader.names).column in reader.names, splits=is_new)
-
-
-def _is_utf8(encoding: str) -> bool:
+def is_utf8(encoding: str) -> bool:
     return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig", "ascii")
-
-
-def _format_of(name: str) -> Format:
-    stem = Path(name)
-    stem = stem.with_suffix("") if stem.suffix in (".gz", ".zst") else stem
-    return _SUFFIXES.get(stem.suffix, "csv")
-
-
-def _start(source: RawFile, encoding: str) -> bytes:
-    """Return the beginning of a text file in UTF-8, and whole lines of it unless they are very long."""
-    with source.text(None if _is_utf8(encoding) else encoding) as text:
-        try:
-            start = text.read(_HEADER_BYTES)
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f"{source.path}: {one_line(error)}; download the file again, or set encoding") from error
-    return start if len(start) < _HEADER_BYTES else start[: start.rfind(b"\n") + 1] or start
-
-
-def _csv_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
-    separator = schema.separator or ("\t" if ".tsv" in Path(source.name).suffixes else ",")
-    bom = len(_BOM) if start.startswith(_BOM) else 0
-    reader = LogReader(
-        schema=schema, format="csv", labelled=True, names=schema.names, separator=separator, header_bytes=bom
-    )
-    if schema.names:
-        return reader
-    end = start.find(b"\n")
-    try:
-        start[bom : end if end >= 0 else None].decode()
-    except UnicodeDecodeError as error:
-        example = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
-        raise UserError(
-            f"{source.path}, line 1: the text is not UTF-8; set encoding in the schema, such as {example}"
-        ) from error
-    text = start[bom:].decode(errors="replace")
-    first = text.partition("\n")[0].rstrip("\r")
-    quote = reader._quote
-    if quote is None:
-        length = len(text.partition("\n")[0].encode()) + 1
-        return replace(reader, names=tuple(first.split(separator)), header_bytes=bom + length, header_lines=1)
-    header = io.StringIO(text, newline="")
-    names = next(csv.reader(header, delimiter=separator, quotechar=quote.decode()))
-    # A header may hold line ends in quotes.
-    ends = reader._row_ends(start[bom:] if start.endswith(b"\n") else start[bom:] + b"\n")
-    lines = start.count(b"\n", 0, bom + int(ends[0]))
-    return replace(reader, names=tuple(names), header_bytes=bom + int(ends[0]), header_lines=lines)
 
 
 _JSON_TYPES: Mapping[str, pa.DataType] = {
@@ -498,36 +413,16 @@ _JSON_WORDS: Mapping[str, str] = {
 }
 
 
-def _json_type(found: Sequence[Any]) -> str | None:
+def json_type(found: Sequence[Any]) -> str | None:
     """Return the common type of JSON values, None if they are all null or not of one type."""
     kinds = {type(value) for value in found if value is not None}
     if kinds == {list}:
-        inner = _json_type([item for value in found if value for item in value])
+        inner = json_type([item for value in found if value for item in value])
         return f"{inner}s" if inner in ("text", "int", "float") else None
     for kind, name in ((str, "text"), (bool, "bool"), (int, "int")):
         if kinds == {kind}:
             return name
     return "float" if kinds and kinds <= {int, float} else None
-
-
-def _json_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
-    found: dict[str, list[Any]] = {}
-    reader = LogReader(schema=schema, format="jsonl", labelled=True, names=())
-    for number, line in enumerate(start.removeprefix(_BOM).split(b"\n")[:_SAMPLED_LINES]):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            for name, value in row.items():
-                found.setdefault(name, []).append(value)
-        except (ValueError, AttributeError) as error:
-            bad = reader._bad_json(line, one_line(error))
-            raise UserError(f"{source.path}, line {number + 1:,}: {bad.fault}") from error
-    numeric = {c.source or name for name, c in schema.columns.items() if c.role == "dense" or c.transform}
-    types = {name: kind for name, some in found.items() if (kind := _json_type(some))}
-    types = {name: "float" if kind == "int" and name in numeric else kind for name, kind in types.items()}
-    bom = len(_BOM) if start.startswith(_BOM) else 0
-    return replace(reader, names=tuple(found), types=tuple(types.items()), header_bytes=bom)
 
 
 def open_parquet(path: str) -> pq.ParquetFile:
@@ -553,16 +448,3 @@ def _check_utf8(text: bytes) -> None:
             text.count(b"\n", 0, error.start),
             f"the byte 0x{text[error.start]:02x} is not UTF-8; set encoding in the schema, such as latin-1",
         ) from error
-
-
-def count_quotes(source: RawFile, reader: LogReader, piece_bytes: int) -> LogReader:
-    """Return the reader of a plain file, which knows where quotes are open; see the top of this file."""
-    if reader._quote is None or source.compression != "none" or reader.jobs(source, piece_bytes) == [(None, None)]:
-        return reader
-    quote, total, opened = ord(reader._quote), 0, [False]
-    for start in range(0, source.size, piece_bytes):
-        # A row may end at the last byte before the piece.
-        text = source.read(max(start - 1, 0), min(start + piece_bytes, source.size) - 1)
-        total += count_bytes(text, quote)
-        opened.append(total % 2 == 1)
-    return replace(reader, open_quotes=tuple(opened) if total else ())

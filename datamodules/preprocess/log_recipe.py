@@ -14,8 +14,9 @@ import numpy as np
 from datamodules.folder import Folder
 from datamodules.log_schema import FITTED, LogColumn, LogSchema, log_schema
 from datamodules.preprocess.options import Fitted, MultiHot, OnBadRow
-from datamodules.preprocess.protocols import Dense, Fit, Span, SplitRule, Table
+from datamodules.preprocess.protocols import Dense, Fit, Table
 from datamodules.preprocess.sources import RawFile
+from datamodules.preprocess.splits import Span, SplitRule
 from datamodules.preprocess.transforms import (
     log_of_positive_part,
     log_squared,
@@ -264,6 +265,7 @@ def _transformed(
         found = quantile_bins(values, edges) / max(len(edges), 1)
     else:
         found = log_squared(values) if transform == "log_squared" else values
-    found = found.astype(np.float32)
+    with np.errstate(over="ignore"):  # the writer refuses infinite values
+        found = found.astype(np.float32)
     found[missing] = np.nan
     return found

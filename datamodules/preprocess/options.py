@@ -16,17 +16,8 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 
 from datamodules.folder import Folder
-from datamodules.preprocess.protocols import (
-    DATASETS,
-    PROTOCOLS,
-    Dataset,
-    Dense,
-    Fit,
-    Protocol,
-    Table,
-    find_protocol,
-    mixed,
-)
+from datamodules.preprocess.protocols import DATASETS, PROTOCOLS, Dataset, Dense, Fit, Protocol, Table, find_protocol
+from datamodules.preprocess.splits import mixed
 from datamodules.preprocess.transforms import MOST_QUANTILE_BINS, DenseTransform
 from lightning_dlrm.contracts.documents import parse_json
 from lightning_dlrm.contracts.errors import UserError, require

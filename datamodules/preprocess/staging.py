@@ -27,8 +27,9 @@ from datamodules.preprocess.criteo_tsv import (
     pieces_of_text,
 )
 from datamodules.preprocess.journal import record, recorded, written_aside
-from datamodules.preprocess.protocols import Span, SplitRule, Table
+from datamodules.preprocess.protocols import Table
 from datamodules.preprocess.sources import RawFile
+from datamodules.preprocess.splits import Span, SplitRule
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, CRITEO_LABEL, SPLITS, SplitName
 

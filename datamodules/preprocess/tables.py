@@ -58,13 +58,16 @@ def encode(
     with tempfile.TemporaryDirectory(prefix="encode-") as folder:
         file = Path(folder) / "table.parquet"
         pq.write_table(table, file, row_group_size=_ROWS_OF_GROUP)
-        return preprocess(
-            None,
-            None,
-            [file],
-            output,
-            schema=schema,
-            vocabulary=vocabulary,
-            workers=workers,
-            progress=Progress(show=False),
-        )
+        try:
+            return preprocess(
+                None,
+                None,
+                [file],
+                output,
+                schema=schema,
+                vocabulary=vocabulary,
+                workers=workers,
+                progress=Progress(show=False),
+            )
+        except UserError as error:
+            raise UserError(str(error).replace(str(file), "the table")) from error

@@ -26,6 +26,7 @@ from datamodules.log_schema import log_schema
 from datamodules.preprocess import counting
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
+from datamodules.preprocess.splits import SplitRule
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 
@@ -470,6 +471,58 @@ def test_bad_rows_are_left_out_and_listed(tmp_path: Path) -> None:
     assert "the label click is '9'" in listed[1] and "2 fields" in listed[2]
 
 
+@pytest.mark.parametrize("name", ["log.csv", "log.jsonl"])
+@settings(max_examples=40, deadline=None)
+@given(
+    edits=st.lists(
+        st.tuples(st.integers(0, 400), st.binary(max_size=3) | st.sampled_from([b'"', b",", b"\n", b"\r\n", b"\xff"])),
+        max_size=4,
+    ),
+    skip=st.booleans(),
+)
+def test_damaged_text_is_read_or_named(
+    tmp_path_factory: pytest.TempPathFactory, name: str, edits: list[tuple[int, bytes]], skip: bool
+) -> None:
+    text = log_of(LINES)
+    if name == "log.jsonl":
+        keys = ["click", "u", "p", "t"]
+        rows = [dict(zip(keys, line.split(","), strict=True)) for line in LINES]
+        text = "".join(json.dumps({**row, "p": float(row["p"])}) + "\n" for row in rows).encode()
+    for place, edit in edits:
+        text = text[:place] + edit + text[place + 1 :]
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / name).write_bytes(text)
+    try:
+        make(folder / name, folder / "data", FEW, on_bad_row="skip" if skip else "fail", block_bytes=100)
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_a_random_split_has_its_shares_and_does_not_depend_on_pieces() -> None:
+    rule = SplitRule(ratios=(0.7, 0.2, 0.1), seed=3)
+    whole = rule.split_of(0, 100_000, None)
+    assert np.allclose(np.bincount(whole) / 100_000, [0.7, 0.2, 0.1], atol=0.01)
+    assert (np.concatenate([rule.split_of(0, 77, None), rule.split_of(77, 99_923, None)]) == whole).all()
+    assert (SplitRule(ratios=(0.7, 0.2, 0.1), seed=4).split_of(0, 100_000, None) != whole).mean() > 0.3
+
+
+def test_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text(as_csv(generated(500)))
+    for workers in (1, 2):
+        preprocess(
+            None,
+            None,
+            [tmp_path / "log.csv"],
+            tmp_path / str(workers),
+            schema=log_schema(DOCUMENT),
+            progress=Progress(show=False),
+            workers=workers,
+            block_bytes=9000,
+        )
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
 # --- from Python -----------------------------------------------------------------------------------
 
 
@@ -502,7 +555,7 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
     bad = new.set_column(new.column_names.index("price"), "price", pa.array(["dear"] * len(new)))
     with pytest.raises(UserError, match="row 0: price is 'dear', expected a number"):
         RowEncoder(tmp_path / "data").encode(bad)
-    with pytest.raises(UserError, match=r"table.parquet, row 1: price is 'dear', expected a number"):
+    with pytest.raises(UserError, match="the table, row 1: price is 'dear', expected a number"):
         datamodules.encode(bad, None, tmp_path / "bad", vocabulary=tmp_path / "data")
 
     data = datamodules.Clicks(tmp_path / "data", batch_size=64, group="who")

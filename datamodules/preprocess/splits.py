@@ -1,0 +1,110 @@
+"""Which rows train, validate and test: arithmetic on positions, times, labels and seeds, without a second look at the
+data, so that any worker can compute it for any piece."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from datamodules.mixing import GOLDEN, mix
+from lightning_dlrm.contracts.schema import SPLITS, SplitName
+
+_TRAIN = SPLITS.index("train")
+_TEST = SPLITS.index("test")
+_VALIDATION = SPLITS.index("validation")
+
+# Streams of random numbers, so that the split and the sampling of a row are independent.
+_SPLIT_STREAM, _SAMPLING_STREAM = 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Rows ``start`` to ``stop`` (not included) of all input files together, which go to one split."""
+
+    split: SplitName
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRule:
+    """Assigns every row to a split."""
+
+    spans: tuple[Span, ...] = ()
+    """Rows by position; without spans and what follows, random 8:1:1: of every ten rows, one goes to test and one to
+    validation."""
+    ratios: tuple[float, ...] = ()
+    """At random by these shares of ``SPLITS``."""
+    cuts: tuple[int, ...] = ()
+    """By time: the last one of the training split, and of the validation split."""
+    by_value: bool = False
+    """By what segments have staged: positions in ``SPLITS``."""
+    seed: int = 0
+    negative_sampling_rate: float = 1.0
+    """The share of training rows with label 0 that is kept."""
+
+    @property
+    def arithmetic(self) -> bool:
+        """Whether the rows of each split follow from the spans alone."""
+        return bool(self.spans) and self.negative_sampling_rate == 1.0
+
+    def split_of(self, start: int, rows: int, labels: np.ndarray | None, keys: np.ndarray | None = None) -> np.ndarray:
+        """Return the split of some rows.
+
+        Args:
+            start: the position of the first, counted over all input files.
+            rows: how many they are.
+            labels: int8 [rows]; needed for negative sampling only.
+            keys: what a log is split by, see ``OpenSegment.split_keys``.
+
+        Returns:
+            int8 [rows]: the position of the split in ``SPLITS``, -1 for rows that are left out.
+        """
+        if self.spans:
+            codes = np.full(rows, -1, np.int8)
+            for span in self.spans:
+                codes[max(span.start - start, 0) : max(span.stop - start, 0)] = SPLITS.index(span.split)
+        elif self.cuts or self.by_value:
+            assert keys is not None
+            codes = keys if self.by_value else np.searchsorted(self.cuts, keys).astype(np.int8)
+        elif self.ratios:
+            drawn = _uniform(mixed(self.seed, _SPLIT_STREAM, np.arange(start, start + rows, dtype=np.uint64)))
+            codes = np.searchsorted(np.cumsum(self.ratios[:-1]), drawn, side="right").astype(np.int8)
+        else:
+            codes = self._random_split(np.arange(start, start + rows, dtype=np.uint64))
+        if self.negative_sampling_rate < 1.0:
+            assert labels is not None
+            negatives = np.flatnonzero((codes == _TRAIN) & (labels == 0))
+            drawn = mixed(self.seed, _SAMPLING_STREAM, negatives.astype(np.uint64) + np.uint64(start))
+            kept = _uniform(drawn) < self.negative_sampling_rate
+            codes[negatives[~kept]] = -1
+        return codes
+
+    def _random_split(self, positions: np.ndarray) -> np.ndarray:
+        ten = np.uint64(10)
+        drawn = mixed(self.seed, _SPLIT_STREAM, positions // ten)
+        test = drawn % ten
+        validation = (test + np.uint64(1) + (drawn >> np.uint64(32)) % np.uint64(9)) % ten
+        codes = np.full(len(positions), _TRAIN, np.int8)
+        codes[positions % ten == test] = _TEST
+        codes[positions % ten == validation] = _VALIDATION
+        return codes
+
+
+def mixed(seed: int, stream: int, values: np.ndarray) -> np.ndarray:
+    """Return random bits of each value by integer mixing (the finaliser of SplitMix64, twice).
+
+    Args:
+        seed: 0 to 2**63 - 1.
+        stream: number of the use.
+        values: uint64 [n].
+
+    Returns:
+        uint64 [n], the same everywhere.
+    """
+    key = mix(np.array([(seed * GOLDEN + stream) % 2**64], np.uint64))
+    return mix(mix(values * np.uint64(GOLDEN) + key))
+
+
+def _uniform(bits: np.ndarray) -> np.ndarray:
+    """Return numbers float64 [n] from 0 to 1 (not included) of random bits uint64 [n]."""
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
