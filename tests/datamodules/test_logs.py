@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 import datamodules
 from datamodules.encoder import RowEncoder
 from datamodules.log_schema import log_schema
-from datamodules.preprocess import counting
+from datamodules.preprocess import counting, pipeline
+from datamodules.preprocess.log_reader import LogReader
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.splits import SplitRule
@@ -497,6 +498,30 @@ def test_damaged_text_is_read_or_named(
     except UserError as error:
         assert "\n" not in str(error)
         assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_an_interrupted_run_keeps_its_finished_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = generated(600)
+    (tmp_path / "log.csv").write_text(as_csv(rows))
+    make(tmp_path / "log.csv", tmp_path / "whole", DOCUMENT, block_bytes=4000)
+    monkeypatch.setattr(pipeline, "_SMALL_BYTES", 0)  # such small input is not worth keeping otherwise
+    parse, parsed = LogReader.parse, []
+
+    def broken(reader: LogReader, piece: Any) -> list[pa.Table]:
+        parsed.append(piece)
+        if len(parsed) == 4:
+            raise KeyboardInterrupt
+        return parse(reader, piece)
+
+    monkeypatch.setattr(LogReader, "parse", broken)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "log.csv", tmp_path / "data", DOCUMENT, block_bytes=4000)
+    before = len(parsed)
+    make(tmp_path / "log.csv", tmp_path / "data", DOCUMENT, block_bytes=4000)
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+    pieces = -(-(tmp_path / "log.csv").stat().st_size // 4000)
+    assert len(parsed) - before == pieces - 3, "three pieces were staged before"
+    assert {path.name for path in tmp_path.iterdir()} == {"log.csv", "whole", "data"}
 
 
 def test_a_random_split_has_its_shares_and_does_not_depend_on_pieces() -> None:
