@@ -204,7 +204,7 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
     Raises:
         UserError: a configuration or an option is wrong.
     """
-    arguments = _name_classes_of_help(arguments)
+    arguments = _name_class_of_help(arguments)
     admit_arguments(arguments)
     settings = parser.parse_args(resolve_config_arguments(arguments))
     for section in ("model", "trainer", "checkpoint", "wandb"):
@@ -217,20 +217,16 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
     return settings
 
 
-_HELP_CLASSES = {"model.network": "DLRM", "data": "Criteo"}
-
-
-def _name_classes_of_help(arguments: Sequence[str]) -> list[str]:
-    """Return arguments in which help for a class's own option, such as ``--model.network.tables.help``, names the class
-    first, as jsonargparse wants it: the class that is given as an option, else the usual one."""
+def _name_class_of_help(arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which help for an option of the network, such as ``--model.network.tables.help``, names the
+    network's class first, as jsonargparse wants it: the class that is given as an option, or DLRM."""
     named: list[str] = []
     for argument in arguments:
-        for key, usual in _HELP_CLASSES.items():
-            inner = re.fullmatch(rf"--{re.escape(key)}\.(?:init_args\.)?([\w.]+)\.help", argument)
-            if inner is not None and f"--{key}.help" not in arguments:
-                given = [other.partition("=")[2] for other in arguments if other.startswith(f"--{key}=")]
-                named += [f"--{key}.help", *(given[-1:] or [usual])]
-                argument = f"--{key}.{inner[1]}.help"
+        inner = re.fullmatch(r"--model\.network\.(?:init_args\.)?([\w.]+)\.help", argument)
+        if inner is not None and "--model.network.help" not in arguments:
+            given = [other.partition("=")[2] for other in arguments if other.startswith("--model.network=")]
+            named += ["--model.network.help", *(given[-1:] or ["DLRM"])]
+            argument = f"--model.network.{inner[1]}.help"
         named.append(argument)
     return named
 

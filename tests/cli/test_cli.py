@@ -494,7 +494,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--model.network.tables.help"], "--model.network.tables.on_host"),
         (["--model.network=DCN", "--model.network.init_args.tables.help"], "--model.network.tables.on_host"),
-        (["--config", "dlrm.yaml", "--data.demo.help"], "--data.demo.train_rows"),
+        (["--config", "dlrm.yaml", "--data.help", "Criteo"], "--data.demo.train_rows"),
         (["--model.network.help", "DCN"], "--model.network.cross_layers"),
     ],
 )
