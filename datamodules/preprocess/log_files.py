@@ -42,8 +42,8 @@ def open_reader(source: RawFile, schema: LogSchema, is_new: bool = True) -> LogR
         start = _start(source, schema.encoding)
         require(start.strip(), f"{source.path} is empty; give files with rows")
         reader = _json_reader(source, schema, start) if form == "jsonl" else _csv_reader(source, schema, start)
-    twice = sorted({name for name in reader.names if reader.names.count(name) > 1})
-    require(not twice, f"{source.path}: {', '.join(twice)} stands twice in the header; rename one of the two columns")
+    twice = next((name for name in reader.names if reader.names.count(name) > 1), None)
+    require(twice is None, f"{source.path}: {twice!r} stands twice in the header; rename one of the two columns")
     schema.check_columns(reader.names, source.path, labelled=is_new)
     return replace(reader, labelled=schema.label_in(reader.names).column in reader.names, splits=is_new)
 
