@@ -310,8 +310,8 @@ def test_the_form_of_the_files_changes_no_byte(tmp_path: Path, monkeypatch: pyte
     table = pa.Table.from_pylist(records)
     table = table.set_column(1, "user", table["user"].dictionary_encode())
     table = table.set_column(5, "day", pc.strptime(table["day"], "%Y-%m-%d", "ns"))
-    pq.write_table(table, tmp_path / "log.parquet", row_group_size=300)
-    make(tmp_path / "log.parquet", tmp_path / "of_parquet", with_lists)
+    pq.write_table(table, tmp_path / "log", row_group_size=300)
+    make(tmp_path / "log", tmp_path / "of_parquet", with_lists)
     assert contents(tmp_path / "of_parquet") == expected
 
     parts = [tmp_path / "part1.csv", tmp_path / "part2.csv"]
@@ -556,6 +556,7 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
     document = {**DOCUMENT, "columns": {**DOCUMENT["columns"], "tags": {"role": "multi_hot", "weights": "weights"}}}
     table = pa.Table.from_pylist([{**row, "day": f"2024-01-{row['day']:02d}"} for row in rows])
     schema = datamodules.encode(table, {**document, "format": "csv"}, tmp_path / "data")
+    assert "format" not in schema.settings["schema"]
     (tmp_path / "log.csv").write_text(as_csv(rows))
     make(tmp_path / "log.csv", tmp_path / "of_csv", DOCUMENT)
     assert contents(tmp_path / "data") == contents(tmp_path / "of_csv")
