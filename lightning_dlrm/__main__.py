@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dlrm.cli.configs import expand_home, nearest
+from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.contracts.documents import printable
 from lightning_dlrm.contracts.errors import UserError, one_line, place_in_own_code, require
 
@@ -203,6 +204,10 @@ def _run(command: str, arguments: list[str]) -> int:
     if command in _PLAIN and not imports:
         return _run_plain_command(command, arguments)
     # The others read configurations.
+    if command in SHORT_HELP and not {"-h", "--help"}.isdisjoint(arguments):
+        print(f"usage: python -m lightning_dlrm {command} [options]\n\n{SHORT_HELP[command]}")
+        return 0
+    arguments = ["--help" if argument == "--help.all" else argument for argument in arguments]
     arguments = _imported("lightning_dlrm.cli.trust").take_trust(arguments)
     if imports:
         return _imported("lightning_dlrm.cli.importing").run(arguments[1:])
@@ -262,8 +267,9 @@ commands:
 Start here, no data needed:
   python -m lightning_dlrm fit --config dlrm.yaml
 
-Every command explains its options with --help. --version prints the release. With {DEBUG}, an error also shows where in
-the code it was raised."""
+Every command explains its options with --help; fit and others like it list all
+of them with --help.all. --version prints the release. With {DEBUG}, an error also
+shows where in the code it was raised."""
 
 
 if __name__ == "__main__":

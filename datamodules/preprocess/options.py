@@ -311,7 +311,10 @@ def options_of(
     """
     if schema is None or vocabulary is None:
         for name, wanted, choices in (("dataset", dataset, DATASETS), ("protocol", protocol, PROTOCOLS)):
-            require(wanted is not None, f"no {name} is given; give --{name}, one of {', '.join(choices)}")
+            require(
+                wanted is not None,
+                f"no {name} is given; give --{name}, one of {', '.join(choices)}, or the --schema of another log",
+            )
         return Options(dataset=dataset, protocol=protocol, **others), Fitted()  # type: ignore[arg-type]
     require(
         schema.protocol in PROTOCOLS and schema.vocabulary,

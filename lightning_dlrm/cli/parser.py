@@ -140,7 +140,8 @@ def build_model_parser(command: str, description: str, **options: Any) -> Comman
 
 
 def _build_parser(command: str, description: str, **options: Any) -> CommandParser:
-    parser = CommandParser(prog=f"python -m lightning_dlrm {command}", description=description, **options)
+    prog = f"python -m lightning_dlrm {command}"
+    parser = CommandParser(prog=prog, usage=f"{prog} [options]", description=description, **options)
     parser.add_argument(
         "-c", "--config", action=ActionConfigFile, help="YAML file, here or one shipped; later ones overlay earlier"
     )
@@ -203,6 +204,7 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
     Raises:
         UserError: a configuration or an option is wrong.
     """
+    arguments = _name_class_of_help(arguments)
     admit_arguments(arguments)
     settings = parser.parse_args(resolve_config_arguments(arguments))
     for section in ("model", "trainer", "checkpoint", "wandb"):
@@ -213,6 +215,20 @@ def parse(parser: CommandParser, arguments: Sequence[str]) -> Namespace:
         given = None if settings.seed_everything is True else settings.seed_everything
         settings.seed_everything = pl.seed_everything(given, workers=True)
     return settings
+
+
+def _name_class_of_help(arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which help for an option of the network, such as ``--model.network.tables.help``, names the
+    network's class first, as jsonargparse wants it: the class that is given as an option, or DLRM."""
+    named: list[str] = []
+    for argument in arguments:
+        inner = re.fullmatch(r"--model\.network\.(?:init_args\.)?([\w.]+)\.help", argument)
+        if inner is not None and "--model.network.help" not in arguments:
+            given = [other.partition("=")[2] for other in arguments if other.startswith("--model.network=")]
+            named += ["--model.network.help", *(given[-1:] or ["DLRM"])]
+            argument = f"--model.network.{inner[1]}.help"
+        named.append(argument)
+    return named
 
 
 def fill_data_seed(settings: Namespace) -> None:

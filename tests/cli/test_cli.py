@@ -24,6 +24,7 @@ from sklearn.metrics import roc_auc_score
 
 from lightning_dlrm.__main__ import COMMANDS, main
 from lightning_dlrm.cli import version
+from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.contracts.schema import DatasetSchema
 from tests.engine.test_finished import checksums
 from tests.engine.test_guards import wreck
@@ -471,10 +472,44 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in COMMANDS)
     for name in COMMANDS:
+        option = "--help.all" if name in SHORT_HELP else "--help"
         with pytest.raises(SystemExit) as left:
-            main([name, "--help"])
+            main([name, option])
         assert left.value.code == 0
-        assert "usage:" in capsys.readouterr().out
+        listed = capsys.readouterr().out
+        assert listed.startswith(f"usage: python -m lightning_dlrm {name} ")
+        if name in SHORT_HELP:
+            assert main([name, "--config", "dlrm.yaml", "-h"]) == 0
+            short = capsys.readouterr().out
+            lines = short.splitlines()
+            assert len(lines) <= 40 and max(map(len, lines)) <= 80 and lines[0].startswith("usage: ")
+            # Options of the datamodule are listed by the help of its class, --trust beside all others.
+            options = set(re.findall(r"(?m)^  (--[\w.-]+)", short)) - {"--data.path", "--data.batch_size"}
+            missing = options - {"--data.group", "--data.predict_split"} - set(re.findall(r"--[\w.-]+", listed))
+            assert len(options) >= 2 and not missing, missing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["--model.network.tables.help"], "--model.network.tables.on_host"),
+        (["--model.network=DCN", "--model.network.init_args.tables.help"], "--model.network.tables.on_host"),
+        (["--config", "dlrm.yaml", "--data.help", "Criteo"], "--data.demo.train_rows"),
+        (["--model.network.help", "DCN"], "--model.network.cross_layers"),
+    ],
+)
+def test_help_of_a_class_and_its_options(arguments: list[str], option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["fit", *arguments])
+    assert left.value.code == 0 and option in capsys.readouterr().out
+
+
+def test_help_of_one_screen_starts_without_torch() -> None:
+    script = (
+        "import sys; from lightning_dlrm.__main__ import main; assert main(['fit', '--help']) == 0; "
+        "assert not {'torch', 'jsonargparse', 'numpy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
 def test_git_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:

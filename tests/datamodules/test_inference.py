@@ -4,6 +4,7 @@ give."""
 
 import gzip
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,47 @@ def test_mistakes_are_one_line_and_write_nothing(
         infer(tmp_path / "schema.yaml", label, [str(log)])
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+
+
+def test_files_of_different_forms_are_named(tmp_path: Path) -> None:
+    for name, content in (("a.csv", "y,a\n1,x\n0,z\n"), ("b.csv", "y,b\n1,x\n0,z\n"), ("c.csv", "y,a,b\n1,x,z\n")):
+        (tmp_path / name).write_text(content)
+    for name, columns in (("a.parquet", ("y", "a")), ("b.parquet", ("y", "b"))):
+        pq.write_table(pa.table({column: [1, 0] for column in columns}), tmp_path / name)
+    for names, message in (
+        (("a.csv", "b.csv"), r"b.csv begins with 'y,b', and .*a.csv with 'y,a'; give files with the same header"),
+        (("a.csv", "c.csv"), r"c.csv: line 1 has 3 fields and the first line 2"),
+        (("a.parquet", "b.parquet"), r"b.parquet has the columns y, b, and .*a.parquet y, a"),
+        (("a.parquet", "a.csv"), r"a.csv cannot be read"),
+        (("a.csv", "a.csv"), r"is given twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            infer(tmp_path / "schema.yaml", "y", [str(tmp_path / name) for name in names])
+
+
+def test_damaged_logs_are_read_or_refused(tmp_path: Path) -> None:
+    """200 logs with up to four changes each: a schema that can be read back, or one line."""
+    draw = random.Random(1)
+    logs = [
+        b'y,a,b\n1,x,3\n0,"z,""",4.5\n0,q,\n',
+        b'{"y":1,"a":[1,2],"b":"2024-01-01"}\n{"y":0,"a":[],"b":null}\n',
+        "y;ü\r\n1;7,5\r\n0;\r\n".encode(),
+    ]
+    outcomes = set()
+    for _ in range(200):
+        log = bytearray(draw.choice(logs) * draw.randint(1, 3))
+        for _ in range(draw.randint(1, 4)):
+            at = draw.randrange(len(log))
+            log[at : at + draw.randrange(3)] = bytes(
+                draw.choices(b',;"\n{}[]:0 1e-.\\x\0\xc3\xff', k=draw.randrange(3))
+            )
+        try:
+            inferred(tmp_path, bytes(log))
+            outcomes.add("read")
+        except UserError as error:
+            assert "\n" not in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

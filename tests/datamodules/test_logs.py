@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 import datamodules
 from datamodules.encoder import RowEncoder
 from datamodules.log_schema import log_schema
-from datamodules.preprocess import counting
+from datamodules.preprocess import counting, pipeline
+from datamodules.preprocess.log_reader import LogReader
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.splits import SplitRule
@@ -309,8 +310,8 @@ def test_the_form_of_the_files_changes_no_byte(tmp_path: Path, monkeypatch: pyte
     table = pa.Table.from_pylist(records)
     table = table.set_column(1, "user", table["user"].dictionary_encode())
     table = table.set_column(5, "day", pc.strptime(table["day"], "%Y-%m-%d", "ns"))
-    pq.write_table(table, tmp_path / "log.parquet", row_group_size=300)
-    make(tmp_path / "log.parquet", tmp_path / "of_parquet", with_lists)
+    pq.write_table(table, tmp_path / "log", row_group_size=300)
+    make(tmp_path / "log", tmp_path / "of_parquet", with_lists)
     assert contents(tmp_path / "of_parquet") == expected
 
     parts = [tmp_path / "part1.csv", tmp_path / "part2.csv"]
@@ -393,7 +394,7 @@ def with_line(index: int, line: str) -> bytes:
 
 MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (log_of(LINES, "click,u,pp,t"), {}, r"has no column 'p', which the schema names \(columns: p\) \(did you mean pp"),
-    (log_of(LINES, "click,u,u,t"), {}, "u stands twice in the header; rename"),
+    (log_of(LINES, "click,u,u,t"), {}, "'u' stands twice in the header; rename"),
     (log_of(LINES), {"separator": ";"}, "has no column 'click'"),
     (with_line(5, "1,u1,5,2024-01-01,9"), {}, "line 7: 5 fields, expected 4 between ','"),
     (with_line(5, "\n\n1,u1"), {}, "line 9: 2 fields, expected 4"),
@@ -499,6 +500,30 @@ def test_damaged_text_is_read_or_named(
         assert [path.name for path in folder.iterdir()] == [name]
 
 
+def test_an_interrupted_run_keeps_its_finished_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = generated(600)
+    (tmp_path / "log.csv").write_text(as_csv(rows))
+    make(tmp_path / "log.csv", tmp_path / "whole", DOCUMENT, block_bytes=4000)
+    monkeypatch.setattr(pipeline, "_SMALL_BYTES", 0)  # such small input is not worth keeping otherwise
+    parse, parsed = LogReader.parse, []
+
+    def broken(reader: LogReader, piece: Any) -> list[pa.Table]:
+        parsed.append(piece)
+        if len(parsed) == 4:
+            raise KeyboardInterrupt
+        return parse(reader, piece)
+
+    monkeypatch.setattr(LogReader, "parse", broken)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "log.csv", tmp_path / "data", DOCUMENT, block_bytes=4000)
+    before = len(parsed)
+    make(tmp_path / "log.csv", tmp_path / "data", DOCUMENT, block_bytes=4000)
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+    pieces = -(-(tmp_path / "log.csv").stat().st_size // 4000)
+    assert len(parsed) - before == pieces - 3, "three pieces were staged before"
+    assert {path.name for path in tmp_path.iterdir()} == {"log.csv", "whole", "data"}
+
+
 def test_a_random_split_has_its_shares_and_does_not_depend_on_pieces() -> None:
     rule = SplitRule(ratios=(0.7, 0.2, 0.1), seed=3)
     whole = rule.split_of(0, 100_000, None)
@@ -531,6 +556,7 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
     document = {**DOCUMENT, "columns": {**DOCUMENT["columns"], "tags": {"role": "multi_hot", "weights": "weights"}}}
     table = pa.Table.from_pylist([{**row, "day": f"2024-01-{row['day']:02d}"} for row in rows])
     schema = datamodules.encode(table, {**document, "format": "csv"}, tmp_path / "data")
+    assert "format" not in schema.settings["schema"]
     (tmp_path / "log.csv").write_text(as_csv(rows))
     make(tmp_path / "log.csv", tmp_path / "of_csv", DOCUMENT)
     assert contents(tmp_path / "data") == contents(tmp_path / "of_csv")
