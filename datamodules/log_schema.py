@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 from lightning_dlrm.contracts.documents import is_name, parse_settings, read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.contracts.schema import CRITEO_LABEL, WEIGHTS_SUFFIX
+from lightning_dlrm.contracts.schema import CRITEO_LABEL, PREDICTION_COLUMNS, WEIGHTS_SUFFIX
 from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
 
 Format = Literal["csv", "parquet", "jsonl"]
@@ -213,6 +213,11 @@ class LogSchema:
             any(column.role not in ("keep", "leave") for column in self.columns.values()),
             "columns has no dense, categorical or multi_hot column; a model needs at least one",
         )
+        for name in PREDICTION_COLUMNS:
+            require(
+                name not in self.columns or self.columns[name].role != "keep",
+                f"columns: predictions have a column {name} already; choose another name, and give 'source: {name}'",
+            )
         for name in made:
             require(
                 is_name(name),

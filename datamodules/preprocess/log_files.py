@@ -17,7 +17,15 @@ from lightning_dlrm.contracts.errors import UserError, one_line, require
 _HEADER_BYTES = 1 << 20  # the longest header
 _SAMPLED_LINES = 1000  # of JSON, for the types of columns
 _BOM = b"\xef\xbb\xbf"
-_SUFFIXES: Mapping[str, Format] = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+_PARQUET = b"PAR1"
+_SUFFIXES: Mapping[str, Format] = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
 
 
 def open_reader(source: RawFile, schema: LogSchema, is_new: bool = True) -> LogReader:
@@ -32,7 +40,8 @@ def open_reader(source: RawFile, schema: LogSchema, is_new: bool = True) -> LogR
     Raises:
         UserError: the file's columns are not those of the schema, or it cannot be read.
     """
-    form = schema.format or _format_of(source.name)
+    # New rows may have another form than those of the dataset.
+    form = (schema.format if is_new else None) or _format_of(source, schema.format)
     if form == "parquet":
         with open_parquet(source.path) as file:
             names = tuple(file.schema_arrow.names)
@@ -42,16 +51,19 @@ def open_reader(source: RawFile, schema: LogSchema, is_new: bool = True) -> LogR
         start = _start(source, schema.encoding)
         require(start.strip(), f"{source.path} is empty; give files with rows")
         reader = _json_reader(source, schema, start) if form == "jsonl" else _csv_reader(source, schema, start)
-    twice = sorted({name for name in reader.names if reader.names.count(name) > 1})
-    require(not twice, f"{source.path}: {', '.join(twice)} stands twice in the header; rename one of the two columns")
+    twice = next((name for name in reader.names if reader.names.count(name) > 1), None)
+    require(twice is None, f"{source.path}: {twice!r} stands twice in the header; rename one of the two columns")
     schema.check_columns(reader.names, source.path, labelled=is_new)
     return replace(reader, labelled=schema.label_in(reader.names).column in reader.names, splits=is_new)
 
 
-def _format_of(name: str) -> Format:
-    stem = Path(name)
+def _format_of(source: RawFile, default: Format | None) -> Format:
+    """Return the format of a file by its first bytes and its name."""
+    if source.read(0, len(_PARQUET)) == _PARQUET:
+        return "parquet"
+    stem = Path(source.name)
     stem = stem.with_suffix("") if stem.suffix in (".gz", ".zst") else stem
-    return _SUFFIXES.get(stem.suffix, "csv")
+    return _SUFFIXES.get(stem.suffix, default or "csv")
 
 
 def _start(source: RawFile, encoding: str) -> bytes:

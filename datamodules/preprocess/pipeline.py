@@ -277,24 +277,10 @@ def preprocess(
     progress = progress or Progress()
     known_folder = None if vocabulary is None else Folder(vocabulary)
     known = None if known_folder is None else load_schema(known_folder)
-    chosen: Options | LogOptions
-    fitted = Fitted()
-    if schema is not None or (known is not None and known.protocol == LOG_PROTOCOL):
-        require(schema is None or known is None, "both a schema and a vocabulary are given; leave one out")
-        given = {"dataset": dataset, "protocol": protocol, "max_rows": max_rows, **options}
-        on_bad_row = given.pop("on_bad_row", "fail")
-        _require_no_criteo_options(given)
-        if schema is not None:
-            chosen = LogOptions(schema=schema, on_bad_row=on_bad_row)
-        else:
-            assert known is not None and known_folder is not None
-            chosen, fitted = known_options(known, known_folder, on_bad_row)
-    else:
-        chosen, fitted = options_of(
-            known, known_folder, dataset=dataset, protocol=protocol, max_rows=max_rows, **options
-        )
-        if known is None and chosen.rules.superseded_by:
-            progress.note(chosen.rules.superseded_by)
+    given = {"dataset": dataset, "protocol": protocol, "max_rows": max_rows, **options}
+    chosen, fitted = _chosen(schema, known, known_folder, given)
+    if known is None and isinstance(chosen, Options) and chosen.rules.superseded_by:
+        progress.note(chosen.rules.superseded_by)
     require(workers is None or workers >= 1, f"workers is {workers}, expected at least 1")
     require(
         workers is None or scheduler is None,
@@ -312,6 +298,30 @@ def preprocess(
         fitted=fitted,
     )
     return _run(job, target, workers, scheduler)
+
+
+def _chosen(
+    schema: LogSchema | None, known: DatasetSchema | None, vocabulary: Folder | None, given: dict[str, Any]
+) -> tuple[Options | LogOptions, Fitted]:
+    """Return the options, and what the dataset whose vocabulary is used was fitted to.
+
+    Args:
+        schema: of the log, if it is given.
+        known, vocabulary: schema and folder of the dataset whose vocabulary is used, if any.
+        given: the options of Criteo's protocols.
+
+    Raises:
+        UserError: an option is out of range or missing, or some cannot be given together.
+    """
+    require(schema is None or known is None, "both a schema and a vocabulary are given; leave one out")
+    if schema is None and (known is None or known.protocol != LOG_PROTOCOL):
+        return options_of(known, vocabulary, **given)
+    on_bad_row = given.pop("on_bad_row", "fail")
+    _require_no_criteo_options(given)
+    if schema is not None:
+        return LogOptions(schema=schema, on_bad_row=on_bad_row), Fitted()
+    assert known is not None and vocabulary is not None
+    return known_options(known, vocabulary, on_bad_row)
 
 
 def _require_no_criteo_options(given: Mapping[str, Any]) -> None:

@@ -39,6 +39,9 @@ SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 WEIGHTS_SUFFIX = "_weights"
 """Suffix of the name of a weights column, after the name of its multi-hot column."""
 
+PREDICTION_COLUMNS = ("split", "row", "label", "probability")
+"""Columns of predictions, which kept columns may not be named after."""
+
 # The columns of the Criteo click logs, in the order of their raw files.
 CRITEO_LABEL = "label"
 CRITEO_DENSE = tuple(f"I{i}" for i in range(1, 14))
@@ -177,6 +180,10 @@ class DatasetSchema:
             require(
                 column.role != "keep" or column.transform in get_args(KeptType),
                 f"column {column.name} (keep): transform {column.transform!r} is none of {get_args(KeptType)}",
+            )
+            require(
+                column.role != "keep" or column.name not in PREDICTION_COLUMNS,
+                f"column {column.name} (keep): predictions have a column of this name; choose another one",
             )
             has_table = column.role in ("categorical", "multi_hot")
             require(

@@ -369,6 +369,16 @@ def test_one_seed_on_one_side_is_named() -> None:
         assert "no verdict: one seed of DCN does not show" in pair.sentence and pair.word == "none: one seed"
 
 
+def test_datasets_of_two_protocols_are_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [leave_run(arm, 1, Path("out"), 1.0) for arm in plain_arms()]
+    for run, protocol in zip(runs, ("modern", "quantile"), strict=True):
+        summary = json.loads((run / "summary.json").read_text())
+        summary["final"] |= {"protocol": protocol, "encoding_fingerprint": protocol, "data_fingerprint": protocol}
+        (run / "summary.json").write_text(json.dumps(summary))
+    error = error_of(capsys, *map(str, runs), "--output", "out")
+    assert "of different data" in error and "protocol: modern in dlrm-1; quantile in dcn-1" in error
+
+
 def test_other_data_are_refused_unless_forced(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,8 @@ def test_kept_columns_are_no_features(dataset: tuple[Path, DatasetSchema]) -> No
     assert without.encoding_fingerprint == schema.encoding_fingerprint
     with pytest.raises(UserError, match="transform 'date' is none of"):
         replace(schema, columns=(*COLUMNS, Column(name="x", role="keep", transform="date")))
+    with pytest.raises(UserError, match="predictions have a column of this name"):
+        replace(schema, columns=(*COLUMNS, Column(name="row", role="keep", transform="text")))
 
 
 @pytest.mark.parametrize("cache", ["none", "memory"])

@@ -56,6 +56,7 @@ def test_a_schema_is_read_and_written(tmp_path):
         ("columns.x", {"role": "keep", "time": "hour"}, "time is 'hour'; expected unix, unix_ms, iso"),
         ("columns.genres_weights", {"role": "keep"}, "genres_weights would stand twice"),
         ("columns.label", {"role": "categorical"}, "label would stand twice"),
+        ("columns.row", {"role": "keep"}, "predictions have a column row already; choose another name"),
         ("columns.a/b", {"role": "keep"}, "give 'source: a/b'"),
         ("columns", {"id": {"role": "leave"}}, "no dense, categorical or multi_hot column"),
         ("columns", {True: {"role": "dense"}}, "YAML reads a name as True, not as text; put it in quotes"),

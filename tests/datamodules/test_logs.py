@@ -310,8 +310,8 @@ def test_the_form_of_the_files_changes_no_byte(tmp_path: Path, monkeypatch: pyte
     table = pa.Table.from_pylist(records)
     table = table.set_column(1, "user", table["user"].dictionary_encode())
     table = table.set_column(5, "day", pc.strptime(table["day"], "%Y-%m-%d", "ns"))
-    pq.write_table(table, tmp_path / "log.parquet", row_group_size=300)
-    make(tmp_path / "log.parquet", tmp_path / "of_parquet", with_lists)
+    pq.write_table(table, tmp_path / "log", row_group_size=300)
+    make(tmp_path / "log", tmp_path / "of_parquet", with_lists)
     assert contents(tmp_path / "of_parquet") == expected
 
     parts = [tmp_path / "part1.csv", tmp_path / "part2.csv"]
@@ -394,7 +394,7 @@ def with_line(index: int, line: str) -> bytes:
 
 MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (log_of(LINES, "click,u,pp,t"), {}, r"has no column 'p', which the schema names \(columns: p\) \(did you mean pp"),
-    (log_of(LINES, "click,u,u,t"), {}, "u stands twice in the header; rename"),
+    (log_of(LINES, "click,u,u,t"), {}, "'u' stands twice in the header; rename"),
     (log_of(LINES), {"separator": ";"}, "has no column 'click'"),
     (with_line(5, "1,u1,5,2024-01-01,9"), {}, "line 7: 5 fields, expected 4 between ','"),
     (with_line(5, "\n\n1,u1"), {}, "line 9: 2 fields, expected 4"),
@@ -556,6 +556,7 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
     document = {**DOCUMENT, "columns": {**DOCUMENT["columns"], "tags": {"role": "multi_hot", "weights": "weights"}}}
     table = pa.Table.from_pylist([{**row, "day": f"2024-01-{row['day']:02d}"} for row in rows])
     schema = datamodules.encode(table, {**document, "format": "csv"}, tmp_path / "data")
+    assert "format" not in schema.settings["schema"]
     (tmp_path / "log.csv").write_text(as_csv(rows))
     make(tmp_path / "log.csv", tmp_path / "of_csv", DOCUMENT)
     assert contents(tmp_path / "data") == contents(tmp_path / "of_csv")
