@@ -176,8 +176,8 @@ class RunCheckpoints(Checkpoint):
             load_parameters(pl_module, CheckpointReader(resolve_checkpoint(best)))
         else:
             log.warning(
-                "%s does not exist, as the best validation (step %s) was in the run that this fit goes on from: the model "
-                "keeps the parameters of the last step",
+                "%s does not exist, as the best validation (step %s) was in the run that this fit goes on from: the "
+                "model keeps the parameters of the last step",
                 *(best, f"{self.best[names.STEP]:,}"),
             )
 
