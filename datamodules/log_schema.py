@@ -352,6 +352,11 @@ def log_schema(content: Mapping[str, Any], where: str = "schema") -> LogSchema:
     columns = content.get("columns")
     parts: list[tuple[str, Any, type]] = [("", content, LogSchema), ("split: ", content.get("split"), LogSplit)]
     if isinstance(columns, Mapping):
+        for name in columns:
+            require(
+                type(name) in (str, int),
+                f"{where}: columns: YAML reads a name as {name!r}, not as text; put it in quotes",
+            )
         parts += [(f"columns: {name}: ", column, LogColumn) for name, column in columns.items()]
     for place, values, form in parts:
         known = [one.name for one in dataclasses.fields(form)]

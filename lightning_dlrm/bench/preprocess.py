@@ -41,7 +41,7 @@ Times in turns, each in a process of its own, so that memory is measured too:
   peer      with --peer, the preprocessing of a checkout of facebookresearch/dlrm, on the first rows; its start not
             included. It fails on NumPy 2: name an interpreter that has numpy<2 with --peer-python.
 
---dataset avazu times preprocess --schema datasets/avazu.yaml on a CSV of 24 columns, of which 22 are categorical.
+--dataset avazu times preprocess --schema datasets/avazu.yaml on a CSV of 24 columns, of which 21 are categorical.
 
 Memory, CPU time and disk space come from one more run of each, which is not timed because sampling takes time: the peak
 memory of all processes together, sampled 50 times a second, with shared pages counted once; and the peak size of the

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,7 +116,3 @@ def requeue() -> None:
         log.info("asked SLURM to start job %s again", job)
     else:
         log.warning("SLURM does not start job %s again (scontrol requeue: %s)", job, said)
-
-
-REQUEUE_SIGNAL = signal.SIGUSR1
-"""Sent by SLURM before a job's time ends, if asked: ``sbatch --signal=USR1@120``."""

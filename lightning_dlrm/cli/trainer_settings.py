@@ -1,6 +1,6 @@
 """Settings of Lightning's Trainer that a run of this project refuses, each with what to set instead."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -59,12 +59,13 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
             f"trainer.callbacks: the averages of {type(callback).__name__} would not be in the checkpoints, "
             "which hold the table rows as trained: set model.averaging.decay, such as 0.99, instead",
         )
-        if isinstance(callback, EarlyStopping):
-            _check_monitor("EarlyStopping", [callback.monitor], callback.mode, trainer["limit_val_batches"], grouped)
-        if isinstance(callback, ReduceOnPlateau):
-            _check_monitor(
-                "ReduceOnPlateau", list(callback.weights), callback.mode, trainer["limit_val_batches"], grouped
+        if isinstance(callback, (EarlyStopping, ReduceOnPlateau)):
+            require(
+                trainer["limit_val_batches"] != 0,
+                f"trainer.callbacks: {type(callback).__name__} needs validations, and trainer.limit_val_batches is 0: "
+                "leave one of them out",
             )
+            _check_monitor(callback, grouped)
 
 
 def check_early_stopping_after_validation(trainer: Namespace) -> None:
@@ -104,32 +105,26 @@ def check_processes(trainer: pl.Trainer, command: str) -> None:
     )
 
 
-def _check_monitor(
-    callback: str, monitors: Sequence[str], mode: str, limit_val_batches: float | None, grouped: bool
-) -> None:
-    """Check what a callback monitors; several metrics are a weighted sum.
-
-    Raises:
-        UserError: a metric does not exist, or the callback would stop when it should continue.
+def _check_monitor(callback: EarlyStopping | ReduceOnPlateau, grouped: bool) -> None:
     """
-    require(
-        limit_val_batches != 0,
-        f"trainer.callbacks: {callback} needs validations, and trainer.limit_val_batches is 0: leave one of them out",
-    )
+    Raises:
+        UserError: a monitored metric does not exist, or the callback would stop when it should continue.
+    """
+    weights = callback.weights if isinstance(callback, ReduceOnPlateau) else {callback.monitor: 1.0}
+    where = f"trainer.callbacks: {type(callback).__name__}'s"
     modes = {f"{names.VALIDATION}/{metric}": mode for metric, mode in names.BETTER.items()}
     by_group = f"{names.VALIDATION}/{names.GROUP_AUC}"
     require(
-        grouped or by_group not in monitors,
-        f"trainer.callbacks: {callback}'s monitor is {by_group}, and no column is given to group by: give --data.group",
+        grouped or by_group not in weights,
+        f"{where} monitor is {by_group}, and no column is given to group by: give --data.group",
     )
-    for monitor in monitors:
+    for monitor, weight in weights.items():
+        require(monitor in modes, f"{where} monitor is {monitor}; expected one of {', '.join(modes)}")
+        is_more_better = modes[monitor] == "max"
+        wanted = "max" if is_more_better == (weight >= 0) else "min"
+        remedy = f"set mode to {wanted}" if len(weights) == 1 else f"give it the weight {-weight:g}"
         require(
-            monitor in modes,
-            f"trainer.callbacks: {callback}'s monitor is {monitor}; expected one of {', '.join(modes)}",
+            callback.mode == wanted,
+            f"{where} mode is {callback.mode}, and of {monitor} (weight {weight:g}) "
+            f"{'more' if is_more_better else 'less'} is better: {remedy}",
         )
-    better = modes[monitors[0]]
-    require(
-        mode == better or len(monitors) > 1,
-        f"trainer.callbacks: {callback}'s mode is {mode}, and of {monitors[0]} "
-        f"{'more' if better == 'max' else 'less'} is better: set mode to {better}",
-    )

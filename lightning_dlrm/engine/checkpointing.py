@@ -169,8 +169,17 @@ class RunCheckpoints(Checkpoint):
                 log.warning("%s, damaged or of a later step, is set aside as %s", path, aside)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
-        if _plateau(trainer) is not None and self.best:
-            load_parameters(pl_module, CheckpointReader(resolve_checkpoint(self.folder / BEST)))
+        if _plateau(trainer) is None or not self.best:
+            return
+        best = self.folder / BEST
+        if best.exists():
+            load_parameters(pl_module, CheckpointReader(resolve_checkpoint(best)))
+        else:
+            log.warning(
+                "%s does not exist, as the best validation (step %s) was in the run that this fit goes on from: the "
+                "model keeps the parameters of the last step",
+                *(best, f"{self.best[names.STEP]:,}"),
+            )
 
     def _save(self, trainer: pl.Trainer) -> None:
         start = time.perf_counter()

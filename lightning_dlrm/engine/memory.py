@@ -136,9 +136,11 @@ def _remedies(needed: Counter[str], free: float, where: str, loads: Sequence[Tab
     total, found = needed.total(), []
     row_wise = total - needed["optimizer_tables"] + 4 * sum(load.rows for load in loads)
     if with_grad:
-        found.append("tables.dense_gradients false, with --model.table_optimizer RowWiseAdagrad")
-    elif row_wise <= free:
-        found.append(f"--model.table_optimizer RowWiseAdagrad takes {format_bytes(row_wise)}")
+        # A gradient is as large as its table.
+        row_wise -= needed["tables"]
+    if row_wise <= free:
+        without_grad = "tables.dense_gradients false, with " if with_grad else ""
+        found.append(f"{without_grad}--model.table_optimizer RowWiseAdagrad takes {format_bytes(row_wise)}")
     # Each rank has a copy of the dense layers.
     copied = 2 * needed["dense"] + needed["optimizer_dense"]
     if copied >= free:
@@ -147,7 +149,7 @@ def _remedies(needed: Counter[str], free: float, where: str, loads: Sequence[Tab
     if width >= 1:
         found.append(f"vectors of width {width} or less")
     if with_grad:
-        return found
+        return found or ["a machine with more memory"]
     if where != "this machine":
         found.append("tables in host memory, chosen by 'python -m lightning_dlrm plan --device-memory'")
     count, kind = math.ceil((total - copied) / (free - copied)), "machines" if where == "this machine" else "devices"

@@ -427,7 +427,8 @@ class CTRModule(pl.LightningModule):
             "true if the model has that option, or leave wide_optimizer out",
         )
         require(
-            not self.regularization.covers_fields or all(lookup.dense_gradients for lookup in network.lookups()),
+            not self.regularization.covers_fields
+            or all(lookup.dense_gradients for lookup in network.lookups() if lookup.weight.requires_grad),
             "regularization.fields_l1 and fields_l2 cover whole tables, whose gradients are of single rows: set "
             "network.tables.dense_gradients to true, or take l2 of table_optimizer, for the rows of each step",
         )

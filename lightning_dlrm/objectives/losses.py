@@ -67,8 +67,8 @@ class LogLoss(Loss):
 class ProbabilityLogLoss(Loss):
     """Binary cross-entropy of probabilities rounded to the logits' dtype, each logarithm at least -100, as in FuxiCTR.
 
-    It differs from LogLoss for float32 logits above 17 or below -104 only: there a probability is exactly 1 or 0, its
-    wrong label costs 100, and it has no gradient.
+    It differs from LogLoss by this rounding. A probability in float32 is exactly 1 for logits of 17 or more, and 0 for
+    those below -88: its wrong label costs 100, and it has no gradient.
 
     Args:
         label_smoothing: e; the target is y (1 - e) + e / 2.

@@ -298,10 +298,10 @@ def test_a_profiler_is_heard_and_kept_in_the_configuration(caplog: pytest.LogCap
         (f"{STOP_EARLY}validation/loss", "EarlyStopping's monitor is validation/loss; expected one of validation/auc"),
         (f"{STOP_EARLY}validation/calibration", "EarlyStopping's monitor is validation/calibration; expected one of"),
         (f"{STOP_EARLY}validation/group_auc --trainer.callbacks.mode=max", "no column is given to group by"),
-        (f"{STOP_EARLY}validation/auc", "EarlyStopping's mode is min, and of validation/auc more is better"),
+        (f"{STOP_EARLY}validation/auc", "EarlyStopping's mode is min, and of validation/auc (weight 1) more is better"),
         (
             f"{STOP_EARLY}validation/log_loss --trainer.callbacks.mode=max",
-            "EarlyStopping's mode is max, and of validation/log_loss less is better",
+            "EarlyStopping's mode is max, and of validation/log_loss (weight 1) less is better",
         ),
         (f"{STOP_EARLY}validation/log_loss --trainer.limit_val_batches=0", "trainer.limit_val_batches is 0"),
         (
@@ -314,7 +314,12 @@ def test_a_profiler_is_heard_and_kept_in_the_configuration(caplog: pytest.LogCap
         ),
         (
             "--trainer.callbacks=ReduceOnPlateau --trainer.callbacks.mode=min",
-            "ReduceOnPlateau's mode is min, and of validation/auc more is better",
+            "ReduceOnPlateau's mode is min, and of validation/auc (weight 1) more is better: set mode to max",
+        ),
+        (
+            "--trainer.callbacks=ReduceOnPlateau "
+            '--trainer.callbacks.monitor={"validation/auc":1.0,"validation/log_loss":0.5}',
+            "of validation/log_loss (weight 0.5) less is better: give it the weight -0.5",
         ),
         (f"{STOP_EARLY}validation/log_loss --trainer.callbacks.check_on_train_epoch_end=true", "leave it out"),
     ],

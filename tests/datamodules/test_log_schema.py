@@ -1,6 +1,7 @@
 """The schema of a raw log: what a YAML file may say, and the one line that each mistake gets."""
 
 import copy
+import datetime
 from typing import Any
 
 import pytest
@@ -58,6 +59,8 @@ def test_a_schema_is_read_and_written(tmp_path):
         ("columns.row", {"role": "keep"}, "predictions have a column row already; choose another name"),
         ("columns.a/b", {"role": "keep"}, "give 'source: a/b'"),
         ("columns", {"id": {"role": "leave"}}, "no dense, categorical or multi_hot column"),
+        ("columns", {True: {"role": "dense"}}, "YAML reads a name as True, not as text; put it in quotes"),
+        ("columns", {datetime.date(2026, 1, 1): {"role": "dense"}}, "not as text; put it in quotes"),
         ("split", {"by": "tim"}, "split: by: found 'tim'"),
         ("split", {"by": "time"}, "split: column is missing"),
         ("split", {"by": "column", "column": "f", "train": [0, True], "test": ["true"]}, "true is given twice"),
