@@ -53,13 +53,13 @@ def texts(column: pa.ChunkedArray) -> pa.DictionaryArray:
         encoded = encoded.chunk(0) if encoded.num_chunks else pa.array([], pa.string()).dictionary_encode()
     values = encoded.dictionary
     if pa.types.is_floating(values.type):
-        texts = pa.array([None if value != value else value_text(value) for value in values.to_pylist()], pa.string())
+        named = pa.array([None if value != value else value_text(value) for value in values.to_pylist()], pa.string())
     else:
-        texts = values.cast(pa.string())
-    if texts.null_count:
-        whole = texts.take(encoded.indices).dictionary_encode()
+        named = values.cast(pa.string())
+    if named.null_count:
+        whole = named.take(encoded.indices).dictionary_encode()
         return pa.DictionaryArray.from_arrays(whole.indices, whole.dictionary)
-    return pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int32()), texts)
+    return pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int32()), named)
 
 
 def check_single(name: str, column: pa.ChunkedArray) -> None:

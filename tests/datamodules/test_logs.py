@@ -208,7 +208,7 @@ def as_csv(rows: Sequence[Row], separator: str = ",") -> str:
     return out.getvalue()
 
 
-@settings(max_examples=30, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(rows=st.lists(rows, min_size=8, max_size=40), document=documents(), piece=st.sampled_from([40, 150, 10**6]))
 def test_a_dataset_is_what_the_schema_says(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Row], document: dict[str, Any], piece: int
