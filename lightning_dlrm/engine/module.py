@@ -32,7 +32,7 @@ from lightning_dlrm.objectives.metrics import ClickCurves
 from lightning_dlrm.objectives.regularization import Regularization
 from lightning_dlrm.optim.dense import DenseOptimizer, torch_class
 from lightning_dlrm.optim.optimizer import CTROptimizer
-from lightning_dlrm.optim.rules import UpdateRule
+from lightning_dlrm.optim.rules import UpdateRule, require_rules
 from lightning_dlrm.optim.schedules import Constant, Schedule, make_schedule, schedule_name
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.sharding.collectives import Ranks, slice_start
@@ -97,7 +97,7 @@ class CTRModule(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _require_rules(table_optimizer=table_optimizer, wide_optimizer=wide_optimizer)
+        require_rules(table_optimizer=table_optimizer, wide_optimizer=wide_optimizer)
         self.make_network = network
         self.table_rule, self.wide_rule = table_optimizer, wide_optimizer
         self.dense_optimizer = (
@@ -430,20 +430,6 @@ class CTRModule(pl.LightningModule):
         # The length of the fit is not known yet; any length shows whether the schedule accepts its settings.
         make_schedule(self.schedule, optimizer, lambda: 1 << 40)
         return model_size(network, self.schema.features)
-
-
-def _require_rules(**rules: UpdateRule | None) -> None:
-    """
-    Raises:
-        UserError: an option is no update rule of this project.
-    """
-    for option, rule in rules.items():
-        if rule is not None and not isinstance(rule, UpdateRule):
-            name = getattr(rule, "__name__", type(rule).__name__)
-            raise UserError(
-                f"{option} is {name}, which cannot update single rows of a table; "
-                "give a rule of lightning_dlrm.optim.rules, such as RowWiseAdagrad(0.01)"
-            )
 
 
 def _labels(batch: Batch) -> Tensor:
