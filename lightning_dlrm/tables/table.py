@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_dlrm.contracts.errors import require
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
 _LARGEST_MMAP_THRESHOLD = 2**25  # of glibc
 _LARGE_PAGE_BYTES = 2**21
@@ -91,6 +93,9 @@ class Table:
     Its initial rows are ``given``, or drawn from U(centre - bound, centre + bound), or with a ``deviation`` from
     N(centre, deviation^2). Drawn rows are a function of (seed, name, block of rows), so that every rank draws the same
     rows.
+
+    Raises:
+        UserError: there is no row ``zero_row``.
     """
 
     name: str
@@ -104,6 +109,13 @@ class Table:
     """The row that starts at zero in any case."""
     given: Tensor | None = None
     """[rows, D]: the initial rows, if they are not drawn."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.zero_row is None or self.zero_row < max(self.rows, 1),
+            f"tables.padding_row is {self.zero_row}, and table {self.name} has {self.rows} rows; expected a row of every "
+            "table",
+        )
 
     @staticmethod
     def of_column(name: str, rows: int) -> "Table":
