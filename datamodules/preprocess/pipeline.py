@@ -220,16 +220,21 @@ def _difference(found: Run, wanted: Run) -> str | None:
     options, now = found.options, wanted.options
     for name in {**now, **options}:
         if options.get(name) != now.get(name):
-            return f"{name} was {options.get(name)}, now it is {now.get(name)}"
+            return f"{_short(name)} was {_short(options.get(name))}, now it is {_short(now.get(name))}"
     before, after = found.inputs, wanted.inputs
     if [file.name for file in before] != [file.name for file in after]:
         names = [", ".join(file.name for file in files) for files in (before, after)]
-        return f"the input was {names[0]}, now it is {names[1]}"
+        return f"the input was {_short(names[0])}, now it is {_short(names[1])}"
     for old, new in zip(before, after, strict=True):
         for fact, words in (("bytes", "bytes"), ("stamp", "as time of change")):
             if getattr(old, fact) != getattr(new, fact):
-                return f"{new.name} had {getattr(old, fact)} {words}, now it has {getattr(new, fact)}"
+                return f"{new.name} had {_short(getattr(old, fact))} {words}, now it has {getattr(new, fact)}"
     return None if found == wanted else "another release of this package made it"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def preprocess(
