@@ -232,6 +232,14 @@ def _difference(found: Run, wanted: Run) -> str | None:
     return None if found == wanted else "another release of this package made it"
 
 
+def _check_workers(workers: int | None, scheduler: str | None) -> None:
+    require(workers is None or workers >= 1, f"workers is {workers}, expected at least 1")
+    require(
+        workers is None or scheduler is None,
+        "both workers and a scheduler are given, but a cluster has workers of its own: leave one out",
+    )
+
+
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 300 else f"{text[:300]}..."
@@ -286,13 +294,8 @@ def preprocess(
     chosen, fitted = _chosen(schema, known, known_folder, given)
     if known is None and isinstance(chosen, Options) and chosen.rules.superseded_by:
         progress.note(chosen.rules.superseded_by)
-    require(workers is None or workers >= 1, f"workers is {workers}, expected at least 1")
-    require(
-        workers is None or scheduler is None,
-        "both workers and a scheduler are given, but a cluster has workers of its own: leave one out",
-    )
+    _check_workers(workers, scheduler)
     files = find_files([str(path) for path in inputs], of_criteo=isinstance(chosen, Options))
-    target = Target(str(output), None if work is None else Path(work))
     job = Job(
         options=chosen,
         known=known,
@@ -302,7 +305,7 @@ def preprocess(
         progress=progress,
         fitted=fitted,
     )
-    return _run(job, target, workers, scheduler)
+    return _run(job, Target(str(output), None if work is None else Path(work)), workers, scheduler)
 
 
 def _chosen(

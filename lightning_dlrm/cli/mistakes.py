@@ -69,6 +69,10 @@ def explain(message: str, known: Sequence[str]) -> str:
     if given and (match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message)):
         expected = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1]).replace(", ", " or ")
         return f"{key} is {given[1].strip()}; expected {expected}"
+    return _one_line(message)
+
+
+def _one_line(message: str) -> str:
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
     # The error of a linked setting is in this project's own message.
     line = re.sub(r"Call to compute_fn of link .*? failed: ", "", line)
