@@ -59,24 +59,27 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"data: {match[1]}" if match[1].startswith("the following") else f"data.{match[1]}"
     if match := re.search(r"([\w.]+): Expected a <class '[\w.]*Sequence'>\. Got value: (.*)", message):
         return f"{key}.{match[1]}: {match[2].strip()} is not a list; write [{match[2].strip()}]"
-    if given and "Expected a <class 'tuple'>" in message:
-        return f"{key}: {given[1].strip()} is not a list; write [{given[1].strip()}]"
-    if given and "Expected a <class 'bool'>" in message:
-        return f"{key}: {given[1].strip()} is neither true nor false"
-    if given and (literals := re.findall(r"typing\.Literal\[(.*?)\]", message)):
-        allowed = dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
-        return f"{key}: {given[1].strip()} is none of {', '.join(allowed)}"
-    if given and (match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message)):
-        expected = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1]).replace(", ", " or ")
-        return f"{key} is {given[1].strip()}; expected {expected}"
-    return _one_line(message)
-
-
-def _one_line(message: str) -> str:
+    if given and (explained := _explain_value(key, given[1].strip(), message)):
+        return explained
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
     # The error of a linked setting is in this project's own message.
     line = re.sub(r"Call to compute_fn of link .*? failed: ", "", line)
     return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
+
+
+def _explain_value(key: str, value: str, message: str) -> str | None:
+    """Return the message about a value of another type; None if it is about something else."""
+    if "Expected a <class 'tuple'>" in message:
+        return f"{key}: {value} is not a list; write [{value}]"
+    if "Expected a <class 'bool'>" in message:
+        return f"{key}: {value} is neither true nor false"
+    if literals := re.findall(r"typing\.Literal\[(.*?)\]", message):
+        allowed = dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
+        return f"{key}: {value} is none of {', '.join(allowed)}"
+    if match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message):
+        expected = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1]).replace(", ", " or ")
+        return f"{key} is {value}; expected {expected}"
+    return None
 
 
 def _explain_class(message: str, base: str) -> str:

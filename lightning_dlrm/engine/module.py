@@ -32,7 +32,7 @@ from lightning_dlrm.objectives.metrics import ClickCurves
 from lightning_dlrm.objectives.regularization import Regularization
 from lightning_dlrm.optim.dense import DenseOptimizer, torch_class
 from lightning_dlrm.optim.optimizer import CTROptimizer
-from lightning_dlrm.optim.rules import UpdateRule
+from lightning_dlrm.optim.rules import UpdateRule, require_rules
 from lightning_dlrm.optim.schedules import Constant, Schedule, make_schedule, schedule_name
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.sharding.collectives import Ranks, slice_start
@@ -57,7 +57,7 @@ class CTRModule(pl.LightningModule):
         schedule: makes the schedule of all learning rates, stepped after each optimizer step: Constant, Cosine,
             WarmupThenDecay, WarmupQuadraticDecay, or another torch.optim.lr_scheduler.LRScheduler; ``total_steps`` is
             filled in. None for constant rates.
-        loss: the loss: LogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
+        loss: the loss: LogLoss, ProbabilityLogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
             with each of them.
         regularization: penalty of the size of parameters; None for none.
         initialization: own (the network's own), or xavier: draw dense parameters as FuxiCTR does, all weights Xavier
@@ -97,14 +97,7 @@ class CTRModule(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        rules = {"table_optimizer": table_optimizer, "wide_optimizer": wide_optimizer}
-        for option, rule in rules.items():
-            if rule is not None and not isinstance(rule, UpdateRule):
-                name = getattr(rule, "__name__", type(rule).__name__)
-                raise UserError(
-                    f"{option} is {name}, which cannot update single rows of a table; "
-                    "give a rule of lightning_dlrm.optim.rules, such as RowWiseAdagrad(0.01)"
-                )
+        require_rules(table_optimizer=table_optimizer, wide_optimizer=wide_optimizer)
         self.make_network = network
         self.table_rule, self.wide_rule = table_optimizer, wide_optimizer
         self.dense_optimizer = (

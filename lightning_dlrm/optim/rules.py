@@ -224,6 +224,21 @@ class Adam(UpdateRule):
         weight_UD.sub_(mean_UD.div(spread_UD).mul_(learning_rate / (1 - self.beta1**step)))
 
 
+def require_rules(**options: object) -> None:
+    """Check options that take an update rule or None.
+
+    Raises:
+        UserError: an option is something else, such as an optimizer of torch.optim.
+    """
+    for option, rule in options.items():
+        name = getattr(rule, "__name__", type(rule).__name__)
+        require(
+            rule is None or isinstance(rule, UpdateRule),
+            f"{option} is {name}, which cannot update single rows of a table; give a rule of "
+            "lightning_dlrm.optim.rules, such as RowWiseAdagrad(0.01)",
+        )
+
+
 def _precise(weight: Tensor) -> torch.dtype:
     """Return the weight's dtype, or float32 if that is wider."""
     return torch.promote_types(weight.dtype, torch.float32)
