@@ -271,7 +271,7 @@ def preprocess(
         protocol: how raw values become features, a name of ``protocols.PROTOCOLS``. None with a vocabulary or a schema.
         inputs: Criteo's TSV files in the order of days, or the files of the log; text may be compressed by gzip or
             Zstandard; paths, or URLs that fsspec knows.
-        output: the folder to make, a path or a URL; it must not exist, or be empty.
+        output: the folder to make, a path or a URL; it must not exist or be empty.
         max_rows: see ``Options``, as for the other ``options``.
         progress: shows and times the stages, by default on standard error; a finished dataset has no stages.
         block_bytes: text that a worker parses at a time; without effect on the result.
@@ -287,10 +287,9 @@ def preprocess(
         UserError: an argument, a path or a line of a file is wrong, the disk is too small, a worker died, or the
             output folder holds something else.
     """
-    progress = progress or Progress()
     known_folder = None if vocabulary is None else Folder(vocabulary)
     known = None if known_folder is None else load_schema(known_folder)
-    given = {"dataset": dataset, "protocol": protocol, "max_rows": max_rows, **options}
+    progress, given = progress or Progress(), dict(dataset=dataset, protocol=protocol, max_rows=max_rows, **options)
     chosen, fitted = _chosen(schema, known, known_folder, given)
     if known is None and isinstance(chosen, Options) and chosen.rules.superseded_by:
         progress.note(chosen.rules.superseded_by)
