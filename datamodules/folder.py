@@ -106,6 +106,28 @@ def _failure(place: str, what: str, error: Exception, remedy: str) -> UserError:
     return UserError(f"{place} {what} ({type(error).__name__}: {words}); {remedy}")
 
 
+def consistent(file: pq.ParquetFile, where: object, remedy: str = REMEDY) -> pq.ParquetFile:
+    """Return a Parquet file that has been opened, if its footer agrees with itself.
+
+    From a row group that is damaged to have billions of rows, pyarrow would read for minutes.
+
+    Args:
+        file: the file.
+        where: its name, for the message.
+        remedy: what to do, for the message.
+
+    Raises:
+        UserError: the rows of its row groups are not those of the file.
+    """
+    groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    require(
+        sum(groups) == file.metadata.num_rows and min(groups, default=0) >= 0,
+        f"{where} is altered: its footer counts {file.metadata.num_rows:,} rows, and {sum(groups):,} in row groups; "
+        f"{remedy}",
+    )
+    return file
+
+
 class Folder:
     """A folder given as a path, or as a URL of a file system that fsspec knows.
 
@@ -194,11 +216,14 @@ class Folder:
             try:
                 if self._remote is None:
                     # The read-ahead of pyarrow would hold more than the current row group.
-                    return pq.ParquetFile(Path(self._root, path), pre_buffer=False, page_checksum_verification=verify)
+                    here = Path(self._root, path)
+                    file = pq.ParquetFile(here, pre_buffer=False, page_checksum_verification=verify)
+                    return consistent(file, self / path)
                 # The columns of a row group lie side by side: one request reads it. The cache of fsspec would fetch
                 # its neighbours too.
                 source = pa.PythonFile(self._remote.open(self._inner(path), cache_type="none"), mode="r")
-                return pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=verify)
+                file = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=verify)
+                return consistent(file, self / path)
             except (pa.ArrowInvalid, OSError) as error:
                 if isinstance(error, OSError) and error.errno:
                     raise

@@ -22,7 +22,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from datamodules import values
-from datamodules.folder import file_system, is_remote
+from datamodules.folder import consistent, file_system, is_remote
 from datamodules.log_schema import Format, LogSchema
 from datamodules.preprocess.criteo_tsv import BadLineError, count_lines, piece_of_plain, pieces_of_text
 from datamodules.preprocess.sources import RawFile
@@ -434,8 +434,8 @@ def open_parquet(path: str) -> pq.ParquetFile:
     try:
         if is_remote(path):
             system, inner = file_system(path)
-            return pq.ParquetFile(inner, filesystem=system)
-        return pq.ParquetFile(path, memory_map=True)
+            return consistent(pq.ParquetFile(inner, filesystem=system), path, "write the file again")
+        return consistent(pq.ParquetFile(path, memory_map=True), path, "write the file again")
     except pa.ArrowException as error:
         raise UserError(f"{path} is not a Parquet file ({one_line(error)}); set format in the schema") from error
 

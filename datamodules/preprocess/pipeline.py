@@ -220,16 +220,29 @@ def _difference(found: Run, wanted: Run) -> str | None:
     options, now = found.options, wanted.options
     for name in {**now, **options}:
         if options.get(name) != now.get(name):
-            return f"{name} was {options.get(name)}, now it is {now.get(name)}"
+            return f"{_short(name)} was {_short(options.get(name))}, now it is {_short(now.get(name))}"
     before, after = found.inputs, wanted.inputs
     if [file.name for file in before] != [file.name for file in after]:
         names = [", ".join(file.name for file in files) for files in (before, after)]
-        return f"the input was {names[0]}, now it is {names[1]}"
+        return f"the input was {_short(names[0])}, now it is {_short(names[1])}"
     for old, new in zip(before, after, strict=True):
         for fact, words in (("bytes", "bytes"), ("stamp", "as time of change")):
             if getattr(old, fact) != getattr(new, fact):
-                return f"{new.name} had {getattr(old, fact)} {words}, now it has {getattr(new, fact)}"
+                return f"{new.name} had {_short(getattr(old, fact))} {words}, now it has {getattr(new, fact)}"
     return None if found == wanted else "another release of this package made it"
+
+
+def _check_workers(workers: int | None, scheduler: str | None) -> None:
+    require(workers is None or workers >= 1, f"workers is {workers}, expected at least 1")
+    require(
+        workers is None or scheduler is None,
+        "both workers and a scheduler are given, but a cluster has workers of its own: leave one out",
+    )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def preprocess(
@@ -258,7 +271,7 @@ def preprocess(
         protocol: how raw values become features, a name of ``protocols.PROTOCOLS``. None with a vocabulary or a schema.
         inputs: Criteo's TSV files in the order of days, or the files of the log; text may be compressed by gzip or
             Zstandard; paths, or URLs that fsspec knows.
-        output: the folder to make, a path or a URL; it must not exist, or be empty.
+        output: the folder to make, a path or a URL; it must not exist or be empty.
         max_rows: see ``Options``, as for the other ``options``.
         progress: shows and times the stages, by default on standard error; a finished dataset has no stages.
         block_bytes: text that a worker parses at a time; without effect on the result.
@@ -274,20 +287,14 @@ def preprocess(
         UserError: an argument, a path or a line of a file is wrong, the disk is too small, a worker died, or the
             output folder holds something else.
     """
-    progress = progress or Progress()
     known_folder = None if vocabulary is None else Folder(vocabulary)
     known = None if known_folder is None else load_schema(known_folder)
-    given = {"dataset": dataset, "protocol": protocol, "max_rows": max_rows, **options}
+    progress, given = progress or Progress(), dict(dataset=dataset, protocol=protocol, max_rows=max_rows, **options)
     chosen, fitted = _chosen(schema, known, known_folder, given)
     if known is None and isinstance(chosen, Options) and chosen.rules.superseded_by:
         progress.note(chosen.rules.superseded_by)
-    require(workers is None or workers >= 1, f"workers is {workers}, expected at least 1")
-    require(
-        workers is None or scheduler is None,
-        "both workers and a scheduler are given, but a cluster has workers of its own: leave one out",
-    )
+    _check_workers(workers, scheduler)
     files = find_files([str(path) for path in inputs], of_criteo=isinstance(chosen, Options))
-    target = Target(str(output), None if work is None else Path(work))
     job = Job(
         options=chosen,
         known=known,
@@ -297,7 +304,7 @@ def preprocess(
         progress=progress,
         fitted=fitted,
     )
-    return _run(job, target, workers, scheduler)
+    return _run(job, Target(str(output), None if work is None else Path(work)), workers, scheduler)
 
 
 def _chosen(

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.folder import failures_as_user_errors, file_system, is_remote
+from datamodules.folder import consistent, failures_as_user_errors, file_system, is_remote
 from datamodules.preprocess.dialect import decimal_of, fields_of, find_separator, has_header, nulls_of
 from datamodules.preprocess.sources import RawFile, find_files
 from lightning_dlrm.contracts.documents import printable
@@ -311,7 +311,7 @@ def _sample_of_parquet(paths: Sequence[str]) -> Sample:
     for path in read:
         with failures_as_user_errors(path, remedy="check the file, or write it again"):
             system, inner = file_system(path) if is_remote(path) else (None, path)
-            file = pq.ParquetFile(inner, filesystem=system)
+            file = consistent(pq.ParquetFile(inner, filesystem=system), path, "write the file again")
             total += file.metadata.num_rows
             groups = _spread(range(file.num_row_groups), _PIECES)
             most = _SAMPLE_ROWS // (len(read) * max(len(groups), 1))

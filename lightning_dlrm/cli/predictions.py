@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from datamodules.folder import consistent
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.tracking.run_folder import PREDICTIONS, RunFolder, set_aside
 
@@ -137,7 +138,7 @@ def read_predictions(path: Path, rows: int) -> tuple[NDArray[np.int64], NDArray[
     """
     try:
         # Not read_table, which takes names of parent folders for columns.
-        with pq.ParquetFile(path) as file:
+        with consistent(pq.ParquetFile(path), path, "make it again with predict") as file:
             found, columns = file.metadata.num_rows, file.schema_arrow
             require(found == rows, f"{path} has {found:,} rows, the data {rows:,}: remove it, and compare again")
             is_whole = all(field in list(columns) for field in SCHEMA)

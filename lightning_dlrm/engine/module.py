@@ -110,8 +110,7 @@ class CTRModule(pl.LightningModule):
         self.initialization = initialization
         self.kernels = kernels
         self.compile_mode = compile_mode(compile)
-        self.schema = schema
-        self.seed = seed
+        self.schema, self.seed = schema, seed
         self.configuration: dict[str, Any] | None = None
         """The options as plain values, as in a configuration; None if they were given as objects."""
         self.network: CTRNetwork
@@ -188,7 +187,7 @@ class CTRModule(pl.LightningModule):
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             # A gradient scaler would unscale the dense gradients and pass over the tables' rows.
             raise UserError("precision 16-mixed scales the loss, which table rows do not support; use bf16-mixed")
-        Ranks().run_on_all_ranks(self._require_one_process)
+        Ranks().run_on_all_ranks(lambda: _require_one_process(self))
         require(
             self.trainer.world_size <= 1 or all(lookup.placement.is_sharded for lookup in self.network.lookups()),
             "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp",
@@ -201,17 +200,6 @@ class CTRModule(pl.LightningModule):
             self.schedule, optimizer, lambda: 1 << 40 if is_try else planned_steps(self.trainer, name)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _require_one_process(self) -> None:
-        """
-        Raises:
-            UserError: tables have dense gradients, which no other rank would get.
-        """
-        require(
-            self.trainer.world_size <= 1 or not any(lookup.dense_gradients for lookup in self.network.lookups()),
-            f"tables.dense_gradients trains in one process, and there are {self.trainer.world_size}: set "
-            "trainer.devices and trainer.num_nodes to 1, or leave tables.dense_gradients out",
-        )
 
     def make_optimizer(self, network: CTRNetwork) -> CTROptimizer:
         """Return the optimizer of a network that ``make_network`` made."""
@@ -252,21 +240,12 @@ class CTRModule(pl.LightningModule):
         self._batch_size = batch.global_size * self.trainer.accumulate_grad_batches
         position = Position(self.trainer.global_step + 1, self.trainer.current_epoch, batch_idx)
         self.guard.watch(loss.detach(), logits_B.detach(), position)
-        total = self._scaled(loss + self.penalty(), batch_idx)
+        total = self._scaled(loss + penalty_of(self.network, self.regularization), batch_idx)
         return {"loss": total, "step_loss": loss.detach(), "logits": logits_B.detach()}
 
     def batch_loss(self, logits_B: Tensor, label_B: Tensor) -> Tensor:
         """Return the loss summed over a rank's slice, a 0-dim tensor."""
         return self.loss.summed(logits_B, label_B)
-
-    def penalty(self) -> Tensor | float:
-        """Return the penalty of ``regularization``, a 0-dim tensor; 0 without one."""
-        if self.regularization == Regularization():
-            return 0.0
-        fields = self.network.field_parameters()
-        of_fields = {id(parameter) for parameter in fields}
-        others = [parameter for parameter in self.network.parameters() if id(parameter) not in of_fields]
-        return self.regularization.penalty(fields, others)
 
     def configure_gradient_clipping(
         self,
@@ -430,6 +409,29 @@ class CTRModule(pl.LightningModule):
         # The length of the fit is not known yet; any length shows whether the schedule accepts its settings.
         make_schedule(self.schedule, optimizer, lambda: 1 << 40)
         return model_size(network, self.schema.features)
+
+
+def penalty_of(network: CTRNetwork, regularization: Regularization) -> Tensor | float:
+    """Return the penalty of a network's parameters, a 0-dim tensor; 0 without one."""
+    if regularization == Regularization():
+        return 0.0
+    fields = network.field_parameters()
+    of_fields = {id(parameter) for parameter in fields}
+    others = [parameter for parameter in network.parameters() if id(parameter) not in of_fields]
+    return regularization.penalty(fields, others)
+
+
+def _require_one_process(module: CTRModule) -> None:
+    """
+    Raises:
+        UserError: tables have dense gradients, which no other rank would get.
+    """
+    world = module.trainer.world_size
+    require(
+        world <= 1 or not any(lookup.dense_gradients for lookup in module.network.lookups()),
+        f"tables.dense_gradients trains in one process, and there are {world}: set trainer.devices and "
+        "trainer.num_nodes to 1, or leave tables.dense_gradients out",
+    )
 
 
 def _labels(batch: Batch) -> Tensor:

@@ -4,6 +4,7 @@ and whatever is missing, truncated, altered or out of range in it is named with 
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from datamodules import writer as writing
-from datamodules.folder import Folder, check_sizes, load_schema, part_files, verify
+from datamodules.folder import Folder, check_sizes, consistent, load_schema, part_files, verify
 from datamodules.parquet import open_part, read_part
 from datamodules.stream.rows import Decoder
 from datamodules.writer import DatasetWriter
@@ -387,3 +388,13 @@ def test_weights_belong_to_a_multi_hot_column(name: str) -> None:
         UserError, match=rf"column {name} \(weights\) does not belong to a multi-hot .*; .*'M1_weights'"
     ):
         DatasetSchema(dataset="mine", protocol="own", columns=(*COLUMNS, Column(name=name, role="weights")), splits={})
+
+
+@pytest.mark.parametrize(("groups", "rows"), [([62_894_509_554], 8), ([5, 2], 8), ([9, -1], 8)])
+def test_a_footer_that_contradicts_itself_is_refused_before_a_row_is_read(groups: list[int], rows: int) -> None:
+    metadata = SimpleNamespace(num_rows=rows, row_group=lambda group: SimpleNamespace(num_rows=groups[group]))
+    file: Any = SimpleNamespace(metadata=metadata, num_row_groups=len(groups))
+    with pytest.raises(
+        UserError, match=r"a\.parquet is altered: its footer counts 8 rows, and .* in row groups; again"
+    ):
+        consistent(file, "a.parquet", "again")

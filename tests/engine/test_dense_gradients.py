@@ -133,7 +133,7 @@ def test_settings_out_of_range_are_refused() -> None:
     ):
         with pytest.raises(UserError, match=message):
             TableSettings(**settings)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"padding_row is 4, and table A has 4 rows; expected a row of every table"):
+    with pytest.raises(UserError, match=r"padding_row is 4, and table A has 4 rows; expected a row of each table"):
         Embeddings({"A": 4}, 2, 1, TableSettings(padding_row=4))
     with pytest.raises(UserError, match=r"regularization.network_l2 is -1; expected a number of 0 or more"):
         Regularization(network_l2=-1)

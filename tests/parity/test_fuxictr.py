@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import Batch
-from lightning_dlrm.engine.module import CTRModule
+from lightning_dlrm.engine.module import CTRModule, penalty_of
 from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.objectives.losses import LogLoss
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
@@ -49,7 +49,7 @@ def test_training_run(path: Path) -> None:
         if not case.meta["saturates"]:
             # The default loss is the same, from logits.
             close("LogLoss", LogLoss().summed(logits, batch.label) / len(batch), arrays["losses"][step], rtol=1e-5)
-        total = loss + module.penalty()
+        total = loss + penalty_of(module.network, module.regularization)
         total.backward()
         losses.append(loss.detach())
         totals.append(torch.as_tensor(total).detach())
