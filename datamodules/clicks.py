@@ -41,8 +41,9 @@ class FolderData(pl.LightningDataModule):
         evaluation_batch_size: Samples of a batch over all ranks in validate, test and predict.
         shuffle: `window` for another order in every epoch: the row groups are shuffled, 48 of them are read at once,
             and the rows of each are shuffled. The window of 48 row groups of 16,384 rows (786,432 rows) and the
-            batches decoded ahead take about 170 MB for Criteo's columns, over all ranks. Of larger row groups, which
-            other writers make, parts are read, 512 MB of all 48 together, and each is decoded once for each part.
+            batches decoded ahead take about 170 MB for Criteo's columns, over all ranks, and between epochs twice as
+            much. Of larger row groups, which other writers make, parts are read, 512 MB of all 48 together, and each
+            is decoded once for each part.
             `full` for a shuffle of all rows in every epoch; it needs `cache: memory`. `none` for the order of the
             files.
         cache: `memory` to decode the rows once and keep them: 157 bytes a row for Criteo's columns; every rank keeps

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from datamodules.folder import Folder, part_files
-from datamodules.stream.order import Order, Shuffle
+from datamodules.stream.order import LANES, Order, Shuffle
 from datamodules.stream.rows import Decoder, Rows
-from datamodules.stream.sources import CachedRows, Source, Window, batches_at_once, cache_rows, read_batches
+from datamodules.stream.sources import LARGE, CachedRows, Source, Window, batches_at_once, cache_rows, read_batches
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.memory import available_memory
@@ -189,8 +189,9 @@ class Loader:
 class TrainingLoader(Loader):
     """A loader with an order for every epoch, and a position in them that a run resumes from.
 
-    An iteration starts at the position and ends with the epoch; the next iteration serves the next epoch, which is read
-    as soon as the last batch of this one has been read, if ``limit_epoch`` says that it is wanted.
+    An iteration starts at the position and ends with the epoch; the next iteration serves the next epoch. If
+    ``limit_epoch`` says that it is wanted, another thread begins to read it while this one has as many rows left as a
+    window holds, so that its first batch is there in time.
     ``state_dict`` holds the position, so that a run resumes with the next batch, on any number of ranks. Global batch k
     holds the same rows on any number of ranks.
 
@@ -244,6 +245,13 @@ class TrainingLoader(Loader):
         """
         self._epoch_batches, self._epochs = batches, epochs
 
+    def _batches_of_window(self) -> int:
+        """Return the number of batches whose rows a window holds, which are read before the first batch is there."""
+        if self._shuffle != "window":
+            return 1
+        largest = max((rows for file in self._files for rows in file.row_groups), default=0)
+        return -(-LANES * min(largest, LARGE) // self.batch_size)
+
     def _begin(self, epoch: int, first: int) -> "BackgroundIterator":
         order = self._order(self._shuffle, self._seed, epoch)
         return self._iterate(order, first, min(self._epoch_batches, order.batches))
@@ -265,7 +273,8 @@ class TrainingLoader(Loader):
             self.wait_seconds += time.perf_counter() - start
             if self.prefetch is not None and upcoming is not None:
                 self.prefetch(upcoming)
-            if source.is_read and self._next_epoch is None and epoch + 1 < self._epochs:
+            is_near_end = index + 1 >= self._epoch_batches - self._batches_of_window()
+            if is_near_end and self._next_epoch is None and epoch + 1 < self._epochs:
                 self._next_epoch = epoch + 1, self._begin(epoch + 1, 0)
             self._epoch, self._batch = epoch, index + 1
             yield batch
@@ -314,15 +323,10 @@ class BackgroundIterator:
     def __init__(self, source: Callable[[], Generator[list[Any], None, None]], ahead: int, bytes_ahead: int) -> None:
         self._queue = _Queue(ahead, bytes_ahead)
         self._taken: deque[Any] = deque()
-        self._thread = threading.Thread(target=_produce, args=(source, self._queue), name="batch reader", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=_produce, args=(source, self._queue), name="batch reader", daemon=True)
+        thread.start()
         # Also runs before the interpreter ends, because a thread inside pyarrow would crash then.
-        self._finalizer = weakref.finalize(self, _stop, self._thread, self._queue)
-
-    @property
-    def is_read(self) -> bool:
-        """Whether the thread has ended: every item is there, or an error."""
-        return not self._thread.is_alive()
+        self._finalizer = weakref.finalize(self, _stop, thread, self._queue)
 
     def __iter__(self) -> "BackgroundIterator":
         return self

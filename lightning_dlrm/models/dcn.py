@@ -56,13 +56,18 @@ class CrossNetwork(nn.Module):
 
 
 class VectorCross(CrossNetwork):
-    """DCN v1 (Wang et al. 2017, equation 3): x_{l+1} = x_0 (x_l . w_l) + b_l + x_l."""
+    """DCN v1 (Wang et al. 2017, equation 3): x_{l+1} = x_0 (x_l . w_l) + b_l + x_l.
 
-    left_to_right: bool = False
-    """Whether the three terms are added in the order of the equation, as FuxiCTR does, which rounds differently."""
+    Args:
+        features: d.
+        layers: number of layers.
+        left_to_right: add the three terms in the order of the equation, as FuxiCTR does, so that its numbers are
+            repeated to rounding. By default the last two are added first, which takes one operation less.
+    """
 
-    def __init__(self, features: int, layers: int) -> None:
+    def __init__(self, features: int, layers: int, left_to_right: bool = False) -> None:
         super().__init__(features, layers)
+        self.left_to_right = left_to_right
         self.weight = nn.Parameter(torch.empty(layers, features))
         self.bias = nn.Parameter(torch.zeros(layers, features))
 
@@ -189,8 +194,9 @@ def make_cross(
     rank: int | None,
     experts: int | None,
     activation: CrossActivation = "relu",
+    left_to_right: bool = False,
 ) -> CrossNetwork:
-    """Return a cross network by its name in configurations.
+    """Return a cross network by its name in configurations; ``left_to_right`` is that of VectorCross.
 
     Raises:
         UserError: there is no such kind, or a rank, experts or activation are missing or not supported by the kind.
@@ -211,7 +217,7 @@ def make_cross(
         activation == "relu" or kind == "mixture", f"cross_activation {activation} needs cross: mixture; got {kind}"
     )
     if rank is None:
-        return VectorCross(features, layers) if kind == "vector" else MatrixCross(features, layers)
+        return VectorCross(features, layers, left_to_right) if kind == "vector" else MatrixCross(features, layers)
     if experts is None:
         return LowRankCross(features, layers, rank)
     return MixtureCross(features, layers, rank, experts, activation)
@@ -277,9 +283,8 @@ class DCN(CTRNetwork):
         self.embeddings = Embeddings(features.tables, embedding_dim, seed, tables)
         self.dense_vectors = DenseVectors(features.dense, embedding_dim) if embed_dense else None
         width = sum(self.embeddings.widths) + features.dense * (embedding_dim if embed_dense else 1)
-        self.cross = make_cross(cross, width, cross_layers, cross_rank, cross_experts, cross_activation)
-        if isinstance(self.cross, VectorCross):
-            self.cross.left_to_right = embed_dense
+        # FuxiCTR's DCN, whose order of sums is repeated, gives each dense feature a vector.
+        self.cross = make_cross(cross, width, cross_layers, cross_rank, cross_experts, cross_activation, embed_dense)
         self.deep = MLP([width, *deep], batch_norm=batch_norm, dropout=dropout) if deep else None
         self.stacked_deep = (
             MLP([width, *stacked_deep], batch_norm=batch_norm, dropout=dropout) if stacked_deep else None

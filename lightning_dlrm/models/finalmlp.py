@@ -30,11 +30,15 @@ class FeatureGate(nn.Module):
         features: dense inputs and tables of the dataset.
         context: names of the fields.
         name: name of the gate, such as gate1.
+        option: name of the option that gives the context, such as context1.
         embedding_dim: D.
         hidden: widths of the MLP's hidden layers.
         outputs: n.
         seed: seed of the initial rows.
         settings: settings of the tables.
+
+    Raises:
+        UserError: the context names a field twice, or an unknown field.
     """
 
     columns: Tensor
@@ -45,6 +49,7 @@ class FeatureGate(nn.Module):
         features: Features,
         context: Sequence[str],
         name: str,
+        option: str,
         embedding_dim: int,
         hidden: Sequence[int],
         outputs: int,
@@ -56,7 +61,9 @@ class FeatureGate(nn.Module):
         columns = [column for column in features.tables if column in context]
         if unknown := [field for field in context if field not in (*dense, *columns)]:
             known = ", ".join((*features.dense_names, *features.tables))
-            raise UserError(f"{name.replace('gate', 'context')} names {unknown[0]}, which is no field; fields: {known}")
+            raise UserError(f"{option} names {unknown[0]}, which is no field; fields: {known}")
+        if twice := [field for position, field in enumerate(context) if field in context[:position]]:
+            raise UserError(f"{option} names {twice[0]} twice; expected each field once: leave one of them out")
         places = [list(features.tables).index(column) for column in columns]
         dense_places = [features.dense_names.index(feature) for feature in dense]
         self.register_buffer("columns", torch.tensor(places, dtype=torch.int64), persistent=False)
@@ -67,7 +74,7 @@ class FeatureGate(nn.Module):
         self.tables = EmbeddingTables(tables, embedding_dim, seed, dense_gradients=gradients) if tables else None
         self.dense = DenseVectors(len(dense), embedding_dim) if dense else None
         self.vector = None if context else nn.Parameter(torch.zeros(embedding_dim))
-        self.layers = MLP([embedding_dim * max(1, len(context)), *hidden, outputs], linear_output=True)
+        self.layers = MLP([embedding_dim * max(1, len(dense) + len(columns)), *hidden, outputs], linear_output=True)
 
     def lookup(self, ids: SparseIds) -> Tensor:
         """Return the vectors of the context's columns side by side, [B, F * D]."""
@@ -181,8 +188,8 @@ class FinalMLP(CTRNetwork):
         self.first = MLP([width, *first], batch_norm=norms[0], dropout=drops[0])
         self.second = MLP([width, *second], batch_norm=norms[1], dropout=drops[1])
         self.gate1, self.gate2 = (
-            FeatureGate(features, context, name, embedding_dim, gate, width, seed, settings) if gates else None
-            for name, context in (("gate1", context1), ("gate2", context2))
+            FeatureGate(features, context, name, option, embedding_dim, gate, width, seed, settings) if gates else None
+            for name, option, context in (("gate1", "context1", context1), ("gate2", "context2", context2))
         )
         self.fusion = BilinearFusion(first[-1], second[-1], heads)
         initialize(self, seed)

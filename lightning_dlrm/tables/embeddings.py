@@ -312,7 +312,7 @@ class Embeddings(nn.Module):
             self.pooling_weights.prefetch(ids)
         for group in self.groups:
             if group.lookup.prefetches:
-                group.lookup.prefetch(group.ids_of(ids))
+                group.lookup.prefetch(group.ids_of(ids)[0])
 
     def forward(self, ids: SparseIds) -> Tensor:
         """Return the columns' vectors side by side: [B, sum of the widths]."""
@@ -400,7 +400,7 @@ class WidthGroup(nn.Module):
         self.cuts = any(
             start or stop < member.table.rows for member, (start, stop) in zip(members, ranges, strict=True)
         )
-        self.read = self.asked = self._asked = 0
+        self.read = self.asked = 0
         """Lookups of training: those that read rows of this group, and all lookups of its columns."""
         self.takes_all = [member.column for member in members] == list(range(columns))
         # Only a quotient table and a remainder table read the same column.
@@ -423,14 +423,15 @@ class WidthGroup(nn.Module):
 
     def forward(self, ids: SparseIds) -> Tensor:
         """Return the tables' vectors: [B, G, D]."""
-        own = self.ids_of(ids)
+        own, asked = self.ids_of(ids)
         if self.training:
-            self.asked += self._asked
+            self.asked += asked
             self.read += own.values.numel()
         return self.lookup(own)
 
-    def ids_of(self, ids: SparseIds) -> SparseIds:
-        """Return the ids of the lookup's tables, with the key of the given ids; in host memory or on the device."""
+    def ids_of(self, ids: SparseIds) -> tuple[SparseIds, int]:
+        """Return the ids of the rows that the lookup holds, with the key of the given ids, and the number of all ids of
+        its columns; the ids are in host memory or on the device, as given."""
         constants = self._host_constants if ids.values.device.type == "cpu" else self.constants
         columns, divisors, rows, starts, stops = constants
         own = ids
@@ -440,8 +441,8 @@ class WidthGroup(nn.Module):
             table = own.bag_of_each().view(own.values.shape) % len(self.members)
             values = torch.div(own.values, divisors[table], rounding_mode="floor") % rows[table]
             own = dataclasses.replace(own, values=values.to(own.values.dtype))
-        self._asked = own.values.numel()
+        asked = own.values.numel()
         if self.cuts:
             own = own.within(starts, stops)
         own.key = ids.key
-        return own
+        return own, asked

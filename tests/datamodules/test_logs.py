@@ -40,7 +40,13 @@ HEADER = ["click", "user", "price", "tags", "weights", "day", "fold"]
 def make(inputs: Path | Sequence[Path], output: Path, document: dict[str, Any], **options: Any) -> DatasetSchema:
     files = [inputs] if isinstance(inputs, Path) else inputs
     return preprocess(
-        None, None, files, output, schema=log_schema(document), progress=Progress(show=False), workers=1, **options
+        None,
+        None,
+        files,
+        output,
+        schema=log_schema(document),
+        workers=1,
+        **{"progress": Progress(show=False), **options},
     )
 
 
@@ -573,7 +579,9 @@ def test_damaged_text_is_read_or_named(
         assert [path.name for path in folder.iterdir()] == [name]
 
 
-def test_an_interrupted_run_keeps_its_finished_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_keeps_its_finished_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = generated(600)
     (tmp_path / "log.csv").write_text(as_csv(rows))
     make(tmp_path / "log.csv", tmp_path / "whole", DOCUMENT, block_bytes=4000)
@@ -588,13 +596,26 @@ def test_an_interrupted_run_keeps_its_finished_steps(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(LogReader, "parse", broken)
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "log.csv", tmp_path / "data", DOCUMENT, block_bytes=4000)
+        make(tmp_path / "log.csv", tmp_path / "data", DOCUMENT, block_bytes=4000, progress=Progress())
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted. The same command resumes the run")
     before = len(parsed)
     make(tmp_path / "log.csv", tmp_path / "data", DOCUMENT, block_bytes=4000)
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
     pieces = -(-(tmp_path / "log.csv").stat().st_size // 4000)
     assert len(parsed) - before == pieces - 3, "three pieces were staged before"
     assert {path.name for path in tmp_path.iterdir()} == {"log.csv", "whole", "data"}
+
+
+def test_the_keys_of_another_schema_are_named(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text(as_csv(generated(100)))
+    make(tmp_path / "log.csv", tmp_path / "data", DOCUMENT)
+    columns = {**DOCUMENT["columns"], "user": {"role": "categorical", "min_count": 3}}
+    with pytest.raises(UserError) as caught:
+        make(tmp_path / "log.csv", tmp_path / "data", {**DOCUMENT, "columns": columns, "counts": "all"})
+    assert (
+        "options: schema: columns: user: min_count was 2, now it is 3, and schema: counts was not given, now it is "
+        "all; name a new folder" in str(caught.value)
+    )
 
 
 def test_a_random_split_has_its_shares_and_does_not_depend_on_pieces() -> None:

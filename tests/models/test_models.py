@@ -181,5 +181,17 @@ def test_dlrm_without_dense_features_and_dcn_without_layers_are_refused() -> Non
         DCN(SMALL, cross_layers=0)
 
 
+def test_the_order_of_the_sum_of_a_vector_cross_is_an_argument() -> None:
+    # In float32 (1e8 + -1e8) + 1 is 1, and 1e8 + (-1e8 + 1) is 0.
+    for left_to_right, expected in ((True, 1.0), (False, 0.0)):
+        cross = VectorCross(1, 1, left_to_right)
+        with torch.no_grad():
+            cross.weight.fill_(1e8)
+            cross.bias.fill_(-1e8)
+        assert cross(torch.ones(1, 1)).item() == expected
+    crosses = [DCN(SMALL, deep=[4], embed_dense=embed_dense).cross for embed_dense in (True, False)]
+    assert [cross.left_to_right for cross in crosses if isinstance(cross, VectorCross)] == [True, False]
+
+
 def test_cross_network_of_the_paper_counts_two_multiply_adds_a_weight() -> None:
     assert VectorCross(429, 6).multiply_adds() == 6 * 2 * 429

@@ -392,6 +392,7 @@ def test_tables_of_every_kind_have_names_of_their_own() -> None:
         (FactorizationMachine, {"tables": TableSettings(dims={"B": 8})}, "FactorizationMachine needs vectors of one"),
         (XDeepFM, {"cin_layers": []}, "cin_layers is"),
         (FinalMLP, {"context1": ["Z"]}, "context1 names Z, which is no field; fields: x0, x1, A, B, C"),
+        (FinalMLP, {"context2": ["x0", "A", "A"]}, "context2 names A twice; expected each field once"),
         (FinalMLP, {"heads": 3}, "heads 3; expected widths whose last ones are multiples of heads"),
         (FinalMLP, {"gates": False, "context2": ["A"]}, "context1 and context2 are for gates, and gates is false"),
         (FinalMLP, {"dropout": [0.1]}, r"dropout \[0.1\]; expected a value, or two each"),

@@ -297,6 +297,10 @@ def test_lookups_that_the_device_serves_are_counted(offsets: list[int] | None) -
     if offsets is not None:
         values = torch.tensor([1, 45, 3, 6], dtype=torch.int32)
         ids, served = SparseIds(values=values, tables=3, offsets=torch.tensor(offsets)), 1 / 3
+    for group in tables.groups:
+        before = dict(vars(group))
+        group.ids_of(ids)
+        assert vars(group) == before, "a prefetch, which may run at any time, changes no count"
     tables(ids)
     assert served_by_device(tables) == {names.DEVICE_SERVED: pytest.approx(served)}  # type: ignore[arg-type]
     assert served_by_device(tables) == {}  # type: ignore[arg-type]
