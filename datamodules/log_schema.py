@@ -19,7 +19,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from lightning_dlrm.contracts.documents import is_name, parse_settings, read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
@@ -356,6 +356,12 @@ def log_schema(content: Mapping[str, Any], where: str = "schema") -> LogSchema:
             require(
                 type(name) in (str, int),
                 f"{where}: columns: YAML reads a name as {name!r}, not as text; put it in quotes",
+            )
+            column = columns[name]
+            require(
+                isinstance(column, Mapping),
+                f"{where}: columns: {name}: found {column!r}; write {name}: "
+                f"{{role: {column if column in get_args(ColumnRole) else 'categorical'}}}",
             )
         parts += [(f"columns: {name}: ", column, LogColumn) for name, column in columns.items()]
     for place, values, form in parts:

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_dlrm.cli.configs import expand_home, nearest
+from lightning_dlrm.cli.configs import expand_home
 from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.contracts.documents import printable
-from lightning_dlrm.contracts.errors import UserError, cause_of, one_line, place_in_own_code, require
+from lightning_dlrm.contracts.errors import UserError, cause_of, nearest, one_line, place_in_own_code, require
 
 DEBUG = "--debug"
 """Option of every command: raise errors, so that Python shows their tracebacks."""

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_dlrm.compare.statistics import METRICS, Components, Metric, components
+from lightning_dlrm.compare.statistics import Components, Metric, components
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dlrm import DLRM
@@ -21,6 +21,8 @@ from tests.toy import optimizer_of
 
 TABLES, ROWS, DENSE = 6, 20, 3
 PAIRS = ((0, 1), (2, 3), (4, 5))
+UNGROUPED: tuple[Metric, ...] = ("auc", "log_loss")
+"""Metrics with verdicts of samples without groups."""
 TRAIN, TEST, BATCH = 6_000, 4_000, 120
 
 
@@ -83,4 +85,4 @@ def runs(data: PlantedData, seeds: list[tuple[int, int]]) -> dict[Metric, list[C
     """Runs of one configuration, for each (order seed, weights seed), as ``difference`` takes them, by metric."""
     labels = data.labels[TRAIN:].numpy()
     fitted = [fit(data, *seed) for seed in seeds]
-    return {metric: [components(metric, probabilities, labels) for probabilities in fitted] for metric in METRICS}
+    return {metric: [components(metric, probabilities, labels) for probabilities in fitted] for metric in UNGROUPED}

@@ -1,14 +1,13 @@
-"""Finding configurations by name, and suggesting the nearest known word for a misspelt word."""
+"""Finding configurations by name."""
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_dlrm.contracts.documents import YAML_FAULTS, read_yaml
-from lightning_dlrm.contracts.errors import UserError, one_line, require
+from lightning_dlrm.contracts.errors import UserError, nearest, one_line, require
 from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
 from lightning_dlrm.engine.retired import log_updates, update_document, update_options
 
@@ -82,9 +81,3 @@ def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in document.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
-
-
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return ``; did you mean X?``, or an empty text if no known word is similar."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {matches[0]}?" if matches else ""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from lightning_dlrm.cli.classes import KNOWN_CLASSES
-from lightning_dlrm.cli.configs import nearest
 from lightning_dlrm.cli.trust import refusal
+from lightning_dlrm.contracts.errors import nearest
 
 
 def explain(message: str, known: Sequence[str]) -> str:

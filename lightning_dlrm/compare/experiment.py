@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from lightning_dlrm.cli.configs import find_config, nearest
+from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.parser import ModelAndData, build_model_and_data, build_model_parser
 from lightning_dlrm.compare.runs import differing, settings_of, within
 from lightning_dlrm.contracts.documents import read_yaml
-from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.errors import UserError, nearest
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.models.network import ModelSize
 

@@ -15,6 +15,7 @@ from lightning_dlrm.compare.statistics import (
     HIGHER_IS_BETTER,
     METRICS,
     SCORES,
+    UNGROUPED_SCORES,
     Components,
     Difference,
     Interval,
@@ -148,10 +149,22 @@ class Comparison:
         """Return what the AUC by group is the mean of; empty without groups."""
         if "group_auc" not in self.metrics:
             return ""
-        found = self.scores[self.runs[0].name].metrics
+        data = by_data(self.arms)
+        found = {title: self.scores[arms[0].runs[0].name].metrics for title, arms in data.items()}
+        if len(data) == 1:
+            (of_all,) = found.values()
+            return (
+                f"AUC by group: mean over {of_all['groups']:,} groups with both labels, weighted by samples; "
+                f"{of_all['groups_left_out']:,} groups with one label are left out"
+            )
+        listed = [
+            f"{found[title]['groups']:,} counted and {found[title]['groups_left_out']:,} left out of {title} for "
+            f"{', '.join(arm.name for arm in arms)}"
+            for title, arms in data.items()
+        ]
         return (
-            f"AUC by group: mean over {found['groups']:,} groups with both labels, weighted by samples; "
-            f"{found['groups_left_out']:,} groups with one label are left out"
+            "AUC by group: mean over the groups with both labels, weighted by samples; groups with one label are left "
+            f"out ({'; '.join(listed)})"
         )
 
     @property
@@ -304,10 +317,10 @@ def compare(
     found: list[tuple[Arm, Arm, Metric, Difference]] = []
     intervals: dict[tuple[str, Score], Interval | None] = {}
     grouped = all(scores[run.name].samples.groups is not None for arm in arms for run in arm.runs)
-    for score in SCORES if grouped else SCORES[:-1]:
+    for score in SCORES if grouped else UNGROUPED_SCORES:
         parts = {arm.name: [_components(score, scores[run.name]) for run in arm.runs] for arm in arms}
         intervals |= {(name, score): mean_interval(runs) for name, runs in parts.items()}
-        for metric in (*METRICS, "group_auc"):
+        for metric in METRICS:
             for a, b in combinations(arms, 2) if metric == score else ():
                 paired = a.seeds == b.seeds and len(a.seeds) > 1
                 of_pair = difference(parts[a.name], parts[b.name], paired=paired, same_samples=_same_data(a, b))

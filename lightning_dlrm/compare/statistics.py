@@ -49,11 +49,12 @@ SIGNIFICANCE = 0.05
 """A verdict needs a smaller p-value."""
 
 Metric = Literal["auc", "log_loss", "group_auc"]
-METRICS: tuple[Metric, ...] = ("auc", "log_loss")
-"""Metrics with verdicts; ``group_auc`` has them too if the samples have groups."""
+METRICS: tuple[Metric, ...] = get_args(Metric)
+"""Metrics with verdicts; ``group_auc`` only if the samples have groups."""
 Score = Literal["auc", "log_loss", "accuracy", "normalized_entropy", "calibration", "group_auc"]
 SCORES: tuple[Score, ...] = get_args(Score)
 """All scores; ``group_auc`` only if the samples have groups."""
+UNGROUPED_SCORES: tuple[Score, ...] = tuple(score for score in SCORES if score != "group_auc")
 HIGHER_IS_BETTER: dict[Metric, bool] = {"auc": True, "log_loss": False, "group_auc": True}
 
 Verdict = Literal["a_better", "b_better", "not_distinguishable", "none"]

@@ -1,9 +1,11 @@
 """The exception for mistakes of users, and helpers for its messages."""
 
+import difflib
 import re
 import sysconfig
 import textwrap
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 _INSTALLED = {Path(path).resolve() for path in sysconfig.get_paths().values()}
@@ -70,3 +72,9 @@ def require(condition: object, message: str) -> None:
     """
     if not condition:
         raise UserError(message)
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return ``; did you mean X?``, or an empty text if no known word is similar."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {matches[0]}?" if matches else ""

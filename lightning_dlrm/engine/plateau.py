@@ -2,12 +2,12 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 
-from lightning_dlrm.contracts.errors import require
+from lightning_dlrm.contracts.errors import nearest, require
 from lightning_dlrm.engine.checkpoint_state import optimizer_of
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.optim.schedules import Constant, schedule_name
@@ -33,7 +33,7 @@ class ReduceOnPlateau(pl.Callback):
         min_delta: smallest improvement.
 
     Raises:
-        UserError: an argument is out of range.
+        UserError: an argument is out of range; or, in a fit, validations do not yield a monitored metric.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ReduceOnPlateau(pl.Callback):
     def observe(self, metrics: Mapping[str, float], rates: Sequence[float]) -> None:
         """Take the metrics of a validation; ``rates`` are the learning rates in it, and become ``self.rates``.
 
-        A metric that is missing counts as 0.
+        A metric that is missing counts as 0, as in FuxiCTR; a fit refuses missing metrics before.
         """
         value = sum(weight * metrics.get(name, 0.0) for name, weight in self.weights.items())
         self.rates = list(rates)
@@ -106,6 +106,10 @@ class ReduceOnPlateau(pl.Callback):
             f"trainer.callbacks: ReduceOnPlateau sets the learning rates, and so does model.schedule {name}: leave one "
             "of them out",
         )
+        # Datamodules without the attribute may give batches with groups.
+        grouped = getattr(trainer.datamodule, "group", "") is not None  # type: ignore[attr-defined]
+        metrics = (*names.METRICS, *(names.BY_GROUP if grouped else ()))
+        self._check_monitors([f"{names.VALIDATION}/{metric}" for metric in metrics])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         if self.rates:
@@ -114,9 +118,24 @@ class ReduceOnPlateau(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: CTRModule) -> None:  # type: ignore[override]
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        self._check_monitors(pl_module.results)
         self.observe(pl_module.results, [float(group["lr"]) for group in optimizer_of(pl_module).param_groups])
         self._set_rates(trainer, pl_module)
         trainer.should_stop |= self.stops
+
+    def _check_monitors(self, yielded: Collection[str]) -> None:
+        """
+        Raises:
+            UserError: validations, which yield metrics of these names, do not yield a monitored one.
+        """
+        by_group = f"{names.VALIDATION}/{names.GROUP_AUC}"
+        remedy = "" if by_group in yielded else f"; {by_group} needs a kept column as the datamodule's group"
+        for monitor in self.weights:
+            require(
+                monitor in yielded,
+                f"ReduceOnPlateau: monitor is {monitor}, which validations do not yield{nearest(monitor, yielded)}; "
+                f"expected one of {', '.join(yielded)}{remedy}",
+            )
 
     def _set_rates(self, trainer: pl.Trainer, module: CTRModule) -> None:
         for group, rate in zip(optimizer_of(module).param_groups, self.rates, strict=True):

@@ -11,6 +11,7 @@ GROUPS = "groups"
 GROUPS_LEFT_OUT = "groups_left_out"
 """Of evaluations whose rows are grouped by a kept column: the mean AUC over the groups, their number, and the number of
 groups with one label, which have no AUC."""
+BY_GROUP = (GROUP_AUC, GROUPS, GROUPS_LEFT_OUT)
 BETTER = {"auc": "max", "log_loss": "min", "normalized_entropy": "min", "accuracy": "max", GROUP_AUC: "max"}
 """Metric -> whether larger or smaller values are better; calibration is best at 1."""
 PRECISION_RECALL = "precision_recall"

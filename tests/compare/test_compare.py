@@ -359,6 +359,22 @@ def test_auc_by_group_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_groups_are_counted_for_each_data_set() -> None:
+    dlrm, _ = plain_arms()
+    _, dcn = planned(options=("--data.demo.test_rows", "300"))
+    runs = [read_run(leave_run(arm, 1, Path("out"), 1.0)) for arm in (dlrm, dcn)]
+    scores, counts = {}, []
+    for run, size in zip(runs, (50, 20), strict=True):
+        (samples,) = shared_samples([run], "test").values()
+        samples = dataclasses.replace(samples, groups=np.arange(len(samples.labels)) // size)
+        scores[run.name] = read_scores(Path("out/scores") / run.name, samples)
+        metrics = scores[run.name].metrics
+        counts.append(f"{metrics['groups']} counted and {metrics['groups_left_out']} left out of demo (protocol demo, ")
+    note = compare(arms_of(runs), scores, title="t", split="test").groups_note
+    assert counts[0].startswith("8 ") and counts[1].startswith("15 ")
+    assert f"({counts[0]}" in note and f") for DLRM; {counts[1]}" in note and note.endswith(") for DCN)")
+
+
 def test_one_seed_on_one_side_is_named() -> None:
     dlrm, dcn = plain_arms()
     runs = [read_run(leave_run(arm, seed, Path("out"), 1.0)) for arm, seed in ((dlrm, 1), (dlrm, 2), (dcn, 1))]

@@ -11,7 +11,6 @@ import pytest
 from numpy.typing import NDArray
 
 from lightning_dlrm.compare.statistics import (
-    METRICS,
     SIGNIFICANCE,
     Components,
     Metric,
@@ -21,6 +20,7 @@ from lightning_dlrm.compare.statistics import (
     mean_interval,
     reliability,
 )
+from tests.planted_runs import UNGROUPED
 
 SETTINGS = {"samples dominate": (0.02, 1.0), "both": (0.15, 1.0), "seeds dominate": (0.5, 0.4)}
 """Deviations of a logit from the sample's own: by the seed alone, and by the configuration and the sample."""
@@ -60,7 +60,7 @@ def family(setting: str, sets: range, better: float = 0.0) -> NDArray[np.float64
     for seed in sets:
         world = World(setting, 4, 5, seed, better)
         p_values, of_first = [], []
-        for metric in METRICS:
+        for metric in UNGROUPED:
             parts = world.components(metric)
             for a, b in combinations(range(4), 2):
                 p_values.append(difference(parts[a], parts[b], paired=True).p)

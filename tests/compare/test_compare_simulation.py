@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from lightning_dlrm.compare.statistics import METRICS, difference, verdict
-from tests.planted_runs import PlantedData, runs
+from lightning_dlrm.compare.statistics import difference, verdict
+from tests.planted_runs import UNGROUPED, PlantedData, runs
 
 DEFECT = (0, 1)
 """The columns that the defective configuration cannot see: a pair whose product counts."""
@@ -45,7 +45,7 @@ def simulate(laws: range, seeds: int, fewer: int) -> Counter[tuple[str, str, int
             ("defect, other seeds", runs(defective, others), False),
             ("defect, same seeds", runs(defective, first), True),
         ):
-            for metric in METRICS:
+            for metric in UNGROUPED:
                 for count in (fewer, seeds):
                     of_count = difference(whole[metric][:count], b[metric][:count], paired=paired)
                     found[sides, metric, count, verdict(metric, of_count.interval.value, of_count.p)] += 1
@@ -55,7 +55,7 @@ def simulate(laws: range, seeds: int, fewer: int) -> Counter[tuple[str, str, int
 def test_a_configuration_is_itself_and_a_defect_is_worse() -> None:
     torch.set_num_threads(1)
     found = simulate(range(5), seeds=3, fewer=2)
-    for metric in METRICS:
+    for metric in UNGROUPED:
         for sides in ("itself, other seeds", "itself, same orders"):
             assert found[sides, metric, 3, "not_distinguishable"] >= 4
         for sides in ("defect, other seeds", "defect, same seeds"):
@@ -69,7 +69,7 @@ def test_two_hundred_comparisons() -> None:
     found = simulate(range(1000, 1000 + comparisons), seeds=5, fewer=2)
     for key, times in sorted(found.items()):
         print(*key, times, sep="; ")
-    for metric in METRICS:
+    for metric in UNGROUPED:
         for sides in ("itself, other seeds", "itself, same orders"):
             for seeds in (2, 5):
                 called_different = comparisons - found[sides, metric, seeds, "not_distinguishable"]

@@ -12,7 +12,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss, roc_auc_score
 
 from lightning_dlrm.compare.statistics import (
-    SCORES,
+    UNGROUPED_SCORES,
     Interval,
     components,
     difference,
@@ -199,7 +199,7 @@ def test_the_auc_by_group_is_the_mean_of_the_components_of_groups() -> None:
     assert np.var(stratum, ddof=1) / len(stratum) == pytest.approx(np.var(resampled), rel=0.25)
 
 
-@pytest.mark.parametrize("metric", SCORES[:-1])
+@pytest.mark.parametrize("metric", UNGROUPED_SCORES)
 def test_every_score_is_the_mean_of_its_components(metric: Any) -> None:
     labels, probabilities = clicks(500)
     logits = torch.logit(torch.from_numpy(probabilities.astype(float)))

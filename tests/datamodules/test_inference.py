@@ -52,6 +52,7 @@ FEW = [f"v{row * row % 11}" for row in range(N)]
         ("y,a\n1,x\n0,z\n", Form(format="csv")),
         ("y\ta\n1\tx\n0\tz\n", Form(format="csv", separator="\t")),
         ("y;a\r\n1;1,5\r\n0;\r\n", Form(format="csv", separator=";", decimal=",")),
+        ("y;a\n1;6,64\n0;22,25\n1;NA\n", Form(format="csv", separator=";", decimal=",", nulls=("", "NA"))),
         ("y::a\n1::x\n0::z\n", Form(format="csv", separator="::")),
         ('y,a\n1,"x,""1""\nnew line"\n0,z\n', Form(format="csv")),
         ('y\ta\n1\t"x\n0\tz\n', Form(format="csv", separator="\t", quote=None)),
@@ -223,6 +224,15 @@ def test_samples_of_large_files_reach_their_end(tmp_path: Path, monkeypatch: pyt
         for row, (label, few) in enumerate(zip(LABELS, FEW, strict=True))
     ]
     assert inferred(tmp_path, "\n".join(lines), name="log.jsonl").rest == "leave"
+
+
+def test_decimal_commas_are_no_bags(tmp_path: Path) -> None:
+    price = [f"{row * 7 % 30},{row % 4}5" if row % 9 else "NA" for row in range(N)]
+    separators = inferred(tmp_path, rows("y;a;price", LABELS, FEW, price, separator=";"))
+    assert settings(separators)["price"] == {"role": "dense", "transform": "standard"}
+    # Numbers in a column that also holds words cannot be dense.
+    mixed = inferred(tmp_path, rows("y;a;price", LABELS, FEW, [*price[:-2], "free", "free"], separator=";"))
+    assert settings(mixed)["price"]["role"] == "categorical"
 
 
 MISTAKES: list[tuple[str | bytes, str | None, str]] = [

@@ -18,6 +18,7 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.loading import KEY
 from lightning_dlrm.engine.metrics_logger import EvaluationWriter
+from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.optim.schedules import WarmupThenDecay
 from lightning_dlrm.sharding.checkpoint import CheckpointReader
 from lightning_dlrm.tables.embeddings import Embeddings, TableSettings
@@ -166,6 +167,21 @@ def test_metrics_of_an_evaluation_are_logged_once_with_all_digits(tmp_path: Path
     trainer = trainer_in(tmp_path, logger=Kept(), callbacks=[EvaluationWriter(RunFolder(tmp_path))])
     trainer.validate(module, ToyData(), verbose=False)
     assert told == [module.results]
+
+
+def test_a_plateau_of_a_metric_that_validations_do_not_yield_is_refused(tmp_path: Path) -> None:
+    ungrouped, unknown = ToyData(), ToyData()
+    ungrouped.group = None  # type: ignore[attr-defined]
+    # Misspelt; without groups, as the datamodule says; without groups, as the first validation shows.
+    for data, monitor, said in (
+        (unknown, "validation/acu", "monitor is validation/acu, which validations do not yield; did you mean valid"),
+        (ungrouped, {"validation/auc": 1.0, "validation/group_auc": 1.0}, "validation/group_auc needs a kept column"),
+        (unknown, "validation/group_auc", "validation/group_auc needs a kept column as the datamodule's group"),
+    ):
+        module, trainer = toy_module(), trainer_in(tmp_path, callbacks=[ReduceOnPlateau(monitor)])
+        with pytest.raises(UserError, match=said) as refused:
+            trainer.fit(module, data)
+        assert len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("run", ["dlrm", "dcn"])
