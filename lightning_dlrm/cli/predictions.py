@@ -55,7 +55,7 @@ class PredictionWriter(BasePredictionWriter):
         """The first row of this rank whose probability is NaN."""
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._writer = pq.ParquetWriter(self._partial(trainer.global_rank), SCHEMA)
+        self._writer, self._nan_row = pq.ParquetWriter(self._partial(trainer.global_rank), SCHEMA), None
 
     def write_on_batch_end(
         self,
@@ -79,9 +79,8 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._writer is not None
         self._writer.close()
-        ranks = Ranks(long_timeout=True)
-        ranks.run_on_all_ranks(self._refuse_nan)
-        ranks.run_on_rank_zero(lambda: self._merge(trainer.world_size))
+        Ranks().run_on_all_ranks(self._refuse_nan)
+        Ranks(long_timeout=True).run_on_rank_zero(lambda: self._merge(trainer.world_size))
 
     def _refuse_nan(self) -> None:
         """
