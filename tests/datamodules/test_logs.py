@@ -24,9 +24,12 @@ import datamodules
 from datamodules.encoder import RowEncoder
 from datamodules.log_schema import log_schema
 from datamodules.preprocess import counting, pipeline
+from datamodules.preprocess.log_files import open_readers
 from datamodules.preprocess.log_reader import LogReader
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
+from datamodules.preprocess.quotes import find_quoted, line_ends
+from datamodules.preprocess.sources import find_files
 from datamodules.preprocess.splits import SplitRule
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
@@ -404,7 +407,13 @@ MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (log_of(LINES), {"separator": ";"}, r"header is one field, 'click,u,p,t': is the separator ','"),
     (with_line(5, "1,u1,5,2024-01-01,9"), {}, "line 7: 5 fields, expected 4 between ','"),
     (with_line(5, "\n\n1,u1"), {}, "line 9: 2 fields, expected 4"),
-    (with_line(5, '1,"u1,5,2024-01-01'), {}, "line 7: 2 fields, .*quote: null"),
+    (with_line(5, '1,"u1,5,2024-01-01'), {}, "line 7: a field begins with a quote that no .*quote: null"),
+    (with_line(5, '1,"u1,5,2024-01-01') + with_line(9, '1,"u,5,2024-01-01'), {}, "line 7: a field begins with a quote"),
+    (log_of(LINES, 'click,"u,p,t'), {}, "line 1: a field begins with a quote that no"),
+    (log_of(LINES, 'click,u"x,p,t'), {}, """its columns are click, u"x, p, t"""),
+    (log_of(LINES, "click," + "u" * 140_000), {}, "line 1: field larger than field limit.*expected a header"),
+    (b"x" * (1 << 20) + log_of(LINES), {}, "line 1: no line end in the first 1,048,576 bytes; expected a header"),
+    (b"\r\r\n" + log_of(LINES), {}, "has no column 'click'"),
     (with_line(7, "1,u1,cheap,2024-01-01"), {}, "line 9: p is 'cheap', expected a number"),
     (with_line(7, "1,u1,inf,2024-01-01"), {}, "line 9: p is inf, expected a finite number"),
     (with_line(3, '1,"u\n1",1,2024-01-01\n2,u1,1,2024-01-01'), {}, 
@@ -458,7 +467,8 @@ def test_a_mistake_is_named_and_nothing_is_left(
             "line 1,201: the key q is not",
         ),
         (['{"click": 1, "u": "a", "p": 1}', '{"click": 0, "u": "a", "p": "dear"}'], r'line 2: p is "dear" \(text\)'),
-        (['{"click": 1, "u": "a"}'], "has no column 'p'"),
+        (['{"click": 1, "u": "a"}'] * 1200 + ['{"click": 1, "u": "p", "P": 1}'], "has no column 'p'"),
+        (["[" * 100_000], "line 1: not JSON"),
     ],
 )
 def test_a_mistake_in_json_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
@@ -467,6 +477,69 @@ def test_a_mistake_in_json_is_named(tmp_path: Path, lines: list[str], message: s
     with pytest.raises(UserError, match=message):
         make(tmp_path / "log.jsonl", tmp_path / "data", {**FEW, "columns": columns})
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_keys_that_only_later_lines_have_are_columns(tmp_path: Path) -> None:
+    """The schema names them, as --infer looks further than at the first lines."""
+    rows = [{"click": i % 2, "u": f"u{i % 5}"} for i in range(1600)]
+    later = [{"p": None}, {"p": 0.5, "day": "2024-01-01"}]
+    rows = [{**row, **(later[i % 2] if i >= 1200 else {})} for i, row in enumerate(rows)]
+    for name, some in (("a.jsonl", rows[:1000]), ("b.jsonl", rows[1000:])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in some))
+    columns = {"u": {"role": "categorical"}, "p": {"role": "dense"}, "day": {"role": "categorical"}}
+    document = {**FEW, "columns": columns, "counts": "all"}
+    schema = make([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "data", document, block_bytes=9000)
+    found = [row["p"] for split in SPLITS for row in rows_of(tmp_path / "data", schema, split)]
+    assert found == [row.get("p") for row in rows]
+    days = pq.read_table(tmp_path / "data/vocabulary/day.parquet").column("value").to_pylist()
+    assert [day for day in days if day] == ["2024-01-01"], "not a time, as pyarrow would take the text"
+
+
+@given(st.lists(st.sampled_from(['"', '""', ',"', '",', ",", "\n", "a"]), max_size=30).map("".join))
+def test_quoted_fields_are_those_of_pyarrow(text: str) -> None:
+    content = text.encode() + b"\n"
+    quoted = find_quoted(content, b'"', b",")
+    inside = [(int(a), int(b)) for a, b in zip(quoted.starts, quoted.stops, strict=True)]
+    if not quoted.malformed:
+        plain, state = [], "start"  # of a field
+        for place, one in enumerate(content.decode()):
+            if state == "start" and one == '"':
+                state, quotes = "quoted", 0
+            elif state == "quoted":
+                quotes += one == '"'
+                if one == '"' and content[place + 1 : place + 2] != b'"' and quotes % 2:
+                    state, quotes = "plain", 0
+                elif one != '"':
+                    quotes = 0
+            else:
+                state = "start" if one in ",\n" else "plain"
+            plain += [place] if one == "\n" and state != "quoted" else []
+        assert line_ends(content, b'"', b",").tolist() == plain
+    for place in quoted.malformed:
+        assert content[place] == ord('"') and not any(a <= place <= b for a, b in inside)
+    places = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n"))
+    ends = set(line_ends(content, b'"', b",").tolist())
+    assert ends == {int(e) for e in places if not any(a < e < b for a, b in inside)}
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.csv.gz"])
+def test_a_quote_amid_a_field_is_a_character(tmp_path: Path, name: str) -> None:
+    """It neither joins rows nor pieces, and a field that is not closed takes its own line alone."""
+    lines = [f'{i % 2},{i}" pipe,{i},2024-01-01' if i % 3 else f'{i % 2},"x\n{i}",1,2024-01-01' for i in range(301)]
+    pack = gzip.compress if name.endswith("gz") else bytes
+    (tmp_path / name).write_bytes(pack(log_of(lines)))
+    (source,) = find_files([str(tmp_path / name)], of_criteo=False)
+    (reader,) = open_readers([source], log_schema(FEW), 300)
+    pieces = [piece for index, _ in reader.jobs(source, 300) for piece in reader.pieces(source, index, 300)]
+    assert len(pieces) > 20 and max(map(len, pieces)) < 400
+    schema = make(tmp_path / name, tmp_path / "data", FEW, block_bytes=300)
+    assert sum(split.rows for split in schema.splits.values()) == 301
+    lines[50] = lines[200] = '1,"u,1,2024-01-01'
+    (tmp_path / name).write_bytes(pack(log_of(lines)))
+    with pytest.raises(UserError, match="line 69: a field begins with a quote that no quote closes"):
+        make(tmp_path / name, tmp_path / "other", FEW, block_bytes=300)
+    schema = make(tmp_path / name, tmp_path / "skipped", FEW, block_bytes=300, on_bad_row="skip")
+    assert (sum(split.rows for split in schema.splits.values()), schema.report["bad_rows"]) == (299, 2)
 
 
 def test_bad_rows_are_left_out_and_listed(tmp_path: Path) -> None:
