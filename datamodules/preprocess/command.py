@@ -11,7 +11,6 @@ from datamodules.folder import Folder, check_sizes, load_schema, part_files, ver
 from datamodules.log_schema import read_log_schema
 from datamodules.preprocess.inference import fit_command, infer
 from datamodules.preprocess.inspection import one_label_warnings, render, render_report, summary
-from datamodules.preprocess.labels import describe_label
 from datamodules.preprocess.leakage import equal_rows
 from datamodules.preprocess.options import DISTRIBUTIONS, OnBadRow
 from datamodules.preprocess.pipeline import order_warning, preprocess
@@ -259,11 +258,8 @@ def run(args: argparse.Namespace) -> int:
         schema = preprocess(inputs=args.input, progress=progress, **given)
     if progress.stages:
         print(render_report(schema, progress.stages))
-    if warnings := one_label_warnings(schema):
-        if given["schema"] is not None:
-            warnings.append(describe_label(given["schema"], args.input))
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+    for warning in one_label_warnings(schema):
+        print(f"warning: {warning}", file=sys.stderr)
     if args.schema is not None:
         print(f"train on it: {fit_command(args.output, schema.features.dense > 0)}")
     elif args.vocabulary is None:

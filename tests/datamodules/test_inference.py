@@ -323,19 +323,6 @@ def test_damaged_logs_are_read_or_refused(tmp_path: Path) -> None:
     assert outcomes == {"read", "refused"}
 
 
-def test_a_condition_that_no_row_meets_is_named_with_the_values(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("log.csv").write_text(rows("y,a", LABELS, FEW))
-    document = {"dataset": "d", "label": "y == 7", "columns": {"a": {"role": "categorical"}}, "split": {"by": "random"}}
-    Path("s.yaml").write_text(json.dumps(document))
-    assert main(["preprocess", "--schema", "s.yaml", "--input", "log.csv", "--output", "o", "--workers", "1"]) == 0
-    said = capsys.readouterr().err.splitlines()
-    assert said[-1] == "warning: the label is 'y == 7', and y holds 0 (85.5%), 1 (14.5%)"
-    assert "all 160 rows of the train split have the label 0" in said[-4]
-
-
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("log").write_text("".join(f"{row % 9}::{row % 4}::{1 + row % 5}::{978300000 + row}\n" for row in range(N)))
