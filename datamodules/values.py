@@ -144,7 +144,12 @@ def labels(label: Label, column: pa.ChunkedArray, decimal: str = ".") -> np.ndar
         else:
             yes = next((one for one in values if one.lower() in _YES), encoded[row].as_py())
             condition = f"'{label.column} == {yes}'"
-            expected = f"expected 0 and 1, or false and true; give a condition such as label: {condition}"
+            numbers_seen = sorted(number for one in values if (number := _number(one, decimal)) is not None)
+            if _number(encoded[row].as_py(), decimal) is not None:
+                condition = f"'{label.column} >= {numbers_seen[len(numbers_seen) // 2]:g}'"
+            expected = (
+                f"expected 0 and 1, or false and true; correct the line, or give a condition such as label: {condition}"
+            )
         raise BadValueError(row, f"the label {label.column} is {value}{seen}, {expected}")
     return found
 
