@@ -19,7 +19,7 @@ from typing import Any
 from lightning_dlrm.cli.configs import expand_home
 from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.contracts.documents import printable
-from lightning_dlrm.contracts.errors import UserError, nearest, one_line, place_in_own_code, require
+from lightning_dlrm.contracts.errors import UserError, cause_of, nearest, one_line, place_in_own_code, require
 
 DEBUG = "--debug"
 """Option of every command: raise errors, so that Python shows their tracebacks."""
@@ -173,8 +173,7 @@ def _mistake_in_own_code(error: BaseException) -> UserError | None:
     place = None if isinstance(root, (UserError, SyntaxError)) else place_in_own_code(root)
     if place is None:
         return None
-    said = one_line(root)[:300]
-    return UserError(f"{place}: {type(root).__name__}: {said}; {DEBUG} shows the whole traceback")
+    return UserError(f"{place}: {cause_of(root)}; {DEBUG} shows the whole traceback")
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:

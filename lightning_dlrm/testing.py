@@ -1,15 +1,16 @@
 """What the author of a network checks it with, in a test of its own."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.errors import UserError, one_line, place_in_own_code
+from lightning_dlrm.contracts.errors import UserError, cause_of, place_in_own_code
 from lightning_dlrm.contracts.schema import Features
-from lightning_dlrm.models.network import CTRNetwork
+from lightning_dlrm.models.network import CTRNetwork, fault_of_logits
 
 FEATURES = Features(dense=3, tables={"C1": 5, "C2": 40, "C3": 2})
 SAMPLES = 6
@@ -49,20 +50,22 @@ def _problems(make_network: MakeNetwork, features: Features) -> Iterator[str]:
         "bags of ids": _bags(features),
         "no samples": _one_hot(features, 0),
     }
-    outputs: dict[str, Tensor] = {}
+    listed: set[str] = set()
     for kind, (dense_BI, ids) in batches.items():
-        try:
-            outputs[kind] = network.eval()(dense_BI, ids)
-        except Exception as error:
+        fault = _forward_fault(network, dense_BI, ids)
+        # The same fault of another batch differs in sizes alone.
+        if fault is not None and (words := re.sub(r"\d+", "", fault)) not in listed:
+            listed.add(words)
             hint = "; a rank's slice of a batch may be empty" if kind == "no samples" else ""
-            yield f"forward(dense, ids) of a batch with {kind} raises {_short(error)}{hint}"
-            continue
-        yield from _output_problems(kind, outputs[kind], len(dense_BI))
-    if "one id a column" in outputs and outputs["one id a column"].shape == (SAMPLES,):
-        dense_BI, ids = batches["one id a column"]
-        yield from _sample_problems(network, dense_BI, ids, outputs["one id a column"])
-        yield from _gradient_problems(network, dense_BI, ids)
-        yield from _score_problems(network, dense_BI, ids)
+            yield f"forward(dense, ids) of a batch with {kind} {fault}{hint}"
+    dense_BI, ids = batches["one id a column"]
+    if _forward_fault(network, dense_BI, ids) is None:
+        checks = {"one sample": _sample_problems, "training": _gradient_problems, "score": _score_problems}
+        for what, check in checks.items():
+            try:
+                yield from check(network, dense_BI, ids)
+            except Exception as error:
+                yield f"the check of {what} raises {_short(error)}"
 
 
 def _build_problems(make_network: MakeNetwork, features: Features, network: CTRNetwork) -> Iterator[str]:
@@ -91,20 +94,27 @@ def _build_problems(make_network: MakeNetwork, features: Features, network: CTRN
         yield f"multiply_adds() returns {network.multiply_adds()}; expected those of one sample, or no such method"
 
 
-def _output_problems(kind: str, logits: object, samples: int) -> Iterator[str]:
-    if not isinstance(logits, Tensor) or logits.shape != (samples,):
-        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        yield f"forward(dense, ids) of a batch with {kind} returns {found}; expected one logit a sample, ({samples},)"
-    elif not logits.isfinite().all():
-        yield (
-            f"the logits of a batch with {kind} are not finite: missing dense values are NaN, so pass dense features "
-            "through self.missing first"
+def _forward_fault(network: CTRNetwork, dense_BI: Tensor, ids: SparseIds) -> str | None:
+    """Return what is wrong with the logits of a batch, as the rest of a sentence; None if nothing is."""
+    try:
+        logits: object = network.eval()(dense_BI, ids)
+    except Exception as error:
+        return f"raises {_short(error)}"
+    fault = fault_of_logits(logits, len(dense_BI))
+    if fault is not None or not isinstance(logits, Tensor):
+        return fault
+    if not logits.isfinite().all():
+        return (
+            "returns logits that are not finite: missing dense values are NaN, so pass dense features through "
+            "self.missing first"
         )
-    elif "Sigmoid" in type(logits.grad_fn).__name__:
-        yield "forward returns probabilities; expected logits, as the loss takes the sigmoid"
+    if "Sigmoid" in type(logits.grad_fn).__name__:
+        return "returns probabilities; expected logits, as the loss takes the sigmoid"
+    return None
 
 
-def _sample_problems(network: CTRNetwork, dense_BI: Tensor, ids: SparseIds, logits_B: Tensor) -> Iterator[str]:
+def _sample_problems(network: CTRNetwork, dense_BI: Tensor, ids: SparseIds) -> Iterator[str]:
+    logits_B = network(dense_BI, ids)
     alone = network(dense_BI[:1], SparseIds(values=ids.values[:1], tables=ids.tables))
     if not torch.allclose(alone, logits_B[:1], rtol=1e-4, atol=1e-6):
         yield "a sample's logit depends on the other samples of its batch in evaluation mode"
@@ -143,6 +153,10 @@ def _score_problems(network: CTRNetwork, dense_BI: Tensor, ids: SparseIds) -> It
     except Exception as error:
         yield f"score(dense, lookup(ids)) raises {_short(error)}; lookup returns {', '.join(vectors) or 'nothing'}"
         return
+    fault = fault_of_logits(found, len(dense_BI))
+    if fault is not None:
+        yield f"score(dense, lookup(ids)) {fault}"
+        return
     if not torch.equal(found, expected):
         yield "forward(dense, ids) is not score(dense, lookup(ids)), so that compiled and eager steps would differ"
     try:
@@ -172,4 +186,4 @@ def _bags(features: Features) -> tuple[Tensor, SparseIds]:
 
 def _short(error: Exception) -> str:
     place = place_in_own_code(error)
-    return f"{type(error).__name__}: {one_line(error)[:200]}{'' if place is None else f' ({place})'}"
+    return f"{cause_of(error)}{'' if place is None else f' ({place})'}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,22 @@ class WrongShape(Own):
         return super().score(dense_BI, vectors)[:, None]
 
 
+class Nothing(Own):
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Any:
+        return None
+
+
+class Labelled(Own):
+    def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Any:
+        return {"logits": super().score(dense_BI, vectors)}
+
+
+class Swapped(Labelled):
+    def forward(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
+        logits_B: Tensor = super().forward(dense_BI, ids)["logits"]
+        return logits_B
+
+
 class Probabilities(Own):
     def score(self, dense_BI: Tensor, vectors: dict[str, Tensor]) -> Tensor:
         return super().score(dense_BI, vectors).sigmoid()
@@ -135,7 +152,10 @@ def test_a_network_with_forward_alone() -> None:
         (lambda features: Own(features, 1), "cannot be made: make_network.features, seed. raises TypeError"),
         (CTRNetwork, "cannot be made|defines neither score nor forward"),
         (KeepsNaN, "missing dense values are NaN"),
-        (WrongShape, r"returns shape \(6, 1\); expected one logit a sample, \(6,\)"),
+        (WrongShape, r"returns shape \(6, 1\); expected one logit for each sample, \(6,\)"),
+        (Nothing, "returns None; expected one logit for each sample"),
+        (Labelled, "returns a dict; expected one logit for each sample"),
+        (Swapped, r"score.dense, lookup.ids.. returns a dict"),
         (Probabilities, "returns probabilities; expected logits"),
         (Unused, "spare gets no gradient, which DDP refuses"),
         (WithoutSeed, "networks of two seeds are the same"),
@@ -147,5 +167,8 @@ def test_a_network_with_forward_alone() -> None:
     ],
 )
 def test_each_mistake_is_named(make: Callable[[Features, int], CTRNetwork], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as found:
         check_network(make)
+    # One fault is listed once, whatever batch has it.
+    if make in (WrongShape, Nothing, Labelled, KeepsNaN):
+        assert "; 1 found:" in str(found.value)

@@ -68,6 +68,8 @@ _QUANTITY_WORDS = frozenset(
 
 _BAG_SEPARATORS = ("|", ";", ",", " ")
 _BAG_SHARE = 0.2  # of the values that must have the separator
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+_DECIMAL_SHARE = 0.95  # of the values with a comma; they are then numbers, not pairs
 _UNIQUE_SHARE = 0.98
 _FEW = 100  # different values
 _MANY = 1_000
@@ -322,6 +324,8 @@ def _bag_separator(facts: Facts) -> str | None:
         bags = [value.split(separator) for value in facts.values if separator in value]
         if len(bags) < max(_BAG_SHARE * len(facts.values), 2):
             continue
+        if separator == "," and _share_of_decimals(facts.values) > _DECIMAL_SHARE:
+            continue
         items = {item for value in facts.counts for item in value.split(separator)}
         # Commas and spaces also stand in titles and addresses, whose parts hardly recur.
         plain = not any(re.search(r"[\s(){}\[\]]", item.strip()) for item in items) and len(items) < facts.distinct
@@ -329,6 +333,12 @@ def _bag_separator(facts: Facts) -> str | None:
         if (separator == "|" or (plain and ids)) and max(map(len, items)) <= _LONG_TEXT // 2:
             return separator
     return None
+
+
+def _share_of_decimals(values: Sequence[str]) -> float:
+    """Return the share of numbers with a decimal comma among the values with a comma."""
+    with_comma = [value for value in values if "," in value]
+    return sum(bool(_DECIMAL_COMMA.fullmatch(value)) for value in with_comma) / max(len(with_comma), 1)
 
 
 def tells_label(facts: Facts, cells: Sequence[Value], labels: Sequence[bool]) -> bool:

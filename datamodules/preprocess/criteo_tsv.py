@@ -21,12 +21,13 @@ of 8-byte strings 0.65 s.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
+from datamodules.preprocess.quotes import line_ends
 from datamodules.preprocess.sources import RawFile
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, CRITEO_LABEL
@@ -67,27 +68,22 @@ class BadLineError(Exception):
         self.line, self.fault = line, fault
 
 
-def piece_of_plain(
-    source: RawFile,
-    index: int,
-    piece_bytes: int,
-    quote: bytes | None = None,
-    opened: tuple[bool, bool] = (False, False),
-) -> bytes:
+def piece_of_plain(source: RawFile, index: int, piece_bytes: int, starts: Sequence[int] = ()) -> bytes:
     """Return the lines that begin in a piece of a plain file, each with its line feed.
 
     Args:
         source: the file.
         index: the piece.
         piece_bytes: its length.
-        quote: the character that quotes line ends; None for none.
-        opened: whether a quote is open one byte before the piece, and one before the next piece.
+        starts: where the first row of each piece begins, and the end of the file; empty if each line is a row.
 
     Raises:
         UserError: the file cannot be read.
     """
-    start = _begin_of_line(source, index * piece_bytes, quote, opened[0])
-    stop = _begin_of_line(source, (index + 1) * piece_bytes, quote, opened[1])
+    if starts:
+        start, stop = starts[index : index + 2]
+    else:
+        start, stop = (_begin_of_line(source, one * piece_bytes) for one in (index, index + 1))
     if start == stop:
         return b""
     text = source.read(start, stop)
@@ -98,41 +94,62 @@ def piece_of_plain(
     return text if text.endswith(b"\n") else text + b"\n"
 
 
-def _begin_of_line(source: RawFile, offset: int, quote: bytes | None, is_open: bool) -> int:
+def _begin_of_line(source: RawFile, offset: int) -> int:
     """Return where the first line begins from an offset on; an endless line ends where it became too long."""
     if offset == 0 or offset >= source.size:
         return min(offset, source.size)
     place = offset - 1  # a line begins here if the byte before it ends another
     while place < source.size and place - offset <= _MAX_LINE_BYTES:
-        text = source.read(place, place + _STEP_BYTES)
-        found = find_line_end(text, 0, quote, is_open)
+        found = source.read(place, place + _STEP_BYTES).find(b"\n")
         if found >= 0:
             return place + found + 1
-        is_open ^= quote is not None and text.count(quote) % 2 == 1
         place += _STEP_BYTES
     return min(place, source.size)
 
 
-def find_line_end(text: bytes, start: int, quote: bytes | None, is_open: bool = False) -> int:
-    """Return the place of the first line feed outside quotes, from ``start`` on; -1 if there is none.
+def starts_of_rows(
+    source: RawFile, piece_bytes: int, quote: bytes, separator: bytes, header_bytes: int
+) -> tuple[int, ...]:
+    """Return where the first row of each piece of a plain file begins, and the end of the file.
 
     Args:
-        text: lines.
-        start: where to begin.
-        quote: the character that quotes; None for none.
-        is_open: whether a quote is open at the beginning of the text.
+        source: the file.
+        piece_bytes: the length of a piece.
+        quote: the character that quotes line ends.
+        separator: of the fields.
+        header_bytes: where rows begin.
+
+    Raises:
+        UserError: the file cannot be read.
     """
-    if quote is None or not (is_open or quote in text):
+    starts, start = [0], header_bytes
+    for boundary in range(piece_bytes, source.size, piece_bytes):
+        if start < boundary:
+            text = source.read(start, boundary + _MAX_LINE_BYTES)
+            end = find_row_end(text, boundary - 1 - start, quote, separator, more=start + len(text) < source.size)
+            start += end + 1 if end >= 0 else len(text)
+        starts.append(start)
+    return (*starts, source.size)
+
+
+def find_row_end(text: bytes, start: int, quote: bytes | None, separator: bytes, more: bool = False) -> int:
+    """Return the place of the first line feed outside quoted fields, from ``start`` on; -1 if there is none.
+
+    Args:
+        text: as in ``quotes.line_ends``, as are the others.
+    """
+    if quote is None or quote not in text:
         return text.find(b"\n", start)
-    characters = np.frombuffer(text, np.uint8)
-    quotes = np.flatnonzero(characters == ord(quote))
-    ends = start + np.flatnonzero(characters[start:] == ord("\n"))
-    outside = ends[(np.searchsorted(quotes, ends) + is_open) % 2 == 0]
-    return int(outside[0]) if len(outside) else -1
+    ends = line_ends(text, quote, separator, start, more)
+    return int(ends[0]) if len(ends) else -1
 
 
 def pieces_of_text(
-    source: RawFile, piece_bytes: int, quote: bytes | None = None, encoding: str | None = None
+    source: RawFile,
+    piece_bytes: int,
+    quote: bytes | None = None,
+    separator: bytes = b"\t",
+    encoding: str | None = None,
 ) -> Iterator[bytes]:
     """Yield the same pieces of a file that can only be read from its beginning.
 
@@ -140,6 +157,7 @@ def pieces_of_text(
         source: the file.
         piece_bytes: the length of a piece.
         quote: the character that quotes line ends; None for none.
+        separator: of the fields.
         encoding: of the text, which then becomes UTF-8; None to leave it as it is.
 
     Raises:
@@ -163,7 +181,8 @@ def pieces_of_text(
                 rest += b"\n"
             # A line that begins before the boundary is cut off at the first line end from boundary - 1 on.
             while boundary <= offset + len(rest):
-                end = find_line_end(rest, max(boundary - 1 - offset, 0), quote) + 1 if boundary > offset else 0
+                least = max(boundary - 1 - offset, 0)
+                end = find_row_end(rest, least, quote, separator, not ended) + 1 if boundary > offset else 0
                 if boundary > offset and not end:
                     if len(rest) - rest.rfind(b"\n") <= _MAX_LINE_BYTES:
                         break

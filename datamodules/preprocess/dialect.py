@@ -107,7 +107,8 @@ def decimal_of(rows: Sequence[Sequence[str]], separator: str) -> str:
     if separator == ",":
         return "."
     for cells in zip(*rows[1:], strict=True):
-        found = [cell for cell in cells if cell]
+        # Nulls such as NA also stand between decimal numbers.
+        found = [cell for cell in cells if cell not in ("", *_SURE_NULLS, *_NUMERIC_NULLS)]
         if any("," in cell for cell in found) and all(is_number(cell, ",") for cell in found):
             return ","
     return "."

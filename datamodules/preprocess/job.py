@@ -46,7 +46,8 @@ from datamodules.preprocess.journal import (
     remove_partial_files,
     written_aside,
 )
-from datamodules.preprocess.log_files import count_quotes, open_reader
+from datamodules.preprocess.labels import describe_label
+from datamodules.preprocess.log_files import open_readers
 from datamodules.preprocess.log_recipe import LogOptions
 from datamodules.preprocess.options import Fitted, Options
 from datamodules.preprocess.progress import CRITEO_ROW_BYTES, Estimate, Progress, estimate, fields_of
@@ -79,7 +80,7 @@ from lightning_dlrm.contracts.schema import (
 
 BAD_ROWS_FILE = "bad_rows.tsv"
 
-VERSION = 3
+VERSION = 4
 """Incremented if the same input would give other bytes, so that no run resumes with files of another release."""
 
 _SEGMENTS_A_JOB = 64
@@ -161,14 +162,8 @@ class Job:
             labelled = self.known is None or fields_of(self.files[0]) != len(COLUMNS) - 1
             return [CriteoReader(labelled=labelled) for _ in self.files]
         schema, is_new = self.options.schema, self.known is None
-        readers = [open_reader(file, schema, is_new) for file in self.files]
-        for file, reader in zip(self.files, readers, strict=True):
-            require(
-                reader.labelled == readers[0].labelled,
-                f"{file.path} has {'labels' if reader.labelled else 'no labels'}, unlike {self.files[0].path}; give "
-                "files with labels, or without",
-            )
-        return [count_quotes(file, reader, self.piece_bytes) for file, reader in zip(self.files, readers, strict=True)]
+        readers = open_readers(self.files, schema, self.piece_bytes, is_new)
+        return list(readers)
 
     @property
     def labelled(self) -> bool:
@@ -332,16 +327,17 @@ class Job:
         """
         if self.known is not None:
             return
-        is_log = isinstance(self.options, LogOptions)
+        log = self.options.schema if isinstance(self.options, LogOptions) else None
         for split in self.options.wanted_splits():
-            remedy = "change split in the schema" if is_log else "keep more negatives"
+            remedy = "change split in the schema" if log else "keep more negatives"
             require(split in files, f"no rows are left in the {split} split; give more input, or {remedy}")
             rows = sum(file.rows for file in files[split])
-            require(
-                not is_log or 0 < positives[split] < rows,
-                f"all {rows:,} labels of the {split} split are {int(positives[split] > 0)}; expected both: give more "
-                "input, or change label or split in the schema",
-            )
+            if log and positives[split] in (0, rows):
+                why = describe_label(log, [file.path for file in self.files])
+                raise UserError(
+                    f"all {rows:,} labels of the {split} split are {int(positives[split] > 0)}; expected both: {why}; "
+                    "give more input, or change label or split in the schema"
+                )
 
     def _count(self, pool: Workers, encoding: Encoding, staged: _Staged) -> dict[str, dict[str, Any]]:
         """Return the results of ``count_column`` or ``look_up_column`` by column."""

@@ -3,14 +3,17 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datamodules.log_schema import Format, LogSchema
-from datamodules.preprocess.criteo_tsv import count_bytes
-from datamodules.preprocess.log_reader import LogReader, is_utf8, json_type, open_parquet
+from datamodules.preprocess.criteo_tsv import starts_of_rows
+from datamodules.preprocess.json_lines import find_keys, json_type
+from datamodules.preprocess.log_reader import NOT_CLOSED, LogReader, is_utf8, open_parquet
+from datamodules.preprocess.quotes import find_quoted
 from datamodules.preprocess.sources import RawFile
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
@@ -28,18 +31,64 @@ _SUFFIXES: Mapping[str, Format] = {
 }
 
 
-def open_reader(source: RawFile, schema: LogSchema, is_new: bool = True) -> LogReader:
-    """Return the reader of a file, from its beginning.
+def open_readers(
+    sources: Sequence[RawFile], schema: LogSchema, piece_bytes: int, is_new: bool = True
+) -> list[LogReader]:
+    """Return the reader of each file of a log, from its beginning.
 
     Args:
-        source: the file.
+        sources: the files.
         schema: of the log.
+        piece_bytes: the length of a piece.
         is_new: whether a dataset is made, which needs labels and splits; otherwise rows are encoded like those of
             another one.
 
     Raises:
-        UserError: the file's columns are not those of the schema, or it cannot be read.
+        UserError: a file's columns are not those of the schema, or it cannot be read, or some files have labels and
+            others have not.
     """
+    readers = [_open_reader(source, schema, is_new) for source in sources]
+    of_json = [i for i, reader in enumerate(readers) if reader.format == "jsonl"]
+    absent = _absent_keys([(sources[i], readers[i]) for i in of_json], schema, is_new)
+    for i, reader in enumerate(readers):
+        source, names = sources[i], reader.names
+        if reader.format == "jsonl":
+            texts = tuple((key, kind) for key, kind in absent.items() if kind in ("text", "texts"))
+            reader = replace(reader, types=(*reader.types, *(one for one in texts if one[0] not in names)))
+            names += tuple(key for key in absent if key not in names)
+        schema.check_columns(names, source.path, labelled=is_new)
+        readers[i] = replace(_with_starts(source, reader, piece_bytes), names=names, splits=is_new)
+        readers[i] = replace(readers[i], labelled=schema.label_in(names).column in names)
+        require(
+            readers[i].labelled == readers[0].labelled,
+            f"{source.path} has {'labels' if readers[i].labelled else 'no labels'}, unlike {sources[0].path}; give "
+            "files with labels, or without",
+        )
+    return readers
+
+
+def _absent_keys(files: Sequence[tuple[RawFile, LogReader]], schema: LogSchema, is_new: bool) -> dict[str, str | None]:
+    """Return the keys that the schema names, which the first lines of some file lack and a line of any file has, each
+    with its type as far as it is known."""
+    keys: dict[str, str | None] = {}
+    for _, reader in files:
+        sources = schema.sources(reader.names)
+        needed = {name for name, key in sources.items() if is_new or key not in ("label", "split")}
+        keys |= dict.fromkeys(needed - set(reader.names))
+    known = [(set(reader.names), dict(reader.types)) for _, reader in files]
+    found = {key: next((types[key] for _, types in known if key in types), None) for key in keys}
+    seen = {key for key in keys if any(key in names for names, _ in known)}
+    for source, _ in files:
+        if seen.issuperset(keys):
+            break
+        with _readable(source):
+            values = find_keys(source, _foreign(schema), keys.keys() - seen)
+        found |= {key: json_type([value]) for key, value in values.items()}
+        seen |= values.keys()
+    return {key: kind for key, kind in found.items() if key in seen}
+
+
+def _open_reader(source: RawFile, schema: LogSchema, is_new: bool) -> LogReader:
     # New rows may have another form than those of the dataset.
     form = (schema.format if is_new else None) or _format_of(source, schema.format)
     if form == "parquet":
@@ -48,13 +97,12 @@ def open_reader(source: RawFile, schema: LogSchema, is_new: bool = True) -> LogR
             groups = tuple(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
         reader = LogReader(schema=schema, format=form, labelled=True, names=names, group_rows=groups)
     else:
-        start = _start(source, schema.encoding)
-        require(start.strip(), f"{source.path} is empty; give files with rows")
+        start = _start(source, schema)
+        require(start.removeprefix(_BOM).strip(), f"{source.path} is empty; give files with rows")
         reader = _json_reader(source, schema, start) if form == "jsonl" else _csv_reader(source, schema, start)
     twice = next((name for name in reader.names if reader.names.count(name) > 1), None)
     require(twice is None, f"{source.path}: {twice!r} stands twice in the header; rename one of the two columns")
-    schema.check_columns(reader.names, source.path, labelled=is_new)
-    return replace(reader, labelled=schema.label_in(reader.names).column in reader.names, splits=is_new)
+    return reader
 
 
 def _format_of(source: RawFile, default: Format | None) -> Format:
@@ -66,15 +114,26 @@ def _format_of(source: RawFile, default: Format | None) -> Format:
     return _SUFFIXES.get(stem.suffix, default or "csv")
 
 
-def _start(source: RawFile, encoding: str) -> bytes:
+def _foreign(schema: LogSchema) -> str | None:
+    """Return the encoding of a log; None if it is UTF-8."""
+    return None if is_utf8(schema.encoding) else schema.encoding
+
+
+@contextmanager
+def _readable(source: RawFile) -> Iterator[None]:
+    """Put the file and a remedy around the failures of reading its text."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{source.path}: {one_line(error)}; download the file again, or set encoding") from error
+
+
+def _start(source: RawFile, schema: LogSchema) -> bytes:
     """Return the beginning of a text file in UTF-8, and whole lines of it unless they are very long."""
-    with source.text(None if is_utf8(encoding) else encoding) as text:
-        try:
-            start = text.read(_HEADER_BYTES)
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f"{source.path}: {one_line(error)}; download the file again, or set encoding") from error
+    with source.text(_foreign(schema)) as text, _readable(source):
+        start = text.read(_HEADER_BYTES)
     return start if len(start) < _HEADER_BYTES else start[: start.rfind(b"\n") + 1] or start
 
 
@@ -94,18 +153,31 @@ def _csv_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
         raise UserError(
             f"{source.path}, line 1: the text is not UTF-8; set encoding in the schema, such as {example}"
         ) from error
-    text = start[bom:].decode(errors="replace")
-    first = text.partition("\n")[0].rstrip("\r")
+    rows = start[bom:] if start.endswith(b"\n") else start[bom:] + b"\n"
+    require(
+        len(start) < _HEADER_BYTES or start.endswith(b"\n"),
+        f"{source.path}, line 1: no line end in the first {len(start):,} bytes; expected a header, which names the "
+        "columns",
+    )
     quote = reader.quote
-    if quote is None:
-        length = len(text.partition("\n")[0].encode()) + 1
-        return replace(reader, names=tuple(first.split(separator)), header_bytes=bom + length, header_lines=1)
-    header = io.StringIO(text, newline="")
-    names = next(csv.reader(header, delimiter=separator, quotechar=quote.decode()))
     # A header may hold line ends in quotes.
-    ends = reader.row_ends(start[bom:] if start.endswith(b"\n") else start[bom:] + b"\n")
-    lines = start.count(b"\n", 0, bom + int(ends[0]))
-    return replace(reader, names=tuple(names), header_bytes=bom + int(ends[0]), header_lines=lines)
+    length = int(reader.row_ends(rows)[0])
+    header = rows[:length]
+    lines = header.count(b"\n")
+    text = header.decode(errors="replace").strip("\r\n")
+    if quote is None:
+        names = text.split(separator)
+    else:
+        broken = find_quoted(header, quote, separator.encode()).malformed
+        require(not broken, f"{source.path}, line {lines:,}: {NOT_CLOSED}")
+        try:
+            rows_of_header = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quotechar=quote.decode())
+            names = next(rows_of_header, [])
+        except csv.Error as error:
+            raise UserError(
+                f"{source.path}, line {lines:,}: {one_line(error)}; expected a header, which names the columns"
+            ) from error
+    return replace(reader, names=tuple(names), header_bytes=bom + length, header_lines=lines)
 
 
 def _json_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
@@ -118,7 +190,7 @@ def _json_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
             row = json.loads(line)
             for name, value in row.items():
                 found.setdefault(name, []).append(value)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             bad = reader.bad_json(line, one_line(error))
             raise UserError(f"{source.path}, line {number + 1:,}: {bad.fault}") from error
     numeric = {c.source or name for name, c in schema.columns.items() if c.role == "dense" or c.transform}
@@ -128,14 +200,9 @@ def _json_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
     return replace(reader, names=tuple(found), types=tuple(types.items()), header_bytes=bom)
 
 
-def count_quotes(source: RawFile, reader: LogReader, piece_bytes: int) -> LogReader:
-    """Return the reader of a plain file, which knows where quotes are open; see the top of this file."""
+def _with_starts(source: RawFile, reader: LogReader, piece_bytes: int) -> LogReader:
+    """Return the reader of a plain file with quotes, which knows where rows of pieces begin; any other as it is."""
     if reader.quote is None or source.compression != "none" or reader.jobs(source, piece_bytes) == [(None, None)]:
         return reader
-    quote, total, opened = ord(reader.quote), 0, [False]
-    for start in range(0, source.size, piece_bytes):
-        # A row may end at the last byte before the piece.
-        text = source.read(max(start - 1, 0), min(start + piece_bytes, source.size) - 1)
-        total += count_bytes(text, quote)
-        opened.append(total % 2 == 1)
-    return replace(reader, open_quotes=tuple(opened) if any(opened) else ())
+    separator = reader.separator.encode()
+    return replace(reader, starts=starts_of_rows(source, piece_bytes, reader.quote, separator, reader.header_bytes))

@@ -1,8 +1,7 @@
 """Click logs (CSV, JSON lines, Parquet) -> segments, piece by piece, in bounded memory, by the schema of the log.
 
 Text is cut at fixed offsets, as Criteo's is: a row belongs to the piece in which it begins. A field in quotes may hold
-line ends, so a row ends at a line end before which the number of quotes is even; for files with quotes, the quotes of
-each piece are counted first. Parquet is cut at row groups.
+line ends: in files with quotes, the first row of each piece is found beforehand. Parquet is cut at row groups.
 
 pyarrow reads all three. What it refuses is looked at again, slowly, for the line and the fault.
 """
@@ -11,7 +10,7 @@ import codecs
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,8 @@ from datamodules import values
 from datamodules.folder import consistent, file_system, is_remote
 from datamodules.log_schema import Format, LogSchema
 from datamodules.preprocess.criteo_tsv import BadLineError, count_lines, piece_of_plain, pieces_of_text
+from datamodules.preprocess.json_lines import JSON_TYPES, JSON_WORDS, json_type
+from datamodules.preprocess.quotes import find_quoted, line_ends
 from datamodules.preprocess.sources import RawFile
 from datamodules.preprocess.staging import dictionary_with_missing
 from datamodules.values import BadValueError, staged_name
@@ -38,6 +39,10 @@ _BLOCK_BYTES = 1 << 20
 _STAND_IN = b"\x1f"  # for a separator of several characters: the unit separator, which text does not have
 _PARQUET_ROWS = 1 << 17
 _REMEDY = "correct or remove the line"
+NOT_CLOSED = (
+    "a field begins with a quote that no quote closes at the end of a field; close it, or set 'quote: null' in the "
+    "schema if quotes are ordinary characters"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +64,8 @@ class LogReader:
     """Of a Parquet file."""
     splits: bool = True
     """Whether rows are split."""
-    open_quotes: tuple[bool, ...] = ()
-    """Whether each piece of a plain file begins within quotes; empty if none does."""
+    starts: tuple[int, ...] = ()
+    """Where the first row of each piece of a plain file with quotes begins; see ``criteo_tsv.starts_of_rows``."""
 
     # --- pieces ---
 
@@ -78,7 +83,7 @@ class LogReader:
         Raises:
             UserError: the file is truncated or corrupt, or cannot be read or decoded.
         """
-        quote = self.quote
+        quote, separator = self.quote, self.separator.encode()
         if self.format == "parquet":
             assert index is not None
             with open_parquet(source.path) as file:
@@ -87,11 +92,10 @@ class LogReader:
                     yield pa.Table.from_batches([batch])
         elif index is None:
             encoding = self.schema.encoding if self._transcodes else None
-            for number, text in enumerate(pieces_of_text(source, piece_bytes, quote, encoding)):
+            for number, text in enumerate(pieces_of_text(source, piece_bytes, quote, separator, encoding)):
                 yield text[self.header_bytes :] if number == 0 else text
         else:
-            opened = (*self.open_quotes, False, False) if self.open_quotes else (False,) * (index + 2)
-            text = piece_of_plain(source, index, piece_bytes, quote, (opened[index], opened[index + 1]))
+            text = piece_of_plain(source, index, piece_bytes, self.starts)
             yield text[self.header_bytes :] if index == 0 else text
 
     @property
@@ -157,20 +161,16 @@ class LogReader:
     def row_ends(self, text: bytes) -> np.ndarray:
         """Return where each row ends, int64; empty lines belong to the row after them."""
         characters = np.frombuffer(text, np.uint8)
-        line_ends = np.flatnonzero(characters == ord("\n"))
-        if self.quote is not None and self.quote in text:
-            quotes = np.flatnonzero(characters == ord(self.quote))
-            line_ends = line_ends[np.searchsorted(quotes, line_ends) % 2 == 0]
-        starts = np.append(0, line_ends[:-1] + 1)
-        filled = (line_ends - starts > 1) | ((line_ends > starts) & (characters[starts] != ord("\r")))
-        return line_ends[filled] + 1
+        ends = line_ends(text, self.quote, self.separator.encode())
+        starts = np.append(0, ends[:-1] + 1)
+        filled = (ends - starts > 1) | ((ends > starts) & (characters[starts] != ord("\r")))
+        return ends[filled] + 1
 
     def _line_of(self, piece: Any, row: int) -> int:
         """Return the line, from 0, in which a row begins; the row itself in Parquet."""
         if not isinstance(piece, bytes):
             return row
         ends = self.row_ends(piece)
-        row = min(row, len(ends))  # if a quote is not closed, the last row has no end
         start = int(ends[row - 1]) if row else 0
         skipped = piece[start : int(ends[row]) if row < len(ends) else None]
         return piece.count(b"\n", 0, start) + skipped.count(b"\n", 0, len(skipped) - len(skipped.lstrip(b"\r\n")))
@@ -213,6 +213,10 @@ class LogReader:
             text, separator = text.replace(separator, _STAND_IN), _STAND_IN
         if not text[:_BLOCK_BYTES].strip() and not text.strip():
             return pa.table({})
+        if self.quote is not None and self.quote in text:
+            malformed = find_quoted(text, self.quote, separator).malformed
+            if malformed:
+                raise BadLineError(text.count(b"\n", 0, malformed[0]), NOT_CLOSED)
         try:
             return self._read_csv(text, separator, self._numeric)
         except pa.ArrowInvalid as error:
@@ -267,7 +271,7 @@ class LogReader:
     def _json(self, text: bytes) -> pa.Table:
         if not text.strip():
             return pa.table({})
-        known = pa.schema([(name, _JSON_TYPES[kind]) for name, kind in self.types])
+        known = pa.schema([(name, JSON_TYPES[kind]) for name, kind in self.types])
         try:
             table = pyarrow.json.read_json(
                 pa.BufferReader(text),
@@ -290,7 +294,7 @@ class LogReader:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 return BadLineError(
                     number, f"not JSON ({one_line(error)}); expected one object in each line: {_REMEDY}"
                 )
@@ -303,8 +307,8 @@ class LogReader:
                 if found and found != kinds.setdefault(name, found) and {found, kinds[name]} != {"int", "float"}:
                     return BadLineError(
                         number,
-                        f"{name} is {json.dumps(value)[:40]} ({_JSON_WORDS[found]}), where earlier lines have "
-                        f"{_JSON_WORDS[kinds[name]]}; write one of the two in every line",
+                        f"{name} is {json.dumps(value)[:40]} ({JSON_WORDS[found]}), where earlier lines have "
+                        f"{JSON_WORDS[kinds[name]]}; write one of the two in every line",
                     )
         return BadLineError(0, f"this or a later line cannot be read ({message}); {_REMEDY}")
 
@@ -355,7 +359,7 @@ class LogReader:
 
     def segment(self, tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, Any]]:
         """Return rows in the form of a segment, and its facts."""
-        table = pa.concat_tables(tables, promote_options="permissive")
+        table = pa.concat_tables(_with_equal_types(tables), promote_options="permissive")
         distinct: dict[str, int] = {}
         missing: dict[str, int] = {}
         columns: dict[str, pa.Array] = {}
@@ -389,40 +393,23 @@ class LogReader:
         return pa.record_batch(columns), facts
 
 
+def _with_equal_types(tables: Sequence[pa.Table]) -> Sequence[pa.Table]:
+    """Return tables of columns of segments, in which kept columns are texts if they have several types.
+
+    Parts of a piece that are read apart, beside a bad row, may have them in JSON.
+    """
+    for name in tables[0].column_names:
+        kinds = {table.column(name).type for table in tables} - {pa.null()}
+        if name.startswith(staged_name("keep", "")) and len(kinds) > 1 and kinds != {pa.int64(), pa.float64()}:
+            tables = [
+                table.set_column(table.column_names.index(name), name, values.texts(table.column(name)))
+                for table in tables
+            ]
+    return tables
+
+
 def is_utf8(encoding: str) -> bool:
     return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig", "ascii")
-
-
-_JSON_TYPES: Mapping[str, pa.DataType] = {
-    "text": pa.string(),
-    "int": pa.int64(),
-    "float": pa.float64(),
-    "bool": pa.bool_(),
-    "texts": pa.list_(pa.string()),
-    "ints": pa.list_(pa.int64()),
-    "floats": pa.list_(pa.float64()),
-}
-_JSON_WORDS: Mapping[str, str] = {
-    "text": "text",
-    "int": "numbers",
-    "float": "numbers",
-    "bool": "true or false",
-    "texts": "lists of text",
-    "ints": "lists of numbers",
-    "floats": "lists of numbers",
-}
-
-
-def json_type(found: Sequence[Any]) -> str | None:
-    """Return the common type of JSON values, None if they are all null or not of one type."""
-    kinds = {type(value) for value in found if value is not None}
-    if kinds == {list}:
-        inner = json_type([item for value in found if value for item in value])
-        return f"{inner}s" if inner in ("text", "int", "float") else None
-    for kind, name in ((str, "text"), (bool, "bool"), (int, "int")):
-        if kinds == {kind}:
-            return name
-    return "float" if kinds and kinds <= {int, float} else None
 
 
 def open_parquet(path: str) -> pq.ParquetFile:

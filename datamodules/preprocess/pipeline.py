@@ -1,5 +1,5 @@
-"""Make a dataset folder of raw Criteo TSV: ``preprocess``, its checks, the set-up of a ``job``, and the place of the
-dataset (a path or a URL) with the working folder in which it is made."""
+"""Make a dataset folder of raw Criteo TSV or of a click log: ``preprocess``, its checks, the set-up of a ``job``, and
+the place of the dataset (a path or a URL) with the working folder in which it is made."""
 
 import os
 import re
@@ -29,6 +29,7 @@ from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
 
 _FLUSHED_AT_ONCE = 16  # each flush waits for the disk
+_CHANGES_SHOWN = 3
 
 # For less input, workers take longer to start than to work, and no step is worth keeping for a later run.
 _SMALL_BYTES = 8 << 20
@@ -216,11 +217,10 @@ class _Report:
 
 
 def _difference(found: Run, wanted: Run) -> str | None:
-    """Describe the first difference between two runs."""
-    options, now = found.options, wanted.options
-    for name in {**now, **options}:
-        if options.get(name) != now.get(name):
-            return f"{_short(name)} was {_short(options.get(name))}, now it is {_short(now.get(name))}"
+    """Describe the differences between two runs: those of their options, else the first one of their inputs."""
+    if changes := list(_changes(found.options, wanted.options)):
+        more = f", and {len(changes) - _CHANGES_SHOWN} more differences" if len(changes) > _CHANGES_SHOWN else ""
+        return ", and ".join(changes[:_CHANGES_SHOWN]) + more
     before, after = found.inputs, wanted.inputs
     if [file.name for file in before] != [file.name for file in after]:
         names = [", ".join(file.name for file in files) for files in (before, after)]
@@ -232,6 +232,15 @@ def _difference(found: Run, wanted: Run) -> str | None:
     return None if found == wanted else "another release of this package made it"
 
 
+def _changes(old: object, new: object, place: str = "") -> Iterator[str]:
+    """Describe where two values differ: the keys alone that differ if both are mappings."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in {**new, **old}:
+            yield from _changes(old.get(key), new.get(key), f"{place}: {key}" if place else str(key))
+    elif old != new:
+        yield f"{_short(place)} was {_short(old)}, now it is {_short(new)}"
+
+
 def _check_workers(workers: int | None, scheduler: str | None) -> None:
     require(workers is None or workers >= 1, f"workers is {workers}, expected at least 1")
     require(
@@ -241,7 +250,7 @@ def _check_workers(workers: int | None, scheduler: str | None) -> None:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = "not given" if value is None else str(value)
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
@@ -365,6 +374,11 @@ def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -
                 job.progress.note(job.estimate.checked(folder, target.parent, pool.count))
                 schema = job.make(pool, asdict(run))
                 target.deliver(job.encode_folder / "result")
+            except (KeyboardInterrupt, SystemExit):
+                kept = not small and find_records(folder)
+                then = target.resume_hint if kept else "Nothing is kept: the same command begins again"
+                job.progress.note(f"interrupted. {then}")
+                raise
             except OSError as error:
                 if is_disk_full(error):
                     raise UserError(f"the disk is full ({one_line(error)}); make room. {target.resume_hint}") from error

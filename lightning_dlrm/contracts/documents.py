@@ -13,6 +13,7 @@ from lightning_dlrm.contracts.errors import UserError, one_line, require
 if TYPE_CHECKING:
     import yaml
     from pydantic import TypeAdapter, ValidationError
+    from pydantic_core import ErrorDetails
 
 Form = TypeVar("Form")
 
@@ -100,9 +101,24 @@ def _first_fault(error: "ValidationError", always_place: bool = False) -> str:
     if isinstance(raised, UserError):
         words = one_line(UserError(f"{place if always_place else ''}{raised}"))
     else:
-        found = f"found {first['input']!r}. " if always_place and isinstance(first["input"], str | int | float) else ""
-        words = one_line(UserError(f"{place}{found}{first['msg']}"))
+        words = one_line(UserError(_words_of_setting(first) if always_place else f"{place}{first['msg']}"))
     return words if len(words) <= 1000 else f"{words[:500]} ... {words[-500:]}"
+
+
+def _words_of_setting(fault: "ErrorDetails") -> str:
+    """Return what is wrong with a setting in a YAML file, and what to write."""
+    place, value = ": ".join(map(str, fault["loc"])), fault["input"]
+    if fault["type"] == "missing":
+        return f"{place} is missing"
+    found = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    found = found if len(found) <= 200 else f"{found[:200]}..."
+    if fault["type"] in ("list_type", "tuple_type"):
+        remedy = "write a list" + (f": [{value}]" if isinstance(value, str | int | float) else "")
+    elif fault["type"] in ("dict_type", "mapping_type", "dataclass_type"):
+        remedy = "write keys with their values"
+    else:
+        remedy = fault["msg"].replace("Input should be", "expected")
+    return f"{place}: found {found}; {remedy}"
 
 
 def read_json(path: Path, form: type[Form], advice: str) -> Form:

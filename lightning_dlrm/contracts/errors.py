@@ -3,6 +3,7 @@
 import difflib
 import re
 import sysconfig
+import textwrap
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,23 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def cause_of(error: BaseException) -> str:
+    """Return the type and the message of an error on one line of at most 300 characters, cut between words.
+
+    torch.compile wraps the error of an operation in one that lists the operation's tensors; the operation's is taken.
+    """
+    text = one_line(error)
+    wrapped = re.search(r"Dynamo failed .*: got (\w+)\((['\"])(.+?)\2\)(?: |$)", text)
+    kind, said = (wrapped[1], wrapped[3]) if wrapped else (type(error).__name__, text)
+    return f"{kind}: {textwrap.shorten(said.rstrip('.'), 300, placeholder=' ...')}"
+
+
+def shown_path(path: str | Path) -> str:
+    """Return a file's name if it is in the current folder, else its path."""
+    path = Path(path)
+    return path.name if path.resolve().parent == Path.cwd() else str(path)
+
+
 def place_in_own_code(error: BaseException) -> str | None:
     """Return where the user's own code raised an error, such as ``own.py, line 12, in score``; None if it did not.
 
@@ -42,7 +60,7 @@ def place_in_own_code(error: BaseException) -> str | None:
         if path.is_file() and not any(
             folder in _INSTALLED or folder in _PACKAGES or folder.name == "site-packages" for folder in folders
         ):
-            return f"{path.name if folders[0] == Path.cwd() else path}, line {line}, in {name}"
+            return f"{shown_path(path)}, line {line}, in {name}"
     return None
 
 

@@ -43,8 +43,13 @@ def compiled(function: Callable[..., Any], mode: CompileMode) -> Callable[..., A
     run = torch.compile(function, mode=mode)
     if mode == "max-autotune-no-cudagraphs":
         return run
-    # The next step writes into the memory of what a CUDA graph returns; metrics keep logits for longer.
-    return lambda *arguments, **options: run(*arguments, **options).clone()
+
+    def cloned(*arguments: Any, **options: Any) -> Any:
+        result = run(*arguments, **options)
+        # The next step writes into the memory of what a CUDA graph returns; metrics keep logits for longer.
+        return result.clone() if isinstance(result, torch.Tensor) else result
+
+    return cloned
 
 
 def compile_score(network: CTRNetwork, mode: CompileMode) -> None:

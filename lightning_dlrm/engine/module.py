@@ -26,7 +26,7 @@ from lightning_dlrm.engine.timing import StepTimer
 from lightning_dlrm.engine.transfer import SideStream
 from lightning_dlrm.kernels.choice import Kernels, choose
 from lightning_dlrm.models.layers import MLP, DotInteraction, Dropout, initialize, place_dropout
-from lightning_dlrm.models.network import CTRNetwork, ModelSize, model_size
+from lightning_dlrm.models.network import CTRNetwork, ModelSize, model_size, require_logits
 from lightning_dlrm.objectives.losses import LogLoss, Loss
 from lightning_dlrm.objectives.metrics import ClickCurves
 from lightning_dlrm.objectives.regularization import Regularization
@@ -219,9 +219,14 @@ class CTRModule(pl.LightningModule):
     # --- a training step --------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the logits [B] of a batch."""
+        """Return the logits [B] of a batch.
+
+        Raises:
+            UserError: the network returns something else.
+        """
         self.configure_model()
         logits_B: Tensor = self.network(batch.dense, batch.ids)
+        require_logits(self.network, logits_B, len(batch))
         return logits_B
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 Shape suffixes: B samples, I dense features, F columns.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.contracts.errors import require
+from lightning_dlrm.contracts.errors import UserError, require, shown_path
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.fields import DenseVectors, FieldVectors, LinearTerms
 from lightning_dlrm.models.layers import MissingValues
@@ -116,6 +117,38 @@ class CTRNetwork(nn.Module):
         """Return every parameter outside the tables."""
         tables = {lookup.weight for lookup in self.lookups()}
         return [parameter for parameter in self.parameters() if parameter not in tables]
+
+
+def fault_of_logits(found: object, samples: int) -> str | None:
+    """Return what is wrong with the result of a network, known without its values; None if it is a logit per sample.
+
+    Args:
+        found: what ``score`` or ``forward`` returned.
+        samples: samples of the batch.
+    """
+    if not isinstance(found, Tensor):
+        returned = "None" if found is None else f"a {type(found).__name__}"
+    elif found.shape != (samples,):
+        returned = f"shape {tuple(found.shape)}"
+    elif not found.is_floating_point():
+        returned = f"dtype {found.dtype}"
+    else:
+        return None
+    return f"returns {returned}; expected one logit for each sample, ({samples},)"
+
+
+def require_logits(network: CTRNetwork, found: object, samples: int) -> None:
+    """Refuse the result of a network that is not a logit for each sample; its values are not read.
+
+    Raises:
+        UserError: it has another type or shape; the message names the method and its file.
+    """
+    fault = fault_of_logits(found, samples)
+    if fault is not None:
+        made = type(network)
+        file = getattr(sys.modules.get(made.__module__), "__file__", None)
+        method = "score" if made.forward is CTRNetwork.forward else "forward"
+        raise UserError(f"{shown_path(file) if file else made.__module__}: {made.__name__}.{method} {fault}")
 
 
 @dataclass(frozen=True, kw_only=True)

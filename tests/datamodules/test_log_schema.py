@@ -39,11 +39,16 @@ def test_a_schema_is_read_and_written(tmp_path):
     "key, value, message",
     [
         ("lable", "x", "unknown key lable (did you mean label?)"),
-        ("label", None, "label: "),
+        ("label", None, "label: found null; expected a valid string"),
         ("columns", [1], "columns: "),
-        ("columns.x", "dense", "columns: x: found 'dense'"),
+        ("columns.x", "dense", "columns: x: found 'dense'; write x: {role: dense}"),
+        ("columns.x", None, "columns: x: found None; write x: {role: categorical}"),
+        ("columns.x", {"min_count": 2}, "columns: x: role is missing"),
+        ("columns.x", {"role": "leave", "source": None, "bins": 1.5}, "columns: x: bins: found 1.5; expected a valid"),
+        ("split", "time", "split: found 'time'; write keys with their values"),
+        ("nulls", "NA", "nulls: found 'NA'; write a list: [NA]"),
         ("columns.x", {"rol": "dense"}, "columns: x: unknown key rol (did you mean role?)"),
-        ("columns.x", {"role": "dens"}, "columns: x: role: found 'dens'"),
+        ("columns.x", {"role": "dens"}, "columns: x: role: found 'dens'; expected 'dense', 'categorical'"),
         (
             "columns.x",
             {"role": "dense", "min_count": 3},
@@ -94,6 +99,10 @@ def test_columns_of_files_are_compared_with_the_schema():
     with pytest.raises(UserError, match=r"columns that the schema does not name: x; .*rest: leave"):
         schema.check_columns([*COLUMNS, "x"], "a.csv")
     log_schema({**schema.document(), "rest": "leave"}).check_columns([*COLUMNS, "x"], "a.csv")
+    with pytest.raises(UserError, match=r"a.csv: the header is one field, 'click;hour;.*': is the separator ';'\?"):
+        schema.check_columns([";".join(COLUMNS)], "a.csv")
+    with pytest.raises(UserError, match=r"a condition needs ==.* write 'click == 1'"):
+        log_schema({**schema.document(), "label": "click = 1"}).check_columns(COLUMNS, "a.csv")
     schema.check_columns(COLUMNS[1:], "a.csv", labelled=False)
     with pytest.raises(UserError, match=r"no column 'click'.*\(label\)"):
         schema.check_columns(COLUMNS[1:], "a.csv")

@@ -24,9 +24,12 @@ import datamodules
 from datamodules.encoder import RowEncoder
 from datamodules.log_schema import log_schema
 from datamodules.preprocess import counting, pipeline
+from datamodules.preprocess.log_files import open_readers
 from datamodules.preprocess.log_reader import LogReader
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
+from datamodules.preprocess.quotes import find_quoted, line_ends
+from datamodules.preprocess.sources import find_files
 from datamodules.preprocess.splits import SplitRule
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
@@ -37,7 +40,13 @@ HEADER = ["click", "user", "price", "tags", "weights", "day", "fold"]
 def make(inputs: Path | Sequence[Path], output: Path, document: dict[str, Any], **options: Any) -> DatasetSchema:
     files = [inputs] if isinstance(inputs, Path) else inputs
     return preprocess(
-        None, None, files, output, schema=log_schema(document), progress=Progress(show=False), workers=1, **options
+        None,
+        None,
+        files,
+        output,
+        schema=log_schema(document),
+        workers=1,
+        **{"progress": Progress(show=False), **options},
     )
 
 
@@ -395,17 +404,33 @@ def with_line(index: int, line: str) -> bytes:
 MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (log_of(LINES, "click,u,pp,t"), {}, r"has no column 'p', which the schema names \(columns: p\) \(did you mean pp"),
     (log_of(LINES, "click,u,u,t"), {}, "'u' stands twice in the header; rename"),
-    (log_of(LINES), {"separator": ";"}, "has no column 'click'"),
+    (log_of(LINES), {"separator": ";"}, r"header is one field, 'click,u,p,t': is the separator ','"),
     (with_line(5, "1,u1,5,2024-01-01,9"), {}, "line 7: 5 fields, expected 4 between ','"),
     (with_line(5, "\n\n1,u1"), {}, "line 9: 2 fields, expected 4"),
-    (with_line(5, '1,"u1,5,2024-01-01'), {}, "line 7: 2 fields, .*quote: null"),
+    (with_line(5, '1,"u1,5,2024-01-01'), {}, "line 7: a field begins with a quote that no .*quote: null"),
+    (with_line(5, '1,"u1,5,2024-01-01') + with_line(9, '1,"u,5,2024-01-01'), {}, "line 7: a field begins with a quote"),
+    (log_of(LINES, 'click,"u,p,t'), {}, "line 1: a field begins with a quote that no"),
+    (log_of(LINES, 'click,u"x,p,t'), {}, """its columns are click, u"x, p, t"""),
+    (log_of(LINES, "click," + "u" * 140_000), {}, "line 1: field larger than field limit.*expected a header"),
+    (b"x" * (1 << 20) + log_of(LINES), {}, "line 1: no line end in the first 1,048,576 bytes; expected a header"),
+    (b"\r\r\n" + log_of(LINES), {}, "has no column 'click'"),
     (with_line(7, "1,u1,cheap,2024-01-01"), {}, "line 9: p is 'cheap', expected a number"),
     (with_line(7, "1,u1,inf,2024-01-01"), {}, "line 9: p is inf, expected a finite number"),
-    (with_line(3, '1,"u\n1",1,2024-01-01\n2,u1,1,2024-01-01'), {}, "line 7: the label click is '2'"),
+    (with_line(3, '1,"u\n1",1,2024-01-01\n2,u1,1,2024-01-01'), {},
+     r"line 7: the label click is '2'.*correct the line, or give a condition such as label: 'click >= 1'"),
     (with_line(3, ",u1,1,2024-01-01"), {}, "line 5: the label click is missing"),
     (log_of([line.replace("0,", "no,", 1).replace("1,", "yes,", 1) for line in LINES]), {},
      r"line 2: the label click is 'no' \(beside 'yes'\), .*click == yes"),
     (with_line(3, "x,u1,1,2024-01-01"), {"label": "click >= 1"}, "line 5: the label click is 'x' .*expected a number"),
+    (with_line(3, "nan,u1,1,2024-01-01"), {"label": "click != 4"}, "line 5: the label click is 'nan' .*a number, as"),
+    *(
+        (with_line(3, f"1,u1,{value},2024-01-01"), {"columns": {**FEW["columns"], "p": {"role": "keep", "time": form}}},
+         f"{shown}, which is not in the years 1900 to 2200 as time {form}; try {other}")
+        for value, shown, form, other in [
+            ("1700000000000", "line 5: p is 1700000000000", "unix", "unix_ms"),
+            ("1e30", r"line 5: p is 1e\+30", "unix_ms", "unix"),
+        ]
+    ),
     (with_line(9, "1,u1,1,yesterday"), BY_TIME, "line 11: t is 'yesterday', expected a time as '%Y-%m-%d'"),
     (with_line(9, "1,u1,1,"), BY_TIME, "line 11: t is missing, expected a time in every row"),
     (log_of(LINES), {**BY_TIME, "columns": {"u": {"role": "categorical"}}, "rest": "leave"},
@@ -414,7 +439,9 @@ MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (log_of(LINES, "click,ü,p,t").decode().encode("utf-16"), {}, "line 1: the text is not UTF-8; .*utf-16"),
     (b"", {}, "is empty"),
     (log_of([]), {}, "has a header and no rows"),
-    (log_of(LINES[:2]), {}, "all 1 labels of the train split are 0; expected both"),
+    (log_of(LINES[:2]), {}, "all 1 labels of the train split are 0; expected both: the label is 'click'"),
+    (log_of(LINES), {"label": "click == 7"},
+     r"train split are 0; expected both: the label is 'click == 7', and click holds 0 \(.*%\), 1 \(.*%\); give"),
     (log_of(LINES), {"split": {"by": "time", "column": "t", "ratios": [0.99, 0.005, 0.005]}},
      "no rows are left in the validation split; .*change split in the schema"),
     (log_of(LINES), BY_COLUMN, "line 6: u is 'u4', which belongs to no split"),
@@ -451,7 +478,8 @@ def test_a_mistake_is_named_and_nothing_is_left(
             "line 1,201: the key q is not",
         ),
         (['{"click": 1, "u": "a", "p": 1}', '{"click": 0, "u": "a", "p": "dear"}'], r'line 2: p is "dear" \(text\)'),
-        (['{"click": 1, "u": "a"}'], "has no column 'p'"),
+        (['{"click": 1, "u": "a"}'] * 1200 + ['{"click": 1, "u": "p", "P": 1}'], "has no column 'p'"),
+        (["[" * 100_000], "line 1: not JSON"),
     ],
 )
 def test_a_mistake_in_json_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
@@ -460,6 +488,69 @@ def test_a_mistake_in_json_is_named(tmp_path: Path, lines: list[str], message: s
     with pytest.raises(UserError, match=message):
         make(tmp_path / "log.jsonl", tmp_path / "data", {**FEW, "columns": columns})
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_keys_that_only_later_lines_have_are_columns(tmp_path: Path) -> None:
+    """The schema names them, as --infer looks further than at the first lines."""
+    rows = [{"click": i % 2, "u": f"u{i % 5}"} for i in range(1600)]
+    later = [{"p": None}, {"p": 0.5, "day": "2024-01-01"}]
+    rows = [{**row, **(later[i % 2] if i >= 1200 else {})} for i, row in enumerate(rows)]
+    for name, some in (("a.jsonl", rows[:1000]), ("b.jsonl", rows[1000:])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in some))
+    columns = {"u": {"role": "categorical"}, "p": {"role": "dense"}, "day": {"role": "categorical"}}
+    document = {**FEW, "columns": columns, "counts": "all"}
+    schema = make([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "data", document, block_bytes=9000)
+    found = [row["p"] for split in SPLITS for row in rows_of(tmp_path / "data", schema, split)]
+    assert found == [row.get("p") for row in rows]
+    days = pq.read_table(tmp_path / "data/vocabulary/day.parquet").column("value").to_pylist()
+    assert [day for day in days if day] == ["2024-01-01"], "not a time, as pyarrow would take the text"
+
+
+@given(st.lists(st.sampled_from(['"', '""', ',"', '",', ",", "\n", "a"]), max_size=30).map("".join))
+def test_quoted_fields_are_those_of_pyarrow(text: str) -> None:
+    content = text.encode() + b"\n"
+    quoted = find_quoted(content, b'"', b",")
+    inside = [(int(a), int(b)) for a, b in zip(quoted.starts, quoted.stops, strict=True)]
+    if not quoted.malformed:
+        plain, state = [], "start"  # of a field
+        for place, one in enumerate(content.decode()):
+            if state == "start" and one == '"':
+                state, quotes = "quoted", 0
+            elif state == "quoted":
+                quotes += one == '"'
+                if one == '"' and content[place + 1 : place + 2] != b'"' and quotes % 2:
+                    state, quotes = "plain", 0
+                elif one != '"':
+                    quotes = 0
+            else:
+                state = "start" if one in ",\n" else "plain"
+            plain += [place] if one == "\n" and state != "quoted" else []
+        assert line_ends(content, b'"', b",").tolist() == plain
+    for place in quoted.malformed:
+        assert content[place] == ord('"') and not any(a <= place <= b for a, b in inside)
+    places = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n"))
+    ends = set(line_ends(content, b'"', b",").tolist())
+    assert ends == {int(e) for e in places if not any(a < e < b for a, b in inside)}
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.csv.gz"])
+def test_a_quote_amid_a_field_is_a_character(tmp_path: Path, name: str) -> None:
+    """It neither joins rows nor pieces, and a field that is not closed takes its own line alone."""
+    lines = [f'{i % 2},{i}" pipe,{i},2024-01-01' if i % 3 else f'{i % 2},"x\n{i}",1,2024-01-01' for i in range(301)]
+    pack = gzip.compress if name.endswith("gz") else bytes
+    (tmp_path / name).write_bytes(pack(log_of(lines)))
+    (source,) = find_files([str(tmp_path / name)], of_criteo=False)
+    (reader,) = open_readers([source], log_schema(FEW), 300)
+    pieces = [piece for index, _ in reader.jobs(source, 300) for piece in reader.pieces(source, index, 300)]
+    assert len(pieces) > 20 and max(map(len, pieces)) < 400
+    schema = make(tmp_path / name, tmp_path / "data", FEW, block_bytes=300)
+    assert sum(split.rows for split in schema.splits.values()) == 301
+    lines[50] = lines[200] = '1,"u,1,2024-01-01'
+    (tmp_path / name).write_bytes(pack(log_of(lines)))
+    with pytest.raises(UserError, match="line 69: a field begins with a quote that no quote closes"):
+        make(tmp_path / name, tmp_path / "other", FEW, block_bytes=300)
+    schema = make(tmp_path / name, tmp_path / "skipped", FEW, block_bytes=300, on_bad_row="skip")
+    assert (sum(split.rows for split in schema.splits.values()), schema.report["bad_rows"]) == (299, 2)
 
 
 def test_bad_rows_are_left_out_and_listed(tmp_path: Path) -> None:
@@ -500,7 +591,25 @@ def test_damaged_text_is_read_or_named(
         assert [path.name for path in folder.iterdir()] == [name]
 
 
-def test_an_interrupted_run_keeps_its_finished_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_values_of_several_types_are_texts(tmp_path: Path) -> None:
+    """Rows beside a bad one are read apart, and each part has a type of its own."""
+    rows: list[dict[str, Any]] = [{"click": i % 2, "u": "a", "k": None, "n": None} for i in range(1200)]
+    rows += [{"click": i % 2, "u": "a", "k": i, "n": i} for i in range(8)]
+    rows += [{"click": 7, "u": "a"}]
+    rows += [{"click": i % 2, "u": "a", "k": f"x{i}"} for i in range(4)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"u": {"role": "categorical"}, "k": {"role": "keep"}, "n": {"role": "keep"}}
+    schema = make(
+        tmp_path / "log.jsonl", tmp_path / "data", {**FEW, "columns": columns}, on_bad_row="skip", block_bytes=9000
+    )
+    found = rows_of(tmp_path / "data", schema, "test")[-12:]
+    assert [row["k"] for row in found] == [*map(str, range(8)), *(f"x{i}" for i in range(4))]
+    assert [row["n"] for row in found] == [*range(8), *[None] * 4], "pieces without values have no type"
+
+
+def test_an_interrupted_run_keeps_its_finished_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = generated(600)
     (tmp_path / "log.csv").write_text(as_csv(rows))
     make(tmp_path / "log.csv", tmp_path / "whole", DOCUMENT, block_bytes=4000)
@@ -515,13 +624,26 @@ def test_an_interrupted_run_keeps_its_finished_steps(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(LogReader, "parse", broken)
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "log.csv", tmp_path / "data", DOCUMENT, block_bytes=4000)
+        make(tmp_path / "log.csv", tmp_path / "data", DOCUMENT, block_bytes=4000, progress=Progress())
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted. The same command resumes the run")
     before = len(parsed)
     make(tmp_path / "log.csv", tmp_path / "data", DOCUMENT, block_bytes=4000)
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
     pieces = -(-(tmp_path / "log.csv").stat().st_size // 4000)
     assert len(parsed) - before == pieces - 3, "three pieces were staged before"
     assert {path.name for path in tmp_path.iterdir()} == {"log.csv", "whole", "data"}
+
+
+def test_the_keys_of_another_schema_are_named(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text(as_csv(generated(100)))
+    make(tmp_path / "log.csv", tmp_path / "data", DOCUMENT)
+    columns = {**DOCUMENT["columns"], "user": {"role": "categorical", "min_count": 3}}
+    with pytest.raises(UserError) as caught:
+        make(tmp_path / "log.csv", tmp_path / "data", {**DOCUMENT, "columns": columns, "counts": "all"})
+    assert (
+        "options: schema: columns: user: min_count was 2, now it is 3, and schema: counts was not given, now it is "
+        "all; name a new folder" in str(caught.value)
+    )
 
 
 def test_a_random_split_has_its_shares_and_does_not_depend_on_pieces() -> None:
@@ -581,6 +703,18 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
     bad = new.set_column(new.column_names.index("price"), "price", pa.array(["dear"] * len(new)))
     with pytest.raises(UserError, match="row 0: price is 'dear', expected a number"):
         RowEncoder(tmp_path / "data").encode(bad)
+    twice = new.append_column("user", new["user"])
+    for rows_of_one, message in ((twice, "two columns 'user'"), (new.to_pylist(), "rows is a list; expected an Arrow")):
+        with pytest.raises(UserError, match=message):
+            RowEncoder(tmp_path / "data").encode(rows_of_one)  # type: ignore[arg-type]
+    spans = new.append_column("span", pa.nulls(len(new), pa.month_day_nano_interval()))
+    for wrong, message in (
+        (twice, "'user' stands twice"),
+        (spans, "cannot be written as Parquet"),
+        ([1], "rows is a list"),
+    ):
+        with pytest.raises(UserError, match=message):
+            datamodules.encode(wrong, None, tmp_path / "bad", vocabulary=tmp_path / "data")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="the table, row 1: price is 'dear', expected a number"):
         datamodules.encode(bad, None, tmp_path / "bad", vocabulary=tmp_path / "data")
 

@@ -292,7 +292,7 @@ def test_finished_dataset_is_left_alone_or_refused(tmp_path: Path) -> None:
     assert progress.stages == [] and {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
     for message, call in (
         ("protocol was dlrm, now it is modern", lambda: preprocess("kaggle", "modern", [raw], out)),
-        ("max_rows was None, now it is 9", lambda: preprocess("kaggle", "dlrm", [raw], out, 9)),
+        ("max_rows was not given, now it is 9", lambda: preprocess("kaggle", "dlrm", [raw], out, 9)),
         ("min_count was 1, now it is 3", lambda: preprocess("kaggle", "dlrm", [raw], out, min_count=3)),
     ):
         with pytest.raises(UserError, match=message):
@@ -398,7 +398,8 @@ def test_dead_worker_is_told_and_the_next_run_goes_on(tmp_path: Path) -> None:
 def test_signal_in_a_small_run_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, stage: str
 ) -> None:
-    monkeypatch.setattr(command, "Progress", lambda: Interrupted(stage, lambda: os.kill(os.getpid(), number)))
+    progress = Interrupted(stage, lambda: os.kill(os.getpid(), number))
+    monkeypatch.setattr(command, "Progress", lambda: progress)
     raw = written(tmp_path / "train.txt", generated_lines(100))
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -407,6 +408,7 @@ def test_signal_in_a_small_run_leaves_nothing_behind(
         command.run(parser.parse_args(words))
     assert left.type is KeyboardInterrupt if number == signal.SIGINT else left.value.args == (143,)
     assert names_in(tmp_path) == {"train.txt"}
+    assert progress.notes[-1] == "interrupted. Nothing is kept: the same command begins again"
 
 
 def test_addresses_in_memory(

@@ -72,9 +72,12 @@ BROKEN = {
         ("score", [], r"in score: RuntimeError: mat1 and mat2 shapes cannot be multiplied \(512x13 and 429x64\)"),
         ("__init__", [], r"in __init__: AttributeError: 'Own' object has no attribute 'nothing'"),
         ("value", [], "in __init__: ValueError: no such width"),
-        ("score", ["--model.compile=true"], r"in score: \w+: "),
+        (
+            "score", ["--model.compile=true"],
+            r"in score: RuntimeError: a and b must have same reduction dim, but got \[512, 13\] X \[429, 64\]; --debug",
+        ),
     ],
-)
+)  # fmt: skip
 def test_an_error_of_the_network_is_one_line(
     fault: str,
     options: list[str],
@@ -97,3 +100,20 @@ def test_an_error_of_the_network_is_one_line(
     monkeypatch.delitem(sys.modules, "own", raising=False)
     with pytest.raises(Exception, match=r"mat1|nothing|no such|reduction dim"):
         main(["--debug", *command] if fault == "value" else [*command, "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("result", "options", "returned"),
+    [
+        ("self.deep(joined)", [], "shape (512, 1)"),
+        ("{'logits': self.deep(joined).squeeze(1)}", ["--model.compile=true"], "a dict"),
+    ],
+)
+def test_a_wrong_result_of_score_is_named(
+    result: str, options: list[str], returned: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(folder)
+    (folder / "own.py").write_text(CODE["python"].replace("self.deep(joined).squeeze(1)", result))
+    assert main(["fit", "--config", "own.yaml", "--run_dir", "run", *options]) == 2
+    expected = f"error: own.py: Own.score returns {returned}; expected one logit for each sample, (512,)"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == expected
