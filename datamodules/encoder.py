@@ -62,6 +62,9 @@ class RowEncoder:
             UserError: a column is missing, or a value is not of the schema.
         """
         log = self._options.schema
+        require(isinstance(rows, pa.Table), f"rows is a {type(rows).__name__}; expected an Arrow table")
+        twice = next((name for name in rows.column_names if rows.column_names.count(name) > 1), None)
+        require(twice is None, f"the table has two columns {twice!r}; rename one of the two")
         named = {name: rows.column(name) for name in rows.column_names if name in log.sources(rows.column_names)}
         log.check_columns(list(named), "the table", labelled=False)
         reader = LogReader(schema=log, format="parquet", labelled=False, splits=False, names=tuple(named))

@@ -16,7 +16,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
@@ -43,6 +43,9 @@ _DEFAULT_BINS: Mapping[str, int] = {"dense": MOST_BINS, "categorical": 30}
 
 _STRICT = {"extra": "forbid"}
 _CONDITION = re.compile(r"(?P<column>.+?)\s*(?P<operator>>=|<=|==|!=|>|<)\s*(?P<value>.+)", re.DOTALL)
+_NO_CONDITION = re.compile(r"(?P<column>.+?)\s*(?P<operator>=>|=<|<>|=(?!=))\s*(?P<value>.+)", re.DOTALL)
+_MEANT = {"=": "==", "=>": ">=", "=<": "<=", "<>": "!="}
+_SEPARATORS = (",", ";", "\t", "|", "::")
 _EXPECTED = "expected the schema of a click log: keys such as 'label:' and 'columns:' (see docs/own-data.md)"
 _KEYS_OF_ROLE: Mapping[str, Collection[str]] = {
     "dense": ("transform", "bins", "fill"),
@@ -293,6 +296,7 @@ class LogSchema:
             UserError: a column is missing, or is not named.
         """
         sources = self.sources(names)
+        self._check_separator(list(names), sources, where)
         for name, key in sources.items():
             known = name in names or (key in ("label", "split") and not labelled)
             require(
@@ -307,20 +311,52 @@ class LogSchema:
             "reads past one), or set 'rest: leave'",
         )
 
+    def _check_separator(self, names: Sequence[str], sources: Collection[str], where: str) -> None:
+        """Refuse a header that another separator would split into columns that the schema names."""
+        if len(names) == 1 and names[0] not in sources:
+            found = next((one for one in _SEPARATORS if len(set(names[0].split(one)) & set(sources)) > 1), None)
+            require(
+                found is None,
+                f"{where}: the header is one field, {names[0][:80]!r}: is the separator {found!r}? set separator in "
+                "the schema",
+            )
+
     def document(self) -> dict[str, Any]:
         """Return the schema as JSON values, without what is left at its default."""
         return json.loads(json.dumps(_document(self)))
 
 
 def parse_label(text: str, names: Collection[str]) -> Label:
-    """Return the label that a text means, given the log's columns: a column of that name, else a condition."""
+    """Return the label that a text means, given the log's columns: a column of that name, else a condition.
+
+    Raises:
+        UserError: the text has no operator of conditions, or orders by what is not a number.
+    """
     condition = _CONDITION.fullmatch(text.strip())
+    wrong = None if text in names else _NO_CONDITION.fullmatch(text.strip())
+    if wrong and wrong["column"] in names:
+        raise UserError(
+            f"label {text!r}: a condition needs ==, !=, >=, >, <= or <: write '{wrong['column']} "
+            f"{_MEANT[wrong['operator']]} {wrong['value']}'"
+        )
     if text in names or condition is None:
         return Label(column=text.strip())
     value = condition["value"].strip()
     if value[0] == value[-1] and value[0] in "'\"" and len(value) > 1:
         value = value[1:-1]
-    return Label(column=condition["column"].strip(), operator=condition["operator"], value=value)
+    column, order = condition["column"].strip(), condition["operator"]
+    require(
+        column not in names or order in ("==", "!=") or _is_number(value),
+        f"label {text!r}: {value!r} is not a number, which {order} needs; write a number, or compare by == or !=",
+    )
+    return Label(column=column, operator=order, value=value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return "_" not in text and not math.isnan(float(text))
+    except ValueError:
+        return False
 
 
 def read_log_schema(path: str | Path) -> LogSchema:

@@ -46,6 +46,7 @@ from datamodules.preprocess.journal import (
     remove_partial_files,
     written_aside,
 )
+from datamodules.preprocess.labels import describe_label
 from datamodules.preprocess.log_files import open_readers
 from datamodules.preprocess.log_recipe import LogOptions
 from datamodules.preprocess.options import Fitted, Options
@@ -326,16 +327,17 @@ class Job:
         """
         if self.known is not None:
             return
-        is_log = isinstance(self.options, LogOptions)
+        log = self.options.schema if isinstance(self.options, LogOptions) else None
         for split in self.options.wanted_splits():
-            remedy = "change split in the schema" if is_log else "keep more negatives"
+            remedy = "change split in the schema" if log else "keep more negatives"
             require(split in files, f"no rows are left in the {split} split; give more input, or {remedy}")
             rows = sum(file.rows for file in files[split])
-            require(
-                not is_log or 0 < positives[split] < rows,
-                f"all {rows:,} labels of the {split} split are {int(positives[split] > 0)}; expected both: give more "
-                "input, or change label or split in the schema",
-            )
+            if log and positives[split] in (0, rows):
+                why = describe_label(log, [file.path for file in self.files])
+                raise UserError(
+                    f"all {rows:,} labels of the {split} split are {int(positives[split] > 0)}; expected both: {why}; "
+                    "give more input, or change label or split in the schema"
+                )
 
     def _count(self, pool: Workers, encoding: Encoding, staged: _Staged) -> dict[str, dict[str, Any]]:
         """Return the results of ``count_column`` or ``look_up_column`` by column."""

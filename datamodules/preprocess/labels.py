@@ -3,11 +3,12 @@
 import math
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from datamodules.log_schema import Label, parse_label
-from datamodules.preprocess.columns import Facts, examples, nearest, words_of
-from datamodules.preprocess.sniffing import Sample, Value
+from datamodules.log_schema import Label, LogSchema, parse_label
+from datamodules.preprocess.columns import Facts, examples, facts_of, nearest, words_of
+from datamodules.preprocess.sniffing import Sample, Value, read_sample
 from datamodules.values import BOOLEANS, label_of
 from lightning_dlrm.contracts.errors import UserError, require
 
@@ -45,8 +46,8 @@ def find_label(text: str, facts: Sequence[Facts], sample: Sample) -> SampledLabe
         sample: the log.
 
     Raises:
-        UserError: there is no such column; it has other values and there is no condition; a condition orders what is
-            no number; the whole log is read and every row has the same label.
+        UserError: there is no such column; it has other values and there is no condition; a condition orders
+            text that is not a number; the whole log is read and every row has the same label.
     """
     names = [column.name for column in facts]
     label = parse_label(text, names)
@@ -58,16 +59,14 @@ def find_label(text: str, facts: Sequence[Facts], sample: Sample) -> SampledLabe
         )
     values = {value: _is_positive(label, value) for value in column.counts}
     other = [value for value, positive in values.items() if positive is None]
-    where = f"--label {text!r}: column {column.name} holds {examples(column)}"
+    where = f"--label {text!r}: column {column.name} {_held(column)}"
     require(column.counts and column.kind not in ("list", "numbers"), f"{where}; expected two values, or numbers")
     require(
         not other or label.operator is not None,
-        f"{where}; expected 0 and 1, or true and false: give a condition{_example(column)}",
+        f"{where}; expected 0 and 1, or true and false: {_correct(column)}give a condition{_example(column)}",
     )
-    require(
-        not other,
-        f"{where}; {str(other[0])!r} is no number, so compare it by == or !={_example(column)}" if other else "",
-    )
+    if other:
+        raise UserError(f"{where}; {str(other[0])!r} is not a number, so compare it by == or !={_example(column)}")
     labels = [bool(values[value]) for value in column.values]
     require(
         0 < sum(labels) < len(labels) or not sample.whole,
@@ -101,9 +100,38 @@ def _proposal(column: Facts, named: bool = False) -> str | None:
         yes = [value for value in values if str(value).lower() in _YES]
         return f"{column.name} == {yes[0] if yes else values[-1]}" if yes or named else None
     rating = column.kind in ("integer", "number") and 2 < column.distinct <= _MOST_RATINGS
+    if named and rating and _stray(column):
+        return f"{column.name} >= 1"
     if rating and (named or words_of(column.name) & _RATING_WORDS):
         return f"{column.name} >= {math.ceil(_LIKED * max(column.counts))}"
     return None
+
+
+def _stray(column: Facts) -> list[Value]:
+    """Return values beside 0 and 1 that hardly any row has."""
+    stray = [value for value in column.counts if value not in (0, 1)]
+    rows = sum(column.counts.values())
+    return stray if {0, 1} <= set(column.counts) and sum(column.counts[one] for one in stray) < 0.05 * rows else []
+
+
+def _correct(column: Facts) -> str:
+    stray = _stray(column)
+    return f"correct the rows with {', '.join(map(str, stray[:_MOST_CANDIDATES]))}, or " if stray else ""
+
+
+def _held(column: Facts) -> str:
+    seen = examples(column)
+    return f"holds values {seen}" if seen.startswith("such as") else f"holds {seen}"
+
+
+def describe_label(schema: LogSchema, inputs: Sequence[str]) -> str:
+    """Return what the label of a log is, and which values its column has in a sample of the files."""
+    with suppress(UserError):
+        sample = read_sample(inputs, schema.names or None)
+        label = schema.label_in(list(sample.columns))
+        column = next(facts for facts in facts_of(sample) if facts.name == label.column)
+        return f"the label is {schema.label!r}, and {column.name} {_held(column)}"
+    return f"the label is {schema.label!r}"
 
 
 def propose_labels(facts: Sequence[Facts]) -> str:

@@ -260,7 +260,13 @@ def _rows(
             found = list(fields_of(_whole_lines(piece, encoding), separator, quote))
             # The last line of a part may end, and the first one of a later part begin, within a quoted field.
             for number, row in found if piece.at_end else found[:-1]:
-                expected = len(next(iter(firsts.values()), row))
+                first, head = next(iter(firsts.items()), (piece.path, row))
+                expected = len(head)
+                require(
+                    len(row) == expected or not piece.at_start or piece.path in firsts,
+                    f"its first line, {separator.join(row)[:80]!r}, has other columns than that of {first}, "
+                    f"{separator.join(head)[:80]!r}; give files with the same header",
+                )
                 require(
                     len(row) == expected or not piece.at_start,
                     f"line {number} has {len(row)} fields and the first line {expected}; correct this line, or quote "

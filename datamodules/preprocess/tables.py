@@ -1,5 +1,6 @@
 """Make a dataset folder of a table in memory."""
 
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 from datamodules.log_schema import LogSchema, log_schema, read_log_schema
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import DatasetSchema
 
 if TYPE_CHECKING:
@@ -51,13 +52,21 @@ def encode(
         schema = log_schema(schema)
     if schema is not None and schema.format is not None:
         schema = replace(schema, format=None)
-    try:
-        table = rows if isinstance(rows, pa.Table) else pa.Table.from_pandas(rows, preserve_index=False)
-    except pa.ArrowException as error:
-        raise UserError(f"the data frame has a column of several types ({one_line(error)}); use one type") from error
+    pandas = sys.modules.get("pandas")
+    require(
+        isinstance(rows, pa.Table) or (pandas is not None and isinstance(rows, pandas.DataFrame)),
+        f"rows is a {type(rows).__name__}; expected an Arrow table or a pandas data frame",
+    )
     with tempfile.TemporaryDirectory(prefix="encode-") as folder:
         file = Path(folder) / "table.parquet"
-        pq.write_table(table, file, row_group_size=_ROWS_OF_GROUP)
+        try:
+            table = rows if isinstance(rows, pa.Table) else pa.Table.from_pandas(rows, preserve_index=False)
+            pq.write_table(table, file, row_group_size=_ROWS_OF_GROUP)
+        except (pa.ArrowException, ValueError) as error:
+            raise UserError(
+                f"the table cannot be written as Parquet ({one_line(error)}); give each column one type and a name of "
+                "its own"
+            ) from error
         try:
             return preprocess(
                 None,

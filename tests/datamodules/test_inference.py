@@ -242,8 +242,13 @@ MISTAKES: list[tuple[str | bytes, str | None, str]] = [
     ("a,b\nx,1\nz,7\n", None, r"no column looks like a label.*columns are a, b"),
     ("y,a\n1,x\n0,z\n", "yy", r"no column 'yy' \(did you mean y\?\)"),
     ("y,a\nja,x\nnein,z\n", "y", r"holds ja \(50.0%\), nein .*such as --label 'y == ja'"),
-    ("y,a\nja,x\nnein,z\n", "y >= 3", r"'(ja|nein)' is no number, so compare it by == or !="),
+    ("y,a\nja,x\nnein,z\n", "y >= 3", r"'(ja|nein)' is not a number, so compare it by == or !="),
     ("y,a\n1,x\n-1,z\n", "y", r"expected 0 and 1, .* such as --label 'y == 1'"),
+    ("y,a\n" + "1,x\n0,z\n" * N + "2,x\n", "y", r"correct the rows with 2, or give a .* such as --label 'y >= 1'"),
+    ("y,a\n1,x\n0,z\n", "y = 1", r"label 'y = 1': a condition needs ==, .* or <: write 'y == 1'"),
+    ("y,a\n1,x\n0,z\n", "y => 1", r"write 'y >= 1'"),
+    ("y,a\n1,x\n0,z\n", "y >= abc", r"label 'y >= abc': 'abc' is not a number, which >= needs"),
+    ("y,a\n" + "".join(f"{i}.5,x\n" for i in range(N)), "y", r"column y holds values such as 0.5, 1.5, 2.5; expected"),
     ("y,a\n1,x\n3,z\n", "y > 5", r"every row has the same label"),
     ("y,a\n1,x\n0,y,z\n1,x\n1,x\n", "y", r"log.csv: line 3 has 3 fields and the first line 2"),
     ("y,a,a\n1,x,z\n0,z,z\n", "y", r"two columns are named 'a'"),
@@ -284,7 +289,7 @@ def test_files_of_different_forms_are_named(tmp_path: Path) -> None:
         pq.write_table(pa.table({column: [1, 0] for column in columns}), tmp_path / name)
     for names, message in (
         (("a.csv", "b.csv"), r"b.csv begins with 'y,b', and .*a.csv with 'y,a'; give files with the same header"),
-        (("a.csv", "c.csv"), r"c.csv: line 1 has 3 fields and the first line 2"),
+        (("a.csv", "c.csv"), r"c.csv: its first line, 'y,a,b', has other columns than that of .*a.csv, 'y,a'; give"),
         (("a.parquet", "b.parquet"), r"b.parquet has the columns y, b, and .*a.parquet y, a"),
         (("a.parquet", "a.csv"), r"a.csv cannot be read"),
         (("a.csv", "a.csv"), r"is given twice"),

@@ -99,6 +99,10 @@ def test_columns_of_files_are_compared_with_the_schema():
     with pytest.raises(UserError, match=r"columns that the schema does not name: x; .*rest: leave"):
         schema.check_columns([*COLUMNS, "x"], "a.csv")
     log_schema({**schema.document(), "rest": "leave"}).check_columns([*COLUMNS, "x"], "a.csv")
+    with pytest.raises(UserError, match=r"a.csv: the header is one field, 'click;hour;.*': is the separator ';'\?"):
+        schema.check_columns([";".join(COLUMNS)], "a.csv")
+    with pytest.raises(UserError, match=r"a condition needs ==.* write 'click == 1'"):
+        log_schema({**schema.document(), "label": "click = 1"}).check_columns(COLUMNS, "a.csv")
     schema.check_columns(COLUMNS[1:], "a.csv", labelled=False)
     with pytest.raises(UserError, match=r"no column 'click'.*\(label\)"):
         schema.check_columns(COLUMNS[1:], "a.csv")
