@@ -1,5 +1,6 @@
 """Click logs in a dataset folder as a LightningDataModule: the base of all datamodules of this package."""
 
+import inspect
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from datamodules.parquet import open_part, read_beside, read_slices
 from datamodules.preprocess.workers import usable_cores
 from datamodules.stream.loader import Cache, Loader, TrainingLoader, require_kept
 from datamodules.stream.order import LANES, Shuffle
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError, nearest, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema, SplitName
 
 # A footer takes some 10 ms to check. Those of further files are checked when their rows are read.
@@ -88,6 +89,12 @@ class FolderData(pl.LightningDataModule):
         self._threads = threads
         self._reading = {"cache": cache, "verify": verify}
         self._schema: DatasetSchema | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.folder)!r}, batch_size={self.batch_size})"
+
+    # Lightning's looks for loaders of torch within the batches.
+    __str__ = __repr__
 
     @property
     def schema(self) -> DatasetSchema:
@@ -261,18 +268,37 @@ class FolderData(pl.LightningDataModule):
         raise TypeError(f"{type(self).__name__} does not define _generate")
 
 
+def require_options(datamodule: FolderData, options: Sequence[str]) -> None:
+    """Refuse options that neither a datamodule's class nor its base classes have.
+
+    Raises:
+        UserError: one of them is unknown.
+    """
+    classes = [made for made in type(datamodule).__mro__ if issubclass(made, FolderData)]
+    named = dict.fromkeys(name for made in classes for name in inspect.signature(made).parameters)
+    known = [name for name in named if name not in ("folder", "options")]
+    for name in options:
+        require(
+            name in known,
+            f"{type(datamodule).__name__} has no option {name}{nearest(name, known)}; expected {', '.join(known)}",
+        )
+
+
 class Clicks(FolderData):
     """A dataset folder of any click log, made by `preprocess`, `datamodules.encode` or `DatasetWriter`.
 
     Args:
         path: The dataset folder. A URL such as `s3://bucket/folder`, `gs://...` or `hf://...` works if the package for
             it is installed.
-        options: Those of FolderData.
+        options: Those of FolderData, which `help(datamodules.clicks.FolderData)` explains: `batch_size` (2048),
+            `evaluation_batch_size` (16_384), `shuffle` ("window", "full" or "none"), `cache` ("none" or "memory"),
+            `threads`, `verify` (True), `seed`, `predict_split` ("test") and `group`.
 
     Raises:
-        UserError: there is no dataset at `path`, or an option is out of range.
+        UserError: there is no dataset at `path`, or an option is unknown or out of range.
     """
 
     def __init__(self, path: str | Path, **options: Any) -> None:
+        require_options(self, list(options))
         super().__init__(path, **options)
         self.path = path

@@ -18,10 +18,10 @@ class Criteo(Clicks):
         path: A dataset folder, or `demo` for planted demo data, which are generated when they are first needed. A URL
             such as `s3://bucket/folder`, `gs://...` or `hf://...` works if the package for it is installed.
         demo: Settings of demo data; without effect on a dataset folder.
-        options: Those of FolderData.
+        options: Those of Clicks.
 
     Raises:
-        UserError: there is no dataset at `path`, or an option is out of range.
+        UserError: there is no dataset at `path`, or an option is unknown or out of range.
     """
 
     kind: ClassVar[str | None] = None

@@ -66,8 +66,11 @@ class RowEncoder:
             UserError: a column is missing, or a value is not of the schema.
         """
         log, given = self._options.schema, arrow_table(rows)
-        sources = log.sources(given.column_names)
-        named = {name: given.column(name) for name in given.column_names if name in sources}
+        names = given.column_names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        require(twice is None, f"the table has two columns {twice!r}; rename one of the two")
+        sources = log.sources(names)
+        named = {name: given.column(name) for name in names if name in sources}
         log.check_columns(list(named), "the table", labelled=False)
         reader = LogReader(schema=log, format="parquet", labelled=False, splits=False, names=tuple(named))
         try:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.clicks import FolderData
+from datamodules.clicks import FolderData, require_options
 from datamodules.generate.profiles import TraceSource
 from datamodules.generate.random import RandomSettings, generate_random, random_folder, random_schema
 from datamodules.generate.trace import TraceSettings, generate_trace, trace_folder, trace_schema
@@ -56,6 +56,7 @@ class RandomData(FolderData):
         data_seed: int = 0,
         **options: Any,
     ) -> None:
+        require_options(self, list(options))
         self.settings = RandomSettings.of(
             preset,
             tables=tables,
@@ -115,6 +116,7 @@ class TraceData(FolderData):
         data_seed: int = 0,
         **options: Any,
     ) -> None:
+        require_options(self, list(options))
         self.source = TraceSource(source, columns, split)
         self.settings = TraceSettings(
             train_rows=self.source.length if train_rows is None else train_rows,

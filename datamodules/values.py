@@ -5,6 +5,7 @@ not take. Nothing here imports torch.
 """
 
 import datetime
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ BOOLEANS: Mapping[str, int] = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, 
 _YES = ("yes", "y", "t", "ja", "oui", "si", "click", "clicked")
 _SHOWN = 5
 _MICROSECONDS: Mapping[str, int] = {"unix": 1_000_000, "unix_ms": 1_000}
+_YEARS = (1900, 2200)
+_MOMENTS = [np.datetime64(str(year), "us").astype(np.int64) for year in _YEARS]  # of numbers that can be times
 
 
 class BadValueError(Exception):
@@ -94,7 +97,7 @@ def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".") -> pa.Double
         decimal: the decimal point of texts.
 
     Raises:
-        BadValueError: a text is no number, or a number is infinite.
+        BadValueError: a text is not a number, or a number is infinite.
     """
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
@@ -162,12 +165,13 @@ def labels(label: Label, column: pa.ChunkedArray, decimal: str = ".") -> np.ndar
 
 
 def label_of(label: Label, text: str, decimal: str = ".") -> int | None:
-    """Return the label, 0 or 1, of a row by the text of its value; None if it cannot be judged."""
+    """Return the label, 0 or 1, of a row by the text of its value; None if it cannot be judged, as NaN cannot by a
+    number."""
     if label.operator is None:
         return BOOLEANS.get(text.lower())
     left, right = _number(text, decimal), _number(label.value)
-    if left is not None and right is not None:
-        return int(_OPERATORS[label.operator](left, right))
+    if left is not None and right is not None and not math.isnan(right):
+        return None if math.isnan(left) else int(_OPERATORS[label.operator](left, right))
     return int(_OPERATORS[label.operator](text, label.value)) if label.operator in ("==", "!=") else None
 
 
@@ -209,7 +213,7 @@ def weights(
         keep: which items the bags have, as ``bags`` returns it.
 
     Raises:
-        BadValueError: a bag has another number of weights than items, or a weight is missing or no number.
+        BadValueError: a bag has another number of weights than items, or a weight is missing or not a number.
     """
     lists, of_bag = _lists(name, column, separator), _lists(name, bag, separator)
     lengths = [pc.fill_null(pc.list_value_length(one), 0).to_numpy() for one in (lists, of_bag)]
@@ -240,14 +244,25 @@ def times(name: str, column: pa.ChunkedArray, form: str | None) -> pa.TimestampA
         form: ``LogColumn.time``.
 
     Raises:
-        BadValueError: a value is no time of that form.
+        BadValueError: a value is not a time of that form, or a number means a year outside 1900 to 2200.
     """
     kind = pa.timestamp("us")
     if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
-        return _whole(column.cast(pa.timestamp("us", getattr(column.type, "tz", None)), safe=False)).cast(kind)
+        exact = getattr(column.type, "unit", None) != "ns"
+        return _whole(column.cast(pa.timestamp("us", getattr(column.type, "tz", None)), safe=exact)).cast(kind)
     if form is not None and form in _MICROSECONDS:
         seconds = numbers(name, column).to_numpy(zero_copy_only=False)
-        whole = np.round(np.nan_to_num(seconds) * _MICROSECONDS[form]).astype(np.int64)
+        moments = np.nan_to_num(seconds) * _MICROSECONDS[form]
+        wrong = (moments < _MOMENTS[0]) | (moments >= _MOMENTS[1])
+        if wrong.any():
+            row = int(wrong.argmax())
+            other = "unix_ms" if form == "unix" else "unix"
+            raise BadValueError(
+                row,
+                f"{name} is {seconds[row]:.15g}, which is not in the years {_YEARS[0]} to {_YEARS[1]} as time {form}; "
+                f"try {other}, or correct the line",
+            )
+        whole = np.round(moments).astype(np.int64)
         return pa.array(whole, mask=np.isnan(seconds)).cast(kind)
     encoded = texts(column)
     if form is None or form == "iso":
@@ -266,7 +281,7 @@ def times(name: str, column: pa.ChunkedArray, form: str | None) -> pa.TimestampA
 
 
 def kept(name: str, column: pa.ChunkedArray, form: str | None) -> pa.Array:
-    """Return values of a kept column in a type of ``KEPT_TYPES``; texts as a dictionary.
+    """Return values of a kept column in a type of ``KEPT_TYPES``; texts as a dictionary, and only nulls as they are.
 
     Raises:
         BadValueError: see ``times``.
@@ -274,7 +289,7 @@ def kept(name: str, column: pa.ChunkedArray, form: str | None) -> pa.Array:
     kind = column.type
     if form is not None or pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return times(name, column, form)
-    if pa.types.is_boolean(kind):
+    if pa.types.is_boolean(kind) or pa.types.is_null(kind):
         return _whole(column)
     if pa.types.is_integer(kind) and not pa.types.is_uint64(kind):
         return _whole(column).cast(pa.int64())
@@ -284,11 +299,11 @@ def kept(name: str, column: pa.ChunkedArray, form: str | None) -> pa.Array:
 
 
 def kept_type(values: pa.Array) -> str:
-    """Return the name in ``KEPT_TYPES`` of what ``kept`` returns."""
+    """Return the name in ``KEPT_TYPES`` of what ``kept`` returns; ``null`` of nulls alone."""
     kind = values.type
     if pa.types.is_timestamp(kind):
         return "timestamp"
-    return {pa.int64(): "int64", pa.float64(): "float64", pa.bool_(): "bool"}.get(kind, "text")
+    return {pa.int64(): "int64", pa.float64(): "float64", pa.bool_(): "bool", pa.null(): "null"}.get(kind, "text")
 
 
 def split_keys(name: str, column: pa.ChunkedArray, form: str | None) -> np.ndarray:

@@ -29,10 +29,10 @@ COMMANDS = {
     "test": "score a checkpoint on the test split",
     "predict": "write a checkpoint's click probabilities for a split, or for all",
     "params": "count parameters, FLOPs and bytes of a configuration",
-    "plan": "show which rank would hold which table rows, and what the ranks would send",
-    "compare": "train configurations with several seeds, or take finished runs, and show which is better",
-    "checkpoint": "show what a checkpoint holds, write it in other pieces, or import one of facebookresearch/dlrm",
-    "preprocess": "turn raw click logs into a dataset folder, or write a schema of a log (--infer)",
+    "plan": "show which table rows each rank would hold, and what it sends",
+    "compare": "show which configuration is better over seeds, or which run",
+    "checkpoint": "show or rewrite a checkpoint, or import one of facebook's DLRM",
+    "preprocess": "turn raw click logs into a dataset folder, or infer a schema",
     "inspect": "show what a dataset folder holds; --verify compares every checksum",
     "generate": "write generated data: a dataset folder, or raw logs",
     "dashboard": "save a W&B workspace and report of a project's or group's runs",
@@ -267,8 +267,8 @@ Start here, no data needed:
   python -m lightning_dlrm fit --config dlrm.yaml
 
 Every command explains its options with --help; fit and others like it list all
-of them with --help.all. --version prints the release. With {DEBUG}, an error also
-shows where in the code it was raised."""
+of them with --help.all. --version prints the release. With {DEBUG}, an error
+also shows where in the code it was raised."""
 
 
 if __name__ == "__main__":

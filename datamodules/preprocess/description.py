@@ -84,12 +84,13 @@ def report_of(
 
 
 def kept_types(facts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the type of each kept column: that of all segments, or text if they differ."""
+    """Return the type of each kept column: that of all segments with values, or text if they differ."""
     found: dict[str, set[str]] = {}
     for of_segment in facts:
         for name, kind in of_segment.get("kept", {}).items():
             found.setdefault(name, set()).add(kind)
-    return {name: kinds.pop() if len(kinds) == 1 else "text" for name, kinds in found.items()}
+    known = {name: kinds - {"null"} for name, kinds in found.items()}
+    return {name: kinds.pop() if len(kinds) == 1 else "text" for name, kinds in known.items()}
 
 
 def bag_sizes(

@@ -39,6 +39,10 @@ class Recipe(Protocol):
         """The least number of part files of a split that has enough row groups; more can be written in parallel."""
 
     @property
+    def dense_dictionaries(self) -> bool:
+        """Whether dense values are written as dictionaries, which are short if values recur, as integers do."""
+
+    @property
     def counted(self) -> tuple[SplitName, ...]:
         """The splits over which vocabularies are counted."""
 
@@ -220,7 +224,7 @@ def encode_part(job: PartJob) -> tuple[DataFile, int | None, dict[str, dict[str,
         segments = load_segments(encoding.segments)
         cells = {table.name: dict.fromkeys(PLACEHOLDER_IDS, 0) for table in encoding.tables}
         with scratch_folder(encoding, job.record_path.name) as scratch, ExitStack() as stack:
-            writer = SplitWriter(scratch, job.split, job.columns, job.part, encoding.recipe.files_of_split == 1)
+            writer = SplitWriter(scratch, job.split, job.columns, job.part, encoding.recipe.dense_dictionaries)
             stack.callback(writer.abandon)
             for number, skip, take in job.pieces:
                 with OpenSegment(segments[number]) as opened:

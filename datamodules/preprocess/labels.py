@@ -46,8 +46,8 @@ def find_label(text: str, facts: Sequence[Facts], sample: Sample) -> SampledLabe
         sample: the log.
 
     Raises:
-        UserError: there is no such column; it has other values and there is no condition; a condition orders what is
-            no number; the whole log is read and every row has the same label.
+        UserError: there is no such column; it has other values and there is no condition; a condition orders
+            text that is not a number; the whole log is read and every row has the same label.
     """
     names = [column.name for column in facts]
     label = parse_label(text, names)
@@ -65,10 +65,8 @@ def find_label(text: str, facts: Sequence[Facts], sample: Sample) -> SampledLabe
         not other or label.operator is not None,
         f"{where}; expected 0 and 1, or true and false: {_correct(column)}give a condition{_example(column)}",
     )
-    require(
-        not other,
-        f"{where}; {str(other[0])!r} is no number, so compare it by == or !={_example(column)}" if other else "",
-    )
+    if other:
+        raise UserError(f"{where}; {str(other[0])!r} is not a number, so compare it by == or !={_example(column)}")
     labels = [bool(values[value]) for value in column.values]
     require(
         0 < sum(labels) < len(labels) or not sample.whole,

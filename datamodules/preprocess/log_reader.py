@@ -363,7 +363,7 @@ class LogReader:
 
     def segment(self, tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, Any]]:
         """Return rows in the form of a segment, and its facts."""
-        table = pa.concat_tables(tables, promote_options="permissive")
+        table = pa.concat_tables(_with_equal_types(tables), promote_options="permissive")
         distinct: dict[str, int] = {}
         missing: dict[str, int] = {}
         columns: dict[str, pa.Array] = {}
@@ -395,6 +395,21 @@ class LogReader:
             "items": items,
         }
         return pa.record_batch(columns), facts
+
+
+def _with_equal_types(tables: Sequence[pa.Table]) -> Sequence[pa.Table]:
+    """Return tables of columns of segments, in which kept columns are texts if they have several types.
+
+    Parts of a piece that are read apart, beside a bad row, may have them in JSON.
+    """
+    for name in tables[0].column_names:
+        kinds = {table.column(name).type for table in tables} - {pa.null()}
+        if name.startswith(staged_name("keep", "")) and len(kinds) > 1 and kinds != {pa.int64(), pa.float64()}:
+            tables = [
+                table.set_column(table.column_names.index(name), name, values.texts(table.column(name)))
+                for table in tables
+            ]
+    return tables
 
 
 def is_utf8(encoding: str) -> bool:

@@ -71,6 +71,10 @@ class LogOptions:
         return 8
 
     @property
+    def dense_dictionaries(self) -> bool:
+        return False
+
+    @property
     def counted(self) -> tuple[SplitName, ...]:
         return ("train",) if self.schema.counts == "train" else SPLITS
 

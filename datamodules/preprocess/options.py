@@ -204,6 +204,10 @@ class Options:
         return 1
 
     @property
+    def dense_dictionaries(self) -> bool:
+        return True
+
+    @property
     def counted(self) -> tuple[SplitName, ...]:
         """The splits over which vocabularies are counted."""
         return SPLITS if self.rules.counts == "all rows" else ("train",)

@@ -1,5 +1,5 @@
-"""Make a dataset folder of raw Criteo TSV: ``preprocess``, its checks, the set-up of a ``job``, and the place of the
-dataset (a path or a URL) with the working folder in which it is made."""
+"""Make a dataset folder of raw Criteo TSV or of a click log: ``preprocess``, its checks, the set-up of a ``job``, and
+the place of the dataset (a path or a URL) with the working folder in which it is made."""
 
 import os
 import re

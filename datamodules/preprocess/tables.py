@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -57,7 +58,10 @@ def encode(
     table = arrow_table(rows)
     with tempfile.TemporaryDirectory(prefix="encode-") as folder:
         file = Path(folder) / "the table"
-        pq.write_table(table, file, row_group_size=_ROWS_OF_GROUP)
+        try:
+            pq.write_table(table, file, row_group_size=_ROWS_OF_GROUP)
+        except (pa.ArrowException, ValueError) as error:
+            raise _not_writable(error) from error
         # A finished dataset is known by the sizes and times of its input: equal tables have equal times.
         with file.open("rb") as content:
             stamp = int(hashlib.file_digest(content, "sha256").hexdigest(), 16) % _LATEST_NS
@@ -85,9 +89,18 @@ def arrow_table(rows: "pa.Table | pd.DataFrame") -> pa.Table:
     """
     if isinstance(rows, pa.Table):
         return rows
-    found = type(rows).__name__
-    require(hasattr(rows, "dtypes"), f"the rows are a {found}; expected an Arrow table or a pandas data frame")
+    pandas = sys.modules.get("pandas")
+    require(
+        pandas is not None and isinstance(rows, pandas.DataFrame),
+        f"rows is a {type(rows).__name__}; expected an Arrow table or a pandas data frame",
+    )
     try:
         return pa.Table.from_pandas(rows, preserve_index=False)
-    except pa.ArrowException as error:
-        raise UserError(f"the data frame has a column of several types ({one_line(error)}); use one type") from error
+    except (pa.ArrowException, ValueError) as error:
+        raise _not_writable(error) from error
+
+
+def _not_writable(error: Exception) -> UserError:
+    return UserError(
+        f"the table cannot be written as Parquet ({one_line(error)}); give each column one type and a name of its own"
+    )

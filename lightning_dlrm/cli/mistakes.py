@@ -1,6 +1,7 @@
 """Error messages of the command line: jsonargparse's messages shortened to one line each."""
 
 import difflib
+import inspect
 import re
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from lightning_dlrm.cli.classes import KNOWN_CLASSES
 from lightning_dlrm.cli.trust import refusal
 from lightning_dlrm.contracts.errors import nearest
 
+_NO_KEYS = ", as there are no keys here"
+
 
 def explain(message: str, known: Sequence[str]) -> str:
     """Return jsonargparse's message in one line, with the nearest key or class if one is misspelt."""
@@ -19,11 +22,18 @@ def explain(message: str, known: Sequence[str]) -> str:
     if match := re.search(r"Importing '([\w.]+)' is not allowed", message):
         return f"{key}: {refusal(match[1])}"
     if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
-        return f"{key}: there is no {match[1]}.{match[2]}{nearest(match[2], dir(sys.modules.get(match[1])), 0.8)}"
+        classes = [name for name, _ in inspect.getmembers(sys.modules.get(match[1]), inspect.isclass)]
+        suggestion = nearest(match[2], classes).replace("you mean ", f"you mean {match[1]}.")
+        return f"{key}: there is no {match[1]}.{match[2]}{suggestion}"
     if match := re.search(r"No module named '([\w.]+)'", message):
         return f"{key}: there is no module {match[1]}, neither installed nor in the current folder"
     # A nested parser has already shortened its message.
-    if match := re.search(r"unknown key [\w.]+(; did you mean [\w.]+\?)?", message):
+    if match := re.search(rf"unknown key [\w.]+(; did you mean [\w.]+\?|{_NO_KEYS})?", message):
+        if match[1] == _NO_KEYS and key == "model.network":
+            return (
+                f"{match[0]}: no model that has this key is chosen; a file that holds changes only, such as one that "
+                "plan writes, needs a model's YAML before it: --config dlrm.yaml --config places.yaml"
+            ).replace(_NO_KEYS, "")
         return match[0]
     if match := re.search(r"[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*", message):
         return f"{key}.{match[0]}"
@@ -39,7 +49,7 @@ def explain(message: str, known: Sequence[str]) -> str:
         message,
     ):
         key = match[1] or match[2] or match[3]
-        return f"unknown key {key}{_nearest_key(key, known)}"
+        return f"unknown key {key}{_NO_KEYS if set(known) <= {'help'} else _nearest_key(key, known)}"
     if given and (match := re.search(r"Subtypes: \[<class '(float|int)'>", message)):
         return f"{key} is {given[1].strip()}; expected {match[1]}"
     if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):

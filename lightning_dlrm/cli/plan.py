@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import json
 import math
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,7 @@ from datamodules.folder import load_schema
 from datamodules.preprocess.skew import lookup_counts
 from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser
 from lightning_dlrm.cli.plan_report import describe_places, describe_plan, plan_document
+from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.engine.memory import DEFAULT_BATCH_SIZE, table_loads
@@ -45,10 +48,6 @@ configuration. Else --output writes the plan for a run; a run without a plan mak
       class_path: EmbeddingShardedDDP
       init_args: {plan: plan.yaml}
 """
-
-
-_BALANCED = 0.95
-"""Share of the ranks' memory that a plan fills before it is full on one of them."""
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -116,7 +115,7 @@ def run(arguments: Sequence[str], description: str) -> int:
     batch_size = getattr(built.datamodule, "batch_size", DEFAULT_BATCH_SIZE)
     element_bytes = 2 if settings.wire == "bf16" else network.lookups()[0].weight.element_size()
     if settings.device_memory is not None:
-        return _place(settings, network, loads, batch_size)
+        return _place(settings, network, loads, batch_size, _fit_command(arguments, settings.output))
     plan = _plan(settings, loads, batch_size, element_bytes)
     costs = rank_costs(plan, loads, batch_size, element_bytes)
     of_tables = table_costs(plan, loads, batch_size, element_bytes)
@@ -165,7 +164,21 @@ def _counted(loads: Sequence[TableLoad], folder: Any) -> list[TableLoad]:
     return found
 
 
-def _place(settings: Namespace, network: CTRNetwork, loads: Sequence[TableLoad], batch_size: int) -> int:
+def _fit_command(arguments: Sequence[str], output: str | None) -> str:
+    """Return the command that trains what the options describe with the changes of ``output``."""
+    kept: list[str] = []
+    is_kept = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            is_kept = re.match(r"--(config|model|data|trainer)\b", argument) is not None
+        if is_kept:
+            kept.append(argument)
+    return shlex.join(["python", "-m", "lightning_dlrm", "fit", *kept, "--config", str(output), *trust_options()])
+
+
+def _place(
+    settings: Namespace, network: CTRNetwork, loads: Sequence[TableLoad], batch_size: int, fit_command: str
+) -> int:
     """Choose and print which tables stay in host memory, for ``--device-memory``."""
     for option, given in (
         ("--memory-per-rank", settings.memory_per_rank is not None),
@@ -180,10 +193,7 @@ def _place(settings: Namespace, network: CTRNetwork, loads: Sequence[TableLoad],
     loads = list(whole.values())
     groups = [module for module in network.modules() if isinstance(module, WidthGroup)]
     movable = {member.table.name for group in groups for member in group.members}
-    memory = parse_bytes(settings.device_memory)
-    if settings.ranks > 1:
-        memory = int(memory * settings.ranks * _BALANCED)
-    places = place_tables(loads, movable, batch_size, memory)
+    places = place_tables(loads, movable, batch_size, parse_bytes(settings.device_memory), settings.ranks)
     columns = list(dict.fromkeys(name.partition("/")[0] for name in places.on_host))
     on_host = {column: places.cut.get(column, 0) for column in columns} if places.cut else columns
     document = {"model": {"network": {"init_args": {"tables": {"on_host": on_host}}}}}
@@ -197,7 +207,7 @@ def _place(settings: Namespace, network: CTRNetwork, loads: Sequence[TableLoad],
     option = yaml.safe_dump(on_host, default_flow_style=True, sort_keys=False, width=math.inf).strip()
     print(f"--model.network.tables.on_host '{option}'")
     if settings.output is not None:
-        print(f"configuration written to {settings.output}")
+        print(f"configuration written to {settings.output}; train with it by\n{fit_command}")
     return 0
 
 

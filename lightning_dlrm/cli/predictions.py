@@ -1,5 +1,7 @@
 """``predict`` writes ``predictions.parquet``, batch by batch: memory does not grow with the rows."""
 
+import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from datamodules.folder import consistent
 from lightning_dlrm.contracts.errors import UserError, one_line, require
+from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.tracking.run_folder import PREDICTIONS, RunFolder, set_aside
 
 log = logging.getLogger("lightning_dlrm")
@@ -27,13 +30,15 @@ class PredictionWriter(BasePredictionWriter):
     """Callback that writes the columns ``split``, ``row`` (position in the data that are scored, int64), the label if
     there is one, ``probability`` (float32) and kept columns.
 
-    Each rank writes its rows in order to a file of its own; at the end rank 0 merges the files in row order.
+    Each rank writes its rows in order to a file of its own; at the end rank 0 merges the files in row order. After an
+    error none of these files is left.
 
     Args:
         folder: the run folder.
         read_beside: yields what stands beside the features of all rows, in order: ``split``, the label if there is one,
             and kept columns; None for data without: only ``row`` and ``probability`` are written.
-        allow_nonfinite: whether to write probabilities that are NaN, which end the command by default.
+        allow_nonfinite: whether to write probabilities that are NaN, which end the command by default: at once with one
+            rank, else on all ranks together when all rows are scored.
     """
 
     def __init__(
@@ -46,9 +51,11 @@ class PredictionWriter(BasePredictionWriter):
         self._folder, self._read_beside = folder, read_beside
         self._allow_nonfinite = allow_nonfinite
         self._writer: pq.ParquetWriter | None = None
+        self._nan_row: int | None = None
+        """The first row of this rank whose probability is NaN."""
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._writer = pq.ParquetWriter(self._partial(trainer.global_rank), SCHEMA)
+        self._writer, self._nan_row = pq.ParquetWriter(self._partial(trainer.global_rank), SCHEMA), None
 
     def write_on_batch_end(
         self,
@@ -63,27 +70,45 @@ class PredictionWriter(BasePredictionWriter):
         assert self._writer is not None
         columns = [prediction[name].cpu().numpy() for name in SCHEMA.names]
         bad = columns[0][np.isnan(columns[1])]
-        if len(bad) and not self._allow_nonfinite:
-            raise UserError(
-                f"the probability of row {bad[0]} is NaN: values of the row are, or the model overflows on it; look "
-                "for outliers in its dense columns, or write all rows with --allow_nonfinite true"
-            )
+        if len(bad) and self._nan_row is None:
+            self._nan_row = int(bad[0])
+            if trainer.world_size == 1:
+                self._refuse_nan()
         self._writer.write_table(pa.table(columns, schema=SCHEMA))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._writer is not None
         self._writer.close()
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            parts = [self._partial(rank) for rank in range(trainer.world_size)]
-            target = self._folder.path / PREDICTIONS
-            rows = merge_by_row(parts, target, None if self._read_beside is None else self._read_beside())
-            log.info("%s has the probabilities of %s rows", target, f"{rows:,}")
+        Ranks().run_on_all_ranks(self._refuse_nan)
+        Ranks(long_timeout=True).run_on_rank_zero(lambda: self._merge(trainer.world_size))
+
+    def _refuse_nan(self) -> None:
+        """
+        Raises:
+            UserError: a probability of this rank is NaN, and ``allow_nonfinite`` is false.
+        """
+        require(
+            self._nan_row is None or self._allow_nonfinite,
+            f"the probability of row {self._nan_row} is NaN: values of the row are, or the model overflows on it; look "
+            "for outliers in its dense columns, or write all rows with --allow_nonfinite true",
+        )
+
+    def _merge(self, ranks: int) -> None:
+        target = self._folder.path / PREDICTIONS
+        beside = None if self._read_beside is None else self._read_beside()
+        rows = merge_by_row([self._partial(rank) for rank in range(ranks)], target, beside)
+        log.info("%s has the probabilities of %s rows", target, f"{rows:,}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        with contextlib.suppress(OSError):
+            # On a full disk it cannot write its end.
             self._writer.close()
-            self._partial(trainer.global_rank).unlink(missing_ok=True)
+        # Another rank may be killed before it removes its file.
+        ranks = range(trainer.world_size) if trainer.is_global_zero else [trainer.global_rank]
+        for rank in ranks:
+            self._partial(rank).unlink(missing_ok=True)
 
     def _partial(self, rank: int) -> Path:
         return self._folder.path / f"{PREDICTIONS}.partial-{rank}"
@@ -110,19 +135,21 @@ def merge_by_row(parts: Sequence[Path], target: Path, beside: Iterator[pa.Table]
             "put the run folder on a file system that all nodes share"
         )
     partial = parts[0].with_name(f"{target.name}.partial")
-    rows, writer = 0, None
+    tables = _with_beside(_merged([_Source(part) for part in parts]), beside)
+    first, rows = next(tables, SCHEMA.empty_table()), 0
     try:
-        for table in _with_beside(_merged([_Source(part) for part in parts]), beside):
-            writer = writer or pq.ParquetWriter(partial, table.schema)
-            writer.write_table(table)
-            rows += len(table)
-    finally:
-        (writer or pq.ParquetWriter(partial, SCHEMA)).close()
+        with pq.ParquetWriter(partial, first.schema) as writer:
+            for table in itertools.chain([first], tables):
+                writer.write_table(table)
+                rows += len(table)
+        if target.exists():
+            log.info("the previous %s is kept as %s", target, set_aside(target))
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     for part in parts:
         part.unlink()
-    if target.exists():
-        log.info("the previous %s is kept as %s", target, set_aside(target))
-    partial.replace(target)
     return rows
 
 

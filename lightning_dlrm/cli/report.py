@@ -1,5 +1,6 @@
 """Text that a fit prints at its start and at its end."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +22,8 @@ def demo_note() -> str:
     return (
         "This is DEMO DATA: generated clicks of a planted model, whose best reachable score is known. For real data:\n"
         "  python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm --input train.txt --output criteo\n"
-        "  python -m lightning_dlrm fit --config dlrm.yaml --config criteo_kaggle.yaml --data.path criteo"
+        "  python -m lightning_dlrm fit --config dlrm.yaml --config criteo_kaggle.yaml --data.path criteo\n"
+        "For a log of your own: python -m lightning_dlrm preprocess --infer; see docs/own-data.md"
     )
 
 
@@ -79,7 +81,8 @@ def early_stop_note(callback: EarlyStopping | ReduceOnPlateau, step: int, total:
 def published_notes(
     published: Sequence[PublishedScore] | None, metrics: Mapping[str, float], split: str, dataset: str
 ) -> list[str]:
-    """Return a line for each published score: how far a run's or a mean metric is from it; none on demo data.
+    """Return a line for each published score: how far a run's or a mean metric is from it; none on demo data, and none
+    for a score whose source names other splits.
 
     Args:
         published: the scores of the configuration.
@@ -87,12 +90,19 @@ def published_notes(
         split: split of the metrics.
         dataset: name of the dataset.
     """
-    return [
-        f"{split} {score.metric.replace('_', ' ')} {metrics[name]:.5f} is {metrics[name] - score.value:+.5f} from the "
-        f"published {score.value:g} ({score.source})"
-        for score in published or ()
-        if dataset != "demo" and (name := f"{split}/{score.metric}") in metrics
-    ]
+    notes = []
+    for score in published or ():
+        value = metrics.get(f"{split}/{score.metric}")
+        of_splits = re.findall(r"\b(train|validation|test)(?:ing)?\b", score.source)
+        if dataset == "demo" or value is None or (of_splits and split not in of_splits):
+            continue
+        difference = value - score.value
+        notes.append(
+            f"{split} {score.metric.replace('_', ' ')} {value:.5f} is {abs(difference):.5f} "
+            f"{'below' if difference < 0 else 'above'} the published {score.value:g} ({score.source}"
+            f"{'' if of_splits else '; of which split it does not say'})"
+        )
+    return notes
 
 
 def final_report(

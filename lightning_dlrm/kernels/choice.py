@@ -21,12 +21,15 @@ log = logging.getLogger("lightning_dlrm")
 
 @cache
 def choose(asked: Kernels, device: str, dtype: torch.dtype) -> Literal["plain", "native", "triton"]:
-    """Return the kernels for tables of a dtype on a kind of device, and log the choice once.
+    """Return the kernels for tables of a dtype on a kind of device, and log the choice once, but for the meta device.
 
     Raises:
         UserError: there are no such kernels, or they do not work on this machine.
     """
     require(asked in get_args(Kernels), f"kernels {asked!r} is none of {', '.join(get_args(Kernels))}")
+    if device == "meta":
+        # Sizes are counted there, without values.
+        return "plain"
     for_device = {"cpu": "native", "cuda": "triton"}.get(device, "plain")
     wanted = for_device if asked == "auto" else asked
     problem, broken = None, False

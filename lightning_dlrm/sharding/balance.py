@@ -239,6 +239,10 @@ def _joined(placed: Iterable[tuple[int, int, int, int]], tables: Sequence[TableL
 _CACHED_BATCHES = 3
 
 
+_BALANCED = 0.95
+"""Share of the devices' memory that a plan of several fills before one of them is full."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HostPlacement:
     """Tables on the device, and tables in host memory."""
@@ -304,7 +308,9 @@ class _Offload:
         return host
 
 
-def place_tables(tables: Sequence[TableLoad], movable: Iterable[str], batch_size: int, memory: int) -> HostPlacement:
+def place_tables(
+    tables: Sequence[TableLoad], movable: Iterable[str], batch_size: int, device_memory: int, devices: int = 1
+) -> HostPlacement:
     """Choose which tables stay in host memory.
 
     Tables move to the host by ascending number of rows that a batch needs for each byte of the table. Tables that fit
@@ -315,21 +321,27 @@ def place_tables(tables: Sequence[TableLoad], movable: Iterable[str], batch_size
         tables: tables of the network.
         movable: names of the tables that may stay in host memory.
         batch_size: samples of a batch.
-        memory: bytes that tables, their optimizer state and the cached rows may take on the device.
+        device_memory: bytes that tables, their optimizer state and the cached rows may take on a device.
+        devices: number of devices that share the tables; with several, 95% of their memory are planned, because no
+            plan fills all of them to the last byte.
 
     Raises:
-        UserError: the device has too little memory; the message has the missing bytes.
+        UserError: the devices have too little memory; the message has the missing bytes.
     """
+    total = device_memory * devices
+    memory = total if devices == 1 else int(total * _BALANCED)
     offload = _Offload(tables, batch_size)
     host = offload.choose(set(movable), memory)
     device_bytes = offload.on_device(host)
     missing = device_bytes - memory
     require(
         missing <= 0,
-        f"the tables and cached rows on the device take {device_bytes:,} bytes ({format_bytes(device_bytes)}), the "
-        f"device has {memory:,}: {missing:,} bytes ({format_bytes(missing)}) too few; "
-        f"{format_bytes(offload.cached(host))} are for the cached rows of three batches: use a smaller batch or a "
-        "smaller width",
+        f"the tables and cached rows on the device take {device_bytes:,} bytes ({format_bytes(device_bytes)}), "
+        f"{'the device has' if devices == 1 else f'the {devices} devices have'} {total:,} bytes ({format_bytes(total)})"
+        f"{'' if devices == 1 else f', of which {_BALANCED:.0%} are planned, {memory:,} bytes'}: "
+        f"{missing:,} bytes ({format_bytes(missing)}) too few; "
+        f"{format_bytes(offload.cached(host))} are for the cached rows of three batches: give more memory, a smaller "
+        "batch or a smaller width",
     )
     # Tables that share a column stay whole: an id reads a row of each of them.
     cuttable = [table for table in tables if table.name in host and "/" not in table.name]

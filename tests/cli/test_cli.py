@@ -475,7 +475,7 @@ def test_checkpoint_of_another_model_or_dataset(capsys: pytest.CaptureFixture[st
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"  {name} " in text for name in COMMANDS)
+    assert all(f"  {name} " in text for name in COMMANDS) and max(map(len, text.splitlines())) <= 80
     for name in COMMANDS:
         option = "--help.all" if name in SHORT_HELP else "--help"
         with pytest.raises(SystemExit) as left:

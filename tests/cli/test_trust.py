@@ -234,9 +234,11 @@ def test_classes_that_do_not_exist_are_not_called_unfit() -> None:
     for key in ("model.network", "model.loss", "model.schedule", "model.table_optimizer", "data", "trainer.logger"):
         assert refused(f"--{key}=own.Nope") == f"{key}: there is no own.Nope"
         assert (
-            refused(f"--{key}=torch.optim.Adagard") == f"{key}: there is no torch.optim.Adagard; did you mean Adagrad?"
+            refused(f"--{key}=torch.optim.Adagard")
+            == f"{key}: there is no torch.optim.Adagard; did you mean torch.optim.Adagrad?"
         )
         assert "there is no module nowhere for nowhere.Nope" in refused(f"--{key}=nowhere.Nope")
+    assert refused("--model.network=own.Fooo") == "model.network: there is no own.Fooo; did you mean own.Foo?"
     for key in ("model.network", "model.loss", "model.schedule", "data", "trainer.logger"):
         assert f"{key}: own.Foo is " in refused(f"--{key}=own.Foo")
     assert "there is no own.Nope" in refused("--trainer.callbacks=[{class_path: own.Nope}]")

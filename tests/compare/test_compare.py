@@ -27,6 +27,7 @@ from datamodules.generate.demo import DemoSettings
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.configs import find_config
+from lightning_dlrm.cli.parser import PublishedScore
 from lightning_dlrm.cli.report import published_notes
 from lightning_dlrm.compare import anatomy as anatomies
 from lightning_dlrm.compare import command as comparing
@@ -820,13 +821,19 @@ def test_published_scores_are_shown_with_the_distance_from_them(monkeypatch: pyt
     scores = {run.name: read_scores(Path("out/scores") / run.name, samples) for run in runs}
     comparison = compare(arms_of(runs), scores, title="t", split="test")
     mean = np.mean([scores[run.name].metrics["accuracy"] for run in runs[:2]])
-    line = f"DLRM: test accuracy {mean:.5f} is {mean - 0.25:+.5f} from the published 0.25 (a paper)"
+    words = f"{mean - 0.25:.5f} above the published 0.25 (a paper; of which split it does not say)"
+    line = f"DLRM: test accuracy {mean:.5f} is {words}"
     assert [comparison.published(arm) for arm in comparison.arms] == [[line], []]
     assert line in report.closing_words(comparison, Path("out")).splitlines()
     report.write_report(comparison, [], {}, [], Path("report.html"))
     assert f"<li>{line}</li>" in Path("report.html").read_text()
     assert comparison.document()["arms"][0]["published"] == [{"metric": "accuracy", "value": 0.25, "source": "a paper"}]
     assert published_notes(comparison.arms[0].published, {"test/accuracy": 0.3}, "test", "demo") == []
+    of_test = [PublishedScore(metric="auc", value=0.8149, source="BARS, test split")]
+    assert published_notes(of_test, {"test/auc": 0.5}, "test", "x1") == [
+        "test auc 0.50000 is 0.31490 below the published 0.8149 (BARS, test split)"
+    ]
+    assert published_notes(of_test, {"validation/auc": 0.5}, "validation", "x1") == []
 
 
 def test_published_scores_of_another_form_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

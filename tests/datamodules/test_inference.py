@@ -242,7 +242,7 @@ MISTAKES: list[tuple[str | bytes, str | None, str]] = [
     ("a,b\nx,1\nz,7\n", None, r"no column looks like a label.*columns are a, b"),
     ("y,a\n1,x\n0,z\n", "yy", r"no column 'yy' \(did you mean y\?\)"),
     ("y,a\nja,x\nnein,z\n", "y", r"holds ja \(50.0%\), nein .*such as --label 'y == ja'"),
-    ("y,a\nja,x\nnein,z\n", "y >= 3", r"'(ja|nein)' is no number, so compare it by == or !="),
+    ("y,a\nja,x\nnein,z\n", "y >= 3", r"'(ja|nein)' is not a number, so compare it by == or !="),
     ("y,a\n1,x\n-1,z\n", "y", r"expected 0 and 1, .* such as --label 'y == 1'"),
     ("y,a\n" + "1,x\n0,z\n" * N + "2,x\n", "y", r"correct the rows with 2, or give a .* such as --label 'y >= 1'"),
     ("y,a\n1,x\n0,z\n", "y = 1", r"label 'y = 1': a condition needs ==, .* or <: write 'y == 1'"),

@@ -422,6 +422,15 @@ MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (log_of([line.replace("0,", "no,", 1).replace("1,", "yes,", 1) for line in LINES]), {},
      r"line 2: the label click is 'no' \(beside 'yes'\), .*click == yes"),
     (with_line(3, "x,u1,1,2024-01-01"), {"label": "click >= 1"}, "line 5: the label click is 'x' .*expected a number"),
+    (with_line(3, "nan,u1,1,2024-01-01"), {"label": "click != 4"}, "line 5: the label click is 'nan' .*a number, as"),
+    *(
+        (with_line(3, f"1,u1,{value},2024-01-01"), {"columns": {**FEW["columns"], "p": {"role": "keep", "time": form}}},
+         f"{shown}, which is not in the years 1900 to 2200 as time {form}; try {other}")
+        for value, shown, form, other in [
+            ("1700000000000", "line 5: p is 1700000000000", "unix", "unix_ms"),
+            ("1e30", r"line 5: p is 1e\+30", "unix_ms", "unix"),
+        ]
+    ),
     (with_line(9, "1,u1,1,yesterday"), BY_TIME, "line 11: t is 'yesterday', expected a time as '%Y-%m-%d'"),
     (with_line(9, "1,u1,1,"), BY_TIME, "line 11: t is missing, expected a time in every row"),
     (log_of(LINES), {**BY_TIME, "columns": {"u": {"role": "categorical"}}, "rest": "leave"},
@@ -582,6 +591,22 @@ def test_damaged_text_is_read_or_named(
         assert [path.name for path in folder.iterdir()] == [name]
 
 
+def test_kept_values_of_several_types_are_texts(tmp_path: Path) -> None:
+    """Rows beside a bad one are read apart, and each part has a type of its own."""
+    rows: list[dict[str, Any]] = [{"click": i % 2, "u": "a", "k": None, "n": None} for i in range(1200)]
+    rows += [{"click": i % 2, "u": "a", "k": i, "n": i} for i in range(8)]
+    rows += [{"click": 7, "u": "a"}]
+    rows += [{"click": i % 2, "u": "a", "k": f"x{i}"} for i in range(4)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"u": {"role": "categorical"}, "k": {"role": "keep"}, "n": {"role": "keep"}}
+    schema = make(
+        tmp_path / "log.jsonl", tmp_path / "data", {**FEW, "columns": columns}, on_bad_row="skip", block_bytes=9000
+    )
+    found = rows_of(tmp_path / "data", schema, "test")[-12:]
+    assert [row["k"] for row in found] == [*map(str, range(8)), *(f"x{i}" for i in range(4))]
+    assert [row["n"] for row in found] == [*range(8), *[None] * 4], "pieces without values have no type"
+
+
 def test_an_interrupted_run_keeps_its_finished_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -719,11 +744,20 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
     bad = new.set_column(new.column_names.index("price"), "price", pa.array(["dear"] * len(new)))
     with pytest.raises(UserError, match="row 0: price is 'dear', expected a number"):
         RowEncoder(tmp_path / "data").encode(bad)
+    twice = new.append_column("user", new["user"])
+    for rows_of_one, message in ((twice, "two columns 'user'"), (new.to_pylist(), "rows is a list; expected an Arrow")):
+        with pytest.raises(UserError, match=message):
+            RowEncoder(tmp_path / "data").encode(rows_of_one)  # type: ignore[arg-type]
+    spans = new.append_column("span", pa.nulls(len(new), pa.month_day_nano_interval()))
+    for wrong, message in (
+        (twice, "'user' stands twice"),
+        (spans, "cannot be written as Parquet"),
+        ([1], "rows is a list"),
+    ):
+        with pytest.raises(UserError, match=message):
+            datamodules.encode(wrong, None, tmp_path / "bad", vocabulary=tmp_path / "data")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="the table, row 1: price is 'dear', expected a number"):
         datamodules.encode(bad, None, tmp_path / "bad", vocabulary=tmp_path / "data")
-
-    with pytest.raises(UserError, match="the rows are a list; expected an Arrow table or a pandas data frame"):
-        RowEncoder(tmp_path / "data").encode([{"user": 1}])  # type: ignore[arg-type]
 
     data = datamodules.Clicks(tmp_path / "data", batch_size=64, group="who")
     data.setup("fit")

@@ -5,13 +5,16 @@ that makes no sense is refused by name."""
 import argparse
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import math
+import re
 import resource
 import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
+from datamodules.clicks import Clicks, FolderData
+from datamodules.criteo import Criteo
 from datamodules.folder import verify
 from datamodules.generate import command, draws, folder
 from datamodules.generate.draws import Gaussian, Uniform, Zipf, stream, uniforms
@@ -33,6 +38,7 @@ from datamodules.generate.random import (
     random_schema,
 )
 from datamodules.generate.tsv import TsvSettings, generate_tsv
+from datamodules.synthetic import RandomData
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 
@@ -345,3 +351,13 @@ def test_a_disk_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match=r"5,000,000 rows: some 1\.2 GB of disk are needed for .*x\.txt"):
         generate_tsv(text, [tmp_path / "x.txt"], progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [partial(Clicks, "data"), partial(Criteo, "data"), RandomData])
+def test_an_unknown_option_is_refused_and_a_datamodule_has_a_text(make: Callable[..., FolderData]) -> None:
+    with pytest.raises(UserError, match=r"has no option bach_size; did you mean batch_size\?; expected .*group"):
+        make(bach_size=1)
+    data = make(batch_size=4)
+    assert re.fullmatch(r"\w+\('.+', batch_size=4\)", str(data)) and repr(data) == str(data)
+    for name in set(inspect.signature(FolderData).parameters) - {"folder"}:
+        assert f"`{name}`" in str(Clicks.__doc__)

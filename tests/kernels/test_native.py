@@ -259,6 +259,7 @@ def test_without_a_compiler_auto_is_plain_and_native_is_refused(
     with caplog.at_level(logging.INFO, "lightning_dlrm"):
         assert choose("auto", "cpu", torch.float32) == "plain"
         assert choose("auto", "cpu", torch.float32) == "plain"
+        assert choose("auto", "meta", torch.float32) == choose("native", "meta", torch.float32) == "plain"
     (record,) = caplog.records
     assert record.levelno == logging.INFO
     assert (

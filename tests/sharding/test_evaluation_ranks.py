@@ -3,21 +3,26 @@ order; launched by torchrun or by Lightning itself."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import pytorch_lightning as pl
 
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.cli.predictions import SCHEMA, merge_by_row
+from lightning_dlrm.cli.predictions import SCHEMA, PredictionWriter, merge_by_row
 from lightning_dlrm.contracts.errors import UserError
-from tests.ranks import ROOT, run_ranks
+from lightning_dlrm.tracking.run_folder import RunFolder
+from tests.ranks import ROOT, run_ranks, start_ranks
+from tests.toy import ToyData, toy_module
 
 pytestmark = pytest.mark.dist
 
@@ -68,6 +73,48 @@ def test_predictions_are_those_of_one_process(run: Path, monkeypatch: pytest.Mon
     assert not list(run.glob("predictions.parquet.partial*"))
 
 
+class SpoilSecondRank(pl.Callback):
+    """Spoils a parameter of rank 1 before predictions."""
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_rank == 1:
+            next(pl_module.parameters()).data[0] = float("nan")
+
+
+def test_nan_of_one_rank_is_one_line_and_leaves_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(run.parent / "cache"))
+    before = sorted(run.iterdir())
+    spoil = f"--trainer.callbacks+={__name__}.{SpoilSecondRank.__name__}"
+    arguments = ["-m", "lightning_dlrm", "predict", *_again(run), "--trainer.devices=2", spoil, "--trust", "tests"]
+    processes = start_ranks([arguments] * 2)
+    try:
+        said = [process.communicate(timeout=90)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [2, 2], said
+    lines = [line for text in said for line in text.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and re.match(r"error: the probability of row \d+ is NaN: ", lines[0])
+    assert sorted(run.iterdir()) == before
+
+
+def _damaged(rows: int) -> Iterator[pa.Table]:
+    yield pa.table({"split": ["test"] * rows})
+    raise UserError("the data are damaged")
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_error_while_predictions_are_merged_leaves_nothing(earlier: bool, tmp_path: Path) -> None:
+    if earlier:
+        (tmp_path / "predictions.parquet").write_bytes(b"earlier")
+    writer = PredictionWriter(RunFolder(tmp_path), lambda: _damaged(0))
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(callbacks=[writer], **options)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the data are damaged"):
+        trainer.predict(toy_module(), ToyData(), return_predictions=False)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"earlier"] * earlier
+
+
 def test_parts_in_any_interleaving_are_merged_by_row(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     owner = rng.integers(0, 3, 1000)
@@ -77,6 +124,9 @@ def test_parts_in_any_interleaving_are_merged_by_row(tmp_path: Path) -> None:
         with pq.ParquetWriter(part, SCHEMA) as writer:
             for rows in np.array_split(np.flatnonzero(owner == rank), 7):
                 writer.write_table(pa.table([rows, rows.astype(np.float32)], schema=SCHEMA))
+    with pytest.raises(UserError, match="the data are damaged"):
+        merge_by_row(parts, tmp_path / "all.parquet", _damaged(600))
+    assert sorted(tmp_path.iterdir()) == parts, "a file with the first rows is removed"
     merge_by_row(parts, tmp_path / "all.parquet")
     found = pq.read_table(tmp_path / "all.parquet")
     assert found["row"].to_pylist() == found["probability"].to_pylist() == list(range(1000))

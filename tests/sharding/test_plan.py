@@ -349,8 +349,12 @@ def test_tables_stay_in_host_memory_only_where_they_must() -> None:
         # None of them would fit as well.
         without = {name: places.cached_bytes - 3 * math.ceil(20 * rows) for name, rows in places.fetched.items()}
         assert all(sum(size.values()) - host + size[name] + without[name] > memory for name in places.on_host)
-    with pytest.raises(UserError, match=r"take 400 bytes .* the device has 300: 100 bytes"):
+    with pytest.raises(
+        UserError, match=r"take 400 bytes .* the device has 300 bytes .*: 100 bytes .* give more memory, a"
+    ):
         place_tables(loads((10, 10), 4, 0.0), ["C1"], 1000, 300)
+    with pytest.raises(UserError, match=r"the 2 devices have 400 bytes .*, of which 95% are planned, 380 bytes: 20 "):
+        place_tables(loads((10, 10), 4, 0.0), ["C1"], 1000, 200, 2)
 
 
 def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
@@ -359,7 +363,9 @@ def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
     output, command = tmp_path / "places.yaml", ["plan", "--config", "dlrm.yaml", "--device-memory", "1GiB"]
     assert main([*command, "--output", str(output)]) == 0
     said = capsys.readouterr().out
-    assert "--model.network.tables.on_host '{C3: " in said and f"configuration written to {output}\n" in said
+    assert "--model.network.tables.on_host '{C3: " in said
+    fit = f"python -m lightning_dlrm fit --config dlrm.yaml --config {output}\n"
+    assert f"configuration written to {output}; train with it by\n{fit}" in said
     on_host = yaml.safe_load(output.read_text())["model"]["network"]["init_args"]["tables"]["on_host"]
     assert list(on_host) == ["C3", "C12"] and 0 < on_host["C3"] < 10_131_227 and 0 < on_host["C12"] < 8_351_593
     assert main([*command, "--config", str(output), "--json"]) == 0
@@ -371,6 +377,8 @@ def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
     assert main(["plan", "--config", "dlrm.yaml", "--config", str(output), "--ranks", "2", "--json"]) == 0
     ranks = json.loads(capsys.readouterr().out)["per_rank"]
     assert all(rank["bytes"] - rank["host_bytes"] <= 0.5 * GIB for rank in ranks)
+    assert main(["plan", "--config", str(output)]) == 2
+    assert "unknown key tables.on_host.C3: no model that has this key is chosen; a file" in capsys.readouterr().err
     assert main([*command, "--plot", "plan.png"]) == 2
     assert "--device-memory chooses tables for host memory, --plot is for a plan" in capsys.readouterr().err
 
