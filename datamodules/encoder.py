@@ -2,7 +2,7 @@
 torch."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +14,13 @@ from datamodules.preprocess.log_reader import LogReader
 from datamodules.preprocess.log_recipe import LOG_PROTOCOL, known_options
 from datamodules.preprocess.protocols import PLACEHOLDER_IDS
 from datamodules.preprocess.staging import StagedRows
+from datamodules.preprocess.tables import arrow_table
 from datamodules.values import BadValueError, staged_name
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import WEIGHTS_SUFFIX
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class RowEncoder:
@@ -47,12 +51,12 @@ class RowEncoder:
             values = known.column(value)
             self._known[table.name] = values.combine_chunks(), known.column("id").to_numpy()
 
-    def encode(self, rows: pa.Table) -> dict[str, Any]:
+    def encode(self, rows: "pa.Table | pd.DataFrame") -> dict[str, Any]:
         """Return the features of rows.
 
         Args:
-            rows: the columns that the schema of the log names, without the label and what rows are split by; others are
-                left.
+            rows: an Arrow table or a pandas data frame with the columns that the schema of the log names, without the
+                label and what rows are split by; others are left.
 
         Returns:
             For each feature, B rows: dense float32 [B], NaN where missing; categorical int32 [B]; multi-hot a pair of
@@ -61,11 +65,12 @@ class RowEncoder:
         Raises:
             UserError: a column is missing, or a value is not of the schema.
         """
-        log = self._options.schema
-        require(isinstance(rows, pa.Table), f"rows is a {type(rows).__name__}; expected an Arrow table")
-        twice = next((name for name in rows.column_names if rows.column_names.count(name) > 1), None)
+        log, given = self._options.schema, arrow_table(rows)
+        names = given.column_names
+        twice = next((name for name in names if names.count(name) > 1), None)
         require(twice is None, f"the table has two columns {twice!r}; rename one of the two")
-        named = {name: rows.column(name) for name in rows.column_names if name in log.sources(rows.column_names)}
+        sources = log.sources(names)
+        named = {name: given.column(name) for name in names if name in sources}
         log.check_columns(list(named), "the table", labelled=False)
         reader = LogReader(schema=log, format="parquet", labelled=False, splits=False, names=tuple(named))
         try:

@@ -196,7 +196,7 @@ class LogSchema:
     """Around fields of CSV that hold separators or line ends; None if quotes are ordinary characters."""
     encoding: str = "utf-8"
     nulls: tuple[str, ...] = ("",)
-    """Texts that mean a missing value, in CSV."""
+    """Texts that mean a missing value, in text columns of all formats."""
     rest: Literal["error", "leave"] = "error"
     """What becomes of columns that the schema does not name."""
     min_count: int = 1

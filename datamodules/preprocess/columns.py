@@ -376,8 +376,10 @@ def examples(column: Facts) -> str:
 
 
 def shortened(value: Value) -> str:
-    """Return a value as text that fits in a line with others."""
+    """Return a value as text that fits in a line with others between commas."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    if not text or "," in text:
+        text = repr(text)
     return text if len(text) <= _EXAMPLE_LENGTH else text[: _EXAMPLE_LENGTH - 3] + "..."
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from datamodules.folder import Folder, check_sizes, load_schema, part_files, verify
 from datamodules.log_schema import read_log_schema
 from datamodules.preprocess.inference import fit_command, infer
-from datamodules.preprocess.inspection import one_label_warnings, render, render_report, summary
+from datamodules.preprocess.inspection import one_label_warnings, render, render_report, summary, threshold_warnings
 from datamodules.preprocess.leakage import equal_rows
 from datamodules.preprocess.options import DISTRIBUTIONS, OnBadRow
 from datamodules.preprocess.pipeline import order_warning, preprocess
@@ -258,7 +258,7 @@ def run(args: argparse.Namespace) -> int:
         schema = preprocess(inputs=args.input, progress=progress, **given)
     if progress.stages:
         print(render_report(schema, progress.stages))
-    for warning in one_label_warnings(schema):
+    for warning in (*one_label_warnings(schema), *threshold_warnings(schema)):
         print(f"warning: {warning}", file=sys.stderr)
     if args.schema is not None:
         print(f"train on it: {fit_command(args.output, schema.features.dense > 0)}")

@@ -128,6 +128,10 @@ def _report(output: Path, log: _Inferred, sample: Sample) -> list[str]:
         f"{output}: {sample.rows:,} rows read ({of_all}), {len(sample.columns)} columns",
         f"  label        {log.label.text} (true in {share:.1%} of the rows)",
     ]
+    if sample.form.format != "parquet" and sample.form.encoding != "utf-8":
+        guessed = sample.form.encoding in _GUESSED_ENCODINGS
+        why = "a guess, as the text is not UTF-8: check letters such as é" if guessed else "by the byte order mark"
+        lines.append(f"  encoding     {sample.form.encoding} ({why})")
     for role in ("dense", "categorical", "multi_hot", "keep", "leave"):
         if role in by_role:
             lines += textwrap.wrap(

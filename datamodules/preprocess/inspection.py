@@ -11,7 +11,7 @@ from typing import Any
 from datamodules.folder import Folder
 from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.leakage import render_equal_rows
-from datamodules.preprocess.progress import StageTime
+from datamodules.preprocess.progress import StageTime, format_size
 from datamodules.preprocess.skew import vocabulary_skew
 from lightning_dlrm.contracts.documents import parse_json
 from lightning_dlrm.contracts.schema import CRITEO_DENSE, SCHEMA_FILE, SPLITS, Column, DatasetSchema
@@ -122,7 +122,7 @@ def render(facts: Mapping[str, Any]) -> str:
         f"  dataset      {facts['dataset']}, protocol {facts['protocol']}{settings}",
         f"  encoding     {facts['fingerprints']['encoding'][:16]}  (a model is bound to this fingerprint)",
         f"  data         {facts['fingerprints']['data'][:16]}  (a run is resumed on this one only)",
-        f"  size         {facts['rows']:,} rows, {facts['bytes'] / 1e6:,.1f} MB of Parquet",
+        f"  size         {facts['rows']:,} rows, {format_size(facts['bytes'])} of Parquet",
     ]
     if facts["rows_per_file"]:
         lines.append("  made from    " + ", ".join(f"{name} ({rows:,} rows)" for name, rows in facts["rows_per_file"]))
@@ -171,9 +171,10 @@ def _next_name(name: str) -> str | None:
 
 
 def _reserved(ids: Mapping[str, int]) -> str:
-    """Format reserved ids, such as ``0 missing, 1 rare/unknown``."""
-    return ", ".join(
-        f"{row} {'/'.join(name for name, of_name in ids.items() if of_name == row)}" for row in sorted({*ids.values()})
+    """Format reserved ids, such as ``id 0 = missing; id 1 = rare, unknown``."""
+    return "; ".join(
+        f"id {row} = {', '.join(name for name, of_name in ids.items() if of_name == row)}"
+        for row in sorted({*ids.values()})
     )
 
 
@@ -280,6 +281,15 @@ def one_label_warnings(schema: DatasetSchema) -> list[str]:
         "be learned or measured there; give rows with clicks and rows without, and look at the rows that were skipped"
         for name, split in schema.splits.items()
         if split.rows and split.positives in (0, split.rows)
+    ]
+
+
+def threshold_warnings(schema: DatasetSchema) -> list[str]:
+    """Return a line for each table that min_count or max_rows left without a value of its own."""
+    return [
+        f"none of the {values:,} values of {name} has a row of its own: lower its min_count, or leave the column out"
+        for name, values in schema.report.get("distinct", {}).items()
+        if values and schema.report.get("kept", {}).get(name) == 0
     ]
 
 

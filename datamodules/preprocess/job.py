@@ -176,7 +176,8 @@ class Job:
             return estimate(self.files, CRITEO_ROW_BYTES[self.options.multi_hot is not None])
         columns = len(self.options.schema.columns)
         known_rows = {file.path: reader.rows for file, reader in zip(self.files, self.readers, strict=True)}
-        return estimate(self.files, (12 * columns, 8 * columns), known_rows)
+        header_lines = sum(reader.header_lines for reader in self.readers)
+        return estimate(self.files, (12 * columns, 8 * columns), known_rows, header_lines)
 
     def stage_folder(self, file: RawFile) -> Path:
         how: list[Any] = [VERSION, file.key, self.piece_bytes, self.labelled, self.options.on_bad_row]

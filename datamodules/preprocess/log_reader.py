@@ -322,9 +322,13 @@ class LogReader:
         """
         columns: dict[str, pa.Array] = {}
         schema, decimal = self.schema, self.schema.decimal
+        nulls = () if self.format == "csv" else schema.nulls  # pyarrow's reader of CSV has taken them
 
         def column(name: str) -> pa.ChunkedArray:
-            return table.column(name) if name in table.column_names else pa.chunked_array([pa.nulls(len(table))])
+            given = name in table.column_names
+            return (
+                values.without_nulls(table.column(name), nulls) if given else pa.chunked_array([pa.nulls(len(table))])
+            )
 
         def single(name: str) -> pa.ChunkedArray:
             values.check_single(name, found := column(name))

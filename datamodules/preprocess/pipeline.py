@@ -226,9 +226,10 @@ def _difference(found: Run, wanted: Run) -> str | None:
         names = [", ".join(file.name for file in files) for files in (before, after)]
         return f"the input was {_short(names[0])}, now it is {_short(names[1])}"
     for old, new in zip(before, after, strict=True):
-        for fact, words in (("bytes", "bytes"), ("stamp", "as time of change")):
-            if getattr(old, fact) != getattr(new, fact):
-                return f"{new.name} had {_short(getattr(old, fact))} {words}, now it has {getattr(new, fact)}"
+        if old.bytes != new.bytes:
+            return f"{new.name} had {old.bytes:,} bytes, now it has {new.bytes:,}"
+        if old.stamp != new.stamp:
+            return f"{new.name} was changed since then"
     return None if found == wanted else "another release of this package made it"
 
 

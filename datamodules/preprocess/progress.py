@@ -227,28 +227,29 @@ class Estimate:
         """
         needed = self.rows * self.row_bytes
         free = shutil.disk_usage(folder).free + bytes_below(folder)
-        words = f"about {self.rows:,.0f} rows: some {format_size(needed)} of disk"
+        words = f"about {self.rows:,.0f} rows: needs about {format_size(needed)} of disk"
         require(
             needed <= free,
-            f"{words} are needed, {format_size(free)} are free at {folder.parent}; make room, or choose another "
+            f"{words}, {format_size(free)} are free at {folder.parent}; make room, or choose another "
             "place with --work and --output",
         )
         if output is not None and output.stat().st_dev != folder.stat().st_dev:
             dataset, room = self.rows * self.result_row_bytes, shutil.disk_usage(output).free
             require(
                 dataset <= room,
-                f"some {format_size(dataset)} of disk are needed for the dataset, {format_size(room)} are "
-                f"free at {output}; make room, or choose another --output",
+                f"the dataset needs about {format_size(dataset)} of disk, {format_size(room)} are free at "
+                f"{output}; make room, or choose another --output",
             )
         seconds = self.rows / (_ROWS_PER_WORKER_S * min(workers, _WORKERS_PER_DISK))
-        return (
-            f"{words} ({format_size(free)} are free) and {format_duration(seconds)} with "
-            f"{workers} worker{'s' if workers > 1 else ''}"
-        )
+        of_workers = f" with {workers} workers" if workers > 1 else ""
+        return f"{words} ({format_size(free)} are free) and {format_duration(seconds)}{of_workers}"
 
 
 def estimate(
-    files: Sequence[RawFile], row_bytes: tuple[int, int], known_rows: Mapping[str, int | None] | None = None
+    files: Sequence[RawFile],
+    row_bytes: tuple[int, int],
+    known_rows: Mapping[str, int | None] | None = None,
+    header_lines: int = 0,
 ) -> Estimate:
     """Estimate a run from the beginning of the first file of each compression; other files are assumed to be alike.
 
@@ -256,6 +257,7 @@ def estimate(
         files: the inputs.
         row_bytes: of disk, for staged rows and ids, and for the dataset.
         known_rows: rows of some files, by their paths.
+        header_lines: of all files together.
 
     Raises:
         UserError: one cannot be read.
@@ -270,6 +272,7 @@ def estimate(
             samples[file.compression] = _sample(file)
         text, lines = samples[file.compression]
         rows, text_bytes = rows + file.size * lines, text_bytes + file.size * text
+    rows = max(rows - header_lines, 0.0)
     return Estimate(rows=rows, text_bytes=text_bytes, row_bytes=sum(row_bytes), result_row_bytes=row_bytes[1])
 
 

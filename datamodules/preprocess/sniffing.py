@@ -207,7 +207,7 @@ def _json_columns(pieces: Sequence[_Piece]) -> tuple[Form, dict[str, list[Value]
                 f"{where} is not a JSON object; expected one object, such as {{...}}, in each line",
             )
             for name, value in row.items():
-                columns.setdefault(name, [None] * rows).append(value)
+                columns.setdefault(name, [None] * rows).append(None if value == "" else value)
             rows += 1
             for values in columns.values():
                 values.extend([None] * (rows - len(values)))
@@ -340,4 +340,4 @@ def _python_values(column: pa.ChunkedArray) -> list[Value]:
     if pa.types.is_timestamp(column.type):
         # Nanoseconds would need pandas.
         column = column.cast(pa.timestamp("us", column.type.tz), safe=False)
-    return list(column.to_pylist())
+    return [None if value == "" else value for value in column.to_pylist()]

@@ -1,5 +1,7 @@
 """Make a dataset folder of a table in memory."""
 
+import hashlib
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _ROWS_OF_GROUP = 1 << 17
+_LATEST_NS = 4 * 10**18  # the year 2096: file systems keep no later times
 
 
 def encode(
@@ -35,7 +38,7 @@ def encode(
     Args:
         rows: an Arrow table or a pandas data frame, whose index is left out.
         schema: of the rows: a LogSchema, the values of its keys, or the path of a YAML file; None with a vocabulary.
-        output: the folder to make, a path or a URL; it must not exist, or be empty.
+        output: the folder to make, a path or a URL; it must not exist, be empty, or hold the dataset of an equal table.
         vocabulary: a dataset folder made by a schema; the rows, with labels or without, are encoded as its rows were,
             and become the test split.
         workers: processes; more than one only under ``if __name__ == "__main__":``.
@@ -52,21 +55,17 @@ def encode(
         schema = log_schema(schema)
     if schema is not None and schema.format is not None:
         schema = replace(schema, format=None)
-    pandas = sys.modules.get("pandas")
-    require(
-        isinstance(rows, pa.Table) or (pandas is not None and isinstance(rows, pandas.DataFrame)),
-        f"rows is a {type(rows).__name__}; expected an Arrow table or a pandas data frame",
-    )
+    table = arrow_table(rows)
     with tempfile.TemporaryDirectory(prefix="encode-") as folder:
-        file = Path(folder) / "table.parquet"
+        file = Path(folder) / "the table"
         try:
-            table = rows if isinstance(rows, pa.Table) else pa.Table.from_pandas(rows, preserve_index=False)
             pq.write_table(table, file, row_group_size=_ROWS_OF_GROUP)
         except (pa.ArrowException, ValueError) as error:
-            raise UserError(
-                f"the table cannot be written as Parquet ({one_line(error)}); give each column one type and a name of "
-                "its own"
-            ) from error
+            raise _not_writable(error) from error
+        # A finished dataset is known by the sizes and times of its input: equal tables have equal times.
+        with file.open("rb") as content:
+            stamp = int(hashlib.file_digest(content, "sha256").hexdigest(), 16) % _LATEST_NS
+        os.utime(file, ns=(stamp, stamp))
         try:
             return preprocess(
                 None,
@@ -80,3 +79,28 @@ def encode(
             )
         except UserError as error:
             raise UserError(str(error).replace(str(file), "the table")) from error
+
+
+def arrow_table(rows: "pa.Table | pd.DataFrame") -> pa.Table:
+    """Return an Arrow table, or the columns of a pandas data frame without its index as one.
+
+    Raises:
+        UserError: the rows are neither of them, or a column of the data frame has several types.
+    """
+    if isinstance(rows, pa.Table):
+        return rows
+    pandas = sys.modules.get("pandas")
+    require(
+        pandas is not None and isinstance(rows, pandas.DataFrame),
+        f"rows is a {type(rows).__name__}; expected an Arrow table or a pandas data frame",
+    )
+    try:
+        return pa.Table.from_pandas(rows, preserve_index=False)
+    except (pa.ArrowException, ValueError) as error:
+        raise _not_writable(error) from error
+
+
+def _not_writable(error: Exception) -> UserError:
+    return UserError(
+        f"the table cannot be written as Parquet ({one_line(error)}); give each column one type and a name of its own"
+    )

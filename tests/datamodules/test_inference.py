@@ -323,6 +323,25 @@ def test_damaged_logs_are_read_or_refused(tmp_path: Path) -> None:
     assert outcomes == {"read", "refused"}
 
 
+def test_what_a_threshold_leaves_and_what_is_needed_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "y;a\n" + "".join(f"{label};{('é, è', '', 'b')[row % 3]}\n" for row, label in enumerate(LABELS))
+    Path("log.csv").write_bytes(text.encode("cp1252"))
+    assert main(["preprocess", "--infer", "s.yaml", "--label", "y", "--input", "log.csv"]) == 0
+    assert "encoding     cp1252 (a guess, as the text is not UTF-8" in capsys.readouterr().out
+    schema = Path("s.yaml").read_text()
+    assert "'é, è' (50.4%), b (49.6%)" in schema
+    Path("s.yaml").write_text(schema.replace("role: categorical", "role: categorical, min_count: 100000"))
+    assert main(["preprocess", "--schema", "s.yaml", "--input", "log.csv", "--output", "o", "--workers", "1"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == (
+        "warning: none of the 2 values of a has a row of its own: lower its min_count, or leave the column out"
+    )
+    assert said[0].startswith("about 200 rows: needs about 4.0 KB of disk (") and said[0].endswith("and 1 s")
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("log").write_text("".join(f"{row % 9}::{row % 4}::{1 + row % 5}::{978300000 + row}\n" for row in range(N)))

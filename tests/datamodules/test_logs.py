@@ -634,6 +634,47 @@ def test_an_interrupted_run_keeps_its_finished_steps(
     assert {path.name for path in tmp_path.iterdir()} == {"log.csv", "whole", "data"}
 
 
+def test_nulls_are_missing_in_every_format(tmp_path: Path) -> None:
+    users = ["a", "", "NA", "b"] * 10
+    table = pa.table({"y": [0, 1] * 20, "u": users, "p": ["1.5", "NA", "", "2"] * 10})
+    lines = ["y,u,p", *(",".join(map(str, row.values())) for row in table.to_pylist())]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, table.to_pylist())))
+    pq.write_table(table, tmp_path / "log.parquet")
+    encoded = table.set_column(1, "u", pa.array(users).dictionary_encode())
+    pq.write_table(encoded, tmp_path / "encoded.parquet")
+    document = {
+        "dataset": "d",
+        "label": "y",
+        "columns": {"u": {"role": "categorical"}, "p": {"role": "dense"}, "who": {"role": "keep", "source": "u"}},
+        "nulls": ["", "NA"],
+        "split": {"by": "position", "ratios": [0.5, 0.3, 0.2]},
+    }
+    found = {}
+    for name in ("log.csv", "log.jsonl", "log.parquet", "encoded.parquet"):
+        schema = make(tmp_path / name, tmp_path / f"of_{name}", document)
+        assert schema.report["missing"] == {"u": 20, "p": 20}, name
+        found[name] = contents(tmp_path / f"of_{name}")
+    assert all(of_format == found["log.csv"] for of_format in found.values())
+
+
+def test_an_equal_table_is_finished_already_and_another_is_refused(tmp_path: Path) -> None:
+    table = pa.table({"y": [0, 1] * 20, "u": list("abcd") * 10})
+    document = {
+        "dataset": "d",
+        "label": "y",
+        "columns": {"u": {"role": "categorical"}},
+        "split": {"by": "position", "ratios": [0.5, 0.3, 0.2]},
+    }
+    first = datamodules.encode(table, document, tmp_path / "data")
+    assert datamodules.encode(pa.table(table.to_pydict()), document, tmp_path / "data") == first
+    other = table.set_column(1, "u", [list("abce") * 10])
+    with pytest.raises(
+        UserError, match=r"data was made of other input .*: the table (was changed|had .* bytes).*; name"
+    ):
+        datamodules.encode(other, document, tmp_path / "data")
+
+
 def test_the_keys_of_another_schema_are_named(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(as_csv(generated(100)))
     make(tmp_path / "log.csv", tmp_path / "data", DOCUMENT)

@@ -639,7 +639,7 @@ def test_known_values_are_looked_up_as_by_a_dict(tmp_path: Path) -> None:
 def test_disk_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = written(tmp_path / "train.txt", generated_lines(100))
     monkeypatch.setattr(progress.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 9000})())
-    with pytest.raises(UserError, match=r"of disk are needed, 9\.0 KB are free"):
+    with pytest.raises(UserError, match=r"needs about .* of disk, 9\.0 KB are free"):
         preprocess("kaggle", "dlrm", [raw], tmp_path / "out", progress=QUIET)
     assert names_in(tmp_path) == {"train.txt"}
 
@@ -652,7 +652,7 @@ def test_disk_of_the_output_too_small_is_told_before(tmp_path: Path, monkeypatch
     raw = written(tmp_path / "train.txt", generated_lines(100))
     found = progress.estimate(find_files([str(raw)]), (115, 65))
     assert "about 100 rows" in found.checked(tmp_path, tmp_path, 2)
-    with pytest.raises(UserError, match=r"needed for the dataset, 10 bytes are free at /proc; .*--output"):
+    with pytest.raises(UserError, match=r"the dataset needs about .* of disk, 10 bytes are free at /proc; .*--output"):
         found.checked(tmp_path, elsewhere, 2)
 
 
