@@ -24,6 +24,8 @@ from lightning_dlrm import (
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.models.baselines import LogisticRegression, MatrixFactorization, XDeepFM
 from lightning_dlrm.models.layers import MLP, initialize
+from lightning_dlrm.models.network import require_logits
+from lightning_dlrm.testing import FEATURES
 
 
 class Own(CTRNetwork):
@@ -143,6 +145,15 @@ class OneIdOnly(Own):
 
 def test_a_network_with_forward_alone() -> None:
     check_network(ForwardAlone)
+    network = ForwardAlone(FEATURES, 1)
+    require_logits(network, torch.zeros(3), 3)
+    for found, words in (
+        (torch.zeros(3, 1), r"shape \(3, 1\)"),
+        (torch.zeros(3).int(), "dtype torch.int32"),
+        ((), "a tuple"),
+    ):
+        with pytest.raises(UserError, match=rf"ForwardAlone.forward returns {words}; expected one logit"):
+            require_logits(network, found, 3)
 
 
 @pytest.mark.parametrize(
