@@ -81,12 +81,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mistake = _user_error_in(error) or _mistake_in_own_code(error)
         if mistake is None or shows_tracebacks:
             raise
-        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-        if not mistake.on_all_ranks or local_rank == "0":
+        if _is_printed_here(mistake):
             print(f"error: {printable(str(mistake))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _is_printed_here(mistake: UserError) -> bool:
+    """Whether this rank prints an error, which other ranks may have too."""
+    if mistake.on_all_ranks:
+        return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    collectives = sys.modules.get("lightning_dlrm.sharding.collectives")
+    return collectives is None or collectives.is_first_to_report(str(mistake))
 
 
 def _prepare_streams() -> None:

@@ -1,6 +1,9 @@
 """Collective operations between the ranks of a fit."""
 
 import json
+import os
+import re
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -195,6 +198,31 @@ def is_lost_rank(error: BaseException) -> bool:
     # Gloo raises RuntimeError, whose message begins with a path in gloo's sources.
     text = str(error).lower()
     return isinstance(error, RuntimeError) and "/gloo/" in text and any(phrase in text for phrase in _LOST)
+
+
+def is_first_to_report(message: str) -> bool:
+    """Return whether no other rank has reported an error that differs in numbers alone, such as the size of its slice.
+
+    The ranks need not be in step: they count in the store by which the process group was made. The others let rank 0
+    report first. Rank 0 may hold the store, so it waits for the others for two seconds.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return True
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = f"lightning_dlrm/error/{attempt}/{re.sub('[0-9]+', '', message)}"
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=2))
+        if dist.get_rank() != 0:
+            time.sleep(0.5)
+        is_first = store.add(key, 1) == 1
+        end = time.monotonic() + 2
+        while dist.get_rank() == 0 and store.add(key, 0) < dist.get_world_size() and time.monotonic() < end:
+            time.sleep(0.01)
+    except (KeyError, RuntimeError):
+        # Without the store, an error that is printed twice is better than one that is lost.
+        return True
+    return is_first
 
 
 def _make_long_timeout_group() -> Any:

@@ -296,3 +296,20 @@ def test_what_cannot_be_written_again_is_told(tmp_path: Path, capsys: pytest.Cap
     assert main(["checkpoint", "info", str(tmp_path / "last"), "--verify"]) == 2
     assert "is damaged (its checksum differs)" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+REPORTS = """
+import torch.distributed as dist
+from lightning_dlrm.sharding.collectives import is_first_to_report
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+of_all, of_one = is_first_to_report(f"shape ({rank + 7}, 1)"), rank == 1 and is_first_to_report("of rank 1 alone")
+dist.barrier()
+print(of_all, of_one, "of rank", rank)
+dist.destroy_process_group()
+"""
+
+
+def test_an_error_of_several_ranks_is_reported_by_one() -> None:
+    said = sorted(text.strip().splitlines()[-1] for text in run_ranks(["-c", REPORTS], 2))
+    assert said in (["False True of rank 1", "True False of rank 0"], ["False False of rank 0", "True True of rank 1"])
