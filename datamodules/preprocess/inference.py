@@ -19,7 +19,7 @@ from datamodules.log_schema import LABEL, read_log_schema
 from datamodules.preprocess.columns import Choice, Facts, choose, examples, facts_of, in_order, shortened, tells_label
 from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.labels import SampledLabel, find_label, propose_labels
-from datamodules.preprocess.sniffing import Sample, read_sample
+from datamodules.preprocess.sniffing import Form, Sample, read_sample
 from lightning_dlrm.contracts.documents import is_name, printable
 from lightning_dlrm.contracts.errors import require
 
@@ -128,9 +128,7 @@ def _report(output: Path, log: _Inferred, sample: Sample) -> list[str]:
         f"{output}: {sample.rows:,} rows read ({of_all}), {len(sample.columns)} columns",
         f"  label        {log.label.text} (true in {share:.1%} of the rows)",
     ]
-    if sample.form.format != "parquet" and sample.form.encoding != "utf-8":
-        guessed = sample.form.encoding in _GUESSED_ENCODINGS
-        why = "a guess, as the text is not UTF-8: check letters such as é" if guessed else "by the byte order mark"
+    if why := _why_encoding(sample.form):
         lines.append(f"  encoding     {sample.form.encoding} ({why})")
     for role in ("dense", "categorical", "multi_hot", "keep", "leave"):
         if role in by_role:
@@ -138,6 +136,13 @@ def _report(output: Path, log: _Inferred, sample: Sample) -> list[str]:
                 ", ".join(by_role[role]), _WIDTH, initial_indent=f"  {role:<12} ", subsequent_indent=" " * 15
             )
     return [*lines, f"  split        by {log.split['by']}: {log.split_reason}"]
+
+
+def _why_encoding(form: Form) -> str:
+    """Return how an encoding other than UTF-8 was found; nothing for UTF-8."""
+    if form.encoding in _GUESSED_ENCODINGS:
+        return "not UTF-8, so a guess: check letters such as é"
+    return "" if form.encoding == "utf-8" else "by the byte order mark of the file"
 
 
 def _split(
@@ -219,8 +224,8 @@ def _schema_text(log: _Inferred, sample: Sample, command: str, then: Sequence[st
             f"decimal: {_scalar(form.decimal)}",
             f"nulls: {_flow(list(form.nulls))}",
         ]
-    if form.encoding in _GUESSED_ENCODINGS:
-        lines += _comment("A guess, as the text is not UTF-8: check letters such as é.")
+    if why := _why_encoding(form):
+        lines += _comment(f"{why[0].upper()}{why[1:]}.")
     if form.format != "parquet":
         lines.append(f"encoding: {form.encoding}")
     lines += [

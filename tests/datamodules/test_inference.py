@@ -330,9 +330,9 @@ def test_what_a_threshold_leaves_and_what_is_needed_is_told(
     text = "y;a\n" + "".join(f"{label};{('é, è', '', 'b')[row % 3]}\n" for row, label in enumerate(LABELS))
     Path("log.csv").write_bytes(text.encode("cp1252"))
     assert main(["preprocess", "--infer", "s.yaml", "--label", "y", "--input", "log.csv"]) == 0
-    assert "encoding     cp1252 (a guess, as the text is not UTF-8" in capsys.readouterr().out
+    assert "encoding     cp1252 (not UTF-8, so a guess: check letters" in capsys.readouterr().out
     schema = Path("s.yaml").read_text()
-    assert "'é, è' (50.4%), b (49.6%)" in schema
+    assert "'é, è' (50.4%), b (49.6%)" in schema and "# Not UTF-8, so a guess: check letters" in schema
     Path("s.yaml").write_text(schema.replace("role: categorical", "role: categorical, min_count: 100000"))
     assert main(["preprocess", "--schema", "s.yaml", "--input", "log.csv", "--output", "o", "--workers", "1"]) == 0
     said = capsys.readouterr().err.splitlines()
