@@ -128,6 +128,8 @@ def test_keys_beyond_32_bits_are_told_apart() -> None:
     pieces = (Piece(table="T0", start=0, stop=rows, rank=0), Piece(table="T1", start=0, stop=4, rank=1))
     values, offsets = torch.tensor([rows - 1, 3, 1, rows - 1, 2], dtype=torch.int32), torch.tensor([0, 1, 3, 4, 5])
     plan = Plan(ranks=2, pieces=pieces, pooled=("T1",))
-    request = RowMap(tables, plan).request(SparseIds(values=values, tables=2, offsets=offsets))
+    request = RowMap(tables, [(0, table.rows) for table in tables], plan).request(
+        SparseIds(values=values, tables=2, offsets=offsets)
+    )
     assert request.rows.tolist() == [rows - 1, 3, -2, 2]
     assert request.counts_of_ranks(2).tolist() == [[1, 1], [2, 3]]
