@@ -60,7 +60,7 @@ def test_vectors_and_gradients_are_those_of_whole_tables(
 ) -> None:
     plan, ids = cut(sizes, pooled, seed), drawn(sizes, samples, hot, seed)
     whole = EmbeddingTables([Table.of_column(f"T{i}", rows) for i, rows in enumerate(sizes)], WIDTH).double()
-    rows = RowMap(whole.tables, plan)
+    rows = RowMap(whole.tables, whole.ranges, plan)
     request = rows.request(ids)
     assert request.counts.tolist() == counted(plan, sizes, ids)
     of_ranks = rows.pieces_of_rank
