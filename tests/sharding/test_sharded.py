@@ -307,7 +307,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, alone
     said = [rank.communicate(timeout=60)[0] for rank in ranks[:2]]
     assert time.monotonic() - killed_at < 60
     assert [rank.returncode for rank in ranks[:2]] == [2, 2], said
-    assert all("error: another rank has ended or does not answer" in text for text in said)
+    assert any("error: another rank has ended or does not answer" in text for text in said)
     step = CheckpointReader(tmp_path / "run/checkpoints/last").header["step"]
     assert step >= 4 and step % 4 == 0
 
@@ -391,5 +391,5 @@ def test_ranks_with_other_settings_are_told(tmp_path: Path) -> None:
     ranks = start_ranks([command, [*command, "--data.batch_size=512"]])
     said = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], said
-    assert all("error: rank 1 has data.init_args.batch_size = 512, rank 0 has 256" in text for text in said)
+    assert sum("error: rank 1 has data.init_args.batch_size = 512, rank 0 has 256" in text for text in said) == 1, said
     assert not (tmp_path / "run").exists()
