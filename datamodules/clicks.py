@@ -89,6 +89,7 @@ class FolderData(pl.LightningDataModule):
         self._threads = threads
         self._reading = {"cache": cache, "verify": verify}
         self._schema: DatasetSchema | None = None
+        self._training_loader: TrainingLoader | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.folder)!r}, batch_size={self.batch_size})"
@@ -173,7 +174,16 @@ class FolderData(pl.LightningDataModule):
         batches = self._limited_batches(len(loader))
         loader.limit_epoch(batches, self._epochs(batches))
         self._warn_of_uneven_ranks(loader)
+        self._training_loader = loader
         return loader
+
+    def teardown(self, stage: str) -> None:
+        """End the threads of a fit that has ended before its last epoch."""
+        if self._training_loader is not None:
+            self._training_loader.drop_next_epoch()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.teardown("fit")
 
     def _warn_of_uneven_ranks(self, loader: TrainingLoader) -> None:
         rank, world = self._rank_and_world

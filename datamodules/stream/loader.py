@@ -245,6 +245,12 @@ class TrainingLoader(Loader):
         """
         self._epoch_batches, self._epochs = batches, epochs
 
+    def drop_next_epoch(self) -> None:
+        """End the reading of an epoch that is not wanted any more."""
+        begun, self._next_epoch = self._next_epoch, None
+        if begun is not None:
+            begun[1].close()
+
     def _batches_of_window(self) -> int:
         """Return the number of batches whose rows a window holds, which are read before the first batch is there."""
         if self._shuffle != "window":

@@ -1,7 +1,9 @@
 """Contract: the Criteo datamodules give their schema before data are prepared, check the files of a
 stage at its start, and under Lightning's fit stop and resume amid an epoch with the same batches."""
 
+import gc
 import itertools
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -266,6 +268,26 @@ def test_more_ranks_than_lanes_are_refused(folder: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match=r"49 ranks, but data\.shuffle window reads 48 lanes"):
         data.train_dataloader()
     assert DatasetSchema.load(folder) == data.schema
+
+
+def test_a_fit_that_ends_early_leaves_no_reader(folder: Path) -> None:
+    def readers() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "batch reader"]
+
+    gc.collect()
+    before = len(readers())
+    for end in (lambda data: data.teardown("fit"), lambda data: data.on_exception(KeyboardInterrupt())):
+        data = Criteo(str(folder), batch_size=100)
+        loader = data.train_dataloader()
+        loader.limit_epoch(len(loader), epochs=9)
+        batches = iter(loader)
+        next(batches)
+        assert len(readers()) > before and loader._next_epoch is not None
+        end(data)
+        batches.close()  # type: ignore[attr-defined]
+        del batches
+        gc.collect()
+        assert len(readers()) == before
 
 
 def test_ranks_with_more_samples_than_others_are_told(
