@@ -12,17 +12,16 @@ A YAML file of this form goes to ``preprocess --schema``::
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from lightning_dlrm.contracts.documents import is_name, parse_settings, read_yaml
-from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.errors import UserError, nearest, require
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, PREDICTION_COLUMNS, WEIGHTS_SUFFIX
 from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
 
@@ -301,8 +300,8 @@ class LogSchema:
             known = name in names or (key in ("label", "split") and not labelled)
             require(
                 known,
-                f"{where} has no column {name!r}, which the schema names ({key}){_nearest(name, names)}; its columns "
-                f"are {_listed(names)}",
+                f"{where} has no column {name!r}, which the schema names ({key}); its columns are "
+                f"{_listed(names)}{nearest(name, names)}",
             )
         others = [name for name in names if name not in sources]
         require(
@@ -369,8 +368,8 @@ def read_log_schema(path: str | Path) -> LogSchema:
     known = [name for name in shipped_names() if name.startswith(SCHEMAS)]
     if found is None:
         raise UserError(
-            f"no schema {path}, neither here nor among the shipped ones: {', '.join(known)}"
-            f"{_nearest(str(path), known)}; preprocess --infer writes one"
+            f"no schema {path}, neither here nor among the shipped ones: {', '.join(known)}; preprocess --infer writes "
+            f"one{nearest(str(path), known)}"
         )
     return log_schema(read_yaml(found, _EXPECTED), str(path))
 
@@ -404,7 +403,7 @@ def log_schema(content: Mapping[str, Any], where: str = "schema") -> LogSchema:
         known = [one.name for one in dataclasses.fields(form)]
         for key in values if isinstance(values, Mapping) else ():
             require(
-                key in known, f"{where}: {place}unknown key {key}{_nearest(str(key), known)}; known: {_listed(known)}"
+                key in known, f"{where}: {place}unknown key {key}{nearest(str(key), known)}; known: {_listed(known)}"
             )
     return parse_settings(content, LogSchema, where)
 
@@ -437,11 +436,6 @@ def _document(value: Any) -> Any:
         return value
     fields = {one.name: (getattr(value, one.name), one.default) for one in dataclasses.fields(value)}
     return {name: _document(item) for name, (item, default) in fields.items() if item != default}
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def _listed(names: Collection[str]) -> str:

@@ -27,7 +27,8 @@ _OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
 }
 BOOLEANS: Mapping[str, int] = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
 """Labels without a condition."""
-_YES = ("yes", "y", "t", "ja", "oui", "si", "click", "clicked")
+YES = ("yes", "true", "y", "t", "ja", "oui", "si", "click", "clicked")
+"""Texts that likely mean a click, for proposed conditions."""
 _SHOWN = 5
 _MICROSECONDS: Mapping[str, int] = {"unix": 1_000_000, "unix_ms": 1_000}
 _YEARS = (1900, 2200)
@@ -152,7 +153,7 @@ def labels(label: Label, column: pa.ChunkedArray, decimal: str = ".") -> np.ndar
         if label.operator is not None:
             expected = f"expected a number, as the label is {label.column} {label.operator} {label.value}"
         else:
-            yes = next((one for one in values if one.lower() in _YES), encoded[row].as_py())
+            yes = next((one for one in values if one.lower() in YES), encoded[row].as_py())
             condition = f"'{label.column} == {yes}'"
             numbers_seen = sorted(number for one in values if (number := _number(one, decimal)) is not None)
             if _number(encoded[row].as_py(), decimal) is not None:

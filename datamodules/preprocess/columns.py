@@ -1,6 +1,5 @@
 """What the columns of a sample hold, and the role that each one gets in an inferred schema."""
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -381,9 +380,3 @@ def shortened(value: Value) -> str:
     if not text or "," in text:
         text = repr(text)
     return text if len(text) <= _EXAMPLE_LENGTH else text[: _EXAMPLE_LENGTH - 3] + "..."
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a question about the most similar of the known words; nothing if none is similar."""
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {matches[0]}?)" if matches else ""

@@ -7,10 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from datamodules.log_schema import Label, LogSchema, parse_label
-from datamodules.preprocess.columns import Facts, examples, facts_of, nearest, words_of
+from datamodules.preprocess.columns import Facts, examples, facts_of, words_of
 from datamodules.preprocess.sniffing import Sample, Value, read_sample
-from datamodules.values import BOOLEANS, label_of
-from lightning_dlrm.contracts.errors import UserError, require
+from datamodules.values import BOOLEANS, YES, label_of
+from lightning_dlrm.contracts.errors import UserError, nearest, require
 
 _LABEL_WORDS = frozenset(
     """
@@ -19,7 +19,6 @@ _LABEL_WORDS = frozenset(
     """.split()  # noqa: SIM905
 )
 _RATING_WORDS = frozenset(("rating", "ratings", "stars", "bewertung", "note"))
-_YES = ("yes", "true", "y", "t", "ja", "oui", "si", "click", "clicked")
 _MOST_RATINGS = 11  # such as 0 to 10, or 0.5 to 5
 _MOST_CANDIDATES = 5
 _LIKED = 0.75  # of the highest rating: 4 of 5, 8 of 10
@@ -54,8 +53,8 @@ def find_label(text: str, facts: Sequence[Facts], sample: Sample) -> SampledLabe
     column = next((column for column in facts if column.name == label.column), None)
     if column is None:
         raise UserError(
-            f"--label {text!r}: there is no column {label.column!r}{nearest(label.column, names)}; the "
-            f"columns are {', '.join(names)}"
+            f"--label {text!r}: there is no column {label.column!r}; the columns are "
+            f"{', '.join(names)}{nearest(label.column, names)}"
         )
     values = {value: _is_positive(label, value) for value in column.counts}
     other = [value for value, positive in values.items() if positive is None]
@@ -97,7 +96,7 @@ def _proposal(column: Facts, named: bool = False) -> str | None:
     if column.distinct == 2 and {BOOLEANS.get(str(value).lower()) for value in values} == {False, True}:
         return column.name
     if column.distinct == 2:
-        yes = [value for value in values if str(value).lower() in _YES]
+        yes = [value for value in values if str(value).lower() in YES]
         return f"{column.name} == {yes[0] if yes else values[-1]}" if yes or named else None
     rating = column.kind in ("integer", "number") and 2 < column.distinct <= _MOST_RATINGS
     if named and rating and _stray(column):

@@ -9,18 +9,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamodules.folder import consistent, failures_as_user_errors, file_system, is_remote
+from datamodules.log_schema import Format
 from datamodules.preprocess.dialect import decimal_of, fields_of, find_separator, has_header, nulls_of
 from datamodules.preprocess.sources import RawFile, find_files
 from lightning_dlrm.contracts.documents import printable
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
-Format = Literal["csv", "parquet", "jsonl"]
 Value: TypeAlias = Any
 """A cell: None if it is missing, text in a file of text, else what Parquet or JSON hold."""
 

@@ -272,6 +272,7 @@ class TrainingLoader(Loader):
 
     def _count(self, source: "BackgroundIterator", epoch: int, first: int) -> Iterator[Batch]:
         upcoming: Batch | None = None
+        near_end = self._epoch_batches - self._batches_of_window()
         for index in range(first, self._epoch_batches):
             start = time.perf_counter()
             batch = next(source) if upcoming is None else upcoming
@@ -279,8 +280,7 @@ class TrainingLoader(Loader):
             self.wait_seconds += time.perf_counter() - start
             if self.prefetch is not None and upcoming is not None:
                 self.prefetch(upcoming)
-            is_near_end = index + 1 >= self._epoch_batches - self._batches_of_window()
-            if is_near_end and self._next_epoch is None and epoch + 1 < self._epochs:
+            if index + 1 >= near_end and self._next_epoch is None and epoch + 1 < self._epochs:
                 self._next_epoch = epoch + 1, self._begin(epoch + 1, 0)
             self._epoch, self._batch = epoch, index + 1
             yield batch

@@ -38,7 +38,7 @@ def test_a_schema_is_read_and_written(tmp_path):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("lable", "x", "unknown key lable (did you mean label?)"),
+        ("lable", "x", "unknown key lable; did you mean label?; known: "),
         ("label", None, "label: found null; expected a valid string"),
         ("columns", [1], "columns: "),
         ("columns.x", "dense", "columns: x: found 'dense'; write x: {role: dense}"),
@@ -47,7 +47,7 @@ def test_a_schema_is_read_and_written(tmp_path):
         ("columns.x", {"role": "leave", "source": None, "bins": 1.5}, "columns: x: bins: found 1.5; expected a valid"),
         ("split", "time", "split: found 'time'; write keys with their values"),
         ("nulls", "NA", "nulls: found 'NA'; write a list: [NA]"),
-        ("columns.x", {"rol": "dense"}, "columns: x: unknown key rol (did you mean role?)"),
+        ("columns.x", {"rol": "dense"}, "columns: x: unknown key rol; did you mean role?; known: "),
         ("columns.x", {"role": "dens"}, "columns: x: role: found 'dens'; expected 'dense', 'categorical'"),
         (
             "columns.x",
