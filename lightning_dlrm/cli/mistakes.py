@@ -13,6 +13,10 @@ from lightning_dlrm.cli.trust import refusal
 from lightning_dlrm.contracts.errors import nearest
 
 _NO_KEYS = ", as there are no keys here"
+_NO_CLASS = (
+    "no class that has this key is chosen; a file that holds changes only, such as an overlay or one that plan writes, "
+    "needs a model's YAML before it: --config dlrm.yaml --config places.yaml"
+)
 
 
 def explain(message: str, known: Sequence[str]) -> str:
@@ -29,11 +33,8 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"{key}: there is no module {match[1]}, neither installed nor in the current folder"
     # A nested parser has already shortened its message.
     if match := re.search(rf"unknown key [\w.]+(; did you mean [\w.]+\?|{_NO_KEYS})?", message):
-        if match[1] == _NO_KEYS and key == "model.network":
-            return (
-                f"{match[0]}: no model that has this key is chosen; a file that holds changes only, such as one that "
-                "plan writes, needs a model's YAML before it: --config dlrm.yaml --config places.yaml"
-            ).replace(_NO_KEYS, "")
+        if match[1] == _NO_KEYS:
+            return f"{match[0].removesuffix(_NO_KEYS)}: {_NO_CLASS}"
         return match[0]
     if match := re.search(r"[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*", message):
         return f"{key}.{match[0]}"

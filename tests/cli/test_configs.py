@@ -104,6 +104,13 @@ def test_what_does_not_fit_is_one_line(options: list[str], message: str, capsys:
     assert message in error and len(error.strip().splitlines()) == 1
 
 
+def test_an_overlay_without_a_model_is_one_line_that_says_so(capsys: pytest.CaptureFixture) -> None:
+    assert main(["fit", "--config", "own_data_linear.yaml", "--data.path", "nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: unknown key path: no class that has this key is chosen; a file that holds changes")
+    assert "needs a model's YAML before it" in error and len(error.strip().splitlines()) == 1
+
+
 def test_kernels_of_an_earlier_release_become_auto() -> None:
     new, notes = update_options(["--model.kernels", "fbgemm"])
     assert new == ["--model.kernels=auto"] and "no fbgemm any more: auto is used" in notes[0]

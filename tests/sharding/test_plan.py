@@ -378,7 +378,7 @@ def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
     ranks = json.loads(capsys.readouterr().out)["per_rank"]
     assert all(rank["bytes"] - rank["host_bytes"] <= 0.5 * GIB for rank in ranks)
     assert main(["plan", "--config", str(output)]) == 2
-    assert "unknown key tables.on_host.C3: no model that has this key is chosen; a file" in capsys.readouterr().err
+    assert "unknown key tables.on_host.C3: no class that has this key is chosen; a file" in capsys.readouterr().err
     assert main([*command, "--plot", "plan.png"]) == 2
     assert "--device-memory chooses tables for host memory, --plot is for a plan" in capsys.readouterr().err
 
