@@ -29,9 +29,9 @@ def find_config(name: str) -> Path:
             return candidate
     known = [name for name in shipped_names() if not name.startswith(SCHEMAS)]
     raise UserError(
-        f"no configuration {name}, neither here nor among the shipped ones: {', '.join(known)}"
+        f"no configuration {name} here"
         # The common ending must not count as similarity.
-        f"{nearest(name.removesuffix('.yaml') + '.yaml', known, cutoff=0.8)}"
+        f"{nearest(name.removesuffix('.yaml') + '.yaml', known, cutoff=0.8)}; shipped are {', '.join(known)}"
     )
 
 
