@@ -277,7 +277,8 @@ def test_a_fit_that_ends_early_leaves_no_reader(folder: Path) -> None:
         return [thread.name for thread in threading.enumerate() if thread not in others]
 
     for end in (lambda data: data.teardown("fit"), lambda data: data.on_exception(KeyboardInterrupt())):
-        data = Criteo(str(folder), batch_size=100)
+        # More batches than a reader makes ahead, so that it is still alive when the fit ends.
+        data = Criteo(str(folder), batch_size=1)
         loader = data.train_dataloader()
         loader.limit_epoch(len(loader), epochs=9)
         batches = iter(loader)
