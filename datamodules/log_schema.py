@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
-from lightning_dlrm.contracts.documents import is_name, parse_settings, read_yaml
+from lightning_dlrm.contracts.documents import is_name, parse_settings, printable, read_yaml
 from lightning_dlrm.contracts.errors import UserError, nearest, require
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, PREDICTION_COLUMNS, WEIGHTS_SUFFIX
 from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
@@ -301,7 +301,7 @@ class LogSchema:
             require(
                 known,
                 f"{where} has no column {name!r}, which the schema names ({key}); its columns are "
-                f"{_listed(names)}{nearest(name, names)}",
+                f"{_listed(names)}{printable(nearest(name, names))}",
             )
         others = [name for name in names if name not in sources]
         require(
@@ -439,5 +439,5 @@ def _document(value: Any) -> Any:
 
 
 def _listed(names: Collection[str]) -> str:
-    some = list(names)
+    some = list(map(printable, names))
     return ", ".join(some[:20]) + (f" and {len(some) - 20} more" if len(some) > 20 else "")

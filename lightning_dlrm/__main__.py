@@ -20,6 +20,7 @@ from lightning_dlrm.cli.configs import expand_home
 from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.contracts.documents import printable
 from lightning_dlrm.contracts.errors import UserError, cause_of, nearest, one_line, place_in_own_code, require
+from lightning_dlrm.contracts.interrupts import exit_on_signals
 
 DEBUG = "--debug"
 """Option of every command: raise errors, so that Python shows their tracebacks."""
@@ -231,7 +232,11 @@ def _imported(module: str) -> Any:
         # are made and at the first collections after that, takes a tenth of the start.
         gc.disable()
         try:
-            importlib.import_module(module)
+            with exit_on_signals():
+                importlib.import_module(module)
+        except (KeyboardInterrupt, SystemExit):
+            print("interrupted before the command began; nothing was written", file=sys.stderr)
+            raise
         finally:
             gc.freeze()
             # Triton reports objects that are left at the end of the interpreter.

@@ -255,7 +255,12 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in names if name != "input"}
     given["schema"] = None if args.schema is None else read_log_schema(args.schema)
     with exit_on_signals():
-        schema = preprocess(inputs=args.input, progress=progress, **given)
+        try:
+            schema = preprocess(inputs=args.input, progress=progress, **given)
+        except (KeyboardInterrupt, SystemExit):
+            if progress.folder is None:
+                progress.note("interrupted; nothing was written: the same command begins again")
+            raise
     if progress.stages:
         print(render_report(schema, progress.stages))
     for warning in (*one_label_warnings(schema), *threshold_warnings(schema)):

@@ -369,21 +369,21 @@ def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -
     count = _worker_count(job.files, job.vocabulary, workers, scheduler, small)
     with target.working_folder(worth_keeping=not small) as folder:
         job.progress.folder = job.folder = folder
-        with open_workers(count, scheduler, folder, target.resume_hint) as pool:
-            try:
+        try:
+            with open_workers(count, scheduler, folder, target.resume_hint) as pool:
                 job.prepare(pool)
                 job.progress.note(job.estimate.checked(folder, target.parent, pool.count))
                 schema = job.make(pool, asdict(run))
                 target.deliver(job.encode_folder / "result")
-            except (KeyboardInterrupt, SystemExit):
-                kept = not small and find_records(folder)
-                then = target.resume_hint if kept else "Nothing is kept: the same command begins again"
-                job.progress.note(f"interrupted. {then}")
-                raise
-            except OSError as error:
-                if is_disk_full(error):
-                    raise UserError(f"the disk is full ({one_line(error)}); make room. {target.resume_hint}") from error
-                raise
+        except (KeyboardInterrupt, SystemExit):
+            kept = not small and find_records(folder)
+            then = target.resume_hint if kept else "Nothing is kept: the same command begins again"
+            job.progress.note(f"interrupted. {then}")
+            raise
+        except OSError as error:
+            if is_disk_full(error):
+                raise UserError(f"the disk is full ({one_line(error)}); make room. {target.resume_hint}") from error
+            raise
     return schema
 
 

@@ -258,14 +258,10 @@ def stage(job: StageJob) -> list[dict[str, Any]]:
 
 
 def _stage(job: StageJob, path: Path, piece: Any, header_lines: int) -> dict[str, Any]:
-    bad: list[tuple[int, str]] = []
-    if job.skip_bad_rows:
-        tables, bad = job.reader.parse_good(piece)
-    else:
-        try:
-            tables = job.reader.parse(piece)
-        except BadLineError as error:
-            return {"bad_line": [header_lines + error.line, error.fault]}
+    try:
+        tables, bad = job.reader.parse_good(piece) if job.skip_bad_rows else (job.reader.parse(piece), [])
+    except BadLineError as error:
+        return {"bad_line": [header_lines + error.line, error.fault]}
     bad = [(header_lines + line, fault) for line, fault in bad]
     size = len(piece) if isinstance(piece, bytes) else piece.nbytes
     lines = header_lines + job.reader.count_lines(piece, sum(table.num_rows for table in tables) + len(bad))
