@@ -301,12 +301,12 @@ class LogSchema:
             require(
                 known,
                 f"{where} has no column {name!r}, which the schema names ({key}); its columns are "
-                f"{_listed(names)}{printable(nearest(name, names))}",
+                f"{listed(names)}{printable(nearest(name, names))}",
             )
         others = [name for name in names if name not in sources]
         require(
             self.rest == "leave" or not others,
-            f"{where} has columns that the schema does not name: {_listed(others)}; name them in columns (role leave "
+            f"{where} has columns that the schema does not name: {listed(others)}; name them in columns (role leave "
             "reads past one), or set 'rest: leave'",
         )
 
@@ -403,7 +403,7 @@ def log_schema(content: Mapping[str, Any], where: str = "schema") -> LogSchema:
         known = [one.name for one in dataclasses.fields(form)]
         for key in values if isinstance(values, Mapping) else ():
             require(
-                key in known, f"{where}: {place}unknown key {key}{nearest(str(key), known)}; known: {_listed(known)}"
+                key in known, f"{where}: {place}unknown key {key}{nearest(str(key), known)}; known: {listed(known)}"
             )
     return parse_settings(content, LogSchema, where)
 
@@ -438,6 +438,7 @@ def _document(value: Any) -> Any:
     return {name: _document(item) for name, (item, default) in fields.items() if item != default}
 
 
-def _listed(names: Collection[str]) -> str:
-    some = list(map(printable, names))
+def listed(names: Collection[str]) -> str:
+    """Return names, at most 20 of them, on one line."""
+    some = [printable(name).replace("\n", "\\n") for name in names]
     return ", ".join(some[:20]) + (f" and {len(some) - 20} more" if len(some) > 20 else "")

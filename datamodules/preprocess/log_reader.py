@@ -19,14 +19,13 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from datamodules.folder import consistent, file_system, is_remote
-from datamodules.log_schema import Format, LogSchema
+from datamodules.log_schema import Format, LogSchema, listed
 from datamodules.preprocess.criteo_tsv import BadLineError, count_lines, piece_of_plain, pieces_of_text
 from datamodules.preprocess.json_lines import JSON_TYPES, fault_of_line, not_utf8
 from datamodules.preprocess.log_columns import segment_of, staged_columns
 from datamodules.preprocess.quotes import find_quoted, line_ends
 from datamodules.preprocess.sources import RawFile
 from datamodules.values import BadValueError
-from lightning_dlrm.contracts.documents import printable
 from lightning_dlrm.contracts.errors import UserError, one_line
 
 _BLOCK_BYTES = 1 << 20
@@ -287,7 +286,7 @@ class LogReader:
             wrong = dict.fromkeys(malformed.tolist(), NOT_CLOSED)
         wrong |= dict.fromkeys((np.searchsorted(starts, returns, "right") - 1).tolist(), _NO_RETURN)
         hint = ", or set 'quote: null' in the schema if quotes are ordinary characters" if has_quotes else ""
-        wanted = f"expected {len(self.names)} between {self.separator!r}: {printable(', '.join(self.names[:4]))}..."
+        wanted = f"expected {len(self.names)} between {self.separator!r}: {listed(self.names[:4])}..."
         counts = np.searchsorted(separators, ends) - np.searchsorted(separators, starts) + 1
         for row in np.flatnonzero(counts != len(self.names)).tolist():
             fault = f"{counts[row]} fields, {wanted}; {_REMEDY}, quote fields that hold the separator{hint}"
