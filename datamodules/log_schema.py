@@ -297,12 +297,11 @@ class LogSchema:
         sources = self.sources(names)
         self._check_separator(list(names), sources, where)
         for name, key in sources.items():
-            known = name in names or (key in ("label", "split") and not labelled)
-            require(
-                known,
-                f"{where} has no column {name!r}, which the schema names ({key}); its columns are "
-                f"{listed(names)}{printable(nearest(name, names))}",
-            )
+            if name not in names and (labelled or key not in ("label", "split")):
+                raise UserError(
+                    f"{where} has no column {name!r}, which the schema names ({key}); its columns are "
+                    f"{listed(names)}{printable(nearest(name, names))}"
+                )
         others = [name for name in names if name not in sources]
         require(
             self.rest == "leave" or not others,
@@ -402,9 +401,9 @@ def log_schema(content: Mapping[str, Any], where: str = "schema") -> LogSchema:
     for place, values, form in parts:
         known = [one.name for one in dataclasses.fields(form)]
         for key in values if isinstance(values, Mapping) else ():
-            require(
-                key in known, f"{where}: {place}unknown key {key}{nearest(str(key), known)}; known: {listed(known)}"
-            )
+            if key not in known:
+                near = nearest(str(key), known)
+                raise UserError(f"{where}: {place}unknown key {key}{near}; known: {listed(known)}")
     return parse_settings(content, LogSchema, where)
 
 

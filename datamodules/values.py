@@ -76,7 +76,7 @@ def texts(column: pa.ChunkedArray) -> pa.DictionaryArray:
 def without_nulls(column: pa.ChunkedArray, nulls: Sequence[str]) -> pa.ChunkedArray:
     """Return a column without texts that mean a missing value; columns of other types are returned as they are."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if not nulls or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         return column
     plain = column.cast(kind)
     is_null = pc.is_in(plain, value_set=pa.array(nulls, kind))

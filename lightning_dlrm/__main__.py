@@ -43,7 +43,7 @@ COMMANDS = {
 # Commands on argparse: the module, the function that adds the options, and the function that takes what they parse to.
 _PLAIN = {
     "preprocess": ("datamodules.preprocess.command", "add_arguments", "run"),
-    "inspect": ("datamodules.preprocess.command", "add_inspect_arguments", "run_inspect"),
+    "inspect": ("datamodules.preprocess.inspect_command", "add_arguments", "run"),
     "generate": ("datamodules.generate.command", "add_arguments", "run"),
     "checkpoint": ("lightning_dlrm.cli.checkpoint", "add_arguments", "run"),
     "dashboard": ("lightning_dlrm.cli.dashboard", "add_arguments", "run"),
@@ -202,7 +202,7 @@ def _is_refusal_of_lightning(error: BaseException) -> bool:
 def _start_workers(arguments: Sequence[str]) -> None:
     """Start the worker processes of ``preprocess`` before this process loads anything."""
     if arguments[:1] == ["preprocess"] and "--input" in arguments and "--infer" not in arguments:
-        importlib.import_module("datamodules.preprocess.workers").serve_processes()
+        importlib.import_module("datamodules.preprocess.serving").serve_processes()
 
 
 def _run(command: str, arguments: list[str]) -> int:

@@ -202,7 +202,10 @@ def _json_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
 
 def _with_starts(source: RawFile, reader: LogReader, piece_bytes: int) -> LogReader:
     """Return the reader of a plain file with quotes, which knows where rows of pieces begin; any other as it is."""
-    if reader.quote is None or source.compression != "none" or reader.jobs(source, piece_bytes) == [(None, None)]:
+    piece_bytes = source.piece_bytes(piece_bytes)
+    if reader.quote is None or reader.jobs(source, piece_bytes) == [(None, None)]:
+        return reader
+    if not source.contains(reader.quote, reader.header_bytes):
         return reader
     separator = reader.separator.encode()
     return replace(reader, starts=starts_of_rows(source, piece_bytes, reader.quote, separator, reader.header_bytes))

@@ -13,13 +13,13 @@ from typing import Any
 
 from datamodules.folder import Folder, failures_as_user_errors, file_system, is_disk_full, is_remote, load_schema
 from datamodules.log_schema import LogSchema
-from datamodules.preprocess.inspection import REPORT_FILE
 from datamodules.preprocess.job import VERSION, Job
 from datamodules.preprocess.journal import find_records, fingerprint, locked
 from datamodules.preprocess.log_recipe import LOG_PROTOCOL, LogOptions, known_options
 from datamodules.preprocess.options import Fitted, Options, options_of
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import Dataset
+from datamodules.preprocess.report import REPORT_FILE
 from datamodules.preprocess.sources import RawFile, find_files
 from datamodules.preprocess.staging import PIECE_BYTES
 from datamodules.preprocess.workers import open_workers, usable_cores

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from datamodules.preprocess.inspection import aligned
+from datamodules.preprocess.report import aligned
 from lightning_dlrm.bench.contenders import OurStep, Workload, draw_batch, kaggle
 from lightning_dlrm.bench.measurement import DEFAULT, Measurement, check
 from lightning_dlrm.contracts.errors import UserError

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from datamodules.generate.log import LogSettings, generate_log
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
-from datamodules.preprocess.inspection import REPORT_FILE
 from datamodules.preprocess.progress import bytes_below
+from datamodules.preprocess.report import REPORT_FILE
 from datamodules.preprocess.workers import usable_cores
 from lightning_dlrm.bench.measurement import (
     DEFAULT,
