@@ -10,6 +10,7 @@ import torch
 from datamodules.preprocess.inspection import aligned
 from lightning_dlrm.bench.contenders import OurStep, Workload, draw_batch, kaggle
 from lightning_dlrm.bench.measurement import DEFAULT, Measurement, check
+from lightning_dlrm.cli.plain_parser import PlainParser
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tables.lookup import EmbeddingTables
 
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     for name in (name for name in RUNS if name in wanted):
         work, options = RUNS[name]
         module = importlib.import_module(f"lightning_dlrm.bench.{work}")
-        parser = argparse.ArgumentParser()
+        parser = PlainParser()
         module.add_arguments(parser)
         found = module.run(parser.parse_args([*options, "--device", "cuda"], argparse.Namespace(work=work)))
         rows += found
