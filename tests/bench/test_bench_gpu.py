@@ -110,7 +110,7 @@ def test_predictions_follow_from_counts_and_assumptions(capsys: pytest.CaptureFi
     # A multiply-add counts 2, in three passes: DESIGN's figure of DLRM, and the sums of table rows.
     assert found.flops == pytest.approx(4096 * (2_879_904 + 2 * 26 * 16), rel=0.02)
     assert found.products_s == pytest.approx(4096 * 2_879_904 / (989e12 * 0.5), rel=0.001)
-    assert found.bound == "host" and found.step_s == found.host_s == found.launches * 6e-6
+    assert found.bound == "host" and found.step_s == found.host_s == found.launches * 12e-6
     faster = predict.predict(workload, 4096, Gpu(launch_s=1e-9, bytes_per_s=9.6e12))
     assert faster.step_s == faster.device_s == pytest.approx(found.products_s + (found.dense_s + found.rows_s) / 2)
     assert main(["bench", "gpu", "--predict", "--max-rows", "100", "--only", "step dlrm", "fit"]) == 0
