@@ -32,7 +32,6 @@ from lightning_dlrm.bench.measurement import (
     time_rounds,
 )
 from lightning_dlrm.bench.predict import Gpu
-from lightning_dlrm.cli.plain_parser import PlainParser
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.models.network import CTRNetwork
@@ -251,7 +250,7 @@ def _time_mlperf(args: argparse.Namespace) -> list[Measurement]:
 
 
 def _time_lookup(args: argparse.Namespace) -> list[Measurement]:
-    parser = PlainParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     lookup.add_arguments(parser)
     options = ["--device", args.device, "--precision", PRECISION, "--batch-size", str(args.batch_size or _BATCH)]
     options += ["--rows", str(args.max_rows or 1_000_000), "--steps", str(args.steps), "--rounds", str(args.rounds)]
