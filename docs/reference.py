@@ -54,8 +54,8 @@ SHARED_HEAD = """\
 ## Options of every command with a configuration
 
 `fit`, `validate`, `test`, `predict`, `params` and `plan` take these options, `--trust MODULE`, and every key of a
-configuration ([Configuration keys](configuration.md)). With `--verbose true`, `validate` and `test` also print Lightning's
-table of metrics.
+configuration ([Configuration keys](configuration.md)). `validate` and `test` also take `--verbose true`, which prints
+Lightning's table of metrics.
 
 """
 
