@@ -62,8 +62,8 @@ class RowEncoder:
             rows: an Arrow table or a pandas data frame with the columns that features are made of; others are left.
 
         Returns:
-            For each feature, B rows: dense float32 [B], NaN where missing; categorical int32 [B]; multi-hot a pair of
-            int32 values [N] and int32 offsets [B + 1]; weights likewise, with float32 values.
+            The B rows of each feature. Dense features are float32 [B], NaN where missing; categorical ones int32 [B];
+            multi-hot ones a pair of int32 values [N] and int32 offsets [B + 1]; weights likewise, with float32 values.
 
         Raises:
             UserError: a column is missing, or a value is not of the schema.

@@ -5,7 +5,7 @@ import importlib
 import json
 from pathlib import Path
 
-from lightning_dlrm.bench.measurement import machine, render
+from lightning_dlrm.bench.measurement import Measurement, machine, render
 from lightning_dlrm.contracts.errors import UserError
 
 WORKS: dict[str, str] = {
@@ -21,7 +21,7 @@ WORKS: dict[str, str] = {
     "preprocess": "raw TSV to the final dataset folder: speed, memory, disk",
 }
 """Subcommand -> what it measures. Module ``lightning_dlrm.bench.<subcommand>`` has ``DESCRIPTION``,
-``add_arguments(parser)`` and ``run(args)``, which returns the rows."""
+``add_arguments(parser)`` and ``run(args)``, which returns the rows, or yields each when it is measured."""
 
 _ON_CPUS = ("loader", "preprocess")
 """Benchmarks that read data, without a device or a precision."""
@@ -32,13 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
     for name, text in WORKS.items():
         module = importlib.import_module(f"lightning_dlrm.bench.{name}")
-        work = works.add_parser(
-            name,
-            help=text,
-            description=module.DESCRIPTION,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        work = works.add_parser(name, help=text, description=module.DESCRIPTION)
         module.add_arguments(work)
         if name in _ON_CPUS:
             # Scripts may call every benchmark with the same options.
@@ -58,11 +52,21 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
     print(machine())
-    rows = importlib.import_module(f"lightning_dlrm.bench.{args.work}").run(args)
-    print(render(rows))
-    if args.json is not None:
-        try:
-            args.json.write_text(json.dumps([row.row() for row in rows], indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {args.json}: {error.strerror}; give another --json FILE") from error
+    rows: list[Measurement] = []
+    try:
+        for row in importlib.import_module(f"lightning_dlrm.bench.{args.work}").run(args):
+            rows.append(row)
+            if args.json is not None:
+                _write(args.json, rows)
+    finally:
+        # What was measured before an error counts.
+        if rows:
+            print(render(rows))
     return 0
+
+
+def _write(path: Path, rows: list[Measurement]) -> None:
+    try:
+        path.write_text(json.dumps([row.row() for row in rows], indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another --json FILE") from error

@@ -6,7 +6,7 @@ Shape suffixes: B samples, I dense features, F tables, V vectors, D width, P pai
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,12 +24,13 @@ from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.losses import LogLoss
 from lightning_dlrm.optim.optimizer import CTROptimizer
-from lightning_dlrm.optim.rules import SGD
+from lightning_dlrm.optim.rules import SGD, UpdateRule
+from lightning_dlrm.tables.embeddings import TableSettings
 
 LEARNING_RATE = 0.1
 """Learning rate of plain SGD, for all parameters, in every contender."""
 
-Model = Literal["dlrm", "dcn", "dcn_v2"]
+Model = Literal["dlrm", "dlrm_dcn", "dcn", "dcn_v2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,12 @@ class Workload:
     """Hidden widths of the top MLP or of the deep network."""
     bags: tuple[int, int] | None = None
     """Fewest and most ids of a bag, with uniform ids; None for one log-uniform id a bag."""
+    bag_sizes: tuple[int, ...] = ()
+    """Ids of each table's bags, log-uniform; empty for ``bags``."""
     model: Model = "dlrm"
+    """``dlrm_dcn`` is DLRM with 3 low-rank cross layers, the DLRM-DCNv2 of MLPerf."""
+    cross_rank: int = 512
+    """Rank of the cross layers of ``dlrm_dcn``."""
 
     @property
     def pairs(self) -> int:
@@ -56,45 +62,96 @@ class Workload:
     @property
     def joined(self) -> int:
         """Width of what the top MLP, or the cross and deep networks, take."""
-        return self.width + self.pairs if self.model == "dlrm" else self.width * len(self.tables) + self.dense
+        if self.model == "dlrm":
+            return self.width + self.pairs
+        return self.width * len(self.tables) + (self.width if self.model == "dlrm_dcn" else self.dense)
+
+    @property
+    def crosses(self) -> tuple[int, int, int]:
+        """Cross layers, the weights of a layer, and the numbers that a layer computes for a sample; DLRM has none."""
+        n, rank = self.joined, self.cross_rank
+        of_model = {"dlrm_dcn": (3, 2 * n * rank, n + rank), "dcn": (6, n, n), "dcn_v2": (6, n * n, n)}
+        return of_model.get(self.model, (0, 0, 0))
+
+    def cut(self, max_rows: int | None) -> "Workload":
+        """Return the workload with no table of more than ``max_rows`` rows; None for no limit."""
+        return replace(self, tables=tuple(min(rows, max_rows or rows) for rows in self.tables))
 
     @property
     def features(self) -> Features:
         return Features(dense=self.dense, tables={f"C{i}": rows for i, rows in enumerate(self.tables, 1)})
 
-    def network(self) -> CTRNetwork:
+    def network(self, tables: TableSettings | None = None) -> CTRNetwork:
         """Return our network."""
-        if self.model == "dlrm":
-            return DLRM(self.features, 1, embedding_dim=self.width, bottom_mlp=self.bottom, top_mlp=self.top)
+        layers = self.crosses[0]
+        if self.bottom:
+            options: dict[str, Any] = {"embedding_dim": self.width, "bottom_mlp": self.bottom, "top_mlp": self.top}
+            if layers:
+                options |= {"interaction": "cross", "cross": "low_rank", "cross_layers": layers}
+                options |= {"cross_rank": self.cross_rank}
+            return DLRM(self.features, 1, tables=tables, **options)
         cross: CrossKind = "vector" if self.model == "dcn" else "matrix"
-        return DCN(self.features, 1, embedding_dim=self.width, cross=cross, cross_layers=6, deep=self.top)
+        return DCN(
+            self.features, 1, embedding_dim=self.width, cross=cross, cross_layers=layers, deep=self.top, tables=tables
+        )
 
 
 def kaggle(max_rows: int | None = None, model: Model = "dlrm") -> Workload:
     """Return a model at Criteo Kaggle's table sizes, 540 million parameters; tables are cut to ``max_rows``."""
-    rows = tuple(min(rows, max_rows or rows) for rows in KAGGLE_CARDINALITIES)
     bottom = (512, 256, 64, 16) if model == "dlrm" else ()
-    return Workload(tables=rows, dense=13, width=16, bottom=bottom, top=(512, 256), model=model)
+    whole = Workload(tables=KAGGLE_CARDINALITIES, dense=13, width=16, bottom=bottom, top=(512, 256), model=model)
+    return whole.cut(max_rows)
 
 
 def paper(max_rows: int | None = None) -> Workload:
     """Return the single-socket benchmark of Naumov et al. 2019, section 5.2; tables are cut to ``max_rows``."""
     preset = PRESETS["paper"]
-    return Workload(
-        tables=tuple(min(rows, max_rows or rows) for rows in preset["tables"]),
+    whole = Workload(
+        tables=preset["tables"],
         dense=preset["dense"],
         width=64,
         bottom=(512, 64),
         top=(1024, 1024, 1024),
         bags=(preset["min_indices"], preset["indices"]),
     )
+    return whole.cut(max_rows)
+
+
+def nvidia(max_rows: int | None = None) -> Workload:
+    """Return the DLRM of NVIDIA's DeepLearningExamples, Criteo Terabyte without values seen fewer than 15 times."""
+    rows = (
+        7912889, 33823, 17139, 7339, 20046, 4, 7105, 1382, 63, 5554114, 582469, 245828, 11,
+        2209, 10667, 104, 4, 968, 15, 8165896, 2675940, 7156453, 302516, 12022, 97, 35,
+    )  # fmt: skip
+    whole = Workload(tables=rows, dense=13, width=128, bottom=(512, 256, 128), top=(1024, 1024, 512, 256))
+    return whole.cut(max_rows)
+
+
+def mlperf(max_rows: int | None = None) -> Workload:
+    """Return MLPerf's DLRM-DCNv2, 26 billion parameters; tables are cut to ``max_rows``."""
+    preset = PRESETS["mlperf"]
+    whole = Workload(
+        tables=preset["tables"],
+        dense=preset["dense"],
+        width=128,
+        bottom=(512, 256, 128),
+        top=(1024, 1024, 512, 256),
+        bag_sizes=preset["indices"],
+        model="dlrm_dcn",
+    )
+    return whole.cut(max_rows)
 
 
 def draw_batch(workload: Workload, size: int, seed: int) -> Batch:
     """Draw a batch of a workload; a seed always gives the same batch."""
     generator = np.random.default_rng(seed)
     offsets = None
-    if workload.bags is None:
+    if workload.bag_sizes:
+        lengths = np.tile(workload.bag_sizes, size)
+        rows_of_each = np.repeat(np.tile(workload.tables, size), lengths)
+        values = np.minimum(rows_of_each ** generator.random(len(rows_of_each)) - 1, rows_of_each - 1).astype(np.int32)
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
+    elif workload.bags is None:
         # Ids whose logarithms are uniform, so that low ids are frequent.
         columns = [np.minimum(rows ** generator.random(size) - 1, rows - 1) for rows in workload.tables]
         values = np.stack(columns, axis=1).astype(np.int32)
@@ -155,11 +212,13 @@ class _Step:
 
 
 class OurStep(_Step):
-    """The step of ``fit``."""
+    """The step of ``fit``; ``rule`` updates the tables, by default plain SGD."""
 
-    def __init__(self, network: CTRNetwork, precision: str, device: torch.device) -> None:
+    def __init__(
+        self, network: CTRNetwork, precision: str, device: torch.device, rule: UpdateRule | None = None
+    ) -> None:
         dense = partial(torch.optim.SGD, lr=LEARNING_RATE)
-        optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), dense, SGD(LEARNING_RATE))
+        optimizer = CTROptimizer(network.dense_parameters(), network.lookups(), dense, rule or SGD(LEARNING_RATE))
         super().__init__(network, optimizer, self._mean_loss, precision, device)
 
     def _mean_loss(self, batch: Batch) -> Tensor:

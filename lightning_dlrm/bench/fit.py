@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 
 from datamodules.stream.loader import TrainingLoader
@@ -26,7 +25,6 @@ from lightning_dlrm.bench.contenders import (
     plain_network,
     repeat,
 )
-from lightning_dlrm.bench.gate import Gate
 from lightning_dlrm.bench.measurement import (
     Implementation,
     Measurement,
@@ -35,7 +33,6 @@ from lightning_dlrm.bench.measurement import (
     add_peer_python,
     add_steps,
     check,
-    finisher,
     open_dataset,
     time_rounds,
     times_as_fast,
@@ -43,7 +40,6 @@ from lightning_dlrm.bench.measurement import (
 from lightning_dlrm.bench.processes import Worker
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.engine.compilation import compile_score
 
 DESCRIPTION = """\
 Times training of the paper's DLRM (Kaggle's shape: 540 million parameters on the demo data) with plain SGD and with all
@@ -70,19 +66,6 @@ WARM_UP_STEPS = 20
 _PEER_ROWS = 262_144
 
 
-class StepGate(pl.Callback):
-    """Callback that lets a fit wait after the steps that the benchmark has requested, until it requests more."""
-
-    def __init__(self) -> None:
-        self._gate: Gate | None = None
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        if self._gate is None:
-            self._gate = Gate(finisher(trainer.strategy.root_device))
-        if not self._gate.passed():
-            trainer.should_stop = True
-
-
 Key = tuple[Implementation, str, str]
 """Implementation, what is timed, and precision."""
 
@@ -91,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser)
     add_data(parser)
     add_steps(parser)
+    parser.add_argument("--threads", type=int, metavar="N", help="data.threads of the fit (default: that of fit)")
     parser.add_argument("--compile", action="store_true", help="compile the step of ours, as model.compile does")
     add_peer_python(parser)
 
@@ -115,7 +99,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-fit-")))
         contenders = _loops(args, workload, loader, device)
         for precision in args.precision:
-            command = _fit_command(args, folder, precision, temporary / f"fit-{precision}")
+            command = fit_command(args, folder, precision, temporary / f"fit-{precision}")
             fit = stack.enter_context(Worker("lightning_dlrm fit", command, temporary))
             fit(WARM_UP_STEPS)
             contenders["ours", "fit", precision] = partial(fit, args.steps)
@@ -158,6 +142,9 @@ def _loops(
     """Return the loops of this process: ours without Lightning, and the baseline's."""
     network, plain = workload.network().to(device), plain_network(workload).to(device)
     if args.compile:
+        # It imports Lightning, which the other benchmarks do not need.
+        from lightning_dlrm.engine.compilation import compile_score
+
         compile_score(network, "default")
     loops: dict[Key, Callable[[], object]] = {}
     for precision in args.precision:
@@ -193,8 +180,15 @@ def _extra(key: Key, seconds: Mapping[Key, Sequence[float]], waits: Sequence[flo
     return extra
 
 
-def _fit_command(args: argparse.Namespace, folder: Path, precision: str, run_dir: Path) -> list[str]:
-    """Return the command as a user gives it, without validations and checkpoints, which no other contender makes."""
+def fit_command(args: argparse.Namespace, folder: Path, precision: str, run_dir: Path) -> list[str]:
+    """Return the command as a user gives it, without validations and checkpoints, which no other contender makes.
+
+    Args:
+        args: options: device, batch size, threads, compile.
+        folder: dataset folder.
+        precision: of the trainer.
+        run_dir: run folder.
+    """
     command = [sys.executable, "-m", "lightning_dlrm", "fit", "--config", "dlrm.yaml", "--data.path", str(folder)]
     for group in ("table", "dense"):
         command += [f"--model.{group}_optimizer=SGD", f"--model.{group}_optimizer.learning_rate={LEARNING_RATE}"]
@@ -211,8 +205,10 @@ def _fit_command(args: argparse.Namespace, folder: Path, precision: str, run_dir
         "trainer.max_steps": 100_000_000,
         "trainer.limit_val_batches": 0,
         "trainer.enable_checkpointing": "false",
-        "trainer.callbacks+": "lightning_dlrm.bench.fit.StepGate",
+        "trainer.callbacks+": "lightning_dlrm.bench.step_gate.StepGate",
     }
+    if args.threads is not None:
+        options["data.threads"] = args.threads
     return command + [f"--{name}={value}" for name, value in options.items()]
 
 

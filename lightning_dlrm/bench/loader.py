@@ -20,6 +20,7 @@ from lightning_dlrm.bench.measurement import (
     open_dataset,
     peak_bytes,
     time_rounds,
+    times_as_fast,
 )
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DataFile
@@ -31,14 +32,21 @@ verify the checksums of pages, or, in rows named "unverified", neither does. "of
 a share of the baseline's with as many threads. Also prints the time to the first batch, and what a first epoch adds to
 the process's peak memory.
 
+Rows named "epochs of 32" read four epochs of 32 large batches, one after the other as fit does for a GPU, and count
+from the first batch's request to the last batch. "of_baseline_cpu" compares processor time, which other work on the
+machine disturbs less, and "seam_s" is the median time from the last batch of an epoch to the first one of the next.
+
 examples:
   python -m lightning_dlrm bench loader
   python -m lightning_dlrm bench loader --data criteo --threads 1 --rounds 9
+  python -m lightning_dlrm bench loader --only epochs --threads 2 --rounds 7
 """
 
 Key = tuple[str, int, int]
 """Case, threads, and batch size; 0 for bare decoding."""
 _BARE = "bare decoding"
+_EPOCH_BATCHES, _LARGE_BATCH, _EPOCHS = 32, 65_536, 4
+_ON_END = f"epochs of {_EPOCH_BATCHES}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: 2048 128 16384",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
+    parser.add_argument("--only", choices=("epochs",), help="time epochs of large batches, one after the other, only")
     add_rounds(parser)
 
 
@@ -63,9 +72,17 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     if not files:
         raise UserError(f"{folder} has no training rows; give another --data DIR")
     check_sizes(folder, files)
+    loader = functools.partial(TrainingLoader, folder, schema, ["train"], seed=1)
+    rows = [] if args.only else _single_epochs(args, folder, files, loader)
+    return rows + _epochs_on_end(args, folder, files, loader)
+
+
+def _single_epochs(
+    args: argparse.Namespace, folder: Path, files: tuple[DataFile, ...], loader: Callable[..., TrainingLoader]
+) -> list[Measurement]:
+    """Return the rows of epochs that are read alone."""
     samples = sum(file.rows for file in files)
     first = args.batch_sizes[0]
-    loader = functools.partial(TrainingLoader, folder, schema, ["train"], seed=1)
 
     before = peak_bytes()
     _epoch(loader(shuffle="window", batch_size=first, threads=1))
@@ -92,6 +109,57 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         waits = [_first_batch(loader(shuffle="window", batch_size=first, threads=threads)) for _ in range(args.rounds)]
         rows.append(_row(("first batch", threads, first), first, waits, {}))
     return rows
+
+
+def _epochs_on_end(
+    args: argparse.Namespace, folder: Path, files: tuple[DataFile, ...], loader: Callable[..., TrainingLoader]
+) -> list[Measurement]:
+    """Return the rows of epochs of large batches, one after the other."""
+    samples = sum(file.rows for file in files)
+    batch_size = min(_LARGE_BATCH, -(-samples // _EPOCH_BATCHES))
+    batches = min(_EPOCH_BATCHES, -(-samples // batch_size))
+    read = min(batches * batch_size, samples) * _EPOCHS
+    rows = []
+    for threads in args.threads:
+        make = functools.partial(loader, shuffle="window", batch_size=batch_size, threads=threads)
+        seams: list[float] = []
+        ours = _Clock(functools.partial(_read_epochs, make, batches, seams))
+        bare = _Clock(functools.partial(_decode, folder, files, threads, True))
+        time_rounds({"ours": ours, "bare": bare}, args.rounds)
+        key = (f"{_ON_END}, shuffle window", threads, batch_size)
+        extra = {"seam_s": statistics.median(seams)}
+        for name, of_ours, of_bare in (("", ours.wall, bare.wall), ("_cpu", ours.cpu, bare.cpu)):
+            extra[f"of_baseline{name}"] = times_as_fast(of_ours, of_bare) * read / samples
+        rows.append(_row(key, read, ours.wall, extra))
+    return rows
+
+
+class _Clock:
+    """Calls a function, and keeps the seconds and the processor seconds of each call."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def __call__(self) -> None:
+        start, cpu = time.perf_counter(), time.process_time()
+        self._function()
+        self.wall.append(time.perf_counter() - start)
+        self.cpu.append(time.process_time() - cpu)
+
+
+def _read_epochs(make: Callable[[], TrainingLoader], batches: int, seams: list[float]) -> None:
+    """Read epochs one after the other; append the seconds between the last batch of one and the first of the next."""
+    loader = make()
+    loader.limit_epoch(batches, _EPOCHS)
+    for epoch in range(_EPOCHS):
+        ended, iterator = time.perf_counter(), iter(loader)
+        next(iterator)
+        if epoch:
+            seams.append(time.perf_counter() - ended)
+        for _ in iterator:
+            pass
 
 
 def _loaders(args: argparse.Namespace, loader: Callable[..., TrainingLoader]) -> dict[Key, TrainingLoader]:

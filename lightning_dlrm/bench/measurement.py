@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -151,6 +151,8 @@ class Measurement:
     """Further numbers of this row, such as ``peak_bytes``."""
     shown: bool = True
     """Whether the table for a terminal has the row; rows that another table prints are not shown."""
+    error: str = ""
+    """Why nothing was measured; the numbers are then 0. Empty if something was."""
 
     @classmethod
     def of_rounds(cls, seconds: Sequence[float], **fields: Any) -> "Measurement":
@@ -159,11 +161,13 @@ class Measurement:
 
     @property
     def samples_per_s(self) -> float:
-        return self.samples / self.median_s
+        return self.samples / self.median_s if self.median_s else 0.0
 
     def row(self) -> dict[str, object]:
-        """Return the row as one flat JSON object."""
-        fields = {name: value for name, value in vars(self).items() if name not in ("extra", "shown")}
+        """Return the row as one flat JSON object; one without a measurement has its case, device and error only."""
+        if self.error:
+            return {name: vars(self)[name] for name in ("work", "case", "implementation", "device", "error")}
+        fields = {name: value for name, value in vars(self).items() if name not in ("extra", "shown", "error")}
         return {**self.extra, **fields, "samples_per_s": self.samples_per_s}
 
 
@@ -213,20 +217,22 @@ def peak_bytes() -> int:
 def render(rows: Sequence[Measurement]) -> str:
     """Return the rows as a table for a terminal."""
     cells = [("case", "implementation", "median", "spread", "samples/s", "floor", "x floor", "")]
-    cells += [
-        (
-            row.case,
-            row.implementation,
-            duration(row.median_s),
-            duration(row.spread_s),
-            f"{row.samples_per_s:,.0f}",
-            "" if row.floor_s is None else duration(row.floor_s),
-            "" if row.floor_s is None else f"{row.median_s / row.floor_s:.2f}",
-            ", ".join(f"{name} {value:,.4g}" for name, value in row.extra.items()),
-        )
-        for row in rows
-        if row.shown
-    ]
+    for row in rows:
+        if row.error:
+            cells.append((row.case, row.implementation, "", "", "", "", "", row.error))
+        elif row.shown:
+            cells.append(
+                (
+                    row.case,
+                    row.implementation,
+                    duration(row.median_s),
+                    duration(row.spread_s),
+                    f"{row.samples_per_s:,.0f}",
+                    "" if row.floor_s is None else duration(row.floor_s),
+                    "" if row.floor_s is None else f"{row.median_s / row.floor_s:.2f}",
+                    ", ".join(f"{name} {value:,.4g}" for name, value in row.extra.items()),
+                )
+            )
     return "\n".join(aligned(cells, left=(0, 1, 7)))
 
 
@@ -234,8 +240,15 @@ def machine() -> str:
     """Return one line with the processor, the cores of this process, the memory, and versions of packages."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "pytorch-lightning", "pyarrow", "numpy"))
+    packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "pytorch-lightning", "pyarrow", "numpy"))
     return f"{_processor()}, {cores} cores, {memory:.0f} GiB; Python {platform.python_version()}, {packages}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

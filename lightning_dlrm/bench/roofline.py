@@ -128,18 +128,20 @@ def _costs(workload: Workload, batch: Batch, precision: str) -> dict[Part, Cost]
     vectors, rows = size * len(workload.tables) * width * _EXACT, distinct * width * _EXACT
     # Forward reads ids and rows and writes vectors; backward reads their gradients and writes the rows'.
     tables = Cost(2 * looked_up * width, 4 * looked_up + rows + vectors + vectors + rows)
-    if workload.model == "dlrm":
-        bottom = _mlp((workload.dense, *workload.bottom), size, number)
-        top = _mlp((joined, *workload.top, 1), size, number)
+    mlp = [joined, *workload.top, *([1] if workload.bottom else [])]
+    top, bottom = _mlp(mlp, size, number), _mlp((workload.dense, *workload.bottom), size, number)
+    layers, weights, computed = workload.crosses
+    if not layers:
         # Forward reads the vectors and writes the pairs; backward reads both again and writes the vectors' gradients.
         moved = 3 * (len(workload.tables) + 1) * width + 2 * workload.pairs
         interaction = Cost(6 * size * workload.pairs * width, number * size * moved)
-        crosses = 0
     else:
-        bottom = Cost(0, 0)
-        top = _mlp((joined, *workload.top), size, number) + _mlp((joined + workload.top[-1], 1), size, number)
-        crosses = 6 * joined * (1 if workload.model == "dcn" else joined)
-        interaction = Cost(6 * size * (crosses + 6 * joined), number * (3 * crosses + 30 * size * joined))
+        interaction = Cost(
+            6 * size * layers * (weights + joined), number * layers * (3 * weights + 5 * size * computed)
+        )
+    if not workload.bottom:
+        top += _mlp((joined + workload.top[-1], 1), size, number)
+    crosses = layers * weights
     # Biases are left out.
     dense = (bottom.flops + top.flops) / (6 * size) + crosses
     parts: dict[Part, Cost] = {

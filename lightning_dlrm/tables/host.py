@@ -10,6 +10,7 @@ Shape suffixes: D width, N indices of all bags, U unique rows among them.
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -205,8 +206,20 @@ class Copies:
         """Compute a tensor on the device and return it in host memory; wait for this work only."""
         return compute().cpu()
 
+    def begin_on_host(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Start to compute a tensor on the caller's stream and to copy it; the result waits and returns it in host
+        memory."""
+        return compute
+
+    def beside(self) -> AbstractContextManager[object]:
+        """Return a context in which the device computes beside the caller's stream; see ``take_over``."""
+        return nullcontext()
+
+    def take_over(self, tensors: Iterable[Tensor], computed: Any) -> None:
+        """Let the caller's stream use tensors of another stream after an event; the host does not wait."""
+
     def record_event(self) -> Any:
-        """Return an event for ``to_host`` after all work that is queued on the caller's stream."""
+        """Return an event for ``to_host`` and ``take_over`` after all work that is queued on the caller's stream."""
         return None
 
     def to_host(self, tensors: Mapping[str, Tensor], computed: Any) -> dict[str, Tensor]:
@@ -244,11 +257,7 @@ class CudaCopies(Copies):
             done = self._stream.record_event()
 
         def wait() -> dict[str, Tensor]:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(done)
-            for tensor in copied.values():
-                # The allocator does not reuse the memory before the caller's stream has finished with it.
-                tensor.record_stream(current)
+            self.take_over(copied.values(), done)
             return copied
 
         return wait
@@ -256,6 +265,30 @@ class CudaCopies(Copies):
     def on_host(self, compute: Callable[[], Tensor]) -> Tensor:
         with torch.cuda.stream(self._stream):
             return compute().cpu()
+
+    def begin_on_host(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        computed = compute()
+        copied = torch.empty(computed.shape, dtype=computed.dtype, device="cpu", pin_memory=True)
+        copied.copy_(computed, non_blocking=True)
+        done = self.record_event()
+
+        def wait() -> Tensor:
+            done.synchronize()
+            return copied
+
+        return wait
+
+    def beside(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream)
+
+    def take_over(self, tensors: Iterable[Tensor], computed: Any) -> None:
+        if computed is None:
+            return
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(computed)
+        for tensor in tensors:
+            # The allocator does not reuse the memory before the caller's stream has finished with it.
+            tensor.record_stream(current)
 
     def record_event(self) -> Any:
         return torch.cuda.current_stream(self._device).record_event()

@@ -68,10 +68,10 @@ def test_ours_and_the_baseline_train_alike(workload: Workload) -> None:
     torch.testing.assert_close(lookup.weight, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("model", ["dlrm", "dcn", "dcn_v2"])
+@pytest.mark.parametrize("model", ["dlrm", "dlrm_dcn", "dcn", "dcn_v2"])
 def test_operations_of_the_parts_are_the_models(model: str) -> None:
-    bottom = (16, 8) if model == "dlrm" else ()
-    workload = Workload(tables=(50, 3), dense=5, width=8, bottom=bottom, top=(12, 6), model=model)
+    bottom = (16, 8) if model.startswith("dlrm") else ()
+    workload = Workload(tables=(50, 3), dense=5, width=8, bottom=bottom, top=(12, 6), model=model, cross_rank=4)
     batch = draw_batch(workload, 16, 0)
     costs = roofline.costs(workload, [batch], "32-true")
     products = sum(cost.flops for part, cost in costs.items() if part not in ("tables", "update"))
@@ -213,7 +213,7 @@ def test_a_compiled_fit_is_asked_for_by_model_compile(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     fit.add_arguments(parser)
     for options, value in (([], "false"), (["--compile"], "true")):
-        command = fit._fit_command(parser.parse_args(options), tmp_path, "32-true", tmp_path / "run")
+        command = fit.fit_command(parser.parse_args(options), tmp_path, "32-true", tmp_path / "run")
         assert f"--model.compile={value}" in command
 
 

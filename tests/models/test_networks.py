@@ -127,7 +127,9 @@ def test_gradients_in_float64(name: str) -> None:
         def at(value: Tensor, key: str = key) -> Tensor:
             return torch.func.functional_call(network, {key: value}, (dense.double(), ids))
 
-        assert torch.autograd.gradcheck(at, parameter.detach().clone().requires_grad_()), key
+        # Along a random direction, since every element of many weights would take seconds; hence the narrow tolerance.
+        start = parameter.detach().clone().requires_grad_()
+        assert torch.autograd.gradcheck(at, start, fast_mode=True, atol=1e-7, rtol=1e-5), key
 
 
 @every_network

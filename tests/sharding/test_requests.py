@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
-from lightning_dlrm.sharding.placement import LookupRequest, RowMap, decode_rows
 from lightning_dlrm.sharding.plan import Piece, Plan
+from lightning_dlrm.sharding.requests import LookupRequest, RowMap, decode_rows
 from lightning_dlrm.tables.gradients import LookupGradient, RowRequest
 from lightning_dlrm.tables.lookup import EmbeddingTables, look_up
 from lightning_dlrm.tables.table import Table, TablePiece
@@ -61,7 +61,7 @@ def test_vectors_and_gradients_are_those_of_whole_tables(
     plan, ids = cut(sizes, pooled, seed), drawn(sizes, samples, hot, seed)
     whole = EmbeddingTables([Table.of_column(f"T{i}", rows) for i, rows in enumerate(sizes)], WIDTH).double()
     rows = RowMap(whole.tables, whole.ranges, plan)
-    request = rows.request(ids)
+    request = cut_request(rows, ids)
     assert request.counts.tolist() == counted(plan, sizes, ids)
     of_ranks = rows.pieces_of_rank
     nothing = torch.zeros(0, WIDTH, dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_vectors_and_gradients_are_those_of_whole_tables(
     gradient = whole.gradient()
     assert gradient is not None
     all_rows = torch.zeros_like(whole.weight).index_add(0, gradient.rows, gradient.values)
-    of_vectors = sums_UD.split(request.counts_of_ranks(RANKS)[:, 0].tolist())
+    of_vectors = sums_UD.split(request.counts.view(2, RANKS, -1).sum(2)[0].tolist())
     ranks = zip(shares, received, made, of_vectors, of_ranks, strict=True)
     for share, asked, (_, rows_E, bag_E), grad_VD, pieces in ranks:
         sums = LookupGradient(rows_E, grad_VD, bag_E, asked.factors)
@@ -89,6 +89,11 @@ def test_vectors_and_gradients_are_those_of_whole_tables(
         starts = [(first(whole, piece), piece.rows) for piece in pieces]
         here = torch.cat([nothing, *(all_rows[start : start + count] for start, count in starts)])
         torch.testing.assert_close(there, here, rtol=1e-12, atol=1e-12)
+
+
+def cut_request(rows: RowMap, ids: SparseIds) -> LookupRequest:
+    uncut = rows.request(ids)
+    return uncut.cut(*uncut.counts.sum(1).tolist())
 
 
 def first(whole: EmbeddingTables, piece: TablePiece) -> int:
@@ -102,10 +107,10 @@ def of_piece(whole: EmbeddingTables, piece: TablePiece) -> Tensor:
 
 def received_by_each(request: LookupRequest) -> list[RowRequest]:
     """What each rank receives if this one alone asks."""
-    rows = request.counts_of_ranks(RANKS)[:, 1].tolist()
+    vectors, rows = request.counts.view(2, RANKS, -1).sum(2).tolist()
     factors = [None] * RANKS if request.factors is None else request.factors.split(rows)
-    of_ranks = zip(request.rows.split(rows), factors, strict=True)
-    return [decode_rows(of_rank, of_factors, request.pooled) for of_rank, of_factors in of_ranks]
+    of_ranks = zip(request.rows.split(rows), factors, vectors, strict=True)
+    return [decode_rows(of_rank, of_factors, request.pooled, count) for of_rank, of_factors, count in of_ranks]
 
 
 def counted(plan: Plan, sizes: list[int], ids: SparseIds) -> list[list[int]]:
@@ -128,8 +133,7 @@ def test_keys_beyond_32_bits_are_told_apart() -> None:
     pieces = (Piece(table="T0", start=0, stop=rows, rank=0), Piece(table="T1", start=0, stop=4, rank=1))
     values, offsets = torch.tensor([rows - 1, 3, 1, rows - 1, 2], dtype=torch.int32), torch.tensor([0, 1, 3, 4, 5])
     plan = Plan(ranks=2, pieces=pieces, pooled=("T1",))
-    request = RowMap(tables, [(0, table.rows) for table in tables], plan).request(
-        SparseIds(values=values, tables=2, offsets=offsets)
-    )
-    assert request.rows.tolist() == [rows - 1, 3, -2, 2]
-    assert request.counts_of_ranks(2).tolist() == [[1, 1], [2, 3]]
+    row_map = RowMap(tables, [(0, table.rows) for table in tables], plan)
+    ids = SparseIds(values=values, tables=2, offsets=offsets)
+    assert cut_request(row_map, ids).rows.tolist() == [rows - 1, 3, -2, 2]
+    assert row_map.request(ids).counts_of_ranks(2).tolist() == [[1, 1], [2, 3]]
