@@ -59,8 +59,8 @@ class RowEncoder:
                 label and what rows are split by; others are left.
 
         Returns:
-            For each feature, B rows: dense float32 [B], NaN where missing; categorical int32 [B]; multi-hot a pair of
-            int32 values [N] and int32 offsets [B + 1]; weights likewise, with float32 values.
+            The B rows of each feature. Dense features are float32 [B], NaN where missing; categorical ones int32 [B];
+            multi-hot ones a pair of int32 values [N] and int32 offsets [B + 1]; weights likewise, with float32 values.
 
         Raises:
             UserError: a column is missing, or a value is not of the schema.

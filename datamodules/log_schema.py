@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from lightning_dlrm.contracts.documents import is_name, parse_settings, read_yaml
-from lightning_dlrm.contracts.errors import UserError, nearest, require
+from lightning_dlrm.contracts.errors import UserError, nearest, nearest_first, require
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, PREDICTION_COLUMNS, WEIGHTS_SUFFIX
 from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
 
@@ -300,8 +300,8 @@ class LogSchema:
             known = name in names or (key in ("label", "split") and not labelled)
             require(
                 known,
-                f"{where} has no column {name!r}, which the schema names ({key}); its columns are "
-                f"{_listed(names)}{nearest(name, names)}",
+                f"{where} has no column {name!r}, which the schema names ({key})"
+                f"{nearest(name, names) or ';'} its columns are {_listed(names)}",
             )
         others = [name for name in names if name not in sources]
         require(
@@ -368,8 +368,7 @@ def read_log_schema(path: str | Path) -> LogSchema:
     known = [name for name in shipped_names() if name.startswith(SCHEMAS)]
     if found is None:
         raise UserError(
-            f"no schema {path}, neither here nor among the shipped ones: {', '.join(known)}; preprocess --infer writes "
-            f"one{nearest(str(path), known)}"
+            f"no schema {path} here{nearest_first(str(path), known, 'shipped are')}; preprocess --infer writes one"
         )
     return log_schema(read_yaml(found, _EXPECTED), str(path))
 

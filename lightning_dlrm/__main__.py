@@ -3,7 +3,6 @@
 Commands that need no Trainer start without loading Lightning.
 """
 
-import argparse
 import atexit
 import errno
 import gc
@@ -17,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dlrm.cli.configs import expand_home
+from lightning_dlrm.cli.plain_parser import PlainParser
 from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.contracts.documents import printable
-from lightning_dlrm.contracts.errors import UserError, cause_of, nearest, one_line, place_in_own_code, require
+from lightning_dlrm.contracts.errors import UserError, cause_of, nearest_first, one_line, place_in_own_code, require
+from lightning_dlrm.contracts.terminal import RED, emphasized
 
 DEBUG = "--debug"
 """Option of every command: raise errors, so that Python shows their tracebacks."""
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if mistake is None or shows_tracebacks:
             raise
         if _is_printed_here(mistake):
-            print(f"error: {printable(str(mistake))}", file=sys.stderr)
+            print(f"{emphasized('error:', sys.stderr, RED)} {printable(str(mistake))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -205,7 +206,7 @@ def _start_workers(arguments: Sequence[str]) -> None:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    require(command in COMMANDS, f"no command {command}{nearest(command, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+    require(command in COMMANDS, f"no command {command}{nearest_first(command, COMMANDS, 'the commands are')}")
     imports = command == "checkpoint" and arguments[:1] == ["import"]
     if command in _PLAIN and not imports:
         return _run_plain_command(command, arguments)
@@ -241,12 +242,7 @@ def _imported(module: str) -> Any:
 
 
 def _run_plain_command(command: str, arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m lightning_dlrm {command}",
-        description=COMMANDS[command],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = PlainParser(prog=f"python -m lightning_dlrm {command}", description=COMMANDS[command])
     name, add_arguments, run = _PLAIN[command]
     module = _imported(name)
     getattr(module, add_arguments)(parser)

@@ -254,9 +254,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("tsv", "raw text shaped like Criteo's click logs", _TSV_DESCRIPTION, _tsv_options(), _run_tsv),
         ("log", "raw logs in the form of other public data sets", _LOG_DESCRIPTION, _log_options(), _run_log),
     ):
-        kind = kinds.add_parser(
-            name, help=words, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        kind = kinds.add_parser(name, help=words, description=description)
         for option, settings in options:
             kind.add_argument(option, **settings)
         kind.set_defaults(run_kind=run_kind)

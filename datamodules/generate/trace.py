@@ -296,23 +296,29 @@ def plot_fits(originals: Sequence[Profile], generated: Sequence[Profile], path: 
     for row, original, copy in zip(axes, originals, generated, strict=True):
         accesses = min(original.accesses, copy.accesses)
         for profile, name, style in (
-            (original, "original", {"color": "tab:blue", "linewidth": 4, "alpha": 0.4}),
-            (copy, "generated", {"color": "tab:orange", "linewidth": 1.4}),
+            (original, "original", {"color": "#56B4E9", "linewidth": 4}),
+            (copy, "generated", {"color": "#D55E00", "linewidth": 1.4, "linestyle": "--"}),
         ):
             _draw(row, profile, accesses, {"label": name, **style})
         distances, hits, distinct = row
         distances.set(
             xscale="log", ylim=(0, None), xlabel="stack distance, rows", ylabel="share of accesses in an octave"
         )
-        hits.set(xscale="log", ylim=(0, 1), xlabel="LRU cache, rows", ylabel="hit rate")
-        distinct.set(xscale="log", yscale="log", xlabel="accesses", ylabel="distinct rows")
+        first = original.beginning(accesses)[0] / accesses
+        hits.axhline(1 - first, color="0.45", linestyle=":", linewidth=1.2)
+        note = f"{first:.0%} of the accesses are the first of their rows: no cache has them"
+        hits.annotate(note, (0.02, 1 - first), (0, 3), ("axes fraction", "data"), "offset points", fontsize=7.5)
+        hits.set(xscale="log", ylim=(0, 1.02), xlabel="rows in the LRU cache", ylabel="hit rate")
+        distinct.set(xscale="log", yscale="log", xlabel="accesses", ylabel="unique rows")
         distinct.yaxis.set_minor_formatter(LogFormatter())  # of a small table: 24, not 2.4 times ten to the 1
         distances.set_title(f"{original.column}: stack distances", loc="left")
         hits.set_title("LRU hit rate", loc="left")
-        distinct.set_title("growth", loc="left")
+        distinct.set_title("Unique rows", loc="left")
         for ax in row:
-            ax.grid(alpha=0.3)
-        hits.legend()
+            ax.grid(color="0.92")
+            ax.set_axisbelow(True)
+            ax.spines[["top", "right"]].set_visible(False)
+        distinct.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=110)
 
 

@@ -10,7 +10,7 @@ from datamodules.log_schema import Label, LogSchema, parse_label
 from datamodules.preprocess.columns import Facts, examples, facts_of, words_of
 from datamodules.preprocess.sniffing import Sample, Value, read_sample
 from datamodules.values import BOOLEANS, YES, label_of
-from lightning_dlrm.contracts.errors import UserError, nearest, require
+from lightning_dlrm.contracts.errors import UserError, nearest_first, require
 
 _LABEL_WORDS = frozenset(
     """
@@ -53,8 +53,8 @@ def find_label(text: str, facts: Sequence[Facts], sample: Sample) -> SampledLabe
     column = next((column for column in facts if column.name == label.column), None)
     if column is None:
         raise UserError(
-            f"--label {text!r}: there is no column {label.column!r}; the columns are "
-            f"{', '.join(names)}{nearest(label.column, names)}"
+            f"--label {text!r}: there is no column {label.column!r}"
+            f"{nearest_first(label.column, names, 'the columns are')}"
         )
     values = {value: _is_positive(label, value) for value in column.counts}
     other = [value for value, positive in values.items() if positive is None]

@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from datamodules.preprocess.sources import RawFile
 from lightning_dlrm.contracts.errors import require
+from lightning_dlrm.contracts.terminal import has_colors
 
 _FIRST_LINE_AFTER_S = 10.0  # without a terminal; each further line waits twice as long, up to
 _LINE_EVERY_S = 300.0
 _MEMORY_EVERY_S = 0.25
 _DISK_EVERY_S = 2.0
-_BAR = "{desc:<7}{percentage:3.0f}%|{bar:20}| [{elapsed}<{remaining}{postfix}]"
+_BAR = "{desc:<7}{percentage:3.0f}%|{bar:8}| {elapsed}<{remaining}{postfix}"
 
 _SAMPLE_BYTES = 4 << 20
 
@@ -51,8 +52,8 @@ class StageTime:
     def __str__(self) -> str:
         rate = self.rows / self.seconds if self.seconds else 0.0
         return (
-            f"{self.name:<7}{self.rows:>15,} rows {self.seconds:>9,.1f} s {rate:>11,.0f} rows/s "
-            f"{self.peak_bytes / 1e9:>6,.2f} GB memory {self.disk_bytes / 1e9:>8,.2f} GB disk"
+            f"{self.name:<7}{self.rows:>13,} rows{self.seconds:>8,.1f} s{rate:>9,.0f} rows/s"
+            f"{format_size(self.peak_bytes):>9} memory{format_size(self.disk_bytes):>9} disk"
         )
 
 
@@ -70,7 +71,8 @@ class Stage:
         self._lock = threading.Lock()
         self._bar: tqdm | None = None
         if stream is not None and stream.isatty():
-            self._bar = tqdm(total=1.0, desc=name, bar_format=_BAR, file=stream, leave=True)
+            colour = "blue" if has_colors(stream) else None
+            self._bar = tqdm(total=1.0, desc=name, bar_format=_BAR, file=stream, leave=True, colour=colour)
 
     def advance(self, rows: float) -> None:
         """Count more rows as done; a fraction of a row if the stage takes several steps a row."""
@@ -109,16 +111,21 @@ class Stage:
         now = time.monotonic()
         seconds = max(now - self._start, 1e-9)
         fraction = min(self._fraction, 1.0)
-        counted = (
-            f"{self.rows:,.0f} rows, {self.rows / seconds:,.0f} rows/s, "
-            f"{self.memory / 1e9:,.2f} GB memory, {self.disk / 1e9:,.2f} GB disk"
-        )
+        parts = [
+            f"{self.rows:,.0f} rows, {self.rows / seconds:,.0f} rows/s",
+            f"{self.memory / 1e9:,.2f} GB memory",
+            f"{self.disk / 1e9:,.2f} GB disk",
+        ]
         if self._bar is not None:
-            self._bar.set_postfix_str(counted, refresh=False)
+            room = shutil.get_terminal_size().columns - len("encode 100%|12345678| 00:00:00<00:00:00, ")
+            while len(parts) > 1 and len(", ".join(parts)) > room:
+                parts.pop()
+            self._bar.set_postfix_str(", ".join(parts), refresh=False)
             self._bar.update(fraction - self._bar.n)
         elif self._stream is not None and now >= self._line_at:
             left = f"{seconds * (1 - fraction) / fraction:,.0f}" if fraction else "?"
-            print(f"{self.name:<7}{fraction:6.1%}  {counted}, {left} s left", file=self._stream, flush=True)
+            counted = ", ".join([*parts, f"{left} s left"])
+            print(f"{self.name:<7}{fraction:6.1%}  {counted}", file=self._stream, flush=True)
             self._line_after = min(2 * self._line_after, _LINE_EVERY_S)
             self._line_at = now + self._line_after
 

@@ -30,8 +30,9 @@ _MOST_TABLES = 60  # of which the figure still has readable rows
 _NAMED_CURVES = 6
 _SHOWN_SHARE = 0.005  # of the lookups, from which on curves are of interest
 _LEAST = 0.7  # of an axis of ids, so that a mark at 1 is whole
-# Marker and colour inside, for each of SHARES.
-_MARKS = (("o", "white"), ("^", "0.6"), ("D", "black"))
+# Marker, colour inside and size, for each of SHARES: larger ones lie below, so that marks at one place are all seen.
+_MARKS = (("o", "white", 3.5), ("^", "0.75", 7), ("D", "black", 9))
+_MOSTLY_ONCE = 0.5  # share of ids that occur once, from which on a table is marked
 # Colours of Okabe and Ito, which differ in lightness too; each with a line style of its own.
 _CURVES = (
     ("#000000", "-"),
@@ -55,6 +56,8 @@ class Skew:
     """The share of the lookups that go to the most frequent id."""
     ids_for: Mapping[float, int]
     """For each of ``SHARES``, the least number of ids that this share of the lookups goes to."""
+    once: float
+    """The share of the ids in use that are looked up once."""
     curve: tuple[NDArray[np.float64], NDArray[np.float64]]
     """Shares of the table's rows, in logarithmic steps up to 1, and the share of the lookups that go to that many of
     the most frequent ids."""
@@ -67,16 +70,21 @@ def skew_of(column: Column, counts: NDArray[np.int64]) -> Skew:
         counts: lookups of each id, [cardinality], in any order; overwritten, as a table may have hundreds of millions.
     """
     counts.sort()
+    unused, used_once = np.searchsorted(counts, [1, 2])
+    once = float(used_once - unused) / max(len(counts) - int(unused), 1)
     covered = counts[::-1]
     np.cumsum(covered, out=covered)
     lookups = int(covered[-1])
     if not lookups:
-        return Skew(column=column, lookups=0, most_frequent=None, ids_for={}, curve=(np.empty(0), np.empty(0)))
+        return Skew(
+            column=column, lookups=0, most_frequent=None, ids_for={}, once=0.0, curve=(np.empty(0), np.empty(0))
+        )
     ids = np.unique(np.geomspace(1, len(counts), _CURVE_POINTS).round().astype(np.int64))
     return Skew(
         column=column,
         lookups=lookups,
         most_frequent=float(covered[0] / lookups),
+        once=once,
         ids_for={share: int(np.searchsorted(covered, share * lookups)) + 1 for share in SHARES},
         curve=(ids / len(counts), covered[ids - 1] / lookups),
     )
@@ -192,7 +200,7 @@ def draw(skews: Sequence[Skew], title: str, path: Path) -> None:
     _draw_curves(right, skews, largest[:_NAMED_CURVES])
     # Below the axes: inside them they would hide bars or curves of some dataset.
     style = {"fontsize": 8, "handlelength": 4}
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, **style)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, **style)
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=4, **style)
     try:
         figure.savefig(path, dpi=150)
@@ -205,8 +213,15 @@ def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:
     rows = range(len(shown))
     axes.barh(rows, sizes, color="0.88", edgecolor="0.35", linewidth=0.8)
     for row, size in zip(rows, sizes, strict=True):
-        axes.annotate(f"{size:,}", (size, row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=7.5)
-    for share, (marker, fill) in zip(SHARES, _MARKS, strict=True):
+        axes.annotate(
+            f"{size:,}{' *' * (shown[row].once > _MOSTLY_ONCE)}",
+            (size, row),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7.5,
+        )
+    for share, (marker, fill, marker_size) in reversed(list(zip(SHARES, _MARKS, strict=True))):
         counted = [(skew.ids_for[share], row) for row, skew in zip(rows, shown, strict=True) if skew.lookups]
         axes.plot(
             [ids for ids, _ in counted],
@@ -214,9 +229,12 @@ def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:
             marker,
             color="black",
             markerfacecolor=fill,
-            markersize=5,
+            markersize=marker_size,
+            markeredgewidth=0.8,
             label=f"{share:.0%} of lookups go to so many ids",
         )
+    if any(skew.once > _MOSTLY_ONCE for skew in shown):
+        axes.plot([], [], " ", label="* most of its ids occur once: its size and skew depend on the number of rows")
     # The numbers to the right of the bars take a sixth of the width.
     right = max(sizes) * (max(sizes) / _LEAST) ** 0.17
     axes.set(xscale="log", xlim=(_LEAST, right), xlabel="rows of the table (bar) and most frequent ids (marks)")

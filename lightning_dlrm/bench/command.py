@@ -32,13 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
     for name, text in WORKS.items():
         module = importlib.import_module(f"lightning_dlrm.bench.{name}")
-        work = works.add_parser(
-            name,
-            help=text,
-            description=module.DESCRIPTION,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        work = works.add_parser(name, help=text, description=module.DESCRIPTION)
         module.add_arguments(work)
         if name in _ON_CPUS:
             # Scripts may call every benchmark with the same options.

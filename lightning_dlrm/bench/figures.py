@@ -59,8 +59,10 @@ def draw_breakdown(columns: Mapping[str, Mapping[str, float]], device: str, titl
     axes.set(
         xlim=(0, max(begins.values()) * 1.12),
         xlabel=f"milliseconds of a training step on {device}",
-        title=f"{title}: time of a step by operator",
+        title=f"Time of a step by operator, measured apart from the totals, with the profiler\n{title}",
     )
+    axes.grid(axis="x", color="0.92")
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
@@ -84,7 +86,7 @@ def draw_roofline(
     for (colour, style), (precision, parts) in zip(_LINES, precisions.items(), strict=False):
         peak = rates.flops[precision]
         xs = [low, min(max(peak / rates.bytes, low), high), high]
-        roof = f"roof, {precision}: {rates.bytes / 1e9:.3g} GB/s, {peak / 1e9:,.0f} GFLOP/s"
+        roof = f"roof in {precision}: {rates.bytes / 1e9:.3g} GB/s, {peak / 1e9:,.0f} GFLOP/s"
         axes.plot(xs, [min(peak, x * rates.bytes) / 1e9 for x in xs], color=colour, linestyle=style, label=roof)
         for marker, (part, (cost, seconds)) in zip(_MARKERS, parts.items(), strict=True):
             axes.plot(
@@ -97,14 +99,18 @@ def draw_roofline(
                 linestyle="none",
                 label=f"{part}, {precision}",
             )
+            axes.annotate(
+                part, (cost.intensity, cost.flops / seconds / 1e9), (7, -3), textcoords="offset points", fontsize=8
+            )
     axes.set(
         xscale="log",
         yscale="log",
         xlabel="operations per byte between processor and memory",
         ylabel="GFLOP/s",
-        title=f"{title}: parts of our model, profiled separately, below the machine's roofs",
+        title=f"Parts of our model below the machine's roofs, measured apart, with marks in the profiler\n{title}",
     )
     axes.grid(True, which="major", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     _save(figure, path)
 

@@ -250,7 +250,7 @@ def _time_mlperf(args: argparse.Namespace) -> list[Measurement]:
 
 
 def _time_lookup(args: argparse.Namespace) -> list[Measurement]:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     lookup.add_arguments(parser)
     options = ["--device", args.device, "--precision", PRECISION, "--batch-size", str(args.batch_size or _BATCH)]
     options += ["--rows", str(args.max_rows or 1_000_000), "--steps", str(args.steps), "--rounds", str(args.rounds)]

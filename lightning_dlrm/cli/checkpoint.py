@@ -50,13 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Only for the list in --help: ``import`` takes the options of fit and has a parser of its own.
     works.add_parser("import", help="make a checkpoint of parameters that facebookresearch/dlrm saved")
     for name, text in _WORKS.items():
-        work = works.add_parser(
-            name,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.\n\n{_EXAMPLES[name]}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        description = f"{text[0].upper()}{text[1:]}.\n\n{_EXAMPLES[name]}"
+        work = works.add_parser(name, help=text, description=description)
         work.add_argument("checkpoint", type=Path, metavar="PATH", help="checkpoint folder")
         if name == "info":
             work.add_argument(

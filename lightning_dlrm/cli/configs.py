@@ -28,11 +28,9 @@ def find_config(name: str) -> Path:
         if candidate.is_file():
             return candidate
     known = [name for name in shipped_names() if not name.startswith(SCHEMAS)]
-    raise UserError(
-        f"no configuration {name} here"
-        # The common ending must not count as similarity.
-        f"{nearest(name.removesuffix('.yaml') + '.yaml', known, cutoff=0.8)}; shipped are {', '.join(known)}"
-    )
+    # The common ending must not count as similarity.
+    suggestion = nearest(name.removesuffix(".yaml") + ".yaml", known, cutoff=0.8)
+    raise UserError(f"no configuration {name} here{suggestion or '; shipped are ' + ', '.join(known)}")
 
 
 def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:

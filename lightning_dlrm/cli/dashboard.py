@@ -1,16 +1,18 @@
 """``dashboard``: save the W&B workspace and report of a project, or of a group such as a comparison."""
 
 import argparse
+from pathlib import Path
 
-from lightning_dlrm.tracking.dashboard import Dashboard, publish
+from lightning_dlrm.tracking.dashboard import Dashboard, publish, write_page
 
 EXAMPLES = """\
 examples:
   python -m lightning_dlrm dashboard
-  python -m lightning_dlrm dashboard --project ads --entity team --group figure5
+  python -m lightning_dlrm dashboard --project ads --entity team --group figure5 --comparison --by-tag
+  python -m lightning_dlrm dashboard --output dashboard.html
 
-Each call makes a new workspace and a new report, with sections comparison (results of compare), quality, training,
-speed, system and parallel. The x axis is the number of samples trained on.
+Each call makes a new workspace and a new report, with the sections quality, training, speed, system and parallel. The
+x axis is the number of samples trained on.
 """
 
 
@@ -20,11 +22,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--project", default="lightning_dlrm", help="W&B project (default: %(default)s)")
     parser.add_argument("--entity", default="", help="user or team; by default the account's own")
     parser.add_argument("--group", default=None, help="only the runs of this group; by default all of the project")
+    parser.add_argument("--comparison", action="store_true", help="also a section with what compare found")
+    parser.add_argument(
+        "--by-tag",
+        action="store_true",
+        help="the mean and the range of runs with equal tags (compare tags each run of an experiment with its arm)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write what the dashboard shows as an HTML page; save nothing at W&B",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Save the workspace and the report, and print their addresses."""
-    saved = publish(Dashboard(project=options.project, entity=options.entity, group=options.group))
+    """Save the workspace and the report, and print their addresses; or write a page that shows what they hold."""
+    dashboard = Dashboard(
+        project=options.project,
+        entity=options.entity,
+        group=options.group,
+        comparison=options.comparison,
+        by_tag=options.by_tag,
+    )
+    if options.output is not None:
+        write_page(dashboard, options.output)
+        print(f"wrote {options.output}")
+        return 0
+    saved = publish(dashboard)
     for name, address in saved.items():
         print(f"{name:10s} {address}")
     return 0

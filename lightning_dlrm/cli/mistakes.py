@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_dlrm.cli.classes import KNOWN_CLASSES
 from lightning_dlrm.cli.trust import refusal
-from lightning_dlrm.contracts.errors import nearest
+from lightning_dlrm.contracts.errors import nearest, nearest_first
 
 _NO_KEYS = ", as there are no keys here"
 _NO_CLASS = (
@@ -56,7 +56,7 @@ def explain(message: str, known: Sequence[str]) -> str:
     if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
         name = match[1] or match[2]
         names = _fitting(_BASES.get(key.rpartition(".")[2], "object"))
-        return f"no class {name}; known ones: {', '.join(names)}{nearest(name, names)}"
+        return f"no class {name}{nearest_first(name, names, 'known ones:')}"
     if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss)", message):
         return _explain_class(message, match[1])
     if match := re.search(r"[Ii]mport path ?([\w.]*) does not correspond to a subclass of (\w+)", message):

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from lightning_dlrm.cli.configs import resolve_config_arguments
 from lightning_dlrm.cli.mistakes import explain, known_keys
 from lightning_dlrm.cli.trust import HELP, admit_arguments, check_values
 from lightning_dlrm.contracts.errors import UserError, place_in_own_code, require
+from lightning_dlrm.contracts.terminal import wrapped
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.tracking.wandb_mode import Mode
 
@@ -253,9 +255,22 @@ SPOKEN_AT_INFO = ("lightning_fabric.strategies.launchers.subprocess_script", "py
 """Loggers of Lightning whose INFO messages are shown: a rank that died, and the report of a profiler."""
 
 
+class _Wrapped(logging.Formatter):
+    """A formatter of messages without their source that fit into the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return wrapped(super().format(record).split("\n"), sys.stderr)
+
+
+def _log_handler() -> logging.Handler:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Wrapped("%(message)s"))
+    return handler
+
+
 def configure_logging() -> None:
     """Set the levels of loggers; Lightning's INFO messages are advice for authors of training code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[_log_handler()])
     log = logging.getLogger("lightning_dlrm")
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module="pytorch_lightning")

@@ -125,7 +125,7 @@ def run(arguments: Sequence[str], description: str) -> int:
         # Matplotlib takes long to load.
         from lightning_dlrm.cli.plan_report import draw
 
-        draw(plan, loads, costs, batch_size, Path(settings.plot))
+        draw(plan, loads, costs, batch_size, Path(settings.plot), _title(settings))
     if settings.json:
         print(json.dumps(plan_document(plan, costs, of_tables, batch_size), indent=1))
     else:
@@ -134,6 +134,12 @@ def run(arguments: Sequence[str], description: str) -> int:
             if path is not None:
                 print(f"{what} written to {path}")
     return 0
+
+
+def _title(settings: Namespace) -> str:
+    """Return the configuration's files and network, for the title of a figure."""
+    files = [Path(str(path)).name for path in settings.config or []]
+    return ", ".join([settings.model.network.class_path.rpartition(".")[2], *files])
 
 
 def _plan(settings: Namespace, loads: Sequence[TableLoad], batch_size: int, element_bytes: int) -> Plan:

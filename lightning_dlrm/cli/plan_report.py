@@ -60,17 +60,19 @@ def describe_plan(
     """Return a plan as text: tables of its ranks, split tables and tables with bags, and a line of its balance."""
     host = any(cost.host_bytes for cost in costs)
     sizes = ("GiB", "of it on host") if host else ("GiB",)
+    unit, size = sent_unit(costs)
     lines: list[tuple[str, ...]] = [
-        ("rank", "pieces", "rows", *sizes, "rows asked", "ids out", "vectors out", "gradients out")
+        ("rank", "pieces", "rows", *sizes, "requested", "ids out", "vectors out", "gradients out")
     ]
-    lines += [_line(str(cost.rank), cost, host) for cost in costs[:_RANKS_SHOWN]]
+    lines += [_line(str(cost.rank), cost, host, size) for cost in costs[:_RANKS_SHOWN]]
     if len(costs) > _RANKS_SHOWN:
         lines.append(("...",) * len(lines[0]))
-        lines.append(_line("mean", _summary(costs, statistics.fmean), host))
-        lines.append(_line("largest", _summary(costs, max), host))
+        lines.append(_line("mean", _summary(costs, statistics.fmean), host, size))
+        lines.append(_line("largest", _summary(costs, max), host, size))
     text = [
         aligned(lines),
-        "rows asked: by all ranks for a global batch, or sums of them; out: KiB that a rank sends in a training step",
+        "requested: embedding rows, or sums of them, that all ranks request of it in a step",
+        f"out: {unit} that it sends in a training step",
     ]
     pieces_of = {load: plan.pieces_within(load.name, load.start, load.start + load.rows) for load in loads}
     cut = [load for load in loads if len(pieces_of[load]) > 1]
@@ -84,19 +86,20 @@ def describe_plan(
         text += ["", aligned(rows)]
     bags = [(load, cost) for load, cost in zip(loads, of_tables, strict=True) if load.indices_per_sample > 1]
     if bags and plan.ranks > 1:
-        ways: list[tuple[str, ...]] = [("table", "ids in a bag", "KiB as rows", "KiB as sums", "sent as")]
+        ways: list[tuple[str, ...]] = [("table", "ids in a bag", f"{unit} as rows", f"{unit} as sums", "sent as")]
         for load, cost in bags:
-            as_rows, as_sums = cost.sent_rows.sum() / 1024, cost.sent_sums.sum() / 1024
+            as_rows, as_sums = cost.sent_rows.sum() / size, cost.sent_sums.sum() / size
             sums = f"{as_sums:,.1f}" if math.isfinite(as_sums) else "impossible"
             how = "sums" if load.name in plan.pooled else "rows"
             ways.append((load.name, f"{load.indices_per_sample:.3g}", f"{as_rows:,.1f}", sums, how))
         text += ["", aligned(ways)]
         text.append(
-            "KiB: ids, vectors and gradients of all ranks in a training step; sums: of a bag's rows on one rank"
+            f"{unit}: ids, vectors and gradients of all ranks in a training step; sums: of a bag's rows on one rank"
         )
     text += [
         "",
-        f"{len(loads)} tables, {len(loads) - len(cut)} whole, in {len(plan.pieces)} pieces on {plan.ranks} ranks; "
+        f"{counted(len(loads), 'table')}, {len(loads) - len(cut)} whole, in {counted(len(plan.pieces), 'piece')} on "
+        f"{counted(plan.ranks, 'rank')}; "
         f"largest share / mean: bytes {imbalance([c.bytes for c in costs]):.3f}, "
         f"work {imbalance([c.work for c in costs]):.3f}",
     ]
@@ -127,7 +130,13 @@ def describe_places(places: HostPlacement, loads: Sequence[TableLoad]) -> str:
     )
 
 
-def _line(name: str, cost: RankCost, host: bool) -> tuple[str, ...]:
+def sent_unit(costs: Sequence[RankCost]) -> tuple[str, int]:
+    """Return the unit in which text and figure give what ranks send, and its bytes."""
+    largest = max((max(cost.sent_ids, cost.sent_vectors, cost.sent_gradients) for cost in costs), default=0.0)
+    return ("MiB", 1 << 20) if largest >= 10 << 20 else ("KiB", 1 << 10)
+
+
+def _line(name: str, cost: RankCost, host: bool, unit: int) -> tuple[str, ...]:
     sent = (cost.sent_ids, cost.sent_vectors, cost.sent_gradients)
     return (
         name,
@@ -136,7 +145,7 @@ def _line(name: str, cost: RankCost, host: bool) -> tuple[str, ...]:
         f"{cost.bytes / 2**30:.3f}",
         *([f"{cost.host_bytes / 2**30:.3f}"] if host else []),
         f"{cost.work:,.0f}",
-        *(f"{amount / 1024:,.1f}" for amount in sent),
+        *(f"{amount / unit:,.1f}" for amount in sent),
     )
 
 
@@ -154,6 +163,15 @@ def _summary(costs: Sequence[RankCost], of: Any) -> RankCost:
     )
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1.
+
+    >>> counted(1, "rank"), counted(1200, "table")
+    ('1 rank', '1,200 tables')
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
@@ -167,7 +185,8 @@ _TABLES_COLOURED = 8
 def draw(
     plan: Plan, loads: Sequence[TableLoad], costs: Sequence[RankCost], batch_size: int, path: Path, note: str = ""
 ) -> None:
-    """Draw the bytes of each rank by table, its work, and the bytes that it sends; ``note`` is printed above.
+    """Draw the bytes of each rank by table, its work, and the bytes that it sends, with their means; ``note``, such as
+    the name of the configuration, is printed above.
 
     Raises:
         UserError: the file cannot be written.
@@ -193,8 +212,10 @@ def draw(
         held.bar(ranks, rest, width, bottom, label=f"{len(loads) - len(largest)} others", color="0.7")
     held.set_ylabel("tables and\noptimizer state, GiB")
     held.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    work.bar(ranks, [cost.work for cost in costs], width, color=OKABE_ITO[0])
-    work.set_ylabel("rows, or sums,\nasked for a batch")
+    requested = [cost.work for cost in costs]
+    work.bar(ranks, requested, width, color="0.6")
+    work.set_ylabel("embedding rows\nrequested a step")
+    unit, unit_bytes = sent_unit(costs)
     bottom = [0.0] * plan.ranks
     for number, (name, amounts) in enumerate(
         (
@@ -203,10 +224,14 @@ def draw(
             ("gradients", [cost.sent_gradients for cost in costs]),
         )
     ):
-        sizes = [amount / 2**20 for amount in amounts]
+        sizes = [amount / unit_bytes for amount in amounts]
         sent.bar(ranks, sizes, width, bottom, label=name, **looks(number))
         bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
-    sent.set_ylabel("sent in a\ntraining step, MiB")
+    sent.set_ylabel(f"sent in a\ntraining step, {unit}")
+    held_total = [cost.bytes / 2**30 for cost in costs]
+    for axes, values in ((held, held_total), (work, requested), (sent, bottom)):
+        mean = axes.axhline(statistics.fmean(values), color="black", linestyle=":", linewidth=1.2)
+    work.legend([mean], ["mean of the ranks"], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     sent.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     sent.set_xlabel("rank")
     if plan.ranks <= 16:
@@ -215,7 +240,8 @@ def draw(
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
         (f"{note}\n" if note else "")
-        + f"{len(loads)} tables in {len(plan.pieces)} pieces on {plan.ranks} ranks, global batch {batch_size:,}"
+        + f"{counted(len(loads), 'table')} in {counted(len(plan.pieces), 'piece')} on {counted(plan.ranks, 'rank')}, "
+        f"global batch {batch_size:,}"
     )
     try:
         figure.savefig(path, dpi=120)

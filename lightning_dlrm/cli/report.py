@@ -2,14 +2,19 @@
 
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from lightning_dlrm.cli.parser import PublishedScore
 from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.contracts.terminal import emphasized
 from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.models.network import ModelSize
 from lightning_dlrm.tracking import names
@@ -25,6 +30,34 @@ def demo_note() -> str:
         "  python -m lightning_dlrm fit --config dlrm.yaml --config criteo_kaggle.yaml --data.path criteo\n"
         "For a log of your own: python -m lightning_dlrm preprocess --infer; see docs/own-data.md"
     )
+
+
+PRECISIONS = {
+    "32-true": "float32", "64-true": "float64", "bf16-true": "bfloat16", "bf16-mixed": "float32 with bfloat16 products",
+}  # fmt: skip
+"""Lightning's name of a precision -> words."""
+
+
+def setup_note(network: str, schema: DatasetSchema, batch_size: int | None, trainer: pl.Trainer) -> str:
+    """Return the first line of a fit, such as ``DLRM on demo data, batch 2,048, float32, 2 CPU cores``.
+
+    Args:
+        network: class of the network.
+        schema: schema of the data.
+        batch_size: global batch size; None if the datamodule does not say it.
+        trainer: trainer of the fit.
+    """
+    data = "demo data" if schema.dataset == "demo" else f"{schema.dataset} data"
+    ranks = trainer.world_size
+    if isinstance(trainer.accelerator, CUDAAccelerator):
+        devices = f"{ranks} GPU{'s' * (ranks > 1)} ({torch.cuda.get_device_name()})"
+    elif isinstance(trainer.accelerator, CPUAccelerator):
+        cores = torch.get_num_threads()
+        devices = f"{cores} CPU core{'s' * (cores > 1)}{f' on each of {ranks} ranks' * (ranks > 1)}"
+    else:
+        devices = f"{ranks} device{'s' * (ranks > 1)}"
+    batch = "" if batch_size is None else f", batch {batch_size:,}"
+    return f"{network} on {data}{batch}, {PRECISIONS.get(str(trainer.precision), trainer.precision)}, {devices}"
 
 
 def cells_note(schema: DatasetSchema) -> str:
@@ -43,7 +76,7 @@ def size_note(size: ModelSize) -> str:
     """Return the note at the start of every run; the same numbers as ``params`` counts."""
     forward, training = size.flops_per_sample_forward, size.flops_per_sample_training
     flops = f"{forward:,} forward, {training:,} in training" if forward else "unknown"
-    return f"parameters: {size_words(size.tables, size.dense)}; FLOPs per sample: {flops}"
+    return f"parameters: {size_words(size.tables, size.dense)}\nFLOPs per sample: {flops}"
 
 
 def size_words(tables: float, dense: float) -> str:
@@ -78,6 +111,24 @@ def early_stop_note(callback: EarlyStopping | ReduceOnPlateau, step: int, total:
     return f"stopped early at step {step:,}: {reason}" if reason and step < total else ""
 
 
+def title_of_metric(metric: str) -> str:
+    """Return a metric's name in words.
+
+    >>> [title_of_metric(metric) for metric in ("auc", "log_loss", "group_auc")]
+    ['AUC', 'log loss', 'AUC by group']
+    """
+    return {"auc": "AUC", "group_auc": "AUC by group"}.get(metric, metric.replace("_", " "))
+
+
+def rounded(value: float) -> str:
+    """Format a number of any size with at least three digits.
+
+    >>> [rounded(value) for value in (75936.2, 123.4, 12.34, 0.0351)]
+    ['75,936', '123', '12.3', '0.0351']
+    """
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def published_notes(
     published: Sequence[PublishedScore] | None, metrics: Mapping[str, float], split: str, dataset: str
 ) -> list[str]:
@@ -98,7 +149,7 @@ def published_notes(
             continue
         difference = value - score.value
         notes.append(
-            f"{split} {score.metric.replace('_', ' ')} {value:.5f} is {abs(difference):.5f} "
+            f"{split} {title_of_metric(score.metric)} {value:.5f} is {abs(difference):.5f} "
             f"{'below' if difference < 0 else 'above'} the published {score.value:g} ({score.source}"
             f"{'' if of_splits else '; of which split it does not say'})"
         )
@@ -123,7 +174,9 @@ def final_report(
         wandb: address of the run at W&B; None without W&B.
         published: the published scores of the configuration.
     """
-    lines = ["", *_scores(final, best), *published_notes(published, final, names.VALIDATION, schema.dataset)]
+    title, *scores = _scores(final, best)
+    lines = ["", emphasized(title, sys.stdout), *scores]
+    lines += published_notes(published, final, names.VALIDATION, schema.dataset)
     history = folder.lines()
     courses = ((f"{names.VALIDATION}/auc", "validation AUC"), (names.TRAIN_LOSS, "training loss"))
     facts: list[tuple[str, str | None]] = [(title, _course(history, name)) for name, title in courses]
@@ -132,7 +185,7 @@ def final_report(
         ("speed", _speed(final)),
         (
             "training",
-            f"{final[names.SAMPLES]:,} samples in {final[names.TRAINING_SECONDS]:,.0f} s; "
+            f"{final[names.SAMPLES]:,} samples in {rounded(final[names.TRAINING_SECONDS])} s; "
             f"{final[names.PEAK_MEMORY] / 2**30:.2f} GiB of memory at most",
         ),
         ("run folder", str(folder.path)),
@@ -147,7 +200,7 @@ def final_report(
         again = f"--config {folder.path / CONFIG} --ckpt_path {folder.checkpoints / 'best'} {trust}".rstrip()
         lines += [
             "",
-            "next:",
+            emphasized("next:", sys.stdout),
             f"  python -m lightning_dlrm test {again}",
             f"  python -m lightning_dlrm predict {again} --data.predict_split all",
             f"  python -m lightning_dlrm compare {folder.path} OTHER_RUN --output comparison {trust}".rstrip(),
@@ -159,22 +212,29 @@ def _scores(final: Mapping[str, float], best: Mapping[str, float]) -> list[str]:
     """Return the validation metrics, with the best reachable values of planted data."""
     optimum = {"auc": final.get(names.OPTIMUM_AUC), "log_loss": final.get(names.OPTIMUM_LOG_LOSS)}
     reachable = "" if None in optimum.values() else "best reachable"
-    rows = [("validation", "at the end", f"best, step {best[names.STEP]:,}" if best else "", reachable)]
-    for metric in (*names.METRICS, names.GROUP_AUC):
-        name = f"{names.VALIDATION}/{metric}"
-        values = (final.get(name), best.get(name), optimum.get(metric))
-        if values[0] is not None:
-            at_end, at_best, known = ("" if value is None else f"{value:.6f}" for value in values)
-            rows.append((metric.replace("_", " "), at_end, at_best, known))
-    if len(rows) == 1:
+    metrics = {
+        metric: final[name]
+        for metric in (*names.METRICS, names.GROUP_AUC)
+        if (name := f"{names.VALIDATION}/{metric}") in final
+    }
+    if not metrics:
         return ["no validation was made"]
-    return [f"{a:22s}{b:>12s}{c:>18s}{d:>18s}".rstrip() for a, b, c, d in rows]
+    of_best = {metric: best.get(f"{names.VALIDATION}/{metric}") for metric in metrics}
+    is_best = of_best == metrics
+    step = f"step {best[names.STEP]:,}" if best else ""
+    titles = ["at the end, the best" if is_best else "at the end"]
+    titles += [] if is_best or not best else [f"best, {step}"]
+    rows = [("validation", *titles, reachable)]
+    for metric, value in metrics.items():
+        values = [value, *([] if len(titles) == 1 else [of_best[metric]]), optimum.get(metric)]
+        rows.append((title_of_metric(metric), *("" if value is None else f"{value:.6f}" for value in values)))
+    return [f"{row[0]:20s}{''.join(f'{cell:>21s}' for cell in row[1:])}".rstrip() for row in rows]
 
 
 def _speed(final: Mapping[str, float]) -> str:
     """Return the speed, and the wait for data if it was logged: not if a fit was killed at its end and resumed."""
-    speed, wait = f"{final[names.SAMPLES_PER_SECOND]:,.0f} samples/s", final.get(names.DATA_WAIT_SHARE)
-    return speed if wait is None else f"{speed}; {100 * wait:.1f}% of the time waiting for data"
+    speed, wait = f"{final[names.SAMPLES_PER_SECOND]:,.0f} samples/s on average", final.get(names.DATA_WAIT_SHARE)
+    return speed if wait is None else f"{speed}, with {100 * wait:.1f}% of the time waiting for data"
 
 
 def _course(history: Sequence[Mapping[str, float]], name: str) -> str:

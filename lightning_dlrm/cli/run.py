@@ -33,7 +33,15 @@ from lightning_dlrm.cli.launchers import check_started_processes, requeue, slurm
 from lightning_dlrm.cli.loggers import finish_loggers, make_loggers, wandb_address
 from lightning_dlrm.cli.parser import CommandParser, build_trainer_parser, configure_logging, fill_data_seed, parse
 from lightning_dlrm.cli.predictions import PredictionWriter
-from lightning_dlrm.cli.report import cells_note, demo_note, early_stop_note, final_report, published_notes, size_note
+from lightning_dlrm.cli.report import (
+    cells_note,
+    demo_note,
+    early_stop_note,
+    final_report,
+    published_notes,
+    setup_note,
+    size_note,
+)
 from lightning_dlrm.cli.resuming import (
     choose_checkpoint,
     configuration_text,
@@ -301,6 +309,8 @@ def log_start(job: Job, trainer: pl.Trainer) -> None:
         return
     job.metrics_logger.configuration = configuration_text(job.parser, job.settings)
     job.metrics_logger.versions = versions()
+    network, data = job.settings.model.network.class_path.rpartition(".")[2], job.datamodule
+    log.info(setup_note(network, data.schema, getattr(data, "batch_size", None), trainer))
     log.info("run folder: %s", job.folder.path)
     log.info(size_note(job.module.size))
     if note := cells_note(job.datamodule.schema):

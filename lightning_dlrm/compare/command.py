@@ -17,7 +17,6 @@ from lightning_dlrm.cli.trust import HELP, admit_file, trust_options
 from lightning_dlrm.compare.anatomy import anatomy, breakdown
 from lightning_dlrm.compare.experiment import (
     EXPECTED,
-    Experiment,
     PlannedArm,
     is_experiment,
     keep_configurations,
@@ -26,9 +25,10 @@ from lightning_dlrm.compare.experiment import (
 )
 from lightning_dlrm.compare.figures import draw_all
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs
+from lightning_dlrm.compare.ranking import title_of
 from lightning_dlrm.compare.report import arms_table, closing_words, page_of, write_report
 from lightning_dlrm.compare.results import check_data, compare
-from lightning_dlrm.compare.runs import Arm, arms_of, by_data, read_run
+from lightning_dlrm.compare.runs import Arm, arms_of, read_run
 from lightning_dlrm.compare.scores import (
     Samples,
     Split,
@@ -170,7 +170,7 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
         for arm in arms
     ]
     samples = shared_samples([run for arm in finished for run in arm.runs], options.split, options.group)
-    page = _report(finished, samples, options, output, title=_title(experiment, arms))
+    page = _report(finished, samples, options, output)
     print(_to_wandb(page, arms[0].document["wandb"] | {"group": group}, output, runs_too=True))
     return 0
 
@@ -210,11 +210,6 @@ def _gpus(arms: Sequence[PlannedArm]) -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
-
-
-def _title(experiment: Experiment, arms: Sequence[PlannedArm]) -> str:
-    schema = arms[0].schema
-    return f"{experiment.name}: {' / '.join(arm.name for arm in arms)} on {schema.dataset} (protocol {schema.protocol})"
 
 
 # --- finished runs -------------------------------------------------------------------------------------
@@ -262,10 +257,7 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
     if jobs:
         print(f"scoring {len(jobs)} of {len(runs)} runs on their {options.split} split")
         run_jobs(jobs, device_environments(options.parallel, []), scored)
-    title = " / ".join(
-        f"{' / '.join(arm.name for arm in of_data)} on {data}" for data, of_data in by_data(arms).items()
-    )
-    page = _report(arms, samples, options, output, title=title, warnings=warnings)
+    page = _report(arms, samples, options, output, warnings)
     places = [dataclasses.asdict(WandbSettings()) | run.config["wandb"] for run in runs]
     if any(place[key] != places[0][key] for place in places for key in ("project", "entity", "group")):
         print("W&B: no page of this comparison, as its runs are of several projects or groups")
@@ -282,14 +274,12 @@ def _report(
     samples: Mapping[str, Samples],
     options: argparse.Namespace,
     output: Path,
-    *,
-    title: str,
     warnings: Sequence[str] = (),
 ) -> ComparisonPage:
     """Compare the scored runs, write the report, print the result, and return the comparison's W&B page."""
     runs = [run for arm in arms for run in arm.runs]
     scores = {run.name: read_scores(_scores(output, run.name), samples[run.final["data_fingerprint"]]) for run in runs}
-    comparison = compare(arms, scores, title=title, split=options.split, warnings=warnings)
+    comparison = compare(arms, scores, title=title_of(arms), split=options.split, warnings=warnings)
     anatomies = {arm.name: anatomy(arm.runs[0]) for arm in arms}
     times, notes = breakdown(arms, output / "operators.json")
     pictures = draw_all(comparison, anatomies, times, output / "figures")
@@ -318,7 +308,9 @@ def _to_wandb(page: ComparisonPage, settings: Mapping[str, Any], output: Path, r
     project, entity, group = settings["project"], settings["entity"], settings["group"]
     place = RunPlace(project=project, entity=entity, group=group, name=output.resolve().name, job_type=JOB_TYPE)
     where, reason = send_comparison(page, output, place, mode, reason)
-    later = f"python -m lightning_dlrm dashboard --project {project} --group {group}"
+    # An experiment's runs are tagged with their arms.
+    by_tag = " --by-tag" * runs_too
+    later = f"python -m lightning_dlrm dashboard --project {project} --group {group} --comparison{by_tag}"
     if reason:
         sent = f"{output / 'runs/*/wandb/offline-run-*'} " if runs_too else ""
         lines = [f"W&B: offline ({reason}); send it with: wandb sync {sent}{output / 'wandb/offline-run-*'}"]
@@ -327,7 +319,16 @@ def _to_wandb(page: ComparisonPage, settings: Mapping[str, Any], output: Path, r
     if group is None:
         return lines[0]
     try:
-        saved = publish(Dashboard(project=project, entity=entity or "", group=group, findings=page.findings))
+        saved = publish(
+            Dashboard(
+                project=project,
+                entity=entity or "",
+                group=group,
+                findings=page.findings,
+                comparison=True,
+                by_tag=runs_too,
+            )
+        )
         lines += [f"W&B {name}: {address}" for name, address in saved.items()]
     except UserError as error:
         # The report is written; a missing page at W&B is no reason to fail.

@@ -1,17 +1,21 @@
 """The result of a comparison: ``report.html``, one file that opens without a network; a page at W&B; text."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
 import numpy as np
 
+from lightning_dlrm.cli.report import rounded
 from lightning_dlrm.compare.anatomy import Anatomy
+from lightning_dlrm.compare.drawing import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.experiment import PlannedArm
-from lightning_dlrm.compare.figures import PAGE_WIDTH, Picture
+from lightning_dlrm.compare.ranking import answer, behind, pair_of, ranked, with_spread
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison, span
 from lightning_dlrm.compare.runs import Arm, by_data, differing, format_value
 from lightning_dlrm.compare.statistics import Score
+from lightning_dlrm.contracts.terminal import emphasized, wrapped
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.sparkline import sparkline
 from lightning_dlrm.tracking.wandb_run import ComparisonPage, Table
@@ -38,14 +42,18 @@ def write_report(
         path: HTML file.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    head, more = answer(comparison)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         comparison=comparison,
+        head=head,
+        more=more,
+        ranking=_ranking(comparison),
         pairs=comparison.pairs,
         data=by_data(comparison.arms),
         metric_titles=METRIC_TITLES,
         optimum=names.OPTIMUM_AUC,
         summary=_summary(comparison),
-        pictures=pictures,
+        pictures={name: [found for found in pictures if found.name == name] for name in names.COMPARISON_FIGURES},
         page_width=PAGE_WIDTH,
         operator_notes=operator_notes,
         parameters=_parameters(comparison.arms, anatomies),
@@ -55,36 +63,53 @@ def write_report(
     path.write_text(text, encoding="utf-8")
 
 
+def _ranking(comparison: Comparison) -> list[list[str]]:
+    """Return the configurations with their scores, the highest AUC first; the first row has the titles."""
+    first, rows = (
+        ranked(comparison)[0],
+        [["", "configuration", "AUC", "behind the first (95% interval)", "", "log loss"]],
+    )
+    for place, arm in enumerate(ranked(comparison), 1):
+        is_behind = behind(comparison, arm)
+        pair = pair_of(comparison, first, arm) if is_behind else None
+        verdict = "" if pair is None else {"better": "worse"}.get(pair.word, pair.word)
+        scores = [with_spread(comparison, arm, metric, 4) for metric in ("auc", "log_loss")]
+        place_shown = "" if comparison.warnings else str(place)
+        rows.append([place_shown, arm.name, scores[0], is_behind, verdict, scores[1]])
+    return rows
+
+
 def _summary(comparison: Comparison) -> list[list[str]]:
-    arms, validation = comparison.arms, f"{names.VALIDATION}/auc"
-    return [
-        ["", *(arm.name for arm in arms)],
-        ["seeds", *(", ".join(map(str, arm.seeds)) for arm in arms)],
-        *([title, *(_score(comparison, arm, metric) for arm in arms)] for metric, title in _titles(comparison).items()),
-        ["best validation AUC", *(f"{np.mean([run.best[validation] for run in arm.runs]):.5f}" for arm in arms)],
-        ["training, s", *(_time(comparison, arm, names.TRAINING_SECONDS) for arm in arms)],
-        ["samples/s", *(_time(comparison, arm, names.SAMPLES_PER_SECOND) for arm in arms)],
-        ["peak memory, GiB", *(f"{_median(arm, names.PEAK_MEMORY) / 2**30:.2f}" for arm in arms)],
-        ["parameters", *(f"{arm[names.PARAMETERS_TOTAL]:,}" for arm in arms)],
-        ["FLOPs a sample, training", *(f"{arm[names.FLOPS_TRAINING]:,}" for arm in arms)],
-    ]
+    """Return every number of every configuration, a row each; the first row has the titles."""
+    titles, best = _titles(comparison), f"{names.VALIDATION}/auc"
+    rows = [
+        ["", "seeds", *titles.values(), "best validation AUC", "training, s", "samples/s", "peak memory, GiB",
+         "parameters", "FLOPs per sample, training"],
+    ]  # fmt: skip
+    for arm in ranked(comparison):
+        rows.append(
+            [
+                arm.name,
+                ", ".join(map(str, arm.seeds)),
+                *(with_spread(comparison, arm, metric) for metric in titles),
+                f"{np.mean([run.best[best] for run in arm.runs]):.5f}",
+                *(_time(comparison, arm, name) for name in (names.TRAINING_SECONDS, names.SAMPLES_PER_SECOND)),
+                f"{_median(arm, names.PEAK_MEMORY) / 2**30:.2f}",
+                f"{arm[names.PARAMETERS_TOTAL]:,}",
+                f"{arm[names.FLOPS_TRAINING]:,}" if arm[names.FLOPS_TRAINING] else "unknown",
+            ]
+        )
+    return rows
 
 
 def _titles(comparison: Comparison) -> dict[Score, str]:
     return {metric: METRIC_TITLES[metric] for metric in comparison.metrics}
 
 
-def _score(comparison: Comparison, arm: Arm, metric: Score) -> str:
-    interval = comparison.intervals[arm.name, metric]
-    if interval is None:
-        return f"{comparison.values(arm, metric)[0]:.5f}"
-    return f"{interval.value:.5f} ± {interval.high - interval.value:.5f}"
-
-
 def _time(comparison: Comparison, arm: Arm, name: str) -> str:
     if comparison.steady(name):
-        return f"{_median(arm, name):,.0f}"
-    ends = dict.fromkeys(f"{value:,.0f}" for value in span(arm, name))
+        return rounded(_median(arm, name))
+    ends = dict.fromkeys(rounded(value) for value in span(arm, name))
     return f"{' to '.join(ends)}, not comparable"
 
 
@@ -114,14 +139,14 @@ def _differing(arms: Sequence[Arm] | Sequence[PlannedArm]) -> list[list[str]]:
 
 
 def _runs(comparison: Comparison) -> list[list[str]]:
-    rows = [["run", "seed", *_titles(comparison).values(), "samples", "training s", "folder"]]
+    rows = [["run", "seed", *_titles(comparison).values(), "samples", "training, s", "folder"]]
     rows += [
         [
             run.name,
             str(run.seed),
             *(f"{comparison.scores[run.name].metrics[name]:.5f}" for name in comparison.metrics),
             f"{run.final[names.SAMPLES]:,.0f}",
-            f"{run.final[names.TRAINING_SECONDS]:,.0f}",
+            rounded(run.final[names.TRAINING_SECONDS]),
             str(run.path),
         ]
         for run in comparison.runs
@@ -183,7 +208,7 @@ def page_of(
         figures=figures,
         tables={name: table for name, table in tables.items() if table.rows},
         files=files,
-        findings=[pair.sentence for pair in comparison.pairs],
+        findings=[*filter(None, answer(comparison)), *(pair.sentence for pair in comparison.pairs)],
     )
 
 
@@ -216,28 +241,33 @@ def arms_table(arms: Sequence[PlannedArm], seeds: Sequence[int]) -> str:
 
 
 def closing_words(comparison: Comparison, output: Path) -> str:
-    """Return a table of each configuration's metrics and validations, and the verdicts."""
+    """Return which configuration is better, a table of them all, and every difference."""
     # At most four, so that the table fits into 80 columns.
     columns: list[Score] = ["auc", "log_loss", "accuracy", "calibration"]
     if "group_auc" in comparison.metrics:
         columns[-1] = "group_auc"
     rows = [["", *(METRIC_TITLES[name] for name in columns), "samples/s", "validation"]]
-    for arm in comparison.arms:
+    for arm in ranked(comparison):
         values = (f"{np.mean(comparison.values(arm, name)):.5f}" for name in columns)
-        speed = f"{_median(arm, names.SAMPLES_PER_SECOND):,.0f}"
+        steady = comparison.steady(names.SAMPLES_PER_SECOND)
+        speed = rounded(_median(arm, names.SAMPLES_PER_SECOND)) if steady else "-"
         rows.append([arm.name, *values, speed, sparkline(_mean_course(arm, f"{names.VALIDATION}/auc"), SPARK_WIDTH)])
     seeds = ", ".join(dict.fromkeys(str(len(arm.runs)) for arm in comparison.arms))
     of = "one seed each" if comparison.one_seed else f"means over the seeds ({seeds})"
-    on = comparison.scored if comparison.warnings else f"the {comparison.split} split"
-    return "\n".join(
+    head, more = answer(comparison)
+    return wrapped(
         [
             *(f"WARNING: {warning}" for warning in comparison.warnings),
             "",
+            emphasized(head, sys.stdout),
+            more,
+            "",
             *_table(rows),
-            f"{of}, on {on}; validation: the course of the AUC",
+            f"{of}, on the {comparison.split} split; validation: the course of the AUC",
             *filter(None, [comparison.groups_note]),
             "",
-            *(pair.sentence for pair in comparison.pairs),
+            "differences:",
+            *(f"  {pair.sentence}" for pair in comparison.pairs),
             *filter(None, [comparison.adjustment]),
             *(note for arm in comparison.arms for note in comparison.published(arm)),
             "",

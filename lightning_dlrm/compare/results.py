@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_dlrm.cli.report import published_notes
+from lightning_dlrm.cli.report import published_notes, title_of_metric
 from lightning_dlrm.compare.runs import Arm, Run, by_data, data_differences
 from lightning_dlrm.compare.scores import Scores, Split
 from lightning_dlrm.compare.statistics import (
@@ -32,14 +32,7 @@ from lightning_dlrm.compare.statistics import (
 )
 from lightning_dlrm.contracts.errors import UserError
 
-METRIC_TITLES: Mapping[Score, str] = {
-    "auc": "AUC",
-    "log_loss": "log loss",
-    "accuracy": "accuracy",
-    "normalized_entropy": "normalized entropy",
-    "calibration": "calibration",
-    "group_auc": "AUC by group",
-}
+METRIC_TITLES: Mapping[Score, str] = {score: title_of_metric(score) for score in SCORES}
 
 
 OTHER_DATA = (
@@ -73,42 +66,66 @@ class Pair:
 
     @property
     def word(self) -> str:
-        """Return the verdict for a table."""
-        given = "none: one seed" if self.single else self.verdict.replace("_", " ")
-        return given if self.same_data else f"{given} (different data)"
+        """Return the verdict on the winner, for a table."""
+        given = "none: one seed" if self.single else "better" if self.decided else "not distinguishable"
+        return given if self.same_data else f"{given.replace('better', 'differ')} (different data)"
+
+    @property
+    def winner(self) -> str:
+        """The side with the better mean, whether or not the verdict says so."""
+        value = self.difference.interval.value
+        return self.a if not value or (value > 0) == HIGHER_IS_BETTER[self.metric] else self.b
+
+    @property
+    def loser(self) -> str:
+        """The other side."""
+        return self.b if self.winner == self.a else self.a
+
+    @property
+    def interval(self) -> Interval:
+        """The difference winner minus loser."""
+        found = self.difference.interval
+        if self.winner == self.a:
+            return found
+        return Interval(value=-found.value, low=-found.high, high=-found.low)
+
+    @property
+    def decided(self) -> bool:
+        """Whether the verdict is that the two differ."""
+        return self.verdict in ("a_better", "b_better")
 
     @property
     def headline(self) -> str:
         """Return the verdict in a few words."""
         title = METRIC_TITLES[self.metric]
         if self.single:
-            return f"{self.a} and {self.b} by {title}: no verdict"
+            return f"{self.winner} and {self.loser} by {title}: no verdict"
         if not self.same_data:
-            found = "are not distinguishable" if self.verdict == "not_distinguishable" else "differ"
+            found = "differ" if self.decided else "are not distinguishable"
             return f"{title} of {self.a} and of {self.b}, each on its own data, {found}"
-        if self.verdict == "not_distinguishable":
-            return f"{self.a} and {self.b} are not distinguishable by {title}"
-        winner, loser = (self.a, self.b) if self.verdict == "a_better" else (self.b, self.a)
-        return f"{winner} is better than {loser} by {title}"
+        if not self.decided:
+            return f"{self.winner} and {self.loser} are not distinguishable by {title}"
+        return f"{self.winner} is better than {self.loser} by {title}"
 
     @property
     def details(self) -> str:
         """Return the numbers behind the verdict."""
-        interval = self.difference.interval
-        span = f"{interval.value:+.5f}, 95% interval {interval.low:+.5f} to {interval.high:+.5f}"
+        interval = self.interval
+        word = "higher" if HIGHER_IS_BETTER[self.metric] else "lower"
+        span = f"95% interval {interval.low:+.5f} to {interval.high:+.5f}"
+        difference = f"{self.winner} minus {self.loser} {interval.value:+.5f}, {span}"
         if self.single:
             seeds = "one seed a side" if len(self.single) == 2 else f"one seed of {self.single[0]}"
             text = (
-                f"{seeds} does not show the variation over seeds; train more seeds (--seeds) (difference {span}, "
+                f"{seeds} does not show the variation over seeds; train more seeds (--seeds) ({difference}, "
                 "without this variation)"
             )
             return text if self.same_data else f"{text}; {OTHER_DATA}"
         if not self.same_data:
-            return f"{self.a} minus {self.b} {span}; {OTHER_DATA}"
-        if self.verdict == "not_distinguishable":
-            return f"{self.reason} (difference {span})"
+            return f"{difference}; {OTHER_DATA}"
+        if not self.decided:
+            return f"{self.reason} ({difference})"
         near, far = sorted((abs(interval.low), abs(interval.high)))
-        word = "higher" if HIGHER_IS_BETTER[self.metric] else "lower"
         return (
             f"{abs(interval.value):.5f} {word}, 95% interval {near:.5f} to {far:.5f}, adjusted p {self.p_adjusted:.2g}"
         )
@@ -183,6 +200,11 @@ class Comparison:
         return f"the samples of the {self.split} splits of different data ({'; '.join(listed)})"
 
     @property
+    def click_rate(self) -> float:
+        """Share of clicks among the scored samples of the first configuration."""
+        return float(np.mean(self.scores[self.runs[0].name].samples.labels))
+
+    @property
     def runs(self) -> list[Run]:
         return [run for arm in self.arms for run in arm.runs]
 
@@ -193,8 +215,8 @@ class Comparison:
         if not judged:
             return ""
         return (
-            f"verdicts are adjusted for their number, {judged}, by Holm's method: of comparisons of equal "
-            "configurations at most 5% have a verdict that they differ"
+            f"verdicts are adjusted for their number, {judged}, by Holm's method: if all configurations are equal, at "
+            "most 5% of comparisons have a verdict that two differ"
         )
 
     def published(self, arm: Arm) -> list[str]:
@@ -369,10 +391,10 @@ def _pair(a: Arm, b: Arm, metric: Metric, found: Difference, p_adjusted: float |
         given, unadjusted = (verdict(metric, found.interval.value, p) for p in (p_adjusted, found.p))
         share = found.seed_variance / (found.seed_variance + found.sample_variance or 1.0)
         how = f"{len(a.seeds)} seeds in pairs" if found.paired else f"{len(a.seeds)} and {len(b.seeds)} seeds"
-        leaves = "holds" if unadjusted == "not_distinguishable" else "leaves out"
+        contains = "contains" if unadjusted == "not_distinguishable" else "does not contain"
         reason = (
-            f"the interval {leaves} 0 with {how}; {100 * share:.0f}% of the variance is the seeds'; "
-            f"p = {found.p:.2g}, or {p_adjusted:.2g} if adjusted for {verdicts} verdicts"
+            f"the 95% interval {contains} 0, with {how}; {100 * share:.0f}% of the variance comes from the seeds; "
+            f"p = {found.p:.2g}, adjusted for {verdicts} verdict{'s' * (verdicts > 1)} {p_adjusted:.2g}"
         )
     if not same:
         reason += f"; {OTHER_DATA}"

@@ -78,3 +78,14 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return ``; did you mean X?``, or an empty text if no known word is similar."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def nearest_first(word: str, known: Iterable[str], introduction: str) -> str:
+    """Return the suggestion of ``nearest``, then all known words after an introduction.
+
+    >>> nearest_first("fitt", ["fit", "test"], "the commands are"), nearest_first("x", ["fit"], "the commands are")
+    ('; did you mean fit? The commands are fit, test', '; the commands are fit')
+    """
+    words = list(known)
+    suggestion, listed = nearest(word, words), f"{introduction} {', '.join(words)}"
+    return f"{suggestion} {listed[0].upper()}{listed[1:]}" if suggestion else f"; {listed}"

@@ -59,6 +59,8 @@ class MetricsLogger(pl.Callback):
         """The newest value of each metric; on rank 0 only."""
         self.logged_step = 0
         """The last step whose training metrics were logged."""
+        self.gradient_norm: float | None = None
+        """The newest norm of all gradients together, if a NormLogger measures it."""
         self.configuration: str | None = None
         """The text of ``config.yaml``, which is written when training starts."""
         self.versions: dict[str, str | None] = {}
@@ -250,6 +252,7 @@ class NormLogger(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         found, self._norms = self._norms, {}
+        self._metrics.gradient_norm = found.get(f"{names.GRADIENT_NORM}/total", self._metrics.gradient_norm)
         for logger in trainer.loggers if found else ():
             logger.log_metrics({names.SAMPLES: self._metrics.samples, **found}, step=trainer.global_step)
 

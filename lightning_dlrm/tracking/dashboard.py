@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
 
 import wandb
 
@@ -19,6 +21,8 @@ class Dashboard:
         entity: user or team; empty for the account's default.
         group: group of the runs; None for all runs of the project.
         findings: sentences at the head of the report, such as the verdicts of a comparison.
+        comparison: show what compare found: its figures and tables, which one of the runs holds.
+        by_tag: draw the mean and the range of runs with equal tags, such as the seeds of an arm, instead of each run.
 
     Raises:
         UserError: the group's name has characters that wandb-workspaces cannot filter by.
@@ -28,6 +32,8 @@ class Dashboard:
     entity: str = ""
     group: str | None = None
     findings: Sequence[str] = ()
+    comparison: bool = False
+    by_tag: bool = False
 
     def __post_init__(self) -> None:
         if self.group and set(self.group) & set("'\"\\"):
@@ -50,12 +56,7 @@ def publish(dashboard: Dashboard) -> dict[str, str]:
     Raises:
         UserError: the extra is not installed, there is no API key, or the server does not answer or refuses.
     """
-    try:
-        from lightning_dlrm.tracking.panels import build_report, build_workspace
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "a dashboard needs wandb-workspaces: install it with: pip install 'lightning-dlrm[dashboards]'"
-        ) from error
+    panels = _panels()
     mode, reason = choose_mode("online")
     if mode != "online":
         raise UserError(
@@ -65,9 +66,28 @@ def publish(dashboard: Dashboard) -> dict[str, str]:
     with _raising_user_errors(dashboard):
         entity = dashboard.entity or wandb.Api().default_entity or ""
     located = replace(dashboard, entity=entity)
-    workspace, report = build_workspace(located), build_report(located)
+    workspace, report = panels.build_workspace(located), panels.build_report(located)
     with _raising_user_errors(dashboard):
         return {"workspace": workspace.save().url, "report": report.save().url}
+
+
+def write_page(dashboard: Dashboard, path: Path) -> None:
+    """Write what a dashboard shows, without its data, as an HTML page.
+
+    Raises:
+        UserError: the extra is not installed, or the file cannot be written.
+    """
+    _panels().write_page(dashboard, path)
+
+
+def _panels() -> ModuleType:
+    try:
+        from lightning_dlrm.tracking import panels
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "a dashboard needs wandb-workspaces: install it with: pip install 'lightning-dlrm[dashboards]'"
+        ) from error
+    return panels
 
 
 @contextmanager

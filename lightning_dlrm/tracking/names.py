@@ -1,5 +1,8 @@
 """Names of all logged metrics, in the run folder and in W&B."""
 
+from collections.abc import Mapping
+from typing import Any
+
 TRAIN = "train"
 TRAIN_LOSS = "train/loss"
 VALIDATION = "validation"
@@ -54,6 +57,8 @@ LIGHTNING_SHARE = "speed/lightning_share"
 TRAINING_SECONDS = "speed/training_s"
 PEAK_MEMORY = "memory/peak_bytes"
 PEAK_DEVICE_MEMORY = "memory/peak_device_bytes"
+_IN_GIB = {PEAK_MEMORY: "memory/peak_gib", PEAK_DEVICE_MEMORY: "memory/peak_device_gib",
+           BYTES_PER_RANK: "parallel/gib_per_rank"}  # fmt: skip
 TIME_TO_TARGET = "time_to_target_s"
 SAMPLES_TO_TARGET = "samples_to_target"
 
@@ -85,3 +90,13 @@ def comparison_figure(name: str) -> str:
 def comparison_table(name: str) -> str:
     """Return the name under which a table of a comparison is logged."""
     return f"comparison/{name}_table"
+
+
+def in_gib(name: str) -> str:
+    """Return the name under which W&B also has a number of bytes in GiB, because its panels cannot convert."""
+    return _IN_GIB[name]
+
+
+def amounts_in_gib(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of bytes among some metrics in GiB, under the names of ``in_gib``."""
+    return {gib: metrics[name] / 2**30 for name, gib in _IN_GIB.items() if metrics.get(name) is not None}

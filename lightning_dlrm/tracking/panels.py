@@ -1,11 +1,14 @@
 """Panels of the W&B workspace and report; needs the extra ``dashboards``."""
 
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from wandb_workspaces import expr
 
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
 
@@ -19,11 +22,28 @@ _TITLES = {
 }
 
 
+_WORDS = {
+    "comparison": "What compare found: which configuration is better, and how sure that is.",
+    "quality": "How well the runs predict clicks: AUC and accuracy are best high, log loss and normalized entropy low, "
+    "calibration at 1.",
+    "training": "Whether training is stable: the loss falls, and no norm grows without end.",
+    "speed": "Samples a second, and what they wait for. Compare times of runs on equal, idle machines only.",
+    "system": "What the runs take of their machines.",
+    "parallel": "What ranks exchange, and how evenly tables and work are spread over them; empty for one rank.",
+}
+"""Section -> a sentence on what it shows."""
+
+
 def build_workspace(dashboard: Dashboard) -> ws.Workspace:
-    """Return the workspace, not saved yet: comparison, quality, training, speed, system, parallel."""
+    """Return the workspace, not saved yet: what a comparison found if asked for, quality, training, speed, system,
+    parallel."""
     sections = [
-        ws.Section(name=name, panels=panels, is_open=name in ("comparison", "quality", "training"))
-        for name, panels in _panels().items()
+        ws.Section(
+            name=name,
+            panels=[wr.MarkdownPanel(markdown=_WORDS[name]), *panels],
+            is_open=name in ("comparison", "quality", "training"),
+        )
+        for name, panels in panels_of(dashboard).items()
     ]
     return ws.Workspace(
         name=dashboard.title,
@@ -57,8 +77,8 @@ def build_report(dashboard: Dashboard) -> wr.Report:
     blocks: list[Any] = [wr.TableOfContents()]
     if dashboard.findings:
         blocks += [wr.H1("Findings"), wr.UnorderedList(list(dashboard.findings))]
-    for name, panels in _panels().items():
-        blocks += [wr.H1(name.capitalize()), wr.PanelGrid(runsets=[runs], panels=panels)]
+    for name, panels in panels_of(dashboard).items():
+        blocks += [wr.H1(name.capitalize()), wr.P(_WORDS[name]), wr.PanelGrid(runsets=[runs], panels=panels)]
     blocks += [
         wr.H1("Settings and metrics of each run"),
         wr.PanelGrid(runsets=[runs], panels=[wr.RunComparer(diff_only="split", layout=wr.Layout(w=24, h=15))]),
@@ -72,10 +92,18 @@ def _filters(dashboard: Dashboard) -> Any:
     return "" if dashboard.group is None else expr.And(expr.Metric("Group") == dashboard.group)
 
 
+def panels_of(dashboard: Dashboard) -> dict[str, list[Any]]:
+    """Return the panels of each section; if asked for, lines and bars are means and ranges of runs with equal tags."""
+    sections = _panels() if not dashboard.comparison else {"comparison": _comparison_panels(), **_panels()}
+    if dashboard.by_tag:
+        for panel in (panel for panels in sections.values() for panel in panels):
+            if isinstance(panel, (wr.LinePlot, wr.BarPlot)):
+                panel.groupby, panel.groupby_aggfunc, panel.groupby_rangefunc = "Tags", "mean", "minmax"
+    return sections
+
+
 def _panels() -> dict[str, list[Any]]:
-    """Return the panels of each section."""
     return {
-        "comparison": _comparison_panels(),
         "quality": _quality_panels(),
         "training": [
             _lines("training loss", names.TRAIN_LOSS, title_y="nats per sample"),
@@ -89,21 +117,21 @@ def _panels() -> dict[str, list[Any]]:
             _lines("share of the time waiting for data", names.DATA_WAIT_SHARE, range_y=(0.0, None)),
             _metric_lines("auc", x=_TIME),
             _bars("time of training", names.TRAINING_SECONDS, "s"),
-            _bars("peak memory", names.PEAK_MEMORY, "bytes"),
-            _bars("peak GPU memory", names.PEAK_DEVICE_MEMORY, "bytes"),
+            _bars("peak memory", names.in_gib(names.PEAK_MEMORY), "GiB"),
+            _bars("peak GPU memory", names.in_gib(names.PEAK_DEVICE_MEMORY), "GiB"),
         ],
         "system": [
             _lines("processor", "system/cpu", x=_TIME, title_y="%"),
             _lines("memory of the process", "system/proc.memory.rssMB", x=_TIME, title_y="MB"),
             _lines("GPU", x=_TIME, metric_regex=r"system/gpu\.\d+\.gpu", title_y="%"),
-            _lines("GPU memory", x=_TIME, metric_regex=r"system/gpu\.\d+\.memoryAllocatedBytes", title_y="bytes"),
+            _lines("GPU memory", x=_TIME, metric_regex=r"system/gpu\.\d+\.memoryAllocated", title_y="%"),
         ],
         "parallel": [
             _lines("exchanges of a step", names.EXCHANGE_MS, title_y="ms"),
             _lines("sent in a step", names.SENT_BYTES, title_y="bytes"),
             _lines("work of the busiest rank / mean", names.WORK_IMBALANCE),
             _bars("table rows of the fullest rank", names.ROWS_PER_RANK),
-            _bars("tables and their state on the fullest rank", names.BYTES_PER_RANK, "bytes"),
+            _bars("tables and their state on the fullest rank", names.in_gib(names.BYTES_PER_RANK), "GiB"),
         ],
     }
 
@@ -169,3 +197,56 @@ def _curve(name: str, chart: str, fields: dict[str, str]) -> Any:
         chart_fields=fields,
         chart_strings={"title": key.replace("_", " ").replace("/", ": ")},
     )
+
+
+def write_page(dashboard: Dashboard, path: Path) -> None:
+    """Write what the dashboard shows as an HTML page, without its data: sections, panels, axes and metrics.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    sections = [
+        (name.capitalize(), _WORDS[name], [_describe(panel) for panel in panels])
+        for name, panels in panels_of(dashboard).items()
+    ]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    text = environment.from_string(_PAGE).render(dashboard=dashboard, sections=sections)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --output") from error
+
+
+def _describe(panel: Any) -> tuple[str, str]:
+    """Return the title of a panel, and its axes and metrics in words."""
+    if isinstance(panel, wr.WeavePanelSummaryTable):
+        return panel.table_name, "table"
+    if isinstance(panel, wr.MediaBrowser):
+        return panel.title or "", "figure"
+    if isinstance(panel, wr.CustomChart):
+        return panel.chart_strings["title"], "a curve for each run"
+    if isinstance(panel, wr.ScatterPlot):
+        return panel.title or "", "a point for each run"
+    drawn = panel.y if isinstance(panel, wr.LinePlot) else panel.metrics
+    metrics = [str(getattr(metric, "name", metric)) for metric in drawn]
+    metrics += filter(None, [getattr(panel, "metric_regex", None)])
+    axes = " against ".join(filter(None, [panel.title_y, panel.title_x]))
+    mean = "; mean and range of the runs with equal tags" if panel.groupby else ""
+    return panel.title or "", f"{', '.join(metrics)}{f' ({axes})' if axes else ''}{mean}"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ dashboard.title }}</title><style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .8rem; }
+.panels div { border: 1px solid #ccc; border-radius: .4rem; padding: .6rem .8rem; min-height: 5rem; }
+.panels span { color: #444; font-size: .85rem; overflow-wrap: anywhere; display: block; }
+</style></head><body><h1>{{ dashboard.title }}</h1>
+<p>What the W&amp;B workspace and report of {{ "the group " ~ dashboard.group if dashboard.group else "this project" }}
+show, without their data.</p>
+{% if dashboard.findings %}<ul>{% for line in dashboard.findings %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
+{% for name, words, panels in sections %}<h2>{{ name }}</h2><p>{{ words }}</p><div class="panels">
+{% for title, about in panels %}<div><strong>{{ title }}</strong><span>{{ about }}</span></div>
+{% endfor %}</div>{% endfor %}</body></html>
+"""

@@ -181,7 +181,9 @@ class WandbExtras(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # W&B's summary already has the best values of logged metrics.
         logged = (f"{names.TRAIN}/", f"{names.VALIDATION}/")
-        self._run.summary.update({k: v for k, v in self._final().items() if not k.startswith(logged)})
+        final = self._final()
+        shown = {k: v for k, v in final.items() if not k.startswith(logged)}
+        self._run.summary.update(shown | names.amounts_in_gib(final))
         best = self._folder.checkpoints / "best"
         if not self._log_model or not best.exists():
             return

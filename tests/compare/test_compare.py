@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,8 +34,9 @@ from lightning_dlrm.compare import anatomy as anatomies
 from lightning_dlrm.compare import command as comparing
 from lightning_dlrm.compare import processes, report
 from lightning_dlrm.compare.anatomy import anatomy, breakdown
+from lightning_dlrm.compare.drawing import PAGE_WIDTH
 from lightning_dlrm.compare.experiment import PlannedArm, keep_configurations, plan_arms, read_experiment
-from lightning_dlrm.compare.figures import PAGE_WIDTH, draw_all
+from lightning_dlrm.compare.figures import draw_all
 from lightning_dlrm.compare.processes import Job, device_environments, run_jobs, trained_samples
 from lightning_dlrm.compare.results import compare
 from lightning_dlrm.compare.runs import Arm, arms_of, data_differences, format_value, read_run, settings_of
@@ -286,10 +288,21 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
     assert {"figure5", "auc", "log_loss", "accuracy", "calibration", "cost", "parameters", "operators"} <= figures
     assert html.count("data:image/png;base64,") == len(figures)
     assert "http" not in html and "WARNING" not in html
-    assert auc["reason"].startswith("the interval leaves out 0 with 3 seeds in pairs")
+    assert auc["reason"].startswith("the 95% interval does not contain 0, with 3 seeds in pairs")
     assert "adjusted for 2 verdicts" in auc["reason"] and "by Holm&#39;s method" in html
     assert "<th>adjusted p</th>" in html and "<th>without adjustment</th>" in html
-    assert html.index("<h2>Verdicts</h2>") < html.index("<table>") and "is better than DCN by AUC" in html
+    assert "is better than DCN by AUC" in html and "<h1>DLRM and DCN, demo data</h1>" in html
+    # The answer comes first, on the terminal too: who, by how much, how sure, on what.
+    pattern = r"DLRM wins: AUC 0\.\d+, (\S+) above DCN \(95% interval (\S+) to (\S+)\), 3 seeds each\."
+    for text in (said, html):
+        answer = re.search(pattern, text)
+        assert (
+            answer is not None and "By log loss DLRM is better too, lower by" in text and "demo data, generated" in text
+        )
+        value, low, high = map(float, answer.groups())
+        assert (value, low, high) == pytest.approx((auc["difference"], auc["low"], auc["high"]), abs=6e-4)
+    assert html.index("DLRM wins") < html.index("<td>1</td><td>DLRM</td>") < html.index("<td>2</td><td>DCN</td>")
+    assert html.index("<h2>Differences</h2>") > html.index("<td>2</td><td>DCN</td>")
 
 
 def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,6 +318,7 @@ def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys
     said, html = capsys.readouterr().out, " ".join(Path("out/report.html").read_text().split())
     for text in (said, html):
         assert "DLRM and DCN by AUC: no verdict" in text.replace("<strong>", "").replace("</strong>", "")
+        assert "No verdict from one seed: DLRM has the highest AUC" in text
         assert "one seed a side does not show the variation over seeds; train more seeds (--seeds)" in text
         assert "not distinguishable" not in text and "over the seeds" not in text
     assert "one seed each, on the test split" in said and "includes the variation" not in html
@@ -344,7 +358,7 @@ def test_auc_by_group_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
     for text in (said, html):
         assert f"AUC by group: mean over {expected['groups']} groups with both labels" in text
     of_groups = document["pairs"][-1]
-    assert of_groups["metric"] == "group_auc" and "DLRM and DCN are not distinguishable by AUC by group" in said
+    assert of_groups["metric"] == "group_auc" and "are not distinguishable by AUC by group" in said
     assert of_groups["low"] < of_groups["difference"] < of_groups["high"]
     (header,) = (line for line in said.splitlines() if "accuracy  AUC by group" in line)
     assert len(header) <= 80
@@ -423,7 +437,7 @@ def test_other_data_are_refused_unless_forced(
     one, two = (
         f"demo (protocol demo, fingerprint {read_run(run).final['data_fingerprint'][:12]})" for run in runs[::2]
     )
-    assert f"<h1>DLRM on {one} / DCN on {two}</h1>" in html
+    assert f"<h1>DLRM on {one} and DCN on {two}</h1>" in html and "No ranking: the runs are of different data" in html
     for text in (said, html):
         assert f"400 of {one} for DLRM; 300 of {two} for DCN" in text
         assert "AUC of DLRM and of DCN, each on its own data," in text and "they share no sample" in text
@@ -501,7 +515,7 @@ def test_a_setting_of_0_is_a_number_in_tables() -> None:
     assert [format_value(value) for value in values] == ["0", "0.0", "-", "-", "True", "512-256", "DLRM"]
 
 
-def test_times_of_a_busy_machine_are_not_compared() -> None:
+def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     dlrm, dcn = plain_arms()
     paths = [leave_run(arm, seed, Path("out"), 1.0) for arm in (dlrm, dcn) for seed in (1, 2)]
     summary = json.loads((paths[1] / "summary.json").read_text())
@@ -512,9 +526,15 @@ def test_times_of_a_busy_machine_are_not_compared() -> None:
     scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
     comparison = compare(arms_of(runs), scores, title="t", split="test")
     assert not comparison.steady(names.TRAINING_SECONDS) and comparison.steady(names.SAMPLES_PER_SECOND)
-    rows = {row[0]: row[1:] for row in report._summary(comparison)}
-    assert rows["training, s"] == ["1 to 25, not comparable", "1, not comparable"]
-    assert rows["samples/s"] == ["100", "100"]
+    titles, *rows = report._summary(comparison)
+    found = {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
+    assert found["DLRM"]["training, s"] == "1 to 25, not comparable" and found["DLRM"]["samples/s"] == "100"
+    assert found["DCN"]["training, s"] == "1, not comparable"
+    drawn: dict[str, Figure] = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.stem: figure}))
+    draw_all(comparison, {arm.name: anatomy(arm.runs[0]) for arm in comparison.arms}, {}, Path("figures"))
+    labels = {name: [axes.get_xlabel() for axes in figure.axes] for name, figure in drawn.items()}
+    assert not any("second" in label for name in ("auc", "log_loss", "accuracy", "cost") for label in labels[name])
 
 
 def test_a_sharded_run_shows_what_each_rank_held() -> None:
@@ -569,7 +589,7 @@ def test_times_are_kept_for_what_they_depend_on(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [leave_run(arm, 1, Path("out"), 1.0) for arm in plain_arms()]
+    paths = [leave_run(arm, 1, Path("out"), skill) for arm, skill in zip(plain_arms(), (1.0, 2.0), strict=True)]
     for path in paths:
         last = (path / "metrics.jsonl").read_text().splitlines()[-1]
         (path / "metrics.jsonl").write_text(last + "\n")
@@ -582,12 +602,23 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
     comparison = compare(arms, scores, title="t", split="test")
     pictures = draw_all(comparison, {arm.name: anatomy(arm.runs[0]) for arm in arms}, {}, Path("figures"))
     assert {picture.name: picture.width for picture in pictures}["figure5"] == PAGE_WIDTH
+    for axes, pairs in zip(drawn["differences"].axes, (comparison.pairs[:1], comparison.pairs[1:]), strict=True):
+        (pair,) = pairs
+        # Winner minus loser, with the better side in words: to the right for the AUC, to the left for the log loss.
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["DCN\nminus DLRM"]
+        assert (pair.interval.value > 0) == axes.get_xlabel().endswith("the first is better →")
     for axes in drawn["auc"].axes:
         marks = [line for line in axes.lines if line.get_marker() != "None"]
         assert len({line.get_markersize() for line in marks}) == len(marks) == 2
         assert all(line.get_fillstyle() == "none" for line in marks)
-    tables, dense = ({bar.get_facecolor() for bar in axes.patches} for axes in drawn["parameters"].axes)
-    assert len(tables) == 2 and len(dense) > 2 and not tables & dense
+    # Equal tables are a sentence.
+    (dense,) = ({bar.get_facecolor() for bar in axes.patches} for axes in drawn["parameters"].axes)
+    (caption,) = (picture.caption for picture in pictures if picture.name == "parameters")
+    assert "The tables are the same in all configurations: 26 with" in caption and len(dense) > 2
+    other = dataclasses.replace(anatomy(arms[1].runs[0]), tables={"C1": 7})
+    draw_all(comparison, {"DLRM": anatomy(arms[0].runs[0]), "DCN": other}, {}, Path("figures"))
+    tables, _ = ({bar.get_facecolor() for bar in axes.patches} for axes in drawn["parameters"].axes)
+    assert len(tables) == 2 and not tables & dense
 
 
 def test_what_was_found_is_logged_beside_the_runs(
@@ -649,7 +680,7 @@ def test_verdicts_go_to_wandb_where_runs_are_online(monkeypatch: pytest.MonkeyPa
     settings = {"project": "p", "entity": "team", "mode": "auto", "group": "tiny-out"}
     said = comparing._to_wandb(page, settings, Path("out"))
     assert said == "W&B comparison: https://w/tiny-out\nW&B report: https://w/r"
-    assert published == [Dashboard(project="p", entity="team", group="tiny-out", findings=findings)]
+    assert published == [Dashboard(project="p", entity="team", group="tiny-out", findings=findings, comparison=True)]
 
     def refuse(board: Dashboard) -> None:
         raise UserError("no extra")
@@ -831,7 +862,7 @@ def test_published_scores_are_shown_with_the_distance_from_them(monkeypatch: pyt
     assert published_notes(comparison.arms[0].published, {"test/accuracy": 0.3}, "test", "demo") == []
     of_test = [PublishedScore(metric="auc", value=0.8149, source="BARS, test split")]
     assert published_notes(of_test, {"test/auc": 0.5}, "test", "x1") == [
-        "test auc 0.50000 is 0.31490 below the published 0.8149 (BARS, test split)"
+        "test AUC 0.50000 is 0.31490 below the published 0.8149 (BARS, test split)"
     ]
     assert published_notes(of_test, {"validation/auc": 0.5}, "validation", "x1") == []
 

@@ -5,6 +5,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
 from lightning_dlrm.tracking.panels import build_report, build_workspace
 
-SECTIONS = ["comparison", "quality", "training", "speed", "system", "parallel"]
+SECTIONS = ["quality", "training", "speed", "system", "parallel"]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,9 @@ def test_the_workspace_shows_the_runs_of_the_group_over_samples() -> None:
     (condition,) = whole["runSets"][0]["filters"]["filters"]
     assert (condition["key"]["name"], condition["value"]) == ("group", "figure 5")
     assert whole["settings"]["xAxis"] == "samples"
-    assert {panel["xAxis"] for panel in panels["training"]} == {"samples"}
+    assert {panel["xAxis"] for panel in panels["training"] if "xAxis" in panel} == {"samples"}
+    # A sentence opens each section.
+    assert all(len(panels[0]["value"]) > 30 for panels in panels.values())
     drawn = [metric for panel in panels["quality"] for metric in panel.get("metrics", [])]
     for metric in names.METRICS:
         assert f"validation/{metric}" in drawn and f"train/{metric}" in drawn
@@ -54,6 +57,7 @@ def test_every_metric_that_is_drawn_is_one_that_runs_have() -> None:
     """So that a renamed metric cannot leave an empty panel."""
     ours = {value for value in vars(names).values() if isinstance(value, str)}
     ours |= {f"{stage}/{metric}" for stage in ("train", "validation") for metric in names.METRICS}
+    ours |= set(names.amounts_in_gib(dict.fromkeys(ours, 2**30)))
     for section, panels in panels_of(build_workspace(Dashboard(project="p", entity="me"))).items():
         for panel in panels:
             drawn = [*panel.get("metrics", []), *(panel[axis] for axis in ("xAxis", "yAxis") if axis in panel)]
@@ -67,12 +71,12 @@ def test_every_metric_that_is_drawn_is_one_that_runs_have() -> None:
 
 def test_both_show_what_a_comparison_logs() -> None:
     """Its figures, the operators' stacked bar, parameters and load of each rank among them, and their numbers."""
-    board = Dashboard(project="p", entity="me", group="g")
+    board = Dashboard(project="p", entity="me", group="g", comparison=True)
     shown = panels_of(build_workspace(board))["comparison"]
     figures = [key for panel in shown for key in panel.get("mediaKeys", [])]
     assert figures == [names.comparison_figure(name) for name in names.COMPARISON_FIGURES]
     assert {"comparison/operators", "comparison/parameters", "comparison/load"} <= set(figures)
-    for text in (json.dumps(shown), json.dumps(spec(build_report(Dashboard(project="p", group="g"))))):
+    for text in (json.dumps(shown), json.dumps(spec(build_report(replace(board, entity=""))))):
         for name in names.COMPARISON_TABLES:
             assert f'"{names.comparison_table(name)}"' in text
         for key in figures:
@@ -81,7 +85,7 @@ def test_both_show_what_a_comparison_logs() -> None:
 
 def test_the_report_opens_with_the_findings() -> None:
     report = build_report(
-        Dashboard(project="p", group="g", findings=["dcn is better than dlrm by AUC: 0.00100 higher."])
+        Dashboard(project="p", group="g", findings=["dcn is better than dlrm by AUC: 0.00100 higher."], comparison=True)
     )
     text = json.dumps(spec(report))
     assert (
@@ -90,7 +94,25 @@ def test_the_report_opens_with_the_findings() -> None:
         < text.index("Quality")
         < text.index("Parallel")
     )
-    assert text.count('"panel-grid"') == len(SECTIONS) + 1
+    assert text.count('"panel-grid"') == len(SECTIONS) + 2
+
+
+def test_runs_with_equal_tags_are_drawn_as_their_mean_and_range() -> None:
+    panels = panels_of(build_workspace(Dashboard(project="p", by_tag=True)))
+    lines = [panel for section in panels.values() for panel in section if "xAxis" in panel and "yAxis" not in panel]
+    assert len(lines) > 10
+    for panel in lines:
+        assert (panel["groupBy"], panel["groupAgg"], panel["groupArea"]) == ("tags", "mean", "minmax")
+
+
+def test_a_page_shows_the_dashboard_without_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "board.html"
+    assert main(["dashboard", "--project", "p", "--group", "g", "--comparison", "--output", str(path)]) == 0
+    html = path.read_text()
+    for words in ("<h1>p: g</h1>", "<h2>Comparison</h2>", "AUC, validation and training", "validation/log_loss", "GiB"):
+        assert words in html
+    assert main(["dashboard", "--output", str(tmp_path / "no/board.html")]) == 2
+    assert "choose another --output" in capsys.readouterr().err
 
 
 def test_without_a_key_one_line_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,39 @@
+"""The argument parser of commands that read no configuration."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from lightning_dlrm.contracts.errors import UserError, nearest
+
+
+class PlainParser(argparse.ArgumentParser):
+    """An argparse parser that takes no abbreviations, keeps lines of descriptions, and raises UserError.
+
+    Its subcommands have parsers of the same class.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse arguments; refuse unknown ones here, where the options of a subcommand are known."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unknown {_noun(rest[0])} {rest[0]}{nearest(rest[0], self._known())}")
+        return found, rest
+
+    def _known(self) -> Sequence[str]:
+        return re.findall(r"--[\w.-]+", self.format_help())
+
+    def error(self, message: str) -> NoReturn:
+        """
+        Raises:
+            UserError: always, with the message.
+        """
+        raise UserError(f"{message}; {self.prog} --help lists the options")
+
+
+def _noun(argument: str) -> str:
+    return "option" if argument.startswith("-") else "argument"

@@ -1,0 +1,88 @@
+"""What the figures of a comparison have in common: styles of the configurations, labels, warnings, PNG files.
+
+Colours are those of Okabe and Ito. Each configuration also has its own line style and marker, so figures are readable
+in black and white and for colour-blind people.
+"""
+
+import base64
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_dlrm.cli.palette import OKABE_ITO
+from lightning_dlrm.compare.results import Comparison
+
+LINES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 1)), (0, (5, 1)), (0, (1, 3)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+PAGE_WIDTH = 11.0
+"""Inches of a figure as wide as the report; narrower figures are scaled alike, so that letters have one size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure and what it shows."""
+
+    name: str
+    """In ``names.COMPARISON_FIGURES``."""
+    path: Path
+    width: float
+    """Inches."""
+    title: str
+    caption: str
+
+    @property
+    def data(self) -> str:
+        """The file in base64, to be embedded in HTML."""
+        return base64.b64encode(self.path.read_bytes()).decode()
+
+
+class Drawing:
+    """A comparison and the folder of its figures, with one style for each of its configurations."""
+
+    def __init__(self, comparison: Comparison, folder: Path) -> None:
+        self.comparison = comparison
+        self.folder = folder
+        self.styles: dict[str, dict[str, Any]] = {
+            arm.name: {
+                "color": OKABE_ITO[i % len(OKABE_ITO)],
+                "linestyle": LINES[i % len(LINES)],
+                "marker": MARKERS[i % len(MARKERS)],
+            }
+            for i, arm in enumerate(comparison.arms)
+        }
+
+    @staticmethod
+    def rows(axes: Axes, labels: Sequence[str], xlabel: str) -> None:
+        """Label the rows of a panel from top to bottom, and its x-axis."""
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(xlabel=xlabel, ylim=(len(labels) - 0.5, -0.5))
+
+    def legend(self, figure: Figure, axes: Axes) -> None:
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+
+    def warning(self) -> str:
+        warnings = self.comparison.warnings
+        return f"WARNING: different data ({'; '.join(warnings)})" if warnings else ""
+
+    def save(self, figure: Figure, name: str, title: str, caption: str) -> Picture:
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(color="0.92", linewidth=0.7)
+            axes.set_axisbelow(True)
+        if warning := self.warning():
+            figure.text(0.5, 0.5, "DIFFERENT DATA", color="#D55E00", alpha=0.25, fontsize=40, ha="center", va="center",
+                        rotation=20)  # fmt: skip
+            figure.suptitle(
+                "\n".join(textwrap.wrap(warning, int(figure.get_figwidth() * 13))), color="#D55E00", fontsize=8
+            )
+        path = self.folder / f"{name}.png"
+        figure.savefig(path, dpi=150)
+        if self.comparison.warnings:
+            caption += " The runs are of different data: each is scored on its own."
+        return Picture(name=name, path=path, width=figure.get_figwidth(), title=title, caption=caption)

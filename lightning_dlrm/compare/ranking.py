@@ -1,0 +1,131 @@
+"""The answer of a comparison in a few sentences, and its configurations ranked by their mean AUC."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from lightning_dlrm.compare.results import Comparison, Pair
+from lightning_dlrm.compare.runs import Arm, by_data
+from lightning_dlrm.compare.statistics import Interval, Metric, Score
+from lightning_dlrm.tracking import names
+
+_SHOWN_NAMES = 4
+"""Configurations that a title or a sentence names; of more it says the number."""
+
+
+def title_of(arms: Sequence[Arm]) -> str:
+    """Return a comparison's title in words, such as "DLRM and DCN under SGD and Adagrad, demo data"."""
+    data = by_data(arms)
+    if len(data) > 1:
+        return " and ".join(f"{_listed([arm.name for arm in of_data])} on {name}" for name, of_data in data.items())
+    dataset, protocol = arms[0]["dataset"], arms[0]["protocol"]
+    on = "demo data" if dataset == "demo" else f"{dataset} data (protocol {protocol})"
+    classes = [
+        tuple(
+            str(arm.settings.get(f"model.{part}.class_path")).rpartition(".")[2]
+            for part in ("network", "table_optimizer")
+        )
+        for arm in arms
+    ]
+    networks, rules = (list(dict.fromkeys(part)) for part in zip(*classes, strict=True))
+    if len(set(classes)) < len(arms) or len(networks) * len(rules) != len(arms):
+        return f"{_listed([arm.name for arm in arms])}, {on}"
+    under = f" under {_listed(rules)}" if len(rules) > 1 else ""
+    return f"{_listed(networks)}{under}, {on}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    if len(words) > _SHOWN_NAMES:
+        return f"{len(words)} configurations"
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def ranked(comparison: Comparison) -> list[Arm]:
+    """Return the configurations by their mean AUC, the highest first; in the given order if their data differ."""
+    if comparison.warnings:
+        return list(comparison.arms)
+    return sorted(comparison.arms, key=lambda arm: -np.mean(comparison.values(arm, "auc")))
+
+
+def pair_of(comparison: Comparison, one: Arm, other: Arm, metric: Metric = "auc") -> Pair:
+    """Return two configurations under a metric."""
+    return next(
+        pair for pair in comparison.pairs if pair.metric == metric and {pair.a, pair.b} == {one.name, other.name}
+    )
+
+
+def with_spread(comparison: Comparison, arm: Arm, metric: Score, digits: int = 5) -> str:
+    """Return a configuration's mean of a metric, with the standard deviation over its seeds in brackets."""
+    values = comparison.values(arm, metric)
+    spread = f" ({np.std(values, ddof=1):.{digits}f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def behind(comparison: Comparison, arm: Arm) -> str:
+    """Return how far a configuration is behind the first, with its interval; empty for the first, or if data differ."""
+    first = ranked(comparison)[0]
+    if arm is first or comparison.warnings:
+        return ""
+    return distance(pair_of(comparison, first, arm).interval)
+
+
+def distance(interval: Interval) -> str:
+    """Format a difference and its interval with as many digits as the interval is certain of."""
+    digits = _digits(interval)
+    return f"{interval.value:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
+
+
+def _digits(interval: Interval) -> int:
+    reach = interval.high - interval.value
+    return min(max(1 - math.floor(math.log10(reach)), 3), 5) if reach > 0 else 5
+
+
+def answer(comparison: Comparison) -> tuple[str, str]:
+    """Return which configuration is better, by how much and how surely; then by log loss, and on what data."""
+    on = f"Scored on {comparison.scored}{_demo(comparison)}."
+    if comparison.warnings:
+        return "No ranking: the runs are of different data.", on
+    first, second, *_ = ranked(comparison)
+    pairs = [pair_of(comparison, first, arm) for arm in comparison.arms if arm is not first]
+    near = pair_of(comparison, first, second)
+    auc = f"AUC {np.mean(comparison.values(first, 'auc')):.4f}"
+    amount, interval = distance(near.interval).split(" ", 1)
+    above = f"{amount} above {second.name} (95% interval {interval.strip('()')})"
+    if near.single:
+        head = (
+            f"No verdict from one seed: {first.name} has the highest {auc}, {above}, without the variation over seeds."
+        )
+    elif all(pair.decided for pair in pairs):
+        head = f"{first.name} wins: {auc}, {above}, {_seeds(comparison)}."
+    else:
+        level = [pair.loser for pair in pairs if not pair.decided]
+        are = "is" if len(level) == 1 else "are"
+        head = (
+            f"No clear winner: {first.name} has the highest {auc}, {above}, but {_listed(level)} {are} not "
+            f"distinguishable from it with {_seeds(comparison)}."
+        )
+    return head, " ".join(filter(None, [_by_log_loss(comparison, first, second), on]))
+
+
+def _by_log_loss(comparison: Comparison, first: Arm, second: Arm) -> str:
+    """Return whether the log loss says the same of the first two as the AUC; empty without a verdict."""
+    pair = pair_of(comparison, first, second, "log_loss")
+    if pair.single:
+        return ""
+    if not pair.decided:
+        return f"By log loss {first.name} and {second.name} are not distinguishable."
+    interval = pair.interval
+    lower = distance(Interval(value=-interval.value, low=-interval.high, high=-interval.low))
+    return f"By log loss {pair.winner} is better{' too' * (pair.winner == first.name)}, lower by {lower}."
+
+
+def _seeds(comparison: Comparison) -> str:
+    fewest, most = (f([len(arm.runs) for arm in comparison.arms]) for f in (min, max))
+    return f"{fewest} seeds each" if fewest == most else f"{fewest} to {most} seeds"
+
+
+def _demo(comparison: Comparison) -> str:
+    if all(arm.runs[0].final.get(names.OPTIMUM_AUC) is None and arm["dataset"] != "demo" for arm in comparison.arms):
+        return ""
+    return ": demo data, generated clicks that say nothing of real ones"
