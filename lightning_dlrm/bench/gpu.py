@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from datamodules.folder import part_files
-from datamodules.preprocess.inspection import aligned
+from datamodules.preprocess.report import aligned
 from lightning_dlrm.bench import lookup, predict
 from lightning_dlrm.bench.contenders import OurStep, Workload, draw_batch, kaggle, mlperf, nvidia, paper, repeat
 from lightning_dlrm.bench.measurement import (
