@@ -1,4 +1,4 @@
-"""Contract: ``bench loader`` compares whole epochs, alone and one after the other, with bare decoding of the same files."""
+"""Contract: ``bench loader`` compares epochs, alone and one after the other, with bare decoding of the same files."""
 
 import json
 from pathlib import Path
