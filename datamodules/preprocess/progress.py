@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from datamodules.preprocess.sources import RawFile
 from lightning_dlrm.contracts.errors import require
-from lightning_dlrm.contracts.terminal import has_colors
+from lightning_dlrm.contracts.terminal import has_colors, wrapped
 
 _FIRST_LINE_AFTER_S = 10.0  # without a terminal; each further line waits twice as long, up to
 _LINE_EVERY_S = 300.0
@@ -52,8 +52,8 @@ class StageTime:
     def __str__(self) -> str:
         rate = self.rows / self.seconds if self.seconds else 0.0
         return (
-            f"{self.name:<7}{self.rows:>13,} rows{self.seconds:>8,.1f} s{rate:>9,.0f} rows/s"
-            f"{format_size(self.peak_bytes):>9} memory{format_size(self.disk_bytes):>9} disk"
+            f"{self.name:<7}{self.rows:>13,} rows{self.seconds:>7,.1f} s{rate:>9,.0f} rows/s"
+            f"{format_size(self.peak_bytes):>8} memory{format_size(self.disk_bytes):>8} disk"
         )
 
 
@@ -146,7 +146,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Show a line."""
         if self._stream is not None:
-            print(text, file=self._stream, flush=True)
+            print(wrapped(text.splitlines(), self._stream), file=self._stream, flush=True)
 
     @contextmanager
     def stage(
