@@ -52,7 +52,7 @@ class StageTime:
     def __str__(self) -> str:
         rate = self.rows / self.seconds if self.seconds else 0.0
         return (
-            f"{self.name:<7}{self.rows:>13,} rows{self.seconds:>7,.1f} s{rate:>9,.0f} rows/s"
+            f"{self.name:<7}{self.rows:>13,} rows {self.seconds:>7,.1f} s{rate:>9,.0f} rows/s"
             f"{format_size(self.peak_bytes):>8} memory{format_size(self.disk_bytes):>8} disk"
         )
 
