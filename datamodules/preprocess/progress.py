@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import psutil
-from tqdm import tqdm
 
 from datamodules.preprocess.sources import RawFile
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.terminal import has_colors, wrapped
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _FIRST_LINE_AFTER_S = 10.0  # without a terminal; each further line waits twice as long, up to
 _LINE_EVERY_S = 300.0
@@ -69,10 +71,7 @@ class Stage:
         self._start, self._line_after = time.monotonic(), _FIRST_LINE_AFTER_S
         self._line_at = self._start + self._line_after
         self._lock = threading.Lock()
-        self._bar: tqdm | None = None
-        if stream is not None and stream.isatty():
-            colour = "blue" if has_colors(stream) else None
-            self._bar = tqdm(total=1.0, desc=name, bar_format=_BAR, file=stream, leave=True, colour=colour)
+        self._bar = _bar(name, stream) if stream is not None and stream.isatty() else None
 
     def advance(self, rows: float) -> None:
         """Count more rows as done; a fraction of a row if the stage takes several steps a row."""
@@ -128,6 +127,13 @@ class Stage:
             print(f"{self.name:<7}{fraction:6.1%}  {counted}", file=self._stream, flush=True)
             self._line_after = min(2 * self._line_after, _LINE_EVERY_S)
             self._line_at = now + self._line_after
+
+
+def _bar(name: str, stream: TextIO) -> "tqdm":
+    from tqdm import tqdm  # runs without a terminal start sooner without it
+
+    colour = "blue" if has_colors(stream) else None
+    return tqdm(total=1.0, desc=name, bar_format=_BAR, file=stream, leave=True, colour=colour)
 
 
 class Progress:

@@ -143,7 +143,7 @@ class EmbeddingShardedDDP(DDPStrategy):
         """Return measurements of the exchanges since the last call; all ranks call it together.
 
         Returns:
-            Per step: the longest wait of a rank, the most bytes that a rank sends, and for each table the requested
+            Of a step, the longest wait of a rank, the most bytes that a rank sends, and for each table the requested
             unique rows and the bytes sent, over all ranks. Also the requested rows of the busiest rank as a multiple
             of the mean, for all tables and for each.
         """

@@ -12,7 +12,7 @@ from lightning_dlrm.contracts.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class Regularization:
-    """A penalty l1 sum |w| + l2 / 2 sum w^2 over all elements of parameters, as in FuxiCTR.
+    """A penalty ``l1 sum |w| + l2 / 2 sum w^2`` over all elements of parameters, as in FuxiCTR.
 
     It is not divided by the batch size, and not part of the logged loss. Its gradient is part of clipping.
 

@@ -1,7 +1,7 @@
 """Contract: over simulated scores of known truth, intervals hold it as often as they say, and equal configurations are
 seldom called different. No model is trained; every seed is fixed here.
 
-The tables of BENCHMARKS.md: pytest -m slow -s tests/compare/test_compare_coverage.py
+The tables of docs/statistics.md: pytest -m slow -s tests/compare/test_compare_coverage.py
 """
 
 from itertools import combinations

@@ -1,4 +1,4 @@
-"""Contract: bf16 and compiled fits score as float32 fits do, within the intervals that README states.
+"""Contract: bf16 and compiled fits score as float32 fits do, within the intervals that docs/configure.md states.
 
 Five seeds of data and parameters; each fit is compared with the float32 fit of its seed.
 """

@@ -14,7 +14,7 @@ from datamodules.log_schema import ColumnRole, Transform
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.shipped import shipped_names
 from tests.front_door.conftest import REPOSITORY
-from tests.front_door.test_readme import Block, blocks_of, commands_of
+from tests.front_door.pages import Block, blocks_of, commands_of
 
 PAGE = (REPOSITORY / "docs/own-data.md").read_text()
 BLOCKS = blocks_of(PAGE)

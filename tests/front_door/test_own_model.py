@@ -9,7 +9,7 @@ import pytest
 
 from lightning_dlrm.__main__ import main
 from tests.front_door.conftest import REPOSITORY
-from tests.front_door.test_readme import blocks_of, commands_of
+from tests.front_door.pages import blocks_of, commands_of
 
 PAGE = (REPOSITORY / "docs/own-model.md").read_text()
 CODE = {block.language: block.code for block in blocks_of(PAGE) if block.language != "bash"}

@@ -1,0 +1,87 @@
+"""Settings of Sphinx. Build the site with: python -m sphinx -W --keep-going -b html -c docs . build/docs
+
+Pages are plain Markdown, so that they can be read on a code host too. Two things are added while they are built: the
+navigation, from the lists of links in index.md, and the docstrings of the names in api.md.
+"""
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+project = "lightning_dlrm"
+release = version = "0.1"
+root_doc = "docs/index"
+include_patterns = ["docs/*.md", "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
+exclude_patterns = [".*", "build", "tests", "lightning_dlrm", "datamodules", "notebooks", "configs"]
+nitpicky = True
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 3
+autodoc_typehints = "none"
+autodoc_class_signature = "separated"
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+# Methods of Lightning and torch are documented there.
+autodoc_inherit_docstrings = False
+
+html_theme = "furo"
+html_title = "lightning_dlrm"
+html_copy_source = False
+
+
+def add_navigation(text: str) -> str:
+    """Return index.md with a hidden table of contents of each of its sections."""
+    trees = ""
+    for title, section in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL):
+        pages = "\n".join(re.findall(r"^\| \[[^\]]+\]\((\w[\w-]*)\.md\)", section, re.MULTILINE))
+        trees += f"\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n{pages}\n```\n"
+    others = "\n".join(f"/{name}" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG"))
+    return f"{text}{trees}\n```{{toctree}}\n:hidden:\n:caption: Project\n\n{others}\n```\n"
+
+
+def add_docstrings(text: str) -> str:
+    """Return api.md with the docstring of every name of a table below the table."""
+
+    def document(table: re.Match[str]) -> str:
+        directives = []
+        for name in re.findall(r"^\| `([\w.]+)`", table[0], re.MULTILINE):
+            path = name if "." in name else f"lightning_dlrm.{name}"
+            module, _, attribute = path.rpartition(".")
+            is_class = isinstance(getattr(importlib.import_module(module), attribute), type)
+            directives.append(f".. auto{'class' if is_class else 'function'}:: {path}")
+        listed = "\n\n".join(directives)
+        return f"{table[0]}\n```{{eval-rst}}\n{listed}\n```\n"
+
+    return re.sub(r"(?:^\|.*\n)+", document, text, flags=re.MULTILINE)
+
+
+def complete_page(app: Any, page: str, source: list[str]) -> None:
+    """Add what a page has on the site alone."""
+    change = {"docs/index": add_navigation, "docs/api": add_docstrings}.get(page)
+    if change is not None:
+        source[0] = change(source[0])
+
+
+_attributes: dict[str, list[str]] = {}
+
+
+def keep_attribute(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
+    """Keep the docstring of an attribute: Napoleon takes the words before its first colon as a type."""
+    if what in ("attribute", "property"):
+        _attributes[name] = lines.copy()
+
+
+def restore_attribute(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = _attributes.pop(name, lines)
+
+
+def lead_to_index(app: Any, error: Exception | None) -> None:
+    """Let the site's address lead to docs/index.html."""
+    Path(app.outdir, "index.html").write_text('<meta http-equiv="refresh" content="0; url=docs/index.html">\n')
+
+
+def setup(app: Any) -> None:
+    app.connect("source-read", complete_page)
+    app.connect("autodoc-process-docstring", keep_attribute, priority=400)
+    app.connect("autodoc-process-docstring", restore_attribute, priority=600)
+    app.connect("build-finished", lead_to_index)

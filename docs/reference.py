@@ -1,0 +1,279 @@
+"""Write docs/commands.md and docs/configuration.md from the parsers and docstrings of the code.
+
+Run: python docs/reference.py
+"""
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import io
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from docstring_parser import parse_from_object
+
+import lightning_dlrm
+from lightning_dlrm import __main__ as entry
+from lightning_dlrm.cli import parser as cli
+from lightning_dlrm.cli.params import _parser as params_parser
+from lightning_dlrm.cli.plan import _parser as plan_parser
+from lightning_dlrm.cli.short_help import SHORT_HELP
+from lightning_dlrm.compare.command import _parser as compare_parser
+from lightning_dlrm.optim.schedules import Constant, Cosine, WarmupQuadraticDecay, WarmupThenDecay
+from lightning_dlrm.tables.embeddings import MixedDimensions, QuotientRemainder
+
+DOCS = Path(__file__).parent
+OURS = {
+    "ckpt_path": "a checkpoint folder; or `best` or `last`, of the run in --run_dir",
+    "published": "published scores (metric, value, source), at the end of a run and in reports beside its own",
+}
+"""Options whose help is Lightning's, or is long -> what they mean here."""
+LEFT_OUT = ("weights_only", "return_predictions", "published.help", "trust")
+DATA = ("Clicks", "Criteo", "CriteoKaggle", "CriteoTerabyte", "DemoSettings", "RandomData", "TraceData")
+SECTIONS = ("model", "data", "trainer", "checkpoint", "wandb")
+
+# --- commands ---------------------------------------------------------------------------------------
+
+COMMANDS_HEAD = """\
+# Commands
+
+On this page you find every command with its options. It is made from the code by `python docs/reference.py`.
+
+Each command is `python -m lightning_dlrm COMMAND`; the installed script `lightning-dlrm COMMAND` is the same. `--help`
+explains a command, `--version` prints the release, and with `--debug` an error also shows its traceback. Options cannot
+be abbreviated. A user error is one line that begins with `error:`, with exit code 2.
+"""
+
+
+SHARED_HEAD = """\
+## Options of every command with a configuration
+
+`fit`, `validate`, `test`, `predict`, `params` and `plan` take these options, `--trust MODULE`, and every key of a
+configuration ([Configuration keys](configuration.md)). `validate` and `test` also take `--verbose true`, which prints
+Lightning's table of metrics.
+
+"""
+
+
+@cache
+def fit_parser() -> cli.CommandParser:
+    return cli.build_trainer_parser("fit", "")
+
+
+def cell(text: str) -> str:
+    """Return text as the cell of a table."""
+    return " ".join(text.split()).replace("``", "`").replace("|", "\\|").replace("<", "&lt;")
+
+
+def help_of(action: argparse.Action) -> str:
+    """Return the help of an option, with its default filled in."""
+    text = (action.help or "") % {"default": action.default, "prog": ""} if action.help else ""
+    if action.choices is not None and not isinstance(action.choices, dict):
+        listed = ", ".join(f"`{choice}`" for choice in action.choices)
+        text = f"{text}{': ' if text else ''}{listed}" if listed not in text else text
+    return text
+
+
+def option_table(actions: Iterable[argparse.Action]) -> str:
+    rows = []
+    for action in actions:
+        if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
+            continue
+        name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
+        # A name in capitals that repeats the option says nothing.
+        named = "" if action.nargs == 0 or not action.option_strings else str(action.metavar or "")
+        value = f" {named}" if named and named.lower() != action.dest else ""
+        rows.append(f"| `{name}{value}` | {cell(OURS.get(action.dest) or help_of(action))} |")
+    return "\n".join(["| option | meaning |", "|---|---|", *rows]) if rows else ""
+
+
+def described(parser: argparse.ArgumentParser) -> str:
+    """Return what ``--help`` says around the options."""
+    words = [text for text in (parser.description, parser.epilog) if text]
+    return "".join(f"```text\n{text.strip()}\n```\n\n" for text in words)
+
+
+def plain_command(name: str) -> str:
+    module, add_arguments, _ = entry._PLAIN[name]
+    parser = argparse.ArgumentParser(prog=f"python -m lightning_dlrm {name}", description=entry.COMMANDS[name])
+    getattr(importlib.import_module(module), add_arguments)(parser)
+    parts = [f"## {name}\n\n{described(parser)}"]
+    choices: list[argparse._SubParsersAction] = [
+        a for a in parser._actions if isinstance(a, argparse._SubParsersAction)
+    ]
+    if not choices:
+        return parts[0] + option_table(parser._actions) + "\n"
+    for work, inner in choices[0].choices.items():
+        parts.append(f"### {name} {work}\n\n{described(inner)}{option_table(inner._actions)}\n")
+    return "\n".join(parts)
+
+
+def own_actions(parser: argparse.ArgumentParser, known: Iterable[str] = ()) -> list[argparse.Action]:
+    """Return the options of a parser that are no keys of a section."""
+    skipped = (*SECTIONS, *LEFT_OUT, *known)
+    found = [action for action in parser._actions if action.option_strings and not action.dest.startswith("print_")]
+    return [action for action in found if action.dest not in skipped and action.dest.split(".")[0] not in skipped]
+
+
+def configured_command(name: str, actions: list[argparse.Action]) -> str:
+    table = option_table(actions)
+    more = f"Further options of this command:\n\n{table}\n" if actions else ""
+    return f"## {name}\n\n```text\n{SHORT_HELP[name].strip()}\n```\n\n{more}"
+
+
+def commands_page() -> str:
+    shared = own_actions(fit_parser())
+    names = [action.dest for action in shared]
+    parts = [COMMANDS_HEAD]
+    parts.append(f"{SHARED_HEAD}{option_table(shared)}\n")
+    own = {"params": params_parser(""), "plan": plan_parser()}
+    for name in entry.COMMANDS:
+        if name in SHORT_HELP:
+            parts.append(configured_command(name, own_actions(own[name], names) if name in own else []))
+        elif name == "compare":
+            found = compare_parser()
+            parts.append(f"## compare\n\n{described(found)}{option_table(found._actions)}\n")
+        else:
+            parts.append(plain_command(name))
+    return "\n".join(parts)
+
+
+# --- configuration keys -----------------------------------------------------------------------------
+
+CONFIGURATION_HEAD = """\
+# Configuration keys
+
+On this page you find every key of a configuration, with its type, default and unit. It is made from the code by
+`python docs/reference.py`.
+
+A class is named by `class_path`, and its arguments are below `init_args`:
+
+```yaml
+model:
+  table_optimizer:
+    class_path: SGD
+    init_args:
+      learning_rate: 10.0
+```
+
+On the command line that is `--model.table_optimizer SGD --model.table_optimizer.learning_rate 10`.
+[Configure a run](configure.md) explains files, overlays and options. Keys without a default must be given.
+"""
+
+
+def type_words(annotation: Any) -> str:
+    if annotation is inspect.Parameter.empty:
+        return ""
+    text = inspect.formatannotation(annotation) if not isinstance(annotation, str) else annotation
+    text = re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Za-z])", "", text)
+    return text.replace("NoneType", "None")
+
+
+def default_words(parameter: inspect.Parameter) -> str:
+    if parameter.default is inspect.Parameter.empty:
+        return ""
+    value = parameter.default
+    if type(value).__name__ in ("DemoSettings", "_HAS_DEFAULT_FACTORY_CLASS") or "factory" in repr(value):
+        return ""
+    return f"`{value!r}`" if not isinstance(value, tuple) or value else "`[]`"
+
+
+def key_table(found: Callable[..., Any], skip: Iterable[str] = ()) -> str:
+    """Return a table of the arguments of a class, with their descriptions in its docstring or that of its bases."""
+    words = {}
+    for base in reversed(inspect.getmro(found) if isinstance(found, type) else (found,)):
+        if base.__module__.startswith(("lightning_dlrm", "datamodules")):
+            words |= {p.arg_name: p.description or "" for p in parse_from_object(base).params}
+    rows = []
+    for name, parameter in inspect.signature(found).parameters.items():
+        if name in skip or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        kind = cell(type_words(parameter.annotation))
+        rows.append(
+            f"| `{name}` | {f'`{kind}`' if kind else ''} | {default_words(parameter)} | {cell(words.get(name, ''))} |"
+        )
+    return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) if rows else "It has no keys."
+
+
+def class_section(found: type, skip: Iterable[str] = ()) -> str:
+    summary = parse_from_object(found).short_description or ""
+    return f"### {found.__name__}\n\n{summary}\n\n{key_table(found, skip)}\n"
+
+
+def configuration_page() -> str:
+    of_network = ("features", "seed")
+    public = {name: getattr(lightning_dlrm, name) for name in lightning_dlrm.__all__}
+    base = public["CTRNetwork"]
+    networks = [
+        found for found in public.values() if isinstance(found, type) and issubclass(found, base) and found is not base
+    ]
+    folder_data = public["Clicks"].__mro__[1]
+    groups = {
+        "checkpoint": ("", [cli.CheckpointSettings]),
+        "wandb": ("", [cli.WandbSettings]),
+        "published": ("A list; each item has these keys.", [cli.PublishedScore]),
+        "model": ("`schema` and `seed` are taken from the data and from `seed_everything`.", [public["CTRModule"]]),
+        "model.network": ("The features and the seed are taken from the data and from `seed_everything`.", networks),
+        "model.network.init_args.tables": (
+            "`tables` of every network.", [public["TableSettings"], MixedDimensions, QuotientRemainder],
+        ),
+        "model.table_optimizer, model.wide_optimizer": (
+            "Update rules of table rows. Learning rates are per step, before the schedule changes them.",
+            [public[name] for name in ("SGD", "Adagrad", "RowWiseAdagrad", "Adam")],
+        ),
+        "model.dense_optimizer": ("Any class of `torch.optim`, with its own keys, such as `lr`.", []),
+        "model.schedule": (
+            "These, or any LRScheduler of torch. Steps are optimizer steps, and shares are of the whole fit.",
+            [Constant, WarmupThenDecay, Cosine, WarmupQuadraticDecay],
+        ),
+        "model.loss": ("", [public[f"{name}Loss"] for name in ("Log", "ProbabilityLog", "WeightedLog", "Focal")]),
+        "model.averaging, model.regularization": ("", [public["Averaging"], public["Regularization"]]),
+        "data": (
+            "All datamodules take the keys of FolderData; sizes of batches count samples over all ranks.",
+            [folder_data, *(public[name] for name in DATA)],
+        ),
+        "trainer": (trainer_words(), []),
+        "trainer.strategy": (
+            "`embedding_sharded_ddp` is the name of this class with its defaults.", [public["EmbeddingShardedDDP"]],
+        ),
+        "trainer.callbacks": ("Lightning's callbacks, and this one.", [public["ReduceOnPlateau"]]),
+    }  # fmt: skip
+    top = option_table(action for action in own_actions(fit_parser()) if action.dest != "config")
+    parts = [CONFIGURATION_HEAD, f"## Keys at the top\n\n{top}\n"]
+    for title, (words, classes) in groups.items():
+        parts.append(f"## {title}\n\n{words}\n" if words else f"## {title}\n")
+        parts += [
+            class_section(
+                found, of_network if found in networks else ("schema", "seed") if found is public["CTRModule"] else ()
+            )
+            for found in classes
+        ]
+    return "\n".join(parts)
+
+
+def trainer_words() -> str:
+    changed = "\n".join(f"| `{name}` | `{value}` |" for name, value in cli.TRAINER_DEFAULTS.items())
+    names = ", ".join(f"`{name}`" for name in inspect.signature(pl.Trainer).parameters)
+    return (
+        "The arguments of Lightning's Trainer, as [Lightning documents them]"
+        "(https://lightning.ai/docs/pytorch/stable/common/trainer.html). These have other defaults here:\n\n"
+        f"| key | default |\n|---|---|\n{changed}\n\nAll keys: {names}."
+    )
+
+
+def pages() -> dict[str, str]:
+    """Return the pages that are made from the code: name -> text."""
+    made = {"commands.md": commands_page(), "configuration.md": configuration_page()}
+    return {name: re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n" for name, text in made.items()}
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(io.StringIO()):
+        made = pages()
+    for name, text in made.items():
+        (DOCS / name).write_text(text)

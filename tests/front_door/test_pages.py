@@ -1,0 +1,139 @@
+"""Contract: what README and the pages of docs/ say can be followed: links lead somewhere, files exist, blocks run.
+
+Blocks are read out of the pages and run in an empty folder, of an installed wheel, one after the other; sizes alone are
+cut. ``test_own_data`` and ``test_own_model`` run the blocks of these two pages.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import lightning_dlrm
+from lightning_dlrm.contracts.shipped import shipped_names
+from tests.front_door.conftest import REPOSITORY, Shell
+from tests.front_door.pages import (
+    LANGUAGES,
+    NOT_RUN,
+    PAGES,
+    SMALL_DATA,
+    Block,
+    anchors_of,
+    blocks_of,
+    links_of,
+    run_block,
+)
+
+DOCS = REPOSITORY / "docs"
+GENERATED = ("commands.md", "configuration.md")
+SEPARATE = ("own-data.md", "own-model.md")
+LONG = (" compare ",)
+"""Words of README's blocks that are left out of the default run; all blocks run among the slow tests."""
+WRITTEN_BY_READERS = re.compile(
+    r"own|my_models|log\.yaml|mylog|places|matched|plan\.yaml|settings\.yaml|NAME|FILE|schema\.yaml"
+)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+def run_here(page: Path) -> list[Block]:
+    return [block for block in blocks_of(page.read_text()) if block.language in ("bash", "python") and not block.reason]
+
+
+def test_every_link_leads_somewhere() -> None:
+    dead = []
+    for page in PAGES:
+        for link in links_of(page.read_text()):
+            if link.startswith(("https://", "mailto:")):
+                continue
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            if not target.exists() or (anchor and anchor not in anchors_of(target.read_text())):
+                dead.append(f"{name_of(page)}: {link}")
+    assert not dead
+
+
+def test_every_page_is_reached_from_the_index_and_says_what_it_is_for() -> None:
+    linked = set(links_of((DOCS / "index.md").read_text()))
+    for page in DOCS.glob("*.md"):
+        assert page.name == "index.md" or page.name in linked, f"docs/index.md does not link {page.name}"
+        opening = page.read_text().split("\n\n")[1]
+        assert re.match(r"After this page you|On this page you find|From here you", opening), (
+            f"{page.name}: {opening[:80]}"
+        )
+    assert "docs/index.md" in links_of((REPOSITORY / "README.md").read_text())
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 150
+
+
+def test_every_block_runs_or_says_why_not() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        blocks = blocks_of(text)
+        assert len(blocks) == len(re.findall(r"^```", text, re.MULTILINE)) / 2, name_of(page)
+        assert {block.language for block in blocks} <= LANGUAGES, name_of(page)
+        for block in blocks:
+            assert not block.reason or (block.reason.startswith(NOT_RUN) and len(block.reason) > 20), block
+            # What runs is a command of this project or Python, in a page whose blocks are run.
+            if block.language == "bash" and not block.reason:
+                assert re.fullmatch(r"(?:python (?:-m lightning_dlrm|-c) .*\n)+", re.sub(r"\\\n", "", block.code)), (
+                    block
+                )
+
+
+def test_files_that_pages_name_exist() -> None:
+    shipped, missing = set(shipped_names()), []
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":
+            # It names files of earlier releases.
+            continue
+        text = re.sub(r"https://\S+", "", page.read_text())
+        for path in re.findall(r"\b(?:tests|docs|lightning_dlrm|datamodules|configs|notebooks|\.ci)/[\w./*-]+\w", text):
+            if "." in Path(path).name and not list(REPOSITORY.glob(path)):
+                missing.append(f"{name_of(page)}: {path}")
+        for config in re.findall(r"(?<![\w/.<-])((?:[\w-]+/)?[\w*]+\.yaml)\b", text):
+            known = any(Path(name).match(config.removeprefix("configs/")) for name in shipped)
+            if not known and not WRITTEN_BY_READERS.search(config) and not config.endswith("config.yaml"):
+                missing.append(f"{name_of(page)}: {config}")
+    assert not missing
+
+
+def test_generated_pages_and_lists_of_names_are_as_the_code_is() -> None:
+    spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
+    assert spec is not None and spec.loader is not None
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    for name, text in reference.pages().items():
+        assert (DOCS / name).read_text() == text, f"docs/{name} is not as the code is: run python docs/reference.py"
+    listed = re.findall(r"^\| `(\w+)` \|", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(lightning_dlrm.__all__)
+    models = (DOCS / "models.md").read_text()
+    assert all(f"`{name}`" in models for name in shipped_names() if is_model(name))
+
+
+def is_model(name: str) -> bool:
+    """Whether a shipped file is the configuration of a model on demo data, which overlays can follow."""
+    text = (REPOSITORY / "configs" / name).read_text()
+    return "/" not in name and "  network:\n    class_path:" in text and not name.startswith("mlperf")
+
+
+RUN = [page for page in PAGES if run_here(page) and page.name not in (*SEPARATE, *GENERATED)]
+
+
+@pytest.mark.parametrize(
+    ("page", "left_out"),
+    [
+        pytest.param(REPOSITORY / "README.md", LONG, id="README.md, short blocks"),
+        *(pytest.param(page, (), marks=pytest.mark.slow, id=name_of(page)) for page in RUN),
+    ],
+)
+def test_blocks_run(page: Path, left_out: tuple[str, ...], shell_environment: dict[str, str], tmp_path: Path) -> None:
+    shell = Shell(tmp_path, shell_environment)
+    (tmp_path / "small_data.yaml").write_text(SMALL_DATA)
+    for block in run_here(page):
+        if any(part in block.code for part in left_out):
+            continue
+        for finished in run_block(shell, block):
+            assert finished.code == 0 and "Traceback" not in finished.output, f"{block}\n{finished.output}"
