@@ -178,8 +178,8 @@ def _build_parser(command: str, description: str, **options: Any) -> CommandPars
     parser.add_lightning_class_args(CTRModule, "model")
     parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
     _add_run_options(parser)
-    for section, title in _GROUP_TITLES.items():
-        parser.groups[section].title = title
+    for section, group in (parser.groups or {}).items():
+        group.title = _GROUP_TITLES.get(section, section)
     parser.link_arguments("data.schema", "model.schema", apply_on="instantiate")
     parser.link_arguments("seed_everything", "model.seed", compute_fn=seed_from)
     return parser
