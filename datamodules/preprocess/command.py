@@ -14,6 +14,7 @@ from datamodules.preprocess.protocols import DATASETS, PROTOCOLS
 from datamodules.preprocess.report import fit_command, one_label_warnings, render_report, threshold_warnings
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
+from lightning_dlrm.contracts.terminal import command_after
 
 _DESCRIPTION = """\
 Reads raw click logs and makes a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in Parquet.
@@ -238,11 +239,11 @@ def run(args: argparse.Namespace) -> int:
     for warning in (*one_label_warnings(schema), *threshold_warnings(schema)):
         print(f"warning: {warning}", file=sys.stderr)
     if args.schema is not None:
-        print(f"train on it: {fit_command(args.output, schema.features.dense > 0)}")
+        print(command_after("train on it:", fit_command(args.output, schema.features.dense > 0)))
     elif args.vocabulary is None:
         command = f"fit --config dlrm.yaml --config criteo_{schema.dataset}.yaml --data.path {args.output}"
-        print(f"train on it: python -m lightning_dlrm {command}")
+        print(command_after("train on it:", f"python -m lightning_dlrm {command}"))
     else:
         command = f"predict --config RUN/config.yaml --ckpt_path RUN/checkpoints/best --data.path {args.output}"
-        print(f"score it: python -m lightning_dlrm {command}")
+        print(command_after("score it:", f"python -m lightning_dlrm {command}"))
     return 0

@@ -16,7 +16,7 @@ import psutil
 
 from datamodules.preprocess.sources import RawFile
 from lightning_dlrm.contracts.errors import require
-from lightning_dlrm.contracts.terminal import has_colors
+from lightning_dlrm.contracts.terminal import has_colors, wrapped
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -54,8 +54,8 @@ class StageTime:
     def __str__(self) -> str:
         rate = self.rows / self.seconds if self.seconds else 0.0
         return (
-            f"{self.name:<7}{self.rows:>13,} rows{self.seconds:>8,.1f} s{rate:>9,.0f} rows/s"
-            f"{format_size(self.peak_bytes):>9} memory{format_size(self.disk_bytes):>9} disk"
+            f"{self.name:<7}{self.rows:>13,} rows {self.seconds:>7,.1f} s{rate:>9,.0f} rows/s"
+            f"{format_size(self.peak_bytes):>8} memory{format_size(self.disk_bytes):>8} disk"
         )
 
 
@@ -152,7 +152,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Show a line."""
         if self._stream is not None:
-            print(text, file=self._stream, flush=True)
+            print(wrapped(text.splitlines(), self._stream), file=self._stream, flush=True)
 
     @contextmanager
     def stage(

@@ -95,9 +95,11 @@ def _column_lines(schema: DatasetSchema) -> list[str]:
     report = schema.report
     rows = sum(count for _, count in report["rows_per_file"])
     counts = [report.get(fact, {}) for fact in ("distinct", "kept", "unknown")]
+    # Equal numbers would stand there twice.
     if counts[1] == counts[0]:
-        # Nothing was left out, so the numbers would stand there twice.
         counts[1] = {}
+    if counts[0] == {column.name: column.cardinality for column in schema.columns if column.cardinality}:
+        counts[0] = {}
     # Criteo's bins B1..B13 are made of I1..I13.
     missing = {f"B{name[1:]}": count for name, count in report["missing"].items() if name in CRITEO_DENSE}
     missing |= report["missing"]
