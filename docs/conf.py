@@ -19,7 +19,7 @@ nitpicky = True
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"
-autodoc_class_signature = "separated"
+autodoc_class_signature = "mixed"
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 # Methods of Lightning and torch are documented there.
 autodoc_inherit_docstrings = False
@@ -27,6 +27,7 @@ autodoc_inherit_docstrings = False
 html_theme = "furo"
 html_title = "lightning_dlrm"
 html_copy_source = False
+html_show_copyright = False
 
 
 def add_navigation(text: str) -> str:
