@@ -1,6 +1,7 @@
 """Rows of a click log -> the inputs of a model, in memory, as the rows of a dataset were encoded. Nothing here imports
 torch."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import pyarrow.compute as pc
 
 from datamodules.folder import Folder, load_schema
 from datamodules.preprocess.encoding import distinct_values, items_of, replace_placeholders
-from datamodules.preprocess.log_reader import LogReader
+from datamodules.preprocess.log_columns import segment_of, staged_columns
 from datamodules.preprocess.log_recipe import LOG_PROTOCOL, known_options
 from datamodules.preprocess.protocols import PLACEHOLDER_IDS
 from datamodules.preprocess.staging import StagedRows
@@ -41,6 +42,9 @@ class RowEncoder:
             f"{where} has the protocol {self.schema.protocol}; expected a dataset made by preprocess --schema",
         )
         self._options, self._fitted = known_options(self.schema, where, "fail")
+        log = self._options.schema
+        features = {name: one for name, one in log.columns.items() if one.role not in ("keep", "leave")}
+        self._features = replace(log, columns=features)
         self._known: dict[str, tuple[pa.Array, np.ndarray]] = {}
         """Of each table: its values, and their ids."""
         for table in self._options.tables(self._fitted):
@@ -55,8 +59,7 @@ class RowEncoder:
         """Return the features of rows.
 
         Args:
-            rows: an Arrow table or a pandas data frame with the columns that the schema of the log names, without the
-                label and what rows are split by; others are left.
+            rows: an Arrow table or a pandas data frame with the columns that features are made of; others are left.
 
         Returns:
             The B rows of each feature. Dense features are float32 [B], NaN where missing; categorical ones int32 [B];
@@ -65,18 +68,19 @@ class RowEncoder:
         Raises:
             UserError: a column is missing, or a value is not of the schema.
         """
-        log, given = self._options.schema, arrow_table(rows)
+        log, given = self._features, arrow_table(rows)
         names = given.column_names
         twice = next((name for name in names if names.count(name) > 1), None)
         require(twice is None, f"the table has two columns {twice!r}; rename one of the two")
         sources = log.sources(names)
         named = {name: given.column(name) for name in names if name in sources}
         log.check_columns(list(named), "the table", labelled=False)
-        reader = LogReader(schema=log, format="parquet", labelled=False, splits=False, names=tuple(named))
         try:
-            staged = StagedRows(reader.segment([reader.staged(pa.table(named))])[0])
+            found = staged_columns(log, pa.table(named), list(named), labelled=False, splits=False, nulls=log.nulls)
+            staged = StagedRows(segment_of([found])[0])
         except BadValueError as error:
-            raise UserError(f"row {error.row:,}: {error.fault}") from error
+            row = int(error.rows[0])
+            raise UserError(f"row {row:,}: {error.fault(row)}") from error
         columns = {column.name: column for column in self.schema.columns}
         arrays: dict[str, Any] = {
             dense.name: dense.transform(*staged.numbers(dense.source)) for dense in self._options.dense(self._fitted)

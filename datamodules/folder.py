@@ -13,7 +13,6 @@ from typing import IO, TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DataFile, DatasetSchema
@@ -327,6 +326,8 @@ def verify(folder: str | Path | Folder, schema: DatasetSchema, progress: bool = 
     where = Folder(folder)
     files = (*schema.vocabulary.values(), *part_files(schema))
     check_sizes(where, files)
+    from tqdm import tqdm  # preprocess starts sooner without it
+
     with tqdm(
         total=sum(file.bytes for file in files),
         desc="Verifying",

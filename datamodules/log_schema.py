@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
-from lightning_dlrm.contracts.documents import is_name, parse_settings, read_yaml
+from lightning_dlrm.contracts.documents import is_name, parse_settings, printable, read_yaml
 from lightning_dlrm.contracts.errors import UserError, nearest, nearest_first, require
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, PREDICTION_COLUMNS, WEIGHTS_SUFFIX
 from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
@@ -297,16 +297,15 @@ class LogSchema:
         sources = self.sources(names)
         self._check_separator(list(names), sources, where)
         for name, key in sources.items():
-            known = name in names or (key in ("label", "split") and not labelled)
-            require(
-                known,
-                f"{where} has no column {name!r}, which the schema names ({key})"
-                f"{nearest(name, names) or ';'} its columns are {_listed(names)}",
-            )
+            if name not in names and (labelled or key not in ("label", "split")):
+                raise UserError(
+                    f"{where} has no column {name!r}, which the schema names ({key})"
+                    f"{printable(nearest(name, names)) or ';'} its columns are {listed(names)}"
+                )
         others = [name for name in names if name not in sources]
         require(
             self.rest == "leave" or not others,
-            f"{where} has columns that the schema does not name: {_listed(others)}; name them in columns (role leave "
+            f"{where} has columns that the schema does not name: {listed(others)}; name them in columns (role leave "
             "reads past one), or set 'rest: leave'",
         )
 
@@ -401,9 +400,9 @@ def log_schema(content: Mapping[str, Any], where: str = "schema") -> LogSchema:
     for place, values, form in parts:
         known = [one.name for one in dataclasses.fields(form)]
         for key in values if isinstance(values, Mapping) else ():
-            require(
-                key in known, f"{where}: {place}unknown key {key}{nearest(str(key), known)}; known: {_listed(known)}"
-            )
+            if key not in known:
+                near = nearest(str(key), known)
+                raise UserError(f"{where}: {place}unknown key {key}{near}; known: {listed(known)}")
     return parse_settings(content, LogSchema, where)
 
 
@@ -437,6 +436,7 @@ def _document(value: Any) -> Any:
     return {name: _document(item) for name, (item, default) in fields.items() if item != default}
 
 
-def _listed(names: Collection[str]) -> str:
-    some = list(names)
+def listed(names: Collection[str]) -> str:
+    """Return names, at most 20 of them, on one line."""
+    some = [printable(name).replace("\n", "\\n") for name in names]
     return ", ".join(some[:20]) + (f" and {len(some) - 20} more" if len(some) > 20 else "")

@@ -131,7 +131,13 @@ def check_weights(where: str, weights: pa.Array | pa.ChunkedArray, ids: pa.Array
 
 
 def read_slices(
-    where: Folder, file: DataFile, part: pq.ParquetFile, group: int, columns: Sequence[Column], threads: bool = True
+    where: Folder,
+    file: DataFile,
+    part: pq.ParquetFile,
+    group: int,
+    columns: Sequence[Column],
+    threads: bool = True,
+    check: bool = True,
 ) -> Iterator[pa.RecordBatch]:
     """Yield some columns of a row group in slices of ``SLICE_ROWS`` rows, and check every value.
 
@@ -142,6 +148,7 @@ def read_slices(
         group: index of the row group in the file.
         columns: the columns to read, at least one.
         threads: decode columns in parallel.
+        check: check the values; False if the caller does.
 
     Raises:
         UserError: the row group cannot be decoded or lacks rows, or see ``check_values``.
@@ -159,7 +166,8 @@ def read_slices(
             ) from error
         if found is None:
             break
-        check_values(f"{path}, row group {group}", columns, found, row)
+        if check:
+            check_values(f"{path}, row group {group}", columns, found, row)
         row += len(found)
         yield found
     expected = file.row_groups[group]

@@ -36,11 +36,18 @@ _MOMENTS = [np.datetime64(str(year), "us").astype(np.int64) for year in _YEARS] 
 
 
 class BadValueError(Exception):
-    """A value that a column does not take: its row (from 0), and what is wrong with it and what to do."""
+    """Values that a column does not take.
 
-    def __init__(self, row: int, fault: str):
-        super().__init__(row, fault)
-        self.row, self.fault = row, fault
+    Args:
+        bad: bool [n], whether the value of each row is one.
+        fault: returns what is wrong with the value of a row, and what to do.
+    """
+
+    def __init__(self, bad: np.ndarray | pa.BooleanArray, fault: Callable[[int], str]):
+        self.rows = np.flatnonzero(bad)
+        """Their rows, from 0."""
+        self.fault = fault
+        super().__init__(fault(int(self.rows[0])) if len(self.rows) else "")
 
 
 def texts(column: pa.ChunkedArray) -> pa.DictionaryArray:
@@ -69,7 +76,7 @@ def texts(column: pa.ChunkedArray) -> pa.DictionaryArray:
 def without_nulls(column: pa.ChunkedArray, nulls: Sequence[str]) -> pa.ChunkedArray:
     """Return a column without texts that mean a missing value; columns of other types are returned as they are."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if not nulls or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         return column
     plain = column.cast(kind)
     is_null = pc.is_in(plain, value_set=pa.array(nulls, kind))
@@ -86,7 +93,7 @@ def check_single(name: str, column: pa.ChunkedArray) -> None:
         what, remedy = (
             ("objects", "leave it") if pa.types.is_struct(column.type) else ("lists", "role multi_hot takes them")
         )
-        raise BadValueError(0, f"{name} holds {what} ({column.type}), expected single values; {remedy}")
+        raise _bad_column(column, f"{name} holds {what} ({column.type}), expected single values; {remedy}")
 
 
 def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".") -> pa.DoubleArray:
@@ -106,22 +113,24 @@ def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".") -> pa.Double
         values = _numbers(encoded.dictionary, decimal)
         found = values.take(encoded.indices)
         if found.null_count > encoded.null_count:
-            row = _first(pc.and_(found.is_null(), encoded.is_valid()))
             raise BadValueError(
-                row,
-                f"{name} is {_shown(encoded[row].as_py())}, expected a number; correct the line, list texts that mean "
-                "a missing value under nulls, or give the column another role",
+                pc.and_(found.is_null(), encoded.is_valid()),
+                lambda row: (
+                    f"{name} is {_shown(encoded[row].as_py())}, expected a number; correct the line, list texts that "
+                    "mean a missing value under nulls, or give the column another role"
+                ),
             )
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind):
         found = _whole(column if kind == column.type else column.cast(kind)).cast(pa.float64(), safe=False)
     elif pa.types.is_decimal(kind):
         found = _whole(column).cast(pa.float64())
     else:
-        raise BadValueError(0, f"{name} has the type {kind}, expected numbers; give the column another role")
+        raise _bad_column(column, f"{name} has the type {kind}, expected numbers; give the column another role")
     array = found.to_numpy(zero_copy_only=False)
     if np.isinf(array).any():
-        row = int(np.isinf(array).argmax())
-        raise BadValueError(row, f"{name} is {array[row]}, expected a finite number; correct the line")
+        raise BadValueError(
+            np.isinf(array), lambda row: f"{name} is {array[row]}, expected a finite number; correct the line"
+        )
     return pa.array(array, from_pandas=True)
 
 
@@ -138,31 +147,39 @@ def labels(label: Label, column: pa.ChunkedArray, decimal: str = ".") -> np.ndar
     """
     encoded = texts(column)
     if encoded.null_count:
-        raise BadValueError(
-            _first(encoded.is_null()),
-            f"the label {label.column} is missing, expected a value in every row; remove the row",
-        )
+        fault = f"the label {label.column} is missing, expected a value in every row; remove the row"
+        raise BadValueError(encoded.is_null(), lambda row: fault)
     values = encoded.dictionary.to_pylist()
     judged = np.array([-1 if (one := label_of(label, value, decimal)) is None else one for value in values], np.int8)
     found = judged[encoded.indices.to_numpy()] if len(values) else np.empty(0, np.int8)
-    if (judged < 0).any() and (found < 0).any():
-        row = int((found < 0).argmax())
-        value = _shown(encoded[row].as_py())
-        others = [one for one in values if one != encoded[row].as_py()]
-        seen = f" (beside {', '.join(map(_shown, others[:_SHOWN]))})" if others else ""
+    if (found < 0).any():
+        raise BadValueError(found < 0, _fault_of_label(label, encoded, values, decimal))
+    return found
+
+
+def _fault_of_label(
+    label: Label, encoded: pa.DictionaryArray, values: Sequence[str], decimal: str
+) -> Callable[[int], str]:
+    """Return what says what is wrong with the label of a row, whose column holds some values."""
+    yes = next((one for one in values if one.lower() in YES), None)
+    numbers_seen = sorted(number for one in values if (number := _number(one, decimal)) is not None)
+
+    def fault(row: int) -> str:
+        value = encoded[row].as_py()
+        others = [one for one in values[: _SHOWN + 1] if one != value][:_SHOWN]
+        seen = f" (beside {', '.join(map(_shown, others))})" if others else ""
         if label.operator is not None:
             expected = f"expected a number, as the label is {label.column} {label.operator} {label.value}"
         else:
-            yes = next((one for one in values if one.lower() in YES), encoded[row].as_py())
-            condition = f"'{label.column} == {yes}'"
-            numbers_seen = sorted(number for one in values if (number := _number(one, decimal)) is not None)
-            if _number(encoded[row].as_py(), decimal) is not None:
+            condition = f"'{label.column} == {value if yes is None else yes}'"
+            if _number(value, decimal) is not None:
                 condition = f"'{label.column} >= {numbers_seen[len(numbers_seen) // 2]:g}'"
             expected = (
                 f"expected 0 and 1, or false and true; correct the line, or give a condition such as label: {condition}"
             )
-        raise BadValueError(row, f"the label {label.column} is {value}{seen}, {expected}")
-    return found
+        return f"the label {label.column} is {_shown(value)}{seen}, {expected}"
+
+    return fault
 
 
 def label_of(label: Label, text: str, decimal: str = ".") -> int | None:
@@ -219,19 +236,21 @@ def weights(
     lists, of_bag = _lists(name, column, separator), _lists(name, bag, separator)
     lengths = [pc.fill_null(pc.list_value_length(one), 0).to_numpy() for one in (lists, of_bag)]
     if (different := lengths[0] != lengths[1]).any():
-        row = int(different.argmax())
         raise BadValueError(
-            row, f"{name} has {lengths[0][row]} weights for {lengths[1][row]} items; give each item one"
+            different,
+            lambda row: f"{name} has {lengths[0][row]} weights for {lengths[1][row]} items; give each item one",
         )
-    ends = np.cumsum(lengths[0])
+    ends, items = np.cumsum(lengths[0]), lists.flatten()
     try:
-        values = numbers(name, pa.chunked_array([lists.flatten()]))
+        values = numbers(name, pa.chunked_array([items])) if len(items) else pa.array([], pa.float64())
+        missing = values.is_null().to_numpy(zero_copy_only=False) & keep
+        if missing.any():
+            raise BadValueError(missing, lambda item: f"{name} lacks a weight; give each item a number")
     except BadValueError as error:
-        raise BadValueError(int(np.searchsorted(ends, error.row, side="right")), error.fault) from error
-    missing = values.is_null().to_numpy(zero_copy_only=False) & keep
-    if missing.any():
-        row = int(np.searchsorted(ends, int(missing.argmax()), side="right"))
-        raise BadValueError(row, f"{name} lacks a weight; give each item a number")
+        wrong, first = np.unique(np.searchsorted(ends, error.rows, side="right"), return_index=True)
+        faults = dict(zip(wrong.tolist(), error.rows[first].tolist(), strict=True))
+        fault = error.fault
+        raise BadValueError(np.isin(np.arange(len(ends)), wrong), lambda row: fault(faults[row])) from error
     kept_ends = np.append(0, np.cumsum(keep))[np.append(0, ends)]
     return pa.ListArray.from_arrays(pa.array(kept_ends.astype(np.int32)), values.filter(pa.array(keep)))
 
@@ -256,12 +275,13 @@ def times(name: str, column: pa.ChunkedArray, form: str | None) -> pa.TimestampA
         moments = np.nan_to_num(seconds) * _MICROSECONDS[form]
         wrong = (moments < _MOMENTS[0]) | (moments >= _MOMENTS[1])
         if wrong.any():
-            row = int(wrong.argmax())
             other = "unix_ms" if form == "unix" else "unix"
             raise BadValueError(
-                row,
-                f"{name} is {seconds[row]:.15g}, which is not in the years {_YEARS[0]} to {_YEARS[1]} as time {form}; "
-                f"try {other}, or correct the line",
+                wrong,
+                lambda row: (
+                    f"{name} is {seconds[row]:.15g}, which is not in the years {_YEARS[0]} to {_YEARS[1]} as time "
+                    f"{form}; try {other}, or correct the line"
+                ),
             )
         whole = np.round(moments).astype(np.int64)
         return pa.array(whole, mask=np.isnan(seconds)).cast(kind)
@@ -272,11 +292,13 @@ def times(name: str, column: pa.ChunkedArray, form: str | None) -> pa.TimestampA
         values = pc.strptime(encoded.dictionary, form, "us", error_is_null=True)
     found = values.take(encoded.indices)
     if found.null_count > encoded.null_count:
-        row = _first(pc.and_(found.is_null(), encoded.is_valid()))
         expected = "an ISO time such as 2024-05-01 12:00:00" if form in (None, "iso") else f"a time as {form!r}"
         raise BadValueError(
-            row,
-            f"{name} is {_shown(encoded[row].as_py())}, expected {expected}; correct the line, or time in the schema",
+            pc.and_(found.is_null(), encoded.is_valid()),
+            lambda row: (
+                f"{name} is {_shown(encoded[row].as_py())}, expected {expected}; correct the line, or time in the "
+                "schema"
+            ),
         )
     return found
 
@@ -323,8 +345,8 @@ def split_keys(name: str, column: pa.ChunkedArray, form: str | None) -> np.ndarr
         found: pa.Array = numbers(name, column)
         keys = ordered_bits(found.to_numpy(zero_copy_only=False))
     elif form is None and not (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
-        raise BadValueError(
-            0,
+        raise _bad_column(
+            column,
             f"{name} is text, which a split by time cannot order; say in the schema how it becomes a time: columns: "
             f"{name}: {{role: leave, time: ...}}",
         )
@@ -332,9 +354,8 @@ def split_keys(name: str, column: pa.ChunkedArray, form: str | None) -> np.ndarr
         found = times(name, column, form)
         keys = found.cast(pa.int64()).fill_null(0).to_numpy()
     if found.null_count:
-        raise BadValueError(
-            _first(found.is_null()), f"{name} is missing, expected a time in every row to split by; remove the row"
-        )
+        fault = f"{name} is missing, expected a time in every row to split by; remove the row"
+        raise BadValueError(found.is_null(), lambda row: fault)
     return keys
 
 
@@ -352,11 +373,12 @@ def split_codes(
     codes[-1] = code_of.get("", -2)
     found = codes[encoded.indices.fill_null(len(encoded.dictionary)).to_numpy()]
     if (found == -2).any():
-        row = int((found == -2).argmax())
         raise BadValueError(
-            row,
-            f"{name} is {_shown(encoded[row].as_py())}, which belongs to no split; name it under train, validation, "
-            "test or leave",
+            found == -2,
+            lambda row: (
+                f"{name} is {_shown(encoded[row].as_py())}, which belongs to no split; name it under train, "
+                "validation, test or leave"
+            ),
         )
     return found
 
@@ -381,7 +403,7 @@ def _lists(name: str, column: pa.ChunkedArray, separator: str | None) -> pa.List
         return _whole(column.cast(pa.list_(kind.value_type)))
     if is_list or separator is None:
         remedy = "leave separator out" if is_list else "give the separator of its items in the schema"
-        raise BadValueError(0, f"{name} holds {'lists' if is_list else 'single values'}; {remedy}")
+        raise _bad_column(column, f"{name} holds {'lists' if is_list else 'single values'}; {remedy}")
     encoded = texts(column)
     return pc.split_pattern(encoded.dictionary, separator).take(encoded.indices)
 
@@ -394,8 +416,9 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
     return found
 
 
-def _first(mask: pa.BooleanArray) -> int:
-    return int(pc.index(mask, True).as_py())
+def _bad_column(column: pa.ChunkedArray, fault: str) -> BadValueError:
+    """Return the error of a column whose values are all of a wrong type."""
+    return BadValueError(np.ones(len(column), bool), lambda row: fault)
 
 
 def _numbers(texts: pa.StringArray, decimal: str) -> pa.DoubleArray:

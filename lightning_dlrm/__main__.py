@@ -20,6 +20,7 @@ from lightning_dlrm.cli.plain_parser import PlainParser
 from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.contracts.documents import printable
 from lightning_dlrm.contracts.errors import UserError, cause_of, nearest_first, one_line, place_in_own_code, require
+from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.contracts.terminal import RED, emphasized
 
 DEBUG = "--debug"
@@ -43,7 +44,7 @@ COMMANDS = {
 # Commands on argparse: the module, the function that adds the options, and the function that takes what they parse to.
 _PLAIN = {
     "preprocess": ("datamodules.preprocess.command", "add_arguments", "run"),
-    "inspect": ("datamodules.preprocess.command", "add_inspect_arguments", "run_inspect"),
+    "inspect": ("datamodules.preprocess.inspect_command", "add_arguments", "run"),
     "generate": ("datamodules.generate.command", "add_arguments", "run"),
     "checkpoint": ("lightning_dlrm.cli.checkpoint", "add_arguments", "run"),
     "dashboard": ("lightning_dlrm.cli.dashboard", "add_arguments", "run"),
@@ -202,7 +203,7 @@ def _is_refusal_of_lightning(error: BaseException) -> bool:
 def _start_workers(arguments: Sequence[str]) -> None:
     """Start the worker processes of ``preprocess`` before this process loads anything."""
     if arguments[:1] == ["preprocess"] and "--input" in arguments and "--infer" not in arguments:
-        importlib.import_module("datamodules.preprocess.workers").serve_processes()
+        importlib.import_module("datamodules.preprocess.serving").serve_processes()
 
 
 def _run(command: str, arguments: list[str]) -> int:
@@ -232,7 +233,11 @@ def _imported(module: str) -> Any:
         # are made and at the first collections after that, takes a tenth of the start.
         gc.disable()
         try:
-            importlib.import_module(module)
+            with exit_on_signals():
+                importlib.import_module(module)
+        except (KeyboardInterrupt, SystemExit):
+            print("interrupted before the command began; nothing was written", file=sys.stderr)
+            raise
         finally:
             gc.freeze()
             # Triton reports objects that are left at the end of the interpreter.

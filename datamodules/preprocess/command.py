@@ -1,26 +1,22 @@
-"""The subcommands ``preprocess`` and ``inspect``: their options and their output. Nothing here imports torch."""
+"""The subcommand ``preprocess``: its options and its output. Nothing here imports torch."""
 
 import argparse
-import json
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any, get_args
 
-from datamodules.folder import Folder, check_sizes, load_schema, part_files, verify
 from datamodules.log_schema import read_log_schema
-from datamodules.preprocess.inference import fit_command, infer
-from datamodules.preprocess.inspection import one_label_warnings, render, render_report, summary, threshold_warnings
-from datamodules.preprocess.leakage import equal_rows
 from datamodules.preprocess.options import DISTRIBUTIONS, OnBadRow
 from datamodules.preprocess.pipeline import order_warning, preprocess
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import DATASETS, PROTOCOLS
-from datamodules.preprocess.skew import all_skews, check_figure, draw
+from datamodules.preprocess.report import fit_command, one_label_warnings, render_report, threshold_warnings
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
+from lightning_dlrm.contracts.terminal import command_after
 
-_PREPROCESS_DESCRIPTION = """\
+_DESCRIPTION = """\
 Reads raw click logs and makes a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in Parquet.
 
 A log of any form (CSV, JSON lines, Parquet) is read by a --schema: a YAML file that names the label, what becomes of
@@ -84,24 +80,6 @@ def _epilog() -> str:
         for name, protocol in PROTOCOLS.items()
     ]
     return "\n".join(["protocols (their scores cannot be compared with each other):", *protocols, "", _SPLITS])
-
-
-_INSPECT_DESCRIPTION = """\
-Prints a dataset's protocol, fingerprints, splits with label means, and columns: rows of each table, share of missing
-values, share of the most frequent id, the number of ids that 90% of the lookups go to, reserved ids; for planted (demo)
-data also the best scores that any model can reach.
-
---leakage counts rows whose features (label apart) occur more than once, within a split and in two splits. It reads
-every row, some 2 million a second, in less than 1 GB of memory and 12 bytes a row of the temporary folder (TMPDIR).
-
---plot draws the tables' sizes and how few of their ids most lookups go to, from the vocabulary's counts, or, where
-there are none, by counting ids in the rows (8 bytes of memory for each row of the largest table).
-
-examples:
-  python -m lightning_dlrm inspect data/kaggle
-  python -m lightning_dlrm inspect data/kaggle --verify --leakage
-  python -m lightning_dlrm inspect s3://bucket/kaggle --plot tables.png
-"""
 
 
 _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -208,19 +186,11 @@ _INFER_OPTIONS: dict[str, dict[str, Any]] = {
     "--columns": {"metavar": "NAME,...", "help": "names of the columns of text files without a header"},
 }
 
-_INSPECT_OPTIONS: dict[str, dict[str, Any]] = {
-    "folder": {"metavar": "DIR", "help": "the dataset folder, made by preprocess or generate; a path or a URL"},
-    "--verify": {"action": "store_true", "help": "read every file and compare its checksum (about 1 GB per second)"},
-    "--leakage": {"action": "store_true", "help": "count rows of equal features within splits and across them"},
-    "--plot": {"type": Path, "metavar": "FILE", "help": "draw table sizes and skew of ids: .png, .pdf or .svg"},
-    "--json": {"action": "store_true", "help": "print one JSON object instead of tables"},
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the description and the options of ``preprocess`` to a parser; ``run`` takes what it parses."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description, parser.epilog = _PREPROCESS_DESCRIPTION, _epilog()
+    parser.description, parser.epilog = _DESCRIPTION, _epilog()
     for title, options in _OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, settings in options.items():
@@ -238,6 +208,9 @@ def run(args: argparse.Namespace) -> int:
         SystemExit: on SIGTERM and SIGHUP.
     """
     if args.infer is not None:
+        # Other runs start sooner without it.
+        from datamodules.preprocess.inference import infer
+
         for name in ("schema", "dataset", "output", "protocol", "vocabulary"):
             require(
                 getattr(args, name) is None, f"--infer writes a schema, and no dataset; leave --{name} out, or --infer"
@@ -255,62 +228,22 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in names if name != "input"}
     given["schema"] = None if args.schema is None else read_log_schema(args.schema)
     with exit_on_signals():
-        schema = preprocess(inputs=args.input, progress=progress, **given)
+        try:
+            schema = preprocess(inputs=args.input, progress=progress, **given)
+        except (KeyboardInterrupt, SystemExit):
+            if progress.folder is None:
+                progress.note("interrupted; nothing was written: the same command begins again")
+            raise
     if progress.stages:
         print(render_report(schema, progress.stages))
     for warning in (*one_label_warnings(schema), *threshold_warnings(schema)):
         print(f"warning: {warning}", file=sys.stderr)
     if args.schema is not None:
-        print(f"train on it: {fit_command(args.output, schema.features.dense > 0)}")
+        print(command_after("train on it:", fit_command(args.output, schema.features.dense > 0)))
     elif args.vocabulary is None:
         command = f"fit --config dlrm.yaml --config criteo_{schema.dataset}.yaml --data.path {args.output}"
-        print(f"train on it: python -m lightning_dlrm {command}")
+        print(command_after("train on it:", f"python -m lightning_dlrm {command}"))
     else:
         command = f"predict --config RUN/config.yaml --ckpt_path RUN/checkpoints/best --data.path {args.output}"
-        print(f"score it: python -m lightning_dlrm {command}")
-    return 0
-
-
-def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the description and the options of ``inspect`` to a parser; ``run_inspect`` takes what it parses."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = _INSPECT_DESCRIPTION
-    for name, settings in _INSPECT_OPTIONS.items():
-        parser.add_argument(name, **settings)
-
-
-def run_inspect(args: argparse.Namespace) -> int:
-    """Inspect a dataset with the parsed options and return the exit code.
-
-    Raises:
-        UserError: the folder holds no dataset, a file is missing or altered, or see ``leakage.equal_rows`` and
-            ``figure.draw``.
-    """
-    folder = Folder(args.folder)
-    schema = load_schema(folder)
-    if args.plot is not None:
-        check_figure(schema, args.plot)
-    if args.verify:
-        verify(folder, schema, progress=True)
-    else:
-        check_sizes(folder, (*schema.vocabulary.values(), *part_files(schema)))
-    facts = {**summary(folder, schema), "verified": args.verify}
-    if args.leakage:
-        facts["leakage"] = equal_rows(folder, schema)
-    if args.plot is not None:
-        title = f"{folder}: {schema.dataset}, protocol {schema.protocol}, {facts['rows']:,} rows"
-        draw(list(all_skews(folder, schema)), title, args.plot)
-    if args.json:
-        print(json.dumps(facts, indent=1))
-        return 0
-    print(render(facts))
-    for warning in one_label_warnings(schema):
-        print(f"warning: {warning}", file=sys.stderr)
-    print(
-        "the checksums of all files match"
-        if args.verify
-        else "the sizes of all files match; --verify compares their checksums too"
-    )
-    if args.plot is not None:
-        print(f"{args.plot} shows table sizes and skew")
+        print(command_after("score it:", f"python -m lightning_dlrm {command}"))
     return 0

@@ -87,7 +87,7 @@ def fit_column(encoding: Encoding, fit: Fit) -> dict[str, Any]:
         for segment in load_segments(encoding.segments):
             with OpenSegment(segment) as opened:
                 rows = rows_of(encoding.rule, opened, encoding.recipe.fitted_on)
-                numbers, missing = (part[rows] for part in opened.numbers(fit.source))
+                numbers, missing = opened.numbers(fit.source, rows)
                 yield numbers[~missing] if fit.fill is None else np.where(missing, fit.fill, numbers)
 
     if done := recorded(path):

@@ -5,7 +5,6 @@ torch.
 """
 
 import re
-import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from datamodules.log_schema import LABEL, read_log_schema
 from datamodules.preprocess.columns import Choice, Facts, choose, examples, facts_of, in_order, shortened, tells_label
 from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.labels import SampledLabel, find_label, propose_labels
+from datamodules.preprocess.report import command_line, fit_command
 from datamodules.preprocess.sniffing import Form, Sample, read_sample
 from lightning_dlrm.contracts.documents import is_name, printable
 from lightning_dlrm.contracts.errors import require
@@ -68,10 +68,10 @@ def infer(output: Path, label: str | None, inputs: Sequence[str], columns: Seque
     assert label is not None
     log = _infer(output.stem, find_label(label, facts, sample), facts, sample, inputs)
     named = [] if columns is None else ["--columns", ",".join(columns)]
-    command = _command("preprocess", "--infer", str(output), "--label", label, *named, "--input", *inputs)
+    command = command_line("preprocess", "--infer", str(output), "--label", label, *named, "--input", *inputs)
     has_dense = any(choice.settings["role"] == "dense" for choice in log.choices.values())
     then = [
-        _command("preprocess", "--schema", str(output), "--input", *inputs, "--output", f"data/{output.stem}"),
+        command_line("preprocess", "--schema", str(output), "--input", *inputs, "--output", f"data/{output.stem}"),
         fit_command(f"data/{output.stem}", has_dense),
     ]
     with written_aside(output) as partial:
@@ -104,17 +104,6 @@ def _infer(name: str, label: SampledLabel, facts: Sequence[Facts], sample: Sampl
     if split["by"] == "column":
         choices[split["column"]] = Choice(settings={"role": "leave"}, reason="names the split of each row")
     return _Inferred(name=name, label=label, facts=facts, choices=choices, split=split, split_reason=reason)
-
-
-def fit_command(data: str, has_dense: bool) -> str:
-    """Return the command that trains DLRM on the dataset folder of a log."""
-    # DLRM's bottom MLP takes dense features.
-    without = [] if has_dense else ["--model.network.bottom_mlp", "[]"]
-    return _command("fit", "--config", "dlrm.yaml", "--config", "own_data.yaml", "--data.path", data, *without)
-
-
-def _command(command: str, *arguments: str) -> str:
-    return f"python -m lightning_dlrm {command} {shlex.join(arguments)}"
 
 
 def _report(output: Path, log: _Inferred, sample: Sample) -> list[str]:

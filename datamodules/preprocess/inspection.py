@@ -1,7 +1,5 @@
-"""What people are told of a dataset: the facts of a dataset folder, as tables or as JSON, and the report of a run of
-``preprocess``, printed and kept in the folder."""
+"""What people are told of a dataset folder: its facts, as tables or as JSON."""
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.folder import Folder
-from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.leakage import render_equal_rows
-from datamodules.preprocess.progress import StageTime, format_size
+from datamodules.preprocess.progress import format_size
+from datamodules.preprocess.report import aligned
 from datamodules.preprocess.skew import vocabulary_skew
 from lightning_dlrm.contracts.documents import parse_json
-from lightning_dlrm.contracts.schema import CRITEO_DENSE, SCHEMA_FILE, SPLITS, Column, DatasetSchema
-
-REPORT_FILE = "report.json"
-"""How a dataset was made: inputs, options, times. Not part of dataset.json, because it differs from run to run."""
+from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, Column, DatasetSchema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,103 +218,3 @@ def _column_table(facts: Mapping[str, Any]) -> list[str]:
     ]
     total = ("all tables", "", f"{facts['table_rows']:,}", *[""] * 6)
     return aligned([header, *body, total], left=(0, 1, 7, 8))
-
-
-def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
-    """Format rows of text as lines, with the columns ``left`` flush left and the others flush right; columns without
-    content below their headers are left out."""
-    columns = []
-    for number, column in enumerate(zip(*rows, strict=True)):
-        width = max(map(len, column))
-        if any(column[1:]):
-            columns.append([cell.ljust(width) if number in left else cell.rjust(width) for cell in column])
-    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
-
-
-def write_report(path: Path, schema: DatasetSchema, run: Mapping[str, Any], stages: Sequence[StageTime]) -> None:
-    """Write the report as JSON.
-
-    Args:
-        run: what the dataset's bytes depend on; a later run compares it with its own.
-    """
-    content = {
-        "run": run,
-        "rows": {name: split.rows for name, split in schema.splits.items()},
-        "label_mean": {name: _label_mean(schema, name) for name in schema.splits},
-        "table_rows": dict(schema.features.tables),
-        **schema.report,
-        "stages": [dataclasses.asdict(stage) for stage in stages],
-    }
-    with written_aside(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def render_report(schema: DatasetSchema, stages: Sequence[StageTime]) -> str:
-    """Format the report as text."""
-    report = schema.report
-    rows = sum(split.rows for split in schema.splits.values())
-    read = sum(count for _, count in report["rows_per_file"])
-    splits = [("split", "rows", "label mean")]
-    for name in (name for name in SPLITS if name in schema.splits):
-        mean = _label_mean(schema, name)
-        splits.append((name, f"{schema.splits[name].rows:,}", "" if mean is None else f"{mean:.4f}"))
-    lines = ["", *aligned(splits), "", *_column_lines(schema), "", *map(str, stages)]
-    lines.append(
-        f"{read:,} rows read, {rows:,} written in {sum(stage.seconds for stage in stages):,.1f} s, "
-        f"{max(stage.peak_bytes for stage in stages) / 1e9:,.2f} GB of memory at most"
-    )
-    if report.get("bad_rows"):
-        were = "row was" if report["bad_rows"] == 1 else "rows were"
-        lines.append(f"{report['bad_rows']:,} bad {were} left out, see bad_rows.tsv")
-    return "\n".join(lines)
-
-
-def one_label_warnings(schema: DatasetSchema) -> list[str]:
-    """Return a line for each split whose rows all have the same label."""
-    return [
-        f"all {split.rows:,} rows of the {name} split have the label {int(split.positives == split.rows)}: nothing can "
-        "be learned or measured there; give rows with clicks and rows without, and look at the rows that were skipped"
-        for name, split in schema.splits.items()
-        if split.rows and split.positives in (0, split.rows)
-    ]
-
-
-def threshold_warnings(schema: DatasetSchema) -> list[str]:
-    """Return a line for each table that min_count or max_rows left without a value of its own."""
-    return [
-        f"none of the {values:,} values of {name} has a row of its own: lower its min_count, or leave the column out"
-        for name, values in schema.report.get("distinct", {}).items()
-        if values and schema.report.get("kept", {}).get(name) == 0
-    ]
-
-
-def _label_mean(schema: DatasetSchema, split: str) -> float | None:
-    found = schema.splits[split]
-    return None if found.positives is None else found.positives / found.rows
-
-
-def _column_lines(schema: DatasetSchema) -> list[str]:
-    """Format missing values of the raw columns, and what thresholds and moduli left of the tables."""
-    report = schema.report
-    rows = sum(count for _, count in report["rows_per_file"])
-    counts = [report.get(fact, {}) for fact in ("distinct", "kept", "unknown")]
-    if counts[1] == counts[0]:
-        # Nothing was left out, so the numbers would stand there twice.
-        counts[1] = {}
-    # Criteo's bins B1..B13 are made of I1..I13.
-    missing = {f"B{name[1:]}": count for name, count in report["missing"].items() if name in CRITEO_DENSE}
-    missing |= report["missing"]
-    header = ("column", "missing", "values", "kept", "unknown rows", "table rows")
-    body = [
-        (
-            column.name,
-            f"{missing[column.name] / rows:.2%}" if rows and column.name in missing else "",
-            *(f"{of_columns[column.name]:,}" if column.name in of_columns else "" for of_columns in counts),
-            f"{column.cardinality:,}" if column.cardinality else "",
-        )
-        for column in schema.columns
-        if column.role != "label"
-    ]
-    totals = (sum(of_columns.values()) for of_columns in counts)
-    last = ("all", "", *(f"{total:,}" if total else "" for total in totals), f"{sum(schema.features.table_rows):,}")
-    return aligned([header, *body, last])

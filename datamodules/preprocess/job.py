@@ -37,7 +37,6 @@ from datamodules.preprocess.counting import count_column, fit_column, look_up_co
 from datamodules.preprocess.criteo_tsv import COLUMNS
 from datamodules.preprocess.description import bag_sizes, columns_of_dataset, kept_types, report_of
 from datamodules.preprocess.encoding import Encoding, encode_part, part_jobs, rows_per_split
-from datamodules.preprocess.inspection import REPORT_FILE, write_report
 from datamodules.preprocess.journal import (
     discard_damaged,
     find_records,
@@ -52,6 +51,7 @@ from datamodules.preprocess.log_recipe import LogOptions
 from datamodules.preprocess.options import Fitted, Options
 from datamodules.preprocess.progress import CRITEO_ROW_BYTES, Estimate, Progress, estimate, fields_of
 from datamodules.preprocess.protocols import Table
+from datamodules.preprocess.report import REPORT_FILE, write_report
 from datamodules.preprocess.sources import RawFile
 from datamodules.preprocess.splits import Span, SplitRule
 from datamodules.preprocess.staging import (
@@ -180,7 +180,7 @@ class Job:
         return estimate(self.files, (12 * columns, 8 * columns), known_rows, header_lines)
 
     def stage_folder(self, file: RawFile) -> Path:
-        how: list[Any] = [VERSION, file.key, self.piece_bytes, self.labelled, self.options.on_bad_row]
+        how: list[Any] = [VERSION, file.key, file.piece_bytes(self.piece_bytes), self.labelled, self.options.on_bad_row]
         if isinstance(self.options, LogOptions):
             how += [self.options.schema.document(), self.known is None]
         return self.folder / "stage" / fingerprint(how)[:16]
@@ -261,11 +261,11 @@ class Job:
                 index=index,
                 segments=segments,
                 folder=folder,
-                piece_bytes=self.piece_bytes,
+                piece_bytes=file.piece_bytes(self.piece_bytes),
                 skip_bad_rows=self.options.on_bad_row == "skip",
             )
             for file, folder, reader in zip(self.files, folders, self.readers, strict=True)
-            for index, segments in reader.jobs(file, self.piece_bytes)
+            for index, segments in reader.jobs(file, file.piece_bytes(self.piece_bytes))
         ]
         whose = "Criteo's" if isinstance(self.options, Options) else "as the schema says"
         staged = _Staged(

@@ -1,4 +1,4 @@
-"""Types of the values of JSON lines, and keys that only later lines have."""
+"""Types of the values of JSON lines, faults of lines, and keys that only later lines have."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -7,27 +7,36 @@ from typing import Any
 import pyarrow as pa
 
 from datamodules.preprocess.sources import RawFile
+from lightning_dlrm.contracts.errors import one_line
 
 _READ_AT_ONCE = 1 << 20
 
 JSON_TYPES: Mapping[str, pa.DataType] = {
     "text": pa.string(),
     "int": pa.int64(),
+    "long": pa.decimal128(38, 0),
     "float": pa.float64(),
     "bool": pa.bool_(),
     "texts": pa.list_(pa.string()),
     "ints": pa.list_(pa.int64()),
+    "longs": pa.list_(pa.decimal128(38, 0)),
     "floats": pa.list_(pa.float64()),
 }
-JSON_WORDS: Mapping[str, str] = {
+"""``long`` are integers of which some need more than 64 bits with a sign, as hashes do."""
+_WORDS: Mapping[str, str] = {
     "text": "text",
     "int": "numbers",
+    "long": "numbers of more than 64 bits",
     "float": "numbers",
     "bool": "true or false",
     "texts": "lists of text",
     "ints": "lists of numbers",
+    "longs": "lists of numbers of more than 64 bits",
     "floats": "lists of numbers",
 }
+_FITTING = {("int", "long"), ("int", "float"), ("long", "float"), ("ints", "longs"), ("ints", "floats")}
+"""Types of a value that are read as the type of earlier ones."""
+_REMEDY = "correct or remove the line"
 
 
 def json_type(found: Sequence[Any]) -> str | None:
@@ -35,11 +44,49 @@ def json_type(found: Sequence[Any]) -> str | None:
     kinds = {type(value) for value in found if value is not None}
     if kinds == {list}:
         inner = json_type([item for value in found if value for item in value])
-        return f"{inner}s" if inner in ("text", "int", "float") else None
-    for kind, name in ((str, "text"), (bool, "bool"), (int, "int")):
+        return f"{inner}s" if inner in ("text", "int", "long", "float") else None
+    for kind, name in ((str, "text"), (bool, "bool")):
         if kinds == {kind}:
             return name
+    if kinds == {int}:
+        largest = max(abs(value) for value in found if value is not None)
+        return "int" if largest < 2**63 else "long" if largest < 10**38 else "float"
     return "float" if kinds and kinds <= {int, float} else None
+
+
+def fault_of_line(line: bytes, kinds: dict[str, str], known: Collection[str] | None) -> str | None:
+    """Return what is wrong with a line that is not empty, and what to do; None for a good line.
+
+    Args:
+        line: the line.
+        kinds: the type of each key, a name of ``JSON_TYPES``, to which keys of good lines are added.
+        known: the keys that a line may have; None for any.
+    """
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return not_utf8(line[error.start])
+    except (ValueError, RecursionError) as error:
+        return f"not JSON ({one_line(error)}); expected one object in each line: {_REMEDY}"
+    if not isinstance(row, dict):
+        return f"not a JSON object; expected one, such as {{...}}, in each line: {_REMEDY}"
+    found = {name: kind for name, value in row.items() if (kind := json_type([value]))}
+    for name, kind in found.items():
+        earlier = kinds.get(name, kind)
+        if kind != earlier and (kind, earlier) not in _FITTING:
+            return (
+                f"{name} is {json.dumps(row[name])[:40]} ({_WORDS[kind]}), where earlier lines have {_WORDS[earlier]}; "
+                "write one of the two in every line"
+            )
+    if others := [name for name in row if known is not None and name not in known]:
+        return f"the key {others[0]} is not in the schema; name it, or set rest: leave"
+    kinds |= {name: kind for name, kind in found.items() if name not in kinds}
+    return None
+
+
+def not_utf8(byte: int | None) -> str:
+    """Return the fault of text with a byte that is not UTF-8."""
+    return f"the byte 0x{byte:02x} is not UTF-8; set encoding in the schema, such as latin-1"
 
 
 def find_keys(source: RawFile, encoding: str | None, keys: Collection[str]) -> dict[str, Any]:

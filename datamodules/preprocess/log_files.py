@@ -11,7 +11,7 @@ from typing import Any
 
 from datamodules.log_schema import Format, LogSchema
 from datamodules.preprocess.criteo_tsv import starts_of_rows
-from datamodules.preprocess.json_lines import find_keys, json_type
+from datamodules.preprocess.json_lines import fault_of_line, find_keys, json_type
 from datamodules.preprocess.log_reader import NOT_CLOSED, LogReader, is_utf8, open_parquet
 from datamodules.preprocess.quotes import find_quoted
 from datamodules.preprocess.sources import RawFile
@@ -191,18 +191,21 @@ def _json_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
             for name, value in row.items():
                 found.setdefault(name, []).append(value)
         except (ValueError, AttributeError, RecursionError) as error:
-            bad = reader.bad_json(line, one_line(error))
-            raise UserError(f"{source.path}, line {number + 1:,}: {bad.fault}") from error
+            fault = fault_of_line(line, {}, None) or one_line(error)
+            raise UserError(f"{source.path}, line {number + 1:,}: {fault}") from error
     numeric = {c.source or name for name, c in schema.columns.items() if c.role == "dense" or c.transform}
     types = {name: kind for name, some in found.items() if (kind := json_type(some))}
-    types = {name: "float" if kind == "int" and name in numeric else kind for name, kind in types.items()}
+    types = {name: "float" if kind in ("int", "long") and name in numeric else kind for name, kind in types.items()}
     bom = len(_BOM) if start.startswith(_BOM) else 0
     return replace(reader, names=tuple(found), types=tuple(types.items()), header_bytes=bom)
 
 
 def _with_starts(source: RawFile, reader: LogReader, piece_bytes: int) -> LogReader:
     """Return the reader of a plain file with quotes, which knows where rows of pieces begin; any other as it is."""
-    if reader.quote is None or source.compression != "none" or reader.jobs(source, piece_bytes) == [(None, None)]:
+    piece_bytes = source.piece_bytes(piece_bytes)
+    if reader.quote is None or reader.jobs(source, piece_bytes) == [(None, None)]:
+        return reader
+    if not source.contains(reader.quote, reader.header_bytes):
         return reader
     separator = reader.separator.encode()
     return replace(reader, starts=starts_of_rows(source, piece_bytes, reader.quote, separator, reader.header_bytes))

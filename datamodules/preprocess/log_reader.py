@@ -3,14 +3,12 @@
 Text is cut at fixed offsets, as Criteo's is: a row belongs to the piece in which it begins. A field in quotes may hold
 line ends: in files with quotes, the first row of each piece is found beforehand. Parquet is cut at row groups.
 
-pyarrow reads all three. What it refuses is looked at again, slowly, for the line and the fault.
+pyarrow reads all three. What it refuses is read again, slowly, for all bad lines and their faults.
 """
 
 import codecs
 import itertools
-import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,25 +18,22 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from datamodules import values
 from datamodules.folder import consistent, file_system, is_remote
-from datamodules.log_schema import Format, LogSchema
+from datamodules.log_schema import Format, LogSchema, listed
 from datamodules.preprocess.criteo_tsv import BadLineError, count_lines, piece_of_plain, pieces_of_text
-from datamodules.preprocess.json_lines import JSON_TYPES, JSON_WORDS, json_type
+from datamodules.preprocess.json_lines import JSON_TYPES, fault_of_line, not_utf8
+from datamodules.preprocess.log_columns import segment_of, staged_columns
 from datamodules.preprocess.quotes import find_quoted, line_ends
 from datamodules.preprocess.sources import RawFile
-from datamodules.preprocess.staging import dictionary_with_missing
-from datamodules.values import BadValueError, staged_name
+from datamodules.values import BadValueError
 from lightning_dlrm.contracts.errors import UserError, one_line
-from lightning_dlrm.contracts.schema import CRITEO_LABEL, SPLITS
-
-SPLIT = "split"
-"""Name of the column of segments by which rows are split."""
 
 _BLOCK_BYTES = 1 << 20
 _STAND_IN = b"\x1f"  # for a separator of several characters: the unit separator, which text does not have
 _PARQUET_ROWS = 1 << 17
 _REMEDY = "correct or remove the line"
+_NO_RETURN = f"a carriage return amid the line; {_REMEDY}"
+_NO_CONTROL = f"a control character (0x1f); {_REMEDY}"
 NOT_CLOSED = (
     "a field begins with a quote that no quote closes at the end of a field; close it, or set 'quote: null' in the "
     "schema if quotes are ordinary characters"
@@ -125,55 +120,78 @@ class LogReader:
             BadLineError: a row is not of the schema.
         """
         try:
-            if self.format == "csv":
-                table = self._csv(piece)
-            elif self.format == "jsonl":
-                table = self._json(piece)
+            if isinstance(piece, bytes):
+                table = self._csv(piece) if self.format == "csv" else self._json(piece)
             else:
                 table = piece
-            return [self.staged(table)] if len(table) else []
-        except BadValueError as error:
-            raise BadLineError(self._line_of(piece, error.row), error.fault) from error
-        except pa.ArrowException as error:
-            raise BadLineError(
-                0, f"this or a later line cannot be read ({one_line(error)}); correct the file"
-            ) from error
+            return [self._staged(table)] if len(table) else []
+        except (BadLineError, BadValueError, pa.ArrowException):
+            tables, faults = self.parse_good(piece)
+        if faults:
+            raise BadLineError(*faults[0])
+        return tables
 
     def parse_good(self, piece: Any, first: int = 0) -> tuple[list[pa.Table], list[tuple[int, str]]]:
-        """Parse the good rows of a piece, and return the line and fault of each bad one; see
-        ``criteo_tsv.parse_good``."""
+        """Parse the good rows of a piece, and return the line (or row of Parquet) and fault of each bad one, in order.
+
+        It takes as long for many bad rows as for few.
+
+        Args:
+            piece: the piece.
+            first: the number of its first line.
+        """
+        faults: dict[int, str] = {}
+        tables = []
         try:
-            return self.parse(piece), []
-        except BadLineError as bad:
-            is_text = isinstance(piece, bytes)
-            ends = self.row_ends(piece) if is_text else np.arange(1, len(piece) + 1)
-            if len(ends) == 1:
-                return [], [(first, bad.fault)]
-            cut = int(ends[len(ends) // 2 - 1])
-            left, right = (piece[:cut], piece[cut:]) if is_text else (piece.slice(0, cut), piece.slice(cut))
-            tables, faults = self.parse_good(left, first)
-            more, more_faults = self.parse_good(right, first + (left.count(b"\n") if is_text else cut))
-            return tables + more, faults + more_faults
+            if not isinstance(piece, bytes):
+                table, lines = piece, np.arange(len(piece))
+            else:
+                table, lines = (self._good_csv if self.format == "csv" else self._good_json)(piece, faults)
+            while len(table):
+                try:
+                    tables = [self._staged(_decoded(table))]
+                    break
+                except BadValueError as error:
+                    faults |= {int(lines[row]): error.fault(int(row)) for row in error.rows}
+                    good = np.delete(np.arange(len(table)), error.rows)
+                    table, lines = table.take(good), lines[good]
+        except pa.ArrowException as error:
+            return self._good_halves(piece, first, one_line(error))
+        return tables, [(first + line, faults[line]) for line in sorted(faults)]
+
+    def _good_halves(self, piece: Any, first: int, message: str) -> tuple[list[pa.Table], list[tuple[int, str]]]:
+        """Return what ``parse_good`` does of a piece that pyarrow refuses for another reason than those known here."""
+        is_text = isinstance(piece, bytes)
+        ends = self.row_ends(piece) if is_text else np.arange(1, len(piece) + 1)
+        if len(ends) < 2:
+            return [], [(first, f"this {self.unit} cannot be read ({message}); {_REMEDY}")]
+        cut = int(ends[len(ends) // 2 - 1])
+        left, right = (piece[:cut], piece[cut:]) if is_text else (piece.slice(0, cut), piece.slice(cut))
+        tables, faults = self.parse_good(left, first)
+        more, more_faults = self.parse_good(right, first + (left.count(b"\n") if is_text else cut))
+        return tables + more, faults + more_faults
+
+    def _staged(self, table: pa.Table) -> pa.Table:
+        nulls = () if self.format == "csv" else self.schema.nulls  # pyarrow's reader of CSV has taken them
+        return staged_columns(self.schema, table, self.names, labelled=self.labelled, splits=self.splits, nulls=nulls)
+
+    def segment(self, tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, Any]]:
+        return segment_of(tables)
 
     def count_lines(self, piece: Any, rows: int) -> int:
         return count_lines(piece) if isinstance(piece, bytes) else len(piece)
 
     def row_ends(self, text: bytes) -> np.ndarray:
         """Return where each row ends, int64; empty lines belong to the row after them."""
+        return self._rows(text)[1] + 1
+
+    def _rows(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Return where each row begins and where its line feed is, int64, without empty lines."""
         characters = np.frombuffer(text, np.uint8)
         ends = line_ends(text, self.quote, self.separator.encode())
         starts = np.append(0, ends[:-1] + 1)
         filled = (ends - starts > 1) | ((ends > starts) & (characters[starts] != ord("\r")))
-        return ends[filled] + 1
-
-    def _line_of(self, piece: Any, row: int) -> int:
-        """Return the line, from 0, in which a row begins; the row itself in Parquet."""
-        if not isinstance(piece, bytes):
-            return row
-        ends = self.row_ends(piece)
-        start = int(ends[row - 1]) if row else 0
-        skipped = piece[start : int(ends[row]) if row < len(ends) else None]
-        return piece.count(b"\n", 0, start) + skipped.count(b"\n", 0, len(skipped) - len(skipped.lstrip(b"\r\n")))
+        return starts[filled], ends[filled]
 
     @property
     def _sources(self) -> dict[str, str]:
@@ -204,212 +222,113 @@ class LogReader:
         return {name for name, kinds in uses.items() if kinds == {True}} - text
 
     def _csv(self, text: bytes) -> pa.Table:
-        plain, separator = text, self.separator.encode()
-        if len(separator) > 1:
-            if _STAND_IN in text:
-                raise BadLineError(
-                    text.count(b"\n", 0, text.index(_STAND_IN)), f"a control character (0x1f); {_REMEDY}"
-                )
-            text, separator = text.replace(separator, _STAND_IN), _STAND_IN
+        """Return the needed columns of text.
+
+        Raises:
+            ArrowException: pyarrow refuses a row; see ``_good_csv``.
+            BadLineError: a field in quotes is not closed, or a line holds the character that stands for a separator.
+        """
+        separator = self.separator.encode()
+        if len(separator) > 1 and _STAND_IN in text:
+            raise BadLineError(0, _NO_CONTROL)
         if not text[:_BLOCK_BYTES].strip() and not text.strip():
             return pa.table({})
-        if self.quote is not None and self.quote in text:
-            malformed = find_quoted(text, self.quote, separator).malformed
-            if malformed:
-                raise BadLineError(text.count(b"\n", 0, malformed[0]), NOT_CLOSED)
-        try:
-            return self._read_csv(text, separator, self._numeric)
-        except pa.ArrowInvalid as error:
-            if fault := self._ragged_row(plain, one_line(error)):
-                raise fault from error
-            _check_utf8(plain)
-            try:
-                return self._read_csv(text, separator, set())  # numbers are looked at one by one
-            except pa.ArrowInvalid:
-                raise error from None
-
-    def _read_csv(self, text: bytes, separator: bytes, numeric: set[str]) -> pa.Table:
+        if self.quote is not None and self.quote in text and find_quoted(text, self.quote, separator).malformed:
+            raise BadLineError(0, NOT_CLOSED)
         # Dictionaries are made later, at once: pyarrow's own, one for each block, take a quarter longer.
-        kinds = {name: pa.float64() if name in numeric else pa.string() for name in self._needed}
+        numeric = self._numeric
+        types = {name: pa.float64() if name in numeric else pa.string() for name in self._needed}
+        return self._read_csv(*self._with_short_separators(text), types, _BLOCK_BYTES)
+
+    def _with_short_separators(self, text: bytes) -> tuple[bytes, bytes]:
+        """Return a text with a separator of one byte, and this."""
+        separator = self.separator.encode()
+        return (text, separator) if len(separator) == 1 else (text.replace(separator, _STAND_IN), _STAND_IN)
+
+    def _read_csv(self, text: bytes, separator: bytes, types: Mapping[str, pa.DataType], block_bytes: int) -> pa.Table:
         return pyarrow.csv.read_csv(
             pa.BufferReader(text),
-            pyarrow.csv.ReadOptions(column_names=self.names, use_threads=False, block_size=_BLOCK_BYTES),
+            pyarrow.csv.ReadOptions(column_names=self.names, use_threads=False, block_size=block_bytes),
             pyarrow.csv.ParseOptions(
                 delimiter=separator.decode(),
                 quote_char=self.quote.decode() if self.quote else False,
                 newlines_in_values=self.quote is not None and self.quote in text,
             ),
             pyarrow.csv.ConvertOptions(
-                column_types=kinds,
-                include_columns=[name for name in self.names if name in self._needed],
+                column_types=types,
+                include_columns=[name for name in self.names if name in types],
                 null_values=self.schema.nulls,
                 strings_can_be_null=True,
                 decimal_point=self.schema.decimal,
             ),
         )
 
-    def _ragged_row(self, text: bytes, message: str) -> BadLineError | None:
-        """Return what is wrong with a row of too many or too few fields, which pyarrow's message counts; None if the
-        message is another one."""
-        found = re.search(r"(?:Row #(\d+): )?Expected (\d+) columns, got (\d+)", message)
-        if found is None:
-            return None
-        row, expected, actual = (int(number or 0) for number in found.groups())
-        if not row:
-            ends = self.row_ends(text)
-            rows = (text[start:end] for start, end in zip((0, *ends), ends, strict=False))
-            counts = (one.count(self.separator.encode()) + 1 for one in rows)
-            row = next((number for number, count in enumerate(counts, 1) if count == actual), 1)
-        quotes = self.quote is not None and self.quote in text
-        hint = ", or set 'quote: null' in the schema if quotes are ordinary characters" if quotes else ""
-        return BadLineError(
-            self._line_of(text, row - 1),
-            f"{actual} fields, expected {expected} between {self.separator!r}: {', '.join(self.names[:4])}...; "
-            f"{_REMEDY}, quote fields that hold the separator{hint}",
-        )
+    def _good_csv(self, text: bytes, faults: dict[int, str]) -> tuple[pa.Table, np.ndarray]:
+        """Return the columns of the rows that have as many fields as the header, as bytes, and the line of each row;
+        add the others to ``faults``."""
+        starts, _ = self._rows(text)
+        lines = np.searchsorted(_places(text, b"\n"), starts)
+        wrong: dict[int, str] = {}  # by rows
+        if len(self.separator.encode()) > 1:
+            wrong = dict.fromkeys(
+                (np.searchsorted(starts, _places(text, _STAND_IN), "right") - 1).tolist(), _NO_CONTROL
+            )
+        text, separator = self._with_short_separators(text)
+        starts, ends = self._rows(text)
+        separators, returns = _places(text, separator), _places(text, b"\r")
+        # At the end of a line, others are empty lines.
+        returns = returns[[text[place + 1] not in b"\r\n" for place in returns]]
+        has_quotes = self.quote is not None and self.quote in text
+        if self.quote is not None and has_quotes:
+            quoted = find_quoted(text, self.quote, separator)
+            separators, returns = quoted.outside(separators), quoted.outside(returns)
+            malformed = np.searchsorted(starts, quoted.malformed, "right") - 1
+            wrong = dict.fromkeys(malformed.tolist(), NOT_CLOSED)
+        wrong |= dict.fromkeys((np.searchsorted(starts, returns, "right") - 1).tolist(), _NO_RETURN)
+        hint = ", or set 'quote: null' in the schema if quotes are ordinary characters" if has_quotes else ""
+        wanted = f"expected {len(self.names)} between {self.separator!r}: {listed(self.names[:4])}..."
+        counts = np.searchsorted(separators, ends) - np.searchsorted(separators, starts) + 1
+        for row in np.flatnonzero(counts != len(self.names)).tolist():
+            fault = f"{counts[row]} fields, {wanted}; {_REMEDY}, quote fields that hold the separator{hint}"
+            wrong.setdefault(row, fault)
+        faults |= {int(lines[row]): fault for row, fault in wrong.items()}
+        good = np.delete(np.arange(len(starts)), list(wrong))
+        if not len(good):
+            return pa.table({}), good
+        rows = b"".join(text[start : end + 1] for start, end in zip(starts[good], ends[good], strict=True))
+        return self._read_csv(rows, separator, dict.fromkeys(self._needed, pa.binary()), len(rows)), lines[good]
 
     def _json(self, text: bytes) -> pa.Table:
+        """Return the keys of JSON lines as columns.
+
+        Raises:
+            ArrowException: pyarrow refuses a line; see ``_good_json``.
+            BadLineError: a line has a key that the schema does not name.
+        """
         if not text.strip():
             return pa.table({})
         known = pa.schema([(name, JSON_TYPES[kind]) for name, kind in self.types])
-        try:
-            table = pyarrow.json.read_json(
-                pa.BufferReader(text),
-                pyarrow.json.ReadOptions(use_threads=False, block_size=len(text)),
-                pyarrow.json.ParseOptions(explicit_schema=known, unexpected_field_behavior="infer"),
-            )
-        except pa.ArrowInvalid as error:
-            _check_utf8(text)
-            raise self.bad_json(text, one_line(error)) from error
+        table = pyarrow.json.read_json(
+            pa.BufferReader(text),
+            pyarrow.json.ReadOptions(use_threads=False, block_size=len(text)),
+            pyarrow.json.ParseOptions(explicit_schema=known, unexpected_field_behavior="infer"),
+        )
         if self.schema.rest == "error" and (others := [n for n in table.column_names if n not in self._sources]):
-            lines = text.split(b"\n")
-            line = next((i for i, line in enumerate(lines) if line.strip() and others[0] in json.loads(line)), 0)
-            raise BadLineError(line, f"the key {others[0]} is not in the schema; name it, or set rest: leave")
+            raise BadLineError(0, others[0])
         return table
 
-    def bad_json(self, text: bytes, message: str) -> BadLineError:
-        kinds = dict(self.types)
+    def _good_json(self, text: bytes, faults: dict[int, str]) -> tuple[pa.Table, np.ndarray]:
+        """Return the columns of the lines that are objects of the known types, and the number of each line; add the
+        others to ``faults``."""
+        kinds, good = dict(self.types), []
+        known = self._sources if self.schema.rest == "error" else None
         for number, line in enumerate(text.split(b"\n")):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                return BadLineError(
-                    number, f"not JSON ({one_line(error)}); expected one object in each line: {_REMEDY}"
-                )
-            if not isinstance(row, dict):
-                return BadLineError(
-                    number, f"not a JSON object; expected one, such as {{...}}, in each line: {_REMEDY}"
-                )
-            for name, value in row.items():
-                found = json_type([value])
-                if found and found != kinds.setdefault(name, found) and {found, kinds[name]} != {"int", "float"}:
-                    return BadLineError(
-                        number,
-                        f"{name} is {json.dumps(value)[:40]} ({JSON_WORDS[found]}), where earlier lines have "
-                        f"{JSON_WORDS[kinds[name]]}; write one of the two in every line",
-                    )
-        return BadLineError(0, f"this or a later line cannot be read ({message}); {_REMEDY}")
-
-    # --- columns of segments ---
-
-    def staged(self, table: pa.Table) -> pa.Table:
-        """Return the columns of segments.
-
-        Raises:
-            BadValueError: a value is not of the schema.
-        """
-        columns: dict[str, pa.Array] = {}
-        schema, decimal = self.schema, self.schema.decimal
-        nulls = () if self.format == "csv" else schema.nulls  # pyarrow's reader of CSV has taken them
-
-        def column(name: str) -> pa.ChunkedArray:
-            given = name in table.column_names
-            return (
-                values.without_nulls(table.column(name), nulls) if given else pa.chunked_array([pa.nulls(len(table))])
-            )
-
-        def single(name: str) -> pa.ChunkedArray:
-            values.check_single(name, found := column(name))
-            return found
-
-        if self.labelled:
-            label = schema.label_in(self.names)
-            columns[CRITEO_LABEL] = pa.array(values.labels(label, single(label.column), decimal))
-        by = schema.split.column if self.splits else None
-        if by is not None and schema.split.by == "time":
-            form = values.form_of_time(schema.columns, by)
-            columns[SPLIT] = pa.array(values.split_keys(by, single(by), form))
-        elif by is not None:
-            columns[SPLIT] = pa.array(values.split_codes(by, single(by), schema.split.values, SPLITS))
-        for name, one in schema.columns.items():
-            source = one.source or name
-            if one.role == "keep":
-                found = values.kept(source, single(source), one.time)
-                columns[staged_name("keep", name)] = found
-            elif one.role == "multi_hot":
-                bag, keep = values.bags(source, column(source), one.separator)
-                columns[staged_name("bag", name)] = bag
-                if one.weights:
-                    of_bag = values.weights(one.weights, column(one.weights), one.separator, column(source), keep)
-                    columns[staged_name("weights", name)] = of_bag
-            elif one.role == "dense" or one.transform is not None:
-                if (staged := staged_name("number", source)) not in columns:
-                    columns[staged] = values.numbers(source, single(source), decimal)
-            elif one.role == "categorical" and (staged := staged_name("text", source)) not in columns:
-                columns[staged] = values.texts(single(source))
-        return pa.table(columns)
-
-    def segment(self, tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, Any]]:
-        """Return rows in the form of a segment, and its facts."""
-        table = pa.concat_tables(_with_equal_types(tables), promote_options="permissive")
-        distinct: dict[str, int] = {}
-        missing: dict[str, int] = {}
-        columns: dict[str, pa.Array] = {}
-        kept: dict[str, str] = {}
-        items: dict[str, int] = {}
-        for staged in table.column_names:
-            kind, _, name = staged.partition("/")
-            found = table.column(staged).unify_dictionaries().combine_chunks()
-            if isinstance(found, pa.ChunkedArray):
-                found = found.chunk(0)
-            if kind in ("text", "number"):
-                missing[staged] = found.null_count
-            if kind == "text":
-                found = dictionary_with_missing(found, "")
-                distinct[staged] = len(found.dictionary) - 1
-            elif kind == "bag":
-                found = pa.ListArray.from_arrays(found.offsets, dictionary_with_missing(found.values, ""))
-                distinct[staged] = len(found.values.dictionary) - 1
-                items[name] = len(found.values)
-            elif kind == "keep":
-                kept[name] = values.kept_type(found)
-            columns[staged] = found
-        facts = {
-            "rows": len(table),
-            "missing": missing,
-            "minimum": {},
-            "distinct": distinct,
-            "kept": kept,
-            "items": items,
-        }
-        return pa.record_batch(columns), facts
-
-
-def _with_equal_types(tables: Sequence[pa.Table]) -> Sequence[pa.Table]:
-    """Return tables of columns of segments, in which kept columns are texts if they have several types.
-
-    Parts of a piece that are read apart, beside a bad row, may have them in JSON.
-    """
-    for name in tables[0].column_names:
-        kinds = {table.column(name).type for table in tables} - {pa.null()}
-        if name.startswith(staged_name("keep", "")) and len(kinds) > 1 and kinds != {pa.int64(), pa.float64()}:
-            tables = [
-                table.set_column(table.column_names.index(name), name, values.texts(table.column(name)))
-                for table in tables
-            ]
-    return tables
+            if line.strip():
+                if (fault := fault_of_line(line, kinds, known)) is None:
+                    good.append(number)
+                else:
+                    faults[number] = fault
+        return self._json(_without_lines(text, faults)), np.array(good, np.int64)
 
 
 def is_utf8(encoding: str) -> bool:
@@ -431,11 +350,47 @@ def open_parquet(path: str) -> pq.ParquetFile:
         raise UserError(f"{path} is not a Parquet file ({one_line(error)}); set format in the schema") from error
 
 
-def _check_utf8(text: bytes) -> None:
+def _decoded(table: pa.Table) -> pa.Table:
+    """Return a table of texts instead of bytes.
+
+    Raises:
+        BadValueError: some bytes are not UTF-8.
+    """
+    for i, name in enumerate(table.column_names):
+        if pa.types.is_binary(table.column(name).type):
+            table = table.set_column(i, name, _texts_of_bytes(table.column(name)))
+    return table
+
+
+def _texts_of_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    encoded = pa.concat_arrays(column.chunks).dictionary_encode()
+    foreign = [_first_foreign(value) for value in encoded.dictionary.to_pylist()]
+    codes = encoded.indices.fill_null(len(foreign)).to_numpy()
+    bad = np.array([byte is not None for byte in (*foreign, None)])[codes]
+    if bad.any():
+        raise BadValueError(bad, lambda row: not_utf8(foreign[codes[row]]))
+    return column.cast(pa.string())
+
+
+def _first_foreign(value: bytes) -> int | None:
+    """Return the first byte that is not UTF-8."""
     try:
-        text.decode()
+        value.decode()
     except UnicodeDecodeError as error:
-        raise BadLineError(
-            text.count(b"\n", 0, error.start),
-            f"the byte 0x{text[error.start]:02x} is not UTF-8; set encoding in the schema, such as latin-1",
-        ) from error
+        return value[error.start]
+    return None
+
+
+def _places(text: bytes, character: bytes) -> np.ndarray:
+    """Return where a character of one byte stands, int64."""
+    return np.flatnonzero(np.frombuffer(text, np.uint8) == ord(character))
+
+
+def _without_lines(text: bytes, numbers: Collection[int]) -> bytes:
+    """Return a text in which some lines are empty."""
+    if not numbers:
+        return text
+    lines = text.split(b"\n")
+    for number in numbers:
+        lines[number] = b""
+    return b"\n".join(lines)

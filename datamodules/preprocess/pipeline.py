@@ -13,13 +13,13 @@ from typing import Any
 
 from datamodules.folder import Folder, failures_as_user_errors, file_system, is_disk_full, is_remote, load_schema
 from datamodules.log_schema import LogSchema
-from datamodules.preprocess.inspection import REPORT_FILE
 from datamodules.preprocess.job import VERSION, Job
 from datamodules.preprocess.journal import find_records, fingerprint, locked
 from datamodules.preprocess.log_recipe import LOG_PROTOCOL, LogOptions, known_options
 from datamodules.preprocess.options import Fitted, Options, options_of
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import Dataset
+from datamodules.preprocess.report import REPORT_FILE
 from datamodules.preprocess.sources import RawFile, find_files
 from datamodules.preprocess.staging import PIECE_BYTES
 from datamodules.preprocess.workers import open_workers, usable_cores
@@ -369,21 +369,21 @@ def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -
     count = _worker_count(job.files, job.vocabulary, workers, scheduler, small)
     with target.working_folder(worth_keeping=not small) as folder:
         job.progress.folder = job.folder = folder
-        with open_workers(count, scheduler, folder, target.resume_hint) as pool:
-            try:
+        try:
+            with open_workers(count, scheduler, folder, target.resume_hint) as pool:
                 job.prepare(pool)
                 job.progress.note(job.estimate.checked(folder, target.parent, pool.count))
                 schema = job.make(pool, asdict(run))
                 target.deliver(job.encode_folder / "result")
-            except (KeyboardInterrupt, SystemExit):
-                kept = not small and find_records(folder)
-                then = target.resume_hint if kept else "Nothing is kept: the same command begins again"
-                job.progress.note(f"interrupted. {then}")
-                raise
-            except OSError as error:
-                if is_disk_full(error):
-                    raise UserError(f"the disk is full ({one_line(error)}); make room. {target.resume_hint}") from error
-                raise
+        except (KeyboardInterrupt, SystemExit):
+            kept = not small and find_records(folder)
+            then = target.resume_hint if kept else "Nothing is kept: the same command begins again"
+            job.progress.note(f"interrupted. {then}")
+            raise
+        except OSError as error:
+            if is_disk_full(error):
+                raise UserError(f"the disk is full ({one_line(error)}); make room. {target.resume_hint}") from error
+            raise
     return schema
 
 

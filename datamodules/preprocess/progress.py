@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import psutil
-from tqdm import tqdm
 
 from datamodules.preprocess.sources import RawFile
 from lightning_dlrm.contracts.errors import require
-from lightning_dlrm.contracts.terminal import has_colors
+from lightning_dlrm.contracts.terminal import has_colors, wrapped
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _FIRST_LINE_AFTER_S = 10.0  # without a terminal; each further line waits twice as long, up to
 _LINE_EVERY_S = 300.0
@@ -52,8 +54,8 @@ class StageTime:
     def __str__(self) -> str:
         rate = self.rows / self.seconds if self.seconds else 0.0
         return (
-            f"{self.name:<7}{self.rows:>13,} rows{self.seconds:>8,.1f} s{rate:>9,.0f} rows/s"
-            f"{format_size(self.peak_bytes):>9} memory{format_size(self.disk_bytes):>9} disk"
+            f"{self.name:<7}{self.rows:>13,} rows {self.seconds:>7,.1f} s{rate:>9,.0f} rows/s"
+            f"{format_size(self.peak_bytes):>8} memory{format_size(self.disk_bytes):>8} disk"
         )
 
 
@@ -69,10 +71,7 @@ class Stage:
         self._start, self._line_after = time.monotonic(), _FIRST_LINE_AFTER_S
         self._line_at = self._start + self._line_after
         self._lock = threading.Lock()
-        self._bar: tqdm | None = None
-        if stream is not None and stream.isatty():
-            colour = "blue" if has_colors(stream) else None
-            self._bar = tqdm(total=1.0, desc=name, bar_format=_BAR, file=stream, leave=True, colour=colour)
+        self._bar = _bar(name, stream) if stream is not None and stream.isatty() else None
 
     def advance(self, rows: float) -> None:
         """Count more rows as done; a fraction of a row if the stage takes several steps a row."""
@@ -130,6 +129,13 @@ class Stage:
             self._line_at = now + self._line_after
 
 
+def _bar(name: str, stream: TextIO) -> "tqdm":
+    from tqdm import tqdm  # runs without a terminal start sooner without it
+
+    colour = "blue" if has_colors(stream) else None
+    return tqdm(total=1.0, desc=name, bar_format=_BAR, file=stream, leave=True, colour=colour)
+
+
 class Progress:
     """The stages of a job, shown as they run and timed.
 
@@ -146,7 +152,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Show a line."""
         if self._stream is not None:
-            print(text, file=self._stream, flush=True)
+            print(wrapped(text.splitlines(), self._stream), file=self._stream, flush=True)
 
     @contextmanager
     def stage(

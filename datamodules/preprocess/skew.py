@@ -31,7 +31,7 @@ _NAMED_CURVES = 6
 _SHOWN_SHARE = 0.005  # of the lookups, from which on curves are of interest
 _LEAST = 0.7  # of an axis of ids, so that a mark at 1 is whole
 # Marker, colour inside and size, for each of SHARES: larger ones lie below, so that marks at one place are all seen.
-_MARKS = (("o", "white", 3.5), ("^", "0.75", 7), ("D", "black", 9))
+_MARKS = (("o", "white", 4.5), ("^", "0.75", 7), ("D", "black", 9))
 _MOSTLY_ONCE = 0.5  # share of ids that occur once, from which on a table is marked
 # Colours of Okabe and Ito, which differ in lightness too; each with a line style of its own.
 _CURVES = (
@@ -231,7 +231,7 @@ def _draw_sizes(axes: "Axes", shown: Sequence[Skew], tables: int) -> None:
             markerfacecolor=fill,
             markersize=marker_size,
             markeredgewidth=0.8,
-            label=f"{share:.0%} of lookups go to so many ids",
+            label=f"{share:.0%} of the lookups go to this many ids",
         )
     if any(skew.once > _MOSTLY_ONCE for skew in shown):
         axes.plot([], [], " ", label="* most of its ids occur once: its size and skew depend on the number of rows")

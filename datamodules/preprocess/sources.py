@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import mmap
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ _FIRST_BYTES = 8
 _SUFFIX: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _NAMES = {"gzip": "gzip", "zstd": "Zstandard"}
 _PIECE = 1 << 20
+_PAIRS_FROM = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,18 @@ class RawFile:
     def key(self) -> str:
         """Identifies this state of this file."""
         return fingerprint(asdict(self))[:16]
+
+    def piece_bytes(self, most: int) -> int:
+        """Return the length of pieces of the file: equal ones, at most ``most`` bytes, in pairs unless it is small."""
+        count = -(-self.size // most)
+        return most if self.size < _PAIRS_FROM else -(-self.size // (count + count % 2))
+
+    def contains(self, byte: bytes, start: int) -> bool:
+        """Return whether a byte stands in the stored file from ``start`` on; true if looking would take long."""
+        if is_remote(self.path):
+            return True
+        with _named(self.path), Path(self.path).open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).find(byte, start) >= 0
 
     def read(self, start: int, stop: int) -> bytes:
         """Return the stored bytes ``start`` to ``stop``, fewer at the end of the file.

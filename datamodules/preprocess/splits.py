@@ -1,6 +1,7 @@
 """Which rows train, validate and test: arithmetic on positions, times, labels and seeds, without a second look at the
 data, so that any worker can compute it for any piece."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,10 +66,10 @@ class SplitRule:
                 codes[max(span.start - start, 0) : max(span.stop - start, 0)] = SPLITS.index(span.split)
         elif self.cuts or self.by_value:
             assert keys is not None
-            codes = keys if self.by_value else np.searchsorted(self.cuts, keys).astype(np.int8)
+            codes = keys if self.by_value else _count_true(rows, (keys > cut for cut in self.cuts))
         elif self.ratios:
             drawn = _uniform(mixed(self.seed, _SPLIT_STREAM, np.arange(start, start + rows, dtype=np.uint64)))
-            codes = np.searchsorted(np.cumsum(self.ratios[:-1]), drawn, side="right").astype(np.int8)
+            codes = _count_true(rows, (drawn >= end for end in np.cumsum(self.ratios[:-1])))
         else:
             codes = self._random_split(np.arange(start, start + rows, dtype=np.uint64))
         if self.negative_sampling_rate < 1.0:
@@ -88,6 +89,14 @@ class SplitRule:
         codes[positions % ten == test] = _TEST
         codes[positions % ten == validation] = _VALIDATION
         return codes
+
+
+def _count_true(rows: int, conditions: Iterable[np.ndarray]) -> np.ndarray:
+    """Return int8 [rows]: how many of some conditions, bool [rows] each, are true. A search takes ten times as long."""
+    codes = np.zeros(rows, np.int8)
+    for condition in conditions:
+        codes += condition
+    return codes
 
 
 def mixed(seed: int, stream: int, values: np.ndarray) -> np.ndarray:

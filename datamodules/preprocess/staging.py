@@ -63,9 +63,9 @@ class StagedRows:
         """Labels int8 [n]; None if rows have no labels."""
         return self._batch.column(CRITEO_LABEL).to_numpy() if CRITEO_LABEL in self._batch.schema.names else None
 
-    def numbers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def numbers(self, name: str, rows: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """Return values int32 [n], or float64 [n] of a log, 0 where missing, and whether each is missing, bool [n]."""
-        column = self._batch.column(name)
+        column = self.column(name, rows)
         missing = column.is_null().to_numpy(zero_copy_only=False)
         values = column.fill_null(0).to_numpy()
         return values if values.dtype == np.float64 else values.astype(np.int32), missing
@@ -75,8 +75,9 @@ class StagedRows:
         """What a log is split by: int64 [n] times, or int8 [n] positions in ``SPLITS``; None if by neither."""
         return self._batch.column("split").to_numpy() if "split" in self._batch.schema.names else None
 
-    def column(self, name: str) -> pa.Array:
-        return self._batch.column(name)
+    def column(self, name: str, rows: np.ndarray | slice = slice(None)) -> pa.Array:
+        column = self._batch.column(name)
+        return column[rows] if isinstance(rows, slice) else column.take(pa.array(rows))
 
     def categories(self, table: Table) -> tuple[pa.Array, np.ndarray, np.ndarray | None]:
         """Return the values of a table's column.
@@ -131,7 +132,9 @@ def rows_of(rule: SplitRule, opened: OpenSegment, splits: Sequence[SplitName]) -
         start = min(max(span.start - segment.start, 0), segment.rows)
         return slice(start, max(min(span.stop - segment.start, segment.rows), start))
     codes = rule.split_of(segment.start, segment.rows, opened.labels, opened.split_keys)
-    return np.flatnonzero(codes >= 0 if len(splits) == len(SPLITS) else codes == SPLITS.index(splits[0]))
+    rows = np.flatnonzero(codes >= 0 if len(splits) == len(SPLITS) else codes == SPLITS.index(splits[0]))
+    # Slices of columns are views.
+    return slice(rows[0], rows[-1] + 1) if len(rows) and rows[-1] - rows[0] == len(rows) - 1 else rows
 
 
 class Reader(Protocol):
@@ -258,14 +261,10 @@ def stage(job: StageJob) -> list[dict[str, Any]]:
 
 
 def _stage(job: StageJob, path: Path, piece: Any, header_lines: int) -> dict[str, Any]:
-    bad: list[tuple[int, str]] = []
-    if job.skip_bad_rows:
-        tables, bad = job.reader.parse_good(piece)
-    else:
-        try:
-            tables = job.reader.parse(piece)
-        except BadLineError as error:
-            return {"bad_line": [header_lines + error.line, error.fault]}
+    try:
+        tables, bad = job.reader.parse_good(piece) if job.skip_bad_rows else (job.reader.parse(piece), [])
+    except BadLineError as error:
+        return {"bad_line": [header_lines + error.line, error.fault]}
     bad = [(header_lines + line, fault) for line, fault in bad]
     size = len(piece) if isinstance(piece, bytes) else piece.nbytes
     lines = header_lines + job.reader.count_lines(piece, sum(table.num_rows for table in tables) + len(bad))

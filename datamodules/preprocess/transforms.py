@@ -12,6 +12,7 @@ DenseTransform: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 MOST_QUANTILE_BINS = MOST_BINS
 
+_FEW_VALUES = 1 << 22
 _DIGIT = 12
 """Bits that a pass of ``values_at_ranks`` counts: 8 MB of counts at most for 256 values."""
 
@@ -80,13 +81,18 @@ def quantile_edges(passes: Callable[[], Iterable[np.ndarray]], bins: int) -> lis
 def values_at_ranks(passes: Callable[[], Iterable[np.ndarray]], shares: int | Sequence[float]) -> list[int]:
     """Return the least values up to which shares of all values lie, in bounded memory; none if there are no values.
 
-    Each pass counts ``_DIGIT`` bits of the values that begin as a wanted value does.
+    Few values are kept. Of many, each pass counts ``_DIGIT`` bits of the values that begin as a wanted value does.
 
     Args:
         passes: returns all values in pieces, int32 [n] or int64 [n] each; called for each pass.
         shares: more than 0 and at most 1; or a number K for 1/K, 2/K, ..., 1, of which equal values are given once.
     """
-    kind = next((values.dtype for values in passes()), np.dtype(np.int64))
+    few = _few_values(passes())
+    if few is not None:
+        places = _ranks(shares, len(few)) - 1 if len(few) else np.zeros(0, np.int64)
+        wanted = np.partition(few, np.unique(places))[places].tolist() if len(few) else []
+        return sorted(set(wanted)) if isinstance(shares, int) else wanted
+    kind = next(values.dtype for values in passes())
     sign = np.uint64(1 << 8 * kind.itemsize - 1)
     shifts = range((8 * kind.itemsize - 1) // _DIGIT * _DIGIT, -1, -_DIGIT)
     maps: list[np.ndarray] = []
@@ -104,8 +110,6 @@ def values_at_ranks(passes: Callable[[], Iterable[np.ndarray]], shares: int | Se
                 keys, block = keys[block >= 0], block[block >= 0]
             counts += np.bincount(block << _DIGIT | _digit(keys, shift), minlength=len(counts))
         if not maps:
-            if not counts.any():
-                return []
             ranks = _ranks(shares, int(counts.sum()))
             blocks, found = np.zeros(len(ranks), np.int64), np.zeros(len(ranks), np.uint64)
         ends = np.cumsum(counts.reshape(-1, 1 << _DIGIT), axis=1)
@@ -117,6 +121,17 @@ def values_at_ranks(passes: Callable[[], Iterable[np.ndarray]], shares: int | Se
         maps[-1][continued] = np.arange(len(continued))
     wanted = (found - sign).view(np.int64).tolist()
     return sorted(set(wanted)) if isinstance(shares, int) else wanted
+
+
+def _few_values(pieces: Iterable[np.ndarray]) -> np.ndarray | None:
+    """Return all values; None if there are more than ``_FEW_VALUES``."""
+    found, count = [np.zeros(0, np.int64)], 0
+    for values in pieces:
+        found.append(values)
+        count += len(values)
+        if count > _FEW_VALUES:
+            return None
+    return np.concatenate(found)
 
 
 def _digit(keys: np.ndarray, shift: int) -> np.ndarray:

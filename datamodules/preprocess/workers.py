@@ -19,7 +19,6 @@ from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExec
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,17 +125,6 @@ def usable_cores() -> int:
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # no such control group, or no quota ("max")
         return cores
-
-
-def serve_processes() -> None:
-    """Start a server that loads the libraries once, in parallel with this process, and forks the worker processes. For
-    programs only, as it sets the start method of all their processes. Without a server, each worker loads them."""
-    multiprocessing.set_start_method("forkserver")
-    forkserver.set_forkserver_preload(["datamodules.preprocess.pipeline", "numpy.ma"])  # pyarrow loads that when used
-    try:
-        forkserver.ensure_running()
-    except OSError:  # the name of the temporary folder may be too long for a socket
-        multiprocessing.set_start_method("spawn", force=True)
 
 
 @contextmanager

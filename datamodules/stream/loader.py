@@ -190,7 +190,7 @@ class TrainingLoader(Loader):
     """A loader with an order for every epoch, and a position in them that a run resumes from.
 
     An iteration starts at the position and ends with the epoch; the next iteration serves the next epoch. If
-    ``limit_epoch`` says that it is wanted, another thread begins to read it while this one has as many rows left as a
+    ``limit_epoch`` says that it is wanted, another thread begins to read it when twice as many rows are left as a
     window holds, so that its first batch is there in time.
     ``state_dict`` holds the position, so that a run resumes with the next batch, on any number of ranks. Global batch k
     holds the same rows on any number of ranks.
@@ -272,7 +272,8 @@ class TrainingLoader(Loader):
 
     def _count(self, source: "BackgroundIterator", epoch: int, first: int) -> Iterator[Batch]:
         upcoming: Batch | None = None
-        near_end = self._epoch_batches - self._batches_of_window()
+        # While both epochs are read, each gets half of the threads' time: the next one fills its window meanwhile.
+        near_end = self._epoch_batches - 2 * self._batches_of_window()
         for index in range(first, self._epoch_batches):
             start = time.perf_counter()
             batch = next(source) if upcoming is None else upcoming

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -32,8 +33,8 @@ verify the checksums of pages, or, in rows named "unverified", neither does. "of
 a share of the baseline's with as many threads. Also prints the time to the first batch, and what a first epoch adds to
 the process's peak memory.
 
-Rows named "epochs of 32" read four epochs of 32 large batches, one after the other as fit does for a GPU, and count
-from the first batch's request to the last batch. "of_baseline_cpu" compares processor time, which other work on the
+Rows named "epochs of 32" read epochs of 32 large batches, one after the other as fit does for a GPU: four count, after
+two that fill the memory that later ones use again. "of_baseline_cpu" compares processor time, which other work on the
 machine disturbs less, and "seam_s" is the median time from the last batch of an epoch to the first one of the next.
 
 examples:
@@ -45,7 +46,9 @@ examples:
 Key = tuple[str, int, int]
 """Case, threads, and batch size; 0 for bare decoding."""
 _BARE = "bare decoding"
-_EPOCH_BATCHES, _LARGE_BATCH, _EPOCHS = 32, 65_536, 4
+_EPOCH_BATCHES, _LARGE_BATCH = 32, 65_536
+_WARM_UP, _EPOCHS = 2, 4
+"""Epochs of a round that do not count, and those that do."""
 _ON_END = f"epochs of {_EPOCH_BATCHES}"
 
 
@@ -123,9 +126,12 @@ def _epochs_on_end(
     for threads in args.threads:
         make = functools.partial(loader, shuffle="window", batch_size=batch_size, threads=threads)
         seams: list[float] = []
-        ours = _Clock(functools.partial(_read_epochs, make, batches, seams))
-        bare = _Clock(functools.partial(_decode, folder, files, threads, True))
-        time_rounds({"ours": ours, "bare": bare}, args.rounds)
+        ours, bare = _Times(), _Times()
+        contenders = {
+            "ours": functools.partial(_read_epochs, make, batches, ours, seams),
+            "bare": functools.partial(_timed, functools.partial(_decode, folder, files, threads, True), bare),
+        }
+        time_rounds(contenders, args.rounds)
         key = (f"{_ON_END}, shuffle window", threads, batch_size)
         extra = {"seam_s": statistics.median(seams)}
         for name, of_ours, of_bare in (("", ours.wall, bare.wall), ("_cpu", ours.cpu, bare.cpu)):
@@ -134,32 +140,41 @@ def _epochs_on_end(
     return rows
 
 
-class _Clock:
-    """Calls a function, and keeps the seconds and the processor seconds of each call."""
+@dataclass(frozen=True)
+class _Times:
+    """Seconds, and processor seconds of all threads, of each call."""
 
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
-        self.wall: list[float] = []
-        self.cpu: list[float] = []
-
-    def __call__(self) -> None:
-        start, cpu = time.perf_counter(), time.process_time()
-        self._function()
-        self.wall.append(time.perf_counter() - start)
-        self.cpu.append(time.process_time() - cpu)
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
 
 
-def _read_epochs(make: Callable[[], TrainingLoader], batches: int, seams: list[float]) -> None:
-    """Read epochs one after the other; append the seconds between the last batch of one and the first of the next."""
+def _timed(function: Callable[[], object], times: _Times) -> None:
+    start, cpu = time.perf_counter(), time.process_time()
+    function()
+    times.wall.append(time.perf_counter() - start)
+    times.cpu.append(time.process_time() - cpu)
+
+
+def _read_epochs(make: Callable[[], TrainingLoader], batches: int, times: _Times, seams: list[float]) -> None:
+    """Read epochs one after the other; append the seconds between the last batch of one and the first of the next.
+
+    The epoch after them is begun, so that as much is read ahead at their end as at their start.
+    """
     loader = make()
-    loader.limit_epoch(batches, _EPOCHS)
-    for epoch in range(_EPOCHS):
-        ended, iterator = time.perf_counter(), iter(loader)
-        next(iterator)
-        if epoch:
+    loader.limit_epoch(batches, _WARM_UP + _EPOCHS + 1)
+    for _ in range(_WARM_UP):
+        _epoch(loader)
+
+    def read() -> None:
+        for _ in range(_EPOCHS):
+            ended, iterator = time.perf_counter(), iter(loader)
+            next(iterator)
             seams.append(time.perf_counter() - ended)
-        for _ in iterator:
-            pass
+            for _ in iterator:
+                pass
+
+    _timed(read, times)
+    loader.drop_next_epoch()
 
 
 def _loaders(args: argparse.Namespace, loader: Callable[..., TrainingLoader]) -> dict[Key, TrainingLoader]:

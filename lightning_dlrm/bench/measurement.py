@@ -17,7 +17,7 @@ import torch
 
 from datamodules.folder import load_schema
 from datamodules.generate.demo import DemoSettings, demo_folder, generate_demo
-from datamodules.preprocess.inspection import aligned
+from datamodules.preprocess.report import aligned
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.kernels.choice import choose

@@ -8,7 +8,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from datamodules.preprocess.inspection import aligned
+from datamodules.preprocess.report import aligned
 from lightning_dlrm.bench import roofline, step
 from lightning_dlrm.bench.breakdown import Times, by_part, mark, marked_parts, profile_steps
 from lightning_dlrm.bench.contenders import draw_batch, paper

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from datamodules.preprocess.inspection import aligned
+from datamodules.preprocess.report import aligned
 from lightning_dlrm.bench import roofline
 from lightning_dlrm.bench.contenders import OurStep, Workload, draw_batch
 from lightning_dlrm.models.layers import MLP, DotInteraction

@@ -12,12 +12,16 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv
 from tqdm import tqdm
 
 from datamodules.generate.log import LogSettings, generate_log
 from datamodules.generate.tsv import TSV_DATASETS, TsvSettings, generate_tsv
-from datamodules.preprocess.inspection import REPORT_FILE
 from datamodules.preprocess.progress import bytes_below
+from datamodules.preprocess.report import REPORT_FILE
 from datamodules.preprocess.workers import usable_cores
 from lightning_dlrm.bench.measurement import (
     DEFAULT,
@@ -37,11 +41,12 @@ DESCRIPTION = """\
 Times in turns, each in a process of its own, so that memory is measured too:
   ours      the whole command preprocess, its start included: TSV to the checksummed dataset folder
   baseline  pyarrow.csv.read_csv of the same file into memory, and nothing more; its start not included. Of Criteo's
-            files types are given; of avazu pyarrow finds them.
+            files types are given; of logs pyarrow finds them.
   peer      with --peer, the preprocessing of a checkout of facebookresearch/dlrm, on the first rows; its start not
             included. It fails on NumPy 2: name an interpreter that has numpy<2 with --peer-python.
 
---dataset avazu times preprocess --schema datasets/avazu.yaml on a CSV of 24 columns, of which 21 are categorical.
+--dataset log times preprocess --schema on a CSV of 20 columns: label, time, 6 numbers and 12 categories, of which three
+have up to a million values. --dataset avazu times it on one of 24 columns, of which 21 are categorical.
 
 Memory, CPU time and disk space come from one more run of each, which is not timed because sampling takes time: the peak
 memory of all processes together, sampled 50 times a second, with shared pages counted once; and the peak size of the
@@ -49,13 +54,17 @@ working folder without the input. With enough rows, a prediction for the real da
 
 examples:
   python -m lightning_dlrm bench preprocess
-  python -m lightning_dlrm bench preprocess --dataset avazu
+  python -m lightning_dlrm bench preprocess --dataset log
   python -m lightning_dlrm bench preprocess --rows 20000000 --rounds 1 --folder /big/disk
   python -m lightning_dlrm bench preprocess --peer ~/dlrm --peer-python ~/numpy1/bin/python
 """
 
-_LOG = "avazu"
-"""The log that is read by a schema."""
+_LOGS = ("log", "avazu")
+"""Logs that are read by a schema."""
+_CATEGORIES = (1_000_000, 300_000, 100_000, 10_000, 5_000, 1_000, 300, 100, 30, 10, 4, 2)
+"""Possible values of the categories of ``log``."""
+_NUMBERS = 6
+_BLOCK_ROWS = 65_536
 
 _STAGES = ("stage", "count", "encode")
 _PREDICT_FROM_ROWS = 500_000  # runs of fewer rows end before all workers have begun
@@ -105,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="uncompressed raw text of this --dataset, to read instead of generated rows",
     )
-    parser.add_argument("--dataset", default="kaggle", choices=(*TSV_DATASETS, _LOG), help=DEFAULT)
+    parser.add_argument("--dataset", default="kaggle", choices=(*TSV_DATASETS, *_LOGS), help=DEFAULT)
     parser.add_argument("--protocol", default="dlrm", metavar="NAME", help=DEFAULT)
     add_rounds(parser, 3)
     parser.add_argument(
@@ -137,9 +146,9 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         raise UserError(
             f"--input {args.input} is compressed; unpack it first, as rows are counted and cut off by lines"
         )
-    is_log = args.dataset == _LOG
+    is_log = args.dataset in _LOGS
     if is_log and args.peer is not None:
-        raise UserError(f"--peer reads Criteo's files only; leave it out, or --dataset {_LOG}")
+        raise UserError(f"--peer reads Criteo's files only; leave it out, or --dataset {args.dataset}")
     check_peer(args, "data_utils.py")
     if args.folder is not None and not args.folder.is_dir():
         raise UserError(f"--folder {args.folder} is not a folder; make it, or leave it out for the temporary folder")
@@ -148,13 +157,15 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         raw = args.input
         if raw is None:
             raw = folder / "train.txt"
-            if is_log:
-                (raw,) = generate_log(LogSettings(form=_LOG, rows=args.rows), folder).files
+            if args.dataset == "log":
+                _write_log(raw, args.rows)
+            elif is_log:
+                (raw,) = generate_log(LogSettings(form=args.dataset, rows=args.rows), folder).files
             else:
                 generate_tsv(TsvSettings(rows=args.rows, dataset=args.dataset), [raw])
         # First, because it fails at once with an interpreter that it does not support.
         beside = [] if args.peer is None else _measure_peer(raw, folder, args)
-        ours = _Ours(raw, _encoding(args), folder / "ours")
+        ours = _Ours(raw, _encoding(args, folder), folder / "ours")
         parsed, header = raw, int(is_log)
         if _lines(raw) - header > args.baseline_rows:
             parsed = folder / "parsed.txt"
@@ -171,11 +182,33 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     return rows + beside
 
 
-def _encoding(args: argparse.Namespace) -> list[str]:
-    """Return the options of ``preprocess`` that say how rows are encoded."""
-    if args.dataset == _LOG:
-        return ["--schema", f"datasets/{_LOG}.yaml"]
-    return ["--dataset", args.dataset, "--protocol", args.protocol]
+def _encoding(args: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the options of ``preprocess`` that say how rows are encoded; the schema of ``log`` goes to the folder."""
+    if args.dataset not in _LOGS:
+        return ["--dataset", args.dataset, "--protocol", args.protocol]
+    if args.dataset == "avazu":
+        return ["--schema", "datasets/avazu.yaml"]
+    columns: dict[str, dict[str, object]] = {"time": {"role": "keep", "time": "unix"}}
+    columns |= {f"n{i}": {"role": "dense", "transform": "signed_log"} for i in range(_NUMBERS)}
+    columns |= {f"c{i}": {"role": "categorical", "min_count": 2} for i in range(len(_CATEGORIES))}
+    schema = {"dataset": "log", "label": "click", "columns": columns, "split": {"by": "time", "column": "time"}}
+    (folder / "log.yaml").write_text(json.dumps(schema))
+    return ["--schema", str(folder / "log.yaml")]
+
+
+def _write_log(path: Path, rows: int) -> None:
+    """Write ``log``: label, time, numbers of three decimals and skewed categories, as numbers or texts in turns."""
+    rng = np.random.default_rng(0)
+    with path.open("wb") as file:
+        for start in range(0, rows, _BLOCK_ROWS):
+            count = min(_BLOCK_ROWS, rows - start)
+            columns = {"click": rng.integers(0, 2, count), "time": 1_700_000_000 + np.arange(start, start + count)}
+            columns |= {f"n{i}": np.round(rng.normal(0, 100, count), 3) for i in range(_NUMBERS)}
+            for i, values in enumerate(_CATEGORIES):
+                ids = pa.array((values ** rng.random(count)).astype(np.int64))
+                columns[f"c{i}"] = ids if i % 2 else pc.binary_join_element_wise("item", ids.cast(pa.string()), "_")
+            options = csv.WriteOptions(include_header=start == 0, quoting_style="none")
+            csv.write_csv(pa.table(columns), file, options)
 
 
 @dataclass(frozen=True)
@@ -260,7 +293,7 @@ def _row(
     return Measurement.of_rounds(
         seconds,
         work="preprocess",
-        case=f"{samples:,} rows, {args.dataset}, {'schema' if args.dataset == _LOG else args.protocol}",
+        case=f"{samples:,} rows, {args.dataset}, {'schema' if args.dataset in _LOGS else args.protocol}",
         implementation=name,
         device="cpu",
         precision="32-true",
@@ -274,7 +307,7 @@ def _measure_peer(raw: Path, folder: Path, args: argparse.Namespace) -> list[Mea
     """Time ours and the peer in turns on the first rows of a file."""
     few = folder / "first.txt"
     _copy_first_lines(raw, few, args.peer_rows)
-    ours = _Ours(few, _encoding(args), folder / "few")
+    ours = _Ours(few, _encoding(args, folder), folder / "few")
     # The peer writes beside its input.
     beside = folder / "peer"
     command = peer_command(args, "data_utils", _PEER, str(few), str(beside / "train.txt"))

@@ -8,6 +8,7 @@ import warnings
 from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
@@ -116,10 +117,28 @@ class CommandParser(LightningArgumentParser):
             raise UserError(f"{refused[1]}: {refused[2]}") from error
 
 
+_CHECKPOINT_HELP = dict.fromkeys(
+    ("validate", "test", "predict"), "checkpoint to score: a folder such as RUN/checkpoints/best"
+)
+_CHECKPOINT_HELP["fit"] = "checkpoint to go on from: a folder, or last for that of --run_dir; see also --resume"
+_GROUP_TITLES = {
+    "trainer": "Lightning's Trainer",
+    "model": "model, loss and optimizers",
+    "data": "data",
+    "checkpoint": "checkpoints",
+    "wandb": "Weights & Biases",
+}
+"""Section -> its title in ``--help.all``, in place of the first line of a docstring."""
+
+
 def build_trainer_parser(command: str, description: str) -> CommandParser:
     """Return the parser of ``fit``, ``validate``, ``test`` or ``predict``."""
     parser = _build_parser(command, description)
-    parser.add_method_arguments(pl.Trainer, command, skip=set(LightningCLI.subcommands()[command]))
+    # With help of their own: Lightning's is about its own checkpoints.
+    parser.add_argument("--ckpt_path", type=str | Path | None, default=None, help=_CHECKPOINT_HELP[command])
+    parser.add_argument("--weights_only", type=bool | None, default=None, help=SUPPRESS)
+    skip = {"ckpt_path", "weights_only", *LightningCLI.subcommands()[command]}
+    parser.add_method_arguments(pl.Trainer, command, skip=skip, as_group=False)
     if command in ("validate", "test"):
         # Lightning's table has the metrics that this command prints in full precision.
         parser.set_defaults({"verbose": False})
@@ -159,6 +178,8 @@ def _build_parser(command: str, description: str, **options: Any) -> CommandPars
     parser.add_lightning_class_args(CTRModule, "model")
     parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True)
     _add_run_options(parser)
+    for section, group in (parser.groups or {}).items():
+        group.title = _GROUP_TITLES.get(section, section)
     parser.link_arguments("data.schema", "model.schema", apply_on="instantiate")
     parser.link_arguments("seed_everything", "model.seed", compute_fn=seed_from)
     return parser

@@ -32,7 +32,7 @@ class PlainParser(argparse.ArgumentParser):
         Raises:
             UserError: always, with the message.
         """
-        raise UserError(f"{message}; {self.prog} --help lists the options")
+        raise UserError(f"{message}{'' if message.endswith('?') else ';'} {self.prog} --help lists the options")
 
 
 def _noun(argument: str) -> str:

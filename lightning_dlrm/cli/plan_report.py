@@ -71,7 +71,7 @@ def describe_plan(
         lines.append(_line("largest", _summary(costs, max), host, size))
     text = [
         aligned(lines),
-        "requested: embedding rows, or sums of them, that all ranks request of it in a step",
+        "requested: embedding rows, or sums of them, that all ranks want of it in a step",
         f"out: {unit} that it sends in a training step",
     ]
     pieces_of = {load: plan.pieces_within(load.name, load.start, load.start + load.rows) for load in loads}
@@ -99,7 +99,7 @@ def describe_plan(
     text += [
         "",
         f"{counted(len(loads), 'table')}, {len(loads) - len(cut)} whole, in {counted(len(plan.pieces), 'piece')} on "
-        f"{counted(plan.ranks, 'rank')}; "
+        f"{counted(plan.ranks, 'rank')};\n"
         f"largest share / mean: bytes {imbalance([c.bytes for c in costs]):.3f}, "
         f"work {imbalance([c.work for c in costs]):.3f}",
     ]

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from lightning_dlrm.cli.parser import PublishedScore
 from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.contracts.schema import DatasetSchema
-from lightning_dlrm.contracts.terminal import emphasized
+from lightning_dlrm.contracts.terminal import emphasized, wrapped
 from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.models.network import ModelSize
 from lightning_dlrm.tracking import names
@@ -28,7 +28,7 @@ def demo_note() -> str:
         "This is DEMO DATA: generated clicks of a planted model, whose best reachable score is known. For real data:\n"
         "  python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm --input train.txt --output criteo\n"
         "  python -m lightning_dlrm fit --config dlrm.yaml --config criteo_kaggle.yaml --data.path criteo\n"
-        "For a log of your own: python -m lightning_dlrm preprocess --infer; see docs/own-data.md"
+        "For a log of your own: preprocess --infer; see docs/own-data.md"
     )
 
 
@@ -205,7 +205,7 @@ def final_report(
             f"  python -m lightning_dlrm predict {again} --data.predict_split all",
             f"  python -m lightning_dlrm compare {folder.path} OTHER_RUN --output comparison {trust}".rstrip(),
         ]
-    return "\n".join(lines)
+    return wrapped(lines)
 
 
 def _scores(final: Mapping[str, float], best: Mapping[str, float]) -> list[str]:
@@ -234,7 +234,7 @@ def _scores(final: Mapping[str, float], best: Mapping[str, float]) -> list[str]:
 def _speed(final: Mapping[str, float]) -> str:
     """Return the speed, and the wait for data if it was logged: not if a fit was killed at its end and resumed."""
     speed, wait = f"{final[names.SAMPLES_PER_SECOND]:,.0f} samples/s on average", final.get(names.DATA_WAIT_SHARE)
-    return speed if wait is None else f"{speed}, with {100 * wait:.1f}% of the time waiting for data"
+    return speed if wait is None else f"{speed}; {100 * wait:.1f}% of the time waiting for data"
 
 
 def _course(history: Sequence[Mapping[str, float]], name: str) -> str:

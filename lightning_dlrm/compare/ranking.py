@@ -86,8 +86,8 @@ def answer(comparison: Comparison) -> tuple[str, str]:
     on = f"Scored on {comparison.scored}{_demo(comparison)}."
     if comparison.warnings:
         return "No ranking: the runs are of different data.", on
-    first, second, *_ = ranked(comparison)
-    pairs = [pair_of(comparison, first, arm) for arm in comparison.arms if arm is not first]
+    first, second, *_ = arms = ranked(comparison)
+    pairs = [pair_of(comparison, first, arm) for arm in arms[1:]]
     near = pair_of(comparison, first, second)
     auc = f"AUC {np.mean(comparison.values(first, 'auc')):.4f}"
     amount, interval = distance(near.interval).split(" ", 1)
@@ -100,10 +100,9 @@ def answer(comparison: Comparison) -> tuple[str, str]:
         head = f"{first.name} wins: {auc}, {above}, {_seeds(comparison)}."
     else:
         level = [pair.loser for pair in pairs if not pair.decided]
-        are = "is" if len(level) == 1 else "are"
         head = (
-            f"No clear winner: {first.name} has the highest {auc}, {above}, but {_listed(level)} {are} not "
-            f"distinguishable from it with {_seeds(comparison)}."
+            f"No clear winner: {first.name} has the highest {auc}, {above}, and is not distinguishable from "
+            f"{_listed(level)} with {_seeds(comparison)}."
         )
     return head, " ".join(filter(None, [_by_log_loss(comparison, first, second), on]))
 

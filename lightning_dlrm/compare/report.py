@@ -52,7 +52,8 @@ def write_report(
         data=by_data(comparison.arms),
         metric_titles=METRIC_TITLES,
         optimum=names.OPTIMUM_AUC,
-        summary=_summary(comparison),
+        scores=_summary(comparison),
+        costs=_costs(comparison),
         pictures={name: [found for found in pictures if found.name == name] for name in names.COMPARISON_FIGURES},
         page_width=PAGE_WIDTH,
         operator_notes=operator_notes,
@@ -80,12 +81,9 @@ def _ranking(comparison: Comparison) -> list[list[str]]:
 
 
 def _summary(comparison: Comparison) -> list[list[str]]:
-    """Return every number of every configuration, a row each; the first row has the titles."""
+    """Return every score of every configuration, a row each; the first row has the titles."""
     titles, best = _titles(comparison), f"{names.VALIDATION}/auc"
-    rows = [
-        ["", "seeds", *titles.values(), "best validation AUC", "training, s", "samples/s", "peak memory, GiB",
-         "parameters", "FLOPs per sample, training"],
-    ]  # fmt: skip
+    rows = [["", "seeds", *titles.values(), "best validation AUC"]]
     for arm in ranked(comparison):
         rows.append(
             [
@@ -93,6 +91,18 @@ def _summary(comparison: Comparison) -> list[list[str]]:
                 ", ".join(map(str, arm.seeds)),
                 *(with_spread(comparison, arm, metric) for metric in titles),
                 f"{np.mean([run.best[best] for run in arm.runs]):.5f}",
+            ]
+        )
+    return rows
+
+
+def _costs(comparison: Comparison) -> list[list[str]]:
+    """Return time, memory and size of every configuration, a row each; the first row has the titles."""
+    rows = [["", "training, s", "samples/s", "peak memory, GiB", "parameters", "FLOPs per sample, training"]]
+    for arm in ranked(comparison):
+        rows.append(
+            [
+                arm.name,
                 *(_time(comparison, arm, name) for name in (names.TRAINING_SECONDS, names.SAMPLES_PER_SECOND)),
                 f"{_median(arm, names.PEAK_MEMORY) / 2**30:.2f}",
                 f"{arm[names.PARAMETERS_TOTAL]:,}",
@@ -224,16 +234,22 @@ def arms_table(arms: Sequence[PlannedArm], seeds: Sequence[int]) -> str:
         flops = (f"{n:,}" if n else "unknown" for n in (size.flops_per_sample_forward, size.flops_per_sample_training))
         samples = f"{arm.samples:,.0f}" if arm.samples != float("inf") else "unbounded"
         rows.append([arm.name, *counts, *flops, samples])
-    differ = [["differs", *(arm.name for arm in arms)]]
+    differ = []
     for key, *cells in _differing(arms):
-        differ.append([key.removeprefix("model.").replace("init_args.", "").replace(".class_path", ""), *cells])
-    return "\n".join(
+        by_value: dict[str, list[str]] = {}
+        for arm, cell in zip(arms, cells, strict=True):
+            by_value.setdefault(cell, []).append(arm.name)
+        values = "; ".join(f"{value} in {', '.join(of)}" for value, of in by_value.items() if value != "-")
+        short = key.removeprefix("model.").replace("init_args.", "").replace(".class_path", "")
+        differ.append(f"  {short}: {values or 'none'}")
+    return wrapped(
         [
             *_table(rows),
             "tables, dense, total: parameters; forward, training: FLOPs per sample",
             "samples: trained on in a run, in the same order for all arms of a seed",
             "",
-            *_table(differ),
+            "what differs:",
+            *differ,
             "",
             f"seeds {', '.join(map(str, seeds))}: {len(arms) * len(seeds)} runs",
         ]
@@ -266,8 +282,8 @@ def closing_words(comparison: Comparison, output: Path) -> str:
             f"{of}, on the {comparison.split} split; validation: the course of the AUC",
             *filter(None, [comparison.groups_note]),
             "",
-            "differences:",
-            *(f"  {pair.sentence}" for pair in comparison.pairs),
+            "differences, with 95% intervals:",
+            *(f"  {pair.brief}" for pair in comparison.pairs),
             *filter(None, [comparison.adjustment]),
             *(note for arm in comparison.arms for note in comparison.published(arm)),
             "",

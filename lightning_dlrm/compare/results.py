@@ -131,6 +131,17 @@ class Pair:
         )
 
     @property
+    def brief(self) -> str:
+        """Return headline and difference in one or two lines of a terminal; the whole sentence without a verdict."""
+        if self.single or not self.same_data or self.decided:
+            return self.sentence
+        found = self.interval
+        return (
+            f"{self.headline}: {found.value:+.5f} ({found.low:+.5f} to {found.high:+.5f}), adjusted p "
+            f"{self.p_adjusted:.2g}."
+        )
+
+    @property
     def sentence(self) -> str:
         """Return headline and details."""
         return f"{self.headline}: {self.details}."
@@ -392,9 +403,11 @@ def _pair(a: Arm, b: Arm, metric: Metric, found: Difference, p_adjusted: float |
         share = found.seed_variance / (found.seed_variance + found.sample_variance or 1.0)
         how = f"{len(a.seeds)} seeds in pairs" if found.paired else f"{len(a.seeds)} and {len(b.seeds)} seeds"
         contains = "contains" if unadjusted == "not_distinguishable" else "does not contain"
+        but = "but " if given != unadjusted else ""
         reason = (
-            f"the 95% interval {contains} 0, with {how}; {100 * share:.0f}% of the variance comes from the seeds; "
-            f"p = {found.p:.2g}, adjusted for {verdicts} verdict{'s' * (verdicts > 1)} {p_adjusted:.2g}"
+            f"the 95% interval {contains} 0, with {how}, {but}p is {p_adjusted:.2g} when adjusted for {verdicts} "
+            f"verdict{'s' * (verdicts > 1)} (unadjusted {found.p:.2g}); {100 * share:.0f}% of the variance comes from "
+            "the seeds"
         )
     if not same:
         reason += f"; {OTHER_DATA}"

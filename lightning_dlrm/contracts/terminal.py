@@ -1,6 +1,7 @@
 """Text for a terminal: emphasis where it has colours, and lines that fit its width."""
 
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -23,7 +24,7 @@ def emphasized(text: str, stream: TextIO, style: str = BOLD) -> str:
 def wrapped(lines: Iterable[str], stream: TextIO | None = None) -> str:
     """Join lines; on a terminal, wrap those that are wider than it, with their own indentation and two spaces more.
 
-    Commands are not wrapped, because they are to be copied.
+    A command goes on after a backslash, so that it can be copied.
 
     Args:
         lines: the lines.
@@ -34,8 +35,21 @@ def wrapped(lines: Iterable[str], stream: TextIO | None = None) -> str:
     return "\n".join(part for line in lines for part in _parts(line, width))
 
 
+def command_after(words: str, command: str) -> str:
+    """Return a command on a line of its own below some words, as it fits the terminal."""
+    return wrapped([words, f"  {command}"])
+
+
 def _parts(line: str, width: int) -> list[str]:
-    if not width or len(line) <= width or "python -m " in line:
+    if not width or len(line) <= width:
         return [line]
     indent = " " * (len(line) - len(line.lstrip()) + 2)
+    if line.lstrip().startswith("python -m "):
+        parts = [indent[:-2]]
+        for word in shlex.split(line, posix=False):
+            if len(parts[-1]) + len(word) > width - len(" \\") and parts[-1].strip():
+                parts[-1] += "\\"
+                parts.append(indent)
+            parts[-1] += f"{word} "
+        return [part.rstrip() for part in parts]
     return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

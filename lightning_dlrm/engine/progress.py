@@ -18,9 +18,9 @@ from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.tracking import names
 
 # Without steps/s, since samples/s are shown.
-FIT_FORMAT = "{desc} {percentage:3.0f}%|{bar}| steps {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-EVALUATION_FORMAT = "{desc} {percentage:3.0f}%|{bar}| batches {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-_BAR_CELLS = 10
+FIT_FORMAT = "{desc} {percentage:3.0f}%|{bar}| steps {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
+EVALUATION_FORMAT = "{desc} {percentage:3.0f}%|{bar}| batches {n_fmt}/{total_fmt} {elapsed}<{remaining}"
+_BAR_CELLS = 8
 """Cells of a bar that metrics beside it leave free."""
 LINE_SECONDS = 10.0
 """Between two lines without a terminal: redraws would fill a log."""
@@ -73,7 +73,7 @@ class RunProgress(ProgressBar):
         if trainer.is_global_zero and metrics is not None and metrics.logged_step > self._shown_step:
             # No refresh here: the bar redraws on its own clock.
             self._shown_step = metrics.logged_step
-            self._fit_bar.set_postfix_str(format_metrics(metrics, _metrics_width(self._fit_bar)), False)
+            self._fit_bar.set_postfix_str(format_metrics(metrics, metrics_width(self._fit_bar)), False)
         self._fit_bar.update(trainer.global_step - self._fit_bar.n)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -154,11 +154,12 @@ def format_metrics(metrics: MetricsLogger, width: int) -> str:
     return ", ".join(parts)
 
 
-def _metrics_width(bar: tqdm) -> int:
+def metrics_width(bar: tqdm) -> int:
     """Return the characters that a bar of a fit leaves for metrics."""
     columns = LINE_COLUMNS if isinstance(bar, Lines) else shutil.get_terminal_size().columns
-    steps = len(str(bar.total)) if bar.total else 0
-    return columns - len("fit 100%|| steps / [00:00:00<00:00:00, ]") - 2 * steps - _BAR_CELLS
+    elapsed = bar.format_interval(bar.format_dict["elapsed"])
+    taken = f"fit 100%|| steps {bar.total}/{bar.total} {elapsed}<{elapsed}, "
+    return columns - len(taken) - _BAR_CELLS
 
 
 def format_validation(results: Mapping[str, float], step: int, highest: bool) -> str:

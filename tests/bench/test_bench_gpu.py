@@ -57,7 +57,7 @@ def test_the_code_of_every_row_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert main([*SMALL, *options]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert not [row["error"] for row in rows if "error" in row]
-    assert {row["work"] for row in rows} == {"gpu", "lookup"} and compiled == ["default"] * 3
+    assert {row["work"] for row in rows} == {"gpu", "lookup"} and compiled == ["default"] * 4
     steps = [row for row in rows if "host_s" in row]
     assert len(steps) == len(ROWS) - len(("losses", "fit", "lookup"))
     assert all(row["host_s"] > 0 and row["peak_bytes"] > 0 and row["samples_per_s"] > 0 for row in steps)

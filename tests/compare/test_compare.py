@@ -289,7 +289,7 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
     assert html.count("data:image/png;base64,") == len(figures)
     assert "http" not in html and "WARNING" not in html
     assert auc["reason"].startswith("the 95% interval does not contain 0, with 3 seeds in pairs")
-    assert "adjusted for 2 verdicts" in auc["reason"] and "by Holm&#39;s method" in html
+    assert "when adjusted for 2 verdicts" in auc["reason"] and "by Holm&#39;s method" in html
     assert "<th>adjusted p</th>" in html and "<th>without adjustment</th>" in html
     assert "is better than DCN by AUC" in html and "<h1>DLRM and DCN, demo data</h1>" in html
     # The answer comes first, on the terminal too: who, by how much, how sure, on what.
@@ -526,7 +526,7 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
     scores = {run.name: read_scores(Path("out/scores") / run.name, *samples.values()) for run in runs}
     comparison = compare(arms_of(runs), scores, title="t", split="test")
     assert not comparison.steady(names.TRAINING_SECONDS) and comparison.steady(names.SAMPLES_PER_SECOND)
-    titles, *rows = report._summary(comparison)
+    titles, *rows = report._costs(comparison)
     found = {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
     assert found["DLRM"]["training, s"] == "1 to 25, not comparable" and found["DLRM"]["samples/s"] == "100"
     assert found["DCN"]["training, s"] == "1, not comparable"

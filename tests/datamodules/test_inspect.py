@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules.preprocess import command, leakage
+from datamodules.preprocess import inspect_command, leakage
 from datamodules.preprocess.skew import all_skews
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError
@@ -57,8 +57,8 @@ def folder(tmp_path: Path) -> Path:
 
 def run_inspect(folder: Path | str, *options: str) -> int:
     parser = argparse.ArgumentParser()
-    command.add_inspect_arguments(parser)
-    return command.run_inspect(parser.parse_args([str(folder), *options]))
+    inspect_command.add_arguments(parser)
+    return inspect_command.run(parser.parse_args([str(folder), *options]))
 
 
 def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,7 +358,7 @@ def test_plot_writes_a_figure(
 
 
 def test_nothing_is_imported_that_only_a_plot_needs() -> None:
-    program = "import sys; import datamodules.preprocess.command; sys.exit('matplotlib' in sys.modules)"
+    program = "import sys; import datamodules.preprocess.inspect_command; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import datamodules
 from datamodules.encoder import RowEncoder
 from datamodules.log_schema import log_schema
-from datamodules.preprocess import counting, pipeline
+from datamodules.preprocess import counting, log_reader, pipeline
 from datamodules.preprocess.log_files import open_readers
 from datamodules.preprocess.log_reader import LogReader
 from datamodules.preprocess.pipeline import preprocess
@@ -563,6 +563,44 @@ def test_bad_rows_are_left_out_and_listed(tmp_path: Path) -> None:
     assert "the label click is '9'" in listed[1] and "2 fields" in listed[2]
 
 
+@pytest.mark.parametrize("name", ["log.csv", "log.jsonl", "log.parquet"])
+def test_many_bad_rows_take_as_long_as_few(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bad rows of a piece are found at once: it is parsed again for each kind of fault, not for each row."""
+    wrong = {"click": 7, "p": "dear", "t": None}
+    kinds = ["click", "t"] if name == "log.parquet" else list(wrong)
+    rows: list[dict[str, Any]] = []
+    for i in range(6000):
+        row = {"click": i // 6 % 2, "u": "ü", "p": 1.5, "t": f"2024-01-{i % 28 + 1:02d}"}
+        kind = kinds[i // 6 % len(kinds)]
+        rows.append(row | {kind: wrong[kind]} if i % 6 < 2 else row)
+    lines = [",".join("" if value is None else str(value) for value in row.values()) for row in rows]
+    lines[0::12] = ["1,u"] * 500
+    lines[1::12] = ['1,"u,1,2024-01-01'] * 500
+    texts = {"log.csv": log_of(lines).replace("ü".encode(), b"\xfc", 9)}
+    texts["log.jsonl"] = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    if name == "log.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(texts[name])
+    staged, calls = log_reader.staged_columns, []
+    monkeypatch.setattr(log_reader, "staged_columns", lambda *a, **b: calls.append(a) or staged(*a, **b))
+    schema = make(tmp_path / name, tmp_path / "data", {**FEW, **BY_TIME}, on_bad_row="skip")
+    listed = (tmp_path / "data/bad_rows.tsv").read_text().splitlines()[1:]
+    found = {int(line.split("\t")[1]) for line in listed}
+    first = 2 if name == "log.csv" else 1
+    bad = {i for i in range(6000) if i % 6 < 2}
+    bad |= {i for i, line in enumerate(texts["log.csv"].splitlines()[1:]) if b"\xfc" in line and name == "log.csv"}
+    assert found == {i + first for i in bad} and schema.report["bad_rows"] == len(found) == len(listed)
+    assert len(calls) <= 6
+    with pytest.raises(UserError, match=r"6,000 of 6,00[01] lines from line 1 on are not as the schema says, such as"):
+        make(
+            tmp_path / name,
+            tmp_path / "other",
+            {**FEW, **BY_TIME, "label": "u >= 1", "rest": "leave"},
+            on_bad_row="skip",
+        )
+
+
 @pytest.mark.parametrize("name", ["log.csv", "log.jsonl"])
 @settings(max_examples=40, deadline=None)
 @given(
@@ -592,17 +630,20 @@ def test_damaged_text_is_read_or_named(
 
 
 def test_kept_values_of_several_types_are_texts(tmp_path: Path) -> None:
-    """Rows beside a bad one are read apart, and each part has a type of its own."""
+    """Pieces are read apart, and each has types of its own; within a piece a value of another type is bad."""
     rows: list[dict[str, Any]] = [{"click": i % 2, "u": "a", "k": None, "n": None} for i in range(1200)]
     rows += [{"click": i % 2, "u": "a", "k": i, "n": i} for i in range(8)]
-    rows += [{"click": 7, "u": "a"}]
+    rows += [{"click": 7, "u": "a"}, {"click": 1, "u": "a", "k": "x"}]
+    rows += [{"click": i % 2, "u": "a"} for i in range(400)]
     rows += [{"click": i % 2, "u": "a", "k": f"x{i}"} for i in range(4)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = {"u": {"role": "categorical"}, "k": {"role": "keep"}, "n": {"role": "keep"}}
     schema = make(
         tmp_path / "log.jsonl", tmp_path / "data", {**FEW, "columns": columns}, on_bad_row="skip", block_bytes=9000
     )
-    found = rows_of(tmp_path / "data", schema, "test")[-12:]
+    assert schema.report["bad_rows"] == 2
+    found = [row for split in SPLITS for row in rows_of(tmp_path / "data", schema, split)]
+    found = [*found[1200:1208], *found[-4:]]
     assert [row["k"] for row in found] == [*map(str, range(8)), *(f"x{i}" for i in range(4))]
     assert [row["n"] for row in found] == [*range(8), *[None] * 4], "pieces without values have no type"
 

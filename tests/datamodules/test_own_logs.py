@@ -12,7 +12,7 @@ import pytest
 
 from datamodules.generate.log import FORMS, LogSettings, generate_log
 from datamodules.log_schema import read_log_schema
-from datamodules.preprocess.inference import fit_command
+from datamodules.preprocess.report import fit_command
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.contracts.shipped import shipped_names

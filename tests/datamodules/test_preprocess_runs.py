@@ -6,6 +6,7 @@ Dask cluster of two worker processes.
 
 import argparse
 import errno
+import importlib
 import os
 import random
 import shutil
@@ -32,7 +33,7 @@ from datamodules.preprocess.journal import find_records, written_aside
 from datamodules.preprocess.pipeline import Target, preprocess
 from datamodules.preprocess.progress import Progress, Stage
 from datamodules.preprocess.workers import Workers, usable_cores
-from lightning_dlrm.__main__ import _user_error_in
+from lightning_dlrm.__main__ import _user_error_in, main
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from tests.raw_criteo import Plain, assert_equals_plain, folder_bytes, generated_lines, written
@@ -393,13 +394,15 @@ def test_dead_worker_is_told_and_the_next_run_goes_on(tmp_path: Path) -> None:
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "again")
 
 
-@pytest.mark.parametrize("stage", ["stage", "count", "encode"])
+@pytest.mark.parametrize("stage", ["", "stage", "count", "encode"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_in_a_small_run_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, stage: str
 ) -> None:
     progress = Interrupted(stage, lambda: os.kill(os.getpid(), number))
     monkeypatch.setattr(command, "Progress", lambda: progress)
+    if not stage:  # before the working folder is made
+        monkeypatch.setattr(pipeline, "find_files", lambda *_, **__: os.kill(os.getpid(), number))
     raw = written(tmp_path / "train.txt", generated_lines(100))
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -408,7 +411,22 @@ def test_signal_in_a_small_run_leaves_nothing_behind(
         command.run(parser.parse_args(words))
     assert left.type is KeyboardInterrupt if number == signal.SIGINT else left.value.args == (143,)
     assert names_in(tmp_path) == {"train.txt"}
-    assert progress.notes[-1] == "interrupted. Nothing is kept: the same command begins again"
+    kept = "interrupted. Nothing is kept" if stage else "interrupted; nothing was written"
+    assert progress.notes[-1] == f"{kept}: the same command begins again"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_before_a_command_begins_is_told(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, command.__name__)
+    monkeypatch.setattr(importlib, "import_module", lambda _: os.kill(os.getpid(), number))
+    if number == signal.SIGINT:
+        assert main(["preprocess"]) == 130
+    else:
+        with pytest.raises(SystemExit, match="143"):
+            main(["preprocess"])
+    assert capsys.readouterr().err == "interrupted before the command began; nothing was written\n"
 
 
 def test_addresses_in_memory(

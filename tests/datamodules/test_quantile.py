@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from datamodules.preprocess import command
+from datamodules.preprocess import command, transforms
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import PROTOCOLS
@@ -28,20 +28,23 @@ QUIET = Progress(show=False)
 INT32 = st.one_of(st.integers(-3, 3), st.integers(-(2**31), 2**31 - 1))
 
 
-@given(st.lists(st.lists(INT32), max_size=4), st.integers(2, 40))
-@example([[5, 5], [5]], 30)
-@example([[], []], 30)
-def test_edges_of_pieces_are_those_of_all_values(pieces: list[list[int]], bins: int) -> None:
+@given(st.lists(st.lists(INT32), max_size=4), st.integers(2, 40), st.sampled_from([0, 1 << 22]))
+@example([[5, 5], [5]], 30, 0)
+@example([[], []], 30, 0)
+def test_edges_of_pieces_are_those_of_all_values(pieces: list[list[int]], bins: int, few: int) -> None:
     arrays = [np.array(piece, np.int32) for piece in pieces]
     values = [value for piece in pieces for value in piece]
-    edges = quantile_edges(lambda: arrays, bins)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transforms, "_FEW_VALUES", few)
+        edges = quantile_edges(lambda: arrays, bins)
     assert edges == edges_of([str(value) for value in values], bins)
     found = quantile_bins(np.array(values, np.int32), edges)
     assert found.tolist() == [sum(edge < value for edge in edges) for value in values]
     assert len({*found.tolist()}) == (len(edges) + 1 if values else 0) <= bins, "every bin holds values"
 
 
-def test_counts_of_values_are_held_once() -> None:
+def test_counts_of_values_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transforms, "_FEW_VALUES", 0)
     values = np.linspace(-(2**31), 2**31 - 1, 5_000).astype(np.int32)
     counts = 64 * 4096 * 8  # of 12 bits, int64, if each of 64 bins ends in a block of its own
     tracemalloc.start()

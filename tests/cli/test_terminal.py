@@ -1,0 +1,89 @@
+"""Contract: what is printed fits the terminal, with whole words, numbers and commands; colours only where they show."""
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+from lightning_dlrm.__main__ import main
+from lightning_dlrm.contracts.terminal import RED, emphasized, wrapped
+from lightning_dlrm.engine.metrics_logger import MetricsLogger
+from lightning_dlrm.engine.progress import FIT_FORMAT, format_metrics, format_validation, metrics_width
+from lightning_dlrm.tracking import names
+from lightning_dlrm.tracking.run_folder import RunFolder
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def columns_80(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: os.terminal_size((80, 24)))
+
+
+def test_lines_fit_the_terminal_and_commands_can_be_copied(columns_80: None) -> None:
+    command = (
+        "  python -m lightning_dlrm predict --config 'a run/config.yaml' --ckpt_path run/checkpoints/best --data.path x"
+    )
+    lines = ["short", f"  {'word ' * 40}".rstrip(), command]
+    shown = wrapped(lines, Terminal()).splitlines()
+    assert max(map(len, shown)) < 80 and shown[1].startswith("  word") and shown[2].startswith("    word")
+    start = next(number for number, line in enumerate(shown) if "python" in line)
+    assert all(line.endswith(" \\") for line in shown[start:-1]) and "'a run/config.yaml'" in shown[start]
+    assert " ".join(line.rstrip("\\").strip() for line in shown[start:]) == command.strip()
+    assert wrapped(lines, io.StringIO()) == "\n".join(lines), "a file or a pipe gets the lines as they are"
+
+
+def test_colours_show_on_terminals_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert emphasized("error:", Terminal(), RED) == "\x1b[1;31merror:\x1b[0m"
+    assert emphasized("error:", io.StringIO(), RED) == "error:"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert emphasized("error:", Terminal(), RED) == "error:"
+
+
+def test_the_bar_of_a_fit_fits_80_columns_with_the_loss_whole(columns_80: None, tmp_path: Path) -> None:
+    metrics = MetricsLogger(RunFolder(tmp_path), None)
+    metrics.latest = {names.TRAIN_LOSS: 0.54461, names.SAMPLES_PER_SECOND: 75936.2, names.DATA_WAIT_SHARE: 0.016}
+    for steps, shown in ((100, "loss 0.5446, 75,936 samples/s now"), (1_000_000, "loss 0.5446")):
+        terminal = Terminal()
+        bar = tqdm(desc="fit", total=steps, bar_format=FIT_FORMAT, file=terminal, ncols=80)
+        bar.set_postfix_str(format_metrics(metrics, metrics_width(bar)), False)
+        bar.update(steps // 2)
+        line = str(bar)
+        assert len(line) <= 80 and f"| steps {steps // 2}/{steps} " in line and line.endswith(f", {shown}"), line
+        assert line.rindex("|") - line.index("|") > 8
+        bar.close()
+    metrics.gradient_norm = 1.25
+    assert format_metrics(metrics, 200).startswith(
+        "loss 0.5446, gradient norm 1.25, 75,936 samples/s now, data wait 2%, "
+    )
+    results = {"validation/auc": 0.66284, "validation/log_loss": 0.52296, "validation/accuracy": 0.7}
+    assert format_validation(results, 1200, True) == (
+        "validation at step 1,200: AUC 0.6628, log loss 0.5230 (highest AUC so far)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["generate", "demo", "--outp", "x"], "--output"),
+        (["inspect", "folder", "--verif"], "--verify"),
+        (["checkpoint", "info", "folder", "--jsn"], "--json"),
+        (["dashboard", "--projct", "p"], "--project"),
+        (["bench", "auc", "--round", "3"], "--rounds"),
+    ],
+)
+def test_no_command_takes_an_abbreviation(
+    arguments: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and (f"did you mean {option}?" in error or f"required: {option}" in error), error
+    assert "--help lists the options" in error
