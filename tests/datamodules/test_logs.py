@@ -415,9 +415,12 @@ MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (b"x" * (1 << 20) + log_of(LINES), {}, "line 1: no line end in the first 1,048,576 bytes; expected a header"),
     (b"\r\r\n" + log_of(LINES), {}, "has no column 'click'"),
     (with_line(7, "1,u1,cheap,2024-01-01"), {}, "line 9: p is 'cheap', expected a number"),
-    (with_line(7, "1,u1,inf,2024-01-01"), {}, "line 9: p is inf, expected a finite number"),
+    (with_line(7, "1,u1,inf,2024-01-01"), {}, "line 9: p is inf, expected a number of at most 3.4e38"),
     (with_line(3, '1,"u\n1",1,2024-01-01\n2,u1,1,2024-01-01'), {},
      r"line 7: the label click is '2'.*correct the line, or give a condition such as label: 'click >= 1'"),
+    (with_line(7, "1,u1,-1e39,2024-01-01"), {}, r"line 9: p is -1e\+39, expected a number of at most 3.4e38"),
+    (log_of(LINES).replace(b"\n", b"\r"), {}, r"carriage returns as line ends; make them line feeds: tr '\\r' '\\n'"),
+    (log_of(LINES), {"label": "p >= 5", "rest": "leave"}, "columns: p is made of the label's column p, so it tells"),
     (with_line(3, ",u1,1,2024-01-01"), {}, "line 5: the label click is missing"),
     (log_of([line.replace("0,", "no,", 1).replace("1,", "yes,", 1) for line in LINES]), {},
      r"line 2: the label click is 'no' \(beside 'yes'\), .*click == yes"),
@@ -480,6 +483,11 @@ def test_a_mistake_is_named_and_nothing_is_left(
         (['{"click": 1, "u": "a", "p": 1}', '{"click": 0, "u": "a", "p": "dear"}'], r'line 2: p is "dear" \(text\)'),
         (['{"click": 1, "u": "a"}'] * 1200 + ['{"click": 1, "u": "p", "P": 1}'], "has no column 'p'"),
         (["[" * 100_000], "line 1: not JSON"),
+        (['{"click": 1, "u": "a", "p": 1}', '{"click": 1, "u": "a", "u": "b"}'], "line 2: the key u stands twice"),
+        (
+            ['{"click": 1, "u": 1, "p": 1}'] * 1200 + ['{"click": 1, "u": 18446744073709551615, "p": 1}'],
+            r"line 1,201: u is 18446744073709551615 \(numbers of more than 64 bits\), where earlier lines have numbers",
+        ),
     ],
 )
 def test_a_mistake_in_json_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
@@ -504,6 +512,25 @@ def test_keys_that_only_later_lines_have_are_columns(tmp_path: Path) -> None:
     assert found == [row.get("p") for row in rows]
     days = pq.read_table(tmp_path / "data/vocabulary/day.parquet").column("value").to_pylist()
     assert [day for day in days if day] == ["2024-01-01"], "not a time, as pyarrow would take the text"
+
+
+def test_odd_values_of_json_are_read(tmp_path: Path) -> None:
+    """Integers of 64 bits keep all digits, texts that look like times stay texts, and what is left may be anything."""
+    rows = [
+        {"click": i % 2, "u": 2**64 - 1 - i % 2, "t": f"2024-01-0{1 + i % 2}", "z": [1, {"b": 2}]} for i in range(1240)
+    ]
+    rows = [{**row, "t": None} if i < 1200 else row for i, row in enumerate(rows)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"u": {"role": "categorical"}, "t": {"role": "categorical"}, "z": {"role": "leave"}}
+    made = {}
+    for rest in ("error", "leave"):
+        made[rest] = tmp_path / rest
+        document = {**FEW, "columns": columns, "counts": "all", "rest": rest}
+        make(tmp_path / "log.jsonl", made[rest], document, block_bytes=9000)
+    for name, values in (("u", [str(2**64 - 2), str(2**64 - 1)]), ("t", ["2024-01-01", "2024-01-02"])):
+        found = pq.read_table(made["leave"] / f"vocabulary/{name}.parquet").column("value").to_pylist()
+        assert [value for value in found if value] == values
+    assert contents(made["error"]) == contents(made["leave"])
 
 
 @given(st.lists(st.sampled_from(['"', '""', ',"', '",', ",", "\n", "a"]), max_size=30).map("".join))
@@ -596,7 +623,7 @@ def test_many_bad_rows_take_as_long_as_few(tmp_path: Path, name: str, monkeypatc
         make(
             tmp_path / name,
             tmp_path / "other",
-            {**FEW, **BY_TIME, "label": "u >= 1", "rest": "leave"},
+            {**FEW, **BY_TIME, "label": "t >= 1", "rest": "leave"},
             on_bad_row="skip",
         )
 
