@@ -89,10 +89,10 @@ def check_single(name: str, column: pa.ChunkedArray) -> None:
     Raises:
         BadValueError: it holds lists or objects.
     """
-    if pa.types.is_nested(column.type):
-        what, remedy = (
-            ("objects", "leave it") if pa.types.is_struct(column.type) else ("lists", "role multi_hot takes them")
-        )
+    is_extension = isinstance(column.type, pa.BaseExtensionType)
+    if pa.types.is_nested(column.type) or is_extension:
+        is_object = is_extension or pa.types.is_struct(column.type)
+        what, remedy = ("objects", "leave it") if is_object else ("lists", "role multi_hot takes them")
         raise _bad_column(column, f"{name} holds {what} ({column.type}), expected single values; {remedy}")
 
 

@@ -64,6 +64,11 @@ def plain_splits(rows: Sequence[Row], split: dict[str, Any]) -> list[str | None]
     if split["by"] == "column":
         of_value = {str(value): name for name in SPLITS for value in split.get(name, ())}
         return [of_value.get(row["fold"]) for row in rows]
+    if split["by"] == "random":
+        # Which rows are drawn is not of interest here, but that they lie apart.
+        return [
+            SPLITS[code] for code in SplitRule(ratios=split["ratios"], seed=split["seed"]).split_of(0, len(rows), None)
+        ]
     if split["by"] == "time":
         days = sorted(row["day"] for row in rows)
         first, second = (days[math.ceil(share * len(days) - 1e-9) - 1] for share in shares[:2])
@@ -121,6 +126,13 @@ def plain_number(value: float | None, column: dict[str, Any], counted: Sequence[
     return value
 
 
+def plain_bin(value: float, edges: Sequence[float] | None) -> int:
+    """The bin of a number by edges of quantiles; without edges by its squared logarithm, as an integer of 32 bits."""
+    if edges is not None:
+        return sum(edge < value for edge in edges)
+    return int(math.floor(math.log(value) ** 2) if value > 2 else math.trunc(value)) % 2**32
+
+
 def plain_edges(known: Sequence[float], bins: int) -> list[float]:
     ranks = [math.ceil(k * len(known) / bins) for k in range(1, bins + 1)] if known else []
     return sorted({known[rank - 1] for rank in ranks})[:-1]
@@ -129,16 +141,18 @@ def plain_edges(known: Sequence[float], bins: int) -> list[float]:
 def plain_dataset(rows: Sequence[Row], document: dict[str, Any]) -> dict[str, list[Row]]:
     splits = plain_splits(rows, document["split"])
     counted = [r for r, s in zip(rows, splits, strict=True) if s == "train" or (s and document["counts"] == "all")]
-    columns, limits = document["columns"], {"min_count": document["min_count"], "max_rows": document["max_rows"]}
-    users = PlainTable([row["user"] for row in counted], **limits, missing=document["missing"])
+    columns, limits = document["columns"], {name: document[name] for name in ("min_count", "max_rows", "missing")}
+    own = {name: value for name, value in columns["user"].items() if name in limits}
+    users = PlainTable([row["user"] for row in counted], **{**limits, **own})
     bag_of = lambda row: [tag for tag in row["tags"] if tag]  # noqa: E731
-    tags = PlainTable([tag for row in counted for tag in bag_of(row)], **limits, missing="none")
+    tags = PlainTable([tag for row in counted for tag in bag_of(row)], **{**limits, "missing": "none"})
     prices = [row["price"] for row in counted]
-    edges = plain_edges(sorted(price for price in prices if price is not None), columns["bin"]["bins"])
-    bin_of = lambda price: None if price is None else sum(edge < price for edge in edges)  # noqa: E731
+    known = sorted(price for price in prices if price is not None)
+    edges = plain_edges(known, columns["bin"]["bins"]) if columns["bin"]["transform"] == "quantile" else None
+    bin_of = lambda price: None if price is None else plain_bin(price, edges)  # noqa: E731
     # Bins of equal counts are in the order of their numbers, and others by their counts.
-    named = {bin_of(price): f"{bin_of(price):04d}" for price in prices if price is not None}
-    bins = PlainTable([named.get(bin_of(price)) for price in prices], **limits, missing=document["missing"])
+    named = {bin_of(price): f"{bin_of(price):010d}" for price in known}
+    bins = PlainTable([named.get(bin_of(price)) for price in prices], **limits)
     result: dict[str, list[Row]] = {}
     for row, split in zip(rows, splits, strict=True):
         if split is None:
@@ -175,8 +189,19 @@ splits = st.sampled_from(
         {"by": "position", "ratios": [0.5, 0.25, 0.25]},
         {"by": "time", "column": "day", "ratios": [0.6, 0.2, 0.2]},
         {"by": "column", "column": "fold", "train": ["0", "1"], "validation": ["2"], "test": [3]},
+        {"by": "column", "column": "fold", "train": ["0"], "validation": ["2"], "test": [3], "leave": [1]},
+        {"by": "random", "ratios": [0.5, 0.25, 0.25], "seed": 7},
+        {"by": "files", "train": ["log0.csv"], "validation": ["log1*"], "test": ["*2.csv"]},
     ]
 )
+
+
+OWN_LIMITS: list[dict[str, Any]] = [{}, {"min_count": 2}, {"max_rows": 4}, {"missing": "rare"}, {"missing": "own"}]
+BINS: list[dict[str, Any]] = [
+    {"transform": "quantile", "bins": 2},
+    {"transform": "quantile", "bins": 5},
+    {"transform": "log_squared"},
+]
 
 
 @st.composite
@@ -189,10 +214,10 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
         "dataset": "own",
         "label": "click",
         "columns": {
-            "user": {"role": "categorical"},
+            "user": {"role": "categorical", **draw(st.sampled_from(OWN_LIMITS))},
             "who": {"role": "keep", "source": "user"},
             "price": price,
-            "bin": {"role": "categorical", "source": "price", "transform": "quantile", "bins": draw(st.integers(2, 5))},
+            "bin": {"role": "categorical", "source": "price", **draw(st.sampled_from(BINS))},
             "tags": {"role": "multi_hot", "separator": "|", "weights": "weights"},
             "day": {"role": "keep", "time": "%Y-%m-%d"},
             "fold": {"role": "leave"},
@@ -217,7 +242,7 @@ def as_csv(rows: Sequence[Row], separator: str = ",") -> str:
     return out.getvalue()
 
 
-@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(rows=st.lists(rows, min_size=8, max_size=40), document=documents(), piece=st.sampled_from([40, 150, 10**6]))
 def test_a_dataset_is_what_the_schema_says(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Row], document: dict[str, Any], piece: int
@@ -227,13 +252,18 @@ def test_a_dataset_is_what_the_schema_says(
         row["tags"] = [] if row["tags"] == [""] else row["tags"]
         row["weights"] = [0.5 * (1 + i) for i in range(len(row["tags"]))]
     folder = tmp_path_factory.mktemp("log")
-    (folder / "log.csv").write_text(as_csv(rows))
+    ends = [0, *(round(share * len(rows)) for share in (0.8, 0.9, 1.0))]
+    if document["split"]["by"] != "files":
+        ends = [0, 0, 0, len(rows)]
+    files = [folder / f"log{i}.csv" for i in range(3) if ends[i] < ends[i + 1]]
+    for i, path in enumerate(files, 3 - len(files)):
+        path.write_text(as_csv(rows[ends[i] : ends[i + 1]]))
     expected = plain_dataset(rows, document)
     if not all(len({row["label"] for row in expected.get(split, [])}) == 2 for split in SPLITS):
         with pytest.raises(UserError, match=r"no rows are left in the|labels of the .* split are"):
-            make(folder / "log.csv", folder / "data", document, block_bytes=piece)
+            make(files, folder / "data", document, block_bytes=piece)
         return
-    schema = make(folder / "log.csv", folder / "data", document, block_bytes=piece)
+    schema = make(files, folder / "data", document, block_bytes=piece)
     for split in SPLITS:
         found = rows_of(folder / "data", schema, split)
         assert [list(row) for row in found] == [list(row) for row in expected[split]]
@@ -797,7 +827,7 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
     found = datamodules.encode(new, None, tmp_path / "new", vocabulary=tmp_path / "data")
     assert rows_of(tmp_path / "new", found, "test") == [{k: v for k, v in r.items() if k != "label"} for r in test]
 
-    arrays = RowEncoder(tmp_path / "data").encode(new)
+    arrays = RowEncoder(tmp_path / "data").encode(new.drop_columns(["day", "fold"]))
     for i, row in enumerate(test):
         for name in ("user", "bin"):
             assert arrays[name][i] == row[name]
@@ -833,3 +863,40 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
     assert sum(len(batch) for batch in data.train_dataloader()) == schema.splits["train"].rows
     batch = next(iter(data.val_dataloader()))
     assert batch.group is not None and batch.ids.weights is not None
+
+
+def test_data_frames_are_encoded_as_tables(tmp_path: Path) -> None:
+    """Categories, strings, integers and truth values that may be missing, NaN, times with zones, lists and arrays."""
+    pd = pytest.importorskip("pandas")
+    hours = pd.date_range("2024-01-01", periods=60, freq="h", tz="Europe/Berlin")
+    some = [None if i % 5 == 0 else i % 4 for i in range(60)]
+    lists = [None if i % 6 == 0 else ["a", "b"][: i % 3] for i in range(60)]
+    frame = pd.DataFrame(
+        {
+            "y": [True, False] * 30,
+            "c": pd.Categorical(some),
+            "s": pd.array([None if one is None else f"ü{one}" for one in some], dtype="string"),
+            "i": pd.array(some, dtype="Int64"),
+            "f": [math.nan if one is None else float(one) for one in some],
+            "b": pd.array([None if one is None else one > 1 for one in some], dtype="boolean"),
+            "t": hours,
+            "l": lists,
+            "w": [None if one is None else np.arange(len(one)) for one in lists],
+        },
+        index=range(60, 0, -1),
+    )
+    columns: dict[str, Any] = {name: {"role": "categorical"} for name in "csifb"}
+    columns |= {"x": {"role": "dense", "source": "f"}, "when": {"role": "keep", "source": "t"}}
+    columns["l"] = {"role": "multi_hot", "weights": "w"}
+    document = {"dataset": "d", "label": "y", "columns": columns, "split": {"by": "time", "column": "t"}}
+    schema = datamodules.encode(frame, document, tmp_path / "data")
+    texts = {"s": [None if one is None else f"ü{one}" for one in some], "i": some, "f": some, "c": some}
+    flags = {"y": [True, False] * 30, "b": [None if one is None else one > 1 for one in some]}
+    weights = [None if one is None else [float(i) for i in range(len(one))] for one in lists]
+    times = [datetime.datetime(2023, 12, 31, 23) + datetime.timedelta(hours=i) for i in range(60)]
+    datamodules.encode(pa.table({**texts, **flags, "l": lists, "w": weights, "t": times}), document, tmp_path / "other")
+    assert contents(tmp_path / "data") == contents(tmp_path / "other")
+    arrays = RowEncoder(tmp_path / "data").encode(frame.drop(columns=["y", "t"]).head(2))
+    assert arrays["i"].tolist() == [row["i"] for row in rows_of(tmp_path / "data", schema, "train")[:2]]
+    with pytest.raises(UserError, match=r"the table, row 1: c holds objects \(extension<pandas.period"):
+        datamodules.encode(frame.assign(c=hours.tz_localize(None).to_period("M")), document, tmp_path / "bad")

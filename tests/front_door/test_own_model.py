@@ -80,7 +80,7 @@ BROKEN = {
         ("value", [], "in __init__: ValueError: no such width"),
         (
             "score", ["--model.compile=true"],
-            r"in score: RuntimeError: a and b must have same reduction dim, but got \[2048, 13\] X \[429, 64\]; --debug",
+            r"in score: RuntimeError: a and b must have same reduction dim, but got \[2048, 13\] X \[429, 64\]; ",
         ),
     ],
 )  # fmt: skip
