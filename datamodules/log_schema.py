@@ -302,6 +302,13 @@ class LogSchema:
                     f"{where} has no column {name!r}, which the schema names ({key})"
                     f"{printable(nearest(name, names)) or ';'} its columns are {listed(names)}"
                 )
+        label = self.label_in(names).column
+        for name, column in self.columns.items():
+            require(
+                not labelled or column.role in ("keep", "leave") or (column.source or name) != label,
+                f"columns: {name} is made of the label's column {label}, so it tells the label; give it the role keep "
+                "or leave",
+            )
         others = [name for name in names if name not in sources]
         require(
             self.rest == "leave" or not others,

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datamodules.log_schema import Label, LogColumn, value_text
+from datamodules.log_schema import Label, value_text
 from lightning_dlrm.contracts.errors import one_line
 
 _OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -30,8 +30,8 @@ BOOLEANS: Mapping[str, int] = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, 
 YES = ("yes", "true", "y", "t", "ja", "oui", "si", "click", "clicked")
 """Texts that likely mean a click, for proposed conditions."""
 _SHOWN = 5
-_MICROSECONDS: Mapping[str, int] = {"unix": 1_000_000, "unix_ms": 1_000}
-_YEARS = (1900, 2200)
+_LARGEST = np.finfo(np.float32).max  # dense values are stored as float32
+_MICROSECONDS, _YEARS = {"unix": 1_000_000, "unix_ms": 1_000}, (1900, 2200)
 _MOMENTS = [np.datetime64(str(year), "us").astype(np.int64) for year in _YEARS]  # of numbers that can be times
 
 
@@ -89,10 +89,10 @@ def check_single(name: str, column: pa.ChunkedArray) -> None:
     Raises:
         BadValueError: it holds lists or objects.
     """
-    if pa.types.is_nested(column.type):
-        what, remedy = (
-            ("objects", "leave it") if pa.types.is_struct(column.type) else ("lists", "role multi_hot takes them")
-        )
+    is_extension = isinstance(column.type, pa.BaseExtensionType)
+    if pa.types.is_nested(column.type) or is_extension:
+        is_object = is_extension or pa.types.is_struct(column.type)
+        what, remedy = ("objects", "leave it") if is_object else ("lists", "role multi_hot takes them")
         raise _bad_column(column, f"{name} holds {what} ({column.type}), expected single values; {remedy}")
 
 
@@ -105,7 +105,7 @@ def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".") -> pa.Double
         decimal: the decimal point of texts.
 
     Raises:
-        BadValueError: a text is not a number, or a number is infinite.
+        BadValueError: a text is not a number, or a number is infinite or beyond float32.
     """
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
@@ -127,9 +127,10 @@ def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".") -> pa.Double
     else:
         raise _bad_column(column, f"{name} has the type {kind}, expected numbers; give the column another role")
     array = found.to_numpy(zero_copy_only=False)
-    if np.isinf(array).any():
+    too_large = np.abs(array) > _LARGEST
+    if too_large.any():
         raise BadValueError(
-            np.isinf(array), lambda row: f"{name} is {array[row]}, expected a finite number; correct the line"
+            too_large, lambda row: f"{name} is {array[row]}, expected a number of at most 3.4e38; correct the line"
         )
     return pa.array(array, from_pandas=True)
 
@@ -321,14 +322,6 @@ def kept(name: str, column: pa.ChunkedArray, form: str | None) -> pa.Array:
     return texts(column)
 
 
-def kept_type(values: pa.Array) -> str:
-    """Return the name in ``KEPT_TYPES`` of what ``kept`` returns; ``null`` of nulls alone."""
-    kind = values.type
-    if pa.types.is_timestamp(kind):
-        return "timestamp"
-    return {pa.int64(): "int64", pa.float64(): "float64", pa.bool_(): "bool", pa.null(): "null"}.get(kind, "text")
-
-
 def split_keys(name: str, column: pa.ChunkedArray, form: str | None) -> np.ndarray:
     """Return int64 [n] in the order of times.
 
@@ -455,8 +448,3 @@ def _shown(value: Any) -> str:
 def staged_name(kind: str, name: str) -> str:
     """Return the name of a column of a log in segments, which hold some columns in several forms."""
     return f"{kind}/{name}"
-
-
-def form_of_time(columns: Mapping[str, LogColumn], source: str) -> str | None:
-    """Return how values of a log's column become times; None if the schema does not say."""
-    return next((c.time for name, c in columns.items() if (c.source or name) == source and c.time), None)

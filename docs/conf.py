@@ -1,13 +1,17 @@
 """Settings of Sphinx. Build the site with: python -m sphinx -W --keep-going -b html -c docs . build/docs
 
-Pages are plain Markdown, so that they can be read on a code host too. Two things are added while they are built: the
-navigation, from the lists of links in index.md, and the docstrings of the names in api.md.
+Pages are plain Markdown, so that they can be read on a code host too. Three things are made while the site is built:
+the navigation, from the lists of links in index.md; the docstrings of the names in api.md; the pages of reference.py.
 """
 
 import importlib
 import re
+import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parent))
 
 project = "lightning_dlrm"
 release = version = "0.1"
@@ -19,7 +23,7 @@ nitpicky = True
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"
-autodoc_class_signature = "separated"
+autodoc_class_signature = "mixed"
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 # Methods of Lightning and torch are documented there.
 autodoc_inherit_docstrings = False
@@ -27,6 +31,7 @@ autodoc_inherit_docstrings = False
 html_theme = "furo"
 html_title = "lightning_dlrm"
 html_copy_source = False
+html_show_copyright = False
 
 
 def add_navigation(text: str) -> str:
@@ -55,9 +60,21 @@ def add_docstrings(text: str) -> str:
     return re.sub(r"(?:^\|.*\n)+", document, text, flags=re.MULTILINE)
 
 
+@cache
+def reference() -> dict[str, str]:
+    """Return the pages that are made from the code."""
+    pages: dict[str, str] = importlib.import_module("reference").pages()
+    return pages
+
+
 def complete_page(app: Any, page: str, source: list[str]) -> None:
-    """Add what a page has on the site alone."""
-    change = {"docs/index": add_navigation, "docs/api": add_docstrings}.get(page)
+    """Change a page as the site has it."""
+    change = {
+        "docs/index": add_navigation,
+        "docs/api": add_docstrings,
+        "docs/commands": lambda text: reference()["commands.md"],
+        "docs/configuration": lambda text: reference()["configuration.md"],
+    }.get(page)
     if change is not None:
         source[0] = change(source[0])
 

@@ -16,7 +16,7 @@ from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
-from lightning_dlrm.contracts.terminal import command_after
+from lightning_dlrm.contracts.terminal import command_after, counted
 
 GENERATE_HELP = "make data instead of reading any: demo data with a known best score, random data, traces, raw text"
 
@@ -374,7 +374,7 @@ def _make(output: Path, generate: Callable[[], DatasetSchema], summarize: Callab
 def _shape(schema: DatasetSchema) -> str:
     features = schema.features
     rows = ", ".join(f"{split.rows:,} {name} rows" for name, split in schema.splits.items())
-    tables = f"{len(features.tables)} tables, {sum(features.table_rows):,} rows together"
+    tables = f"{counted(len(features.tables), 'table')} with {counted(sum(features.table_rows), 'row')}"
     return f"{rows}; {features.dense} dense features, {tables}"
 
 

@@ -27,6 +27,9 @@ from datamodules.values import staged_name
 from datamodules.writer import ROW_GROUP_ROWS, ROWS_PER_FILE, SplitWriter, arrow_table
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, SPLITS, Column, DataFile, SplitName
 
+_LEAST_GROUPS = 4
+"""Row groups of a part file, unless the split has fewer: each file takes some milliseconds."""
+
 
 class Recipe(Protocol):
     """What is made of the rows: the options of Criteo's protocols, or the schema of a log."""
@@ -200,7 +203,7 @@ def part_jobs(encoding: Encoding, columns: tuple[Column, ...], rows: np.ndarray)
         ends = np.cumsum(of_split)
         total = int(ends[-1])
         groups = -(-total // (encoding.recipe.files_of_split * ROW_GROUP_ROWS))
-        rows_of_file = min(ROWS_PER_FILE, max(groups, 1) * ROW_GROUP_ROWS)
+        rows_of_file = min(ROWS_PER_FILE, max(groups, _LEAST_GROUPS) * ROW_GROUP_ROWS)
         for part, start in enumerate(range(0, total, rows_of_file)):
             stop = min(start + rows_of_file, total)
             pieces = []

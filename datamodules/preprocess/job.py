@@ -80,7 +80,7 @@ from lightning_dlrm.contracts.schema import (
 
 BAD_ROWS_FILE = "bad_rows.tsv"
 
-VERSION = 4
+VERSION = 5
 """Incremented if the same input would give other bytes, so that no run resumes with files of another release."""
 
 _SEGMENTS_A_JOB = 64

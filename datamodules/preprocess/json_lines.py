@@ -54,8 +54,8 @@ def json_type(found: Sequence[Any]) -> str | None:
     return "float" if kinds and kinds <= {int, float} else None
 
 
-def fault_of_line(line: bytes, kinds: dict[str, str], known: Collection[str] | None) -> str | None:
-    """Return what is wrong with a line that is not empty, and what to do; None for a good line.
+def checked_object(line: bytes, kinds: dict[str, str], known: Collection[str] | None) -> dict[str, Any] | str:
+    """Return the object of a line that is not empty, or what is wrong with it and what to do.
 
     Args:
         line: the line.
@@ -63,9 +63,11 @@ def fault_of_line(line: bytes, kinds: dict[str, str], known: Collection[str] | N
         known: the keys that a line may have; None for any.
     """
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode(), object_pairs_hook=_without_twins)
     except UnicodeDecodeError as error:
         return not_utf8(line[error.start])
+    except _TwinError as error:
+        return f"the key {error} stands twice; {_REMEDY}"
     except (ValueError, RecursionError) as error:
         return f"not JSON ({one_line(error)}); expected one object in each line: {_REMEDY}"
     if not isinstance(row, dict):
@@ -81,7 +83,19 @@ def fault_of_line(line: bytes, kinds: dict[str, str], known: Collection[str] | N
     if others := [name for name in row if known is not None and name not in known]:
         return f"the key {others[0]} is not in the schema; name it, or set rest: leave"
     kinds |= {name: kind for name, kind in found.items() if name not in kinds}
-    return None
+    return row
+
+
+class _TwinError(Exception):
+    """A key that an object has twice."""
+
+
+def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwinError(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def not_utf8(byte: int | None) -> str:

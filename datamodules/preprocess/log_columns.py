@@ -1,12 +1,12 @@
 """Columns of a click log as segments hold them, by the schema of the log."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from datamodules import values
-from datamodules.log_schema import LogSchema
+from datamodules.log_schema import LogColumn, LogSchema
 from datamodules.preprocess.staging import dictionary_with_missing
 from datamodules.values import staged_name
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, SPLITS
@@ -53,7 +53,7 @@ def staged_columns(
         columns[CRITEO_LABEL] = pa.array(values.labels(label, single(label.column), decimal))
     by = schema.split.column if splits else None
     if by is not None and schema.split.by == "time":
-        form = values.form_of_time(schema.columns, by)
+        form = _form_of_time(schema.columns, by)
         columns[SPLIT] = pa.array(values.split_keys(by, single(by), form))
     elif by is not None:
         columns[SPLIT] = pa.array(values.split_codes(by, single(by), schema.split.values, SPLITS))
@@ -99,7 +99,7 @@ def segment_of(tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, An
             distinct[staged] = len(found.values.dictionary) - 1
             items[name] = len(found.values)
         elif kind == "keep":
-            kept[name] = values.kept_type(found)
+            kept[name] = _kept_type(found)
         columns[staged] = found
     facts = {
         "rows": len(table),
@@ -125,3 +125,16 @@ def _with_equal_types(tables: Sequence[pa.Table]) -> Sequence[pa.Table]:
                 for table in tables
             ]
     return tables
+
+
+def _kept_type(values: pa.Array) -> str:
+    """Return the name in ``KEPT_TYPES`` of what ``kept`` returns; ``null`` of nulls alone."""
+    kind = values.type
+    if pa.types.is_timestamp(kind):
+        return "timestamp"
+    return {pa.int64(): "int64", pa.float64(): "float64", pa.bool_(): "bool", pa.null(): "null"}.get(kind, "text")
+
+
+def _form_of_time(columns: Mapping[str, LogColumn], source: str) -> str | None:
+    """Return how values of a log's column become times; None if the schema does not say."""
+    return next((c.time for name, c in columns.items() if (c.source or name) == source and c.time), None)

@@ -11,7 +11,7 @@ from typing import Any
 
 from datamodules.log_schema import Format, LogSchema
 from datamodules.preprocess.criteo_tsv import starts_of_rows
-from datamodules.preprocess.json_lines import fault_of_line, find_keys, json_type
+from datamodules.preprocess.json_lines import checked_object, find_keys, json_type
 from datamodules.preprocess.log_reader import NOT_CLOSED, LogReader, is_utf8, open_parquet
 from datamodules.preprocess.quotes import find_quoted
 from datamodules.preprocess.sources import RawFile
@@ -146,6 +146,10 @@ def _csv_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
     if schema.names:
         return reader
     end = start.find(b"\n")
+    require(
+        end >= 0 or b"\r" not in start.rstrip(),
+        f"{source.path} has carriage returns as line ends; make them line feeds: tr '\\r' '\\n'",
+    )
     try:
         start[bom : end if end >= 0 else None].decode()
     except UnicodeDecodeError as error:
@@ -191,8 +195,10 @@ def _json_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
             for name, value in row.items():
                 found.setdefault(name, []).append(value)
         except (ValueError, AttributeError, RecursionError) as error:
-            fault = fault_of_line(line, {}, None) or one_line(error)
-            raise UserError(f"{source.path}, line {number + 1:,}: {fault}") from error
+            fault = checked_object(line, {}, None)
+            raise UserError(
+                f"{source.path}, line {number + 1:,}: {fault if isinstance(fault, str) else one_line(error)}"
+            ) from error
     numeric = {c.source or name for name, c in schema.columns.items() if c.role == "dense" or c.transform}
     types = {name: kind for name, some in found.items() if (kind := json_type(some))}
     types = {name: "float" if kind in ("int", "long") and name in numeric else kind for name, kind in types.items()}

@@ -8,7 +8,8 @@ pyarrow reads all three. What it refuses is read again, slowly, for all bad line
 
 import codecs
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 from datamodules.folder import consistent, file_system, is_remote
 from datamodules.log_schema import Format, LogSchema, listed
 from datamodules.preprocess.criteo_tsv import BadLineError, count_lines, piece_of_plain, pieces_of_text
-from datamodules.preprocess.json_lines import JSON_TYPES, fault_of_line, not_utf8
+from datamodules.preprocess.json_lines import JSON_TYPES, checked_object, not_utf8
 from datamodules.preprocess.log_columns import segment_of, staged_columns
 from datamodules.preprocess.quotes import find_quoted, line_ends
 from datamodules.preprocess.sources import RawFile
@@ -307,28 +308,42 @@ class LogReader:
         """
         if not text.strip():
             return pa.table({})
-        known = pa.schema([(name, JSON_TYPES[kind]) for name, kind in self.types])
-        table = pyarrow.json.read_json(
-            pa.BufferReader(text),
-            pyarrow.json.ReadOptions(use_threads=False, block_size=len(text)),
-            pyarrow.json.ParseOptions(explicit_schema=known, unexpected_field_behavior="infer"),
-        )
+        types = {name: JSON_TYPES[kind] for name, kind in self.types}
+        table = self._read_json(text, types)
+        # pyarrow takes texts of unknown columns for times if they look like times.
+        if times := [name for name in table.column_names if pa.types.is_timestamp(table.column(name).type)]:
+            table = self._read_json(text, types | dict.fromkeys(times, pa.string()))
         if self.schema.rest == "error" and (others := [n for n in table.column_names if n not in self._sources]):
             raise BadLineError(0, others[0])
         return table
 
+    def _read_json(self, text: bytes, types: Mapping[str, pa.DataType]) -> pa.Table:
+        # Other keys are read past if that is allowed, and if it is known how to read the needed ones.
+        reads_past = self.schema.rest == "leave" and self._needed <= types.keys()
+        some = {name: kind for name, kind in types.items() if not reads_past or name in self._needed}
+        return pyarrow.json.read_json(
+            pa.BufferReader(text),
+            pyarrow.json.ReadOptions(use_threads=False, block_size=len(text)),
+            pyarrow.json.ParseOptions(
+                explicit_schema=pa.schema(some.items()), unexpected_field_behavior="ignore" if reads_past else "infer"
+            ),
+        )
+
     def _good_json(self, text: bytes, faults: dict[int, str]) -> tuple[pa.Table, np.ndarray]:
         """Return the columns of the lines that are objects of the known types, and the number of each line; add the
         others to ``faults``."""
-        kinds, good = dict(self.types), []
+        kinds, needed, good, lines = dict(self.types), self._needed, [], []
         known = self._sources if self.schema.rest == "error" else None
         for number, line in enumerate(text.split(b"\n")):
             if line.strip():
-                if (fault := fault_of_line(line, kinds, known)) is None:
-                    good.append(number)
+                row = checked_object(line, kinds, known)
+                if isinstance(row, str):
+                    faults[number] = row
                 else:
-                    faults[number] = fault
-        return self._json(_without_lines(text, faults)), np.array(good, np.int64)
+                    # Without what is left, of which pyarrow may refuse lists of several types.
+                    lines.append(json.dumps({key: value for key, value in row.items() if key in needed}))
+                    good.append(number)
+        return self._json("\n".join(lines).encode()), np.array(good, np.int64)
 
 
 def is_utf8(encoding: str) -> bool:
@@ -357,7 +372,8 @@ def _decoded(table: pa.Table) -> pa.Table:
         BadValueError: some bytes are not UTF-8.
     """
     for i, name in enumerate(table.column_names):
-        if pa.types.is_binary(table.column(name).type):
+        kind = table.column(name).type
+        if pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind) or pa.types.is_large_binary(kind):
             table = table.set_column(i, name, _texts_of_bytes(table.column(name)))
     return table
 
@@ -384,13 +400,3 @@ def _first_foreign(value: bytes) -> int | None:
 def _places(text: bytes, character: bytes) -> np.ndarray:
     """Return where a character of one byte stands, int64."""
     return np.flatnonzero(np.frombuffer(text, np.uint8) == ord(character))
-
-
-def _without_lines(text: bytes, numbers: Collection[int]) -> bytes:
-    """Return a text in which some lines are empty."""
-    if not numbers:
-        return text
-    lines = text.split(b"\n")
-    for number in numbers:
-        lines[number] = b""
-    return b"\n".join(lines)

@@ -79,7 +79,7 @@ def draw_roofline(
         title: name of the benchmark.
         path: file of the figure; its suffix is the format.
     """
-    figure = Figure(figsize=(8.5, 5.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.4), layout="constrained")
     axes = figure.subplots()
     intensities = [cost.intensity for parts in precisions.values() for cost, _ in parts.values()]
     low, high = min(intensities) / 3, max(intensities) * 3
@@ -97,11 +97,13 @@ def draw_roofline(
                 color=colour,
                 markerfacecolor=colour if style == "-" else "white",
                 linestyle="none",
-                label=f"{part}, {precision}",
             )
-            axes.annotate(
-                part, (cost.intensity, cost.flops / seconds / 1e9), (7, -3), textcoords="offset points", fontsize=8
+            # To both sides, as the MLPs lie near each other.
+            side: dict[str, Any] = (
+                {"xytext": (-8, -3), "ha": "right"} if part == "bottom MLP" else {"xytext": (8, -3), "ha": "left"}
             )
+            place = (cost.intensity, cost.flops / seconds / 1e9)
+            axes.annotate(part, place, textcoords="offset points", fontsize=8, color=colour, **side)
     axes.set(
         xscale="log",
         yscale="log",

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     title = "DLRM paper, section 5.2"
     if not is_published:
         # Not by the section's name, whose published time is of other sizes.
-        title = f"a DLRM with {len(workload.tables)} tables of {max(workload.tables):,} rows, batch {args.batch_size:,}"
+        title = f"DLRM with {len(workload.tables)} tables of {max(workload.tables):,} rows"
     batches = [draw_batch(workload, args.batch_size, seed) for seed in range(step.DRAWN_BATCHES)]
     if device.type == "cuda":
         batches = [batch.pin_memory() for batch in batches]
@@ -126,9 +126,10 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     print(render_roofline(parts, rates))
     if args.plot is not None:
         named = {name.replace(" ", ", "): column for name, column in columns.items()}
-        draw_breakdown(named, args.device, title, args.plot)
+        drawn = f"{title}, batch {args.batch_size:,}"
+        draw_breakdown(named, args.device, drawn, args.plot)
         second = args.plot.with_stem(args.plot.stem + "-roofline")
-        draw_roofline(parts, rates, title, second)
+        draw_roofline(parts, rates, drawn, second)
         print(f"figures: {args.plot}, {second}")
     return totals + _operator_rows(args, profiles)
 

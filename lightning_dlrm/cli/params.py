@@ -13,6 +13,7 @@ from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.parser import CommandParser, build_model_and_data, build_model_parser
 from lightning_dlrm.contracts.documents import read_yaml
 from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.terminal import binary_size
 from lightning_dlrm.engine.memory import DEFAULT_BATCH_SIZE, count_memory
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.network import ModelSize, model_size
@@ -31,7 +32,7 @@ def run(arguments: Sequence[str], description: str) -> int:
         print(json.dumps(sizes, indent=1))
     else:
         for name, value in sizes.items():
-            human = f"  {value / 2**30:8.3f} GiB" if value and name.startswith("bytes") else ""
+            human = f"  {binary_size(value):>10s}" if value and name.startswith("bytes") else ""
             print(f"{name:28s}{'unknown' if value is None else f'{value:,}':>18}{human}")
     return 0
 

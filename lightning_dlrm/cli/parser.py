@@ -1,5 +1,6 @@
 """The options of a fit, which all commands with a model share, on Lightning's public argument parser."""
 
+import contextlib
 import logging
 import os
 import re
@@ -9,7 +10,7 @@ from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TextIO
 
 import pytorch_lightning as pl
 import yaml
@@ -17,6 +18,7 @@ from jsonargparse import ActionConfigFile, Namespace
 from lightning_utilities.core.enums import StrEnum
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from tqdm import tqdm
 
 from lightning_dlrm.cli.configs import resolve_config_arguments
 from lightning_dlrm.cli.mistakes import explain, known_keys
@@ -283,8 +285,18 @@ class _Wrapped(logging.Formatter):
         return wrapped(super().format(record).split("\n"), sys.stderr)
 
 
+class _BesideBars(logging.StreamHandler[TextIO]):
+    """A handler whose messages do not run into a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Elsewhere bars are lines, with nothing to clear.
+        beside = tqdm.external_write_mode(self.stream) if self.stream.isatty() else contextlib.nullcontext()
+        with beside:
+            super().emit(record)
+
+
 def _log_handler() -> logging.Handler:
-    handler = logging.StreamHandler()
+    handler = _BesideBars()
     handler.setFormatter(_Wrapped("%(message)s"))
     return handler
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from lightning_dlrm.cli.palette import OKABE_ITO, filling
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.terminal import binary_size, counted
 from lightning_dlrm.sharding.balance import HostPlacement
 from lightning_dlrm.sharding.costs import RankCost, TableCost, TableLoad, imbalance
 from lightning_dlrm.sharding.plan import Plan
@@ -113,10 +114,10 @@ def describe_places(places: HostPlacement, loads: Sequence[TableLoad]) -> str:
         places: places chosen by ``place_tables``.
         loads: loads of whole tables.
     """
-    lines: list[tuple[str, ...]] = [("table", "rows", "GiB", "rows fetched", "served", "place")]
+    lines: list[tuple[str, ...]] = [("table", "rows", "size", "rows fetched", "served", "place")]
     for load in sorted(loads, key=lambda load: -load.bytes):
         fetched = places.fetched.get(load.name)
-        size, moved = f"{load.bytes / 2**30:.3f}", "" if fetched is None else f"{fetched:,.0f}"
+        size, moved = binary_size(load.bytes), "" if fetched is None else f"{fetched:,.0f}"
         place = "device" if fetched is None else "host"
         served = f"{places.served.get(load.name, 1):.1%}"
         if load.name in places.cut:
@@ -125,8 +126,8 @@ def describe_places(places: HostPlacement, loads: Sequence[TableLoad]) -> str:
     return (
         f"{aligned(lines)}\nrows fetched: before each step, from host memory, and written back after it\n"
         "served: share of the lookups that read rows on the device\n\n"
-        f"device: {places.device_bytes / 2**30:.3f} GiB, of which {places.cached_bytes / 2**30:.3f} for cached rows; "
-        f"host: {places.host_bytes / 2**30:.3f} GiB; a step moves {places.bus_bytes / 2**20:,.1f} MiB either way"
+        f"device: {binary_size(places.device_bytes)}, of which {binary_size(places.cached_bytes)} for cached rows;\n"
+        f"host: {binary_size(places.host_bytes)}; a step moves {binary_size(places.bus_bytes)} either way"
     )
 
 
@@ -161,15 +162,6 @@ def _summary(costs: Sequence[RankCost], of: Any) -> RankCost:
         sent_vectors=of([c.sent_vectors for c in costs]),
         sent_gradients=of([c.sent_gradients for c in costs]),
     )
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is 1.
-
-    >>> counted(1, "rank"), counted(1200, "table")
-    ('1 rank', '1,200 tables')
-    """
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

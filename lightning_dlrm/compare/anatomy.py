@@ -22,6 +22,7 @@ from lightning_dlrm.cli.version import code_version
 from lightning_dlrm.compare.runs import Arm, Run
 from lightning_dlrm.contracts.documents import read_json
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.terminal import binary_size
 from lightning_dlrm.engine.memory import DEFAULT_BATCH_SIZE, table_loads
 from lightning_dlrm.sharding.balance import make_plan
 from lightning_dlrm.sharding.costs import RankCost, TableLoad, parse_memory, rank_costs
@@ -155,7 +156,7 @@ def _obstacle(run: Run) -> str:
         return f"only steps in {', '.join(_PRECISIONS)} are measured, and its precision is {precision}"
     needed, free = run.final[names.BYTES_PER_RANK], psutil.virtual_memory().available
     if needed * 1.5 > free:
-        return f"its tables need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        return f"its tables need {binary_size(needed)}, {binary_size(free)} are free"
     return ""
 
 

@@ -189,7 +189,11 @@ class _ResultDrawing(Drawing):
                 )
             axes.axvline(0, color="0.6", linewidth=0.8)
             higher = HIGHER_IS_BETTER[metric]
-            sides = ("the other is better", "the first is better")
+            only = len(pairs) == 1
+            sides = tuple(
+                f"{side} is better"
+                for side in ((pairs[0].loser, pairs[0].winner) if only else ("the other", "the first"))
+            )
             left, right = sides if higher else sides[::-1]
             self.rows(
                 axes,

@@ -89,21 +89,22 @@ def answer(comparison: Comparison) -> tuple[str, str]:
     first, second, *_ = arms = ranked(comparison)
     pairs = [pair_of(comparison, first, arm) for arm in arms[1:]]
     near = pair_of(comparison, first, second)
-    auc = f"AUC {np.mean(comparison.values(first, 'auc')):.4f}"
+    auc = f"{np.mean(comparison.values(first, 'auc')):.4f}"
     amount, interval = distance(near.interval).split(" ", 1)
     above = f"{amount} above {second.name} (95% interval {interval.strip('()')})"
-    if near.single:
+    level = [pair.loser for pair in pairs if not (pair.decided or pair.single)]
+    if any(pair.single for pair in pairs) and not level:
         head = (
-            f"No verdict from one seed: {first.name} has the highest {auc}, {above}, without the variation over seeds."
+            f"No verdict from one seed: {first.name} has the highest AUC, {auc}: {above}, without the variation over "
+            "seeds."
         )
-    elif all(pair.decided for pair in pairs):
-        head = f"{first.name} wins: {auc}, {above}, {_seeds(comparison)}."
-    else:
-        level = [pair.loser for pair in pairs if not pair.decided]
+    elif level:
         head = (
-            f"No clear winner: {first.name} has the highest {auc}, {above}, and is not distinguishable from "
+            f"No clear winner: {first.name} has the highest AUC, {auc}: {above}. It is not distinguishable from "
             f"{_listed(level)} with {_seeds(comparison)}."
         )
+    else:
+        head = f"{first.name} wins: AUC {auc}, {above}, {_seeds(comparison)}."
     return head, " ".join(filter(None, [_by_log_loss(comparison, first, second), on]))
 
 

@@ -263,9 +263,9 @@ def closing_words(comparison: Comparison, output: Path) -> str:
     if "group_auc" in comparison.metrics:
         columns[-1] = "group_auc"
     rows = [["", *(METRIC_TITLES[name] for name in columns), "samples/s", "validation"]]
+    steady = comparison.steady(names.SAMPLES_PER_SECOND)
     for arm in ranked(comparison):
         values = (f"{np.mean(comparison.values(arm, name)):.5f}" for name in columns)
-        steady = comparison.steady(names.SAMPLES_PER_SECOND)
         speed = rounded(_median(arm, names.SAMPLES_PER_SECOND)) if steady else "-"
         rows.append([arm.name, *values, speed, sparkline(_mean_course(arm, f"{names.VALIDATION}/auc"), SPARK_WIDTH)])
     seeds = ", ".join(dict.fromkeys(str(len(arm.runs)) for arm in comparison.arms))
@@ -280,6 +280,7 @@ def closing_words(comparison: Comparison, output: Path) -> str:
             "",
             *_table(rows),
             f"{of}, on the {comparison.split} split; validation: the course of the AUC",
+            *([] if steady else ["samples/s are not comparable: they differ more than 1.5 times between seeds"]),
             *filter(None, [comparison.groups_note]),
             "",
             "differences, with 95% intervals:",

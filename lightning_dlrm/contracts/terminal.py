@@ -35,6 +35,27 @@ def wrapped(lines: Iterable[str], stream: TextIO | None = None) -> str:
     return "\n".join(part for line in lines for part in _parts(line, width))
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1.
+
+    >>> counted(1, "rank"), counted(1200, "table")
+    ('1 rank', '1,200 tables')
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def binary_size(size: float) -> str:
+    """Format a number of bytes in the unit that fits it.
+
+    >>> [binary_size(size) for size in (12, 13_925, 55_698_692, 2_162_708_692)]
+    ['12 bytes', '13.6 KiB', '53.1 MiB', '2.01 GiB']
+    """
+    for unit, bytes_of_unit in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= bytes_of_unit:
+            return f"{size / bytes_of_unit:,.3g} {unit}" if size < 1000 << 30 else f"{size / bytes_of_unit:,.0f} {unit}"
+    return f"{size:,.0f} bytes"
+
+
 def command_after(words: str, command: str) -> str:
     """Return a command on a line of its own below some words, as it fits the terminal."""
     return wrapped([words, f"  {command}"])

@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from lightning_dlrm.contracts.errors import UserError, one_line, require
+from lightning_dlrm.contracts.terminal import binary_size
 from lightning_dlrm.engine.checkpoint_state import dense_tensors, table_pieces
 from lightning_dlrm.engine.fit_length import all_micro_batches
 from lightning_dlrm.engine.loading import load_parameters
@@ -116,7 +117,8 @@ class RunCheckpoints(Checkpoint):
         sizes = np.stack(Ranks().all_gather(np.array([here, staging_bytes(pieces)])))
         # Rank 0 also writes the dense parameters and their optimizer state.
         rest = sum(tensor.nbytes for tensor in dense_tensors(pl_module))
-        log.info("a checkpoint takes %.3f GiB; last and best are kept", (int(sizes[:, 0].sum()) + rest) / 2**30)
+        taken = binary_size(int(sizes[:, 0].sum()) + rest)
+        log.info("a checkpoint takes %s; last and best are kept", taken)
         if staging := int(sizes[:, 1].max()):
             log.info("saving it takes up to %.3f GiB of page-locked memory in each rank", staging / 2**30)
 

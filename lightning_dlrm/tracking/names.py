@@ -66,17 +66,17 @@ SAMPLES = "samples"
 STEP = "step"
 
 COMPARISON_FIGURES = {
-    "figure5": "accuracy while training",
     "differences": "differences",
-    "results": "results of every seed",
-    "accuracy": "accuracy",
-    "log_loss": "log loss",
     "auc": "AUC",
+    "results": "results of every seed",
     "calibration": "calibration",
     "cost": "time and memory",
-    "parameters": "parameters of tables and dense parts",
     "operators": "where the time of a step goes, by kind of operator",
+    "parameters": "parameters of tables and dense parts",
     "load": "load of each rank, where tables are sharded",
+    "figure5": "accuracy while training",
+    "accuracy": "accuracy",
+    "log_loss": "log loss",
 }
 """Name of a figure of a comparison -> its title."""
 COMPARISON_TABLES = ("verdicts", "parameters", "operators", "load")

@@ -115,7 +115,7 @@ def _panels() -> dict[str, list[Any]]:
         "speed": [
             _lines("speed", names.SAMPLES_PER_SECOND, title_y="samples/s"),
             _lines("share of the time waiting for data", names.DATA_WAIT_SHARE, range_y=(0.0, None)),
-            _metric_lines("auc", x=_TIME),
+            _metric_lines("auc", "AUC over time", x=_TIME),
             _bars("time of training", names.TRAINING_SECONDS, "s"),
             _bars("peak memory", names.in_gib(names.PEAK_MEMORY), "GiB"),
             _bars("peak GPU memory", names.in_gib(names.PEAK_DEVICE_MEMORY), "GiB"),
@@ -177,11 +177,11 @@ def _lines(title: str, *metrics: str, x: str = _SAMPLES, **options: Any) -> Any:
     return wr.LinePlot(title=title, x=x, title_x=axis, **options)
 
 
-def _metric_lines(metric: str, **options: Any) -> Any:
+def _metric_lines(metric: str, title: str = "", **options: Any) -> Any:
     """Return a plot of a metric during training, of the validation split and of the training samples."""
     both = (f"{names.VALIDATION}/{metric}", f"{names.TRAIN}/{metric}")
-    title = f"{_TITLES[metric].partition(',')[0]}, validation and training"
-    return _lines(title, *both, title_y=_TITLES[metric], **options)
+    both_title = f"{_TITLES[metric].partition(',')[0]}, validation and training"
+    return _lines(title or both_title, *both, title_y=_TITLES[metric], **options)
 
 
 def _bars(title: str, metric: Any, unit: str | None = None) -> Any:

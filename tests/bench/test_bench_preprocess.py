@@ -64,7 +64,7 @@ def test_rows_of_all_contenders(tmp_path: Path, peer: Path, numpy_1: Path, capsy
     ]
     ours, baseline, few, other = rows
     assert all(30e6 < row["peak_bytes"] < 2e9 and row["cpu_s"] > 0 for row in rows[:3])
-    assert ours["speed_over_baseline"] == (2_000 / ours["median_s"]) / (500 / baseline["median_s"]) < 1
+    assert ours["speed_over_baseline"] == pytest.approx((2_000 / ours["median_s"]) / (500 / baseline["median_s"]))
     assert 2 < other["median_s"] < 3 and few["speed_over_peer"] == pytest.approx(other["median_s"] / few["median_s"])
     assert ours["speed_over_peer"] == pytest.approx((2_000 / ours["median_s"]) / (150 / other["median_s"]))
     assert 0 < ours["stage_s"] + ours["count_s"] + ours["encode_s"] < ours["median_s"]
@@ -135,9 +135,9 @@ def test_prediction_is_arithmetic_on_the_costs() -> None:
 
 
 def test_a_log_is_read_by_its_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = bench("--dataset", "avazu", "--rows", "3000", "--rounds", "1", "--folder", str(tmp_path))
+    rows = bench("--dataset", "log", "--rows", "3000", "--rounds", "1", "--folder", str(tmp_path))
     assert [(row.implementation, row.samples) for row in rows] == [("ours", 3000), ("baseline", 3000)]
-    assert rows[0].case == "3,000 rows, avazu, schema" and rows[0].extra["speed_over_baseline"] > 0
+    assert rows[0].case == "3,000 rows, log, schema" and 0 < rows[0].extra["speed_over_baseline"] < 1
     assert "prediction" not in capsys.readouterr().out and list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="--peer reads Criteo's files only"):
         bench("--dataset", "avazu", "--peer", str(tmp_path))

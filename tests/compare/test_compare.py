@@ -606,7 +606,7 @@ def test_marks_do_not_hide_each_other_and_parts_have_colours_of_their_own(monkey
         (pair,) = pairs
         # Winner minus loser, with the better side in words: to the right for the AUC, to the left for the log loss.
         assert [label.get_text() for label in axes.get_yticklabels()] == ["DCN\nminus DLRM"]
-        assert (pair.interval.value > 0) == axes.get_xlabel().endswith("the first is better →")
+        assert (pair.interval.value > 0) == axes.get_xlabel().endswith("DCN is better →")
     for axes in drawn["auc"].axes:
         marks = [line for line in axes.lines if line.get_marker() != "None"]
         assert len({line.get_markersize() for line in marks}) == len(marks) == 2

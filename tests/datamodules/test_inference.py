@@ -240,7 +240,7 @@ MISTAKES: list[tuple[str | bytes, str | None, str]] = [
     ("stars,a\n1,x\n5,z\n3,z\n", None, r"give --label 'stars >= 4'"),
     ("bought,a\nyes,x\nno,z\n", None, r"give --label 'bought == yes'"),
     ("a,b\nx,1\nz,7\n", None, r"no column looks like a label.*columns are a, b"),
-    ("y,a\n1,x\n0,z\n", "yy", r"no column 'yy'; the columns are y, a; did you mean y\?"),
+    ("y,a\n1,x\n0,z\n", "yy", r"no column 'yy'; did you mean y\? The columns are y, a"),
     ("y,a\nja,x\nnein,z\n", "y", r"holds ja \(50.0%\), nein .*such as --label 'y == ja'"),
     ("y,a\nja,x\nnein,z\n", "y >= 3", r"'(ja|nein)' is not a number, so compare it by == or !="),
     ("y,a\n1,x\n-1,z\n", "y", r"expected 0 and 1, .* such as --label 'y == 1'"),

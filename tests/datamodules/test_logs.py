@@ -64,6 +64,11 @@ def plain_splits(rows: Sequence[Row], split: dict[str, Any]) -> list[str | None]
     if split["by"] == "column":
         of_value = {str(value): name for name in SPLITS for value in split.get(name, ())}
         return [of_value.get(row["fold"]) for row in rows]
+    if split["by"] == "random":
+        # Which rows are drawn is not of interest here, but that they lie apart.
+        return [
+            SPLITS[code] for code in SplitRule(ratios=split["ratios"], seed=split["seed"]).split_of(0, len(rows), None)
+        ]
     if split["by"] == "time":
         days = sorted(row["day"] for row in rows)
         first, second = (days[math.ceil(share * len(days) - 1e-9) - 1] for share in shares[:2])
@@ -121,6 +126,13 @@ def plain_number(value: float | None, column: dict[str, Any], counted: Sequence[
     return value
 
 
+def plain_bin(value: float, edges: Sequence[float] | None) -> int:
+    """The bin of a number by edges of quantiles; without edges by its squared logarithm, as an integer of 32 bits."""
+    if edges is not None:
+        return sum(edge < value for edge in edges)
+    return int(math.floor(math.log(value) ** 2) if value > 2 else math.trunc(value)) % 2**32
+
+
 def plain_edges(known: Sequence[float], bins: int) -> list[float]:
     ranks = [math.ceil(k * len(known) / bins) for k in range(1, bins + 1)] if known else []
     return sorted({known[rank - 1] for rank in ranks})[:-1]
@@ -129,16 +141,18 @@ def plain_edges(known: Sequence[float], bins: int) -> list[float]:
 def plain_dataset(rows: Sequence[Row], document: dict[str, Any]) -> dict[str, list[Row]]:
     splits = plain_splits(rows, document["split"])
     counted = [r for r, s in zip(rows, splits, strict=True) if s == "train" or (s and document["counts"] == "all")]
-    columns, limits = document["columns"], {"min_count": document["min_count"], "max_rows": document["max_rows"]}
-    users = PlainTable([row["user"] for row in counted], **limits, missing=document["missing"])
+    columns, limits = document["columns"], {name: document[name] for name in ("min_count", "max_rows", "missing")}
+    own = {name: value for name, value in columns["user"].items() if name in limits}
+    users = PlainTable([row["user"] for row in counted], **{**limits, **own})
     bag_of = lambda row: [tag for tag in row["tags"] if tag]  # noqa: E731
-    tags = PlainTable([tag for row in counted for tag in bag_of(row)], **limits, missing="none")
+    tags = PlainTable([tag for row in counted for tag in bag_of(row)], **{**limits, "missing": "none"})
     prices = [row["price"] for row in counted]
-    edges = plain_edges(sorted(price for price in prices if price is not None), columns["bin"]["bins"])
-    bin_of = lambda price: None if price is None else sum(edge < price for edge in edges)  # noqa: E731
+    known = sorted(price for price in prices if price is not None)
+    edges = plain_edges(known, columns["bin"]["bins"]) if columns["bin"]["transform"] == "quantile" else None
+    bin_of = lambda price: None if price is None else plain_bin(price, edges)  # noqa: E731
     # Bins of equal counts are in the order of their numbers, and others by their counts.
-    named = {bin_of(price): f"{bin_of(price):04d}" for price in prices if price is not None}
-    bins = PlainTable([named.get(bin_of(price)) for price in prices], **limits, missing=document["missing"])
+    named = {bin_of(price): f"{bin_of(price):010d}" for price in known}
+    bins = PlainTable([named.get(bin_of(price)) for price in prices], **limits)
     result: dict[str, list[Row]] = {}
     for row, split in zip(rows, splits, strict=True):
         if split is None:
@@ -175,8 +189,19 @@ splits = st.sampled_from(
         {"by": "position", "ratios": [0.5, 0.25, 0.25]},
         {"by": "time", "column": "day", "ratios": [0.6, 0.2, 0.2]},
         {"by": "column", "column": "fold", "train": ["0", "1"], "validation": ["2"], "test": [3]},
+        {"by": "column", "column": "fold", "train": ["0"], "validation": ["2"], "test": [3], "leave": [1]},
+        {"by": "random", "ratios": [0.5, 0.25, 0.25], "seed": 7},
+        {"by": "files", "train": ["log0.csv"], "validation": ["log1*"], "test": ["*2.csv"]},
     ]
 )
+
+
+OWN_LIMITS: list[dict[str, Any]] = [{}, {"min_count": 2}, {"max_rows": 4}, {"missing": "rare"}, {"missing": "own"}]
+BINS: list[dict[str, Any]] = [
+    {"transform": "quantile", "bins": 2},
+    {"transform": "quantile", "bins": 5},
+    {"transform": "log_squared"},
+]
 
 
 @st.composite
@@ -189,10 +214,10 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
         "dataset": "own",
         "label": "click",
         "columns": {
-            "user": {"role": "categorical"},
+            "user": {"role": "categorical", **draw(st.sampled_from(OWN_LIMITS))},
             "who": {"role": "keep", "source": "user"},
             "price": price,
-            "bin": {"role": "categorical", "source": "price", "transform": "quantile", "bins": draw(st.integers(2, 5))},
+            "bin": {"role": "categorical", "source": "price", **draw(st.sampled_from(BINS))},
             "tags": {"role": "multi_hot", "separator": "|", "weights": "weights"},
             "day": {"role": "keep", "time": "%Y-%m-%d"},
             "fold": {"role": "leave"},
@@ -217,7 +242,7 @@ def as_csv(rows: Sequence[Row], separator: str = ",") -> str:
     return out.getvalue()
 
 
-@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(rows=st.lists(rows, min_size=8, max_size=40), document=documents(), piece=st.sampled_from([40, 150, 10**6]))
 def test_a_dataset_is_what_the_schema_says(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Row], document: dict[str, Any], piece: int
@@ -227,13 +252,18 @@ def test_a_dataset_is_what_the_schema_says(
         row["tags"] = [] if row["tags"] == [""] else row["tags"]
         row["weights"] = [0.5 * (1 + i) for i in range(len(row["tags"]))]
     folder = tmp_path_factory.mktemp("log")
-    (folder / "log.csv").write_text(as_csv(rows))
+    ends = [0, *(round(share * len(rows)) for share in (0.8, 0.9, 1.0))]
+    if document["split"]["by"] != "files":
+        ends = [0, 0, 0, len(rows)]
+    files = [folder / f"log{i}.csv" for i in range(3) if ends[i] < ends[i + 1]]
+    for i, path in enumerate(files, 3 - len(files)):
+        path.write_text(as_csv(rows[ends[i] : ends[i + 1]]))
     expected = plain_dataset(rows, document)
     if not all(len({row["label"] for row in expected.get(split, [])}) == 2 for split in SPLITS):
         with pytest.raises(UserError, match=r"no rows are left in the|labels of the .* split are"):
-            make(folder / "log.csv", folder / "data", document, block_bytes=piece)
+            make(files, folder / "data", document, block_bytes=piece)
         return
-    schema = make(folder / "log.csv", folder / "data", document, block_bytes=piece)
+    schema = make(files, folder / "data", document, block_bytes=piece)
     for split in SPLITS:
         found = rows_of(folder / "data", schema, split)
         assert [list(row) for row in found] == [list(row) for row in expected[split]]
@@ -415,9 +445,12 @@ MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (b"x" * (1 << 20) + log_of(LINES), {}, "line 1: no line end in the first 1,048,576 bytes; expected a header"),
     (b"\r\r\n" + log_of(LINES), {}, "has no column 'click'"),
     (with_line(7, "1,u1,cheap,2024-01-01"), {}, "line 9: p is 'cheap', expected a number"),
-    (with_line(7, "1,u1,inf,2024-01-01"), {}, "line 9: p is inf, expected a finite number"),
+    (with_line(7, "1,u1,inf,2024-01-01"), {}, "line 9: p is inf, expected a number of at most 3.4e38"),
     (with_line(3, '1,"u\n1",1,2024-01-01\n2,u1,1,2024-01-01'), {},
      r"line 7: the label click is '2'.*correct the line, or give a condition such as label: 'click >= 1'"),
+    (with_line(7, "1,u1,-1e39,2024-01-01"), {}, r"line 9: p is -1e\+39, expected a number of at most 3.4e38"),
+    (log_of(LINES).replace(b"\n", b"\r"), {}, r"carriage returns as line ends; make them line feeds: tr '\\r' '\\n'"),
+    (log_of(LINES), {"label": "p >= 5", "rest": "leave"}, "columns: p is made of the label's column p, so it tells"),
     (with_line(3, ",u1,1,2024-01-01"), {}, "line 5: the label click is missing"),
     (log_of([line.replace("0,", "no,", 1).replace("1,", "yes,", 1) for line in LINES]), {},
      r"line 2: the label click is 'no' \(beside 'yes'\), .*click == yes"),
@@ -480,6 +513,11 @@ def test_a_mistake_is_named_and_nothing_is_left(
         (['{"click": 1, "u": "a", "p": 1}', '{"click": 0, "u": "a", "p": "dear"}'], r'line 2: p is "dear" \(text\)'),
         (['{"click": 1, "u": "a"}'] * 1200 + ['{"click": 1, "u": "p", "P": 1}'], "has no column 'p'"),
         (["[" * 100_000], "line 1: not JSON"),
+        (['{"click": 1, "u": "a", "p": 1}', '{"click": 1, "u": "a", "u": "b"}'], "line 2: the key u stands twice"),
+        (
+            ['{"click": 1, "u": 1, "p": 1}'] * 1200 + ['{"click": 1, "u": 18446744073709551615, "p": 1}'],
+            r"line 1,201: u is 18446744073709551615 \(numbers of more than 64 bits\), where earlier lines have numbers",
+        ),
     ],
 )
 def test_a_mistake_in_json_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
@@ -504,6 +542,25 @@ def test_keys_that_only_later_lines_have_are_columns(tmp_path: Path) -> None:
     assert found == [row.get("p") for row in rows]
     days = pq.read_table(tmp_path / "data/vocabulary/day.parquet").column("value").to_pylist()
     assert [day for day in days if day] == ["2024-01-01"], "not a time, as pyarrow would take the text"
+
+
+def test_odd_values_of_json_are_read(tmp_path: Path) -> None:
+    """Integers of 64 bits keep all digits, texts that look like times stay texts, and what is left may be anything."""
+    rows = [
+        {"click": i % 2, "u": 2**64 - 1 - i % 2, "t": f"2024-01-0{1 + i % 2}", "z": [1, {"b": 2}]} for i in range(1240)
+    ]
+    rows = [{**row, "t": None} if i < 1200 else row for i, row in enumerate(rows)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"u": {"role": "categorical"}, "t": {"role": "categorical"}, "z": {"role": "leave"}}
+    made = {}
+    for rest in ("error", "leave"):
+        made[rest] = tmp_path / rest
+        document = {**FEW, "columns": columns, "counts": "all", "rest": rest}
+        make(tmp_path / "log.jsonl", made[rest], document, block_bytes=9000)
+    for name, values in (("u", [str(2**64 - 2), str(2**64 - 1)]), ("t", ["2024-01-01", "2024-01-02"])):
+        found = pq.read_table(made["leave"] / f"vocabulary/{name}.parquet").column("value").to_pylist()
+        assert [value for value in found if value] == values
+    assert contents(made["error"]) == contents(made["leave"])
 
 
 @given(st.lists(st.sampled_from(['"', '""', ',"', '",', ",", "\n", "a"]), max_size=30).map("".join))
@@ -596,7 +653,7 @@ def test_many_bad_rows_take_as_long_as_few(tmp_path: Path, name: str, monkeypatc
         make(
             tmp_path / name,
             tmp_path / "other",
-            {**FEW, **BY_TIME, "label": "u >= 1", "rest": "leave"},
+            {**FEW, **BY_TIME, "label": "t >= 1", "rest": "leave"},
             on_bad_row="skip",
         )
 
@@ -770,7 +827,7 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
     found = datamodules.encode(new, None, tmp_path / "new", vocabulary=tmp_path / "data")
     assert rows_of(tmp_path / "new", found, "test") == [{k: v for k, v in r.items() if k != "label"} for r in test]
 
-    arrays = RowEncoder(tmp_path / "data").encode(new)
+    arrays = RowEncoder(tmp_path / "data").encode(new.drop_columns(["day", "fold"]))
     for i, row in enumerate(test):
         for name in ("user", "bin"):
             assert arrays[name][i] == row[name]
@@ -806,3 +863,40 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
     assert sum(len(batch) for batch in data.train_dataloader()) == schema.splits["train"].rows
     batch = next(iter(data.val_dataloader()))
     assert batch.group is not None and batch.ids.weights is not None
+
+
+def test_data_frames_are_encoded_as_tables(tmp_path: Path) -> None:
+    """Categories, strings, integers and truth values that may be missing, NaN, times with zones, lists and arrays."""
+    pd = pytest.importorskip("pandas")
+    hours = pd.date_range("2024-01-01", periods=60, freq="h", tz="Europe/Berlin")
+    some = [None if i % 5 == 0 else i % 4 for i in range(60)]
+    lists = [None if i % 6 == 0 else ["a", "b"][: i % 3] for i in range(60)]
+    frame = pd.DataFrame(
+        {
+            "y": [True, False] * 30,
+            "c": pd.Categorical(some),
+            "s": pd.array([None if one is None else f"ü{one}" for one in some], dtype="string"),
+            "i": pd.array(some, dtype="Int64"),
+            "f": [math.nan if one is None else float(one) for one in some],
+            "b": pd.array([None if one is None else one > 1 for one in some], dtype="boolean"),
+            "t": hours,
+            "l": lists,
+            "w": [None if one is None else np.arange(len(one)) for one in lists],
+        },
+        index=range(60, 0, -1),
+    )
+    columns: dict[str, Any] = {name: {"role": "categorical"} for name in "csifb"}
+    columns |= {"x": {"role": "dense", "source": "f"}, "when": {"role": "keep", "source": "t"}}
+    columns["l"] = {"role": "multi_hot", "weights": "w"}
+    document = {"dataset": "d", "label": "y", "columns": columns, "split": {"by": "time", "column": "t"}}
+    schema = datamodules.encode(frame, document, tmp_path / "data")
+    texts = {"s": [None if one is None else f"ü{one}" for one in some], "i": some, "f": some, "c": some}
+    flags = {"y": [True, False] * 30, "b": [None if one is None else one > 1 for one in some]}
+    weights = [None if one is None else [float(i) for i in range(len(one))] for one in lists]
+    times = [datetime.datetime(2023, 12, 31, 23) + datetime.timedelta(hours=i) for i in range(60)]
+    datamodules.encode(pa.table({**texts, **flags, "l": lists, "w": weights, "t": times}), document, tmp_path / "other")
+    assert contents(tmp_path / "data") == contents(tmp_path / "other")
+    arrays = RowEncoder(tmp_path / "data").encode(frame.drop(columns=["y", "t"]).head(2))
+    assert arrays["i"].tolist() == [row["i"] for row in rows_of(tmp_path / "data", schema, "train")[:2]]
+    with pytest.raises(UserError, match=r"the table, row 1: c holds objects \(extension<pandas.period"):
+        datamodules.encode(frame.assign(c=hours.tz_localize(None).to_period("M")), document, tmp_path / "bad")

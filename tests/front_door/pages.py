@@ -116,7 +116,10 @@ def run_block(shell: Shell, block: Block) -> list[Finished]:
         words = smaller(command[3:])
         # A fit on several ranks starts its own command again.
         several = words[words.index("--trainer.devices") + 1] != "1" if "--trainer.devices" in words else False
-        done.append(shell.run([sys.executable, "-m", "lightning_dlrm", *words]) if several else shell.cli(*words))
+        if several:
+            done.append(shell.run([sys.executable, "-m", "lightning_dlrm", *words]))
+        else:
+            done.append(shell.cli(*words, timeout=1200))
         if done[-1].code:
             break
     return done
