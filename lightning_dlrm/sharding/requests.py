@@ -144,7 +144,7 @@ class UncutRequest:
 def places_of(chosen_N: Tensor, count: int) -> Tensor:
     """Return the places of the chosen elements, of which there are ``count``: int64 [count].
 
-    ``torch.nonzero`` would wait for a GPU to learn the count, and ``nonzero_static`` takes three times as long on a CPU.
+    ``torch.nonzero`` would wait for a GPU to learn the count; ``nonzero_static`` takes three times as long on a CPU.
     """
     return torch.repeat_interleave(chosen_N.long(), output_size=count)
 
