@@ -24,6 +24,7 @@ from lightning_dlrm.cli.params import _parser as params_parser
 from lightning_dlrm.cli.plan import _parser as plan_parser
 from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.compare.command import _parser as compare_parser
+from lightning_dlrm.models.baselines import MLP
 from lightning_dlrm.optim.schedules import Constant, Cosine, WarmupQuadraticDecay, WarmupThenDecay
 from lightning_dlrm.tables.embeddings import MixedDimensions, QuotientRemainder
 
@@ -183,6 +184,15 @@ def default_words(parameter: inspect.Parameter) -> str:
     return f"`{value!r}`" if not isinstance(value, tuple) or value else "`[]`"
 
 
+def keys_of(found: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the arguments of a network with those that it passes on to its base class; of other classes their own."""
+    keys = dict(inspect.signature(found).parameters)
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in keys.values())
+    if passes_on and isinstance(found, type) and issubclass(found, lightning_dlrm.CTRNetwork):
+        return keys_of(found.__mro__[1]) | keys
+    return keys
+
+
 def key_table(found: Callable[..., Any], skip: Iterable[str] = ()) -> str:
     """Return a table of the arguments of a class, with their descriptions in its docstring or that of its bases."""
     words = {}
@@ -190,7 +200,7 @@ def key_table(found: Callable[..., Any], skip: Iterable[str] = ()) -> str:
         if base.__module__.startswith(("lightning_dlrm", "datamodules")):
             words |= {p.arg_name: p.description or "" for p in parse_from_object(base).params}
     rows = []
-    for name, parameter in inspect.signature(found).parameters.items():
+    for name, parameter in keys_of(found).items():
         if name in skip or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         kind = cell(type_words(parameter.annotation))
@@ -212,6 +222,7 @@ def configuration_page() -> str:
     networks = [
         found for found in public.values() if isinstance(found, type) and issubclass(found, base) and found is not base
     ]
+    networks.append(MLP)
     folder_data = public["Clicks"].__mro__[1]
     groups = {
         "checkpoint": ("", [cli.CheckpointSettings]),

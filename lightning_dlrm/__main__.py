@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         _prepare_streams()
         search_current_folder_last()
-        _start_workers(sys.argv[1:])
+        if sys.argv[1:2] == ["preprocess"]:
+            importlib.import_module("datamodules.preprocess.workers").fork_workers()
     given = sys.argv[1:] if arguments is None else arguments
     shows_tracebacks = DEBUG in given
     # Shells replace ~ at the start of a word only.
@@ -198,12 +199,6 @@ def _is_refusal_of_lightning(error: BaseException) -> bool:
     package = "" if frame is None else frame.f_globals.get("__name__", "").partition(".")[0]
     kinds = ("MisconfigurationException", "ValueError", "ModuleNotFoundError")
     return package in ("pytorch_lightning", "lightning_fabric") and type(error).__name__ in kinds
-
-
-def _start_workers(arguments: Sequence[str]) -> None:
-    """Start the worker processes of ``preprocess`` before this process loads anything."""
-    if arguments[:1] == ["preprocess"] and "--input" in arguments and "--infer" not in arguments:
-        importlib.import_module("datamodules.preprocess.serving").serve_processes()
 
 
 def _run(command: str, arguments: list[str]) -> int:

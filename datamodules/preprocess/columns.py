@@ -163,8 +163,10 @@ def _kind(present: Sequence[Value], decimal: str) -> tuple[Kind, Sequence[Value]
     if all(isinstance(cell, (datetime, date)) for cell in present):
         return "time", present
     if all(isinstance(cell, list) for cell in present):
-        items = [item for cell in present for item in cell]
-        if not all(isinstance(item, (str, int, float)) or item is None for item in items):
+        items = [item for cell in present for item in cell if item is not None]
+        if not all(isinstance(item, str) for item in items) and not all(
+            isinstance(item, (int, float)) for item in items
+        ):
             return "object", present
         fractions = any(isinstance(item, float) and not item.is_integer() for item in items)
         return "numbers" if fractions else "list", present
@@ -256,10 +258,12 @@ def choose(facts: Facts, sample: Sample, tells_label: bool) -> Choice:
         return Choice(
             settings={"role": "leave"}, reason="lists of numbers; they can be `weights` of a list of categories"
         )
+    # Integers beside missing values become 3.0 in a data frame.
+    whole = facts.kind == "number" and all(value.is_integer() for value in facts.values)
+    if facts.kind == "integer" or (whole and facts.words & _ID_WORDS):
+        return _choose_integer(facts, sample)
     if facts.kind == "number":
         return Choice(settings={"role": "dense", **_transform(facts)}, reason="numbers with fractions")
-    if facts.kind == "integer":
-        return _choose_integer(facts, sample)
     if facts.kind == "text":
         return _choose_text(facts, sample)
     return _categories(facts, sample, {"role": "categorical"}, "true and false")

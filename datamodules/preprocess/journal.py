@@ -145,6 +145,8 @@ def locked(folder: Path, output: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and error.filename == str(path):
             raise busy from None  # the run that finished removed it between the two calls
         raise UserError(f"cannot write to {folder.parent} ({error.strerror}); choose another --output") from error
+    # A worker process does not keep the lock of a process that was killed.
+    os.register_at_fork(after_in_child=file.close)
     with file:
         if not disk.lock(file):
             raise busy

@@ -2,7 +2,6 @@
 
 import codecs
 import gzip
-import mmap
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -69,7 +68,8 @@ class RawFile:
         if is_remote(self.path):
             return True
         with _named(self.path), Path(self.path).open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).find(byte, start) >= 0
+            file.seek(start)
+            return any(byte in piece for piece in iter(lambda: file.read(_PIECE), b""))
 
     def read(self, start: int, stop: int) -> bytes:
         """Return the stored bytes ``start`` to ``stop``, fewer at the end of the file.

@@ -12,6 +12,8 @@ import gc
 import multiprocessing
 import os
 import secrets
+import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -129,12 +131,16 @@ def usable_cores() -> int:
 
 @contextmanager
 def _processes(workers: int) -> Iterator[Executor]:
-    # Not forked from this process, because pyarrow's threads do not survive a fork. Only this process holds the pipe's
-    # writing end, so it closes when this process ends for any reason, and no worker outlives it.
-    served = multiprocessing.get_start_method(allow_none=True) == "forkserver"
-    context = multiprocessing.get_context("forkserver" if served else "spawn")
+    # Only this process holds the pipe's writing end, so it closes when this process ends for any reason, and no worker
+    # outlives it.
+    forks = multiprocessing.get_start_method(allow_none=True) == "fork" and threading.active_count() == 1
+    context = multiprocessing.get_context("fork" if forks else "spawn")
     reader, writer = context.Pipe(duplex=False)
-    executor = ProcessPoolExecutor(workers, context, initializer=_live_as_long_as, initargs=(reader,))
+    executor = ProcessPoolExecutor(
+        workers, context, initializer=_live_as_long_as, initargs=(reader, writer if forks else None)
+    )
+    if forks:
+        executor.submit(int)  # forks all workers now, before this process has threads or reads with pyarrow
     try:
         yield executor
     finally:
@@ -143,11 +149,20 @@ def _processes(workers: int) -> Iterator[Executor]:
         reader.close()
 
 
-def _live_as_long_as(reader: Connection) -> None:
-    import signal
+def fork_workers() -> None:
+    """Let worker processes begin as copies of this one, which has loaded the libraries, rather than load them anew. For
+    programs only, whose threads are known: what holds a lock at the time of the fork holds it for ever in the copy."""
+    if sys.platform == "linux":
+        multiprocessing.set_start_method("fork")
 
+
+def _live_as_long_as(reader: Connection, writer: Connection | None) -> None:
     import pyarrow as pa
 
+    if writer is not None:
+        writer.close()  # this copy of it
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
     # Loaded modules stay; scanning them for garbage takes time.
     gc.freeze()
     # Ctrl-C reaches every process of the terminal; the process that started the workers handles it.

@@ -144,9 +144,9 @@ class UncutRequest:
 def places_of(chosen_N: Tensor, count: int) -> Tensor:
     """Return the places of the chosen elements, of which there are ``count``: int64 [count].
 
-    ``torch.nonzero`` would wait for a GPU to learn the count.
+    ``torch.nonzero`` would wait for a GPU to learn the count; ``nonzero_static`` takes three times as long on a CPU.
     """
-    return torch.nonzero_static(chosen_N, size=count).view(-1)
+    return torch.repeat_interleave(chosen_N.long(), output_size=count)
 
 
 def decode_rows(rows_E: Tensor, factors_E: Tensor | None, pooled: bool, vectors: int) -> RowRequest:

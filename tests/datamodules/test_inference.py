@@ -166,7 +166,14 @@ def test_splits_of_files_and_columns(tmp_path: Path) -> None:
 
 def test_json_lists_weights_and_names_that_need_care(tmp_path: Path) -> None:
     lines = [
-        {"y": row % 2 == 0, "tags": [row % 5, 7], "tags_share": [0.25, 0.5], "a/b": "xyz"[row % 3], "no": {"k": 1}}
+        {
+            "y": row % 2 == 0,
+            "tags": [row % 5, 7],
+            "tags_share": [0.25, 0.5],
+            "a/b": "xyz"[row % 3],
+            "no": {"k": 1},
+            "mix": [row, "x"],
+        }
         | ({"age": 3.5 + row % 4} if row % 3 else {})
         for row in range(N)
     ]
@@ -175,6 +182,7 @@ def test_json_lists_weights_and_names_that_need_care(tmp_path: Path) -> None:
         "tags": {"role": "multi_hot", "weights": "tags_share"},
         "a_b_": {"role": "categorical", "source": "a/b"},
         "no": {"role": "leave"},
+        "mix": {"role": "leave"},
         "age": {"role": "dense", "transform": "standard"},
     }
     schema.check_columns(list(lines[1]), "log")
@@ -186,6 +194,7 @@ def test_parquet_types(tmp_path: Path) -> None:
             "y": pa.array([True, False] * N),
             "when": pa.array(range(2 * N), pa.timestamp("ns")),
             "item": pa.array([row % 30 for row in range(2 * N)], pa.uint32()),
+            "userId": pa.array([None if row % 9 == 0 else row % 30 + 0.0 for row in range(2 * N)]),
             "price": pa.array([None if row % 9 == 0 else row % 70 + 0.25 for row in range(2 * N)]),
             "nan": pa.array([float("nan")] * (2 * N)),
             "where": pa.array(["DE", "日本"] * N).dictionary_encode(),
@@ -197,6 +206,7 @@ def test_parquet_types(tmp_path: Path) -> None:
     assert settings(read_log_schema(tmp_path / "s.yaml")) == {
         "when": {"role": "keep"},
         "item": {"role": "categorical", "min_count": 2},
+        "userId": {"role": "categorical", "min_count": 2},
         "price": {"role": "dense", "transform": "standard"},
         "nan": {"role": "leave"},
         # It alternates like the label.

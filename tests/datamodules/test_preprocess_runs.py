@@ -379,8 +379,7 @@ def test_dead_worker_is_told_and_the_next_run_goes_on(tmp_path: Path) -> None:
     place = {"cwd": Path(__file__).parents[2], "stderr": subprocess.PIPE, "text": True}
     run = subprocess.Popen([*command_line, str(tmp_path / "out")], **place)  # type: ignore[call-overload]
     while run.poll() is None:
-        workers = [worker for server in psutil.Process(run.pid).children() for worker in server.children()]
-        if workers:
+        if workers := psutil.Process(run.pid).children():
             workers[0].kill()
             break
         time.sleep(0.01)

@@ -12,12 +12,13 @@ from tests.front_door.conftest import REPOSITORY
 from tests.front_door.pages import blocks_of, commands_of
 
 PAGE = (REPOSITORY / "docs/own-model.md").read_text()
-CODE = {block.language: block.code for block in blocks_of(PAGE) if block.language != "bash"}
+CODE = {block.language: block.code for block in reversed(blocks_of(PAGE)) if block.language != "bash"}
+"""The first block of each language: own.py and own.yaml."""
+EXPERIMENT = next(block.code for block in blocks_of(PAGE) if block.code.startswith("arms:"))
 COMMANDS = [line for block in blocks_of(PAGE) if block.language == "bash" for line in commands_of(block.code)]
 SMALLER = {
     "train_rows: 204_800": "train_rows: 4096", "validation_rows: 32_768": "validation_rows: 512",
     "test_rows: 16_384": "test_rows: 512", "max_table_rows: 100_000": "max_table_rows: 100",
-    "batch_size: 2048": "batch_size: 512",
 }  # fmt: skip
 
 
@@ -29,6 +30,7 @@ def write_files(folder: Path) -> None:
         configuration = configuration.replace(size, smaller)
     (folder / "own.py").write_text(CODE["python"])
     (folder / "own.yaml").write_text(configuration)
+    (folder / "own_or_dlrm.yaml").write_text(EXPERIMENT)
 
 
 @pytest.fixture
@@ -41,10 +43,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("commands", [COMMANDS[:-1], pytest.param(COMMANDS, marks=pytest.mark.slow)], ids=len)
+@pytest.mark.parametrize(
+    "commands",
+    [[*COMMANDS[:-2], f"{COMMANDS[-1]} --dry-run"], pytest.param(COMMANDS, marks=pytest.mark.slow)],
+    ids=["without comparisons", "all"],
+)
 def test_the_page(commands: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_files(folder)
-    assert [shlex.split(line)[3] for line in COMMANDS[1:]] == ["params", "fit", "fit", "test", "compare"]
+    assert [shlex.split(line)[3] for line in COMMANDS[1:]] == ["params", "fit", "fit", "test", "compare", "compare"]
     for line in commands:
         python, option, *rest = shlex.split(line)
         assert python == "python"
@@ -53,7 +59,7 @@ def test_the_page(commands: list[str], folder: Path, capsys: pytest.CaptureFixtu
             assert capsys.readouterr().out == ""
         else:
             assert main(rest[1:]) == 0, line
-    assert Path("own/test.json").exists() and Path("comparison").exists() == (commands == COMMANDS)
+    assert Path("own/test.json").exists() and Path("versus").exists() == (commands == COMMANDS)
 
 
 BROKEN = {
@@ -69,12 +75,12 @@ BROKEN = {
 @pytest.mark.parametrize(
     ("fault", "options", "said"),
     [
-        ("score", [], r"in score: RuntimeError: mat1 and mat2 shapes cannot be multiplied \(512x13 and 429x64\)"),
+        ("score", [], r"in score: RuntimeError: mat1 and mat2 shapes cannot be multiplied \(2048x13 and 429x64\)"),
         ("__init__", [], r"in __init__: AttributeError: 'Own' object has no attribute 'nothing'"),
         ("value", [], "in __init__: ValueError: no such width"),
         (
             "score", ["--model.compile=true"],
-            r"in score: RuntimeError: a and b must have same reduction dim, but got \[512, 13\] X \[429, 64\]; --debug",
+            r"in score: RuntimeError: a and b must have same reduction dim, but got \[2048, 13\] X \[429, 64\]; ",
         ),
     ],
 )  # fmt: skip
@@ -105,7 +111,7 @@ def test_an_error_of_the_network_is_one_line(
 @pytest.mark.parametrize(
     ("result", "options", "returned"),
     [
-        ("self.deep(joined)", [], "shape (512, 1)"),
+        ("self.deep(joined)", [], "shape (2048, 1)"),
         ("{'logits': self.deep(joined).squeeze(1)}", ["--model.compile=true"], "a dict"),
     ],
 )
@@ -115,5 +121,5 @@ def test_a_wrong_result_of_score_is_named(
     write_files(folder)
     (folder / "own.py").write_text(CODE["python"].replace("self.deep(joined).squeeze(1)", result))
     assert main(["fit", "--config", "own.yaml", "--run_dir", "run", *options]) == 2
-    expected = f"error: own.py: Own.score returns {returned}; expected one logit for each sample, (512,)"
+    expected = f"error: own.py: Own.score returns {returned}; expected one logit for each sample, (2048,)"
     assert capsys.readouterr().err.strip().splitlines()[-1] == expected
