@@ -19,10 +19,15 @@ root_doc = "docs/index"
 include_patterns = ["docs/*.md", "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
 exclude_patterns = [".*", "build", "tests", "lightning_dlrm", "datamodules", "notebooks", "configs"]
 nitpicky = True
+nitpick_ignore_regex = [
+    # Types of other projects, and classes that are not public, have no page here.
+    (r"py:\w+", r"(torch|collections|pathlib|typing|pytorch_lightning|numpy|pd|pa)\..*"),
+    (r"py:class", r"(lightning_dlrm|datamodules)\.\w+\..*"),
+    (r"py:class", r"ClickCurves"),
+]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
-autodoc_typehints = "none"
 autodoc_class_signature = "mixed"
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 # Methods of Lightning and torch are documented there.

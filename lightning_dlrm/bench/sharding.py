@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dlrm.bench.contenders import kaggle
-from lightning_dlrm.bench.measurement import DEFAULT, Measurement, add_max_rows, add_rounds, add_steps, check_numbers
+from lightning_dlrm.bench.measurement import (
+    DEFAULT,
+    Measurement,
+    add_max_rows,
+    add_rounds,
+    add_steps,
+    check_numbers,
+    times_as_fast,
+)
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.models.dlrm import DLRM
@@ -75,6 +83,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
     torch.multiprocessing.spawn(_measure, (vars(args), address, results), nprocs=args.ranks)
     seconds, held = results.get()
+    speeds = {f"speed_over_{name}": times_as_fast(seconds["ours"], seconds[name]) for name in seconds if name != "ours"}
     return [
         Measurement.of_rounds(
             of_rounds,
@@ -85,7 +94,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
             precision="32-true",
             batch_size=args.batch_size,
             samples=args.batch_size * args.steps,
-            extra={"table_bytes_per_rank": held[name]},
+            extra={"table_bytes_per_rank": held[name]} | (speeds if name == "ours" else {}),
         )
         for name, of_rounds in seconds.items()
     ]

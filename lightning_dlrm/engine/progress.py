@@ -148,7 +148,7 @@ def format_metrics(metrics: MetricsLogger, width: int) -> str:
         f"{peak_memory()[names.PEAK_MEMORY] / 2**30:.2f} GiB",
     ]
     if metrics.gradient_norm is not None:
-        parts.insert(1, f"gradient norm {metrics.gradient_norm:.3g}")
+        parts.insert(2, f"gradient norm {metrics.gradient_norm:.3g}")
     while len(parts) > 1 and len(", ".join(parts)) > width:
         parts.pop()
     return ", ".join(parts)

@@ -50,6 +50,8 @@ def test_the_code_of_every_row_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gpu, "_LOSS_STEPS", 2)
     monkeypatch.setattr(gpu, "_FIT_BATCHES", 6)
     monkeypatch.setattr(processes, "Worker", WorkerThatParses)
+    # 26 million parameters of dense layers would take seconds.
+    monkeypatch.setattr(gpu, "mlperf", lambda rows: replace(mlperf(rows), bottom=(16, 128), top=(8,), cross_rank=4))
     compiled: list[str] = []
     monkeypatch.setattr(compilation, "compile_score", lambda network, mode: compiled.append(mode))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "fbgemm_gpu" else object())

@@ -413,7 +413,8 @@ def test_a_mistake_gets_one_clear_line(arguments: list[str], message: str, capsy
 def test_bench_gpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["bench", "gpu"]) == 2
-    assert capsys.readouterr().err == "error: bench gpu needs a CUDA device, and torch finds none here\n"
+    missing = "error: bench gpu needs a CUDA device, and torch finds none here: give --predict or --device cpu\n"
+    assert capsys.readouterr().err == missing
 
 
 def test_misspelt_keys_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:

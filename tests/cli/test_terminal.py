@@ -62,7 +62,7 @@ def test_the_bar_of_a_fit_fits_80_columns_with_the_loss_whole(columns_80: None, 
         bar.close()
     metrics.gradient_norm = 1.25
     assert format_metrics(metrics, 200).startswith(
-        "loss 0.5446, gradient norm 1.25, 75,936 samples/s now, data wait 2%, "
+        "loss 0.5446, 75,936 samples/s now, gradient norm 1.25, data wait 2%, "
     )
     results = {"validation/auc": 0.66284, "validation/log_loss": 0.52296, "validation/accuracy": 0.7}
     assert format_validation(results, 1200, True) == (

@@ -57,7 +57,7 @@ def fit(run: str, *options: str) -> list[str]:
 
 def test_from_a_fit_to_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(fit("a", "--data.group", "user")) == 0
-    assert re.search(r"^group auc +0\.\d{6} ", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^AUC by group +0\.\d{6}", capsys.readouterr().out, re.MULTILINE)
     final = json.loads(Path("a/summary.json").read_text())["final"]
     checkpoint = ["--config", "a/config.yaml", "--ckpt_path", "a/checkpoints/last"]
     assert main(["predict", *checkpoint, "--data.predict_split", "validation"]) == 0

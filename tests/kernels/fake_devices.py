@@ -81,6 +81,8 @@ def main() -> None:
                 if config == "dlrm" or kind == "one-hot":
                     name = f"{config}, {kind}, {type(rule).__name__}"
                     report(f"whole step: {name}", lambda: whole_step(steps, config, rule, batch))  # noqa: B023
+    for config in ("dlrm", "dcn", "mlperf_v2"):
+        report(f"built there: {config}", lambda: build_and_step(steps, config, one_hot))  # noqa: B023
     report("on cuda: one-hot", lambda: look_up_and_update(steps, one_hot))
     for name, workload, pooled in (
         ("one-hot", steps.WORKLOAD, ()),
@@ -103,6 +105,20 @@ def whole_step(
             piece.row_offsets = piece.row_offsets.to(constant)
         loss = steps.training_step(network, rule, "auto", clips)(batch_on(mode, batch, NAME))
         assert loss.device.type == NAME and loss.shape == ()
+
+
+def build_and_step(steps: Any, config: str, batch: Any) -> None:
+    """A step of a network that is built on the device, as Lightning and ``bench gpu`` build it, who then move buffers
+    there."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        # Without a number, torch asks for the device's current one.
+        with torch.device(NAME, 0):
+            network = steps.shipped(config)
+        assert {parameter.device.type for parameter in network.parameters()} == {NAME}
+        for module in network.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(NAME))
+        steps.training_step(network, steps.RULES[0], "auto")(batch_on(mode, batch, NAME))
 
 
 def look_up_and_update(steps: Any, batch: Any) -> None:

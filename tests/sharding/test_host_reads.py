@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ import yaml
 from torch import Tensor
 
 import lightning_dlrm
+from lightning_dlrm.__main__ import main
 from lightning_dlrm.bench.contenders import Workload, draw_batch
 from lightning_dlrm.contracts.batch import Batch
 from lightning_dlrm.contracts.schema import Features
 from lightning_dlrm.contracts.shipped import shipped_configs
+from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models import baselines
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.objectives.losses import LogLoss
@@ -199,3 +202,31 @@ def test_two_ranks_read_the_sizes_of_a_batch_once(workload: Workload, pooled: Se
         assert later == [allowed, allowed]
         # The first batch is not prefetched.
         assert first == allowed | {SIZES: 2}
+
+
+def test_a_fit_reads_back_at_logged_steps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's loop and all callbacks of the command included."""
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path / "cache"))
+    context, of_steps = HostReads(), [Counter[str]()]
+    begin, end = CTRModule.on_train_start, CTRModule.on_train_end
+
+    def on_train_start(module: CTRModule) -> None:
+        begin(module)
+        context.__enter__()
+
+    def on_train_batch_end(module: CTRModule, *results: Any) -> None:
+        of_steps.append(context.found - sum(of_steps, Counter()))
+
+    def on_train_end(module: CTRModule) -> None:
+        context.__exit__(None, None, None)
+        end(module)
+
+    for hook in (on_train_start, on_train_batch_end, on_train_end):
+        monkeypatch.setattr(CTRModule, hook.__name__, hook)
+    fit = "fit --config dlrm.yaml --config small.yaml --data.demo.train_rows=3000 --data.demo.validation_rows=100"
+    fit += " --data.demo.test_rows=100 --data.demo.max_table_rows=300 --data.batch_size=250 --trainer.max_steps=9"
+    fit += " --trainer.log_every_n_steps=4 --wandb.mode=disabled --trainer.accelerator=cpu"
+    fit += " --trainer.num_sanity_val_steps=0 --checkpoint.every_n_steps=0 --trainer.enable_progress_bar=false"
+    assert main([*fit.split(), "--run_dir", str(tmp_path / "run")]) == 0
+    # The first step and the last one are logged too.
+    assert [step for step, reads in enumerate(of_steps) if reads] == [1, 4, 8, 9]

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.engine.transfer import SideStream
 from lightning_dlrm.sharding.collectives import Ranks
 from lightning_dlrm.sharding.placement import ShardedPlacement
 from lightning_dlrm.sharding.plan import Piece, Plan
 from lightning_dlrm.tables import host
 from lightning_dlrm.tables.lookup import EmbeddingTables, placed_by
 from lightning_dlrm.tables.table import Table
+from tests.toy import toy_batch
 
 
 class Streams:
@@ -53,6 +55,9 @@ class Stream:
         self._streams.log.append(f"event of {self.name}")
         return Event(self._streams, self.name)
 
+    def wait_stream(self, other: "Stream") -> None:
+        self._streams.log.append(f"{self.name} waits for {other.name}")
+
     def wait_event(self, event: "Event") -> None:
         self._streams.log.append(f"{self.name} waits for {event.name}")
 
@@ -88,3 +93,12 @@ def test_a_prefetched_request_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(tables(again), found)
     # Not prefetched: all of it is the caller's.
     assert streams.log == ["sort on caller", "event of caller", "host waits for caller"]
+
+
+def test_a_batch_that_a_side_stream_copies_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch)
+    batch = toy_batch(4, 0)
+    moved = SideStream(torch.device("cpu")).send(batch)
+    tensors = (moved.label, moved.dense, moved.ids.values, moved.rows)
+    assert streams.log == ["caller waits for side"]
+    assert set(streams.kept) == {tensor.data_ptr() for tensor in tensors if tensor is not None}
