@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -145,6 +144,8 @@ class DatasetWriter:
 
     def _remove_leftovers(self) -> None:
         """Remove working folders of processes that were killed on this machine."""
+        import psutil  # preprocess starts sooner without it
+
         for leftover in self.folder.parent.glob(f"{self._prefix}*"):
             process = leftover.name.removeprefix(self._prefix)
             if process.isdigit() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):

@@ -45,7 +45,6 @@ from datamodules.preprocess.journal import (
     remove_partial_files,
     written_aside,
 )
-from datamodules.preprocess.labels import describe_label
 from datamodules.preprocess.log_files import open_readers
 from datamodules.preprocess.log_recipe import LogOptions
 from datamodules.preprocess.options import Fitted, Options
@@ -334,6 +333,8 @@ class Job:
             require(split in files, f"no rows are left in the {split} split; give more input, or {remedy}")
             rows = sum(file.rows for file in files[split])
             if log and positives[split] in (0, rows):
+                from datamodules.preprocess.labels import describe_label  # for this message alone
+
                 why = describe_label(log, [file.path for file in self.files])
                 raise UserError(
                     f"all {rows:,} labels of the {split} split are {int(positives[split] > 0)}; expected both: {why}; "

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning_dlrm.contracts import disk
 from lightning_dlrm.contracts.errors import UserError
@@ -21,6 +21,9 @@ from lightning_dlrm.contracts.schema import file_sha256
 
 _SUFFIX = ".json"
 _PARTIAL = ".partial"
+
+LOCKED: list[IO[str]] = []
+"""Open files by which this process holds locks; a process that is forked from it closes its copies."""
 
 
 def fingerprint(content: Any) -> str:
@@ -145,8 +148,6 @@ def locked(folder: Path, output: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and error.filename == str(path):
             raise busy from None  # the run that finished removed it between the two calls
         raise UserError(f"cannot write to {folder.parent} ({error.strerror}); choose another --output") from error
-    # A worker process does not keep the lock of a process that was killed.
-    os.register_at_fork(after_in_child=file.close)
     with file:
         if not disk.lock(file):
             raise busy
@@ -155,4 +156,8 @@ def locked(folder: Path, output: str) -> Iterator[None]:
                 raise busy
         except FileNotFoundError:
             raise busy from None
-        yield
+        LOCKED.append(file)
+        try:
+            yield
+        finally:
+            LOCKED.remove(file)

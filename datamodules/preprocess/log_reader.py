@@ -269,22 +269,19 @@ class LogReader:
         add the others to ``faults``."""
         starts, _ = self._rows(text)
         lines = np.searchsorted(_places(text, b"\n"), starts)
-        wrong: dict[int, str] = {}  # by rows
-        if len(self.separator.encode()) > 1:
-            wrong = dict.fromkeys(
-                (np.searchsorted(starts, _places(text, _STAND_IN), "right") - 1).tolist(), _NO_CONTROL
-            )
+        controls = _places(text, _STAND_IN) if len(self.separator.encode()) > 1 else np.zeros(0, np.int64)
+        wrong = dict.fromkeys((np.searchsorted(starts, controls, "right") - 1).tolist(), _NO_CONTROL)  # by rows
         text, separator = self._with_short_separators(text)
         starts, ends = self._rows(text)
         separators, returns = _places(text, separator), _places(text, b"\r")
-        # At the end of a line, others are empty lines.
-        returns = returns[[text[place + 1] not in b"\r\n" for place in returns]]
+        # Others end a line, or are lines without content.
+        returns = returns[~np.isin(np.frombuffer(text, np.uint8)[returns + 1], list(b"\r\n"))]
         has_quotes = self.quote is not None and self.quote in text
         if self.quote is not None and has_quotes:
             quoted = find_quoted(text, self.quote, separator)
             separators, returns = quoted.outside(separators), quoted.outside(returns)
             malformed = np.searchsorted(starts, quoted.malformed, "right") - 1
-            wrong = dict.fromkeys(malformed.tolist(), NOT_CLOSED)
+            wrong |= dict.fromkeys(malformed.tolist(), NOT_CLOSED)
         wrong |= dict.fromkeys((np.searchsorted(starts, returns, "right") - 1).tolist(), _NO_RETURN)
         hint = ", or set 'quote: null' in the schema if quotes are ordinary characters" if has_quotes else ""
         wanted = f"expected {len(self.names)} between {self.separator!r}: {listed(self.names[:4])}..."

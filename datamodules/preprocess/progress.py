@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-import psutil
-
 from datamodules.preprocess.sources import RawFile
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.terminal import has_colors, wrapped
@@ -193,6 +191,8 @@ class Progress:
 
 def resident_bytes() -> int:
     """Return the resident memory of this process and its descendants; shared memory counts for each."""
+    import psutil  # while the workers work already
+
     total = 0
     this = psutil.Process()
     for process in (this, *this.children(recursive=True)):

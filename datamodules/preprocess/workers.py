@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from datamodules.folder import is_disk_full
+from datamodules.preprocess.journal import LOCKED
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 T = TypeVar("T")
@@ -160,7 +161,10 @@ def _live_as_long_as(reader: Connection, writer: Connection | None) -> None:
     import pyarrow as pa
 
     if writer is not None:
-        writer.close()  # this copy of it
+        # The copies of this process, which would outlive a process that is killed.
+        writer.close()
+        for file in LOCKED:
+            file.close()
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
     # Loaded modules stay; scanning them for garbage takes time.

@@ -25,6 +25,7 @@ from lightning_dlrm.bench.measurement import (
     add_rounds,
     add_steps,
     check,
+    check_numbers,
     finisher,
     open_dataset,
     peak_bytes,
@@ -118,8 +119,12 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
     """Yield the rows as they are measured, and print which targets are met.
 
     Raises:
-        UserError: there is no CUDA device; after the last row, if a row failed or missed its target.
+        UserError: there is no CUDA device, or an option is out of range; after the last row, if a row failed or missed
+            its target.
     """
+    check_numbers(args)
+    if args.budget is not None and not args.budget > 0:
+        raise UserError(f"bench gpu: --budget is {args.budget:g}; give seconds, more than 0")
     wanted = [row for row in ROWS if args.only is None or row.name.partition(",")[0] in args.only]
     if args.predict:
         print_predictions(wanted, args.max_rows)

@@ -125,14 +125,17 @@ class LossGuard(pl.Callback):
 
 def gradient_sizes(network: CTRNetwork) -> dict[str, float]:
     """Return name of a parameter or lookup -> its largest gradient by magnitude; NaN first, then descending."""
-    sizes: dict[str, float] = {}
+    largest: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters():
         if parameter.grad is not None and parameter.numel():
-            sizes[name] = parameter.grad.abs().max().item()
+            largest[name] = parameter.grad.abs().max()
     for lookup in network.lookups():
         gradient = lookup.gradient()
         if gradient is not None and gradient.values.numel():
-            sizes[f"rows of {lookup.tables[0].name}..{lookup.tables[-1].name}"] = gradient.values.abs().max().item()
+            largest[f"rows of {lookup.tables[0].name}..{lookup.tables[-1].name}"] = gradient.values.abs().max()
+    # One read of the device, whatever the number of parameters.
+    values = torch.stack([size.double() for size in largest.values()]).tolist() if largest else []
+    sizes = dict(zip(largest, values, strict=True))
     return dict(sorted(sizes.items(), key=lambda item: (not math.isnan(item[1]), -item[1])))
 
 

@@ -236,6 +236,8 @@ def test_quotients_are_those_of_each_round() -> None:
         (["lookup", "--json", "nowhere/rows.json"], "there is no folder nowhere"),
         (["paper", "--batches", "2"], "give at least as many batches"),
         (["gpu"], "bench gpu needs a CUDA device"),
+        (["gpu", "--budget", "-1"], "--budget is -1"),
+        (["gpu", "--predict", "--max-rows", "0"], "--max-rows is 0"),
         (["paper", "--plot", "figure.doc"], "no suffix of a figure"),
         (["step", "--peer", "nowhere"], "not a checkout of facebookresearch/dlrm"),
         (["step", "--model", "dcn", "--max-rows", "0"], "--max-rows is 0"),

@@ -139,9 +139,14 @@ def marks(page: Path) -> list[pytest.MarkDecorator]:
 def test_blocks_run(page: Path, shell_environment: dict[str, str], tmp_path: Path) -> None:
     shell = Shell(tmp_path, shell_environment)
     (tmp_path / "small_data.yaml").write_text(SMALL_DATA)
+    said = ""
     for block in run_here(page):
         if page.name == "README.md" and LONG in block.code:
             assert block.code in (DOCS / "compare.md").read_text()
             continue
         for finished in run_block(shell, block):
             assert finished.code == 0 and "Traceback" not in finished.output, f"{block}\n{finished.output}"
+            said += finished.output
+    if page.name == "first-run.md":
+        shown = re.findall(r"^    ([A-Za-z&]+(?: [a-z]+)*)(?=  |:)", page.read_text(), re.MULTILINE)
+        assert len(shown) > 10 and all(label in said for label in shown)
