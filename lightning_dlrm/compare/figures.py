@@ -22,6 +22,8 @@ FIRST_SHOWN = 0.05
 SHOWN_MARKS = 8
 """Markers along a curve."""
 _OPERATIONS = "floating-point operations"
+_COMMON_SCALE = 50
+"""Ratio of operations up to which an axis shows them all."""
 _LEVEL_LOOK: dict[str, Any] = {"color": "0.45", "linestyle": (0, (1, 1.5)), "linewidth": 1.2}
 """Lines of a score that is reached without a model."""
 
@@ -113,11 +115,13 @@ class _ResultDrawing(Drawing):
         )
 
     def _abscissae(self) -> list[tuple[str, str]]:
-        """Return metric and label of each x-axis: no time if it varies too much, no operations if they are unknown."""
+        """Return metric and label of each x-axis: no time if it varies too much, no operations if they are unknown or
+        have no common scale."""
         found = [(names.SAMPLES, "samples seen")]
         if self.comparison.steady(names.TRAINING_SECONDS):
             found.append((names.TRAINING_SECONDS, "seconds of training"))
-        if all(arm[names.FLOPS_TRAINING] for arm in self.comparison.arms):
+        operations = [arm[names.FLOPS_TRAINING] for arm in self.comparison.arms]
+        if 0 < max(operations) <= _COMMON_SCALE * min(operations):
             found.append((names.SAMPLES, _OPERATIONS))
         return found
 

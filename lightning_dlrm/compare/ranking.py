@@ -20,7 +20,9 @@ def title_of(arms: Sequence[Arm]) -> str:
     if len(data) > 1:
         return " and ".join(f"{_listed([arm.name for arm in of_data])} on {name}" for name, of_data in data.items())
     dataset, protocol = arms[0]["dataset"], arms[0]["protocol"]
-    on = "demo data" if dataset == "demo" else f"{dataset} data (protocol {protocol})"
+    # Logs with a schema of their own have no named protocol.
+    named = protocol not in ("demo", "schema")
+    on = f"{dataset} data{f' (protocol {protocol})' * named}"
     classes = [
         tuple(
             str(arm.settings.get(f"model.{part}.class_path")).rpartition(".")[2]

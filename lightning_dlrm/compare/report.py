@@ -68,7 +68,7 @@ def _ranking(comparison: Comparison) -> list[list[str]]:
     """Return the configurations with their scores, the highest AUC first; the first row has the titles."""
     first, rows = (
         ranked(comparison)[0],
-        [["", "configuration", "AUC", "behind the first (95% interval)", "", "log loss"]],
+        [["", "configuration", "AUC", "behind the first (95% interval)", "verdict", "log loss"]],
     )
     for place, arm in enumerate(ranked(comparison), 1):
         is_behind = behind(comparison, arm)

@@ -47,12 +47,13 @@ def counted(number: int, noun: str) -> str:
 def binary_size(size: float) -> str:
     """Format a number of bytes in the unit that fits it.
 
-    >>> [binary_size(size) for size in (12, 13_925, 55_698_692, 2_162_708_692)]
-    ['12 bytes', '13.6 KiB', '53.1 MiB', '2.01 GiB']
+    >>> [binary_size(size) for size in (12, 13_925, 1_073_000_000, 2_162_708_692)]
+    ['12 bytes', '13.6 KiB', '1,023 MiB', '2.01 GiB']
     """
     for unit, bytes_of_unit in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= bytes_of_unit:
-            return f"{size / bytes_of_unit:,.3g} {unit}" if size < 1000 << 30 else f"{size / bytes_of_unit:,.0f} {unit}"
+        amount = size / bytes_of_unit
+        if amount >= 1:
+            return f"{amount:,.0f} {unit}" if amount >= 100 else f"{amount:.3g} {unit}"
     return f"{size:,.0f} bytes"
 
 
