@@ -304,10 +304,11 @@ class LogSchema:
                 )
         label = self.label_in(names).column
         for name, column in self.columns.items():
+            made_of = (column.source or name, column.weights)
             require(
-                not labelled or column.role in ("keep", "leave") or (column.source or name) != label,
+                not labelled or column.role in ("keep", "leave") or label not in made_of,
                 f"columns: {name} is made of the label's column {label}, so it tells the label; give it the role keep "
-                "or leave",
+                f"or leave{', or other weights' if column.weights == label else ''}",
             )
         others = [name for name in names if name not in sources]
         require(

@@ -21,20 +21,29 @@ JSON_TYPES: Mapping[str, pa.DataType] = {
     "ints": pa.list_(pa.int64()),
     "longs": pa.list_(pa.decimal128(38, 0)),
     "floats": pa.list_(pa.float64()),
+    "bools": pa.list_(pa.bool_()),
 }
 """``long`` are integers of which some need more than 64 bits with a sign, as hashes do."""
 _WORDS: Mapping[str, str] = {
     "text": "text",
-    "int": "numbers",
-    "long": "numbers of more than 64 bits",
-    "float": "numbers",
+    "int": "whole numbers",
+    "long": "whole numbers of more than 64 bits",
+    "float": "numbers with fractions",
     "bool": "true or false",
     "texts": "lists of text",
-    "ints": "lists of numbers",
-    "longs": "lists of numbers of more than 64 bits",
-    "floats": "lists of numbers",
+    "ints": "lists of whole numbers",
+    "longs": "lists of whole numbers of more than 64 bits",
+    "floats": "lists of numbers with fractions",
+    "bools": "lists of true or false",
 }
-_FITTING = {("int", "long"), ("int", "float"), ("long", "float"), ("ints", "longs"), ("ints", "floats")}
+_FITTING = {
+    ("int", "long"),
+    ("int", "float"),
+    ("long", "float"),
+    ("ints", "longs"),
+    ("ints", "floats"),
+    ("longs", "floats"),
+}
 """Types of a value that are read as the type of earlier ones."""
 _REMEDY = "correct or remove the line"
 
@@ -44,7 +53,7 @@ def json_type(found: Sequence[Any]) -> str | None:
     kinds = {type(value) for value in found if value is not None}
     if kinds == {list}:
         inner = json_type([item for value in found if value for item in value])
-        return f"{inner}s" if inner in ("text", "int", "long", "float") else None
+        return f"{inner}s" if f"{inner}s" in JSON_TYPES else None
     for kind, name in ((str, "text"), (bool, "bool")):
         if kinds == {kind}:
             return name
@@ -54,48 +63,51 @@ def json_type(found: Sequence[Any]) -> str | None:
     return "float" if kinds and kinds <= {int, float} else None
 
 
-def checked_object(line: bytes, kinds: dict[str, str], known: Collection[str] | None) -> dict[str, Any] | str:
-    """Return the object of a line that is not empty, or what is wrong with it and what to do.
+def checked_object(
+    line: bytes, kinds: dict[str, str], needed: Collection[str], known: Collection[str] | None
+) -> dict[str, Any] | str:
+    """Return the needed keys of the object of a line that is not empty, or what is wrong with it and what to do.
 
     Args:
         line: the line.
-        kinds: the type of each key, a name of ``JSON_TYPES``, to which keys of good lines are added.
+        kinds: the type of each needed key, a name of ``JSON_TYPES``, to which keys of good lines are added.
+        needed: the keys that are read; the values of others may be anything.
         known: the keys that a line may have; None for any.
     """
     try:
-        row = json.loads(line.decode(), object_pairs_hook=_without_twins)
+        pairs = json.loads(line.decode(), object_pairs_hook=tuple)  # arrays are lists
     except UnicodeDecodeError as error:
         return not_utf8(line[error.start])
-    except _TwinError as error:
-        return f"the key {error} stands twice; {_REMEDY}"
     except (ValueError, RecursionError) as error:
         return f"not JSON ({one_line(error)}); expected one object in each line: {_REMEDY}"
-    if not isinstance(row, dict):
+    if not isinstance(pairs, tuple):
         return f"not a JSON object; expected one, such as {{...}}, in each line: {_REMEDY}"
-    found = {name: kind for name, value in row.items() if (kind := json_type([value]))}
+    row: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in row:
+            return f"the key {name} stands twice; {_REMEDY}"
+        if name in needed:
+            row[name] = value
+    found = {}
+    for name, value in row.items():
+        if kind := json_type([value]):
+            found[name] = kind
+        elif isinstance(value, tuple):
+            return f"{name} holds an object, expected a value or a list; {_REMEDY}, or give it the role leave"
+        elif isinstance(value, list) and any(item is not None for item in value):
+            return f"{name} holds a list of objects, of lists or of several types, expected values of one; {_REMEDY}"
     for name, kind in found.items():
         earlier = kinds.get(name, kind)
         if kind != earlier and (kind, earlier) not in _FITTING:
+            remedy = "quote the numbers" if "long" in kind else "write one of the two"
             return (
                 f"{name} is {json.dumps(row[name])[:40]} ({_WORDS[kind]}), where earlier lines have {_WORDS[earlier]}; "
-                "write one of the two in every line"
+                f"{remedy} in every line"
             )
-    if others := [name for name in row if known is not None and name not in known]:
+    if others := [name for name, _ in pairs if known is not None and name not in known]:
         return f"the key {others[0]} is not in the schema; name it, or set rest: leave"
     kinds |= {name: kind for name, kind in found.items() if name not in kinds}
     return row
-
-
-class _TwinError(Exception):
-    """A key that an object has twice."""
-
-
-def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _TwinError(next(name for name in names if names.count(name) > 1))
-    return found
 
 
 def not_utf8(byte: int | None) -> str:

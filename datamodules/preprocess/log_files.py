@@ -195,7 +195,7 @@ def _json_reader(source: RawFile, schema: LogSchema, start: bytes) -> LogReader:
             for name, value in row.items():
                 found.setdefault(name, []).append(value)
         except (ValueError, AttributeError, RecursionError) as error:
-            fault = checked_object(line, {}, None)
+            fault = checked_object(line, {}, (), None)
             raise UserError(
                 f"{source.path}, line {number + 1:,}: {fault if isinstance(fault, str) else one_line(error)}"
             ) from error

@@ -120,14 +120,7 @@ class LogReader:
         Raises:
             BadLineError: a row is not of the schema.
         """
-        try:
-            if isinstance(piece, bytes):
-                table = self._csv(piece) if self.format == "csv" else self._json(piece)
-            else:
-                table = piece
-            return [self._staged(table)] if len(table) else []
-        except (BadLineError, BadValueError, pa.ArrowException):
-            tables, faults = self.parse_good(piece)
+        tables, faults = self.parse_good(piece)
         if faults:
             raise BadLineError(*faults[0])
         return tables
@@ -135,11 +128,23 @@ class LogReader:
     def parse_good(self, piece: Any, first: int = 0) -> tuple[list[pa.Table], list[tuple[int, str]]]:
         """Parse the good rows of a piece, and return the line (or row of Parquet) and fault of each bad one, in order.
 
-        It takes as long for many bad rows as for few.
-
         Args:
             piece: the piece.
             first: the number of its first line.
+        """
+        try:
+            if isinstance(piece, bytes):
+                table = self._csv(piece) if self.format == "csv" else self._json(piece)
+            else:
+                table = piece
+            return ([self._staged(table)] if len(table) else []), []
+        except (BadLineError, BadValueError, pa.ArrowException):
+            return self._find_faults(piece, first)
+
+    def _find_faults(self, piece: Any, first: int) -> tuple[list[pa.Table], list[tuple[int, str]]]:
+        """Return what ``parse_good`` does of a piece with bad rows.
+
+        It is parsed again once for each kind of fault, not for each bad row.
         """
         faults: dict[int, str] = {}
         tables = []
@@ -333,12 +338,11 @@ class LogReader:
         known = self._sources if self.schema.rest == "error" else None
         for number, line in enumerate(text.split(b"\n")):
             if line.strip():
-                row = checked_object(line, kinds, known)
+                row = checked_object(line, kinds, needed, known)
                 if isinstance(row, str):
                     faults[number] = row
                 else:
-                    # Without what is left, of which pyarrow may refuse lists of several types.
-                    lines.append(json.dumps({key: value for key, value in row.items() if key in needed}))
+                    lines.append(json.dumps(row))
                     good.append(number)
         return self._json("\n".join(lines).encode()), np.array(good, np.int64)
 

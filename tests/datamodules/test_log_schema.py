@@ -103,6 +103,10 @@ def test_columns_of_files_are_compared_with_the_schema():
         schema.check_columns([";".join(COLUMNS)], "a.csv")
     with pytest.raises(UserError, match=r"a condition needs ==.* write 'click == 1'"):
         log_schema({**schema.document(), "label": "click = 1"}).check_columns(COLUMNS, "a.csv")
+    columns = {"m": {"role": "multi_hot", "weights": "click"}}
+    of_label = log_schema({**schema.document(), "columns": columns, "rest": "leave", "split": {"by": "position"}})
+    with pytest.raises(UserError, match=r"columns: m is made of the label's column click, .*leave, or other weights"):
+        of_label.check_columns(["click", "m"], "a.csv")
     schema.check_columns(COLUMNS[1:], "a.csv", labelled=False)
     with pytest.raises(UserError, match=r"no column 'click'.*\(label\)"):
         schema.check_columns(COLUMNS[1:], "a.csv")

@@ -503,7 +503,7 @@ def test_a_mistake_is_named_and_nothing_is_left(
     [
         (
             ['{"click": 1, "u": "a", "p": 1}', '{"click": 1, "u": 5, "p": 1}'],
-            r"line 2: u is 5 \(numbers\), where earlier",
+            r"line 2: u is 5 \(whole numbers\), where earlier",
         ),
         (['{"click": 1, "u": "a", "p": 1}', "[1]"], "line 2: not a JSON object"),
         (
@@ -516,7 +516,24 @@ def test_a_mistake_is_named_and_nothing_is_left(
         (['{"click": 1, "u": "a", "p": 1}', '{"click": 1, "u": "a", "u": "b"}'], "line 2: the key u stands twice"),
         (
             ['{"click": 1, "u": 1, "p": 1}'] * 1200 + ['{"click": 1, "u": 18446744073709551615, "p": 1}'],
-            r"line 1,201: u is 18446744073709551615 \(numbers of more than 64 bits\), where earlier lines have numbers",
+            r"line 1,201: u is 18446744073709551615 \(whole numbers of more than 64 bits\), where earlier lines have "
+            "whole numbers; quote the numbers in every line",
+        ),
+        (
+            ['{"click": 1, "u": 1, "p": 1}'] * 1200 + ['{"click": 1, "u": 1.5, "p": 1}'],
+            r"line 1,201: u is 1.5 \(numbers with fractions\), where earlier lines have whole numbers; write one of",
+        ),
+        (
+            ['{"click": 1, "u": 1, "p": 1}'] * 1200 + ['{"click": 1, "u": [1.5], "p": 1}'],
+            r"line 1,201: u is \[1.5\] \(lists of numbers with fractions\), where earlier lines have whole numbers",
+        ),
+        (
+            ['{"click": 1, "u": "a", "p": 1}', '{"click": 1, "u": {"x": 1}, "p": 1}'],
+            "line 2: u holds an object, expected",
+        ),
+        (
+            ['{"click": 1, "u": "a", "p": 1}', '{"click": 1, "u": [1, "b"], "p": 1}'],
+            "line 2: u holds a list of objects, ",
         ),
     ],
 )
@@ -618,6 +635,33 @@ def test_bad_rows_are_left_out_and_listed(tmp_path: Path) -> None:
     listed = (tmp_path / "data/bad_rows.tsv").read_text().splitlines()
     assert [line.split("\t")[1] for line in listed[1:]] == ["7", "10"]
     assert "the label click is '9'" in listed[1] and "2 fields" in listed[2]
+
+
+def test_only_what_is_read_of_json_makes_a_row_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that are left hold anything. An object in a key that is read is a fault of its line, found at once."""
+    rows = [{"click": i % 2, "u": f"u{i % 5}", "extra": i if i % 4 < 2 else f"x{i}"} for i in range(2000)]
+    lines = [json.dumps(row).replace("}", ', "z": {"a": 1, "a": 2}, "z": 1}') for row in rows]
+    document = {**FEW, "columns": {"u": FEW["columns"]["u"]}, "rest": "leave"}
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+    for how in ("fail", "skip"):
+        schema = make(tmp_path / "log.jsonl", tmp_path / how, document, on_bad_row=how)
+        assert (sum(split.rows for split in schema.splits.values()), schema.report.get("bad_rows", 0)) == (2000, 0)
+    lines[40] = lines[40].replace('"click": 0', '"click": 7')
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="line 41: the label click is '7'"):
+        make(tmp_path / "log.jsonl", tmp_path / "bad", document)
+    lines[::4] = ['{"click": 1, "u": {"x": 1}}'] * 500
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(LogReader, "_good_halves", None)
+    schema = make(tmp_path / "log.jsonl", tmp_path / "objects", document, on_bad_row="skip")
+    assert schema.report["bad_rows"] == 500
+
+
+def test_good_rows_take_no_slow_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "log.csv").write_bytes(log_of(LINES))
+    monkeypatch.setattr(LogReader, "_find_faults", None)
+    schema = make(tmp_path / "log.csv", tmp_path / "data", FEW, on_bad_row="skip")
+    assert sum(split.rows for split in schema.splits.values()) == 16
 
 
 @pytest.mark.parametrize("name", ["log.csv", "log.jsonl", "log.parquet"])
