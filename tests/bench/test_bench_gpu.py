@@ -61,7 +61,10 @@ def test_the_code_of_every_row_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not [row["error"] for row in rows if "error" in row]
     assert {row["work"] for row in rows} == {"gpu", "lookup"} and compiled == ["default"] * 4
     steps = [row for row in rows if "host_s" in row]
-    assert len(steps) == len(ROWS) - len(("losses", "fit", "lookup"))
+    sizes = [row for row in ROWS if row.name.startswith("batch sizes")]
+    assert len(steps) == len(ROWS) - len(sizes) - len(("losses", "fit", "lookup")), (
+        "with --batch-size there is one size"
+    )
     assert all(row["host_s"] > 0 and row["peak_bytes"] > 0 and row["samples_per_s"] > 0 for row in steps)
 
 
