@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from datamodules.preprocess import command, transforms
+from datamodules.preprocess import inspect_command, transforms
 from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import PROTOCOLS
@@ -105,10 +105,10 @@ def test_columns_without_values_or_with_few(tmp_path: Path, capsys: pytest.Captu
     new = written(tmp_path / "new.txt", lines_of("9", "3", "", rows=3))
     preprocess(None, None, [new], tmp_path / "new", progress=QUIET, vocabulary=tmp_path / "known")
     parser = argparse.ArgumentParser()
-    command.add_inspect_arguments(parser)
+    inspect_command.add_arguments(parser)
     notes = {}
     for flag in ("--json", "--verify"):
-        assert command.run_inspect(parser.parse_args([str(tmp_path / "known"), flag])) == 0
+        assert inspect_command.run(parser.parse_args([str(tmp_path / "known"), flag])) == 0
         notes[flag] = capsys.readouterr().out
     columns = {column["name"]: column["note"] for column in json.loads(notes["--json"])["columns"]}
     assert (columns["B1"], columns["B2"], columns["B3"]) == ("one value", "all missing", "3 of at most 30 bins")
