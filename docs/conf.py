@@ -4,7 +4,7 @@ Pages are plain Markdown, so that they can be read on a code host too. Three thi
 the navigation, from the lists of links in index.md; the docstrings of the names in api.md; the pages of reference.py.
 """
 
-import importlib
+import importlib.metadata
 import re
 import sys
 from functools import cache
@@ -14,7 +14,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent))
 
 project = "lightning_dlrm"
-release = version = "0.1"
+release = version = importlib.metadata.version("lightning-dlrm")
 root_doc = "docs/index"
 include_patterns = ["docs/*.md", "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
 exclude_patterns = [".*", "build", "tests", "lightning_dlrm", "datamodules", "notebooks", "configs"]

@@ -58,11 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: arguments of the command line; None for those of this process.
     """
-    if arguments is None:
+    own_process = arguments is None
+    if own_process:
         _prepare_streams()
         search_current_folder_last()
-        if sys.argv[1:2] == ["preprocess"]:
-            importlib.import_module("datamodules.preprocess.workers").fork_workers()
     given = sys.argv[1:] if arguments is None else arguments
     shows_tracebacks = DEBUG in given
     # Shells replace ~ at the start of a word only.
@@ -75,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = arguments
     try:
+        if own_process and command == "preprocess":
+            _imported("datamodules.preprocess.workers").fork_workers()
         return _run(command, rest)
     except BrokenPipeError:
         # The reader of a pipe, such as ``head``, has seen enough; nothing is left to flush to it.

@@ -16,7 +16,7 @@ from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
-from lightning_dlrm.contracts.terminal import command_after, counted
+from lightning_dlrm.contracts.terminal import command_after, command_line, counted
 
 GENERATE_HELP = "make data instead of reading any: demo data with a known best score, random data, traces, raw text"
 
@@ -367,7 +367,8 @@ def _make(output: Path, generate: Callable[[], DatasetSchema], summarize: Callab
     start = time.perf_counter()
     print(summarize(generate()))
     print(f"{output} is ready after {time.perf_counter() - start:.1f} s")
-    print(command_after("train on it:", f"python -m lightning_dlrm fit --config dlrm.yaml --data.path {output}"))
+    command = command_line("fit", "--config", "dlrm.yaml", "--data.path", str(output))
+    print(command_after("train on it:", command))
     return 0
 
 

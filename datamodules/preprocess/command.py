@@ -14,7 +14,7 @@ from datamodules.preprocess.protocols import DATASETS, PROTOCOLS
 from datamodules.preprocess.report import fit_command, one_label_warnings, render_report, threshold_warnings
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
-from lightning_dlrm.contracts.terminal import command_after
+from lightning_dlrm.contracts.terminal import command_after, command_line
 
 _DESCRIPTION = """\
 Reads raw click logs and makes a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in Parquet.
@@ -189,7 +189,6 @@ _INFER_OPTIONS: dict[str, dict[str, Any]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the description and the options of ``preprocess`` to a parser; ``run`` takes what it parses."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _DESCRIPTION, _epilog()
     for title, options in _OPTIONS.items():
         group = parser.add_argument_group(title)
@@ -241,9 +240,10 @@ def run(args: argparse.Namespace) -> int:
     if args.schema is not None:
         print(command_after("train on it:", fit_command(args.output, schema.features.dense > 0)))
     elif args.vocabulary is None:
-        command = f"fit --config dlrm.yaml --config criteo_{schema.dataset}.yaml --data.path {args.output}"
-        print(command_after("train on it:", f"python -m lightning_dlrm {command}"))
+        overlay = f"criteo_{schema.dataset}.yaml"
+        command = command_line("fit", "--config", "dlrm.yaml", "--config", overlay, "--data.path", args.output)
+        print(command_after("train on it:", command))
     else:
-        command = f"predict --config RUN/config.yaml --ckpt_path RUN/checkpoints/best --data.path {args.output}"
-        print(command_after("score it:", f"python -m lightning_dlrm {command}"))
+        run = ("--config", "RUN/config.yaml", "--ckpt_path", "RUN/checkpoints/best")
+        print(command_after("score it:", command_line("predict", *run, "--data.path", args.output)))
     return 0

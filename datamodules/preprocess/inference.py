@@ -18,10 +18,11 @@ from datamodules.log_schema import LABEL, read_log_schema
 from datamodules.preprocess.columns import Choice, Facts, choose, examples, facts_of, in_order, shortened, tells_label
 from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.labels import SampledLabel, find_label, propose_labels
-from datamodules.preprocess.report import command_line, fit_command
+from datamodules.preprocess.report import fit_command
 from datamodules.preprocess.sniffing import Form, Sample, read_sample
 from lightning_dlrm.contracts.documents import is_name, printable
 from lightning_dlrm.contracts.errors import require
+from lightning_dlrm.contracts.terminal import command_line
 
 _SPLIT_WORDS = {"train": ("train", "training"), "validation": ("valid", "validation", "val", "dev"), "test": ("test",)}
 _GUESSED_ENCODINGS = ("cp1252", "latin-1")

@@ -41,7 +41,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the description and the options of ``inspect`` to a parser; ``run`` takes what it parses."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = _DESCRIPTION
     for name, settings in _OPTIONS.items():
         parser.add_argument(name, **settings)
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UserError: the folder holds no dataset, a file is missing or altered, or see ``leakage.equal_rows`` and
-            ``figure.draw``.
+            ``skew.draw``.
     """
     folder = Folder(args.folder)
     schema = load_schema(folder)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from datamodules.preprocess.sources import RawFile
 from lightning_dlrm.contracts.errors import require
-from lightning_dlrm.contracts.terminal import has_colors, wrapped
+from lightning_dlrm.contracts.terminal import columns, has_colors, wrapped
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -114,7 +114,7 @@ class Stage:
             f"{self.disk / 1e9:,.2f} GB disk",
         ]
         if self._bar is not None:
-            room = shutil.get_terminal_size().columns - len("encode 100%|12345678| 00:00:00<00:00:00, ")
+            room = columns(sys.stderr) - len("encode 100%|12345678| 00:00:00<00:00:00, ")
             while len(parts) > 1 and len(", ".join(parts)) > room:
                 parts.pop()
             self._bar.set_postfix_str(", ".join(parts), refresh=False)

@@ -3,7 +3,6 @@ what to do next."""
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.progress import StageTime
 from lightning_dlrm.contracts.schema import CRITEO_DENSE, SPLITS, DatasetSchema
+from lightning_dlrm.contracts.terminal import command_line
 
 REPORT_FILE = "report.json"
 """How a dataset was made: inputs, options, times. Not part of dataset.json, because it differs from run to run."""
@@ -124,8 +124,3 @@ def fit_command(data: str, has_dense: bool) -> str:
     # DLRM's bottom MLP takes dense features.
     without = [] if has_dense else ["--model.network.bottom_mlp", "[]"]
     return command_line("fit", "--config", "dlrm.yaml", "--config", "own_data.yaml", "--data.path", data, *without)
-
-
-def command_line(command: str, *arguments: str) -> str:
-    """Return a command as users type it."""
-    return f"python -m lightning_dlrm {command} {shlex.join(arguments)}"

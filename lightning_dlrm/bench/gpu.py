@@ -126,8 +126,11 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
     if args.budget is not None and not args.budget > 0:
         raise UserError(f"bench gpu: --budget is {args.budget:g}; give seconds, more than 0")
     wanted = [row for row in ROWS if args.only is None or row.name.partition(",")[0] in args.only]
+    if args.batch_size is not None:
+        # With one batch size, these rows would all be the first one.
+        wanted = [row for row in wanted if not row.name.startswith("batch sizes")]
     if args.predict:
-        print_predictions(wanted, args.max_rows)
+        print_predictions(wanted, args.max_rows, args.batch_size)
         return
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("bench gpu needs a CUDA device, and torch finds none here: give --predict or --device cpu")
@@ -141,7 +144,9 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
             yield _failed(row, args, f"not started: it takes about {row.seconds:.0f} s, and {left:.0f} s are left")
             continue
         for found in _measured(row, args):
-            asked = row.asked if device.type == "cuda" and not found.error else None
+            # Targets are of the row's own sizes, on a GPU.
+            own_sizes = args.batch_size is None and args.max_rows is None
+            asked = row.asked if device.type == "cuda" and own_sizes and not found.error else None
             if asked is not None:
                 found = replace(found, extra={"asked_samples_per_s": asked, **found.extra})
             if found.error or (asked is not None and found.samples_per_s < asked) or not found.extra.get("met", 1.0):
@@ -247,7 +252,9 @@ def _host_seconds(step: OurStep, batch: Any, device: torch.device) -> float:
 def _time_paper(args: argparse.Namespace) -> list[Measurement]:
     """Time section 5.2, on batches in the memory of the device."""
     (row,) = _time_step(args, "section 5.2", paper, 2048)
-    return [replace(row, extra={"projected_seconds_for_1000": 1000 * row.median_s, **row.extra})]
+    if args.batch_size is None and args.max_rows is None:
+        row = replace(row, extra={"projected_seconds_for_1000": 1000 * row.median_s, **row.extra})
+    return [row]
 
 
 def _time_mlperf(args: argparse.Namespace) -> list[Measurement]:
@@ -361,19 +368,23 @@ def repeat_training_rows(folder: Path, schema: DatasetSchema, times: int, output
     return repeated
 
 
-def print_predictions(rows: list[Row], max_rows: int | None) -> None:
-    """Print what each row should reach on one H200."""
+def print_predictions(rows: list[Row], max_rows: int | None, batch_size: int | None) -> None:
+    """Print what each row should reach on one H200, with its own batch size if ``batch_size`` is None."""
     gpu = Gpu()
     lines = []
     for row in rows:
         if row.workload is not None:
-            found = predict.predict(row.workload(max_rows), row.batch_size, gpu)
+            found = predict.predict(row.workload(max_rows), batch_size or row.batch_size, gpu)
             rate = found.samples_per_s
             if row.name == "fit":
                 rate = min(rate, gpu.threads * gpu.decoded_per_s)
-            asked = "" if row.asked is None else f"{row.asked / 1e6:g}M samples/s"
+            own_sizes = max_rows is None and batch_size is None
+            asked = "" if row.asked is None or not own_sizes else f"{row.asked / 1e6:g}M samples/s"
             lines.append((row.name, asked, found, rate))
     print(f"{gpu}\n\n{predict.render_predictions(lines)}")
+    without = dict.fromkeys(row.name for row in rows if row.workload is None)
+    if without:
+        print(f"no prediction: {'; '.join(without)}")
 
 
 def _step_row(

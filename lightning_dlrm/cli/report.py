@@ -1,7 +1,6 @@
 """Text that a fit prints at its start and at its end."""
 
 import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +13,7 @@ from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from lightning_dlrm.cli.parser import PublishedScore
 from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.contracts.schema import DatasetSchema
-from lightning_dlrm.contracts.terminal import emphasized, wrapped
+from lightning_dlrm.contracts.terminal import command_line, counted, emphasized, wrapped
 from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.models.network import ModelSize
 from lightning_dlrm.tracking import names
@@ -50,12 +49,11 @@ def setup_note(network: str, schema: DatasetSchema, batch_size: int | None, trai
     data = "demo data" if schema.dataset == "demo" else f"{schema.dataset} data"
     ranks = trainer.world_size
     if isinstance(trainer.accelerator, CUDAAccelerator):
-        devices = f"{ranks} GPU{'s' * (ranks > 1)} ({torch.cuda.get_device_name()})"
+        devices = f"{counted(ranks, 'GPU')} ({torch.cuda.get_device_name()})"
     elif isinstance(trainer.accelerator, CPUAccelerator):
-        cores = torch.get_num_threads()
-        devices = f"{cores} CPU core{'s' * (cores > 1)}{f' on each of {ranks} ranks' * (ranks > 1)}"
+        devices = counted(torch.get_num_threads(), "CPU core") + f" on each of {ranks} ranks" * (ranks > 1)
     else:
-        devices = f"{ranks} device{'s' * (ranks > 1)}"
+        devices = counted(ranks, "device")
     batch = "" if batch_size is None else f", batch {batch_size:,}"
     return f"{network} on {data}{batch}, {PRECISIONS.get(str(trainer.precision), trainer.precision)}, {devices}"
 
@@ -96,12 +94,12 @@ def early_stop_note(callback: EarlyStopping | ReduceOnPlateau, step: int, total:
         if not callback.stops or step >= total:
             return ""
         return (
-            f"stopped early at step {step:,}: {' + '.join(callback.weights)} not better for {callback.count} "
-            f"validation{'s' * (callback.count > 1)} (best {callback.best:.6f})"
+            f"stopped early at step {step:,}: {' + '.join(callback.weights)} not better for "
+            f"{counted(callback.count, 'validation')} (best {callback.best:.6f})"
         )
     metric, best, waited = callback.monitor, float(callback.best_score), callback.wait_count
     reasons = {
-        EarlyStoppingReason.PATIENCE_EXHAUSTED: f"{metric} not better for {waited} validation{'s' * (waited > 1)} "
+        EarlyStoppingReason.PATIENCE_EXHAUSTED: f"{metric} not better for {counted(waited, 'validation')} "
         f"(best {best:.6f})",
         EarlyStoppingReason.STOPPING_THRESHOLD: f"{metric} has reached the threshold {callback.stopping_threshold}",
         EarlyStoppingReason.DIVERGENCE_THRESHOLD: f"{metric} is beyond the limit {callback.divergence_threshold}",
@@ -196,15 +194,16 @@ def final_report(
     if schema.dataset == "demo" and auc is not None and optimum is not None:
         lines += ["", demo_result(auc, optimum)]
     if (folder.checkpoints / "best").exists():
-        trust = shlex.join(trust_options())
-        again = f"--config {folder.path / CONFIG} --ckpt_path {folder.checkpoints / 'best'} {trust}".rstrip()
-        lines += [
-            "",
-            emphasized("next:", sys.stdout),
-            f"  python -m lightning_dlrm test {again}",
-            f"  python -m lightning_dlrm predict {again} --data.predict_split all",
-            f"  python -m lightning_dlrm compare {folder.path} OTHER_RUN --output comparison {trust}".rstrip(),
+        trust = trust_options()
+        best_checkpoint = folder.checkpoints / "best"
+        again = ["--config", str(folder.path / CONFIG), "--ckpt_path", str(best_checkpoint), *trust]
+        commands = [
+            ["test", *again],
+            ["predict", *again, "--data.predict_split", "all"],
+            ["compare", str(folder.path), "OTHER_RUN", "--output", "comparison", *trust],
         ]
+        lines += ["", emphasized("next:", sys.stdout)]
+        lines += [f"  {command_line(*command)}" for command in commands]
     return wrapped(lines)
 
 

@@ -95,7 +95,8 @@ def answer(comparison: Comparison) -> tuple[str, str]:
     amount, interval = distance(near.interval).split(" ", 1)
     above = f"{amount} above {second.name} (95% interval {interval.strip('()')})"
     level = [pair.loser for pair in pairs if not (pair.decided or pair.single)]
-    if any(pair.single for pair in pairs) and not level:
+    single = [pair.loser for pair in pairs if pair.single]
+    if near.single and not level:
         head = (
             f"No verdict from one seed: {first.name} has the highest AUC, {auc}: {above}, without the variation over "
             "seeds."
@@ -107,6 +108,8 @@ def answer(comparison: Comparison) -> tuple[str, str]:
         )
     else:
         head = f"{first.name} wins: AUC {auc}, {above}, {_seeds(comparison)}."
+        if single:
+            head += f" With one seed there is no verdict against {_listed(single)}."
     return head, " ".join(filter(None, [_by_log_loss(comparison, first, second), on]))
 
 

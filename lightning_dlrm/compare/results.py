@@ -31,6 +31,7 @@ from lightning_dlrm.compare.statistics import (
     verdict,
 )
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.terminal import counted
 
 METRIC_TITLES: Mapping[Score, str] = {score: title_of_metric(score) for score in SCORES}
 
@@ -405,8 +406,8 @@ def _pair(a: Arm, b: Arm, metric: Metric, found: Difference, p_adjusted: float |
         contains = "contains" if unadjusted == "not_distinguishable" else "does not contain"
         but = "but " if given != unadjusted else ""
         reason = (
-            f"the 95% interval {contains} 0, with {how}, {but}p is {p_adjusted:.2g} when adjusted for {verdicts} "
-            f"verdict{'s' * (verdicts > 1)} (unadjusted {found.p:.2g}); {100 * share:.0f}% of the variance comes from "
+            f"the 95% interval {contains} 0, with {how}, {but}p is {p_adjusted:.2g} when adjusted for "
+            f"{counted(verdicts, 'verdict')} (unadjusted {found.p:.2g}); {100 * share:.0f}% of the variance comes from "
             "the seeds"
         )
     if not same:

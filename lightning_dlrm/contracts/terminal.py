@@ -1,6 +1,7 @@
 """Text for a terminal: emphasis where it has colours, and lines that fit its width."""
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -9,6 +10,10 @@ from collections.abc import Iterable
 from typing import TextIO
 
 BOLD, RED = "1", "1;31"
+
+_COMMAND = re.compile(r"\b(?:python -m|wandb sync) ")
+_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*"|['"])+""")
+"""A word of a command, with what is quoted in it; a quote without its end is a character."""
 
 
 def has_colors(stream: TextIO) -> bool:
@@ -21,17 +26,26 @@ def emphasized(text: str, stream: TextIO, style: str = BOLD) -> str:
     return f"\x1b[{style}m{text}\x1b[0m" if text and has_colors(stream) else text
 
 
+def columns(stream: TextIO) -> int:
+    """Return the width of the terminal that a stream is; 80 if it is none and COLUMNS is not set."""
+    try:
+        found = os.get_terminal_size(stream.fileno()).columns
+    except (AttributeError, OSError, ValueError):
+        found = 0
+    return found or shutil.get_terminal_size().columns
+
+
 def wrapped(lines: Iterable[str], stream: TextIO | None = None) -> str:
     """Join lines; on a terminal, wrap those that are wider than it, with their own indentation and two spaces more.
 
-    A command goes on after a backslash, so that it can be copied.
+    A command begins a line of its own and goes on after a backslash, so that it can be copied.
 
     Args:
         lines: the lines.
         stream: where they are printed; by default standard output.
     """
     stream = stream or sys.stdout
-    width = shutil.get_terminal_size().columns - 1 if stream.isatty() else 0
+    width = columns(stream) - 1 if stream.isatty() else 0
     return "\n".join(part for line in lines for part in _parts(line, width))
 
 
@@ -57,6 +71,11 @@ def binary_size(size: float) -> str:
     return f"{size:,.0f} bytes"
 
 
+def command_line(command: str, *arguments: str) -> str:
+    """Return a command as users type it."""
+    return f"python -m lightning_dlrm {command} {shlex.join(arguments)}"
+
+
 def command_after(words: str, command: str) -> str:
     """Return a command on a line of its own below some words, as it fits the terminal."""
     return wrapped([words, f"  {command}"])
@@ -66,12 +85,18 @@ def _parts(line: str, width: int) -> list[str]:
     if not width or len(line) <= width:
         return [line]
     indent = " " * (len(line) - len(line.lstrip()) + 2)
-    if line.lstrip().startswith("python -m "):
-        parts = [indent[:-2]]
-        for word in shlex.split(line, posix=False):
-            if len(parts[-1]) + len(word) > width - len(" \\") and parts[-1].strip():
-                parts[-1] += "\\"
-                parts.append(indent)
-            parts[-1] += f"{word} "
-        return [part.rstrip() for part in parts]
+    if (command := _COMMAND.search(line)) is not None:
+        words = line[: command.start()].rstrip()
+        before, indent = (_parts(words, width), indent) if words else ([], indent[:-2])
+        return [*before, *_command_parts(line[command.start() :], width, indent)]
     return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _command_parts(command: str, width: int, indent: str) -> list[str]:
+    parts = [indent]
+    for word in _WORD.findall(command):
+        if len(parts[-1]) + len(word) > width - len(" \\") and parts[-1].strip():
+            parts[-1] += "\\"
+            parts.append(f"{indent}  ")
+        parts[-1] += f"{word} "
+    return [part.rstrip() for part in parts]

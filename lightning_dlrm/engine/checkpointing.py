@@ -120,7 +120,7 @@ class RunCheckpoints(Checkpoint):
         taken = binary_size(int(sizes[:, 0].sum()) + rest)
         log.info("a checkpoint takes %s; last and best are kept", taken)
         if staging := int(sizes[:, 1].max()):
-            log.info("saving it takes up to %.3f GiB of page-locked memory in each rank", staging / 2**30)
+            log.info("saving it takes up to %s of page-locked memory in each rank", binary_size(staging))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

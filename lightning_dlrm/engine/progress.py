@@ -1,7 +1,6 @@
 """The progress display: a bar on a terminal, a line every few seconds elsewhere."""
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm
 
-from lightning_dlrm.contracts.terminal import has_colors
+from lightning_dlrm.contracts.terminal import columns, has_colors
 from lightning_dlrm.engine.fit_length import fit_length
 from lightning_dlrm.engine.metrics_logger import MetricsLogger, peak_memory
 from lightning_dlrm.engine.module import CTRModule
@@ -156,10 +155,10 @@ def format_metrics(metrics: MetricsLogger, width: int) -> str:
 
 def metrics_width(bar: tqdm) -> int:
     """Return the characters that a bar of a fit leaves for metrics."""
-    columns = LINE_COLUMNS if isinstance(bar, Lines) else shutil.get_terminal_size().columns
+    width = LINE_COLUMNS if isinstance(bar, Lines) else columns(bar.fp)
     elapsed = bar.format_interval(bar.format_dict["elapsed"])
     taken = f"fit 100%|| steps {bar.total}/{bar.total} {elapsed}<{elapsed}, "
-    return columns - len(taken) - _BAR_CELLS
+    return width - len(taken) - _BAR_CELLS
 
 
 def format_validation(results: Mapping[str, float], step: int, highest: bool) -> str:

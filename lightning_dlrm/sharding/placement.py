@@ -31,7 +31,7 @@ from torch import Tensor
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.sharding.collectives import AsyncCollective, Ranks
 from lightning_dlrm.sharding.plan import Plan
-from lightning_dlrm.sharding.requests import LookupRequest, RowMap, UncutRequest, decode_rows
+from lightning_dlrm.sharding.requests import LookupRequest, RowMap, UnsizedRequest, decode_rows
 from lightning_dlrm.tables.gradients import LookupGradient, RowRequest, RowSource
 from lightning_dlrm.tables.host import Copies
 from lightning_dlrm.tables.lookup import EmbeddingTables, Placement, look_up
@@ -44,17 +44,17 @@ class PendingLookup:
     The host waits for the device once, in ``send_rows``, for the sizes of all that follows.
 
     Args:
-        uncut: request of this rank.
+        unsized: request of this rank.
         ranks: ranks that hold the tables.
         computed: the event after which the request is computed; None if the caller's stream computes it.
     """
 
-    def __init__(self, uncut: UncutRequest, ranks: Ranks, computed: Any = None) -> None:
-        self._uncut, self._ranks, self._computed = uncut, ranks, computed
-        sent_W2 = uncut.counts_of_ranks(ranks.ranks).contiguous()
+    def __init__(self, unsized: UnsizedRequest, ranks: Ranks, computed: Any = None) -> None:
+        self._unsized, self._ranks, self._computed = unsized, ranks, computed
+        sent_W2 = unsized.counts_of_ranks(ranks.ranks).contiguous()
         received_W2 = ranks.all_to_all(sent_W2, [1] * ranks.ranks, [1] * ranks.ranks)
         self._copies = Copies.of(sent_W2.device)
-        self._sizes_2W2 = self._copies.begin_on_host(lambda: torch.stack([sent_W2, received_W2.wait()]))
+        self._read_sizes = self._copies.begin_on_host(lambda: torch.stack([sent_W2, received_W2.wait()]))
         self._request: LookupRequest | None = None
         self._rows: AsyncCollective | None = None
         self._factors: AsyncCollective | None = None
@@ -77,12 +77,12 @@ class PendingLookup:
 
     def send_rows(self) -> None:
         """Start to exchange the requested rows; all ranks call it together."""
-        sizes_2W2 = self._sizes_2W2().tolist()
+        sizes_2W2 = self._read_sizes().tolist()
         (self.vectors_received, sent), (self.vectors_sent, received) = (
             zip(*of_ranks, strict=True) for of_ranks in sizes_2W2
         )
-        self._copies.take_over(self._uncut.tensors(), self._computed)
-        self._request = self._uncut.cut(sum(self.vectors_received), sum(sent))
+        self._copies.use_after(self._unsized.tensors(), self._computed)
+        self._request = self._unsized.sized(sum(self.vectors_received), sum(sent))
         self._rows = self._ranks.all_to_all(self._request.rows, sent, received)
         if self._request.factors is not None:
             self._factors = self._ranks.all_to_all(self._request.factors, sent, received)
@@ -167,7 +167,7 @@ class ShardedPlacement(Placement):
 
     def prefetch(self, tables: EmbeddingTables, ids: SparseIds) -> None:
         copies = Copies.of(self.device)
-        with copies.beside():
+        with copies.on_side_stream():
             here = ids.map(lambda tensor: None if tensor is None else tensor.to(self.device, non_blocking=True))
             request = self._rows.request(here)
             self._prefetched = PendingLookup(request, self.ranks, copies.record_event())

@@ -4,7 +4,7 @@ A requested row or sum is a *vector*: if the plan pools a table, a rank requests
 that holds rows of the bag. A request lists the *rows* that each vector is the sum of.
 
 A request is made in two steps. ``RowMap.request`` sorts a batch's ids and counts, and no operation waits for a GPU. The
-host then reads the counts, and ``UncutRequest.cut`` makes tensors of these sizes.
+host then reads the counts, and ``UnsizedRequest.sized`` makes tensors of these sizes.
 
 Shape suffixes: B samples, F tables, N indices of all bags, P pieces, W ranks, C cells (a cell is a table on a rank:
 W * F cells, rank after rank), U vectors that this rank requests, V vectors that all ranks request from this one, E
@@ -47,7 +47,7 @@ class LookupRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UncutRequest:
+class UnsizedRequest:
     """A request before the host knows how many vectors and rows it has; no operation so far waits for a device.
 
     All tensors are in the order of ``keys``, sorted by vector, unless said otherwise.
@@ -63,7 +63,7 @@ class UncutRequest:
     counts: Tensor
     """int64 [2, C]: the number of vectors, and of rows, of each table on each rank."""
     rank_starts: Tensor
-    """[W]: the first row of each rank, in the numbering of ``keys``; only if no table is pooled."""
+    """[W]: the first row of each rank, in the numbering of ``keys``; read only if no table is pooled."""
     pooled: Tensor | None = None
     """bool [N], in the original order: whether the table of each index is pooled; None if no table is."""
     rows: Tensor | None = None
@@ -74,19 +74,19 @@ class UncutRequest:
         return self.counts.view(2, ranks, -1).sum(2).T
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that ``cut`` reads."""
+        """Return the tensors that ``sized`` reads."""
         values = (*vars(self).values(), self.ids.offsets, self.ids.weights)
         return [value for value in values if isinstance(value, Tensor)]
 
-    def cut(self, vectors: int, rows: int) -> LookupRequest:
+    def sized(self, vectors: int, rows: int) -> LookupRequest:
         """Return the request, given its numbers of vectors and of rows."""
-        starts_U = places_of(self.begins, vectors)
+        starts_U = indices_where(self.begins, vectors)
         keys_U = self.keys.index_select(0, starts_U)
         counts_U = torch.cat([starts_U, starts_U.new_full((1,), len(self.order))]).diff()
         if self.pooled is not None and self.rows is not None:
             summed_N = self.pooled.index_select(0, self.order)
             counts_U = torch.where(summed_N.index_select(0, starts_U), 1, counts_U)
-            return self._cut_pooled(keys_U, counts_U, self.pooled, summed_N, self.rows, rows)
+            return self._sized_pooled(keys_U, counts_U, self.pooled, summed_N, self.rows, rows)
         vectors_W = self.counts_of_ranks(len(self.rank_starts))[:, 0]
         first_rows_U = torch.repeat_interleave(self.rank_starts, vectors_W, output_size=vectors)
         return LookupRequest(
@@ -99,7 +99,7 @@ class UncutRequest:
             counts=self.counts,
         )
 
-    def _cut_pooled(
+    def _sized_pooled(
         self, keys_U: Tensor, counts_U: Tensor, pooled_N: Tensor, summed_N: Tensor, rows_N: Tensor, rows: int
     ) -> LookupRequest:
         """Return the request if some tables are pooled.
@@ -115,7 +115,7 @@ class UncutRequest:
         order_N = self.order
         # Datasets hold float32; with precision 64-true, Lightning converts weights that were not prefetched to float64.
         factors_N = None if self.ids.weights is None else self.ids.weights.detach().reshape(-1).float()
-        sent_E = places_of(self.begins | summed_N, rows)
+        sent_E = indices_where(self.begins | summed_N, rows)
         rows_E = torch.where(self.begins, rows_N, -1 - rows_N).index_select(0, sent_E)
         factors_E = None
         if factors_N is not None:
@@ -127,10 +127,10 @@ class UncutRequest:
         places_N = _counts_before(kept_there_N)
         weights = None
         if factors_N is not None:
-            weights = torch.where(pooled_N, 1.0, factors_N).index_select(0, places_of(kept_there_N, kept))
+            weights = torch.where(pooled_N, 1.0, factors_N).index_select(0, indices_where(kept_there_N, kept))
         return LookupRequest(
             lookups=SortedLookups(
-                keys_U, counts_U, places_N.index_select(0, order_N.index_select(0, places_of(kept_N, kept)))
+                keys_U, counts_U, places_N.index_select(0, order_N.index_select(0, indices_where(kept_N, kept)))
             ),
             offsets=None if self.ids.offsets is None else places_N[self.ids.offsets],
             weights=weights,
@@ -141,8 +141,8 @@ class UncutRequest:
         )
 
 
-def places_of(chosen_N: Tensor, count: int) -> Tensor:
-    """Return the places of the chosen elements, of which there are ``count``: int64 [count].
+def indices_where(chosen_N: Tensor, count: int) -> Tensor:
+    """Return the indices of the chosen elements, of which there are ``count``: int64 [count].
 
     ``torch.nonzero`` would wait for a GPU to learn the count; ``nonzero_static`` takes three times as long on a CPU.
     """
@@ -161,7 +161,7 @@ def decode_rows(rows_E: Tensor, factors_E: Tensor | None, pooled: bool, vectors:
     if not pooled:
         return RowRequest.of_rows(rows_E)
     begins_E = rows_E >= 0
-    starts_V = places_of(begins_E, vectors)
+    starts_V = indices_where(begins_E, vectors)
     offsets = torch.cat([starts_V, starts_V.new_full((1,), len(rows_E))])
     return RowRequest.of_rows(torch.where(begins_E, rows_E, -1 - rows_E), offsets, factors_E)
 
@@ -242,7 +242,7 @@ class RowMap(nn.Module):
         ):
             self.register_buffer(buffer, torch.tensor(values, dtype=dtype), persistent=False)
 
-    def request(self, ids: SparseIds) -> UncutRequest:
+    def request(self, ids: SparseIds) -> UnsizedRequest:
         """Return the request of a batch; per-sample weights are constants if tables are pooled."""
         rows_N, bag_N = RowRequest(ids.values, self.table_offsets, ids.offsets, None).rows_and_bags()
         piece_N = torch.searchsorted(self.piece_starts, rows_N, right=True, out_int32=True) - 1
@@ -251,7 +251,7 @@ class RowMap(nn.Module):
             begins_N = _begins(keys_N)
             bounds_C = torch.searchsorted(keys_N, self.cell_keys.to(keys_N.dtype))
             vectors_C = _counts_before(begins_N)[bounds_C].diff()
-            return UncutRequest(
+            return UnsizedRequest(
                 ids=ids,
                 keys=keys_N,
                 order=order_N,
@@ -273,7 +273,7 @@ class RowMap(nn.Module):
         begins_N = _begins(keys_N)
         sent_N = begins_N | pooled_N.index_select(0, order_N)
         bounds_C = torch.searchsorted(keys_N, (self.cell_keys + self.cell_slots * samples).to(keys_N.dtype))
-        return UncutRequest(
+        return UnsizedRequest(
             ids=ids,
             keys=keys_N,
             order=order_N,

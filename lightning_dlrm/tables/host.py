@@ -211,15 +211,15 @@ class Copies:
         memory."""
         return compute
 
-    def beside(self) -> AbstractContextManager[object]:
-        """Return a context in which the device computes beside the caller's stream; see ``take_over``."""
+    def on_side_stream(self) -> AbstractContextManager[object]:
+        """Return a context in which the device computes beside the caller's stream; see ``use_after``."""
         return nullcontext()
 
-    def take_over(self, tensors: Iterable[Tensor], computed: Any) -> None:
+    def use_after(self, tensors: Iterable[Tensor], computed: Any) -> None:
         """Let the caller's stream use tensors of another stream after an event; the host does not wait."""
 
     def record_event(self) -> Any:
-        """Return an event for ``to_host`` and ``take_over`` after all work that is queued on the caller's stream."""
+        """Return an event for ``to_host`` and ``use_after`` after all work that is queued on the caller's stream."""
         return None
 
     def to_host(self, tensors: Mapping[str, Tensor], computed: Any) -> dict[str, Tensor]:
@@ -257,7 +257,7 @@ class CudaCopies(Copies):
             done = self._stream.record_event()
 
         def wait() -> dict[str, Tensor]:
-            self.take_over(copied.values(), done)
+            self.use_after(copied.values(), done)
             return copied
 
         return wait
@@ -278,10 +278,10 @@ class CudaCopies(Copies):
 
         return wait
 
-    def beside(self) -> AbstractContextManager[object]:
+    def on_side_stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
 
-    def take_over(self, tensors: Iterable[Tensor], computed: Any) -> None:
+    def use_after(self, tensors: Iterable[Tensor], computed: Any) -> None:
         if computed is None:
             return
         current = torch.cuda.current_stream(self._device)

@@ -61,7 +61,10 @@ def test_the_code_of_every_row_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not [row["error"] for row in rows if "error" in row]
     assert {row["work"] for row in rows} == {"gpu", "lookup"} and compiled == ["default"] * 4
     steps = [row for row in rows if "host_s" in row]
-    assert len(steps) == len(ROWS) - len(("losses", "fit", "lookup"))
+    sizes = [row for row in ROWS if row.name.startswith("batch sizes")]
+    assert len(steps) == len(ROWS) - len(sizes) - len(("losses", "fit", "lookup")), (
+        "with --batch-size there is one size"
+    )
     assert all(row["host_s"] > 0 and row["peak_bytes"] > 0 and row["samples_per_s"] > 0 for row in steps)
 
 
@@ -115,7 +118,7 @@ def test_predictions_follow_from_counts_and_assumptions(capsys: pytest.CaptureFi
     assert found.bound == "host" and found.step_s == found.host_s == found.launches * 12e-6
     faster = predict.predict(workload, 4096, Gpu(launch_s=1e-9, bytes_per_s=9.6e12))
     assert faster.step_s == faster.device_s == pytest.approx(found.products_s + (found.dense_s + found.rows_s) / 2)
-    assert main(["bench", "gpu", "--predict", "--max-rows", "100", "--only", "step dlrm", "fit"]) == 0
+    assert main(["bench", "gpu", "--predict", "--only", "step dlrm", "fit"]) == 0
     said = capsys.readouterr().out
     assert "assumed of one H200: 989 TFLOP/s" in said and "15M samples/s" in said and "bound by" in said
 

@@ -1,15 +1,19 @@
 """Contract: what is printed fits the terminal, with whole words, numbers and commands; colours only where they show."""
 
+import fcntl
 import io
 import os
+import shlex
 import shutil
+import struct
+import termios
 from pathlib import Path
 
 import pytest
 from tqdm import tqdm
 
 from lightning_dlrm.__main__ import main
-from lightning_dlrm.contracts.terminal import RED, emphasized, wrapped
+from lightning_dlrm.contracts.terminal import RED, columns, emphasized, wrapped
 from lightning_dlrm.engine.metrics_logger import MetricsLogger
 from lightning_dlrm.engine.progress import FIT_FORMAT, format_metrics, format_validation, metrics_width
 from lightning_dlrm.tracking import names
@@ -37,6 +41,32 @@ def test_lines_fit_the_terminal_and_commands_can_be_copied(columns_80: None) -> 
     assert all(line.endswith(" \\") for line in shown[start:-1]) and "'a run/config.yaml'" in shown[start]
     assert " ".join(line.rstrip("\\").strip() for line in shown[start:]) == command.strip()
     assert wrapped(lines, io.StringIO()) == "\n".join(lines), "a file or a pipe gets the lines as they are"
+
+
+def test_commands_begin_a_line_and_keep_their_words(columns_80: None) -> None:
+    quoted = shlex.join(["--run_dir", "it's here/run", "--x", 'a "b" c'])
+    for words, command in (
+        ("interrupted at step 1,200; continue with:", f"python -m lightning_dlrm fit --config a/config.yaml {quoted}"),
+        ("W&B: offline (no API key); send it with:", f"wandb sync {'a/long/path/' * 4}wandb/offline-run-*"),
+        ("", f"python -m lightning_dlrm fit --run_dir it's {'x' * 60}"),
+    ):
+        shown = wrapped([f"{words} {command}".strip()], Terminal()).splitlines()
+        begin = next(i for i, line in enumerate(shown) if line.lstrip().startswith(("python -m", "wandb sync")))
+        assert " ".join(line.removesuffix("\\").strip() for line in shown[begin:]) == command
+        assert all(line.endswith(" \\") for line in shown[begin:-1])
+    # Words that are quoted stay words.
+    shown = wrapped([f"python -m x {quoted} {'--option value ' * 8}"], Terminal())
+    assert shlex.split(shown)[2:7] == ["x", "--run_dir", "it's here/run", "--x", 'a "b" c']
+
+
+def test_the_width_is_that_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 61, 0, 0))
+    with os.fdopen(theirs, "w") as stream:
+        assert columns(stream) == 61
+    os.close(ours)
+    monkeypatch.setenv("COLUMNS", "133")
+    assert columns(io.StringIO()) == 133
 
 
 def test_colours_show_on_terminals_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:

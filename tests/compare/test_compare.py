@@ -2,6 +2,7 @@
 and what it concludes is in report.json, in the report and in its figures."""
 
 import base64
+import copy
 import dataclasses
 import functools
 import json
@@ -323,6 +324,23 @@ def test_one_seed_a_side_decides_nothing(monkeypatch: pytest.MonkeyPatch, capsys
         assert "not distinguishable" not in text and "over the seeds" not in text
     assert "one seed each, on the test split" in said and "includes the variation" not in html
     assert all(pair["low"] > 0 or pair["high"] < 0 for pair in pairs), "the samples alone would have decided"
+
+
+def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lightning_dlrm.compare.command.draw_all", lambda *found: [])
+    dlrm, dcn = plain_arms()
+    wider = copy.deepcopy(dlrm.document)
+    wider["model"]["network"]["init_args"]["top_mlp"] = [9]
+    third = dataclasses.replace(dlrm, name="wider", document=wider)
+    paths = [leave_run(arm, seed, Path("out"), skill) for arm, skill in ((dlrm, 5.0), (dcn, 0.5)) for seed in (1, 2, 3)]
+    paths.append(leave_run(third, 1, Path("out"), 0.0))
+    assert main(["compare", *map(str, paths), "--output", "out"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "No verdict from one seed" not in said
+    assert re.search(r"dlrm-1 wins: AUC 0\.\d+, 0\.\d+ above dcn-1 \(95% interval [^)]*\), 1 to 3 seeds\. ", said), said
+    assert "With one seed there is no verdict against wider-1. By log loss dlrm-1 is better too" in said
 
 
 def test_auc_by_group_is_compared(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,8 +92,8 @@ def test_vectors_and_gradients_are_those_of_whole_tables(
 
 
 def cut_request(rows: RowMap, ids: SparseIds) -> LookupRequest:
-    uncut = rows.request(ids)
-    return uncut.cut(*uncut.counts.sum(1).tolist())
+    unsized = rows.request(ids)
+    return unsized.sized(*unsized.counts.sum(1).tolist())
 
 
 def first(whole: EmbeddingTables, piece: TablePiece) -> int:

@@ -82,7 +82,7 @@ def test_a_prefetched_request_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
     # The request, and the copy of its sizes.
     assert streams.log == ["sort on side", "event of side", "event of side"]
     pending = tables.placement._prefetched
-    read = {tensor.data_ptr() for tensor in pending._uncut.tensors()}
+    read = {tensor.data_ptr() for tensor in pending._unsized.tensors()}
     streams.log.clear()
     found = tables(ids)
     assert streams.log == ["host waits for side", "caller waits for side"] and set(streams.kept) == read
