@@ -15,7 +15,7 @@ from datamodules.parquet import open_part, read_beside, read_slices
 from datamodules.preprocess.workers import usable_cores
 from datamodules.stream.loader import Cache, Loader, TrainingLoader, require_kept
 from datamodules.stream.order import LANES, Shuffle
-from lightning_dlrm.contracts.errors import UserError, nearest, require
+from lightning_dlrm.contracts.errors import UserError, nearest_first, require
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, DatasetSchema, SplitName
 
 # A footer takes some 10 ms to check. Those of further files are checked when their rows are read.
@@ -290,7 +290,7 @@ def require_options(datamodule: FolderData, options: Sequence[str]) -> None:
     for name in options:
         require(
             name in known,
-            f"{type(datamodule).__name__} has no option {name}{nearest(name, known)}; expected {', '.join(known)}",
+            f"{type(datamodule).__name__} has no option {name}{nearest_first(name, known, 'expected')}",
         )
 
 

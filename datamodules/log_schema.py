@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
-from lightning_dlrm.contracts.documents import is_name, parse_settings, printable, read_yaml
-from lightning_dlrm.contracts.errors import UserError, nearest, nearest_first, require
+from lightning_dlrm.contracts.documents import is_name, parse_settings, read_yaml
+from lightning_dlrm.contracts.errors import UserError, listed, nearest_first, require
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, PREDICTION_COLUMNS, WEIGHTS_SUFFIX
 from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
 
@@ -300,7 +300,7 @@ class LogSchema:
             if name not in names and (labelled or key not in ("label", "split")):
                 raise UserError(
                     f"{where} has no column {name!r}, which the schema names ({key})"
-                    f"{printable(nearest(name, names)) or ';'} its columns are {listed(names)}"
+                    f"{nearest_first(name, names, 'its columns are')}"
                 )
         label = self.label_in(names).column
         for name, column in self.columns.items():
@@ -409,8 +409,8 @@ def log_schema(content: Mapping[str, Any], where: str = "schema") -> LogSchema:
         known = [one.name for one in dataclasses.fields(form)]
         for key in values if isinstance(values, Mapping) else ():
             if key not in known:
-                near = nearest(str(key), known)
-                raise UserError(f"{where}: {place}unknown key {key}{near}; known: {listed(known)}")
+                keys = nearest_first(str(key), known, "known keys are")
+                raise UserError(f"{where}: {place}unknown key {key}{keys}")
     return parse_settings(content, LogSchema, where)
 
 
@@ -442,9 +442,3 @@ def _document(value: Any) -> Any:
         return value
     fields = {one.name: (getattr(value, one.name), one.default) for one in dataclasses.fields(value)}
     return {name: _document(item) for name, (item, default) in fields.items() if item != default}
-
-
-def listed(names: Collection[str]) -> str:
-    """Return names, at most 20 of them, on one line."""
-    some = [printable(name).replace("\n", "\\n") for name in names]
-    return ", ".join(some[:20]) + (f" and {len(some) - 20} more" if len(some) > 20 else "")

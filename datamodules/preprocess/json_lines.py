@@ -46,6 +46,7 @@ _FITTING = {
 }
 """Types of a value that are read as the type of earlier ones."""
 _REMEDY = "correct or remove the line"
+SET_ENCODING = "set encoding in the schema, such as latin-1"
 
 
 def json_type(found: Sequence[Any]) -> str | None:
@@ -110,9 +111,9 @@ def checked_object(
     return row
 
 
-def not_utf8(byte: int | None) -> str:
+def not_utf8(byte: int | None, remedy: str = SET_ENCODING) -> str:
     """Return the fault of text with a byte that is not UTF-8."""
-    return f"the byte 0x{byte:02x} is not UTF-8; set encoding in the schema, such as latin-1"
+    return f"the byte 0x{byte:02x} is not UTF-8; {remedy}"
 
 
 def find_keys(source: RawFile, encoding: str | None, keys: Collection[str]) -> dict[str, Any]:

@@ -15,19 +15,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
 from datamodules.folder import consistent, file_system, is_remote
-from datamodules.log_schema import Format, LogSchema, listed
+from datamodules.log_schema import Format, LogSchema
 from datamodules.preprocess.criteo_tsv import BadLineError, count_lines, piece_of_plain, pieces_of_text
-from datamodules.preprocess.json_lines import JSON_TYPES, checked_object, not_utf8
+from datamodules.preprocess.json_lines import JSON_TYPES, SET_ENCODING, checked_object, not_utf8
 from datamodules.preprocess.log_columns import segment_of, staged_columns
 from datamodules.preprocess.quotes import find_quoted, line_ends
 from datamodules.preprocess.sources import RawFile
 from datamodules.values import BadValueError
-from lightning_dlrm.contracts.errors import UserError, one_line
+from lightning_dlrm.contracts.errors import UserError, listed, one_line
 
 _BLOCK_BYTES = 1 << 20
 _STAND_IN = b"\x1f"  # for a separator of several characters: the unit separator, which text does not have
@@ -146,6 +147,7 @@ class LogReader:
 
         It is parsed again once for each kind of fault, not for each bad row.
         """
+        remedy = "write the column {name} as text" if self.format == "parquet" else SET_ENCODING
         faults: dict[int, str] = {}
         tables = []
         try:
@@ -155,7 +157,7 @@ class LogReader:
                 table, lines = (self._good_csv if self.format == "csv" else self._good_json)(piece, faults)
             while len(table):
                 try:
-                    tables = [self._staged(_decoded(table))]
+                    tables = [self._staged(_decoded(table, remedy))]
                     break
                 except BadValueError as error:
                     faults |= {int(lines[row]): error.fault(int(row)) for row in error.rows}
@@ -366,27 +368,43 @@ def open_parquet(path: str) -> pq.ParquetFile:
         raise UserError(f"{path} is not a Parquet file ({one_line(error)}); set format in the schema") from error
 
 
-def _decoded(table: pa.Table) -> pa.Table:
-    """Return a table of texts instead of bytes.
+def _decoded(table: pa.Table, remedy: str) -> pa.Table:
+    """Return a table of texts, and lists of texts, instead of bytes.
+
+    Args:
+        table: rows.
+        remedy: what to do with bytes that are not UTF-8; ``{name}`` is the column.
 
     Raises:
         BadValueError: some bytes are not UTF-8.
     """
     for i, name in enumerate(table.column_names):
         kind = table.column(name).type
-        if pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind) or pa.types.is_large_binary(kind):
-            table = table.set_column(i, name, _texts_of_bytes(table.column(name)))
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        item = kind.value_type if is_list else kind
+        item = item.value_type if pa.types.is_dictionary(item) else item
+        if pa.types.is_binary(item) or pa.types.is_fixed_size_binary(item) or pa.types.is_large_binary(item):
+            column = table.column(name).cast(pa.list_(pa.binary()) if is_list else pa.binary())
+            table = table.set_column(i, name, _texts_of_bytes(column, remedy.format(name=name)))
     return table
 
 
-def _texts_of_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    encoded = pa.concat_arrays(column.chunks).dictionary_encode()
+def _texts_of_bytes(column: pa.ChunkedArray, remedy: str) -> pa.ChunkedArray:
+    """Return binary, or list<binary>, as texts."""
+    items, rows = pa.concat_arrays(column.chunks), np.arange(len(column))
+    is_list = pa.types.is_list(column.type)
+    if is_list:
+        rows = np.repeat(rows, pc.fill_null(pc.list_value_length(items), 0).to_numpy())
+        items = items.flatten()
+    encoded = items.dictionary_encode()
     foreign = [_first_foreign(value) for value in encoded.dictionary.to_pylist()]
     codes = encoded.indices.fill_null(len(foreign)).to_numpy()
-    bad = np.array([byte is not None for byte in (*foreign, None)])[codes]
-    if bad.any():
-        raise BadValueError(bad, lambda row: not_utf8(foreign[codes[row]]))
-    return column.cast(pa.string())
+    places = np.flatnonzero(np.array([byte is not None for byte in (*foreign, None)])[codes])
+    if len(places):
+        first = dict(zip(rows[places[::-1]].tolist(), places[::-1].tolist(), strict=True))  # item of each bad row
+        bad = np.isin(np.arange(len(column)), rows[places])
+        raise BadValueError(bad, lambda row: not_utf8(foreign[codes[first[row]]], remedy))
+    return column.cast(pa.list_(pa.string()) if is_list else pa.string())
 
 
 def _first_foreign(value: bytes) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from lightning_dlrm.contracts.documents import YAML_FAULTS, read_yaml
-from lightning_dlrm.contracts.errors import UserError, nearest, one_line, require
+from lightning_dlrm.contracts.errors import UserError, nearest_first, one_line, require
 from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
 from lightning_dlrm.engine.retired import log_updates, update_document, update_options
 
@@ -29,8 +29,8 @@ def find_config(name: str) -> Path:
             return candidate
     known = [name for name in shipped_names() if not name.startswith(SCHEMAS)]
     # The common ending must not count as similarity.
-    suggestion = nearest(name.removesuffix(".yaml") + ".yaml", known, cutoff=0.8)
-    raise UserError(f"no configuration {name} here{suggestion or '; shipped are ' + ', '.join(known)}")
+    suggestion = nearest_first(name.removesuffix(".yaml") + ".yaml", known, "shipped are", cutoff=0.8)
+    raise UserError(f"no configuration {name} here{suggestion}")
 
 
 def resolve_config_arguments(arguments: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.parser import ModelAndData, build_model_and_data, build_model_parser
 from lightning_dlrm.compare.runs import differing, settings_of, within
 from lightning_dlrm.contracts.documents import read_yaml
-from lightning_dlrm.contracts.errors import UserError, nearest
+from lightning_dlrm.contracts.errors import UserError, nearest_first
 from lightning_dlrm.contracts.schema import DatasetSchema
 from lightning_dlrm.models.network import ModelSize
 
@@ -80,7 +80,7 @@ def read_experiment(path: Path, seeds: Sequence[int] | None = None) -> Experimen
     document = read_yaml(path, EXPECTED)
     for key, value in document.items():
         if key not in _KEYS:
-            raise UserError(f"{path}: unknown key {key}{nearest(key, _KEYS)}; an experiment has {', '.join(_KEYS)}")
+            raise UserError(f"{path}: unknown key {key}{nearest_first(key, _KEYS, 'an experiment has')}")
         if not isinstance(value, _KEYS[key]) or not value:
             expected = "a list" if _KEYS[key] is list else "keys with values"
             raise UserError(f"{path}: {key} is {value!r}; expected {expected}")

@@ -5,7 +5,7 @@ import re
 import sysconfig
 import textwrap
 import traceback
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 _INSTALLED = {Path(path).resolve() for path in sysconfig.get_paths().values()}
@@ -80,12 +80,23 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def nearest_first(word: str, known: Iterable[str], introduction: str) -> str:
-    """Return the suggestion of ``nearest``, then all known words after an introduction.
+def listed(words: Collection[str], most: int = 20) -> str:
+    """Return the first words, and how many more there are, on one line.
+
+    >>> listed(["a", "b", "c"]), listed(["a", "b", "c"], most=2)
+    ('a, b, c', 'a, b and 1 more')
+    """
+    some = [word.replace("\n", "\\n") for word in words]
+    return ", ".join(some[:most]) + (f" and {len(some) - most} more" if len(some) > most else "")
+
+
+def nearest_first(word: str, known: Iterable[str], introduction: str, cutoff: float = 0.6) -> str:
+    """Return the suggestion of ``nearest``, then the known words, at most 40 of them, after an introduction.
 
     >>> nearest_first("fitt", ["fit", "test"], "the commands are"), nearest_first("x", ["fit"], "the commands are")
     ('; did you mean fit? The commands are fit, test', '; the commands are fit')
     """
     words = list(known)
-    suggestion, listed = nearest(word, words), f"{introduction} {', '.join(words)}"
-    return f"{suggestion} {listed[0].upper()}{listed[1:]}" if suggestion else f"; {listed}"
+    suggestion = nearest(word, words, cutoff).replace("\n", "\\n")
+    sentence = f"{introduction} {listed(words, most=40)}"
+    return f"{suggestion} {sentence[0].upper()}{sentence[1:]}" if suggestion else f"; {sentence}"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 
-from lightning_dlrm.contracts.errors import nearest, require
+from lightning_dlrm.contracts.errors import nearest_first, require
 from lightning_dlrm.engine.checkpoint_state import optimizer_of
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.optim.schedules import Constant, schedule_name
@@ -133,8 +133,8 @@ class ReduceOnPlateau(pl.Callback):
         for monitor in self.weights:
             require(
                 monitor in yielded,
-                f"ReduceOnPlateau: monitor is {monitor}, which validations do not yield{nearest(monitor, yielded)}; "
-                f"expected one of {', '.join(yielded)}{remedy}",
+                f"ReduceOnPlateau: monitor is {monitor}, which validations do not yield"
+                f"{nearest_first(monitor, yielded, 'expected one of')}{remedy}",
             )
 
     def _set_rates(self, trainer: pl.Trainer, module: CTRModule) -> None:

@@ -38,7 +38,7 @@ def test_a_schema_is_read_and_written(tmp_path):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("lable", "x", "unknown key lable; did you mean label?; known: "),
+        ("lable", "x", "unknown key lable; did you mean label? Known keys are dataset, "),
         ("label", None, "label: found null; expected a valid string"),
         ("columns", [1], "columns: "),
         ("columns.x", "dense", "columns: x: found 'dense'; write x: {role: dense}"),
@@ -47,7 +47,7 @@ def test_a_schema_is_read_and_written(tmp_path):
         ("columns.x", {"role": "leave", "source": None, "bins": 1.5}, "columns: x: bins: found 1.5; expected a valid"),
         ("split", "time", "split: found 'time'; write keys with their values"),
         ("nulls", "NA", "nulls: found 'NA'; write a list: [NA]"),
-        ("columns.x", {"rol": "dense"}, "columns: x: unknown key rol; did you mean role?; known: "),
+        ("columns.x", {"rol": "dense"}, "columns: x: unknown key rol; did you mean role? Known keys are role, "),
         ("columns.x", {"role": "dens"}, "columns: x: role: found 'dens'; expected 'dense', 'categorical'"),
         (
             "columns.x",
@@ -94,7 +94,9 @@ def test_a_mistake_gets_one_line_that_names_it(key: str, value: Any, message: st
 def test_columns_of_files_are_compared_with_the_schema():
     schema = log_schema(yaml.safe_load(TEXT))
     wrong = [name.replace("price", "prise") for name in COLUMNS]
-    with pytest.raises(UserError, match=r"a.csv has no column 'price', .*columns: price.*did you mean prise"):
+    with pytest.raises(
+        UserError, match=r"a.csv has no column 'price', .*columns: price.*did you mean prise\? Its columns are click, "
+    ):
         schema.check_columns(wrong, "a.csv")
     with pytest.raises(UserError, match=r"columns that the schema does not name: x; .*rest: leave"):
         schema.check_columns([*COLUMNS, "x"], "a.csv")

@@ -657,6 +657,28 @@ def test_only_what_is_read_of_json_makes_a_row_bad(tmp_path: Path, monkeypatch: 
     assert schema.report["bad_rows"] == 500
 
 
+def test_only_rows_with_foreign_bytes_of_parquet_are_bad(tmp_path: Path) -> None:
+    """However a column holds bytes: as they are, in a dictionary, in lists, in lists with a dictionary."""
+    rows = 40
+    values = [b"a", b"b", None, b"\xfc"]
+    of_rows = [values[3 if i == 20 else i % 3] for i in range(rows)]
+    plain = pa.array(of_rows, pa.binary())
+    lists = pa.array([None if value is None else [b"x", value] for value in of_rows], pa.list_(pa.binary()))
+    coded = pa.ListArray.from_arrays(pa.array(range(rows + 1), pa.int32()), plain.dictionary_encode())
+    fixed = lists.cast(pa.list_(pa.binary(), 2))
+    for role, column in enumerate((plain, plain.dictionary_encode(), lists, coded, fixed)):
+        table = pa.table({"click": [i % 2 for i in range(rows)], "v": column})
+        pq.write_table(table, tmp_path / f"{role}.parquet")
+        columns = {"v": {"role": "categorical" if role < 2 else "multi_hot"}}
+        document = {**FEW, "columns": columns}
+        with pytest.raises(UserError, match="row 21: the byte 0xfc is not UTF-8; write the column v as text"):
+            make(tmp_path / f"{role}.parquet", tmp_path / f"bad{role}", document)
+        schema = make(tmp_path / f"{role}.parquet", tmp_path / f"{role}", document, on_bad_row="skip")
+        assert schema.report["bad_rows"] == 1
+        found = pq.read_table(tmp_path / f"{role}/vocabulary/v.parquet").column("value").to_pylist()
+        assert {value for value in found if value} == ({"a", "b"} if role in (0, 1, 3) else {"a", "b", "x"})
+
+
 def test_good_rows_take_no_slow_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "log.csv").write_bytes(log_of(LINES))
     monkeypatch.setattr(LogReader, "_find_faults", None)

@@ -355,7 +355,7 @@ def test_a_disk_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("make", [partial(Clicks, "data"), partial(Criteo, "data"), RandomData])
 def test_an_unknown_option_is_refused_and_a_datamodule_has_a_text(make: Callable[..., FolderData]) -> None:
-    with pytest.raises(UserError, match=r"has no option bach_size; did you mean batch_size\?; expected .*group"):
+    with pytest.raises(UserError, match=r"has no option bach_size; did you mean batch_size\? Expected .*group"):
         make(bach_size=1)
     data = make(batch_size=4)
     assert re.fullmatch(r"\w+\('.+', batch_size=4\)", str(data)) and repr(data) == str(data)
