@@ -88,6 +88,11 @@ class Target:
             f"{self.output} was made of other input or with other options: {difference}; name a new folder, or "
             "remove this one to make it again",
         )
+        require(
+            found == run,
+            f"{self.output} was made by another release of this package, and can be used as it is; to make it again, "
+            "name a new folder, or remove this one",
+        )
         return DatasetSchema.from_json(self._read(SCHEMA_FILE), f"{self.output}/{SCHEMA_FILE}")
 
     @property
@@ -217,7 +222,8 @@ class _Report:
 
 
 def _difference(found: Run, wanted: Run) -> str | None:
-    """Describe the differences between two runs: those of their options, else the first one of their inputs."""
+    """Describe the differences between two runs, apart from the release: those of their options, else the first one of
+    their inputs."""
     if changes := list(_changes(found.options, wanted.options)):
         more = f", and {len(changes) - _CHANGES_SHOWN} more differences" if len(changes) > _CHANGES_SHOWN else ""
         return ", and ".join(changes[:_CHANGES_SHOWN]) + more
@@ -230,7 +236,7 @@ def _difference(found: Run, wanted: Run) -> str | None:
             return f"{new.name} had {old.bytes:,} bytes, now it has {new.bytes:,}"
         if old.stamp != new.stamp:
             return f"{new.name} was changed since then"
-    return None if found == wanted else "another release of this package made it"
+    return None
 
 
 def _changes(old: object, new: object, place: str = "") -> Iterator[str]:

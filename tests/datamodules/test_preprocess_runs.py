@@ -503,7 +503,7 @@ def test_a_job_with_few_cores_and_a_long_temporary_folder_whose_messages_nobody_
         cwd=Path(__file__).parents[2], env=environment, stdout=subprocess.PIPE, stderr=write, check=True,
     )  # fmt: skip
     os.close(write)
-    assert done.stdout.decode().endswith("xf6\n") and (tmp_path / "ö/dataset.json").is_file()
+    assert done.stdout.decode().endswith("xf6'\n") and (tmp_path / "ö/dataset.json").is_file()
     assert usable_cores() == len(os.sched_getaffinity(0))
 
 

@@ -3,6 +3,8 @@
 ``frozen/first_round.tar.gz`` holds them as the first round left them, made by its own commands: demo data of 4,096
 rows and tables of at most 60 rows, and two finished runs of 16 steps, each with the checkpoint of step 8 (``midway``):
 a DLRM with linear terms (row-wise Adagrad, Adagrad, SGD) and a DCN (Adam, L2, averaged weights, cosine schedule).
+``frozen/log_of_version_4.tar.gz`` holds a log of 300 rows, its schema, and the dataset that ``preprocess`` made of it
+when its ``VERSION`` was 4.
 """
 
 import json
@@ -13,7 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
+from datamodules.log_schema import read_log_schema
+from datamodules.preprocess.pipeline import preprocess
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.contracts.errors import UserError
 
 ARCHIVE = Path(__file__).parents[1] / "frozen/first_round.tar.gz"
 RUNS = ["dlrm", "dcn"]
@@ -43,6 +48,20 @@ def only(metrics: dict[str, Any], prefixes: tuple[str, ...]) -> dict[str, float]
 
 def test_dataset_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "dataset", "--verify"]) == 0
+
+
+def test_dataset_of_a_log(tmp_path: Path) -> None:
+    """It opens, trains and has a vocabulary for new rows; it is not made again in its place."""
+    with tarfile.open(ARCHIVE.with_name("log_of_version_4.tar.gz")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert main(["inspect", "data", "--verify"]) == 0
+    configs = ["--config", "dlrm.yaml", "--config", "own_data.yaml"]
+    assert main(["fit", *configs, "--data.path", "data", "--run_dir", "run", "--trainer.max_steps", "1"]) == 0
+    assert main(["preprocess", "--vocabulary", "data", "--input", "log.csv", "--output", "new"]) == 0
+    with pytest.raises(
+        UserError, match=r"data was made by another release .* as it is; .* name a new folder, or remove"
+    ):
+        preprocess(None, None, [Path("log.csv")], "data", schema=read_log_schema("schema.yaml"))
 
 
 @pytest.mark.parametrize("run", RUNS)
