@@ -65,7 +65,8 @@ class DatasetWriter:
             self._partial.mkdir()
         except OSError as error:
             raise UserError(
-                f"cannot write beside {self.folder}: {error.strerror}; choose a folder that you may write to"
+                f"cannot write beside {self.folder}: {error.strerror}; choose a folder that you may write to "
+                "(LIGHTNING_DLRM_CACHE names that of demo and random data)"
             ) from error
         return self
 

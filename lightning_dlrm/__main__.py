@@ -262,13 +262,17 @@ def _help() -> str:
     listed = "\n".join(f"  {name:12s}{text}" for name, text in COMMANDS.items())
     return f"""usage: python -m lightning_dlrm COMMAND [options]
 
-Click-through-rate models on Criteo with PyTorch Lightning.
+Click-through-rate models with PyTorch Lightning, on Criteo's data or a click
+log of your own.
 
 commands:
 {listed}
 
 Start here, no data needed:
   python -m lightning_dlrm fit --config dlrm.yaml
+
+With a click log of your own:
+  python -m lightning_dlrm preprocess --infer log.yaml --input FILE
 
 Every command explains its options with --help; fit and others like it list all
 of them with --help.all. --version prints the release. With {DEBUG}, an error

@@ -36,6 +36,11 @@ def _public_classes(module: ModuleType, base: type, *left_out: type) -> tuple[ty
 
 
 # Importing a class makes its short name known to the command line.
+PRECISIONS = {
+    "32-true": "float32", "64-true": "float64", "bf16-true": "bfloat16", "bf16-mixed": "float32 with bfloat16 products",
+}  # fmt: skip
+"""Lightning's name of a precision -> words."""
+
 KNOWN_CLASSES = (
     Clicks,
     Criteo,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from lightning_dlrm.cli.classes import KNOWN_CLASSES
+from lightning_dlrm.cli.classes import KNOWN_CLASSES, PRECISIONS
 from lightning_dlrm.cli.trust import refusal
 from lightning_dlrm.contracts.errors import nearest, nearest_first
 
@@ -40,8 +40,8 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"{key}.{match[0]}"
     if re.search(r"arguments are required: [\w.]*\bmodel\.network\b", message):
         return (
-            "no model is chosen: an overlay such as small.yaml has none; put a model before it: "
-            "--config dlrm.yaml --config small.yaml"
+            "no model is chosen: overlays such as small.yaml and own_data.yaml have none; put a model before yours: "
+            "--config dlrm.yaml --config OVERLAY"
         )
     if match := re.search(r"unrecognized arguments: (?!-)(\S+\.ya?ml)\b", message):
         return f"unrecognized argument {match[1]}; did you mean --config {match[1]}?"
@@ -75,7 +75,7 @@ def explain(message: str, known: Sequence[str]) -> str:
     line = " ".join(part.strip(" -") for part in message.splitlines() if part.strip())
     # The error of a linked setting is in this project's own message.
     line = re.sub(r"Call to compute_fn of link .*? failed: ", "", line)
-    return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
+    return re.sub(r"(?:a )?<class '(\w+)'>", r"\1", re.sub(r'Parser key "([\w.]+)":', r"\1:", line))
 
 
 def _explain_value(key: str, value: str, message: str) -> str | None:
@@ -85,7 +85,10 @@ def _explain_value(key: str, value: str, message: str) -> str | None:
     if "Expected a <class 'bool'>" in message:
         return f"{key}: {value} is neither true nor false"
     if literals := re.findall(r"typing\.Literal\[(.*?)\]", message):
-        allowed = dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals)))
+        allowed = list(dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals))))
+        if key == "trainer.precision":
+            # The others, which Lightning would take, are refused later.
+            allowed = [name for name in allowed if name in PRECISIONS]
         return f"{key}: {value} is none of {', '.join(allowed)}"
     if match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message):
         expected = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1]).replace(", ", " or ")

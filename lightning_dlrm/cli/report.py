@@ -10,6 +10,7 @@ from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
+from lightning_dlrm.cli.classes import PRECISIONS
 from lightning_dlrm.cli.parser import PublishedScore
 from lightning_dlrm.cli.trust import trust_options
 from lightning_dlrm.contracts.schema import DatasetSchema
@@ -29,12 +30,6 @@ def demo_note() -> str:
         "  python -m lightning_dlrm fit --config dlrm.yaml --config criteo_kaggle.yaml --data.path criteo\n"
         "For a log of your own: preprocess --infer; see docs/own-data.md"
     )
-
-
-PRECISIONS = {
-    "32-true": "float32", "64-true": "float64", "bf16-true": "bfloat16", "bf16-mixed": "float32 with bfloat16 products",
-}  # fmt: skip
-"""Lightning's name of a precision -> words."""
 
 
 def setup_note(network: str, schema: DatasetSchema, batch_size: int | None, trainer: pl.Trainer) -> str:

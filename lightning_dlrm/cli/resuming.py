@@ -130,7 +130,7 @@ def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
         log.warning("interrupted at step %s; %s", step, error)
         return
     if newest is None:
-        log.info("interrupted at step %s, before the first checkpoint", step)
+        log.info("interrupted at step %s, before the first checkpoint: --resume auto begins again in this folder", step)
         return
     again = ["fit", "--config", str(folder.path / CONFIG), "--run_dir", str(folder.path), "--resume", "auto"]
     command = shlex.join([*again, *trust_options()])
