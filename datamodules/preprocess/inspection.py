@@ -9,10 +9,10 @@ from typing import Any
 from datamodules.folder import Folder
 from datamodules.preprocess.leakage import render_equal_rows
 from datamodules.preprocess.progress import format_size
-from datamodules.preprocess.report import aligned
 from datamodules.preprocess.skew import vocabulary_skew
 from lightning_dlrm.contracts.documents import parse_json
 from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, Column, DatasetSchema
+from lightning_dlrm.contracts.terminal import aligned
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,21 +10,10 @@ from typing import Any
 from datamodules.preprocess.journal import written_aside
 from datamodules.preprocess.progress import StageTime
 from lightning_dlrm.contracts.schema import CRITEO_DENSE, SPLITS, DatasetSchema
-from lightning_dlrm.contracts.terminal import command_line
+from lightning_dlrm.contracts.terminal import aligned, command_line
 
 REPORT_FILE = "report.json"
 """How a dataset was made: inputs, options, times. Not part of dataset.json, because it differs from run to run."""
-
-
-def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
-    """Format rows of text as lines, with the columns ``left`` flush left and the others flush right; columns without
-    content below their headers are left out."""
-    columns = []
-    for number, column in enumerate(zip(*rows, strict=True)):
-        width = max(map(len, column))
-        if any(column[1:]):
-            columns.append([cell.ljust(width) if number in left else cell.rjust(width) for cell in column])
-    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
 def write_report(path: Path, schema: DatasetSchema, run: Mapping[str, Any], stages: Sequence[StageTime]) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from datamodules.folder import part_files
-from datamodules.preprocess.report import aligned
 from lightning_dlrm.bench import lookup, predict
 from lightning_dlrm.bench.contenders import OurStep, Workload, draw_batch, kaggle, mlperf, nvidia, paper, repeat
 from lightning_dlrm.bench.measurement import (
@@ -35,6 +34,7 @@ from lightning_dlrm.bench.measurement import (
 from lightning_dlrm.bench.predict import Gpu
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.contracts.terminal import aligned
 from lightning_dlrm.models.network import CTRNetwork
 from lightning_dlrm.optim.rules import RowWiseAdagrad, UpdateRule
 from lightning_dlrm.tables.embeddings import TableSettings

@@ -17,9 +17,9 @@ import torch
 
 from datamodules.folder import load_schema
 from datamodules.generate.demo import DemoSettings, demo_folder, generate_demo
-from datamodules.preprocess.report import aligned
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
+from lightning_dlrm.contracts.terminal import aligned
 from lightning_dlrm.kernels.choice import choose
 
 PRECISIONS = ("32-true", "bf16-mixed")

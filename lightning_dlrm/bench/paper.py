@@ -8,7 +8,6 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from datamodules.preprocess.report import aligned
 from lightning_dlrm.bench import roofline, step
 from lightning_dlrm.bench.breakdown import Times, by_part, mark, marked_parts, profile_steps
 from lightning_dlrm.bench.contenders import draw_batch, paper
@@ -24,6 +23,7 @@ from lightning_dlrm.bench.measurement import (
 from lightning_dlrm.bench.roofline import Part
 from lightning_dlrm.bench.step import StepKey
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.terminal import aligned
 
 DESCRIPTION = """\
 Times the benchmark of the DLRM paper's section 5.2: 8 tables of 1M x 64 with 1 to 100 ids each, 512 dense features,

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from datamodules.preprocess.report import aligned
 from lightning_dlrm.bench import roofline
 from lightning_dlrm.bench.contenders import OurStep, Workload, draw_batch
+from lightning_dlrm.contracts.terminal import aligned
 from lightning_dlrm.models.layers import MLP, DotInteraction
 
 _TABLE_PARTS = ("tables", "update")

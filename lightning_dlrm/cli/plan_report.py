@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from lightning_dlrm.cli.palette import OKABE_ITO, filling
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.terminal import binary_size, counted
+from lightning_dlrm.contracts.terminal import aligned, binary_size, counted
 from lightning_dlrm.sharding.balance import HostPlacement
 from lightning_dlrm.sharding.costs import RankCost, TableCost, TableLoad, imbalance
 from lightning_dlrm.sharding.plan import Plan
@@ -71,7 +71,7 @@ def describe_plan(
         lines.append(_line("mean", _summary(costs, statistics.fmean), host, size))
         lines.append(_line("largest", _summary(costs, max), host, size))
     text = [
-        aligned(lines),
+        *aligned(lines, left=()),
         "requested: embedding rows, or sums of them, that all ranks want of it in a step",
         f"out: {unit} that it sends in a training step",
     ]
@@ -84,7 +84,7 @@ def describe_plan(
             first, largest = pieces[0].rows, max(piece.rows for piece in pieces)
             ranks = len({piece.rank for piece in pieces})
             rows.append((load.name, f"{load.rows:,}", str(len(pieces)), str(ranks), f"{first:,}", f"{largest:,}"))
-        text += ["", aligned(rows)]
+        text += ["", *aligned(rows, left=())]
     bags = [(load, cost) for load, cost in zip(loads, of_tables, strict=True) if load.indices_per_sample > 1]
     if bags and plan.ranks > 1:
         ways: list[tuple[str, ...]] = [("table", "ids in a bag", f"{unit} as rows", f"{unit} as sums", "sent as")]
@@ -93,7 +93,7 @@ def describe_plan(
             sums = f"{as_sums:,.1f}" if math.isfinite(as_sums) else "impossible"
             how = "sums" if load.name in plan.pooled else "rows"
             ways.append((load.name, f"{load.indices_per_sample:.3g}", f"{as_rows:,.1f}", sums, how))
-        text += ["", aligned(ways)]
+        text += ["", *aligned(ways, left=())]
         text.append(
             f"{unit}: ids, vectors and gradients of all ranks in a training step; sums: of a bag's rows on one rank"
         )
@@ -123,8 +123,9 @@ def describe_places(places: HostPlacement, loads: Sequence[TableLoad]) -> str:
         if load.name in places.cut:
             place = f"host from row {places.cut[load.name]:,}"
         lines.append((load.name, f"{load.rows:,}", size, moved, served, place))
+    table = "\n".join(aligned(lines, left=()))
     return (
-        f"{aligned(lines)}\nrows fetched: before each step, from host memory, and written back after it\n"
+        f"{table}\nrows fetched: before each step, from host memory, and written back after it\n"
         "served: share of the lookups that read rows on the device\n\n"
         f"device: {binary_size(places.device_bytes)}, of which {binary_size(places.cached_bytes)} for cached rows;\n"
         f"host: {binary_size(places.host_bytes)}; a step moves {binary_size(places.bus_bytes)} either way"
@@ -164,14 +165,30 @@ def _summary(costs: Sequence[RankCost], of: Any) -> RankCost:
     )
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-
-
 PLOT_WIDTH = 10.0
 """Inches."""
-_TABLES_COLOURED = 8
+_TABLES_COLOURED, _RANKS_HATCHED = 8, 64
+
+
+def _stack(axes: Any, width: float, amounts: Mapping[str, Sequence[float]]) -> list[float]:
+    """Draw amounts of each rank on top of each other, and return their sums."""
+    sums = [0.0] * len(next(iter(amounts.values())))
+    for number, (name, values) in enumerate(amounts.items()):
+        # On thin bars hatches and edges would hide the colours.
+        looks = filling(number) if len(sums) <= _RANKS_HATCHED else {"color": OKABE_ITO[number]}
+        axes.bar(range(len(sums)), values, width, sums, label=name, **looks)
+        sums = [a + b for a, b in zip(sums, values, strict=True)]
+    return sums
+
+
+def _draw_held(axes: Any, loads: Sequence[TableLoad], costs: Sequence[RankCost], width: float) -> None:
+    """Draw the bytes of each rank by table; small tables together."""
+    largest = sorted(loads, key=lambda load: -load.bytes)[:_TABLES_COLOURED]
+    of_tables = {load.name: [cost.bytes_of_table.get(load.name, 0) / 2**30 for cost in costs] for load in largest}
+    sums = _stack(axes, width, of_tables)
+    if len(loads) > len(largest):
+        rest = [cost.bytes / 2**30 - b for cost, b in zip(costs, sums, strict=True)]
+        axes.bar(range(len(costs)), rest, width, sums, label=f"{len(loads) - len(largest)} others", color="0.7")
 
 
 def draw(
@@ -187,41 +204,27 @@ def draw(
 
     figure = Figure(figsize=(PLOT_WIDTH, 8), layout="constrained")
     held, work, sent = figure.subplots(3, 1, sharex=True)
-    ranks, width = [cost.rank for cost in costs], 0.8 if plan.ranks <= 64 else 1.0
+    ranks, width = [cost.rank for cost in costs], 0.8 if plan.ranks <= _RANKS_HATCHED else 1.0
 
-    def looks(number: int) -> dict[str, Any]:
-        # On thin bars hatches and edges would hide the colours.
-        return filling(number) if plan.ranks <= 64 else {"color": OKABE_ITO[number]}
-
-    largest = sorted(loads, key=lambda load: -load.bytes)[:_TABLES_COLOURED]
-    bottom = [0.0] * plan.ranks
-    for number, load in enumerate(largest):
-        sizes = [cost.bytes_of_table.get(load.name, 0) / 2**30 for cost in costs]
-        held.bar(ranks, sizes, width, bottom, label=load.name, **looks(number))
-        bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
-    if len(loads) > len(largest):
-        rest = [cost.bytes / 2**30 - b for cost, b in zip(costs, bottom, strict=True)]
-        held.bar(ranks, rest, width, bottom, label=f"{len(loads) - len(largest)} others", color="0.7")
+    _draw_held(held, loads, costs, width)
     held.set_ylabel("tables and\noptimizer state, GiB")
     held.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     requested = [cost.work for cost in costs]
     work.bar(ranks, requested, width, color="0.6")
     work.set_ylabel("embedding rows\nrequested a step")
     unit, unit_bytes = sent_unit(costs)
-    bottom = [0.0] * plan.ranks
-    for number, (name, amounts) in enumerate(
-        (
-            ("ids", [cost.sent_ids for cost in costs]),
-            ("vectors", [cost.sent_vectors for cost in costs]),
-            ("gradients", [cost.sent_gradients for cost in costs]),
-        )
-    ):
-        sizes = [amount / unit_bytes for amount in amounts]
-        sent.bar(ranks, sizes, width, bottom, label=name, **looks(number))
-        bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
+    sums = _stack(
+        sent,
+        width,
+        {
+            "ids": [cost.sent_ids / unit_bytes for cost in costs],
+            "vectors": [cost.sent_vectors / unit_bytes for cost in costs],
+            "gradients": [cost.sent_gradients / unit_bytes for cost in costs],
+        },
+    )
     sent.set_ylabel(f"sent in a\ntraining step, {unit}")
     held_total = [cost.bytes / 2**30 for cost in costs]
-    for axes, values in ((held, held_total), (work, requested), (sent, bottom)):
+    for axes, values in ((held, held_total), (work, requested), (sent, sums)):
         mean = axes.axhline(statistics.fmean(values), color="black", linestyle=":", linewidth=1.2)
     work.legend([mean], ["mean of the ranks"], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     sent.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

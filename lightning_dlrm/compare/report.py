@@ -15,7 +15,7 @@ from lightning_dlrm.compare.ranking import answer, behind, pair_of, ranked, with
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison, span
 from lightning_dlrm.compare.runs import Arm, by_data, differing, format_value
 from lightning_dlrm.compare.statistics import Score
-from lightning_dlrm.contracts.terminal import emphasized, wrapped
+from lightning_dlrm.contracts.terminal import aligned, emphasized, wrapped
 from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.sparkline import sparkline
 from lightning_dlrm.tracking.wandb_run import ComparisonPage, Table
@@ -244,7 +244,7 @@ def arms_table(arms: Sequence[PlannedArm], seeds: Sequence[int]) -> str:
         differ.append(f"  {short}: {values or 'none'}")
     return wrapped(
         [
-            *_table(rows),
+            *aligned(rows),
             "tables, dense, total: parameters; forward, training: FLOPs per sample",
             "samples: trained on in a run, in the same order for all arms of a seed",
             "",
@@ -278,7 +278,7 @@ def closing_words(comparison: Comparison, output: Path) -> str:
             emphasized(head, sys.stdout),
             more,
             "",
-            *_table(rows),
+            *aligned(rows),
             f"{of}, on the {comparison.split} split; validation: the course of the AUC",
             *([] if steady else ["samples/s are not comparable: they differ more than 1.5 times between seeds"]),
             *filter(None, [comparison.groups_note]),
@@ -298,10 +298,3 @@ def _mean_course(arm: Arm, metric: str) -> list[float]:
     courses = [run.curve(names.SAMPLES, metric)[1] for run in arm.runs]
     # As far as every run has values.
     return [float(np.mean(values)) for values in zip(*courses, strict=False)]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return aligned lines: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = ([cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
-    return ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, aligned, strict=True)]

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 BOLD, RED = "1", "1;31"
@@ -69,6 +69,17 @@ def binary_size(size: float) -> str:
         if amount >= 1:
             return f"{amount:,.0f} {unit}" if amount >= 100 else f"{amount:.3g} {unit}"
     return f"{size:,.0f} bytes"
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    """Format rows of text as lines, with the columns ``left`` flush left and the others flush right; columns without
+    content below their headers are left out."""
+    columns = []
+    for number, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        if any(column[1:]):
+            columns.append([cell.ljust(width) if number in left else cell.rjust(width) for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
 def command_line(command: str, *arguments: str) -> str:
