@@ -1,4 +1,4 @@
-"""What people are told of a dataset folder: its facts, as tables or as JSON."""
+"""The facts of a dataset folder, as tables or as JSON, for ``inspect``."""
 
 import json
 from collections.abc import Mapping, Sequence

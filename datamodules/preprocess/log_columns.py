@@ -127,9 +127,9 @@ def _with_equal_types(tables: Sequence[pa.Table]) -> Sequence[pa.Table]:
     return tables
 
 
-def _kept_type(values: pa.Array) -> str:
+def _kept_type(column: pa.Array) -> str:
     """Return the name in ``KEPT_TYPES`` of what ``kept`` returns; ``null`` of nulls alone."""
-    kind = values.type
+    kind = column.type
     if pa.types.is_timestamp(kind):
         return "timestamp"
     return {pa.int64(): "int64", pa.float64(): "float64", pa.bool_(): "bool", pa.null(): "null"}.get(kind, "text")

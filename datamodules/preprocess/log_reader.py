@@ -397,7 +397,7 @@ def _texts_of_bytes(column: pa.ChunkedArray, remedy: str) -> pa.ChunkedArray:
         rows = np.repeat(rows, pc.fill_null(pc.list_value_length(items), 0).to_numpy())
         items = items.flatten()
     encoded = items.dictionary_encode()
-    foreign = [_first_foreign(value) for value in encoded.dictionary.to_pylist()]
+    foreign = [_first_byte_not_utf8(value) for value in encoded.dictionary.to_pylist()]
     codes = encoded.indices.fill_null(len(foreign)).to_numpy()
     places = np.flatnonzero(np.array([byte is not None for byte in (*foreign, None)])[codes])
     if len(places):
@@ -407,7 +407,7 @@ def _texts_of_bytes(column: pa.ChunkedArray, remedy: str) -> pa.ChunkedArray:
     return column.cast(pa.list_(pa.string()) if is_list else pa.string())
 
 
-def _first_foreign(value: bytes) -> int | None:
+def _first_byte_not_utf8(value: bytes) -> int | None:
     """Return the first byte that is not UTF-8."""
     try:
         value.decode()

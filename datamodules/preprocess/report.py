@@ -1,5 +1,5 @@
-"""What people are told of a run of ``preprocess``: its report, which is also kept in the dataset folder, warnings, and
-what to do next."""
+"""The report of a run of ``preprocess``, which is also kept in the dataset folder, its warnings, and
+the commands to run next."""
 
 import dataclasses
 import json
