@@ -112,7 +112,11 @@ def test_an_error_of_the_network_is_one_line(
     ("result", "options", "returned"),
     [
         ("self.deep(joined)", [], "shape (2048, 1)"),
-        ("{'logits': self.deep(joined).squeeze(1)}", ["--model.compile=true"], "a dict"),
+        ("{'logits': self.deep(joined).squeeze(1)}", [], "a dict"),
+        # Compiling takes 15 s.
+        pytest.param(
+            "{'logits': self.deep(joined).squeeze(1)}", ["--model.compile=true"], "a dict", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_wrong_result_of_score_is_named(
