@@ -217,18 +217,24 @@ def _time_step(
         "host_s": _host_seconds(step, batches[0], device),
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes(),
     }
-    row = Measurement.of_rounds(
+    return [_measurement(args, seconds, f"{name}, batch {batch_size:,}", batch_size, extra)]
+
+
+def _measurement(
+    args: argparse.Namespace, seconds: list[float], case: str, batch_size: int, extra: dict[str, float] | None = None
+) -> Measurement:
+    """Return the measurement of rounds of a step."""
+    return Measurement.of_rounds(
         seconds,
         work="gpu",
-        case=f"{name}, batch {batch_size:,}",
+        case=case,
         implementation="ours",
         device=args.device,
         precision=PRECISION,
         batch_size=batch_size,
         samples=batch_size,
-        extra=extra,
+        extra=extra or {},
     )
-    return [row]
 
 
 def _on_device(workload: Workload, device: torch.device, tables: TableSettings | None) -> CTRNetwork:
@@ -336,17 +342,7 @@ def _time_fit(args: argparse.Namespace) -> list[Measurement]:
         with Worker("lightning_dlrm fit", command, Path(temporary)) as worker:
             worker(fit.WARM_UP_STEPS)
             seconds = time_rounds({"ours": partial(worker, args.steps)}, args.rounds, warm_up=1, steps=args.steps)
-    row = Measurement.of_rounds(
-        seconds["ours"],
-        work="gpu",
-        case=f"fit from Parquet, batch {batch_size:,}",
-        implementation="ours",
-        device=args.device,
-        precision=PRECISION,
-        batch_size=batch_size,
-        samples=batch_size,
-    )
-    return [row]
+    return [_measurement(args, seconds["ours"], f"fit from Parquet, batch {batch_size:,}", batch_size)]
 
 
 def repeat_training_rows(folder: Path, schema: DatasetSchema, times: int, output: Path) -> DatasetSchema:

@@ -933,7 +933,7 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
 
 def test_data_frames_are_encoded_as_tables(tmp_path: Path) -> None:
     """Categories, strings, integers and truth values that may be missing, NaN, times with zones, lists and arrays."""
-    pd = pytest.importorskip("pandas")
+    pd = pytest.importorskip("pandas", reason="data frames need pandas, which no other part needs")
     hours = pd.date_range("2024-01-01", periods=60, freq="h", tz="Europe/Berlin")
     some = [None if i % 5 == 0 else i % 4 for i in range(60)]
     lists = [None if i % 6 == 0 else ["a", "b"][: i % 3] for i in range(60)]

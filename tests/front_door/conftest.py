@@ -19,11 +19,8 @@ from tests.forked import ForkedPython
 
 REPOSITORY = Path(__file__).parents[2]
 
-TINY = """\
-# Demo data and a network that train within a second; everything else is as it ships.
-model:
-  network:
-    init_args: {embedding_dim: 4, bottom_mlp: [8, 4], top_mlp: [8]}
+SMALL_DATA = """\
+# Demo data on which a step takes milliseconds; the network is as it ships.
 data:
   init_args:
     batch_size: 64
@@ -31,6 +28,12 @@ data:
 checkpoint: {every_n_steps: 5}
 trainer: {val_check_interval: 20, log_every_n_steps: 4}
 """
+TINY = f"""\
+model:
+  network:
+    init_args: {{embedding_dim: 4, bottom_mlp: [8, 4], top_mlp: [8]}}
+{SMALL_DATA}"""
+"""A small network on these data, which trains within a second."""
 
 
 @dataclass

@@ -13,15 +13,6 @@ LANGUAGES = {"bash", "python", "yaml", "text"}
 NOT_RUN = "not run: "
 """How the comment before a block that does not run begins; the reason follows."""
 
-SMALL_DATA = """\
-# Demo data on which a step takes milliseconds; the network is as it ships.
-data:
-  init_args:
-    batch_size: 64
-    demo: {train_rows: 2048, validation_rows: 512, test_rows: 256, max_table_rows: 100}
-checkpoint: {every_n_steps: 5}
-trainer: {val_check_interval: 20, log_every_n_steps: 4}
-"""
 LESS_PYTHON = {"train_rows=204_800": "train_rows=16_384", "max_steps=100": "max_steps=8"}
 LESS_ROWS = {"200000": "4000", "100000": "4000", "40000": "4000", "20000": "4000", "2000": "400"}
 """As typed -> in tests, after ``--rows``."""

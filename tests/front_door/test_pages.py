@@ -12,12 +12,11 @@ import pytest
 
 import lightning_dlrm
 from lightning_dlrm.contracts.shipped import shipped_names
-from tests.front_door.conftest import REPOSITORY, Shell
+from tests.front_door.conftest import REPOSITORY, SMALL_DATA, Shell
 from tests.front_door.pages import (
     LANGUAGES,
     NOT_RUN,
     PAGES,
-    SMALL_DATA,
     Block,
     anchors_of,
     blocks_of,

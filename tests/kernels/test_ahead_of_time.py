@@ -9,7 +9,9 @@ import pytest
 
 from tests.ranks import ROOT
 
-pytest.importorskip("triton.backends.nvidia")
+pytest.importorskip(
+    "triton.backends.nvidia", reason="needs the compiler of Triton for NVIDIA: kernels are not compiled"
+)
 
 WIDTHS = "1,16,64,128"
 """Of linear terms, and of the shipped configurations."""
