@@ -2,9 +2,7 @@
 order; launched by torchrun or by Lightning itself."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -144,6 +143,14 @@ def test_training_in_several_processes_needs_sharding(tmp_path: Path, capsys: py
     assert "needs --trainer.strategy embedding_sharded_ddp" in capsys.readouterr().err
 
 
+def _local_rank(process: psutil.Process) -> str | None:
+    """The LOCAL_RANK that `process` was started with; None if it has none, or has ended meanwhile."""
+    try:
+        return process.environ().get("LOCAL_RANK")
+    except psutil.Error:
+        return None
+
+
 def test_a_rank_that_dies_ends_the_others(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(run.parent / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -155,8 +162,9 @@ def test_a_rank_that_dies_ends_the_others(run: Path, monkeypatch: pytest.MonkeyP
         deadline = time.monotonic() + 60
         while not second.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        (child,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-        os.kill(int(child), signal.SIGKILL)
+        # The first rank may have other, short-lived children at that moment.
+        (other_rank,) = [child for child in psutil.Process(first.pid).children() if _local_rank(child) == "1"]
+        other_rank.kill()
         _, told = first.communicate(timeout=60)
     # The launcher or the other rank is the first to see it.
     assert first.returncode != 0 and ("terminated with code -9" in told or "another rank has ended" in told)
