@@ -185,7 +185,7 @@ def parse_yaml(text: str) -> Any:
     """Return the value of a YAML text.
 
     Raises:
-        UserError: a key stands twice in a mapping, a number is too large, or aliases repeat values without end.
+        UserError: a key occurs twice in a mapping, a number is too large, or aliases repeat values without end.
         yaml.YAMLError, RecursionError: the text is not YAML of plain values, or is nested too deeply.
     """
     import yaml
@@ -211,7 +211,7 @@ def _strict_loader() -> type["yaml.SafeLoader"]:
             node = super().compose_mapping_node(anchor)
             keys: set[str] = set()
             for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-                twice = f"the key {key.value} stands twice, again in line {key.start_mark.line + 1}; keep one"
+                twice = f"the key {key.value} occurs twice, again in line {key.start_mark.line + 1}; keep one"
                 require(key.value not in keys, twice)
                 keys.add(key.value)
             return node
