@@ -1,4 +1,4 @@
-"""The schema of a raw click log: which columns its files have, and what becomes of each. Nothing here imports torch.
+"""The schema of a raw click log: the columns of its files, and the role of each column. Nothing here imports torch.
 
 A YAML file of this form goes to ``preprocess --schema``::
 
@@ -64,12 +64,13 @@ _KEYS_OF_SPLIT: Mapping[str, Collection[str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LogColumn:
-    """What becomes of a column of the log, or one column of the dataset that is made of it."""
+    """The role and settings of a column of the log, or of one column of the dataset that is made of it."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
     role: ColumnRole
-    """``keep`` stores the values beside the features, for ``predict`` and AUC by group; ``leave`` reads past it."""
+    """``keep`` stores the values beside the features, for ``predict`` and AUC by group; ``leave`` ignores the
+    column."""
     source: str | None = None
     """The log's column; None for the one with the name of this column."""
     time: str | None = None
@@ -80,13 +81,13 @@ class LogColumn:
     bins: int | None = None
     """The largest number of quantiles; None for 256 (dense) or 30 (categorical)."""
     fill: float | None = None
-    """The number that takes the place of missing ones, before the transform; None to keep them missing."""
+    """The number that replaces missing numbers, before the transform; None to keep them missing."""
     min_count: int | None = None
-    """Rarer values share one row; None for that of the schema."""
+    """Rarer values share one row; None for the ``min_count`` of the schema."""
     max_rows: int | None = None
-    """Rows of the table: the most frequent values keep theirs; None for that of the schema."""
+    """Rows of the table: the most frequent values keep their own; None for the ``max_rows`` of the schema."""
     missing: Literal["own", "rare"] | None = None
-    """Whether missing values have a row of their own or that of rare ones; None for that of the schema."""
+    """Whether missing values have their own row or share the row of rare values; None for the schema's ``missing``."""
     separator: str | None = None
     """Between the values of a bag, if it is text; None if it is a list."""
     weights: str | None = None
@@ -106,7 +107,9 @@ class LogColumn:
         require(self.separator != "", "separator is empty; leave it out for a column of lists")
         _check_limits(self)
         if self.time is not None and self.time not in ("unix", "unix_ms", "iso"):
-            require("%" in self.time, f"time is {self.time!r}; expected unix, unix_ms, iso, or a format as '%Y-%m-%d'")
+            require(
+                "%" in self.time, f"time is {self.time!r}; expected unix, unix_ms, iso, or a format such as '%Y-%m-%d'"
+            )
 
     @property
     def quantiles(self) -> int:
@@ -116,7 +119,7 @@ class LogColumn:
 
 @dataclass(frozen=True, kw_only=True)
 class LogSplit:
-    """Which rows train, validate and test."""
+    """The assignment of rows to the training, validation and test splits."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
@@ -183,7 +186,7 @@ class LogSchema:
     """By their names in the dataset, in its order."""
     split: LogSplit
     format: Format | None = None
-    """None to go by the names of the files."""
+    """None to infer it from the names of the files."""
     separator: str | None = None
     """Between the fields of CSV, any text; None for a tab in .tsv and a comma in other files."""
     header: bool | None = None
@@ -197,11 +200,11 @@ class LogSchema:
     nulls: tuple[str, ...] = ("",)
     """Texts that mean a missing value, in text columns of all formats."""
     rest: Literal["error", "leave"] = "error"
-    """What becomes of columns that the schema does not name."""
+    """What to do with columns that the schema does not name: raise an error, or ignore them."""
     min_count: int = 1
     max_rows: int | None = None
     missing: Literal["own", "rare"] = "own"
-    """Whether missing values of tables have a row of their own or that of rare ones."""
+    """Whether missing values of tables have their own row or share the row of rare values."""
     counts: Literal["train", "all"] = "train"
     """The rows over which vocabularies are counted and transforms are fitted."""
 
@@ -228,14 +231,14 @@ class LogSchema:
             )
             require(
                 made.count(name) == 1 and name != LABEL,
-                f"columns: {name} would stand twice in the dataset (the label is named {LABEL}, weights of X are named "
+                f"columns: {name} would occur twice in the dataset (the label is named {LABEL}, weights of X are named "
                 f"X{WEIGHTS_SUFFIX}); choose another name, and give 'source: {name}'",
             )
 
     def _check_text(self) -> None:
         require(
             self.separator is None or self.separator not in ("", "\n", self.quote),
-            "separator is empty, a line end or the quote; expected what stands between two fields, such as ';'",
+            "separator is empty, a line end or the quote; expected the text between two fields, such as ';'",
         )
         require(self.decimal in (".", ","), f"decimal is {self.decimal!r}; expected '.' or ','")
         require(self.decimal != self.separator, "decimal and separator are the same; expected two characters")
@@ -248,7 +251,7 @@ class LogSchema:
             self.header is not False or self.names, "header is false; give the columns as 'names: [user, item, ...]'"
         )
         twice = next((name for name in self.names if self.names.count(name) > 1), None)
-        require(twice is None, f"names: {twice} stands twice; expected different names")
+        require(twice is None, f"names: {twice} occurs twice; expected different names")
         try:
             "".encode(self.encoding)
         except LookupError as error:
@@ -307,14 +310,15 @@ class LogSchema:
             made_of = (column.source or name, column.weights)
             require(
                 not labelled or column.role in ("keep", "leave") or label not in made_of,
-                f"columns: {name} is made of the label's column {label}, so it tells the label; give it the role keep "
+                f"columns: {name} is made of the label's column {label}, so it reveals the label; give it the role "
+                f"keep "
                 f"or leave{', or other weights' if column.weights == label else ''}",
             )
         others = [name for name in names if name not in sources]
         require(
             self.rest == "leave" or not others,
             f"{where} has columns that the schema does not name: {listed(others)}; name them in columns (role leave "
-            "reads past one), or set 'rest: leave'",
+            f"ignores a column), or set 'rest: leave'",
         )
 
     def _check_separator(self, names: Sequence[str], sources: Collection[str], where: str) -> None:
@@ -328,7 +332,7 @@ class LogSchema:
             )
 
     def document(self) -> dict[str, Any]:
-        """Return the schema as JSON values, without what is left at its default."""
+        """Return the schema as JSON values, without values at their default."""
         return json.loads(json.dumps(_document(self)))
 
 

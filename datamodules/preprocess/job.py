@@ -170,7 +170,7 @@ class Job:
 
     @cached_property
     def estimate(self) -> Estimate:
-        """What the run takes."""
+        """Time, memory and disk that the run needs."""
         if isinstance(self.options, Options):
             return estimate(self.files, CRITEO_ROW_BYTES[self.options.multi_hot is not None])
         columns = len(self.options.schema.columns)
@@ -196,7 +196,7 @@ class Job:
             (self.folder / kind).mkdir(exist_ok=True)
             for found in (self.folder / kind).iterdir():
                 if found not in wanted:
-                    self.progress.note(f"removing {found}: made of other input or with other options")
+                    self.progress.note(f"removing {found}: it was made from other input or with other options")
                     shutil.rmtree(found)
         shutil.rmtree(self.encode_folder / "scratch", ignore_errors=True)
         remove_partial_files(self.folder)
@@ -205,7 +205,7 @@ class Job:
             folder.mkdir(parents=True, exist_ok=True)
         if records := [record for folder in steps for record in find_records(folder)]:
             damaged = sum(pool.map(discard_damaged, records))
-            again = f"; {damaged} were damaged and are made again" if damaged else ""
+            again = f"; damaged steps, which are repeated: {damaged}" if damaged else ""
             self.progress.note(f"resuming: {len(records) - damaged} steps of an earlier run are finished{again}")
 
     def make(self, pool: Workers, run: dict[str, Any]) -> DatasetSchema:
@@ -303,7 +303,7 @@ class Job:
         )
 
     def _fit(self, pool: Workers, encoding: Encoding, staged: _Staged) -> Fitted:
-        """Return what the transforms of numbers take from the rows."""
+        """Fit the transforms of numbers to the rows."""
         options, minimum = self.options, {}
         if isinstance(options, Options) and options.rules.dense_needs_minimum:
             minimum = {name: min(facts["minimum"][name] for facts in staged.facts) for name in CRITEO_DENSE}

@@ -1,4 +1,4 @@
-"""What is made of a click log by its schema: the columns of the dataset and the split, as ``options`` has them for
+"""How the schema of a click log encodes it: the columns of the dataset and the split; ``options`` does this for
 Criteo's protocols."""
 
 import fnmatch
@@ -212,8 +212,8 @@ class LogOptions:
         found = [name for name in SPLITS if any(fnmatch.fnmatch(file.name, one) for one in patterns.get(name, ()))]
         require(
             len(found) == 1,
-            f"{file.path} belongs to {' and '.join(found) or 'no split'}; name it under one of train, validation and "
-            "test of split",
+            f"{file.path} belongs to {' and '.join(found) or 'no split'}; name it under exactly one of train, "
+            f"validation and test in split",
         )
         return found[0]
 

@@ -89,7 +89,7 @@ class MultiHot:
 
 @dataclass(frozen=True, kw_only=True)
 class _OfColumns:
-    """What a schema's settings hold of integer columns: see ``OF_COLUMNS``."""
+    """Settings of a schema for integer columns: see ``OF_COLUMNS``."""
 
     minimum: Mapping[str, int]
     edges: Mapping[str, list[int]]
@@ -97,7 +97,7 @@ class _OfColumns:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """What the transforms of numbers take from the counted rows; by column, empty as far as no transform needs it."""
+    """Numbers fitted to the counted rows for the transforms, by column; empty if no transform needs them."""
 
     minimum: Mapping[str, int] = field(default_factory=dict)
     """Over all rows."""
@@ -174,7 +174,7 @@ class Options:
         require(0 <= self.seed < 2**63, f"seed is {self.seed}; give a number from 0 to 2**63 - 1")
         require(
             not self.multi_hot or self.dataset == "terabyte",
-            "multi_hot mlperf is made of Terabyte's rows; with Kaggle's leave it out",
+            "multi_hot mlperf is made only of Terabyte's rows; leave it out for Kaggle",
         )
         require(
             self.multi_hot_distribution == "uniform" or self.multi_hot,
@@ -317,7 +317,7 @@ def options_of(
         for name, wanted, choices in (("dataset", dataset, DATASETS), ("protocol", protocol, PROTOCOLS)):
             require(
                 wanted is not None,
-                f"no {name} is given; give --{name}, one of {', '.join(choices)}, or the --schema of another log",
+                f"no {name} is given; give --{name}, one of {', '.join(choices)}, or, for your own log, --schema",
             )
         return Options(dataset=dataset, protocol=protocol, **others), Fitted()  # type: ignore[arg-type]
     require(

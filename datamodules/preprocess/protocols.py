@@ -171,9 +171,9 @@ class Protocol:
     float32 [n], NaN being stored as null. None: there are no dense columns."""
     dense_needs_minimum: bool = False
     category_words: str
-    """The same of categorical values."""
+    """The same for categorical values."""
     bins: str = ""
-    """What names the categorical columns made of I1..I13: ``B`` for B1..B13; empty for none."""
+    """Prefix of the names of the categorical columns made of I1..I13: ``B`` for B1..B13; empty for no such columns."""
     quantiles: int | None = None
     """The default number of quantile bins; None for log-squared bins."""
     missing_as_value: bool = False
@@ -194,7 +194,7 @@ class Protocol:
     """What ``max_rows`` is the modulus of: the raw hash before counting or the id after it."""
     split: Splitter
     superseded_by: str = ""
-    """One line about the protocol that took this one's place."""
+    """One line about the protocol that replaces this protocol."""
 
     def tables(
         self, min_count: int, max_rows: int | None, edges: Mapping[str, Sequence[float]] | None = None
@@ -237,10 +237,10 @@ PLACEHOLDER_IDS: Mapping[str, int] = {"missing": -1, "rare": -2, "unknown": -3}
 
 
 def trained_ids(reserved: Mapping[str, int], missing_rows: int, rare_rows: int, table_rows: int) -> dict[str, int]:
-    """Return reserved ids of which each has rows in training, so that no row answers as it was initialised.
+    """Return reserved ids that all occur in training rows, so that no lookup returns an untrained row.
 
-    Without rare values, rare and unknown ones get the last id, that of the rarest value; without missing values,
-    missing ones get the id of rare ones.
+    Without rare training values, rare and unknown values get the last id, which belongs to the rarest value; without
+    missing training values, missing values get the id of rare values.
 
     Args:
         reserved: ids of ``rare``, ``unknown`` and, unless there are none as in bags, ``missing``.
