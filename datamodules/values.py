@@ -144,7 +144,7 @@ def labels(label: Label, column: pa.ChunkedArray, decimal: str = ".") -> np.ndar
         decimal: of numbers that are texts.
 
     Raises:
-        BadValueError: a label is missing, or is none of two values.
+        BadValueError: a label is missing, or is not one of two values.
     """
     encoded = texts(column)
     if encoded.null_count:

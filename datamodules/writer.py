@@ -89,7 +89,7 @@ class DatasetWriter:
         Raises:
             UserError: the numbers of weights and ids of a bag differ, or see ``parquet.check_values``.
         """
-        assert split in SPLITS, f"split {split!r} is none of {SPLITS}"
+        assert split in SPLITS, f"split {split!r} is not one of {SPLITS}"
         if split not in self._splits:
             self._splits[split] = SplitWriter(self._partial, split, self.columns)
         self._splits[split].append(arrow_table(self.columns, arrays))

@@ -144,7 +144,9 @@ class RandomSettings:
         Raises:
             UserError: there is no such preset, or something was given that has no effect or is out of range.
         """
-        require(preset is None or preset in PRESETS, f"random data: preset {preset!r} is none of {', '.join(PRESETS)}")
+        require(
+            preset is None or preset in PRESETS, f"random data: preset {preset!r} is not one of {', '.join(PRESETS)}"
+        )
         settings = cls(
             **{
                 **(PRESETS[preset] if preset else {}),

@@ -1,4 +1,4 @@
-"""What ends a fit, and the callbacks that end it: with a validation, at a target score, or on a signal."""
+"""Callbacks that end a fit: with a validation, at a target score, or on a signal."""
 
 import logging
 import math
@@ -44,7 +44,7 @@ class FinalValidation(pl.Callback):
             _end_without_step(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # A verdict that the smallest number of steps or epochs has deferred stays one.
+        # A request to stop that the smallest number of steps or epochs has deferred stays valid.
         trainer.should_stop |= _stopped_by_callback(trainer) is not None
         self._length, self._stop_after_step = fit_length(trainer), False
         steps, setting = self._length
@@ -126,7 +126,7 @@ def _close_epoch(loops: dict[str, Any], trainer: pl.Trainer) -> int:
             counts.update(ready=done + 1, started=done, processed=done, completed=done)
         batch["total"]["completed"] = batch["total"]["ready"]
         batch["current"] = dict.fromkeys(batch["current"], 0)
-    # The last batch of a shorter epoch is none of a longer one.
+    # The last batch of a shorter epoch is not the last batch of a longer one.
     batch["is_last_batch"] &= not is_open
     processed: int = epoch["current"]["processed"]
     return processed

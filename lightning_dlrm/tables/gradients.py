@@ -34,9 +34,8 @@ class SortedLookups(NamedTuple):
     def positions(self) -> Tensor:
         """Return the position of each index's row in ``rows``: int32 [N]."""
         numbers_U = torch.arange(len(self.rows), dtype=torch.int32, device=self.order.device)
-        positions_N = torch.empty(len(self.order), dtype=torch.int32, device=self.order.device)
-        positions_N[self.order] = torch.repeat_interleave(numbers_U, self.counts, output_size=len(self.order))
-        return positions_N
+        numbers_N = torch.repeat_interleave(numbers_U, self.counts, output_size=len(self.order))
+        return torch.empty_like(numbers_N).scatter_(0, self.order, numbers_N)
 
 
 class Segments(NamedTuple):
@@ -69,7 +68,7 @@ class Segments(NamedTuple):
     def blocks(self, size: int) -> "Iterator[Segments]":
         """Yield segments of at most ``size`` rows, one after the other."""
         if len(self.rows) <= size:
-            # The host need not read where the only one ends.
+            # For a single block, the host does not read its end from the device.
             yield self
             return
         ends = [*self.starts[size::size].tolist(), len(self.bags)]

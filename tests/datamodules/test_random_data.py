@@ -271,7 +271,7 @@ def test_presets_have_the_published_shapes() -> None:
         ({"law": "zipf", "mean": 0.5}, "mean is an option of law gaussian, but law is zipf"),
         ({"click_rate": 1.0}, "click_rate is 1.0"),
         ({"seed": -1}, "seed is -1"),
-        ({"preset": "huge"}, "preset 'huge' is none of paper, kaggle, mlperf"),
+        ({"preset": "huge"}, "preset 'huge' is not one of paper, kaggle, mlperf"),
     ],
 )
 def test_settings_without_sense_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -162,6 +162,22 @@ def test_one_row_looked_up_many_times_in_several_threads() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("count", [0, 1, 5000, 70_000])
+@pytest.mark.parametrize("rows", [1, 2, 700, 2**31 - 1])
+def test_rows_are_sorted_as_by_torch_in_any_number_of_threads(rows: int, count: int) -> None:
+    rows_N = torch.randint(rows, (count,), generator=torch.Generator().manual_seed(count), dtype=torch.int32)
+    rows_N[: count // 3] = rows - 1
+    expected, threads = torch.sort(rows_N, stable=True), torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            sorted_N, order_N = native.sort(rows_N, rows)
+            assert torch.equal(sorted_N, expected.values) and torch.equal(order_N, expected.indices), number
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
 @pytest.mark.parametrize("count", [0, 1, 5000, 50_000])
 @pytest.mark.parametrize("rows", [1, 2, 700, 2**31 - 1])
 def test_each_row_moves_by_the_sum_of_its_lookups(rows: int, count: int) -> None:
@@ -313,7 +329,7 @@ def test_a_library_that_others_may_write_is_not_opened(
         caplog.clear()
         assert choose("auto", "cpu", torch.float32) == "plain"
         assert [record.levelno for record in caplog.records] == [logging.WARNING]
-        assert "may be written by others" in caplog.text and str(tmp_path / "native") in caplog.text
+        assert "may be written by users other than" in caplog.text and str(tmp_path / "native") in caplog.text
         library.chmod(0o700)
         library.parent.chmod(0o700)
 

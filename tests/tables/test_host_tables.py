@@ -220,7 +220,7 @@ def test_moving_the_module_leaves_the_tables_where_they_are() -> None:
         ("{C1: 1460}", "keeps the rows of C1 from 1460 on in host memory; expected 0 to 1459"),
         ("{Z9: 1}", "tables.on_host names Z9, which is not a table"),
         ("[C1,Z9]", "tables.on_host names Z9, which is not a table"),
-        ("some", "neither all nor a list of columns"),
+        ("some", "expected all, or a list of columns"),
     ],
 )
 def test_mistakes_are_told_in_a_line(capsys: pytest.CaptureFixture[str], given: str, said: str) -> None:
