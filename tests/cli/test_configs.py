@@ -118,7 +118,7 @@ def test_kernels_of_an_earlier_release_become_auto() -> None:
 
 def test_arms_of_a_comparison_keep_the_options_of_callbacks() -> None:
     options = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=validation/auc"]
-    parser = build_model_parser("params", "")
+    parser = build_model_parser("params")
     settings = parse(parser, ["--config", "dlrm.yaml", *options])
     (callback,) = settings.trainer.callbacks
     assert callback.init_args.monitor == "validation/auc"
