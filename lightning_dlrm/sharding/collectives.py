@@ -23,7 +23,7 @@ _LOST = (
     *("closed by peer", "reset by peer", "pair closure", "timed out", "timeout", "broken pipe", "connection refused"),
     *("no route to host", "network is unreachable", "connection abort", "read error", "write error", "not connected"),
 )
-"""What gloo says of a rank that has ended, is stopped, or whose network is cut; in lower case."""
+"""Parts of gloo's messages about a rank that has ended, is stopped, or has lost its network; in lower case."""
 
 _long_timeout_group: tuple[Any, Any] | None = None
 """The default process group for which the gloo group with the long timeout was made, and that group."""
@@ -233,7 +233,7 @@ def is_first_to_report(message: str) -> bool:
         while dist.get_rank() == 0 and store.add(key, 0) < dist.get_world_size() and time.monotonic() < end:
             time.sleep(0.01)
     except (KeyError, RuntimeError):
-        # Without the store, an error that is printed twice is better than one that is lost.
+        # Without the store, it is better to print an error twice than to lose it.
         return True
     return is_first
 

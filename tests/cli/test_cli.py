@@ -230,7 +230,7 @@ def test_a_refused_resume_leaves_the_run_as_it_is(capsys: pytest.CaptureFixture[
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     other_model = ["fit", "--config", "dcn.yaml", *FIT[3:]]
     for refused, said in [
-        (other_model, "is of a DLRM, this run trains a DCN"),
+        (other_model, "holds the model DLRM, but this run trains DCN"),
         ([*FIT, "--model.dense_optimizer.learning_rate=0.5"], "learning_rate"),
         ([*FIT, "--trainer.accumulate_grad_batches=3"], "validate between steps"),
     ]:
@@ -465,7 +465,7 @@ def test_checkpoint_of_another_model_or_dataset(capsys: pytest.CaptureFixture[st
     checkpoint = ["--ckpt_path", "run/checkpoints/last"]
     dcn: list[Any] = ["validate", "--config", "dcn.yaml", "--config", "small.yaml", *TINY_DEMO, *checkpoint]
     for arguments, message in [
-        (dcn, "is of a DLRM, this run trains a DCN"),
+        (dcn, "holds the model DLRM, but this run trains DCN"),
         (["validate", *FIT[1:], "--data.demo.seed=5", *checkpoint], "with another encoding"),
         ([*FIT, *QUICK, "--data.demo.train_rows=9000", "--run_dir", "other", *checkpoint], "trained on other rows"),
     ]:

@@ -113,7 +113,7 @@ def test_an_overlay_without_a_model_is_one_line_that_says_so(capsys: pytest.Capt
 
 def test_kernels_of_an_earlier_release_become_auto() -> None:
     new, notes = update_options(["--model.kernels", "fbgemm"])
-    assert new == ["--model.kernels=auto"] and "no fbgemm any more: auto is used" in notes[0]
+    assert new == ["--model.kernels=auto"] and "fbgemm of model.kernels was removed: auto is used" in notes[0]
 
 
 def test_arms_of_a_comparison_keep_the_options_of_callbacks() -> None:

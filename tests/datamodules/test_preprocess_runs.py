@@ -483,7 +483,7 @@ class NoSizes(WholeFiles):
 
 @pytest.mark.parametrize(
     ("handler", "message"),
-    [(WholeFiles, "does not send parts of files: copy the files"), (NoSizes, "does not tell the size of the file")],
+    [(WholeFiles, "does not send parts of files: copy the files"), (NoSizes, "does not report the size of the file")],
 )
 def test_servers_that_cannot_send_parts_of_files(
     tmp_path: Path, days: list[Path], handler: type[WholeFiles], message: str
