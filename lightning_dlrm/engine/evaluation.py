@@ -89,7 +89,6 @@ class Evaluation(nn.Module):
 
 
 WINDOW_SAMPLES = 65_536
-WINDOW_METRICS = ("auc", "accuracy", "log_loss")
 
 
 class TrainingWindow:
@@ -143,7 +142,7 @@ class TrainingWindow:
         """Return the metrics of the gathered samples by name."""
         logits, labels = self._gathered
         found = click_metrics(logits, labels)
-        return {f"{names.TRAIN}/{name}": found[name] for name in WINDOW_METRICS}
+        return {f"{names.TRAIN}/{name}": found[name] for name in names.TRAIN_METRICS}
 
 
 def _by_batch(of_ranks: list[NDArray], counts: list[NDArray]) -> Iterator[Tensor]:
