@@ -332,8 +332,8 @@ def check_data(runs: Sequence[Run], force: bool) -> list[str]:
     if found and not force:
         listed = "\n".join(f"  {line}" for line in found)
         raise UserError(
-            "these runs are of different data, so their scores cannot be compared (--force compares them all the same, "
-            f"with a warning on every figure):\n{listed}"
+            "these runs used different data, so their scores cannot be compared (--force compares them with a warning "
+            f"on every figure):\n{listed}"
         )
     return found
 

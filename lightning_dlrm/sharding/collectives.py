@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -171,6 +172,18 @@ class AsyncCollective:
             self._work.wait()
             self._sent = None
         return self._received
+
+
+def reserve_port() -> socket.socket:
+    """Return a socket with a TCP port of this machine for the store of a process group.
+
+    The system gives no other process the port while the socket is open. The store can listen on it all the same: the
+    socket does not listen, and both set SO_REUSEADDR.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
 
 
 def slice_start(known: int | None, samples: int) -> int:
