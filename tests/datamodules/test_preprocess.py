@@ -30,7 +30,7 @@ from datamodules import writer as writing
 from datamodules.folder import Folder
 from datamodules.preprocess import command, counting, encoding, progress
 from datamodules.preprocess.criteo_tsv import COLUMNS, BadLineError, parse
-from datamodules.preprocess.options import MLPERF_SIZES
+from datamodules.preprocess.multi_hot import MLPERF_SIZES
 from datamodules.preprocess.pipeline import order_warning, preprocess
 from datamodules.preprocess.progress import Progress, format_size
 from datamodules.preprocess.protocols import PROTOCOLS, Dataset
@@ -378,7 +378,8 @@ def test_a_wrong_file_is_not_skipped_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("to do\n" * 1001)
     with pytest.raises(
-        UserError, match=r"notes\.txt: 1,001 of 1,001 lines from line 1 on are not Criteo's, such as line 1"
+        UserError,
+        match=r"notes\.txt: 1,001 of 1,001 lines from line 1 on are not Criteo lines of 40 fields, such as line 1",
     ):
         preprocess("kaggle", "dlrm", [path], tmp_path / "out", progress=QUIET, on_bad_row="skip")
 
