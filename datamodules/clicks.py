@@ -40,22 +40,22 @@ class FolderData(pl.LightningDataModule):
         folder: The dataset folder.
         batch_size: Training samples of a batch over all ranks together (the global batch).
         evaluation_batch_size: Samples of a batch over all ranks in validate, test and predict.
-        shuffle: `window` for another order in every epoch: the row groups are shuffled, 48 of them are read at once,
-            and the rows of each are shuffled. The window of 48 row groups of 16,384 rows (786,432 rows) and the
-            batches decoded ahead take about 170 MB for Criteo's columns, over all ranks, and between epochs twice as
-            much. Of larger row groups, which other writers make, parts are read, 512 MB of all 48 together, and each
-            is decoded once for each part.
-            `full` for a shuffle of all rows in every epoch; it needs `cache: memory`. `none` for the order of the
-            files.
+        shuffle: `window` for a new order in every epoch: the row groups are shuffled, 48 of them are read at once, and
+            the rows of each are shuffled. The window of 48 row groups of 16,384 rows (786,432 rows) and the batches
+            decoded ahead take about 170 MB for Criteo's columns, over all ranks, and between epochs twice as much.
+            Larger row groups, which other writers make, are read in parts (512 MB for all 48 together), and each row
+            group is decoded once for each of its parts. `full` for a shuffle of all rows in every epoch; it needs
+            `cache: memory`. `none` for the order of the files.
         cache: `memory` to decode the rows once and keep them: 157 bytes a row for Criteo's columns; every rank keeps
             the whole training split. It is refused if the rows do not fit. `none` to decode them in every epoch.
-        threads: Threads that decode; by default one for training on a CPU, where it is enough, and for a GPU half of
-            the cores of each rank, at most 8.
+        threads: Threads that decode; by default one thread for training on a CPU, and half of the cores of each rank
+            (at most 8) for training on a GPU.
         verify: Compare the checksums of the pages that are read, which takes about 5% of the reader's speed.
-        seed: Seed of the orders of `window` and `full`; by default that of seed_everything, or 0 from Python.
+        seed: Seed of the orders of `window` and `full`; by default the seed of seed_everything, or 0 if the datamodule
+            is made in Python.
         predict_split: The split that predict scores; `all` is train, validation and test, one after the other.
         group: A kept column, such as the user: evaluations also report the mean AUC over the groups of rows with the
-            same value. Their batches number the values in `Batch.group`.
+            same value. `Batch.group` holds the values as numbers.
 
     Raises:
         UserError: an option is out of range.
@@ -144,7 +144,7 @@ class FolderData(pl.LightningDataModule):
         check_sizes(self.folder, files)
         rank, world = self._rank_and_world
         firsts = [next(part_files(self.schema, [split]), None) for split in splits]
-        # They come first, so that they are always among the files that are opened.
+        # The first file of each split is always among the files that are opened.
         files.sort(key=lambda file: file not in firsts)
         for file in files[rank::world][:_FILES_AT_START]:
             with open_part(self.folder, self.schema, file) as part:
@@ -193,7 +193,7 @@ class FolderData(pl.LightningDataModule):
             log.warning(
                 "the busiest rank trains %.2f times the mean number of samples of a batch, and the others wait for "
                 "it: data.shuffle window gives whole row groups to ranks, and the training split has %s of them. Use "
-                "data.shuffle full with data.cache memory if the rows fit, or fewer ranks",
+                "data.shuffle full with data.cache memory if the rows fit into memory, or fewer ranks",
                 *(largest, groups),
             )
 
@@ -207,8 +207,8 @@ class FolderData(pl.LightningDataModule):
         return self._evaluation_loader(self._predict_splits, rows=True, group=self.group)
 
     def read_beside(self) -> Iterator[pa.Table]:
-        """Yield what stands beside the features of the rows that predict scores, in their order: ``split``, the label
-        if there is one, and kept columns."""
+        """Yield the columns other than features of the rows that predict scores, in order: ``split``, the label if
+        there is one, and kept columns."""
         yield from read_beside(self.folder, self.schema, self._predict_splits)
 
     @property

@@ -48,7 +48,7 @@ class Criteo(Clicks):
         require(
             self.kind is None or schema.dataset == self.kind,
             f"{self.path} holds the dataset {schema.dataset!r}, {type(self).__name__} reads {self.kind!r}: "
-            "give its dataset folder with --data.path, or use the datamodule Criteo, which reads any",
+            "give its dataset folder with --data.path, or use the datamodule Criteo, which reads every dataset",
         )
         return schema
 

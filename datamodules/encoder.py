@@ -1,4 +1,4 @@
-"""Rows of a click log -> the inputs of a model, in memory, as the rows of a dataset were encoded. Nothing here imports
+"""Encode rows of a click log in memory for a model, in the same way as the rows of a dataset. Nothing here imports
 torch."""
 
 from dataclasses import replace
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class RowEncoder:
-    """Encodes rows as those of a dataset were, by the schema of its log and its vocabularies, which it keeps in memory.
+    """Encodes rows in the same way as the rows of a dataset, with the schema of its log and its vocabularies, which it
+    keeps in memory.
 
     Args:
         folder: the dataset folder.
@@ -55,7 +56,8 @@ class RowEncoder:
         """Return the features of rows.
 
         Args:
-            rows: an Arrow table or a pandas data frame with the columns that features are made of; others are left.
+            rows: an Arrow table or a pandas data frame with the columns that features are made of; other columns are
+                ignored.
 
         Returns:
             The B rows of each feature. Dense features are float32 [B], NaN where missing; categorical ones int32 [B];

@@ -68,7 +68,7 @@ def failures_as_user_errors(
     *,
     passing: tuple[type[Exception], ...] = (),
 ) -> Iterator[None]:
-    """Turn failures of a file system, each of which has exceptions of its own, into a UserError that names the place.
+    """Turn the exceptions of any file system into a UserError that names the place.
 
     The exceptions of a full disk pass unchanged.
 
@@ -163,7 +163,7 @@ class Folder:
         return Path(self._root) if self._remote is None else None
 
     def size(self, path: str) -> int | None:
-        """Return the bytes of a file; None if its server does not tell.
+        """Return the bytes of a file; None if its server does not report them.
 
         Raises:
             FileNotFoundError: the file does not exist.

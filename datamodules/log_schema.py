@@ -1,4 +1,4 @@
-"""The schema of a raw click log: which columns its files have, and what becomes of each. Nothing here imports torch.
+"""The schema of a raw click log: the columns of its files, and the role of each column. Nothing here imports torch.
 
 A YAML file of this form goes to ``preprocess --schema``::
 
@@ -66,7 +66,7 @@ class LogSchema:
     """By their names in the dataset, in its order."""
     split: LogSplit
     format: Format | None = None
-    """None to go by the names of the files; ``criteo`` is the text of Criteo's logs, which has no header."""
+    """None to infer it from the names of the files; ``criteo`` is the text of Criteo's logs, without a header."""
     separator: str | None = None
     """Between the fields of CSV, any text; None for a tab in .tsv and a comma in other files."""
     header: bool | None = None
@@ -80,18 +80,18 @@ class LogSchema:
     nulls: tuple[str, ...] = ("",)
     """Texts that mean a missing value, in text columns of all formats."""
     rest: Literal["error", "leave"] = "error"
-    """What becomes of columns that the schema does not name."""
+    """What to do with columns that the schema does not name: raise an error, or ignore them."""
     min_count: int = 1
     max_rows: int | None = None
     missing: Missing = "own"
-    """Whether missing values of tables have a row of their own, have that of rare ones, or count as the value 0."""
+    """Whether missing values of tables have their own row, share the row of rare values, or count as the value 0."""
     unknown: Literal["rare", "reserved", "own", "none"] = "rare"
-    """The row of values that the counted rows do not have.
+    """The row of values that the vocabulary does not have.
 
-    ``rare``: that of rare values. If the training rows hold no missing values, or no rare ones, then missing, rare and
-    unknown values share a row that was trained. ``reserved``: that of rare values, trained or not. ``own``: a row of
-    their own, which is never trained. ``none``: that of rare values if ``min_count`` or ``max_rows`` makes some; if
-    not, no row is reserved, and unknown values get the last one, that of the rarest value."""
+    ``rare``: the row of rare values. If the training rows have no missing values, or no rare values, then missing, rare
+    and unknown values share a row that was trained. ``reserved``: the row of rare values, trained or not. ``own``: their
+    own row, which is never trained. ``none``: the row of rare values if ``min_count`` or ``max_rows`` makes some; else
+    no row is reserved, and unknown values get the last row, which belongs to the rarest value."""
     list_rare: bool = False
     """Whether the vocabulary lists rare values, which can then be told from unknown ones in other rows."""
     hash_modulo: int | None = None
@@ -129,14 +129,14 @@ class LogSchema:
             )
             require(
                 made.count(name) == 1 and name != LABEL,
-                f"columns: {name} would stand twice in the dataset (the label is named {LABEL}, weights of X are named "
+                f"columns: {name} would occur twice in the dataset (the label is named {LABEL}, weights of X are named "
                 f"X{WEIGHTS_SUFFIX}); choose another name, and give 'source: {name}'",
             )
 
     def _check_text(self) -> None:
         require(
             self.separator is None or self.separator not in ("", "\n", self.quote),
-            "separator is empty, a line end or the quote; expected what stands between two fields, such as ';'",
+            "separator is empty, a line end or the quote; expected the text between two fields, such as ';'",
         )
         require(self.decimal in (".", ","), f"decimal is {self.decimal!r}; expected '.' or ','")
         require(self.decimal != self.separator, "decimal and separator are the same; expected two characters")
@@ -149,7 +149,7 @@ class LogSchema:
             self.header is not False or self.names, "header is false; give the columns as 'names: [user, item, ...]'"
         )
         twice = next((name for name in self.names if self.names.count(name) > 1), None)
-        require(twice is None, f"names: {twice} stands twice; expected different names")
+        require(twice is None, f"names: {twice} occurs twice; expected different names")
         try:
             "".encode(self.encoding)
         except LookupError as error:
@@ -240,14 +240,15 @@ class LogSchema:
             made_of = (column.source or name, column.weights)
             require(
                 not labelled or column.role in ("keep", "leave") or label not in made_of,
-                f"columns: {name} is made of the label's column {label}, so it tells the label; give it the role keep "
+                f"columns: {name} is made of the label's column {label}, so it reveals the label; give it the role "
+                f"keep "
                 f"or leave{', or other weights' if column.weights == label else ''}",
             )
         others = [name for name in names if name not in sources]
         require(
             self.rest == "leave" or not others,
             f"{where} has columns that the schema does not name: {listed(others)}; name them in columns (role leave "
-            "reads past one), or set 'rest: leave'",
+            f"ignores a column), or set 'rest: leave'",
         )
 
     def _check_separator(self, names: Sequence[str], sources: Collection[str], where: str) -> None:
@@ -261,7 +262,7 @@ class LogSchema:
             )
 
     def document(self) -> dict[str, Any]:
-        """Return the schema as JSON values, without what is left at its default."""
+        """Return the schema as JSON values, without values at their default."""
         return json.loads(json.dumps(_document(self)))
 
 

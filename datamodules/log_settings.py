@@ -59,12 +59,13 @@ _KEYS_OF_SPLIT: Mapping[str, Collection[str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LogColumn:
-    """What becomes of a column of the log, or one column of the dataset that is made of it."""
+    """The role and settings of a column of the log, or of one column of the dataset that is made of it."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     role: ColumnRole
-    """``keep`` stores the values beside the features, for ``predict`` and AUC by group; ``leave`` reads past it."""
+    """``keep`` stores the values beside the features, for ``predict`` and AUC by group; ``leave`` ignores the
+    column."""
     source: str | None = None
     """The log's column; None for the one with the name of this column."""
     time: str | None = None
@@ -77,13 +78,13 @@ class LogColumn:
     bins: int | None = None
     """The largest number of quantiles; None for 256 (dense) or 30 (categorical)."""
     fill: float | None = None
-    """The number that takes the place of missing ones, before the transform; None to keep them missing."""
+    """The number that replaces missing numbers, before the transform; None to keep them missing."""
     min_count: int | None = None
-    """Rarer values share one row; None for that of the schema."""
+    """Rarer values share one row; None for the ``min_count`` of the schema."""
     max_rows: int | None = None
-    """Rows of the table: the most frequent values keep theirs; None for that of the schema."""
+    """Rows of the table: the most frequent values keep their own; None for the ``max_rows`` of the schema."""
     missing: Missing | None = None
-    """See ``LogSchema``; None for that of the schema."""
+    """As ``LogSchema.missing``; None for the schema's ``missing``."""
     separator: str | None = None
     """Between the values of a bag, if it is text; None if it is a list."""
     weights: str | None = None
@@ -108,7 +109,9 @@ class LogColumn:
         require(self.separator != "", "separator is empty; leave it out for a column of lists")
         check_limits(self.min_count, self.max_rows)
         if self.time is not None and self.time not in ("unix", "unix_ms", "iso"):
-            require("%" in self.time, f"time is {self.time!r}; expected unix, unix_ms, iso, or a format as '%Y-%m-%d'")
+            require(
+                "%" in self.time, f"time is {self.time!r}; expected unix, unix_ms, iso, or a format such as '%Y-%m-%d'"
+            )
 
     @property
     def form(self) -> Literal["number", "hash", "text", "bag"]:
@@ -130,7 +133,7 @@ class LogColumn:
 
 @dataclass(frozen=True, kw_only=True)
 class LogSplit:
-    """Which rows train, validate and test."""
+    """The assignment of rows to the training, validation and test splits."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 

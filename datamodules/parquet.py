@@ -68,8 +68,8 @@ def open_part(
             raise error from None
         require(
             found == schema.data_fingerprint,
-            f"{where} now holds another dataset (fingerprint {found[:12]}, it was {schema.data_fingerprint[:12]}): put "
-            "the first one back, or start a new run",
+            f"{where} now holds another dataset (fingerprint {found[:12]}, it was {schema.data_fingerprint[:12]}): "
+            f"restore the first dataset, or start a new run",
         )
         raise
 
@@ -189,7 +189,7 @@ def read_part(
 
 
 def read_beside(where: Folder, schema: DatasetSchema, splits: Sequence[SplitName]) -> Iterator[pa.Table]:
-    """Yield what stands beside the features of every row, in order: ``split``, the label if there is one, and the kept
+    """Yield the columns other than features of every row, in order: ``split``, the label if there is one, and the kept
     columns.
 
     Raises:
@@ -198,7 +198,7 @@ def read_beside(where: Folder, schema: DatasetSchema, splits: Sequence[SplitName
     columns = schema.by_role("label", "keep")
     for split in splits:
         for file in schema.splits[split].files:
-            # Without such columns, any column says how many rows there are.
+            # Without such columns, any column gives the number of rows.
             for rows in read_part(where, schema, file, columns or schema.columns[:1]):
                 names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(rows), np.int8)), [split])
                 beside = [rows.column(column.name) for column in columns]
@@ -272,7 +272,7 @@ def _bag_ends(bags: pa.ListArray) -> np.ndarray:
 
 def _check_dense(place: str, values: pa.Array, first: int) -> None:
     stored = np.frombuffer(values.buffers()[1] or b"", np.float32)[values.offset :][: len(values)]
-    # What is stored in place of nulls may be anything.
+    # Values that are stored for nulls are arbitrary.
     if np.isinf(stored).any() and (infinite := np.flatnonzero(np.isinf(values.to_numpy(zero_copy_only=False)))).size:
         raise UserError(
             f"{place} has {stored[infinite[0]]} in row {first + infinite[0]:,} of the file; expected finite numbers, "

@@ -93,7 +93,7 @@ def check_single(name: str, column: pa.ChunkedArray) -> None:
     is_extension = isinstance(column.type, pa.BaseExtensionType)
     if pa.types.is_nested(column.type) or is_extension:
         is_object = is_extension or pa.types.is_struct(column.type)
-        what, remedy = ("objects", "leave it") if is_object else ("lists", "role multi_hot takes them")
+        what, remedy = ("objects", "give it the role leave") if is_object else ("lists", "give it the role multi_hot")
         raise _bad_column(column, f"{name} holds {what} ({column.type}), expected single values; {remedy}")
 
 
@@ -145,7 +145,7 @@ def labels(label: Label, column: pa.ChunkedArray, decimal: str = ".") -> np.ndar
         decimal: of numbers that are texts.
 
     Raises:
-        BadValueError: a label is missing, or is none of two values.
+        BadValueError: a label is missing, or is not one of two values.
     """
     encoded = texts(column)
     if encoded.null_count:
@@ -162,7 +162,7 @@ def labels(label: Label, column: pa.ChunkedArray, decimal: str = ".") -> np.ndar
 def _fault_of_label(
     label: Label, encoded: pa.DictionaryArray, values: Sequence[str], decimal: str
 ) -> Callable[[int], str]:
-    """Return what says what is wrong with the label of a row, whose column holds some values."""
+    """Return a function that describes the fault of a row's label, given the values of its column."""
     yes = next((one for one in values if one.lower() in YES), None)
     numbers_seen = sorted(number for one in values if (number := _number(one, decimal)) is not None)
 
@@ -340,7 +340,7 @@ def split_keys(name: str, column: pa.ChunkedArray, form: str | None) -> np.ndarr
     elif form is None and not (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
         raise _bad_column(
             column,
-            f"{name} is text, which a split by time cannot order; say in the schema how it becomes a time: columns: "
+            f"{name} is text, which a split by time cannot order; set in the schema how it becomes a time: columns: "
             f"{name}: {{role: leave, time: ...}}",
         )
     else:

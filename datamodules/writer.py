@@ -54,7 +54,7 @@ class DatasetWriter:
         self._splits: dict[str, SplitWriter] = {}
         self._vocabulary: dict[str, DataFile] = {}
         self._check_target()
-        # The process id keeps processes apart that make the same dataset at the same time.
+        # The process id separates processes that make the same dataset at the same time.
         self._prefix = f".{self.folder.name}.partial-{socket.gethostname()}-"
         self._partial = self.folder.with_name(f"{self._prefix}{os.getpid()}")
 
@@ -66,7 +66,7 @@ class DatasetWriter:
         except OSError as error:
             raise UserError(
                 f"cannot write beside {self.folder}: {error.strerror}; choose a folder that you may write to "
-                "(LIGHTNING_DLRM_CACHE names that of demo and random data)"
+                "(the variable LIGHTNING_DLRM_CACHE names the folder of demo and random data)"
             ) from error
         return self
 
@@ -89,7 +89,7 @@ class DatasetWriter:
         Raises:
             UserError: the numbers of weights and ids of a bag differ, or see ``parquet.check_values``.
         """
-        assert split in SPLITS, f"split {split!r} is none of {SPLITS}"
+        assert split in SPLITS, f"split {split!r} is not one of {SPLITS}"
         if split not in self._splits:
             self._splits[split] = SplitWriter(self._partial, split, self.columns)
         self._splits[split].append(arrow_table(self.columns, arrays))

@@ -5,8 +5,8 @@ the package loads neither torch nor Lightning::
 
     from lightning_dlrm import CTRModule, Criteo, DLRM
 
-A public name is not removed at once. It first stays for one minor release, in which its use warns with a
-``DeprecationWarning`` that names what takes its place, and CHANGELOG.md lists it under "Deprecated".
+Before a public name is removed, it stays for one minor release, in which its use raises a ``DeprecationWarning`` that
+names the replacement, and CHANGELOG.md lists the name under "Deprecated".
 """
 
 import importlib
@@ -78,7 +78,7 @@ _MODULES = {
     "lightning_dlrm.tables.embeddings": ("Embeddings", "TableSettings"),
     "lightning_dlrm.testing": ("check_network",),
 }
-"""Module -> the public names that it defines; the imports above say the same to type checkers."""
+"""Module -> the public names that it defines; the imports above are the same for type checkers."""
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [

@@ -29,13 +29,13 @@ COMMANDS = {
     "fit": "train a model; ends with a validation",
     "validate": "score a checkpoint on the validation split",
     "test": "score a checkpoint on the test split",
-    "predict": "write a checkpoint's click probabilities for a split, or for all",
+    "predict": "write the click probabilities of a checkpoint for one split or for all",
     "params": "count parameters, FLOPs and bytes of a configuration",
-    "plan": "show which table rows each rank would hold, and what it sends",
-    "compare": "show which configuration is better over seeds, or which run",
-    "checkpoint": "show or rewrite a checkpoint, or import one of facebook's DLRM",
+    "plan": "show the table rows that each rank would hold, and the bytes it sends",
+    "compare": "train configurations over several seeds and show which is better",
+    "checkpoint": "show or rewrite a checkpoint, or import one of facebookresearch/dlrm",
     "preprocess": "turn raw click logs into a dataset folder, or infer a schema",
-    "inspect": "show what a dataset folder holds; --verify compares every checksum",
+    "inspect": "show the contents of a dataset folder; --verify compares every checksum",
     "generate": "write generated data: a dataset folder, or raw logs",
     "dashboard": "save a W&B workspace and report of a project's or group's runs",
     "bench": "measure the speed of a part of this project on this machine",
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _imported("datamodules.preprocess.workers").fork_workers()
         return _run(command, rest)
     except BrokenPipeError:
-        # The reader of a pipe, such as ``head``, has seen enough; nothing is left to flush to it.
+        # The reader of a pipe, such as ``head``, has closed it; there is nothing to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
@@ -150,10 +150,10 @@ def search_current_folder_last() -> None:
 
 
 def _user_error_in(error: BaseException | None) -> UserError | None:
-    """Return the user's mistake behind an error; None if the error is not one.
+    """Return the user's mistake behind an error; None if the error is not a mistake of the user.
 
     Parsing libraries wrap the errors of constructors. Errors of the system about a file and refusals of Lightning count
-    as mistakes of the user's.
+    as mistakes of the user.
     """
     seen = set()
     # A library may raise an error from itself.
@@ -207,7 +207,7 @@ def _run(command: str, arguments: list[str]) -> int:
     imports = command == "checkpoint" and arguments[:1] == ["import"]
     if command in _PLAIN and not imports:
         return _run_plain_command(command, arguments)
-    # The others read configurations.
+    # Other commands read configurations.
     if command in SHORT_HELP and not {"-h", "--help"}.isdisjoint(arguments):
         print(f"usage: python -m lightning_dlrm {command} [options]\n\n{SHORT_HELP[command]}")
         return 0

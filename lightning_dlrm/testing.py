@@ -1,4 +1,4 @@
-"""What the author of a network checks it with, in a test of its own."""
+"""A check of custom networks, for their authors' own tests."""
 
 import math
 import re
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.contracts.errors import UserError, cause_of, place_in_own_code
 from lightning_dlrm.contracts.schema import Features
+from lightning_dlrm.contracts.terminal import counted
 from lightning_dlrm.models.network import CTRNetwork, fault_of_logits
 
 FEATURES = Features(dense=3, tables={"C1": 5, "C2": 40, "C3": 2})
@@ -32,21 +33,21 @@ def check_network(make_network: MakeNetwork, features: Features = FEATURES) -> N
     if problems:
         listed = "\n".join(f"- {problem}" for problem in problems)
         name = getattr(make_network, "__name__", repr(make_network))
-        raise UserError(f"{name} cannot be trained as it is; {len(problems)} found:\n{listed}")
+        raise UserError(f"{name} cannot be trained as it is: {counted(len(problems), 'problem')}\n{listed}")
 
 
 def _problems(make_network: MakeNetwork, features: Features) -> Iterator[str]:
     try:
         network = make_network(features, 1)
     except Exception as error:
-        yield f"it cannot be made: make_network(features, seed) raises {_short(error)}"
+        yield f"the network cannot be made: make_network(features, seed) raises {_short(error)}"
         return
     if not isinstance(network, CTRNetwork):
         yield f"make_network(features, seed) returns a {type(network).__name__}; derive it from CTRNetwork"
         return
     yield from _build_problems(make_network, features, network)
     batches = {
-        "one id a column": _one_hot(features),
+        "one id per column": _one_hot(features),
         "bags of ids": _bags(features),
         "no samples": _one_hot(features, 0),
     }
@@ -58,7 +59,7 @@ def _problems(make_network: MakeNetwork, features: Features) -> Iterator[str]:
             listed.add(words)
             hint = "; a rank's slice of a batch may be empty" if kind == "no samples" else ""
             yield f"forward(dense, ids) of a batch with {kind} {fault}{hint}"
-    dense_BI, ids = batches["one id a column"]
+    dense_BI, ids = batches["one id per column"]
     if _forward_fault(network, dense_BI, ids) is None:
         checks = {"one sample": _sample_problems, "training": _gradient_problems, "score": _score_problems}
         for what, check in checks.items():
@@ -91,7 +92,10 @@ def _build_problems(make_network: MakeNetwork, features: Features, network: CTRN
                 "rank shares: use Embeddings of lightning_dlrm"
             )
     if type(network).multiply_adds is not CTRNetwork.multiply_adds and not network.multiply_adds() > 0:
-        yield f"multiply_adds() returns {network.multiply_adds()}; expected those of one sample, or no such method"
+        yield (
+            f"multiply_adds() returns {network.multiply_adds()}; expected the multiply-adds of one sample; "
+            "correct the method, or leave it out"
+        )
 
 
 def _forward_fault(network: CTRNetwork, dense_BI: Tensor, ids: SparseIds) -> str | None:

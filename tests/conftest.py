@@ -6,6 +6,10 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+
+# Before scipy and hypothesis, after which typing gives Lightning's Optional[Union[int, float]] the order float, int, so
+# that the command line would read a limit of 1 as 1.0.
+import pytorch_lightning  # noqa: F401
 import torch
 
 if not torch.cuda.is_available():

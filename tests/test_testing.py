@@ -182,4 +182,4 @@ def test_each_mistake_is_named(make: Callable[[Features, int], CTRNetwork], word
         check_network(make)
     # One fault is listed once, whatever batch has it.
     if make in (WrongShape, Nothing, Labelled, KeepsNaN):
-        assert "; 1 found:" in str(found.value)
+        assert ": 1 problem\n" in str(found.value)

@@ -18,7 +18,7 @@ from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
 from lightning_dlrm.contracts.terminal import command_after, command_line, counted
 
-GENERATE_HELP = "make data instead of reading any: demo data with a known best score, random data, traces, raw text"
+GENERATE_HELP = "generate data: demo data with a known best score, random data, traces, raw text"
 
 _DEMO_DESCRIPTION = """\
 Writes a dataset folder that looks like Criteo Kaggle: its 40 columns, the sizes of its tables, skewed ids and missing
@@ -33,11 +33,11 @@ then:
 """
 
 _RANDOM_DESCRIPTION = """\
-Writes a dataset folder of any shape, for measuring: normal dense features; ids that follow a uniform, a Gaussian or a
-Zipf law within each table's size, one or a bag of them for each table, with or without weights; clicks that depend on
-nothing. The same options give the same rows everywhere.
+Writes a dataset folder of any shape, for measuring speed: normal dense features; ids that follow a uniform, a Gaussian
+or a Zipf law within each table's size, one or a bag of them for each table, with or without weights; clicks that are
+independent of the features. The same options give the same rows everywhere.
 
-presets, of which other options replace parts:
+presets, whose values other options replace:
   paper    the DLRM paper's section 5.2: 8 tables of 1M rows, 512 dense features, bags of 1 to 100 ids
   kaggle   Criteo Kaggle's tables, 13 dense features, single ids
   mlperf   MLPerf's DLRM v2: tables of up to 40M rows, 13 dense features, its sizes of bags
@@ -51,14 +51,16 @@ then:
 """
 
 _TRACE_DESCRIPTION = """\
-Fits a generator to the order in which columns access the rows of their tables, generates any number of accesses like
-them, and says how alike they are. The generated accesses have the original's stack distances, and so its hit rate in
-an LRU cache of any size, and as many distinct rows. Profiles can be saved and generated from later without the data.
+Fits a generator to the order in which columns access the rows of their tables, generates any number of similar
+accesses, and reports how similar they are. The generated accesses have the stack distances of the original, so they
+have the same hit rate in an LRU cache of any size, and as many distinct rows. A saved profile generates accesses later,
+without the data.
 
-What is not kept: which rows stay popular (in the end all come up equally often), and what columns have to do with each
-other. Accesses beyond the original's length keep the distances of its last octave; new rows go on appearing by the
-power law of its last octave until the table is used up. Takes at most 41 bytes of memory for each distinct row of all
-columns, and 4 for each row of the largest table, whatever the length. Needs: pip install 'lightning-dlrm[trace]'
+Not reproduced: which rows stay popular (in the long run, all rows are accessed equally often), and the dependence
+between columns. After the length of the original, accesses keep the distances of its last octave, and new rows appear
+by the power law of that octave until all rows of the table have been accessed. Takes at most 41 bytes of memory for
+each distinct row of all columns, and 4 for each row of the largest table, for any length. Needs: pip install
+'lightning-dlrm[trace]'
 
 examples:
   python -m lightning_dlrm generate trace --from data/criteo --column C3 --output data/trace --plot fit.png
@@ -69,9 +71,9 @@ then:
 """
 
 _TSV_DESCRIPTION = """\
-Writes raw text as preprocess reads it, shaped like Criteo's click logs: label, 13 integers, 26 hashes, empty where a
-value is missing; skewed hashes, ever more different ones with more rows, as in the real data. The labels are drawn from
-a planted click model. The same options give the same rows everywhere; fewer rows are the beginning of more.
+Writes raw text in the format of Criteo's click logs, which preprocess reads: label, 13 integers, 26 hashes, empty where
+a value is missing. Hashes are skewed, and more rows have more different hashes, as in the real data. The labels are
+drawn from a planted click model. The same options give the same rows everywhere; more rows begin with the same rows.
 
 examples:
   python -m lightning_dlrm generate tsv --rows 1000000 --output train.txt
@@ -81,8 +83,8 @@ then:
 """
 
 _LOG_DESCRIPTION = """\
-Writes a raw log in the form of a public data set (file names, header, separator, look of the values), or one of five
-columns, to try a schema, or `preprocess --infer`, without the data. The labels are drawn from a planted click model.
+Writes a raw log in the form of a public data set (file names, header, separator, look of the values), or a log of five
+columns, to try a schema or `preprocess --infer` without the real data. The labels are drawn from a planted click model.
 
 examples:
   python -m lightning_dlrm generate log --form shop --rows 100000 --output mylog
@@ -95,7 +97,10 @@ then:
 Option = tuple[str, dict[str, Any]]
 """Name and settings of a command-line option, as ``ArgumentParser.add_argument`` takes them."""
 
-_OUTPUT: Option = ("--output", {"type": Path, "metavar": "DIR", "help": "folder to make; must not exist, or be empty"})
+_OUTPUT: Option = (
+    "--output",
+    {"type": Path, "metavar": "DIR", "help": "folder to make; it must not exist, or must be empty"},
+)
 
 
 def _row_options(train: int | None, validation: int, test: int) -> list[Option]:
@@ -154,14 +159,14 @@ def _random_options() -> list[Option]:
         ("--indices", {**numbers, "help": "ids of a bag, one number for all tables or one for each (default: 1)"}),
         (
             "--min-indices",
-            {**numbers, "help": "fewest ids of a bag, 0 or more: bags are of any size from it to --indices"},
+            {**numbers, "help": "fewest ids of a bag, 0 or more: bag sizes are uniform between it and --indices"},
         ),
         ("--law", {"choices": get_args(Law), "help": f"distribution of the ids (default: {default.law})"}),
         (
             "--exponent",
             {
                 "type": float,
-                "help": f"of zipf: probability of id k ~ (k + 1) ** -exponent (default: {default.exponent})",
+                "help": f"exponent of zipf: probability of id k ~ (k + 1) ** -exponent (default: {default.exponent})",
             },
         ),
         ("--mean", {"type": float, "help": f"of gaussian, as a share of the table's rows (default: {default.mean})"}),
@@ -300,18 +305,18 @@ def _run_random(args: argparse.Namespace) -> int:
 def _run_trace(args: argparse.Namespace) -> int:
     require(
         args.source is not None or args.profile is not None,
-        "generate trace: nothing to follow; give --from DIR, or --profile FILE of an earlier run",
+        "generate trace: no source is given; give --from DIR, or --profile FILE of an earlier run",
     )
     saves = args.source is not None and args.profile is not None
     require(
         args.output is not None or saves,
-        "generate trace: nothing to make; give --output DIR, or --from DIR and --profile FILE",
+        "generate trace: no output is given; give --output DIR, or --from DIR and --profile FILE",
     )
     require(
         args.output is not None or args.plot is None,
-        "generate trace: --plot draws what was generated beside its original; give --output DIR too",
+        "generate trace: --plot compares generated accesses with their original; give --output DIR too",
     )
-    # What would fail after an hour's work is refused before.
+    # Refused here, because these faults would otherwise show after an hour's work.
     require(
         not saves or not args.profile.exists(),
         f"{args.profile} exists; name a new file, or leave --from out to generate from it",
@@ -354,9 +359,9 @@ def _report_fit(originals: list[Profile], folder: Path, plot: Path | None) -> No
     for original, copy in zip(originals, generated, strict=True):
         if copy.accesses > original.accesses and original.distinct < original.rows:
             print(
-                f"{original.column}: beyond the original's {original.accesses:,} accesses, distinct rows grow as "
-                f"accesses to the power of {original.growth:.2f}, up to the table's {original.rows:,}: "
-                f"there are {copy.distinct:,} after {copy.accesses:,}"
+                f"{original.column}: after the original's {original.accesses:,} accesses, the distinct rows grow as "
+                f"the accesses to the power of {original.growth:.2f}, up to the {original.rows:,} rows of the table: "
+                f"{copy.distinct:,} distinct rows after {copy.accesses:,} accesses"
             )
     if plot is not None:
         plot_fits(originals, generated, plot)

@@ -1,5 +1,5 @@
-"""What all generated data have in common: checked settings, and folders that are made once, whole or not at all, also
-by several processes at the same time."""
+"""Common code of all generated data: checked settings, and folders that are made once, whole or not at all, also by
+several processes at the same time."""
 
 import hashlib
 import json
@@ -153,7 +153,7 @@ def checked_estimate(place: Path, rows: int, size: float, seconds: float, writte
     """
     parent = next(parent for parent in place.absolute().parents if parent.exists())
     free = shutil.disk_usage(parent).free + written
-    words = f"{rows:,} rows: some {format_size(size)} of disk"
+    words = f"{rows:,} rows: about {format_size(size)} of disk"
     require(
         size <= free,
         f"{words} are needed for {place}, {format_size(free)} are free; make room, choose another place, or fewer rows",

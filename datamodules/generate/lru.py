@@ -57,8 +57,8 @@ class LruStack:
     def accesses(self, distances: NDArray[np.int32]) -> NDArray[np.int32]:
         """Access the row at each distance and return it; a distance of 0 accesses a new row.
 
-        Such rows are numbered 0, 1, 2 and on. A distance beyond the depth is taken for the depth, but for a new row
-        where there is no other.
+        Such rows are numbered 0, 1, 2 and on. A distance beyond the depth counts as the depth; without any rows, it
+        accesses a new row.
         """
         made, done = np.empty(len(distances), dtype=np.int32), 0
         while done < len(distances):
@@ -71,7 +71,8 @@ class LruStack:
     def choose(bits: NDArray[np.uint64], left: int, wanted: int) -> NDArray[np.bool_]:
         """Choose ``wanted`` of the next ``left`` accesses at random (Knuth's algorithm S, selection sampling).
 
-        Asked piece by piece until none is left, just so many are chosen, each choice having the same chance.
+        Called piece by piece until no access is left, it chooses exactly ``wanted`` accesses, and every choice is
+        equally likely.
 
         Args:
             bits: 32 random bits for each access of the piece; 0 is chosen while any is wanted.

@@ -139,12 +139,14 @@ class RandomSettings:
 
     @classmethod
     def of(cls, preset: Preset | None = None, **given: Any) -> "RandomSettings":
-        """Return the settings of a preset with the given values in place of its own; None counts as not given.
+        """Return the settings of a preset, in which given values replace its values; None counts as not given.
 
         Raises:
             UserError: there is no such preset, or something was given that has no effect or is out of range.
         """
-        require(preset is None or preset in PRESETS, f"random data: preset {preset!r} is none of {', '.join(PRESETS)}")
+        require(
+            preset is None or preset in PRESETS, f"random data: preset {preset!r} is not one of {', '.join(PRESETS)}"
+        )
         settings = cls(
             **{
                 **(PRESETS[preset] if preset else {}),
@@ -154,7 +156,7 @@ class RandomSettings:
         for name, law in (("exponent", "zipf"), ("mean", "gaussian"), ("deviation", "gaussian")):
             require(
                 given.get(name) is None or settings.law == law,
-                f"random data: {name} is of law {law}, but law is {settings.law}; leave one out",
+                f"random data: {name} is an option of law {law}, but law is {settings.law}; leave one of them out",
             )
         return settings
 
@@ -223,7 +225,7 @@ def label_block(click_rate: float, seed: int, split: int, number: int, rows: int
 
 
 def chance_scores(click_rate: float) -> Optimum:
-    """Return the best scores if labels depend on nothing: those of predicting the click rate for every sample."""
+    """Return the best scores if labels are independent of the features: predict the click rate for every sample."""
     other = 1 - click_rate
     return Optimum(auc=0.5, log_loss=-click_rate * math.log(click_rate) - other * math.log(other))
 

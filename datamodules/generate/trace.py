@@ -6,8 +6,8 @@ the original's LRU hit rate at any cache size, and its distinct rows, after any 
 phases, are those of the trace generator of Naumov et al. 2019, whose new rows come at one rate from beginning to end.
 
 A trace shorter than the original is like the original's beginning. A longer one continues with the distances of the
-last octave, and with new rows by the power law (Heaps' law) of the last octave, until it has seen the whole table. From
-then on it draws distances alone; if the original never came back to a row, it goes round and round.
+last octave, and with new rows by the power law (Heaps' law) of the last octave, until it has seen the whole table.
+After that it only draws distances; if the original never accessed a row twice, the trace repeats all rows in order.
 
 Memory is that of the LRU stacks (see ``lru``) of all columns together and a block of accesses, for any number of
 accesses. Traces depend on the profile and the seed alone, to the last bit; a shorter trace is the beginning of a longer
@@ -277,7 +277,7 @@ def check_plot(path: Path) -> None:
     kinds = sorted(FigureCanvasBase.filetypes)
     require(
         path.suffix.removeprefix(".") in kinds,
-        f"{path} is no kind of picture that can be drawn; give it one of the endings {', '.join(kinds)}",
+        f"{path} has no suffix of a format that can be drawn; give it one of {', '.join(kinds)}",
     )
 
 

@@ -1,4 +1,4 @@
-"""What the columns of a sample hold, and the role that each one gets in an inferred schema."""
+"""Facts about the columns of a sample, and the role of each column in an inferred schema."""
 
 import re
 from collections import Counter
@@ -82,7 +82,7 @@ _EXAMPLE_LENGTH = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the sample holds of a column."""
+    """What a sample shows about one column."""
 
     name: str
     kind: Kind
@@ -92,7 +92,8 @@ class Facts:
     counts: Counter[Any]
     """How often each value occurs; of lists, each item."""
     time: str | None = None
-    """How text or numbers are times: ``unix``, ``unix_ms``, ``iso`` or a format of strptime; None if they are times."""
+    """Format of times in text or numbers: ``unix``, ``unix_ms``, ``iso`` or of strptime; None for values of a time
+    type."""
 
     @property
     def distinct(self) -> int:
@@ -104,7 +105,7 @@ class Facts:
 
     @property
     def is_unique(self) -> bool:
-        """Whether nearly every row has another value."""
+        """Whether nearly every row has a different value."""
         return len(self.values) >= _FEW and self.distinct > _UNIQUE_SHARE * len(self.values)
 
 
@@ -180,7 +181,7 @@ def _kind(present: Sequence[Value], decimal: str) -> tuple[Kind, Sequence[Value]
 
 
 def _time_format(facts: Facts) -> str | None:
-    """Return how text or whole numbers are times; None if they are not."""
+    """Return the format of times in text or whole numbers; None if they are not times."""
     if facts.kind == "text":
         values = list(facts.counts)[:_VALUES_PARSED]
         if all(_is_iso(value) for value in values):
@@ -248,7 +249,7 @@ def choose(facts: Facts, sample: Sample, tells_label: bool) -> Choice:
     if facts.kind == "object":
         return Choice(settings={"role": "leave"}, reason="values of several kinds, or objects with keys")
     if tells_label:
-        return Choice(settings={"role": "leave"}, reason="tells the label, so it is probably known only after it")
+        return Choice(settings={"role": "leave"}, reason="reveals the label, so it is probably known only afterwards")
     if facts.kind == "time":
         time = {} if facts.time is None else {"time": facts.time}
         return Choice(settings={"role": "keep", **time}, reason="a time")
@@ -272,16 +273,17 @@ def choose(facts: Facts, sample: Sample, tells_label: bool) -> Choice:
 def _choose_integer(facts: Facts, sample: Sample) -> Choice:
     ids, quantity = facts.words & _ID_WORDS, facts.words & _QUANTITY_WORDS
     if facts.is_unique and (ids or not quantity):
-        return Choice(settings={"role": "leave"}, reason="another number in nearly every row, such as the id of a row")
+        return Choice(settings={"role": "leave"}, reason="a different number in nearly every row, such as a row id")
     if quantity and not ids and facts.distinct > 2:
         return Choice(
             settings={"role": "dense", **_transform(facts)},
-            reason=f"whole numbers, and `{min(quantity)}` is an amount",
+            reason=f"whole numbers, and the word `{min(quantity)}` in the name suggests an amount",
         )
     if ids or facts.distinct <= _FEW:
-        reason = f"whole numbers, and `{min(ids)}` names a category" if ids else "few different whole numbers"
+        named = f"whole numbers, and the word `{min(ids)}` in the name suggests a category" if ids else ""
+        reason = named or "few different whole numbers"
         return _categories(facts, sample, {"role": "categorical"}, reason)
-    reason = "many whole numbers, taken for ids (for amounts: {role: dense, transform: log1p})"
+    reason = "many whole numbers, assumed to be ids (if they are amounts: {role: dense, transform: log1p})"
     return _categories(facts, sample, {"role": "categorical"}, reason)
 
 
@@ -293,7 +295,7 @@ def _choose_text(facts: Facts, sample: Sample) -> Choice:
         settings = {"role": "multi_hot", "separator": separator}
         return _categories(listed, sample, settings, f"text with several values between {separator!r}")
     if facts.is_unique:
-        return Choice(settings={"role": "leave"}, reason="another text in nearly every row, such as the id of a row")
+        return Choice(settings={"role": "leave"}, reason="a different text in nearly every row, such as a row id")
     if sum(map(len, facts.counts)) > _LONG_TEXT * facts.distinct:
         return Choice(settings={"role": "leave"}, reason="long text")
     return _categories(facts, sample, {"role": "categorical"}, "text")
@@ -303,7 +305,7 @@ def _categories(facts: Facts, sample: Sample, settings: dict[str, Any], reason: 
     """Return a column of categories, with a threshold if it has many."""
     if facts.distinct > min(_MANY, _MANY_SHARE * sample.rows):
         settings = {**settings, "min_count": 10 if sample.estimated_rows >= _LARGE_LOG else 2}
-        reason += "; rare ones share a row"
+        reason += "; rare values share a row"
     return Choice(settings=settings, reason=reason)
 
 
@@ -330,7 +332,7 @@ def _bag_separator(facts: Facts) -> str | None:
         if separator == "," and _share_of_decimals(facts.values) > _DECIMAL_SHARE:
             continue
         items = {item for value in facts.counts for item in value.split(separator)}
-        # Commas and spaces also stand in titles and addresses, whose parts hardly recur.
+        # Titles and addresses also contain commas and spaces, but their parts hardly recur.
         plain = not any(re.search(r"[\s(){}\[\]]", item.strip()) for item in items) and len(items) < facts.distinct
         ids = separator != " " or all(re.search(r"\d|_", item) for item in items if item)
         if (separator == "|" or (plain and ids)) and max(map(len, items)) <= _LONG_TEXT // 2:

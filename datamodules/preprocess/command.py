@@ -19,11 +19,11 @@ from lightning_dlrm.contracts.terminal import command_after, command_line
 _DESCRIPTION = """\
 Reads raw click logs and makes a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in Parquet.
 
-A log of any form (CSV, JSON lines, Parquet) is read by a --schema: a YAML file that names the label, what becomes of
-each column, and the split. --infer writes a first one; docs/own-data.md explains them; those of some public logs are
+Your own log (CSV, JSON lines or Parquet) needs a --schema: a YAML file that names the label, the role of each column,
+and the split. --infer writes a first schema; docs/own-data.md explains schemas; schemas of some public logs are
 shipped.
 
-Criteo's files are read by a --dataset and a --protocol. A raw line has 40 fields between tabs: label, 13 integers, 26
+Criteo's files need a --dataset and a --protocol. A raw line has 40 fields separated by tabs: label, 13 integers, 26
 hashes of 8 hexadecimal digits; an empty integer or hash is a missing value.
 
 Text is plain, or compressed by gzip or Zstandard.
@@ -44,23 +44,24 @@ then:
 
 _SPLITS = """\
 splits (a schema has its own):
-  terabyte, several files   the last file given is held out and halved: the first half tests and the second
-                            validates; in mlperf it is the other way round
-  kaggle, or a single file  by position into seven equal days: six train, the last one is held out likewise
-  bars                      random 8:1:1: one of every ten rows tests and another validates, drawn from --seed
+  terabyte, several files   the last file given is held out: its first half is the test split and its second half the
+                            validation split; the other way round under the protocol mlperf
+  kaggle, or a single file  by position into seven equal days: six train, the last day is held out in the same way
+  bars                      random 8:1:1: of every ten rows, one goes to test and one to validation, drawn from --seed
 
 new rows:
-  --vocabulary DIR encodes rows, with labels or without, as DIR's were, and makes them the test split; a model trained
-  on DIR scores them. Values that DIR does not know get the id of unknown ones; in dlrm and mlperf, which have none,
-  that of rare ones, or else the last id: of the rarest value, whose row was trained least. Bins keep DIR's edges.
+  --vocabulary DIR encodes rows, with or without labels, in the same way as the rows of DIR, and makes them the test
+  split, which a model trained on DIR can score. A value that is not in the vocabulary of DIR gets the id of unknown
+  values. The protocols dlrm and mlperf have no such id: the value gets the id of rare values or, without that, the last
+  id, which belongs to the rarest value and whose row was trained least. Bins keep the edges of DIR.
 
 what to expect:
-  The same input gives the same bytes, whatever the workers. The order of rows is kept. The same command
-  resumes an interrupted run, also after kill -9; its files are in .NAME.preprocess beside the output (with --work, in
-  .NAME-MARK.preprocess, where MARK keeps outputs of one name apart). A finished dataset stays as it is.
-  On two cores Kaggle's 46 million rows take some minutes, in about 1 GB of memory; memory does not grow with rows, only
-  the disk does (an estimate is shown first). An error names the file and line of wrong input; the exit code is 2.
-  DIR/report.json says what was read, what came out, and what it took.
+  The same input gives the same bytes with any number of workers. Rows keep their order. The same command resumes an
+  interrupted run, also after kill -9; the files of the run are in .NAME.preprocess beside the output (with --work, in
+  .NAME-MARK.preprocess, where MARK tells outputs of the same name apart). A finished dataset is not changed.
+  On two cores, Kaggle's 46 million rows take some minutes and about 1 GB of memory. More rows need more disk, but no
+  more memory; an estimate is shown first. An error names the file and line of wrong input; the exit code is then 2.
+  DIR/report.json lists inputs, rows and table sizes, and the time, memory and disk of each stage.
 
 URLs:
   Inputs, the output and --vocabulary may be URLs that fsspec knows (s3://, gs://, hf://, ...) if the package for them
@@ -69,8 +70,8 @@ URLs:
 
 clusters:
   --scheduler runs all work on a Dask cluster (pip install 'lightning-dlrm[cluster]'; dask scheduler; dask
-  worker ADDRESS). Its workers must share the file system of the output, or of --work, with this machine, and have
-  this package.
+  worker ADDRESS). Its workers need this package, and must share the file system of the output (or of --work) with
+  this machine.
 """
 
 
@@ -86,14 +87,13 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "what to read and write": {
         "--dataset": {
             "choices": DATASETS,
-            "help": "of Criteo: where the files come from; decides how rows are split (needed unless --schema or "
-            "--vocabulary is given)",
+            "help": "Criteo's dataset that the files belong to; decides how rows are split (required unless --schema "
+            "or --vocabulary is given)",
         },
         "--schema": {
             "type": Path,
             "metavar": "FILE.yaml",
-            "help": "the schema of a log of another form; takes the place of --dataset and of all options of how to "
-            "encode Criteo's rows",
+            "help": "the schema file of your own log; replaces --dataset and all options that encode Criteo's rows",
         },
         "--input": {
             "required": True,
@@ -103,7 +103,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--output": {
             "metavar": "DIR",
-            "help": "folder or URL to make; must not exist, or be empty (needed unless --infer is given)",
+            "help": "folder or URL to make; it must not exist, or must be empty (required unless --infer is given)",
         },
         "--work": {
             "type": Path,
@@ -113,8 +113,8 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--on-bad-row": {
             "choices": get_args(OnBadRow),
             "default": "fail",
-            "help": "what to do with a line that is not Criteo's, or not as the schema says: end the run, or skip the "
-            "line and list it in "
+            "help": "what to do with a line that does not have Criteo's format, or does not fit the schema: end the "
+            "run, or skip the line and list it in "
             "DIR/bad_rows.tsv with file, line and reason (default: %(default)s)",
         },
     },
@@ -122,12 +122,13 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         # No choices: Options refuses an unknown protocol, as in Python.
         "--protocol": {
             "metavar": "NAME",
-            "help": "how raw values become features (needed unless --schema or --vocabulary is given): "
+            "help": "how raw values become features (required unless --schema or --vocabulary is given): "
             f"{', '.join(PROTOCOLS)}",
         },
         "--vocabulary": {
             "metavar": "DIR",
-            "help": "encode new rows like this dataset, which decides about --dataset and all options of this group",
+            "help": "encode new rows in the same way as this dataset, whose settings replace --dataset and all options "
+            "of this group",
         },
         "--bins": {
             "type": int,
@@ -153,7 +154,8 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--multi-hot": {
             "choices": ("mlperf",),
-            "help": "terabyte: bags of the sizes of MLPerf DLRM v2, 214 ids a row; each begins with the row's own id",
+            "help": "terabyte: bags of ids with the sizes of MLPerf DLRM v2, 214 ids per row; each bag begins with the "
+            "row's own id",
         },
         "--multi-hot-distribution": {
             "choices": DISTRIBUTIONS,
@@ -212,13 +214,16 @@ def run(args: argparse.Namespace) -> int:
 
         for name in ("schema", "dataset", "output", "protocol", "vocabulary"):
             require(
-                getattr(args, name) is None, f"--infer writes a schema, and no dataset; leave --{name} out, or --infer"
+                getattr(args, name) is None,
+                f"--infer writes a schema and makes no dataset; leave out --{name} or --infer",
             )
         names = None if args.columns is None else [name.strip() for name in args.columns.split(",")]
         print(infer(args.infer, args.label, args.input, names))
         return 0
     for name in ("label", "columns"):
-        require(getattr(args, name) is None, f"--{name} goes with --infer; with --schema, the schema file says it")
+        require(
+            getattr(args, name) is None, f"--{name} is an option of --infer; with --schema, set it in the schema file"
+        )
     require(args.output is not None, "--output is missing; name the folder to make")
     if warning := order_warning(args.dataset, args.input):
         print(warning, file=sys.stderr)
@@ -231,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
             schema = preprocess(inputs=args.input, progress=progress, **given)
         except (KeyboardInterrupt, SystemExit):
             if progress.folder is None:
-                progress.note("interrupted; nothing was written: the same command begins again")
+                progress.note("interrupted; nothing was written: run the same command to start again")
             raise
     if progress.stages:
         print(render_report(schema, progress.stages))

@@ -35,7 +35,7 @@ _IDS_AT_ONCE = 1 << 20  # a row group of a vocabulary
 _SAMPLED_VALUES = 1 << 16
 _COPIED_AT_ONCE = 1 << 20
 
-_TEXTS_AT_ONCE = 1 << 20  # the same of texts, which take more memory
+_TEXTS_AT_ONCE = 1 << 20  # the same for texts, which take more memory
 
 _ID = np.dtype(np.int32)
 _COUNT = np.dtype(np.int64)
@@ -48,8 +48,8 @@ def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
     range ids are known once it is known how many values of each count the ranges before it have.
 
     Returns:
-        ``cardinality`` (rows of the table), ``distinct`` (values counted), ``kept`` (of them with an id
-        of their own), ``reserved`` (ids of missing, rare and unknown values, as far as the protocol has them).
+        ``cardinality`` (rows of the table), ``distinct`` (values counted), ``kept`` (counted values with an id of their
+        own), ``reserved`` (ids of missing, rare and unknown values, if the protocol has them).
     """
     if done := recorded(encoding.record_of(table)):
         return done

@@ -136,7 +136,7 @@ def find_row_end(text: bytes, start: int, quote: bytes | None, separator: bytes,
     """Return the place of the first line feed outside quoted fields, from ``start`` on; -1 if there is none.
 
     Args:
-        text: as in ``quotes.line_ends``, as are the others.
+        text, quote, separator, start, more: as in ``quotes.line_ends``.
     """
     if quote is None or quote not in text:
         return text.find(b"\n", start)
@@ -204,7 +204,8 @@ def parse(text: bytes, labelled: bool = True) -> pa.Table:
     Raises:
         BadLineError: a line is not a Criteo line.
     """
-    # pyarrow reads '0x1F' and ' 31' as integers and a lone carriage return as a line end: none of these is Criteo.
+    # pyarrow reads '0x1F' and ' 31' as integers and a lone carriage return as a line end; Criteo's format has none of
+    # them.
     if any(byte in text for byte in (b" ", b"x", b"X")):
         raise _first_bad_line(text, labelled)
     try:
@@ -218,7 +219,7 @@ def parse(text: bytes, labelled: bool = True) -> pa.Table:
         )
     except pa.ArrowInvalid as error:
         raise _first_bad_line(text, labelled) from error
-    # Fields can neither be quoted nor lines be left out, so that only a lone carriage return makes other lines.
+    # Quotes are off and empty lines are kept, so only a lone carriage return changes the number of lines.
     if b"\r" in text and table.num_rows != count_lines(text):
         raise _first_bad_line(text, labelled)
     if labelled:
@@ -236,8 +237,8 @@ def parse(text: bytes, labelled: bool = True) -> pa.Table:
 def parse_good(text: bytes, labelled: bool = True, first: int = 0) -> tuple[list[pa.Table], list[tuple[int, str]]]:
     """Parse the good rows of whole lines, and return the place and fault of each bad one.
 
-    Pieces with a bad line are halved until only few lines stand beside it, so that the exact look
-    does not go over millions of good ones.
+    A piece with a bad line is halved until it has few lines, so that the slow, exact parser does not read millions of
+    good lines.
 
     Args:
         first: the number of the first line.

@@ -247,8 +247,9 @@ def _encoded(
 
 
 def replace_placeholders(ids: np.ndarray, column: Column) -> None:
-    """Put the reserved ids of a column in the place of ``PLACEHOLDER_IDS``."""
-    # Without an id for unknown values they get that of rare ones, or the last: the rarest value's, trained least.
+    """Replace ``PLACEHOLDER_IDS`` with the reserved ids of a column."""
+    # Without an id for unknown values, they get the id of rare values, or else the last id, whose row was trained
+    # least.
     unknown = column.reserved.get("unknown", column.reserved.get("rare", column.cardinality - 1))
     for kind, of_kind in PLACEHOLDER_IDS.items():
         ids[ids == of_kind] = column.reserved.get(kind, unknown)

@@ -52,7 +52,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """What the transforms of numbers take from the counted rows; by column, empty as far as no transform needs it."""
+    """Numbers fitted to the counted rows for the transforms, by column; empty if no transform needs them."""
 
     minimum: Mapping[str, float] = field(default_factory=dict)
     """Over all rows."""
@@ -67,10 +67,10 @@ PLACEHOLDER_IDS: Mapping[str, int] = {"missing": -1, "rare": -2, "unknown": -3}
 
 
 def trained_ids(reserved: Mapping[str, int], missing_rows: int, rare_rows: int, table_rows: int) -> dict[str, int]:
-    """Return reserved ids of which each has rows in training, so that no row answers as it was initialised.
+    """Return reserved ids that all occur in training rows, so that no lookup returns an untrained row.
 
-    Without rare values, rare and unknown ones get the last id, that of the rarest value; without missing values,
-    missing ones get the id of rare ones.
+    Without rare training values, rare and unknown values get the last id, which belongs to the rarest value; without
+    missing training values, missing values get the id of rare values.
 
     Args:
         reserved: ids of ``rare``, ``unknown`` and, unless there are none as in bags, ``missing``.

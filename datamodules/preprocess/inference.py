@@ -131,7 +131,7 @@ def _report(output: Path, log: _Inferred, sample: Sample) -> list[str]:
 def _why_encoding(form: Form) -> str:
     """Return how an encoding other than UTF-8 was found; nothing for UTF-8."""
     if form.encoding in _GUESSED_ENCODINGS:
-        return "not UTF-8, so a guess: check letters such as é"
+        return "a guess, because the text is not UTF-8: check letters such as é"
     return "" if form.encoding == "utf-8" else "by the byte order mark of the file"
 
 
@@ -141,17 +141,18 @@ def _split(
     """Return the split of a schema, and why: by files named so, by a column of splits, by time, or at random."""
     by_file = _split_names([Path(path).name for path in inputs], whole=False)
     if len(inputs) > 1 and by_file and sum(map(len, by_file.values())) == len(inputs):
-        return {"by": "files", **by_file}, "the files' names say so"
+        return {"by": "files", **by_file}, "the names of the files are names of splits"
     for column in facts:
         named = _split_names([str(value) for value in column.counts], whole=True) if column.distinct <= 3 else None
         if column.kind == "text" and column.name in choices and named:
-            return {"by": "column", "column": column.name, **named}, "its values say so"
+            return {"by": "column", "column": column.name, **named}, "its values are names of splits"
     for column in facts:
         if column.kind == "time" and column.name in choices and _splits_labels(column, label, sample):
-            return {"by": "time", "column": column.name, "ratios": list(_RATIOS)}, "later rows test, as in use"
+            return {"by": "time", "column": column.name, "ratios": list(_RATIOS)}, "later rows are for test, as in use"
     return (
         {"by": "random", "seed": 0, "ratios": list(_RATIOS)},
-        "no time splits them; if they are in the order of time, {by: position, ratios: [0.8, 0.1, 0.1]}",
+        "no column of times can split the rows; if the rows are in the order of time, use {by: position, ratios: [0.8, "
+        "0.1, 0.1]}",
     )
 
 
@@ -232,7 +233,7 @@ def _schema_text(log: _Inferred, sample: Sample, command: str, then: Sequence[st
             lines.append(f"  {_scalar(key)}: {_flow({**choice.settings, **source})}")
     lines += [*_comment(f"Why: {log.split_reason}."), f"split: {_flow(log.split)}", "counts: train"]
     if form.format == "jsonl" and not sample.whole:
-        lines += [*_comment("Keys that the sample does not have."), "rest: leave"]
+        lines += [*_comment("Other keys, which the sample does not have."), "rest: leave"]
     return "\n".join(lines) + "\n"
 
 
@@ -256,7 +257,7 @@ def _flow(value: Any) -> str:
 
 
 def _describe(column: Facts, sample: Sample) -> str:
-    """Return what the sample holds of a column."""
+    """Describe the values of a column in the sample."""
     noun = "item" if column.kind in ("list", "numbers") else "value"
     what = f"{column.distinct:,} different {noun}s" if column.distinct > 1 else f"one {noun}"
     parts = ["objects" if column.kind == "object" else what]

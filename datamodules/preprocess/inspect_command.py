@@ -13,15 +13,15 @@ from datamodules.preprocess.report import one_label_warnings
 from datamodules.preprocess.skew import all_skews, check_figure, draw
 
 _DESCRIPTION = """\
-Prints a dataset's protocol, fingerprints, splits with label means, and columns: rows of each table, share of missing
-values, share of the most frequent id, the number of ids that 90% of the lookups go to, reserved ids; for planted (demo)
-data also the best scores that any model can reach.
+Prints the protocol, fingerprints, splits with label means, and columns of a dataset: rows of each table, share of
+missing values, share of the most frequent id, the number of ids that 90% of the lookups go to, reserved ids; for
+planted (demo) data also the best scores that any model can reach.
 
 --leakage counts rows whose features (label apart) occur more than once, within a split and in two splits. It reads
-every row, some 2 million a second, in less than 1 GB of memory and 12 bytes a row of the temporary folder (TMPDIR).
+every row, about 2 million per second, in less than 1 GB of memory and 12 bytes a row of the temporary folder (TMPDIR).
 
---plot draws the tables' sizes and how few of their ids most lookups go to, from the vocabulary's counts, or, where
-there are none, by counting ids in the rows (8 bytes of memory for each row of the largest table).
+--plot draws the sizes of the tables and the skew of their ids (how few ids most lookups go to), from the counts of the
+vocabulary or, if it has none, by counting the ids in the rows (8 bytes of memory for each row of the largest table).
 
 examples:
   python -m lightning_dlrm inspect data/kaggle
@@ -33,7 +33,10 @@ examples:
 _OPTIONS: dict[str, dict[str, Any]] = {
     "folder": {"metavar": "DIR", "help": "the dataset folder, made by preprocess or generate; a path or a URL"},
     "--verify": {"action": "store_true", "help": "read every file and compare its checksum (about 1 GB per second)"},
-    "--leakage": {"action": "store_true", "help": "count rows of equal features within splits and across them"},
+    "--leakage": {
+        "action": "store_true",
+        "help": "count rows with equal features, within each split and between splits",
+    },
     "--plot": {"type": Path, "metavar": "FILE", "help": "draw table sizes and skew of ids: .png, .pdf or .svg"},
     "--json": {"action": "store_true", "help": "print one JSON object instead of tables"},
 }

@@ -17,7 +17,7 @@ from lightning_dlrm.contracts.terminal import aligned
 
 @dataclass(frozen=True, kw_only=True)
 class _Report:
-    """The counts of ``DatasetSchema.report`` that are shown."""
+    """The counts of ``DatasetSchema.report`` that ``inspect`` shows."""
 
     rows_per_file: tuple[tuple[str, int], ...] = ()
     missing: Mapping[str, int] = field(default_factory=dict)
@@ -115,8 +115,8 @@ def render(facts: Mapping[str, Any]) -> str:
     lines = [
         Folder(facts["folder"]) / SCHEMA_FILE,
         f"  dataset      {facts['dataset']}, protocol {facts['protocol']}{settings}",
-        f"  encoding     {facts['fingerprints']['encoding'][:16]}  (a model is bound to this fingerprint)",
-        f"  data         {facts['fingerprints']['data'][:16]}  (a run is resumed on this one only)",
+        f"  encoding     {facts['fingerprints']['encoding'][:16]}  (a model needs data with this fingerprint)",
+        f"  data         {facts['fingerprints']['data'][:16]}  (a run resumes only on data with this fingerprint)",
         f"  size         {facts['rows']:,} rows, {format_size(facts['bytes'])} of Parquet",
     ]
     if facts["rows_per_file"]:

@@ -159,7 +159,7 @@ class Job:
 
     @cached_property
     def estimate(self) -> Estimate:
-        """What the run takes."""
+        """Time, memory and disk that the run needs."""
         known_rows = {file.path: reader.rows for file, reader in zip(self.files, self.readers, strict=True)}
         header_lines = sum(reader.header_lines for reader in self.readers)
         return estimate(self.files, self.recipe.row_bytes, known_rows, header_lines)
@@ -181,7 +181,7 @@ class Job:
             (self.folder / kind).mkdir(exist_ok=True)
             for found in (self.folder / kind).iterdir():
                 if found not in wanted:
-                    self.progress.note(f"removing {found}: made of other input or with other options")
+                    self.progress.note(f"removing {found}: it was made from other input or with other options")
                     shutil.rmtree(found)
         shutil.rmtree(self.encode_folder / "scratch", ignore_errors=True)
         remove_partial_files(self.folder)
@@ -190,7 +190,7 @@ class Job:
             folder.mkdir(parents=True, exist_ok=True)
         if records := [record for folder in steps for record in find_records(folder)]:
             damaged = sum(pool.map(discard_damaged, records))
-            again = f"; {damaged} were damaged and are made again" if damaged else ""
+            again = f"; damaged steps, which are repeated: {damaged}" if damaged else ""
             self.progress.note(f"resuming: {len(records) - damaged} steps of an earlier run are finished{again}")
 
     def make(self, pool: Workers, run: dict[str, Any]) -> DatasetSchema:
@@ -278,7 +278,7 @@ class Job:
         return self.recipe.rule(self.files, list(staged.rows.values()), partial(_split_keys, segments))
 
     def _fit(self, pool: Workers, encoding: Encoding, staged: _Staged) -> Fitted:
-        """Return what the transforms of numbers take from the rows."""
+        """Fit the transforms of numbers to the rows."""
         fits = self.recipe.fits
         found: dict[str, dict[str, Any]] = {"minimum": self.recipe.minimum(staged.facts)}
         if fits:

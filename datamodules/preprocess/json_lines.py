@@ -86,7 +86,7 @@ def checked_object(
     row: dict[str, Any] = {}
     for name, value in pairs:
         if name in row:
-            return f"the key {name} stands twice; {_REMEDY}"
+            return f"the key {name} occurs twice; {_REMEDY}"
         if name in needed:
             row[name] = value
     found = {}
@@ -117,7 +117,7 @@ def not_utf8(byte: int | None, remedy: str = SET_ENCODING) -> str:
 
 
 def find_keys(source: RawFile, encoding: str | None, keys: Collection[str]) -> dict[str, Any]:
-    """Return those of some keys that lines of a file have, each with its first value that is not null.
+    """Find keys in the lines of a file, and return each found key with its first value that is not null.
 
     The file is read up to the line by which all are found.
 

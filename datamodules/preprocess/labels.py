@@ -124,7 +124,7 @@ def _held(column: Facts) -> str:
 
 
 def describe_label(schema: LogSchema, inputs: Sequence[str]) -> str:
-    """Return what the label of a log is, and which values its column has in a sample of the files."""
+    """Describe the label of a log, and the values of its column in a sample of the files."""
     with suppress(UserError):
         sample = read_sample(inputs, schema.names or None)
         label = schema.label_in(list(sample.columns))
@@ -140,10 +140,10 @@ def propose_labels(facts: Sequence[Facts]) -> str:
     found.sort(key=lambda column: not words_of(column.name) & (_LABEL_WORDS | _RATING_WORDS))
     if not found:
         return (
-            "no column looks like a label; give --label COLUMN, of 0 and 1, or a condition such as "
+            "no column looks like a label; give --label COLUMN, a column of 0 and 1, or a condition such as "
             f"--label 'rating >= 4'; the columns are {', '.join(column.name for column in facts)}"
         )
-    return "--label is missing, which says what to predict; give " + ", or ".join(
+    return "--label is missing: it names what to predict; give " + ", or ".join(
         f"--label {shlex.quote(proposals[column.name])} ({column.name}: {examples(column)})"
         for column in found[:_MOST_CANDIDATES]
     )

@@ -198,7 +198,7 @@ def _compare(runs: Mapping[SplitName, _SortedRuns], ranges: Iterable[int]) -> di
 def render_equal_rows(facts: Mapping[str, Any]) -> list[str]:
     """Format the facts of ``equal_rows`` as lines of text."""
     lines = [
-        "rows of equal features (without the label)",
+        "rows with equal features (without the label)",
         *(
             f"  within {split}: {within['repeats']:,} repeat an earlier row ({within['share']:.3%})"
             for split, within in facts["within"].items()
@@ -207,13 +207,13 @@ def render_equal_rows(facts: Mapping[str, Any]) -> list[str]:
     for pair in facts["between"]:
         first, second = pair["splits"]
         lines.append(
-            f"  {first} and {second}: {pair['rows'][second]:,} rows of {second} ({pair['shares'][second]:.3%}) are in "
-            f"{first} too, as {pair['rows'][first]:,} rows there ({pair['shares'][first]:.3%})"
+            f"  {first} and {second}: {pair['rows'][second]:,} rows of {second} ({pair['shares'][second]:.3%}) also "
+            f"occur in {first}, where they are {pair['rows'][first]:,} rows ({pair['shares'][first]:.3%})"
         )
     found = sum(within["repeats"] for within in facts["within"].values()) + sum(p["distinct"] for p in facts["between"])
     if found and "train" in facts["within"]:
         lines += [
-            "  Equal rows occur in clean data too: a visitor sees an advertisement twice, or few and coarse features",
+            "  Equal rows also occur in clean data: a visitor sees an advertisement twice, or few and coarse features",
             "  coincide. If all rows are drawn alike, the share of validation and test rows that are in train is about",
             f"  twice the share of repeats within train (so up to {2 * facts['within']['train']['share']:.3%} here); "
             "a much larger share suggests a leak.",

@@ -68,14 +68,14 @@ def open_readers(
         require(
             readers[i].labelled == readers[0].labelled,
             f"{source.path} has {'labels' if readers[i].labelled else 'no labels'}, unlike {sources[0].path}; give "
-            "files with labels, or without",
+            f"only files with labels, or only files without labels",
         )
     return readers
 
 
 def _absent_keys(files: Sequence[tuple[RawFile, LogReader]], schema: LogSchema, is_new: bool) -> dict[str, str | None]:
-    """Return the keys that the schema names, which the first lines of some file lack and a line of any file has, each
-    with its type as far as it is known."""
+    """Return the keys of the schema that the first lines of some file lack but a later line of any file has, each with
+    its type if the type is known."""
     keys: dict[str, str | None] = {}
     for _, reader in files:
         sources = schema.sources(reader.names)
@@ -107,7 +107,7 @@ def _open_reader(source: RawFile, schema: LogSchema, is_new: bool) -> LogReader:
         require(start.removeprefix(_BOM).strip(), f"{source.path} is empty; give files with rows")
         reader = _json_reader(source, schema, start) if form == "jsonl" else _csv_reader(source, schema, start)
     twice = next((name for name in reader.names if reader.names.count(name) > 1), None)
-    require(twice is None, f"{source.path}: {twice!r} stands twice in the header; rename one of the two columns")
+    require(twice is None, f"{source.path}: {twice!r} occurs twice in the header; rename one of the two columns")
     return reader
 
 
@@ -127,7 +127,7 @@ def _foreign(schema: LogSchema) -> str | None:
 
 @contextmanager
 def _readable(source: RawFile) -> Iterator[None]:
-    """Put the file and a remedy around the failures of reading its text."""
+    """Add the file and a remedy to errors of reading its text."""
     try:
         yield
     except UserError:

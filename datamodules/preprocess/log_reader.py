@@ -270,6 +270,7 @@ class LogReader(Reader):
                 null_values=self.schema.nulls,
                 strings_can_be_null=True,
                 decimal_point=self.schema.decimal,
+                check_utf8=not text.isascii(),  # to look for UTF-8 in every field takes a seventh of the time
             ),
         )
 

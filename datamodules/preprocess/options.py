@@ -56,7 +56,7 @@ class Options:
             raise UserError(f"protocol {self.protocol} has no max_rows, {takers} have; use min_count to shrink tables")
         require(
             not self.multi_hot or self.dataset == "terabyte",
-            "multi_hot mlperf is made of Terabyte's rows; with Kaggle's leave it out",
+            "multi_hot mlperf is made only of Terabyte's rows; leave it out for Kaggle",
         )
         require(
             self.multi_hot_distribution == "uniform" or self.multi_hot,

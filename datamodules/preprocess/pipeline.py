@@ -32,7 +32,7 @@ from lightning_dlrm.contracts.schema import SCHEMA_FILE, DatasetSchema
 _FLUSHED_AT_ONCE = 16  # each flush waits for the disk
 _CHANGES_SHOWN = 3
 
-# For less input, workers take longer to start than to work, and no step is worth keeping for a later run.
+# With less input, workers take longer to start than to work, and finished steps are not worth keeping.
 _SMALL_BYTES = 8 << 20
 
 
@@ -217,7 +217,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class _Report:
-    """What a later run reads of ``REPORT_FILE``."""
+    """The part of ``REPORT_FILE`` that a later run reads."""
 
     run: Run
 
@@ -346,7 +346,7 @@ def _chosen(
         for name, choices in (("dataset", DATASETS), ("protocol", PROTOCOLS)):
             require(
                 given[name] is not None,
-                f"no {name} is given; give --{name}, one of {', '.join(choices)}, or the --schema of another log",
+                f"no {name} is given; give --{name}, one of {', '.join(choices)}, or, for your own log, --schema",
             )
         short = Options(**given)
         return Recipe(schema=short.schema(), short=short, on_bad_row=on_bad_row), Fitted()
@@ -400,7 +400,7 @@ def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -
                 target.deliver(job.encode_folder / "result")
         except (KeyboardInterrupt, SystemExit):
             kept = not small and find_records(folder)
-            then = target.resume_hint if kept else "Nothing is kept: the same command begins again"
+            then = target.resume_hint if kept else "Nothing is kept: the same command starts from the beginning"
             job.progress.note(f"interrupted. {then}")
             raise
         except OSError as error:
@@ -422,8 +422,8 @@ def _worker_count(
     unshared = [place for place in places if place.startswith("memory://")]
     if unshared and (scheduler is not None or (workers or 1) > 1):
         raise UserError(
-            f"{unshared[0]} is in the memory of this process, where others cannot read it; leave --workers and "
-            "--scheduler out"
+            f"{unshared[0]} is in the memory of this process, where other processes cannot read it; leave out "
+            f"--workers and --scheduler"
         )
     return workers or (1 if small or unshared else usable_cores())
 

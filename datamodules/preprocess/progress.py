@@ -1,5 +1,5 @@
-"""What a long job takes: an estimate from the beginning of its input, then its progress, as a bar for each stage on a
-terminal, otherwise as a line at growing intervals."""
+"""Estimate and progress of a long job: an estimate from the beginning of its input, then a bar for each stage on a
+terminal, or else a line at growing intervals."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ CRITEO_ROW_BYTES = ((115, 65), (115, 515))
 """Of disk, for staged rows and ids, and for the dataset; then the same with MLPerf's bags."""
 
 _ROWS_PER_WORKER_S = 250_000  # all stages together; 310,000 were measured on a core of an AMD EPYC
-_WORKERS_PER_DISK = 16  # more of them than this are not counted on: they share the disk
+_WORKERS_PER_DISK = 16  # the estimate counts no more workers than this, because they share the disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +255,8 @@ class Estimate:
             dataset, room = self.rows * self.result_row_bytes, shutil.disk_usage(output).free
             require(
                 dataset <= room,
-                f"the dataset needs about {format_size(dataset)} of disk, {format_size(room)} are free at "
-                f"{output}; make room, or choose another --output",
+                f"the dataset needs about {format_size(dataset)} of disk, {format_size(room)} are free at {output}; "
+                f"make room, or choose another --output",
             )
         seconds = self.rows / (_ROWS_PER_WORKER_S * min(workers, _WORKERS_PER_DISK))
         of_workers = f" with {workers} workers" if workers > 1 else ""

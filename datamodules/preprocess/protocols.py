@@ -36,7 +36,7 @@ class Protocol:
     modulo: Literal["hash", "id"] | None = None
     """What ``max_rows`` is the modulus of: raw hashes before counting, or ids after it."""
     superseded_by: str = ""
-    """One line about the protocol that took this one's place."""
+    """One line about the protocol that replaces this protocol."""
 
 
 PROTOCOLS: Mapping[str, Protocol] = {

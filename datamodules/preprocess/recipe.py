@@ -1,4 +1,4 @@
-"""What is made of a click log by its schema: the columns of the dataset, and the split."""
+"""How the schema of a click log encodes it: the columns of the dataset, and the split."""
 
 import fnmatch
 import json
@@ -290,8 +290,8 @@ class Recipe:
         found = [name for name in SPLITS if any(fnmatch.fnmatch(file.name, one) for one in patterns.get(name, ()))]
         require(
             len(found) == 1,
-            f"{file.path} belongs to {' and '.join(found) or 'no split'}; name it under one of train, validation and "
-            "test of split",
+            f"{file.path} belongs to {' and '.join(found) or 'no split'}; name it under exactly one of train, "
+            "validation and test in split",
         )
         return found[0]
 
@@ -334,7 +334,7 @@ class Recipe:
 
 
 def known_recipe(known: DatasetSchema, folder: Folder, on_bad_row: OnBadRow = "fail") -> tuple[Recipe, Fitted]:
-    """Return the recipe of a dataset, to encode further rows alike, and what the dataset was fitted to.
+    """Return the recipe of a dataset, to encode further rows alike, and the numbers fitted to its rows.
 
     Raises:
         UserError: it was not made of raw files, or its settings are damaged.

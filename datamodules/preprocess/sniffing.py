@@ -117,7 +117,7 @@ def _is_parquet(path: str) -> bool:
     if not is_remote(path):
         place = Path(path)
         if not place.is_file():
-            return False  # find_files says what is wrong
+            return False  # find_files raises the error that names the fault
         with place.open("rb") as file:
             return file.read(4) == b"PAR1"
     system, inner = file_system(path)

@@ -38,7 +38,9 @@ _FIRST_BYTES = 8
 _SUFFIX: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _NAMES = {"gzip": "gzip", "zstd": "Zstandard"}
 _PIECE = 1 << 20
-_PAIRS_FROM = 8 << 20
+_LEAST_PIECE = 8 << 20
+_PIECES = 8
+"""Of a file that is large enough: the first pieces take longest, as their memory is new to the process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +61,10 @@ class RawFile:
         return fingerprint(asdict(self))[:16]
 
     def piece_bytes(self, most: int) -> int:
-        """Return the length of pieces of the file: equal ones, at most ``most`` bytes, in pairs unless it is small."""
-        count = -(-self.size // most)
-        return most if self.size < _PAIRS_FROM else -(-self.size // (count + count % 2))
+        """Return the length of pieces of the file: at most ``most`` bytes; of a file that is not small, equal ones, an
+        even number of them."""
+        count = max(-(-self.size // most), min(self.size // _LEAST_PIECE, _PIECES))
+        return most if self.size < _LEAST_PIECE else -(-self.size // (count + count % 2))
 
     def contains(self, byte: bytes, start: int) -> bool:
         """Return whether a byte stands in the stored file from ``start`` on; true if looking would take long."""

@@ -1,4 +1,4 @@
-"""Which rows train, validate and test: arithmetic on positions, times, labels and seeds, without a second look at the
+"""Assignment of rows to splits: arithmetic on positions, times, labels and seeds, without a second look at the
 data, so that any worker can compute it for any piece."""
 
 from collections.abc import Iterable, Sequence
@@ -64,8 +64,8 @@ class SplitRule:
     """Assigns every row to a split."""
 
     spans: tuple[Span, ...] = ()
-    """Rows by position; without spans and what follows, random 8:1:1: of every ten rows, one goes to test and one to
-    validation."""
+    """Rows by position. Without spans, ratios, cuts and values, random 8:1:1: of every ten rows, one goes to test and
+    one to validation."""
     ratios: tuple[float, ...] = ()
     """At random by these shares of ``SPLITS``."""
     cuts: tuple[int, ...] = ()

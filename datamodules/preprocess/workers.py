@@ -81,7 +81,8 @@ class Workers:
             raise explained from error
 
     def _explained(self, error: Exception) -> UserError | None:
-        """Return what the user can do about an error; None if it explains itself, or is not foreseen."""
+        """Return an error message with a remedy; None if the error's own message is clear, or the error is
+        unexpected."""
         if is_disk_full(error):
             return UserError(f"the disk is full ({one_line(error)}); make room. {self.resume_hint}")
         if isinstance(error, BrokenProcessPool):
@@ -151,8 +152,8 @@ def _processes(workers: int) -> Iterator[Executor]:
 
 
 def fork_workers() -> None:
-    """Let worker processes begin as copies of this one, which has loaded the libraries, rather than load them anew. For
-    programs only, whose threads are known: what holds a lock at the time of the fork holds it for ever in the copy."""
+    """Start worker processes as copies of this process, which has already loaded the libraries. Only programs may call
+    this, because they know their threads: a lock that is held at the time of the fork stays locked in the copy."""
     if sys.platform == "linux":
         multiprocessing.set_start_method("fork")
 
@@ -207,7 +208,7 @@ def _dask(scheduler: str, folder: Path) -> Iterator[tuple[Executor, int]]:
             seen = client.run(Path.exists, token)
         except Exception as error:
             raise UserError(
-                f"the workers of {scheduler} cannot do the work ({type(error).__name__}: {one_line(error)}); install "
+                f"the workers of {scheduler} cannot run the job ({type(error).__name__}: {one_line(error)}); install "
                 "this package on each"
             ) from error
         finally:

@@ -190,10 +190,9 @@ class TrainingLoader(Loader):
     """A loader with an order for every epoch, and a position in them that a run resumes from.
 
     An iteration starts at the position and ends with the epoch; the next iteration serves the next epoch. If
-    ``limit_epoch`` says that it is wanted, another thread begins to read it when twice as many rows are left as a
-    window holds, so that its first batch is there in time.
-    ``state_dict`` holds the position, so that a run resumes with the next batch, on any number of ranks. Global batch k
-    holds the same rows on any number of ranks.
+    ``limit_epoch`` allows a next epoch, another thread begins to read it when twice as many rows are left as a window
+    holds, so that its first batch is ready in time. ``state_dict`` holds the position, so that a run resumes with the
+    next batch, on any number of ranks. Global batch k holds the same rows on any number of ranks.
 
     Args:
         shuffle: ``window``, ``full`` (which needs the cache) or ``none``; see ``datamodules.stream.order``.
@@ -246,13 +245,13 @@ class TrainingLoader(Loader):
         self._epoch_batches, self._epochs = batches, epochs
 
     def drop_next_epoch(self) -> None:
-        """End the reading of an epoch that is not wanted any more."""
+        """Stop reading an epoch that will not be served."""
         begun, self._next_epoch = self._next_epoch, None
         if begun is not None:
             begun[1].close()
 
     def _batches_of_window(self) -> int:
-        """Return the number of batches whose rows a window holds, which are read before the first batch is there."""
+        """Return the number of batches whose rows a window holds, which are read before the first batch is ready."""
         if self._shuffle != "window":
             return 1
         largest = max((rows for file in self._files for rows in file.row_groups), default=0)
@@ -272,7 +271,7 @@ class TrainingLoader(Loader):
 
     def _count(self, source: "BackgroundIterator", epoch: int, first: int) -> Iterator[Batch]:
         upcoming: Batch | None = None
-        # While both epochs are read, each gets half of the threads' time: the next one fills its window meanwhile.
+        # While both epochs are read, each gets half of the threads' time, and the next epoch fills its window.
         near_end = self._epoch_batches - 2 * self._batches_of_window()
         for index in range(first, self._epoch_batches):
             start = time.perf_counter()
@@ -317,8 +316,8 @@ class TrainingLoader(Loader):
 class BackgroundIterator:
     """Runs an iterator in a thread, a bounded number of items and bytes ahead.
 
-    An error in the thread is raised in place of its item. The thread ends when the iterator is exhausted, closed or
-    garbage-collected, and at the latest with the interpreter.
+    An error in the thread is raised when its item is requested. The thread ends when the iterator is exhausted, closed
+    or garbage-collected, and at the latest with the interpreter.
 
     Args:
         source: makes the iterator over lists of items, in the thread. Lists, because passing one item between threads
@@ -395,7 +394,7 @@ class _Queue:
             self._changed.notify_all()
 
 
-# A function without a reference to the iterator, which could not be garbage-collected otherwise.
+# A function without a reference to the iterator, so that the iterator can be garbage-collected.
 def _produce(source: Callable[[], Generator[list[Any], None, None]], queue: _Queue) -> None:
     try:
         iterator = source()

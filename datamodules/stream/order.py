@@ -6,7 +6,7 @@ can be addressed by its index, so the position of a run is an epoch and a batch 
 An order is a sequence of row groups, cut into lanes: ranges of the sequence's rows that advance
 together, in proportion to their lengths, and run out together. A global batch takes the next rows
 of every lane. Rank r of W serves the r-th of W contiguous blocks of lanes; a lone lane is shared,
-and each rank serves the r-th of W contiguous parts of what it gives to a batch. Either way a batch
+and each rank serves the r-th of W contiguous parts of the rows that the lane gives to a batch. Either way a batch
 holds the same rows on any number of ranks.
 
 ``none`` is the order of the files, in one lane. (Ranks that share it decode the same row groups.)

@@ -225,7 +225,7 @@ class Decoder:
         return rows
 
     def _are_valid(self, label: np.ndarray | None, dense_In: np.ndarray, ids_Fn: np.ndarray) -> bool:
-        """Return whether ``check_values`` has nothing to say; a few calls for all columns take a third of its time."""
+        """Return whether ``check_values`` would find no fault; a few calls for all columns take a third of its time."""
         return bool(
             (label is None or label.view(np.uint8).max(initial=0) <= 1)
             and (ids_Fn.view(np.uint32).max(axis=1, initial=0) < self._limits_F[: len(ids_Fn)]).all()

@@ -1,4 +1,4 @@
-"""Where the rows of an order come from, a window of decoded row groups or rows held in memory, and the batches made of
+"""Sources of the rows of an order (a window of decoded row groups, or rows held in memory), and the batches made of
 them.
 
 Shape suffixes: n rows, N multi-hot indices, L lanes of a rank, K batches."""
@@ -212,7 +212,7 @@ class CachedRows:
     """
 
     buffer = None
-    """No memory to reuse: these rows are kept."""
+    """None: these rows stay in use, so their memory is not reused."""
 
     def __init__(self, rows: Rows, first: int, order: Order) -> None:
         self._rows, self._first, self._order = rows, first, order
@@ -266,7 +266,7 @@ def cache_rows(decoder: Decoder, order: Order, start: int, stop: int, threads: i
 
 def batches_at_once(order: Order, world: int) -> int:
     """Return how many batches are fetched together."""
-    # In file order, one at a time: the error of a damaged file comes in place of its first batch.
+    # In file order, one at a time, so that a damaged file raises its error at its first batch.
     return 1 if order.shuffle == "none" else max(1, _BLOCK_ROWS * world // order.batch_size)
 
 

@@ -36,7 +36,7 @@ def explain(message: str, known: Sequence[str]) -> str:
         if match[1] == _NO_KEYS:
             return f"{match[0].removesuffix(_NO_KEYS)}: {_NO_CLASS}"
         return match[0]
-    if match := re.search(r"[\w.]+: [^\s:,]+ is none of [\w.-]+(, [\w.-]+)*", message):
+    if match := re.search(r"[\w.]+: [^\s:,]+ is not one of [\w.-]+(, [\w.-]+)*", message):
         return f"{key}.{match[0]}"
     if re.search(r"arguments are required: [\w.]*\bmodel\.network\b", message):
         return (
@@ -89,7 +89,7 @@ def _explain_value(key: str, value: str, message: str) -> str | None:
         if key == "trainer.precision":
             # The others, which Lightning would take, are refused later.
             allowed = [name for name in allowed if name in PRECISIONS]
-        return f"{key}: {value} is none of {', '.join(allowed)}"
+        return f"{key}: {value} is not one of {', '.join(allowed)}"
     if match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message):
         expected = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1]).replace(", ", " or ")
         return f"{key} is {value}; expected {expected}"

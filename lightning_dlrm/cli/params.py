@@ -64,7 +64,7 @@ def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
             getattr(options, needed) is not None,
             f"--match needs --{needed}: params --match A.yaml --to B.yaml --by dense --output FILE",
         )
-    require(options.by in COSTS, f"--by {options.by} is none of {', '.join(COSTS)}")
+    require(options.by in COSTS, f"--by {options.by} is not one of {', '.join(COSTS)}")
     lost = [option.partition("=")[0] for option in rest if option.startswith("--model.")]
     if lost:
         raise UserError(

@@ -116,10 +116,10 @@ def title_of_metric(metric: str) -> str:
 def rounded(value: float) -> str:
     """Format a number of any size with at least three digits.
 
-    >>> [rounded(value) for value in (75936.2, 123.4, 12.34, 0.0351)]
-    ['75,936', '123', '12.3', '0.0351']
+    >>> [rounded(value) for value in (75936.2, 123.4, 24.0, 12.34, 0.0351)]
+    ['75,936', '123', '24.0', '12.3', '0.0351']
     """
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def published_notes(

@@ -158,7 +158,7 @@ def admit_arguments(arguments: Sequence[str]) -> None:
     """Check the class paths in options and in the configurations that they name, and trust the user's own modules.
 
     Raises:
-        UserError: a class path is not trusted, a configuration cannot be read, or a key stands twice.
+        UserError: a class path is not trusted, a configuration cannot be read, or a key occurs twice.
     """
     option = ""
     for argument in arguments:

@@ -13,7 +13,7 @@ from lightning_dlrm.cli.palette import TOL_MUTED, filling
 from lightning_dlrm.cli.plan_report import PLOT_WIDTH as PLAN_WIDTH
 from lightning_dlrm.cli.plan_report import draw as draw_plan
 from lightning_dlrm.compare.anatomy import ROUNDS, STEPS, Anatomy, merge_equal
-from lightning_dlrm.compare.drawing import PAGE_WIDTH, Drawing, Picture
+from lightning_dlrm.compare.drawing import Drawing, Picture
 from lightning_dlrm.tracking import names
 
 
@@ -22,29 +22,27 @@ class CostDrawing(Drawing):
 
     def cost(self) -> Picture:
         """Draw time and memory of every run."""
-        arms = self.comparison.arms
         shown = [
             (names.TRAINING_SECONDS, "seconds of training", 1.0),
             (names.SAMPLES_PER_SECOND, "samples/s", 1.0),
             (names.PEAK_MEMORY, "peak memory of the process, GiB", 2.0**30),
         ]
         shown = [panel for panel in shown if panel[0] == names.PEAK_MEMORY or self.comparison.steady(panel[0])]
-        figure = Figure(figsize=(PAGE_WIDTH, 1.5 + 0.42 * len(arms)), layout="constrained")
-        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        figure, panels = self.panels(len(shown), (0.8 if self.narrow else 1.5) + 0.42 * len(self.arms), sharey=True)
         for axes, (name, label, unit) in zip(panels, shown, strict=True):
-            for row, arm in enumerate(arms):
+            for row, arm in enumerate(self.arms):
                 values = [run.final[name] / unit for run in arm.runs if run.final.get(name) is not None]
                 if values:
                     axes.barh(row, np.median(values), color=self.styles[arm.name]["color"], alpha=0.45, height=0.6)
                     axes.plot(values, [row] * len(values), self.styles[arm.name]["marker"], color="black", markersize=4)
-            self.rows(axes, list(self.styles), label)
+            self.rows(axes, [arm.name for arm in self.arms], label)
             axes.set_xlim(left=0)
             if name == names.SAMPLES_PER_SECOND:
                 axes.xaxis.set_major_formatter(EngFormatter())
         return self.save(
             figure,
             "cost",
-            "Time and memory",
+            "Time and memory" if len(shown) > 1 else "Memory",
             "A mark for each run; bars are medians. Runs at the same time share cores."
             + (
                 ""
@@ -58,23 +56,23 @@ class CostDrawing(Drawing):
         """Draw the parameters of each table, and of the dense parts as a stacked bar."""
         distinct = merge_equal(anatomies)
         equal_tables = len({repr(sorted(anatomy.tables.items())) for anatomy in anatomies.values()}) == 1
-        figure = Figure(figsize=(6.0 if equal_tables else PAGE_WIDTH, 4.6), layout="constrained")
+        bars = 1.4 + 0.5 * len(distinct)
         if equal_tables:
-            right = figure.subplots()
+            figure, (right,) = self.panels(1, bars)
             of_tables = next(iter(anatomies.values())).tables
             caption = (
                 f"Of the dense parts. The tables are the same in all configurations: {len(of_tables)} with "
                 f"{sum(of_tables.values()):,} parameters."
             )
         else:
-            left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
+            figure = Figure(figsize=(self.width, 3.4 + bars), layout="constrained")
+            left, right = figure.subplots(2, 1, height_ratios=(3.4, bars))
             self._tables(left, distinct)
             caption = "Of each embedding table, on a logarithmic scale, and of the dense parts."
         parts = dict.fromkeys(name for anatomy in distinct.values() for name in anatomy.dense)
         amounts = {part: [anatomy.dense.get(part, 0) for anatomy in distinct.values()] for part in parts}
-        _stack(right, list(distinct), amounts, "{:,.0f}")
-        right.set(xlabel="dense parts", ylabel="parameters")
-        right.yaxis.set_major_formatter(EngFormatter())
+        self._stack(right, list(distinct), amounts, "{:,.0f}", "parameters of the dense parts")
+        right.xaxis.set_major_formatter(EngFormatter())
         return self.save(
             figure,
             "parameters",
@@ -102,11 +100,10 @@ class CostDrawing(Drawing):
 
     def operators(self, operators: Mapping[str, Mapping[str, float]]) -> Picture:
         """Draw the time of a training step by kind of operator as a stacked bar."""
-        figure = Figure(figsize=(2.2 + 1.7 * len(operators) + 2.2, 4.4), layout="constrained")
-        axes = figure.subplots()
-        amounts = {kind: [operators[arm][kind] for arm in operators] for kind in KINDS}
-        _stack(axes, list(operators), amounts, "{:.2f}")
-        axes.set_ylabel("milliseconds of a training step")
+        figure, (axes,) = self.panels(1, 1.4 + 0.5 * len(operators))
+        measured = [arm.name for arm in self.arms if arm.name in operators]
+        amounts = {kind: [operators[arm][kind] for arm in measured] for kind in KINDS}
+        self._stack(axes, measured, amounts, "{:.2f}", "milliseconds of a training step")
         return self.save(
             figure,
             "operators",
@@ -114,6 +111,30 @@ class CostDrawing(Drawing):
             "One training step by kind of operator, forward, backward and update together, from PyTorch's profiler: "
             f"for each kind the least time of {ROUNDS * STEPS} steps with the runs' batch size, on the machine that "
             "made this report, outside Lightning.",
+        )
+
+    def _stack(
+        self, axes: Axes, bars: Sequence[str], amounts: Mapping[str, Sequence[float]], text: str, xlabel: str
+    ) -> None:
+        """Draw a stacked bar in each row; large parts show their number."""
+        left = np.zeros(len(bars))
+        longest = np.sum(list(amounts.values()), axis=0).max()
+        for i, (name, values) in enumerate(amounts.items()):
+            # Configurations have the colours of the other palette.
+            look: dict[str, Any] = filling(i, TOL_MUTED)
+            axes.barh(range(len(bars)), values, 0.6, left, label=name, **look)
+            for y, value in enumerate(values):
+                if value > (0.2 if self.narrow else 0.06) * longest:
+                    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+                    axes.text(
+                        left[y] + value / 2, y, text.format(value), ha="center", va="center", fontsize=8, bbox=box
+                    )
+            left += np.array(values)
+        axes.set_xlim(0, 1.02 * longest)
+        self.rows(axes, bars, xlabel)
+        handles, labels = axes.get_legend_handles_labels()
+        axes.figure.legend(
+            handles, labels, loc="outside lower center", ncols=2 if self.narrow else 5, frameon=False, fontsize=8
         )
 
     def plans(self, anatomies: Mapping[str, Anatomy]) -> list[Picture]:
@@ -135,25 +156,6 @@ class CostDrawing(Drawing):
                 )
             )
         return pictures
-
-
-def _stack(axes: Axes, bars: Sequence[str], amounts: Mapping[str, Sequence[float]], text: str) -> None:
-    """Draw stacked bars; large parts show their number."""
-    bottom = np.zeros(len(bars))
-    highest = np.sum(list(amounts.values()), axis=0).max()
-    for i, (name, values) in enumerate(amounts.items()):
-        # Configurations have the colours of the other palette.
-        look: dict[str, Any] = filling(i, TOL_MUTED)
-        axes.bar(range(len(bars)), values, 0.6, bottom, label=name, **look)
-        for x, value in enumerate(values):
-            if value > 0.06 * highest:
-                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
-                axes.text(x, bottom[x] + value / 2, text.format(value), ha="center", va="center", fontsize=8, bbox=box)
-        bottom += np.array(values)
-    axes.set_ylim(0, 1.05 * highest)
-    axes.set_xticks(range(len(bars)), bars, fontsize=8)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
 
 
 def _file_name(arm: str) -> str:

@@ -15,12 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_dlrm.cli.palette import OKABE_ITO
+from lightning_dlrm.compare.ranking import ranked
 from lightning_dlrm.compare.results import Comparison
 
 LINES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (2, 1)), (0, (5, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 PAGE_WIDTH = 11.0
 """Inches of a figure as wide as the report; narrower figures are scaled alike, so that letters have one size."""
+NARROW_WIDTH = 4.0
+"""Inches of the same figure for a phone, or for a column of print."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +43,30 @@ class Picture:
         """The file in base64, to be embedded in HTML."""
         return base64.b64encode(self.path.read_bytes()).decode()
 
+    @property
+    def narrow_data(self) -> str:
+        """The same of the narrow figure; empty if there is none."""
+        path = self.path.parent / "narrow" / self.path.name
+        return base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""
+
 
 class Drawing:
-    """A comparison and the folder of its figures, with one style for each of its configurations."""
+    """A comparison and the folder of its figures, with one style for each of its configurations.
 
-    def __init__(self, comparison: Comparison, folder: Path) -> None:
+    Args:
+        comparison: result of the comparison.
+        folder: folder of the figures.
+        narrow: whether figures have the width of a phone, with their panels below each other.
+    """
+
+    def __init__(self, comparison: Comparison, folder: Path, narrow: bool = False) -> None:
         self.comparison = comparison
-        self.folder = folder
+        self.folder = folder / "narrow" if narrow else folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.narrow = narrow
+        self.width = NARROW_WIDTH if narrow else PAGE_WIDTH
+        self.arms = ranked(comparison)
+        # Colours follow the order of the experiment, which stays when results change.
         self.styles: dict[str, dict[str, Any]] = {
             arm.name: {
                 "color": OKABE_ITO[i % len(OKABE_ITO)],
@@ -56,6 +76,12 @@ class Drawing:
             for i, arm in enumerate(comparison.arms)
         }
 
+    def panels(self, count: int, height: float, **sharing: Any) -> tuple[Figure, list[Axes]]:
+        """Return a figure with panels of a height in inches, beside each other; below each other in a narrow figure."""
+        rows, columns = (count, 1) if self.narrow else (1, count)
+        figure = Figure(figsize=(self.width, rows * height), layout="constrained")
+        return figure, list(figure.subplots(rows, columns, squeeze=False, **sharing).flat)
+
     @staticmethod
     def rows(axes: Axes, labels: Sequence[str], xlabel: str) -> None:
         """Label the rows of a panel from top to bottom, and its x-axis."""
@@ -64,7 +90,9 @@ class Drawing:
 
     def legend(self, figure: Figure, axes: Axes) -> None:
         handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(2 if self.narrow else 4, len(labels)), frameon=False
+        )
 
     def warning(self) -> str:
         warnings = self.comparison.warnings
@@ -82,7 +110,7 @@ class Drawing:
                 "\n".join(textwrap.wrap(warning, int(figure.get_figwidth() * 13))), color="#D55E00", fontsize=8
             )
         path = self.folder / f"{name}.png"
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=200 if self.narrow else 150)
         if self.comparison.warnings:
             caption += " The runs are of different data: each is scored on its own."
         return Picture(name=name, path=path, width=figure.get_figwidth(), title=title, caption=caption)

@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter
 
 from lightning_dlrm.compare.anatomy import Anatomy
 from lightning_dlrm.compare.cost_figures import CostDrawing
-from lightning_dlrm.compare.drawing import PAGE_WIDTH, Drawing, Picture
+from lightning_dlrm.compare.drawing import NARROW_WIDTH, Drawing, Picture
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison
 from lightning_dlrm.compare.runs import Arm
 from lightning_dlrm.compare.statistics import HIGHER_IS_BETTER, Score
@@ -42,15 +42,15 @@ def draw_all(
         operators: measured configuration -> kind of operator -> milliseconds of a step.
         folder: folder of the files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    drawing, costs = _ResultDrawing(comparison, folder), CostDrawing(comparison, folder)
-    pictures = [drawing.differences(), drawing.curves("auc"), drawing.results()]
-    pictures += [drawing.figure5(), drawing.curves("accuracy"), drawing.curves("log_loss")]
-    pictures += [drawing.calibration(), costs.cost(), costs.parameters(anatomies)]
-    if operators:
-        pictures.append(costs.operators(operators))
-    pictures += costs.plans(anatomies)
-    return pictures
+    # The narrow figures first, which the pictures of the page find beside their files.
+    for narrow in (True, False):
+        drawing, costs = _ResultDrawing(comparison, folder, narrow), CostDrawing(comparison, folder, narrow)
+        pictures = [drawing.differences(), drawing.curves("auc"), drawing.results()]
+        pictures += [drawing.figure5(), drawing.curves("accuracy"), drawing.curves("log_loss")]
+        pictures += [drawing.calibration(), costs.cost(), costs.parameters(anatomies)]
+        if operators:
+            pictures.append(costs.operators(operators))
+    return pictures + costs.plans(anatomies)
 
 
 class _ResultDrawing(Drawing):
@@ -61,8 +61,7 @@ class _ResultDrawing(Drawing):
     def figure5(self) -> Picture:
         """Draw training and validation accuracy against samples, with a panel for each optimizer."""
         panels = self._panels()
-        figure = Figure(figsize=(max(PAGE_WIDTH, 5.2 * len(panels) + 0.4), 4.4), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        figure, axes = self.panels(len(panels), 3.2 if self.narrow else 4.4, sharey=True)
         for panel, (title, arms) in zip(axes, panels.items(), strict=True):
             for arm in arms:
                 self._course(panel, arm, names.SAMPLES, f"{names.VALIDATION}/accuracy", f"{arm.name}, validation")
@@ -70,8 +69,9 @@ class _ResultDrawing(Drawing):
             self._constant_answer(panel)
             panel.set(title=title, xlabel="samples seen")
             panel.xaxis.set_major_formatter(EngFormatter())
-            panel.legend(frameon=False, fontsize=8)
-        axes[0].set_ylabel("accuracy")
+            panel.legend(frameon=False, fontsize=6 if self.narrow else 8)
+            if self.narrow or panel is axes[0]:
+                panel.set_ylabel("accuracy")
         return self.save(
             figure,
             "figure5",
@@ -84,21 +84,24 @@ class _ResultDrawing(Drawing):
     def curves(self, metric: Score) -> Picture:
         """Draw a metric, training and validation, against samples, time and operations."""
         abscissae = self._abscissae()
-        figure = Figure(figsize=(PAGE_WIDTH, 6.2), layout="constrained")
-        rows = figure.subplots(2, len(abscissae), sharey="row", squeeze=False)
-        for row, split in zip(rows, (names.TRAIN, names.VALIDATION), strict=True):
+        figure = Figure(figsize=(self.width, 4.0 * len(abscissae) if self.narrow else 6.2), layout="constrained")
+        # A row for each split; in a narrow figure a row for each split of each x-axis.
+        grid = np.array(figure.subplots(2 * len(abscissae), 1) if self.narrow else
+                        figure.subplots(2, len(abscissae), sharey="row")).reshape(2, -1)  # fmt: skip
+        for row, split in zip(grid, (names.TRAIN, names.VALIDATION), strict=True):
             for axes, (x, label) in zip(row, abscissae, strict=True):
-                for arm in self.comparison.arms:
+                for arm in self.arms:
                     factor = float(arm[names.FLOPS_TRAINING]) if label == _OPERATIONS else 1.0
                     self._course(axes, arm, x, f"{split}/{metric}", arm.name, factor=factor)
                 if metric == "accuracy":
                     self._constant_answer(axes)
                 axes.xaxis.set_major_formatter(EngFormatter())
                 axes.locator_params(axis="x", nbins=4)
-                if split == names.VALIDATION:
+                if split == names.VALIDATION or self.narrow:
                     axes.set_xlabel(label)
-            row[0].set_ylabel(f"{'training' if split == names.TRAIN else split} {METRIC_TITLES[metric]}")
-        self.legend(figure, rows[0][0])
+                if axes is row[0] or self.narrow:
+                    axes.set_ylabel(f"{'training' if split == names.TRAIN else split} {METRIC_TITLES[metric]}")
+        self.legend(figure, grid[0][0])
         against = " and ".join(filter(None, [", ".join(label for _, label in abscissae[:-1]), abscissae[-1][1]]))
         return self.save(
             figure,
@@ -136,12 +139,12 @@ class _ResultDrawing(Drawing):
     def _panels(self) -> dict[str, list[Arm]]:
         """Group configurations by optimizer, if each optimizer has several; else all in one panel."""
         panels: dict[str, list[Arm]] = {}
-        for arm in self.comparison.arms:
+        for arm in self.arms:
             rule = str(arm.settings.get("model.table_optimizer.class_path")).rpartition(".")[2]
             panels.setdefault(rule, []).append(arm)
         if len(panels) > 1 and all(len(arms) > 1 for arms in panels.values()):
             return panels
-        return {"": list(self.comparison.arms)}
+        return {"": self.arms}
 
     def _course(
         self, axes: Axes, arm: Arm, x: str, y: str, label: str, *, thin: bool = False, factor: float = 1.0
@@ -174,10 +177,10 @@ class _ResultDrawing(Drawing):
     def differences(self) -> Picture:
         """Draw the interval of every difference."""
         comparison = self.comparison
-        figure = Figure(
-            figsize=(PAGE_WIDTH, 1.9 + 0.42 * len(comparison.pairs) / len(comparison.judged)), layout="constrained"
+        newline = "\n"
+        figure, panels = self.panels(
+            len(comparison.judged), 1.9 + 0.42 * len(comparison.pairs) / len(comparison.judged)
         )
-        panels = figure.subplots(1, len(comparison.judged))
         for axes, metric in zip(panels, comparison.judged, strict=True):
             pairs = [pair for pair in comparison.pairs if pair.metric == metric]
             for row, pair in enumerate(pairs):
@@ -202,7 +205,7 @@ class _ResultDrawing(Drawing):
             self.rows(
                 axes,
                 [f"{pair.winner}\nminus {pair.loser}" for pair in pairs],
-                f"difference in {METRIC_TITLES[metric]}\n← {left}   |   {right} →",
+                f"difference in {METRIC_TITLES[metric]}\n← {left}{newline if self.narrow else '   |   '}{right} →",
             )
             axes.tick_params(labelsize=8)
             axes.locator_params(axis="x", nbins=5)
@@ -228,10 +231,9 @@ class _ResultDrawing(Drawing):
         """Draw every run's result, with mean and interval."""
         comparison = self.comparison
         shown: tuple[Score, ...] = ("auc", "log_loss", "accuracy")
-        figure = Figure(figsize=(PAGE_WIDTH, 1.6 + 0.42 * len(comparison.arms)), layout="constrained")
-        panels = figure.subplots(1, len(shown), sharey=True)
+        figure, panels = self.panels(len(shown), (0.8 if self.narrow else 1.6) + 0.42 * len(self.arms), sharey=True)
         for axes, metric in zip(panels, shown, strict=True):
-            for row, arm in enumerate(comparison.arms):
+            for row, arm in enumerate(self.arms):
                 style = self.styles[arm.name]
                 values = comparison.values(arm, metric)
                 axes.plot(
@@ -242,7 +244,7 @@ class _ResultDrawing(Drawing):
             if metric == "accuracy":
                 rate = comparison.click_rate
                 axes.axvline(max(rate, 1 - rate), **_LEVEL_LOOK)
-            self.rows(axes, list(self.styles), METRIC_TITLES[metric])
+            self.rows(axes, [arm.name for arm in self.arms], METRIC_TITLES[metric])
             axes.tick_params(axis="x", labelsize=8)
             axes.locator_params(axis="x", nbins=6)
         return self.save(
@@ -256,10 +258,12 @@ class _ResultDrawing(Drawing):
 
     def calibration(self) -> Picture:
         """Draw the share of clicks among samples of about the same predicted probability."""
-        groups = self.comparison.reliability
-        columns = min(4, len(groups))
+        groups = {arm.name: self.comparison.reliability[arm.name] for arm in self.arms}
+        columns = min(2 if self.narrow else 4, len(groups))
         rows = -(-len(groups) // columns)
-        figure = Figure(figsize=(0.6 + 2.6 * columns, 0.6 + 2.5 * rows), layout="constrained")
+        side = (NARROW_WIDTH - 0.4) / 2 if self.narrow else 2.6
+        figure = Figure(figsize=(self.width if self.narrow else 0.6 + side * columns, 0.6 + side * rows),
+                        layout="constrained")  # fmt: skip
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         highest = max(max(found.predicted.max(), found.high.max()) for found in groups.values())
         for axes, (name, found) in zip(panels.flat, groups.items(), strict=False):

@@ -8,6 +8,7 @@ import numpy as np
 from lightning_dlrm.compare.results import Comparison, Pair
 from lightning_dlrm.compare.runs import Arm, by_data
 from lightning_dlrm.compare.statistics import Interval, Metric, Score
+from lightning_dlrm.contracts.terminal import counted
 from lightning_dlrm.tracking import names
 
 _SHOWN_NAMES = 4
@@ -69,12 +70,14 @@ def behind(comparison: Comparison, arm: Arm) -> str:
     first = ranked(comparison)[0]
     if arm is first or comparison.warnings:
         return ""
-    return distance(pair_of(comparison, first, arm).interval)
+    pairs = [pair_of(comparison, first, other) for other in comparison.arms if other is not first]
+    digits = max(_digits(pair.interval) for pair in pairs)
+    return distance(pair_of(comparison, first, arm).interval, digits)
 
 
-def distance(interval: Interval) -> str:
-    """Format a difference and its interval with as many digits as the interval is certain of."""
-    digits = _digits(interval)
+def distance(interval: Interval, digits: int | None = None) -> str:
+    """Format a difference and its interval; by default with as many digits as the interval is certain of."""
+    digits = digits or _digits(interval)
     return f"{interval.value:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
 
 
@@ -102,9 +105,12 @@ def answer(comparison: Comparison) -> tuple[str, str]:
             "seeds."
         )
     elif level:
+        # An interval may leave out 0 without a verdict.
+        adjusted = any(pair.unadjusted != pair.verdict for pair in pairs)
+        verdicts = counted(sum(not pair.single for pair in comparison.pairs), "verdict")
         head = (
-            f"No clear winner: {first.name} has the highest AUC, {auc}: {above}. It is not distinguishable from "
-            f"{_listed(level)} with {_seeds(comparison)}."
+            f"No clear winner with {_seeds(comparison)}: {first.name} has the highest AUC, {auc}, {above}, but it is "
+            f"not distinguishable from {_listed(level)}{f' after adjustment for {verdicts}' * adjusted}."
         )
     else:
         head = f"{first.name} wins: AUC {auc}, {above}, {_seeds(comparison)}."

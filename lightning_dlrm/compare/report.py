@@ -58,7 +58,7 @@ def write_report(
         page_width=PAGE_WIDTH,
         operator_notes=operator_notes,
         parameters=_parameters(comparison.arms, anatomies),
-        settings=[["", *(arm.name for arm in comparison.arms)], *_differing(comparison.arms)],
+        settings=[["setting", *(arm.name for arm in comparison.arms)], *_differing(comparison.arms)],
         runs=_runs(comparison),
     )
     path.write_text(text, encoding="utf-8")
@@ -66,29 +66,25 @@ def write_report(
 
 def _ranking(comparison: Comparison) -> list[list[str]]:
     """Return the configurations with their scores, the highest AUC first; the first row has the titles."""
-    first, rows = (
-        ranked(comparison)[0],
-        [["", "configuration", "AUC", "behind the first (95% interval)", "verdict", "log loss"]],
-    )
-    for place, arm in enumerate(ranked(comparison), 1):
+    first = ranked(comparison)[0]
+    rows = [["configuration", "AUC", "behind the first (95% interval)", "verdict", "log loss"]]
+    for arm in ranked(comparison):
         is_behind = behind(comparison, arm)
         pair = pair_of(comparison, first, arm) if is_behind else None
         verdict = "" if pair is None else {"better": "worse"}.get(pair.word, pair.word)
         scores = [with_spread(comparison, arm, metric, 4) for metric in ("auc", "log_loss")]
-        place_shown = "" if comparison.warnings else str(place)
-        rows.append([place_shown, arm.name, scores[0], is_behind, verdict, scores[1]])
+        rows.append([arm.name, scores[0], is_behind, verdict, scores[1]])
     return rows
 
 
 def _summary(comparison: Comparison) -> list[list[str]]:
     """Return every score of every configuration, a row each; the first row has the titles."""
     titles, best = _titles(comparison), f"{names.VALIDATION}/auc"
-    rows = [["", "seeds", *titles.values(), "best validation AUC"]]
+    rows = [["configuration", *titles.values(), "best validation AUC"]]
     for arm in ranked(comparison):
         rows.append(
             [
                 arm.name,
-                ", ".join(map(str, arm.seeds)),
                 *(with_spread(comparison, arm, metric) for metric in titles),
                 f"{np.mean([run.best[best] for run in arm.runs]):.5f}",
             ]
@@ -98,12 +94,14 @@ def _summary(comparison: Comparison) -> list[list[str]]:
 
 def _costs(comparison: Comparison) -> list[list[str]]:
     """Return time, memory and size of every configuration, a row each; the first row has the titles."""
-    rows = [["", "training, s", "samples/s", "peak memory, GiB", "parameters", "FLOPs per sample, training"]]
+    times = {names.TRAINING_SECONDS: "training, s", names.SAMPLES_PER_SECOND: "samples/s"}
+    titles = [f"{title}{'' if comparison.steady(name) else ' (not comparable)'}" for name, title in times.items()]
+    rows = [["configuration", *titles, "peak memory, GiB", "parameters", "FLOPs per sample, training"]]
     for arm in ranked(comparison):
         rows.append(
             [
                 arm.name,
-                *(_time(comparison, arm, name) for name in (names.TRAINING_SECONDS, names.SAMPLES_PER_SECOND)),
+                *(_time(comparison, arm, name) for name in times),
                 f"{_median(arm, names.PEAK_MEMORY) / 2**30:.2f}",
                 f"{arm[names.PARAMETERS_TOTAL]:,}",
                 f"{arm[names.FLOPS_TRAINING]:,}" if arm[names.FLOPS_TRAINING] else "unknown",
@@ -120,7 +118,7 @@ def _time(comparison: Comparison, arm: Arm, name: str) -> str:
     if comparison.steady(name):
         return rounded(_median(arm, name))
     ends = dict.fromkeys(rounded(value) for value in span(arm, name))
-    return f"{' to '.join(ends)}, not comparable"
+    return " to ".join(ends)
 
 
 def _median(arm: Arm, name: str) -> float:
@@ -132,7 +130,7 @@ def _parameters(arms: Sequence[Arm], anatomies: Mapping[str, Anatomy]) -> list[l
         "all": names.PARAMETERS_TOTAL, "in tables": names.PARAMETERS_TABLES, "dense": names.PARAMETERS_DENSE,
         "FLOPs per sample, forward": names.FLOPS_FORWARD, "FLOPs per sample, training": names.FLOPS_TRAINING,
     }  # fmt: skip
-    rows = [["", *(arm.name for arm in arms)]]
+    rows = [["part", *(arm.name for arm in arms)]]
     rows += [[title, *(f"{arm[name]:,}" for arm in arms)] for title, name in counted.items()]
     for kind, prefix in (("dense", ""), ("tables", "table ")):
         of_arms = [getattr(anatomies[arm.name], kind) for arm in arms]

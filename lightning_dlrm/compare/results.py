@@ -365,6 +365,9 @@ def compare(
         _pair(a, b, metric, of_pair, None if _single(a, b) else next(remaining), len(adjusted))
         for a, b, metric, of_pair in found
     ]
+    means = {arm.name: np.mean([scores[run.name].metrics["auc"] for run in arm.runs]) for arm in arms}
+    # As the configurations are ranked.
+    pairs.sort(key=lambda pair: (METRICS.index(pair.metric), *sorted((-means[pair.a], -means[pair.b]))))
     return Comparison(
         title=title,
         split=split,

@@ -159,15 +159,15 @@ class Batch:
         if self.label is not None and (wrong := (label != 0) & (label != 1)).any():
             sample = int(wrong.argmax())
             raise UserError(
-                f"the data give the label {label[sample]:g} for sample {sample} of a batch; expected 0 (no "
+                f"sample {sample} of a batch has the label {label[sample]:g}; expected 0 (no "
                 f"click) and 1 (click): {remedy}"
             )
         # A sum is cheaper than a look at each value.
         if not self.dense.sum().isfinite() and (infinite := self.dense.isinf()).any():
             sample, column = infinite.nonzero()[0].tolist()
             raise UserError(
-                f"the data give {self.dense[sample, column].item()} as dense value {column} of sample {sample} of a "
-                f"batch; expected finite numbers, or NaN for a missing value: {remedy}"
+                f"sample {sample} of a batch has the dense value {self.dense[sample, column].item()} in column "
+                f"{column}; expected finite numbers, or NaN for a missing value: {remedy}"
             )
         if self.ids.offsets is not None:
             return
@@ -176,8 +176,8 @@ class Batch:
             sample, table = np.argwhere(wrong_BF)[0].tolist()
             name, rows = list(features.tables.items())[table]
             raise UserError(
-                f"the data give the id {ids_BF[sample, table]} of table {name} for sample {sample} of a batch; "
-                f"expected 0 to {rows - 1:,}: {remedy}"
+                f"sample {sample} of a batch has the id {ids_BF[sample, table]} of table {name}; expected 0 to "
+                f"{rows - 1:,}: {remedy}"
             )
 
     def map(self, change: Callable[[Tensor | None], Any]) -> "Batch":

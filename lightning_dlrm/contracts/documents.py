@@ -1,4 +1,4 @@
-"""Read JSON and YAML files, which may be damaged or foreign, and check their form."""
+"""Read and check JSON and YAML files, which may be damaged or made by other programs."""
 
 import functools
 import json
@@ -106,7 +106,7 @@ def _first_fault(error: "ValidationError", always_place: bool = False) -> str:
 
 
 def _words_of_setting(fault: "ErrorDetails") -> str:
-    """Return what is wrong with a setting in a YAML file, and what to write."""
+    """Return the fault of a setting in a YAML file, and what to write instead."""
     place, value = ": ".join(map(str, fault["loc"])), fault["input"]
     if fault["type"] == "missing":
         return f"{place} is missing"
@@ -150,7 +150,7 @@ CONFIGURATION = "expected a configuration: keys such as 'trainer:', each with it
 """What a YAML file is expected to be if its reader does not say."""
 
 YAML_FAULTS = (ValueError, OverflowError, LookupError, AttributeError, TypeError)
-"""What PyYAML raises beside YAMLError: for dates that do not exist, thousands of digits, tags of other values."""
+"""Exceptions of PyYAML other than YAMLError: for dates that do not exist, thousands of digits, tags of other values."""
 
 MAX_VALUES = 1_000_000
 """Most values of a YAML file, each counted as often as an alias repeats it."""
@@ -166,7 +166,7 @@ def read_yaml(path: Path, expected: str = CONFIGURATION) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is not YAML in UTF-8, has a key twice, or does not hold keys with values.
     """
-    # Processes that read no YAML start without it.
+    # Imported here, so that processes that read no YAML start sooner.
     import yaml
 
     text = read_bounded(path, "check the path")
@@ -185,7 +185,7 @@ def parse_yaml(text: str) -> Any:
     """Return the value of a YAML text.
 
     Raises:
-        UserError: a key stands twice in a mapping, a number is too large, or aliases repeat values without end.
+        UserError: a key occurs twice in a mapping, a number is too large, or aliases repeat values without end.
         yaml.YAMLError, RecursionError: the text is not YAML of plain values, or is nested too deeply.
     """
     import yaml
@@ -211,7 +211,7 @@ def _strict_loader() -> type["yaml.SafeLoader"]:
             node = super().compose_mapping_node(anchor)
             keys: set[str] = set()
             for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-                twice = f"the key {key.value} stands twice, again in line {key.start_mark.line + 1}; keep one"
+                twice = f"the key {key.value} occurs twice, again in line {key.start_mark.line + 1}; keep one"
                 require(key.value not in keys, twice)
                 keys.add(key.value)
             return node
@@ -220,7 +220,8 @@ def _strict_loader() -> type["yaml.SafeLoader"]:
 
 
 def _count_values(value: Any, known: dict[int, float]) -> float:
-    """Return the number of values in a YAML value, infinite if it holds itself, and refuse values of no use."""
+    """Return the number of values in a YAML value, infinite if it contains itself, and refuse too large numbers and
+    control characters."""
     if isinstance(value, int):
         require(abs(value) < 1 << 63, "a number has more than 64 bits; give a smaller one")
     if isinstance(value, str):

@@ -49,8 +49,8 @@ def shown_path(path: str | Path) -> str:
 def place_in_own_code(error: BaseException) -> str | None:
     """Return where the user's own code raised an error, such as ``own.py, line 12, in score``; None if it did not.
 
-    That is the innermost frame of code which neither this project nor an installed package has. torch.compile names
-    the frames of what it compiles in its message.
+    That is the innermost frame of code that belongs neither to this project nor to an installed package. torch.compile
+    names the frames of what it compiles in its message.
     """
     frames = [(frame.filename, frame.lineno, frame.name) for frame in traceback.extract_tb(error.__traceback__)]
     frames += re.findall(r'File "(.+?)", line (\d+), in (\w+)', str(error))

@@ -12,7 +12,7 @@ A dataset folder looks like this::
 Part files store the label as int8, dense columns as float32, categorical columns as int32 row ids
 of their table, multi-hot columns as list<int32>, and weights columns as list<float32>: a multi-hot
 column ``X`` may have a column ``X_weights``, which holds a per-sample weight for each of its ids.
-Kept columns (role ``keep``) are no features: raw values such as users and times, stored beside the features in a type
+Kept columns (role ``keep``) are not features: raw values such as users and times, stored beside the features in a type
 of ``KeptType``.
 """
 
@@ -63,7 +63,7 @@ class Column:
     cardinality: int = 0
     """Rows of the column's table, reserved ids included; 0 for columns without a table."""
     transform: str = ""
-    """Description of what preprocessing did to the raw values; of a kept column its ``KeptType``."""
+    """Description of how preprocessing changed the raw values; the ``KeptType`` of a kept column."""
     reserved: Mapping[str, int] = field(default_factory=dict)
     """Meaning -> id of the reserved ids: ``missing``, ``rare``, ``unknown``; empty if there are none."""
 
@@ -144,7 +144,7 @@ class DatasetSchema:
     dataset: str
     """``kaggle``, ``terabyte``, ``demo`` or a name that the user gave."""
     protocol: str
-    """Name of the way from raw values to features; scores of different protocols cannot be compared."""
+    """Name of the rules that turn raw values into features; scores of different protocols cannot be compared."""
     columns: tuple[Column, ...]
     splits: Mapping[str, Split]
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -170,7 +170,8 @@ class DatasetSchema:
         require(len(set(names)) == len(names), f"column names must differ; got {names}")
         for column in self.columns:
             require(
-                column.role in get_args(Role), f"column {column.name}: role {column.role!r} is none of {get_args(Role)}"
+                column.role in get_args(Role),
+                f"column {column.name}: role {column.role!r} is not one of {get_args(Role)}",
             )
             require(
                 column.cardinality < 2**31 and all(0 <= row < column.cardinality for row in column.reserved.values()),
@@ -179,7 +180,8 @@ class DatasetSchema:
             )
             require(
                 column.role != "keep" or column.transform in get_args(KeptType),
-                f"column {column.name} (keep): transform {column.transform!r} is none of {get_args(KeptType)}",
+                f"column {column.name} (keep): transform {column.transform!r} is not one of "
+                f"{', '.join(get_args(KeptType))}",
             )
             require(
                 column.role != "keep" or column.name not in PREDICTION_COLUMNS,
@@ -199,7 +201,7 @@ class DatasetSchema:
                 f"{sorted(bags)}: a multi-hot column's name and {WEIGHTS_SUFFIX}",
             )
         for name, split in self.splits.items():
-            require(name in SPLITS, f"split {name!r} is none of {SPLITS}")
+            require(name in SPLITS, f"split {name!r} is not one of {', '.join(SPLITS)}")
             require(
                 not split.files or sum(file.rows for file in split.files) == split.rows,
                 f"split {name}: its files hold {sum(f.rows for f in split.files)} rows, the schema says {split.rows}",

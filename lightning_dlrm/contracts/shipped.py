@@ -3,7 +3,7 @@
 from pathlib import Path
 
 SCHEMAS = "datasets/"
-"""Where schemas of raw logs are, which are no configurations."""
+"""Folder of the schemas of raw logs, which are not configurations."""
 
 
 def shipped_configs() -> Path:

@@ -106,7 +106,7 @@ class CTRModule(pl.LightningModule):
         self.schedule = schedule or Constant
         self.loss = loss or LogLoss()
         self.regularization = regularization or Regularization()
-        require(initialization in ("own", "xavier"), f"initialization {initialization!r} is neither own nor xavier")
+        require(initialization in ("own", "xavier"), f"initialization {initialization!r} is not one of own, xavier")
         self.initialization = initialization
         self.kernels = kernels
         self.compile_mode = compile_mode(compile)

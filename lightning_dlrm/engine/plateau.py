@@ -45,7 +45,7 @@ class ReduceOnPlateau(pl.Callback):
         min_rate: float = 1e-6,
         min_delta: float = 1e-6,
     ) -> None:
-        require(mode in ("max", "min"), f"ReduceOnPlateau: mode {mode!r} is neither max nor min")
+        require(mode in ("max", "min"), f"ReduceOnPlateau: mode {mode!r} is not one of max, min")
         require(patience is None or patience >= 1, f"ReduceOnPlateau: patience is {patience}; expected 1 or more")
         require(0 < factor <= 1, f"ReduceOnPlateau: factor is {factor}; expected a number above 0, at most 1")
         require(

@@ -126,7 +126,7 @@ def _close_epoch(loops: dict[str, Any], trainer: pl.Trainer) -> int:
             counts.update(ready=done + 1, started=done, processed=done, completed=done)
         batch["total"]["completed"] = batch["total"]["ready"]
         batch["current"] = dict.fromkeys(batch["current"], 0)
-    # The last batch of a shorter epoch is none of a longer one.
+    # The last batch of a shorter epoch is not the last batch of a longer one.
     batch["is_last_batch"] &= not is_open
     processed: int = epoch["current"]["processed"]
     return processed

@@ -62,7 +62,7 @@ class EmbeddingShardedDDP(DDPStrategy):
         **options: Any,
     ) -> None:
         require(timeout_seconds > 0, f"strategy: timeout_seconds is {timeout_seconds}; expected more than 0")
-        require(wire in ("full", "bf16"), f"strategy: wire {wire!r} is neither full nor bf16")
+        require(wire in ("full", "bf16"), f"strategy: wire {wire!r} is not one of full, bf16")
         start_method = options.get("start_method", "popen")
         require(
             start_method == "popen",

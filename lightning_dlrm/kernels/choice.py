@@ -26,7 +26,7 @@ def choose(asked: Kernels, device: str, dtype: torch.dtype) -> Literal["plain", 
     Raises:
         UserError: there are no such kernels, or they do not work on this machine.
     """
-    require(asked in get_args(Kernels), f"kernels {asked!r} is none of {', '.join(get_args(Kernels))}")
+    require(asked in get_args(Kernels), f"kernels {asked!r} is not one of {', '.join(get_args(Kernels))}")
     if device == "meta":
         # Sizes are counted there, without values.
         return "plain"
@@ -47,7 +47,7 @@ def choose(asked: Kernels, device: str, dtype: torch.dtype) -> Literal["plain", 
     require(problem is None or asked == "auto", f"kernels is {asked}, but {problem}: set it to auto or plain")
     level = logging.WARNING if broken else logging.INFO
     if problem is not None or wanted == "plain":
-        slower = f", which is slower: {problem}" if problem else " (as asked)"
+        slower = f", which is slower: {problem}" if problem else " (as requested)"
         log.log(level, "kernels on %s: plain torch%s", device, slower)
         return "plain"
     if wanted == "triton":

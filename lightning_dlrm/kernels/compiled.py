@@ -211,7 +211,7 @@ def _check_owner(path: Path) -> None:
     status = path.lstat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o022 or stat.S_ISLNK(status.st_mode):
         raise NativeError(
-            f"{path} ({stat.filemode(status.st_mode)}, user {status.st_uid}) may be written by others than user "
+            f"{path} ({stat.filemode(status.st_mode)}, user {status.st_uid}) may be written by users other than "
             f"{os.geteuid()}: remove it",
             broken=True,
         )

@@ -238,7 +238,7 @@ def _update(
     count_change(weight_RD, *state)
 
 
-# A count that happens to be 1 or a multiple of 16 is no reason to compile again.
+# A count that happens to be 1 or a multiple of 16 must not cause a new compilation.
 @triton.jit(do_not_specialize=["bags"])
 def _lookup_kernel(
     weight,

@@ -101,7 +101,7 @@ def _lookup(
         offsets = offsets.long().contiguous()
         if not (len(offsets) and offsets[0] == 0 and offsets[-1] == count):
             ends = f"{offsets[:1].tolist()} and {offsets[-1:].tolist()}"
-            raise IndexError(f"offsets of bags begin and end with {ends}, expected 0 and the ids' number {count:,}")
+            raise IndexError(f"offsets of bags begin and end with {ends}, expected 0 and the number of ids, {count:,}")
     if factors_N is not None:
         factors_N = factors_N.flatten().to(weight_RD.dtype).float().contiguous()
     if (

@@ -148,7 +148,7 @@ class MixtureCross(CrossNetwork):
         self, features: int, layers: int, rank: int, experts: int, activation: CrossActivation = "relu"
     ) -> None:
         super().__init__(features, layers)
-        require(activation in ("relu", "tanh"), f"cross_activation {activation!r} is neither relu nor tanh")
+        require(activation in ("relu", "tanh"), f"cross_activation {activation!r} is not one of relu, tanh")
         self._activation = torch.relu if activation == "relu" else torch.tanh
         _check_rank(rank, features)
         require(experts >= 1, f"cross_experts is {experts}; expected at least 1")
@@ -207,7 +207,7 @@ def make_cross(
         "low_rank": ("cross_rank",),
         "mixture": ("cross_rank", "cross_experts"),
     }
-    require(kind in needs, f"cross {kind!r} is none of {', '.join(needs)}")
+    require(kind in needs, f"cross {kind!r} is not one of {', '.join(needs)}")
     given = {"cross_rank": rank, "cross_experts": experts}
     for option, value in given.items():
         if (value is None) == (option in needs[kind]):
@@ -320,7 +320,7 @@ def _check_structure(structure: str, deep: Sequence[int], stacked_deep: Sequence
         UserError: there is no such structure, or it needs other deep networks.
     """
     structures = ("parallel", "stacked", "stacked_parallel")
-    require(structure in structures, f"structure {structure!r} is none of {', '.join(structures)}")
+    require(structure in structures, f"structure {structure!r} is not one of {', '.join(structures)}")
     require(
         bool(stacked_deep) == (structure == "stacked_parallel"),
         f"stacked_deep is {list(stacked_deep)} and structure {structure}: give both, or neither",

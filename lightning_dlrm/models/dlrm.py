@@ -136,13 +136,12 @@ class DLRM(CTRNetwork):
 def _check_bottom(features: Features, bottom_mlp: Sequence[int], embedding_dim: int) -> None:
     """
     Raises:
-        UserError: the bottom MLP has no input, or its output is no vector beside those of the tables.
+        UserError: the bottom MLP has no input, or its output is not as wide as the vectors of the tables.
     """
     if not features.dense:
         require(
             not bottom_mlp,
-            "the dataset has no dense features, which DLRM's bottom MLP would take: set bottom_mlp to [], or use "
-            "another model",
+            "the dataset has no dense features for DLRM's bottom MLP: set bottom_mlp to [], or use another model",
         )
         return
     require(
@@ -168,7 +167,7 @@ def _check_options(interaction: str, options: Mapping[str, tuple[str, Any]]) -> 
         "projection": {"projection": "two lists of widths, such as [[512, 64], [512, 64]]"},
         "cross": {"cross": "vector, matrix, low_rank or mixture", "cross_layers": "a number, such as 3"},
     }
-    require(interaction in needs, f"interaction {interaction!r} is none of {', '.join(needs)}")
+    require(interaction in needs, f"interaction {interaction!r} is not one of {', '.join(needs)}")
     for name, (owner, value) in options.items():
         require(value is None or owner == interaction, f"{name} needs interaction: {owner}; got {interaction}")
         if value is None and name in needs[interaction]:

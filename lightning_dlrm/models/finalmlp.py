@@ -28,8 +28,7 @@ class FeatureGate(nn.Module):
 
     Args:
         features: dense inputs and tables of the dataset.
-        context: names of the fields.
-        name: name of the gate, such as gate1.
+        context: names of fields. name: name of the gate, such as gate1.
         option: name of the option that gives the context, such as context1.
         embedding_dim: D.
         hidden: widths of the MLP's hidden layers.
@@ -61,7 +60,7 @@ class FeatureGate(nn.Module):
         columns = [column for column in features.tables if column in context]
         if unknown := [field for field in context if field not in (*dense, *columns)]:
             known = ", ".join((*features.dense_names, *features.tables))
-            raise UserError(f"{option} names {unknown[0]}, which is no field; fields: {known}")
+            raise UserError(f"{option} names {unknown[0]}, which is not a field; the fields are {known}")
         if twice := [field for position, field in enumerate(context) if field in context[:position]]:
             raise UserError(f"{option} names {twice[0]} twice; expected each field once: leave one of them out")
         places = [list(features.tables).index(column) for column in columns]
@@ -140,10 +139,10 @@ class FinalMLP(CTRNetwork):
         first: widths of the first MLP's layers.
         second: widths of the second MLP's layers.
         heads: number of slices of both outputs whose pairs are multiplied; a divisor of both last widths.
-        gates: gate the features of each MLP (the paper's feature selection).
+        gates: multiply the features of each MLP with the factors of a gate (the paper's feature selection).
         gate: widths of the hidden layers of both gates.
-        context1: fields that the first MLP's gate sees, such as [I1, C3]; empty for one learned vector.
-        context2: fields that the second MLP's gate sees.
+        context1: fields that the first MLP's gate reads, such as [I1, C3]; empty for one learned vector.
+        context2: fields that the second MLP's gate reads.
         batch_norm: normalize over the batch in both MLPs, between each layer and its ReLU; [true, false] for the first
             alone.
         dropout: share of both MLPs' outputs, layer by layer, that training sets to 0; a list for each of them.

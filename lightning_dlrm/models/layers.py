@@ -26,7 +26,7 @@ class MLP(nn.Sequential):
         widths: widths of the input and of every layer's output; at least two.
         linear_output: leave the last layer without a ReLU.
         batch_norm: normalize over the batch between each linear layer and its ReLU (Ioffe and Szegedy
-            2015, algorithm 1), but not an output without a ReLU. Each rank normalizes over its own slice of
+            2015, algorithm 1), but not after a last layer without a ReLU. Each rank normalizes over its own slice of
             the batch; with trainer.sync_batchnorm over the whole batch.
         norm_output: whether ``batch_norm`` concerns the last layer too, if that has a ReLU.
         dropout: share of each hidden layer's outputs, after the ReLU, that training sets to 0 at random
@@ -160,7 +160,7 @@ class Dropout(nn.Dropout):
 
 
 _COLUMNS = 1 << 30
-"""Numbers of columns are no positions of samples."""
+"""Keeps the random bits of column numbers apart from those of sample positions."""
 
 
 def _mixed(values: Tensor) -> Tensor:

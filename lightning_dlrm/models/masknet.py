@@ -79,7 +79,7 @@ class MaskNet(CTRNetwork):
         missing: Missing = "zero",
     ) -> None:
         super().__init__(features.dense, missing)
-        require(structure in ("serial", "parallel"), f"structure {structure!r} is neither serial nor parallel")
+        require(structure in ("serial", "parallel"), f"structure {structure!r} is not one of serial, parallel")
         require(blocks and min(blocks) >= 1, f"blocks is {list(blocks)}; expected at least one width, each 1 or more")
         require(structure == "parallel" or not deep, f"deep is {list(deep)}, which needs structure: parallel")
         self.fields = FieldVectors(features, embedding_dim, seed, tables, "MaskNet", dense_first=True)

@@ -45,7 +45,7 @@ class CTRNetwork(nn.Module):
 
     def __init__(self, dense: int, missing: Missing = "zero") -> None:
         super().__init__()
-        require(missing in ("zero", "learned"), f"missing {missing!r} is neither zero nor learned")
+        require(missing in ("zero", "learned"), f"missing {missing!r} is not one of zero, learned")
         self.missing = MissingValues(dense, learned=missing == "learned")
 
     def forward(self, dense_BI: Tensor, ids: SparseIds) -> Tensor:
@@ -120,7 +120,7 @@ class CTRNetwork(nn.Module):
 
 
 def fault_of_logits(found: object, samples: int) -> str | None:
-    """Return what is wrong with the result of a network, known without its values; None if it is a logit per sample.
+    """Return the fault of a network's result, found without reading its values; None if it is a logit for each sample.
 
     Args:
         found: what ``score`` or ``forward`` returned.

@@ -218,7 +218,7 @@ def click_metrics(
     sums[5] = sum(len(part) for part in _parts(groups_N))
     samples, clicks, loss, correct, predicted, in_groups = _total(peers, sums)
     if not samples:
-        raise ValueError("metrics of no samples")
+        raise ValueError("metrics need at least one sample")
     rate = clicks / samples
     base_entropy = -sum(p * math.log(p) for p in (rate, 1 - rate) if p > 0)
     return {

@@ -18,9 +18,10 @@ class Regularization:
 
     Args:
         fields_l1: l1 of parameters of single fields: whole tables, and vectors and linear weights of dense features.
-        fields_l2: l2 of these. Both need tables.dense_gradients; l2 of an update rule concerns a step's rows only.
+        fields_l2: l2 of the same parameters. Both need tables.dense_gradients; the l2 of an update rule applies only to
+            the rows of a step.
         network_l1: l1 of all other parameters, biases and normalizations included.
-        network_l2: l2 of these.
+        network_l2: l2 of the same parameters.
     """
 
     fields_l1: float = 0.0
@@ -49,7 +50,7 @@ class Regularization:
 
 
 def _penalty(weight: Tensor, l1: float, l2: float) -> Tensor:
-    # In bfloat16 a sum of many elements would stand still.
+    # In bfloat16 a sum of many elements would stop growing.
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
     found = exact.new_zeros(())
     if l1:

@@ -71,7 +71,7 @@ def torch_configuration(value: Any) -> Any:
     else:
         return value
     if not isinstance(path, str) or not isinstance(settings or {}, Mapping):
-        # The parser says what is wrong.
+        # The parser reports the fault.
         return value
     is_old = path.startswith(_RULES) or any(name in (settings or {}) for name in (*RENAMED, "beta1", "beta2"))
     rule = path.removeprefix(_RULES)
@@ -81,6 +81,6 @@ def torch_configuration(value: Any) -> Any:
     if not is_old or rule:
         return value
     if lone := {"beta1", "beta2"} & set(settings):
-        raise UserError(f"dense_optimizer has {' and '.join(sorted(lone))}: now betas, such as [0.9, 0.99]")
+        raise UserError(f"dense_optimizer has {' and '.join(sorted(lone))}: give both as betas, such as [0.9, 0.99]")
     renamed = {RENAMED.get(name, name): setting for name, setting in settings.items()}
     return {**value, "init_args": renamed} if "init_args" in value else renamed

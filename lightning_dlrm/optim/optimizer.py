@@ -112,7 +112,9 @@ class CTROptimizer(torch.optim.Optimizer):
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
         if self.dense is None or self._tables & set(given):
-            raise UserError("optimizers get their tables when they are made: let them require gradients from the start")
+            raise UserError(
+                "an optimizer gets its tables when it is made: let their rows require gradients from the start"
+            )
         name = f"dense_{len(self.dense.param_groups) + 1}"
         self.dense.add_param_group({"name": name, **param_group, "params": given})
         self._share_with_dense()
@@ -300,7 +302,8 @@ def _check_rules(table_rule: UpdateRule | None, wide_rule: UpdateRule | None, by
     for name, rule in (("table_optimizer", table_rule), ("wide_optimizer", wide_rule)):
         require(
             rule is None or by_rows or not by_grad,
-            f"{name} is given, and with tables.dense_gradients dense_optimizer updates all tables: set {name} to null",
+            f"{name} is given, but dense_optimizer updates all tables if tables.dense_gradients is true: set {name} to "
+            f"null",
         )
 
 

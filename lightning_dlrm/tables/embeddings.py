@@ -40,7 +40,7 @@ class QuotientRemainder:
     def __post_init__(self) -> None:
         require(
             self.operation in ("mult", "add", "concat"),
-            f"quotient_remainder.operation {self.operation!r} is none of mult, add, concat",
+            f"quotient_remainder.operation {self.operation!r} is not one of mult, add, concat",
         )
         require(
             self.collisions >= 1 and self.threshold >= 0,
@@ -85,7 +85,7 @@ class MixedDimensions:
 
 @dataclass(frozen=True, kw_only=True)
 class TableSettings:
-    """Settings of the tables, beside their width.
+    """Settings of the tables other than their width.
 
     Args:
         dims: widths of single tables by name; other tables have embedding_dim.
@@ -100,11 +100,11 @@ class TableSettings:
             fit on the device. The command plan with --device-memory chooses them. Or column -> row, such as
             {C3: 1000000}: rows before it, which should be the more frequent ones, are on the device, and the other
             rows in host memory.
-        initial_bound: b; initial rows are from U(-b, b), not from U(-1/sqrt(rows), 1/sqrt(rows)).
-        initial_std: s; initial rows, those of linear terms too, are from N(0, s^2).
-        padding_row: row of every table that stands for no value, such as 0: it starts at zero and stays so, and ids of
-            it add nothing to a vector. None if every row is a value.
-        dense_gradients: keep tables as ordinary parameters with a ``.grad`` as large as they are. The model's
+        initial_bound: b: initial rows are drawn from U(-b, b); by default from U(-1/sqrt(rows), 1/sqrt(rows)).
+        initial_std: s: initial rows, including those of linear terms, are drawn from N(0, s^2).
+        padding_row: row of every table that means "no value", such as 0: it starts at zero and stays zero, and its ids
+            add nothing to a vector. None if every row stands for a value.
+        dense_gradients: keep tables as ordinary parameters, each with a ``.grad`` as large as the table. The model's
             dense_optimizer updates every row at every step, and regularization covers whole tables. On one rank only.
     """
 
@@ -137,14 +137,14 @@ class TableSettings:
             not (self.dense_gradients and self.on_host),
             "tables.dense_gradients and tables.on_host exclude each other: leave one of them out",
         )
-        require(self.pooling in ("sum", "mean"), f"tables.pooling {self.pooling!r} is neither sum nor mean")
+        require(self.pooling in ("sum", "mean"), f"tables.pooling {self.pooling!r} is not one of sum, mean")
         require(
             not self.dims or self.mixed_dimensions is None,
             "tables.dims and tables.mixed_dimensions both give widths: keep one of them",
         )
         require(
             not isinstance(self.on_host, str) or self.on_host == "all",
-            f"tables.on_host {self.on_host!r} is neither all nor a list of columns such as [C3, C12]",
+            f"tables.on_host is {self.on_host!r}; expected all, or a list of columns such as [C3, C12]",
         )
 
     def table(self, name: str, rows: int, bound: float | None = None) -> Table:
@@ -173,7 +173,9 @@ class TableSettings:
             return dict.fromkeys(columns, 0)
         unknown = [name for name in self.on_host if name not in columns]
         if unknown:
-            raise UserError(f"tables.on_host names {unknown[0]}, which is not a table; tables: {', '.join(columns)}")
+            raise UserError(
+                f"tables.on_host names {unknown[0]}, which is not a table; the tables are {', '.join(columns)}"
+            )
         if not isinstance(self.on_host, Mapping):
             return dict.fromkeys(self.on_host, 0)
         for name, row in self.on_host.items():
@@ -201,14 +203,16 @@ class TableSettings:
         else:
             unknown = [name for name in self.dims if name not in tables]
             if unknown:
-                raise UserError(f"tables.dims names {unknown[0]}, which is not a table; tables: {', '.join(tables)}")
+                raise UserError(
+                    f"tables.dims names {unknown[0]}, which is not a table; the tables are {', '.join(tables)}"
+                )
             widths = {name: self.dims.get(name, embedding_dim) for name in tables}
         wide = {name: width for name, width in widths.items() if width > embedding_dim}
         if wide and (self.project or self.mixed_dimensions is not None):
             name, width = next(iter(wide.items()))
             raise UserError(
-                f"table {name} is {width} wide and embedding_dim {embedding_dim}: expected none wider; "
-                f"raise embedding_dim to {max(wide.values())}"
+                f"table {name} has the width {width}, more than embedding_dim, which is {embedding_dim}; raise "
+                f"embedding_dim to {max(wide.values())}"
             )
         return widths
 
@@ -364,7 +368,7 @@ class Embeddings(nn.Module):
         for name, width in zip(self.names, self.widths, strict=True):
             require(
                 width == self.embedding_dim,
-                f"{user} needs vectors of one width, but table {name} is {width} wide and embedding_dim "
+                f"{user} needs vectors of one width, but table {name} has the width {width} and embedding_dim is "
                 f"{self.embedding_dim}: make them equal, or set tables.project to true{other_way}",
             )
 

@@ -69,7 +69,7 @@ class Segments(NamedTuple):
     def blocks(self, size: int) -> "Iterator[Segments]":
         """Yield segments of at most ``size`` rows, one after the other."""
         if len(self.rows) <= size:
-            # The host need not read where the only one ends.
+            # For a single block, the host does not read its end from the device.
             yield self
             return
         ends = [*self.starts[size::size].tolist(), len(self.bags)]

@@ -104,7 +104,7 @@ class Table:
     bound: float
     centre: float = 0.0
     deviation: float | None = None
-    """Standard deviation of a normal distribution that takes the place of the uniform one."""
+    """Standard deviation of a normal distribution, which replaces the uniform one."""
     zero_row: int | None = None
     """The row that starts at zero in any case."""
     given: Tensor | None = None

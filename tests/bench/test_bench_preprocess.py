@@ -65,7 +65,7 @@ def test_rows_of_all_contenders(tmp_path: Path, peer: Path, numpy_1: Path, capsy
     ours, baseline, few, other = rows
     assert all(30e6 < row["peak_bytes"] < 2e9 and row["cpu_s"] > 0 for row in rows[:3])
     assert ours["speed_over_baseline"] == pytest.approx((2_000 / ours["median_s"]) / (500 / baseline["median_s"]))
-    assert 2 < other["median_s"] < 3 and few["speed_over_peer"] == pytest.approx(other["median_s"] / few["median_s"])
+    assert other["median_s"] > 2 and few["speed_over_peer"] == pytest.approx(other["median_s"] / few["median_s"])
     assert ours["speed_over_peer"] == pytest.approx((2_000 / ours["median_s"]) / (150 / other["median_s"]))
     assert 0 < ours["stage_s"] + ours["count_s"] + ours["encode_s"] < ours["median_s"]
     assert 1_000 < ours["largest_table_rows"] <= 2_000 and ours["output_bytes"] > few["output_bytes"] > 0
@@ -80,13 +80,13 @@ def test_generates_rows_by_itself(tmp_path: Path) -> None:
 
 
 def test_memory_is_that_of_all_processes(tmp_path: Path) -> None:
-    child = "import time; held = bytearray(b'1') * 100_000_000; time.sleep(0.7)"
+    child = "import time; held = bytearray(b'1') * 100_000_000; time.sleep(1.5)"
     program = "import subprocess, sys; held = bytearray(b'1') * 60_000_000\n"
     program += f"subprocess.run([sys.executable, '-c', {child!r}])"
     footprint = Footprint(None)
     seconds, _ = run_process("two", [sys.executable, "-c", program], footprint)
     assert 160e6 < footprint.peak_bytes < 230e6
-    assert seconds > 0.7
+    assert seconds > 1.5
     assert len(footprint.cpu_of) == 2 and footprint.cpu_s > 0
 
 

@@ -392,7 +392,7 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         (["inspect", "nowhere"], "with 'python -m lightning_dlrm generate demo'"),
         (["fit", "--config", "dlrm.yaml", "--wandb.log_model", "maybe"], "log_model: maybe is neither true nor false"),
         (["fit", "--config", "dlrm.yaml", "--trainer.devices", "2"], "needs --trainer.strategy embedding_sharded_ddp"),
-        (["fit", "--config", "dlrm.yaml", "--trainer.precision", "foo"], "trainer.precision: foo is none of"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.precision", "foo"], "trainer.precision: foo is not one of"),
         (["fit", "--config", "dlrm.yaml", "--trainer.precision", "16-mixed"], "use bf16-mixed"),
         (["fit", "--config", "dlrm.yaml", "--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val is -1"),
         (["fit", "--config", "dlrm.yaml", "--trainer.val_check_interval", "0.5"], "should be an integer"),

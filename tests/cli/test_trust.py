@@ -319,9 +319,9 @@ DOUBLING = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("trainer: {max_steps: 3}\ntrainer: {max_epochs: 2}", "mine.yaml: the key trainer stands twice"),
-        ("trainer:\n  max_steps: 3\n  max_steps: 4", "mine.yaml: the key max_steps stands twice, again in line 3"),
-        ("trainer: {callbacks: [{class_path: Timer, class_path: Timer}]}", "class_path stands twice"),
+        ("trainer: {max_steps: 3}\ntrainer: {max_epochs: 2}", "mine.yaml: the key trainer occurs twice"),
+        ("trainer:\n  max_steps: 3\n  max_steps: 4", "mine.yaml: the key max_steps occurs twice, again in line 3"),
+        ("trainer: {callbacks: [{class_path: Timer, class_path: Timer}]}", "class_path occurs twice"),
         ("a: &a [*a]", "aliases make more"),
         (DOUBLING, "aliases make more"),
         ("trainer: !!python/object/apply:os.system ['touch imported']", "mine.yaml is not YAML"),
@@ -341,14 +341,14 @@ def test_yaml_that_says_something_else_than_it_seems(text: str, said: str | None
 
 
 def test_yaml_in_options_and_configurations_at_addresses() -> None:
-    assert "--trainer: the key max_steps stands twice" in refused("--trainer", "{max_steps: 1, max_steps: 2}")
+    assert "--trainer: the key max_steps occurs twice" in refused("--trainer", "{max_steps: 1, max_steps: 2}")
     assert "has a tag of YAML" in refused("--trainer.max_steps", "!!bool x")
     assert "not YAML" in refused("--model.dense_optimizer", "{lr: !!bool x}")
     for broken in ("{max_steps: !!bool x}", "1" * 5000):
         assert "Unable to load" in refused("--trainer", broken)
     assert parsed("--wandb.name", "2020-13-45").wandb.name == "2020-13-45"
     Path("section.yaml").write_text("max_steps: 1\nmax_steps: 2")
-    assert "the key max_steps stands twice" in refused("--trainer", "section.yaml")
+    assert "the key max_steps occurs twice" in refused("--trainer", "section.yaml")
     for address in ("http://localhost:1/x.yaml", "memory://x.yaml"):
         assert "no configuration" in refused("--config", address)
         assert "Unable to load" in refused("--trainer", address)

@@ -285,9 +285,13 @@ def test_finished_runs_give_a_report(capsys: pytest.CaptureFixture[str]) -> None
     assert document["runs"][0]["metrics"]["test/auc"] == pytest.approx(scored, abs=1e-12)
 
     html = (output / "report.html").read_text()
-    figures = {path.stem for path in (output / "figures").iterdir()}
+    figures, narrow = (
+        {path.stem for path in folder.glob("*.png")} for folder in (output / "figures", output / "figures/narrow")
+    )
     assert {"figure5", "auc", "log_loss", "accuracy", "calibration", "cost", "parameters", "operators"} <= figures
-    assert html.count("data:image/png;base64,") == len(figures)
+    # A phone has figures of its own width, and no table that is wider than it.
+    assert narrow == figures and html.count("data:image/png;base64,") == 2 * len(figures)
+    assert html.count("<source media=") == len(figures) and html.count('class="cards"') == html.count("<table") - 1
     assert "http" not in html and "WARNING" not in html
     assert auc["reason"].startswith("the 95% interval does not contain 0, with 3 seeds in pairs")
     assert "when adjusted for 2 verdicts" in auc["reason"] and "by Holm&#39;s method" in html
@@ -369,7 +373,7 @@ def test_auc_by_group_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
         rows = pq.read_table(Path("out/scores") / run["name"] / "predictions.parquet")
         expected = plain_group_auc(rows["probability"].to_numpy(), labels, users)
         assert {name: run["metrics"][f"test/{name}"] for name in expected} == pytest.approx(expected, abs=1e-9)
-        assert f"<td>{expected['group_auc']:.5f}</td>" in html
+        assert f">{expected['group_auc']:.5f}</td>" in html
     for arm, of_runs in zip(document["arms"], (document["runs"][:2], document["runs"][2:]), strict=True):
         interval = arm["intervals"]["group_auc"]
         mean = np.mean([run["metrics"]["test/group_auc"] for run in of_runs])
@@ -547,8 +551,9 @@ def test_times_of_a_busy_machine_are_not_compared(monkeypatch: pytest.MonkeyPatc
     assert not comparison.steady(names.TRAINING_SECONDS) and comparison.steady(names.SAMPLES_PER_SECOND)
     titles, *rows = report._costs(comparison)
     found = {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
-    assert found["DLRM"]["training, s"] == "1 to 25, not comparable" and found["DLRM"]["samples/s"] == "100"
-    assert found["DCN"]["training, s"] == "1, not comparable"
+    title = "training, s (not comparable)"
+    assert found["DLRM"][title] == "1.00 to 25.0" and found["DLRM"]["samples/s"] == "100"
+    assert found["DCN"][title] == "1.00"
     drawn: dict[str, Figure] = {}
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.stem: figure}))
     draw_all(comparison, {arm.name: anatomy(arm.runs[0]) for arm in comparison.arms}, {}, Path("figures"))

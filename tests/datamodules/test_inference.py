@@ -114,7 +114,7 @@ def test_roles_and_transforms(tmp_path: Path) -> None:
     }
     assert schema.label == "y" and schema.split.by == "time" and schema.split.column == "hour"
     comments = (tmp_path / "schema.yaml").read_text()
-    for seen in ("none missing, 20 to 69", "tells the label", "200 rows (all rows)", "True in 14.5%", "Drama ("):
+    for seen in ("none missing, 20 to 69", "reveals the label", "200 rows (all rows)", "True in 14.5%", "Drama ("):
         assert seen in comments, comments
 
 
@@ -340,9 +340,9 @@ def test_what_a_threshold_leaves_and_what_is_needed_is_told(
     text = "y;a\n" + "".join(f"{label};{('é, è', '', 'b')[row % 3]}\n" for row, label in enumerate(LABELS))
     Path("log.csv").write_bytes(text.encode("cp1252"))
     assert main(["preprocess", "--infer", "s.yaml", "--label", "y", "--input", "log.csv"]) == 0
-    assert "encoding     cp1252 (not UTF-8, so a guess: check letters" in capsys.readouterr().out
+    assert "encoding     cp1252 (a guess, because the text is not UTF-8: check letters" in capsys.readouterr().out
     schema = Path("s.yaml").read_text()
-    assert "'é, è' (50.4%), b (49.6%)" in schema and "# Not UTF-8, so a guess: check letters" in schema
+    assert "'é, è' (50.4%), b (49.6%)" in schema and "# A guess, because the text is not UTF-8: check letters" in schema
     Path("s.yaml").write_text(schema.replace("role: categorical", "role: categorical, min_count: 100000"))
     assert main(["preprocess", "--schema", "s.yaml", "--input", "log.csv", "--output", "o", "--workers", "1"]) == 0
     said = capsys.readouterr().err.splitlines()
@@ -365,11 +365,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     for more, message in (
         (["rating >= 4"], "s.yaml exists; edit it, or name a new file"),
         (["rating >= 4", "--infer", "none/s.yaml"], "there is no folder"),
-        (["rating >= 4", "--infer", "t.yaml", "--output", "o"], "leave --output out"),
+        (["rating >= 4", "--infer", "t.yaml", "--output", "o"], "leave out --output"),
         (["rating >= 4", "--infer", "t.yaml", "--columns", "a,b"], "--columns names 2 columns"),
     ):
         assert main([*command, *more]) == 2
         assert message in capsys.readouterr().err
     assert main(["preprocess", "--input", "log", "--output", "o", "--label", "y"]) == 2
-    assert "--label goes with --infer" in capsys.readouterr().err
+    assert "--label is an option of --infer" in capsys.readouterr().err
     assert Path("s.yaml").read_text() == kept and sorted(path.name for path in Path().iterdir()) == ["log", "s.yaml"]

@@ -288,7 +288,7 @@ def test_a_planted_leak_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
         writer.finish(dataset="mine", protocol="own")
     assert run_inspect(tmp_path / "data", "--leakage") == 0
     out = capsys.readouterr().out
-    assert "train and validation: 60 rows of validation (40.000%) are in train too, as 30 rows there (3.000%)" in out
+    assert "60 rows of validation (40.000%) also occur in train, where they are 30 rows (3.000%)" in out
     assert "within validation: 30 repeat an earlier row (20.000%)" in out
     assert "suggests a leak" in out
 

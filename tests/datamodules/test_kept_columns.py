@@ -53,7 +53,7 @@ def test_kept_columns_are_no_features(dataset: tuple[Path, DatasetSchema]) -> No
     assert (schema.features.dense, list(schema.features.tables)) == (1, ["C1"])
     without = replace(schema, columns=tuple(column for column in COLUMNS if column.role != "keep"))
     assert without.encoding_fingerprint == schema.encoding_fingerprint
-    with pytest.raises(UserError, match="transform 'date' is none of"):
+    with pytest.raises(UserError, match="transform 'date' is not one of"):
         replace(schema, columns=(*COLUMNS, Column(name="x", role="keep", transform="date")))
     with pytest.raises(UserError, match="predictions have a column of this name"):
         replace(schema, columns=(*COLUMNS, Column(name="row", role="keep", transform="text")))

@@ -433,7 +433,7 @@ def with_line(index: int, line: str) -> bytes:
 
 MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (log_of(LINES, "click,u,pp,t"), {}, r"has no column 'p', which the schema names \(columns: p\); .*did you mean pp"),
-    (log_of(LINES, "click,u,u,t"), {}, "'u' stands twice in the header; rename"),
+    (log_of(LINES, "click,u,u,t"), {}, "'u' occurs twice in the header; rename"),
     (log_of(LINES), {"separator": ";"}, r"header is one field, 'click,u,p,t': is the separator ','"),
     (with_line(5, "1,u1,5,2024-01-01,9"), {}, "line 7: 5 fields, expected 4 between ','"),
     (with_line(5, "\n\n1,u1"), {}, "line 9: 2 fields, expected 4"),
@@ -450,7 +450,7 @@ MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
      r"line 7: the label click is '2'.*correct the line, or give a condition such as label: 'click >= 1'"),
     (with_line(7, "1,u1,-1e39,2024-01-01"), {}, r"line 9: p is -1e\+39, expected a number of at most 3.4e38"),
     (log_of(LINES).replace(b"\n", b"\r"), {}, r"carriage returns as line ends; make them line feeds: tr '\\r' '\\n'"),
-    (log_of(LINES), {"label": "p >= 5", "rest": "leave"}, "columns: p is made of the label's column p, so it tells"),
+    (log_of(LINES), {"label": "p >= 5", "rest": "leave"}, "columns: p is made of the label's column p, so it reveals"),
     (with_line(3, ",u1,1,2024-01-01"), {}, "line 5: the label click is missing"),
     (log_of([line.replace("0,", "no,", 1).replace("1,", "yes,", 1) for line in LINES]), {},
      r"line 2: the label click is 'no' \(beside 'yes'\), .*click == yes"),
@@ -467,7 +467,7 @@ MISTAKES: list[tuple[bytes, dict[str, Any], str]] = [
     (with_line(9, "1,u1,1,yesterday"), BY_TIME, "line 11: t is 'yesterday', expected a time as '%Y-%m-%d'"),
     (with_line(9, "1,u1,1,"), BY_TIME, "line 11: t is missing, expected a time in every row"),
     (log_of(LINES), {**BY_TIME, "columns": {"u": {"role": "categorical"}}, "rest": "leave"},
-     "line 2: t is text, .*say in the schema how it becomes a time"),
+     "line 2: t is text, .*set in the schema how it becomes a time"),
     (with_line(9, "1,ü,1,2024-01-01").decode().encode("latin-1"), {}, "line 11: the byte 0xfc is not UTF-8"),
     (log_of(LINES, "click,ü,p,t").decode().encode("utf-16"), {}, "line 1: the text is not UTF-8; .*utf-16"),
     (b"", {}, "is empty"),
@@ -513,7 +513,7 @@ def test_a_mistake_is_named_and_nothing_is_left(
         (['{"click": 1, "u": "a", "p": 1}', '{"click": 0, "u": "a", "p": "dear"}'], r'line 2: p is "dear" \(text\)'),
         (['{"click": 1, "u": "a"}'] * 1200 + ['{"click": 1, "u": "p", "P": 1}'], "has no column 'p'"),
         (["[" * 100_000], "line 1: not JSON"),
-        (['{"click": 1, "u": "a", "p": 1}', '{"click": 1, "u": "a", "u": "b"}'], "line 2: the key u stands twice"),
+        (['{"click": 1, "u": "a", "p": 1}', '{"click": 1, "u": "a", "u": "b"}'], "line 2: the key u occurs twice"),
         (
             ['{"click": 1, "u": 1, "p": 1}'] * 1200 + ['{"click": 1, "u": 18446744073709551615, "p": 1}'],
             r"line 1,201: u is 18446744073709551615 \(whole numbers of more than 64 bits\), where earlier lines have "
@@ -916,7 +916,7 @@ def test_tables_and_single_rows_are_encoded_as_files_are(tmp_path: Path) -> None
             RowEncoder(tmp_path / "data").encode(rows_of_one)  # type: ignore[arg-type]
     spans = new.append_column("span", pa.nulls(len(new), pa.month_day_nano_interval()))
     for wrong, message in (
-        (twice, "'user' stands twice"),
+        (twice, "'user' occurs twice"),
         (spans, "cannot be written as Parquet"),
         ([1], "rows is a list"),
     ):

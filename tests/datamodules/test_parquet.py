@@ -185,7 +185,7 @@ def test_a_dataset_that_another_one_has_replaced_is_told(tmp_path: Path) -> None
     schema = write(folder, make_rows(50))
     shutil.rmtree(folder)
     write(folder, make_rows(50, seed=1))
-    with pytest.raises(UserError, match=r"data now holds another dataset \(fingerprint .*put the first one back"):
+    with pytest.raises(UserError, match=r"data now holds another dataset \(fingerprint .*restore the first dataset"):
         open_part(folder, schema, schema.splits["train"].files[0])
 
 

@@ -476,7 +476,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         ("rate is 0", lambda: preprocess("kaggle", "dlrm", [raw], out, negative_sampling_rate=0)),
         ("rate is 1.5", lambda: preprocess("kaggle", "dlrm", [raw], out, negative_sampling_rate=1.5)),
         ("seed is -1", lambda: preprocess("kaggle", "bars", [raw], out, seed=-1)),
-        ("made of Terabyte's rows", lambda: preprocess("kaggle", "mlperf", [raw], out, multi_hot="mlperf")),
+        ("only of Terabyte's rows", lambda: preprocess("kaggle", "mlperf", [raw], out, multi_hot="mlperf")),
         (
             "without multi_hot",
             lambda: preprocess("terabyte", "mlperf", [raw], out, multi_hot_distribution="pareto"),

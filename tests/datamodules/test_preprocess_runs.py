@@ -185,7 +185,7 @@ def test_damaged_files_are_made_again(
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     progress = Interrupted("", fail)
     make(days, tmp_path / "out", progress=progress)
-    assert any("4 were damaged and are made again" in note for note in progress.notes)
+    assert any("damaged steps, which are repeated: 4" in note for note in progress.notes)
     assert folder_bytes(tmp_path / "out") == undisturbed
 
 
@@ -412,8 +412,10 @@ def test_signal_in_a_small_run_leaves_nothing_behind(
         command.run(parser.parse_args(words))
     assert left.type is KeyboardInterrupt if number == signal.SIGINT else left.value.args == (143,)
     assert names_in(tmp_path) == {"train.txt"}
-    kept = "interrupted. Nothing is kept" if stage else "interrupted; nothing was written"
-    assert progress.notes[-1] == f"{kept}: the same command begins again"
+    kept = "interrupted. Nothing is kept: the same command starts from the beginning"
+    assert progress.notes[-1] == (
+        kept if stage else "interrupted; nothing was written: run the same command to start again"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -456,7 +458,7 @@ def test_addresses_in_memory(
         make(addresses, "memory://full")  # type: ignore[arg-type]
     elsewhere: list[dict[str, Any]] = [{"workers": 2}, {"workers": None, "scheduler": "tcp://x:1"}]
     for options in elsewhere:
-        with pytest.raises(UserError, match=r"memory://raw/\w+ is in the memory of this process, .* leave --workers"):
+        with pytest.raises(UserError, match=r"memory://raw/\w+ is in the memory of this process.* leave out --w"):
             make(addresses, tmp_path / "out", **options)
     with pytest.raises(UserError, match="memory://raw/none does not exist"):
         make(["memory://raw/none"], tmp_path / "out")  # type: ignore[list-item]

@@ -268,10 +268,10 @@ def test_presets_have_the_published_shapes() -> None:
         ({"law": "zipf", "exponent": math.nan}, "exponent is nan"),
         ({"law": "gaussian", "deviation": 0.0}, "deviation is 0.0"),
         ({"law": "gaussian", "mean": 40.0}, r"mean is 40.0; give a share of the table's rows, 0 to 1"),
-        ({"law": "zipf", "mean": 0.5}, "mean is of law gaussian, but law is zipf"),
+        ({"law": "zipf", "mean": 0.5}, "mean is an option of law gaussian, but law is zipf"),
         ({"click_rate": 1.0}, "click_rate is 1.0"),
         ({"seed": -1}, "seed is -1"),
-        ({"preset": "huge"}, "preset 'huge' is none of paper, kaggle, mlperf"),
+        ({"preset": "huge"}, "preset 'huge' is not one of paper, kaggle, mlperf"),
     ],
 )
 def test_settings_without_sense_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -335,7 +335,7 @@ def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None
         run.send_signal(number)
         errors = run.stderr.read()
     assert run.returncode == 128 + number and "Traceback" not in errors
-    assert "50,131,072 rows: some" in estimate and "are free" in estimate
+    assert "50,131,072 rows: about" in estimate and "are free" in estimate
     assert list(tmp_path.iterdir()) == []
 
 
@@ -344,11 +344,11 @@ def test_a_disk_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.Mon
     written: list[int] = []
     monkeypatch.setattr(folder.tqdm, "update", lambda _, rows: written.append(rows))
     settings = RandomSettings(tables=(1000,), train_rows=40_000_000)
-    with pytest.raises(UserError, match=r"rows: some [2-4]\.\d GB of disk are needed for .*data, 1\.0 GB are free"):
+    with pytest.raises(UserError, match=r"rows: about [2-4]\.\d GB of disk are needed for .*data, 1\.0 GB are free"):
         generate_random(settings, tmp_path / "data")
     assert not written and list(tmp_path.iterdir()) == []
     text = TsvSettings(rows=5_000_000)
-    with pytest.raises(UserError, match=r"5,000,000 rows: some 1\.2 GB of disk are needed for .*x\.txt"):
+    with pytest.raises(UserError, match=r"5,000,000 rows: about 1\.2 GB of disk are needed for .*x\.txt"):
         generate_tsv(text, [tmp_path / "x.txt"], progress=False)
     assert list(tmp_path.iterdir()) == []
 

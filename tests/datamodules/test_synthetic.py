@@ -160,8 +160,7 @@ def test_models_train_on_them(arguments: list[str], source: Path) -> None:
 def test_dlrm_says_that_it_needs_dense_features(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FIT, "--data=RandomData", "--data.tables=[5]", "--data.dense=0"]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: the dataset has no dense features, which DLRM's bottom MLP would take: set bottom_mlp to [], or use "
-        "another model"
+        "error: the dataset has no dense features for DLRM's bottom MLP: set bottom_mlp to [], or use another model"
     ]
     assert not Path("cache").exists()
 
@@ -174,9 +173,9 @@ def test_dlrm_says_that_it_needs_dense_features(capsys: pytest.CaptureFixture[st
             ["--data=RandomData", "--data.tables=[9,2]", "--data.indices=3"],
             "C2 hold up to 3 ids, but it has only 2 rows",
         ),
-        (["--data=RandomData", "--data.law=pareto"], "data.law: pareto is none of uniform, gaussian, zipf"),
+        (["--data=RandomData", "--data.law=pareto"], "data.law: pareto is not one of uniform, gaussian, zipf"),
         (["--data=RandomData", "--data.tables=many"], "data.tables is many; expected list[int]"),
-        (["--data=RandomData", "--data.mean=0.3"], "mean is of law gaussian, but law is uniform"),
+        (["--data=RandomData", "--data.mean=0.3"], "mean is an option of law gaussian, but law is uniform"),
         (["--data=TraceData"], "data: the following arguments are required: source"),
         (
             ["--data=TraceData", "--data.source=nowhere"],

@@ -335,23 +335,23 @@ def test_command_reports_the_fit(
     original, copy = (TraceSource(Path(path), ["C1"]).profiles(progress=False)[0] for path in (source[0], data))
     assert render_fits([measure_fit(original, copy)]) in text
     text = run("--profile", profile, "--output", str(tmp_path / "long"), "--rows", "25000", "--test-rows", "0")
-    assert f"beyond the original's {ROWS:,} accesses, distinct rows grow" in text and "after 25,000\n" in text
+    assert f"after the original's {ROWS:,} accesses, the distinct rows grow" in text and "after 25,000 acc" in text
     text = run("--profile", profile, "--output", str(tmp_path / "short"), "--rows", "5000", "--test-rows", "0")
     assert "C1: 5,000 accesses; original / generated" in text
     with pytest.raises(UserError, match=r"p\.json exists; name a new file, or leave --from out"):
         run("--from", str(source[0]), "--profile", profile)
-    with pytest.raises(UserError, match="nothing to follow; give --from DIR, or --profile FILE"):
+    with pytest.raises(UserError, match="no source is given; give --from DIR, or --profile FILE"):
         run("--output", data)
-    with pytest.raises(UserError, match="nothing to make; give --output DIR"):
+    with pytest.raises(UserError, match="no output is given; give --output DIR"):
         run("--from", str(source[0]))
     new = ["--from", str(source[0]), "--output", str(tmp_path / "new")]
     for arguments, message in (
         ([*new[:3], data], "exists and is not an empty folder"),
         ([*new, "--rows", "999"], "--rows is 999; give at least 1,000, to measure the fit"),
-        ([*new, "--plot", "fit.xyz"], "fit.xyz is no kind of picture that can be drawn; give it one of .* png"),
+        ([*new, "--plot", "fit.xyz"], "fit.xyz has no suffix of a format that can be drawn; give it one of .* png"),
         ([*new, "--plot", "nowhere/fit.png"], "cannot write nowhere/fit.png: there is no folder nowhere"),
         ([*new, "--profile", "nowhere/p.json"], "cannot write nowhere/p.json: there is no folder nowhere"),
-        ([*new[:2], "--plot", "fit.png", "--profile", "q.json"], "--plot draws what was generated"),
+        ([*new[:2], "--plot", "fit.png", "--profile", "q.json"], "--plot compares generated accesses"),
     ):
         with pytest.raises(UserError, match=message):
             run(*arguments)

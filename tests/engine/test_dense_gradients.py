@@ -110,13 +110,13 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
             {"dense": False},
             "table_optimizer is missing: give a rule such as RowWiseAdagrad, or set network.tables.dense_",
         ),
-        ({"rule": SGD(0.1)}, "table_optimizer is given, and with tables.dense_gradients dense_optimizer updates all"),
-        ({"wide_optimizer": SGD(0.1)}, "wide_optimizer is given, and with tables.dense_gradients"),
+        ({"rule": SGD(0.1)}, "table_optimizer is given, but dense_optimizer updates all"),
+        ({"wide_optimizer": SGD(0.1)}, "wide_optimizer is given, but dense_optimizer updates all"),
         (
             {"dense": False, "rule": SGD(0.1), "regularization": Regularization(fields_l1=1.0)},
             "fields_l1 and fields_l2 cover whole tables, whose gradients are of single rows: set network.tables.dense_",
         ),
-        ({"initialization": "normal"}, "initialization 'normal' is neither own nor xavier"),
+        ({"initialization": "normal"}, "initialization 'normal' is not one of own, xavier"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:

@@ -220,13 +220,19 @@ def test_half_precision_weights_train_and_resume(tmp_path: Path) -> None:
     [
         (
             lambda batch: batch.label.__setitem__(3, -1),
-            r"the label -1 for sample 3 of a batch; expected 0 \(no click\)",
+            r"sample 3 of a batch has the label -1; expected 0 \(no click\)",
         ),
-        (lambda batch: batch.label.__setitem__(0, 7), "the label 7 for sample 0"),
-        (lambda batch: setattr(batch, "label", torch.full([len(batch)], math.nan)), "the label nan for sample 0"),
-        (lambda batch: batch.dense.__setitem__((4, 1), -math.inf), "-inf as dense value 1 of sample 4"),
-        (lambda batch: batch.ids.values.__setitem__((4, 0), 5), "the id 5 of table C1 for sample 4"),
-        (lambda batch: batch.ids.values.__setitem__((0, 1), -1), "the id -1 of table C2 for sample 0"),
+        (lambda batch: batch.label.__setitem__(0, 7), "sample 0 of a batch has the label 7"),
+        (
+            lambda batch: setattr(batch, "label", torch.full([len(batch)], math.nan)),
+            "sample 0 of a batch has the label nan",
+        ),
+        (
+            lambda batch: batch.dense.__setitem__((4, 1), -math.inf),
+            "has the dense value -inf in column 1",
+        ),
+        (lambda batch: batch.ids.values.__setitem__((4, 0), 5), "sample 4 of a batch has the id 5 of table C1"),
+        (lambda batch: batch.ids.values.__setitem__((0, 1), -1), "sample 0 of a batch has the id -1 of table C2"),
     ],
 )
 @pytest.mark.parametrize("stage", ["train", "validation", "test", "predict"])
@@ -253,7 +259,7 @@ def test_values_that_a_loader_has_checked_are_not_checked_again(change: str | No
     if change is None:
         assert module.transfer_batch_to_device(batch, torch.device("cpu"), 0) is batch
     else:
-        with pytest.raises(UserError, match="inf as dense value 1 of sample 2"):
+        with pytest.raises(UserError, match="sample 2 of a batch has the dense value inf in column 1"):
             module.transfer_batch_to_device(batch, torch.device("cpu"), 0)
 
 

@@ -173,9 +173,7 @@ def test_widths_that_do_not_fit_are_refused(options: dict, message: str) -> None
 
 
 def test_dlrm_without_dense_features_and_dcn_without_layers_are_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"has no dense features, which DLRM.s bottom MLP would take: set bottom_mlp to \[\]"
-    ):
+    with pytest.raises(UserError, match=r"has no dense features for DLRM.s bottom MLP: set bottom_mlp to \[\]"):
         DLRM(Features(dense=0, tables={"A": 3}))
     with pytest.raises(UserError, match="cross_layers is 0"):
         DCN(SMALL, cross_layers=0)

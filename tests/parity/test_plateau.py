@@ -50,7 +50,7 @@ def test_rule(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "best"}, "mode 'best' is neither max nor min"),
+        ({"mode": "best"}, "mode 'best' is not one of max, min"),
         ({"patience": 0}, "patience is 0; expected 1 or more"),
         ({"factor": 0.0}, "factor is 0.0; expected a number above 0, at most 1"),
         ({"min_rate": -1.0}, "min_rate is -1.0 and min_delta 1e-06; expected numbers of 0 or more"),

@@ -175,13 +175,13 @@ def test_fixed_pooling_weights_are_read_and_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TableSettings(pooling="max"), "neither sum nor mean"),
+        (lambda: TableSettings(pooling="max"), "not one of sum, mean"),
         (lambda: TableSettings(dims={"A": 1}, mixed_dimensions=MixedDimensions(temperature=0.3)), "both give widths"),
         (lambda: MixedDimensions(temperature=2), "temperature is 2; expected 0 to 1"),
         (lambda: QuotientRemainder(collisions=0), "collisions is 0"),
-        (lambda: QuotientRemainder(collisions=2, operation="xor"), "none of mult, add, concat"),
+        (lambda: QuotientRemainder(collisions=2, operation="xor"), "not one of mult, add, concat"),
         (lambda: Embeddings(COLUMNS, 4, 1, TableSettings(dims={"Z": 3})), "names Z, which is not a table"),
-        (lambda: Embeddings(COLUMNS, 4, 1, TableSettings(dims={"A": 8}, project=True)), "A is 8 wide and"),
+        (lambda: Embeddings(COLUMNS, 4, 1, TableSettings(dims={"A": 8}, project=True)), "A has the width 8, more"),
         (
             lambda: Embeddings(COLUMNS, 3, 1, TableSettings(quotient_remainder=QuotientRemainder(
                 collisions=2, operation="concat", threshold=5))),
@@ -189,7 +189,7 @@ def test_fixed_pooling_weights_are_read_and_stay(tmp_path: Path) -> None:
         ),
         (
             lambda: Embeddings(COLUMNS, 6, 1, TableSettings(mixed_dimensions=MixedDimensions(temperature=0))),
-            "A is 8 wide and embedding_dim 6",
+            "A has the width 8, more than embedding_dim, which is 6",
         ),
     ],
 )  # fmt: skip
