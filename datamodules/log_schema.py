@@ -89,9 +89,9 @@ class LogSchema:
     """The row of values that the vocabulary does not have.
 
     ``rare``: the row of rare values. If the training rows have no missing values, or no rare values, then missing, rare
-    and unknown values share a row that was trained. ``reserved``: the row of rare values, trained or not. ``own``: their
-    own row, which is never trained. ``none``: the row of rare values if ``min_count`` or ``max_rows`` makes some; else
-    no row is reserved, and unknown values get the last row, which belongs to the rarest value."""
+    and unknown values share a row that was trained. ``reserved``: the row of rare values, trained or not. ``own``: a
+    row of their own, which is never trained. ``none``: the row of rare values if ``min_count`` or ``max_rows`` makes
+    some; else no row is reserved, and unknown values get the last row, which belongs to the rarest value."""
     list_rare: bool = False
     """Whether the vocabulary lists rare values, which can then be told from unknown ones in other rows."""
     hash_modulo: int | None = None
