@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from datamodules.log_settings import ColumnRole, LogColumn, LogSplit, Missing, MlperfBags, check_limits, given
+from datamodules.log_settings import ColumnRole, LogColumn, LogSplit, Missing, MlperfBags, check_limits
 from lightning_dlrm.contracts.documents import is_name, parse_settings, read_yaml
 from lightning_dlrm.contracts.errors import UserError, listed, nearest_first, require
 from lightning_dlrm.contracts.schema import (
@@ -170,7 +170,7 @@ class LogSchema:
     def _check_criteo(self) -> None:
         """Check that the schema asks nothing that Criteo's text does not have."""
         require(self.label == CRITEO_LABEL, f"label is {self.label!r}; of format criteo it is {CRITEO_LABEL!r}")
-        others = {"separator", "header", "names", "decimal", "quote", "encoding", "nulls"}.intersection(given(self))
+        others = {"separator", "header", "names", "decimal", "quote", "encoding", "nulls"}.intersection(_document(self))
         require(not others, f"{', '.join(sorted(others))} is for other formats than criteo; leave it out")
         require(self.split.column is None, "format criteo has no column to split by; split by days, files or position")
         for name, column in self.columns.items():

@@ -4,13 +4,10 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import SPLITS, SplitName
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 ColumnRole = Literal["dense", "categorical", "multi_hot", "keep", "leave"]
 Transform = Literal[
@@ -91,7 +88,7 @@ class LogColumn:
     """The log's column with the weights of the bag, in the same form as the bag."""
 
     def __post_init__(self) -> None:
-        for name in given(self, "role", "source"):
+        for name in _given(self, "role", "source"):
             takers = [role for role, names in _KEYS_OF_ROLE.items() if name in names]
             require(name in _KEYS_OF_ROLE[self.role], f"{name} is for {' and '.join(takers)}, not for {self.role}")
         require(
@@ -161,7 +158,7 @@ class LogSplit:
         taken = [*_KEYS_OF_SPLIT[self.by], "negative_sampling_rate"]
         if self.negative_sampling_rate < 1:
             taken.append("seed")
-        for name in given(self, "by"):
+        for name in _given(self, "by"):
             require(name in taken, f"{name} is not for a split by {self.by}, which takes {', '.join(taken)}")
         require("column" not in taken or self.column, f"column is missing; a split by {self.by} needs it")
         shares = ", ".join(map(str, self.ratios))
@@ -228,7 +225,7 @@ def check_seed(seed: int) -> None:
     require(0 <= seed < 2**63, f"seed is {seed}; expected 0 to 2**63 - 1")
 
 
-def given(settings: "DataclassInstance", *apart: str) -> list[str]:
+def _given(settings: LogColumn | LogSplit, *apart: str) -> list[str]:
     """Return the fields that are not at their default."""
     fields = (one for one in dataclasses.fields(settings) if one.name not in apart)
     return [one.name for one in fields if getattr(settings, one.name) != one.default]
