@@ -30,7 +30,7 @@ from lightning_dlrm.contracts.schema import (
     PREDICTION_COLUMNS,
     WEIGHTS_SUFFIX,
 )
-from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
+from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names, yaml_files_beside
 
 Format = Literal["csv", "parquet", "jsonl", "criteo"]
 
@@ -306,10 +306,11 @@ def read_log_schema(path: str | Path) -> LogSchema:
         UserError: there is none, it cannot be read or is not such a schema.
     """
     found = next((place for place in (Path(path), shipped_configs() / path) if place.is_file()), None)
-    known = [name for name in shipped_names() if name.startswith(SCHEMAS)]
     if found is None:
+        known = [*yaml_files_beside(path), *(name for name in shipped_names() if name.startswith(SCHEMAS))]
         raise UserError(
-            f"no schema {path} here{nearest_first(str(path), known, 'shipped are')}; preprocess --infer writes one"
+            f"no schema {path} here{nearest_first(str(path), known, 'schemas here and shipped are')}; preprocess "
+            "--infer writes one"
         )
     return log_schema(read_yaml(found, _EXPECTED), str(path))
 

@@ -31,7 +31,7 @@ from lightning_dlrm.tables.embeddings import MixedDimensions, QuotientRemainder
 DOCS = Path(__file__).parent
 OURS = {
     "ckpt_path": "a checkpoint folder; or `best` or `last`, of the run in --run_dir",
-    "published": "published scores (metric, value, source), at the end of a run and in reports beside its own",
+    "published": "published scores (metric, value, source), shown at the end of a run and in reports",
 }
 """Options whose help is Lightning's, or is long -> what they mean here."""
 LEFT_OUT = ("weights_only", "return_predictions", "published.help", "trust")

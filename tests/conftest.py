@@ -7,8 +7,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
-# Before scipy and hypothesis, after which typing gives Lightning's Optional[Union[int, float]] the order float, int, so
-# that the command line would read a limit of 1 as 1.0.
+# Before scikit-learn, after which typing gives Lightning's Optional[Union[int, float]] the order float, int, so that
+# the command line would read a limit of 1 as 1.0.
 import pytorch_lightning  # noqa: F401
 import torch
 

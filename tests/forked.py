@@ -53,6 +53,8 @@ class ForkedPython:
         self._connection.sendall(data)
         self.pid = self._receive()
         self.returncode: int | None = None
+        self.holds: object = None
+        """What is kept open as long as the process is of interest."""
 
     def said(self) -> str:
         """What it has printed so far."""
@@ -72,6 +74,9 @@ class ForkedPython:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired("python", timeout or 0)
             self.returncode = self._receive()
+            # The number of the process is free from here on, and not before: a signal never reaches another process.
+            self._connection.shutdown(socket.SHUT_WR)
+            self._connection.recv(1)
             self._connection.close()
         return self.returncode
 
@@ -141,9 +146,13 @@ def serve(address: Path) -> None:
             connection.sendall(struct.pack("i", pid))
             for descriptor in stdio:
                 os.close(descriptor)
-            _, status = os.waitpid(pid, 0)
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            assert ended is not None
+            code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
             with contextlib.suppress(OSError):
-                connection.sendall(struct.pack("i", os.waitstatus_to_exitcode(status)))
+                connection.sendall(struct.pack("i", code))
+                connection.recv(1)
+            os.waitpid(pid, 0)
             os._exit(0)
         connection.close()
 

@@ -1,16 +1,16 @@
 """Several real processes, for tests of what spans ranks."""
 
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_dlrm.sharding.collectives import reserve_port
 from tests.forked import ForkedPython
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_ranks(arguments: Sequence[str], ranks: int, timeout: float = 120) -> list[str]:
+def run_ranks(arguments: Sequence[str], ranks: int, timeout: float = 300) -> list[str]:
     """Runs ``python ARGUMENTS`` once for each rank, with the environment that torchrun gives.
 
     Returns:
@@ -28,13 +28,13 @@ def run_ranks(arguments: Sequence[str], ranks: int, timeout: float = 120) -> lis
 
 def start_ranks(arguments: Sequence[Sequence[str]]) -> list[ForkedPython]:
     """Starts ``python ARGUMENTS`` for each rank, with the environment that torchrun gives."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [
-        ForkedPython(of_rank, os.environ | environment(rank, len(arguments), port), ROOT)
+    held = reserve_port()
+    processes = [
+        ForkedPython(of_rank, os.environ | environment(rank, len(arguments), held.getsockname()[1]), ROOT)
         for rank, of_rank in enumerate(arguments)
     ]
+    processes[0].holds = held
+    return processes
 
 
 def environment(rank: int, ranks: int, port: int) -> dict[str, str]:

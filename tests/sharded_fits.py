@@ -7,7 +7,6 @@ rank of each number is a process of its own, forked from one that has imported e
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -31,7 +30,7 @@ from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.models.dcn import DCN
 from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.optim.rules import SGD, Adagrad, Adam, RowWiseAdagrad, UpdateRule
-from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.sharding.collectives import Ranks, reserve_port
 from lightning_dlrm.sharding.plan import Piece, Plan
 from lightning_dlrm.tables.embeddings import QuotientRemainder, TableSettings
 from lightning_dlrm.tracking.run_folder import JsonLinesLogger, RunFolder
@@ -397,17 +396,15 @@ def _run_fits(fits: list[Fit], parent: Path, ranks: int, rank: int) -> None:
 
 def on_ranks(ranks: int, action: Callable[[int], None]) -> None:
     """Calls ``action(rank)`` in a forked process for each rank, with the environment that torchrun gives."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = {_fork(rank, ranks, port, action) for rank in range(ranks)}
-    while children:
-        pid, status = os.wait()
-        children.discard(pid)
-        if status:
-            for left in children:
-                os.kill(left, signal.SIGKILL)
-            sys.exit(f"a rank of {ranks} ended with {status}")
+    with reserve_port() as held:
+        children = {_fork(rank, ranks, held.getsockname()[1], action) for rank in range(ranks)}
+        while children:
+            pid, status = os.wait()
+            children.discard(pid)
+            if status:
+                for left in children:
+                    os.kill(left, signal.SIGKILL)
+                sys.exit(f"a rank of {ranks} ended with {status}")
 
 
 def _fork(rank: int, ranks: int, port: int, action: Callable[[int], None]) -> int:

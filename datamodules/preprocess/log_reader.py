@@ -3,7 +3,7 @@
 Text is cut at fixed offsets, as Criteo's is: a row belongs to the piece in which it begins. A field in quotes may hold
 line ends: in files with quotes, the first row of each piece is found beforehand. Parquet is cut at row groups.
 
-pyarrow reads all three. What it refuses is read again, slowly, for all bad lines and their faults.
+pyarrow reads all three. A piece that pyarrow refuses is read again, slowly, to find all bad lines and their faults.
 """
 
 import codecs

@@ -31,9 +31,9 @@ _FOREIGN = {
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
 }
-"""How files begin that are often given in place of raw text."""
+"""First bytes of files that are often given instead of raw text."""
 _OF_LOGS = ("a Parquet file", "text with a byte order mark", "text in UTF-16")
-"""Those that the schema of a log can read."""
+"""Formats of ``_FOREIGN`` that the schema of a log can read."""
 _FIRST_BYTES = 8
 _SUFFIX: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _NAMES = {"gzip": "gzip", "zstd": "Zstandard"}
@@ -209,7 +209,7 @@ def _find_remote(path: str, of_criteo: bool) -> RawFile:
     require(info["type"] == "file", f"{path} is a folder; name the files in it")
     require(
         info["size"] is not None,
-        f"{path}: its server does not tell the size of the file; download it and give its path",
+        f"{path}: its server does not report the size of the file; download the file and give its path",
     )
     with system.open(inner, "rb", cache_type="none") as file:
         start = file.read(_FIRST_BYTES)

@@ -21,8 +21,11 @@ _FILLS = (
     ("#F0E442", ""),
     ("#CC79A7", "\\\\\\\\"),
 )
-_LINES = (("#000000", "-"), ("#D55E00", "--"))
 _MARKERS = ("o", "s", "^", "D", "v")
+_LABELS = {"bottom MLP": ((-8, -3), "right"), "update": ((5, -13), "left")}
+"""Part of the model -> offset of its label in points, and alignment; others have theirs on the right."""
+DEVICES = {"cpu": "on the CPU", "cuda": "on the GPU"}
+_TITLE: dict[str, Any] = {"fontsize": 12, "weight": "bold", "x": 0.01, "ha": "left"}
 
 
 def check_figure(path: Path) -> None:
@@ -42,25 +45,29 @@ def draw_breakdown(columns: Mapping[str, Mapping[str, float]], device: str, titl
 
     Args:
         columns: contender -> operator -> seconds of a step.
-        device: device, for the label.
+        device: ``cpu`` or ``cuda``.
         title: name of the benchmark.
         path: file of the figure; its suffix is the format.
     """
-    figure = Figure(figsize=(8.5, 1.6 + 0.55 * len(columns)), layout="constrained")
+    figure = Figure(figsize=(8.5, 1.9 + 0.55 * len(columns)), layout="constrained")
     axes = figure.subplots()
+    longest = max(sum(column.values()) for column in columns.values()) * 1e3
     begins = dict.fromkeys(list(columns)[::-1], 0.0)
     for (colour, hatch), operator in zip(_FILLS, next(iter(columns.values())), strict=True):
         widths = {name: columns[name][operator] * 1e3 for name in begins}
         look: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
         axes.barh(list(widths), list(widths.values()), left=list(begins.values()), label=operator, **look)
+        for row, (name, width) in enumerate(widths.items()):
+            if width > 0.07 * longest:
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+                middle = begins[name] + width / 2
+                axes.text(middle, row, duration(width / 1e3), ha="center", va="center", fontsize=8, bbox=box)
         begins = {name: begin + widths[name] for name, begin in begins.items()}
     for row, end in enumerate(begins.values()):
         axes.text(end, row, f" {duration(end / 1e3)}", va="center")
-    axes.set(
-        xlim=(0, max(begins.values()) * 1.12),
-        xlabel=f"milliseconds of a training step on {device}",
-        title=f"Time of a step by operator, measured apart from the totals, with the profiler\n{title}",
-    )
+    axes.set(xlim=(0, longest * 1.12), xlabel="milliseconds of a training step, under the profiler")
+    axes.set_title(f"{title}, {DEVICES[device]}", fontsize=9, color="0.35", loc="left")
+    figure.suptitle("Where the time of a training step goes", **_TITLE)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -69,51 +76,53 @@ def draw_breakdown(columns: Mapping[str, Mapping[str, float]], device: str, titl
 
 
 def draw_roofline(
-    precisions: Mapping[str, Mapping[Part, tuple[Cost, float]]], rates: MachineRates, title: str, path: Path
+    precisions: Mapping[str, Mapping[Part, tuple[Cost, float]]],
+    rates: MachineRates,
+    device: str,
+    title: str,
+    path: Path,
 ) -> None:
     """Draw the machine's roofs, and below them each part of our model.
 
     Args:
         precisions: precision -> part -> its cost and the seconds that it takes.
         rates: rates of the machine.
+        device: ``cpu`` or ``cuda``.
         title: name of the benchmark.
         path: file of the figure; its suffix is the format.
     """
     figure = Figure(figsize=(8.5, 4.4), layout="constrained")
-    axes = figure.subplots()
+    panels = figure.subplots(1, len(precisions), sharey=True, squeeze=False)[0]
     intensities = [cost.intensity for parts in precisions.values() for cost, _ in parts.values()]
-    low, high = min(intensities) / 3, max(intensities) * 3
-    for (colour, style), (precision, parts) in zip(_LINES, precisions.items(), strict=False):
+    low, high = min(intensities) / 3, max(intensities) * 5
+    highest = 0.0
+    for axes, (precision, parts) in zip(panels, precisions.items(), strict=True):
         peak = rates.flops[precision]
         xs = [low, min(max(peak / rates.bytes, low), high), high]
-        roof = f"roof in {precision}: {rates.bytes / 1e9:.3g} GB/s, {peak / 1e9:,.0f} GFLOP/s"
-        axes.plot(xs, [min(peak, x * rates.bytes) / 1e9 for x in xs], color=colour, linestyle=style, label=roof)
+        axes.plot(xs, [min(peak, x * rates.bytes) / 1e9 for x in xs], color="black")
         for marker, (part, (cost, seconds)) in zip(_MARKERS, parts.items(), strict=True):
-            axes.plot(
-                cost.intensity,
-                cost.flops / seconds / 1e9,
-                marker,
-                markersize=8,
-                color=colour,
-                markerfacecolor=colour if style == "-" else "white",
-                linestyle="none",
-            )
-            # To both sides, as the MLPs lie near each other.
-            side: dict[str, Any] = (
-                {"xytext": (-8, -3), "ha": "right"} if part == "bottom MLP" else {"xytext": (8, -3), "ha": "left"}
-            )
             place = (cost.intensity, cost.flops / seconds / 1e9)
-            axes.annotate(part, place, textcoords="offset points", fontsize=8, color=colour, **side)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="operations per byte between processor and memory",
-        ylabel="GFLOP/s",
-        title=f"Parts of our model below the machine's roofs, measured apart, with marks in the profiler\n{title}",
+            axes.plot(*place, marker, markersize=8, color="#0072B2")
+            reached = rates.floor(cost.flops, cost.bytes, precision) / seconds
+            highest = max(highest, reached)
+            # In several directions, as the MLPs lie near each other, and so do tables and their update.
+            offset, align = _LABELS.get(part, ((8, -3), "left"))
+            text = f"{part} {reached:.0%}"
+            axes.annotate(text, place, offset, textcoords="offset points", ha=align, fontsize=8)
+        axes.set(xscale="log", yscale="log", xlabel="floating-point operations\nper byte moved to or from memory")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(True, which="major", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{precision}: {rates.bytes / 1e9:.3g} GB/s, {peak / 1e9:,.0f} GFLOP/s", fontsize=9, loc="left")
+    panels[0].set_ylabel("GFLOP/s")
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    figure.suptitle("How near each part of lightning_dlrm comes to what this machine can do", **_TITLE)
+    figure.supxlabel(
+        f"{title}, {DEVICES[device]}. Percent: of the line, the bandwidth of memory and, where flat, of arithmetic"
+        + ";\nmore than 100%: from the processor's caches" * (highest > 1),
+        fontsize=8,
+        color="0.35",
     )
-    axes.grid(True, which="major", color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     _save(figure, path)
 
 

@@ -125,11 +125,15 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     print(render_operators(columns))
     print(render_roofline(parts, rates))
     if args.plot is not None:
-        named = {name.replace(" ", ", "): column for name, column in columns.items()}
+        shown = {"ours": "lightning_dlrm", "baseline": "plain PyTorch"}
+        named = {
+            f"{shown.get(name, name)}\n{precision}": _medians(profile)
+            for (name, precision), profile in profiles.items()
+        }
         drawn = f"{title}, batch {args.batch_size:,}"
         draw_breakdown(named, args.device, drawn, args.plot)
         second = args.plot.with_stem(args.plot.stem + "-roofline")
-        draw_roofline(parts, rates, drawn, second)
+        draw_roofline(parts, rates, args.device, drawn, second)
         print(f"figures: {args.plot}, {second}")
     return totals + _operator_rows(args, profiles)
 

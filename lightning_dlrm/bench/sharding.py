@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -31,7 +30,7 @@ from lightning_dlrm.models.dlrm import DLRM
 from lightning_dlrm.optim.optimizer import CTROptimizer
 from lightning_dlrm.optim.rules import SGD
 from lightning_dlrm.sharding.balance import make_plan
-from lightning_dlrm.sharding.collectives import Ranks
+from lightning_dlrm.sharding.collectives import Ranks, reserve_port
 from lightning_dlrm.sharding.costs import TableLoad
 from lightning_dlrm.sharding.placement import ShardedPlacement
 from lightning_dlrm.tables.embeddings import TableSettings
@@ -77,11 +76,10 @@ def run(args: argparse.Namespace) -> list[Measurement]:
         UserError: an option is out of range.
     """
     check_numbers(args)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(_measure, (vars(args), address, results), nprocs=args.ranks)
+    with reserve_port() as held:
+        address = f"tcp://127.0.0.1:{held.getsockname()[1]}"
+        torch.multiprocessing.spawn(_measure, (vars(args), address, results), nprocs=args.ranks)
     seconds, held = results.get()
     speeds = {f"speed_over_{name}": times_as_fast(seconds["ours"], seconds[name]) for name in seconds if name != "ours"}
     return [

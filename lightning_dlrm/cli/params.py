@@ -68,8 +68,8 @@ def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
     lost = [option.partition("=")[0] for option in rest if option.startswith("--model.")]
     if lost:
         raise UserError(
-            f"{lost[0]} would be missing in the new configuration: put it into an overlay and name that "
-            f"after {options.match[-1]}"
+            f"{lost[0]} would be missing in the new configuration: put it into an overlay and name the overlay after "
+            f"{options.match[-1]}"
         )
     ours, theirs = (
         build_model_and_data([*(f"--config={name}" for name in names), *rest], _parser(""))
@@ -143,7 +143,7 @@ def match(module: CTRModule, options: Mapping[str, Any], goal: ModelSize, by: st
     cost = COSTS[by]
     require(
         cost(goal) and cost(module.size),
-        f"--by {by}: it is not known of both models; choose another of {', '.join(COSTS)}",
+        f"--by {by}: this cost is unknown for one of the models; choose another of {', '.join(COSTS)}",
     )
 
     def widths(widest: int) -> dict[str, Any]:

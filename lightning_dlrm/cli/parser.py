@@ -58,10 +58,10 @@ class WandbSettings:
     Args:
         project: W&B project; by default WANDB_PROJECT, or lightning_dlrm.
         mode: auto goes online if there is an API key and the server answers, else offline.
-        entity: user or team; by default the account's own.
-        name: name of the run; by default WANDB_NAME, or that of the run folder.
+        entity: user or team; by default that of the account.
+        name: name of the run; by default WANDB_NAME, or the name of the run folder.
         group: group of the run, such as an experiment of several runs.
-        job_type: what the run does; by default WANDB_JOB_TYPE, or train, validate or test.
+        job_type: kind of the run; by default WANDB_JOB_TYPE, or train, validate or test.
         tags: tags of the run, such as [baseline, night].
         log_model: upload the best checkpoint as an artifact at the end of a fit.
     """
@@ -92,7 +92,8 @@ class PublishedScore:
 
 
 class CommandParser(LightningArgumentParser):
-    """A parser that raises ``UserError`` with one line, and takes no abbreviations: they hide misspelt keys."""
+    """A parser that raises ``UserError`` with one line, and accepts no abbreviations, because they hide misspelt
+    keys."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -122,7 +123,7 @@ class CommandParser(LightningArgumentParser):
 _CHECKPOINT_HELP = dict.fromkeys(
     ("validate", "test", "predict"), "checkpoint to score: a folder such as RUN/checkpoints/best"
 )
-_CHECKPOINT_HELP["fit"] = "checkpoint to go on from: a folder, or last for that of --run_dir; see also --resume"
+_CHECKPOINT_HELP["fit"] = "checkpoint to continue from: a folder, or last for that of --run_dir; see also --resume"
 _GROUP_TITLES = {
     "trainer": "Lightning's Trainer",
     "model": "model, loss and optimizers",
@@ -166,7 +167,7 @@ def _build_parser(command: str, description: str, **options: Any) -> CommandPars
     prog = f"python -m lightning_dlrm {command}"
     parser = CommandParser(prog=prog, usage=f"{prog} [options]", description=description, **options)
     parser.add_argument(
-        "-c", "--config", action=ActionConfigFile, help="YAML file, here or one shipped; later ones overlay earlier"
+        "-c", "--config", action=ActionConfigFile, help="YAML file, here or shipped; later files overlay earlier ones"
     )
     parser.add_argument(
         "--seed_everything",
@@ -193,19 +194,19 @@ def _add_run_options(parser: CommandParser) -> None:
         "--resume",
         type=Literal["auto"] | None,
         default=None,
-        help="auto: continue from the newest whole checkpoint in --run_dir, or start a new run if there is none",
+        help="auto: continue from the newest complete checkpoint in --run_dir, or start a new run if there is none",
     )
     parser.add_argument(
         "--allow_nonfinite",
         type=bool,
         default=False,
-        help="open a checkpoint with NaN or infinite values too, to inspect a diverged run",
+        help="also open a checkpoint with NaN or infinite values, to inspect a diverged run",
     )
     parser.add_argument(
         "--stop_at_auc",
         type=float | None,
         default=None,
-        help="end the fit after the first validation with this AUC or more; the summary says how long that took",
+        help="end the fit after the first validation with this AUC or more; the summary has the time until then",
     )
     parser.add_argument(
         "--log_norms",
@@ -217,7 +218,7 @@ def _add_run_options(parser: CommandParser) -> None:
         "--published",
         type=list[PublishedScore] | None,
         default=None,
-        help="published scores (metric, value, source); the end of a run and reports say how far they are away",
+        help="published scores (metric, value, source); the report of a run shows the difference from them",
     )
     parser.add_class_arguments(CheckpointSettings, "checkpoint")
     parser.add_class_arguments(WandbSettings, "wandb")

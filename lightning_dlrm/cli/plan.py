@@ -39,12 +39,11 @@ examples:
   python -m lightning_dlrm plan --config dlrm.yaml --device-memory 1GiB --output places.yaml
   python -m lightning_dlrm fit --config dlrm.yaml --config places.yaml
 
---device-memory is for devices whose memory, one for each of --ranks, is too small for all tables: it shows which tables
-stay in host memory (model.network.tables.on_host), all of them or from a row on, and --output writes that as a
-configuration. Else --output writes the plan for a run; a run without a plan makes the one that this shows without
---counted and --skew. "pooled" in the file lists the tables whose bags are summed by the ranks that hold their rows:
-  trainer:
-    strategy:
+--device-memory is for devices (one for each of --ranks) that cannot hold all tables: it shows which tables, or which of
+  their rows, stay in host memory (model.network.tables.on_host), and --output writes this choice as a configuration.
+    Without --device-memory, --output writes the plan for a run; a run without a plan uses the plan that this command
+    shows without --counted and --skew. "pooled" in the file lists the tables whose bags are summed by the ranks that
+    hold their rows: trainer: strategy:
       class_path: EmbeddingShardedDDP
       init_args: {plan: plan.yaml}
 """
@@ -57,7 +56,8 @@ class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter)
 def _parser() -> CommandParser:
     parser = build_model_parser(
         "plan",
-        "Shows which rank would hold which rows, what each would hold and send; no data and no table is made.\n"
+        "Shows the rows that each rank would hold, and the bytes that it would hold and send; no data and no tables "
+        "are made.\n"
         "With --device-memory: which tables would stay in host memory.",
         formatter_class=_HelpFormatter,
         epilog=EXAMPLES,
@@ -96,9 +96,11 @@ def _parser() -> CommandParser:
         default="full",
         help="type of vectors and gradients in exchanges, as the strategy's option",
     )
-    parser.add_argument("--plan", type=str | None, default=None, help="show this plan instead of making one")
-    parser.add_argument("--output", type=str | None, default=None, help="write the plan there, as YAML")
-    parser.add_argument("--plot", type=str | None, default=None, help="draw it there: PNG, SVG or PDF")
+    parser.add_argument(
+        "--plan", type=str | None, default=None, help="show the plan in this file instead of making a plan"
+    )
+    parser.add_argument("--output", type=str | None, default=None, help="write the plan to this file, as YAML")
+    parser.add_argument("--plot", type=str | None, default=None, help="draw the plan to this file: PNG, SVG or PDF")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -192,7 +194,9 @@ def _place(
         ("--plot", settings.plot is not None),
         ("--wire", settings.wire != "full"),
     ):
-        require(not given, f"--device-memory chooses tables for host memory, {option} is for a plan: give one of them")
+        require(
+            not given, f"--device-memory chooses tables for host memory, but {option} is for a plan: give one of them"
+        )
     # A table that the configuration splits has two loads.
     rows = rows_of_tables(loads)
     whole = {load.name: dataclasses.replace(load, rows=rows[load.name], start=0, table_rows=0) for load in loads}
@@ -213,7 +217,7 @@ def _place(
     option = yaml.safe_dump(on_host, default_flow_style=True, sort_keys=False, width=math.inf).strip()
     print(f"--model.network.tables.on_host '{option}'")
     if settings.output is not None:
-        print(f"configuration written to {settings.output}; train with it by\n{fit_command}")
+        print(f"configuration written to {settings.output}; train with it:\n{fit_command}")
     return 0
 
 
@@ -236,7 +240,7 @@ def parse_indices(text: str | None, features: Features) -> dict[str, float] | No
     columns = list(features.tables)
     require(
         len(given) in (1, len(columns)),
-        f"--indices gives {len(given)} numbers, the data have {len(columns)} columns: give 1 or {len(columns)}",
+        f"--indices gives {len(given)} numbers, but the data have {len(columns)} columns: give 1 or {len(columns)}",
     )
     return dict(zip(columns, given if len(given) > 1 else given * len(columns), strict=True))
 

@@ -28,7 +28,7 @@ def demo_note() -> str:
         "This is DEMO DATA: generated clicks of a planted model, whose best reachable score is known. For real data:\n"
         "  python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm --input train.txt --output criteo\n"
         "  python -m lightning_dlrm fit --config dlrm.yaml --config criteo_kaggle.yaml --data.path criteo\n"
-        "For a log of your own: preprocess --infer; see docs/own-data.md"
+        "For your own log: preprocess --infer; see docs/own-data.md"
     )
 
 
@@ -104,15 +104,6 @@ def early_stop_note(callback: EarlyStopping | ReduceOnPlateau, step: int, total:
     return f"stopped early at step {step:,}: {reason}" if reason and step < total else ""
 
 
-def title_of_metric(metric: str) -> str:
-    """Return a metric's name in words.
-
-    >>> [title_of_metric(metric) for metric in ("auc", "log_loss", "group_auc")]
-    ['AUC', 'log loss', 'AUC by group']
-    """
-    return {"auc": "AUC", "group_auc": "AUC by group"}.get(metric, metric.replace("_", " "))
-
-
 def rounded(value: float) -> str:
     """Format a number of any size with at least three digits.
 
@@ -142,9 +133,9 @@ def published_notes(
             continue
         difference = value - score.value
         notes.append(
-            f"{split} {title_of_metric(score.metric)} {value:.5f} is {abs(difference):.5f} "
+            f"{split} {names.title_of(score.metric)} {value:.5f} is {abs(difference):.5f} "
             f"{'below' if difference < 0 else 'above'} the published {score.value:g} ({score.source}"
-            f"{'' if of_splits else '; of which split it does not say'})"
+            f"{'' if of_splits else '; the source does not name the split'})"
         )
     return notes
 
@@ -221,7 +212,7 @@ def _scores(final: Mapping[str, float], best: Mapping[str, float]) -> list[str]:
     rows = [("validation", *titles, reachable)]
     for metric, value in metrics.items():
         values = [value, *([] if len(titles) == 1 else [of_best[metric]]), optimum.get(metric)]
-        rows.append((title_of_metric(metric), *("" if value is None else f"{value:.6f}" for value in values)))
+        rows.append((names.title_of(metric), *("" if value is None else f"{value:.6f}" for value in values)))
     return [f"{row[0]:20s}{''.join(f'{cell:>21s}' for cell in row[1:])}".rstrip() for row in rows]
 
 

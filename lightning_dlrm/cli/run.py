@@ -300,7 +300,7 @@ def attach_loggers(job: Job, trainer: pl.Trainer, given: Any) -> None:
 
 
 def log_start(job: Job, trainer: pl.Trainer) -> None:
-    """Log what a command is about to do, and keep the configuration of a fit."""
+    """Log the start of a command, and keep the configuration of a fit."""
     if not trainer.is_global_zero or job.folder.refusal is not None:
         return
     if job.command == "predict":
@@ -359,7 +359,7 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
             raise
         raise UserError(
             f"another rank has ended or does not answer ({' '.join(str(error).split())[:200]}): "
-            "see its output; earlier checkpoints are whole: resume with --resume auto"
+            "see its output; earlier checkpoints are complete: resume with --resume auto"
         ) from error
     finally:
         trained = succeeded and (job.metrics_logger is None or job.metrics_logger.samples > 0)

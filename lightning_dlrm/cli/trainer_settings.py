@@ -1,7 +1,8 @@
 """Settings of Lightning's Trainer that a run of this project refuses, each with what to set instead."""
 
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import pytorch_lightning as pl
 from jsonargparse import Namespace
@@ -12,6 +13,12 @@ from lightning_dlrm.engine.plateau import ReduceOnPlateau
 from lightning_dlrm.engine.strategy import NAME as EMBEDDING_SHARDED_DDP
 from lightning_dlrm.engine.strategy import EmbeddingShardedDDP
 from lightning_dlrm.tracking import names
+
+_NUMBERS_OR_SHARES = (
+    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
+    *("overfit_batches", "val_check_interval"),
+)
+"""Arguments of the Trainer of which 1 is one batch, and 1.0 all of them."""
 
 
 def as_list(given: Any) -> list[Any]:
@@ -32,6 +39,13 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
     Raises:
         UserError: a value is out of range, or does not work with this project.
     """
+    for name in _NUMBERS_OR_SHARES:
+        require(
+            type(trainer[name]) is not float or trainer[name] != 1 or not _is_read_as_share(name),
+            f"trainer.{name} is 1.0, which may be meant as 1 batch: another package, such as scikit-learn, was "
+            "imported before Lightning and made Python read whole numbers as shares; import "
+            f"pytorch_lightning first, or leave {name} out for all batches",
+        )
     for name in ("accumulate_grad_batches", "log_every_n_steps"):
         require(trainer[name] is None or trainer[name] >= 1, f"trainer.{name} is {trainer[name]}; give 1 or more")
     require(
@@ -47,12 +61,13 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
     )
     require(
         not trainer["reload_dataloaders_every_n_epochs"],
-        "trainer.reload_dataloaders_every_n_epochs: the stream orders every epoch by itself; leave it at 0",
+        "trainer.reload_dataloaders_every_n_epochs: the stream itself makes a new order for every epoch; leave this "
+        "setting at 0",
     )
     for callback in as_list(trainer["callbacks"]):
         require(
             not isinstance(callback, Timer) or trainer["max_time"] is None,
-            "trainer.max_time counts for nothing beside a Timer in trainer.callbacks: leave one of them out",
+            "trainer.max_time has no effect with a Timer in trainer.callbacks: leave one of them out",
         )
         require(
             not isinstance(callback, (StochasticWeightAveraging, WeightAveraging)),
@@ -66,6 +81,15 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
                 "leave one of them out",
             )
             _check_monitor(callback, grouped)
+
+
+def _is_read_as_share(name: str) -> bool:
+    """Return whether the command line reads 1 as 1.0.
+
+    ``typing`` keeps one object for Union[int, float] and Union[float, int]: the first that a process makes.
+    """
+    kinds = get_args(inspect.signature(pl.Trainer).parameters[name].annotation)
+    return kinds.index(float) < kinds.index(int)
 
 
 def check_early_stopping_after_validation(trainer: Namespace) -> None:
@@ -85,8 +109,8 @@ def check_early_stopping_after_validation(trainer: Namespace) -> None:
             continue
         require(
             not options.check_on_train_epoch_end,
-            "trainer.callbacks: EarlyStopping's check_on_train_epoch_end comes after a validation's checkpoint is "
-            "saved, which would be without its count: leave it out",
+            "trainer.callbacks: EarlyStopping's check_on_train_epoch_end runs after the checkpoint of a validation is "
+            "saved, so the checkpoint would lack its count: leave it out",
         )
         options.check_on_train_epoch_end = False
 
@@ -116,7 +140,7 @@ def _check_monitor(callback: EarlyStopping | ReduceOnPlateau, grouped: bool) -> 
     by_group = f"{names.VALIDATION}/{names.GROUP_AUC}"
     require(
         grouped or by_group not in weights,
-        f"{where} monitor is {by_group}, and no column is given to group by: give --data.group",
+        f"{where} monitor is {by_group}, but no column is given to group by: give --data.group",
     )
     for monitor, weight in weights.items():
         require(monitor in modes, f"{where} monitor is {monitor}; expected one of {', '.join(modes)}")
@@ -125,6 +149,6 @@ def _check_monitor(callback: EarlyStopping | ReduceOnPlateau, grouped: bool) -> 
         remedy = f"set mode to {wanted}" if len(weights) == 1 else f"give it the weight {-weight:g}"
         require(
             callback.mode == wanted,
-            f"{where} mode is {callback.mode}, and of {monitor} (weight {weight:g}) "
-            f"{'more' if is_more_better else 'less'} is better: {remedy}",
+            f"{where} mode is {callback.mode}, but {'higher' if is_more_better else 'lower'} values of {monitor} "
+            f"(weight {weight:g}) are better: {remedy}",
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_dlrm.cli.report import published_notes, title_of_metric
+from lightning_dlrm.cli.report import published_notes
 from lightning_dlrm.compare.runs import Arm, Run, by_data, data_differences
 from lightning_dlrm.compare.scores import Scores, Split
 from lightning_dlrm.compare.statistics import (
@@ -32,8 +32,9 @@ from lightning_dlrm.compare.statistics import (
 )
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.terminal import counted
+from lightning_dlrm.tracking import names
 
-METRIC_TITLES: Mapping[Score, str] = {score: title_of_metric(score) for score in SCORES}
+METRIC_TITLES: Mapping[Score, str] = {score: names.title_of(score) for score in SCORES}
 
 
 OTHER_DATA = (
@@ -331,8 +332,8 @@ def check_data(runs: Sequence[Run], force: bool) -> list[str]:
     if found and not force:
         listed = "\n".join(f"  {line}" for line in found)
         raise UserError(
-            "these runs are of different data, so their scores cannot be compared (--force compares them all the same, "
-            f"with a warning on every figure):\n{listed}"
+            "these runs used different data, so their scores cannot be compared (--force compares them with a warning "
+            f"on every figure):\n{listed}"
         )
     return found
 

@@ -71,7 +71,7 @@ def mix(average: Tensor, weight: Tensor, kept: Tensor | float) -> Tensor:
     average, weight = average.to(weight.device), weight.to(average.dtype)
     share = torch.as_tensor(kept, dtype=torch.float64, device=weight.device)
     share = (1 - share).to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)) if weight.dim() else 1 - share
-    # If nothing is kept, the result is the weight itself: an average of no steps may hold any values.
+    # If nothing is kept, the result is the weight itself, because an average of no steps may hold any values.
     return torch.where(share == 1, weight, torch.lerp(average, weight, share.to(weight.dtype)))
 
 
@@ -92,7 +92,7 @@ class WeightAverages:
         for lookup in network.lookups():
             require(
                 not lookup.storage.on_host,
-                "model.averaging needs tables on the training device, and tables.on_host keeps some in host memory: "
+                "model.averaging needs tables on the training device, but tables.on_host keeps some in host memory: "
                 "leave one of the two out",
             )
         self.settings = settings
@@ -243,7 +243,7 @@ def _dense_tensors(network: CTRNetwork) -> Iterator[tuple[str, Tensor]]:
 
 
 def _zeros_like(weight: Tensor) -> Tensor:
-    # In bfloat16 an average of many steps would stand still: each moves it by less than a digit.
+    # In bfloat16 an average of many steps would stop changing: a step changes it by less than its precision.
     return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 

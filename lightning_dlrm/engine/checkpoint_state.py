@@ -91,7 +91,7 @@ def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) 
     require(
         not training or checkpoint.get("optimizer_states"),
         f"checkpoint {reader.folder} has no optimizer state, so a fit cannot continue from it; validate, test and "
-        "predict take it",
+        f"predict can use it",
     )
     _check_header(module, reader, training)
     _check_parameters(module, reader, checkpoint["state_dict"])
@@ -194,10 +194,10 @@ def _keep_averages(module: "CTRModule", averages: dict[str, Any] | None, reader:
         UserError: only one of the checkpoint and this run has averages.
     """
     if (averages is None) != (module.averaging is None):
-        has, wants = ("no averages", "some") if averages is None else ("averages", "none")
+        has, wants = ("no averages", "averages") if averages is None else ("averages", "no averages")
         raise UserError(
-            f"checkpoint {reader.folder} has {has} of its parameters and this run asks for {wants} "
-            "(model.averaging): resume with the configuration it was trained with, or start a new run"
+            f"checkpoint {reader.folder} has {has} of its parameters, but this run asks for "
+            f"{wants} (model.averaging): resume with the configuration it was trained with, or start a new run"
         )
     if averages is not None and module.averaging is not None:
         module.averaging.saved = averages, reader
@@ -207,7 +207,7 @@ def _check_header(module: "CTRModule", reader: CheckpointReader, training: bool)
     header, network = reader.header, type(module.network).__name__
     require(
         header.get("model") == network,
-        f"checkpoint {reader.folder} is of a {header.get('model')}, this run trains a "
+        f"checkpoint {reader.folder} holds the model {header.get('model')}, but this run trains "
         f"{network}: use the configuration it was trained with",
     )
     encoding, stored = module.schema.encoding_fingerprint, str(header.get("encoding_fingerprint"))

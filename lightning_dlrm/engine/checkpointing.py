@@ -43,7 +43,7 @@ class FolderCheckpointIO(CheckpointIO):
 
     Args:
         allow_nonfinite: whether to open checkpoints with NaN or infinite values, which are refused by default.
-        fallbacks: checkpoints to open, the first of them that is whole, if the checkpoint to open is damaged.
+        fallbacks: checkpoints to try in this order if the checkpoint to open is damaged.
     """
 
     HOLDS_TABLES = True
@@ -66,7 +66,7 @@ class FolderCheckpointIO(CheckpointIO):
                 reader.verify_files(Ranks(long_timeout=True))
                 break
             except UserError as error:
-                log.warning("passing over a checkpoint that is not whole: %s", one_line(error))
+                log.warning("skipping a damaged or incomplete checkpoint: %s", one_line(error))
                 reader = CheckpointReader(fallback, self.allow_nonfinite)
         return reader.rest() | {"tables": reader}
 
@@ -77,7 +77,8 @@ class FolderCheckpointIO(CheckpointIO):
 class RunCheckpoints(Checkpoint):
     """Callback that saves the checkpoints ``last``, and ``best`` by validation AUC, in a run folder.
 
-    Beside a ReduceOnPlateau, ``best`` is by its rule, and the module has these parameters at the end of a fit.
+    With the callback ReduceOnPlateau, its rule chooses ``best``, and the module has these parameters at the end of a
+    fit.
 
     Args:
         run_folder: the run folder; checkpoints are in its ``checkpoints``.
@@ -126,7 +127,7 @@ class RunCheckpoints(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        # At the end of a fit without validations too: after that Lightning counts an unfinished epoch as finished.
+        # Also at the end of a fit without validations: after that, Lightning counts an unfinished epoch as finished.
         due = (self.every_n_steps and step % self.every_n_steps == 0) or _ends_now(trainer)
         if due and not validates_now(trainer, batch_idx):
             self.save(trainer)
@@ -155,7 +156,7 @@ class RunCheckpoints(Checkpoint):
             self._save(trainer)
 
     def _set_later_aside(self) -> None:
-        """Give checkpoints of later steps than the one that the fit goes on from, and damaged ones, other names.
+        """Rename damaged checkpoints, and checkpoints of later steps than the step from which the fit continues.
 
         Raises:
             UserError: one cannot be renamed.
@@ -178,7 +179,7 @@ class RunCheckpoints(Checkpoint):
             load_parameters(pl_module, CheckpointReader(resolve_checkpoint(best)))
         else:
             log.warning(
-                "%s does not exist, as the best validation (step %s) was in the run that this fit goes on from: the "
+                "%s does not exist, because the best validation (step %s) was in the run that this fit continues: the "
                 "model keeps the parameters of the last step",
                 *(best, f"{self.best[names.STEP]:,}"),
             )
@@ -214,7 +215,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a run's ``checkpoints`` folder whose files are there, by descending step.
+    """Return the checkpoints in a run's ``checkpoints`` folder that have all their files, by descending step.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -234,16 +235,18 @@ def whole_checkpoints(folder: Path) -> list[Path]:
             damaged.append(one_line(error) if isinstance(error, UserError) else f"checkpoint {path} has no step")
     if damaged and not found:
         raise UserError(
-            f"no checkpoint in {folder} is whole ({'; '.join(damaged)}): restore one, or start again with "
+            f"all checkpoints in {folder} are damaged or incomplete ({'; '.join(damaged)}): restore one, or start "
+            f"again with "
             "another --run_dir"
         )
     for problem in damaged:
-        log.warning("passing over a checkpoint that is not whole: %s", problem)
+        log.warning("skipping a damaged or incomplete checkpoint: %s", problem)
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def _ends_now(trainer: pl.Trainer) -> bool:
-    """Return whether the fit ends with this step; a wish to end it waits for the smallest number of steps or epochs."""
+    """Return whether the fit ends with this step; a request to end it waits for the smallest number of steps or
+    epochs."""
     return trainer.should_stop and not trainer.fit_loop.min_epochs and not trainer.fit_loop.min_steps
 
 
@@ -272,7 +275,7 @@ def refuse_validation_amid_a_step(trainer: pl.Trainer) -> None:
     for micro in sorted(all_micro_batches(trainer)):
         if interval % micro or (counts_on and batches % micro):
             raise UserError(
-                f"trainer.val_check_interval is {interval} batches of {batches} an epoch, and a step takes "
-                f"accumulate_grad_batches = {micro} of them: validate between steps, at a multiple of {micro}"
-                + (" (of an epoch's batches: set trainer.check_val_every_n_epoch to 1)" if counts_on else "")
+                f"trainer.val_check_interval is {interval} of {batches} batches in an epoch, but a step "
+                f"takes {micro} batches (accumulate_grad_batches): validate between steps, at a multiple of {micro}"
+                + (" batches of an epoch, with trainer.check_val_every_n_epoch at 1" if counts_on else "")
             )

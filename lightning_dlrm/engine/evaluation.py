@@ -64,8 +64,8 @@ class Evaluation(nn.Module):
             UserError: always; the log loss is NaN or infinite.
         """
         raise UserError(
-            f"the log loss of the {self.stage} split is NaN or infinite: values of its rows are, or the model "
-            "overflows on them; look for outliers in its dense columns"
+            f"the log loss of the {self.stage} split is NaN or infinite: some values of its rows are NaN or infinite, "
+            f"or the model overflows on them; look for outliers in its dense columns"
         )
 
     def warn_of_chance(
@@ -74,7 +74,7 @@ class Evaluation(nn.Module):
         """Call ``guards.warn_of_chance`` with the counts of all ranks, on rank 0; all ranks call it together."""
         optimum = schema.optimum.get("validation")
         if optimum is not None and optimum.auc <= 0.5:
-            # The labels depend on nothing.
+            # The labels are independent of the features.
             return
         labels = self.metrics.labels
         here = [sum(len(part) for part in labels), sum(int((part > 0).sum()) for part in labels)]
@@ -89,7 +89,6 @@ class Evaluation(nn.Module):
 
 
 WINDOW_SAMPLES = 65_536
-WINDOW_METRICS = ("auc", "accuracy", "log_loss")
 
 
 class TrainingWindow:
@@ -134,7 +133,7 @@ class TrainingWindow:
                 torch.cat([old, *_by_batch(ranks.all_gather_uneven(new.numpy()), counts)])[-WINDOW_SAMPLES:]
                 for old, new in zip(self._gathered, (logits, labels), strict=True)
             ]
-            # Here, since all ranks see the labels of all, and no step waits for the device.
+            # Here, because all ranks have the labels of all ranks, and no step waits for the device.
             values = self._gathered[1].unique().tolist()
             require(set(values) <= {0, 1}, f"the labels are {values}; expected 0 (no click) and 1 (click)")
         return list(self._gathered)
@@ -143,7 +142,7 @@ class TrainingWindow:
         """Return the metrics of the gathered samples by name."""
         logits, labels = self._gathered
         found = click_metrics(logits, labels)
-        return {f"{names.TRAIN}/{name}": found[name] for name in WINDOW_METRICS}
+        return {f"{names.TRAIN}/{name}": found[name] for name in names.TRAIN_METRICS}
 
 
 def _by_batch(of_ranks: list[NDArray], counts: list[NDArray]) -> Iterator[Tensor]:

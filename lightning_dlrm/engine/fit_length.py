@@ -54,7 +54,7 @@ def planned_steps(trainer: pl.Trainer, user: str) -> int:
     """
     batches = getattr(trainer.datamodule, "training_batches", None)  # type: ignore[attr-defined]
     if batches is None or trainer.max_epochs in (None, -1):
-        require(trainer.max_steps != -1, f"{user} needs to know the fit's length: set trainer.max_steps")
+        require(trainer.max_steps != -1, f"{user} needs the length of the fit: set trainer.max_steps")
         return trainer.max_steps
     steps = steps_of_epochs(trainer, batches)
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
@@ -78,8 +78,8 @@ def refuse_longer_fit(end: int, steps: float) -> None:
     """
     require(
         steps <= end,
-        f"the schedule OneCycleLR ends at step {end:,}, where the length of the cycle was fixed, and this fit goes "
-        f"on: set trainer.max_steps to {end} or less, or start a new run",
+        f"the schedule OneCycleLR ends at step {end:,}, but this fit takes more steps: set trainer.max_steps to {end} "
+        f"or less, or start a new run",
     )
 
 

@@ -116,7 +116,7 @@ class LossGuard(pl.Callback):
         where = f", first at sample {samples[0]} of the batch" if samples else ""
         step, sizes = self._largest
         listed = ", ".join(f"{name} {size:.3g}" for name, size in list(sizes.items())[:3])
-        gradients = f"largest gradients at step {step}, the last one looked at: {listed}; " if sizes else ""
+        gradients = f"largest gradients at step {step}, the last checked step: {listed}; " if sizes else ""
         raise UserError(
             f"the loss is not finite at step {position.step} (epoch {position.epoch}, batch {position.batch} of "
             f"it{where}); {gradients}{self.advice}"
@@ -181,8 +181,8 @@ def warn_of_chance(auc: float, clicks: int, samples: int, batch_size: int, rates
     listed = " and ".join(f"{rate:g} for {group}" for group, rate in rates.items())
     log.warning(
         "validation AUC is %.4f, no better than random predictions (0.5 give or take %.4f with %s samples). Likely "
-        "causes: too few steps, or learning rates (%s) that do not suit batches of %s: try ten times as much if the "
-        "loss hardly moved, else a tenth",
+        "causes: too few steps, or learning rates (%s) that do not suit batches of %s: try ten times the rates if the "
+        "loss hardly changed, else a tenth",
         *(auc, 3 * noise, f"{samples:,}", listed, f"{batch_size:,}"),
     )
     return True

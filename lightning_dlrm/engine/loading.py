@@ -105,7 +105,7 @@ def _describe_old(reader: CheckpointReader) -> dict[str, Any]:
     document: Any = read_yaml(path) if path.is_file() else None
     require(
         isinstance(document, dict) and isinstance(document.get("model"), dict),
-        f"checkpoint {reader.folder} does not say how its model is made, and {path} is not a configuration: make "
+        f"checkpoint {reader.folder} does not describe its model, and {path} is not a configuration: make "
         "the module yourself and give the folder to trainer.validate, test or predict as ckpt_path",
     )
     return {"options": update_document(document)[0]["model"], "schema": None, "seed": 0}
@@ -122,8 +122,8 @@ def _build(kind: "type[CTRModule]", options: Mapping[str, Any], folder: Path) ->
     for name in ("table_optimizer", "dense_optimizer"):
         require(
             name in options,
-            f"checkpoint {folder} does not say how its {name} is made, which was no class and no functools.partial "
-            "of one: make the module yourself and give the folder to trainer.validate, test or predict as ckpt_path",
+            f"checkpoint {folder} does not describe its {name}, which was not a class or a functools.partial of one: "
+            f"make the module yourself and give the folder to trainer.validate, test or predict as ckpt_path",
         )
     for path in _class_paths({name: value for name, value in options.items() if not callable(value)}):
         require(

@@ -97,7 +97,7 @@ def require_memory(module: "CTRModule", plan: Plan | None = None) -> None:
     with_grad = any(lookup.dense_gradients for lookup in network.lookups())
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch keeps of freed tensors, such as those of an earlier fit, serves new ones.
+        # torch reuses the memory that it keeps of freed tensors, such as those of an earlier fit.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         _require(needed(trainer.global_rank, False), free, f"the device {device}", loads, with_grad)
     on_host = True if device.type == "cuda" else None
@@ -118,7 +118,7 @@ def _require(needed: Counter[str], free: float, where: str, loads: Sequence[Tabl
     named = {name.replace("optimizer_", "optimizer state of "): size for name, size in needed.most_common()}
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in named.items() if size > total / 100)
     raise UserError(
-        f"this run needs {format_bytes(total)} of memory ({parts}), and {where} has {format_bytes(free)} free; "
+        f"this run needs {format_bytes(total)} of memory ({parts}), but {where} has {format_bytes(free)} free; "
         f"what would fit: {'; '.join(_remedies(needed, free, where, loads, with_grad))}"
     )
 

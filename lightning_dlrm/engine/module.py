@@ -61,8 +61,8 @@ class CTRModule(pl.LightningModule):
             with each of them.
         regularization: penalty of the size of parameters; None for none.
         initialization: own (the network's own), or xavier: draw dense parameters as FuxiCTR does, all weights Xavier
-            normal and all biases zero; tables have network.tables.initial_std.
-        averaging: evaluate with an average of the parameters of many steps; None for those of the last step.
+            normal and all biases zero; for tables, set network.tables.initial_std.
+        averaging: evaluate with an average of the parameters of many steps; None for the parameters of the last step.
         wide_optimizer: update rule of the linear terms' rows; None for that of the tables. Cheng et al. 2016, section
             3.3, use different optimizers for the wide and the deep part.
         kernels: implementation of lookups and updates of table rows, and on a CPU also of dot products and of the
@@ -70,8 +70,8 @@ class CTRModule(pl.LightningModule):
             compiler when first used, equal except for the order of some sums; triton: fused kernels for a CUDA
             device; auto: native on a CPU and triton on a CUDA device if they work there, else plain.
         compile: compile the network's dense arithmetic and the loss with torch.compile; true, or one of its modes:
-            default, reduce-overhead (CUDA graphs), max-autotune, max-autotune-no-cudagraphs. The first steps take up
-            to a minute longer; later ones are faster, on small batches most.
+            default, reduce-overhead (CUDA graphs), max-autotune, max-autotune-no-cudagraphs. The first steps take up to
+            a minute longer; later steps are faster, most of all with small batches.
         schema: schema of the dataset; taken from the data.
         seed: seed of the initial parameters; taken from seed_everything.
 
@@ -190,7 +190,7 @@ class CTRModule(pl.LightningModule):
         Ranks().run_on_all_ranks(lambda: _require_one_process(self))
         require(
             self.trainer.world_size <= 1 or all(lookup.placement.is_sharded for lookup in self.network.lookups()),
-            "DDP averages no table rows: train in several processes with strategy embedding_sharded_ddp",
+            "DDP does not average table rows: train in several processes with strategy embedding_sharded_ddp",
         )
         optimizer = self.make_optimizer(self.network)
         name = f"the schedule {schedule_name(self.schedule)}"
@@ -288,7 +288,7 @@ class CTRModule(pl.LightningModule):
         left_out = [name for name in plain_options(self)[1] if name != "network"]
         if left_out and self.trainer.checkpoint_callbacks:
             log.warning(
-                "checkpoints do not say how %s is made, which load_from_checkpoint would need: give a class or a "
+                "checkpoints cannot describe %s, so load_from_checkpoint cannot make the module: give a class or a "
                 "functools.partial of one instead of a function",
                 " and ".join(left_out),
             )
@@ -353,7 +353,7 @@ class CTRModule(pl.LightningModule):
             allow_nonfinite = getattr(self.trainer.strategy.checkpoint_io, "allow_nonfinite", False)
             if not allow_nonfinite and not math.isfinite(self.results[f"{evaluation.stage}/log_loss"]):
                 if fitting:
-                    # A loss or a parameter says more.
+                    # The error of a loss or a parameter is more precise.
                     self.guard.check_state(self.network, optimizer_of(self), self.trainer.global_step)
                 evaluation.refuse_log_loss()
             if fitting:
@@ -400,14 +400,16 @@ class CTRModule(pl.LightningModule):
             network = make_network(self.schema.features, self.seed)
         require(
             self.wide_rule is None or network.wide_lookups(),
-            f"wide_optimizer is given, but this {type(network).__name__} has no linear terms: set network.wide to "
+            f"wide_optimizer is given, but the network {type(network).__name__} has no linear terms: set network.wide "
+            f"to "
             "true if the model has that option, or leave wide_optimizer out",
         )
         require(
             not self.regularization.covers_fields
             or all(lookup.dense_gradients for lookup in network.lookups() if lookup.weight.requires_grad),
-            "regularization.fields_l1 and fields_l2 cover whole tables, whose gradients are of single rows: set "
-            "network.tables.dense_gradients to true, or take l2 of table_optimizer, for the rows of each step",
+            "regularization.fields_l1 and fields_l2 apply to whole tables, but gradients of tables have only the rows "
+            "of a step: set network.tables.dense_gradients to true, or use l2 of table_optimizer, which applies to "
+            "these rows",
         )
         optimizer = self.make_optimizer(network)
         self.learning_rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
@@ -434,12 +436,14 @@ def _require_one_process(module: CTRModule) -> None:
     world = module.trainer.world_size
     require(
         world <= 1 or not any(lookup.dense_gradients for lookup in module.network.lookups()),
-        f"tables.dense_gradients trains in one process, and there are {world}: set trainer.devices and "
+        f"tables.dense_gradients trains in one process, but there are {world}: set trainer.devices and "
         "trainer.num_nodes to 1, or leave tables.dense_gradients out",
     )
 
 
 def _labels(batch: Batch) -> Tensor:
     if batch.label is None:
-        raise UserError("these rows have no labels: train and evaluate on a split that has them; 'predict' needs none")
+        raise UserError(
+            "these rows have no labels: train and evaluate on a split that has them; 'predict' needs no labels"
+        )
     return batch.label

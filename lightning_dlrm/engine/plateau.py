@@ -17,17 +17,17 @@ log = logging.getLogger("lightning_dlrm")
 
 
 class ReduceOnPlateau(pl.Callback):
-    """Callback that lowers all learning rates when a validation is no improvement, and ends the fit after several.
+    """Callback that lowers all learning rates after a validation without improvement, and ends the fit after several.
 
-    A value v is an improvement unless v < best + min_delta (mode max), or v > best - min_delta (mode min); NaN is one
-    too. The rates drop at once, at the first validation that is none. Training goes on from the current parameters;
-    with checkpoints in a run folder, ``checkpoints/best`` is the last improvement, and the module has its parameters at
-    the end of the fit.
+    A value v is an improvement unless v < best + min_delta (mode max), or v > best - min_delta (mode min); NaN counts
+    as an improvement. The rates drop at the first validation without improvement. Training goes on from the current
+    parameters; with checkpoints in a run folder, ``checkpoints/best`` is the last improvement, and the module has its
+    parameters at the end of the fit.
 
     Args:
         monitor: metric of validations; or metric -> weight, for a weighted sum of several.
-        mode: max if more is better, min if less is.
-        patience: number of validations in a row without improvement that ends the fit; None to go on.
+        mode: max if higher values are better, min if lower values are better.
+        patience: number of validations in a row without improvement that ends the fit; None to never end it.
         factor: multiplied with the rates; 1 leaves them as they are.
         min_rate: lowest rate; a lower one is raised to it.
         min_delta: smallest improvement.
@@ -125,15 +125,14 @@ class ReduceOnPlateau(pl.Callback):
 
     def _check_monitors(self, yielded: Collection[str]) -> None:
         """
-        Raises:
-            UserError: validations, which yield metrics of these names, do not yield a monitored one.
+        Raises: UserError: a monitored metric is not among the metrics of validations.
         """
         by_group = f"{names.VALIDATION}/{names.GROUP_AUC}"
         remedy = "" if by_group in yielded else f"; {by_group} needs a kept column as the datamodule's group"
         for monitor in self.weights:
             require(
                 monitor in yielded,
-                f"ReduceOnPlateau: monitor is {monitor}, which validations do not yield"
+                f"ReduceOnPlateau: monitor is {monitor}, which validations do not report"
                 f"{nearest_first(monitor, yielded, 'expected one of')}{remedy}",
             )
 

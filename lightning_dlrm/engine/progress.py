@@ -163,10 +163,9 @@ def metrics_width(bar: tqdm) -> int:
 
 def format_validation(results: Mapping[str, float], step: int, highest: bool) -> str:
     """Return the line of a validation during a fit."""
-    words = {"auc": "AUC", "log_loss": "log loss"}
     scores = ", ".join(
-        f"{word} {results[name]:.4f}"
-        for metric, word in words.items()
+        f"{names.title_of(metric)} {results[name]:.4f}"
+        for metric in ("auc", "log_loss")
         if (name := f"{names.VALIDATION}/{metric}") in results
     )
     return f"validation at step {step:,}: {scores}{' (highest AUC so far)' * highest}"

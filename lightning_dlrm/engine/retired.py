@@ -64,12 +64,13 @@ CHANGED: tuple[ChangedOption, ...] = (
         key="model.dense_optimizer",
         rewrite=torch_configuration,
         renamed=RENAMED | {f"init_args.{old}": f"init_args.{new}" for old, new in RENAMED.items()},
-        note="update rules for dense layers are classes of torch.optim now: model.dense_optimizer is read as one",
+        note="model.dense_optimizer is now a class of torch.optim: the update rule given here is read as that class",
     ),
     ChangedOption(
         key="model.kernels",
         rewrite=lambda value: "auto" if value == "fbgemm" else value,
-        note="model.kernels has no fbgemm any more: auto is used; 'bench lookup' compares its speed with FBGEMM's",
+        note="the value fbgemm of model.kernels was removed: auto is used instead; 'bench lookup' compares its speed "
+        "with FBGEMM's",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""What ends a fit, and the callbacks that end it: with a validation, at a target score, or on a signal."""
+"""Callbacks that end a fit: with a validation, at a target score, or on a signal."""
 
 import logging
 import math
@@ -44,7 +44,7 @@ class FinalValidation(pl.Callback):
             _end_without_step(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # A verdict that the smallest number of steps or epochs has deferred stays one.
+        # A request to stop that the smallest number of steps or epochs has deferred stays valid.
         trainer.should_stop |= _stopped_by_callback(trainer) is not None
         self._length, self._stop_after_step = fit_length(trainer), False
         steps, setting = self._length

@@ -85,8 +85,8 @@ class EmbeddingShardedDDP(DDPStrategy):
         # DDP warns about a gradient [1, n], whose first stride has no effect.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         set_timeout(self._timeout_seconds)
-        # The group with the long timeout is made while every rank runs: later, ranks could wait hours for a rank that
-        # has ended.
+        # The group with the long timeout is made here, while every rank runs: later, ranks could wait for hours for a
+        # rank that has ended.
         Ranks(long_timeout=True)
 
     @contextmanager
@@ -213,7 +213,7 @@ def _saying_what_it_waits_for(strategy: DDPStrategy, seconds: float = 15.0) -> I
             environment = strategy.cluster_environment
             assert environment is not None
             log.warning(
-                "rank %s has waited %.0f s for all %s ranks to reach %s:%s: see whether the others have started",
+                "rank %s has waited %.0f s for all %s ranks to reach %s:%s: check whether the other ranks have started",
                 *(environment.global_rank(), time.monotonic() - start, environment.world_size()),
                 *(environment.main_address, environment.main_port),
             )

@@ -199,51 +199,31 @@ ENTRY(lookup, look_up) {
     parallel(look_up_chunks, all, (unsigned)threads, 0);
 }
 
-/* ---- Update: indices are sorted by row; then the gradients of each row are summed and the row is updated ---- */
+/* ---- Sort ---- */
 
-enum rule { SGD, ADAGRAD, ROW_WISE_ADAGRAD, ADAM };
-
-struct update {
-    char *weight;          /* [R, D] */
-    float *first, *second; /* optimizer state: [R, D], [R] for row-wise Adagrad, or NULL */
-    const int32_t *rows;   /* [N] */
-    const int64_t *bags;   /* [N], the output vector of each index; NULL if index i went into vector i */
-    const float *factors;  /* [N] or NULL */
-    const float *gradient; /* [B, D] */
-    uint64_t *scratch;     /* [2, N] */
-    int32_t *counts;       /* [threads + 1, 2^high] */
-    int64_t count, width;
-    int64_t bits;  /* of the row numbers; 0 if the rows ascend already */
+struct sorting {
+    const int32_t *rows; /* [N], from 0 on */
+    const int64_t *tags; /* [N], sorted with the rows; NULL for the indices */
+    uint64_t *scratch;   /* [2, N] */
+    int32_t *counts;     /* [threads + 1, 2^high] */
+    int64_t count;
+    int64_t bits;  /* of the rows; 0 if they ascend already */
     int64_t high;  /* highest bits, which select the bucket */
     int64_t digit; /* bits that one pass over a bucket sorts by */
-    bool bf16;
-    int rule;
-    float rate, decay_factor, l2, epsilon;
-    float share1, beta2, share2, correction2, adam_rate; /* of Adam: 1 - b1, b2, 1 - b2, 1 - b2^t, lr / (1 - b1^t) */
-    int64_t next_bucket, next_chunk; /* 0 */
+    int64_t *next_bucket;
 };
 
-/* Returns the sort key of an index: its row, then its bag, or its number if there are factors. Reading the bags after
-   the sort would take as long as the sort itself. */
-INLINE uint64_t packed(const struct update *a, int64_t i) {
-    return (uint64_t)(uint32_t)a->rows[i] << 32 | (uint64_t)(a->bags && !a->factors ? a->bags[i] : i);
+/* Returns the row of an index in the upper half, and its tag in the lower half. */
+INLINE uint64_t packed(const struct sorting *a, int64_t i) {
+    return (uint64_t)(uint32_t)a->rows[i] << 32 | (uint64_t)(a->tags ? a->tags[i] : i);
 }
 
 INLINE int64_t row_of(uint64_t index) {
     return (int64_t)(index >> 32);
 }
 
-INLINE const float *gradient_of(const struct update *a, uint64_t index, int64_t width) {
-    const int64_t output = (uint32_t)index;
-    return a->gradient + (a->bags && a->factors ? a->bags[output] : output) * width;
-}
-
-INLINE float factor_of(const struct update *a, uint64_t index) {
-    return a->factors[(uint32_t)index];
-}
-
 /* Replaces each thread's counts of each bucket by the places of its indices, and writes where the buckets begin. */
-static void counts_to_places(struct update *a, int threads) {
+static void counts_to_places(const struct sorting *a, int threads) {
     int32_t place = 0, *bucket_starts = a->counts + ((int64_t)threads << a->high);
     for (int64_t bucket = 0; bucket < (int64_t)1 << a->high; bucket++) {
         bucket_starts[bucket] = place;
@@ -279,7 +259,7 @@ INLINE void sort_bucket(uint64_t *from, uint64_t *to, int64_t count, int64_t bit
 /* Sorts all indices by row; the sort is stable. All threads together first distribute them by the highest bits to
    buckets that fit in a core's caches. Then each bucket is sorted by the lower bits, the least significant ones first.
    A small number of indices makes one bucket. */
-static const uint64_t *sort_indices(struct update *a) {
+static const uint64_t *sort_indices(const struct sorting *a) {
     const int thread = thread_number(), threads = thread_count();
     const int64_t begin = a->count * thread / threads, end = a->count * (thread + 1) / threads;
     const int64_t buckets = (int64_t)1 << a->high, low = a->bits - a->high;
@@ -301,13 +281,74 @@ static const uint64_t *sort_indices(struct update *a) {
     }
     barrier();
     const int32_t *bucket_starts = a->counts + ((int64_t)threads << a->high);
-    for (int64_t bucket; a->bits && (bucket = take_chunk(&a->next_bucket)) < buckets;) {
+    for (int64_t bucket; a->bits && (bucket = take_chunk(a->next_bucket)) < buckets;) {
         const int64_t first = a->high ? bucket_starts[bucket] : 0;
         const int64_t last = bucket + 1 < buckets ? bucket_starts[bucket + 1] : a->count;
         sort_bucket(from + first, to + first, last - first, low, a->digit);
     }
     barrier();
     return (low + a->digit - 1) / a->digit % 2 ? to : from;
+}
+
+struct sort {
+    const int32_t *rows; /* [N], from 0 on */
+    int32_t *sorted;     /* out [N]: the rows, ascending */
+    int64_t *order;      /* out [N]: their indices; those of equal rows ascend */
+    uint64_t *scratch;   /* this and the next lines as in struct sorting */
+    int32_t *counts;
+    int64_t count, bits, high, digit;
+    int64_t next_bucket; /* 0 */
+};
+
+static void sort_share(void *work_arguments) {
+    struct sort *a = work_arguments;
+    const uint64_t *indices = sort_indices(&(struct sorting){.rows = a->rows,
+                                                             .scratch = a->scratch,
+                                                             .counts = a->counts,
+                                                             .count = a->count,
+                                                             .bits = a->bits,
+                                                             .high = a->high,
+                                                             .digit = a->digit,
+                                                             .next_bucket = &a->next_bucket});
+    const int thread = thread_number();
+    for (int64_t i = share_start(a->count, thread); i < share_start(a->count, thread + 1); i++) {
+        a->sorted[i] = (int32_t)row_of(indices[i]);
+        a->order[i] = (uint32_t)indices[i];
+    }
+}
+
+ENTRY(sort, sort_rows) {
+    parallel(sort_share, all, (unsigned)threads, 0);
+}
+
+/* ---- Update: indices are sorted by row; then the gradients of each row are summed and the row is updated ---- */
+
+enum rule { SGD, ADAGRAD, ROW_WISE_ADAGRAD, ADAM };
+
+struct update {
+    char *weight;          /* [R, D] */
+    float *first, *second; /* optimizer state: [R, D], [R] for row-wise Adagrad, or NULL */
+    const int32_t *rows;   /* [N] */
+    const int64_t *bags;   /* [N], the output vector of each index; NULL if index i went into vector i */
+    const float *factors;  /* [N] or NULL */
+    const float *gradient; /* [B, D] */
+    uint64_t *scratch;     /* this, `counts`, `bits`, `high` and `digit` as in struct sorting */
+    int32_t *counts;
+    int64_t count, width, bits, high, digit;
+    bool bf16;
+    int rule;
+    float rate, decay_factor, l2, epsilon;
+    float share1, beta2, share2, correction2, adam_rate; /* of Adam: 1 - b1, b2, 1 - b2, 1 - b2^t, lr / (1 - b1^t) */
+    int64_t next_bucket, next_chunk; /* 0 */
+};
+
+INLINE const float *gradient_of(const struct update *a, uint64_t index, int64_t width) {
+    const int64_t output = (uint32_t)index;
+    return a->gradient + (a->bags && a->factors ? a->bags[output] : output) * width;
+}
+
+INLINE float factor_of(const struct update *a, uint64_t index) {
+    return a->factors[(uint32_t)index];
 }
 
 /* Returns the mean square of a row, summed in the order in which torch sums eight or more elements. */
@@ -416,7 +457,16 @@ INLINE void update_rows_by(struct update *a, const uint64_t *indices, int64_t fi
 
 static void update_share(void *work_arguments) {
     struct update *a = work_arguments;
-    const uint64_t *indices = sort_indices(a);
+    /* Reading the bags after the sort would take as long as the sort itself. */
+    const uint64_t *indices = sort_indices(&(struct sorting){.rows = a->rows,
+                                                             .tags = a->factors ? NULL : a->bags,
+                                                             .scratch = a->scratch,
+                                                             .counts = a->counts,
+                                                             .count = a->count,
+                                                             .bits = a->bits,
+                                                             .high = a->high,
+                                                             .digit = a->digit,
+                                                             .next_bucket = &a->next_bucket});
     const int64_t chunks = (a->count + INDICES_PER_CHUNK - 1) / INDICES_PER_CHUNK;
     float sum[2 * a->width];
     float *values = sum + a->width;

@@ -1,4 +1,4 @@
-"""Lookup and update of table rows on a CPU, with ``native.c``.
+"""Lookup, sort and update of table rows on a CPU, with ``native.c``.
 
 The kernels run in torch's own threads, and their results do not depend on the number of threads. Sums are taken in
 float32.
@@ -21,6 +21,8 @@ _DIGIT_BITS = 9
 """Largest number of bits that one pass sorts by: the counters stay in the first-level cache."""
 _BUCKET_INDICES = 2**11
 """Smallest mean number of indices of a bucket; each bucket is sorted by the lower bits alone."""
+_LONE_BUCKET_INDICES = 2**15
+"""The same for one thread, which needs buckets for its caches alone."""
 
 
 def lookup(
@@ -46,6 +48,22 @@ def lookup(
         TypeError: dtypes or devices are not those above.
     """
     return torch.ops.lightning_dlrm.lookup(weight_RD, ids_N, offsets, tables_F, factors_N)
+
+
+def sort(rows_N: Tensor, stop: int) -> tuple[Tensor, Tensor]:
+    """Sort rows, as ``torch.sort(rows_N, stable=True)`` does in four times the time.
+
+    Args:
+        rows_N: int32, from 0 to ``stop`` - 1.
+        stop: bound of the rows.
+
+    Returns:
+        The sorted rows, int32 [N], and their indices, int64 [N]; the indices of equal rows ascend.
+
+    Raises:
+        IndexError: a row is out of bounds.
+    """
+    return torch.ops.lightning_dlrm.sort(rows_N, stop)
 
 
 def update(
@@ -174,6 +192,25 @@ def _differentiate_lookup(ctx: Any, grad_BD: Tensor, *_: None) -> tuple[Tensor |
     return grad_weight, None, None, None, grad_factors
 
 
+def _sort(rows_N: Tensor, stop: int) -> tuple[Tensor, Tensor]:
+    _check_bounds("sort: there are rows", rows_N, stop)
+    sorted_N, order_N = _sort_results(rows_N, stop)
+    call(
+        "sort_rows",
+        threads(len(rows_N)),
+        rows=rows_N.contiguous(),
+        sorted=sorted_N,
+        order=order_N,
+        **_sorting(rows_N, stop),
+    )
+    return sorted_N, order_N
+
+
+def _sort_results(rows_N: Tensor, stop: int) -> tuple[Tensor, Tensor]:
+    """Return tensors for ``sort``'s results, not yet filled."""
+    return torch.empty_like(rows_N), torch.empty_like(rows_N, dtype=torch.int64)
+
+
 def _update(
     weight_RD: Tensor,
     state: list[Tensor],
@@ -196,15 +233,12 @@ def _update(
             f"update: a weight of {list(weight_RD.shape)}, {len(rows_N)} rows; expected {_INT32_MAX} at most"
         )
     check_update(weight_RD, state, rows_N, grad_BD, bags_N, factors_N, rule)
-    _check_bounds("row", rows_N, len(weight_RD))
-    _check_bounds("bag", bags_N, len(grad_BD))
-    count = len(rows_N)
-    thread_count = threads(count)
-    bits, high, digit = _sort_bits(count, 0 if ascending else len(weight_RD))
+    _check_bounds("update: there are rows", rows_N, len(weight_RD))
+    _check_bounds("update: there are bags", bags_N, len(grad_BD))
     first, second = (*state, None, None)[:2]
     call(
         "update_rows",
-        thread_count,
+        threads(len(rows_N)),
         weight=weight_RD,
         first=first,
         second=second,
@@ -212,13 +246,7 @@ def _update(
         bags=None if bags_N is None else bags_N.long().contiguous(),
         factors=None if factors_N is None else factors_N.float().contiguous(),
         gradient=grad_BD.float().contiguous(),
-        scratch=weight_RD.new_empty(2 * count, dtype=torch.int64),
-        counts=weight_RD.new_empty(thread_count + 1 << high, dtype=torch.int32),
-        count=count,
         width=weight_RD.shape[1],
-        bits=bits,
-        high=high,
-        digit=digit,
         bf16=weight_RD.dtype == torch.bfloat16,
         rule=_RULES.index(rule),
         rate=learning_rate,
@@ -230,26 +258,35 @@ def _update(
         share2=1 - beta2,
         correction2=1 - beta2**step,
         adam_rate=learning_rate / (1 - beta1**step),
-        next_bucket=0,
         next_chunk=0,
+        **_sorting(rows_N, 0 if ascending else len(weight_RD)),
     )
     count_change(weight_RD, *state)
 
 
-def _sort_bits(count: int, rows: int) -> tuple[int, int, int]:
-    """Return how many bits of a row's number are sorted by, how many of them choose its bucket, and how many each
-    pass within a bucket takes; no bits for 0 rows, which are sorted already."""
-    bits = max((rows - 1).bit_length(), 1) if rows else 0
-    high = min(max((count // _BUCKET_INDICES).bit_length() - 1, 0), _DIGIT_BITS, bits)
+def _sorting(rows_N: Tensor, stop: int) -> dict[str, Tensor | int]:
+    """Return the arguments of C's struct sorting, but for the rows and tags; a ``stop`` of 0 is for ascending rows."""
+    count, thread_count = len(rows_N), threads(len(rows_N))
+    bits = max((stop - 1).bit_length(), 1) if stop else 0
+    buckets = count // (_LONE_BUCKET_INDICES if thread_count == 1 else _BUCKET_INDICES)
+    high = min(max(buckets.bit_length() - 1, 0), _DIGIT_BITS, bits)
     passes = max(-(-(bits - high) // _DIGIT_BITS), 1)
-    return bits, high, max(-(-(bits - high) // passes), 1)
+    return {
+        "scratch": rows_N.new_empty(2 * count, dtype=torch.int64),
+        "counts": rows_N.new_empty(thread_count + 1 << high, dtype=torch.int32),
+        "count": count,
+        "bits": bits,
+        "high": high,
+        "digit": max(-(-(bits - high) // passes), 1),
+        "next_bucket": 0,
+    }
 
 
-def _check_bounds(name: str, values: Tensor | None, stop: int) -> None:
+def _check_bounds(found: str, values: Tensor | None, stop: int) -> None:
     if values is not None and values.numel():
         low, high = (int(bound) for bound in values.aminmax())
         if low < 0 or high >= stop:
-            raise IndexError(f"update: there are {name}s {low} to {high}; expected 0 to {stop - 1}")
+            raise IndexError(f"{found} {low} to {high}; expected 0 to {stop - 1}")
 
 
 register(
@@ -259,6 +296,7 @@ register(
     _differentiate_lookup,
     _save_lookup,
 )
+register("sort(Tensor rows, SymInt stop) -> (Tensor, Tensor)", _sort, _sort_results)
 register(
     "update(Tensor(a!) weight, Tensor(b!)[] state, Tensor rows, Tensor grad, Tensor? bags, Tensor? factors, "
     "bool ascending, str rule, float learning_rate, float step, float l2, float weight_decay, float epsilon, "

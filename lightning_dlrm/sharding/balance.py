@@ -112,8 +112,8 @@ def _check_room(tables: Sequence[TableLoad], limits: Sequence[float]) -> None:
     missing, largest = needed - int(room), max(limits)
     more = f"{math.ceil(missing / largest)} more ranks of {format_bytes(largest)}" if largest else "ranks with memory"
     raise UserError(
-        f"the tables and their optimizer state take {needed:,} bytes ({format_bytes(needed)}), the {len(limits)} ranks "
-        f"have {int(room):,}: {missing:,} bytes ({format_bytes(missing)}) too few; {more} would hold them, or "
+        f"the tables and their optimizer state take {needed:,} bytes ({format_bytes(needed)}), but the {len(limits)} "
+        f"ranks have {int(room):,}: {missing:,} bytes ({format_bytes(missing)}) too few; {more} would hold them, or "
         f"{format_bytes(needed / len(limits))} on each rank, or an optimizer with less state (RowWiseAdagrad), or a "
         "smaller width"
     )

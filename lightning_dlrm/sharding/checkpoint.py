@@ -216,9 +216,9 @@ class CheckpointReader:
             raise UserError(
                 f"{path} holds more than tensors and plain values; use a checkpoint that this project wrote"
             ) from error
-        except Exception as error:  # torch has many kinds for a damaged file
+        except Exception as error:  # torch raises many classes of errors for a damaged file
             raise UserError(f"{path} is damaged ({one_line(error)}); use another checkpoint") from error
-        require(isinstance(found, dict), f"{path} does not hold names with values; use another checkpoint")
+        require(isinstance(found, dict), f"{path} does not hold a dictionary; use another checkpoint")
         return found
 
     def read_rows(self, piece: TablePiece, slot: str, out: Tensor) -> None:
@@ -315,8 +315,8 @@ class CheckpointReader:
 
     def nonfinite(self, where: str) -> UserError:
         return UserError(
-            f"checkpoint {self.folder} has NaN or infinite values: {where}; use an earlier checkpoint, or look at this "
-            "one with --allow_nonfinite true"
+            f"checkpoint {self.folder} has NaN or infinite values: {where}; use an earlier checkpoint, or examine this "
+            f"checkpoint with --allow_nonfinite true"
         )
 
     @contextmanager
@@ -330,7 +330,7 @@ class CheckpointReader:
                 check.result()
 
     def _damage(self, part: PieceFile) -> str:
-        """Return what is wrong with a file; empty if its checksum is right."""
+        """Return the fault of a file; empty if its checksum is right."""
         try:
             self._check(part)
             return ""

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -22,7 +23,7 @@ _LOST = (
     *("closed by peer", "reset by peer", "pair closure", "timed out", "timeout", "broken pipe", "connection refused"),
     *("no route to host", "network is unreachable", "connection abort", "read error", "write error", "not connected"),
 )
-"""What gloo says of a rank that has ended, is stopped, or whose network is cut; in lower case."""
+"""Parts of gloo's messages about a rank that has ended, is stopped, or has lost its network; in lower case."""
 
 _long_timeout_group: tuple[Any, Any] | None = None
 """The default process group for which the gloo group with the long timeout was made, and that group."""
@@ -173,6 +174,18 @@ class AsyncCollective:
         return self._received
 
 
+def reserve_port() -> socket.socket:
+    """Return a socket with a TCP port of this machine for the store of a process group.
+
+    The system gives no other process the port while the socket is open. The store can listen on it all the same: the
+    socket does not listen, and both set SO_REUSEADDR.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
+
+
 def slice_start(known: int | None, samples: int) -> int:
     """Return the position in the global batch of the first sample of this rank's slice.
 
@@ -220,7 +233,7 @@ def is_first_to_report(message: str) -> bool:
         while dist.get_rank() == 0 and store.add(key, 0) < dist.get_world_size() and time.monotonic() < end:
             time.sleep(0.01)
     except (KeyError, RuntimeError):
-        # Without the store, an error that is printed twice is better than one that is lost.
+        # Without the store, it is better to print an error twice than to lose it.
         return True
     return is_first
 

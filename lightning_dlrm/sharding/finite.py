@@ -1,4 +1,4 @@
-"""Which tensors have NaN or infinite elements."""
+"""Search for tensors with NaN or infinite elements."""
 
 import math
 from collections.abc import Iterator, Mapping

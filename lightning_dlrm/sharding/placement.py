@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.kernels.choice import choose
 from lightning_dlrm.sharding.collectives import AsyncCollective, Ranks
 from lightning_dlrm.sharding.plan import Plan
 from lightning_dlrm.sharding.requests import LookupRequest, RowMap, UnsizedRequest, decode_rows
@@ -169,12 +170,14 @@ class ShardedPlacement(Placement):
         copies = Copies.of(self.device)
         with copies.on_side_stream():
             here = ids.map(lambda tensor: None if tensor is None else tensor.to(self.device, non_blocking=True))
-            request = self._rows.request(here)
+            request = self._rows.request(here, self._is_native(tables))
             self._prefetched = PendingLookup(request, self.ranks, copies.record_event())
         self._pending[ids.key] = self._prefetched
 
     def source(self, tables: EmbeddingTables, ids: SparseIds, pooled: bool) -> RowSource:
-        pending = self._pending.pop(ids.key, None) or PendingLookup(self._rows.request(ids), self.ranks)
+        pending = self._pending.pop(ids.key, None)
+        if pending is None:
+            pending = PendingLookup(self._rows.request(ids, self._is_native(tables)), self.ranks)
         self._send_rows(tables, pending)
         request = pending.request
         # Metrics are divided by training steps, to which a validation's exchanges do not belong.
@@ -185,20 +188,20 @@ class ShardedPlacement(Placement):
         local = tables.storage.source(tables.weight, received, pending.fetched)
         vectors_VD, rows_E, bag_E = look_up(local.weight, local.request, tables.kernels)
         exchange = self.ranks.all_to_all(self._to_wire(vectors_VD), pending.vectors_sent, pending.vectors_received)
-        vectors_UD = self._from_wire(self._timed(exchange.wait), tables.weight.dtype)
-        # The number of rows of the next batch for each rank has arrived by now.
+        # While the vectors arrive. The number of rows of the next batch for each rank has arrived by now.
+        # Learned weights may have changed since the ids were prefetched.
+        weights = request.weights if request.pooled else ids.weights
+        bags = (request.offsets, weights) if pooled else (None, None)
+        positions = RowRequest.of_rows(request.lookups.positions(), *bags)
         if self._prefetched is not None:
             self._send_rows(tables, self._prefetched)
             self._prefetched = None
+        vectors_UD = self._from_wire(self._timed(exchange.wait), tables.weight.dtype)
 
         def take_received(grad_VD: Tensor) -> None:
             grad_VD = self._from_wire(grad_VD, tables.weight.dtype)
             local.take_gradient(LookupGradient(rows_E, grad_VD, bag_E, local.request.factors, local.lookups))
 
-        # Learned weights may have changed since the ids were prefetched.
-        weights = request.weights if request.pooled else ids.weights
-        bags = (request.offsets, weights) if pooled else (None, None)
-        positions = RowRequest.of_rows(request.lookups.positions(), *bags)
         return RowSource(vectors_UD, positions, request.lookups, partial(self._send_gradient, pending, take_received))
 
     def wait_for_gradients(self) -> None:
@@ -232,6 +235,9 @@ class ShardedPlacement(Placement):
                 for i, table in enumerate(tables.tables)
             },
         )
+
+    def _is_native(self, tables: EmbeddingTables) -> bool:
+        return choose(tables.kernels, self.device.type, tables.weight.dtype) == "native"
 
     def _send_rows(self, tables: EmbeddingTables, pending: PendingLookup) -> None:
         if not pending.is_sent:

@@ -1,4 +1,4 @@
-"""Which rank holds which rows of the embedding tables.
+"""Plans: the assignment of rows of the embedding tables to ranks.
 
 A plan cuts every table into pieces, which are ranges of rows, and gives each piece to a rank; a whole table is one
 piece. ``sharding.balance`` makes plans, ``sharding.costs`` counts the costs of each rank.

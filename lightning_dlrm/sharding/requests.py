@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.kernels import native
 from lightning_dlrm.sharding.plan import Plan
 from lightning_dlrm.tables.gradients import RowRequest, SortedLookups
 from lightning_dlrm.tables.table import Table, TablePiece
@@ -242,12 +243,17 @@ class RowMap(nn.Module):
         ):
             self.register_buffer(buffer, torch.tensor(values, dtype=dtype), persistent=False)
 
-    def request(self, ids: SparseIds) -> UnsizedRequest:
-        """Return the request of a batch; per-sample weights are constants if tables are pooled."""
+    def request(self, ids: SparseIds, natively: bool = False) -> UnsizedRequest:
+        """Return the request of a batch; per-sample weights are constants if tables are pooled.
+
+        Args:
+            ids: ids of the batch.
+            natively: sort by ``kernels.native``.
+        """
         rows_N, bag_N = RowRequest(ids.values, self.table_offsets, ids.offsets, None).rows_and_bags()
         piece_N = torch.searchsorted(self.piece_starts, rows_N, right=True, out_int32=True) - 1
         if not self.pools:
-            keys_N, order_N = torch.sort(rows_N + self.piece_keys.index_select(0, piece_N), stable=True)
+            keys_N, order_N = _sort(rows_N + self.piece_keys.index_select(0, piece_N), self._total, natively)
             begins_N = _begins(keys_N)
             bounds_C = torch.searchsorted(keys_N, self.cell_keys.to(keys_N.dtype))
             vectors_C = _counts_before(begins_N)[bounds_C].diff()
@@ -260,15 +266,15 @@ class RowMap(nn.Module):
                 rank_starts=self.rank_starts,
             )
         samples = len(ids)
-        keys_P = self.piece_keys
-        if self._total + self._slots * samples > torch.iinfo(keys_P.dtype).max:
+        keys_P, stop = self.piece_keys, self._total + self._slots * samples
+        if stop > torch.iinfo(keys_P.dtype).max:
             keys_P = keys_P.long()
         keys_P = keys_P + self.piece_slots * samples
         pooled_N = self.piece_pooled.index_select(0, piece_N)
         bag_N = ids.bag_of_each() if bag_N is None else bag_N
         sample_N = bag_N // max(ids.tables, 1)
-        keys_N, order_N = torch.sort(
-            torch.where(pooled_N, sample_N, rows_N) + keys_P.index_select(0, piece_N), stable=True
+        keys_N, order_N = _sort(
+            torch.where(pooled_N, sample_N, rows_N) + keys_P.index_select(0, piece_N), stop, natively
         )
         begins_N = _begins(keys_N)
         sent_N = begins_N | pooled_N.index_select(0, order_N)
@@ -283,6 +289,14 @@ class RowMap(nn.Module):
             pooled=pooled_N,
             rows=(rows_N + self.piece_rows.index_select(0, piece_N)).index_select(0, order_N),
         )
+
+
+def _sort(keys_N: Tensor, stop: int, natively: bool) -> tuple[Tensor, Tensor]:
+    """Return the keys, which are below ``stop``, in ascending order, and their indices; the sort is stable."""
+    if natively and keys_N.dtype == torch.int32:
+        return native.sort(keys_N, stop)
+    keys_N, order_N = torch.sort(keys_N, stable=True)
+    return keys_N, order_N
 
 
 def _begins(keys_N: Tensor) -> Tensor:

@@ -34,9 +34,8 @@ class SortedLookups(NamedTuple):
     def positions(self) -> Tensor:
         """Return the position of each index's row in ``rows``: int32 [N]."""
         numbers_U = torch.arange(len(self.rows), dtype=torch.int32, device=self.order.device)
-        positions_N = torch.empty(len(self.order), dtype=torch.int32, device=self.order.device)
-        positions_N[self.order] = torch.repeat_interleave(numbers_U, self.counts, output_size=len(self.order))
-        return positions_N
+        numbers_N = torch.repeat_interleave(numbers_U, self.counts, output_size=len(self.order))
+        return torch.empty_like(numbers_N).scatter_(0, self.order, numbers_N)
 
 
 class Segments(NamedTuple):

@@ -60,8 +60,8 @@ def publish(dashboard: Dashboard) -> dict[str, str]:
     mode, reason = choose_mode("online")
     if mode != "online":
         raise UserError(
-            f"a dashboard is kept at the W&B server, and this machine is offline: {reason}; give WANDB_API_KEY or run "
-            "'wandb login', and see that the server can be reached"
+            f"dashboards are stored on the W&B server, but this machine is offline: {reason}; set WANDB_API_KEY or run "
+            f"'wandb login', and check the connection to the server"
         )
     with _raising_user_errors(dashboard):
         entity = dashboard.entity or wandb.Api().default_entity or ""
@@ -97,6 +97,6 @@ def _raising_user_errors(dashboard: Dashboard) -> Iterator[None]:
     except Exception as error:  # W&B's clients raise many classes, including Exception itself
         message = " ".join(str(error).split())
         raise UserError(
-            f"W&B refuses the dashboard of {dashboard.project} ({message}); see that the project is there, and that "
-            "the API key may write to it"
+            f"W&B refuses the dashboard of {dashboard.project} ({message}); check that the project exists, and that "
+            f"the API key may write to it"
         ) from error

@@ -72,7 +72,7 @@ class Holder:
         )
 
     def has_ended(self, mine: "Holder") -> bool:
-        """Return whether this process is known to have ended, to the process ``mine``."""
+        """Return whether the process ``mine`` can tell that this holder has ended."""
         if self.slurm_job and self.slurm_job == mine.slurm_job:
             return self.slurm_restarts < mine.slurm_restarts or self._is_dead_here(mine)
         return self._is_dead_here(mine)
@@ -215,7 +215,11 @@ class FolderLock:
             with self._writing:
                 other = None if self._released.is_set() else self._beat()
             if other is not None:
-                log.error("%s has taken %s over: this process was silent, and stops", other, self.folder)
+                log.error(
+                    "%s has taken over %s, because this process did not renew its lock in time; this process stops",
+                    other,
+                    self.folder,
+                )
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
@@ -257,7 +261,7 @@ class FolderLock:
                     left.unlink()
 
     def _read(self, path: Path) -> Holder | None:
-        """Return the holder; None if it cannot be read, such as one that is being written."""
+        """Return the holder; None if the file cannot be read, for example while it is being written."""
         try:
             return read_json(path, Holder, "")
         except UserError:

@@ -9,6 +9,8 @@ VALIDATION = "validation"
 TEST = "test"
 METRICS = ("auc", "log_loss", "normalized_entropy", "accuracy", "calibration")
 """Metrics of an evaluation; logged as EVALUATION/METRIC."""
+TRAIN_METRICS = ("auc", "accuracy", "log_loss")
+"""Metrics of the last training samples; logged as TRAIN/METRIC."""
 GROUP_AUC = "group_auc"
 GROUPS = "groups"
 GROUPS_LEFT_OUT = "groups_left_out"
@@ -80,6 +82,15 @@ COMPARISON_FIGURES = {
 }
 """Name of a figure of a comparison -> its title."""
 COMPARISON_TABLES = ("verdicts", "parameters", "operators", "load")
+
+
+def title_of(metric: str) -> str:
+    """Return a metric's name in words.
+
+    >>> [title_of(metric) for metric in ("auc", "log_loss", "group_auc")]
+    ['AUC', 'log loss', 'AUC by group']
+    """
+    return {"auc": "AUC", GROUP_AUC: "AUC by group"}.get(metric, metric.replace("_", " "))
 
 
 def comparison_figure(name: str) -> str:

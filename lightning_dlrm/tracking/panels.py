@@ -13,30 +13,26 @@ from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
 
 _SAMPLES, _TIME = names.SAMPLES, "RelativeTime(Process)"
-_TITLES = {
-    "auc": "AUC",
-    "log_loss": "log loss, nats per sample",
-    "normalized_entropy": "normalized entropy",
-    "accuracy": "accuracy",
-    "calibration": "predicted clicks / clicks",
-}
-
+_UNITS = {"log_loss": "nats per sample", "calibration": "predicted clicks / clicks"}
 
 _WORDS = {
     "comparison": "What compare found: which configuration is better, and how sure that is.",
     "quality": "How well the runs predict clicks: AUC and accuracy are best high, log loss and normalized entropy low, "
     "calibration at 1.",
-    "training": "Whether training is stable: the loss falls, and no norm grows without end.",
+    "training": "Whether training is stable: the loss falls. AUC, log loss and accuracy are of the last 65,536 "
+    "samples, each scored before its step.",
+    "norms": "Whether a norm grows without end. Only of runs with --log_norms true.",
     "speed": "Samples a second, and what they wait for. Compare times of runs on equal, idle machines only.",
     "system": "What the runs take of their machines.",
-    "parallel": "What ranks exchange, and how evenly tables and work are spread over them; empty for one rank.",
+    "gpu": "What the runs take of their GPUs. Only of runs on GPUs.",
+    "parallel": "What ranks exchange, and how evenly tables and work are spread over them. Lines only of runs "
+    "on several ranks.",
 }
 """Section -> a sentence on what it shows."""
 
 
 def build_workspace(dashboard: Dashboard) -> ws.Workspace:
-    """Return the workspace, not saved yet: what a comparison found if asked for, quality, training, speed, system,
-    parallel."""
+    """Return the workspace, not saved yet, with a section for each of ``_WORDS``; ``comparison`` if asked for."""
     sections = [
         ws.Section(
             name=name,
@@ -106,8 +102,17 @@ def _panels() -> dict[str, list[Any]]:
     return {
         "quality": _quality_panels(),
         "training": [
-            _lines("training loss", names.TRAIN_LOSS, title_y="nats per sample"),
+            _lines(
+                "training loss, smoothed",
+                names.TRAIN_LOSS,
+                title_y="nats per sample",
+                smoothing_factor=0.9,
+                smoothing_type="exponentialTimeWeighted",
+            ),
+            *(_metric_lines(names.TRAIN, metric) for metric in names.TRAIN_METRICS),
             _lines("learning rates", metric_regex=f"{names.LEARNING_RATE}/.*"),
+        ],
+        "norms": [
             _lines("norms of gradients", metric_regex=f"{names.GRADIENT_NORM}/.*"),
             _lines("mean norms of updated table rows", metric_regex=f"{names.ROW_NORM}/.*"),
             _lines("mean norms of their gradients", metric_regex=f"{names.ROW_GRADIENT_NORM}/.*"),
@@ -115,22 +120,24 @@ def _panels() -> dict[str, list[Any]]:
         "speed": [
             _lines("speed", names.SAMPLES_PER_SECOND, title_y="samples/s"),
             _lines("share of the time waiting for data", names.DATA_WAIT_SHARE, range_y=(0.0, None)),
-            _metric_lines("auc", "AUC over time", x=_TIME),
+            _lines("validation AUC over time", f"{names.VALIDATION}/auc", x=_TIME, title_y="AUC"),
             _bars("time of training", names.TRAINING_SECONDS, "s"),
             _bars("peak memory", names.in_gib(names.PEAK_MEMORY), "GiB"),
-            _bars("peak GPU memory", names.in_gib(names.PEAK_DEVICE_MEMORY), "GiB"),
         ],
         "system": [
-            _lines("processor", "system/cpu", x=_TIME, title_y="%"),
+            _lines("use of all CPU cores", "system/cpu", x=_TIME, title_y="%"),
             _lines("memory of the process", "system/proc.memory.rssMB", x=_TIME, title_y="MB"),
-            _lines("GPU", x=_TIME, metric_regex=r"system/gpu\.\d+\.gpu", title_y="%"),
+        ],
+        "gpu": [
+            _bars("peak GPU memory", names.in_gib(names.PEAK_DEVICE_MEMORY), "GiB"),
+            _lines("use of each GPU", x=_TIME, metric_regex=r"system/gpu\.\d+\.gpu", title_y="%"),
             _lines("GPU memory", x=_TIME, metric_regex=r"system/gpu\.\d+\.memoryAllocated", title_y="%"),
         ],
         "parallel": [
             _lines("exchanges of a step", names.EXCHANGE_MS, title_y="ms"),
             _lines("sent in a step", names.SENT_BYTES, title_y="bytes"),
             _lines("work of the busiest rank / mean", names.WORK_IMBALANCE),
-            _bars("table rows of the fullest rank", names.ROWS_PER_RANK),
+            _bars("table rows of the fullest rank", names.ROWS_PER_RANK, "rows"),
             _bars("tables and their state on the fullest rank", names.in_gib(names.BYTES_PER_RANK), "GiB"),
         ],
     }
@@ -152,8 +159,9 @@ def _comparison_panels() -> list[Any]:
 def _quality_panels() -> list[Any]:
     best_auc = wr.SummaryMetric(f"{names.VALIDATION}/auc.max")
     return [
-        *(_metric_lines(metric) for metric in names.METRICS),
-        _bars("best validation AUC", best_auc, "AUC"),
+        *(_metric_lines(names.VALIDATION, metric) for metric in names.METRICS),
+        # From the AUC of guessing, as AUCs differ in the second digit.
+        _bars("best validation AUC", best_auc, "AUC", range_x=(0.5, None)),
         _curve(
             names.PRECISION_RECALL,
             "wandb/area-under-curve/v0",
@@ -177,15 +185,14 @@ def _lines(title: str, *metrics: str, x: str = _SAMPLES, **options: Any) -> Any:
     return wr.LinePlot(title=title, x=x, title_x=axis, **options)
 
 
-def _metric_lines(metric: str, title: str = "", **options: Any) -> Any:
-    """Return a plot of a metric during training, of the validation split and of the training samples."""
-    both = (f"{names.VALIDATION}/{metric}", f"{names.TRAIN}/{metric}")
-    both_title = f"{_TITLES[metric].partition(',')[0]}, validation and training"
-    return _lines(title or both_title, *both, title_y=_TITLES[metric], **options)
+def _metric_lines(stage: str, metric: str) -> Any:
+    """Return a plot of a metric during training."""
+    title, words = names.title_of(metric), {names.TRAIN: "training"}.get(stage, stage)
+    return _lines(f"{words} {title}", f"{stage}/{metric}", title_y=_UNITS.get(metric, title))
 
 
-def _bars(title: str, metric: Any, unit: str | None = None) -> Any:
-    return wr.BarPlot(title=title, metrics=[metric], title_x=unit)
+def _bars(title: str, metric: Any, unit: str, **options: Any) -> Any:
+    return wr.BarPlot(title=title, metrics=[metric], title_x=unit, **options)
 
 
 def _curve(name: str, chart: str, fields: dict[str, str]) -> Any:

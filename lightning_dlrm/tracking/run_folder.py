@@ -35,7 +35,7 @@ SUMMARY = "summary.json"
 PREDICTIONS = "predictions.parquet"
 WANDB = "wandb"
 RUNS = Path("runs")
-"""Where runs without a folder of the user's choice are."""
+"""Folder of the runs for which the user names no folder."""
 BOUNDS = ("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs", "limit_train_batches")
 """Settings of the trainer that end a fit."""
 
@@ -53,7 +53,7 @@ class RunFolder:
         self.is_new = False
         """Whether this process has made the folder."""
         self.refusal: str | None = None
-        """Why this run may not use the folder; on rank 0."""
+        """The reason why this run may not use the folder; on rank 0."""
 
     def agree(self, strategy: Strategy) -> None:
         """Take the path that rank 0 has chosen; all ranks call it together.

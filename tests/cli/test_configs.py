@@ -80,9 +80,9 @@ def test_it_builds(name: str, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.table_optimizer", "torch.optim.Adam"], "torch.optim.Adam is none of this project's, and cannot"),
-        (["--model.wide_optimizer", "Ftrl"], "no class Ftrl; known ones: SGD, Adagrad, RowWiseAdagrad, Adam"),
-        (["--model.loss", "torch.nn.BCELoss"], "torch.nn.BCELoss is none of this project's; choose one of LogLoss"),
+        (["--model.table_optimizer", "torch.optim.Adam"], "Adam is not a class of this project, and cannot"),
+        (["--model.wide_optimizer", "Ftrl"], "no class Ftrl; known classes: SGD, Adagrad, RowWiseAdagrad, Adam"),
+        (["--model.loss", "torch.nn.BCELoss"], "BCELoss is not a class of this project; choose one of LogLoss"),
         (["--model.loss", "FocalLoss", "--model.loss.gamma", "-1"], "gamma is -1.0"),
         (["--model.network.tables.pooling", "max"], "pooling: max is not one of sum, mean"),
         (["--model.network.tables.dims", "{C3: 8}"], "C3 has the width 8 and embedding_dim is 16: make"),
@@ -113,7 +113,7 @@ def test_an_overlay_without_a_model_is_one_line_that_says_so(capsys: pytest.Capt
 
 def test_kernels_of_an_earlier_release_become_auto() -> None:
     new, notes = update_options(["--model.kernels", "fbgemm"])
-    assert new == ["--model.kernels=auto"] and "no fbgemm any more: auto is used" in notes[0]
+    assert new == ["--model.kernels=auto"] and "fbgemm of model.kernels was removed: auto is used" in notes[0]
 
 
 def test_arms_of_a_comparison_keep_the_options_of_callbacks() -> None:

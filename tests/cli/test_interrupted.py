@@ -206,8 +206,11 @@ def test_ranks_end_together_after_a_signal_to_one_of_them_or_to_all() -> None:
         while lines_of("run") == logged and processes[0].poll() is None:
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 1.5))
-        for process in processes if to_all else processes[:1]:
-            process.send_signal(sent)
+        signalled = processes if to_all else processes[:1]
+        # Each rank has its own signal before another rank can tell it of one.
+        for number in (signal.SIGSTOP, sent, signal.SIGCONT):
+            for process in signalled:
+                process.send_signal(number)
         said = [process.communicate(timeout=40)[0] for process in processes]
         assert [process.returncode for process in processes] == [SIGNALS[sent], SIGNALS[sent if to_all else 15]], said
         assert "continue with: python -m lightning_dlrm" in said[0] and not left_over(Path("run"))

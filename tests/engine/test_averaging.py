@@ -177,7 +177,10 @@ def test_resumed_to_the_last_bit(tmp_path: Path) -> None:
 def test_other_averages_than_the_checkpoints_are_refused(tmp_path: Path) -> None:
     trainer_of(tmp_path / "run", max_epochs=1).fit(module_of(averaging=Averaging(decay=0.9)), ToyData())
     last = str(tmp_path / "run/checkpoints/last")
-    for averaging, words in ((None, "has averages .* asks for none"), (Averaging(decay=0.5), "decay 0.9, .*decay 0.5")):
+    for averaging, words in (
+        (None, "has averages .* asks for no averages"),
+        (Averaging(decay=0.5), "decay 0.9, .*decay 0.5"),
+    ):
         with pytest.raises(UserError, match=words):
             trainer_of(tmp_path / "other", max_epochs=2).fit(module_of(averaging=averaging), ToyData(), ckpt_path=last)
     for wrong in ({"decay": 1.5}, {"decay": 0.9, "start_share": 1.0}):

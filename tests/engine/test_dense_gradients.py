@@ -99,7 +99,7 @@ def test_memory_counts_gradients_and_state_of_whole_tables(tmp_path: Path, monke
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pl.Trainer, "world_size", property(lambda trainer: 2))
-    with pytest.raises(UserError, match=r"dense_gradients trains in one process, and there are 2: set trainer.devices"):
+    with pytest.raises(UserError, match=r"dense_gradients trains in one process, but there are 2: set trainer.devices"):
         trainer_of(tmp_path).fit(module_of(), ToyData())
 
 
@@ -114,7 +114,8 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         ({"wide_optimizer": SGD(0.1)}, "wide_optimizer is given, but dense_optimizer updates all"),
         (
             {"dense": False, "rule": SGD(0.1), "regularization": Regularization(fields_l1=1.0)},
-            "fields_l1 and fields_l2 cover whole tables, whose gradients are of single rows: set network.tables.dense_",
+            "fields_l1 and fields_l2 apply to whole tables, but gradients of tables have only the rows of a step: set "
+            "network",
         ),
         ({"initialization": "normal"}, "initialization 'normal' is not one of own, xavier"),
     ],

@@ -324,7 +324,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, caplog: pyte
     rest = run / "checkpoints/last/rest.pt"
     rest.write_bytes(rest.read_bytes()[:-9])
     assert newest_checkpoint(run / "checkpoints") == run / "checkpoints/best"
-    assert "not whole" in caplog.text and "rest.pt" in caplog.text
+    assert "skipping a damaged" in caplog.text and "rest.pt" in caplog.text
 
 
 def split_in_two(batch: Any) -> list[Any]:
@@ -444,7 +444,7 @@ def test_precisions_train(precision: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "data", "message"),
     [
-        (lambda: toy_module(toy_dcn), ToyData, "is of a DLRM, this run trains a DCN"),
+        (lambda: toy_module(toy_dcn), ToyData, "holds the model DLRM, but this run trains DCN"),
         (
             lambda: toy_module(
                 lambda f, s: toy_dlrm.__globals__["DLRM"](f, s, embedding_dim=4, bottom_mlp=[9, 4], top_mlp=[8])

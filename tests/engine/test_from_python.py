@@ -102,7 +102,7 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
     batch = toy_batch(5, seed=1)
     assert torch.equal(CTRModule.load_from_checkpoint(folder, network=OwnNetwork)(batch), module(batch))
     lambdas = CTRModule(DLRM, SGD(0.1), lambda parameters: torch.optim.SGD(parameters, lr=0.1), schema=toy_schema())
-    with pytest.raises(UserError, match="does not say how its dense_optimizer is made"):
+    with pytest.raises(UserError, match="does not describe its dense_optimizer"):
         CTRModule.load_from_checkpoint(fitted(lambdas, tmp_path / "lambdas"))
 
 
@@ -174,7 +174,7 @@ def test_a_plateau_of_a_metric_that_validations_do_not_yield_is_refused(tmp_path
     ungrouped.group = None  # type: ignore[attr-defined]
     # Misspelt; without groups, as the datamodule says; without groups, as the first validation shows.
     for data, monitor, said in (
-        (unknown, "validation/acu", "monitor is validation/acu, which validations do not yield; did you mean valid"),
+        (unknown, "validation/acu", "monitor is validation/acu, which validations do not report; did you mean valid"),
         (ungrouped, {"validation/auc": 1.0, "validation/group_auc": 1.0}, "validation/group_auc needs a kept column"),
         (unknown, "validation/group_auc", "validation/group_auc needs a kept column as the datamodule's group"),
     ):
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_an_earlier_release(run: str, tmp_path: Path) -> None:
     [expected] = trainer_in(tmp_path).validate(module, data, ckpt_path=folder, verbose=False)
     assert metrics == pytest.approx(expected, rel=1e-6)
     (folder.parents[1] / "config.yaml").unlink()
-    with pytest.raises(UserError, match="does not say how its model is made"):
+    with pytest.raises(UserError, match="does not describe its model"):
         CTRModule.load_from_checkpoint(folder, schema=data.schema)
 
 
@@ -205,5 +205,5 @@ def test_options_that_a_checkpoint_cannot_name_draw_a_warning(tmp_path: Path, ca
     module = toy_module(schedule=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer))
     trainer = trainer_in(tmp_path, limit_train_batches=1, limit_val_batches=0)
     trainer.fit(module, ToyData())
-    said = [record.getMessage() for record in caplog.records if "checkpoints do not say" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "checkpoints cannot describe" in record.getMessage()]
     assert len(said) == 1 and "schedule" in said[0] and "network" not in said[0]

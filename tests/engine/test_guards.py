@@ -56,7 +56,7 @@ def test_an_infinite_loss_stops_the_fit_and_saves_nothing(log_every: int, every:
     assert "the loss is not finite at step 6 (epoch 0, batch 5 of it, first at sample 3 of the batch)" in message
     assert "learning rates (dense 0.05, tables 0.1)" in message and "\n" not in message
     looked_at = {1: 5, 4: 4, 100: 1}[log_every]
-    assert f"largest gradients at step {looked_at}, the last one looked at: " in message
+    assert f"largest gradients at step {looked_at}, the last checked step: " in message
     assert CheckpointReader(newest_checkpoint(run / "checkpoints")).header["step"] == 4
 
 

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.cli import trainer_settings
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.models.layers import MLP
 from lightning_dlrm.objectives.losses import LogLoss
@@ -202,6 +203,17 @@ def test_limit_val_batches(given: str, batches: int) -> None:
         "--trainer.limit_val_batches", given, "--data.evaluation_batch_size", "128", "--trainer.val_check_interval=null"
     )
     assert Spy.evaluated == batches and ("validation/auc" in metrics("run")[BATCHES]) == (batches > 0)
+
+
+def test_a_limit_that_may_be_one_batch_or_all_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a notebook that has imported sklearn.metrics before Lightning, the command line reads 1 as 1.0."""
+    assert not trainer_settings._is_read_as_share("limit_val_batches")
+    monkeypatch.setattr(trainer_settings, "_is_read_as_share", lambda name: name != "limit_train_batches")
+    fit("--trainer.limit_val_batches=1.0", "--run_dir=refused", code=2)
+    assert "trainer.limit_val_batches is 1.0, which may be meant as 1 batch" in capsys.readouterr().err
+    fit("--trainer.limit_train_batches=1.0", "--trainer.max_steps=1")
 
 
 @pytest.fixture
@@ -413,9 +425,9 @@ def test_timer_by_yaml(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureF
     assert "by the time limit (Timer in trainer.callbacks)" in caplog.text
     capsys.readouterr()
     fit(timer, "--trainer.max_epochs=10000", "--resume=auto")
-    assert "(Timer in trainer.callbacks ended it: to train on, raise or remove it)" in capsys.readouterr().out
+    assert "(Timer in trainer.callbacks ended it: to continue training, raise or remove it)" in capsys.readouterr().out
     fit(timer, "--trainer.max_time={seconds: 1}", to="both", code=2)
-    assert "error: trainer.max_time counts for nothing beside a Timer" in capsys.readouterr().err
+    assert "error: trainer.max_time has no effect with a Timer" in capsys.readouterr().err
     assert 0 < steps_done() == Spy.validations[-1]
 
 

@@ -162,6 +162,22 @@ def test_one_row_looked_up_many_times_in_several_threads() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("count", [0, 1, 5000, 70_000])
+@pytest.mark.parametrize("rows", [1, 2, 700, 2**31 - 1])
+def test_rows_are_sorted_as_by_torch_in_any_number_of_threads(rows: int, count: int) -> None:
+    rows_N = torch.randint(rows, (count,), generator=torch.Generator().manual_seed(count), dtype=torch.int32)
+    rows_N[: count // 3] = rows - 1
+    expected, threads = torch.sort(rows_N, stable=True), torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            sorted_N, order_N = native.sort(rows_N, rows)
+            assert torch.equal(sorted_N, expected.values) and torch.equal(order_N, expected.indices), number
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
 @pytest.mark.parametrize("count", [0, 1, 5000, 50_000])
 @pytest.mark.parametrize("rows", [1, 2, 700, 2**31 - 1])
 def test_each_row_moves_by_the_sum_of_its_lookups(rows: int, count: int) -> None:

@@ -69,6 +69,9 @@ CASES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
         for name in ("products", "gradients")
         for kind in ("contiguous", "strided", "empty", "mixed self")
     },
+    "sort": lambda dtype: (torch.arange(24, dtype=torch.int32) % 7, 7),
+    "sort strided": lambda dtype: ((torch.arange(24, dtype=torch.int32) % 7)[::2], 9),
+    "sort empty": lambda dtype: (torch.arange(0, dtype=torch.int32), 7),
     "relu_bf16": lambda dtype: (draw(7, 5, dtype=torch.bfloat16),),
     **{
         f"relu_gradients {kind}": lambda dtype, kind=kind: (
@@ -194,6 +197,9 @@ def one(count: int, stop: int, dtype: torch.dtype = torch.int32) -> Tensor:
         (lambda: move(draw(9, 4), one(3, 3), state=[draw(9, 4).double()]), TypeError, "first is torch.float64"),
         (lambda: move(draw(9, 4, contiguous=False), one(3, 3)), TypeError, "contiguous"),
         (lambda: move(draw(9, 4), one(3, 3), factors=draw(2)), ValueError, "do not fit"),
+        (lambda: native.sort(one(3, 3), 2), IndexError, "rows 0 to 2"),
+        (lambda: native.sort(one(3, 3) - 1, 3), IndexError, "rows -1 to 1"),
+        (lambda: native.sort(one(3, 3).long(), 3), TypeError, "rows is torch.int64"),
         (lambda: dense.pair_products(draw(2, 3), draw(2, 4, 5), False), ValueError, "do not fit"),
         (lambda: dense.pair_products(draw(2, 3).half(), draw(2, 4, 3), False), TypeError, "float16"),
         (lambda: OPERATORS.pair_gradients(draw(2, 3), draw(2, 4, 3), draw(2, 12), False), ValueError, "do not fit"),

@@ -193,7 +193,7 @@ def test_linear_terms_take_a_rule_of_their_own() -> None:
 
 
 def test_a_rule_for_linear_terms_that_cannot_have_one_is_refused() -> None:
-    with pytest.raises(UserError, match=r"wide_optimizer is given, but this DLRM has no linear terms"):
+    with pytest.raises(UserError, match=r"wide_optimizer is given, but the network DLRM has no linear terms"):
         toy_module(wide_rule=Adagrad(0.1))
 
 

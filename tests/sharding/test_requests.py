@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
+from lightning_dlrm.kernels import compiled
 from lightning_dlrm.sharding.plan import Piece, Plan
 from lightning_dlrm.sharding.requests import LookupRequest, RowMap, decode_rows
 from lightning_dlrm.tables.gradients import LookupGradient, RowRequest
@@ -16,6 +17,10 @@ from lightning_dlrm.tables.lookup import EmbeddingTables, look_up
 from lightning_dlrm.tables.table import Table, TablePiece
 
 RANKS, WIDTH = 3, 2
+try:
+    HAS_NATIVE = bool(compiled.library())
+except compiled.NativeError:
+    HAS_NATIVE = False
 
 
 def drawn(sizes: list[int], samples: int, hot: str, seed: int) -> SparseIds:
@@ -93,6 +98,9 @@ def test_vectors_and_gradients_are_those_of_whole_tables(
 
 def cut_request(rows: RowMap, ids: SparseIds) -> LookupRequest:
     unsized = rows.request(ids)
+    if HAS_NATIVE:
+        pairs = zip(unsized.tensors(), rows.request(ids, natively=True).tensors(), strict=True)
+        assert all(torch.equal(plain, found) for plain, found in pairs)
     return unsized.sized(*unsized.counts.sum(1).tolist())
 
 

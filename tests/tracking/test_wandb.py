@@ -4,6 +4,7 @@ across resumes."""
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
+import wandb_workspaces.reports.v2 as wr
 from jsonargparse import Namespace
 
 from datamodules.criteo import Criteo
@@ -24,6 +26,8 @@ from lightning_dlrm.cli.loggers import make_loggers
 from lightning_dlrm.cli.parser import WandbSettings
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.engine.metrics_logger import NormLogger
+from lightning_dlrm.tracking.dashboard import Dashboard
+from lightning_dlrm.tracking.panels import panels_of
 from lightning_dlrm.tracking.run_folder import RunFolder
 from lightning_dlrm.tracking.wandb_mode import choose_mode
 from lightning_dlrm.tracking.wandb_run import RunPlace, WandbExtras, start_wandb
@@ -194,6 +198,23 @@ def test_runs_appear_where_they_belong(runs: list[list[dict[str, Any]]], finishe
     assert len(config["lightning_dlrm"]["git_commit"]) == 40
     found = merged(runs[0], "config")
     assert found["parameters/total"] > 400_000 and len(found["data_fingerprint"]) == 64
+
+
+def test_no_panel_of_the_dashboard_is_empty(runs: list[list[dict[str, Any]]]) -> None:
+    """Except those whose section says which runs have them."""
+    records = [record for of_run in runs[:2] for record in of_run]
+    logged = {key for record in of_type(records, "history") for key in record["item"]}
+    summary = merged(records, "summary")
+    sections = panels_of(Dashboard(project="p"))
+    panels = [panel for section in ("quality", "training", "norms", "speed") for panel in sections[section]]
+    lines, bars = ([panel for panel in panels if isinstance(panel, kind)] for kind in (wr.LinePlot, wr.BarPlot))
+    assert len(lines) == 16 and len(bars) == 3
+    for panel in lines:
+        assert {str(metric) for metric in panel.y} <= logged, panel.title
+        assert panel.y or any(re.fullmatch(panel.metric_regex, key) for key in logged), panel.title
+    for panel in bars:
+        name, _, best = getattr(panel.metrics[0], "name", panel.metrics[0]).partition(".")
+        assert name in summary and (not best or best in summary[name]), panel.title
 
 
 def test_a_resumed_run_has_the_same_id(runs: list[list[dict[str, Any]]], finished_run: Path) -> None:
