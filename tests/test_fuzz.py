@@ -308,7 +308,7 @@ def configuration(world: World, content: bytes) -> None:
 
 @functools.cache
 def parser() -> CommandParser:
-    return build_model_parser("params", "")
+    return build_model_parser("params")
 
 
 def parsed_configuration(world: World, content: bytes) -> None:
