@@ -63,7 +63,7 @@ Lightning's table of metrics.
 
 @cache
 def fit_parser() -> cli.CommandParser:
-    return cli.build_trainer_parser("fit", "")
+    return cli.build_trainer_parser("fit")
 
 
 def cell(text: str) -> str:
@@ -132,7 +132,7 @@ def commands_page() -> str:
     names = [action.dest for action in shared]
     parts = [COMMANDS_HEAD]
     parts.append(f"{SHARED_HEAD}{option_table(shared)}\n")
-    own = {"params": params_parser(""), "plan": plan_parser()}
+    own = {"params": params_parser(), "plan": plan_parser()}
     for name in entry.COMMANDS:
         if name in SHORT_HELP:
             parts.append(configured_command(name, own_actions(own[name], names) if name in own else []))

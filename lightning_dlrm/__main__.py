@@ -218,8 +218,8 @@ def _run(command: str, arguments: list[str]) -> int:
     if command == "compare":
         return _imported("lightning_dlrm.compare.command").run(arguments)
     if command in ("params", "plan"):
-        return _imported(f"lightning_dlrm.cli.{command}").run(arguments, COMMANDS[command])
-    return _imported("lightning_dlrm.cli.run").run(command, arguments, COMMANDS[command])
+        return _imported(f"lightning_dlrm.cli.{command}").run(arguments)
+    return _imported("lightning_dlrm.cli.run").run(command, arguments)
 
 
 def _imported(module: str) -> Any:

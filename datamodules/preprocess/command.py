@@ -119,7 +119,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "how to encode Criteo's rows, and new rows of any log (--vocabulary)": {
-        # No choices: find_protocol refuses an unknown protocol, as in Python.
+        # No choices: Options refuses an unknown protocol, as in Python.
         "--protocol": {
             "metavar": "NAME",
             "help": "how raw values become features (required unless --schema or --vocabulary is given): "

@@ -1,41 +1,33 @@
 """Transforms of integer columns over numpy arrays: dense values, log-squared bins and quantile bins."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
 
 import numpy as np
 
-from datamodules.log_schema import MOST_BINS
 from datamodules.values import from_ordered_bits, ordered_bits
-
-DenseTransform: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
-
-MOST_QUANTILE_BINS = MOST_BINS
 
 _FEW_VALUES = 1 << 22
 _DIGIT = 12
 """Bits that a pass of ``values_at_ranks`` counts: 8 MB of counts at most for 256 values."""
 
 
-def log_of_positive_part(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
+def log_of_positive_part(values: np.ndarray) -> np.ndarray:
     # In float64 and then rounded, so that the bytes do not depend on the processor's float32 logarithm.
     return np.log(np.maximum(values, 0).astype(np.float64) + 1.0).astype(np.float32)
 
 
-def log_above_minimum(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
+def log_above_minimum(values: np.ndarray, minimum: float) -> np.ndarray:
     # Below the minimum lie only rows that are encoded later with this dataset's vocabulary.
     return np.log(np.maximum(values, minimum).astype(np.float64) - minimum + 2.0).astype(np.float32)
 
 
-def log_plus_three(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
+def log_plus_three(values: np.ndarray, missing: np.ndarray) -> np.ndarray:
     return np.log(np.where(missing | (values < -2), 1.0, values.astype(np.float64) + 3.0)).astype(np.float32)
 
 
-def signed_log(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
+def signed_log(values: np.ndarray) -> np.ndarray:
     wide = values.astype(np.float64)
-    result = np.copysign(np.log(np.abs(wide) + 1.0), wide).astype(np.float32)
-    result[missing] = np.nan
-    return result
+    return np.copysign(np.log(np.abs(wide) + 1.0), wide).astype(np.float32)
 
 
 def log_squared(values: np.ndarray) -> np.ndarray:

@@ -1,6 +1,5 @@
 """``plan``: show the rows, bytes and traffic of each rank, without data and tables."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import DefaultHelpFormatter, Namespace
+from jsonargparse import Namespace
 from tqdm import tqdm
 
 from datamodules.folder import load_schema
@@ -29,39 +28,26 @@ from lightning_dlrm.sharding.costs import TableLoad, parse_bytes, parse_memory, 
 from lightning_dlrm.sharding.plan import Plan, read_plan
 from lightning_dlrm.tables.embeddings import WidthGroup
 
-EXAMPLES = """\
-examples:
-  python -m lightning_dlrm plan --config dlrm.yaml --ranks 8
-  python -m lightning_dlrm plan --config dlrm.yaml --ranks 8 --memory-per-rank 80GiB --plot plan.png
-  python -m lightning_dlrm plan --config dlrm.yaml --ranks 2 --memory-per-rank 24GiB,80GiB --output plan.yaml
-  python -m lightning_dlrm plan --config mlperf_v2.yaml --data.path DIR --ranks 8 --output plan.yaml
-
-  python -m lightning_dlrm plan --config dlrm.yaml --device-memory 1GiB --output places.yaml
+NOTES = """\
+more examples:
+  python -m lightning_dlrm plan --config dlrm.yaml --ranks 2 --memory-per-rank 24GiB,80GiB
+  python -m lightning_dlrm plan --config mlperf_v2.yaml --data.path DIR --ranks 8
   python -m lightning_dlrm fit --config dlrm.yaml --config places.yaml
 
---device-memory is for devices (one for each of --ranks) that cannot hold all tables: it shows which tables, or which of
-  their rows, stay in host memory (model.network.tables.on_host), and --output writes this choice as a configuration.
-    Without --device-memory, --output writes the plan for a run; a run without a plan uses the plan that this command
-    shows without --counted and --skew. "pooled" in the file lists the tables whose bags are summed by the ranks that
-    hold their rows: trainer: strategy:
+--device-memory is for devices (one for each of --ranks) that cannot hold all tables: it shows
+which tables, or which of their rows, stay in host memory (model.network.tables.on_host), and
+--output writes this choice as a configuration. Without --device-memory, --output writes the plan
+for a run; a run without a plan uses the plan that this command shows without --counted and --skew.
+"pooled" in the file lists the tables whose bags are summed by the ranks that hold their rows:
+  trainer:
+    strategy:
       class_path: EmbeddingShardedDDP
       init_args: {plan: plan.yaml}
 """
 
 
-class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """A formatter that keeps the lines of the examples."""
-
-
 def _parser() -> CommandParser:
-    parser = build_model_parser(
-        "plan",
-        "Shows the rows that each rank would hold, and the bytes that it would hold and send; no data and no tables "
-        "are made.\n"
-        "With --device-memory: which tables would stay in host memory.",
-        formatter_class=_HelpFormatter,
-        epilog=EXAMPLES,
-    )
+    parser = build_model_parser("plan", epilog=NOTES)
     parser.add_argument("--ranks", type=int, default=1, help="processes to spread the tables over")
     parser.add_argument(
         "--memory-per-rank",
@@ -105,7 +91,7 @@ def _parser() -> CommandParser:
     return parser
 
 
-def run(arguments: Sequence[str], description: str) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit code."""
     built = build_model_and_data(arguments, _parser())
     settings, module = built.settings, built.module

@@ -74,20 +74,19 @@ from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS, RunFolder
 log = logging.getLogger("lightning_dlrm")
 
 
-def run(command: str, arguments: Sequence[str], description: str) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Run a command of the Trainer; return its exit code.
 
     Args:
         command: fit, validate, test or predict.
         arguments: its options.
-        description: description of the command, for ``--help``.
 
     Raises:
         UserError: a setting is wrong, the data or a checkpoint do not fit, or another rank was lost.
         SystemExit: with 128 + signal after SIGTERM, SIGHUP or SIGINT.
     """
     configure_logging()
-    parser = build_trainer_parser(command, description)
+    parser = build_trainer_parser(command)
     settings = parse(parser, arguments)
     fill_data_seed(settings)
     if command == "fit":

@@ -145,7 +145,7 @@ def plan_arms(
 def _plan_arm(name: str, files: Sequence[str], options: Sequence[str]) -> PlannedArm:
     configs = [part for file in files for part in ("--config", file)]
     try:
-        built = build_model_and_data([*configs, *options], build_model_parser("params", ""))
+        built = build_model_and_data([*configs, *options], build_model_parser("params"))
     except UserError as error:
         raise UserError(f"arm {name}: {error}") from error
     return PlannedArm(

@@ -487,6 +487,11 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         if name in SHORT_HELP:
             assert main([name, "--config", "dlrm.yaml", "-h"]) == 0
             short = capsys.readouterr().out
+            assert max(map(len, listed.splitlines())) < 100 and not re.search(
+                r":\w+:`|``|known subclasses|Union\[", listed
+            )
+            titles = re.findall(r"(?m)^(options|data|model, loss and optimizers|Lightning's Trainer):$", listed)
+            assert titles == ["options", "data", "model, loss and optimizers", "Lightning's Trainer"]
             lines = short.splitlines()
             assert len(lines) <= 40 and max(map(len, lines)) <= 80 and lines[0].startswith("usage: ")
             # Options of the datamodule are listed by the help of its class, --trust beside all others.

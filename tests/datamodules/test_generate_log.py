@@ -15,7 +15,7 @@ from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.shipped import shipped_names
 
-SCHEMAS = [name for name in shipped_names() if name.startswith("datasets/")]
+SCHEMAS = [name for name in shipped_names() if name.startswith("datasets/") and Path(name).stem in FORMS]
 ROWS = 2_000
 
 

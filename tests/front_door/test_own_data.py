@@ -10,7 +10,7 @@ from typing import get_args
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules.log_schema import ColumnRole, Transform
+from datamodules.log_settings import ColumnRole, Transform
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.shipped import shipped_names
 from tests.front_door.conftest import REPOSITORY
