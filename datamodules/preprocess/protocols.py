@@ -66,9 +66,9 @@ PROTOCOLS: Mapping[str, Protocol] = {
         "over the training split",
     ),
     "modern": Protocol(
-        summary="our own, losing nothing: sign(x) log(|x| + 1) with missing as null, and the same integers binned as "
-        "categories B1..B13; missing 0, rare (seen once in training) 1 and unknown 2 have ids of their own; counted "
-        "over the training split",
+        summary="superseded by quantile, because its bins collide: sign(x) log(|x| + 1) with missing as null, and the "
+        "same integers binned as categories B1..B13; missing 0, rare (seen once in training) 1 and unknown 2 have ids "
+        "of their own; counted over the training split",
         superseded_by="protocol modern is superseded by quantile, whose bins have no collisions and whose unknown "
         "values share the row of rare ones; datasets of modern stay usable",
     ),

@@ -341,7 +341,7 @@ def known_recipe(known: DatasetSchema, folder: Folder, on_bad_row: OnBadRow = "f
     """
     where = str(folder / SCHEMA_FILE)
     require(
-        known.protocol in (SCHEMA_PROTOCOL, *PROTOCOLS) and known.vocabulary,
+        known.protocol == SCHEMA_PROTOCOL or (known.protocol in PROTOCOLS and known.vocabulary),
         f"{folder} has the protocol {known.protocol!r} and {len(known.vocabulary)} vocabularies; {_ADVICE}",
     )
     given = {name: value for name, value in known.settings.items() if name not in _FITS}

@@ -34,6 +34,7 @@ from datamodules.log_schema import log_schema, read_log_schema
 from datamodules.preprocess import command, counting, encoding, progress
 from datamodules.preprocess.criteo_tsv import COLUMNS, BadLineError, parse
 from datamodules.preprocess.multi_hot import MLPERF_SIZES
+from datamodules.preprocess.options import Options
 from datamodules.preprocess.pipeline import order_warning, preprocess
 from datamodules.preprocess.progress import Progress, format_size
 from datamodules.preprocess.protocols import PROTOCOLS, Dataset
@@ -226,6 +227,13 @@ def test_the_shipped_schema_of_a_protocol_makes_its_rows_and_vocabularies(tmp_pa
         for name in stored.column_names:
             np.testing.assert_array_equal(rows[name], stored.column(name).to_numpy())
         assert made["short"] == made["schema"], protocol
+
+
+def test_options_say_in_short_what_a_changed_schema_says() -> None:
+    short = Options(dataset="terabyte", protocol="mlperf", max_rows=40_000_000, multi_hot="mlperf")
+    split = {"by": "days", "days": "files", "held_out": ["validation", "test"]}
+    keys = {"dataset": "terabyte", "split": split, "id_modulo": 40_000_000, "mlperf_bags": {}}
+    assert log_schema({**read_log_schema("datasets/criteo_mlperf.yaml").document(), **keys}) == short.schema()
 
 
 def test_a_protocol_can_be_changed_in_its_schema(tmp_path: Path) -> None:
