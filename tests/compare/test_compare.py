@@ -430,7 +430,7 @@ def test_datasets_of_two_protocols_are_not_compared(capsys: pytest.CaptureFixtur
         summary["final"] |= {"protocol": protocol, "encoding_fingerprint": protocol, "data_fingerprint": protocol}
         (run / "summary.json").write_text(json.dumps(summary))
     error = error_of(capsys, *map(str, runs), "--output", "out")
-    assert "of different data" in error and "protocol: modern in dlrm-1; quantile in dcn-1" in error
+    assert "used different data" in error and "protocol: modern in dlrm-1; quantile in dcn-1" in error
 
 
 def test_other_data_are_refused_unless_forced(
@@ -441,7 +441,7 @@ def test_other_data_are_refused_unless_forced(
     runs = [leave_run(arm, seed, Path("out"), 1.0) for arm in (dlrm, dcn) for seed in (1, 2)]
     arguments = [*map(str, runs), "--output", "out"]
     error = error_of(capsys, *arguments)
-    assert "of different data" in error and "data fingerprint: " in error and "dlrm-1, dlrm-2" in error
+    assert "used different data" in error and "data fingerprint: " in error and "dlrm-1, dlrm-2" in error
     assert "data.init_args.demo.test_rows: 400, 300" in error and not Path("out/report.json").exists()
 
     summary = json.loads((runs[0] / "summary.json").read_text())
