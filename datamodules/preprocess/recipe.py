@@ -52,8 +52,6 @@ _WORDS: Mapping[Transform, str] = {
     "quantile": "rank in 0..1 by up to {bins} quantiles of {rows}, missing as {missing}",
     "log_squared": f"{_LOG_SQUARED}, missing as {{missing}}",
 }
-
-
 _TRANSFORMS: Mapping[Transform, Callable[[np.ndarray, Fitted, str], np.ndarray]] = {
     "none": lambda values, fitted, name: values,
     "log1p": lambda values, fitted, name: log_of_positive_part(values),
