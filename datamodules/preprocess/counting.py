@@ -60,12 +60,12 @@ def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
         first_id = max(reserved.values(), default=-1) + 1
         kept, rare_values, rare_rows = _assign(spread, totals, table, first_id)
         rows = max(first_id + kept, 1)
-        modulus = table.id_modulo
+        modulus = encoding.recipe.schema.id_modulo
         if modulus is not None and modulus >= rows:
             modulus = None  # changes nothing, and might not fit an id's type
         _write_vocabulary(encoding, table, spread, first_id, kept, missing_rows, rare_rows, modulus)
         write_ids(encoding, table, _ids_of_segments(encoding, table, spread, modulus))
-    if table.trained_rows:
+    if encoding.recipe.schema.unknown == "rare":
         reserved = trained_ids(reserved, missing_rows, rare_rows, rows)
     facts = {
         "cardinality": modulus or rows,

@@ -34,14 +34,10 @@ class Table:
     """Rarer values share the id ``rare``."""
     reserved: Mapping[str, int] = field(default_factory=dict)
     """Ids of ``missing``, ``rare`` and ``unknown`` values; several may share one."""
-    trained_rows: bool = False
-    """Whether reserved ids without a row in training give way to others, see ``trained_ids``."""
     lists_rare: bool = False
     """Whether the vocabulary lists rare values, so that they can be told from unknown ones in other rows."""
     hash_modulo: int | None = None
     """Modulus of raw hashes before counting."""
-    id_modulo: int | None = None
-    """Modulus of ids after counting."""
     most_rows: int | None = None
     """Rows of the table: beyond them, less frequent values are rare."""
 

@@ -182,7 +182,7 @@ def _split_table(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _column_table(facts: Mapping[str, Any]) -> list[str]:
-    header = ("column", "role", "table rows", "missing", "unknown", "top id", "90% in ids", "reserved", "")
+    header = ("column", "role", "table rows", "missing", "unknown", "top id", "90% in", "reserved", "")
     kinds = dict.fromkeys(kind for column in facts["columns"] for kind in column["reserved"])
     body = [
         (
@@ -202,7 +202,7 @@ def _column_table(facts: Mapping[str, Any]) -> list[str]:
     total = ("all", "", f"{facts['table_rows']:,}", *[""] * 6)
     lines = aligned([header, *body, total], left=(0, 1, 8))
     if facts["table_rows"]:
-        lines.append("top id: share of the lookups of its most frequent id; 90% in ids: ids that take 90% of them")
+        lines.append("top id: share of the lookups of the most frequent id; 90% in: ids that take 90%")
     if kinds:
         lines.append(f"reserved: ids of {'/'.join(kinds)} values")
     return lines

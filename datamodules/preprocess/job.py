@@ -5,7 +5,7 @@ A stage is a function of one job, which any worker may do:
 1. ``staging`` parses a piece of a raw file, or a whole compressed file, into segments.
 2. ``counting`` takes one categorical column: it counts the values, orders them into a vocabulary, and writes the id of
    every segment's distinct values. With the vocabulary of another dataset, it looks them up. Before that it takes each
-   integer column that becomes quantile bins, for their edges.
+   column of numbers whose transform is fitted to the rows.
 3. ``encoding`` writes one part file of one split.
 
 A worker holds one piece, or a bounded share of one column's distinct values, or some row groups.
@@ -14,7 +14,7 @@ Working folder::
 
     stage/<file>/000000.arrow ...       segments; <file> names the state of an input
     encode/<options>/segments           lists them
-    encode/<options>/ids/I1.edges       the edges of its quantile bins
+    encode/<options>/ids/I1.fit         what its transform is fitted to, such as edges of quantile bins
     encode/<options>/ids/C1.ids, .ends  the ids of every segment's distinct values, and where they end
     encode/<options>/parts/             records of part files
     encode/<options>/result/            the dataset folder in the making

@@ -51,6 +51,7 @@ def open_readers(
             others have not.
     """
     if schema.format == "criteo":
+        schema.check_columns(COLUMNS, "format criteo", labelled=is_new)
         labelled = is_new or fields_of(sources[0]) != len(COLUMNS) - 1
         return [CriteoReader(labelled=labelled)] * len(sources)
     readers = [_open_reader(source, schema, is_new) for source in sources]

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -340,9 +340,10 @@ def _chosen(
     require(schema is None or known is None, "both a schema and a vocabulary are given; leave one out")
     on_bad_row = given.pop("on_bad_row", "fail")
     if schema is not None:
-        _require_no_criteo_options(given)
-        return Recipe(schema=schema, on_bad_row=on_bad_row), Fitted()
-    if known is None or vocabulary is None:
+        recipe, fitted = Recipe(schema=schema, on_bad_row=on_bad_row), Fitted()
+    elif known is not None and vocabulary is not None:
+        recipe, fitted = known_recipe(known, vocabulary, on_bad_row)
+    else:
         for name, choices in (("dataset", DATASETS), ("protocol", PROTOCOLS)):
             require(
                 given[name] is not None,
@@ -350,32 +351,14 @@ def _chosen(
             )
         short = Options(**given)
         return Recipe(schema=short.schema(), short=short, on_bad_row=on_bad_row), Fitted()
-    recipe, fitted = known_recipe(known, vocabulary, on_bad_row)
-    if recipe.short is None:
-        _require_no_criteo_options(given)
-        return recipe, fitted
-    default = Options(dataset=recipe.short.dataset, protocol=recipe.short.protocol)
+    defaults = {one.name: one.default for one in fields(Options)}
+    why = "which is an option of Criteo's protocols; with the schema of a log leave it out"
     for name, value in given.items():
-        was = getattr(recipe.short, name)
-        require(
-            value is None or value in (getattr(default, name), was),
-            f"{name} is {value}, but the vocabulary of {vocabulary} was made with {was}; leave the option out",
-        )
+        was = getattr(recipe.short, name, None)
+        if recipe.short is not None:
+            why = f"but the vocabulary of {vocabulary} was made with {was}; leave the option out"
+        require(value is None or value in (defaults[name], was), f"{name} is {value}, {why}")
     return recipe, fitted
-
-
-def _require_no_criteo_options(given: Mapping[str, Any]) -> None:
-    """Refuse options of Criteo's protocols that are not at their default.
-
-    Raises:
-        UserError: one is given.
-    """
-    default = Options(dataset="kaggle", protocol="dlrm")
-    for name, value in given.items():
-        require(
-            value is None or (name not in ("dataset", "protocol") and value == getattr(default, name)),
-            f"{name} is {value}, which is an option of Criteo's protocols; with the schema of a log leave it out",
-        )
 
 
 def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -> DatasetSchema:

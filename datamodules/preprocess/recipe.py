@@ -11,7 +11,7 @@ import numpy as np
 
 from datamodules.folder import Folder
 from datamodules.log_schema import LogSchema, log_schema
-from datamodules.log_settings import LogColumn, value_text
+from datamodules.log_settings import LogColumn, Transform, value_text
 from datamodules.preprocess.features import Fitted, Table
 from datamodules.preprocess.multi_hot import MLPERF_SIZES, mlperf_bags
 from datamodules.preprocess.options import OnBadRow, Options
@@ -25,7 +25,8 @@ from datamodules.preprocess.transforms import (
     log_of_positive_part,
     log_plus_three,
     log_squared,
-    quantile_bins,
+    quantile_ranks,
+    scaled,
     signed_log,
     values_at_ranks,
 )
@@ -40,7 +41,7 @@ SCHEMA_PROTOCOL = "schema"
 _FITS = tuple(one.name for one in fields(Fitted))
 _ADVICE = "give a dataset folder that preprocess made"
 _LOG_SQUARED = "floor(log(x)^2) where x > 2"
-_WORDS: Mapping[str, str] = {
+_WORDS: Mapping[Transform, str] = {
     "none": "as it is, missing as {missing}",
     "log1p": "log(max(x, 0) + 1), missing as {missing}",
     "signed_log": "sign(x) * log(|x| + 1), missing as {missing}",
@@ -50,6 +51,17 @@ _WORDS: Mapping[str, str] = {
     "minmax": "(x - minimum) / (maximum - minimum), of {rows}, missing as {missing}",
     "quantile": "rank in 0..1 by up to {bins} quantiles of {rows}, missing as {missing}",
     "log_squared": f"{_LOG_SQUARED}, missing as {{missing}}",
+}
+_TRANSFORMS: Mapping[Transform, Callable[[np.ndarray, Fitted, str], np.ndarray]] = {
+    "none": lambda values, fitted, name: values,
+    "log1p": lambda values, fitted, name: log_of_positive_part(values),
+    "signed_log": lambda values, fitted, name: signed_log(values),
+    "log_above_minimum": lambda values, fitted, name: log_above_minimum(values, fitted.minimum[name]),
+    "log_plus_three": lambda values, fitted, name: log_plus_three(values),
+    "standard": lambda values, fitted, name: scaled(values, *fitted.scales[name]),
+    "minmax": lambda values, fitted, name: scaled(values, *fitted.scales[name]),
+    "quantile": lambda values, fitted, name: quantile_ranks(values, fitted.edges[name]),
+    "log_squared": lambda values, fitted, name: log_squared(values),
 }
 
 
@@ -117,7 +129,7 @@ class Recipe:
                 if column.fill is not None and any(of_segment["missing"][source] for of_segment in facts):
                     of_segments.append(column.fill)
                 low = min((one for one in of_segments if one is not None), default=0)
-                found[name] = int(low) if self.of_criteo else low
+                found[name] = int(low) if int(low) == low else low
         return found
 
     def dense(self, fitted: Fitted) -> tuple[Column, ...]:
@@ -167,10 +179,8 @@ class Recipe:
             bins=column.transform,  # type: ignore[arg-type]
             edges=tuple(edges),
             min_count=schema.min_count if column.min_count is None else column.min_count,
-            trained_rows=schema.unknown == "rare",
             lists_rare=schema.list_rare,
             hash_modulo=schema.hash_modulo if form == "hash" else None,
-            id_modulo=schema.id_modulo,
             most_rows=schema.max_rows if column.max_rows is None else column.max_rows,
         )
         first = int(missing == "own")
@@ -201,8 +211,8 @@ class Recipe:
             words = f"{'missing as 0, ' if zero else ''}{_LOG_SQUARED}, {words}"
         if table.hash_modulo is not None:
             words = f"hash % {table.hash_modulo}, {words}"
-        if table.id_modulo is not None:
-            words += f", id % {table.id_modulo}"
+        if schema.id_modulo is not None:
+            words += f", id % {schema.id_modulo}"
         if schema.mlperf_bags and table.ids_of_bag > 1:
             words += f"; a bag of {table.ids_of_bag}: the id and {schema.mlperf_bags.distribution} ones"
         return words
@@ -364,26 +374,11 @@ class _Settings:
 
 def _transformed(name: str, column: LogColumn, fitted: Fitted, values: np.ndarray, missing: np.ndarray) -> np.ndarray:
     """Return the transform of the numbers float64 or int32 [n] of a column, which are 0 where missing."""
-    transform = column.transform or "none"
-    if column.fill:
-        values = np.where(missing, column.fill, values)
-    if transform == "log1p":
-        found = log_of_positive_part(values)
-    elif transform == "signed_log":
-        found = signed_log(values)
-    elif transform == "log_above_minimum":
-        found = log_above_minimum(values, fitted.minimum[name])
-    elif transform == "log_plus_three":
-        found = log_plus_three(values, missing)
-    elif transform in ("standard", "minmax"):
-        subtracted, divisor = fitted.scales[name]
-        found = (values - subtracted) / divisor
-    elif transform == "quantile":
-        found = quantile_bins(values, fitted.edges[name]) / max(len(fitted.edges[name]), 1)
-    else:
-        found = log_squared(values) if transform == "log_squared" else values
+    fill = -2.0 if column.transform == "log_plus_three" else column.fill  # log(-2 + 3) is 0
+    if fill:
+        values = np.where(missing, fill, values)
     with np.errstate(over="ignore"):  # the writer refuses infinite values
-        found = found.astype(np.float32, copy=False)
-    if column.fill is None and transform != "log_plus_three":
+        found = _TRANSFORMS[column.transform or "none"](values, fitted, name).astype(np.float32, copy=False)
+    if fill is None:
         found[missing] = np.nan
     return found

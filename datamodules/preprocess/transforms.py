@@ -21,8 +21,12 @@ def log_above_minimum(values: np.ndarray, minimum: float) -> np.ndarray:
     return np.log(np.maximum(values, minimum).astype(np.float64) - minimum + 2.0).astype(np.float32)
 
 
-def log_plus_three(values: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    return np.log(np.where(missing | (values < -2), 1.0, values.astype(np.float64) + 3.0)).astype(np.float32)
+def log_plus_three(values: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(values.astype(np.float64) + 3.0, 1.0)).astype(np.float32)
+
+
+def scaled(values: np.ndarray, subtracted: float, divisor: float) -> np.ndarray:
+    return (values - subtracted) / divisor
 
 
 def signed_log(values: np.ndarray) -> np.ndarray:
@@ -158,6 +162,11 @@ def range_scale(pieces: Iterable[np.ndarray]) -> tuple[float, float]:
     bounds = [(float(values.min()), float(values.max())) for values in pieces if len(values)]
     low, high = min((low for low, _ in bounds), default=0.0), max((high for _, high in bounds), default=0.0)
     return low, (high - low) or 1.0
+
+
+def quantile_ranks(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:
+    """Return the bins of values as shares of the last bin, float64 [n]; see ``quantile_bins``."""
+    return quantile_bins(values, edges) / max(len(edges), 1)
 
 
 def quantile_bins(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:

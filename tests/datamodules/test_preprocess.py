@@ -40,6 +40,7 @@ from datamodules.preprocess.progress import Progress, format_size
 from datamodules.preprocess.protocols import PROTOCOLS, Dataset
 from datamodules.preprocess.sources import find_files
 from datamodules.preprocess.staging import PIECE_BYTES
+from datamodules.preprocess.tables import encode
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, DatasetSchema
@@ -251,6 +252,14 @@ def test_a_protocol_can_be_changed_in_its_schema(tmp_path: Path) -> None:
     assert schema.features.tables["C3"] == 2 + sum(count >= 40 for count in counts.values())
     assert train.column("again").equals(train.column("C4")) and "C2" not in train.column_names
     assert train.column("C5").to_pylist() == [plain.id_of("C5", line[18]) for line in lines[:150]]
+    table = pa.table(dict(zip(COLUMNS, zip(*lines, strict=True), strict=True)))
+    encode(table, log_schema(changed_schema), tmp_path / "in_memory")
+    assert pq.read_table(tmp_path / "in_memory/train").equals(train)
+    del changed_schema["columns"]["C2"]
+    with pytest.raises(
+        UserError, match="format criteo has columns that the schema does not name: C2; name them in col"
+    ):
+        preprocess(None, None, [raw], tmp_path / "bad", progress=QUIET, schema=log_schema(changed_schema))
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "pareto"])
