@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 
 from datamodules.folder import Folder, load_schema
 from datamodules.preprocess.encoding import distinct_values, items_of, replace_placeholders
+from datamodules.preprocess.features import PLACEHOLDER_IDS
 from datamodules.preprocess.log_columns import segment_of, staged_columns
-from datamodules.preprocess.log_recipe import LOG_PROTOCOL, known_options
-from datamodules.preprocess.protocols import PLACEHOLDER_IDS
+from datamodules.preprocess.recipe import known_recipe
 from datamodules.preprocess.staging import StagedRows
 from datamodules.preprocess.tables import arrow_table
 from datamodules.values import BadValueError, staged_name
@@ -32,23 +32,19 @@ class RowEncoder:
         folder: the dataset folder.
 
     Raises:
-        UserError: the folder holds no dataset that was made by the schema of a log.
+        UserError: the folder holds no dataset that was made of a log.
     """
 
     def __init__(self, folder: str | Path | Folder) -> None:
         where = Folder(folder)
         self.schema = load_schema(where)
-        require(
-            self.schema.protocol == LOG_PROTOCOL,
-            f"{where} has the protocol {self.schema.protocol}; expected a dataset made by preprocess --schema",
-        )
-        self._options, self._fitted = known_options(self.schema, where, "fail")
-        log = self._options.schema
+        self._recipe, self._fitted = known_recipe(self.schema, where)
+        log = self._recipe.schema
         features = {name: one for name, one in log.columns.items() if one.role not in ("keep", "leave")}
         self._features = replace(log, columns=features)
         self._known: dict[str, tuple[pa.Array, np.ndarray]] = {}
         """Of each table: its values, and their ids."""
-        for table in self._options.tables(self._fitted):
+        for table in self._recipe.tables(self._fitted):
             value = "value" if table.is_text else "hash"
             with where.open_vocabulary(self.schema.vocabulary[table.name].path) as file:
                 known = file.read(columns=[value, "id"]).combine_chunks()
@@ -84,10 +80,8 @@ class RowEncoder:
             row = int(error.rows[0])
             raise UserError(f"row {row:,}: {error.fault(row)}") from error
         columns = {column.name: column for column in self.schema.columns}
-        arrays: dict[str, Any] = {
-            dense.name: dense.transform(*staged.numbers(dense.source)) for dense in self._options.dense(self._fitted)
-        }
-        for table in self._options.tables(self._fitted):
+        arrays: dict[str, Any] = {**self._recipe.dense_values(self._fitted, staged)}
+        for table in self._recipe.tables(self._fitted):
             values, codes, ends = distinct_values(table, staged)
             known, known_ids = self._known[table.name]
             places = pc.index_in(values, value_set=known)
@@ -95,7 +89,7 @@ class RowEncoder:
             ids[-1] = PLACEHOLDER_IDS["missing"]
             ids[:-1][places.is_valid().to_numpy(zero_copy_only=False)] = known_ids[places.drop_null().to_numpy()]
             replace_placeholders(ids, columns[table.name])
-            arrays[table.name] = ids[codes] if ends is None else (ids[codes], ends)
+            arrays[table.name] = self._recipe.with_bags(table, ids[codes], ends, columns[table.name].cardinality)
             if table.name + WEIGHTS_SUFFIX in columns:
                 weights = staged.column(staged_name("weights", table.name))
                 _, ends = items_of(slice(None), weights.offsets.to_numpy())

@@ -18,150 +18,30 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+from datamodules.log_settings import ColumnRole, LogColumn, LogSplit, Missing, MlperfBags, check_limits
 from lightning_dlrm.contracts.documents import is_name, parse_settings, read_yaml
 from lightning_dlrm.contracts.errors import UserError, listed, nearest_first, require
-from lightning_dlrm.contracts.schema import CRITEO_LABEL, PREDICTION_COLUMNS, WEIGHTS_SUFFIX
-from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
+from lightning_dlrm.contracts.schema import (
+    CRITEO_CATEGORICAL,
+    CRITEO_DENSE,
+    CRITEO_LABEL,
+    PREDICTION_COLUMNS,
+    WEIGHTS_SUFFIX,
+)
+from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names, yaml_files_beside
 
-Format = Literal["csv", "parquet", "jsonl"]
-ColumnRole = Literal["dense", "categorical", "multi_hot", "keep", "leave"]
-Transform = Literal["none", "log1p", "signed_log", "standard", "minmax", "quantile", "log_squared"]
-BINS: tuple[Transform, ...] = ("quantile", "log_squared")
-"""Transforms that make a category of a number."""
-FITTED: tuple[Transform, ...] = ("standard", "minmax", "quantile")
-"""Transforms that depend on the counted rows."""
-SplitKind = Literal["position", "time", "random", "column", "files"]
-Scalar: TypeAlias = bool | int | float | str
+Format = Literal["csv", "parquet", "jsonl", "criteo"]
 
 LABEL = CRITEO_LABEL
 """Name of the label in the dataset, whatever the log calls it."""
-MOST_BINS = 256
-_DEFAULT_BINS: Mapping[str, int] = {"dense": MOST_BINS, "categorical": 30}
 
-_STRICT = {"extra": "forbid"}
 _CONDITION = re.compile(r"(?P<column>.+?)\s*(?P<operator>>=|<=|==|!=|>|<)\s*(?P<value>.+)", re.DOTALL)
 _NO_CONDITION = re.compile(r"(?P<column>.+?)\s*(?P<operator>=>|=<|<>|=(?!=))\s*(?P<value>.+)", re.DOTALL)
 _MEANT = {"=": "==", "=>": ">=", "=<": "<=", "<>": "!="}
 _SEPARATORS = (",", ";", "\t", "|", "::")
 _EXPECTED = "expected the schema of a click log: keys such as 'label:' and 'columns:' (see docs/own-data.md)"
-_KEYS_OF_ROLE: Mapping[str, Collection[str]] = {
-    "dense": ("transform", "bins", "fill"),
-    "categorical": ("transform", "bins", "min_count", "max_rows", "missing"),
-    "multi_hot": ("separator", "weights", "min_count", "max_rows"),
-    "keep": ("time",),
-    "leave": ("time",),
-}
-_KEYS_OF_SPLIT: Mapping[str, Collection[str]] = {
-    "position": ("ratios",),
-    "time": ("column", "ratios"),
-    "random": ("ratios", "seed"),
-    "column": ("column", "train", "validation", "test", "leave"),
-    "files": ("train", "validation", "test"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogColumn:
-    """The role and settings of a column of the log, or of one column of the dataset that is made of it."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
-
-    role: ColumnRole
-    """``keep`` stores the values beside the features, for ``predict`` and AUC by group; ``leave`` ignores the
-    column."""
-    source: str | None = None
-    """The log's column; None for the one with the name of this column."""
-    time: str | None = None
-    """How a value of ``keep`` or ``leave`` becomes a time: ``unix`` (seconds), ``unix_ms``, ``iso``, or a format of
-    strptime; None if it is no time, or is one in the file."""
-    transform: Transform | None = None
-    """Of a number; for a category one of ``BINS``, or None for the value itself."""
-    bins: int | None = None
-    """The largest number of quantiles; None for 256 (dense) or 30 (categorical)."""
-    fill: float | None = None
-    """The number that replaces missing numbers, before the transform; None to keep them missing."""
-    min_count: int | None = None
-    """Rarer values share one row; None for the ``min_count`` of the schema."""
-    max_rows: int | None = None
-    """Rows of the table: the most frequent values keep their own; None for the ``max_rows`` of the schema."""
-    missing: Literal["own", "rare"] | None = None
-    """Whether missing values have their own row or share the row of rare values; None for the schema's ``missing``."""
-    separator: str | None = None
-    """Between the values of a bag, if it is text; None if it is a list."""
-    weights: str | None = None
-    """The log's column with the weights of the bag, in the same form as the bag."""
-
-    def __post_init__(self) -> None:
-        for name in _given(self, "role", "source"):
-            takers = [role for role, names in _KEYS_OF_ROLE.items() if name in names]
-            require(name in _KEYS_OF_ROLE[self.role], f"{name} is for {' and '.join(takers)}, not for {self.role}")
-        require(
-            self.role != "categorical" or self.transform in (None, *BINS),
-            f"transform {self.transform} makes no category of a number; expected {' or '.join(BINS)}, or role dense",
-        )
-        require(self.bins is None or self.transform == "quantile", "bins is for transform quantile")
-        require(self.bins is None or 2 <= self.bins <= MOST_BINS, f"bins is {self.bins}, expected 2 to {MOST_BINS}")
-        require(self.fill is None or math.isfinite(self.fill), f"fill is {self.fill}, expected a number")
-        require(self.separator != "", "separator is empty; leave it out for a column of lists")
-        _check_limits(self)
-        if self.time is not None and self.time not in ("unix", "unix_ms", "iso"):
-            require(
-                "%" in self.time, f"time is {self.time!r}; expected unix, unix_ms, iso, or a format such as '%Y-%m-%d'"
-            )
-
-    @property
-    def quantiles(self) -> int:
-        """The largest number of quantiles in force."""
-        return self.bins or _DEFAULT_BINS[self.role]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogSplit:
-    """The assignment of rows to the training, validation and test splits."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
-
-    by: SplitKind
-    ratios: tuple[float, ...] = (0.8, 0.1, 0.1)
-    """Shares of train, validation and test; they sum to 1, and one may be 0."""
-    column: str | None = None
-    """The log's column of times or of names of splits."""
-    seed: int = 0
-    train: tuple[Scalar, ...] = ()
-    """Values of the column, or patterns of file names."""
-    validation: tuple[Scalar, ...] = ()
-    test: tuple[Scalar, ...] = ()
-    leave: tuple[Scalar, ...] = ()
-    """Values whose rows are left out."""
-
-    def __post_init__(self) -> None:
-        taken = _KEYS_OF_SPLIT[self.by]
-        for name in _given(self, "by"):
-            require(name in taken, f"{name} is not for a split by {self.by}, which takes {', '.join(taken)}")
-        require("column" not in taken or self.column, f"column is missing; a split by {self.by} needs it")
-        shares = ", ".join(map(str, self.ratios))
-        require(
-            len(self.ratios) == 3 and min(self.ratios) >= 0 and abs(sum(self.ratios) - 1) < 1e-6 and self.ratios[0],
-            f"ratios are {shares}; expected shares of train, validation and test that sum to 1",
-        )
-        require(0 <= self.seed < 2**63, f"seed is {self.seed}; expected 0 to 2**63 - 1")
-        values = [value_text(value) for value in (*self.train, *self.validation, *self.test, *self.leave)]
-        require("train" not in taken or self.train, "train is missing; name the rows of the training split")
-        twice = next((value for value in values if values.count(value) > 1), None)
-        require(twice is None, f"{twice} is given twice; each value belongs to one split")
-
-    @property
-    def values(self) -> dict[str, tuple[str, ...]]:
-        """The values or file names of each split, as text; splits without any are left out."""
-        given = {
-            "train": self.train,
-            "validation": self.validation,
-            "test": self.test,
-            "leave": self.leave,
-        }
-        return {name: tuple(map(value_text, values)) for name, values in given.items() if values}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +57,7 @@ class Label:
 class LogSchema:
     """The schema of a raw log."""
 
-    __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     dataset: str
     label: str
@@ -186,7 +66,7 @@ class LogSchema:
     """By their names in the dataset, in its order."""
     split: LogSplit
     format: Format | None = None
-    """None to infer it from the names of the files."""
+    """None to infer it from the names of the files; ``criteo`` is the text of Criteo's logs, without a header."""
     separator: str | None = None
     """Between the fields of CSV, any text; None for a tab in .tsv and a comma in other files."""
     header: bool | None = None
@@ -203,16 +83,34 @@ class LogSchema:
     """What to do with columns that the schema does not name: raise an error, or ignore them."""
     min_count: int = 1
     max_rows: int | None = None
-    missing: Literal["own", "rare"] = "own"
-    """Whether missing values of tables have their own row or share the row of rare values."""
+    missing: Missing = "own"
+    """Whether missing values of tables have their own row, share the row of rare values, or count as the value 0."""
+    unknown: Literal["rare", "reserved", "own", "none"] = "rare"
+    """The row of values that the vocabulary does not have.
+
+    ``rare``: the row of rare values. If the training rows have no missing values, or no rare values, then missing, rare
+    and unknown values share a row that was trained. ``reserved``: the row of rare values, trained or not. ``own``: a
+    row of their own, which is never trained. ``none``: the row of rare values if ``min_count`` or ``max_rows`` makes
+    some; else no row is reserved, and unknown values get the last row, which belongs to the rarest value."""
+    list_rare: bool = False
+    """Whether the vocabulary lists rare values, which can then be told from unknown ones in other rows."""
+    hash_modulo: int | None = None
+    """Hashes are taken modulo this number before they are counted."""
+    id_modulo: int | None = None
+    """Ids are taken modulo this number after values are counted."""
+    mlperf_bags: MlperfBags | None = None
+    """Bags that are made of single ids; None for none."""
     counts: Literal["train", "all"] = "train"
     """The rows over which vocabularies are counted and transforms are fitted."""
 
     def __post_init__(self) -> None:
         require(is_name(self.dataset), f"dataset is {self.dataset[:40]!r}; expected a name of up to 200 characters")
         require(self.label.strip(), "label is empty; expected a column, or a condition such as 'rating >= 4'")
-        _check_limits(self)
+        check_limits(self.min_count, self.max_rows)
         self._check_text()
+        self._check_tables()
+        if self.format == "criteo":
+            self._check_criteo()
         made = self.made
         require(
             any(column.role not in ("keep", "leave") for column in self.columns.values()),
@@ -256,6 +154,38 @@ class LogSchema:
             "".encode(self.encoding)
         except LookupError as error:
             raise UserError(f"encoding is {self.encoding!r}; expected a codec of Python, such as latin-1") from error
+
+    def _check_tables(self) -> None:
+        """Check settings of tables that depend on each other."""
+        for name in ("hash_modulo", "id_modulo"):
+            modulo = getattr(self, name)
+            require(modulo is None or modulo >= 1, f"{name} is {modulo}, expected at least 1")
+        forms = {column.form for column in self.columns.values() if column.role == "categorical"}
+        require(self.hash_modulo is None or "hash" in forms, "hash_modulo is for columns of type hash; there are none")
+        plain = self.unknown == "none" and {self.missing_of(column) for column in self.columns.values()} == {"zero"}
+        require(self.id_modulo is None or plain, "id_modulo needs 'unknown: none' and 'missing: zero'")
+        require(not self.list_rare or self.unknown != "none", "list_rare needs a row of rare values; change unknown")
+        require(self.mlperf_bags is None or self.format == "criteo", "mlperf_bags is for format criteo")
+
+    def _check_criteo(self) -> None:
+        """Check that the schema asks nothing that Criteo's text does not have."""
+        require(self.label == CRITEO_LABEL, f"label is {self.label!r}; of format criteo it is {CRITEO_LABEL!r}")
+        others = {"separator", "header", "names", "decimal", "quote", "encoding", "nulls"}.intersection(_document(self))
+        require(not others, f"{', '.join(sorted(others))} is for other formats than criteo; leave it out")
+        require(self.split.column is None, "format criteo has no column to split by; split by days, files or position")
+        for name, column in self.columns.items():
+            source = column.source or name
+            form = "number" if source in CRITEO_DENSE else "hash" if source in CRITEO_CATEGORICAL else None
+            require(form, f"columns: {name}: format criteo has no column {source}; it has I1 to I13 and C1 to C26")
+            as_form = "role dense, or a transform" if form == "number" else "role categorical and type hash"
+            require(
+                column.role == "leave" or (column.role in ("dense", "categorical") and column.form == form),
+                f"columns: {name}: {source} of format criteo is a {form}; give it {as_form}, or role leave",
+            )
+
+    def missing_of(self, column: LogColumn) -> Missing:
+        """Return ``missing`` of a column."""
+        return column.missing or self.missing
 
     @property
     def made(self) -> list[str]:
@@ -376,10 +306,11 @@ def read_log_schema(path: str | Path) -> LogSchema:
         UserError: there is none, it cannot be read or is not such a schema.
     """
     found = next((place for place in (Path(path), shipped_configs() / path) if place.is_file()), None)
-    known = [name for name in shipped_names() if name.startswith(SCHEMAS)]
     if found is None:
+        known = [*yaml_files_beside(path), *(name for name in shipped_names() if name.startswith(SCHEMAS))]
         raise UserError(
-            f"no schema {path} here{nearest_first(str(path), known, 'shipped are')}; preprocess --infer writes one"
+            f"no schema {path} here{nearest_first(str(path), known, 'schemas here and shipped are')}; preprocess "
+            "--infer writes one"
         )
     return log_schema(read_yaml(found, _EXPECTED), str(path))
 
@@ -416,27 +347,6 @@ def log_schema(content: Mapping[str, Any], where: str = "schema") -> LogSchema:
                 keys = nearest_first(str(key), known, "known keys are")
                 raise UserError(f"{where}: {place}unknown key {key}{keys}")
     return parse_settings(content, LogSchema, where)
-
-
-def value_text(value: Scalar) -> str:
-    """Return a value as the text that it has as a category: ``true``, ``5`` (also of 5.0), ``0.5``, ``x``."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _check_limits(limits: LogColumn | LogSchema) -> None:
-    require(limits.min_count is None or limits.min_count >= 1, f"min_count is {limits.min_count}, expected at least 1")
-    require(
-        limits.max_rows is None or 3 <= limits.max_rows < 2**31,
-        f"max_rows is {limits.max_rows}, expected at least 3 (missing, rare and one more), or null for no limit",
-    )
-
-
-def _given(settings: LogColumn | LogSplit, *apart: str) -> list[str]:
-    """Return the fields that are not at their default."""
-    fields = (one for one in dataclasses.fields(settings) if one.name not in apart)
-    return [one.name for one in fields if getattr(settings, one.name) != one.default]
 
 
 def _document(value: Any) -> Any:

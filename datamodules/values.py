@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datamodules.log_schema import Label, value_text
+from datamodules.log_schema import Label
+from datamodules.log_settings import value_text
 from lightning_dlrm.contracts.errors import one_line
 
 _OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -116,7 +117,7 @@ def numbers(name: str, column: pa.ChunkedArray, decimal: str = ".") -> pa.Double
             raise BadValueError(
                 pc.and_(found.is_null(), encoded.is_valid()),
                 lambda row: (
-                    f"{name} is {_shown(encoded[row].as_py())}, expected a number; correct the line, list texts that "
+                    f"{name} is {shown(encoded[row].as_py())}, expected a number; correct the line, list texts that "
                     "mean a missing value under nulls, or give the column another role"
                 ),
             )
@@ -168,7 +169,7 @@ def _fault_of_label(
     def fault(row: int) -> str:
         value = encoded[row].as_py()
         others = [one for one in values[: _SHOWN + 1] if one != value][:_SHOWN]
-        seen = f" (beside {', '.join(map(_shown, others))})" if others else ""
+        seen = f" (beside {', '.join(map(shown, others))})" if others else ""
         if label.operator is not None:
             expected = f"expected a number, as the label is {label.column} {label.operator} {label.value}"
         else:
@@ -178,7 +179,7 @@ def _fault_of_label(
             expected = (
                 f"expected 0 and 1, or false and true; correct the line, or give a condition such as label: {condition}"
             )
-        return f"the label {label.column} is {_shown(value)}{seen}, {expected}"
+        return f"the label {label.column} is {shown(value)}{seen}, {expected}"
 
     return fault
 
@@ -297,8 +298,7 @@ def times(name: str, column: pa.ChunkedArray, form: str | None) -> pa.TimestampA
         raise BadValueError(
             pc.and_(found.is_null(), encoded.is_valid()),
             lambda row: (
-                f"{name} is {_shown(encoded[row].as_py())}, expected {expected}; correct the line, or time in the "
-                "schema"
+                f"{name} is {shown(encoded[row].as_py())}, expected {expected}; correct the line, or time in the schema"
             ),
         )
     return found
@@ -369,7 +369,7 @@ def split_codes(
         raise BadValueError(
             found == -2,
             lambda row: (
-                f"{name} is {_shown(encoded[row].as_py())}, which belongs to no split; name it under train, "
+                f"{name} is {shown(encoded[row].as_py())}, which belongs to no split; name it under train, "
                 "validation, test or leave"
             ),
         )
@@ -440,7 +440,7 @@ def _iso(text: str) -> datetime.datetime | None:
     return time if time.tzinfo is None else time.astimezone(datetime.UTC).replace(tzinfo=None)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     text = one_line(ValueError(repr(value)))
     return text if len(text) <= 42 else f"{text[:40]}...'"
 

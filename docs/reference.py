@@ -31,7 +31,7 @@ from lightning_dlrm.tables.embeddings import MixedDimensions, QuotientRemainder
 DOCS = Path(__file__).parent
 OURS = {
     "ckpt_path": "a checkpoint folder; or `best` or `last`, of the run in --run_dir",
-    "published": "published scores (metric, value, source), at the end of a run and in reports beside its own",
+    "published": "published scores (metric, value, source), shown at the end of a run and in reports",
 }
 """Options whose help is Lightning's, or is long -> what they mean here."""
 LEFT_OUT = ("weights_only", "return_predictions", "published.help", "trust")
@@ -63,7 +63,7 @@ Lightning's table of metrics.
 
 @cache
 def fit_parser() -> cli.CommandParser:
-    return cli.build_trainer_parser("fit", "")
+    return cli.build_trainer_parser("fit")
 
 
 def cell(text: str) -> str:
@@ -132,7 +132,7 @@ def commands_page() -> str:
     names = [action.dest for action in shared]
     parts = [COMMANDS_HEAD]
     parts.append(f"{SHARED_HEAD}{option_table(shared)}\n")
-    own = {"params": params_parser(""), "plan": plan_parser()}
+    own = {"params": params_parser(), "plan": plan_parser()}
     for name in entry.COMMANDS:
         if name in SHORT_HELP:
             parts.append(configured_command(name, own_actions(own[name], names) if name in own else []))

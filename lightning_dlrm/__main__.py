@@ -29,13 +29,13 @@ COMMANDS = {
     "fit": "train a model; ends with a validation",
     "validate": "score a checkpoint on the validation split",
     "test": "score a checkpoint on the test split",
-    "predict": "write the click probabilities of a checkpoint for one split or for all",
+    "predict": "write a checkpoint's click probabilities for one split or all",
     "params": "count parameters, FLOPs and bytes of a configuration",
-    "plan": "show the table rows that each rank would hold, and the bytes it sends",
+    "plan": "show the rows that each rank would hold, and what it would send",
     "compare": "train configurations over several seeds and show which is better",
-    "checkpoint": "show or rewrite a checkpoint, or import one of facebookresearch/dlrm",
+    "checkpoint": "show, rewrite or import a checkpoint",
     "preprocess": "turn raw click logs into a dataset folder, or infer a schema",
-    "inspect": "show the contents of a dataset folder; --verify compares every checksum",
+    "inspect": "show the contents of a dataset folder; --verify checks every file",
     "generate": "write generated data: a dataset folder, or raw logs",
     "dashboard": "save a W&B workspace and report of a project's or group's runs",
     "bench": "measure the speed of a part of this project on this machine",
@@ -218,8 +218,8 @@ def _run(command: str, arguments: list[str]) -> int:
     if command == "compare":
         return _imported("lightning_dlrm.compare.command").run(arguments)
     if command in ("params", "plan"):
-        return _imported(f"lightning_dlrm.cli.{command}").run(arguments, COMMANDS[command])
-    return _imported("lightning_dlrm.cli.run").run(command, arguments, COMMANDS[command])
+        return _imported(f"lightning_dlrm.cli.{command}").run(arguments)
+    return _imported("lightning_dlrm.cli.run").run(command, arguments)
 
 
 def _imported(module: str) -> Any:

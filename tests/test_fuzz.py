@@ -33,9 +33,9 @@ from datamodules.parquet import open_part, read_slices
 from datamodules.preprocess.criteo_tsv import BadLineError, parse, parse_good
 from datamodules.preprocess.inspection import render, summary
 from datamodules.preprocess.journal import discard_damaged, record, recorded
-from datamodules.preprocess.options import options_of
 from datamodules.preprocess.pipeline import Run, Target
 from datamodules.preprocess.protocols import PROTOCOLS
+from datamodules.preprocess.recipe import known_recipe
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.cli.checkpoint import info
 from lightning_dlrm.cli.configs import flat, resolve_config_arguments
@@ -222,7 +222,7 @@ def dataset(world: World, content: bytes) -> None:
     (world.root / "known").mkdir(exist_ok=True)
     (world.root / "known/dataset.json").write_bytes(content)
     if schema.protocol in PROTOCOLS and schema.vocabulary:
-        options_of(load_schema(Folder(world.root / "known")), Folder(world.root / "known"), dataset=None, protocol=None)
+        known_recipe(load_schema(Folder(world.root / "known")), Folder(world.root / "known"))
 
 
 def signed_dataset(world: World, content: bytes) -> None:
@@ -308,7 +308,7 @@ def configuration(world: World, content: bytes) -> None:
 
 @functools.cache
 def parser() -> CommandParser:
-    return build_model_parser("params", "")
+    return build_model_parser("params")
 
 
 def parsed_configuration(world: World, content: bytes) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from datamodules.generate.demo import KAGGLE_CARDINALITIES
 from datamodules.generate.draws import Gaussian, Uniform, Zipf, halves, integers, normal_quantile, stream, uniforms
 from datamodules.generate.folder import SEED_RANGE, cache_folder, check_settings, make_once, rows_of_splits
-from datamodules.preprocess.options import MLPERF_SIZES
+from datamodules.preprocess.multi_hot import MLPERF_SIZES
 from datamodules.writer import DatasetWriter
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import (

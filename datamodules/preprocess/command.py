@@ -23,8 +23,9 @@ Your own log (CSV, JSON lines or Parquet) needs a --schema: a YAML file that nam
 and the split. --infer writes a first schema; docs/own-data.md explains schemas; schemas of some public logs are
 shipped.
 
-Criteo's files need a --dataset and a --protocol. A raw line has 40 fields separated by tabs: label, 13 integers, 26
-hashes of 8 hexadecimal digits; an empty integer or hash is a missing value.
+Criteo's files need a --dataset and a --protocol, the short form of a shipped schema such as
+datasets/criteo_dlrm.yaml, which can be copied and changed. A raw line has 40 fields separated by tabs: label, 13
+integers, 26 hashes of 8 hexadecimal digits; an empty integer or hash is a missing value.
 
 Text is plain, or compressed by gzip or Zstandard.
 
@@ -119,7 +120,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "how to encode Criteo's rows, and new rows of any log (--vocabulary)": {
-        # No choices: find_protocol refuses an unknown protocol, as in Python.
+        # No choices: Options refuses an unknown protocol, as in Python.
         "--protocol": {
             "metavar": "NAME",
             "help": "how raw values become features (required unless --schema or --vocabulary is given): "

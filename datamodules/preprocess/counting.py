@@ -22,11 +22,12 @@ import pyarrow.parquet as pq
 
 from datamodules.folder import Folder
 from datamodules.preprocess.encoding import Encoding, distinct_values, items_of, scratch_folder, write_ids
+from datamodules.preprocess.features import PLACEHOLDER_IDS, Table, by_frequency, trained_ids
 from datamodules.preprocess.journal import record, recorded, written_aside
-from datamodules.preprocess.protocols import PLACEHOLDER_IDS, Fit, Table, by_frequency, trained_ids
 from datamodules.preprocess.staging import OpenSegment, Segment, load_segments, rows_of
 from datamodules.preprocess.transforms import quantile_edges, range_scale, standard_scale
 from datamodules.preprocess.value_ranges import ValueRanges
+from datamodules.values import staged_name
 from lightning_dlrm.contracts.schema import DatasetSchema
 
 _VALUES_AT_ONCE = 1 << 22  # of a column's distinct values in all segments: 200 MB while they are sorted
@@ -59,12 +60,12 @@ def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
         first_id = max(reserved.values(), default=-1) + 1
         kept, rare_values, rare_rows = _assign(spread, totals, table, first_id)
         rows = max(first_id + kept, 1)
-        modulus = table.id_modulo
+        modulus = encoding.recipe.schema.id_modulo
         if modulus is not None and modulus >= rows:
             modulus = None  # changes nothing, and might not fit an id's type
         _write_vocabulary(encoding, table, spread, first_id, kept, missing_rows, rare_rows, modulus)
         write_ids(encoding, table, _ids_of_segments(encoding, table, spread, modulus))
-    if table.trained_rows:
+    if encoding.recipe.schema.unknown == "rare":
         reserved = trained_ids(reserved, missing_rows, rare_rows, rows)
     facts = {
         "cardinality": modulus or rows,
@@ -75,26 +76,26 @@ def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
     return record(encoding.record_of(table), facts, encoding.files_of(table))
 
 
-def fit_column(encoding: Encoding, fit: Fit) -> dict[str, Any]:
-    """Fit a transform of numbers to the counted rows.
+def fit_column(encoding: Encoding, name: str) -> dict[str, Any]:
+    """Fit the transform of a column of numbers to the counted rows.
 
     Returns:
-        ``edges`` of quantile bins, or ``scale``: see ``Fitted``.
+        ``edges`` of quantile bins, or ``scales``: see ``Fitted``.
     """
-    path = encoding.folder / "ids" / f"{fit.name}.fit"
+    path, column = encoding.folder / "ids" / f"{name}.fit", encoding.recipe.schema.columns[name]
 
     def pieces() -> Iterator[np.ndarray]:
         for segment in load_segments(encoding.segments):
             with OpenSegment(segment) as opened:
-                rows = rows_of(encoding.rule, opened, encoding.recipe.fitted_on)
-                numbers, missing = opened.numbers(fit.source, rows)
-                yield numbers[~missing] if fit.fill is None else np.where(missing, fit.fill, numbers)
+                rows = rows_of(encoding.rule, opened, encoding.recipe.counted)
+                numbers, missing = opened.numbers(staged_name("number", column.source or name), rows)
+                yield numbers[~missing] if column.fill is None else np.where(missing, column.fill, numbers)
 
     if done := recorded(path):
         return done
-    if fit.transform == "quantile":
-        return record(path, {"edges": quantile_edges(pieces, fit.bins)})
-    return record(path, {"scale": list((standard_scale if fit.transform == "standard" else range_scale)(pieces()))})
+    if column.transform == "quantile":
+        return record(path, {"edges": quantile_edges(pieces, column.quantiles)})
+    return record(path, {"scales": (standard_scale if column.transform == "standard" else range_scale)(pieces())})
 
 
 def _values_of(table: Table, segment: Segment) -> pa.Array:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datamodules.preprocess.encoding import Encoding
-from datamodules.preprocess.log_recipe import LogOptions
-from datamodules.preprocess.options import Fitted, Options
+from datamodules.preprocess.features import Fitted, Table
+from datamodules.preprocess.recipe import Recipe
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, Column, DatasetSchema
 
 
@@ -31,26 +31,23 @@ def columns_of_dataset(
     if known is not None:
         features = [column for column in known.columns if column.role not in ("label", "keep")]
     else:
-        bags = recipe.bags
-        features = [Column(name=d.name, role="dense", transform=d.words) for d in recipe.dense(encoding.fitted)]
+        features = [*recipe.dense(encoding.fitted), *recipe.weights()]
         features += (
             Column(
                 name=table.name,
-                role="multi_hot" if table.bag or (bags and bags.size(table.name) > 1) else "categorical",
+                role="multi_hot" if table.bag or table.ids_of_bag > 1 else "categorical",
                 cardinality=counted[table.name]["cardinality"],
                 transform=table.words,
                 reserved=counted[table.name]["reserved"],
             )
             for table in encoding.tables
         )
-        features += recipe.weights()
     columns = {column.name: column for column in (*features, *beside)}
-    order = recipe.schema.made if isinstance(recipe, LogOptions) else list(columns)
-    return (*label, *(columns[name] for name in order))
+    return (*label, *(columns[name] for name in recipe.schema.made))
 
 
 def report_of(
-    options: Options | LogOptions,
+    recipe: Recipe,
     rows_per_file: list[list[Any]],
     facts: Sequence[Mapping[str, Any]],
     counted: Mapping[str, Mapping[str, Any]],
@@ -60,26 +57,26 @@ def report_of(
     """Return the report of the schema: rows of each file, missing and distinct values, unknown and bad rows.
 
     Args:
-        options: the options of the run.
+        recipe: of the dataset.
         rows_per_file: name and rows of each input.
         facts: of each segment.
         counted: for each table the result of ``count_column`` or ``look_up_column``.
         cells: of the schema.
         bad_rows: rows that were skipped.
     """
-    tables = [table.name for table in options.tables(Fitted())]
+    tables = [table.name for table in recipe.tables(Fitted())]
     return {
         "rows_per_file": rows_per_file,
         "missing": {
             name: sum(of_segment["missing"].get(source, 0) for of_segment in facts)
-            for name, source in options.missing_sources().items()
+            for name, source in recipe.missing_sources().items()
         },
         **(
             {fact: {name: counted[name][fact] for name in tables} for fact in ("distinct", "kept")}
-            if options.encoding_of is None
+            if recipe.encoding_of is None
             else {"unknown": {name: cells["test"][name]["unknown"] for name in tables}}
         ),
-        **({"bad_rows": bad_rows} if options.on_bad_row == "skip" else {}),
+        **({"bad_rows": bad_rows} if recipe.on_bad_row == "skip" else {}),
     }
 
 
@@ -93,12 +90,9 @@ def kept_types(facts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {name: kinds.pop() if len(kinds) == 1 else "text" for name, kinds in known.items()}
 
 
-def bag_sizes(
-    options: Options | LogOptions, columns: Sequence[Column], facts: Sequence[Mapping[str, Any]]
-) -> dict[str, float]:
+def bag_sizes(tables: Sequence[Table], facts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the mean number of ids in the bags of each multi-hot column."""
-    if isinstance(options, Options):
-        return options.bag_sizes(columns)
-    rows = sum(of_segment["rows"] for of_segment in facts)
-    bags = [column.name for column in columns if column.role == "multi_hot"]
-    return {name: sum(of_segment["items"][name] for of_segment in facts) / max(rows, 1) for name in bags}
+    rows = max(sum(of_segment["rows"] for of_segment in facts), 1)
+    found: dict[str, float] = {table.name: table.ids_of_bag for table in tables if table.ids_of_bag > 1}
+    bags = [table.name for table in tables if table.bag]
+    return found | {name: sum(of_segment["items"][name] for of_segment in facts) / rows for name in bags}

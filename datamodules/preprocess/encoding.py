@@ -12,15 +12,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from datamodules.parquet import weighted_column
+from datamodules.preprocess.features import PLACEHOLDER_IDS, Fitted, Table, hash_modulo
 from datamodules.preprocess.journal import record, recorded, written_aside
-from datamodules.preprocess.options import Fitted, MultiHot
-from datamodules.preprocess.protocols import PLACEHOLDER_IDS, Dense, Table, hash_modulo
+from datamodules.preprocess.recipe import Recipe
 from datamodules.preprocess.splits import SplitRule
 from datamodules.preprocess.staging import OpenSegment, StagedRows, load_segments, rows_of
 from datamodules.values import staged_name
@@ -29,39 +29,6 @@ from lightning_dlrm.contracts.schema import CRITEO_LABEL, SPLITS, Column, DataFi
 
 _LEAST_GROUPS = 4
 """Row groups of a part file, unless the split has fewer: each file takes some milliseconds."""
-
-
-class Recipe(Protocol):
-    """How rows are encoded: the options of Criteo's protocols, or the schema of a log."""
-
-    @property
-    def bags(self) -> MultiHot | None:
-        """The rule that makes bags of single ids; None for none."""
-
-    @property
-    def files_of_split(self) -> int:
-        """The least number of part files of a split that has enough row groups; more can be written in parallel."""
-
-    @property
-    def dense_dictionaries(self) -> bool:
-        """Whether dense values are written as dictionaries, which are short if values recur, as integers do."""
-
-    @property
-    def counted(self) -> tuple[SplitName, ...]:
-        """The splits over which vocabularies are counted."""
-
-    @property
-    def fitted_on(self) -> tuple[SplitName, ...]:
-        """The splits over which transforms are fitted."""
-
-    def dense(self, fitted: Fitted) -> tuple[Dense, ...]:
-        """Return the dense columns."""
-
-    def tables(self, fitted: Fitted) -> tuple[Table, ...]:
-        """Return the categorical and multi-hot columns, in the order of the dataset."""
-
-    def weights(self) -> tuple[Column, ...]:
-        """Return the columns of weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +92,7 @@ def distinct_values(table: Table, opened: StagedRows) -> tuple[pa.Array, np.ndar
     """
     values, codes, ends = opened.categories(table)
     if table.missing_as_value:
-        values = pa.concat_arrays([values, pa.array([0], values.type)])
+        values = pa.concat_arrays([values, pa.array([0]).cast(values.type)])
     if table.hash_modulo is not None:
         values = pa.array(hash_modulo(values.to_numpy(), table.hash_modulo))
     return values, codes, ends
@@ -255,12 +222,10 @@ def _encoded(
 ) -> dict[str, Any]:
     """Return the columns of some rows of a segment, as ``writer.arrow_table`` takes them; add to ``cells``."""
     encoding = job.encoding
-    bags = encoding.recipe.bags
     arrays: dict[str, Any] = {}
     if opened.labels is not None:
         arrays[CRITEO_LABEL] = opened.labels[rows]
-    for dense in encoding.recipe.dense(encoding.fitted):
-        arrays[dense.name] = dense.transform(*opened.numbers(dense.source, rows))
+    arrays |= encoding.recipe.dense_values(encoding.fitted, opened, rows)
     for column in job.columns:
         if column.role in ("keep", "weights"):
             arrays[column.name] = _beside(column, opened, rows)
@@ -277,11 +242,7 @@ def _encoded(
         for kind, of_kind in PLACEHOLDER_IDS.items():
             cells[table.name][kind] += int(np.count_nonzero((ids == of_kind) & ~missing))
         replace_placeholders(ids, column)
-        if ends is not None:
-            arrays[table.name] = ids, ends
-        else:
-            is_bag = column.role == "multi_hot"
-            arrays[table.name] = bags.bags(table.name, ids, column.cardinality) if bags and is_bag else ids
+        arrays[table.name] = encoding.recipe.with_bags(table, ids, ends, column.cardinality)
     return arrays
 
 

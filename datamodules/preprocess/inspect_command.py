@@ -11,6 +11,7 @@ from datamodules.preprocess.inspection import render, summary
 from datamodules.preprocess.leakage import equal_rows
 from datamodules.preprocess.report import one_label_warnings
 from datamodules.preprocess.skew import all_skews, check_figure, draw
+from lightning_dlrm.contracts.terminal import wrapped
 
 _DESCRIPTION = """\
 Prints the protocol, fingerprints, splits with label means, and columns of a dataset: rows of each table, share of
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=1))
         return 0
-    print(render(facts))
+    print(wrapped(render(facts).splitlines()))
     for warning in one_label_warnings(schema):
         print(f"warning: {warning}", file=sys.stderr)
     print(

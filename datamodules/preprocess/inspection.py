@@ -115,8 +115,8 @@ def render(facts: Mapping[str, Any]) -> str:
     lines = [
         Folder(facts["folder"]) / SCHEMA_FILE,
         f"  dataset      {facts['dataset']}, protocol {facts['protocol']}{settings}",
-        f"  encoding     {facts['fingerprints']['encoding'][:16]}  (a model needs data with this fingerprint)",
-        f"  data         {facts['fingerprints']['data'][:16]}  (a run resumes only on data with this fingerprint)",
+        f"  encoding     {facts['fingerprints']['encoding'][:16]}  (a model needs data with it)",
+        f"  data         {facts['fingerprints']['data'][:16]}  (a run resumes only on data with it)",
         f"  size         {facts['rows']:,} rows, {format_size(facts['bytes'])} of Parquet",
     ]
     if facts["rows_per_file"]:
@@ -165,14 +165,6 @@ def _next_name(name: str) -> str | None:
     return f"{stem}{int(name[len(stem) :]) + 1}" if stem != name else None
 
 
-def _reserved(ids: Mapping[str, int]) -> str:
-    """Format reserved ids, such as ``id 0 = missing; id 1 = rare, unknown``."""
-    return "; ".join(
-        f"id {row} = {', '.join(name for name, of_name in ids.items() if of_name == row)}"
-        for row in sorted({*ids.values()})
-    )
-
-
 def _split_table(facts: Mapping[str, Any]) -> list[str]:
     header = ("split", "rows", "share", "label mean", "files", "unknown ids", "rare", "missing")
     body = [
@@ -190,17 +182,8 @@ def _split_table(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _column_table(facts: Mapping[str, Any]) -> list[str]:
-    header = (
-        "column",
-        "role",
-        "table rows",
-        "missing",
-        "unknown",
-        "most frequent id",
-        "ids for 90%",
-        "reserved ids",
-        "",
-    )
+    header = ("column", "role", "table rows", "missing", "unknown", "top id", "90% in", "reserved", "")
+    kinds = dict.fromkeys(kind for column in facts["columns"] for kind in column["reserved"])
     body = [
         (
             column["name"],
@@ -211,10 +194,15 @@ def _column_table(facts: Mapping[str, Any]) -> list[str]:
                 for share in ("missing", "unknown", "most_frequent")
             ),
             "" if column["ids_for_90"] is None else f"{column['ids_for_90']:,}",
-            _reserved(column["reserved"]),
+            "/".join(str(column["reserved"].get(kind, "-")) for kind in kinds) if column["reserved"] else "",
             column["note"],
         )
         for column in facts["columns"]
     ]
-    total = ("all tables", "", f"{facts['table_rows']:,}", *[""] * 6)
-    return aligned([header, *body, total], left=(0, 1, 7, 8))
+    total = ("all", "", f"{facts['table_rows']:,}", *[""] * 6)
+    lines = aligned([header, *body, total], left=(0, 1, 8))
+    if facts["table_rows"]:
+        lines.append("top id: share of the lookups of the most frequent id; 90% in: ids that take 90%")
+    if kinds:
+        lines.append(f"reserved: ids of {'/'.join(kinds)} values")
+    return lines

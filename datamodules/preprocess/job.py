@@ -5,7 +5,7 @@ A stage is a function of one job, which any worker may do:
 1. ``staging`` parses a piece of a raw file, or a whole compressed file, into segments.
 2. ``counting`` takes one categorical column: it counts the values, orders them into a vocabulary, and writes the id of
    every segment's distinct values. With the vocabulary of another dataset, it looks them up. Before that it takes each
-   integer column that becomes quantile bins, for their edges.
+   column of numbers whose transform is fitted to the rows.
 3. ``encoding`` writes one part file of one split.
 
 A worker holds one piece, or a bounded share of one column's distinct values, or some row groups.
@@ -14,7 +14,7 @@ Working folder::
 
     stage/<file>/000000.arrow ...       segments; <file> names the state of an input
     encode/<options>/segments           lists them
-    encode/<options>/ids/I1.edges       the edges of its quantile bins
+    encode/<options>/ids/I1.fit         what its transform is fitted to, such as edges of quantile bins
     encode/<options>/ids/C1.ids, .ends  the ids of every segment's distinct values, and where they end
     encode/<options>/parts/             records of part files
     encode/<options>/result/            the dataset folder in the making
@@ -34,9 +34,9 @@ import pyarrow as pa
 
 from datamodules.folder import Folder
 from datamodules.preprocess.counting import count_column, fit_column, look_up_column
-from datamodules.preprocess.criteo_tsv import COLUMNS
 from datamodules.preprocess.description import bag_sizes, columns_of_dataset, kept_types, report_of
 from datamodules.preprocess.encoding import Encoding, encode_part, part_jobs, rows_per_split
+from datamodules.preprocess.features import Fitted, Table
 from datamodules.preprocess.journal import (
     discard_damaged,
     find_records,
@@ -46,15 +46,12 @@ from datamodules.preprocess.journal import (
     written_aside,
 )
 from datamodules.preprocess.log_files import open_readers
-from datamodules.preprocess.log_recipe import LogOptions
-from datamodules.preprocess.options import Fitted, Options
-from datamodules.preprocess.progress import CRITEO_ROW_BYTES, Estimate, Progress, estimate, fields_of
-from datamodules.preprocess.protocols import Table
+from datamodules.preprocess.progress import Estimate, Progress, estimate
+from datamodules.preprocess.recipe import Recipe
 from datamodules.preprocess.report import REPORT_FILE, write_report
 from datamodules.preprocess.sources import RawFile
 from datamodules.preprocess.splits import Span, SplitRule
 from datamodules.preprocess.staging import (
-    CriteoReader,
     OpenSegment,
     Reader,
     Segment,
@@ -68,7 +65,6 @@ from datamodules.preprocess.workers import Workers
 from datamodules.writer import data_file
 from lightning_dlrm.contracts.errors import UserError, require
 from lightning_dlrm.contracts.schema import (
-    CRITEO_DENSE,
     SPLITS,
     Column,
     DataFile,
@@ -91,8 +87,6 @@ _TOLERATED_BAD_ROWS = 1000
 class _Staged:
     """Results of the first stage."""
 
-    whose: str
-    """Whose lines are expected, for messages."""
     rows: dict[str, int]
     """Good rows of each file."""
     lines: dict[str, int]
@@ -121,7 +115,7 @@ class _Staged:
         if len(bad) > max(_TOLERATED_BAD_ROWS, facts["rows"]):
             raise UserError(
                 f"{path}: {len(bad):,} of {facts['lines']:,} lines from line {self.lines[path] + 1:,} on are not "
-                f"{self.whose}, such as line {bad[0][1]:,}: {bad[0][2]}; give another file"
+                f"{job.reader.expected}, such as line {bad[0][1]:,}: {bad[0][2]}; give another file"
             )
         if facts["rows"]:
             arrow = segment_path(job.folder, index).with_suffix(".arrow")
@@ -138,7 +132,7 @@ class _Staged:
 class Job:
     """One run of ``preprocess``, in its working folder."""
 
-    options: Options | LogOptions
+    recipe: Recipe
     known: DatasetSchema | None
     """Schema of the dataset whose vocabulary is used."""
     vocabulary: Folder | None
@@ -151,18 +145,13 @@ class Job:
     folder: Path = field(init=False)
 
     @cached_property
-    def readers(self) -> list[Reader]:
+    def readers(self) -> Sequence[Reader]:
         """Of each file. Rows without labels need a vocabulary.
 
         Raises:
-            UserError: a log has other columns than its schema, or some of its files have labels and others have not.
+            UserError: a file has other columns than the schema, or some files have labels and others have not.
         """
-        if isinstance(self.options, Options):
-            labelled = self.known is None or fields_of(self.files[0]) != len(COLUMNS) - 1
-            return [CriteoReader(labelled=labelled) for _ in self.files]
-        schema, is_new = self.options.schema, self.known is None
-        readers = open_readers(self.files, schema, self.piece_bytes, is_new)
-        return list(readers)
+        return open_readers(self.files, self.recipe.schema, self.piece_bytes, self.known is None)
 
     @property
     def labelled(self) -> bool:
@@ -171,22 +160,18 @@ class Job:
     @cached_property
     def estimate(self) -> Estimate:
         """Time, memory and disk that the run needs."""
-        if isinstance(self.options, Options):
-            return estimate(self.files, CRITEO_ROW_BYTES[self.options.multi_hot is not None])
-        columns = len(self.options.schema.columns)
         known_rows = {file.path: reader.rows for file, reader in zip(self.files, self.readers, strict=True)}
         header_lines = sum(reader.header_lines for reader in self.readers)
-        return estimate(self.files, (12 * columns, 8 * columns), known_rows, header_lines)
+        return estimate(self.files, self.recipe.row_bytes, known_rows, header_lines)
 
     def stage_folder(self, file: RawFile) -> Path:
-        how: list[Any] = [VERSION, file.key, file.piece_bytes(self.piece_bytes), self.labelled, self.options.on_bad_row]
-        if isinstance(self.options, LogOptions):
-            how += [self.options.schema.document(), self.known is None]
+        piece_bytes, reader = file.piece_bytes(self.piece_bytes), self.readers[0]
+        how = [VERSION, file.key, piece_bytes, reader.labelled, self.recipe.on_bad_row, *reader.key]
         return self.folder / "stage" / fingerprint(how)[:16]
 
     @cached_property
     def encode_folder(self) -> Path:
-        how = [VERSION, pa.__version__, self.options.document(), [self.stage_folder(file).name for file in self.files]]
+        how = [VERSION, pa.__version__, self.recipe.document(), [self.stage_folder(file).name for file in self.files]]
         return self.folder / "encode" / fingerprint(how)[:16]
 
     def prepare(self, pool: Workers) -> None:
@@ -210,12 +195,12 @@ class Job:
 
     def make(self, pool: Workers, run: dict[str, Any]) -> DatasetSchema:
         """Make the dataset in ``encode_folder / "result"`` and return its schema."""
-        options = self.options
+        recipe = self.recipe
         staged = self._stage(pool)
         segments = self.encode_folder / "segments"
         save_segments(segments, staged.segments)
         encoding = Encoding(
-            recipe=options,
+            recipe=recipe,
             segments=segments,
             rule=self._rule(staged, segments),
             folder=self.encode_folder,
@@ -227,19 +212,19 @@ class Job:
         columns = columns_of_dataset(encoding, self.known, self.labelled, counted, kept_types(staged.facts))
         splits, cells = self._encode(pool, encoding, columns, staged)
         result = encoding.result
-        if options.on_bad_row == "skip":
+        if recipe.on_bad_row == "skip":
             _write_bad_rows(result / BAD_ROWS_FILE, staged.bad_rows)
         schema = DatasetSchema(
-            dataset=options.dataset,
-            protocol=options.protocol,
+            dataset=recipe.schema.dataset,
+            protocol=recipe.protocol,
             columns=columns,
             splits=splits,
-            settings=(dict(self.known.settings) if self.known else options.settings(encoding.fitted)),
+            settings=(dict(self.known.settings) if self.known else recipe.settings(encoding.fitted)),
             vocabulary={table.name: data_file(result, f"vocabulary/{table.name}.parquet") for table in encoding.tables},
-            indices=bag_sizes(options, columns, staged.facts),
+            indices=bag_sizes(encoding.tables, staged.facts),
             cells=cells,
             report=report_of(
-                options,
+                recipe,
                 [[file.name, staged.rows[file.path]] for file in self.files],
                 staged.facts,
                 counted,
@@ -261,15 +246,12 @@ class Job:
                 segments=segments,
                 folder=folder,
                 piece_bytes=file.piece_bytes(self.piece_bytes),
-                skip_bad_rows=self.options.on_bad_row == "skip",
+                skip_bad_rows=self.recipe.on_bad_row == "skip",
             )
             for file, folder, reader in zip(self.files, folders, self.readers, strict=True)
             for index, segments in reader.jobs(file, file.piece_bytes(self.piece_bytes))
         ]
-        whose = "Criteo's" if isinstance(self.options, Options) else "as the schema says"
-        staged = _Staged(
-            whose=whose, rows={file.path: 0 for file in self.files}, lines={file.path: 0 for file in self.files}
-        )
+        staged = _Staged(rows={file.path: 0 for file in self.files}, lines={file.path: 0 for file in self.files})
         with self.progress.stage("stage", poll=_staged_so_far(folders, self.estimate.text_bytes)) as shown:
             for job, of_job in zip(jobs, pool.map(stage, jobs), strict=True):
                 for index, facts in enumerate(of_job, job.segments.start if job.segments else 0):
@@ -282,8 +264,7 @@ class Job:
     def _require_rows(self, file: RawFile, staged: _Staged) -> None:
         path = file.path
         lines = staged.lines[path]
-        expected = f"Criteo lines of {len(COLUMNS)} fields" if isinstance(self.options, Options) else "rows"
-        require(lines, f"{path} is empty; expected {expected}: download it again")
+        require(lines, f"{path} is empty; expected {self.readers[0].expected}: download it again")
         if not staged.rows[path]:
             has_bad = any(name == file.name for name, _, _ in staged.bad_rows)
             require(has_bad, f"{path} has a header and no rows; give files with rows")
@@ -294,48 +275,37 @@ class Job:
         if self.known is not None:
             require(staged.all_rows, "the input has no rows to encode; give a file with rows")
             return SplitRule(spans=(Span(split="test", start=0, stop=staged.all_rows),))
-        if isinstance(self.options, LogOptions):
-            return self.options.rule(self.files, list(staged.rows.values()), partial(_split_keys, segments))
-        return SplitRule(
-            spans=self.options.rules.split(self.options.dataset, list(staged.rows.values())),
-            seed=self.options.seed,
-            negative_sampling_rate=self.options.negative_sampling_rate,
-        )
+        return self.recipe.rule(self.files, list(staged.rows.values()), partial(_split_keys, segments))
 
     def _fit(self, pool: Workers, encoding: Encoding, staged: _Staged) -> Fitted:
         """Fit the transforms of numbers to the rows."""
-        options, minimum = self.options, {}
-        if isinstance(options, Options) and options.rules.dense_needs_minimum:
-            minimum = {name: min(facts["minimum"][name] for facts in staged.facts) for name in CRITEO_DENSE}
-        fits, found = options.fits(), {}
+        fits = self.recipe.fits
+        found: dict[str, dict[str, Any]] = {"minimum": self.recipe.minimum(staged.facts)}
         if fits:
             with self.progress.stage("bins", staged.all_rows) as shown:
-                for fit, facts in zip(fits, pool.map(partial(fit_column, encoding), fits), strict=True):
-                    found[fit.name] = facts
+                for name, facts in zip(fits, pool.map(partial(fit_column, encoding), fits), strict=True):
+                    for kind, values in facts.items():
+                        found.setdefault(kind, {})[name] = values
                     shown.advance(staged.all_rows / len(fits))
-        return Fitted(
-            minimum=minimum,
-            edges={name: facts["edges"] for name, facts in found.items() if "edges" in facts},
-            scales={name: (facts["scale"][0], facts["scale"][1]) for name, facts in found.items() if "scale" in facts},
-        )
+        return Fitted(**found)
 
     def _check_splits(self, files: Mapping[SplitName, list[DataFile]], positives: Mapping[SplitName, int]) -> None:
-        """Check that each split has rows, and in a log rows of both labels.
+        """Check that each split has rows, and, unless they are Criteo's, rows of both labels.
 
         Raises:
             UserError: a split has none.
         """
         if self.known is not None:
             return
-        log = self.options.schema if isinstance(self.options, LogOptions) else None
-        for split in self.options.wanted_splits():
-            remedy = "change split in the schema" if log else "keep more negatives"
+        schema = self.recipe.schema
+        remedy = "keep more negatives" if schema.split.negative_sampling_rate < 1 else "change split in the schema"
+        for split in self.recipe.wanted_splits():
             require(split in files, f"no rows are left in the {split} split; give more input, or {remedy}")
             rows = sum(file.rows for file in files[split])
-            if log and positives[split] in (0, rows):
+            if not self.recipe.of_criteo and positives[split] in (0, rows):
                 from datamodules.preprocess.labels import describe_label  # for this message alone
 
-                why = describe_label(log, [file.path for file in self.files])
+                why = describe_label(schema, [file.path for file in self.files])
                 raise UserError(
                     f"all {rows:,} labels of the {split} split are {int(positives[split] > 0)}; expected both: {why}; "
                     "give more input, or change label or split in the schema"

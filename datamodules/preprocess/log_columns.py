@@ -1,15 +1,21 @@
 """Columns of a click log as segments hold them, by the schema of the log."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from datamodules import values
-from datamodules.log_schema import LogColumn, LogSchema
-from datamodules.preprocess.staging import dictionary_with_missing
-from datamodules.values import staged_name
+from datamodules.log_schema import LogSchema
+from datamodules.log_settings import LogColumn
+from datamodules.values import BadValueError, staged_name
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, SPLITS
+
+_HASH = re.compile("[0-9a-fA-F]{8}")
+_INTEGERS = ((7, pa.int8()), (15, pa.int16()), (31, pa.int32()))
 
 SPLIT = "split"
 """Name of the column of segments by which rows are split."""
@@ -68,12 +74,32 @@ def staged_columns(
             if one.weights:
                 of_bag = values.weights(one.weights, column(one.weights), one.separator, column(source), keep)
                 columns[staged_name("weights", name)] = of_bag
-        elif one.role == "dense" or one.transform is not None:
-            if (staged := staged_name("number", source)) not in columns:
+        elif one.role != "leave" and (staged := staged_name(one.form, source)) not in columns:
+            if one.form == "number":
                 columns[staged] = values.numbers(source, single(source), decimal)
-        elif one.role == "categorical" and (staged := staged_name("text", source)) not in columns:
-            columns[staged] = values.texts(single(source))
+            else:
+                columns[staged] = values.texts(single(source)) if one.form == "text" else hashes(source, single(source))
     return pa.table(columns)
+
+
+def hashes(name: str, column: pa.ChunkedArray) -> pa.DictionaryArray:
+    """Return hashes of 8 hexadecimal digits as codes into a dictionary of uint32, null where one is missing.
+
+    Raises:
+        BadValueError: a value is not such a hash.
+    """
+    encoded = values.texts(column)
+    found = [int(text, 16) if _HASH.fullmatch(text) else None for text in encoded.dictionary.to_pylist()]
+    numbers = pa.array(found, pa.uint32())
+    if numbers.null_count:
+        raise BadValueError(
+            pc.and_(encoded.is_valid(), numbers.take(encoded.indices).is_null()),
+            lambda row: (
+                f"{name} is {values.shown(encoded[row].as_py())}, expected 8 hexadecimal digits; correct the "
+                "line, or leave type out of the schema"
+            ),
+        )
+    return pa.DictionaryArray.from_arrays(encoded.indices, numbers)
 
 
 def segment_of(tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, Any]]:
@@ -81,6 +107,7 @@ def segment_of(tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, An
     table = pa.concat_tables(_with_equal_types(tables), promote_options="permissive")
     distinct: dict[str, int] = {}
     missing: dict[str, int] = {}
+    minimum: dict[str, float | None] = {}
     columns: dict[str, pa.Array] = {}
     kept: dict[str, str] = {}
     items: dict[str, int] = {}
@@ -89,13 +116,19 @@ def segment_of(tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, An
         found = table.column(staged).unify_dictionaries().combine_chunks()
         if isinstance(found, pa.ChunkedArray):
             found = found.chunk(0)
-        if kind in ("text", "number"):
+        if kind in ("text", "hash", "number"):
             missing[staged] = found.null_count
-        if kind == "text":
-            found = dictionary_with_missing(found, "")
+        if kind == "number":
+            bounds = pc.min_max(found).as_py()
+            minimum[staged] = bounds["min"]
+            if pa.types.is_integer(found.type):
+                highest = max(bounds["max"] or 0, ~(bounds["min"] or 0))
+                found = found.cast(next(integer for bits, integer in _INTEGERS if highest < 1 << bits))
+        if kind in ("text", "hash"):
+            found = _with_missing(found, "" if kind == "text" else np.uint32(0))
             distinct[staged] = len(found.dictionary) - 1
         elif kind == "bag":
-            found = pa.ListArray.from_arrays(found.offsets, dictionary_with_missing(found.values, ""))
+            found = pa.ListArray.from_arrays(found.offsets, _with_missing(found.values, ""))
             distinct[staged] = len(found.values.dictionary) - 1
             items[name] = len(found.values)
         elif kind == "keep":
@@ -104,12 +137,20 @@ def segment_of(tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, An
     facts = {
         "rows": len(table),
         "missing": missing,
-        "minimum": {},
+        "minimum": minimum,
         "distinct": distinct,
         "kept": kept,
         "items": items,
     }
     return pa.record_batch(columns), facts
+
+
+def _with_missing(encoded: pa.DictionaryArray, stand_in: str | np.uint32) -> pa.DictionaryArray:
+    """Return values without nulls: the narrowest codes, and a dictionary whose last entry stands for missing values."""
+    last = len(encoded.dictionary)
+    codes = encoded.indices.fill_null(last).to_numpy().astype(np.min_scalar_type(last))
+    values = pa.concat_arrays([encoded.dictionary, pa.array([stand_in], encoded.dictionary.type)])
+    return pa.DictionaryArray.from_arrays(pa.array(codes), values, safe=False)
 
 
 def _with_equal_types(tables: Sequence[pa.Table]) -> Sequence[pa.Table]:

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.log_schema import Format, LogSchema
-from datamodules.preprocess.criteo_tsv import starts_of_rows
+from datamodules.preprocess.criteo_reader import CriteoReader
+from datamodules.preprocess.criteo_tsv import COLUMNS, starts_of_rows
 from datamodules.preprocess.json_lines import checked_object, find_keys, json_type
 from datamodules.preprocess.log_reader import NOT_CLOSED, LogReader, is_utf8, open_parquet
+from datamodules.preprocess.progress import fields_of
 from datamodules.preprocess.quotes import find_quoted
 from datamodules.preprocess.sources import RawFile
+from datamodules.preprocess.staging import Reader
 from lightning_dlrm.contracts.errors import UserError, one_line, require
 
 _HEADER_BYTES = 1 << 20  # the longest header
@@ -33,20 +36,24 @@ _SUFFIXES: Mapping[str, Format] = {
 
 def open_readers(
     sources: Sequence[RawFile], schema: LogSchema, piece_bytes: int, is_new: bool = True
-) -> list[LogReader]:
-    """Return the reader of each file of a log, from its beginning.
+) -> Sequence[Reader]:
+    """Return the reader of each file, from its beginning.
 
     Args:
         sources: the files.
         schema: of the log.
         piece_bytes: the length of a piece.
         is_new: whether a dataset is made, which needs labels and splits; otherwise rows are encoded like those of
-            another one.
+            another one, and may lack labels.
 
     Raises:
         UserError: a file's columns are not those of the schema, or it cannot be read, or some files have labels and
             others have not.
     """
+    if schema.format == "criteo":
+        schema.check_columns(COLUMNS, "format criteo", labelled=is_new)
+        labelled = is_new or fields_of(sources[0]) != len(COLUMNS) - 1
+        return [CriteoReader(labelled=labelled)] * len(sources)
     readers = [_open_reader(source, schema, is_new) for source in sources]
     of_json = [i for i, reader in enumerate(readers) if reader.format == "jsonl"]
     absent = _absent_keys([(sources[i], readers[i]) for i in of_json], schema, is_new)

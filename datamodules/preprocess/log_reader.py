@@ -9,7 +9,7 @@ pyarrow reads all three. A piece that pyarrow refuses is read again, slowly, to 
 import codecs
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ from datamodules.folder import consistent, file_system, is_remote
 from datamodules.log_schema import Format, LogSchema
 from datamodules.preprocess.criteo_tsv import BadLineError, count_lines, piece_of_plain, pieces_of_text
 from datamodules.preprocess.json_lines import JSON_TYPES, SET_ENCODING, checked_object, not_utf8
-from datamodules.preprocess.log_columns import segment_of, staged_columns
+from datamodules.preprocess.log_columns import staged_columns
 from datamodules.preprocess.quotes import find_quoted, line_ends
 from datamodules.preprocess.sources import RawFile
+from datamodules.preprocess.staging import Reader
 from datamodules.values import BadValueError
 from lightning_dlrm.contracts.errors import UserError, listed, one_line
 
@@ -43,7 +44,7 @@ NOT_CLOSED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogReader:
+class LogReader(Reader):
     """How the pieces of one file become segments."""
 
     schema: LogSchema
@@ -64,15 +65,15 @@ class LogReader:
     starts: tuple[int, ...] = ()
     """Where the first row of each piece of a plain file with quotes begins; see ``criteo_tsv.starts_of_rows``."""
 
+    expected = "rows as the schema says"
+
     # --- pieces ---
 
     def jobs(self, source: RawFile, piece_bytes: int) -> list[tuple[int | None, range | None]]:
         if self.format == "parquet":
             ends = np.cumsum([-(-rows // _PARQUET_ROWS) for rows in self.group_rows]).tolist()
             return [(group, range(*span)) for group, span in enumerate(itertools.pairwise([0, *ends]))]
-        if self._transcodes or source.compression != "none":
-            return [(None, None)]
-        return [(index, range(index, index + 1)) for index in range(-(-source.size // piece_bytes))]
+        return [(None, None)] if self._transcodes else super().jobs(source, piece_bytes)
 
     def pieces(self, source: RawFile, index: int | None, piece_bytes: int) -> Iterator[Any]:
         """Yield the parts of a piece, each of which becomes a segment: text in UTF-8, or a table of Parquet.
@@ -103,6 +104,10 @@ class LogReader:
     @property
     def unit(self) -> str:
         return "row" if self.format == "parquet" else "line"
+
+    @property
+    def key(self) -> list[Any]:
+        return [self.schema.document(), self.splits]
 
     @property
     def _transcodes(self) -> bool:
@@ -182,9 +187,6 @@ class LogReader:
     def _staged(self, table: pa.Table) -> pa.Table:
         nulls = () if self.format == "csv" else self.schema.nulls  # pyarrow's reader of CSV has taken them
         return staged_columns(self.schema, table, self.names, labelled=self.labelled, splits=self.splits, nulls=nulls)
-
-    def segment(self, tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, Any]]:
-        return segment_of(tables)
 
     def count_lines(self, piece: Any, rows: int) -> int:
         return count_lines(piece) if isinstance(piece, bytes) else len(piece)

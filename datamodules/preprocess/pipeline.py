@@ -7,18 +7,19 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from datamodules.folder import Folder, failures_as_user_errors, file_system, is_disk_full, is_remote, load_schema
 from datamodules.log_schema import LogSchema
+from datamodules.preprocess.features import Fitted
 from datamodules.preprocess.job import VERSION, Job
 from datamodules.preprocess.journal import find_records, fingerprint, locked
-from datamodules.preprocess.log_recipe import LOG_PROTOCOL, LogOptions, known_options
-from datamodules.preprocess.options import Fitted, Options, options_of
+from datamodules.preprocess.options import Options
 from datamodules.preprocess.progress import Progress
-from datamodules.preprocess.protocols import Dataset
+from datamodules.preprocess.protocols import DATASETS, PROTOCOLS, Dataset
+from datamodules.preprocess.recipe import Recipe, known_recipe
 from datamodules.preprocess.report import REPORT_FILE
 from datamodules.preprocess.sources import RawFile, find_files
 from datamodules.preprocess.staging import PIECE_BYTES
@@ -306,13 +307,13 @@ def preprocess(
     known_folder = None if vocabulary is None else Folder(vocabulary)
     known = None if known_folder is None else load_schema(known_folder)
     progress, given = progress or Progress(), dict(dataset=dataset, protocol=protocol, max_rows=max_rows, **options)
-    chosen, fitted = _chosen(schema, known, known_folder, given)
-    if known is None and isinstance(chosen, Options) and chosen.rules.superseded_by:
-        progress.note(chosen.rules.superseded_by)
+    recipe, fitted = _chosen(schema, known, known_folder, given)
+    if known is None and recipe.short and (superseded_by := PROTOCOLS[recipe.protocol].superseded_by):
+        progress.note(superseded_by)
     _check_workers(workers, scheduler)
-    files = find_files([str(path) for path in inputs], of_criteo=isinstance(chosen, Options))
+    files = find_files([str(path) for path in inputs], recipe.of_criteo)
     job = Job(
-        options=chosen,
+        recipe=recipe,
         known=known,
         vocabulary=known_folder,
         files=files,
@@ -325,46 +326,45 @@ def preprocess(
 
 def _chosen(
     schema: LogSchema | None, known: DatasetSchema | None, vocabulary: Folder | None, given: dict[str, Any]
-) -> tuple[Options | LogOptions, Fitted]:
-    """Return the options, and what the dataset whose vocabulary is used was fitted to.
+) -> tuple[Recipe, Fitted]:
+    """Return the recipe, and what the dataset whose vocabulary is used was fitted to.
 
     Args:
         schema: of the log, if it is given.
         known, vocabulary: schema and folder of the dataset whose vocabulary is used, if any.
-        given: the options of Criteo's protocols.
+        given: fields of ``Options``, and ``on_bad_row``.
 
     Raises:
         UserError: an option is out of range or missing, or some cannot be given together.
     """
     require(schema is None or known is None, "both a schema and a vocabulary are given; leave one out")
-    if schema is None and (known is None or known.protocol != LOG_PROTOCOL):
-        return options_of(known, vocabulary, **given)
     on_bad_row = given.pop("on_bad_row", "fail")
-    _require_no_criteo_options(given)
     if schema is not None:
-        return LogOptions(schema=schema, on_bad_row=on_bad_row), Fitted()
-    assert known is not None and vocabulary is not None
-    return known_options(known, vocabulary, on_bad_row)
-
-
-def _require_no_criteo_options(given: Mapping[str, Any]) -> None:
-    """Refuse options of Criteo's protocols that are not at their default.
-
-    Raises:
-        UserError: one is given.
-    """
-    default = Options(dataset="kaggle", protocol="dlrm")
+        recipe, fitted = Recipe(schema=schema, on_bad_row=on_bad_row), Fitted()
+    elif known is not None and vocabulary is not None:
+        recipe, fitted = known_recipe(known, vocabulary, on_bad_row)
+    else:
+        for name, choices in (("dataset", DATASETS), ("protocol", PROTOCOLS)):
+            require(
+                given[name] is not None,
+                f"no {name} is given; give --{name}, one of {', '.join(choices)}, or, for your own log, --schema",
+            )
+        short = Options(**given)
+        return Recipe(schema=short.schema(), short=short, on_bad_row=on_bad_row), Fitted()
+    defaults = {one.name: one.default for one in fields(Options)}
+    why = "which is an option of Criteo's protocols; with the schema of a log leave it out"
     for name, value in given.items():
-        require(
-            value is None or (name not in ("dataset", "protocol") and value == getattr(default, name)),
-            f"{name} is {value}, which is an option of Criteo's protocols; with the schema of a log leave it out",
-        )
+        was = getattr(recipe.short, name, None)
+        if recipe.short is not None:
+            why = f"but the vocabulary of {vocabulary} was made with {was}; leave the option out"
+        require(value is None or value in (defaults[name], was), f"{name} is {value}, {why}")
+    return recipe, fitted
 
 
 def _run(job: Job, target: Target, workers: int | None, scheduler: str | None) -> DatasetSchema:
     run = Run(
         version=VERSION,
-        options=job.options.document(),
+        options=job.recipe.document(),
         inputs=tuple(Input(name=file.name, bytes=file.size, stamp=file.stamp) for file in job.files),
     )
     if (finished := target.finished(run)) is not None:

@@ -1,5 +1,5 @@
-"""Estimate and progress of a long job: an estimate from the beginning of its input, then a bar for each stage on a
-terminal, or else a line at growing intervals."""
+"""Estimate and progress of a long job: an estimate from the beginning of its input, then for each stage a bar on a
+terminal, or else a line at growing intervals, and a line at its end."""
 
 import os
 import shutil
@@ -136,7 +136,7 @@ def _bar(name: str, stream: TextIO) -> "tqdm":
     from tqdm import tqdm  # runs without a terminal start sooner without it
 
     colour = "blue" if has_colors(stream) else None
-    return tqdm(total=1.0, desc=name, bar_format=_BAR, file=stream, leave=True, colour=colour)
+    return tqdm(total=1.0, desc=name, bar_format=_BAR, file=stream, leave=False, colour=colour)
 
 
 class Progress:
@@ -178,7 +178,7 @@ class Progress:
             meter.join()
             stage.close()
         self.stages.append(stage.time_taken())
-        if self._stream is not None and not self._stream.isatty():
+        if self._stream is not None:
             print(self.stages[-1], file=self._stream, flush=True)
 
     def _measure(self, stage: Stage, poll: Callable[[], tuple[int, float]] | None, stop: threading.Event) -> None:

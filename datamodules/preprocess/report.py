@@ -43,7 +43,7 @@ def render_report(schema: DatasetSchema, stages: Sequence[StageTime]) -> str:
     for name in (name for name in SPLITS if name in schema.splits):
         mean = label_mean(schema, name)
         splits.append((name, f"{schema.splits[name].rows:,}", "" if mean is None else f"{mean:.4f}"))
-    lines = ["", *aligned(splits), "", *_column_lines(schema), "", *map(str, stages)]
+    lines = ["", *aligned(splits), "", *_column_lines(schema), ""]
     lines.append(
         f"{read:,} rows read, {rows:,} written in {sum(stage.seconds for stage in stages):,.1f} s, "
         f"{max(stage.peak_bytes for stage in stages) / 1e9:,.2f} GB of memory at most"

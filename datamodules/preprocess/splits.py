@@ -1,17 +1,20 @@
 """Assignment of rows to splits: arithmetic on positions, times, labels and seeds, without a second look at the
 data, so that any worker can compute it for any piece."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from datamodules.mixing import GOLDEN, mix
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import SPLITS, SplitName
 
 _TRAIN = SPLITS.index("train")
 _TEST = SPLITS.index("test")
 _VALIDATION = SPLITS.index("validation")
+
+DAYS = 7  # rows that are split by position are cut into so many days
 
 # Streams of random numbers, so that the split and the sampling of a row are independent.
 _SPLIT_STREAM, _SAMPLING_STREAM = 1, 2
@@ -24,6 +27,36 @@ class Span:
     split: SplitName
     start: int
     stop: int
+
+
+def spans_of_days(file_rows: Sequence[int], by_files: bool, held_out: tuple[SplitName, SplitName]) -> tuple[Span, ...]:
+    """Return the spans of a split by days: all days but the last train, and its halves go to the given splits, the
+    first half with one more row if they are odd.
+
+    Days by position have n // 7 rows, of which the first n % 7 have one more.
+
+    Args:
+        file_rows: rows of each file.
+        by_files: whether each file is a day; a single file is cut by position in either case.
+        held_out: the splits of the halves.
+
+    Raises:
+        UserError: a split would be empty.
+    """
+    rows, by_files = sum(file_rows), by_files and len(file_rows) > 1
+    last = file_rows[-1] if by_files else rows // DAYS
+    if last < 2:
+        least = "2 rows in the last file" if by_files else f"{2 * DAYS} rows ({DAYS} days of 2)"
+        raise UserError(
+            f"too few rows: {last if by_files else rows} in {'the last file' if by_files else 'all'}; "
+            f"with fewer than {least} the test or validation split would be empty: give more input"
+        )
+    middle = rows - last // 2
+    return (
+        Span(split="train", start=0, stop=rows - last),
+        Span(split=held_out[0], start=rows - last, stop=middle),
+        Span(split=held_out[1], start=middle, stop=rows),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +99,7 @@ class SplitRule:
                 codes[max(span.start - start, 0) : max(span.stop - start, 0)] = SPLITS.index(span.split)
         elif self.cuts or self.by_value:
             assert keys is not None
-            codes = keys if self.by_value else _count_true(rows, (keys > cut for cut in self.cuts))
+            codes = keys.copy() if self.by_value else _count_true(rows, (keys > cut for cut in self.cuts))
         elif self.ratios:
             drawn = _uniform(mixed(self.seed, _SPLIT_STREAM, np.arange(start, start + rows, dtype=np.uint64)))
             codes = _count_true(rows, (drawn >= end for end in np.cumsum(self.ratios[:-1])))

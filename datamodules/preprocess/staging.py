@@ -1,5 +1,5 @@
-"""Stage: turn a piece of a raw file into a segment, which holds its integers and, for each categorical column, the
-distinct hashes and codes into them; and open segments.
+"""Stage: turn a piece of a raw file into a segment, which holds its numbers and, for each categorical column, the
+distinct values and codes into them; and open segments.
 
 Segments are Arrow files without compression rather than Parquet: per 138,000 rows (one core) 19 ms
 to write and nothing to map, where dictionary-encoded Parquet takes 84 and 45 ms, as it would look
@@ -8,36 +8,29 @@ text itself 244.
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from datamodules.preprocess.criteo_tsv import (
-    BadLineError,
-    parse,
-    parse_good,
-    piece_of_plain,
-    pieces_of_text,
-)
+from datamodules.preprocess.criteo_tsv import BadLineError
+from datamodules.preprocess.features import Table
 from datamodules.preprocess.journal import record, recorded, written_aside
-from datamodules.preprocess.protocols import Table
+from datamodules.preprocess.log_columns import segment_of
 from datamodules.preprocess.sources import RawFile
 from datamodules.preprocess.splits import Span, SplitRule
 from lightning_dlrm.contracts.errors import require
-from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, CRITEO_LABEL, SPLITS, SplitName
+from lightning_dlrm.contracts.schema import CRITEO_LABEL, SPLITS, SplitName
 
 PIECE_BYTES = 30 << 20
 """Text of a segment: about 125,000 rows, for which a worker needs about 150 MB. glibc would map blocks of 32 MB or more
 anew for every piece."""
-
-_INTEGERS = ((7, pa.int8()), (15, pa.int16()), (31, pa.int32()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,76 +130,53 @@ def rows_of(rule: SplitRule, opened: OpenSegment, splits: Sequence[SplitName]) -
     return slice(rows[0], rows[-1] + 1) if len(rows) and rows[-1] - rows[0] == len(rows) - 1 else rows
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """How the pieces of a file become segments."""
 
-    @property
-    def labelled(self) -> bool:
-        """Whether rows have labels."""
-
-    @property
-    def header_lines(self) -> int:
-        """Lines before those of the first piece."""
+    labelled: bool
+    """Whether rows have labels."""
+    header_lines: int = 0
+    """Lines before those of the first piece."""
+    expected: ClassVar[str]
+    """What rows should be, for messages."""
 
     @property
     def rows(self) -> int | None:
         """Rows of the file, if they are known."""
+        return None
 
     @property
     def unit(self) -> str:
         """What messages count: lines of text, or rows."""
+        return "line"
+
+    @property
+    @abstractmethod
+    def key(self) -> list[Any]:
+        """What segments depend on beside the file, as JSON values."""
 
     def jobs(self, source: RawFile, piece_bytes: int) -> list[tuple[int | None, range | None]]:
         """Return the pieces that can be read alone, and the numbers of the segments of each; None and None for a file
         that can only be read from its beginning."""
-
-    def pieces(self, source: RawFile, index: int | None, piece_bytes: int) -> Iterator[Any]:
-        """Yield the parts of a piece, each of which becomes a segment."""
-
-    def parse(self, piece: Any) -> list[pa.Table]:
-        """Return the rows of a part, or raise BadLineError."""
-
-    def parse_good(self, piece: Any) -> tuple[list[pa.Table], list[tuple[int, str]]]:
-        """Return the good rows of a part, and the line and fault of each bad one."""
-
-    def count_lines(self, piece: Any, rows: int) -> int:
-        """Return the lines of a part, given its rows."""
-
-    def segment(self, tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, Any]]:
-        """Return rows in the form of a segment, and its facts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CriteoReader:
-    """The reader of Criteo's files."""
-
-    labelled: bool
-    header_lines: int = 0
-    rows: int | None = None
-    unit: str = "line"
-
-    def jobs(self, source: RawFile, piece_bytes: int) -> list[tuple[int | None, range | None]]:
         if source.compression != "none":
             return [(None, None)]
         return [(index, range(index, index + 1)) for index in range(-(-source.size // piece_bytes))]
 
-    def pieces(self, source: RawFile, index: int | None, piece_bytes: int) -> Iterator[bytes]:
-        if index is None:
-            yield from pieces_of_text(source, piece_bytes)
-        else:
-            yield piece_of_plain(source, index, piece_bytes)
+    @abstractmethod
+    def pieces(self, source: RawFile, index: int | None, piece_bytes: int) -> Iterator[Any]:
+        """Yield the parts of a piece, each of which becomes a segment."""
 
-    def parse(self, piece: bytes) -> list[pa.Table]:
-        return [parse(piece, self.labelled)] if piece else []
+    @abstractmethod
+    def parse(self, piece: Any) -> list[pa.Table]:
+        """Return the rows of a part as columns of segments, or raise BadLineError."""
 
-    def parse_good(self, piece: bytes) -> tuple[list[pa.Table], list[tuple[int, str]]]:
-        return parse_good(piece, self.labelled) if piece else ([], [])
+    @abstractmethod
+    def parse_good(self, piece: Any) -> tuple[list[pa.Table], list[tuple[int, str]]]:
+        """Return the good rows of a part, and the line and fault of each bad one."""
 
-    def count_lines(self, piece: bytes, rows: int) -> int:
-        return rows
-
-    def segment(self, tables: Sequence[pa.Table]) -> tuple[pa.RecordBatch, dict[str, Any]]:
-        return _segment(pa.concat_tables(tables).unify_dictionaries(), self.labelled)
+    @abstractmethod
+    def count_lines(self, piece: Any, rows: int) -> int:
+        """Return the lines of a part, given its rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +242,7 @@ def _stage(job: StageJob, path: Path, piece: Any, header_lines: int) -> dict[str
     del piece
     files: tuple[Path, ...] = ()
     if tables:
-        batch, more = job.reader.segment(tables)
+        batch, more = segment_of(tables)
         facts.update(more)
         arrow = path.with_suffix(".arrow")
         with (
@@ -283,37 +253,3 @@ def _stage(job: StageJob, path: Path, piece: Any, header_lines: int) -> dict[str
             writer.write_batch(batch)
         files = (arrow,)
     return record(path, facts, files)
-
-
-def _segment(table: pa.Table, labelled: bool) -> tuple[pa.RecordBatch, dict[str, Any]]:
-    """Return a table of ``RAW_SCHEMA`` in the form of a segment, and its facts.
-
-    Integers have the narrowest type that holds them; hashes are dictionaries of uint32 whose last
-    entry, 0, stands for missing values.
-    """
-    missing, minimum, distinct = {}, {}, {}
-    columns = {}
-    if labelled:
-        columns[CRITEO_LABEL] = table.column(CRITEO_LABEL).combine_chunks()
-    for name in CRITEO_DENSE:
-        values = table.column(name).combine_chunks()
-        missing[name] = values.null_count
-        bounds = pc.min_max(values).as_py()
-        lowest, highest = min(bounds["min"] or 0, 0), max(bounds["max"] or 0, 0)
-        minimum[name] = lowest if values.null_count or bounds["min"] is None else bounds["min"]
-        columns[name] = values.cast(next(kind for bits, kind in _INTEGERS if max(highest, ~lowest) < 1 << bits))
-    for name in CRITEO_CATEGORICAL:
-        encoded = table.column(name).combine_chunks()
-        missing[name] = encoded.null_count
-        distinct[name] = len(encoded.dictionary)
-        columns[name] = dictionary_with_missing(encoded, np.uint32(0))
-    facts = {"rows": table.num_rows, "missing": missing, "minimum": minimum, "distinct": distinct}
-    return pa.record_batch(columns), facts
-
-
-def dictionary_with_missing(encoded: pa.DictionaryArray, stand_in: str | np.uint32) -> pa.DictionaryArray:
-    """Return values without nulls: the narrowest codes, and a dictionary whose last entry stands for missing values."""
-    last = len(encoded.dictionary)
-    codes = encoded.indices.fill_null(last).to_numpy().astype(np.min_scalar_type(last))
-    values = pa.concat_arrays([encoded.dictionary, pa.array([stand_in], encoded.dictionary.type)])
-    return pa.DictionaryArray.from_arrays(pa.array(codes), values, safe=False)

@@ -1,41 +1,37 @@
 """Transforms of integer columns over numpy arrays: dense values, log-squared bins and quantile bins."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
 
 import numpy as np
 
-from datamodules.log_schema import MOST_BINS
 from datamodules.values import from_ordered_bits, ordered_bits
-
-DenseTransform: TypeAlias = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
-
-MOST_QUANTILE_BINS = MOST_BINS
 
 _FEW_VALUES = 1 << 22
 _DIGIT = 12
 """Bits that a pass of ``values_at_ranks`` counts: 8 MB of counts at most for 256 values."""
 
 
-def log_of_positive_part(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
+def log_of_positive_part(values: np.ndarray) -> np.ndarray:
     # In float64 and then rounded, so that the bytes do not depend on the processor's float32 logarithm.
     return np.log(np.maximum(values, 0).astype(np.float64) + 1.0).astype(np.float32)
 
 
-def log_above_minimum(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
+def log_above_minimum(values: np.ndarray, minimum: float) -> np.ndarray:
     # Below the minimum lie only rows that are encoded later with this dataset's vocabulary.
     return np.log(np.maximum(values, minimum).astype(np.float64) - minimum + 2.0).astype(np.float32)
 
 
-def log_plus_three(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
-    return np.log(np.where(missing | (values < -2), 1.0, values.astype(np.float64) + 3.0)).astype(np.float32)
+def log_plus_three(values: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(values.astype(np.float64) + 3.0, 1.0)).astype(np.float32)
 
 
-def signed_log(values: np.ndarray, missing: np.ndarray, minimum: int) -> np.ndarray:
+def scaled(values: np.ndarray, subtracted: float, divisor: float) -> np.ndarray:
+    return (values - subtracted) / divisor
+
+
+def signed_log(values: np.ndarray) -> np.ndarray:
     wide = values.astype(np.float64)
-    result = np.copysign(np.log(np.abs(wide) + 1.0), wide).astype(np.float32)
-    result[missing] = np.nan
-    return result
+    return np.copysign(np.log(np.abs(wide) + 1.0), wide).astype(np.float32)
 
 
 def log_squared(values: np.ndarray) -> np.ndarray:
@@ -166,6 +162,11 @@ def range_scale(pieces: Iterable[np.ndarray]) -> tuple[float, float]:
     bounds = [(float(values.min()), float(values.max())) for values in pieces if len(values)]
     low, high = min((low for low, _ in bounds), default=0.0), max((high for _, high in bounds), default=0.0)
     return low, (high - low) or 1.0
+
+
+def quantile_ranks(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:
+    """Return the bins of values as shares of the last bin, float64 [n]; see ``quantile_bins``."""
+    return quantile_bins(values, edges) / max(len(edges), 1)
 
 
 def quantile_bins(values: np.ndarray, edges: Sequence[float]) -> np.ndarray:

@@ -44,8 +44,8 @@ DESCRIPTION = """\
 Runs on a CUDA device: training steps of several models and batch sizes in bfloat16, losses against those of plain
 float32, and a whole fit from Parquet. The rows come in the order of their importance. Each is printed, and written to
 --json, when it is done; a row that fails, such as one that does not fit into memory, is written with its error, and the
-next one begins. The command fails at the end if a row failed, or missed what is asked of an H100 or H200. A row that
---budget leaves no time for is written as not started, and is no failure.
+next one begins. The command fails at the end if a row failed, or missed its target for an H100 or H200. If --budget
+leaves no time for a row, the row is written as not started, which is not a failure.
 
 A row of a step also has the time of the host ("host_s", measured without waiting for the device) and the most memory of
 the device ("peak_bytes"). The rows of steps need neither W&B nor jsonargparse. With --predict nothing runs on a GPU:
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
         print_predictions(wanted, args.max_rows, args.batch_size)
         return
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("bench gpu needs a CUDA device, and torch finds none here: give --predict or --device cpu")
+        raise UserError("bench gpu needs a CUDA device, but torch finds none here: give --predict or --device cpu")
     device = check(args)
     if device.type == "cuda":
         print(torch.cuda.get_device_name(device))

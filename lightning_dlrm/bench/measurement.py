@@ -1,4 +1,5 @@
-"""What all benchmarks share: options, timing in rounds that alternate between the contenders, and rows of results."""
+"""Common code of all benchmarks: options, timing in rounds that alternate between the contenders, and rows of
+results."""
 
 import argparse
 import os
@@ -94,7 +95,7 @@ def check(args: argparse.Namespace) -> torch.device:
     check_numbers(args)
     check_peer(args, "dlrm_s_pytorch.py")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, and torch finds no CUDA device here: use --device cpu")
+        raise UserError("--device is cuda, but torch finds no CUDA device here: use --device cpu")
     print(f"kernels of ours: {choose(getattr(args, 'kernels', 'auto'), args.device, torch.float32)}")
     return torch.device(args.device)
 

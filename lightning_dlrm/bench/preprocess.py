@@ -144,9 +144,7 @@ def run(args: argparse.Namespace) -> list[Measurement]:
     if args.input is not None and not args.input.is_file():
         raise UserError(f"--input {args.input} is not a file; give raw TSV, or leave it out to generate some")
     if args.input is not None and args.input.suffix in (".gz", ".zst"):
-        raise UserError(
-            f"--input {args.input} is compressed; unpack it first, as rows are counted and cut off by lines"
-        )
+        raise UserError(f"--input {args.input} is compressed; unpack it first, because rows are counted by lines")
     is_log = args.dataset in _LOGS
     if is_log and args.peer is not None:
         raise UserError(f"--peer reads Criteo's files only; leave it out, or --dataset {args.dataset}")

@@ -19,7 +19,7 @@ _BALANCED_FOR = 2048  # samples of a global batch, which a checkpoint does not h
 _WORKS = {
     "info": "show a checkpoint's model, step, tables and pieces",
     "merge": "write it again with every table whole",
-    "reshard": "write it again in the pieces of other ranks",
+    "reshard": "write it again in pieces for another number of ranks",
 }
 
 _EXAMPLES = {
@@ -28,13 +28,13 @@ examples:
   python -m lightning_dlrm checkpoint info runs/first/checkpoints/best
   python -m lightning_dlrm checkpoint info runs/first/checkpoints/best --verify --json""",
     "merge": """\
-A run on any number of ranks opens any checkpoint as it is. Merged, a table is one file, which other
-tools can read: safetensors, with the tensor "weight". One table for each thread is in memory at a time.
+A run on any number of ranks opens any checkpoint without changes. In a merged checkpoint each table is one safetensors
+file with the tensor "weight", which other tools can read. Each thread holds one table in memory at a time.
 
 examples:
   python -m lightning_dlrm checkpoint merge runs/first/checkpoints/best --output best-whole""",
     "reshard": """\
-A run on any number of ranks opens any checkpoint as it is; one in the pieces of its plan is read
+A run on any number of ranks opens any checkpoint without changes. A checkpoint in the pieces of the run's plan is read
 faster, because each rank reads only the files of its own pieces.
 
 examples:
@@ -45,7 +45,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands and their options to a parser; ``run`` takes what it parses."""
-    parser.epilog = "import has options of its own: checkpoint import --help"
+    parser.epilog = "import has its own options: checkpoint import --help"
     works = parser.add_subparsers(dest="work", required=True, metavar="WORK")
     # Only for the list in --help: ``import`` takes the options of fit and has a parser of its own.
     works.add_parser("import", help="make a checkpoint of parameters that facebookresearch/dlrm saved")
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             work.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the new checkpoint")
         if name == "reshard":
             target = work.add_mutually_exclusive_group(required=True)
-            target.add_argument("--ranks", type=int, metavar="N", help="make a plan for so many ranks")
+            target.add_argument("--ranks", type=int, metavar="N", help="make a plan for this number of ranks")
             target.add_argument("--plan", type=Path, metavar="FILE", help="plan made by the command plan")
 
 

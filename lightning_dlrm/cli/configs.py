@@ -8,7 +8,7 @@ import yaml
 
 from lightning_dlrm.contracts.documents import YAML_FAULTS, read_yaml
 from lightning_dlrm.contracts.errors import UserError, nearest_first, one_line, require
-from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names
+from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_names, yaml_files_beside
 from lightning_dlrm.engine.retired import log_updates, update_document, update_options
 
 
@@ -27,9 +27,10 @@ def find_config(name: str) -> Path:
     for candidate in (Path(expand_home(name)), shipped_configs() / name):
         if candidate.is_file():
             return candidate
-    known = [name for name in shipped_names() if not name.startswith(SCHEMAS)]
+    known = [*yaml_files_beside(name), *(one for one in shipped_names() if not one.startswith(SCHEMAS))]
     # The common ending must not count as similarity.
-    suggestion = nearest_first(name.removesuffix(".yaml") + ".yaml", known, "shipped are", cutoff=0.8)
+    wanted = name.removesuffix(".yaml") + ".yaml"
+    suggestion = nearest_first(wanted, known, "configurations here and shipped are", cutoff=0.8)
     raise UserError(f"no configuration {name} here{suggestion}")
 
 

@@ -11,7 +11,7 @@ examples:
   python -m lightning_dlrm dashboard --project ads --entity team --group figure5 --comparison --by-tag
   python -m lightning_dlrm dashboard --output dashboard.html
 
-Each call makes a new workspace and a new report, with the sections quality, training, norms, speed, system, gpu and
+Each call makes a new workspace and a new report, with the sections quality, training, norms, speed, system, GPUs and
 parallel. The x axis is the number of samples trained on.
 """
 
@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``dashboard``."""
     parser.epilog = EXAMPLES
     parser.add_argument("--project", default="lightning_dlrm", help="W&B project (default: %(default)s)")
-    parser.add_argument("--entity", default="", help="user or team; by default the account's own")
-    parser.add_argument("--group", default=None, help="only the runs of this group; by default all of the project")
-    parser.add_argument("--comparison", action="store_true", help="also a section with what compare found")
+    parser.add_argument("--entity", default="", help="user or team; by default that of the account")
+    parser.add_argument("--group", default=None, help="only the runs of this group; by default all runs of the project")
+    parser.add_argument("--comparison", action="store_true", help="add a section with the results of compare")
     parser.add_argument(
         "--by-tag",
         action="store_true",
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="write what the dashboard shows as an HTML page; save nothing at W&B",
+        help="write the contents of the dashboard as an HTML page; save nothing at W&B",
     )
 
 

@@ -103,7 +103,8 @@ def take_weights(module: CTRModule, weights: Mapping[str, Tensor], source: Path)
     network: Any = module.network
     require(
         isinstance(network, DLRM),
-        f"{source} is of a DLRM, the configuration makes a {type(network).__name__}: use one like dlrm.yaml",
+        f"{source} holds a DLRM, but the configuration makes a {type(network).__name__}: use a configuration like "
+        f"dlrm.yaml",
     )
     ours = {name: weight for name, weight in reference_state_dict(network).items() if weight.requires_grad}
     for name in sorted(ours.keys() | weights.keys()):

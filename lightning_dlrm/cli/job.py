@@ -50,5 +50,5 @@ class Job:
     saved_steps: Sequence[float] = ()
 
     def latest_metrics(self) -> dict[str, float]:
-        """Return what a fit has logged last, by name; nothing for an evaluation."""
+        """Return the newest logged metrics of a fit by name; empty for an evaluation."""
         return {} if self.metrics_logger is None else self.metrics_logger.latest

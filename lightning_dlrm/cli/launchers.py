@@ -42,7 +42,7 @@ def check_started_processes(world_size: int, devices: int, num_nodes: int) -> No
     on_each = int(local) if local.isdecimal() and int(local) > 0 and started % int(local) == 0 else started
     nodes = started // on_each
     error = UserError(
-        f"{launcher} has started {started} processes, and trainer.devices {devices} on trainer.num_nodes {num_nodes} "
+        f"{launcher} has started {started} processes, but trainer.devices {devices} on trainer.num_nodes {num_nodes} "
         f"makes {devices * num_nodes}: give --trainer.devices {on_each}"
         f"{f' --trainer.num_nodes {nodes}' if nodes > 1 or num_nodes > 1 else ''} "
         "--trainer.strategy embedding_sharded_ddp, or start another number of processes"

@@ -56,7 +56,7 @@ def explain(message: str, known: Sequence[str]) -> str:
     if match := re.search(r"Expected a dot import path string: (\w+)|[Uu]nable to import .*?'(\w+)'", message):
         name = match[1] or match[2]
         names = _fitting(_BASES.get(key.rpartition(".")[2], "object"))
-        return f"no class {name}{nearest_first(name, names, 'known ones:')}"
+        return f"no class {name}{nearest_first(name, names, 'known classes:')}"
     if match := re.search(r"does not correspond to a subclass of (UpdateRule|Loss)", message):
         return _explain_class(message, match[1])
     if match := re.search(r"[Ii]mport path ?([\w.]*) does not correspond to a subclass of (\w+)", message):
@@ -83,11 +83,11 @@ def _explain_value(key: str, value: str, message: str) -> str | None:
     if "Expected a <class 'tuple'>" in message:
         return f"{key}: {value} is not a list; write [{value}]"
     if "Expected a <class 'bool'>" in message:
-        return f"{key}: {value} is neither true nor false"
+        return f"{key}: {value} is not one of true, false"
     if literals := re.findall(r"typing\.Literal\[(.*?)\]", message):
         allowed = list(dict.fromkeys(re.findall(r"'([\w.-]+)'", " ".join(literals))))
         if key == "trainer.precision":
-            # The others, which Lightning would take, are refused later.
+            # Other precisions, which Lightning accepts, are refused later.
             allowed = [name for name in allowed if name in PRECISIONS]
         return f"{key}: {value} is not one of {', '.join(allowed)}"
     if match := re.search(r"Subtypes: \[(.*), <class 'NoneType'>\]", message):
@@ -102,7 +102,7 @@ def _explain_class(message: str, base: str) -> str:
     given = re.search(r"Import path ([\w.]+) does", message) or re.search(r"Given value: (\S+)", message)
     why = ", and cannot update single rows of a table" if base == "UpdateRule" else ""
     return (
-        f"{key[1] if key else 'class'}: {given[1] if given else 'this class'} is none of this project's{why}; "
+        f"{key[1] if key else 'class'}: {given[1] if given else 'this class'} is not a class of this project{why}; "
         f"choose one of {', '.join(_fitting(base))}"
     )
 

@@ -19,14 +19,14 @@ from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.network import ModelSize, model_size
 
 
-def run(arguments: Sequence[str], description: str) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit code."""
     matched = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     _add_matching_arguments(matched)
     options, rest = matched.parse_known_args(arguments)
     if options.match is not None:
         return _match(options, rest)
-    built = build_model_and_data(arguments, _parser(description))
+    built = build_model_and_data(arguments, _parser())
     sizes = count(built.module, getattr(built.datamodule, "batch_size", DEFAULT_BATCH_SIZE))
     if built.settings.json:
         print(json.dumps(sizes, indent=1))
@@ -37,8 +37,8 @@ def run(arguments: Sequence[str], description: str) -> int:
     return 0
 
 
-def _parser(description: str) -> CommandParser:
-    parser = build_model_parser("params", description)
+def _parser() -> CommandParser:
+    parser = build_model_parser("params")
     parser.add_argument("--json", action="store_true", help="print JSON")
     _add_matching_arguments(parser)
     return parser
@@ -68,11 +68,11 @@ def _match(options: argparse.Namespace, rest: Sequence[str]) -> int:
     lost = [option.partition("=")[0] for option in rest if option.startswith("--model.")]
     if lost:
         raise UserError(
-            f"{lost[0]} would be missing in the new configuration: put it into an overlay and name that "
-            f"after {options.match[-1]}"
+            f"{lost[0]} would be missing in the new configuration: put it into an overlay and name the overlay after "
+            f"{options.match[-1]}"
         )
     ours, theirs = (
-        build_model_and_data([*(f"--config={name}" for name in names), *rest], _parser(""))
+        build_model_and_data([*(f"--config={name}" for name in names), *rest], _parser())
         for names in (options.match, options.to)
     )
     goal = theirs.module.size
@@ -143,7 +143,7 @@ def match(module: CTRModule, options: Mapping[str, Any], goal: ModelSize, by: st
     cost = COSTS[by]
     require(
         cost(goal) and cost(module.size),
-        f"--by {by}: it is not known of both models; choose another of {', '.join(COSTS)}",
+        f"--by {by}: this cost is unknown for one of the models; choose another of {', '.join(COSTS)}",
     )
 
     def widths(widest: int) -> dict[str, Any]:

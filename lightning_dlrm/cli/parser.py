@@ -21,7 +21,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 from lightning_dlrm.cli.configs import resolve_config_arguments
+from lightning_dlrm.cli.help_text import HelpFormatter, readable_help
 from lightning_dlrm.cli.mistakes import explain, known_keys
+from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.cli.trust import HELP, admit_arguments, check_values
 from lightning_dlrm.contracts.errors import UserError, place_in_own_code, require
 from lightning_dlrm.contracts.terminal import wrapped
@@ -58,10 +60,10 @@ class WandbSettings:
     Args:
         project: W&B project; by default WANDB_PROJECT, or lightning_dlrm.
         mode: auto goes online if there is an API key and the server answers, else offline.
-        entity: user or team; by default the account's own.
-        name: name of the run; by default WANDB_NAME, or that of the run folder.
+        entity: user or team; by default that of the account.
+        name: name of the run; by default WANDB_NAME, or the name of the run folder.
         group: group of the run, such as an experiment of several runs.
-        job_type: what the run does; by default WANDB_JOB_TYPE, or train, validate or test.
+        job_type: kind of the run; by default WANDB_JOB_TYPE, or train, validate or test.
         tags: tags of the run, such as [baseline, night].
         log_model: upload the best checkpoint as an artifact at the end of a fit.
     """
@@ -92,11 +94,15 @@ class PublishedScore:
 
 
 class CommandParser(LightningArgumentParser):
-    """A parser that raises ``UserError`` with one line, and takes no abbreviations: they hide misspelt keys."""
+    """A parser that raises ``UserError`` with one line, and accepts no abbreviations, because they hide misspelt
+    keys."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"formatter_class": HelpFormatter} | kwargs)
         self.allow_abbrev = False
+
+    def print_help(self, file: Any = None) -> None:
+        print(readable_help(self.format_help()), end="", file=file)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(" ".join(explain(message, known_keys(self)).split()))
@@ -122,7 +128,7 @@ class CommandParser(LightningArgumentParser):
 _CHECKPOINT_HELP = dict.fromkeys(
     ("validate", "test", "predict"), "checkpoint to score: a folder such as RUN/checkpoints/best"
 )
-_CHECKPOINT_HELP["fit"] = "checkpoint to go on from: a folder, or last for that of --run_dir; see also --resume"
+_CHECKPOINT_HELP["fit"] = "checkpoint to continue from: a folder, or last for that of --run_dir; see also --resume"
 _GROUP_TITLES = {
     "trainer": "Lightning's Trainer",
     "model": "model, loss and optimizers",
@@ -133,9 +139,9 @@ _GROUP_TITLES = {
 """Section -> its title in ``--help.all``, in place of the first line of a docstring."""
 
 
-def build_trainer_parser(command: str, description: str) -> CommandParser:
+def build_trainer_parser(command: str) -> CommandParser:
     """Return the parser of ``fit``, ``validate``, ``test`` or ``predict``."""
-    parser = _build_parser(command, description)
+    parser = _build_parser(command)
     # With help of their own: Lightning's is about its own checkpoints.
     parser.add_argument("--ckpt_path", type=str | Path | None, default=None, help=_CHECKPOINT_HELP[command])
     parser.add_argument("--weights_only", type=bool | None, default=None, help=SUPPRESS)
@@ -147,26 +153,26 @@ def build_trainer_parser(command: str, description: str) -> CommandParser:
     return parser
 
 
-def build_model_parser(command: str, description: str, **options: Any) -> CommandParser:
+def build_model_parser(command: str, **options: Any) -> CommandParser:
     """Return the parser of a command that needs a configuration's model and data, and builds no Trainer.
 
     Args:
         command: its name.
-        description: shown by ``--help``.
         options: options of the parser, such as ``epilog``.
     """
-    parser = _build_parser(command, description, **options)
+    parser = _build_parser(command, **options)
     # The config.yaml of a run has these two options of fit; they do not concern model and data.
     parser.add_argument("--ckpt_path", type=str | None, default=None, help=SUPPRESS)
     parser.add_argument("--weights_only", type=bool | None, default=None, help=SUPPRESS)
     return parser
 
 
-def _build_parser(command: str, description: str, **options: Any) -> CommandParser:
+def _build_parser(command: str, **options: Any) -> CommandParser:
     prog = f"python -m lightning_dlrm {command}"
+    description, _, _ = SHORT_HELP[command].partition("\noptions:")
     parser = CommandParser(prog=prog, usage=f"{prog} [options]", description=description, **options)
     parser.add_argument(
-        "-c", "--config", action=ActionConfigFile, help="YAML file, here or one shipped; later ones overlay earlier"
+        "-c", "--config", action=ActionConfigFile, help="YAML file, here or shipped; later files overlay earlier ones"
     )
     parser.add_argument(
         "--seed_everything",
@@ -174,7 +180,7 @@ def _build_parser(command: str, description: str, **options: Any) -> CommandPars
         default=1,
         help="seed of initial parameters and data; true takes PL_GLOBAL_SEED, or 0",
     )
-    parser.add_argument_group("custom classes", f"--trust MODULE  {HELP}")
+    parser.add_argument_group("custom classes", f"{'--trust MODULE':22s}{HELP}")
     parser.add_lightning_class_args(pl.Trainer, "trainer")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
     parser.add_lightning_class_args(CTRModule, "model")
@@ -193,19 +199,19 @@ def _add_run_options(parser: CommandParser) -> None:
         "--resume",
         type=Literal["auto"] | None,
         default=None,
-        help="auto: continue from the newest whole checkpoint in --run_dir, or start a new run if there is none",
+        help="auto: continue from the newest complete checkpoint in --run_dir, or start a new run if there is none",
     )
     parser.add_argument(
         "--allow_nonfinite",
         type=bool,
         default=False,
-        help="open a checkpoint with NaN or infinite values too, to inspect a diverged run",
+        help="also open a checkpoint with NaN or infinite values, to inspect a diverged run",
     )
     parser.add_argument(
         "--stop_at_auc",
         type=float | None,
         default=None,
-        help="end the fit after the first validation with this AUC or more; the summary says how long that took",
+        help="end the fit after the first validation with this AUC or more; the summary has the time until then",
     )
     parser.add_argument(
         "--log_norms",
@@ -217,7 +223,7 @@ def _add_run_options(parser: CommandParser) -> None:
         "--published",
         type=list[PublishedScore] | None,
         default=None,
-        help="published scores (metric, value, source); the end of a run and reports say how far they are away",
+        help="published scores (metric, value, source); the report of a run shows the difference from them",
     )
     parser.add_class_arguments(CheckpointSettings, "checkpoint")
     parser.add_class_arguments(WandbSettings, "wandb")
@@ -348,7 +354,7 @@ def build_model_and_data(arguments: Sequence[str], parser: CommandParser | None 
         UserError: a configuration, an option, or a setting of model or data is wrong.
     """
     configure_logging()
-    parser = parser or build_model_parser("params", "")
+    parser = parser or build_model_parser("params")
     settings = parse(parser, arguments)
     to_build = settings.clone()
     fill_data_seed(to_build)

@@ -1,6 +1,5 @@
 """``plan``: show the rows, bytes and traffic of each rank, without data and tables."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import DefaultHelpFormatter, Namespace
+from jsonargparse import Namespace
 from tqdm import tqdm
 
 from datamodules.folder import load_schema
@@ -29,20 +28,17 @@ from lightning_dlrm.sharding.costs import TableLoad, parse_bytes, parse_memory, 
 from lightning_dlrm.sharding.plan import Plan, read_plan
 from lightning_dlrm.tables.embeddings import WidthGroup
 
-EXAMPLES = """\
-examples:
-  python -m lightning_dlrm plan --config dlrm.yaml --ranks 8
-  python -m lightning_dlrm plan --config dlrm.yaml --ranks 8 --memory-per-rank 80GiB --plot plan.png
-  python -m lightning_dlrm plan --config dlrm.yaml --ranks 2 --memory-per-rank 24GiB,80GiB --output plan.yaml
-  python -m lightning_dlrm plan --config mlperf_v2.yaml --data.path DIR --ranks 8 --output plan.yaml
-
-  python -m lightning_dlrm plan --config dlrm.yaml --device-memory 1GiB --output places.yaml
+NOTES = """\
+more examples:
+  python -m lightning_dlrm plan --config dlrm.yaml --ranks 2 --memory-per-rank 24GiB,80GiB
+  python -m lightning_dlrm plan --config mlperf_v2.yaml --data.path DIR --ranks 8
   python -m lightning_dlrm fit --config dlrm.yaml --config places.yaml
 
---device-memory is for devices whose memory, one for each of --ranks, is too small for all tables: it shows which tables
-stay in host memory (model.network.tables.on_host), all of them or from a row on, and --output writes that as a
-configuration. Else --output writes the plan for a run; a run without a plan makes the one that this shows without
---counted and --skew. "pooled" in the file lists the tables whose bags are summed by the ranks that hold their rows:
+--device-memory is for devices (one for each of --ranks) that cannot hold all tables: it shows
+which tables, or which of their rows, stay in host memory (model.network.tables.on_host), and
+--output writes this choice as a configuration. Without --device-memory, --output writes the plan
+for a run; a run without a plan uses the plan that this command shows without --counted and --skew.
+"pooled" in the file lists the tables whose bags are summed by the ranks that hold their rows:
   trainer:
     strategy:
       class_path: EmbeddingShardedDDP
@@ -50,18 +46,8 @@ configuration. Else --output writes the plan for a run; a run without a plan mak
 """
 
 
-class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """A formatter that keeps the lines of the examples."""
-
-
 def _parser() -> CommandParser:
-    parser = build_model_parser(
-        "plan",
-        "Shows which rank would hold which rows, what each would hold and send; no data and no table is made.\n"
-        "With --device-memory: which tables would stay in host memory.",
-        formatter_class=_HelpFormatter,
-        epilog=EXAMPLES,
-    )
+    parser = build_model_parser("plan", epilog=NOTES)
     parser.add_argument("--ranks", type=int, default=1, help="processes to spread the tables over")
     parser.add_argument(
         "--memory-per-rank",
@@ -96,14 +82,16 @@ def _parser() -> CommandParser:
         default="full",
         help="type of vectors and gradients in exchanges, as the strategy's option",
     )
-    parser.add_argument("--plan", type=str | None, default=None, help="show this plan instead of making one")
-    parser.add_argument("--output", type=str | None, default=None, help="write the plan there, as YAML")
-    parser.add_argument("--plot", type=str | None, default=None, help="draw it there: PNG, SVG or PDF")
+    parser.add_argument(
+        "--plan", type=str | None, default=None, help="show the plan in this file instead of making a plan"
+    )
+    parser.add_argument("--output", type=str | None, default=None, help="write the plan to this file, as YAML")
+    parser.add_argument("--plot", type=str | None, default=None, help="draw the plan to this file: PNG, SVG or PDF")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
-def run(arguments: Sequence[str], description: str) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit code."""
     built = build_model_and_data(arguments, _parser())
     settings, module = built.settings, built.module
@@ -192,7 +180,9 @@ def _place(
         ("--plot", settings.plot is not None),
         ("--wire", settings.wire != "full"),
     ):
-        require(not given, f"--device-memory chooses tables for host memory, {option} is for a plan: give one of them")
+        require(
+            not given, f"--device-memory chooses tables for host memory, but {option} is for a plan: give one of them"
+        )
     # A table that the configuration splits has two loads.
     rows = rows_of_tables(loads)
     whole = {load.name: dataclasses.replace(load, rows=rows[load.name], start=0, table_rows=0) for load in loads}
@@ -213,7 +203,7 @@ def _place(
     option = yaml.safe_dump(on_host, default_flow_style=True, sort_keys=False, width=math.inf).strip()
     print(f"--model.network.tables.on_host '{option}'")
     if settings.output is not None:
-        print(f"configuration written to {settings.output}; train with it by\n{fit_command}")
+        print(f"configuration written to {settings.output}; train with it:\n{fit_command}")
     return 0
 
 
@@ -236,7 +226,7 @@ def parse_indices(text: str | None, features: Features) -> dict[str, float] | No
     columns = list(features.tables)
     require(
         len(given) in (1, len(columns)),
-        f"--indices gives {len(given)} numbers, the data have {len(columns)} columns: give 1 or {len(columns)}",
+        f"--indices gives {len(given)} numbers, but the data have {len(columns)} columns: give 1 or {len(columns)}",
     )
     return dict(zip(columns, given if len(given) > 1 else given * len(columns), strict=True))
 

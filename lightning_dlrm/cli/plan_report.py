@@ -72,7 +72,7 @@ def describe_plan(
         lines.append(_line("largest", _summary(costs, max), host, size))
     text = [
         *aligned(lines, left=()),
-        "requested: embedding rows, or sums of them, that all ranks want of it in a step",
+        "requested: rows, or sums of rows, that all ranks request from it in a step",
         f"out: {unit} that it sends in a training step",
     ]
     pieces_of = {load: plan.pieces_within(load.name, load.start, load.start + load.rows) for load in loads}

@@ -23,7 +23,7 @@ from lightning_dlrm.tracking.run_folder import PREDICTIONS, RunFolder, set_aside
 log = logging.getLogger("lightning_dlrm")
 
 SCHEMA = pa.schema([("row", pa.int64()), ("probability", pa.float32())])
-"""What each rank writes, and every file of predictions has."""
+"""Columns that each rank writes, and that every file of predictions has."""
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -35,8 +35,8 @@ class PredictionWriter(BasePredictionWriter):
 
     Args:
         folder: the run folder.
-        read_beside: yields what stands beside the features of all rows, in order: ``split``, the label if there is one,
-            and kept columns; None for data without: only ``row`` and ``probability`` are written.
+        read_beside: yields the columns other than features of all rows, in order: ``split``, the label if there is one,
+            and kept columns. With None, only ``row`` and ``probability`` are written.
         allow_nonfinite: whether to write probabilities that are NaN, which end the command by default: at once with one
             rank, else on all ranks together when all rows are scored.
     """
@@ -89,7 +89,8 @@ class PredictionWriter(BasePredictionWriter):
         """
         require(
             self._nan_row is None or self._allow_nonfinite,
-            f"the probability of row {self._nan_row} is NaN: values of the row are, or the model overflows on it; look "
+            f"the probability of row {self._nan_row} is NaN: some values of the row are NaN or infinite, or the model "
+            f"overflows on it; look "
             "for outliers in its dense columns, or write all rows with --allow_nonfinite true",
         )
 
@@ -173,7 +174,7 @@ def read_predictions(path: Path, rows: int) -> tuple[NDArray[np.int64], NDArray[
             table = file.read(SCHEMA.names)
     except UserError:
         raise
-    except Exception as error:  # pyarrow has many kinds for a damaged file
+    except Exception as error:  # pyarrow raises many classes of errors for a damaged file
         raise UserError(f"cannot read {path}: {one_line(error)}; make it again with predict") from error
     require(
         len(table) == rows and not any(column.null_count for column in table.columns),

@@ -28,7 +28,7 @@ def demo_note() -> str:
         "This is DEMO DATA: generated clicks of a planted model, whose best reachable score is known. For real data:\n"
         "  python -m lightning_dlrm preprocess --dataset kaggle --protocol dlrm --input train.txt --output criteo\n"
         "  python -m lightning_dlrm fit --config dlrm.yaml --config criteo_kaggle.yaml --data.path criteo\n"
-        "For a log of your own: preprocess --infer; see docs/own-data.md"
+        "For your own log: preprocess --infer; see docs/own-data.md"
     )
 
 
@@ -135,7 +135,7 @@ def published_notes(
         notes.append(
             f"{split} {names.title_of(score.metric)} {value:.5f} is {abs(difference):.5f} "
             f"{'below' if difference < 0 else 'above'} the published {score.value:g} ({score.source}"
-            f"{'' if of_splits else '; of which split it does not say'})"
+            f"{'' if of_splits else '; the source does not name the split'})"
         )
     return notes
 

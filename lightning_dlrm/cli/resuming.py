@@ -1,4 +1,4 @@
-"""From which checkpoint a command goes on, and how an interrupted fit is continued."""
+"""The choice of the checkpoint from which a command continues, and the continuation of an interrupted fit."""
 
 import logging
 import shlex
@@ -83,7 +83,7 @@ def choose_checkpoint(command: str, settings: Namespace) -> list[Path]:
             return found[1:]
         require(
             names.STEP not in run.final(),
-            f"{run_dir} has results of step {run.final().get(names.STEP)} and no checkpoint to continue from: restore "
+            f"{run_dir} has results of step {run.final().get(names.STEP)} but no checkpoint to continue from: restore "
             "its checkpoints, or choose another --run_dir",
         )
         log.info("no checkpoint in %s yet: starting a new run", run_dir)
@@ -100,7 +100,7 @@ def is_finished(job: Job, trainer: pl.Trainer) -> bool:
     try:
         checkpoint = CheckpointReader(Path(job.settings.ckpt_path)).rest()
     except UserError:
-        # The fit passes over a damaged checkpoint, or says what is wrong.
+        # The fit skips a damaged checkpoint, or reports the fault.
         return False
     if "loops" not in checkpoint:
         return False
@@ -114,7 +114,7 @@ def is_finished(job: Job, trainer: pl.Trainer) -> bool:
     if trainer.is_global_zero:
         # The state of EarlyStopping restores its bounds, such as its patience.
         remedy = "remove it" if setting.startswith("EarlyStopping") else "raise or remove it"
-        print(f"already finished at step {step:,}; nothing to do ({setting} ended it: to train on, {remedy})")
+        print(f"already finished at step {step:,}; nothing to do ({setting} ended it: to continue training, {remedy})")
     return True
 
 
@@ -130,7 +130,7 @@ def log_how_to_resume(job: Job, trainer: pl.Trainer) -> None:
         log.warning("interrupted at step %s; %s", step, error)
         return
     if newest is None:
-        log.info("interrupted at step %s, before the first checkpoint: --resume auto begins again in this folder", step)
+        log.info("interrupted at step %s, before the first checkpoint: --resume auto starts again in this folder", step)
         return
     again = ["fit", "--config", str(folder.path / CONFIG), "--run_dir", str(folder.path), "--resume", "auto"]
     command = shlex.join([*again, *trust_options()])

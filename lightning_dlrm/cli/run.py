@@ -74,20 +74,19 @@ from lightning_dlrm.tracking.run_folder import CONFIG, PREDICTIONS, RunFolder
 log = logging.getLogger("lightning_dlrm")
 
 
-def run(command: str, arguments: Sequence[str], description: str) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Run a command of the Trainer; return its exit code.
 
     Args:
         command: fit, validate, test or predict.
         arguments: its options.
-        description: description of the command, for ``--help``.
 
     Raises:
         UserError: a setting is wrong, the data or a checkpoint do not fit, or another rank was lost.
         SystemExit: with 128 + signal after SIGTERM, SIGHUP or SIGINT.
     """
     configure_logging()
-    parser = build_trainer_parser(command, description)
+    parser = build_trainer_parser(command)
     settings = parse(parser, arguments)
     fill_data_seed(settings)
     if command == "fit":
@@ -300,7 +299,7 @@ def attach_loggers(job: Job, trainer: pl.Trainer, given: Any) -> None:
 
 
 def log_start(job: Job, trainer: pl.Trainer) -> None:
-    """Log what a command is about to do, and keep the configuration of a fit."""
+    """Log the start of a command, and keep the configuration of a fit."""
     if not trainer.is_global_zero or job.folder.refusal is not None:
         return
     if job.command == "predict":
@@ -359,7 +358,7 @@ def finishing(job: Job, trainer: pl.Trainer) -> Iterator[None]:
             raise
         raise UserError(
             f"another rank has ended or does not answer ({' '.join(str(error).split())[:200]}): "
-            "see its output; earlier checkpoints are whole: resume with --resume auto"
+            "see its output; earlier checkpoints are complete: resume with --resume auto"
         ) from error
     finally:
         trained = succeeded and (job.metrics_logger is None or job.metrics_logger.samples > 0)

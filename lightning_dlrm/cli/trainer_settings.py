@@ -61,12 +61,13 @@ def validate_trainer_settings(trainer: Mapping[str, Any], stop_at_auc: float | N
     )
     require(
         not trainer["reload_dataloaders_every_n_epochs"],
-        "trainer.reload_dataloaders_every_n_epochs: the stream orders every epoch by itself; leave it at 0",
+        "trainer.reload_dataloaders_every_n_epochs: the stream itself makes a new order for every epoch; leave this "
+        "setting at 0",
     )
     for callback in as_list(trainer["callbacks"]):
         require(
             not isinstance(callback, Timer) or trainer["max_time"] is None,
-            "trainer.max_time counts for nothing beside a Timer in trainer.callbacks: leave one of them out",
+            "trainer.max_time has no effect with a Timer in trainer.callbacks: leave one of them out",
         )
         require(
             not isinstance(callback, (StochasticWeightAveraging, WeightAveraging)),
@@ -108,8 +109,8 @@ def check_early_stopping_after_validation(trainer: Namespace) -> None:
             continue
         require(
             not options.check_on_train_epoch_end,
-            "trainer.callbacks: EarlyStopping's check_on_train_epoch_end comes after a validation's checkpoint is "
-            "saved, which would be without its count: leave it out",
+            "trainer.callbacks: EarlyStopping's check_on_train_epoch_end runs after the checkpoint of a validation is "
+            "saved, so the checkpoint would lack its count: leave it out",
         )
         options.check_on_train_epoch_end = False
 
@@ -139,7 +140,7 @@ def _check_monitor(callback: EarlyStopping | ReduceOnPlateau, grouped: bool) -> 
     by_group = f"{names.VALIDATION}/{names.GROUP_AUC}"
     require(
         grouped or by_group not in weights,
-        f"{where} monitor is {by_group}, and no column is given to group by: give --data.group",
+        f"{where} monitor is {by_group}, but no column is given to group by: give --data.group",
     )
     for monitor, weight in weights.items():
         require(monitor in modes, f"{where} monitor is {monitor}; expected one of {', '.join(modes)}")
@@ -148,6 +149,6 @@ def _check_monitor(callback: EarlyStopping | ReduceOnPlateau, grouped: bool) -> 
         remedy = f"set mode to {wanted}" if len(weights) == 1 else f"give it the weight {-weight:g}"
         require(
             callback.mode == wanted,
-            f"{where} mode is {callback.mode}, and of {monitor} (weight {weight:g}) "
-            f"{'more' if is_more_better else 'less'} is better: {remedy}",
+            f"{where} mode is {callback.mode}, but {'higher' if is_more_better else 'lower'} values of {monitor} "
+            f"(weight {weight:g}) are better: {remedy}",
         )

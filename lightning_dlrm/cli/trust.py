@@ -5,8 +5,8 @@ option names it, or from a module that the user trusts with ``--trust``. The YAM
 stranger's: its custom classes always need ``--trust``.
 
 ``admit_arguments`` decides on the plain text of options and YAML files. jsonargparse gets the decision as its list of
-import paths, so that it resolves no other name, wherever it finds it. ``check_values`` looks at what the names were
-resolved to: of ``PACKAGES`` only classes of ``KINDS`` are built, and no function is called.
+import paths, so that it resolves no other name, wherever it finds it. ``check_values`` checks the objects that the
+names resolve to: of ``PACKAGES`` only classes of ``KINDS`` are built, and no function is called.
 """
 
 import dataclasses
@@ -52,7 +52,8 @@ KINDS = (
 """Base classes of what options take; of ``PACKAGES`` only these and dataclasses are built."""
 
 HELP = (
-    "let configurations name classes and functions of this module; may be repeated, and counts on the command line only"
+    "let configurations name classes and functions of this module; may be repeated; has an effect on the command line "
+    "only"
 )
 
 _LISTED = ", ".join(PACKAGES)
@@ -176,7 +177,7 @@ def admit_arguments(arguments: Sequence[str]) -> None:
         except UserError as error:
             raise UserError(f"{option}: {error}") from error
         except (yaml.YAMLError, RecursionError):
-            # The parser says what is wrong if the option takes no text.
+            # The parser reports the fault if the option takes no text.
             continue
 
 
@@ -300,8 +301,8 @@ def _checked(value: Any, key: str, defaults: Sequence[Any] = ()) -> Any:
     elif callable(value) and not inspect.isclass(value):
         require(
             any(value is default for default in defaults) or not _is_of_packages(value),
-            f"{key} names a function of {_LISTED}, of which only classes may be named: name a function of a module "
-            "of your own that calls it",
+            f"{key} names a function of {_LISTED}, of which only classes may be named: name a function in your own "
+            f"module that calls it",
         )
     return value
 
@@ -312,7 +313,8 @@ def _check_class(made: Any, given: Mapping[str, Any], key: str) -> list[Any]:
     is_base = any(made is kind for kind in KINDS)
     require(
         not is_base and (is_kind or not _is_of_packages(made)),
-        f"{key}: {given['class_path']} is no class that an option takes; expected a dataclass or a class that derives "
+        f"{key}: {given['class_path']} is not a class that an option accepts; expected a dataclass or a class that "
+        f"derives "
         f"from one of {', '.join(kind.__name__ for kind in KINDS)}",
     )
     known, kinds = _arguments_of(made)

@@ -1,4 +1,4 @@
-"""What a configuration consists of: parameters of tables and dense parts, load of each rank, and the time of a step by
+"""The parts of a configuration: parameters of tables and dense parts, load of each rank, and the time of a step by
 kind of operator, measured on this machine, outside Lightning."""
 
 import contextlib

@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-c", "--config", action="append", help="an experiment's YAML, then overlays for all its runs")
     parser.add_argument("--output", default=None, help="folder for the report, and for the runs of an experiment")
-    parser.add_argument("--seeds", default=None, help="seeds in place of the experiment's, such as 1,2,3")
+    parser.add_argument("--seeds", default=None, help="seeds instead of those of the experiment, such as 1,2,3")
     parser.add_argument("--parallel", default=None, help="runs at a time; by default one for each GPU, on a CPU one")
     parser.add_argument("--split", choices=get_args(Split), default="test", help="which samples are scored")
     parser.add_argument(
@@ -104,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="remove a run's checkpoints once it is scored; at the paper's size they take 4 to 9 GiB a run",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, show what is compared, and end")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, show the planned comparison, and exit"
+    )
     # Only for the list in --help: ``take_trust`` has taken it.
     parser.add_argument("--trust", metavar="MODULE", help=HELP)
     return parser
@@ -133,8 +135,8 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
     experiments = [path for path in configs if is_experiment(path)]
     if len(experiments) != 1:
         raise UserError(
-            f"{len(experiments)} of the --config files name arms to compare; give one such as figure5.yaml, and "
-            "overlays beside it"
+            f"{len(experiments)} of the --config files name arms to compare; give one experiment such as figure5.yaml, "
+            f"and overlays"
         )
     experiment = read_experiment(experiments[0], options.seeds)
     overlays = [str(path) for path in configs if path != experiments[0]]
@@ -260,7 +262,7 @@ def _run_given(paths: Sequence[Path], options: argparse.Namespace, output: Path)
     page = _report(arms, samples, options, output, warnings)
     places = [dataclasses.asdict(WandbSettings()) | run.config["wandb"] for run in runs]
     if any(place[key] != places[0][key] for place in places for key in ("project", "entity", "group")):
-        print("W&B: no page of this comparison, as its runs are of several projects or groups")
+        print("W&B: no page for this comparison, because its runs belong to several projects or groups")
     else:
         print(_to_wandb(page, places[0], output))
     return 0
@@ -331,7 +333,7 @@ def _to_wandb(page: ComparisonPage, settings: Mapping[str, Any], output: Path, r
         )
         lines += [f"W&B {name}: {address}" for name, address in saved.items()]
     except UserError as error:
-        # The report is written; a missing page at W&B is no reason to fail.
+        # The report is written; a missing page at W&B must not fail the command.
         lines.append(f"W&B: no workspace and no report ({error}); later: {later}")
     return "\n".join(lines)
 

@@ -89,7 +89,10 @@ def read_experiment(path: Path, seeds: Sequence[int] | None = None) -> Experimen
         raise UserError(f"{path} has one arm, {next(iter(arms))}; give two or more to compare")
     for name, files in arms.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-            raise UserError(f"{path}: an arm's name is part of file names; {name!r} is not of letters, digits, . _ -")
+            raise UserError(
+                f"{path}: an arm's name is part of file names, so it may have letters, digits, . _ - only; "
+                f"found {name!r}"
+            )
         if not isinstance(files, str) and not (isinstance(files, list) and all(isinstance(f, str) for f in files)):
             raise UserError(f"{path}: arm {name} is {files!r}; expected a configuration's file, or a list of them")
     chosen = list(seeds or document.get("seeds", [1]))
@@ -127,7 +130,9 @@ def plan_arms(
         path = find_config(overlay)
         document, left_out = without(read_yaml(path), experiment.kept)
         if left_out:
-            notes.append(f"{overlay}: {', '.join(left_out)} left as the arms of {experiment.name} have it")
+            notes.append(
+                f"{overlay}: {', '.join(left_out)} ignored, because the arms of {experiment.name} keep their own"
+            )
         if document:
             documents[f"{number}-{path.name}"] = document
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
@@ -140,7 +145,7 @@ def plan_arms(
 def _plan_arm(name: str, files: Sequence[str], options: Sequence[str]) -> PlannedArm:
     configs = [part for file in files for part in ("--config", file)]
     try:
-        built = build_model_and_data([*configs, *options], build_model_parser("params", ""))
+        built = build_model_and_data([*configs, *options], build_model_parser("params"))
     except UserError as error:
         raise UserError(f"arm {name}: {error}") from error
     return PlannedArm(
@@ -191,8 +196,8 @@ def _check(experiment: Experiment, arms: Sequence[PlannedArm]) -> None:
     if wrong:
         listed = "; ".join(f"{key}: {_format_by_name(values)}" for key, values in wrong.items())
         raise UserError(
-            f"the arms of {experiment.name} differ in what is not compared ({listed}): make these equal, or name them "
-            f"in its key 'compared' (now {', '.join(experiment.compared)})"
+            f"the arms of {experiment.name} differ in settings that are not compared ({listed}): make these equal, or "
+            f"name them in its key 'compared' (now {', '.join(experiment.compared)})"
         )
     for number, arm in enumerate(arms):
         for other in arms[:number]:

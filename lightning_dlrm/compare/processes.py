@@ -120,7 +120,7 @@ def run_jobs(jobs: Sequence[Job], environments: Sequence[Mapping[str, str]], don
             progress.close()
             _stop(running)
     if failed:
-        listed = "\n".join(f"  {job.name} {why} (all of it in {job.log})" for job, why in failed)
+        listed = "\n".join(f"  {job.name} {why} (complete output in {job.log})" for job, why in failed)
         raise UserError(
             f"{len(failed)} of {len(jobs)} runs failed; the others are kept, and the same command continues with the "
             f"failed runs:\n{listed}"

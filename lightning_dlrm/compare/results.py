@@ -133,17 +133,6 @@ class Pair:
         )
 
     @property
-    def brief(self) -> str:
-        """Return headline and difference in one or two lines of a terminal; the whole sentence without a verdict."""
-        if self.single or not self.same_data or self.decided:
-            return self.sentence
-        found = self.interval
-        return (
-            f"{self.headline}: {found.value:+.5f} ({found.low:+.5f} to {found.high:+.5f}), adjusted p "
-            f"{self.p_adjusted:.2g}."
-        )
-
-    @property
     def sentence(self) -> str:
         """Return headline and details."""
         return f"{self.headline}: {self.details}."
@@ -332,8 +321,8 @@ def check_data(runs: Sequence[Run], force: bool) -> list[str]:
     if found and not force:
         listed = "\n".join(f"  {line}" for line in found)
         raise UserError(
-            "these runs are of different data, so their scores cannot be compared (--force compares them all the same, "
-            f"with a warning on every figure):\n{listed}"
+            "these runs used different data, so their scores cannot be compared (--force compares them with a warning "
+            f"on every figure):\n{listed}"
         )
     return found
 

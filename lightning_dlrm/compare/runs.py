@@ -191,10 +191,7 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
         seeds = [run.seed for run in group]
         if len(set(seeds)) < len(seeds):
             twice = [str(run.path) for run in group if seeds.count(run.seed) > 1]
-            raise UserError(
-                f"{' and '.join(twice)} are runs of one configuration and one seed, so they differ in nothing: "
-                "give one of them"
-            )
+            raise UserError(f"{' and '.join(twice)} are runs of the same configuration and seed: give only one of them")
     titles = name_arms([group[0].settings for group in groups], [group[0].name for group in groups])
     return [
         Arm(name=title, runs=sorted(group, key=lambda run: run.seed))

@@ -26,7 +26,7 @@ SOURCE = "source.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """What the data say of every sample of a split, in row order."""
+    """The labels and groups of every sample of a split, in row order."""
 
     labels: NDArray[np.int8]
     groups: NDArray[np.int64] | None = None
@@ -107,7 +107,7 @@ def read_samples(run: Run, split: Split, group: str | None = None) -> Samples:
     data.prepare_data()
     if data.schema.data_fingerprint != run.final["data_fingerprint"]:
         raise UserError(
-            f"the run {run.path} was trained on data with fingerprint {run.final['data_fingerprint'][:12]}, and the "
+            f"the run {run.path} was trained on data with fingerprint {run.final['data_fingerprint'][:12]}, but the "
             f"data of its configuration now have {data.schema.data_fingerprint[:12]}: restore the data"
         )
     data.setup("predict")
@@ -117,15 +117,15 @@ def read_samples(run: Run, split: Split, group: str | None = None) -> Samples:
         raise UserError(f"the {split} split of {run.path} has no labels: compare on another --split")
     labels: NDArray[np.int8] = torch.cat(parts).to(torch.int8).numpy()
     if labels.min() == labels.max():
-        raise UserError(f"all {len(labels):,} labels of the {split} split are {labels[0]}: nothing can be compared")
+        raise UserError(f"all {len(labels):,} labels of the {split} split are {labels[0]}: compare on another --split")
     if batches[0][1] is None:
         return Samples(labels=labels)
     groups: NDArray[np.int64] = torch.cat([number for _, number in batches]).numpy()
     counted = int((~np.isnan(group_aucs(np.zeros(len(labels), np.float32), labels, groups).auc)).sum())
     if counted < 2:
         raise UserError(
-            f"{counted} of the groups of {data.group} in the {split} split of {data.folder} have both labels, and an "
-            "AUC by group needs two: group by another column"
+            f"{counted} of the groups of {data.group} in the {split} split of {data.folder} have both labels, but an "
+            f"AUC by group needs two: group by another column"
         )
     return Samples(labels=labels, groups=groups)
 

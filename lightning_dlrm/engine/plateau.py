@@ -26,7 +26,7 @@ class ReduceOnPlateau(pl.Callback):
 
     Args:
         monitor: metric of validations; or metric -> weight, for a weighted sum of several.
-        mode: max if more is better, min if less is.
+        mode: max if higher values are better, min if lower values are better.
         patience: number of validations in a row without improvement that ends the fit; None to never end it.
         factor: multiplied with the rates; 1 leaves them as they are.
         min_rate: lowest rate; a lower one is raised to it.

@@ -298,10 +298,10 @@ def test_a_profiler_is_heard_and_kept_in_the_configuration(caplog: pytest.LogCap
         (f"{STOP_EARLY}validation/loss", "EarlyStopping's monitor is validation/loss; expected one of validation/auc"),
         (f"{STOP_EARLY}validation/calibration", "EarlyStopping's monitor is validation/calibration; expected one of"),
         (f"{STOP_EARLY}validation/group_auc --trainer.callbacks.mode=max", "no column is given to group by"),
-        (f"{STOP_EARLY}validation/auc", "EarlyStopping's mode is min, and of validation/auc (weight 1) more is better"),
+        (f"{STOP_EARLY}validation/auc", "EarlyStopping's mode is min, but higher values of validation/auc"),
         (
             f"{STOP_EARLY}validation/log_loss --trainer.callbacks.mode=max",
-            "EarlyStopping's mode is max, and of validation/log_loss (weight 1) less is better",
+            "EarlyStopping's mode is max, but lower values of validation/log_loss",
         ),
         (f"{STOP_EARLY}validation/log_loss --trainer.limit_val_batches=0", "trainer.limit_val_batches is 0"),
         (
@@ -314,12 +314,12 @@ def test_a_profiler_is_heard_and_kept_in_the_configuration(caplog: pytest.LogCap
         ),
         (
             "--trainer.callbacks=ReduceOnPlateau --trainer.callbacks.mode=min",
-            "ReduceOnPlateau's mode is min, and of validation/auc (weight 1) more is better: set mode to max",
+            "mode is min, but higher values of validation/auc (weight 1) are better: set mode to max",
         ),
         (
             "--trainer.callbacks=ReduceOnPlateau "
             '--trainer.callbacks.monitor={"validation/auc":1.0,"validation/log_loss":0.5}',
-            "of validation/log_loss (weight 0.5) less is better: give it the weight -0.5",
+            "of validation/log_loss (weight 0.5) are better: give it the weight -0.5",
         ),
         (f"{STOP_EARLY}validation/log_loss --trainer.callbacks.check_on_train_epoch_end=true", "leave it out"),
     ],
@@ -390,7 +390,7 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         (["predict", "--config", "dlrm.yaml"], "predict needs a checkpoint"),
         (["params", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),
         (["inspect", "nowhere"], "with 'python -m lightning_dlrm generate demo'"),
-        (["fit", "--config", "dlrm.yaml", "--wandb.log_model", "maybe"], "log_model: maybe is neither true nor false"),
+        (["fit", "--config", "dlrm.yaml", "--wandb.log_model", "maybe"], "log_model: maybe is not one of true, false"),
         (["fit", "--config", "dlrm.yaml", "--trainer.devices", "2"], "needs --trainer.strategy embedding_sharded_ddp"),
         (["fit", "--config", "dlrm.yaml", "--trainer.precision", "foo"], "trainer.precision: foo is not one of"),
         (["fit", "--config", "dlrm.yaml", "--trainer.precision", "16-mixed"], "use bf16-mixed"),
@@ -413,7 +413,7 @@ def test_a_mistake_gets_one_clear_line(arguments: list[str], message: str, capsy
 def test_bench_gpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["bench", "gpu"]) == 2
-    missing = "error: bench gpu needs a CUDA device, and torch finds none here: give --predict or --device cpu\n"
+    missing = "error: bench gpu needs a CUDA device, but torch finds none here: give --predict or --device cpu\n"
     assert capsys.readouterr().err == missing
 
 
@@ -487,6 +487,11 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         if name in SHORT_HELP:
             assert main([name, "--config", "dlrm.yaml", "-h"]) == 0
             short = capsys.readouterr().out
+            assert max(map(len, listed.splitlines())) < 100 and not re.search(
+                r":\w+:`|``|known subclasses|Union\[", listed
+            )
+            titles = re.findall(r"(?m)^(options|data|model, loss and optimizers|Lightning's Trainer):$", listed)
+            assert titles == ["options", "data", "model, loss and optimizers", "Lightning's Trainer"]
             lines = short.splitlines()
             assert len(lines) <= 40 and max(map(len, lines)) <= 80 and lines[0].startswith("usage: ")
             # Options of the datamodule are listed by the help of its class, --trust beside all others.

@@ -21,7 +21,7 @@ OVERLAYS = (
     "criteo_kaggle.yaml",
     "criteo_terabyte.yaml",
 )
-NO_FITS = ("figure5.yaml", "own_data_models.yaml")
+NO_FITS = ("figure5.yaml", "own_data_models.yaml", "recipes.yaml")
 SCHEMAS = [name for name in shipped_names() if name.startswith("datasets/")]
 NAMES = [name for name in shipped_names() if name not in SCHEMAS]
 MODELS = [name for name in NAMES if name not in (*OVERLAYS, *NO_FITS)]
@@ -51,17 +51,29 @@ def test_no_warm_up_depends_on_the_number_of_rows() -> None:
         if name.startswith("recipes/")
     ],
 )
-def test_a_recipe_trains_as_its_header_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On few rows, the commands of the header, with all their options, make a dataset, a fit and a test."""
+def test_a_recipe_trains_as_its_header_says(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On few rows, the commands of the header, with all their options, make a dataset, a fit and a test.
+
+    The fit says how many ids are unknown, rare and missing; fit and test say how far a published score is.
+    """
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "train.txt", generated_lines(700))
     header = (shipped_configs() / name).read_text().split("\n\n")[0].replace("\\\n#", "")
     commands = [found.split() for found in re.findall(r"-m lightning_dlrm (.*)", header)]
     assert [words[0] for words in commands] == ["preprocess", "fit", "test"]
+    commands[1] += ["--published", '[{"metric": "auc", "value": 0.76, "source": "a paper"}]']
     for words in commands:
         assert main(words) == 0, words
     assert (tmp_path / "RUN/test.json").exists()
+    assert capsys.readouterr().out.count("the published 0.76 (a paper") == 2
+    assert "ids of unknown, rare and missing values: train" in caplog.text
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -80,9 +92,9 @@ def test_it_builds(name: str, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.table_optimizer", "torch.optim.Adam"], "torch.optim.Adam is none of this project's, and cannot"),
-        (["--model.wide_optimizer", "Ftrl"], "no class Ftrl; known ones: SGD, Adagrad, RowWiseAdagrad, Adam"),
-        (["--model.loss", "torch.nn.BCELoss"], "torch.nn.BCELoss is none of this project's; choose one of LogLoss"),
+        (["--model.table_optimizer", "torch.optim.Adam"], "Adam is not a class of this project, and cannot"),
+        (["--model.wide_optimizer", "Ftrl"], "no class Ftrl; known classes: SGD, Adagrad, RowWiseAdagrad, Adam"),
+        (["--model.loss", "torch.nn.BCELoss"], "BCELoss is not a class of this project; choose one of LogLoss"),
         (["--model.loss", "FocalLoss", "--model.loss.gamma", "-1"], "gamma is -1.0"),
         (["--model.network.tables.pooling", "max"], "pooling: max is not one of sum, mean"),
         (["--model.network.tables.dims", "{C3: 8}"], "C3 has the width 8 and embedding_dim is 16: make"),
@@ -118,7 +130,7 @@ def test_kernels_of_an_earlier_release_become_auto() -> None:
 
 def test_arms_of_a_comparison_keep_the_options_of_callbacks() -> None:
     options = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=validation/auc"]
-    parser = build_model_parser("params", "")
+    parser = build_model_parser("params")
     settings = parse(parser, ["--config", "dlrm.yaml", *options])
     (callback,) = settings.trainer.callbacks
     assert callback.init_args.monitor == "validation/auc"

@@ -127,7 +127,7 @@ def test_a_requeued_job_of_two_tasks_goes_on_where_it_was(to_all: bool, slurm: P
 @pytest.mark.parametrize(
     ("variables", "advice"),
     [
-        (environment(0, 2, 1), "torchrun has started 2 processes, and trainer.devices 1 .* --trainer.devices 2 --tr"),
+        (environment(0, 2, 1), "torchrun has started 2 processes, but trainer.devices 1 .* --trainer.devices 2 --tr"),
         ({**environment(0, 8, 1), "LOCAL_WORLD_SIZE": "4"}, "--trainer.devices 4 --trainer.num_nodes 2 --tr"),
         ({**TASK, "SLURM_NTASKS": "3", "SLURM_NTASKS_PER_NODE": "3"}, "srun has started 3 .* --trainer.devices 3 --tr"),
         ({**TASK, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": ""}, "--trainer.devices 2 --tr"),

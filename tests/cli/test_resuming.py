@@ -67,7 +67,7 @@ def test_damaged_checkpoints_are_passed_over_and_nothing_is_wiped(
     assert "all checkpoints in run/checkpoints are damaged" in capsys.readouterr().err
     shutil.rmtree("run/checkpoints")
     assert main([*RESUME, "--trainer.max_steps=8"]) == 2
-    assert "run has results of step 6 and no checkpoint to continue from" in capsys.readouterr().err
+    assert "run has results of step 6 but no checkpoint to continue from" in capsys.readouterr().err
     assert {name: sums for name, sums in before.items() if "checkpoints" not in name} == checksums(Path("run"))
 
 
@@ -87,7 +87,7 @@ def test_a_run_that_early_stopping_has_ended_says_what_helps(capsys: pytest.Capt
     assert main([*fit, *stop, patience + "1", "--trainer.callbacks.init_args.min_delta=9"]) == 0
     capsys.readouterr()
     assert main([*fit, *stop, patience + "5"]) == 0
-    assert "step 4; nothing to do (EarlyStopping in trainer.callbacks ended it: to train on, remove it)" in (
+    assert "step 4; nothing to do (EarlyStopping in trainer.callbacks ended it: to continue training, remove it)" in (
         capsys.readouterr().out
     )
     assert main(fit) == 0 and max(losses("run")) == 8

@@ -59,7 +59,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @functools.cache
 def parser() -> CommandParser:
-    return build_trainer_parser("fit", "")
+    return build_trainer_parser("fit")
 
 
 def parsed(*options: str) -> Any:

@@ -11,10 +11,11 @@ from datamodules.log_schema import LogSchema, read_log_schema
 from datamodules.preprocess.inference import infer
 from datamodules.preprocess.sniffing import read_sample
 from lightning_dlrm.__main__ import main
+from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.shipped import shipped_names
 
-SCHEMAS = [name for name in shipped_names() if name.startswith("datasets/")]
+SCHEMAS = [name for name in shipped_names() if name.startswith("datasets/") and Path(name).stem in FORMS]
 ROWS = 2_000
 
 
@@ -82,5 +83,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_shipped_schemas_are_found_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"no schema datasets/avazo.yaml here; did you mean datasets/avazu.yaml\?"):
         read_log_schema("datasets/avazo.yaml")
+    (tmp_path / "mine.yaml").touch()
+    for read in (read_log_schema, find_config):
+        with pytest.raises(UserError, match=rf"no \w+ {tmp_path}/mine.yml here; did you mean {tmp_path}/mine.yaml\?"):
+            read(f"{tmp_path}/mine.yml")
     assert main(["params", "--config", "datasets/avazu.yaml"]) == 2
     assert "is the schema of a raw log: python -m lightning_dlrm preprocess --schema" in capsys.readouterr().err

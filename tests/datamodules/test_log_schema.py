@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import re
 from typing import Any
 
 import pytest
@@ -79,6 +80,24 @@ def test_a_schema_is_read_and_written(tmp_path):
         ("separator", "", "separator is empty"),
         ("max_rows", 1, "max_rows is 1, expected at least 3"),
         ("dataset", "a/b", "dataset is 'a/b'"),
+        (
+            "columns.x",
+            {"role": "categorical", "transform": "quantile", "type": "hash"},
+            "type is for categories that are",
+        ),
+        (
+            "columns.x",
+            {"role": "dense", "transform": "log_plus_three", "fill": 1},
+            "fill is not for transform log_plus",
+        ),
+        ("split", {"by": "days", "held_out": ["test", "test"]}, "held_out is "),
+        ("split", {"by": "days", "ratios": [1, 0, 0]}, "ratios is not for a split by days, which takes days, held_out"),
+        ("split", {"by": "tenths", "negative_sampling_rate": 0}, "negative_sampling_rate is 0.0, expected a share"),
+        ("hash_modulo", 7, "hash_modulo is for columns of type hash; there are none"),
+        ("id_modulo", 0, "id_modulo is 0, expected at least 1"),
+        ("id_modulo", 7, "id_modulo needs 'unknown: none' and 'missing: zero'"),
+        ("mlperf_bags", {}, "mlperf_bags is for format criteo"),
+        ("format", "criteo", "label is 'click'; of format criteo it is 'label'"),
     ],
 )
 def test_a_mistake_gets_one_line_that_names_it(key: str, value: Any, message: str):
@@ -127,3 +146,31 @@ def test_columns_of_files_are_compared_with_the_schema():
 def test_a_label_is_a_column_or_a_condition(text: str, label: Label):
     schema = log_schema({**yaml.safe_load(TEXT), "label": text})
     assert schema.label_in(["click", "a > b", "rating"]) == label
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (
+            {"columns": {"I1": {"role": "categorical"}}},
+            "I1: I1 of format criteo is a number; give it role dense, or a tr",
+        ),
+        (
+            {"columns": {"C1": {"role": "dense"}}},
+            "C1: C1 of format criteo is a hash; give it role categorical and type h",
+        ),
+        ({"columns": {"C1": {"role": "keep"}}}, "C1 of format criteo is a hash"),
+        (
+            {"columns": {"x": {"role": "dense", "source": "I14"}}},
+            "x: format criteo has no column I14; it has I1 to I13",
+        ),
+        ({"split": {"by": "time", "column": "I1"}}, "format criteo has no column to split by"),
+        ({"header": True, "decimal": ","}, "decimal, header is for other formats than criteo; leave it out"),
+        ({"mlperf_bags": {"seed": -1}}, "mlperf_bags: seed is -1; expected 0 to"),
+        ({"list_rare": True, "unknown": "none"}, "list_rare needs a row of rare values; change unknown"),
+    ],
+)
+def test_format_criteo_takes_what_its_text_has(keys: dict[str, Any], message: str):
+    document = {"dataset": "d", "format": "criteo", "label": "label", "split": {"by": "days"}}
+    with pytest.raises(UserError, match=re.escape(message)):
+        log_schema({**document, "columns": {"I1": {"role": "dense"}}, **keys})

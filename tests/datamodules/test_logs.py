@@ -715,7 +715,9 @@ def test_many_bad_rows_take_as_long_as_few(tmp_path: Path, name: str, monkeypatc
     bad |= {i for i, line in enumerate(texts["log.csv"].splitlines()[1:]) if b"\xfc" in line and name == "log.csv"}
     assert found == {i + first for i in bad} and schema.report["bad_rows"] == len(found) == len(listed)
     assert len(calls) <= 6
-    with pytest.raises(UserError, match=r"6,000 of 6,00[01] lines from line 1 on are not as the schema says, such as"):
+    with pytest.raises(
+        UserError, match=r"6,000 of 6,00[01] lines from line 1 on are not rows as the schema says, such as"
+    ):
         make(
             tmp_path / name,
             tmp_path / "other",

@@ -14,6 +14,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -27,18 +28,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules import writer as writing
+from datamodules.encoder import RowEncoder
 from datamodules.folder import Folder
+from datamodules.log_schema import log_schema, read_log_schema
 from datamodules.preprocess import command, counting, encoding, progress
 from datamodules.preprocess.criteo_tsv import COLUMNS, BadLineError, parse
-from datamodules.preprocess.options import MLPERF_SIZES
+from datamodules.preprocess.multi_hot import MLPERF_SIZES
+from datamodules.preprocess.options import Options
 from datamodules.preprocess.pipeline import order_warning, preprocess
 from datamodules.preprocess.progress import Progress, format_size
 from datamodules.preprocess.protocols import PROTOCOLS, Dataset
 from datamodules.preprocess.sources import find_files
 from datamodules.preprocess.staging import PIECE_BYTES
+from datamodules.preprocess.tables import encode
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, DatasetSchema
+from lightning_dlrm.contracts.shipped import shipped_names
 from tests.raw_criteo import (
     SAMPLE,
     Line,
@@ -199,6 +205,61 @@ def test_real_sample(tmp_path: Path, protocol: str) -> None:
     lines = [line.split("\t") for line in SAMPLE.read_text().removesuffix("\n").split("\n")]
     preprocess("terabyte", protocol, [SAMPLE], tmp_path / "out", progress=QUIET, block_bytes=1 << 19)
     assert_equals_plain(tmp_path / "out", Plain(protocol, [lines], "terabyte"))
+
+
+def test_the_shipped_schema_of_a_protocol_makes_its_rows_and_vocabularies(tmp_path: Path) -> None:
+    """``--schema criteo_dlrm.yaml`` is ``--protocol dlrm``, also for new rows and rows in memory."""
+    lines, new_lines = generated_lines(403), generated_lines(60, 5)
+    raw, new = written(tmp_path / "train.txt", lines), written(tmp_path / "new.txt", [row[1:] for row in new_lines])
+    of_new = pa.table(dict(zip(COLUMNS, zip(*new_lines, strict=True), strict=True)))
+    shipped = {name for name in shipped_names() if name.startswith("datasets/criteo_") and "_x" not in name}
+    assert shipped == {f"datasets/criteo_{protocol}.yaml" for protocol in PROTOCOLS}
+    for protocol in PROTOCOLS:
+        made = {}
+        for way in ("short", "schema"):
+            out = tmp_path / protocol / way
+            schema = None if way == "short" else read_log_schema(f"datasets/criteo_{protocol}.yaml")
+            names = ("kaggle", protocol) if schema is None else (None, None)
+            known = preprocess(*names, [raw], out / "known", progress=QUIET, schema=schema)  # type: ignore[arg-type]
+            files = {name: data for name, data in folder_bytes(out).items() if name.endswith(".parquet")}
+            made[way] = files, known.columns, known.splits, known.report
+        preprocess(None, None, [new], out / "new", progress=QUIET, vocabulary=out / "known")
+        rows, stored = RowEncoder(out / "known").encode(of_new), pq.read_table(out / "new/test")
+        for name in stored.column_names:
+            np.testing.assert_array_equal(rows[name], stored.column(name).to_numpy())
+        assert made["short"] == made["schema"], protocol
+
+
+def test_options_say_in_short_what_a_changed_schema_says() -> None:
+    short = Options(dataset="terabyte", protocol="mlperf", max_rows=40_000_000, multi_hot="mlperf")
+    split = {"by": "days", "days": "files", "held_out": ["validation", "test"]}
+    keys = {"dataset": "terabyte", "split": split, "id_modulo": 40_000_000, "mlperf_bags": {}}
+    assert log_schema({**read_log_schema("datasets/criteo_mlperf.yaml").document(), **keys}) == short.schema()
+
+
+def test_a_protocol_can_be_changed_in_its_schema(tmp_path: Path) -> None:
+    lines = generated_lines(300)
+    raw = written(tmp_path / "train.txt", lines)
+    document = read_log_schema("datasets/criteo_quantile.yaml").document()
+    columns = {**document["columns"], "C2": {"role": "leave"}, "C3": {"role": "categorical", "type": "hash"}}
+    columns |= {"C3": {**columns["C3"], "min_count": 40}, "again": {**columns["C3"], "source": "C4"}}
+    changed_schema = {**document, "columns": columns, "split": {"by": "position", "ratios": [0.5, 0.2, 0.3]}}
+    schema = preprocess(None, None, [raw], tmp_path / "out", progress=QUIET, schema=log_schema(changed_schema))
+    assert [split.rows for split in schema.splits.values()] == [150, 60, 90]
+    plain = Plain("quantile", [lines[:150], []], "terabyte")
+    train = pq.read_table(tmp_path / "out/train")
+    counts = Counter(line[16].lower() for line in lines[:150] if line[16])
+    assert schema.features.tables["C3"] == 2 + sum(count >= 40 for count in counts.values())
+    assert train.column("again").equals(train.column("C4")) and "C2" not in train.column_names
+    assert train.column("C5").to_pylist() == [plain.id_of("C5", line[18]) for line in lines[:150]]
+    table = pa.table(dict(zip(COLUMNS, zip(*lines, strict=True), strict=True)))
+    encode(table, log_schema(changed_schema), tmp_path / "in_memory")
+    assert pq.read_table(tmp_path / "in_memory/train").equals(train)
+    del changed_schema["columns"]["C2"]
+    with pytest.raises(
+        UserError, match="format criteo has columns that the schema does not name: C2; name them in col"
+    ):
+        preprocess(None, None, [raw], tmp_path / "bad", progress=QUIET, schema=log_schema(changed_schema))
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "pareto"])
@@ -378,7 +439,8 @@ def test_a_wrong_file_is_not_skipped_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("to do\n" * 1001)
     with pytest.raises(
-        UserError, match=r"notes\.txt: 1,001 of 1,001 lines from line 1 on are not Criteo's, such as line 1"
+        UserError,
+        match=r"notes\.txt: 1,001 of 1,001 lines from line 1 on are not Criteo lines of 40 fields, such as line 1",
     ):
         preprocess("kaggle", "dlrm", [path], tmp_path / "out", progress=QUIET, on_bad_row="skip")
 
@@ -693,8 +755,10 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     with Progress().stage("stage") as stage:
         for tenth in range(1, 11):
             stage.reached(1234 * tenth, tenth / 10)
-    last = terminal.getvalue().split("\r")[-1]
-    assert last.startswith("stage  100%|") and ", 12,340 rows, " in last and last.count("\n") == 1
+    *bars, last = terminal.getvalue().split("\r")
+    assert any(bar.startswith("stage    0%|") for bar in bars) and "\n" not in "".join(bars)
+    # It takes the place of the bar.
+    assert last.startswith("stage         12,340 rows ") and last.count("\n") == 1
 
 
 def test_starts_without_torch() -> None:

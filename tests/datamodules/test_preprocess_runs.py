@@ -28,7 +28,7 @@ import psutil
 import pytest
 from distributed import LocalCluster
 
-from datamodules.preprocess import command, counting, encoding, pipeline, staging
+from datamodules.preprocess import command, counting, criteo_reader, encoding, pipeline, staging
 from datamodules.preprocess.journal import find_records, written_aside
 from datamodules.preprocess.pipeline import Target, preprocess
 from datamodules.preprocess.progress import Progress, Stage
@@ -170,9 +170,9 @@ def test_nothing_done_is_done_again(
 ) -> None:
     interrupted(stage)
     finished = {
-        "stage": [(staging, "parse")],
-        "count": [(staging, "parse"), (counting, "_spread_values")],
-        "encode": [(staging, "parse"), (counting, "_spread_values"), (encoding, "_encoded")],
+        "stage": [(criteo_reader, "parse")],
+        "count": [(criteo_reader, "parse"), (counting, "_spread_values")],
+        "encode": [(criteo_reader, "parse"), (counting, "_spread_values"), (encoding, "_encoded")],
     }
     for module, name in finished[stage]:
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("was finished before"))
@@ -199,7 +199,7 @@ def test_staged_rows_serve_another_protocol(
     tmp_path: Path, days: list[Path], interrupted: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted("count")
-    monkeypatch.setattr(staging, "parse", lambda *_: pytest.fail("was staged before"))
+    monkeypatch.setattr(criteo_reader, "parse", lambda *_: pytest.fail("was staged before"))
     preprocess("terabyte", "nvidia", days, tmp_path / "out", None, QUIET, 33_000, workers=1)
     files = [generated_lines(1000, day) for day in range(3)]
     assert_equals_plain(tmp_path / "out", Plain("nvidia", files, "terabyte"))
@@ -218,8 +218,10 @@ def test_changed_file_is_parsed_again_and_others_are_not(
     lines[1][40] = good
     written(paths[1], lines[1])
     parsed = []
-    parse = staging.parse
-    monkeypatch.setattr(staging, "parse", lambda text, labelled: parsed.append(len(text)) or parse(text, labelled))
+    parse = criteo_reader.parse
+    monkeypatch.setattr(
+        criteo_reader, "parse", lambda text, labelled: parsed.append(len(text)) or parse(text, labelled)
+    )
     preprocess("terabyte", "dlrm", paths, tmp_path / "out", None, QUIET, workers=1)
     assert parsed == [paths[1].stat().st_size]
     assert_equals_plain(tmp_path / "out", Plain("dlrm", lines, "terabyte"))
@@ -322,7 +324,7 @@ def test_second_run_into_one_folder_is_refused(tmp_path: Path, days: list[Path])
     assert names_in(tmp_path) == {"out"}
 
 
-@pytest.mark.parametrize(("module", "at"), [(staging, "_segment"), (counting, "_assign"), (encoding, "_encoded")])
+@pytest.mark.parametrize(("module", "at"), [(staging, "segment_of"), (counting, "_assign"), (encoding, "_encoded")])
 def test_full_disk_is_told_and_the_next_run_goes_on(
     tmp_path: Path,
     days: list[Path],
@@ -371,7 +373,7 @@ def test_file_larger_than_allowed_is_told(tmp_path: Path, days: list[Path], monk
     def limited(*args: Any) -> Any:
         raise OSError(errno.EFBIG, "File too large")
 
-    monkeypatch.setattr(staging, "_segment", limited)
+    monkeypatch.setattr(staging, "segment_of", limited)
     with pytest.raises(UserError, match=r"File too large.*make room"):
         make(days, tmp_path / "out")
 

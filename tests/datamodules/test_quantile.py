@@ -20,6 +20,7 @@ from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import PROTOCOLS
 from datamodules.preprocess.transforms import quantile_bins, quantile_edges
+from lightning_dlrm.__main__ import main
 from lightning_dlrm.cli.report import cells_note
 from lightning_dlrm.contracts.schema import DatasetSchema
 from tests.raw_criteo import Line, edges_of, written
@@ -120,7 +121,7 @@ def test_columns_without_values_or_with_few(tmp_path: Path, capsys: pytest.Captu
         assert {*rows.column(name).to_pylist()} <= {*train.column(name).to_pylist()}, name
 
 
-def test_shares_are_told_at_the_start_of_a_fit(tmp_path: Path) -> None:
+def test_shares_are_told_by_fit_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = written(tmp_path / "train.txt", planted_lines({1: 0.5, 2: 0.5}))
     schema = preprocess("kaggle", "quantile", [raw], tmp_path / "out", progress=QUIET)
     held_out = f"{1 / 39:.2%} unknown, 0.00% rare, {37 / 39:.2%} missing (unknown most in C1 100%)"
@@ -128,6 +129,12 @@ def test_shares_are_told_at_the_start_of_a_fit(tmp_path: Path) -> None:
         f"ids of unknown, rare and missing values: train 0.00% unknown, 0.00% rare, {37 / 39:.2%} missing; "
         f"validation {held_out}; test {held_out}"
     )
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "unknown ids" in shown and f"{1 / 39:.2%}" in shown
+    assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    of_test = json.loads(capsys.readouterr().out)["splits"]["test"]
+    assert [of_test[kind] for kind in ("unknown", "rare", "missing")] == pytest.approx([1 / 39, 0, 37 / 39])
 
 
 def test_modern_names_the_protocol_that_supersedes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

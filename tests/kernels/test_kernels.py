@@ -162,6 +162,6 @@ def test_a_wrong_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         choose("triton", "cpu", torch.float32)
     with pytest.raises(UserError, match="take float32 and bfloat16"):
         choose("triton", "cuda", torch.float64)
-    with pytest.raises(UserError, match="none of auto, plain, native, triton"):
+    with pytest.raises(UserError, match="one of auto, plain, native, triton"):
         choose("fast", "cpu", torch.float32)
     choose.cache_clear()

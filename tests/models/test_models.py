@@ -125,13 +125,13 @@ def test_every_kind_of_dcn_has_true_gradients_and_counts(options: dict, structur
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cross": "cubic"}, "none of vector, matrix, low_rank, mixture"),
+        ({"cross": "cubic"}, "one of vector, matrix, low_rank, mixture"),
         ({"cross": "low_rank"}, "needs cross_rank; it is missing"),
         ({"cross": "matrix", "cross_rank": 3}, "takes no cross_rank; it is 3"),
         ({"cross": "mixture", "cross_rank": 3}, "needs cross_experts"),
         ({"cross": "low_rank", "cross_rank": 50}, "expected 1 to 49"),
         ({"cross": "mixture", "cross_rank": 3, "cross_experts": 0}, "cross_experts is 0"),
-        ({"structure": "beside"}, "none of parallel, stacked, stacked_parallel"),
+        ({"structure": "beside"}, "one of parallel, stacked, stacked_parallel"),
     ],
 )
 def test_crosses_that_do_not_fit_are_refused(options: dict, message: str) -> None:
@@ -163,7 +163,7 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
         ({"bottom_mlp": [8, 5]}, "bottom_mlp ends in 5 but embedding_dim is 16"),
         ({"bottom_mlp": []}, "bottom_mlp ends in nothing"),
         ({"interaction": "cat", "self_interaction": True}, "self_interaction needs interaction: dot"),
-        ({"interaction": "sum"}, "none of dot, cat, projection, cross"),
+        ({"interaction": "sum"}, "one of dot, cat, projection, cross"),
         ({"top_mlp": [0]}, "each 1 or wider"),
     ],
 )

@@ -109,7 +109,7 @@ def test_nan_scores_have_no_auc() -> None:
 
 
 def test_no_samples_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no samples"):
+    with pytest.raises(ValueError, match="at least one sample"):
         click_metrics(torch.zeros(0), torch.zeros(0))
 
 

@@ -365,7 +365,7 @@ def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
     said = capsys.readouterr().out
     assert "--model.network.tables.on_host '{C3: " in said
     fit = f"python -m lightning_dlrm fit --config dlrm.yaml --config {output}\n"
-    assert f"configuration written to {output}; train with it by\n{fit}" in said
+    assert f"configuration written to {output}; train with it:\n{fit}" in said
     on_host = yaml.safe_load(output.read_text())["model"]["network"]["init_args"]["tables"]["on_host"]
     assert list(on_host) == ["C3", "C12"] and 0 < on_host["C3"] < 10_131_227 and 0 < on_host["C12"] < 8_351_593
     assert main([*command, "--config", str(output), "--json"]) == 0
@@ -380,7 +380,7 @@ def test_the_command_writes_a_configuration_that_keeps_tables_on_the_host(
     assert main(["plan", "--config", str(output)]) == 2
     assert "unknown key tables.on_host.C3: no class that has this key is chosen; a file" in capsys.readouterr().err
     assert main([*command, "--plot", "plan.png"]) == 2
-    assert "--device-memory chooses tables for host memory, --plot is for a plan" in capsys.readouterr().err
+    assert "--device-memory chooses tables for host memory, but --plot is for a plan" in capsys.readouterr().err
 
 
 def test_the_command_counts_the_ids_of_a_bag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -414,6 +414,6 @@ def test_the_command_counts_the_ids_of_a_bag(capsys: pytest.CaptureFixture[str])
     assert main([*wide, "--json", "--model.network.tables.pooling_weights=learned"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["pooled"] == [] and found["sent_bytes_per_step"]["C2"]["as_sums"] is None
-    for bad, said in (("1,2", "gives 2 numbers, the data have 26"), ("many", "expected numbers"), ("-1", "-1.0 ind")):
+    for bad, said in (("1,2", "2 numbers, but the data have 26"), ("many", "expected numbers"), ("-1", "-1.0 ind")):
         assert main([*command, "--indices", bad]) == 2
         assert said in capsys.readouterr().err

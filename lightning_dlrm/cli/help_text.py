@@ -1,0 +1,93 @@
+"""``--help.all``: what jsonargparse and Lightning's docstrings say of every option, made readable."""
+
+import argparse
+import re
+import textwrap
+from typing import Any
+
+from jsonargparse import DefaultHelpFormatter
+
+_INDENT = 24
+"""Column at which the words of an option begin."""
+_WIDTH = 96
+_REWORDED = {
+    "Print the configuration after applying": "print the configuration that all files and options give, and end",
+    'One or more arguments specifying "class_path"': "class of the data, Criteo in the shipped configurations; its "
+    "options are --data.path DIR and those that --data.help Criteo lists",
+    "Show this help message and exit.": "show a short help; --help.all shows this one",
+}
+"""Beginning of jsonargparse's words -> ours."""
+_LAST = """
+--KEY.help CLASS lists the options of a class: --model.network.help DLRM, --data.help Criteo
+"""
+_SECTIONS = (
+    "options", "custom classes", "data", "model, loss and optimizers", "checkpoints", "Weights & Biases",
+    "Lightning's Trainer", "more examples",
+)  # fmt: skip
+
+
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """A formatter that keeps the lines of examples, and leaves the words of an option to ``readable_help``."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, **options | {"width": 100_000, "max_help_position": _INDENT})
+
+
+def readable_help(text: str) -> str:
+    """Return the text of a help, below 100 columns: short names of classes, plain types, no markup of Sphinx, the
+    sections in the order of a configuration.
+
+    Args:
+        text: as ``HelpFormatter`` formats it, with a line for each option.
+    """
+    # Help of a class has no usage, links or sections.
+    is_class = text.startswith("usage: __main__.py")
+    text = re.sub(r"\Ausage: __main__\.py[\s\S]*?\n\n", "", text)
+    text = re.sub(r"\nLinked arguments:\n(?:  .*\n)*", "", text)
+    # Help of classes, and files of a section, are the same for every key.
+    text = re.sub(r"(?m)^  --[\w.]+\.help\b.*\n( {24}Show the help for .*\n)?", "", text)
+    text = re.sub(r"(?m)^  --\w+ CONFIG +Path to a configuration file\.\n", "", text)
+    head, *sections = re.split(rf"\n\n(?=(?:{'|'.join(_SECTIONS)}):\n)", text.rstrip())
+    sections.sort(key=lambda section: _SECTIONS.index(section.partition(":\n")[0]))
+    lines = []
+    for line in "\n\n".join([head, *sections]).splitlines():
+        option, words = line[:_INDENT], line[_INDENT:]
+        if not (option.strip() == "" or re.match(r"  -\S.*  $", option)) or not words.strip():
+            # Lists and their parts are one option.
+            lines.append(re.sub(r"^(  --\S+ .*), --\S+\+ .*$", r"\1", line))
+            continue
+        wrapped = textwrap.wrap(_plain(words), _WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False)
+        lines += [(option if number == 0 else " " * _INDENT) + part for number, part in enumerate(wrapped)]
+    return "\n".join(lines) + "\n" + _LAST * (not is_class)
+
+
+def _plain(words: str) -> str:
+    """Return the words of an option without markup; the default once; types as in Python's annotations."""
+    for beginning, reworded in _REWORDED.items():
+        if words.startswith(beginning):
+            return reworded
+    words = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"\1", words).replace("``", "")
+    words = re.sub(r" Default: [^ ]+\.?(?= \()", "", words)
+    words = re.sub(r"known subclasses: .*\)$", lambda found: re.sub(r"\b(?:\w+\.)+(?=\w)", "", found[0]), words)
+    words = words.replace("known subclasses: ", "classes: ")
+    return re.sub(r"(?<=\btype: ).*?(?=, default: |, classes: |\)$)", lambda found: _type(found[0]), words)
+
+
+def _type(annotation: str) -> str:
+    """Return a type without ``Union``, ``Optional`` and ``Literal``.
+
+    >>> _type("Union[Literal['a', 'b'], list[int], Optional[Callable[[int], str]]]")
+    'a | b | list[int] | Callable[[int], str] | null'
+    """
+
+    def joined(found: re.Match[str]) -> str:
+        kind, parts = found[1], found[2].replace("'", "")
+        if kind in ("Union", "Literal", "Optional"):
+            # Not at commas of parts that have brackets of their own.
+            alternatives = re.split(r", (?![^⟨]*⟩)", parts)
+            return " | ".join(alternatives + ["null"] * (kind == "Optional"))
+        return f"{kind}⟨{parts}⟩"
+
+    while (inner := re.sub(r"(\w*)\[([^][]*)\]", joined, annotation)) != annotation:
+        annotation = inner
+    return annotation.replace("⟨", "[").replace("⟩", "]")

@@ -1,0 +1,204 @@
+"""Contract: what Criteo's protocols need is an option of the schema of any log: hashes, transforms, rows of missing and
+unknown values, moduli, splits by days and tenths, and negative sampling. Each is compared with a plain version."""
+
+import math
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from datamodules.encoder import RowEncoder
+from datamodules.log_schema import log_schema
+from datamodules.preprocess.pipeline import preprocess
+from datamodules.preprocess.progress import Progress
+from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.schema import SPLITS, DatasetSchema
+from tests.raw_criteo import mixed
+
+QUIET = Progress(show=False)
+ROWS = 417
+Row = dict[str, str]
+
+
+def log_rows(rows: int = ROWS, seed: int = 0) -> list[Row]:
+    rng = random.Random(seed)
+    return [
+        {
+            "y": rng.choice("01"),
+            "h": rng.choice(["", "00000000", "0a0B0c0D", f"{int(rng.random() ** 3 * 60):08X}"]),
+            "n": rng.choice(["", "-4.5", "-2", "0", "3", f"{rng.random() * 1e4:.3f}"]),
+            "t": rng.choice(["", "0", "a", f"t{int(rng.random() ** 3 * 60)}"]),
+            "s": rng.choice(["train", "train", "validation", "test"]),
+        }
+        for _ in range(rows)
+    ]
+
+
+def written(path: Path, rows: list[Row]) -> Path:
+    path.write_text("\n".join(",".join(values) for values in (rows[0], *(row.values() for row in rows))) + "\n")
+    return path
+
+
+def made(folder: Path, columns: dict[str, Any], paths: list[Path], **keys: Any) -> DatasetSchema:
+    document = {
+        "dataset": "log",
+        "label": "y",
+        "columns": columns,
+        "rest": "leave",
+        "split": {"by": "position"},
+        **keys,
+    }
+    return preprocess(None, None, paths, folder, progress=QUIET, schema=log_schema(document))
+
+
+def stored(folder: Path, name: str, splits: tuple[str, ...] = SPLITS) -> list[Any]:
+    return [value for split in splits for value in pq.read_table(folder / split, columns=[name]).column(0).to_pylist()]
+
+
+@pytest.mark.parametrize("fill", [None, 0.0, -1.5])
+def test_transforms_of_dense_columns(tmp_path: Path, fill: float | None) -> None:
+    rows = log_rows()
+    columns = {
+        "above": {"role": "dense", "source": "n", "transform": "log_above_minimum", "fill": fill},
+        "three": {"role": "dense", "source": "n", "transform": "log_plus_three"},
+    }
+    schema = made(tmp_path / "data", columns, [written(tmp_path / "log.csv", rows)])
+    filled = [float(row["n"]) if row["n"] else fill for row in rows]
+    low = min(value for value in filled if value is not None)
+    above = [math.nan if value is None else math.log(value - low + 2) for value in filled]
+    three = [math.log(float(row["n"]) + 3) if row["n"] and float(row["n"]) >= -2 else 0.0 for row in rows]
+    found = [np.array(stored(tmp_path / "data", name), float) for name in columns]
+    np.testing.assert_allclose(found[0], above, rtol=1e-6)
+    np.testing.assert_allclose(found[1], three, rtol=1e-6)
+    assert schema.settings["minimum"] == {"above": low}
+    new = RowEncoder(tmp_path / "data").encode(pa.table({"n": [-100.0, low, None]}))
+    expected = [math.log(2), math.log(2), math.nan if fill is None else math.log(fill - low + 2)]
+    np.testing.assert_allclose(new["above"], expected, rtol=1e-6)
+
+
+UNKNOWN = {
+    # unknown, missing, min_count -> ids of missing, of rare and of unknown values, of the first value
+    ("rare", "own", 3): (0, 1, 1, 2),
+    ("rare", "rare", 3): (0, 0, 0, 1),
+    ("rare", "zero", 3): (None, 0, 0, 1),
+    ("reserved", "own", 3): (0, 1, 1, 2),
+    ("reserved", "rare", 1): (0, None, 0, 1),
+    ("own", "own", 3): (0, 1, 2, 3),
+    ("own", "rare", 3): (0, 0, 1, 2),
+    ("own", "zero", 3): (None, 0, 1, 2),
+    ("none", "own", 3): (0, 1, 1, 2),
+    ("none", "own", 1): (0, None, -1, 1),
+    ("none", "zero", 3): (None, 0, 0, 1),
+    ("none", "zero", 1): (None, None, -1, 0),
+}
+
+
+@pytest.mark.parametrize("name", ["h", "t"])
+@pytest.mark.parametrize(("unknown", "missing", "min_count"), UNKNOWN)
+def test_rows_of_missing_rare_and_unknown_values(
+    tmp_path: Path, name: str, unknown: str, missing: str, min_count: int
+) -> None:
+    rows = log_rows()
+    column = {"role": "categorical", **({"type": "hash"} if name == "h" else {})}
+    keys = {"unknown": unknown, "missing": missing, "min_count": min_count, "list_rare": unknown != "none"}
+    schema = made(tmp_path / "data", {name: column}, [written(tmp_path / "log.csv", rows)], counts="all", **keys)
+    zero = "0" if name == "t" else "00000000"
+    values = [row[name].lower() or (zero if missing == "zero" else "") for row in rows]
+    counts = Counter(value for value in values if value)
+    kept = sorted((value for value in counts if counts[value] >= min_count), key=lambda v: (-counts[v], v))
+    of_missing, of_rare, of_unknown, first = UNKNOWN[unknown, missing, min_count]
+    ids = {"": of_missing, **dict.fromkeys(counts, of_rare), **{value: first + i for i, value in enumerate(kept)}}
+    assert stored(tmp_path / "data", name) == [ids[value] for value in values]
+    assert schema.features.tables[name] == first + len(kept)
+    unseen = "fffffffe" if name == "h" else "unseen"
+    rare = next((value for value in counts if counts[value] < min_count), unseen)
+    new = [{**rows[0], name: value} for value in (unseen, "", kept[0], rare)]
+    known = preprocess(
+        None, None, [written(tmp_path / "n.csv", new)], tmp_path / "new", progress=QUIET, vocabulary=tmp_path / "data"
+    )
+    last = of_unknown % schema.features.tables[name]
+    expected = [last, ids[zero] if missing == "zero" else of_missing, first, ids.get(rare, last)]
+    assert stored(tmp_path / "new", name, ("test",)) == expected
+    assert RowEncoder(tmp_path / "data").encode(pa.Table.from_pylist(new))[name].tolist() == expected
+    told = known.cells["test"][name]
+    assert told["unknown"] + told["rare"] == 2
+    assert told["rare"] == (rare != unseen and unknown != "none"), "only listed rare values are known as such"
+
+
+def test_moduli(tmp_path: Path) -> None:
+    rows = log_rows()
+    path = written(tmp_path / "log.csv", rows)
+    columns = {"h": {"role": "categorical", "type": "hash"}, "n": {"role": "categorical", "transform": "log_squared"}}
+    keys = {"unknown": "none", "missing": "zero", "counts": "all"}
+    hashed = made(tmp_path / "hashed", columns, [path], hash_modulo=11, **keys)
+    values = [int(row["h"] or "0", 16) % 11 for row in rows]
+    order = sorted(set(values), key=lambda value: (-values.count(value), value))
+    assert stored(tmp_path / "hashed", "h") == [order.index(value) for value in values]
+    whole = made(tmp_path / "whole", columns, [path], **keys)
+    folded = made(tmp_path / "folded", columns, [path], id_modulo=7, **keys)
+    for name in columns:
+        assert stored(tmp_path / "folded", name) == [value % 7 for value in stored(tmp_path / "whole", name)]
+        assert folded.features.tables[name] == 7 < whole.features.tables[name]
+    assert hashed.features.tables == {"h": len(order), "n": whole.features.tables["n"]}
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"by": "days"},
+        {"by": "days", "held_out": ["validation", "test"]},
+        {"by": "days", "days": "files"},
+        {"by": "tenths", "seed": 5},
+        {"by": "position"},
+        {"by": "random", "seed": 3},
+        {"by": "column", "column": "s", **{name: [name] for name in SPLITS}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_splits_and_negative_sampling(tmp_path: Path, split: dict[str, Any], rate: float) -> None:
+    files = [log_rows(150, 1), log_rows(206, 2), log_rows(61, 3)]
+    rows = [{**row, "row": f"r{number}"} for number, row in enumerate(row for file in files for row in file)]
+    paths = [written(tmp_path / f"{start}.csv", rows[start:stop]) for start, stop in ((0, 150), (150, 356), (356, 417))]
+    sampling = {} if rate == 1 else {"negative_sampling_rate": rate, "seed": split.get("seed", 9)}
+    columns = {"t": {"role": "categorical"}, "name": {"role": "keep", "source": "row"}}
+    made(tmp_path / "data", columns, paths, split={**split, **sampling})
+    seed = split.get("seed", 9)
+    expected: dict[str, list[str]] = {name: [] for name in SPLITS}
+    last = 61 if split.get("days") == "files" else ROWS // 7
+    first, second = split.get("held_out", ("test", "validation"))
+    for number, row in enumerate(rows):
+        if split["by"] == "days":
+            middle = ROWS - last // 2
+            of_row = "train" if number < ROWS - last else first if number < middle else second
+        elif split["by"] == "tenths":
+            drawn = mixed(seed, 1, number // 10)
+            test = drawn % 10
+            validation = (test + 1 + (drawn >> 32) % 9) % 10
+            of_row = {test: "test", validation: "validation"}.get(number % 10, "train")
+        elif split["by"] == "random":
+            share = (mixed(seed, 1, number) >> 11) / 2**53
+            of_row = SPLITS[(share >= 0.8) + (share >= 0.8 + 0.1)]
+        elif split["by"] == "position":
+            of_row = SPLITS[(number >= round(0.8 * ROWS)) + (number >= round((0.8 + 0.1) * ROWS))]
+        else:
+            of_row = row["s"]
+        if of_row == "train" and row["y"] == "0" and not (mixed(seed, 2, number) >> 11) / 2**53 < rate:
+            continue
+        expected[of_row].append(row["row"])
+    assert {name: stored(tmp_path / "data", "name", (name,)) for name in SPLITS} == expected
+
+
+def test_a_hash_is_8_hexadecimal_digits(tmp_path: Path) -> None:
+    rows = log_rows(30)
+    rows[17]["h"] = "0x12ab"
+    with pytest.raises(UserError, match=r"log.csv, line 19: h is '0x12ab', expected 8 hexadecimal digits; correct the"):
+        made(tmp_path / "data", {"h": {"role": "categorical", "type": "hash"}}, [written(tmp_path / "log.csv", rows)])
+    with pytest.raises(UserError, match="too few rows: 9 in all; a split 8:1:1 needs at least 10"):
+        path = written(tmp_path / "few.csv", rows[:9])
+        made(tmp_path / "data", {"t": {"role": "categorical"}}, [path], split={"by": "tenths"})
