@@ -11,7 +11,7 @@ examples:
   python -m lightning_dlrm dashboard --project ads --entity team --group figure5 --comparison --by-tag
   python -m lightning_dlrm dashboard --output dashboard.html
 
-Each call makes a new workspace and a new report, with the sections quality, training, norms, speed, system, gpu and
+Each call makes a new workspace and a new report, with the sections quality, training, norms, speed, system, GPUs and
 parallel. The x axis is the number of samples trained on.
 """
 

@@ -67,12 +67,16 @@ def with_spread(comparison: Comparison, arm: Arm, metric: Score, digits: int = 5
 
 def behind(comparison: Comparison, arm: Arm) -> str:
     """Return how far a configuration is behind the first, with its interval; empty for the first, or if data differ."""
-    first = ranked(comparison)[0]
+    first, *others = ranked(comparison)
     if arm is first or comparison.warnings:
         return ""
-    pairs = [pair_of(comparison, first, other) for other in comparison.arms if other is not first]
+    return distances([pair_of(comparison, first, other) for other in others])[others.index(arm)]
+
+
+def distances(pairs: Sequence[Pair]) -> list[str]:
+    """Format differences and their intervals with the same number of digits."""
     digits = max(_digits(pair.interval) for pair in pairs)
-    return distance(pair_of(comparison, first, arm).interval, digits)
+    return [distance(pair.interval, digits) for pair in pairs]
 
 
 def distance(interval: Interval, digits: int | None = None) -> str:

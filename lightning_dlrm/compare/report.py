@@ -11,7 +11,7 @@ from lightning_dlrm.cli.report import rounded
 from lightning_dlrm.compare.anatomy import Anatomy
 from lightning_dlrm.compare.drawing import PAGE_WIDTH, Picture
 from lightning_dlrm.compare.experiment import PlannedArm
-from lightning_dlrm.compare.ranking import answer, behind, pair_of, ranked, with_spread
+from lightning_dlrm.compare.ranking import answer, behind, distances, pair_of, ranked, with_spread
 from lightning_dlrm.compare.results import METRIC_TITLES, Comparison, span
 from lightning_dlrm.compare.runs import Arm, by_data, differing, format_value
 from lightning_dlrm.compare.statistics import Score
@@ -281,14 +281,28 @@ def closing_words(comparison: Comparison, output: Path) -> str:
             *([] if steady else ["samples/s are not comparable: they differ more than 1.5 times between seeds"]),
             *filter(None, [comparison.groups_note]),
             "",
-            "differences, with 95% intervals:",
-            *(f"  {pair.brief}" for pair in comparison.pairs),
+            *_differences(comparison),
             *filter(None, [comparison.adjustment]),
             *(note for arm in comparison.arms for note in comparison.published(arm)),
             "",
             f"report: {output / 'report.html'}",
         ]
     )
+
+
+def _differences(comparison: Comparison) -> list[str]:
+    """Return a table of the differences by each metric; sentences if there are few, or some have no verdict."""
+    if len(comparison.arms) == 2 or any(pair.single or not pair.same_data for pair in comparison.pairs):
+        return ["differences, with 95% intervals:", *(f"  {pair.sentence}" for pair in comparison.pairs)]
+    lines = []
+    for metric in comparison.judged:
+        pairs = [pair for pair in comparison.pairs if pair.metric == metric]
+        rows = [[f"difference in {METRIC_TITLES[metric]}", "winner - loser (95% interval)", "p", "verdict"]]
+        for pair, shown in zip(pairs, distances(pairs), strict=True):
+            word = "better" if pair.decided else "-"
+            rows.append([f"{pair.winner} - {pair.loser}", shown, f"{pair.p_adjusted:.2g}", word])
+        lines += [*aligned(rows, left=(0, 3)), ""]
+    return [*lines, "p: adjusted; -: not distinguishable, though an interval may leave out 0"]
 
 
 def _mean_course(arm: Arm, metric: str) -> list[float]:

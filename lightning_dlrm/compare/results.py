@@ -133,17 +133,6 @@ class Pair:
         )
 
     @property
-    def brief(self) -> str:
-        """Return headline and difference in one or two lines of a terminal; the whole sentence without a verdict."""
-        if self.single or not self.same_data or self.decided:
-            return self.sentence
-        found = self.interval
-        return (
-            f"{self.headline}: {found.value:+.5f} ({found.low:+.5f} to {found.high:+.5f}), adjusted p "
-            f"{self.p_adjusted:.2g}."
-        )
-
-    @property
     def sentence(self) -> str:
         """Return headline and details."""
         return f"{self.headline}: {self.details}."

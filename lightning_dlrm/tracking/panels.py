@@ -24,7 +24,7 @@ _WORDS = {
     "norms": "Whether a norm grows without end. Only of runs with --log_norms true.",
     "speed": "Samples a second, and what they wait for. Compare times of runs on equal, idle machines only.",
     "system": "What the runs take of their machines.",
-    "gpu": "What the runs take of their GPUs. Only of runs on GPUs.",
+    "GPUs": "What the runs take of their GPUs. Only of runs on GPUs.",
     "parallel": "What ranks exchange, and how evenly tables and work are spread over them. Lines only of runs "
     "on several ranks.",
 }
@@ -74,7 +74,11 @@ def build_report(dashboard: Dashboard) -> wr.Report:
     if dashboard.findings:
         blocks += [wr.H1("Findings"), wr.UnorderedList(list(dashboard.findings))]
     for name, panels in panels_of(dashboard).items():
-        blocks += [wr.H1(name.capitalize()), wr.P(_WORDS[name]), wr.PanelGrid(runsets=[runs], panels=panels)]
+        blocks += [
+            wr.H1(f"{name[0].upper()}{name[1:]}"),
+            wr.P(_WORDS[name]),
+            wr.PanelGrid(runsets=[runs], panels=panels),
+        ]
     blocks += [
         wr.H1("Settings and metrics of each run"),
         wr.PanelGrid(runsets=[runs], panels=[wr.RunComparer(diff_only="split", layout=wr.Layout(w=24, h=15))]),
@@ -115,7 +119,7 @@ def _panels() -> dict[str, list[Any]]:
         "norms": [
             _lines("norms of gradients", metric_regex=f"{names.GRADIENT_NORM}/.*"),
             _lines("mean norms of updated table rows", metric_regex=f"{names.ROW_NORM}/.*"),
-            _lines("mean norms of their gradients", metric_regex=f"{names.ROW_GRADIENT_NORM}/.*"),
+            _lines("mean norms of the gradients of table rows", metric_regex=f"{names.ROW_GRADIENT_NORM}/.*"),
         ],
         "speed": [
             _lines("speed", names.SAMPLES_PER_SECOND, title_y="samples/s"),
@@ -128,7 +132,7 @@ def _panels() -> dict[str, list[Any]]:
             _lines("use of all CPU cores", "system/cpu", x=_TIME, title_y="%"),
             _lines("memory of the process", "system/proc.memory.rssMB", x=_TIME, title_y="MB"),
         ],
-        "gpu": [
+        "GPUs": [
             _bars("peak GPU memory", names.in_gib(names.PEAK_DEVICE_MEMORY), "GiB"),
             _lines("use of each GPU", x=_TIME, metric_regex=r"system/gpu\.\d+\.gpu", title_y="%"),
             _lines("GPU memory", x=_TIME, metric_regex=r"system/gpu\.\d+\.memoryAllocated", title_y="%"),
@@ -213,7 +217,7 @@ def write_page(dashboard: Dashboard, path: Path) -> None:
         UserError: the file cannot be written.
     """
     sections = [
-        (name.capitalize(), _WORDS[name], [_describe(panel) for panel in panels])
+        (f"{name[0].upper()}{name[1:]}", _WORDS[name], [_describe(panel) for panel in panels])
         for name, panels in panels_of(dashboard).items()
     ]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)

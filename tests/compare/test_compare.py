@@ -346,6 +346,19 @@ def test_a_configuration_with_one_seed_takes_no_verdict_from_the_others(
     assert "No verdict from one seed" not in said
     assert re.search(r"dlrm-1 wins: AUC 0\.\d+, 0\.\d+ above dcn-1 \(95% interval [^)]*\), 1 to 3 seeds\. ", said), said
     assert "With one seed there is no verdict against wider-1. By log loss dlrm-1 is better too" in said
+    # With verdicts for all, the differences are a table that fits a terminal.
+    paths += [leave_run(third, seed, Path("out"), 0.0) for seed in (2, 3)]
+    assert main(["compare", *map(str, paths), "--output", "out"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(at for at, line in enumerate(lines) if line.startswith("difference in AUC "))
+    # In the order of the ranking.
+    pairs = [re.match(r"(\S+) - (\S+)  +0\.\d+ \(", line) for line in lines[at + 1 : at + 4]]
+    assert [pair and pair.groups() for pair in pairs] == [
+        ("dlrm-1", "dcn-1"),
+        ("dlrm-1", "wider-1"),
+        ("dcn-1", "wider-1"),
+    ]
+    assert lines[at + 2].endswith("  better") and max(map(len, lines[at : at + 9])) < 80
 
 
 def test_auc_by_group_is_compared(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from lightning_dlrm.tracking import names
 from lightning_dlrm.tracking.dashboard import Dashboard
 from lightning_dlrm.tracking.panels import build_report, build_workspace
 
-SECTIONS = ["quality", "training", "norms", "speed", "system", "gpu", "parallel"]
+SECTIONS = ["quality", "training", "norms", "speed", "system", "GPUs", "parallel"]
 
 
 @pytest.fixture(autouse=True)
