@@ -26,6 +26,10 @@ from typing import Any
 PACKAGES = "pytorch_lightning.cli", "pyarrow.parquet", "scipy.stats", "wandb.sdk.launch"
 
 
+INTERPRETER = "FORKED_INTERPRETER"
+"""Environment variable: the ``sys.executable`` of a forked process, such as ``interpreter()``."""
+
+
 class ForkedPython:
     """A process that runs ``python ARGUMENTS``; its methods are those of subprocess.Popen.
 
@@ -42,16 +46,11 @@ class ForkedPython:
         self, arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, terminal: int | None = None
     ) -> None:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 open as long as the process is of interest
-        self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.connect(_server())
-        request = {"arguments": list(arguments), "environment": dict(environment), "cwd": str(cwd)}
-        data = json.dumps(request).encode()
         with Path(os.devnull).open() as nothing:
             output = self._output.fileno()
             stdio = [nothing.fileno(), output, output] if terminal is None else [terminal] * 3
-            socket.send_fds(self._connection, [struct.pack("i", len(data))], stdio)
-        self._connection.sendall(data)
-        self.pid = self._receive()
+            self._connection = _request(_server(), arguments, environment, cwd, stdio)
+        self.pid = _receive(self._connection)
         self.returncode: int | None = None
         self.holds: object = None
         """What is kept open as long as the process is of interest."""
@@ -65,15 +64,11 @@ class ForkedPython:
         self.wait(timeout)
         return self.said(), None
 
-    def _receive(self) -> int:
-        number: int = struct.unpack("i", self._connection.recv(4, socket.MSG_WAITALL))[0]
-        return number
-
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired("python", timeout or 0)
-            self.returncode = self._receive()
+            self.returncode = _receive(self._connection)
             # The number of the process is free from here on, and not before: a signal never reaches another process.
             self._connection.shutdown(socket.SHUT_WR)
             self._connection.recv(1)
@@ -91,6 +86,45 @@ class ForkedPython:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def _request(
+    address: str, arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, stdio: Sequence[int]
+) -> socket.socket:
+    """Ask a server for a process; the connection then gives its number, and how it ends."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    request = {"arguments": list(arguments), "environment": dict(environment), "cwd": str(cwd)}
+    data = json.dumps(request).encode()
+    socket.send_fds(connection, [struct.pack("i", len(data))], stdio)
+    connection.sendall(data)
+    return connection
+
+
+def _receive(connection: socket.socket) -> int:
+    number: int = struct.unpack("i", connection.recv(4, socket.MSG_WAITALL))[0]
+    return number
+
+
+def interpreter() -> str:
+    """Return an executable for ``sys.executable`` that lets the server fork a process in place of a new Python."""
+    path = Path(_server()).with_name("python")
+    if not path.exists():
+        # Programs of one line, such as W&B's, import nothing that takes long.
+        real = f'if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
+        path.write_text(f'#!/bin/sh\n{real}exec {sys.executable} -IS {__file__} {_server()} "$@"\n')
+        path.chmod(0o755)
+    return str(path)
+
+
+def ask(address: str, arguments: Sequence[str]) -> int:
+    """Run ``python ARGUMENTS`` in a forked process with this process's streams, environment and signals."""
+    connection = _request(address, arguments, os.environ, Path.cwd(), [0, 1, 2])
+    pid = _receive(connection)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: os.kill(pid, number))
+    code = _receive(connection)
+    return code if code >= 0 else 128 - code
 
 
 @cache
@@ -176,6 +210,7 @@ def _become(request: dict[str, Any], stdio: list[int]) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
     sys.argv = request["arguments"]
+    sys.executable = os.environ.get(INTERPRETER, sys.executable)
     start = (
         "" if sys.argv[0] == "-c" else str(Path.cwd() if sys.argv[0] == "-m" else Path(sys.argv[0]).resolve().parent)
     )
@@ -200,5 +235,7 @@ def run() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        sys.exit(ask(sys.argv[1], sys.argv[2:]))
     serve(Path(sys.argv[1]))
     run()

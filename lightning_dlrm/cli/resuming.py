@@ -29,18 +29,18 @@ def configuration_text(parser: CommandParser, settings: Namespace) -> str:
     return parser.dump(settings, skip_unset=False)
 
 
-def resume_requeued_job(settings: Namespace, configuration: str) -> None:
+def resume_requeued_job(parser: CommandParser, settings: Namespace) -> None:
     """Let a fit that SLURM has started again continue where it was; it is started with the command of the first time.
 
     Args:
+        parser: the parser of the fit.
         settings: of the fit; its ``run_dir``, ``resume`` and ``ckpt_path`` are set.
-        configuration: its ``configuration_text``.
     """
     if not is_requeued():
         return
     if settings.run_dir is None:
         model = settings.model.network.class_path.rpartition(".")[2].lower()
-        found = run_of_requeued_job(model, configuration)
+        found = run_of_requeued_job(model, configuration_text(parser, settings))
         settings.run_dir = None if found is None else str(found)
     if settings.run_dir is None:
         return

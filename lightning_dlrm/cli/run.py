@@ -90,7 +90,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     settings = parse(parser, arguments)
     fill_data_seed(settings)
     if command == "fit":
-        resume_requeued_job(settings, configuration_text(parser, settings))
+        resume_requeued_job(parser, settings)
     steps = [] if settings.run_dir is None else saved_steps(RunFolder(Path(settings.run_dir)).checkpoints)
     older = choose_checkpoint(command, settings)
     job, trainer_settings = instantiate(command, parser, settings)

@@ -98,36 +98,34 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.parametrize("name", ["h", "t"])
 @pytest.mark.parametrize(("unknown", "missing", "min_count"), UNKNOWN)
-def test_rows_of_missing_rare_and_unknown_values(
-    tmp_path: Path, name: str, unknown: str, missing: str, min_count: int
-) -> None:
+def test_rows_of_missing_rare_and_unknown_values(tmp_path: Path, unknown: str, missing: str, min_count: int) -> None:
     rows = log_rows()
-    column = {"role": "categorical", **({"type": "hash"} if name == "h" else {})}
+    columns = {"h": {"role": "categorical", "type": "hash"}, "t": {"role": "categorical"}}
     keys = {"unknown": unknown, "missing": missing, "min_count": min_count, "list_rare": unknown != "none"}
-    schema = made(tmp_path / "data", {name: column}, [written(tmp_path / "log.csv", rows)], counts="all", **keys)
-    zero = "0" if name == "t" else "00000000"
-    values = [row[name].lower() or (zero if missing == "zero" else "") for row in rows]
-    counts = Counter(value for value in values if value)
-    kept = sorted((value for value in counts if counts[value] >= min_count), key=lambda v: (-counts[v], v))
+    schema = made(tmp_path / "data", columns, [written(tmp_path / "log.csv", rows)], counts="all", **keys)
     of_missing, of_rare, of_unknown, first = UNKNOWN[unknown, missing, min_count]
-    ids = {"": of_missing, **dict.fromkeys(counts, of_rare), **{value: first + i for i, value in enumerate(kept)}}
-    assert stored(tmp_path / "data", name) == [ids[value] for value in values]
-    assert schema.features.tables[name] == first + len(kept)
-    unseen = "fffffffe" if name == "h" else "unseen"
-    rare = next((value for value in counts if counts[value] < min_count), unseen)
-    new = [{**rows[0], name: value} for value in (unseen, "", kept[0], rare)]
-    known = preprocess(
-        None, None, [written(tmp_path / "n.csv", new)], tmp_path / "new", progress=QUIET, vocabulary=tmp_path / "data"
-    )
-    last = of_unknown % schema.features.tables[name]
-    expected = [last, ids[zero] if missing == "zero" else of_missing, first, ids.get(rare, last)]
-    assert stored(tmp_path / "new", name, ("test",)) == expected
-    assert RowEncoder(tmp_path / "data").encode(pa.Table.from_pylist(new))[name].tolist() == expected
-    told = known.cells["test"][name]
-    assert told["unknown"] + told["rare"] == 2
-    assert told["rare"] == (rare != unseen and unknown != "none"), "only listed rare values are known as such"
+    new, expected = [dict(rows[0]) for _ in range(4)], {}
+    for name, zero, unseen in (("h", "00000000", "fffffffe"), ("t", "0", "unseen")):
+        values = [row[name].lower() or (zero if missing == "zero" else "") for row in rows]
+        counts = Counter(value for value in values if value)
+        kept = sorted((value for value in counts if counts[value] >= min_count), key=lambda v: (-counts[v], v))
+        ids = {"": of_missing, **dict.fromkeys(counts, of_rare), **{value: first + i for i, value in enumerate(kept)}}
+        assert stored(tmp_path / "data", name) == [ids[value] for value in values]
+        assert schema.features.tables[name] == first + len(kept)
+        rare = next((value for value in counts if counts[value] < min_count), unseen)
+        for row, value in zip(new, (unseen, "", kept[0], rare), strict=True):
+            row[name] = value
+        last = of_unknown % schema.features.tables[name]
+        expected[name] = [last, ids[zero] if missing == "zero" else of_missing, first, ids.get(rare, last)]
+    path = written(tmp_path / "n.csv", new)
+    known = preprocess(None, None, [path], tmp_path / "new", progress=QUIET, vocabulary=tmp_path / "data")
+    encoded = RowEncoder(tmp_path / "data").encode(pa.Table.from_pylist(new))
+    for name, ids_of_new in expected.items():
+        assert stored(tmp_path / "new", name, ("test",)) == encoded[name].tolist() == ids_of_new
+        told = known.cells["test"][name]
+        assert told["unknown"] + told["rare"] == 2
+        assert told["rare"] == (min_count > 1 and unknown != "none"), "only listed rare values are known as such"
 
 
 def test_moduli(tmp_path: Path) -> None:

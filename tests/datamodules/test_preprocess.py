@@ -209,7 +209,7 @@ def test_real_sample(tmp_path: Path, protocol: str) -> None:
 
 def test_the_shipped_schema_of_a_protocol_makes_its_rows_and_vocabularies(tmp_path: Path) -> None:
     """``--schema criteo_dlrm.yaml`` is ``--protocol dlrm``, also for new rows and rows in memory."""
-    lines, new_lines = generated_lines(403), generated_lines(60, 5)
+    lines, new_lines = generated_lines(203), generated_lines(40, 5)
     raw, new = written(tmp_path / "train.txt", lines), written(tmp_path / "new.txt", [row[1:] for row in new_lines])
     of_new = pa.table(dict(zip(COLUMNS, zip(*new_lines, strict=True), strict=True)))
     shipped = {name for name in shipped_names() if name.startswith("datasets/criteo_") and "_x" not in name}

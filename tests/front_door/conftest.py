@@ -8,7 +8,7 @@ import sys
 import termios
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,13 +94,14 @@ class Shell:
 
     def cli(self, *arguments: str, terminal: bool = False, timeout: float = 300) -> Finished:
         """Run ``python -m lightning_dlrm`` in a process that has torch and Lightning imported already."""
-
-        def start(descriptor: int | None = None) -> ForkedPython:
-            return ForkedPython(["-m", "lightning_dlrm", *arguments], self.environment, self.folder, descriptor)
-
+        command = ["-m", "lightning_dlrm", *arguments]
         if terminal:
-            return self.on_terminal(start, timeout)
-        process = start()
+            return self.on_terminal(lambda end: ForkedPython(command, self.environment, self.folder, end), timeout)
+        return self.forked(command, self.environment, timeout)
+
+    def forked(self, arguments: list[str], environment: Mapping[str, str], timeout: float) -> Finished:
+        """Run ``python ARGUMENTS`` in a process that has torch and Lightning imported already."""
+        process = ForkedPython(arguments, environment, self.folder)
         try:
             return Finished(process.wait(timeout), process.said())
         finally:

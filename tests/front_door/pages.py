@@ -2,10 +2,10 @@
 
 import re
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.forked import INTERPRETER, interpreter
 from tests.front_door.conftest import REPOSITORY, Finished, Shell
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
@@ -93,24 +93,20 @@ def smaller(words: list[str]) -> list[str]:
 
 
 def run_block(shell: Shell, block: Block) -> list[Finished]:
-    """Run a block's commands up to the first that fails."""
+    """Run a block's commands up to the first that fails, in forked processes, also those that they start themselves."""
+    environment = shell.environment | {INTERPRETER: interpreter()}
     if block.language == "python":
         code = block.code
         for size, fewer in LESS_PYTHON.items():
             code = code.replace(size, fewer)
         Path(shell.folder, "example.py").write_text(code)
-        return [shell.python("example.py")]
+        return [shell.forked(["example.py"], environment, 300)]
     done: list[Finished] = []
     for line in commands_of(block.code) if block.language == "bash" else []:
         command = shlex.split(line)
         assert command[:3] == ["python", "-m", "lightning_dlrm"], line
         words = smaller(command[3:])
-        # A fit on several ranks starts its own command again.
-        several = words[words.index("--trainer.devices") + 1] != "1" if "--trainer.devices" in words else False
-        if several:
-            done.append(shell.run([sys.executable, "-m", "lightning_dlrm", *words]))
-        else:
-            done.append(shell.cli(*words, timeout=1200))
+        done.append(shell.forked(["-m", "lightning_dlrm", *words], environment, 1200))
         if done[-1].code:
             break
     return done

@@ -13,6 +13,7 @@ import pytest
 from datamodules.log_settings import ColumnRole, Transform
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.shipped import shipped_names
+from tests.forked import interpreter
 from tests.front_door.conftest import REPOSITORY
 from tests.front_door.pages import Block, blocks_of, commands_of
 
@@ -63,6 +64,7 @@ def test_the_page_names_what_a_schema_takes() -> None:
 @pytest.mark.slow
 def test_the_page_compares_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr("sys.executable", interpreter())
     monkeypatch.chdir(tmp_path)
     for block in BLOCKS:
         if any(command in block.code for command in (" compare ", "--rows 100000", "--infer", "--schema mylog")):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_dlrm.__main__ import main
+from tests.forked import interpreter
 from tests.front_door.conftest import REPOSITORY
 from tests.front_door.pages import blocks_of, commands_of
 
@@ -48,8 +49,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [[*COMMANDS[:-2], f"{COMMANDS[-1]} --dry-run"], pytest.param(COMMANDS, marks=pytest.mark.slow)],
     ids=["without comparisons", "all"],
 )
-def test_the_page(commands: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page(
+    commands: list[str], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_files(folder)
+    if commands == COMMANDS:
+        # For the processes of the comparisons.
+        monkeypatch.setattr("sys.executable", interpreter())
     assert [shlex.split(line)[3] for line in COMMANDS[1:]] == ["params", "fit", "fit", "test", "compare", "compare"]
     for line in commands:
         python, option, *rest = shlex.split(line)

@@ -116,7 +116,7 @@ def test_generated_pages_and_lists_of_names_are_as_the_code_is() -> None:
 def without_meanings(text: str) -> list[str]:
     """Return the headings of a page, and the rows of its tables without their last cells: options, keys, defaults.
 
-    The site has all words as the code has them; a release makes the pages in the repository anew.
+    The strict build of the site, with the versions that CI tests, compares every word (docs/conf.py).
     """
     return [line.rpartition(" | ")[0] or line for line in text.splitlines() if line.startswith(("#", "|"))]
 
@@ -130,8 +130,12 @@ def is_model(name: str) -> bool:
 RUN = [page for page in PAGES if run_here(page) and page.name not in (*SEPARATE, *GENERATED)]
 
 
+SLOW = ("compare.md", "generated-data.md", "kaggle.md", "scaling.md")
+"""Pages whose blocks take 11 to 100 s of CPU time; .ci/run runs them in a step of its own."""
+
+
 def marks(page: Path) -> list[pytest.MarkDecorator]:
-    return [] if page.name == "README.md" else [pytest.mark.slow]
+    return [pytest.mark.slow] if page.name in SLOW else []
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, marks=marks(page), id=name_of(page)) for page in RUN])
