@@ -102,7 +102,8 @@ class FolderData(pl.LightningDataModule):
         """The schema of the data, without preparing them; that of data not yet generated lists no files.
 
         Raises:
-            UserError: the folder holds no dataset, or one that the datamodule does not read; `group` is no kept column.
+            UserError: the folder holds no dataset, or one that the datamodule does not read; `group` is not a kept
+                column.
         """
         if self._schema is not None:
             return self._schema

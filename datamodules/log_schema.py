@@ -35,7 +35,7 @@ from lightning_dlrm.contracts.shipped import SCHEMAS, shipped_configs, shipped_n
 Format = Literal["csv", "parquet", "jsonl", "criteo"]
 
 LABEL = CRITEO_LABEL
-"""Name of the label in the dataset, whatever the log calls it."""
+"""Name of the label in the dataset, for any name in the log."""
 
 _CONDITION = re.compile(r"(?P<column>.+?)\s*(?P<operator>>=|<=|==|!=|>|<)\s*(?P<value>.+)", re.DOTALL)
 _NO_CONDITION = re.compile(r"(?P<column>.+?)\s*(?P<operator>=>|=<|<>|=(?!=))\s*(?P<value>.+)", re.DOTALL)

@@ -262,8 +262,8 @@ def _help() -> str:
     listed = "\n".join(f"  {name:12s}{text}" for name, text in COMMANDS.items())
     return f"""usage: python -m lightning_dlrm COMMAND [options]
 
-Click-through-rate models with PyTorch Lightning, on Criteo's data or a click
-log of your own.
+Click-through-rate models with PyTorch Lightning, on Criteo's data or on
+your own click log.
 
 commands:
 {listed}
@@ -271,7 +271,7 @@ commands:
 Start here, no data needed:
   python -m lightning_dlrm fit --config dlrm.yaml
 
-With a click log of your own:
+With your own click log:
   python -m lightning_dlrm preprocess --infer log.yaml --input FILE
 
 Every command explains its options with --help; fit and others like it list all

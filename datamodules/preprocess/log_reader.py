@@ -360,7 +360,7 @@ def open_parquet(path: str) -> pq.ParquetFile:
     """Open a Parquet file of a log.
 
     Raises:
-        UserError: it is no Parquet file.
+        UserError: it is not a Parquet file.
     """
     try:
         if is_remote(path):

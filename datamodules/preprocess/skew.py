@@ -113,7 +113,7 @@ def _vocabulary_counts(folder: str | Path | Folder, schema: DatasetSchema, colum
     one without counts, or the column has several ids a row, which the vocabulary does not count.
 
     Raises:
-        UserError: the vocabulary is no readable Parquet file.
+        UserError: the vocabulary is not a readable Parquet file.
     """
     if column.name not in schema.vocabulary or column.role != "categorical":
         return None

@@ -57,7 +57,7 @@ def quantile_edges(passes: Callable[[], Iterable[np.ndarray]], bins: int) -> lis
     """Return the edges of quantile bins: exact, in memory that does not grow with the values.
 
     The upper edge of bin k of K is the least value v for which at least k / K of all values are at most v. Equal edges
-    count once, and the greatest value is no edge, so that each bin holds values and equal values share one.
+    count once, and the greatest value is not an edge, so that each bin holds values and equal values share one.
 
     Args:
         passes: returns all values in pieces, int32 [n] or float64 [n] each; called several times.

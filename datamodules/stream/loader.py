@@ -63,7 +63,7 @@ class Loader:
         group: the kept column that ``Batch.group`` numbers; None for none.
 
     Raises:
-        UserError: the rows to cache do not fit into memory, or ``group`` is no kept column.
+        UserError: the rows to cache do not fit into memory, or ``group`` is not a kept column.
     """
 
     def __init__(

@@ -416,7 +416,7 @@ def render_predictions(cost: Cost) -> str:
         "row as measured",
         f"  here; disks or a shared file system of {_NODE_BYTES_PER_S / 1e9:.0f} GB/s a node, which bound the total; "
         "as many workers as cores, each with",
-        "  the memory of one here, whatever the rows.",
+        "  the memory of one here, for any number of rows.",
     ]
     return "\n".join(lines)
 

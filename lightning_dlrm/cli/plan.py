@@ -66,7 +66,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--counted",
         action="store_true",
-        help="count how often each row is looked up in the dataset folder, in place of --skew: from the counts in its "
+        help="count how often each row is looked up in the dataset folder, instead of --skew: from the counts in its "
         "vocabularies, else by reading the column's rows",
     )
     parser.add_argument(
