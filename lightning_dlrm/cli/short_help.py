@@ -2,14 +2,14 @@
 option."""
 
 _CONFIGURATION = """\
-  --config FILE              a YAML, here or shipped; later ones overlay earlier
+  --config FILE              YAML file, here or shipped; later overlay earlier
   --data.path DIR            a dataset folder, or demo (generated data)"""
 
 _CLASSES = """\
 Any key of a YAML is an option too: --model.network.init_args.top_mlp [512,256].
 --help.all lists all options; --model.network.help DLRM and --data.help Criteo
-list those of a class. --trust MODULE lets a YAML name its classes
-(SECURITY.md)."""
+list the options of a class. --trust MODULE lets a YAML name classes of this
+module (SECURITY.md)."""
 
 
 def _evaluation(more: str) -> str:
@@ -31,7 +31,7 @@ options:
 {_CLASSES}"""
 
 
-_GROUP = "  --data.group COLUMN        also the AUC by group of a kept column"
+_GROUP = "  --data.group COLUMN        also report the AUC by group of a kept column"
 _SPLIT = "  --data.predict_split NAME  train, validation, test (default) or all"
 
 SHORT_HELP = {
@@ -91,7 +91,7 @@ options:
   --memory-per-rank SIZE     most memory of a rank, or one amount for each
   --device-memory SIZE       memory of each device; other rows stay on the host
   --counted                  count the lookups of each row in the dataset
-  --plan FILE                show this plan
+  --plan FILE                show the plan in this file
   --output FILE              write the plan, or what --device-memory chooses
   --plot FILE                draw the ranks' loads
   --json                     print a JSON object

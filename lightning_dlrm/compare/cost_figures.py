@@ -54,7 +54,7 @@ class CostDrawing(Drawing):
 
     def parameters(self, anatomies: Mapping[str, Anatomy]) -> Picture:
         """Draw the parameters of each table, and of the dense parts as a stacked bar."""
-        distinct = merge_equal(anatomies)
+        distinct = merge_equal({arm.name: anatomies[arm.name] for arm in self.arms})
         equal_tables = len({repr(sorted(anatomy.tables.items())) for anatomy in anatomies.values()}) == 1
         bars = 1.4 + 0.5 * len(distinct)
         if equal_tables:
