@@ -231,6 +231,9 @@ def test_the_shipped_schema_of_a_protocol_makes_its_rows_and_vocabularies(tmp_pa
 
 
 def test_options_say_in_short_what_a_changed_schema_says() -> None:
+    for protocol in PROTOCOLS:
+        shipped = read_log_schema(f"datasets/criteo_{protocol}.yaml")
+        assert Options(dataset="kaggle", protocol=protocol).schema() == shipped
     short = Options(dataset="terabyte", protocol="mlperf", max_rows=40_000_000, multi_hot="mlperf")
     split = {"by": "days", "days": "files", "held_out": ["validation", "test"]}
     keys = {"dataset": "terabyte", "split": split, "id_modulo": 40_000_000, "mlperf_bags": {}}
