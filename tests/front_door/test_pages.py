@@ -130,12 +130,9 @@ def is_model(name: str) -> bool:
 RUN = [page for page in PAGES if run_here(page) and page.name not in (*SEPARATE, *GENERATED)]
 
 
-SLOW = ("compare.md", "generated-data.md", "kaggle.md", "scaling.md")
-"""Pages whose blocks take 11 to 100 s of CPU time; .ci/run runs them in a step of its own."""
-
-
 def marks(page: Path) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow] if page.name in SLOW else []
+    """The blocks of all pages but README are slow tests, which .ci/run runs in a step of its own."""
+    return [] if page.name == "README.md" else [pytest.mark.slow]
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, marks=marks(page), id=name_of(page)) for page in RUN])
