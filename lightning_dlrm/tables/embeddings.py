@@ -173,9 +173,7 @@ class TableSettings:
             return dict.fromkeys(columns, 0)
         unknown = [name for name in self.on_host if name not in columns]
         if unknown:
-            raise UserError(
-                f"tables.on_host names {unknown[0]}, which is not a table; the tables are {', '.join(columns)}"
-            )
+            raise UserError(f"tables.on_host names {unknown[0]}, which is not a table; tables: {', '.join(columns)}")
         if not isinstance(self.on_host, Mapping):
             return dict.fromkeys(self.on_host, 0)
         for name, row in self.on_host.items():
@@ -203,9 +201,7 @@ class TableSettings:
         else:
             unknown = [name for name in self.dims if name not in tables]
             if unknown:
-                raise UserError(
-                    f"tables.dims names {unknown[0]}, which is not a table; the tables are {', '.join(tables)}"
-                )
+                raise UserError(f"tables.dims names {unknown[0]}, which is not a table; tables: {', '.join(tables)}")
             widths = {name: self.dims.get(name, embedding_dim) for name in tables}
         wide = {name: width for name, width in widths.items() if width > embedding_dim}
         if wide and (self.project or self.mixed_dimensions is not None):
