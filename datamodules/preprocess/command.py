@@ -16,6 +16,9 @@ from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.contracts.terminal import command_after, command_line
 
+_SMALL_LOG = 1_000_000
+"""Training rows below which the recipes for small logs are the better ones."""
+
 _DESCRIPTION = """\
 Reads raw click logs and makes a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in Parquet.
 
@@ -246,9 +249,11 @@ def run(args: argparse.Namespace) -> int:
     if args.schema is not None:
         print(command_after("train on it:", fit_command(args.output, schema.features.dense > 0)))
     elif args.vocabulary is None:
-        overlay = f"criteo_{schema.dataset}.yaml"
-        command = command_line("fit", "--config", "dlrm.yaml", "--config", overlay, "--data.path", args.output)
-        print(command_after("train on it:", command))
+        is_small = schema.splits["train"].rows < _SMALL_LOG
+        of_recipe = is_small and (args.dataset, args.protocol) == ("kaggle", "quantile")
+        files = ("recipes/dlrm_small.yaml",) if of_recipe else ("dlrm.yaml", f"criteo_{schema.dataset}.yaml")
+        configs = [word for file in files for word in ("--config", file)]
+        print(command_after("train on it:", command_line("fit", *configs, "--data.path", args.output)))
     else:
         run = ("--config", "RUN/config.yaml", "--ckpt_path", "RUN/checkpoints/best")
         print(command_after("score it:", command_line("predict", *run, "--data.path", args.output)))

@@ -72,7 +72,9 @@ def test_a_recipe_trains_as_its_header_says(
     for words in commands:
         assert main(words) == 0, words
     assert (tmp_path / "RUN/test.json").exists()
-    assert capsys.readouterr().out.count("the published 0.76 (a paper") == 2
+    told = capsys.readouterr().out
+    assert "fit --config recipes/dlrm_small.yaml --data.path DIR" in told, "preprocess names a recipe"
+    assert told.count("the published 0.76 (a paper") == 2
     assert "ids of unknown, rare and missing values: train" in caplog.text
 
 
