@@ -70,6 +70,7 @@ def test_every_page_is_reached_from_the_index_and_says_what_it_is_for() -> None:
 def test_every_block_runs_or_says_why_not() -> None:
     for page in PAGES:
         text = page.read_text()
+        assert not re.search(r"^(<{7}|>{7}) ", text, re.MULTILINE), f"{name_of(page)} has two versions of some lines"
         blocks = blocks_of(text)
         assert len(blocks) == len(re.findall(r"^```", text, re.MULTILINE)) / 2, name_of(page)
         assert {block.language for block in blocks} <= LANGUAGES, name_of(page)
