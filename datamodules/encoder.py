@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 
 from datamodules.folder import Folder, load_schema
 from datamodules.preprocess.encoding import distinct_values, items_of, replace_placeholders
-from datamodules.preprocess.features import PLACEHOLDER_IDS
 from datamodules.preprocess.log_columns import segment_of, staged_columns
 from datamodules.preprocess.recipe import known_recipe
 from datamodules.preprocess.staging import StagedRows
+from datamodules.preprocess.table_encoding import PLACEHOLDER_IDS
 from datamodules.preprocess.tables import arrow_table
 from datamodules.values import BadValueError, staged_name
 from lightning_dlrm.contracts.errors import UserError, require

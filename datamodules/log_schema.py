@@ -160,10 +160,14 @@ class LogSchema:
         for name in ("hash_modulo", "id_modulo"):
             modulo = getattr(self, name)
             require(modulo is None or modulo >= 1, f"{name} is {modulo}, expected at least 1")
-        forms = {column.form for column in self.columns.values() if column.role == "categorical"}
+        tables = [column for column in self.columns.values() if column.role == "categorical"]
+        forms = {column.form for column in tables}
         require(self.hash_modulo is None or "hash" in forms, "hash_modulo is for columns of type hash; there are none")
-        plain = self.unknown == "none" and {self.missing_of(column) for column in self.columns.values()} == {"zero"}
-        require(self.id_modulo is None or plain, "id_modulo needs 'unknown: none' and 'missing: zero'")
+        plain = self.unknown == "none" and all(self.missing_of(column) == "zero" for column in tables)
+        require(
+            self.id_modulo is None or plain,
+            "id_modulo needs 'unknown: none', and 'missing: zero' of every categorical column",
+        )
         require(not self.list_rare or self.unknown != "none", "list_rare needs a row of rare values; change unknown")
         require(self.mlperf_bags is None or self.format == "criteo", "mlperf_bags is for format criteo")
 
@@ -172,7 +176,10 @@ class LogSchema:
         require(self.label == CRITEO_LABEL, f"label is {self.label!r}; of format criteo it is {CRITEO_LABEL!r}")
         others = {"separator", "header", "names", "decimal", "quote", "encoding", "nulls"}.intersection(_document(self))
         require(not others, f"{', '.join(sorted(others))} is for other formats than criteo; leave it out")
-        require(self.split.column is None, "format criteo has no column to split by; split by days, files or position")
+        require(
+            self.split.column is None,
+            "format criteo has no column to split by; split by days, files, position, random or tenths",
+        )
         for name, column in self.columns.items():
             source = column.source or name
             form = "number" if source in CRITEO_DENSE else "hash" if source in CRITEO_CATEGORICAL else None

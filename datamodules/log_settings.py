@@ -166,7 +166,10 @@ class LogSplit:
             len(self.ratios) == 3 and min(self.ratios) >= 0 and abs(sum(self.ratios) - 1) < 1e-6 and self.ratios[0],
             f"ratios are {shares}; expected shares of train, validation and test that sum to 1",
         )
-        require({*self.held_out} == {*SPLITS[1:]}, f"held_out is {self.held_out}; expected test and validation")
+        require(
+            {*self.held_out} == {*SPLITS[1:]},
+            f"held_out is {' and '.join(self.held_out)}; expected test and validation, each once",
+        )
         check_seed(self.seed)
         require(
             0 < self.negative_sampling_rate <= 1,

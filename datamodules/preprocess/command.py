@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from datamodules.log_schema import read_log_schema
 from datamodules.preprocess.options import DISTRIBUTIONS, OnBadRow
-from datamodules.preprocess.pipeline import order_warning, preprocess
+from datamodules.preprocess.pipeline import preprocess
 from datamodules.preprocess.progress import Progress
 from datamodules.preprocess.protocols import DATASETS, PROTOCOLS
 from datamodules.preprocess.report import fit_command, one_label_warnings, render_report, threshold_warnings
@@ -26,8 +26,8 @@ Your own log (CSV, JSON lines or Parquet) needs a --schema: a YAML file that nam
 and the split. --infer writes a first schema; docs/own-data.md explains schemas; schemas of some public logs are
 shipped.
 
-Criteo's files need a --dataset and a --protocol, the short form of a shipped schema such as
-datasets/criteo_dlrm.yaml, which can be copied and changed. A raw line has 40 fields separated by tabs: label, 13
+Criteo's files need a --dataset and a --protocol, or a schema such as datasets/criteo_dlrm.yaml, which says the same as
+--protocol dlrm, and which can be copied and changed. A raw line has 40 fields separated by tabs: label, 13
 integers, 26 hashes of 8 hexadecimal digits; an empty integer or hash is a missing value.
 
 Text is plain, or compressed by gzip or Zstandard.
@@ -229,12 +229,10 @@ def run(args: argparse.Namespace) -> int:
             getattr(args, name) is None, f"--{name} is an option of --infer; with --schema, set it in the schema file"
         )
     require(args.output is not None, "--output is missing; name the folder to make")
-    if warning := order_warning(args.dataset, args.input):
-        print(warning, file=sys.stderr)
     progress = Progress()
     names = [name.strip("-").replace("-", "_") for options in _OPTIONS.values() for name in options]
     given = {name: getattr(args, name) for name in names if name != "input"}
-    given["schema"] = None if args.schema is None else read_log_schema(args.schema)
+    log = given["schema"] = None if args.schema is None else read_log_schema(args.schema)
     with exit_on_signals():
         try:
             schema = preprocess(inputs=args.input, progress=progress, **given)
@@ -246,14 +244,14 @@ def run(args: argparse.Namespace) -> int:
         print(render_report(schema, progress.stages))
     for warning in (*one_label_warnings(schema), *threshold_warnings(schema)):
         print(f"warning: {warning}", file=sys.stderr)
-    if args.schema is not None:
-        print(command_after("train on it:", fit_command(args.output, schema.features.dense > 0)))
-    elif args.vocabulary is None:
+    if args.vocabulary is None:
         is_small = schema.splits["train"].rows < _SMALL_LOG
-        of_recipe = is_small and (args.dataset, args.protocol) == ("kaggle", "quantile")
-        files = ("recipes/dlrm_small.yaml",) if of_recipe else ("dlrm.yaml", f"criteo_{schema.dataset}.yaml")
-        configs = [word for file in files for word in ("--config", file)]
-        print(command_after("train on it:", command_line("fit", *configs, "--data.path", args.output)))
+        of_criteo = log is None or (log.format == "criteo" and log.dataset in DATASETS)
+        if is_small and (args.dataset, args.protocol) == ("kaggle", "quantile"):
+            files = ["recipes/dlrm_small.yaml"]
+        else:
+            files = ["dlrm.yaml", f"criteo_{schema.dataset}.yaml" if of_criteo else "own_data.yaml"]
+        print(command_after("train on it:", fit_command(args.output, schema.features.dense > 0, files)))
     else:
         run = ("--config", "RUN/config.yaml", "--ckpt_path", "RUN/checkpoints/best")
         print(command_after("score it:", command_line("predict", *run, "--data.path", args.output)))

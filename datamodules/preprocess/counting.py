@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 
 from datamodules.folder import Folder
 from datamodules.preprocess.encoding import Encoding, distinct_values, items_of, scratch_folder, write_ids
-from datamodules.preprocess.features import PLACEHOLDER_IDS, Table, by_frequency, trained_ids
 from datamodules.preprocess.journal import record, recorded, written_aside
 from datamodules.preprocess.staging import OpenSegment, Segment, load_segments, rows_of
+from datamodules.preprocess.table_encoding import PLACEHOLDER_IDS, Table, by_frequency, trained_ids
 from datamodules.preprocess.transforms import quantile_edges, range_scale, standard_scale
 from datamodules.preprocess.value_ranges import ValueRanges
 from datamodules.values import staged_name
@@ -49,7 +49,8 @@ def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
 
     Returns:
         ``cardinality`` (rows of the table), ``distinct`` (values counted), ``kept`` (counted values with an id of their
-        own), ``reserved`` (ids of missing, rare and unknown values, if the protocol has them).
+        own), ``reserved`` (ids of missing, rare and unknown values, as far as ``unknown`` and ``missing`` of the schema
+        reserve them).
     """
     if done := recorded(encoding.record_of(table)):
         return done
@@ -262,9 +263,9 @@ def _write_vocabulary(
     rare_rows: int,
     modulus: int | None,
 ) -> None:
-    """Write the values in the order of ids: row i has id i (modulo the table's rows in ``mlperf``).
+    """Write the values in the order of ids: row i has id i (modulo ``id_modulo`` of the schema).
 
-    Reserved ids come first and have no value. Rare values follow at the end if the protocol lists them.
+    Reserved ids come first and have no value. Rare values follow at the end if the schema says ``list_rare``.
     """
     path, reserved = encoding.vocabulary(table), table.reserved
     value = "value" if table.is_text else "hash"

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datamodules.preprocess.encoding import Encoding
-from datamodules.preprocess.features import Fitted, Table
 from datamodules.preprocess.recipe import Recipe
+from datamodules.preprocess.table_encoding import Fitted, Table
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, Column, DatasetSchema
 
 
@@ -37,7 +37,7 @@ def columns_of_dataset(
                 name=table.name,
                 role="multi_hot" if table.bag or table.ids_of_bag > 1 else "categorical",
                 cardinality=counted[table.name]["cardinality"],
-                transform=table.words,
+                transform=table.description,
                 reserved=counted[table.name]["reserved"],
             )
             for table in encoding.tables

@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from datamodules.parquet import weighted_column
-from datamodules.preprocess.features import PLACEHOLDER_IDS, Fitted, Table, hash_modulo
 from datamodules.preprocess.journal import record, recorded, written_aside
 from datamodules.preprocess.recipe import Recipe
 from datamodules.preprocess.splits import SplitRule
 from datamodules.preprocess.staging import OpenSegment, StagedRows, load_segments, rows_of
+from datamodules.preprocess.table_encoding import PLACEHOLDER_IDS, Fitted, Table, hash_modulo
 from datamodules.values import staged_name
 from datamodules.writer import ROW_GROUP_ROWS, ROWS_PER_FILE, SplitWriter, arrow_table
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, SPLITS, Column, DataFile, SplitName
@@ -88,11 +88,12 @@ def read_items(place: Path, kind: np.dtype, begin: int, end: int | None) -> np.n
 def distinct_values(table: Table, opened: StagedRows) -> tuple[pa.Array, np.ndarray, np.ndarray | None]:
     """Return the distinct values of a segment as they are counted; see ``OpenSegment.categories``.
 
-    If missing values count as 0, the last value stands for them; else code d does.
+    If missing values count as 0, the last value, 0 or the bin of 0, stands for them; else code d does.
     """
     values, codes, ends = opened.categories(table)
     if table.missing_as_value:
-        values = pa.concat_arrays([values, pa.array([0]).cast(values.type)])
+        zero = [0] if table.bins is None else table.binned(np.zeros(1))
+        values = pa.concat_arrays([values, pa.array(zero).cast(values.type)])
     if table.hash_modulo is not None:
         values = pa.array(hash_modulo(values.to_numpy(), table.hash_modulo))
     return values, codes, ends

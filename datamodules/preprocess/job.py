@@ -36,7 +36,6 @@ from datamodules.folder import Folder
 from datamodules.preprocess.counting import count_column, fit_column, look_up_column
 from datamodules.preprocess.description import bag_sizes, columns_of_dataset, kept_types, report_of
 from datamodules.preprocess.encoding import Encoding, encode_part, part_jobs, rows_per_split
-from datamodules.preprocess.features import Fitted, Table
 from datamodules.preprocess.journal import (
     discard_damaged,
     find_records,
@@ -61,6 +60,7 @@ from datamodules.preprocess.staging import (
     segment_path,
     stage,
 )
+from datamodules.preprocess.table_encoding import Fitted, Table
 from datamodules.preprocess.workers import Workers
 from datamodules.writer import data_file
 from lightning_dlrm.contracts.errors import UserError, require
@@ -279,7 +279,7 @@ class Job:
 
     def _fit(self, pool: Workers, encoding: Encoding, staged: _Staged) -> Fitted:
         """Fit the transforms of numbers to the rows."""
-        fits = self.recipe.fits
+        fits = self.recipe.fitted_columns
         found: dict[str, dict[str, Any]] = {"minimum": self.recipe.minimum(staged.facts)}
         if fits:
             with self.progress.stage("bins", staged.all_rows) as shown:
@@ -290,7 +290,7 @@ class Job:
         return Fitted(**found)
 
     def _check_splits(self, files: Mapping[SplitName, list[DataFile]], positives: Mapping[SplitName, int]) -> None:
-        """Check that each split has rows, and, unless they are Criteo's, rows of both labels.
+        """Check that each split has rows, and, unless the schema is one in short, rows of both labels.
 
         Raises:
             UserError: a split has none.
@@ -298,11 +298,13 @@ class Job:
         if self.known is not None:
             return
         schema = self.recipe.schema
-        remedy = "keep more negatives" if schema.split.negative_sampling_rate < 1 else "change split in the schema"
         for split in self.recipe.wanted_splits():
+            sampled = split == "train" and schema.split.negative_sampling_rate < 1
+            remedy = "keep more negatives" if sampled else "change split in the schema"
             require(split in files, f"no rows are left in the {split} split; give more input, or {remedy}")
             rows = sum(file.rows for file in files[split])
-            if not self.recipe.of_criteo and positives[split] in (0, rows):
+            # --dataset and --protocol made datasets of one label in earlier releases; preprocess warns of them.
+            if self.recipe.options is None and positives[split] in (0, rows):
                 from datamodules.preprocess.labels import describe_label  # for this message alone
 
                 why = describe_label(schema, [file.path for file in self.files])

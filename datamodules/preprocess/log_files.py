@@ -50,7 +50,7 @@ def open_readers(
         UserError: a file's columns are not those of the schema, or it cannot be read, or some files have labels and
             others have not.
     """
-    if schema.format == "criteo":
+    if schema.format == "criteo" and not _is_parquet(sources[0]):
         schema.check_columns(COLUMNS, "format criteo", labelled=is_new)
         labelled = is_new or fields_of(sources[0]) != len(COLUMNS) - 1
         return [CriteoReader(labelled=labelled)] * len(sources)
@@ -96,8 +96,8 @@ def _absent_keys(files: Sequence[tuple[RawFile, LogReader]], schema: LogSchema, 
 
 
 def _open_reader(source: RawFile, schema: LogSchema, is_new: bool) -> LogReader:
-    # New rows may have another form than those of the dataset.
-    form = (schema.format if is_new else None) or _format_of(source, schema.format)
+    # New rows may have another form than those of the dataset, and a table in memory is Parquet, also of Criteo's rows.
+    form = (schema.format if is_new and schema.format != "criteo" else None) or _format_of(source, schema.format)
     if form == "parquet":
         with open_parquet(source.path) as file:
             names = tuple(file.schema_arrow.names)
@@ -112,9 +112,13 @@ def _open_reader(source: RawFile, schema: LogSchema, is_new: bool) -> LogReader:
     return reader
 
 
+def _is_parquet(source: RawFile) -> bool:
+    return source.read(0, len(_PARQUET)) == _PARQUET
+
+
 def _format_of(source: RawFile, default: Format | None) -> Format:
     """Return the format of a file by its first bytes and its name."""
-    if source.read(0, len(_PARQUET)) == _PARQUET:
+    if _is_parquet(source):
         return "parquet"
     stem = Path(source.name)
     stem = stem.with_suffix("") if stem.suffix in (".gz", ".zst") else stem

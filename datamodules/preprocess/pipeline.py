@@ -13,7 +13,7 @@ from typing import Any
 
 from datamodules.folder import Folder, failures_as_user_errors, file_system, is_disk_full, is_remote, load_schema
 from datamodules.log_schema import LogSchema
-from datamodules.preprocess.features import Fitted
+from datamodules.log_settings import LogSplit
 from datamodules.preprocess.job import VERSION, Job
 from datamodules.preprocess.journal import find_records, fingerprint, locked
 from datamodules.preprocess.options import Options
@@ -23,6 +23,7 @@ from datamodules.preprocess.recipe import Recipe, known_recipe
 from datamodules.preprocess.report import REPORT_FILE
 from datamodules.preprocess.sources import RawFile, find_files
 from datamodules.preprocess.staging import PIECE_BYTES
+from datamodules.preprocess.table_encoding import Fitted
 from datamodules.preprocess.workers import open_workers, usable_cores
 from lightning_dlrm.contracts.disk import flush
 from lightning_dlrm.contracts.documents import parse_json
@@ -276,6 +277,7 @@ def preprocess(
     scheduler: str | None = None,
     work: Path | str | None = None,
     schema: LogSchema | None = None,
+    is_table: bool = False,
     **options: Any,
 ) -> DatasetSchema:
     """Make a dataset folder of raw Criteo files, or of a click log by its schema.
@@ -298,20 +300,24 @@ def preprocess(
         scheduler: the address of a Dask scheduler, whose workers then do the work.
         work: the folder for the hidden working folder; None for that of ``output``.
         schema: of the log; it takes the place of ``dataset``, ``protocol`` and ``max_rows``.
+        is_table: whether the input is a Parquet file of a table in memory, which also Criteo's rows may be in.
         options: further fields of ``Options``; with a schema only ``on_bad_row``.
 
     Raises:
         UserError: an argument, a path or a line of a file is wrong, the disk is too small, a worker died, or the
             output folder holds something else.
+        TypeError: there is no option of this name.
     """
     known_folder = None if vocabulary is None else Folder(vocabulary)
     known = None if known_folder is None else load_schema(known_folder)
     progress, given = progress or Progress(), dict(dataset=dataset, protocol=protocol, max_rows=max_rows, **options)
     recipe, fitted = _chosen(schema, known, known_folder, given)
-    if known is None and recipe.short and (superseded_by := PROTOCOLS[recipe.protocol].superseded_by):
+    if known is None and recipe.options and (superseded_by := PROTOCOLS[recipe.protocol].superseded_by):
         progress.note(superseded_by)
+    if known is None and (warning := order_warning(recipe.schema.split, inputs)):
+        progress.note(warning)
     _check_workers(workers, scheduler)
-    files = find_files([str(path) for path in inputs], recipe.of_criteo)
+    files = find_files([str(path) for path in inputs], recipe.of_criteo and not is_table)
     job = Job(
         recipe=recipe,
         known=known,
@@ -336,9 +342,14 @@ def _chosen(
 
     Raises:
         UserError: an option is out of range or missing, or some cannot be given together.
+        TypeError: there is no option of this name.
     """
     require(schema is None or known is None, "both a schema and a vocabulary are given; leave one out")
     on_bad_row = given.pop("on_bad_row", "fail")
+    defaults = {one.name: one.default for one in fields(Options)}
+    for name in given:
+        if name not in defaults:
+            raise TypeError(f"preprocess has no option {name!r}; its options are on_bad_row, {', '.join(defaults)}")
     if schema is not None:
         recipe, fitted = Recipe(schema=schema, on_bad_row=on_bad_row), Fitted()
     elif known is not None and vocabulary is not None:
@@ -349,14 +360,15 @@ def _chosen(
                 given[name] is not None,
                 f"no {name} is given; give --{name}, one of {', '.join(choices)}, or, for your own log, --schema",
             )
-        short = Options(**given)
-        return Recipe(schema=short.schema(), short=short, on_bad_row=on_bad_row), Fitted()
-    defaults = {one.name: one.default for one in fields(Options)}
+        options = Options(**given)
+        return Recipe(schema=options.schema(), options=options, on_bad_row=on_bad_row), Fitted()
+    in_force = {} if recipe.options is None else recipe.options.document()
     why = "which is an option of Criteo's protocols; with the schema of a log leave it out"
     for name, value in given.items():
-        was = getattr(recipe.short, name, None)
-        if recipe.short is not None:
-            why = f"but the vocabulary of {vocabulary} was made with {was}; leave the option out"
+        was = in_force.get(name)
+        if in_force:
+            made = "without it" if was is None else f"with {was}"
+            why = f"but the vocabulary of {vocabulary} was made {made}; leave the option out"
         require(value is None or value in (defaults[name], was), f"{name} is {value}, {why}")
     return recipe, fitted
 
@@ -411,15 +423,17 @@ def _worker_count(
     return workers or (1 if small or unshared else usable_cores())
 
 
-def order_warning(dataset: Dataset | None, inputs: Sequence[Path | str]) -> str | None:
-    """Return a warning if Terabyte's days seem to be out of order, else None.
+def order_warning(split: LogSplit, inputs: Sequence[Path | str]) -> str | None:
+    """Return a warning if each file is a day and the days seem to be out of order, else None.
 
     A shell expands ``day_*`` to day_1, day_10, day_11, ..., day_2, and the last file given is held out.
     """
+    if (split.by, split.days) != ("days", "files"):
+        return None
     names = [str(path).rpartition("/")[2] for path in inputs]
     numbers = [[int(number) for number in re.findall(r"\d+", name)] for name in names]
     in_order = [name for _, name in sorted(zip(numbers, names, strict=True), key=lambda pair: pair[0])]
-    if dataset != "terabyte" or not all(numbers) or names == in_order:
+    if not all(numbers) or names == in_order:
         return None
     return (
         f"warning: {names[-1]} is given last, so it is held out for test and validation; in the order of days "

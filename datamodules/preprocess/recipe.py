@@ -12,7 +12,6 @@ import numpy as np
 from datamodules.folder import Folder
 from datamodules.log_schema import LogSchema, log_schema
 from datamodules.log_settings import LogColumn, Transform, value_text
-from datamodules.preprocess.features import Fitted, Table
 from datamodules.preprocess.multi_hot import MLPERF_SIZES, mlperf_bags
 from datamodules.preprocess.options import OnBadRow, Options
 from datamodules.preprocess.progress import CRITEO_ROW_BYTES
@@ -20,6 +19,7 @@ from datamodules.preprocess.protocols import PROTOCOLS
 from datamodules.preprocess.sources import RawFile
 from datamodules.preprocess.splits import Span, SplitRule, spans_of_days
 from datamodules.preprocess.staging import StagedRows
+from datamodules.preprocess.table_encoding import Fitted, Table
 from datamodules.preprocess.transforms import (
     log_above_minimum,
     log_of_positive_part,
@@ -38,10 +38,10 @@ from lightning_dlrm.contracts.schema import SCHEMA_FILE, SPLITS, WEIGHTS_SUFFIX,
 SCHEMA_PROTOCOL = "schema"
 """Name of the protocol of datasets that are made by a schema which the user gives."""
 
-_FITS = tuple(one.name for one in fields(Fitted))
+_FITTED = tuple(one.name for one in fields(Fitted))
 _ADVICE = "give a dataset folder that preprocess made"
 _LOG_SQUARED = "floor(log(x)^2) where x > 2"
-_WORDS: Mapping[Transform, str] = {
+_DESCRIPTIONS: Mapping[Transform, str] = {
     "none": "as it is, missing as {missing}",
     "log1p": "log(max(x, 0) + 1), missing as {missing}",
     "signed_log": "sign(x) * log(|x| + 1), missing as {missing}",
@@ -70,7 +70,7 @@ class Recipe:
     """Everything that the bytes of a dataset depend on, apart from the rows."""
 
     schema: LogSchema
-    short: Options | None = None
+    options: Options | None = None
     """The options that the schema was made of; None if the user gave the schema itself."""
     on_bad_row: OnBadRow = "fail"
     encoding_of: str | None = None
@@ -82,27 +82,29 @@ class Recipe:
 
     @property
     def protocol(self) -> str:
-        return SCHEMA_PROTOCOL if self.short is None else self.short.protocol
+        return SCHEMA_PROTOCOL if self.options is None else self.options.protocol
 
     @property
     def of_criteo(self) -> bool:
-        """Whether rows are of Criteo's form: numbers are integers, and are named as in the files."""
+        """Whether rows are of Criteo's form: integers and hashes, in the text that ``CriteoReader`` reads."""
         return self.schema.format == "criteo"
 
     @property
     def row_bytes(self) -> tuple[int, int]:
-        """Of disk: about what a row takes staged with its ids, and in the dataset."""
+        """Of disk: about what a row takes staged with its ids, and in the dataset; measured on Criteo's."""
         columns = len(self.schema.columns)
         return CRITEO_ROW_BYTES[self.schema.mlperf_bags is not None] if self.of_criteo else (12 * columns, 8 * columns)
 
     @property
     def files_of_split(self) -> int:
         """The least number of part files of a split that has enough row groups; more can be written in parallel."""
+        # Criteo's splits are large and few; other numbers would change the files of datasets of earlier releases.
         return 1 if self.of_criteo else 8
 
     @property
     def dense_dictionaries(self) -> bool:
         """Whether dense values are written as dictionaries, which are short if values recur, as integers do."""
+        # Not for the integers of other logs, which would change the files of datasets of earlier releases.
         return self.of_criteo
 
     @property
@@ -115,7 +117,7 @@ class Recipe:
         return "the training split" if self.schema.counts == "train" else "all rows"
 
     @property
-    def fits(self) -> tuple[str, ...]:
+    def fitted_columns(self) -> tuple[str, ...]:
         """The columns whose transforms are fitted to the counted rows."""
         return tuple(name for name, column in self.schema.columns.items() if column.fit in ("edges", "scales"))
 
@@ -135,14 +137,16 @@ class Recipe:
     def dense(self, fitted: Fitted) -> tuple[Column, ...]:
         """Return the dense columns of the dataset."""
         return tuple(
-            Column(name=name, role="dense", transform=self._dense_words(name, column, fitted))
+            Column(name=name, role="dense", transform=self._dense_description(name, column, fitted))
             for name, column in self.schema.columns.items()
             if column.role == "dense"
         )
 
-    def _dense_words(self, name: str, column: LogColumn, fitted: Fitted) -> str:
-        missing = "null" if column.fill is None else value_text(column.fill) if self.of_criteo else column.fill
-        return _WORDS[column.transform or "none"].format(
+    def _dense_description(self, name: str, column: LogColumn, fitted: Fitted) -> str:
+        missing = "null" if column.fill is None else column.fill
+        if self.options is not None and column.fill is not None:
+            missing = value_text(column.fill)  # the words of datasets of earlier releases: 0, not 0.0
+        return _DESCRIPTIONS[column.transform or "none"].format(
             rows=self._rows, bins=column.quantiles, minimum=fitted.minimum.get(name, ""), missing=missing
         )
 
@@ -188,27 +192,26 @@ class Recipe:
         without = {"missing"} if missing in ("zero", None) else set()
         if schema.unknown == "none":
             without |= {"unknown"} if table.min_count > 1 or table.most_rows is not None else {"unknown", "rare"}
-        reserved = {kind: row for kind, row in reserved.items() if kind not in without}
-        return replace(table, reserved=reserved, words=self._table_words(column, table))
+        table = replace(table, reserved={kind: row for kind, row in reserved.items() if kind not in without})
+        return replace(table, description=self._table_description(column, table))
 
-    def _table_words(self, column: LogColumn, table: Table) -> str:
+    def _table_description(self, column: LogColumn, table: Table) -> str:
         schema, zero = self.schema, table.missing_as_value
         words = f"id by descending count over {self._rows}"
         if zero and table.bins is None:
             words += f", missing as {'hash ' if column.type else ''}0"
-        if schema.unknown == "reserved" and schema.missing == "rare":
-            words += "; missing, rare and unknown values share one"
-        elif schema.unknown in ("rare", "reserved"):
-            words += "; unknown as rare"
+        words += self._reserved_description(table.reserved)
         if table.min_count > 1:
             words += f"; rare is below {table.min_count}"
         if table.most_rows is not None:
             words += f"; at most {table.most_rows} rows"
         if table.bins == "quantile":
-            edges = f": bins of {self._rows} up to each of settings.edges;" if self.of_criteo else ","
+            edges = f": bins of {self._rows} up to each of settings.edges;" if self.options else ","
             words = f"quantile({column.quantiles}){edges} {words}"
         elif table.bins is not None:
-            words = f"{'missing as 0, ' if zero else ''}{_LOG_SQUARED}, {words}"
+            words = f"{_LOG_SQUARED}, {words}"
+        if zero and table.bins is not None:
+            words = f"missing as 0, {words}"
         if table.hash_modulo is not None:
             words = f"hash % {table.hash_modulo}, {words}"
         if schema.id_modulo is not None:
@@ -216,6 +219,33 @@ class Recipe:
         if schema.mlperf_bags and table.ids_of_bag > 1:
             words += f"; a bag of {table.ids_of_bag}: the id and {schema.mlperf_bags.distribution} ones"
         return words
+
+    def _reserved_description(self, reserved: Mapping[str, int]) -> str:
+        """Describe which of missing, rare and unknown values share a row of a table.
+
+        Args:
+            reserved: the row of each kind that has one.
+        """
+        unknown = self.schema.unknown
+        if unknown == "rare":
+            return "; unknown as rare"
+        if self.options is not None:  # the words of datasets of earlier releases
+            return "; missing, rare and unknown values share one" if unknown == "reserved" else ""
+        if "rare" in reserved:
+            reserved = {"unknown": reserved["rare"], **reserved}
+        of_rows: dict[int, list[str]] = {}
+        for kind in sorted(reserved):  # missing, rare, unknown
+            of_rows.setdefault(reserved[kind], []).append(kind)
+        described = "".join(
+            f"; {', '.join(kinds[:-1])} and {kinds[-1]} values share one row"
+            for kinds in of_rows.values()
+            if len(kinds) > 1
+        )
+        if unknown == "own":
+            described += "; unknown values have a row of their own"
+        elif "unknown" not in reserved:
+            described += "; unknown values get the last row"
+        return described
 
     def with_bags(
         self, table: Table, ids: np.ndarray, ends: np.ndarray | None, table_rows: int
@@ -240,6 +270,7 @@ class Recipe:
 
     def missing_sources(self) -> dict[str, str]:
         """Return the columns whose missing values are reported, each with its column of segments."""
+        # Of Criteo the log's columns: I1 once, not again as B1, which is made of it.
         return {
             (column.source or name) if self.of_criteo else name: staged_name(column.form, column.source or name)
             for role in ("dense", "categorical")
@@ -308,10 +339,10 @@ class Recipe:
     def settings(self, fitted: Fitted) -> dict[str, Any]:
         """Return what shapes the encoding, as the schema of the dataset keeps it."""
         kept = {name: values for name, values in json.loads(json.dumps(asdict(fitted))).items() if values}
-        if self.short is None:
+        if self.options is None:
             return {**kept, "schema": self.schema.document()}
         of_sources = {fit: {self._source(name): value for name, value in of.items()} for fit, of in kept.items()}
-        return {**self.short.settings(), **of_sources}
+        return {**self.options.settings(), **of_sources}
 
     def fitted_of(self, settings: Mapping[str, Any], where: str) -> Fitted:
         """Return what the dataset with some settings was fitted to.
@@ -323,12 +354,12 @@ class Recipe:
         Raises:
             UserError: they are damaged.
         """
-        given = {name: settings[name] for name in _FITS if name in settings}
+        given = {name: settings[name] for name in _FITTED if name in settings}
         kept = asdict(parse_json(json.dumps(given), Fitted, where, _ADVICE))
         found: dict[str, dict[str, Any]] = {}
         for name, column in self.schema.columns.items():
             if column.fit is not None:
-                key = name if self.short is None else self._source(name)
+                key = name if self.options is None else self._source(name)
                 require(key in kept[column.fit], f"{where} has no {column.fit} of the column {key}; {_ADVICE}")
                 found.setdefault(column.fit, {})[name] = kept[column.fit][key]
         return Fitted(**found)
@@ -339,7 +370,7 @@ class Recipe:
 
     def document(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        made_of = {"schema": self.schema.document()} if self.short is None else self.short.document()
+        made_of = {"schema": self.schema.document()} if self.options is None else self.options.document()
         return {**made_of, "on_bad_row": self.on_bad_row, "encoding_of": self.encoding_of}
 
 
@@ -354,14 +385,14 @@ def known_recipe(known: DatasetSchema, folder: Folder, on_bad_row: OnBadRow = "f
         known.protocol == SCHEMA_PROTOCOL or (known.protocol in PROTOCOLS and known.vocabulary),
         f"{folder} has the protocol {known.protocol!r} and {len(known.vocabulary)} vocabularies; {_ADVICE}",
     )
-    given = {name: value for name, value in known.settings.items() if name not in _FITS}
+    given = {name: value for name, value in known.settings.items() if name not in _FITTED}
     if known.protocol == SCHEMA_PROTOCOL:
-        short, schema = None, log_schema(parse_json(json.dumps(given), _Settings, where, _ADVICE).schema, where)
+        options, schema = None, log_schema(parse_json(json.dumps(given), _Settings, where, _ADVICE).schema, where)
     else:
         given |= {"dataset": known.dataset, "protocol": known.protocol}
-        short = parse_json(json.dumps(given), Options, where, _ADVICE)
-        schema = short.schema()
-    recipe = Recipe(schema=schema, short=short, on_bad_row=on_bad_row, encoding_of=known.encoding_fingerprint)
+        options = parse_json(json.dumps(given), Options, where, _ADVICE)
+        schema = options.schema()
+    recipe = Recipe(schema=schema, options=options, on_bad_row=on_bad_row, encoding_of=known.encoding_fingerprint)
     return recipe, recipe.fitted_of(known.settings, where)
 
 

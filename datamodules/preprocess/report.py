@@ -109,8 +109,9 @@ def _column_lines(schema: DatasetSchema) -> list[str]:
     return aligned([header, *body, last])
 
 
-def fit_command(data: str, has_dense: bool) -> str:
-    """Return the command that trains DLRM on the dataset folder of a log."""
+def fit_command(data: str, has_dense: bool, files: Sequence[str] = ("dlrm.yaml", "own_data.yaml")) -> str:
+    """Return the command that trains DLRM by some configurations on a dataset folder."""
     # DLRM's bottom MLP takes dense features.
     without = [] if has_dense else ["--model.network.bottom_mlp", "[]"]
-    return command_line("fit", "--config", "dlrm.yaml", "--config", "own_data.yaml", "--data.path", data, *without)
+    configs = [word for file in files for word in ("--config", file)]
+    return command_line("fit", *configs, "--data.path", data, *without)

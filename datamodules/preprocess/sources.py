@@ -34,6 +34,7 @@ _FOREIGN = {
 """First bytes of files that are often given instead of raw text."""
 _OF_LOGS = ("a Parquet file", "text with a byte order mark", "text in UTF-16")
 """Formats of ``_FOREIGN`` that the schema of a log can read."""
+_CRITEO_REMEDY = "convert it to text, or give a --schema without 'format: criteo'"
 _FIRST_BYTES = 8
 _SUFFIX: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _NAMES = {"gzip": "gzip", "zstd": "Zstandard"}
@@ -228,7 +229,7 @@ def _find_remote(path: str, of_criteo: bool) -> RawFile:
 def _compression(path: str, start: bytes, of_criteo: bool) -> Compression:
     foreign = next((words for magic, words in _FOREIGN.items() if start.startswith(magic)), None)
     if of_criteo:
-        expected_form, remedy = "raw Criteo text, plain, gzip or Zstandard", "convert it, or give a --schema"
+        expected_form, remedy = "raw Criteo text, plain, gzip or Zstandard", _CRITEO_REMEDY
     else:
         foreign = None if foreign in _OF_LOGS else foreign
         expected_form, remedy = "CSV or JSON lines, plain, gzip or Zstandard, or Parquet", "convert it"

@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 
 from datamodules.preprocess.criteo_tsv import BadLineError
-from datamodules.preprocess.features import Table
 from datamodules.preprocess.journal import record, recorded, written_aside
 from datamodules.preprocess.log_columns import segment_of
 from datamodules.preprocess.sources import RawFile
 from datamodules.preprocess.splits import Span, SplitRule
+from datamodules.preprocess.table_encoding import Table
 from lightning_dlrm.contracts.errors import require
 from lightning_dlrm.contracts.schema import CRITEO_LABEL, SPLITS, SplitName
 

@@ -39,8 +39,8 @@ def encode(
         rows: an Arrow table or a pandas data frame, whose index is left out.
         schema: of the rows: a LogSchema, the values of its keys, or the path of a YAML file; None with a vocabulary.
         output: the folder to make, a path or a URL; it must not exist, be empty, or hold the dataset of an equal table.
-        vocabulary: a dataset folder made by a schema; the rows, with labels or without, are encoded as its rows were,
-            and become the test split.
+        vocabulary: a dataset folder that ``preprocess`` or ``encode`` made; the rows, with labels or without, are
+            encoded as its rows were, and become the test split.
         workers: processes; more than one only under ``if __name__ == "__main__":``.
 
     Returns:
@@ -53,7 +53,7 @@ def encode(
         schema = read_log_schema(Path(schema))
     elif schema is not None and not isinstance(schema, LogSchema):
         schema = log_schema(schema)
-    if schema is not None and schema.format is not None:
+    if schema is not None and schema.format != "criteo":  # which says more than how files are read
         schema = replace(schema, format=None)
     table = arrow_table(rows)
     with tempfile.TemporaryDirectory(prefix="encode-") as folder:
@@ -74,6 +74,7 @@ def encode(
                 output,
                 schema=schema,
                 vocabulary=vocabulary,
+                is_table=True,
                 workers=workers,
                 progress=Progress(show=False),
             )

@@ -1,4 +1,4 @@
-"""Transforms of integer columns over numpy arrays: dense values, log-squared bins and quantile bins."""
+"""Transforms of numbers over numpy arrays: dense values, log-squared bins and quantile bins."""
 
 from collections.abc import Callable, Iterable, Sequence
 

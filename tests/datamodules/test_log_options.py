@@ -82,19 +82,19 @@ def test_transforms_of_dense_columns(tmp_path: Path, fill: float | None) -> None
 
 
 UNKNOWN = {
-    # unknown, missing, min_count -> ids of missing, of rare and of unknown values, of the first value
-    ("rare", "own", 3): (0, 1, 1, 2),
-    ("rare", "rare", 3): (0, 0, 0, 1),
-    ("rare", "zero", 3): (None, 0, 0, 1),
-    ("reserved", "own", 3): (0, 1, 1, 2),
-    ("reserved", "rare", 1): (0, None, 0, 1),
-    ("own", "own", 3): (0, 1, 2, 3),
-    ("own", "rare", 3): (0, 0, 1, 2),
-    ("own", "zero", 3): (None, 0, 1, 2),
-    ("none", "own", 3): (0, 1, 1, 2),
-    ("none", "own", 1): (0, None, -1, 1),
-    ("none", "zero", 3): (None, 0, 0, 1),
-    ("none", "zero", 1): (None, None, -1, 0),
+    # unknown, missing, min_count -> ids of missing, of rare and of unknown values, of the first value, and their words
+    ("rare", "own", 3): (0, 1, 1, 2, "; unknown as rare"),
+    ("rare", "rare", 3): (0, 0, 0, 1, "; unknown as rare"),
+    ("rare", "zero", 3): (None, 0, 0, 1, ", missing as 0; unknown as rare"),
+    ("reserved", "own", 3): (0, 1, 1, 2, "; rare and unknown values share one row"),
+    ("reserved", "rare", 1): (0, None, 0, 1, "; missing, rare and unknown values share one row"),
+    ("own", "own", 3): (0, 1, 2, 3, "; unknown values have a row of their own"),
+    ("own", "rare", 3): (0, 0, 1, 2, "; missing and rare values share one row; unknown values have a row of their own"),
+    ("own", "zero", 3): (None, 0, 1, 2, ", missing as 0; unknown values have a row of their own"),
+    ("none", "own", 3): (0, 1, 1, 2, "; rare and unknown values share one row"),
+    ("none", "own", 1): (0, None, -1, 1, "; unknown values get the last row"),
+    ("none", "zero", 3): (None, 0, 0, 1, ", missing as 0; rare and unknown values share one row"),
+    ("none", "zero", 1): (None, None, -1, 0, ", missing as 0; unknown values get the last row"),
 }
 
 
@@ -104,7 +104,12 @@ def test_rows_of_missing_rare_and_unknown_values(tmp_path: Path, unknown: str, m
     columns = {"h": {"role": "categorical", "type": "hash"}, "t": {"role": "categorical"}}
     keys = {"unknown": unknown, "missing": missing, "min_count": min_count, "list_rare": unknown != "none"}
     schema = made(tmp_path / "data", columns, [written(tmp_path / "log.csv", rows)], counts="all", **keys)
-    of_missing, of_rare, of_unknown, first = UNKNOWN[unknown, missing, min_count]
+    of_missing, of_rare, of_unknown, first, words = UNKNOWN[unknown, missing, min_count]
+    words = f"id by descending count over all rows{words}{'; rare is below 3' if min_count == 3 else ''}"
+    assert [column.transform for column in schema.columns if column.role == "categorical"] == [
+        words.replace("missing as 0", "missing as hash 0"),
+        words,
+    ]
     new, expected = [dict(rows[0]) for _ in range(4)], {}
     for name, zero, unseen in (("h", "00000000", "fffffffe"), ("t", "0", "unseen")):
         values = [row[name].lower() or (zero if missing == "zero" else "") for row in rows]
@@ -128,18 +133,42 @@ def test_rows_of_missing_rare_and_unknown_values(tmp_path: Path, unknown: str, m
         assert told["rare"] == (min_count > 1 and unknown != "none"), "only listed rare values are known as such"
 
 
+def test_a_missing_number_counts_as_0(tmp_path: Path) -> None:
+    """In the bin of 0, which is not the lowest one of quantiles; also in new rows, and rows in memory."""
+    rows = log_rows()
+    columns = {
+        name: {"role": "categorical", "source": "n", "transform": name, "missing": "zero"}
+        for name in ("quantile", "log_squared")
+    }
+    keys: dict[str, Any] = {"unknown": "reserved", "counts": "all", "min_count": 2}
+    schema = made(tmp_path / "data", columns, [written(tmp_path / "log.csv", rows)], **keys)
+    path = written(tmp_path / "new.csv", [{**rows[0], "n": number} for number in ("", "0", "-4.5")])
+    preprocess(None, None, [path], tmp_path / "new", progress=QUIET, vocabulary=tmp_path / "data")
+    encoded = RowEncoder(tmp_path / "data").encode(pa.table({"n": [None, 0.0, -4.5]}))
+    for column in schema.columns[1:]:
+        ids = stored(tmp_path / "data", column.name)
+        (of_zero,) = {id for id, row in zip(ids, rows, strict=True) if row["n"] == "0"}
+        (of_lowest,) = {id for id, row in zip(ids, rows, strict=True) if row["n"] == "-4.5"}
+        assert {id for id, row in zip(ids, rows, strict=True) if not row["n"]} == {of_zero}
+        assert stored(tmp_path / "new", column.name, ("test",)) == [of_zero, of_zero, of_lowest]
+        assert encoded[column.name].tolist() == [of_zero, of_zero, of_lowest] and of_zero != of_lowest
+        assert column.transform.startswith("missing as 0, ")
+
+
 def test_moduli(tmp_path: Path) -> None:
     rows = log_rows()
     path = written(tmp_path / "log.csv", rows)
     columns = {"h": {"role": "categorical", "type": "hash"}, "n": {"role": "categorical", "transform": "log_squared"}}
-    keys = {"unknown": "none", "missing": "zero", "counts": "all"}
+    columns = {name: {**column, "missing": "zero"} for name, column in columns.items()}
+    columns |= {"dense": {"role": "dense", "source": "n"}, "t": {"role": "leave"}}
+    keys = {"unknown": "none", "counts": "all"}
     hashed = made(tmp_path / "hashed", columns, [path], hash_modulo=11, **keys)
     values = [int(row["h"] or "0", 16) % 11 for row in rows]
     order = sorted(set(values), key=lambda value: (-values.count(value), value))
     assert stored(tmp_path / "hashed", "h") == [order.index(value) for value in values]
     whole = made(tmp_path / "whole", columns, [path], **keys)
     folded = made(tmp_path / "folded", columns, [path], id_modulo=7, **keys)
-    for name in columns:
+    for name in ("h", "n"):
         assert stored(tmp_path / "folded", name) == [value % 7 for value in stored(tmp_path / "whole", name)]
         assert folded.features.tables[name] == 7 < whole.features.tables[name]
     assert hashed.features.tables == {"h": len(order), "n": whole.features.tables["n"]}

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from datamodules import writer as writing
 from datamodules.encoder import RowEncoder
 from datamodules.folder import Folder
 from datamodules.log_schema import log_schema, read_log_schema
+from datamodules.log_settings import LogSplit, MlperfBags
 from datamodules.preprocess import command, counting, encoding, progress
 from datamodules.preprocess.criteo_tsv import COLUMNS, BadLineError, parse
 from datamodules.preprocess.multi_hot import MLPERF_SIZES
@@ -43,7 +45,7 @@ from datamodules.preprocess.staging import PIECE_BYTES
 from datamodules.preprocess.tables import encode
 from lightning_dlrm.__main__ import main
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, DatasetSchema
+from lightning_dlrm.contracts.schema import CRITEO_CATEGORICAL, CRITEO_DENSE, SPLITS, DatasetSchema
 from lightning_dlrm.contracts.shipped import shipped_names
 from tests.raw_criteo import (
     SAMPLE,
@@ -222,12 +224,22 @@ def test_the_shipped_schema_of_a_protocol_makes_its_rows_and_vocabularies(tmp_pa
             names = ("kaggle", protocol) if schema is None else (None, None)
             known = preprocess(*names, [raw], out / "known", progress=QUIET, schema=schema)  # type: ignore[arg-type]
             files = {name: data for name, data in folder_bytes(out).items() if name.endswith(".parquet")}
-            made[way] = files, known.columns, known.splits, known.report
+            columns = [replace(column, transform="") for column in known.columns]
+            made[way] = files, columns, known.splits, known.report
         preprocess(None, None, [new], out / "new", progress=QUIET, vocabulary=out / "known")
         rows, stored = RowEncoder(out / "known").encode(of_new), pq.read_table(out / "new/test")
         for name in stored.column_names:
             np.testing.assert_array_equal(rows[name], stored.column(name).to_numpy())
+        encode(of_new.drop_columns(["label"]), None, out / "of_table", vocabulary=out / "known")
+        assert pq.read_table(out / "of_table/test").equals(stored)
         assert made["short"] == made["schema"], protocol
+    bags = replace(read_log_schema("datasets/criteo_mlperf.yaml"), mlperf_bags=MlperfBags())
+    preprocess(None, None, [raw], tmp_path / "bags", progress=QUIET, schema=bags)
+    of_known = pa.table(dict(zip(COLUMNS, zip(*lines, strict=True), strict=True)))
+    schema = encode(of_known, bags, tmp_path / "bags_of_table")
+    assert schema.settings["schema"]["format"] == "criteo"
+    for split in SPLITS:
+        assert pq.read_table(tmp_path / "bags" / split).equals(pq.read_table(tmp_path / "bags_of_table" / split))
 
 
 def test_options_say_in_short_what_a_changed_schema_says() -> None:
@@ -582,10 +594,12 @@ def test_output_not_writable(tmp_path: Path) -> None:
 def test_days_out_of_order_are_noticed() -> None:
     days = [Path(f"day_{day}.gz") for day in range(12)]
     shell = sorted(days, key=str)
-    assert order_warning("terabyte", days) is None
-    assert order_warning("kaggle", shell) is None
-    assert order_warning("terabyte", [Path("a"), Path("b")]) is None
-    warning = order_warning("terabyte", shell)
+    by_files = LogSplit(by="days", days="files")
+    assert order_warning(by_files, days) is None
+    assert order_warning(LogSplit(by="days"), shell) is None
+    assert order_warning(LogSplit(by="files", train=("x",)), shell) is None
+    assert order_warning(by_files, [Path("a"), Path("b")]) is None
+    warning = order_warning(by_files, shell)
     assert warning and "day_9.gz is given last" in warning and "would be day_11.gz" in warning
 
 
@@ -616,6 +630,17 @@ def test_command_prints_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert report["label_mean"]["test"] == schema.splits["test"].positives / 7  # type: ignore[operator]
     assert [stage["name"] for stage in report["stages"]] == ["stage", "count", "encode"]
     assert all(10e6 < stage["peak_bytes"] < 10e9 and stage["disk_bytes"] > 0 for stage in report["stages"])
+    days = [written(tmp_path / f"day_{day}", generated_lines(60, day)) for day in (10, 2)]
+    log = {**read_log_schema("datasets/criteo_bars.yaml").document(), "split": {"by": "days", "days": "files"}}
+    (tmp_path / "bars.yaml").write_text(json.dumps(log))
+    assert run_command("--schema", tmp_path / "bars.yaml", "--input", *days, "--output", tmp_path / "bars") == 0
+    out, err = capsys.readouterr()
+    assert "day_2 is given last, so it is held out" in " ".join(err.split())
+    advice = " ".join(out.replace("\\", "").split())
+    assert f"--config criteo_kaggle.yaml --data.path {tmp_path}/bars --model.network.bottom_mlp '[]'" in advice
+    one_label = written(tmp_path / "one", [["1", *line[1:]] for line in generated_lines(60)])
+    with pytest.raises(UserError, match="all 52 labels of the train split are 1; expected both"):
+        run_command("--schema", "datasets/criteo_dlrm.yaml", "--input", one_label, "--output", tmp_path / "one_label")
 
 
 NEW_ROWS_OF: list[tuple[str, dict[str, Any]]] = [
@@ -664,11 +689,17 @@ def test_options_at_odds_with_the_vocabulary(tmp_path: Path) -> None:
         ({"protocol": "bars"}, "protocol is bars, but the vocabulary of .* was made with dlrm"),
         ({"protocol": None, "max_rows": 50}, "max_rows is 50, but .* with 100"),
         ({"protocol": None, "negative_sampling_rate": 0.5}, "negative_sampling_rate is 0.5, but .* with 1.0"),
+        ({"protocol": None, "min_count": 2}, "min_count is 2, but .* with 1; leave"),
+        ({"protocol": None, "multi_hot": "mlperf"}, "multi_hot is mlperf, but .* made without it; leave"),
     ]
     for options, message in cases:
         with pytest.raises(UserError, match=message):
             preprocess(None, inputs=[raw], output=tmp_path / "out", vocabulary=tmp_path / "known", **options)
+    with pytest.raises(TypeError, match=r"no option 'mincount'; its options are on_bad_row, dataset, .*min_count"):
+        preprocess(None, None, [raw], tmp_path / "out", vocabulary=tmp_path / "known", mincount=3)
     assert names_in(tmp_path) == {"train.txt", "known"}
+    in_force = {"protocol": "dlrm", "max_rows": 100, "min_count": 1}
+    preprocess("kaggle", inputs=[raw], output=tmp_path / "new", vocabulary=tmp_path / "known", **in_force)
 
 
 def test_estimate_looks_at_each_compression(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ class Table:
     name: str
     source: str
     """The column of segments that it is made of."""
-    words: str = ""
-    """Description of the encoding."""
+    description: str = ""
+    """Of the encoding, for ``dataset.json``."""
     is_text: bool = False
     """Whether values are texts; otherwise they are uint32."""
     bag: bool = False
