@@ -248,14 +248,13 @@ class LogSchema:
             require(
                 not labelled or column.role in ("keep", "leave") or label not in made_of,
                 f"columns: {name} is made of the label's column {label}, so it reveals the label; give it the role "
-                f"keep "
-                f"or leave{', or other weights' if column.weights == label else ''}",
+                f"keep or leave{', or other weights' if column.weights == label else ''}",
             )
         others = [name for name in names if name not in sources]
         require(
             self.rest == "leave" or not others,
             f"{where} has columns that the schema does not name: {listed(others)}; name them in columns (role leave "
-            f"ignores a column), or set 'rest: leave'",
+            "ignores a column), or set 'rest: leave'",
         )
 
     def _check_separator(self, names: Sequence[str], sources: Collection[str], where: str) -> None:

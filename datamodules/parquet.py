@@ -69,7 +69,7 @@ def open_part(
         require(
             found == schema.data_fingerprint,
             f"{where} now holds another dataset (fingerprint {found[:12]}, it was {schema.data_fingerprint[:12]}): "
-            f"restore the first dataset, or start a new run",
+            "restore the first dataset, or start a new run",
         )
         raise
 

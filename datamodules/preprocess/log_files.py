@@ -69,7 +69,7 @@ def open_readers(
         require(
             readers[i].labelled == readers[0].labelled,
             f"{source.path} has {'labels' if readers[i].labelled else 'no labels'}, unlike {sources[0].path}; give "
-            f"only files with labels, or only files without labels",
+            "only files with labels, or only files without labels",
         )
     return readers
 

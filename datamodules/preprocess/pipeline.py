@@ -418,7 +418,7 @@ def _worker_count(
     if unshared and (scheduler is not None or (workers or 1) > 1):
         raise UserError(
             f"{unshared[0]} is in the memory of this process, where other processes cannot read it; leave out "
-            f"--workers and --scheduler"
+            "--workers and --scheduler"
         )
     return workers or (1 if small or unshared else usable_cores())
 

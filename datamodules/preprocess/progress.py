@@ -256,7 +256,7 @@ class Estimate:
             require(
                 dataset <= room,
                 f"the dataset needs about {format_size(dataset)} of disk, {format_size(room)} are free at {output}; "
-                f"make room, or choose another --output",
+                "make room, or choose another --output",
             )
         seconds = self.rows / (_ROWS_PER_WORKER_S * min(workers, _WORKERS_PER_DISK))
         of_workers = f" with {workers} workers" if workers > 1 else ""

@@ -58,8 +58,8 @@ def one_label_warnings(schema: DatasetSchema) -> list[str]:
     """Return a line for each split whose rows all have the same label."""
     return [
         f"all {split.rows:,} rows of the {name} split have the label {int(split.positives == split.rows)}: a model can "
-        f"learn nothing from it, and its AUC is undefined; give rows with both labels, and check the rows that were "
-        f"skipped"
+        "learn nothing from it, and its AUC is undefined; give rows with both labels, and check the rows that were "
+        "skipped"
         for name, split in schema.splits.items()
         if split.rows and split.positives in (0, split.rows)
     ]

@@ -43,8 +43,9 @@ from lightning_dlrm.contracts.errors import UserError
 
 DESCRIPTION = """\
 Times training of the paper's DLRM (Kaggle's shape: 540 million parameters on the demo data) with plain SGD and with
-  everything that a run does except validations and checkpoints, in turns: ours, fit             the command fit in a
-                        process of its own: Lightning, metrics every 100 steps, progress, W&B offline, the stream
+everything that a run does except validations and checkpoints, in turns:
+  ours, fit             the command fit in a process of its own: Lightning, metrics every 100 steps, progress, W&B
+                        offline, the stream
   ours, bare loop       the same step in a plain for loop over the same stream
   baseline, plain loop  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, over the same stream
   peer, whole program   with --peer, dlrm_s_pytorch.py of a checkout of facebookresearch/dlrm with its own loader, in

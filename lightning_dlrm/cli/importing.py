@@ -104,7 +104,7 @@ def take_weights(module: CTRModule, weights: Mapping[str, Tensor], source: Path)
     require(
         isinstance(network, DLRM),
         f"{source} holds a DLRM, but the configuration makes a {type(network).__name__}: use a configuration like "
-        f"dlrm.yaml",
+        "dlrm.yaml",
     )
     ours = {name: weight for name, weight in reference_state_dict(network).items() if weight.requires_grad}
     for name in sorted(ours.keys() | weights.keys()):

@@ -90,7 +90,7 @@ class PredictionWriter(BasePredictionWriter):
         require(
             self._nan_row is None or self._allow_nonfinite,
             f"the probability of row {self._nan_row} is NaN: some values of the row are NaN or infinite, or the model "
-            f"overflows on it; look "
+            "overflows on it; look "
             "for outliers in its dense columns, or write all rows with --allow_nonfinite true",
         )
 

@@ -302,7 +302,7 @@ def _checked(value: Any, key: str, defaults: Sequence[Any] = ()) -> Any:
         require(
             any(value is default for default in defaults) or not _is_of_packages(value),
             f"{key} names a function of {_LISTED}, of which only classes may be named: name a function in your own "
-            f"module that calls it",
+            "module that calls it",
         )
     return value
 
@@ -314,8 +314,7 @@ def _check_class(made: Any, given: Mapping[str, Any], key: str) -> list[Any]:
     require(
         not is_base and (is_kind or not _is_of_packages(made)),
         f"{key}: {given['class_path']} is not a class that an option accepts; expected a dataclass or a class that "
-        f"derives "
-        f"from one of {', '.join(kind.__name__ for kind in KINDS)}",
+        f"derives from one of {', '.join(kind.__name__ for kind in KINDS)}",
     )
     known, kinds = _arguments_of(made)
     options = given.get("init_args")

@@ -136,7 +136,7 @@ def _run_experiment(options: argparse.Namespace, rest: Sequence[str], output: Pa
     if len(experiments) != 1:
         raise UserError(
             f"{len(experiments)} of the --config files name arms to compare; give one experiment such as figure5.yaml, "
-            f"and overlays"
+            "and overlays"
         )
     experiment = read_experiment(experiments[0], options.seeds)
     overlays = [str(path) for path in configs if path != experiments[0]]

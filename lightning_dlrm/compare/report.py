@@ -297,7 +297,7 @@ def _differences(comparison: Comparison) -> list[str]:
     lines = []
     for metric in comparison.judged:
         pairs = [pair for pair in comparison.pairs if pair.metric == metric]
-        rows = [[f"difference in {METRIC_TITLES[metric]}", "winner - loser (95% interval)", "p", "verdict"]]
+        rows = [[f"difference in {METRIC_TITLES[metric]}", "first - second (95% interval)", "p", "verdict"]]
         for pair, shown in zip(pairs, distances(pairs), strict=True):
             word = "better" if pair.decided else "-"
             rows.append([f"{pair.winner} - {pair.loser}", shown, f"{pair.p_adjusted:.2g}", word])

@@ -356,7 +356,7 @@ def compare(
         for a, b, metric, of_pair in found
     ]
     means = {arm.name: np.mean([scores[run.name].metrics["auc"] for run in arm.runs]) for arm in arms}
-    # As the configurations are ranked.
+    # In the order of the ranking.
     pairs.sort(key=lambda pair: (METRICS.index(pair.metric), *sorted((-means[pair.a], -means[pair.b]))))
     return Comparison(
         title=title,

@@ -125,7 +125,7 @@ def read_samples(run: Run, split: Split, group: str | None = None) -> Samples:
     if counted < 2:
         raise UserError(
             f"{counted} of the groups of {data.group} in the {split} split of {data.folder} have both labels, but an "
-            f"AUC by group needs two: group by another column"
+            "AUC by group needs two: group by another column"
         )
     return Samples(labels=labels, groups=groups)
 

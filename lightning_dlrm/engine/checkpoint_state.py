@@ -91,7 +91,7 @@ def take_state(module: "CTRModule", checkpoint: dict[str, Any], training: bool) 
     require(
         not training or checkpoint.get("optimizer_states"),
         f"checkpoint {reader.folder} has no optimizer state, so a fit cannot continue from it; validate, test and "
-        f"predict can use it",
+        "predict can use it",
     )
     _check_header(module, reader, training)
     _check_parameters(module, reader, checkpoint["state_dict"])

@@ -236,8 +236,7 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     if damaged and not found:
         raise UserError(
             f"all checkpoints in {folder} are damaged or incomplete ({'; '.join(damaged)}): restore one, or start "
-            f"again with "
-            "another --run_dir"
+            "again with another --run_dir"
         )
     for problem in damaged:
         log.warning("skipping a damaged or incomplete checkpoint: %s", problem)

@@ -65,7 +65,7 @@ class Evaluation(nn.Module):
         """
         raise UserError(
             f"the log loss of the {self.stage} split is NaN or infinite: some values of its rows are NaN or infinite, "
-            f"or the model overflows on them; look for outliers in its dense columns"
+            "or the model overflows on them; look for outliers in its dense columns"
         )
 
     def warn_of_chance(
@@ -88,11 +88,8 @@ class Evaluation(nn.Module):
         self.metrics.reset()
 
 
-WINDOW_SAMPLES = 65_536
-
-
 class TrainingWindow:
-    """Logits and labels of the last ``WINDOW_SAMPLES`` training samples of all ranks.
+    """Logits and labels of the last ``names.WINDOW_SAMPLES`` training samples of all ranks.
 
     Each sample is scored with the parameters of its own step. New batches stay on their rank and device until they
     are gathered.
@@ -114,7 +111,7 @@ class TrainingWindow:
         """Add this rank's slice of a batch; drop batches that lie wholly before the window."""
         self._new.append((logits_B.float(), labels_B, global_size))
         self._new_samples += global_size
-        while self._new_samples - self._new[0][2] >= WINDOW_SAMPLES:
+        while self._new_samples - self._new[0][2] >= names.WINDOW_SAMPLES:
             self._new_samples -= self._new.popleft()[2]
 
     def gather(self) -> list[Tensor]:
@@ -130,7 +127,7 @@ class TrainingWindow:
             self._new.clear()
             self._new_samples = 0
             self._gathered = [
-                torch.cat([old, *_by_batch(ranks.all_gather_uneven(new.numpy()), counts)])[-WINDOW_SAMPLES:]
+                torch.cat([old, *_by_batch(ranks.all_gather_uneven(new.numpy()), counts)])[-names.WINDOW_SAMPLES :]
                 for old, new in zip(self._gathered, (logits, labels), strict=True)
             ]
             # Here, because all ranks have the labels of all ranks, and no step waits for the device.

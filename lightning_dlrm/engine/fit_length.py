@@ -79,7 +79,7 @@ def refuse_longer_fit(end: int, steps: float) -> None:
     require(
         steps <= end,
         f"the schedule OneCycleLR ends at step {end:,}, but this fit takes more steps: set trainer.max_steps to {end} "
-        f"or less, or start a new run",
+        "or less, or start a new run",
     )
 
 

@@ -123,7 +123,7 @@ def _build(kind: "type[CTRModule]", options: Mapping[str, Any], folder: Path) ->
         require(
             name in options,
             f"checkpoint {folder} does not describe its {name}, which was not a class or a functools.partial of one: "
-            f"make the module yourself and give the folder to trainer.validate, test or predict as ckpt_path",
+            "make the module yourself and give the folder to trainer.validate, test or predict as ckpt_path",
         )
     for path in _class_paths({name: value for name, value in options.items() if not callable(value)}):
         require(

@@ -401,8 +401,7 @@ class CTRModule(pl.LightningModule):
         require(
             self.wide_rule is None or network.wide_lookups(),
             f"wide_optimizer is given, but the network {type(network).__name__} has no linear terms: set network.wide "
-            f"to "
-            "true if the model has that option, or leave wide_optimizer out",
+            "to true if the model has that option, or leave wide_optimizer out",
         )
         require(
             not self.regularization.covers_fields

@@ -124,8 +124,10 @@ class ReduceOnPlateau(pl.Callback):
         trainer.should_stop |= self.stops
 
     def _check_monitors(self, yielded: Collection[str]) -> None:
-        """
-        Raises: UserError: a monitored metric is not among the metrics of validations.
+        """Check that validations yield every monitored metric.
+
+        Raises:
+            UserError: they do not.
         """
         by_group = f"{names.VALIDATION}/{names.GROUP_AUC}"
         remedy = "" if by_group in yielded else f"; {by_group} needs a kept column as the datamodule's group"

@@ -28,7 +28,8 @@ class FeatureGate(nn.Module):
 
     Args:
         features: dense inputs and tables of the dataset.
-        context: names of fields. name: name of the gate, such as gate1.
+        context: names of fields.
+        name: name of the gate, such as gate1.
         option: name of the option that gives the context, such as context1.
         embedding_dim: D.
         hidden: widths of the MLP's hidden layers.

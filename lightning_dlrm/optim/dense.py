@@ -80,7 +80,7 @@ def make_dense_optimizer(dense_optimizer: DenseOptimizer, parameters: Sequence[n
     require(
         closure is None or closure.default is not closure.empty,
         f"dense_optimizer {name} computes the loss several times in a step, but rows of tables are updated once: "
-        f"choose a class that needs a single gradient, such as Adagrad",
+        "choose a class that needs a single gradient, such as Adagrad",
     )
     require(
         not isinstance(made, torch.optim.SparseAdam),

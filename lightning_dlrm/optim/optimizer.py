@@ -303,7 +303,7 @@ def _check_rules(table_rule: UpdateRule | None, wide_rule: UpdateRule | None, by
         require(
             rule is None or by_rows or not by_grad,
             f"{name} is given, but dense_optimizer updates all tables if tables.dense_gradients is true: set {name} to "
-            f"null",
+            "null",
         )
 
 

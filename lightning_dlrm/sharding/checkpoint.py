@@ -316,7 +316,7 @@ class CheckpointReader:
     def nonfinite(self, where: str) -> UserError:
         return UserError(
             f"checkpoint {self.folder} has NaN or infinite values: {where}; use an earlier checkpoint, or examine this "
-            f"checkpoint with --allow_nonfinite true"
+            "checkpoint with --allow_nonfinite true"
         )
 
     @contextmanager

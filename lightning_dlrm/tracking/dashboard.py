@@ -61,7 +61,7 @@ def publish(dashboard: Dashboard) -> dict[str, str]:
     if mode != "online":
         raise UserError(
             f"dashboards are stored on the W&B server, but this machine is offline: {reason}; set WANDB_API_KEY or run "
-            f"'wandb login', and check the connection to the server"
+            "'wandb login', and check the connection to the server"
         )
     with _raising_user_errors(dashboard):
         entity = dashboard.entity or wandb.Api().default_entity or ""
@@ -98,5 +98,5 @@ def _raising_user_errors(dashboard: Dashboard) -> Iterator[None]:
         message = " ".join(str(error).split())
         raise UserError(
             f"W&B refuses the dashboard of {dashboard.project} ({message}); check that the project exists, and that "
-            f"the API key may write to it"
+            "the API key may write to it"
         ) from error

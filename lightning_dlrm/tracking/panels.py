@@ -19,8 +19,8 @@ _WORDS = {
     "comparison": "What compare found: which configuration is better, and how sure that is.",
     "quality": "How well the runs predict clicks: AUC and accuracy are best high, log loss and normalized entropy low, "
     "calibration at 1.",
-    "training": "Whether training is stable: the loss falls. AUC, log loss and accuracy are of the last 65,536 "
-    "samples, each scored before its step.",
+    "training": "Whether training is stable: the loss falls. AUC, log loss and accuracy are of the last "
+    f"{names.WINDOW_SAMPLES:,} samples, each scored before its step.",
     "norms": "Whether a norm grows without end. Only of runs with --log_norms true.",
     "speed": "Samples a second, and what they wait for. Compare times of runs on equal, idle machines only.",
     "system": "What the runs take of their machines.",

@@ -298,10 +298,10 @@ def test_a_profiler_is_heard_and_kept_in_the_configuration(caplog: pytest.LogCap
         (f"{STOP_EARLY}validation/loss", "EarlyStopping's monitor is validation/loss; expected one of validation/auc"),
         (f"{STOP_EARLY}validation/calibration", "EarlyStopping's monitor is validation/calibration; expected one of"),
         (f"{STOP_EARLY}validation/group_auc --trainer.callbacks.mode=max", "no column is given to group by"),
-        (f"{STOP_EARLY}validation/auc", "EarlyStopping's mode is min, but higher values of validation/auc"),
+        (f"{STOP_EARLY}validation/auc", "mode is min, but higher values of validation/auc (weight 1) are better"),
         (
             f"{STOP_EARLY}validation/log_loss --trainer.callbacks.mode=max",
-            "EarlyStopping's mode is max, but lower values of validation/log_loss",
+            "mode is max, but lower values of validation/log_loss (weight 1) are better: set mode to min",
         ),
         (f"{STOP_EARLY}validation/log_loss --trainer.limit_val_batches=0", "trainer.limit_val_batches is 0"),
         (

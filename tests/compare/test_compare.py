@@ -159,7 +159,7 @@ def test_paper_s_experiment_has_the_paper_s_settings() -> None:
     [
         ({"arm": {"a": "dlrm.yaml"}}, "unknown key arm; did you mean arms"),
         ({"arms": {"dlrm": "dlrm.yaml"}}, "has one arm, dlrm"),
-        ({"arms": {"dlrm": "dlrm.yaml", "a/b": "dcn.yaml"}}, "found 'a/b'"),
+        ({"arms": {"dlrm": "dlrm.yaml", "a/b": "dcn.yaml"}}, "may have letters, digits, . _ - only; found 'a/b'"),
         ({"arms": {"dlrm": "dlrm.yaml", "dcn": "nowhere.yaml"}}, "arm dcn: no configuration nowhere.yaml"),
         ({"seeds": [1, 1]}, "expected different whole numbers"),
         ({"compared": "model"}, "compared is 'model'; expected a list"),

@@ -229,7 +229,7 @@ def test_half_precision_weights_train_and_resume(tmp_path: Path) -> None:
         ),
         (
             lambda batch: batch.dense.__setitem__((4, 1), -math.inf),
-            "has the dense value -inf in column 1",
+            "sample 4 of a batch has the dense value -inf in column 1",
         ),
         (lambda batch: batch.ids.values.__setitem__((4, 0), 5), "sample 4 of a batch has the id 5 of table C1"),
         (lambda batch: batch.ids.values.__setitem__((0, 1), -1), "sample 0 of a batch has the id -1 of table C2"),
