@@ -34,7 +34,7 @@ _FOREIGN = {
 """First bytes of files that are often given instead of raw text."""
 _OF_LOGS = ("a Parquet file", "text with a byte order mark", "text in UTF-16")
 """Formats of ``_FOREIGN`` that the schema of a log can read."""
-_CRITEO_REMEDY = "convert it to text, or give a --schema without 'format: criteo'"
+_CRITEO_REMEDY = "convert it to text, or use a schema without 'format: criteo'"
 _FIRST_BYTES = 8
 _SUFFIX: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _NAMES = {"gzip": "gzip", "zstd": "Zstandard"}

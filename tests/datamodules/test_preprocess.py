@@ -492,7 +492,11 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
         "40 fields between commas, expected 40 betw",
     ),
     "a header": ("day", ("\t".join(COLUMNS) + "\n").encode(), "label is 'label', expected the label 0 or 1 (Criteo's"),
-    "Parquet": ("day", b"PAR1\x15\x04", "day is a Parquet file; expected raw Criteo text"),
+    "Parquet": (
+        "day",
+        b"PAR1\x15\x04",
+        "text, plain, gzip or Zstandard: convert it to text, or use a schema without 'format: c",
+    ),
     "zip": ("day", b"PK\x03\x04\x14", "day is a zip archive"),
     "byte order mark": ("day", b"\xef\xbb\xbf1\t", "day is text with a byte order mark"),
     "too few rows": ("day", (b"1" + b"\t" * 39 + b"\n") * 13, "too few rows: 13"),
