@@ -308,9 +308,11 @@ class Job:
                 from datamodules.preprocess.labels import describe_label  # for this message alone
 
                 why = describe_label(schema, [file.path for file in self.files])
+                changed = "split" if self.recipe.of_criteo else "label or split"
+                changed = "split" if self.recipe.of_criteo else "label or split"
                 raise UserError(
                     f"all {rows:,} labels of the {split} split are {int(positives[split] > 0)}; expected both: {why}; "
-                    "give more input, or change label or split in the schema"
+                    f"give more input, or change {changed} in the schema"
                 )
 
     def _count(self, pool: Workers, encoding: Encoding, staged: _Staged) -> dict[str, dict[str, Any]]:
