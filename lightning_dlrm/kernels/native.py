@@ -193,15 +193,20 @@ def _differentiate_lookup(ctx: Any, grad_BD: Tensor, *_: None) -> tuple[Tensor |
 
 
 def _sort(rows_N: Tensor, stop: int) -> tuple[Tensor, Tensor]:
+    if rows_N.dim() != 1 or len(rows_N) > _INT32_MAX:
+        raise ValueError(
+            f"sort: rows of the shape {list(rows_N.shape)}; expected one dimension of {_INT32_MAX} at most"
+        )
     _check_bounds("sort: there are rows", rows_N, stop)
     sorted_N, order_N = _sort_results(rows_N, stop)
+    number = threads(len(rows_N))
     call(
         "sort_rows",
-        threads(len(rows_N)),
+        number,
         rows=rows_N.contiguous(),
         sorted=sorted_N,
         order=order_N,
-        **_sorting(rows_N, stop),
+        **_sorting(rows_N, stop, number),
     )
     return sorted_N, order_N
 
@@ -236,9 +241,10 @@ def _update(
     _check_bounds("update: there are rows", rows_N, len(weight_RD))
     _check_bounds("update: there are bags", bags_N, len(grad_BD))
     first, second = (*state, None, None)[:2]
+    number = threads(len(rows_N))
     call(
         "update_rows",
-        threads(len(rows_N)),
+        number,
         weight=weight_RD,
         first=first,
         second=second,
@@ -259,14 +265,17 @@ def _update(
         correction2=1 - beta2**step,
         adam_rate=learning_rate / (1 - beta1**step),
         next_chunk=0,
-        **_sorting(rows_N, 0 if ascending else len(weight_RD)),
+        **_sorting(rows_N, 0 if ascending else len(weight_RD), number),
     )
     count_change(weight_RD, *state)
 
 
-def _sorting(rows_N: Tensor, stop: int) -> dict[str, Tensor | int]:
-    """Return the arguments of C's struct sorting, but for the rows and tags; a ``stop`` of 0 is for ascending rows."""
-    count, thread_count = len(rows_N), threads(len(rows_N))
+def _sorting(rows_N: Tensor, stop: int, thread_count: int) -> dict[str, Tensor | int]:
+    """Return the arguments of C's struct sorting, but for the rows and tags; a ``stop`` of 0 is for ascending rows.
+
+    ``thread_count`` must be that of the call: ``counts`` has a row for each thread.
+    """
+    count = len(rows_N)
     bits = max((stop - 1).bit_length(), 1) if stop else 0
     buckets = count // (_LONE_BUCKET_INDICES if thread_count == 1 else _BUCKET_INDICES)
     high = min(max(buckets.bit_length() - 1, 0), _DIGIT_BITS, bits)

@@ -188,11 +188,12 @@ class ShardedPlacement(Placement):
         local = tables.storage.source(tables.weight, received, pending.fetched)
         vectors_VD, rows_E, bag_E = look_up(local.weight, local.request, tables.kernels)
         exchange = self.ranks.all_to_all(self._to_wire(vectors_VD), pending.vectors_sent, pending.vectors_received)
-        # While the vectors arrive. The number of rows of the next batch for each rank has arrived by now.
-        # Learned weights may have changed since the ids were prefetched.
+        # What follows runs while the vectors arrive. The weights are read now, because learned weights may have changed
+        # since the ids were prefetched.
         weights = request.weights if request.pooled else ids.weights
         bags = (request.offsets, weights) if pooled else (None, None)
         positions = RowRequest.of_rows(request.lookups.positions(), *bags)
+        # The numbers of rows that the next batch asks of each rank have arrived by now.
         if self._prefetched is not None:
             self._send_rows(tables, self._prefetched)
             self._prefetched = None

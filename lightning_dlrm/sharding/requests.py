@@ -272,7 +272,7 @@ class RowMap(nn.Module):
         keys_P = keys_P + self.piece_slots * samples
         pooled_N = self.piece_pooled.index_select(0, piece_N)
         bag_N = ids.bag_of_each() if bag_N is None else bag_N
-        sample_N = bag_N // max(ids.tables, 1)
+        sample_N = (bag_N // max(ids.tables, 1)).to(rows_N.dtype)
         keys_N, order_N = _sort(
             torch.where(pooled_N, sample_N, rows_N) + keys_P.index_select(0, piece_N), stop, natively
         )

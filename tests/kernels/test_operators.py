@@ -200,6 +200,7 @@ def one(count: int, stop: int, dtype: torch.dtype = torch.int32) -> Tensor:
         (lambda: native.sort(one(3, 3), 2), IndexError, "rows 0 to 2"),
         (lambda: native.sort(one(3, 3) - 1, 3), IndexError, "rows -1 to 1"),
         (lambda: native.sort(one(3, 3).long(), 3), TypeError, "rows is torch.int64"),
+        (lambda: native.sort(one(3, 3).view(1, -1), 3), ValueError, "expected one dimension"),
         (lambda: dense.pair_products(draw(2, 3), draw(2, 4, 5), False), ValueError, "do not fit"),
         (lambda: dense.pair_products(draw(2, 3).half(), draw(2, 4, 3), False), TypeError, "float16"),
         (lambda: OPERATORS.pair_gradients(draw(2, 3), draw(2, 4, 3), draw(2, 12), False), ValueError, "do not fit"),

@@ -2,6 +2,7 @@
 gradient; it is counted by table and rank."""
 
 import itertools
+from unittest import mock
 
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lightning_dlrm.contracts.batch import SparseIds
 from lightning_dlrm.kernels import compiled
+from lightning_dlrm.sharding import requests
 from lightning_dlrm.sharding.plan import Piece, Plan
 from lightning_dlrm.sharding.requests import LookupRequest, RowMap, decode_rows
 from lightning_dlrm.tables.gradients import LookupGradient, RowRequest
@@ -99,7 +101,9 @@ def test_vectors_and_gradients_are_those_of_whole_tables(
 def cut_request(rows: RowMap, ids: SparseIds) -> LookupRequest:
     unsized = rows.request(ids)
     if HAS_NATIVE:
-        pairs = zip(unsized.tensors(), rows.request(ids, natively=True).tensors(), strict=True)
+        with mock.patch.object(requests.native, "sort", wraps=requests.native.sort) as sort:
+            pairs = zip(unsized.tensors(), rows.request(ids, natively=True).tensors(), strict=True)
+        assert sort.call_count == 1
         assert all(torch.equal(plain, found) for plain, found in pairs)
     return unsized.sized(*unsized.counts.sum(1).tolist())
 
