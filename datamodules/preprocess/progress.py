@@ -136,7 +136,8 @@ def _bar(name: str, stream: TextIO) -> "tqdm":
     from tqdm import tqdm  # runs without a terminal start sooner without it
 
     colour = "blue" if has_colors(stream) else None
-    return tqdm(total=1.0, desc=name, bar_format=_BAR, file=stream, leave=False, colour=colour)
+    # In the line of the cursor, even if the process has other bars open, such as one in a notebook.
+    return tqdm(total=1.0, desc=name, bar_format=_BAR, file=stream, leave=False, colour=colour, position=0)
 
 
 class Progress:
