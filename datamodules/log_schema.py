@@ -88,18 +88,19 @@ class LogSchema:
     unknown: Literal["rare", "reserved", "own", "none"] = "rare"
     """The row of values that the vocabulary does not have.
 
-    ``rare``: the row of rare values. If the training rows have no missing values, or no rare values, then missing, rare
-    and unknown values share a row that was trained. ``reserved``: the row of rare values, trained or not. ``own``: a
-    row of their own, which is never trained. ``none``: the row of rare values if ``min_count`` or ``max_rows`` makes
-    some; else no row is reserved, and unknown values get the last row, which belongs to the rarest value."""
+    ``rare``: the row of rare values. If no training row has a rare value, rare and unknown values get the last row,
+    which belongs to the rarest value; if no training row has a missing value, missing values get the row of rare
+    values. So each of these rows is trained. ``reserved``: the row of rare values, even if it is not trained. ``own``:
+    a row of their own, which is never trained. ``none``: the row of rare values if ``min_count`` or ``max_rows`` makes
+    values rare; else no row is reserved, and unknown values get the last row, which belongs to the rarest value."""
     list_rare: bool = False
-    """Whether the vocabulary lists rare values, which can then be told from unknown ones in other rows."""
+    """Whether the vocabulary lists rare values, so that rare and unknown values of new rows can be told apart."""
     hash_modulo: int | None = None
     """Hashes are taken modulo this number before they are counted."""
     id_modulo: int | None = None
     """Ids are taken modulo this number after values are counted."""
     mlperf_bags: MlperfBags | None = None
-    """Bags that are made of single ids; None for none."""
+    """Bags that are made of single ids; None to keep single ids."""
     counts: Literal["train", "all"] = "train"
     """The rows over which vocabularies are counted and transforms are fitted."""
 
@@ -172,7 +173,7 @@ class LogSchema:
         require(self.mlperf_bags is None or self.format == "criteo", "mlperf_bags is for format criteo")
 
     def _check_criteo(self) -> None:
-        """Check that the schema asks nothing that Criteo's text does not have."""
+        """Check that the schema asks only for what Criteo's text has."""
         require(self.label == CRITEO_LABEL, f"label is {self.label!r}; of format criteo it is {CRITEO_LABEL!r}")
         others = {"separator", "header", "names", "decimal", "quote", "encoding", "nulls"}.intersection(_document(self))
         require(not others, f"{', '.join(sorted(others))} is for other formats than criteo; leave it out")
@@ -224,7 +225,7 @@ class LogSchema:
         return found
 
     def check_columns(self, names: Collection[str], where: str, labelled: bool = True) -> None:
-        """Check that a file has the columns that the schema names, and no others unless they may be left.
+        """Check that a file has the columns that the schema names, and no others unless ``rest`` is ``leave``.
 
         Args:
             names: the columns of the file.
@@ -232,7 +233,7 @@ class LogSchema:
             labelled: whether the file must have the label, and what it is split by.
 
         Raises:
-            UserError: a column is missing, or is not named.
+            UserError: the file lacks a column, or has a column that the schema does not name.
         """
         sources = self.sources(names)
         self._check_separator(list(names), sources, where)
@@ -276,7 +277,7 @@ def parse_label(text: str, names: Collection[str]) -> Label:
     """Return the label that a text means, given the log's columns: a column of that name, else a condition.
 
     Raises:
-        UserError: the text has no operator of conditions, or orders by what is not a number.
+        UserError: the text has a wrong operator, or compares by order with a value that is not a number.
     """
     condition = _CONDITION.fullmatch(text.strip())
     wrong = None if text in names else _NO_CONDITION.fullmatch(text.strip())
@@ -309,7 +310,7 @@ def read_log_schema(path: str | Path) -> LogSchema:
     """Read the schema of a log from a YAML file: the file of this name, else a shipped one.
 
     Raises:
-        UserError: there is none, it cannot be read or is not such a schema.
+        UserError: there is no such file, it cannot be read, or it is not the schema of a log.
     """
     found = next((place for place in (Path(path), shipped_configs() / path) if place.is_file()), None)
     if found is None:

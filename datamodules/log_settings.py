@@ -67,13 +67,13 @@ class LogColumn:
     """The log's column; None for the one with the name of this column."""
     time: str | None = None
     """How a value of ``keep`` or ``leave`` becomes a time: ``unix`` (seconds), ``unix_ms``, ``iso``, or a format of
-    strptime; None if it is no time, or is one in the file."""
+    strptime; None if it is not a time, or if the file stores it as a time."""
     type: Literal["hash"] | None = None
-    """Of the values of a category: ``hash`` for 8 hexadecimal digits, which are stored as 32 bits; None for text."""
+    """The type of a category's values: ``hash`` for 8 hexadecimal digits, stored as 32 bits; None for text."""
     transform: Transform | None = None
-    """Of a number; for a category one of ``BINS``, or None for the value itself."""
+    """The transform of a number. A category takes one of ``BINS``, or None to use its values as they are."""
     bins: int | None = None
-    """The largest number of quantiles; None for 256 (dense) or 30 (categorical)."""
+    """The largest number of quantile bins; None for 256 (dense) or 30 (categorical)."""
     fill: float | None = None
     """The number that replaces missing numbers, before the transform; None to keep them missing."""
     min_count: int | None = None
@@ -93,11 +93,15 @@ class LogColumn:
             require(name in _KEYS_OF_ROLE[self.role], f"{name} is for {' and '.join(takers)}, not for {self.role}")
         require(
             self.role != "categorical" or self.transform in (None, *BINS),
-            f"transform {self.transform} makes no category of a number; expected {' or '.join(BINS)}, or role dense",
+            f"transform {self.transform} does not make categories of numbers; expected {' or '.join(BINS)}, or role "
+            "dense",
         )
         require(self.bins is None or self.transform == "quantile", "bins is for transform quantile")
         require(self.bins is None or 2 <= self.bins <= MOST_BINS, f"bins is {self.bins}, expected 2 to {MOST_BINS}")
-        require(self.transform is None or self.type is None, "type is for categories that are not made of numbers")
+        require(
+            self.transform is None or self.type is None,
+            "type is for categories that are made without a transform; leave one out",
+        )
         require(
             self.fill is None or self.transform != "log_plus_three",
             "fill is not for transform log_plus_three, which is 0 where a value is missing",
@@ -112,7 +116,7 @@ class LogColumn:
 
     @property
     def form(self) -> Literal["number", "hash", "text", "bag"]:
-        """The form in which features are made of the values."""
+        """The form of the values of which features are made."""
         if self.role == "dense" or self.transform is not None:
             return "number"
         return "bag" if self.role == "multi_hot" else self.type or "text"
@@ -124,7 +128,7 @@ class LogColumn:
 
     @property
     def quantiles(self) -> int:
-        """The largest number of quantiles in force."""
+        """The largest number of quantile bins: ``bins``, or the default of the role."""
         return self.bins or _DEFAULT_BINS[self.role]
 
 
@@ -144,7 +148,7 @@ class LogSplit:
     held_out: tuple[SplitName, SplitName] = ("test", "validation")
     """The splits of the first and of the second half of the last day."""
     seed: int = 0
-    """Of random splits and of negative sampling."""
+    """The seed of random splits and of negative sampling."""
     negative_sampling_rate: float = 1.0
     """The share of the training rows with label 0 that is kept."""
     train: tuple[Scalar, ...] = ()
@@ -207,7 +211,7 @@ class MlperfBags:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     distribution: Literal["uniform", "pareto"] = "uniform"
-    """Of the ids that are added to a row's own."""
+    """The distribution of the ids that are added to a row's own id."""
     seed: int = 0
 
     def __post_init__(self) -> None:

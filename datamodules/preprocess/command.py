@@ -17,7 +17,7 @@ from lightning_dlrm.contracts.interrupts import exit_on_signals
 from lightning_dlrm.contracts.terminal import command_after, command_line
 
 _SMALL_LOG = 1_000_000
-"""Training rows below which the recipes for small logs are the better ones."""
+"""Number of training rows below which the recipes for small logs are better."""
 
 _DESCRIPTION = """\
 Reads raw click logs and makes a dataset folder: dataset.json, vocabulary/, train/, validation/ and test/ in Parquet.
@@ -26,9 +26,9 @@ Your own log (CSV, JSON lines or Parquet) needs a --schema: a YAML file that nam
 and the split. --infer writes a first schema; docs/own-data.md explains schemas; schemas of some public logs are
 shipped.
 
-Criteo's files need a --dataset and a --protocol, or a schema such as datasets/criteo_dlrm.yaml, which says the same as
---protocol dlrm, and which can be copied and changed. A raw line has 40 fields separated by tabs: label, 13
-integers, 26 hashes of 8 hexadecimal digits; an empty integer or hash is a missing value.
+Criteo's files need a --dataset and a --protocol, or a schema such as datasets/criteo_dlrm.yaml, which means the same
+as --protocol dlrm, and can be copied and changed. A raw line has 40 fields separated by tabs: a label, 13
+integers, and 26 hashes of 8 hexadecimal digits; an empty integer or hash is a missing value.
 
 Text is plain, or compressed by gzip or Zstandard.
 
@@ -49,7 +49,7 @@ then:
 _SPLITS = """\
 splits (a schema has its own):
   terabyte, several files   the last file given is held out: its first half is the test split and its second half the
-                            validation split; the other way round under the protocol mlperf
+                            validation split; under the protocol mlperf its first half is the validation split
   kaggle, or a single file  by position into seven equal days: six train, the last day is held out in the same way
   bars                      random 8:1:1: of every ten rows, one goes to test and one to validation, drawn from --seed
 
@@ -81,7 +81,7 @@ clusters:
 
 def _epilog() -> str:
     protocols = [
-        textwrap.fill(protocol.summary, 119, initial_indent=f"  {name:<8}", subsequent_indent=" " * 10)
+        textwrap.fill(protocol.summary, 119, initial_indent=f"  {name:<9}", subsequent_indent=" " * 11)
         for name, protocol in PROTOCOLS.items()
     ]
     return "\n".join(["protocols (their scores cannot be compared with each other):", *protocols, "", _SPLITS])
@@ -97,7 +97,8 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--schema": {
             "type": Path,
             "metavar": "FILE.yaml",
-            "help": "the schema file of your own log; replaces --dataset and all options that encode Criteo's rows",
+            "help": "schema of the log: your own file, or a shipped one such as datasets/avazu.yaml; replaces "
+            "--dataset and all options that encode Criteo's rows",
         },
         "--input": {
             "required": True,

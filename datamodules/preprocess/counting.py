@@ -44,8 +44,8 @@ _COUNT = np.dtype(np.int64)
 def count_column(encoding: Encoding, table: Table) -> dict[str, Any]:
     """Count a categorical column; write its vocabulary and the ids of every segment's distinct values.
 
-    The values are spread over files by ranges, so that each range can be sorted in memory; within a
-    range ids are known once it is known how many values of each count the ranges before it have.
+    The values are spread over files by ranges, so that each range can be sorted in memory; the ids
+    within a range follow from the numbers of values of each count in the ranges before it.
 
     Returns:
         ``cardinality`` (rows of the table), ``distinct`` (values counted), ``kept`` (counted values with an id of their

@@ -19,7 +19,7 @@ _STAGED = {name: staged_name("number", name) for name in CRITEO_DENSE} | {
 
 @dataclass(frozen=True, kw_only=True)
 class CriteoReader(Reader):
-    """How the pieces of a file of Criteo's text become segments, by a parser that is made for it."""
+    """Reader of the pieces of a file of Criteo's text, with a parser for this format."""
 
     labelled: bool
 

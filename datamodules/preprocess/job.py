@@ -4,8 +4,8 @@ A stage is a function of one job, which any worker may do:
 
 1. ``staging`` parses a piece of a raw file, or a whole compressed file, into segments.
 2. ``counting`` takes one categorical column: it counts the values, orders them into a vocabulary, and writes the id of
-   every segment's distinct values. With the vocabulary of another dataset, it looks them up. Before that it takes each
-   column of numbers whose transform is fitted to the rows.
+   every segment's distinct values. With the vocabulary of another dataset, it looks them up. Before that, it fits the
+   transforms of columns of numbers that need it.
 3. ``encoding`` writes one part file of one split.
 
 A worker holds one piece, or a bounded share of one column's distinct values, or some row groups.
@@ -14,7 +14,7 @@ Working folder::
 
     stage/<file>/000000.arrow ...       segments; <file> names the state of an input
     encode/<options>/segments           lists them
-    encode/<options>/ids/I1.fit         what its transform is fitted to, such as edges of quantile bins
+    encode/<options>/ids/I1.fit         numbers fitted for its transform, such as edges of quantile bins
     encode/<options>/ids/C1.ids, .ends  the ids of every segment's distinct values, and where they end
     encode/<options>/parts/             records of part files
     encode/<options>/result/            the dataset folder in the making
@@ -141,12 +141,12 @@ class Job:
     piece_bytes: int
     progress: Progress
     fitted: Fitted
-    """What the dataset whose vocabulary is used was fitted to."""
+    """The numbers that were fitted to the dataset whose vocabulary is used."""
     folder: Path = field(init=False)
 
     @cached_property
     def readers(self) -> Sequence[Reader]:
-        """Of each file. Rows without labels need a vocabulary.
+        """The reader of each file. Rows without labels need a vocabulary.
 
         Raises:
             UserError: a file has other columns than the schema, or some files have labels and others have not.
@@ -290,10 +290,10 @@ class Job:
         return Fitted(**found)
 
     def _check_splits(self, files: Mapping[SplitName, list[DataFile]], positives: Mapping[SplitName, int]) -> None:
-        """Check that each split has rows, and, unless the schema is one in short, rows of both labels.
+        """Check that each split has rows, and, if the user gave a schema, rows of both labels.
 
         Raises:
-            UserError: a split has none.
+            UserError: a split has no rows, or only rows of one label.
         """
         if self.known is not None:
             return
@@ -308,7 +308,6 @@ class Job:
                 from datamodules.preprocess.labels import describe_label  # for this message alone
 
                 why = describe_label(schema, [file.path for file in self.files])
-                changed = "split" if self.recipe.of_criteo else "label or split"
                 changed = "split" if self.recipe.of_criteo else "label or split"
                 raise UserError(
                     f"all {rows:,} labels of the {split} split are {int(positives[split] > 0)}; expected both: {why}; "

@@ -43,8 +43,8 @@ def open_readers(
         sources: the files.
         schema: of the log.
         piece_bytes: the length of a piece.
-        is_new: whether a dataset is made, which needs labels and splits; otherwise rows are encoded like those of
-            another one, and may lack labels.
+        is_new: whether a new dataset is made, which needs labels and splits; otherwise rows are encoded like those of
+            an existing dataset, and may lack labels.
 
     Raises:
         UserError: a file's columns are not those of the schema, or it cannot be read, or some files have labels and
@@ -96,7 +96,7 @@ def _absent_keys(files: Sequence[tuple[RawFile, LogReader]], schema: LogSchema, 
 
 
 def _open_reader(source: RawFile, schema: LogSchema, is_new: bool) -> LogReader:
-    # New rows may have another form than those of the dataset, and a table in memory is Parquet, also of Criteo's rows.
+    # New rows may have another format than the dataset's. A table in memory is Parquet, even with Criteo's rows.
     form = (schema.format if is_new and schema.format != "criteo" else None) or _format_of(source, schema.format)
     if form == "parquet":
         with open_parquet(source.path) as file:

@@ -2,8 +2,8 @@
 
 As in torchrec_dlrm, a bag begins with the id itself, and the rest depends on the id alone, so that equal ids have equal
 bags. The rest is uniform over the table, or floor(Pareto(0.25)) modulo its rows. torchrec draws a whole table of bags
-from numpy's global generator; here each id is mixed with the seed, so that any row can be made anywhere, without tables
-of 40M bags.
+from numpy's global generator; here each id is mixed with the seed, so that any worker can make any row, without
+tables of 40M bags.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ MLPERF_SIZES = dict(
         strict=True,
     )
 )
-"""Ids of each column's bag in MLPerf DLRM v2; 214 a row."""
+"""Number of ids in each column's bag in MLPerf DLRM v2; 214 in a row."""
 
 _STREAM = 16  # of random numbers, plus the column's position; apart from those of ``splits``
 
@@ -28,7 +28,7 @@ def mlperf_bags(bags: MlperfBags, column: str, ids: np.ndarray, table_rows: int)
     """Return the bags of some rows.
 
     Args:
-        bags: the rule that makes them.
+        bags: distribution and seed of their ids.
         column: of Criteo, C1 to C26.
         ids: int32 [n].
         table_rows: rows of the column's table.

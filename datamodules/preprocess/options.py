@@ -36,7 +36,7 @@ class Options:
     multi_hot: Literal["mlperf"] | None = None
     multi_hot_distribution: Distribution = "uniform"
     seed: int = 0
-    """Of random splits, of sampling and of multi-hot bags; 0 to 2**63 - 1."""
+    """The seed of random splits, of sampling and of multi-hot bags; 0 to 2**63 - 1."""
 
     def __post_init__(self) -> None:
         known = {
@@ -54,7 +54,9 @@ class Options:
         )
         if self.max_rows is not None and PROTOCOLS[self.protocol].modulo is None:
             takers = " and ".join(name for name, other in PROTOCOLS.items() if other.modulo)
-            raise UserError(f"protocol {self.protocol} has no max_rows, {takers} have; use min_count to shrink tables")
+            raise UserError(
+                f"protocol {self.protocol} has no max_rows, unlike {takers}; use min_count to shrink tables"
+            )
         require(
             not self.multi_hot or self.dataset == "terabyte",
             "multi_hot mlperf is made only of Terabyte's rows; leave it out for Kaggle",
@@ -124,7 +126,7 @@ def _quantiles(schema: LogSchema) -> int | None:
 @lru_cache
 def _schema_of(protocol: str) -> LogSchema:
     given = read_yaml(shipped_configs() / SCHEMAS / f"criteo_{protocol}.yaml")
-    # Not by read_log_schema, whose import of pydantic takes a tenth of a second: the file is shipped.
+    # Without read_log_schema: it imports pydantic, which takes a tenth of a second, and a shipped file needs no check.
     given["columns"] = {name: LogColumn(**column) for name, column in given["columns"].items()}
     split = LogSplit(**given["split"])
     return LogSchema(**{**given, "split": replace(split, held_out=(split.held_out[0], split.held_out[1]))})

@@ -290,7 +290,7 @@ def preprocess(
         protocol: how raw values become features, a name of ``protocols.PROTOCOLS``. None with a vocabulary or a schema.
         inputs: Criteo's TSV files in the order of days, or the files of the log; text may be compressed by gzip or
             Zstandard; paths, or URLs that fsspec knows.
-        output: the folder to make, a path or a URL; it must not exist or be empty.
+        output: the folder to make, a path or a URL; it must not exist, or must be empty.
         max_rows: see ``Options``, as for the other ``options``.
         progress: shows and times the stages, by default on standard error; a finished dataset has no stages.
         block_bytes: text that a worker parses at a time; without effect on the result.
@@ -300,7 +300,7 @@ def preprocess(
         scheduler: the address of a Dask scheduler, whose workers then do the work.
         work: the folder for the hidden working folder; None for that of ``output``.
         schema: of the log; it takes the place of ``dataset``, ``protocol`` and ``max_rows``.
-        is_table: whether the input is a Parquet file of a table in memory, which also Criteo's rows may be in.
+        is_table: whether the input is a Parquet file of a table in memory; then Criteo's rows may be Parquet too.
         options: further fields of ``Options``; with a schema only ``on_bad_row``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How the schema of a click log encodes it: the columns of the dataset, and the split."""
+"""The encoding of a click log by its schema: the columns of the dataset, and the split."""
 
 import fnmatch
 import json
@@ -91,7 +91,7 @@ class Recipe:
 
     @property
     def row_bytes(self) -> tuple[int, int]:
-        """Of disk: about what a row takes staged with its ids, and in the dataset; measured on Criteo's."""
+        """About the bytes of disk of a row: staged with its ids, and in the dataset; measured on Criteo's rows."""
         columns = len(self.schema.columns)
         return CRITEO_ROW_BYTES[self.schema.mlperf_bags is not None] if self.of_criteo else (12 * columns, 8 * columns)
 
@@ -153,7 +153,7 @@ class Recipe:
     def dense_values(
         self, fitted: Fitted, staged: StagedRows, rows: np.ndarray | slice = slice(None)
     ) -> dict[str, np.ndarray]:
-        """Return the values of each dense column: float32 [n], NaN where one is missing and stays so."""
+        """Return the values of each dense column: float32 [n], NaN for a missing value without ``fill``."""
         return {
             name: _transformed(
                 name, column, fitted, *staged.numbers(staged_name("number", column.source or name), rows)
@@ -270,7 +270,7 @@ class Recipe:
 
     def missing_sources(self) -> dict[str, str]:
         """Return the columns whose missing values are reported, each with its column of segments."""
-        # Of Criteo the log's columns: I1 once, not again as B1, which is made of it.
+        # For Criteo, the log's columns: I1 is reported once, and not again as B1, which is made of it.
         return {
             (column.source or name) if self.of_criteo else name: staged_name(column.form, column.source or name)
             for role in ("dense", "categorical")
@@ -375,7 +375,7 @@ class Recipe:
 
 
 def known_recipe(known: DatasetSchema, folder: Folder, on_bad_row: OnBadRow = "fail") -> tuple[Recipe, Fitted]:
-    """Return the recipe of a dataset, to encode further rows alike, and the numbers fitted to its rows.
+    """Return the recipe of a dataset, to encode new rows in the same way, and the numbers fitted to its rows.
 
     Raises:
         UserError: it was not made of raw files, or its settings are damaged.

@@ -14,7 +14,7 @@ _TRAIN = SPLITS.index("train")
 _TEST = SPLITS.index("test")
 _VALIDATION = SPLITS.index("validation")
 
-DAYS = 7  # rows that are split by position are cut into so many days
+DAYS = 7  # the days into which rows are cut by position
 
 # Streams of random numbers, so that the split and the sampling of a row are independent.
 _SPLIT_STREAM, _SAMPLING_STREAM = 1, 2
@@ -30,10 +30,10 @@ class Span:
 
 
 def spans_of_days(file_rows: Sequence[int], by_files: bool, held_out: tuple[SplitName, SplitName]) -> tuple[Span, ...]:
-    """Return the spans of a split by days: all days but the last train, and its halves go to the given splits, the
-    first half with one more row if they are odd.
+    """Return the spans of a split by days: all days but the last train, and the halves of the last are held out.
 
-    Days by position have n // 7 rows, of which the first n % 7 have one more.
+    If the last day has an odd number of rows, its first half has one more row. Days by position have n // 7 rows; the
+    first n % 7 days have one more.
 
     Args:
         file_rows: rows of each file.

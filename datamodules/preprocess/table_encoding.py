@@ -1,4 +1,4 @@
-"""The tables of a dataset, and what transforms are fitted to."""
+"""The tables of a dataset, and the numbers that are fitted for transforms."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class Table:
     source: str
     """The column of segments that it is made of."""
     description: str = ""
-    """Of the encoding, for ``dataset.json``."""
+    """Description of the encoding, for ``dataset.json``."""
     is_text: bool = False
     """Whether values are texts; otherwise they are uint32."""
     bag: bool = False
@@ -29,7 +29,7 @@ class Table:
     bins: Literal["log_squared", "quantile"] | None = None
     """How numbers become categories; None for values that are categories."""
     edges: tuple[float, ...] = ()
-    """Of quantile bins."""
+    """Edges of quantile bins."""
     min_count: int = 1
     """Rarer values share the id ``rare``."""
     reserved: Mapping[str, int] = field(default_factory=dict)
@@ -51,11 +51,11 @@ class Fitted:
     """Numbers fitted to the counted rows for the transforms, by column; empty if no transform needs them."""
 
     minimum: Mapping[str, float] = field(default_factory=dict)
-    """Over all rows."""
+    """Minimum over all rows."""
     edges: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Of quantile bins."""
+    """Edges of quantile bins."""
     scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Of standard and minmax: what is subtracted, and what the difference is divided by."""
+    """For ``standard`` and ``minmax``: the number that is subtracted, and the divisor of the difference."""
 
 
 PLACEHOLDER_IDS: Mapping[str, int] = {"missing": -1, "rare": -2, "unknown": -3}
@@ -69,7 +69,7 @@ def trained_ids(reserved: Mapping[str, int], missing_rows: int, rare_rows: int, 
     missing training values, missing values get the id of rare values.
 
     Args:
-        reserved: ids of ``rare``, ``unknown`` and, unless there are none as in bags, ``missing``.
+        reserved: ids of ``rare``, ``unknown`` and, except for bags, ``missing``.
         missing_rows: training rows whose value is missing.
         rare_rows: training rows whose value is rare.
         table_rows: rows of the table; there are no other values if all of them are reserved.
@@ -86,15 +86,15 @@ def trained_ids(reserved: Mapping[str, int], missing_rows: int, rare_rows: int, 
 
 
 def hash_modulo(values: np.ndarray, max_rows: int | None) -> np.ndarray:
-    # From 2^32 on the modulo of a 32-bit hash changes nothing, nor would it fit the type.
+    # A modulus of 2^32 or more does not change a 32-bit hash, and does not fit its type.
     return values if max_rows is None or max_rows > 0xFFFFFFFF else values % np.uint32(max_rows)
 
 
 def by_frequency(counts: np.ndarray) -> np.ndarray:
     """Return the order of ids: descending count, ties in the given order (the caller's order is by value).
 
-    Any order is right; this one depends on nothing but the counts, and puts the often used rows of
-    a table beside each other, where caches and later shards find them.
+    Any order gives the same model. This order depends only on the counts, and puts the frequent rows of a table beside
+    each other, which helps caches and sharding.
 
     Args:
         counts: int64 [n], of distinct values in ascending order.

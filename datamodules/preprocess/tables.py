@@ -38,7 +38,8 @@ def encode(
     Args:
         rows: an Arrow table or a pandas data frame, whose index is left out.
         schema: of the rows: a LogSchema, the values of its keys, or the path of a YAML file; None with a vocabulary.
-        output: the folder to make, a path or a URL; it must not exist, be empty, or hold the dataset of an equal table.
+        output: the folder to make, a path or a URL; it must not exist, or must be empty or hold the
+            dataset of an equal table.
         vocabulary: a dataset folder that ``preprocess`` or ``encode`` made; the rows, with labels or without, are
             encoded as its rows were, and become the test split.
         workers: processes; more than one only under ``if __name__ == "__main__":``.
@@ -53,7 +54,7 @@ def encode(
         schema = read_log_schema(Path(schema))
     elif schema is not None and not isinstance(schema, LogSchema):
         schema = log_schema(schema)
-    if schema is not None and schema.format != "criteo":  # which says more than how files are read
+    if schema is not None and schema.format != "criteo":  # "criteo" is kept: it also decides the encoding
         schema = replace(schema, format=None)
     table = arrow_table(rows)
     with tempfile.TemporaryDirectory(prefix="encode-") as folder:

@@ -17,7 +17,7 @@ def log_of_positive_part(values: np.ndarray) -> np.ndarray:
 
 
 def log_above_minimum(values: np.ndarray, minimum: float) -> np.ndarray:
-    # Below the minimum lie only rows that are encoded later with this dataset's vocabulary.
+    # Only rows that are encoded later, with this dataset's vocabulary, can be below the minimum.
     return np.log(np.maximum(values, minimum).astype(np.float64) - minimum + 2.0).astype(np.float32)
 
 
@@ -158,7 +158,7 @@ def standard_scale(pieces: Iterable[np.ndarray]) -> tuple[float, float]:
 
 
 def range_scale(pieces: Iterable[np.ndarray]) -> tuple[float, float]:
-    """Return the minimum and the width of the range of float64 pieces; 1 if all are equal."""
+    """Return the minimum and the width of the range of float64 pieces; the width is 1 if all values are equal."""
     bounds = [(float(values.min()), float(values.max())) for values in pieces if len(values)]
     low, high = min((low for low, _ in bounds), default=0.0), max((high for _, high in bounds), default=0.0)
     return low, (high - low) or 1.0

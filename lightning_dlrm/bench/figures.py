@@ -23,7 +23,7 @@ _FILLS = (
 )
 _MARKERS = ("o", "s", "^", "D", "v")
 _LABELS = {"bottom MLP": ((-8, -3), "right"), "update": ((5, -13), "left")}
-"""Part of the model -> offset of its label in points, and alignment; others have theirs on the right."""
+"""Part of the model -> offset of its label in points, and alignment; other labels are on the right."""
 DEVICES = {"cpu": "on the CPU", "cuda": "on the GPU"}
 _TITLE: dict[str, Any] = {"fontsize": 12, "weight": "bold", "x": 0.01, "ha": "left"}
 
@@ -105,7 +105,7 @@ def draw_roofline(
             axes.plot(*place, marker, markersize=8, color="#0072B2")
             reached = rates.floor(cost.flops, cost.bytes, precision) / seconds
             highest = max(highest, reached)
-            # In several directions, as the MLPs lie near each other, and so do tables and their update.
+            # In several directions, because the MLPs lie near each other, and so do the tables and their update.
             offset, align = _LABELS.get(part, ((8, -3), "left"))
             text = f"{part} {reached:.0%}"
             axes.annotate(text, place, offset, textcoords="offset points", ha=align, fontsize=8)
@@ -116,10 +116,10 @@ def draw_roofline(
         axes.set_title(f"{precision}: {rates.bytes / 1e9:.3g} GB/s, {peak / 1e9:,.0f} GFLOP/s", fontsize=9, loc="left")
     panels[0].set_ylabel("GFLOP/s")
     panels[0].yaxis.set_major_formatter("{x:g}")
-    figure.suptitle("How near each part of lightning_dlrm comes to what this machine can do", **_TITLE)
+    figure.suptitle("How near each part of lightning_dlrm comes to the limits of this machine", **_TITLE)
     figure.supxlabel(
-        f"{title}, {DEVICES[device]}. Percent: of the line, the bandwidth of memory and, where flat, of arithmetic"
-        + ";\nmore than 100%: from the processor's caches" * (highest > 1),
+        f"{title}, {DEVICES[device]}. Percentages of the line: memory bandwidth where it rises, arithmetic where "
+        "it is flat" + ";\nabove 100%, data come from the processor's caches" * (highest > 1),
         fontsize=8,
         color="0.35",
     )

@@ -14,7 +14,7 @@ _REWORDED = {
     "Print the configuration after applying": "print the configuration that all files and options give, and end",
     'One or more arguments specifying "class_path"': "class of the data, Criteo in the shipped configurations; its "
     "options are --data.path DIR and those that --data.help Criteo lists",
-    "Show this help message and exit.": "show a short help; --help.all shows this one",
+    "Show this help message and exit.": "show the short help; --help.all shows this help",
 }
 """Beginning of jsonargparse's words -> ours."""
 _LAST = """

@@ -37,8 +37,9 @@ more examples:
 --device-memory is for devices (one for each of --ranks) that cannot hold all tables: it shows
 which tables, or which of their rows, stay in host memory (model.network.tables.on_host), and
 --output writes this choice as a configuration. Without --device-memory, --output writes the plan
-for a run; a run without a plan uses the plan that this command shows without --counted and --skew.
-"pooled" in the file lists the tables whose bags are summed by the ranks that hold their rows:
+for a run. In its file, "pooled" lists the tables whose bags are summed by the ranks that hold
+their rows. A run without a plan file uses the plan that this command shows without --counted and
+--skew; a run with a plan file has
   trainer:
     strategy:
       class_path: EmbeddingShardedDDP

@@ -18,7 +18,7 @@ _NUMBERS_OR_SHARES = (
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
     *("overfit_batches", "val_check_interval"),
 )
-"""Arguments of the Trainer of which 1 is one batch, and 1.0 all of them."""
+"""Arguments of the Trainer for which 1 means one batch, and 1.0 all batches."""
 
 
 def as_list(given: Any) -> list[Any]:

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-c", "--config", action="append", help="an experiment's YAML, then overlays for all its runs")
     parser.add_argument("--output", default=None, help="folder for the report, and for the runs of an experiment")
     parser.add_argument("--seeds", default=None, help="seeds instead of those of the experiment, such as 1,2,3")
-    parser.add_argument("--parallel", default=None, help="runs at a time; by default one for each GPU, on a CPU one")
+    parser.add_argument("--parallel", default=None, help="runs at a time (default: one for each GPU; one on a CPU)")
     parser.add_argument("--split", choices=get_args(Split), default="test", help="which samples are scored")
     parser.add_argument(
         "--group",
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--discard-checkpoints",
         action="store_true",
-        help="remove a run's checkpoints once it is scored; at the paper's size they take 4 to 9 GiB a run",
+        help="remove a run's checkpoints once it is scored; at the paper's size they take 4 to 8 GiB a run",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, show the planned comparison, and exit"

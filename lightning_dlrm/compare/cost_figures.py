@@ -47,8 +47,8 @@ class CostDrawing(Drawing):
             + (
                 ""
                 if len(shown) == 3
-                else " Times are not shown: they differ more than 1.5 times between the seeds of a configuration, so "
-                "other work slowed the machine down."
+                else " Times are not shown: they differ by a factor of more than 1.5 between seeds of a configuration"
+                ", so other work slowed the machine down."
             ),
         )
 
@@ -82,7 +82,7 @@ class CostDrawing(Drawing):
 
     @staticmethod
     def _tables(axes: Axes, distinct: Mapping[str, Anatomy]) -> None:
-        """Draw the parameters of each table; of more than 40 the largest."""
+        """Draw the parameters of each table; if there are more than 40, of the largest."""
         most: dict[str, int] = {}
         for anatomy in distinct.values():
             most |= {name: max(count, most.get(name, 0)) for name, count in anatomy.tables.items()}
@@ -95,7 +95,7 @@ class CostDrawing(Drawing):
         axes.set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
         axes.set(yscale="log", xlabel="table", ylabel="parameters", xmargin=0.01)
         if len(distinct) > 1:
-            # Above the axes: inside they would hide bars.
+            # Above the axes: inside, the legend would hide bars.
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(distinct), frameon=False, fontsize=8)
 
     def operators(self, operators: Mapping[str, Mapping[str, float]]) -> Picture:
@@ -120,7 +120,7 @@ class CostDrawing(Drawing):
         left = np.zeros(len(bars))
         longest = np.sum(list(amounts.values()), axis=0).max()
         for i, (name, values) in enumerate(amounts.items()):
-            # Configurations have the colours of the other palette.
+            # The colours of configurations are from another palette.
             look: dict[str, Any] = filling(i, TOL_MUTED)
             axes.barh(range(len(bars)), values, 0.6, left, label=name, **look)
             for y, value in enumerate(values):

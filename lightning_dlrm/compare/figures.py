@@ -23,9 +23,9 @@ SHOWN_MARKS = 8
 """Markers along a curve."""
 _OPERATIONS = "floating-point operations"
 _COMMON_SCALE = 50
-"""Ratio of operations up to which an axis shows them all."""
+"""Largest ratio of the operations of two configurations that one axis shows."""
 _LEVEL_LOOK: dict[str, Any] = {"color": "0.45", "linestyle": (0, (1, 1.5)), "linewidth": 1.2}
-"""Lines of a score that is reached without a model."""
+"""Style of the line of a score that is reached without a model."""
 
 
 def draw_all(
@@ -42,7 +42,7 @@ def draw_all(
         operators: measured configuration -> kind of operator -> milliseconds of a step.
         folder: folder of the files.
     """
-    # The narrow figures first, which the pictures of the page find beside their files.
+    # The narrow figures first: the page looks for them beside the files of the wide figures.
     for narrow in (True, False):
         drawing, costs = _ResultDrawing(comparison, folder, narrow), CostDrawing(comparison, folder, narrow)
         pictures = [drawing.differences(), drawing.curves("auc"), drawing.results()]
@@ -107,8 +107,8 @@ class _ResultDrawing(Drawing):
             figure,
             metric,
             f"{METRIC_TITLES[metric][0].upper()}{METRIC_TITLES[metric][1:]} against {against}",
-            "Above over the last 65,536 training samples, each scored before its step; below on the validation split. "
-            "After the first twentieth of the run. "
+            "Above: the last 65,536 training samples, each scored before its step; below: the validation split. "
+            "The first twentieth of the run is not shown. "
             + (
                 "Time is that of training, without validations and checkpoints. "
                 if len({x for x, _ in abscissae}) > 1
@@ -209,7 +209,7 @@ class _ResultDrawing(Drawing):
             )
             axes.tick_params(labelsize=8)
             axes.locator_params(axis="x", nbins=5)
-            # Zero is seen, and so is which way it lies.
+            # The axis includes 0, with room on its other side.
             low, high = axes.get_xlim()
             axes.set_xlim(min(low, -0.12 * high), max(high, -0.12 * low))
         return self.save(
@@ -221,8 +221,8 @@ class _ResultDrawing(Drawing):
             + (
                 "the samples only, because each side has one seed; all markers are open, without a verdict."
                 if comparison.one_seed
-                else "seeds and samples (the samples only if a side has one seed). A filled marker: the two differ by "
-                "the verdict, which is adjusted for the number of verdicts by Holm's method; the intervals are not "
+                else "seeds and samples (the samples only if a side has one seed). A filled marker: the verdict is "
+                "that the two differ. Verdicts are adjusted for their number by Holm's method; the intervals are not "
                 "adjusted."
             ),
         )

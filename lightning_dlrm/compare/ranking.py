@@ -12,7 +12,7 @@ from lightning_dlrm.contracts.terminal import counted
 from lightning_dlrm.tracking import names
 
 _SHOWN_NAMES = 4
-"""Configurations that a title or a sentence names; of more it says the number."""
+"""Most configurations that a title or a sentence lists by name; of more it gives the number."""
 
 
 def title_of(arms: Sequence[Arm]) -> str:
@@ -109,7 +109,7 @@ def answer(comparison: Comparison) -> tuple[str, str]:
             "seeds."
         )
     elif level:
-        # An interval may leave out 0 without a verdict.
+        # An interval may exclude 0 without a verdict.
         adjusted = any(pair.unadjusted != pair.verdict for pair in pairs)
         verdicts = counted(sum(not pair.single for pair in comparison.pairs), "verdict")
         head = (
@@ -143,4 +143,4 @@ def _seeds(comparison: Comparison) -> str:
 def _demo(comparison: Comparison) -> str:
     if all(arm.runs[0].final.get(names.OPTIMUM_AUC) is None and arm["dataset"] != "demo" for arm in comparison.arms):
         return ""
-    return ": demo data, generated clicks that say nothing of real ones"
+    return ": demo data, generated clicks that say nothing about real ones"

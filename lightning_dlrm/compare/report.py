@@ -21,7 +21,7 @@ from lightning_dlrm.tracking.sparkline import sparkline
 from lightning_dlrm.tracking.wandb_run import ComparisonPage, Table
 
 SPARK_WIDTH = 12
-"""Characters of a sparkline, with which the closing table fits into 80 columns."""
+"""Characters of a sparkline, so that the closing table fits into 80 columns."""
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
@@ -278,7 +278,7 @@ def closing_words(comparison: Comparison, output: Path) -> str:
             "",
             *aligned(rows),
             f"{of}, on the {comparison.split} split; validation: the course of the AUC",
-            *([] if steady else ["samples/s are not comparable: they differ more than 1.5 times between seeds"]),
+            *([] if steady else ["samples/s are not comparable: seeds differ by a factor of more than 1.5"]),
             *filter(None, [comparison.groups_note]),
             "",
             *_differences(comparison),
@@ -291,7 +291,7 @@ def closing_words(comparison: Comparison, output: Path) -> str:
 
 
 def _differences(comparison: Comparison) -> list[str]:
-    """Return a table of the differences by each metric; sentences if there are few, or some have no verdict."""
+    """Return a table of the differences by each metric; sentences for two arms, or if a pair has no verdict."""
     if len(comparison.arms) == 2 or any(pair.single or not pair.same_data for pair in comparison.pairs):
         return ["differences, with 95% intervals:", *(f"  {pair.sentence}" for pair in comparison.pairs)]
     lines = []
@@ -302,7 +302,7 @@ def _differences(comparison: Comparison) -> list[str]:
             word = "better" if pair.decided else "-"
             rows.append([f"{pair.winner} - {pair.loser}", shown, f"{pair.p_adjusted:.2g}", word])
         lines += [*aligned(rows, left=(0, 3)), ""]
-    return [*lines, "p: adjusted; -: not distinguishable, though an interval may leave out 0"]
+    return [*lines, "p is adjusted; - means not distinguishable, even if the interval excludes 0"]
 
 
 def _mean_course(arm: Arm, metric: str) -> list[float]:

@@ -59,7 +59,7 @@ class CTRModule(pl.LightningModule):
             filled in. None for constant rates.
         loss: the loss: LogLoss, ProbabilityLogLoss, WeightedLogLoss or FocalLoss; validations report the same metrics
             with each of them.
-        regularization: penalty of the size of parameters; None for none.
+        regularization: penalty of the size of parameters; None for no penalty.
         initialization: own (the network's own), or xavier: draw dense parameters as FuxiCTR does, all weights Xavier
             normal and all biases zero; for tables, set network.tables.initial_std.
         averaging: evaluate with an average of the parameters of many steps; None for the parameters of the last step.

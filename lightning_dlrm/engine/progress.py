@@ -16,13 +16,13 @@ from lightning_dlrm.engine.metrics_logger import MetricsLogger, peak_memory
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.tracking import names
 
-# Without steps/s, since samples/s are shown.
+# Without steps/s, because samples/s are shown.
 FIT_FORMAT = "{desc} {percentage:3.0f}%|{bar}| steps {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 EVALUATION_FORMAT = "{desc} {percentage:3.0f}%|{bar}| batches {n_fmt}/{total_fmt} {elapsed}<{remaining}"
 _BAR_CELLS = 8
 """Cells of a bar that metrics beside it leave free."""
 LINE_SECONDS = 10.0
-"""Between two lines without a terminal: redraws would fill a log."""
+"""Seconds between two lines if there is no terminal, where redraws would fill a log."""
 LINE_COLUMNS = 110
 
 

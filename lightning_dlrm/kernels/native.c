@@ -2,7 +2,8 @@
    and the backward pass of ReLUs.
 
    Lookup and update give the results of plain torch in lightning_dlrm.tables.lookup and lightning_dlrm.optim.rules:
-   sums are taken index after index, and a product is fused with the addition after it if torch's kernels fuse them.
+   sums are added in the order of the indices, and a product is fused with the addition after it if torch's kernels fuse
+   them.
    Each sum is taken by one thread, so results do not depend on the number of threads.
 
    Names: B bags (output vectors), F tables, D width, R rows of all tables, N indices of all bags, V vectors, P pairs of
@@ -18,7 +19,7 @@ enum { LINE = 64, PREFETCH = 24, BAGS_PER_CHUNK = 512, INDICES_PER_CHUNK = 512, 
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Fused only if the processor has one instruction for it; clang does not define __FP_FAST_FMAF then. */
+/* Fused only if the processor has one instruction for it; clang does not define __FP_FAST_FMAF even then. */
 #if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 #define FMA(a, b, c) fmaf(a, b, c)
 #else
@@ -110,7 +111,8 @@ INLINE int64_t bag_start(const struct lookup *a, int64_t bag) {
     return a->offsets ? a->offsets[bag] : bag;
 }
 
-/* Writes the rows and bags of the indices of some bags; returns false if a row does not exist. */
+/* Writes the rows and bags of the indices of some bags; returns false if a row does not exist, or if offsets do not
+   ascend. */
 INLINE bool find_rows(struct lookup *a, int64_t first, int64_t last) {
     int64_t table = first % a->table_count;
     for (int64_t bag = first; bag < last; bag++) {
@@ -177,7 +179,7 @@ static void look_up_chunks(void *work_arguments) {
         const int64_t first = chunk * BAGS_PER_CHUNK, last = minimum(first + BAGS_PER_CHUNK, a->bag_count);
         if (!find_rows(a, first, last))
             break;
-        /* A width that is known at compile time halves the time. */
+        /* A width that is known at compile time takes half the time. */
         if (!a->offsets && !a->factors && !a->bf16 && a->width == 16)
             copy_rows(a, first, last, 64);
         else if (!a->offsets && !a->factors)
@@ -372,7 +374,7 @@ INLINE float mean_square(const float *g, int64_t width) {
     return sum / (float)width;
 }
 
-/* Updates the rows whose first index is in first to last - 1. */
+/* Updates each row whose first index, in sorted order, is at least `first` and below `last`. */
 INLINE void update_chunk(struct update *a, const uint64_t *indices, int64_t first, int64_t last, int64_t width,
                          bool bf16, int rule, float *sum, float *values) {
     const int64_t bytes = width * (bf16 ? 2 : 4);
@@ -457,7 +459,7 @@ INLINE void update_rows_by(struct update *a, const uint64_t *indices, int64_t fi
 
 static void update_share(void *work_arguments) {
     struct update *a = work_arguments;
-    /* Reading the bags after the sort would take as long as the sort itself. */
+    /* The bags are sorted with the rows: to read them after the sort would take as long as the sort itself. */
     const uint64_t *indices = sort_indices(&(struct sorting){.rows = a->rows,
                                                              .tags = a->factors ? NULL : a->bags,
                                                              .scratch = a->scratch,
@@ -676,7 +678,7 @@ struct relu {
     bool bf16; /* whether `grad`, `activation` and `transposed` are bfloat16 */
 };
 
-/* Keeps a row's gradient where the activation is positive, and adds it to the sums. */
+/* Sets a row's gradient to 0 where the ReLU's result is 0, and adds the row to the sums. */
 INLINE void differentiate_row(const struct relu *a, int64_t row, bool bf16, float *restrict sums) {
     void *restrict grad = a->grad + bytes_of(row * a->width, bf16);
     const void *restrict activation = a->activation + bytes_of(row * a->width, bf16);
@@ -692,7 +694,7 @@ INLINE void differentiate_row(const struct relu *a, int64_t row, bool bf16, floa
     }
 }
 
-/* Copies bits: the elements have the size of the values, not their type. */
+/* Copies bits: the elements are integers of the size of the values. */
 #define TRANSPOSE(name, element)                                                                                       \
     INLINE void name(const element *from, int64_t width, element *to, int64_t samples, int64_t rows,                   \
                      int64_t columns) {                                                                                \
@@ -775,7 +777,7 @@ static void relu_gradients_share(void *work_arguments) {
 
 ENTRY(relu, relu_gradients) {
     parallel(relu_gradients_share, all, (unsigned)threads, 0);
-    /* Added in a fixed order, so that the result does not depend on the threads. */
+    /* Sums are added in a fixed order, so that the result does not depend on the number of threads. */
     const int64_t chunks = (all->samples + ROWS_PER_SUM - 1) / ROWS_PER_SUM;
     for (int64_t chunk = 1; chunk < chunks; chunk++)
         for (int64_t d = 0; d < all->width; d++)

@@ -195,7 +195,7 @@ def _differentiate_lookup(ctx: Any, grad_BD: Tensor, *_: None) -> tuple[Tensor |
 def _sort(rows_N: Tensor, stop: int) -> tuple[Tensor, Tensor]:
     if rows_N.dim() != 1 or len(rows_N) > _INT32_MAX:
         raise ValueError(
-            f"sort: rows of the shape {list(rows_N.shape)}; expected one dimension of {_INT32_MAX} at most"
+            f"sort: rows of the shape {list(rows_N.shape)}; expected one dimension with at most {_INT32_MAX} rows"
         )
     _check_bounds("sort: there are rows", rows_N, stop)
     sorted_N, order_N = _sort_results(rows_N, stop)
@@ -271,7 +271,7 @@ def _update(
 
 
 def _sorting(rows_N: Tensor, stop: int, thread_count: int) -> dict[str, Tensor | int]:
-    """Return the arguments of C's struct sorting, but for the rows and tags; a ``stop`` of 0 is for ascending rows.
+    """Return the arguments of C's struct sorting, except the rows and tags; a ``stop`` of 0 means ascending rows.
 
     ``thread_count`` must be that of the call: ``counts`` has a row for each thread.
     """

@@ -177,8 +177,8 @@ class AsyncCollective:
 def reserve_port() -> socket.socket:
     """Return a socket with a TCP port of this machine for the store of a process group.
 
-    The system gives no other process the port while the socket is open. The store can listen on it all the same: the
-    socket does not listen, and both set SO_REUSEADDR.
+    The system gives no other process the port while the socket is open. The store can still listen on the port,
+    because this socket does not listen, and both set SO_REUSEADDR.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

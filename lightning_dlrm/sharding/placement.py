@@ -6,8 +6,8 @@ pools a table, a rank requests sums: one for each bag and each rank that holds r
 receives the sum's gradient. ``requests`` makes requests of ids.
 
 The ids of a prefetched batch are exchanged during the batch before it. For each lookup of a batch, the host waits for
-the device once: for the numbers of vectors and rows that the ranks request of each other, which shapes follow. For a
-prefetched batch they are counted ahead, on a GPU beside the computing stream.
+the device once: for the numbers of vectors and rows that the ranks request from each other, because shapes depend on
+them. For a prefetched batch these numbers are counted ahead, on a GPU in a second stream.
 
 Gradients are exchanged while DDP reduces the dense gradients; the exchange is waited for when the optimizer reads them.
 The main thread of each rank starts all exchanges, so that every rank makes the same calls in the same order.
@@ -180,7 +180,7 @@ class ShardedPlacement(Placement):
             pending = PendingLookup(self._rows.request(ids, self._is_native(tables)), self.ranks)
         self._send_rows(tables, pending)
         request = pending.request
-        # Metrics are divided by training steps, to which a validation's exchanges do not belong.
+        # Metrics are per training step, so exchanges of a validation are not counted.
         if self.training:
             self._counts_2C = self._counts_2C.to(request.counts.device) + request.counts
             self._factor_bytes = 0 if request.factors is None else request.factors.element_size()
@@ -193,7 +193,7 @@ class ShardedPlacement(Placement):
         weights = request.weights if request.pooled else ids.weights
         bags = (request.offsets, weights) if pooled else (None, None)
         positions = RowRequest.of_rows(request.lookups.positions(), *bags)
-        # The numbers of rows that the next batch asks of each rank have arrived by now.
+        # The numbers of rows that the next batch requests from each rank have arrived by now.
         if self._prefetched is not None:
             self._send_rows(tables, self._prefetched)
             self._prefetched = None

@@ -17,16 +17,17 @@ _UNITS = {"log_loss": "nats per sample", "calibration": "predicted clicks / clic
 
 _WORDS = {
     "comparison": "What compare found: which configuration is better, and how sure that is.",
-    "quality": "How well the runs predict clicks: AUC and accuracy are best high, log loss and normalized entropy low, "
-    "calibration at 1.",
+    "quality": "How well the runs predict clicks. Higher is better for AUC and accuracy, lower for log loss and "
+    "normalized entropy; calibration is best at 1.",
     "training": "Whether training is stable: the loss falls. AUC, log loss and accuracy are of the last "
     f"{names.WINDOW_SAMPLES:,} samples, each scored before its step.",
-    "norms": "Whether a norm grows without end. Only of runs with --log_norms true.",
-    "speed": "Samples a second, and what they wait for. Compare times of runs on equal, idle machines only.",
-    "system": "What the runs take of their machines.",
-    "GPUs": "What the runs take of their GPUs. Only of runs on GPUs.",
-    "parallel": "What ranks exchange, and how evenly tables and work are spread over them. Lines only of runs "
-    "on several ranks.",
+    "norms": "Whether a norm grows without bound. Logged by runs with --log_norms true only.",
+    "speed": "Samples per second, and the share of time spent waiting for data. Compare times of runs on equal, idle "
+    "machines only.",
+    "system": "CPU and memory that the runs use.",
+    "GPUs": "GPU time and memory that the runs use. Logged by runs on GPUs only.",
+    "parallel": "What ranks exchange, and how evenly tables and work are spread over them. Logged by runs "
+    "on several ranks only.",
 }
 """Section -> a sentence on what it shows."""
 
@@ -164,7 +165,7 @@ def _quality_panels() -> list[Any]:
     best_auc = wr.SummaryMetric(f"{names.VALIDATION}/auc.max")
     return [
         *(_metric_lines(names.VALIDATION, metric) for metric in names.METRICS),
-        # From the AUC of guessing, as AUCs differ in the second digit.
+        # From 0.5, the AUC of random predictions: AUCs differ in the second digit.
         _bars("best validation AUC", best_auc, "AUC", range_x=(0.5, None)),
         _curve(
             names.PRECISION_RECALL,

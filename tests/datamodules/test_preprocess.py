@@ -549,7 +549,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         ("unknown protocol 'dlmr'; known: dlrm, mlperf", lambda: preprocess("kaggle", "dlmr", [raw], out)),
         ("no protocol is given", lambda: preprocess("kaggle", None, [raw], out)),
         ("no dataset is given", lambda: preprocess(None, "dlrm", [raw], out)),
-        ("nvidia has no max_rows, dlrm and mlperf have", lambda: preprocess("kaggle", "nvidia", [raw], out, 9)),
+        ("nvidia has no max_rows, unlike dlrm and mlperf", lambda: preprocess("kaggle", "nvidia", [raw], out, 9)),
         ("dlrm has no quantile bins", lambda: preprocess("kaggle", "dlrm", [raw], out, bins=9)),
         ("bins is 1, expected 2 to 256", lambda: preprocess("kaggle", "quantile", [raw], out, bins=1)),
         ("bins is 257", lambda: preprocess("kaggle", "quantile", [raw], out, bins=257)),
