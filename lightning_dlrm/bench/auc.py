@@ -19,8 +19,9 @@ from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.objectives.metrics import exact_auc
 
 DESCRIPTION = """\
-Times the exact AUC of drawn logits and labels: ours of --samples, and scikit-learn's of at most 5,000,000 samples (it
-needs about 100 bytes a sample). Prints the difference of the two on the same samples, and the process's peak memory.
+Times the exact AUC of random logits and labels: ours on --samples samples, and scikit-learn's on at most 5,000,000
+samples (it needs about 100 bytes a sample). Prints the difference of the two on the same samples, and the process's
+peak memory.
 
 examples:
   python -m lightning_dlrm bench auc

@@ -50,8 +50,8 @@ everything that a run does except validations and checkpoints, in turns:
   baseline, plain loop  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.SGD, over the same stream
   peer, whole program   with --peer, dlrm_s_pytorch.py of a checkout of facebookresearch/dlrm with its own loader, in
                         float32, on the same rows; "data_wait" is the share of its time that its loader takes
-"of_bare_loop" is the throughput of the fit as a share of the bare loop's. Quotients are medians over the rounds, in
-which the contenders run one after the other.
+"of_bare_loop" is the throughput of the fit as a share of the bare loop's. Ratios are medians over the rounds;
+the contenders run one after the other in each round.
 
 Each contender has the model in memory: 2.2 GB for each of three to five contenders.
 

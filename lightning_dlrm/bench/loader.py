@@ -33,9 +33,10 @@ verify the checksums of pages, or, in rows named "unverified", neither does. "of
 a share of the baseline's with as many threads. Also prints the time to the first batch, and what a first epoch adds to
 the process's peak memory.
 
-Rows named "epochs of 32" read epochs of 32 large batches, one after the other as fit does for a GPU: four count, after
-two that fill the memory that later ones use again. "of_baseline_cpu" compares processor time, which other work on the
-machine disturbs less, and "seam_s" is the median time from the last batch of an epoch to the first one of the next.
+Rows named "epochs of 32" read epochs of 32 large batches, one after the other as fit does for a GPU: four epochs are
+timed, after two that allocate the memory that later epochs reuse. "of_baseline_cpu" compares processor time,
+which other work on the machine disturbs less, and "seam_s" is the median time from the last batch of an epoch to the
+first batch of the next.
 
 examples:
   python -m lightning_dlrm bench loader

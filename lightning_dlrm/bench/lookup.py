@@ -35,7 +35,7 @@ DESCRIPTION = """\
 Times lookup, backward and update of embedding tables with log-uniform ids (low ids are frequent), in turns:
   ours      one fused table, row-wise Adagrad, with the kernels of --kernels
   baseline  one nn.EmbeddingBag(sparse=True) for each table, torch.optim.Adagrad
-  peer      FBGEMM's table-batched embedding with its fused row-wise Adagrad, where it is installed
+  peer      FBGEMM's table-batched embedding with its fused row-wise Adagrad, if it is installed
             (pip install 'lightning-dlrm[fbgemm]')
 
 With bf16-mixed, vectors and their gradients are bfloat16, as under autocast; tables stay float32.

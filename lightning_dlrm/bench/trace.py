@@ -22,7 +22,7 @@ from lightning_dlrm.contracts.errors import UserError
 DESCRIPTION = """\
 Times the profiling of a column's accesses and the generation of accesses from the profile: uniform accesses, which are
 the worst case for an LRU stack, and skewed ones. The baseline keeps its stack in a Python list, as published generators
-do, and gets a few accesses of the same kind, on a stack that holds the whole table.
+do; it is timed on fewer accesses of the same kind, with a stack that holds the whole table.
 
 examples:
   python -m lightning_dlrm bench trace
