@@ -81,7 +81,7 @@ clusters:
 
 def _epilog() -> str:
     protocols = [
-        textwrap.fill(protocol.summary, 119, initial_indent=f"  {name:<8}", subsequent_indent=" " * 10)
+        textwrap.fill(protocol.summary, 119, initial_indent=f"  {name:<9}", subsequent_indent=" " * 11)
         for name, protocol in PROTOCOLS.items()
     ]
     return "\n".join(["protocols (their scores cannot be compared with each other):", *protocols, "", _SPLITS])
