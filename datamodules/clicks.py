@@ -267,7 +267,10 @@ class FolderData(pl.LightningDataModule):
         for name in splits:
             if name not in has:
                 found = ", ".join(f"{name} ({rows:,} rows)" for name, rows in has.items()) or "no rows at all"
-                raise UserError(f"{self.folder} has no rows in its {name} split: it has {found}; choose another split")
+                raise UserError(
+                    f"{self.folder} has no rows in its {name} split: it has {found}; give a dataset with this split, "
+                    "or choose another split"
+                )
         require(splits, f"{self.folder} has no rows at all; make the dataset again")
 
     def _accepted(self, schema: DatasetSchema) -> DatasetSchema:

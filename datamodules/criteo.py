@@ -47,8 +47,8 @@ class Criteo(Clicks):
     def _accepted(self, schema: DatasetSchema) -> DatasetSchema:
         require(
             self.kind is None or schema.dataset == self.kind,
-            f"{self.path} holds the dataset {schema.dataset!r}, {type(self).__name__} reads {self.kind!r}: "
-            "give its dataset folder with --data.path, or use the datamodule Criteo, which reads every dataset",
+            f"{self.path} holds the dataset {schema.dataset!r}, but {type(self).__name__} reads {self.kind!r}: add "
+            "--data Criteo, which reads every dataset, or give another folder with --data.path",
         )
         return schema
 

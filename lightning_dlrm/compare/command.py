@@ -51,8 +51,8 @@ examples:
       --output runs/figure5
   python -m lightning_dlrm compare runs/dlrm-1 runs/dlrm-2 runs/dcn-1 runs/dcn-2 --output runs/dlrm_vs_dcn
 
-An experiment's YAML names arms (configurations), seeds, and compared settings: see configs/figure5.yaml. Other --config
-files and options such as --data.path or --trainer.max_steps apply to all its runs. Runs that are finished are not
+An experiment's YAML names arms (configurations), seeds, and compared settings, as the shipped figure5.yaml does. Other
+--config files and options such as --data.path or --trainer.max_steps apply to all its runs. Finished runs are not
 repeated; others continue from their newest checkpoint.
 
 The folder after --output gets report.html, its figures as PNG and report.json; for an experiment also runs/ and logs/.

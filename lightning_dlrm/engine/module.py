@@ -242,7 +242,8 @@ class CTRModule(pl.LightningModule):
         # and a ``forward`` of its own take effect.
         logits_B = self(batch)
         loss = self.batch_loss(logits_B, _labels(batch)) * (self.trainer.world_size / batch.global_size)
-        self._batch_size = batch.global_size * self.trainer.accumulate_grad_batches
+        # The last batch of an epoch may be smaller.
+        self._batch_size = max(self._batch_size, batch.global_size * self.trainer.accumulate_grad_batches)
         position = Position(self.trainer.global_step + 1, self.trainer.current_epoch, batch_idx)
         self.guard.watch(loss.detach(), logits_B.detach(), position)
         total = self._scaled(loss + penalty_of(self.network, self.regularization), batch_idx)

@@ -76,6 +76,7 @@ def test_a_recipe_trains_as_its_header_says(
     assert "fit --config recipes/dlrm_small.yaml --data.path DIR" in told, "preprocess names a recipe"
     assert told.count("the published 0.76 (a paper") == 2
     assert "ids of unknown, rare and missing values: train" in caplog.text
+    assert "batches of 88" not in caplog.text, "a warning counts whole batches, not the last one of the 600 rows"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -74,6 +74,7 @@ def test_a_prefetched_request_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
     plan = Plan(ranks=1, pieces=(Piece(table="A", start=0, stop=6, rank=0),))
     with placed_by(partial(ShardedPlacement, plan=plan, ranks=Ranks())):
         tables = EmbeddingTables([Table.of_column("A", 6)], 3, 1)
+    tables.kernels = "plain"  # those in C are for CPUs alone
     streams = Streams(monkeypatch)
     cpu = torch.device("cpu")
     monkeypatch.setitem(host._copies, cpu, host.CudaCopies(cpu))
