@@ -328,8 +328,8 @@ def _fault(line: bytes, labelled: bool) -> str | None:
             hint = " (a log of another form needs a schema of its own: preprocess --infer writes one)"
         found = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
         return (
-            f"{found}, expected {len(columns)} between tabs: {'label, ' if labelled else ''}13 integers, 26 hashes{hint}; "
-            f"{_FAULT_REMEDY}"
+            f"{found}, expected {len(columns)} between tabs: {'label, ' if labelled else ''}13 integers, 26 hashes"
+            f"{hint}; {_FAULT_REMEDY}"
         )
     for name, field in zip(columns, fields, strict=True):
         if name == CRITEO_LABEL:
