@@ -324,9 +324,12 @@ def _fault(line: bytes, labelled: bool) -> str | None:
     if len(fields) != len(columns):
         unlabelled = labelled and len(fields) == len(COLUMNS) - 1
         hint = " (rows without labels, such as Kaggle's test.txt, are encoded with --vocabulary)" if unlabelled else ""
+        if len(fields) == 1 and line:
+            hint = " (a log of another form needs a schema of its own: preprocess --infer writes one)"
+        found = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
         return (
-            f"{len(fields)} fields, expected {len(columns)} between tabs: {'label, ' if labelled else ''}13 integers, "
-            f"26 hashes{hint}; {_FAULT_REMEDY}"
+            f"{found}, expected {len(columns)} between tabs: {'label, ' if labelled else ''}13 integers, 26 hashes"
+            f"{hint}; {_FAULT_REMEDY}"
         )
     for name, field in zip(columns, fields, strict=True):
         if name == CRITEO_LABEL:

@@ -40,7 +40,7 @@ def explain(message: str, known: Sequence[str]) -> str:
         return f"{key}.{match[0]}"
     if re.search(r"arguments are required: [\w.]*\bmodel\.network\b", message):
         return (
-            "no model is chosen: overlays such as small.yaml and own_data.yaml have none; put a model before yours: "
+            "no model is chosen (overlays such as small.yaml and own_data.yaml have none): begin with a model, as in "
             "--config dlrm.yaml --config OVERLAY"
         )
     if match := re.search(r"unrecognized arguments: (?!-)(\S+\.ya?ml)\b", message):

@@ -369,7 +369,7 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         (["fit", "--config", "dlrm.yaml", "--data.pth", "x"], "did you mean path?"),
         (["fit", "--config", "dlrm.yaml", "--model.network", "DLMR"], "no class DLMR"),
         (["fit", "--config", "dlrm.yaml", "--model.netwrok.embedding_dim", "3"], "mean model.network.embedding_dim?"),
-        (["fit", "--config", "small.yaml"], "put a model before yours: --config dlrm.yaml --config OVERLAY"),
+        (["fit", "--config", "small.yaml"], "begin with a model, as in --config dlrm.yaml --config OVERLAY"),
         (["fit", "small.yaml"], "did you mean --config small.yaml?"),
         (
             ["fit", "--config", "dlrm.yaml", "--seed_everything", "-3"],

@@ -330,7 +330,7 @@ def shortened(row: int, fields: int) -> Callable[[list[Line]], None]:
 BAD_LINES = {
     "a field too few": (shortened(70, 39), 71, "39 fields, expected 40"),
     "a field too many": (shortened(3, 41), 4, "41 fields, expected 40"),
-    "an empty line": (shortened(70, 0), 71, "1 fields, expected 40"),
+    "an empty line": (shortened(70, 0), 71, "1 field, expected 40"),
     "label 2": (changed(70, 0, "2"), 71, "label is '2', expected the label 0 or 1"),
     "negative label": (changed(70, 0, "-1"), 71, "label is '-1'"),
     "label missing": (changed(99, 0, ""), 100, "label is ''"),
