@@ -282,40 +282,35 @@ def preprocess(
 ) -> DatasetSchema:
     """Make a dataset folder of raw Criteo files, or of a click log by its schema.
 
-    Equal input gives equal bytes, for any number of workers and interruptions: the same call resumes an interrupted
-    run. A finished dataset is left as it is. The memory of a worker is bounded, whatever the number of rows.
+    Equal input gives equal bytes, for any number of workers and interruptions. The same call resumes an interrupted
+    run, and leaves a finished dataset as it is. The memory of a worker does not grow with the rows.
 
     Args:
         dataset: ``kaggle`` or ``terabyte``; decides how rows are split. None with a vocabulary or a schema.
         protocol: how raw values become features, a name of ``protocols.PROTOCOLS``. None with a vocabulary or a schema.
-        inputs: Criteo's TSV files in the order of days, or the files of the log; text may be compressed by gzip or
-            Zstandard; paths, or URLs that fsspec knows.
+        inputs: Criteo's TSV files in the order of days, or a log's files; paths, or URLs of fsspec; see ``RawFile``.
         output: the folder to make, a path or a URL; it must not exist, or must be empty.
-        max_rows: see ``Options``, as for the other ``options``.
         progress: shows and times the stages, by default on standard error; a finished dataset has no stages.
         block_bytes: text that a worker parses at a time; without effect on the result.
-        vocabulary: a dataset folder whose vocabulary, protocol and options are used; all rows, labelled or not, become
-            the test split.
+        vocabulary: a dataset folder whose encoding is used; all rows, labelled or not, become the test split.
         workers: processes; None for one per core, or for this process alone if the input is small.
         scheduler: the address of a Dask scheduler, whose workers then do the work.
         work: the folder for the hidden working folder; None for that of ``output``.
         schema: of the log; it takes the place of ``dataset``, ``protocol`` and ``max_rows``.
         is_table: whether the input is a Parquet file of a table in memory; then Criteo's rows may be Parquet too.
-        options: further fields of ``Options``; with a schema only ``on_bad_row``.
+        max_rows, options: fields of ``Options``; with a schema only ``on_bad_row``.
 
     Raises:
         UserError: an argument, a path or a line of a file is wrong, the disk is too small, a worker died, or the
             output folder holds something else.
-        TypeError: there is no option of this name.
+        TypeError: there is no such option.
     """
     known_folder = None if vocabulary is None else Folder(vocabulary)
     known = None if known_folder is None else load_schema(known_folder)
     progress, given = progress or Progress(), dict(dataset=dataset, protocol=protocol, max_rows=max_rows, **options)
     recipe, fitted = _chosen(schema, known, known_folder, given)
-    if known is None and recipe.options and (superseded_by := PROTOCOLS[recipe.protocol].superseded_by):
-        progress.note(superseded_by)
-    if known is None and (warning := order_warning(recipe.schema.split, inputs)):
-        progress.note(warning)
+    if known is None:
+        _note_doubts(recipe, inputs, progress)
     _check_workers(workers, scheduler)
     files = find_files([str(path) for path in inputs], recipe.of_criteo and not is_table)
     job = Job(
@@ -328,6 +323,14 @@ def preprocess(
         fitted=fitted,
     )
     return _run(job, Target(str(output), None if work is None else Path(work)), workers, scheduler)
+
+
+def _note_doubts(recipe: Recipe, inputs: Sequence[Path | str], progress: Progress) -> None:
+    """Say if the protocol is superseded, or days seem to be out of order."""
+    if recipe.options and (superseded_by := PROTOCOLS[recipe.protocol].superseded_by):
+        progress.note(superseded_by)
+    if warning := order_warning(recipe.schema.split, inputs):
+        progress.note(warning)
 
 
 def _chosen(
