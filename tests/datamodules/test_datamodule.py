@@ -176,7 +176,7 @@ def test_a_wrong_path_is_an_error_and_no_fallback(tmp_path: Path) -> None:
 
 def test_the_thin_names_refuse_other_datasets(tmp_path: Path, folder: Path) -> None:
     assert CriteoKaggle(str(folder)).schema.dataset == "kaggle"
-    with pytest.raises(UserError, match=r"holds the dataset 'kaggle', CriteoTerabyte reads 'terabyte'"):
+    with pytest.raises(UserError, match=r"holds the dataset 'kaggle', but CriteoTerabyte reads 'terabyte'"):
         _ = CriteoTerabyte(str(folder)).schema
     terabyte = make_dataset(tmp_path / "terabyte", {"train": 3}, "terabyte")
     assert CriteoTerabyte(str(terabyte)).schema.dataset == "terabyte"
