@@ -47,7 +47,8 @@ class EmbeddingShardedDDP(DDPStrategy):
         wire: type of vectors and gradients in exchanges: full for that of the parameters, or bf16.
         timeout_seconds: seconds after which a rank that does not answer ends the run. Saving a checkpoint may take
             longer.
-        options: options of DDPStrategy.
+        options: options of DDPStrategy. ``gradient_as_bucket_view`` is true unless it is given: the dense gradients are
+            then reduced where they are, without a copy.
 
     Raises:
         UserError: an option is out of range.
@@ -69,7 +70,7 @@ class EmbeddingShardedDDP(DDPStrategy):
             f"strategy: start_method {start_method} trains in copies of this process, which could not save the run; "
             "leave it out",
         )
-        super().__init__(**options)
+        super().__init__(**{"gradient_as_bucket_view": True} | options)
         self._plan_file = plan
         self._memory = None if memory_per_rank is None else parse_memory(memory_per_rank)
         self._wire = torch.bfloat16 if wire == "bf16" else None
