@@ -3,6 +3,7 @@
 import argparse
 import pickle
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from lightning_dlrm.cli.parser import build_model_and_data
 from lightning_dlrm.cli.trust import HELP
 from lightning_dlrm.contracts.errors import UserError, require
+from lightning_dlrm.contracts.terminal import filled, help_width
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.dlrm import DLRM, reference_state_dict
@@ -32,8 +34,8 @@ def run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lightning_dlrm checkpoint import",
         usage="python -m lightning_dlrm checkpoint import FILE --config YAML [options of fit] --output DIR",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=filled(DESCRIPTION),
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=help_width()),
         allow_abbrev=False,
     )
     parser.add_argument("--output", metavar="DIR", help="the new checkpoint folder")

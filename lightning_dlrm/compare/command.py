@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,6 +40,7 @@ from lightning_dlrm.compare.scores import (
     shared_samples,
 )
 from lightning_dlrm.contracts.errors import UserError
+from lightning_dlrm.contracts.terminal import filled, help_width
 from lightning_dlrm.tracking.dashboard import Dashboard, publish
 from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY
 from lightning_dlrm.tracking.wandb_mode import choose_mode
@@ -80,11 +82,12 @@ def run(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lightning_dlrm compare",
-        usage="python -m lightning_dlrm compare (--config EXPERIMENT.yaml [--config OVERLAY.yaml ...] | RUN ...) "
-        "--output DIR [options]",
+        usage="python -m lightning_dlrm compare --config EXPERIMENT.yaml [--config OVERLAY.yaml ...]\n"
+        "           --output DIR [options]\n"
+        "       python -m lightning_dlrm compare RUN RUN ... --output DIR [options]",
         description="Train configurations with several seeds, or take finished runs, and show which is better.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=filled(EXAMPLES),
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=help_width()),
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", action="append", help="an experiment's YAML, then overlays for all its runs")
