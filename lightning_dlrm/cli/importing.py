@@ -1,9 +1,7 @@
 """``checkpoint import``: convert parameters of facebookresearch/dlrm to a checkpoint folder."""
 
-import argparse
 import pickle
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_dlrm.cli.parser import build_model_and_data
+from lightning_dlrm.cli.plain_parser import HelpParser
 from lightning_dlrm.cli.trust import HELP
 from lightning_dlrm.contracts.errors import UserError, require
-from lightning_dlrm.contracts.terminal import filled, help_width
 from lightning_dlrm.engine.checkpointing import FolderCheckpointIO
 from lightning_dlrm.engine.module import CTRModule
 from lightning_dlrm.models.dlrm import DLRM, reference_state_dict
@@ -31,12 +29,10 @@ same order. Tables N and layers N of the file become column N and layer N here.
 
 
 def run(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = HelpParser(
         prog="python -m lightning_dlrm checkpoint import",
         usage="python -m lightning_dlrm checkpoint import FILE --config YAML [options of fit] --output DIR",
-        description=filled(DESCRIPTION),
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=help_width()),
-        allow_abbrev=False,
+        description=DESCRIPTION,
     )
     parser.add_argument("--output", metavar="DIR", help="the new checkpoint folder")
     # Only for the list in --help: ``take_trust`` has taken it.

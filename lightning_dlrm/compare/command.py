@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +13,7 @@ import torch
 
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.parser import WandbSettings
+from lightning_dlrm.cli.plain_parser import HelpParser
 from lightning_dlrm.cli.trust import HELP, admit_file, trust_options
 from lightning_dlrm.compare.anatomy import anatomy, breakdown
 from lightning_dlrm.compare.experiment import (
@@ -40,7 +40,6 @@ from lightning_dlrm.compare.scores import (
     shared_samples,
 )
 from lightning_dlrm.contracts.errors import UserError
-from lightning_dlrm.contracts.terminal import filled, help_width
 from lightning_dlrm.tracking.dashboard import Dashboard, publish
 from lightning_dlrm.tracking.run_folder import CONFIG, SUMMARY
 from lightning_dlrm.tracking.wandb_mode import choose_mode
@@ -80,15 +79,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = HelpParser(
         prog="python -m lightning_dlrm compare",
         usage="python -m lightning_dlrm compare --config EXPERIMENT.yaml [--config OVERLAY.yaml ...]\n"
         "           --output DIR [options]\n"
         "       python -m lightning_dlrm compare RUN RUN ... --output DIR [options]",
         description="Train configurations with several seeds, or take finished runs, and show which is better.",
-        epilog=filled(EXAMPLES),
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=help_width()),
-        allow_abbrev=False,
+        epilog=EXAMPLES,
     )
     parser.add_argument("-c", "--config", action="append", help="an experiment's YAML, then overlays for all its runs")
     parser.add_argument("--output", default=None, help="folder for the report, and for the runs of an experiment")
