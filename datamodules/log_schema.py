@@ -241,7 +241,7 @@ class LogSchema:
             if name not in names and (labelled or key not in ("label", "split")):
                 raise UserError(
                     f"{where} has no column {name!r}, which the schema names ({key})"
-                    f"{nearest_first(name, names, 'its columns are')}"
+                    f"{no_header(names) or nearest_first(name, names, 'its columns are')}"
                 )
         label = self.label_in(names).column
         for name, column in self.columns.items():
@@ -271,6 +271,17 @@ class LogSchema:
     def document(self) -> dict[str, Any]:
         """Return the schema as JSON values, without values at their default."""
         return json.loads(json.dumps(_document(self)))
+
+
+def no_header(names: Collection[str]) -> str:
+    """Return a remedy if names of columns look like values, so that the file seems to have no header."""
+    values = [name for name in names if not name or name.replace(".", "", 1).removeprefix("-").isdecimal()]
+    if len(values) * 3 < len(names):
+        return ""
+    return (
+        f"; its first line looks like values ({listed(list(map(repr, names))[:4])}, ...): if the file has no header, "
+        "give the columns as names: [...] in the schema; Criteo's raw text needs format: criteo, or --dataset"
+    )
 
 
 def parse_label(text: str, names: Collection[str]) -> Label:

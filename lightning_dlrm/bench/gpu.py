@@ -102,7 +102,13 @@ class Target:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help=f"cpu to try the rows ({DEFAULT})")
     names = list(dict.fromkeys(row.name.partition(",")[0] for row in ROWS))
-    parser.add_argument("--only", choices=names, nargs="+", help="run these rows only (default: all)")
+    parser.add_argument(
+        "--only",
+        choices=names,
+        nargs="+",
+        metavar="ROW",
+        help=f"run these rows only: {', '.join(names)} (default: all)",
+    )
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="start no row that would not end in this time (default: none)"
     )

@@ -38,7 +38,12 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--device``, ``--precision``, ``--batch-size``, ``--rounds``."""
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help=DEFAULT)
     parser.add_argument(
-        "--precision", nargs="+", default=["32-true"], choices=PRECISIONS, help="one or more, all in the same run"
+        "--precision",
+        nargs="+",
+        default=["32-true"],
+        choices=PRECISIONS,
+        metavar="NAME",
+        help=f"one or more of {', '.join(PRECISIONS)}, all in the same run (default: 32-true)",
     )
     parser.add_argument("--batch-size", type=int, default=2048, metavar="N", help=DEFAULT)
     add_rounds(parser)

@@ -13,6 +13,7 @@ import torch
 
 from lightning_dlrm.cli.configs import find_config
 from lightning_dlrm.cli.parser import WandbSettings
+from lightning_dlrm.cli.plain_parser import HelpParser
 from lightning_dlrm.cli.trust import HELP, admit_file, trust_options
 from lightning_dlrm.compare.anatomy import anatomy, breakdown
 from lightning_dlrm.compare.experiment import (
@@ -78,14 +79,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = HelpParser(
         prog="python -m lightning_dlrm compare",
-        usage="python -m lightning_dlrm compare (--config EXPERIMENT.yaml [--config OVERLAY.yaml ...] | RUN ...) "
-        "--output DIR [options]",
+        usage="python -m lightning_dlrm compare --config EXPERIMENT.yaml [--config OVERLAY.yaml ...]\n"
+        "           --output DIR [options]\n"
+        "       python -m lightning_dlrm compare RUN RUN ... --output DIR [options]",
         description="Train configurations with several seeds, or take finished runs, and show which is better.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", action="append", help="an experiment's YAML, then overlays for all its runs")
     parser.add_argument("--output", default=None, help="folder for the report, and for the runs of an experiment")

@@ -113,10 +113,15 @@ def test_long_lists_are_short_for_people(tmp_path: Path, capsys: pytest.CaptureF
     columns += [Column(name=name, role="categorical", cardinality=9, transform="b") for name in ("C5", "C6", "X")]
     with DatasetWriter(tmp_path / "data", columns) as writer:
         writer.write("train", {column.name: np.zeros(3, np.int32) for column in columns})
-        writer.finish(dataset="mine", protocol="own", settings={"minimum": {"C1": 0, "C2": 5}, "seed": 3})
+        split = {"by": "value", "column": "C5", "train": [1, 2]}
+        settings = {"minimum": {"C1": 0, "C2": 5}, "seed": 3, "schema": {"split": split}}
+        cells = {"train": {"C2": {"missing": 1, "rare": 0, "unknown": 0}}}
+        writer.finish(dataset="mine", protocol="own", settings=settings, cells=cells)
     assert run_inspect(tmp_path / "data") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "  dataset      mine, protocol own, minimum for each column, seed 3" in lines
+    assert "  split        by value, column C5, train 1, 2" in lines
+    assert next(line for line in lines if line.split()[:1] == ["C2"]).split()[3] == "33.33%"
     at = lines.index("  categorical  C1..C3: a")
     assert lines[at + 1] == "               C5, C6, X: b"
     assert next(line for line in lines if line.split()[:1] == ["C1"]).endswith("0/1/1")
