@@ -432,7 +432,7 @@ def test_a_dataset_folder_in_the_given_one(monkeypatch: pytest.MonkeyPatch, caps
     Path("here").mkdir()
     monkeypatch.chdir("here")
     for place, said in {
-        "../mine": "error: ../mine is not a dataset folder: it has no dataset.json; dataset folders in it: ../mine/data",
+        "../mine": "error: ../mine is not a dataset folder: it has no dataset.json; dataset folders in it: ../mine",
         ".": "it has no dataset.json; make it with 'python -m lightning_dlrm preprocess --output",
         "..": "finished",
     }.items():
