@@ -28,6 +28,7 @@ from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.cli.trainer_settings import _check_place
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
+from tests.caches import new_cache
 from tests.engine.test_finished import checksums
 from tests.engine.test_guards import wreck
 from tests.forked import ForkedPython
@@ -49,7 +50,7 @@ QUICK = ["--data.batch_size=256", "--trainer.log_every_n_steps=1", "--wandb.mode
 def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.chdir(tmp_path)
     # One cache for all tests: the demo data are made once.
-    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path_factory.getbasetemp() / "cache"))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -19,6 +19,7 @@ from lightning_dlrm.cli import trainer_settings
 from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.models.layers import MLP
 from lightning_dlrm.objectives.losses import LogLoss
+from tests.caches import new_cache
 from tests.front_door.conftest import TINY
 
 BATCHES = 32
@@ -96,7 +97,7 @@ class Intervene(pl.Callback):
 @pytest.fixture(autouse=True)
 def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path_factory.getbasetemp() / "cache"))
     Path("tiny.yaml").write_text(TINY + "wandb: {mode: disabled}\n")
     Spy.batches, Spy.validations, Spy.evaluated, Spy.modes = [], [], 0, set()
 
