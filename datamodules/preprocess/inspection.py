@@ -210,7 +210,7 @@ def _column_table(facts: Mapping[str, Any]) -> list[str]:
     ]
     total = ("all", "", f"{facts['table_rows']:,}", *[""] * 6)
     lines = aligned([header, *body, total], left=(0, 1, 8))
-    if facts["table_rows"]:
+    if "top id" in lines[0]:
         lines.append("top id: share of the lookups of the most frequent id; 90% in: ids that take 90%")
     if kinds:
         lines.append(f"reserved: ids of {'/'.join(kinds)} values")
