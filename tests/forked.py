@@ -7,6 +7,8 @@ its own path. At its end it waits for its threads and calls what is registered t
 
 import atexit
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import runpy
@@ -32,6 +34,9 @@ INTERPRETER = "FORKED_INTERPRETER"
 
 WHOLE_END = "FORKED_WHOLE_END"
 """Environment variable: if set, a forked process frees its objects at its end."""
+
+NETWORK = "FORKED_NETWORK"
+"""Environment variable: the network namespace, by its name for ``ip``, that a forked process enters."""
 
 
 class ForkedPython:
@@ -116,6 +121,8 @@ def interpreter() -> str:
     if not path.exists():
         # Programs of one line, such as W&B's, import nothing that takes long.
         real = f'if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
+        # torchrun's workers do not buffer what they print.
+        real += 'if [ "$1" = -u ]; then shift; fi\n'
         path.write_text(f'#!/bin/sh\n{real}exec {sys.executable} -IS {__file__} {_server()} "$@"\n')
         path.chmod(0o755)
     return str(path)
@@ -159,6 +166,8 @@ def serve(address: Path) -> None:
     # Not the first process that ends removes W&B's temporary folder, but the server.
     atexit.unregister(MEDIA_TMP.cleanup)
     MEDIA_TMP._finalizer.detach()
+    # Looking through them for garbage would copy them.
+    gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
     unfinished = address.with_suffix(".new")
     listener.bind(str(unfinished))
@@ -215,6 +224,10 @@ def _become(request: dict[str, Any], stdio: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
+    if NETWORK in os.environ:
+        with Path("/run/netns", os.environ[NETWORK]).open() as namespace:
+            entered = ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0)
+            assert entered == 0, os.strerror(ctypes.get_errno())
     sys.argv = request["arguments"]
     sys.executable = os.environ.get(INTERPRETER, sys.executable)
     start = (

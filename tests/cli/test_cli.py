@@ -26,6 +26,7 @@ from lightning_dlrm.__main__ import COMMANDS, main
 from lightning_dlrm.cli import version
 from lightning_dlrm.cli.short_help import SHORT_HELP
 from lightning_dlrm.contracts.schema import DatasetSchema
+from tests.caches import new_cache
 from tests.engine.test_finished import checksums
 from tests.engine.test_guards import wreck
 from tests.forked import ForkedPython
@@ -47,7 +48,7 @@ QUICK = ["--data.batch_size=256", "--trainer.log_every_n_steps=1", "--wandb.mode
 def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.chdir(tmp_path)
     # One cache for all tests: the demo data are made once.
-    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("LIGHTNING_DLRM_CACHE", new_cache(tmp_path_factory.getbasetemp() / "cache"))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -136,8 +137,10 @@ def test_demo_fit_as_a_process_says_what_it_is() -> None:
     final = json.loads(Path("run/summary.json").read_text())["final"]
     assert f"best reachable {final['data/optimum_auc']:.4f}" in done.stdout
     told = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines()}
-    # The last validation is the best: one column.
-    assert told["AUC"][1:] == [f"{score:.6f}" for score in (final["validation/auc"], final["data/optimum_auc"])]
+    # The last validation is the best: one column; always predicting the click rate has AUC 0.5.
+    assert told["AUC"][1:] == [f"{score:.6f}" for score in (final["validation/auc"], 0.5, final["data/optimum_auc"])]
+    entropy = final["validation/log_loss"] / final["validation/normalized_entropy"]
+    assert told["log loss"][3] == f"{entropy:.6f}" and told["validation"][1:4] == ["last", "and", "best"]
     assert "\nvalidation at step 4: AUC" in done.stderr and "(highest AUC so far)" in done.stderr
     assert "\n\n" not in done.stderr and "DLRM on demo data, batch " in done.stderr
     assert told["parameters"][1] == f"{final['parameters/total']:,}" and told["run folder"][-1] == "run"
