@@ -139,8 +139,10 @@ def test_demo_fit_as_a_process_says_what_it_is() -> None:
     final = json.loads(Path("run/summary.json").read_text())["final"]
     assert f"best reachable {final['data/optimum_auc']:.4f}" in done.stdout
     told = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines()}
-    # The last validation is the best: one column.
-    assert told["AUC"][1:] == [f"{score:.6f}" for score in (final["validation/auc"], final["data/optimum_auc"])]
+    # The last validation is the best: one column; always predicting the click rate has AUC 0.5.
+    assert told["AUC"][1:] == [f"{score:.6f}" for score in (final["validation/auc"], 0.5, final["data/optimum_auc"])]
+    entropy = final["validation/log_loss"] / final["validation/normalized_entropy"]
+    assert told["log loss"][3] == f"{entropy:.6f}" and told["validation"][1:4] == ["last", "and", "best"]
     assert "\nvalidation at step 4: AUC" in done.stderr and "(highest AUC so far)" in done.stderr
     assert "\n\n" not in done.stderr and "DLRM on demo data, batch " in done.stderr
     assert told["parameters"][1] == f"{final['parameters/total']:,}" and told["run folder"][-1] == "run"
