@@ -242,7 +242,7 @@ def as_csv(rows: Sequence[Row], separator: str = ",") -> str:
     return out.getvalue()
 
 
-@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(rows=st.lists(rows, min_size=8, max_size=40), document=documents(), piece=st.sampled_from([40, 150, 10**6]))
 def test_a_dataset_is_what_the_schema_says(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Row], document: dict[str, Any], piece: int
@@ -734,7 +734,7 @@ def test_many_bad_rows_take_as_long_as_few(tmp_path: Path, name: str, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["log.csv", "log.jsonl"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     edits=st.lists(
         st.tuples(st.integers(0, 400), st.binary(max_size=3) | st.sampled_from([b'"', b",", b"\n", b"\r\n", b"\xff"])),

@@ -393,7 +393,7 @@ def test_bad_line_in_a_later_file_is_named(tmp_path: Path) -> None:
     assert names_in(tmp_path) == {"day_0", "day_1"}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     column=st.integers(0, 39),
     text=st.text("0123456789abfgxX-+. \t\r\n\"'\0é", max_size=10) | st.integers(-(2**33), 2**33).map(str),
