@@ -208,7 +208,7 @@ def build_trainer(job: Job, trainer_settings: dict[str, Any], callbacks: list[pl
     }
     try:
         trainer = RunTrainer(job.folder, **(trainer_settings | ours))
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     # Lightning appends the timer of max_time; the step at which it stops a fit is to be logged and validated.
     trainer.callbacks.sort(key=lambda callback: not isinstance(callback, Timer))  # type: ignore[attr-defined]
