@@ -8,6 +8,7 @@ from numbers import Number
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from datamodules.preprocess.report import GENERATED, REPORT_FILE
 from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.cli.parser import PublishedScore
 from lightning_dlrm.contracts.documents import parse_json, read_json, read_yaml
@@ -34,6 +35,8 @@ NEEDED = (
 """Keys of a run's summary without which it cannot be compared."""
 
 
+_GENERATED = ("demo", "random", "trace")
+"""Names of the datasets that ``generate`` writes."""
 _SECTIONS = {"seed_everything": int, "model": dict, "data": dict, "trainer": dict, "wandb": dict}
 """Keys of a run's configuration that are read here, with the types of their values."""
 _DAMAGED = "the run folder is damaged: restore the file from a copy, or train the run again"
@@ -55,6 +58,17 @@ class Run:
     @property
     def seed(self) -> int:
         return int(self.config["seed_everything"])
+
+    @property
+    def generated(self) -> bool:
+        """Whether ``generate`` made the data: the dataset itself, or the raw files that ``preprocess`` read."""
+        if self.final["dataset"] in _GENERATED or self.final.get(names.OPTIMUM_AUC) is not None:
+            return True
+        folder = Path(str(self.config["data"].get("init_args", {}).get("path")))
+        try:
+            return bool(read_json(folder / REPORT_FILE, dict[str, Any], "").get(GENERATED))
+        except UserError:
+            return False
 
     @property
     def checkpoint(self) -> Path:
