@@ -242,6 +242,7 @@ class LogSchema:
                 raise UserError(
                     f"{where} has no column {name!r}, which the schema names ({key})"
                     f"{no_header(names) or nearest_first(name, names, 'its columns are')}"
+                    f"{'; for rows without labels use --vocabulary DIR' if key == 'label' else ''}"
                 )
         label = self.label_in(names).column
         for name, column in self.columns.items():
@@ -325,12 +326,18 @@ def read_log_schema(path: str | Path) -> LogSchema:
     """
     found = next((place for place in (Path(path), shipped_configs() / path) if place.is_file()), None)
     if found is None:
-        known = [*yaml_files_beside(path), *(name for name in shipped_names() if name.startswith(SCHEMAS))]
+        beside = [name for name in yaml_files_beside(path) if _is_schema(Path(name))]
+        known = [*beside, *(name for name in shipped_names() if name.startswith(SCHEMAS))]
         raise UserError(
             f"no schema {path} here{nearest_first(str(path), known, 'schemas here and shipped are')}; preprocess "
             "--infer writes one"
         )
     return log_schema(read_yaml(found, _EXPECTED), str(path))
+
+
+def _is_schema(path: Path) -> bool:
+    """Whether a YAML file has the keys of a schema."""
+    return re.search(r"(?m)^label:", path.read_text(errors="replace")) is not None
 
 
 def log_schema(content: Mapping[str, Any], where: str = "schema") -> LogSchema:

@@ -191,7 +191,7 @@ def _split_table(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _column_table(facts: Mapping[str, Any]) -> list[str]:
-    header = ("column", "role", "table rows", "missing", "unknown", "top id", "90% in", "reserved", "")
+    header = ("column", "role", "table rows", "missing", "unknown", "top id", "90% in", "")
     kinds = dict.fromkeys(kind for column in facts["columns"] for kind in column["reserved"])
     body = [
         (
@@ -203,15 +203,14 @@ def _column_table(facts: Mapping[str, Any]) -> list[str]:
                 for share in ("missing", "unknown", "most_frequent")
             ),
             "" if column["ids_for_90"] is None else f"{column['ids_for_90']:,}",
-            "/".join(str(column["reserved"].get(kind, "-")) for kind in kinds) if column["reserved"] else "",
             column["note"],
         )
         for column in facts["columns"]
     ]
-    total = ("all", "", f"{facts['table_rows']:,}", *[""] * 6)
-    lines = aligned([header, *body, total], left=(0, 1, 8))
+    total = ("all", "", f"{facts['table_rows']:,}", *[""] * 5)
+    lines = aligned([header, *body, total], left=(0, 1, 7))
     if "top id" in lines[0]:
         lines.append("top id: share of the lookups of the most frequent id; 90% in: ids that take 90%")
     if kinds:
-        lines.append(f"reserved: ids of {'/'.join(kinds)} values")
+        lines.append(f"table rows include those of {', '.join(kinds)} values; --json has their ids")
     return lines

@@ -157,7 +157,8 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
                 found = replace(found, extra={"asked_samples_per_s": asked, **found.extra})
             if found.error or (asked is not None and found.samples_per_s < asked) or not found.extra.get("met", 1.0):
                 bad.append(f"{row.name}: {found.error or 'missed'}")
-            print(f"{time.monotonic() - began:.0f} s: {render([found]).splitlines()[-1]}", flush=True)
+            line = ", ".join(part.strip() for part in render([found]).splitlines()[1:])
+            print(f"{time.monotonic() - began:.0f} s: {line}", flush=True)
             yield found
         _free(device)
     if bad:

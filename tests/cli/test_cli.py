@@ -25,6 +25,8 @@ from sklearn.metrics import roc_auc_score
 from lightning_dlrm.__main__ import COMMANDS, main
 from lightning_dlrm.cli import version
 from lightning_dlrm.cli.short_help import SHORT_HELP
+from lightning_dlrm.cli.trainer_settings import _check_place
+from lightning_dlrm.contracts.errors import UserError
 from lightning_dlrm.contracts.schema import DatasetSchema
 from tests.caches import new_cache
 from tests.engine.test_finished import checksums
@@ -379,7 +381,10 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
             "error: seed_everything is -3; give a number from 0",
         ),
         (["fit", "--config", "dlrm.yaml", "--seed_everything", str(2**32)], "seed_everything is 4294967296; give"),
-        (["fit", "--config", "dlrm.yaml", "--trainer.max_steps", "many"], "trainer.max_steps: Expected int"),
+        (
+            ["fit", "--config", "dlrm.yaml", "--trainer.max_steps", "many"],
+            "trainer.max_steps is many; expected a",
+        ),
         (["fit", "--config", "dlrm.yaml", "--data.path", "nowhere"], "no dataset folder at nowhere"),
         (["fit", "--config", "dlrm.yaml", "--data.path", "."], "is not a dataset folder: it has no dataset.json"),
         (["fit", "--config", "dlrm.yaml", "--data.batch_size", "0"], "batch_size is 0"),
@@ -399,7 +404,14 @@ def test_print_config_overlays_and_overrides(capsys: pytest.CaptureFixture[str])
         (["fit", "--config", "dlrm.yaml", "--trainer.precision", "16-mixed"], "use bf16-mixed"),
         (["fit", "--config", "dlrm.yaml", "--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val is -1"),
         (["fit", "--config", "dlrm.yaml", "--trainer.val_check_interval", "0.5"], "should be an integer"),
-        (["fit", "--config", "dlrm.yaml", "--trainer.accelerator", "abacus"], "abacus"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.accelerator", "abacus"], "abacus; expected auto, cpu or gpu"),
+        (["fit", "--config", "dlrm.yaml", "--trainer.strategy", "embeding_sharded"], "mean embedding_sharded_ddp?"),
+        (["predict", "--ckpt_path", "runs/x/checkpoints/best"], "--config runs/x/config.yaml"),
+        (["preprocess", "--schema", "nosuch.yaml", "--input", "x", "--output", "y"], "shipped are datasets/avazu.yaml"),
+        (["bench", "stpe"], "WORK is stpe; did you mean step? Expected one of lookup, step"),
+        (["preprocess", "--dataset", "kagle", "--input", "x"], "--dataset is kagle; did you mean kaggle?"),
+        (["params", "--config", "dlrm.yaml", "--ckpt_path", "x"], "params opens no checkpoint: leave --ckpt_path out"),
+        (["fit", "--config", "dlrn.yaml"], "no configuration dlrn.yaml here; did you mean dlrm.yaml?"),
     ],
     ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
 )
@@ -420,15 +432,46 @@ def test_bench_gpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().err == missing
 
 
-def test_misspelt_keys_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
-    for text, meant in {
-        "trainer: {max_stepz: 3}": "trainer.max_steps",
-        "modle: {seed: 3}": "model",
-        "model: {network: {class_path: DLRM, init_args: {embeding_dim: 3}}}": "embedding_dim",
+def test_a_dataset_folder_in_the_given_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine/data").mkdir(parents=True)
+    Path("mine/data/dataset.json").touch()
+    Path("here").mkdir()
+    monkeypatch.chdir("here")
+    for place, said in {
+        "../mine": "error: ../mine is not a dataset folder: it has no dataset.json; dataset folders in it: ../mine",
+        ".": "it has no dataset.json; make it with 'python -m lightning_dlrm preprocess --output",
+        "..": "finished",
+    }.items():
+        Path("../mine/data/dataset.json").unlink() if place == ".." else None
+        assert main(["inspect", place]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_places_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    settings: dict[str, Any] = {"accelerator": "auto", "strategy": "auto", "devices": "auto"}
+    for devices in ("two", "-1", "0,1", [0, 1], "1.5", "0", 0, -1):
+        with pytest.raises(UserError, match=r"trainer.devices is .*; expected auto, or a number of ranks, 1 or more"):
+            _check_place(settings | {"devices": devices})
+    for accelerator in ("gpu", "cuda"):
+        with pytest.raises(UserError, match=f"is {accelerator}, but torch finds no CUDA device here; use cpu"):
+            _check_place(settings | {"accelerator": accelerator})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for devices in ("-1", "0,1", [0, 1], 2, "2", "auto"):
+        _check_place(settings | {"devices": devices})
+
+
+def test_faults_in_one_of_several_files(capsys: pytest.CaptureFixture[str]) -> None:
+    for text, said in {
+        "trainer: {max_stepz: 3}": "unknown key max_stepz; did you mean trainer.max_steps",
+        "modle: {seed: 3}": "unknown key modle.seed; did you mean model",
+        "model: {network: {class_path: DLRM, init_args: {embeding_dim: 3}}}": "did you mean embedding_dim",
+        "trainer: {max_steps: ten}": "trainer.max_steps is ten",
     }.items():
         Path("bad.yaml").write_text(text)
-        assert main(["fit", "--config", "dlrm.yaml", "--config", "bad.yaml"]) == 2
-        assert f"did you mean {meant}" in capsys.readouterr().err
+        assert main(["params", "--config", "dlrm.yaml", "--config", "bad.yaml"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: bad.yaml: ") and said in error
 
 
 @pytest.mark.parametrize(
@@ -469,7 +512,7 @@ def test_checkpoint_of_another_model_or_dataset(capsys: pytest.CaptureFixture[st
     dcn: list[Any] = ["validate", "--config", "dcn.yaml", "--config", "small.yaml", *TINY_DEMO, *checkpoint]
     for arguments, message in [
         (dcn, "holds the model DLRM, but this run trains DCN"),
-        (["validate", *FIT[1:], "--data.demo.seed=5", *checkpoint], "with another encoding"),
+        (["validate", *FIT[1:], "--data.demo.seed=5", *checkpoint], "another encoding (fingerprint"),
         ([*FIT, *QUICK, "--data.demo.train_rows=9000", "--run_dir", "other", *checkpoint], "trained on other rows"),
     ]:
         assert main(arguments) == 2
@@ -491,7 +534,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
             assert main([name, "--config", "dlrm.yaml", "-h"]) == 0
             short = capsys.readouterr().out
             assert max(map(len, listed.splitlines())) < 100 and not re.search(
-                r":\w+:`|``|known subclasses|Union\[", listed
+                r":\w+:`|``|known subclasses|Union\[|\bNone\b| 16-mixed|LossGuard|CTROptimizer",
+                listed,
             )
             titles = re.findall(r"(?m)^(options|data|model, loss and optimizers|Lightning's Trainer):$", listed)
             assert titles == ["options", "data", "model, loss and optimizers", "Lightning's Trainer"]
@@ -510,12 +554,15 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model.network=DCN", "--model.network.init_args.tables.help"], "--model.network.tables.on_host"),
         (["--config", "dlrm.yaml", "--data.help", "Criteo"], "--data.demo.train_rows"),
         (["--model.network.help", "DCN"], "--model.network.cross_layers"),
+        (["--model.network.help"], "  MaskNet\n"),
+        (["--data.demo.help"], "--data.demo.train_rows"),
     ],
 )
 def test_help_of_a_class_and_its_options(arguments: list[str], option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["fit", *arguments])
-    assert left.value.code == 0 and option in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert left.value.code == 0 and option in text and not text.startswith("usage: ")
 
 
 def test_help_of_one_screen_starts_without_torch() -> None:

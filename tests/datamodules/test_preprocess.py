@@ -626,7 +626,7 @@ def test_command_prints_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     first, *lines = err.splitlines()
     assert "of disk" in first and "are free" in first
     assert [line.split()[:2] for line in lines] == [
-        ["stage", "100"],
+        ["read", "100"],
         ["count", "100"],
         ["encode", "100"],
     ], "one line a stage, no bars"
