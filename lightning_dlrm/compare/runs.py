@@ -8,7 +8,6 @@ from numbers import Number
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from datamodules.preprocess.report import GENERATED, REPORT_FILE
 from lightning_dlrm.cli.configs import flat
 from lightning_dlrm.cli.parser import PublishedScore
 from lightning_dlrm.contracts.documents import parse_json, read_json, read_yaml
@@ -37,6 +36,8 @@ NEEDED = (
 
 _GENERATED = ("demo", "random", "trace")
 """Names of the datasets that ``generate`` writes."""
+_DATA_REPORT = "report.json"
+"""File of ``preprocess`` in a dataset's folder."""
 _SECTIONS = {"seed_everything": int, "model": dict, "data": dict, "trainer": dict, "wandb": dict}
 """Keys of a run's configuration that are read here, with the types of their values."""
 _DAMAGED = "the run folder is damaged: restore the file from a copy, or train the run again"
@@ -66,7 +67,7 @@ class Run:
             return True
         folder = Path(str(self.config["data"].get("init_args", {}).get("path")))
         try:
-            return bool(read_json(folder / REPORT_FILE, dict[str, Any], "").get(GENERATED))
+            return bool(read_json(folder / _DATA_REPORT, dict[str, Any], "").get("generated"))
         except UserError:
             return False
 
