@@ -6,15 +6,16 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton looks at this when it is first imported, which Lightning does: its kernels then run on the CPU, for tests
+    # of the fused kernels.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Before scikit-learn, after which typing gives Lightning's Optional[Union[int, float]] the order float, int, so that
 # the command line would read a limit of 1 as 1.0.
 import pytorch_lightning  # noqa: F401
-import torch
-
-if not torch.cuda.is_available():
-    # Triton looks at this when it is first imported: its kernels then run on the CPU, for tests of the fused kernels.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 LONGEST = ("tests/front_door", "tests/sharding", "tests/test_notebooks", "tests/cli")
 """Files that start many processes: with ``-n`` they begin first, so that no worker is left alone with them."""
