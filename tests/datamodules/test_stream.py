@@ -445,8 +445,8 @@ def test_resume_goes_on_with_the_batch_that_would_have_come(
     resumed = training_loader(wide, **options)
     resumed.load_state_dict(stopped.state_dict())
     iter(resumed)  # Lightning may ask for an iterator and drop it
-    following = served(iter(resumed)) + served(iter(resumed), 3)
-    assert following == flat[stop : stop + len(following)] and len(following) == 21 - stop % 21 + 3
+    following = served(iter(resumed)) + served(iter(resumed))
+    assert following == flat[stop : stop + len(following)] and len(following) >= 21
 
 
 @pytest.mark.parametrize(
